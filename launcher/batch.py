@@ -1,0 +1,52 @@
+"""The batch equation: micro x accumulation x data-parallel size = global."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A solved batch equation; every field counts sequences except ``accumulation`` and ``data_parallel``."""
+
+    micro: int
+    accumulation: int
+    data_parallel: int
+
+    @property
+    def global_(self) -> int:
+        """Sequences in one optimiser step over all ranks."""
+        return self.micro * self.accumulation * self.data_parallel
+
+    def __str__(self) -> str:
+        return f"micro {self.micro} × accum {self.accumulation} × dp {self.data_parallel} = {self.global_}"
+
+
+def solve_batch(*, micro: int, global_: int | None, accumulation: int | None, data_parallel: int) -> Batch:
+    """Derive what the user left out.
+
+    Raises:
+        ConfigError: the numbers given do not multiply out; the message holds the arithmetic and the nearest fit.
+    """
+    if global_ is None:
+        return Batch(micro=micro, accumulation=accumulation or 1, data_parallel=data_parallel)
+    one_pass = micro * data_parallel
+    if accumulation is not None and one_pass * accumulation != global_:
+        raise ConfigError(
+            "job.global_batch",
+            global_,
+            why=f"micro {micro} × accum {accumulation} × dp {data_parallel} = {one_pass * accumulation}",
+            fix=f"set job.global_batch={one_pass * accumulation} or leave out job.accumulation",
+        )
+    if global_ % one_pass:
+        nearest = sorted({max(one_pass, global_ // one_pass * one_pass), (global_ // one_pass + 1) * one_pass})
+        choices = " or ".join(f"job.global_batch={value}" for value in nearest)
+        raise ConfigError(
+            "job.global_batch",
+            global_,
+            why=f"micro {micro} × dp {data_parallel} = {one_pass} does not divide {global_}",
+            fix=f"set {choices}",
+        )
+    return Batch(micro=micro, accumulation=global_ // one_pass, data_parallel=data_parallel)

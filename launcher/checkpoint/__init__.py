@@ -1,0 +1,1 @@
+"""Saving a run so that it continues exactly: policy, store and manifest."""

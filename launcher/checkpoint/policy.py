@@ -1,0 +1,37 @@
+"""When checkpoints are written, which are kept, and what a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.component import Component
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Component):
+    """The policy of a run."""
+
+    group: ClassVar[str] = "checkpoint"
+    kind: ClassVar[str] = "policy"
+
+    every: int = 0
+    """Optimiser steps between checkpoints; 0 writes none."""
+
+    at_end: bool = False
+    """Also write one after the last step."""
+
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
+
+    keep_best: bool = True
+    """Also keep the one with the lowest held-out loss."""
+
+    resume: str = "none"
+    """``none``; ``auto`` continues this run directory where it stopped; or a run or checkpoint folder to start from."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse negative counts."""
+        yield from self.below(0, "every", "keep")

@@ -1,0 +1,147 @@
+"""Run: all groups together, and the checks that need more than one of them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.activation import Activation
+from launcher.attention import Attention
+from launcher.backends.base import Backend
+from launcher.checkpoint.policy import Checkpoint
+from launcher.component import Component
+from launcher.data.base import Data
+from launcher.errors import ConfigError
+from launcher.jobs.train import Train
+from launcher.models.base import Model
+from launcher.optim.adamw import AdamW
+from launcher.optim.schedule import Schedule
+from launcher.parallel.base import Parallel
+from launcher.precision import Precision
+from launcher.schema import Report, build, defaults, to_tree
+from launcher.suggest import did_you_mean
+from launcher.trackers.base import Tracker
+
+KINDS: dict[str, dict[str, str]] = {
+    "job": {"train": "launcher.jobs.train:Train"},
+    "model": {
+        "gpt2": "launcher.models.gpt2:Gpt2",
+        "smollm2": "launcher.models.smollm2:SmolLm2",
+        "hf": "launcher.models.hf:Hf",
+    },
+    "data": {
+        "text": "launcher.data.text:Text",
+        "hf": "launcher.data.hf:HfData",
+        "synthetic": "launcher.data.synthetic:Synthetic",
+    },
+    "parallel": {
+        "single": "launcher.parallel.replicated:Single",
+        "ddp": "launcher.parallel.replicated:Ddp",
+        "zero": "launcher.parallel.zero:Zero",
+    },
+    "optimizer": {"adamw": "launcher.optim.adamw:AdamW"},
+    "schedule": {
+        "constant": "launcher.optim.schedule:Constant",
+        "linear": "launcher.optim.schedule:Linear",
+        "cosine": "launcher.optim.schedule:Cosine",
+    },
+    "precision": {
+        "fp32": "launcher.precision:Fp32",
+        "bf16": "launcher.precision:Bf16",
+        "fp16": "launcher.precision:Fp16",
+    },
+    "activation": {"none": "launcher.activation:Keep", "full": "launcher.activation:Recompute"},
+    "attention": {"sdpa": "launcher.attention:Sdpa", "eager": "launcher.attention:Eager"},
+    "checkpoint": {"policy": "launcher.checkpoint.policy:Checkpoint"},
+    "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
+    "backend": {"local": "launcher.backends.local:Local"},
+}
+"""Every component, by group and kind: a new one is its file, its YAML and a line here."""
+
+
+def component_class(group: str, kind: str) -> type[Component]:
+    """Import and return the class that a ``kind`` names."""
+    module, _, name = KINDS[group][kind].partition(":")
+    found: type[Component] = getattr(importlib.import_module(module), name)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run is kept."""
+
+    root: str = "runs"
+    """Folder of all runs."""
+
+    name: str = "run"
+    """What kind of run this is: the folder below ``root``, and the W&B group."""
+
+    dir: str | None = None
+    """The run directory itself, instead of ``<root>/<name>/<time>-<letters>``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A whole run, typed and resolved."""
+
+    job: Train
+    model: Model
+    data: Data
+    parallel: Parallel
+    optimizer: AdamW
+    schedule: Schedule
+    precision: Precision
+    activation: Activation
+    attention: Attention
+    checkpoint: Checkpoint
+    tracker: Tracker
+    backend: Backend
+    run: RunOptions
+
+    def components(self) -> Iterator[Component]:
+        """Yield the component of each group."""
+        for group in KINDS:
+            yield getattr(self, group)
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with the defaults of every group's class filled in, unchecked."""
+    full = dict(tree)
+    for group, kinds in KINDS.items():
+        given = tree.get(group)
+        if isinstance(given, Mapping) and given.get("kind") in kinds:
+            full[group] = {**defaults(component_class(group, given["kind"])), **given}
+    full["run"] = {**defaults(RunOptions), **(tree.get("run") or {})}
+    return full
+
+
+def build_run(tree: Mapping[str, Any], report: Report) -> Run | None:
+    """Return the typed run, or ``None`` after reporting every mistake in ``tree``."""
+    parts: dict[str, Any] = {}
+    for key in tree:
+        if key not in KINDS and key != "run":
+            report(ConfigError(key, why="no such option", fix=did_you_mean(key, [*KINDS, "run", "exp", "sweep"])))
+    for group, kinds in KINDS.items():
+        parts[group] = _build_group(group, kinds, tree.get(group), report)
+    parts["run"] = build(RunOptions, tree.get("run") or {}, path="run", report=report)
+    return None if any(part is None for part in parts.values()) else Run(**parts)
+
+
+def _build_group(group: str, kinds: Mapping[str, str], given: Any, report: Report) -> Component | None:
+    if not isinstance(given, Mapping):
+        report(ConfigError(group, given, why="is not a set of options", fix=f"choose one: {group}=<option>"))
+        return None
+    values = dict(given)
+    kind = values.pop("kind", None)
+    if kind not in kinds:
+        report(ConfigError(f"{group}.kind", kind, why="is not known", fix=did_you_mean(str(kind), kinds)))
+        return None
+    return build(component_class(group, kind), values, path=group, report=report)
+
+
+def run_to_tree(run: Run) -> dict[str, Any]:
+    """Return the plain tree that ``build_run`` turns back into an equal run."""
+    tree: dict[str, Any] = to_tree(run)
+    return tree

@@ -1,0 +1,31 @@
+"""What a job on one rank is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+    from launcher.rundir import RunDir
+    from launcher.supervise.heartbeat import Heartbeat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One rank's view of the run."""
+
+    run: Run
+    run_dir: RunDir
+    rank: int
+    """Number of this rank among all, from 0."""
+    local_rank: int
+    """Number of this rank on its host, from 0; the index of its device."""
+    world_size: int
+    heartbeat: Heartbeat
+    """Report progress here at least at every step: silence for ``backend.stall_timeout_s`` ends the run."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes metrics, results and manifests."""
+        return self.rank == 0

@@ -1,0 +1,62 @@
+"""Every error this program raises on purpose.
+
+LauncherError                 printed as a message, without a traceback
+├── ConfigError               what the user wrote cannot work; exit 2, nothing started
+│   └── ConfigErrors          several of them, found in one pass
+├── EnvironmentProblem        this machine lacks something the run needs; exit 2, nothing started
+└── JobError                  a rank found a reason to end the run (a non-finite loss, a bad checkpoint)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+EXIT_USER_ERROR = 2
+EXIT_PREEMPTED = 75
+EXIT_STALLED = 124
+
+
+class LauncherError(Exception):
+    """Base of all errors meant to be read by a user."""
+
+
+class ConfigError(LauncherError):
+    """One thing the user wrote that cannot work.
+
+    Args:
+        option: the option as the user types it (``job.steps``).
+        value: what it was set to; ``None`` when the option itself is the trouble.
+        why: why that cannot work, with the arithmetic where there is any.
+        fix: what would work.
+        source: where the value came from (``conf/exp/x.yaml:3``, ``command line``).
+    """
+
+    def __init__(self, option: str, value: object = None, *, why: str, fix: str, source: str | None = None) -> None:
+        self.option, self.value, self.why, self.fix, self.source = option, value, why, fix, source
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        shown = self.option if self.value is None else f"{self.option}={self.value}"
+        origin = f" ({self.source})" if self.source else ""
+        return f"{shown}{origin}: {self.why}; {self.fix}"
+
+
+class ConfigErrors(ConfigError):
+    """All the mistakes of one command, so that the user mends them in one go."""
+
+    def __init__(self, errors: Sequence[ConfigError]) -> None:
+        assert errors, "an empty list of errors is not an error"
+        self.errors = tuple(errors)
+        first = errors[0]
+        super().__init__(first.option, first.value, why=first.why, fix=first.fix, source=first.source)
+
+    def __str__(self) -> str:
+        return "\n".join(str(error) for error in self.errors)
+
+
+class EnvironmentProblem(LauncherError):
+    """The machine lacks something; the message says what to type."""
+
+
+class JobError(LauncherError):
+    """A rank ends the run for a reason the user can act on."""

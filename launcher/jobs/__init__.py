@@ -1,0 +1,1 @@
+"""What a rank does: one file a job."""

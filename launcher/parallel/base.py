@@ -1,0 +1,56 @@
+"""What every parallel strategy answers without importing torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.component import Component
+from launcher.errors import ConfigError
+from launcher.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Model state of one rank in bytes, by where it lives; activations and buffers come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Master weights, where the compute format is not fp32, and both Adam moments."""
+    host: int = 0
+    """The part of the above that is offloaded to host RAM."""
+    nvme: int = 0
+    """The part of the above that is offloaded to NVMe."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def device(self) -> int:
+        """The part that stays on the compute device."""
+        return self.total - self.host - self.nvme
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Component):
+    """A strategy and the engine that carries it out."""
+
+    group: ClassVar[str] = "parallel"
+    engine: ClassVar[Literal["torch", "deepspeed"]]
+
+    def data_parallel(self, world_size: int) -> int:
+        """Return how many different micro-batches the world works on at a time."""
+        return world_size
+
+    @abstractmethod
+    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+        """Return one rank's share of parameters, gradients and optimiser state."""
+
+    def refusals(self, world_size: int, precision: Precision) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot run with that world size or precision."""
+        yield from ()

@@ -1,0 +1,48 @@
+"""Every rank holds the whole model: one process, or torch's DistributedDataParallel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.errors import ConfigError
+from launcher.parallel.base import Parallel, StateBytes
+from launcher.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Replicated(Parallel):
+    engine: ClassVar[Literal["torch", "deepspeed"]] = "torch"
+
+    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+        """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
+        return StateBytes(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single(_Replicated):
+    """One rank, no communication: what every other strategy is compared with."""
+
+    kind: ClassVar[str] = "single"
+
+    def refusals(self, world_size: int, precision: Precision) -> Iterator[ConfigError]:
+        """Refuse a world of several ranks."""
+        if world_size != 1:
+            yield ConfigError(
+                "parallel", "single", why=f"the run has {world_size} ranks", fix="set parallel=ddp or backend.ranks=1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddp(_Replicated):
+    """Data parallel: gradients are averaged over ranks (Li et al., 2020, arXiv:2006.15704)."""
+
+    kind: ClassVar[str] = "ddp"
+
+    bucket_mb: int = 25
+    """Gradients are reduced in buckets of this size while the backward pass goes on."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse an empty bucket."""
+        yield from self.below(1, "bucket_mb")

@@ -1,0 +1,137 @@
+"""The plan: everything a backend needs to start a run, as frozen values that print, save and compare."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.batch import Batch
+from launcher.parallel.base import StateBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine that takes part: an input of the planner."""
+
+    name: str
+    """What it is called in plans and logs."""
+    slots: int
+    """Ranks it takes."""
+    address: str = "127.0.0.1"
+    devices: tuple[str, ...] = ()
+    """GPU names by index; empty where ranks compute on the CPU."""
+    cores: int = 1
+    memory_bytes: int = 0
+    """Host RAM."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One process to start: argv is passed as it is, never through a shell."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    """Added to what the process inherits. Never holds a secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlace:
+    """Where one rank runs."""
+
+    rank: int
+    host: str
+    local_rank: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlan:
+    """What happens on one host."""
+
+    host: Host
+    first_rank: int
+    prepare: tuple[Command, ...] = ()
+    """Run one after the other, before any rank starts (building native ops)."""
+    start: Command
+    """The agent (torchrun or deepspeed) that starts this host's ranks."""
+    sidecars: tuple[Command, ...] = ()
+    """Processes beside the ranks (a tracker); their failure never ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerPlan:
+    """Where metrics go besides the run directory."""
+
+    kind: str
+    mode: str
+    reason: str
+    run_id: str
+    project: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much the run will do."""
+
+    batch: Batch
+    steps: int
+    tokens_per_step: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Model state by formula; activations, buffers and the framework come on top."""
+
+    num_params: int
+    per_rank: StateBytes
+    per_host_ram: int
+    per_host_nvme: int
+    formula: str
+    """The arithmetic and its source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run, ready to start."""
+
+    run_id: str
+    name: str
+    run_dir: str
+    run_hash: str
+    """SHA-256 of run.yaml, checked by every rank."""
+    job: str
+    world_size: int
+    topology: dict[str, int]
+    """Degree of each kind of parallelism; their product is the world size."""
+    port: int
+    ranks: tuple[RankPlace, ...]
+    hosts: tuple[HostPlan, ...]
+    work: Work
+    memory: Memory | None
+    """``None`` when the model's sizes are only known once it is downloaded."""
+    tracker: TrackerPlan
+    files: tuple[str, ...]
+    """What the run will write, relative to the run directory."""
+    stall_timeout_s: float
+    grace_s: float
+    show_ranks: tuple[int, ...] | None
+    """Ranks whose output is shown; ``None`` shows all."""
+    warnings: tuple[str, ...] = ()
+
+
+def plan_from_json(tree: dict[str, Any]) -> Plan:
+    """Return the plan that ``plan.json`` holds.
+
+    Raises:
+        ConfigErrors: the file was not written by this version.
+    """
+    from launcher.errors import ConfigError, ConfigErrors
+    from launcher.schema import build
+
+    mistakes: list[ConfigError] = []
+    plan = build(Plan, tree, path="plan", report=mistakes.append)
+    if plan is None:
+        raise ConfigErrors(mistakes)
+    return plan

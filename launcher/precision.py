@@ -1,0 +1,64 @@
+"""Number formats of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.component import Component
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision(Component):
+    """What the forward and backward passes compute in; master weights and optimiser states stay fp32."""
+
+    group: ClassVar[str] = "precision"
+    compute: ClassVar[Literal["fp32", "bf16", "fp16"]]
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes of one value in the compute format."""
+        return 4 if self.compute == "fp32" else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp32(Precision):
+    """Everything in 32-bit floating point."""
+
+    kind: ClassVar[str] = "fp32"
+    compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bf16(Precision):
+    """bfloat16 compute: the range of fp32, so no loss scale."""
+
+    kind: ClassVar[str] = "bf16"
+    compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp16(Precision):
+    """float16 compute with a dynamic loss scale (Micikevicius et al., 2018, arXiv:1710.03740)."""
+
+    kind: ClassVar[str] = "fp16"
+    compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "fp16"
+
+    initial_scale_power: int = 16
+    """The first loss scale is 2 to this power."""
+
+    scale_window: int = 1000
+    """Steps without overflow before the scale doubles."""
+
+    hysteresis: int = 2
+    """Overflows tolerated before the scale halves."""
+
+    min_scale: float = 1.0
+    """The scale never falls below this."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a scale that cannot work."""
+        yield from self.below(0, "initial_scale_power")
+        yield from self.below(1, "scale_window", "hysteresis", "min_scale")

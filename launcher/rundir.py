@@ -1,0 +1,76 @@
+"""The run directory: the names of what is in it, and how one is made so that no two runs share it."""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+
+def mint_run_id(now: float | None = None) -> str:
+    """Return ``YYYYmmdd-HHMMSS-<4 letters>``; the letters keep apart runs started in the same second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return f"{stamp}-{''.join(secrets.choice(string.ascii_lowercase) for _ in range(4))}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def snapshot(self) -> Path:
+        """The resolved configuration that ranks load."""
+        return self.path / "run.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan this run was started from."""
+        return self.path / "plan.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line; the source of truth for every tracker."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended."""
+        return self.path / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        """Which rank failed first, and how."""
+        return self.path / "failure.json"
+
+    @property
+    def sample(self) -> Path:
+        """Text the model generated at the end."""
+        return self.path / "sample.txt"
+
+    @property
+    def curve(self) -> Path:
+        """Picture of the loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of ``<host>.<rank>.log``."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step_00000010/``."""
+        return self.path / "checkpoints"
+
+    @property
+    def tracker(self) -> Path:
+        """Folder of what a tracker keeps locally."""
+        return self.path / "wandb"
+
+    def log_of(self, host: str, who: int | str) -> Path:
+        """Return the log file of a rank (a number) or of the agent on ``host``."""
+        return self.logs / f"{host}.{who}.log"

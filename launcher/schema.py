@@ -30,7 +30,7 @@ _WORDS: dict[Any, str] = {
 
 
 @functools.cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """Return the resolved type of each configurable field of ``cls``."""
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
@@ -74,16 +74,19 @@ def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: Report) -
             sound = False
             continue
         converted = convert(wanted[field.name], value, path=option, report=report)
-        sound = sound and converted is not _INVALID
-        values[field.name] = converted
-    if not sound:
+        if converted is _INVALID:
+            sound = False
+        else:
+            values[field.name] = converted
+    if any(field.name not in values and not _has_default(field) for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
         return None
     try:
-        return cls(**values)
+        built = cls(**values)  # also when something was wrong already: the sound values are checked all the same
     except ConfigErrors as several:
         for error in several.errors:
             report(error)
         return None
+    return built if sound else None
 
 
 def convert(wanted: Any, value: Any, *, path: str, report: Report) -> Any:

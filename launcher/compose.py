@@ -1,0 +1,143 @@
+"""Overrides to a typed Run: Hydra composes, the schema checks, every mistake is reported at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config import Run, build_run, run_to_tree, with_defaults
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.origin import find_origin
+from launcher.overrides import Override, parse_overrides
+from launcher.schema import Report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composed:
+    """A composition that stood every check that needs no file system."""
+
+    run: Run
+    tree: dict[str, Any]
+    """The resolved configuration as plain data; ``build_run`` gives ``run`` back."""
+    sweep: dict[str, Any] | None
+    """What ``+sweep=…`` asked for, untyped; ``None`` for a single run."""
+    overrides: tuple[str, ...]
+    """The words it was composed from."""
+
+
+def conf_folder() -> Path:
+    """Return the shipped ``conf/``: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def groups(extra: Path | None = None) -> dict[str, list[str]]:
+    """Return the options of every config group, those of the user's own folder included."""
+    found: dict[str, set[str]] = {}
+    for folder in filter(None, (conf_folder(), extra)):
+        for file in folder.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(options) for group, options in sorted(found.items())}
+
+
+def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: bool = False) -> Composed:
+    """Compose and check a run.
+
+    Args:
+        words: Hydra overrides.
+        config_dir: a folder of the user's own options, searched beside the shipped ones.
+        sweeping: whether several values for one option are welcome; they are left out of the composition.
+
+    Raises:
+        ConfigErrors: everything that is wrong, each with the file and line it came from.
+    """
+    mistakes: list[ConfigError] = []
+    known = groups(config_dir)
+    overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
+    fixed = [override for override in overrides if override.choices is None]
+    misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
+    tree = _compose_tree(fixed, config_dir, mistakes.append)
+    run = None
+    if tree is not None:
+        sweep = tree.pop("sweep", None)
+        found: list[ConfigError] = []
+        run = build_run(_resolve(with_defaults(tree), found.append), found.append)
+        mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
+    if mistakes:
+        sources = _source_files(fixed, config_dir) if tree is not None else []
+        raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
+    assert run is not None, "no run and no reason"
+    return Composed(run=run, tree=run_to_tree(run), sweep=sweep, overrides=tuple(words))
+
+
+def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
+    words = [override.word for override in overrides]
+    return words if config_dir is None else [*words, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+
+
+def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: Report) -> dict[str, Any] | None:
+    """Run Hydra and return the unresolved tree, or ``None`` after reporting why there is none."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
+        try:
+            tree = OmegaConf.to_container(hydra.compose("config", _hydra_words(overrides, config_dir)))
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            fix = "mend it there (`launch list` shows what exists)"
+            report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
+            return None
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _source_files(overrides: Sequence[Override], config_dir: Path | None) -> list[tuple[str, Path]]:
+    """Return the (package, file) of every YAML that a composition used, later ones winning."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
+        words = _hydra_words(overrides, config_dir)
+        listed = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
+    folders = [folder for folder in (conf_folder(), config_dir) if folder is not None]
+    candidates = [(entry.package or "", folder / f"{entry.config_path}.yaml") for entry in listed for folder in folders]
+    return [(package, file) for package, file in candidates if file.is_file()]
+
+
+def _resolve(tree: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Return ``tree`` with every ``${…}`` replaced, reporting the ones that lead nowhere."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def resolved(node: Any, path: str) -> Any:
+        keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+        result: dict[Any, Any] = {}
+        for key in keys:
+            option = f"{path}.{key}".lstrip(".")
+            try:
+                value = "???" if OmegaConf.is_missing(node, key) else node[key]
+            except OmegaConfBaseException as error:
+                written = OmegaConf.to_container(node)[key]
+                why = str(error).splitlines()[0]
+                report(ConfigError(option, written, why=why, fix="name an option or a variable that exists"))
+                continue
+            result[key] = resolved(value, option) if isinstance(value, DictConfig | ListConfig) else value
+        return list(result.values()) if isinstance(node, ListConfig) else result
+
+    answer: dict[str, Any] = resolved(OmegaConf.create(tree), "")
+    return answer
+
+
+def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Sequence[tuple[str, Path]]) -> ConfigError:
+    if error.source is not None:
+        return error
+    source = find_origin(error.option, overrides, sources)
+    return ConfigError(error.option, error.value, why=error.why, fix=error.fix, source=source)

@@ -1,0 +1,50 @@
+"""run.yaml: the resolved run that ranks load instead of composing again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+from launcher.config import Run, build_run, run_to_tree
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.files import sha256_of, write_atomic
+
+_HEADER = "# The resolved configuration of this run. Ranks refuse to start when its hash is not the plan's.\n"
+
+
+def dump_run(run: Run) -> str:
+    """Return the text of run.yaml."""
+    body: str = yaml.safe_dump(run_to_tree(run), sort_keys=False, allow_unicode=True)
+    return _HEADER + body
+
+
+def save_run(run: Run, path: Path) -> str:
+    """Write run.yaml and return its SHA-256."""
+    text = dump_run(run)
+    write_atomic(path, text)
+    return sha256_of(text.encode())
+
+
+def load_run(path: Path, *, expected_hash: str | None = None) -> Run:
+    """Return the run that ``path`` (a run.yaml) holds.
+
+    Raises:
+        ConfigError: the file is missing, its hash differs from ``expected_hash``, or it is not a run of this version.
+    """
+    try:
+        payload = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            "run.yaml", path, why=error.strerror or "cannot be read", fix="name a run directory"
+        ) from error
+    found = sha256_of(payload)
+    if expected_hash is not None and found != expected_hash:
+        why = f"its hash is {found[:12]}… and the plan says {expected_hash[:12]}…: it changed after the plan was made"
+        raise ConfigError("run.yaml", path, why=why, fix="start the run again; never edit run.yaml of a running run")
+    mistakes: list[ConfigError] = []
+    tree = yaml.load(payload, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
+    run = build_run(tree, mistakes.append)
+    if run is None:
+        raise ConfigErrors(mistakes)
+    return run

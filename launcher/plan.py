@@ -20,9 +20,28 @@ class Host:
     address: str = "127.0.0.1"
     devices: tuple[str, ...] = ()
     """GPU names by index; empty where ranks compute on the CPU."""
+    device_ids: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES calls each of ``devices``."""
+    device_bytes: int = 0
+    """Memory of the smallest GPU; 0 when not known."""
     cores: int = 1
     memory_bytes: int = 0
-    """Host RAM."""
+    """Host RAM; 0 when not known."""
+    python: str = "python"
+    """The interpreter that runs this program there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity:
+    """What tells one run from another: an input of the planner."""
+
+    run_id: str
+    run_dir: str
+    """Absolute path."""
+    run_hash: str
+    """SHA-256 of run.yaml."""
+    port: int
+    """Port of the rendezvous on the first host."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +112,22 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class What:
+    """The components of the run in words, for people."""
+
+    model: str
+    data: str
+    strategy: str
+    engine: str
+    precision: str
+    optimizer: str
+    schedule: str
+    activation: str
+    attention: str
+    checkpoint: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run, ready to start."""
 
@@ -105,12 +140,15 @@ class Plan:
     world_size: int
     topology: dict[str, int]
     """Degree of each kind of parallelism; their product is the world size."""
+    what: What
     port: int
     ranks: tuple[RankPlace, ...]
     hosts: tuple[HostPlan, ...]
     work: Work
     memory: Memory | None
     """``None`` when the model's sizes are only known once it is downloaded."""
+    deepspeed: dict[str, Any] | None
+    """The configuration DeepSpeed gets; ``None`` on other engines."""
     tracker: TrackerPlan
     files: tuple[str, ...]
     """What the run will write, relative to the run directory."""

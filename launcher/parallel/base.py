@@ -51,6 +51,10 @@ class Parallel(Component):
     def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
         """Return one rank's share of parameters, gradients and optimiser state."""
 
+    @abstractmethod
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
+
     def refusals(self, world_size: int, precision: Precision) -> Iterator[ConfigError]:
         """Yield why this strategy cannot run with that world size or precision."""
         yield from ()

@@ -19,6 +19,10 @@ class _Replicated(Parallel):
         """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
         return StateBytes(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params)
 
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the sum; nothing depends on the world size."""
+        return "4N weights + 4N gradients + 8N Adam moments = 16N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Single(_Replicated):

@@ -1,0 +1,90 @@
+"""The command line: a verb, or overrides that compose, plan and run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from launcher.errors import EXIT_USER_ERROR, ConfigError, LauncherError
+from launcher.suggest import did_you_mean
+
+VERBS = {
+    "plan": "print what a run would do, and start nothing",
+    "list": "groups, options, and what each option means",
+    "show": "print the whole configuration of an experiment",
+    "diff": "compare two experiments or two runs",
+    "resume": "continue a run from its newest checkpoint",
+    "sweep": "run a grid; the same as -m",
+}
+"""Each is ``launcher.commands.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
+
+HELP = """\
+launch: compose, plan, launch and supervise language-model jobs.
+
+  launch                                 train a small model on this machine, now
+  launch +exp=zero3_gpt2xl dry_run=true  print the plan of an experiment, start nothing
+  launch +exp=zero3_gpt2xl job.steps=20  run it, with one option changed
+  launch model=gpt2 parallel=zero2       choose other options of the groups
+  launch -m optimizer.lr=1e-4,3e-4       run a grid, one run after the other
+
+verbs
+{verbs}
+  Each explains itself: launch VERB --help
+
+overrides (Hydra's grammar)
+  group=option      another option of a group   {groups}
+  a.b=value         one value                   launch list job   shows keys, defaults and meaning
+  +exp=NAME         an experiment               {exps}
+  dry_run=true      print the plan instead of running
+  -m, --multirun    run every combination of the values given as a,b,c
+  --config-dir DIR  a folder of your own options and experiments beside the shipped ones
+
+A run writes runs/<name>/<time>-<letters>/: run.yaml, plan.json, metrics.jsonl, logs, checkpoints, result.json.
+Exit codes: 0 done, 2 your mistake and nothing started, 75 preempted, 124 stalled,
+else the first failing rank's own code, 128+n for signal n.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except LauncherError as error:
+        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        return EXIT_USER_ERROR
+    except BrokenPipeError:  # `launch list | head`: the reader has gone, nothing is left to say
+        sys.stderr.close()
+        return 0
+
+
+def _dispatch(words: list[str]) -> int:
+    first = words[0] if words else ""
+    if first in ("-h", "--help", "help"):
+        print(_help_text())
+        return 0
+    if first in ("-sc", "--shell-completion"):
+        from launcher.commands.completion import run
+
+        return run(words)
+    is_verb = first and "=" not in first and first[0] not in "-+~"
+    if is_verb and first not in VERBS:
+        raise ConfigError(first, why="is neither a verb nor option=value", fix=did_you_mean(first, VERBS))
+    verb, arguments = (first, words[1:]) if is_verb else ("run", words)
+    code: int = importlib.import_module(f"launcher.commands.{verb}").run(arguments)
+    return code
+
+
+def _help_text() -> str:
+    from launcher.compose import groups
+
+    options = groups()
+    exps = ", ".join(options.get("exp", []))
+    names = " ".join(group for group in options if group not in ("exp", "sweep"))
+    verbs = "\n".join(f"  {verb:8} {meaning}" for verb, meaning in VERBS.items())
+    return HELP.format(verbs=verbs, groups=names, exps=exps)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

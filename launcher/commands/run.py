@@ -1,0 +1,27 @@
+"""No verb: compose, plan, then print the plan or run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.commandline import parse_command_line
+from launcher.compose import compose
+from launcher.errors import ConfigError
+from launcher.launching import prepare, start
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run what the overrides describe."""
+    line = parse_command_line(arguments)
+    if line.dry_run:
+        from launcher.commands.plan import run as plan
+
+        return plan([word for word in arguments if not word.lstrip("+").startswith("dry_run=")])
+    if line.json:
+        raise ConfigError("--json", why="belongs to a plan", fix="use launch plan … --json")
+    composed = compose(line.words, config_dir=line.config_dir, sweeping=line.multirun)
+    if line.multirun or composed.sweep is not None:
+        from launcher.commands.sweep import run as sweep
+
+        return sweep(arguments)
+    return start(prepare(composed))

@@ -1,0 +1,132 @@
+import pytest
+
+from launcher.compose import compose, conf_folder, groups
+from launcher.config import KINDS
+from launcher.errors import ConfigErrors
+from launcher.snapshot import dump_run, load_run
+
+
+def mistakes(*words, **options):
+    with pytest.raises(ConfigErrors) as caught:
+        compose(words, **options)
+    return [str(error) for error in caught.value.errors]
+
+
+@pytest.mark.parametrize("exp", groups()["exp"])
+def test_every_experiment_composes_and_survives_its_snapshot(exp, tmp_path):
+    run = compose([f"+exp={exp}"]).run
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_run(run), encoding="utf-8")
+    assert load_run(file) == run
+
+
+OPTIONS = [(group, option) for group, options in groups().items() if group in KINDS for option in options]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    needed = {
+        "model/hf": ["model.name=x"],
+        "data/hf": ["data.path=x"],
+        "parallel/zero_infinity": ["parallel.nvme_path=x"],
+    }
+    composed = compose([f"{group}={option}", *needed.get(f"{group}/{option}", [])])
+    assert getattr(composed.run, group).kind in KINDS[group]
+
+
+def test_every_group_of_the_schema_has_options_and_the_other_way_round():
+    assert set(groups()) == {*KINDS, "exp", "sweep"}
+
+
+def test_an_experiment_can_be_named_with_or_without_plus():
+    assert compose(["exp=ddp_gpt2"]).run == compose(["+exp=ddp_gpt2"]).run
+
+
+def test_the_command_line_wins_over_the_experiment():
+    assert compose(["job.steps=7", "+exp=ddp_gpt2"]).run.job.steps == 7
+
+
+def test_article_settings_of_zero3_gpt2xl():
+    run = compose(["+exp=zero3_gpt2xl"]).run
+    assert (run.job.global_batch, run.job.clip_norm, run.optimizer.lr) == (16, 1.0, 5e-5)
+    assert (run.optimizer.betas, run.optimizer.eps, run.optimizer.weight_decay) == ((0.9, 0.999), 1e-8, 0.01)
+    assert (run.parallel.stage, run.parallel.offload_optimizer, run.parallel.offload_parameters) == (3, "cpu", "cpu")
+    assert run.parallel.pin_memory
+    assert run.parallel.overlap_comm
+    assert run.parallel.contiguous_gradients
+    assert run.parallel.reduce_bucket_size == 1_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("modle=gpt2", "modle (command line): no such option; did you mean model?"),
+        ("model=gtp2", "model=gtp2: no such option; did you mean gpt2?"),
+        ("+exp=zero3_gpt2x", "exp=zero3_gpt2x: no such option; did you mean zero3_gpt2xl"),
+        ("job.stpes=3", "job.stpes (command line): no such option; did you mean steps?"),
+        ("+job.stpes=3", "job.stpes (command line): no such option; did you mean steps?"),
+        ("++job.stpes=3", "job.stpes (command line): no such option; did you mean steps?"),
+        ("+typo=1", "typo (command line): no such option"),
+        ("job.steps=many", "job.steps=many (command line): is text; it takes a whole number"),
+        ("job.steps=0", "job.steps=0 (command line): must be at least 1; set job.steps=1"),
+        ("job.seed=1,2", "job.seed=1,2: is several values; add -m"),
+        ("~tracker", "takes an option away"),
+        ("job.steps", "is not an override of the form option=value"),
+        ("optimizer.betas=[0.9]", "optimizer.betas"),
+        ("optimizer.betas=[0.9,1.5]", "each must be at least 0 and below 1"),
+        ("parallel.kind=zero", "follows from the option chosen; set parallel=<option>"),
+        ("hydra.run.dir=x", "does nothing here"),
+        ("data.path=${nowhere}", "data.path=${nowhere} (command line): Interpolation key 'nowhere' not found"),
+        ("model.width=130", "is not a multiple of model.heads=4; set model.width=128"),
+        ("schedule.final_factor=2", "must lie between 0 and 1"),
+        ("precision=half", "precision=half: no such option"),
+    ],
+)
+def test_a_bad_word_is_one_message(word, message):
+    assert any(message in text for text in mistakes(word)), mistakes(word)
+
+
+def test_several_mistakes_come_in_one_pass():
+    assert len(mistakes("job.steps=x", "job.micro_batch=0", "model=gtp2", "+typo=1", "optimizer.lr=fast")) == 5
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "exp").mkdir()
+    return tmp_path
+
+
+def test_a_folder_of_the_users_own(own):
+    (own / "exp" / "mine.yaml").write_text("# @package _global_\njob:\n  steps: 3\n")
+    assert compose(["+exp=mine"], config_dir=own).run.job.steps == 3
+
+
+def test_a_mistake_in_a_file_names_file_and_line(own):
+    (own / "exp" / "mine.yaml").write_text("# @package _global_\njob:\n  steps: 3\n  stpes: 4\n")
+    (message,) = mistakes("+exp=mine", config_dir=own)
+    assert "exp/mine.yaml:4" in message
+    assert "did you mean steps?" in message
+
+
+def test_a_file_that_overrides_a_missing_option_is_refused(own):
+    (own / "exp" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: gtp2\n")
+    (message,) = mistakes("+exp=mine", config_dir=own)
+    assert "gtp2" in message
+
+
+def test_a_file_that_is_not_yaml_is_refused(own):
+    (own / "exp" / "mine.yaml").write_text("# @package _global_\njob: [1\n")
+    (message,) = mistakes("+exp=mine", config_dir=own)
+    assert "mine.yaml" in message
+
+
+def test_a_snapshot_that_changed_is_refused(tmp_path):
+    run = compose([]).run
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_run(run), encoding="utf-8")
+    with pytest.raises(Exception, match="it changed after the plan was made"):
+        load_run(file, expected_hash="0" * 64)
+
+
+def test_conf_is_where_the_code_looks():
+    assert (conf_folder() / "config.yaml").is_file()

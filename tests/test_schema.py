@@ -1,0 +1,98 @@
+from dataclasses import dataclass, field
+from typing import Literal
+
+import pytest
+
+from launcher.errors import ConfigError
+from launcher.schema import build, defaults, to_tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    count: int
+    ratio: float = 1.0
+    mode: Literal["a", "b"] = "a"
+    slots: int | Literal["auto"] = "auto"
+    pair: tuple[float, float] = (0.1, 0.2)
+    names: tuple[str, ...] = ()
+    note: str | None = None
+    flag: bool = False
+    inner: Inner = field(default_factory=Inner)
+    table: dict[str, int] = field(default_factory=dict)
+
+
+def problems_of(tree):
+    found: list[ConfigError] = []
+    built = build(Sample, tree, path="s", report=found.append)
+    assert (built is None) == bool(found)
+    return built, [str(error) for error in found]
+
+
+def test_a_tree_becomes_values_and_a_tree_again():
+    tree = {
+        "count": 5e8,
+        "ratio": "1e-4",
+        "mode": "b",
+        "slots": 3,
+        "pair": [1, 2],
+        "names": ["x"],
+        "note": "n",
+        "flag": True,
+        "inner": {"rate": 2},
+        "table": {"k": 1},
+    }
+    built, _ = problems_of(tree)
+    assert built == Sample(
+        count=500_000_000,
+        ratio=1e-4,
+        mode="b",
+        slots=3,
+        pair=(1.0, 2.0),
+        names=("x",),
+        note="n",
+        flag=True,
+        inner=Inner(rate=2.0),
+        table={"k": 1},
+    )
+    assert problems_of(to_tree(built))[0] == built
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({}, "s.count: has no value"),
+        ({"count": "???"}, "s.count: has no value"),
+        ({"count": 1.5}, "s.count=1.5: is a number; it takes a whole number"),
+        ({"count": True}, "s.count=true: is true or false; it takes a whole number"),
+        ({"count": None}, "s.count=null: is null"),
+        ({"count": 1, "ratio": "fast"}, "s.ratio=fast: is text; it takes a number"),
+        ({"count": 1, "ratio": "nan"}, "s.ratio=nan"),
+        ({"count": 1, "mode": "c"}, "s.mode=c: is not one of a, b"),
+        ({"count": 1, "slots": "many"}, "it takes a whole number or auto"),
+        ({"count": 1, "pair": [1]}, "s.pair"),
+        ({"count": 1, "names": "x"}, "it takes a list of text"),
+        ({"count": 1, "flag": "yes"}, "s.flag=yes: is text; it takes true or false"),
+        ({"count": 1, "inner": {"rte": 1}}, "s.inner.rte: no such option; did you mean rate?"),
+        ({"count": 1, "table": {"k": "x"}}, "s.table.k=x"),
+        ({"count": 1, "cuont": 2}, "s.cuont: no such option; did you mean count?"),
+    ],
+)
+def test_a_mistake_is_named(tree, message):
+    _, messages = problems_of(tree)
+    assert any(message in text for text in messages), messages
+
+
+def test_all_mistakes_come_at_once():
+    _, messages = problems_of({"count": "x", "mode": "c", "extra": 1, "inner": {"rate": "y"}})
+    assert len(messages) == 4
+
+
+def test_defaults_are_plain_data():
+    assert defaults(Sample)["inner"] == {"rate": 0.5}
+    assert defaults(Sample)["pair"] == [0.1, 0.2]
+    assert "count" not in defaults(Sample)

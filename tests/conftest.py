@@ -1,0 +1,134 @@
+"""What every test may use: the program as a real process, and a machine that holds nothing of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+MARK = "LAUNCHER_TEST_MARK"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Hide the user's keys and settings; keep what is slow to make (native ops, converted weights) from run to run.
+
+    The cache is pytest's own, so ``pytest --cache-clear`` starts from nothing.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+        patch.setenv("XDG_CACHE_HOME", str(request.config.cache.mkdir("launcher")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        for name in list(os.environ):
+            if name.startswith(("WANDB_", "LAUNCHER_", "HYDRA_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+                patch.delenv(name)
+        yield
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A run of the program that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    cwd: Path
+    seconds: float
+
+    @property
+    def output(self) -> str:
+        """Everything it printed."""
+        return self.stdout + self.stderr
+
+    @property
+    def run_dir(self) -> Path:
+        """The one run directory it made below ``cwd``."""
+        found = [snapshot.parent for snapshot in self.cwd.glob("runs/*/*/run.yaml")]
+        assert len(found) == 1, f"expected one run directory, found {found}; the program said:\n{self.output}"
+        return found[0]
+
+    def expect(self, returncode: int) -> Launched:
+        """Return this run if it ended with ``returncode``; else fail and show what it printed."""
+        assert self.returncode == returncode, f"exit code {self.returncode}, not {returncode}:\n{self.output}"
+        return self
+
+
+Launch = Callable[..., Launched]
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Launch:
+    """Run ``python -m launcher`` with the arguments given, in ``tmp_path``, and check that it leaves no process behind.
+
+    ``command`` replaces ``python -m launcher``; ``env`` is added to the environment; ``timeout`` is in seconds.
+    """
+
+    def start(
+        *arguments: str,
+        cwd: Path = tmp_path,
+        env: Mapping[str, str] | None = None,
+        timeout: float = 300,
+        command: tuple[str, ...] = (sys.executable, "-m", "launcher"),
+    ) -> Launched:
+        mark = uuid.uuid4().hex
+        started = time.monotonic()
+        process = subprocess.Popen(
+            [*command, *arguments],
+            cwd=cwd,
+            env={**os.environ, **(env or {}), MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            kill_marked(mark)
+            stdout, stderr = process.communicate()
+            pytest.fail(f"still running after {timeout} s: {' '.join(arguments)}\n{stdout}{stderr}")
+        seconds = time.monotonic() - started
+        left = wait_for_marked(mark, seconds=10)
+        kill_marked(mark)
+        assert not left, f"processes left behind: {left}"
+        return Launched(process.returncode, stdout, stderr, cwd, seconds)
+
+    return start
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """Yield the live processes that inherited ``mark``, whoever their parent is now."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                yield process
+
+
+def wait_for_marked(mark: str, *, seconds: float) -> list[str]:
+    """Return the command lines of what is still there once ``seconds`` have passed; empty as soon as nothing is."""
+    deadline = time.monotonic() + seconds
+    while left := list(marked(mark)):
+        if time.monotonic() > deadline:
+            return [repr(process) for process in left]
+        time.sleep(0.05)
+    return []
+
+
+def kill_marked(mark: str) -> None:
+    """Kill every process that inherited ``mark``."""
+    while left := list(marked(mark)):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)

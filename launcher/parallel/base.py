@@ -9,6 +9,8 @@ from typing import ClassVar, Literal
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.models.base import Shape
+from launcher.optim.adamw import AdamW
 from launcher.precision import Precision
 
 
@@ -55,6 +57,12 @@ class Parallel(Component):
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
 
-    def refusals(self, world_size: int, precision: Precision) -> Iterator[ConfigError]:
-        """Yield why this strategy cannot run with that world size or precision."""
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
+        yield from ()
+
+    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+        """Yield what a user should know of a combination that works."""
         yield from ()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.errors import ConfigError
+from launcher.models.base import Shape
+from launcher.optim.adamw import AdamW
 from launcher.parallel.base import Parallel, StateBytes
 from launcher.precision import Precision
 
@@ -30,7 +32,9 @@ class Single(_Replicated):
 
     kind: ClassVar[str] = "single"
 
-    def refusals(self, world_size: int, precision: Precision) -> Iterator[ConfigError]:
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
         """Refuse a world of several ranks."""
         if world_size != 1:
             yield ConfigError(

@@ -9,10 +9,11 @@ from launcher.checkpoint.lock import RunLock
 from launcher.compose import Composed
 from launcher.config import Run
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.facts import gather
 from launcher.files import read_json, sha256_of, write_atomic, write_json
 from launcher.hosts import this_machine
-from launcher.plan import Plan
-from launcher.planner import Identity, make_plan
+from launcher.plan import Identity, Plan
+from launcher.planner import make_plan
 from launcher.preflight import free_port, preflight
 from launcher.rundir import RunDir, mint_run_id
 from launcher.schema import to_tree
@@ -52,7 +53,7 @@ def prepare(composed: Composed) -> Prepared:
     port = free_port() if run.backend.port == "auto" else run.backend.port
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
     try:
-        plan = make_plan(run, [this_machine(run.backend)], identity)
+        plan = make_plan(run, [this_machine(run.backend)], identity, gather())
     except ConfigErrors as several:
         raise ConfigErrors([*mistakes, *several.errors]) from several
     if mistakes:
@@ -89,7 +90,7 @@ def _submit(prepared: Prepared) -> int:
 def _on_port(prepared: Prepared, port: int) -> Plan:
     plan = prepared.plan
     identity = Identity(run_id=plan.run_id, run_dir=plan.run_dir, run_hash=plan.run_hash, port=port)
-    return make_plan(prepared.run, [host.host for host in plan.hosts], identity)
+    return make_plan(prepared.run, [host.host for host in plan.hosts], identity, gather())
 
 
 def _run_id_in(folder: str) -> str | None:

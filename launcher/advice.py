@@ -1,0 +1,62 @@
+"""Warnings: what will work, but perhaps not as meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from launcher.config import Run
+from launcher.memory import host_ram
+from launcher.plan import Host, Memory
+from launcher.wording import bytes_text
+
+
+def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
+    """Yield each warning as one sentence that names the option to change."""
+    yield from _memory(hosts, memory)
+    yield from run.parallel.notes(run.precision, on_gpu=all(host.devices for host in hosts))
+    yield from _processors(run, hosts)
+    yield from _schedule(run)
+
+
+def _memory(hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
+    if memory is None:
+        yield "the model's sizes are known only once its files are there, so memory was not checked"
+        return
+    state, remedy = memory.per_rank, "offload it, take a higher ZeRO stage, or more ranks"
+    for host in hosts:
+        needed = host_ram(host, state)
+        if 0 < host.memory_bytes < needed:
+            yield (
+                f"model state alone needs {bytes_text(needed)} of RAM on {host.name}, which has "
+                f"{bytes_text(host.memory_bytes)}: {remedy}"
+            )
+            return
+        if 0 < host.device_bytes < state.device:
+            yield (
+                f"model state alone needs {bytes_text(state.device)} of each GPU of {host.name}, which has "
+                f"{bytes_text(host.device_bytes)}: {remedy}"
+            )
+            return
+
+
+def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
+    on_cpu = [host for host in hosts if not host.devices]
+    if not on_cpu:
+        return
+    crowded = next((host for host in on_cpu if host.slots > host.cores), None)
+    if crowded is not None:
+        yield f"{crowded.slots} ranks share {crowded.cores} cores of {crowded.name}: set backend.ranks={crowded.cores}"
+    if run.precision.compute == "fp16":
+        yield "fp16 is slow without a GPU, and most CPUs compute it in fp32: precision=bf16 is the better one here"
+
+
+def _schedule(run: Run) -> Iterator[str]:
+    job, warmup = run.job, run.schedule.warmup_steps
+    if warmup >= job.steps:
+        yield (
+            f"schedule.warmup_steps={warmup} is not below job.steps={job.steps}: "
+            "the learning rate never reaches optimizer.lr"
+        )
+    checkpoint = run.checkpoint
+    if checkpoint.every > job.steps and not checkpoint.at_end:
+        yield f"checkpoint.every={checkpoint.every} is above job.steps={job.steps}: no checkpoint will be written"

@@ -1,0 +1,76 @@
+"""Runs of hosts that are planned alike: the same but for their name, their number, and where these are written."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from launcher.plan import Host, HostPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Consecutive hosts planned alike."""
+
+    first: HostPlan
+    last: HostPlan
+    number: int
+    """Of the first, counted from 0."""
+    size: int
+    varying: tuple[str, ...] = ()
+    """Flags and variables that hold the host's number or name (``--node-rank``)."""
+
+    @property
+    def name(self) -> str:
+        """The host's name, or the first and the last."""
+        if self.size == 1:
+            return self.first.host.name
+        return f"{self.first.host.name} … {self.last.host.name} ({self.size:,} hosts)"
+
+
+def groups_of(hosts: Sequence[HostPlan]) -> list[Group]:
+    """Return ``hosts`` as groups, in order; every host is compared once, with the first of its group."""
+    groups: list[Group] = []
+    for number, host in enumerate(hosts):
+        varying = _varying(groups[-1], host, number) if groups else None
+        if varying is None:
+            groups.append(Group(first=host, last=host, number=number, size=1))
+        else:
+            groups[-1] = dataclasses.replace(groups[-1], last=host, size=groups[-1].size + 1, varying=varying)
+    return groups
+
+
+def _varying(group: Group, other: HostPlan, number: int) -> tuple[str, ...] | None:
+    """Return what varies once ``other`` joins, or ``None`` when it differs in more than number and name."""
+    mine, yours = list(_words(group.first)), list(_words(other))
+    if _shape(group.first.host) != _shape(other.host) or [m[0] for m in mine] != [y[0] for y in yours]:
+        return None
+    varying = list(group.varying)
+    follows = {(str(group.number), str(number)), (group.first.host.name, other.host.name)}
+    for (label, left), (_, right) in zip(mine, yours, strict=True):
+        if left == right:
+            continue
+        if (left, right) not in follows:
+            return None
+        if label not in varying:
+            varying.append(label)
+    return tuple(varying)
+
+
+def _shape(host: Host) -> Host:
+    return dataclasses.replace(host, name="", address="")
+
+
+def _words(plan: HostPlan) -> Iterator[tuple[str, str]]:
+    """Yield (flag or variable, value) of everything in the host's commands."""
+    for command in (*plan.prepare, plan.start, *plan.sidecars):
+        yield from command.env.items()
+        flag = ""
+        for word in command.argv:
+            name, equals, value = word.partition("=")
+            if word.startswith("-"):
+                flag = name
+                yield flag, value if equals else ""
+            else:
+                yield flag, word

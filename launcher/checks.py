@@ -1,0 +1,71 @@
+"""Refusals that need more than one group, or the hosts: each names the option, the arithmetic and what would work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from launcher import env
+from launcher.config import Run
+from launcher.data.base import Corpus
+from launcher.data.synthetic import Synthetic
+from launcher.errors import ConfigError
+from launcher.plan import Host
+from launcher.topology import first_ranks
+
+
+def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield everything that keeps ``run`` from working on ``hosts``, except the batch equation."""
+    world_size = sum(host.slots for host in hosts)
+    yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
+    yield from _refuse_long_sequences(run)
+    yield from _refuse_vocabulary(run)
+    yield from _refuse_too_many_ranks(hosts)
+    yield from _refuse_uneven_hosts(run, hosts)
+    yield from env.refusals(run.backend.env)
+    yield from _refuse_unknown_ranks(run, hosts)
+
+
+def _refuse_long_sequences(run: Run) -> Iterator[ConfigError]:
+    shape = run.model.shape()
+    if shape is not None and run.job.sequence_length > shape.context:
+        why = f"{run.model.name} takes at most {shape.context} tokens"
+        yield run.job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
+
+
+def _refuse_vocabulary(run: Run) -> Iterator[ConfigError]:
+    shape, data = run.model.shape(), run.data
+    trained_here = isinstance(data, Corpus) and data.tokenizer == "bpe"
+    if shape is None or not (trained_here or isinstance(data, Synthetic)):
+        return  # other tokenizers are only known once they are loaded: the rank checks them
+    assert isinstance(data, Corpus | Synthetic)
+    if data.vocab_size > shape.vocab_size:
+        why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
+        yield data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
+
+
+def _refuse_too_many_ranks(hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    for host in hosts:
+        if host.devices and host.slots > len(host.devices):
+            gpus = "1 GPU" if len(host.devices) == 1 else f"{len(host.devices)} GPUs"
+            fix = f"set backend.ranks={len(host.devices)}"
+            yield ConfigError("backend.ranks", host.slots, why=f"{host.name} shows {gpus}, one a rank", fix=fix)
+
+
+def _refuse_uneven_hosts(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """DeepSpeed's launcher takes the rank modulo the host's ranks for the local rank: wrong on uneven hosts."""
+    if run.backend.agent != "deepspeed":
+        return
+    for host, first in zip(hosts, first_ranks(hosts), strict=True):
+        if first % host.slots:
+            why = f"it misnumbers the {host.slots} ranks of {host.name}, whose first is {first}"
+            yield run.backend.refuse("agent", why, "set backend.agent=torchrun or give every host as many ranks")
+            return
+
+
+def _refuse_unknown_ranks(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    world_size = sum(host.slots for host in hosts)
+    if run.backend.show_ranks != "all":
+        unknown = [rank for rank in run.backend.show_ranks if not 0 <= rank < world_size]
+        if unknown:
+            why = f"the run has ranks 0 to {world_size - 1}"
+            yield ConfigError("backend.show_ranks", unknown, why=why, fix="set backend.show_ranks=all")

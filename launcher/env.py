@@ -1,0 +1,76 @@
+"""What each rank's environment gets on top of what it inherits, and what a user may not put there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from launcher.agents import device_words
+from launcher.config import Run
+from launcher.errors import ConfigError
+from launcher.plan import Host, Identity
+
+_SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "PASS", "PWD", "AUTH", "CREDENTIAL", "CREDENTIALS"})
+_SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD")
+_OURS = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One host among those of the run."""
+
+    host: Host
+    number: int
+    """From 0, in the order of hosts."""
+    num_hosts: int
+
+
+def environment(run: Run, place: Place, identity: Identity, *, ops_folder: str) -> dict[str, str]:
+    """Return the variables added for the ranks of one host; ``backend.env`` comes last and wins.
+
+    Args:
+        run: the run.
+        place: the host.
+        identity: of the run.
+        ops_folder: where DeepSpeed's native ops are built for this environment.
+    """
+    host = place.host
+    added = {
+        "LAUNCHER_HOST": host.name,
+        "LAUNCHER_RUN_ID": identity.run_id,
+        "LAUNCHER_RUN_HASH": identity.run_hash,
+        "OMP_NUM_THREADS": str(threads(run, host)),
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # its threads and a later fork do not go together
+        # DeepSpeed reads these three and sets them only in its own launcher.
+        "LOCAL_SIZE": str(host.slots),
+        "CROSS_RANK": str(place.number),
+        "CROSS_SIZE": str(place.num_hosts),
+    }
+    if "deepspeed" in (run.parallel.engine, run.backend.agent):
+        added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
+        added["TORCH_EXTENSIONS_DIR"] = ops_folder
+    if host.slots < len(host.devices):
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_words(host)))
+    return {**added, **run.backend.env}
+
+
+def threads(run: Run, host: Host) -> int:
+    """Return OMP_NUM_THREADS: the host's cores shared among its ranks, at least 1."""
+    return max(1, host.cores // host.slots) if run.backend.threads == "auto" else run.backend.threads
+
+
+def refusals(env: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set."""
+    for name in env:
+        if _is_secret(name):
+            fix = f"leave it out and `export {name}=…` in your shell: ranks inherit it, and nothing writes it down"
+            yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)
+        elif name in _OURS or name.startswith("LAUNCHER_"):
+            fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"
+            yield ConfigError(f"backend.env.{name}", why="is set by the launcher", fix=fix)
+
+
+def _is_secret(name: str) -> bool:
+    upper = name.upper()
+    return bool(_SECRET_WORDS.intersection(upper.split("_"))) or any(part in upper for part in _SECRET_PARTS)

@@ -1,0 +1,113 @@
+"""What this machine has to offer: cores, memory and NVIDIA GPUs, found without importing torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.backends.base import Backend
+from launcher.plan import Host
+
+_QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
+_MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU as the driver lists it."""
+
+    index: str
+    uuid: str
+    name: str
+    memory_bytes: int
+    """0 when not known."""
+
+
+def this_machine(backend: Backend, *, environ: Mapping[str, str] = os.environ) -> Host:
+    """Return this machine as a host that takes ``backend.ranks`` ranks.
+
+    ``auto`` is one rank per visible GPU; without GPUs two where there are two cores, so that what runs is
+    distributed, else one. Linux only: reads the CPU affinity and ``/proc``.
+    """
+    cores = len(os.sched_getaffinity(0))
+    gpus = visible(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
+    return Host(
+        name=socket.gethostname().partition(".")[0],
+        slots=(len(gpus) or min(2, cores)) if backend.ranks == "auto" else backend.ranks,
+        devices=tuple(gpu.name for _, gpu in gpus),
+        device_ids=tuple(shown for shown, _ in gpus),
+        device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
+        cores=cores,
+        memory_bytes=memory_limit(),
+        python=sys.executable,
+    )
+
+
+def list_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[Gpu]:
+    """Return the machine's GPUs; none when neither ``nvidia-smi`` nor the driver's folder in ``/proc`` knows any.
+
+    ``nvidia-smi`` comes first because only it tells how much memory there is.
+    """
+    if not driver.is_dir() and shutil.which("nvidia-smi") is None:
+        return []
+    return _from_nvidia_smi() or _from_driver(driver)
+
+
+def _from_nvidia_smi() -> list[Gpu]:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    try:
+        answer = subprocess.run([program, *_QUERY], capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
+    return [
+        Gpu(index=row[0], uuid=row[1], name=row[2], memory_bytes=int(row[3]) * _MIB if row[3].isdigit() else 0)
+        for row in rows
+        if len(row) == 4
+    ]
+
+
+def _from_driver(driver: Path) -> list[Gpu]:
+    gpus = []
+    for index, file in enumerate(sorted(driver.glob("*/information"))):
+        lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+        known = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+        gpus.append(
+            Gpu(index=str(index), uuid=known.get("GPU UUID", ""), name=known.get("Model", "NVIDIA GPU"), memory_bytes=0)
+        )
+    return gpus
+
+
+def visible(gpus: Sequence[Gpu], setting: str | None) -> list[tuple[str, Gpu]]:
+    """Return (name in CUDA_VISIBLE_DEVICES, GPU) of those CUDA shows under ``setting``.
+
+    CUDA's rules: unset shows all; the list ends at the first entry that names no GPU (``-1``, an empty text); an entry
+    is an index or the beginning of a UUID.
+    """
+    if setting is None:
+        return [(gpu.index, gpu) for gpu in gpus]
+    shown: list[tuple[str, Gpu]] = []
+    for word in (word.strip() for word in setting.split(",")):
+        found = next((gpu for gpu in gpus if word and (gpu.index == word or gpu.uuid.startswith(word))), None)
+        if found is None:
+            break
+        shown.append((word, found))
+    return shown
+
+
+def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the bytes of RAM this process may use: the machine's, or its control group's where that is less."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for file in (groups / "memory.max", groups / "memory" / "memory.limit_in_bytes"):
+        if file.is_file():
+            text = file.read_text(encoding="ascii").strip()
+            limits += [int(text)] if text.isdigit() else []
+    return min(limits)

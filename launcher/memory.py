@@ -1,0 +1,30 @@
+"""Model state by strategy: what one rank holds, and what its host must have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.config import Run
+from launcher.parallel.base import StateBytes
+from launcher.plan import Host, Memory
+
+
+def model_state(run: Run, hosts: Sequence[Host]) -> Memory | None:
+    """Return the model state by formula; ``None`` when the model's sizes are only known once it is downloaded."""
+    shape = run.model.shape()
+    if shape is None:
+        return None
+    world_size = sum(host.slots for host in hosts)
+    state = run.parallel.state_bytes(shape.num_params, world_size, run.precision)
+    return Memory(
+        num_params=shape.num_params,
+        per_rank=state,
+        per_host_ram=max(host_ram(host, state) for host in hosts),
+        per_host_nvme=max(host.slots * state.nvme for host in hosts),
+        formula=run.parallel.formula(world_size, run.precision),
+    )
+
+
+def host_ram(host: Host, state: StateBytes) -> int:
+    """Return the bytes of model state in one host's RAM: what is offloaded and, without GPUs, the rest too."""
+    return host.slots * (state.host + (0 if host.devices else state.device))

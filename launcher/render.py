@@ -1,0 +1,116 @@
+"""A plan as text for people. Hosts that differ only in name and number are shown once, so size is no matter."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+from launcher.alike import Group, groups_of
+from launcher.plan import HostPlan, Memory, Plan
+from launcher.shell import paste
+from launcher.wording import bytes_text, times
+
+_LABEL = 12
+
+
+def render(plan: Plan) -> str:
+    """Return the plan as aligned text; the same plan always gives the same text."""
+    groups = groups_of(plan.hosts)
+    sections = {
+        f"Plan {plan.name} · {plan.run_id}": _head(plan),
+        "Batch": _batch(plan),
+        "Model state per rank": _memory(plan.memory, plan.hosts),
+        "Ranks": _ranks(plan, groups),
+        "Commands": _commands(groups),
+        f"Files in {plan.run_dir}": plan.files,
+        "DeepSpeed configuration": _deepspeed(plan),
+        "Tracker": _tracker(plan),
+        "Warnings": plan.warnings,
+    }
+    blocks = []
+    for title, lines in sections.items():
+        body = [f"  {line}".rstrip() for line in lines]
+        if body:
+            blocks.append("\n".join([title, *body]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def _row(label: str, value: str) -> str:
+    return f"{label:{_LABEL}}{value}"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    yield _row("job", plan.job)
+    for field in dataclasses.fields(plan.what):
+        yield _row(field.name, getattr(plan.what, field.name))
+        if field.name == "model" and plan.memory is not None:
+            yield _row("", f"{plan.memory.num_params:,} parameters")
+
+
+def _batch(plan: Plan) -> Iterator[str]:
+    work = plan.work
+    yield _row("sequences", f"{work.batch} a step")
+    yield _row("tokens", f"{work.tokens_per_step:,} a step × {times(work.steps, 'step')} = {work.total_tokens:,}")
+
+
+def _memory(memory: Memory | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
+    if memory is None:
+        yield "not known before the model's files are there"
+        return
+    state, device = memory.per_rank, "GPU" if hosts[0].host.devices else "device (RAM)"
+    parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer": state.optimizer}
+    width = max(len(bytes_text(size)) for size in (*parts.values(), state.total))
+    for name, size in parts.items():
+        yield _row(name, f"{bytes_text(size):>{width}}")
+    places = {device: state.device, "host RAM": state.host, "NVMe": state.nvme}
+    where = " + ".join(f"{bytes_text(size)} {place}" for place, size in places.items() if size)
+    yield _row("total", f"{bytes_text(state.total):>{width}} = {where}")
+    on_host = {"RAM": memory.per_host_ram, "NVMe": memory.per_host_nvme}
+    shown = " and ".join(f"{bytes_text(size)} of {place}" for place, size in on_host.items() if size)
+    if shown:
+        yield _row("each host", shown)
+    yield _row("formula", memory.formula)
+    yield _row("besides", "activations, communication buffers and the framework")
+
+
+def _ranks(plan: Plan, groups: Sequence[Group]) -> Iterator[str]:
+    degrees = " × ".join(f"{kind} {degree}" for kind, degree in plan.topology.items())
+    yield _row("topology", f"{degrees} = {times(plan.world_size, 'rank')} on {times(len(plan.hosts), 'host')}")
+    yield _row("rendezvous", f"{plan.hosts[0].host.address}:{plan.port}")
+    for group in groups:
+        host, last = group.first.host, group.last
+        devices = f"{host.slots} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
+        each = "each " if group.size > 1 else ""
+        room = f"{each}{times(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
+        ranks = f"ranks {group.first.first_rank}-{last.first_rank + last.host.slots - 1}"
+        yield _row("", f"{ranks} on {group.name}: {devices}, {room}")
+
+
+def _commands(groups: Sequence[Group]) -> Iterator[str]:
+    for group in groups:
+        first = group.first
+        yield f"{group.name}:"
+        if group.size > 1:
+            yield f"  # as on {first.host.name}; {', '.join(group.varying)} follow each host's number and name"
+        steps = [
+            *(("build native ops first", command) for command in first.prepare),
+            ("start the ranks", first.start),
+            *(("beside them", command) for command in first.sidecars),
+        ]
+        for title, command in steps:
+            yield f"  # {title}"
+            yield from (f"  {line}" for line in paste(command))
+
+
+def _deepspeed(plan: Plan) -> Iterator[str]:
+    if plan.deepspeed is not None:
+        yield from json.dumps(plan.deepspeed, indent=2, ensure_ascii=False).splitlines()
+
+
+def _tracker(plan: Plan) -> Iterator[str]:
+    tracker = plan.tracker
+    yield _row(tracker.kind, f"{tracker.mode}: {tracker.reason}")
+    if tracker.project is not None:
+        yield _row("project", f"{tracker.project}, group {tracker.group}, run {tracker.run_id}")
+    yield _row("always", "metrics.jsonl in the run directory")

@@ -1,0 +1,30 @@
+"""Commands as text that can be pasted into a shell."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from launcher.plan import Command
+
+_WIDTH = 100
+
+
+def paste(command: Command) -> list[str]:
+    """Return the lines of one shell command: its variables, then its argv, joined by backslashes."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
+    lines = _wrap(words) + _wrap([shlex.quote(word) for word in command.argv])
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _wrap(words: Sequence[str]) -> list[str]:
+    """Return ``words`` in lines of about _WIDTH characters, the second and later ones indented."""
+    lines: list[list[str]] = []
+    room = 0
+    for word in words:
+        room -= len(word) + 1
+        if not lines or room < 0:
+            lines.append([])
+            room = _WIDTH - len(word)
+        lines[-1].append(word)
+    return [("" if number == 0 else "    ") + " ".join(line) for number, line in enumerate(lines)]

@@ -1,0 +1,30 @@
+"""Degrees of parallelism, and which rank runs where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from launcher.parallel.base import Parallel
+from launcher.plan import Host, RankPlace
+
+
+def degrees(parallel: Parallel, world_size: int) -> dict[str, int]:
+    """Return the degree of each kind of parallelism; their product is the world size."""
+    return {"data": parallel.data_parallel(world_size)}
+
+
+def first_ranks(hosts: Sequence[Host]) -> list[int]:
+    """Return the number of the first rank on each host: ranks are counted host by host."""
+    firsts, seen = [], 0
+    for host in hosts:
+        firsts.append(seen)
+        seen += host.slots
+    return firsts
+
+
+def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlace]:
+    """Yield where each rank runs, in the order of ranks."""
+    for host, first in zip(hosts, first_ranks(hosts), strict=True):
+        for local_rank in range(host.slots):
+            device = f"cuda:{local_rank}" if host.devices else "cpu"
+            yield RankPlace(rank=first + local_rank, host=host.name, local_rank=local_rank, device=device)

@@ -1,0 +1,46 @@
+"""Numbers and components in words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from launcher.component import Component
+from launcher.schema import defaults, to_tree
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
+
+
+def bytes_text(count: float) -> str:
+    """Return a number of bytes in the largest unit that leaves at least 1 (``1.45 GiB``)."""
+    power = 0
+    while count >= 1024 and power < len(_UNITS) - 1:
+        count, power = count / 1024, power + 1
+    return f"{count:.0f} B" if power == 0 else f"{count:.2f} {_UNITS[power]}"
+
+
+def times(count: int, noun: str) -> str:
+    """Return ``1 rank`` or ``2 ranks``."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
+
+
+def component_text(component: Component) -> str:
+    """Return a component's kind and whatever differs from its defaults (``cosine warmup_steps=10``)."""
+    usual = defaults(type(component))
+    words = [component.kind]
+    for field in dataclasses.fields(component):
+        value = to_tree(getattr(component, field.name))
+        if field.name not in usual or usual[field.name] != value:
+            words.append(f"{field.name}={_value_text(value)}")
+    return " ".join(words)
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, bool) or value is None:
+        return str(value).lower().replace("none", "null")
+    if isinstance(value, int) and abs(value) >= 10_000:
+        return f"{value:_}"
+    if isinstance(value, list):
+        return f"[{','.join(map(_value_text, value))}]"
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{key}: {_value_text(item)}' for key, item in value.items())}}}"
+    return str(value)

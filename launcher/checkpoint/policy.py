@@ -35,3 +35,20 @@ class Checkpoint(Component):
     def problems(self) -> Iterator[ConfigError]:
         """Refuse negative counts."""
         yield from self.below(0, "every", "keep")
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what the file system says against ``resume``."""
+        from pathlib import Path
+
+        from launcher.checkpoint.resume import find_in
+
+        if self.resume in ("none", "auto"):
+            return
+        try:
+            find_in(Path(self.resume), say=_quiet)
+        except ConfigError as error:
+            yield error
+
+
+def _quiet(line: str) -> None:
+    """Say nothing: what is skipped is said once, by the run itself."""

@@ -45,6 +45,12 @@ class Parallel(Component):
     group: ClassVar[str] = "parallel"
     engine: ClassVar[Literal["torch", "deepspeed"]]
 
+    payload_options: ClassVar[tuple[str, ...]] = ()
+    """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""
+
+    resizable: ClassVar[bool] = True
+    """Whether a checkpoint of one world size loads at another."""
+
     def data_parallel(self, world_size: int) -> int:
         """Return how many different micro-batches the world works on at a time."""
         return world_size

@@ -34,6 +34,13 @@ class Zero(Parallel):
 
     kind: ClassVar[str] = "zero"
     engine: ClassVar[Literal["torch", "deepspeed"]] = "deepspeed"
+    payload_options: ClassVar[tuple[str, ...]] = (
+        "stage",
+        "offload_optimizer",
+        "offload_parameters",
+        "low_memory_bf16",
+    )
+    resizable: ClassVar[bool] = False
 
     stage: Literal[0, 1, 2, 3] = 3
     """What is partitioned: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""

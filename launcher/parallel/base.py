@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from launcher.batch import Batch
 from launcher.component import Component
 from launcher.errors import ConfigError
 from launcher.models.base import Shape
@@ -39,6 +40,16 @@ class StateBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NativeOps:
+    """DeepSpeed operators a run compiles before its ranks start."""
+
+    needed: tuple[str, ...] = ()
+    """Without these the run cannot be what was asked for."""
+    optional: tuple[str, ...] = ()
+    """Without these the run takes another way and says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallel(Component):
     """A strategy and the engine that carries it out."""
 
@@ -68,6 +79,16 @@ class Parallel(Component):
     ) -> Iterator[ConfigError]:
         """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
         yield from ()
+
+    def native_ops(self, optimizer: AdamW, *, on_gpu: bool) -> NativeOps:
+        """Return what has to be compiled before ranks start."""
+        return NativeOps()
+
+    def engine_config(
+        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+    ) -> dict[str, Any] | None:
+        """Return the configuration file the engine takes, or ``None`` when it takes none."""
+        return None
 
     def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
         """Yield what a user should know of a combination that works."""

@@ -11,21 +11,11 @@ from launcher.errors import ConfigError
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.parallel import ds_config, zero_memory
-from launcher.parallel.base import Parallel, StateBytes
+from launcher.parallel.base import NativeOps, Parallel, StateBytes
 from launcher.parallel.ds_keys import raw_key_problems
 from launcher.precision import Precision
 
 Place = Literal["none", "cpu", "nvme"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class NativeOps:
-    """DeepSpeed operators a run compiles before its ranks start."""
-
-    needed: tuple[str, ...] = ()
-    """Without these the run cannot be what was asked for."""
-    optional: tuple[str, ...] = ()
-    """Without these the run takes another way and says so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +159,16 @@ class Zero(Parallel):
             parameters_in_ram=self.max_parameters_in_ram,
         )
 
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the arithmetic of ``state_bytes`` in words."""
+        return zero_memory.formula(
+            world_size,
+            stage=self.stage,
+            mixed=precision.compute != "fp32",
+            low_memory=self.low_memory_bf16,
+            offloads=self.offload_optimizer != "none",
+        )
+
     def wants_native_adam(self, optimizer: AdamW) -> bool:
         """Whether DeepSpeed's compiled Adam is asked for; ``auto`` asks for it under offload."""
         offloads = self.offload_optimizer != "none"
@@ -188,6 +188,18 @@ class Zero(Parallel):
         if self.uses_nvme:
             needed += ["pin_memory", "async_io"]
         return NativeOps(needed=tuple(needed), optional=tuple(optional))
+
+    def engine_config(
+        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+    ) -> dict[str, Any]:
+        """Return the configuration the run asks for; a rank may take torch's Adam where the native one is missing."""
+        return self.ds_config(
+            batch=batch,
+            clip_norm=clip_norm,
+            optimizer=optimizer,
+            precision=precision,
+            native_adam=self.wants_native_adam(optimizer),
+        )
 
     def ds_config(
         self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool

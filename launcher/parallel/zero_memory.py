@@ -12,6 +12,9 @@ from __future__ import annotations
 
 from launcher.parallel.base import StateBytes
 
+_PARTITIONED_SINCE = {"optimizer": 1, "gradients": 2, "parameters": 3}
+"""The stage from which each part of the state is divided among the ranks."""
+
 
 def state_bytes(
     num_params: int,
@@ -59,4 +62,15 @@ def state_bytes(
     return StateBytes(parameters=parameters, gradients=gradients + staged, optimizer=optimizer, host=host, nvme=nvme)
 
 
-_PARTITIONED_SINCE = {"optimizer": 1, "gradients": 2, "parameters": 3}
+def formula(world_size: int, *, stage: int, mixed: bool, low_memory: bool, offloads: bool) -> str:
+    """Return the arithmetic of :func:`state_bytes` in words, with its source."""
+    size, state_size = (2 if mixed else 4), (2 if low_memory else 4)
+    states = state_size * (3 if mixed or stage in (1, 2) or offloads else 2)
+    terms = (("parameters", size, "weights"), ("gradients", size, "gradients"), ("optimizer", states, "optimiser"))
+    parts = []
+    for term, factor, word in terms:
+        divided = f" / {world_size}" if stage >= _PARTITIONED_SINCE[term] else ""
+        parts.append(f"{factor}N {word}{divided}")
+    if offloads:
+        parts.append(f"{state_size}N gradients / {world_size} beside the offloaded optimiser")
+    return f"{' + '.join(parts)} bytes (ZeRO, arXiv:1910.02054, sec. 3.1 and 5)"

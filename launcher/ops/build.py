@@ -1,0 +1,142 @@
+"""Building operators with progress, a time limit, and no orphans."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from launcher.errors import EnvironmentProblem
+from launcher.ops.folder import OPTIONAL_MARK, is_built, lock, ops_folder
+from launcher.ops.locks import clear_stale_lock, only_builder
+from launcher.ops.record import Outcome, write_outcome
+
+Say = Callable[[str], None]
+
+LIMIT_S = 1800.0
+"""Time one operator may take: minutes on a quiet machine, half an hour on a crowded one."""
+
+_SAY_EVERY_S = 10.0
+_JOB_BYTES = 2 * 1024**3
+"""Memory one compiler process may take."""
+
+
+def build(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> list[Outcome]:
+    """Build what is missing, one operator after the other.
+
+    Args:
+        arguments: names of operators; one that ends in ``?`` is recorded and not fatal when it cannot be built.
+        say: takes each line meant for the user.
+        limit_s: time for one operator.
+
+    Returns:
+        What came of each.
+
+    Raises:
+        EnvironmentProblem: one that the run needs cannot be built; the message says what to type.
+    """
+    folder, outcomes = ops_folder(), []
+    with only_builder(folder, say=say):
+        for argument in arguments:
+            name = argument.removesuffix(OPTIONAL_MARK)
+            clear_stale_lock(lock(name), say=say)
+            outcome = _outcome(name, folder, say=say, limit_s=limit_s)
+            write_outcome(folder, outcome)
+            outcomes.append(outcome)
+            if outcome.built:
+                continue
+            if argument == name:
+                raise EnvironmentProblem(f"DeepSpeed's {name} cannot be built: {outcome.why}; {outcome.remedy}")
+            say(f"cannot build {name}, so the run goes on without it: {outcome.why} ({outcome.remedy})")
+    return outcomes
+
+
+def _outcome(name: str, folder: Path, *, say: Say, limit_s: float) -> Outcome:
+    if is_built(name):
+        return Outcome(name=name, built=True, seconds=0.0)
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        why, remedy = f"there is no C++ compiler ({compiler})", "apt-get install g++"
+        return Outcome(name=name, built=False, seconds=0.0, why=why, remedy=remedy)
+    log, started = folder / f"{name}.log", time.monotonic()
+    code = _compile(name, log, say=say, limit_s=limit_s)
+    seconds = time.monotonic() - started
+    if code == 0 and is_built(name):
+        say(f"built {name} in {seconds:.0f} s")
+        return Outcome(name=name, built=True, seconds=seconds)
+    if code is None:
+        why, remedy = f"it took longer than {limit_s:.0f} s", "start the run again on a quieter machine"
+    else:
+        why, remedy = _reason(name, log.read_text(encoding="utf-8", errors="replace"))
+        remedy = f"{remedy} (all of its output: {log})"
+    return Outcome(name=name, built=False, seconds=seconds, why=why, remedy=remedy)
+
+
+def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
+    """Run the compiler process; return its exit status, or ``None`` when the limit ended it."""
+    started = time.monotonic()
+    with log.open("w") as output:
+        command = [sys.executable, "-m", "launcher.ops.compile", name]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=_environment())
+    try:
+        while True:
+            try:
+                return process.wait(timeout=_SAY_EVERY_S)
+            except subprocess.TimeoutExpired:
+                seconds = time.monotonic() - started
+                if seconds > limit_s:
+                    return None
+                say(f"building {name}, {seconds:.0f} s so far, limit {limit_s:.0f} s")
+    finally:
+        if process.poll() is None:
+            _stop_tree(process)
+            clear_stale_lock(lock(name), say=say)
+
+
+def _stop_tree(process: subprocess.Popen[bytes]) -> None:
+    """End the process and the compilers below it."""
+    import psutil
+
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+    psutil.wait_procs(family, timeout=10)
+
+
+def _environment() -> dict[str, str]:
+    cores, memory = os.cpu_count() or 1, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    jobs = max(1, min(cores, memory // _JOB_BYTES))
+    return {
+        "MAX_JOBS": str(jobs),
+        **os.environ,
+        "TORCH_EXTENSIONS_DIR": str(ops_folder()),
+        "PATH": path_with_ninja(),
+    }
+
+
+def path_with_ninja() -> str:
+    """Return PATH with this interpreter's folder, where pip puts ninja even when the environment is not activated."""
+    path = os.environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=path):
+        return path
+    return os.pathsep.join([str(Path(sys.executable).parent), path])
+
+
+def _reason(name: str, output: str) -> tuple[str, str]:
+    """Return why a build failed and what would help."""
+    if name == "async_io" and "not being compatible" in output:
+        return "libaio's headers are not installed", "apt-get install libaio-dev"
+    if "Python.h" in output:
+        return "Python's headers are not installed", "apt-get install python3-dev"
+    if "ninja" in output and "not being installed" in output:
+        return "ninja is not installed", "pip install ninja"
+    lines = [line.strip() for line in output.splitlines() if "error" in line.lower()]
+    return (lines[0] if lines else "the compiler failed"), "mend that, or set optimizer.implementation=torch"

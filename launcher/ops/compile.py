@@ -1,0 +1,25 @@
+"""``python -m launcher.ops.compile NAME``: compile and load one operator, in a process of its own."""
+
+from __future__ import annotations
+
+import sys
+
+BUILDERS = {
+    "async_io": "AsyncIOBuilder",
+    "cpu_adam": "CPUAdamBuilder",
+    "deepspeed_shm_comm": "ShareMemCommBuilder",
+    "fused_adam": "FusedAdamBuilder",
+    "pin_memory": "PinMemoryBuilder",
+}
+"""DeepSpeed's builder of each operator this program can need."""
+
+
+def main(name: str) -> None:
+    """Build ``name`` unless it is up to date, and load it."""
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().create_op_builder(BUILDERS[name]).load(verbose=False)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

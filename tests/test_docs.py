@@ -1,0 +1,94 @@
+"""Every command in the documentation runs, and every line of output it shows is printed.
+
+A command stands in a ``console`` block behind ``$ ``. What follows it, up to the next one, is output: each line must
+be printed; ``…`` stands for anything left out. Commands that only look (plans, lists) are run here; of the others,
+``SLOW`` names the test that runs them.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+
+SLOW: dict[str, str] = {}
+"""Command to ``file::test`` that runs it, or does the same with other paths."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A command as a page shows it."""
+
+    page: str
+    command: str
+    output: tuple[str, ...]
+
+
+def examples() -> list[Example]:
+    found: list[Example] = []
+    for page in PAGES:
+        for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for entry in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+                command, *output = entry.splitlines()
+                command = command.partition("  #")[0].strip()
+                lines = tuple(line.strip() for line in output if line.strip() not in ("", "…"))
+                found.append(Example(page.name, command, lines))
+    return found
+
+
+def only_looks(command: str) -> bool:
+    words = shlex.split(command.split("|")[0])
+    program = words[:1] == ["launch"] or words[:3] == ["python", "-m", "launcher"]
+    looking = {"plan", "list", "show", "diff", "dry_run=true", "--help"}
+    return program and bool(looking.intersection(words))
+
+
+EXAMPLES = examples()
+
+
+@pytest.mark.parametrize(
+    "example", [e for e in EXAMPLES if only_looks(e.command)], ids=lambda e: f"{e.page}: {e.command}"
+)
+def test_command_prints_what_the_page_shows(example: Example, launch, tmp_path: Path) -> None:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ("bash", "-o", "pipefail", "-c", example.command)
+    printed = launch(command=command, env={"PATH": path}).expect(0).stdout
+    missing = set(example.output) - {line.strip() for line in printed.splitlines()}
+    assert not missing, f"not printed: {missing}\n{printed}"
+    assert not list(tmp_path.iterdir()), "a command that only looks has written something"
+
+
+@pytest.mark.parametrize("command", sorted({e.command for e in EXAMPLES if not only_looks(e.command)}))
+def test_slow_command_has_a_test(command: str) -> None:
+    assert command in SLOW, "name the test that runs it in SLOW"
+
+
+@pytest.mark.parametrize(("command", "test"), SLOW.items())
+def test_named_test_exists(command: str, test: str) -> None:
+    assert command in {example.command for example in EXAMPLES}, "no page shows it any more"
+    file, _, name = test.partition("::")
+    tree = ast.parse((REPOSITORY / "tests" / file).read_text())
+    assert name in {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if not target.startswith(("http://", "https://")):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_code_words_that_look_like_files_exist() -> None:
+    """A path in backticks that starts in one of our folders is a file or folder."""
+    for page in PAGES:
+        for word in re.findall(r"`((?:launcher|conf|scripts|tests|docs)/[\w./-]*)`", page.read_text()):
+            assert (REPOSITORY / word).exists(), f"{page.name} names {word}"

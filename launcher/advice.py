@@ -22,19 +22,19 @@ def _memory(hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
     if memory is None:
         yield "the model's sizes are known only once its files are there, so memory was not checked"
         return
-    state, remedy = memory.per_rank, "offload it, take a higher ZeRO stage, or more ranks"
+    state = memory.per_rank
     for host in hosts:
         needed = host_ram(host, state)
         if 0 < host.memory_bytes < needed:
             yield (
                 f"model state alone needs {bytes_text(needed)} of RAM on {host.name}, which has "
-                f"{bytes_text(host.memory_bytes)}: {remedy}"
+                f"{bytes_text(host.memory_bytes)}: parallel=zero_infinity keeps it on a disk"
             )
             return
         if 0 < host.device_bytes < state.device:
             yield (
                 f"model state alone needs {bytes_text(state.device)} of each GPU of {host.name}, which has "
-                f"{bytes_text(host.device_bytes)}: {remedy}"
+                f"{bytes_text(host.device_bytes)}: take a higher ZeRO stage, offload, or more GPUs"
             )
             return
 

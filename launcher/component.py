@@ -19,6 +19,9 @@ class Component:
     kind: ClassVar[str]
     """The value of the ``kind`` key that chooses this class."""
 
+    headline: ClassVar[tuple[str, ...]] = ()
+    """Fields that plans show even where they hold their default."""
+
     def __post_init__(self) -> None:
         problems = list(self.problems())
         if problems:

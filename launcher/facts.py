@@ -1,20 +1,36 @@
-"""What the planner must know of the machine that plans, found before it and given to it as a value."""
+"""What the planner must know of the machine that plans: found before it, and given to it as a value."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launcher.config import Run
+from launcher.plan import Host
 
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """Answers of the file system and the environment."""
 
-    ops_folder: str
-    """Where DeepSpeed's native ops of this environment are built."""
+    environ: Mapping[str, str] = field(repr=False)
+    """What ranks and trackers inherit. It holds secrets: nothing of it goes into a plan but what a tracker says."""
+    home: Path
+    """The user's home, where trackers keep credentials."""
+    ops_folder: str = ""
+    """Where DeepSpeed's native ops of this environment are built; empty when the run has no use for it."""
     missing_ops: tuple[str, ...] = ()
-    """Native ops the run wants and that are not built yet."""
+    """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 
 
-def gather() -> Facts:
-    """Return the facts of this machine."""
-    return Facts(ops_folder="")
+def gather(run: Run, host: Host) -> Facts:
+    """Return the facts of this machine, ``host``."""
+    environ, home = dict(os.environ), Path.home()
+    if "deepspeed" not in (run.parallel.engine, run.backend.agent):
+        return Facts(environ=environ, home=home)
+    from launcher.ops.folder import missing, ops_folder  # reads package versions, which takes its time
+
+    ops = run.parallel.native_ops(run.optimizer, on_gpu=bool(host.devices))
+    return Facts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing(ops))

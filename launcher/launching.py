@@ -52,8 +52,9 @@ def prepare(composed: Composed) -> Prepared:
     mistakes = list(preflight(run, folder))
     port = free_port() if run.backend.port == "auto" else run.backend.port
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
+    host = this_machine(run.backend)
     try:
-        plan = make_plan(run, [this_machine(run.backend)], identity, gather())
+        plan = make_plan(run, [host], identity, gather(run, host))
     except ConfigErrors as several:
         raise ConfigErrors([*mistakes, *several.errors]) from several
     if mistakes:
@@ -90,7 +91,8 @@ def _submit(prepared: Prepared) -> int:
 def _on_port(prepared: Prepared, port: int) -> Plan:
     plan = prepared.plan
     identity = Identity(run_id=plan.run_id, run_dir=plan.run_dir, run_hash=plan.run_hash, port=port)
-    return make_plan(prepared.run, [host.host for host in plan.hosts], identity, gather())
+    hosts = [host.host for host in plan.hosts]
+    return make_plan(prepared.run, hosts, identity, gather(prepared.run, hosts[0]))
 
 
 def _run_id_in(folder: str) -> str | None:

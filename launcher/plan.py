@@ -147,8 +147,8 @@ class Plan:
     work: Work
     memory: Memory | None
     """``None`` when the model's sizes are only known once it is downloaded."""
-    deepspeed: dict[str, Any] | None
-    """The configuration DeepSpeed gets; ``None`` on other engines."""
+    engine_config: dict[str, Any] | None
+    """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
     tracker: TrackerPlan
     files: tuple[str, ...]
     """What the run will write, relative to the run directory."""

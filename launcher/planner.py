@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from launcher import checks
 from launcher.advice import warnings_of
@@ -14,10 +14,11 @@ from launcher.env import Place, environment
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import Facts
 from launcher.memory import model_state
-from launcher.parallel.zero import Zero
 from launcher.plan import Command, Host, HostPlan, Identity, Plan, TrackerPlan, What, Work
 from launcher.topology import degrees, first_ranks, rank_places
-from launcher.wording import component_text
+from launcher.wording import component_text, times
+
+T = TypeVar("T")
 
 
 def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts) -> Plan:
@@ -34,11 +35,11 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     """
     world_size = sum(host.slots for host in hosts)
     mistakes = list(checks.refusals(run, hosts))
-    batch = _batch(run, world_size, mistakes)
-    if mistakes or batch is None:
+    batch = _collected(lambda: _solve(run, world_size), mistakes)
+    tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
+    if batch is None or tracker is None or mistakes:
         raise ConfigErrors(mistakes)
     memory = model_state(run, hosts)
-    tracker = TrackerPlan(kind="local", mode="local", reason="nothing else is configured", run_id=identity.run_id)
     tokens = batch.global_ * run.job.sequence_length
     return Plan(
         run_id=identity.run_id,
@@ -54,7 +55,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
         work=Work(batch=batch, steps=run.job.steps, tokens_per_step=tokens, total_tokens=tokens * run.job.steps),
         memory=memory,
-        deepspeed=_deepspeed(run, batch),
+        engine_config=run.parallel.engine_config(
+            batch=batch, clip_norm=run.job.clip_norm, optimizer=run.optimizer, precision=run.precision
+        ),
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
@@ -64,32 +67,26 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     )
 
 
-def _batch(run: Run, world_size: int, mistakes: list[ConfigError]) -> Batch | None:
-    job = run.job
+def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
+    """Return what ``make`` returns; keep what it refuses for the end, so that all refusals are told together."""
     try:
-        return solve_batch(
-            micro=job.micro_batch,
-            global_=job.global_batch,
-            accumulation=job.accumulation,
-            data_parallel=run.parallel.data_parallel(world_size),
-        )
+        return make()
     except ConfigError as error:
         mistakes.append(error)
         return None
 
 
-def _deepspeed(run: Run, batch: Batch) -> dict[str, Any] | None:
-    """Return what DeepSpeed is configured with, provided that every native op is built."""
-    zero = run.parallel
-    if not isinstance(zero, Zero):
-        return None
-    return zero.ds_config(
-        batch=batch,
-        clip_norm=run.job.clip_norm,
-        optimizer=run.optimizer,
-        precision=run.precision,
-        native_adam=zero.wants_native_adam(run.optimizer),
+def _solve(run: Run, world_size: int) -> Batch:
+    return solve_batch(
+        micro=run.job.micro_batch,
+        global_=run.job.global_batch,
+        accumulation=run.job.accumulation,
+        data_parallel=run.parallel.data_parallel(world_size),
     )
+
+
+def _tracker(run: Run, identity: Identity, facts: Facts) -> TrackerPlan:
+    return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
 
 
 def _what(run: Run) -> What:
@@ -117,17 +114,17 @@ def _host_plans(
         yield HostPlan(
             host=host,
             first_rank=first,
-            prepare=tuple(_prepare(host, facts)),
+            prepare=tuple(_prepare(host, facts, env)),
             start=Command(argv=argv, env=env),
             sidecars=tuple(_sidecars(host, identity, tracker)) if number == 0 else (),
         )
 
 
-def _prepare(host: Host, facts: Facts) -> Iterator[Command]:
-    """Yield one command that builds DeepSpeed's missing native ops, one after the other."""
+def _prepare(host: Host, facts: Facts, env: Mapping[str, str]) -> Iterator[Command]:
+    """Yield the command that builds DeepSpeed's missing native ops, for the device and folder the ranks will use."""
     if facts.missing_ops:
-        argv = (host.python, "-m", "launcher.ops", *facts.missing_ops)
-        yield Command(argv=argv, env={"TORCH_EXTENSIONS_DIR": facts.ops_folder})
+        needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")}
+        yield Command(argv=(host.python, "-m", "launcher.ops", *facts.missing_ops), env=needed)
 
 
 def _sidecars(host: Host, identity: Identity, tracker: TrackerPlan) -> Iterator[Command]:
@@ -142,8 +139,7 @@ def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[st
     if run.job.sample_tokens:
         yield "sample.txt"
     yield "failure.json (if a rank fails)"
-    world_size = sum(host.slots for host in hosts)
-    yield f"logs/{hosts[0].name}.0.log … one for each of {world_size} ranks"
+    yield f"logs/<host>.<rank>.log, {times(sum(host.slots for host in hosts), 'rank')}"
     if run.checkpoint.every or run.checkpoint.at_end:
         yield "checkpoints/step_<n>/"
     if tracker.kind == "wandb" and tracker.mode != "disabled":

@@ -24,7 +24,7 @@ def render(plan: Plan) -> str:
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
         f"Files in {plan.run_dir}": plan.files,
-        "DeepSpeed configuration": _deepspeed(plan),
+        f"Configuration of {plan.what.engine}": _engine_config(plan),
         "Tracker": _tracker(plan),
         "Warnings": plan.warnings,
     }
@@ -84,7 +84,7 @@ def _ranks(plan: Plan, groups: Sequence[Group]) -> Iterator[str]:
         each = "each " if group.size > 1 else ""
         room = f"{each}{times(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
         ranks = f"ranks {group.first.first_rank}-{last.first_rank + last.host.slots - 1}"
-        yield _row("", f"{ranks} on {group.name}: {devices}, {room}")
+        yield _row("place", f"{ranks} on {group.name}: {devices}, {room}")
 
 
 def _commands(groups: Sequence[Group]) -> Iterator[str]:
@@ -103,9 +103,9 @@ def _commands(groups: Sequence[Group]) -> Iterator[str]:
             yield from (f"  {line}" for line in paste(command))
 
 
-def _deepspeed(plan: Plan) -> Iterator[str]:
-    if plan.deepspeed is not None:
-        yield from json.dumps(plan.deepspeed, indent=2, ensure_ascii=False).splitlines()
+def _engine_config(plan: Plan) -> Iterator[str]:
+    if plan.engine_config is not None:
+        yield from json.dumps(plan.engine_config, indent=2, ensure_ascii=False).splitlines()
 
 
 def _tracker(plan: Plan) -> Iterator[str]:

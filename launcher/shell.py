@@ -13,8 +13,19 @@ _WIDTH = 100
 def paste(command: Command) -> list[str]:
     """Return the lines of one shell command: its variables, then its argv, joined by backslashes."""
     words = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
-    lines = _wrap(words) + _wrap([shlex.quote(word) for word in command.argv])
+    lines = _wrap(words) + _wrap(_with_flags([shlex.quote(word) for word in command.argv]))
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _with_flags(words: Sequence[str]) -> list[str]:
+    """Return ``words`` with every flag and its value in one piece, so that no line ends between them."""
+    pieces: list[str] = []
+    for word in words:
+        if pieces and pieces[-1].startswith("-") and " " not in pieces[-1] and not word.startswith("-"):
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    return pieces
 
 
 def _wrap(words: Sequence[str]) -> list[str]:

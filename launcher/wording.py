@@ -24,23 +24,24 @@ def times(count: int, noun: str) -> str:
 
 
 def component_text(component: Component) -> str:
-    """Return a component's kind and whatever differs from its defaults (``cosine warmup_steps=10``)."""
+    """Return a component's kind, its headline, and what differs from its defaults (``cosine warmup_steps=10``)."""
     usual = defaults(type(component))
     words = [component.kind]
     for field in dataclasses.fields(component):
         value = to_tree(getattr(component, field.name))
-        if field.name not in usual or usual[field.name] != value:
-            words.append(f"{field.name}={_value_text(value)}")
+        if field.name in component.headline or field.name not in usual or usual[field.name] != value:
+            words.append(f"{field.name}={value_text(value)}")
     return " ".join(words)
 
 
-def _value_text(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return a plain value as one types it in an override."""
     if isinstance(value, bool) or value is None:
         return str(value).lower().replace("none", "null")
     if isinstance(value, int) and abs(value) >= 10_000:
         return f"{value:_}"
     if isinstance(value, list):
-        return f"[{','.join(map(_value_text, value))}]"
+        return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{key}: {_value_text(item)}' for key, item in value.items())}}}"
+        return f"{{{','.join(f'{key}: {value_text(item)}' for key, item in value.items())}}}"
     return str(value)

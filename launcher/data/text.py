@@ -13,6 +13,7 @@ class Text(Corpus):
     """Text files, or Python's own documentation, which every CPython carries."""
 
     kind: ClassVar[str] = "text"
+    headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer", "vocab_size")
 
     path: tuple[str, ...] | str = "python-docs"
     """Files or globs; ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""

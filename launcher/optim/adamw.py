@@ -16,6 +16,7 @@ class AdamW(Component):
 
     group: ClassVar[str] = "optimizer"
     kind: ClassVar[str] = "adamw"
+    headline: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
 
     lr: float = 5e-4
     """Peak learning rate; the schedule multiplies it."""

@@ -24,6 +24,7 @@ class Zero(Parallel):
 
     kind: ClassVar[str] = "zero"
     engine: ClassVar[Literal["torch", "deepspeed"]] = "deepspeed"
+    headline: ClassVar[tuple[str, ...]] = ("stage",)
     payload_options: ClassVar[tuple[str, ...]] = (
         "stage",
         "offload_optimizer",

@@ -1,0 +1,103 @@
+"""``launch list``: groups, their options, and what each key means."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.commandline import parse_command_line
+from launcher.component import Component
+from launcher.compose import conf_folder, groups
+from launcher.config import KINDS, RunOptions, component_class
+from launcher.docs_of import field_docs, title_of
+from launcher.errors import ConfigError
+from launcher.schema import defaults, describe, field_types
+from launcher.suggest import did_you_mean
+from launcher.table import table
+from launcher.wording import value_text
+
+HELP = """\
+launch list [GROUP[/OPTION]]: what can be configured.
+
+  launch list                   groups and their options
+  launch list exp               experiments, one line each
+  launch list parallel          options of a group, then its keys with type, default and meaning
+  launch list parallel/zero3    one option: its keys with the values it gives them
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print groups, options or keys."""
+    line = parse_command_line(arguments)
+    if line.help:
+        print(HELP)
+        return 0
+    known = groups(line.config_dir)
+    width = shutil.get_terminal_size((120, 24)).columns
+    if not line.words:
+        print("\n".join(_overview(known, width)))
+    for word in line.words:
+        group, _, option = word.partition("/")
+        if group not in (*known, "run"):
+            raise ConfigError(group, why="no such group", fix=did_you_mean(group, [*known, "run"]))
+        if option and option not in known.get(group, []):
+            raise ConfigError(word, why="no such option", fix=did_you_mean(option, known.get(group, [])))
+        folders = [folder for folder in (line.config_dir, conf_folder()) if folder is not None]
+        lines = _one(group, option, folders, width) if option else _all(group, known, folders, width)
+        print("\n".join(lines))
+    return 0
+
+
+def _overview(known: dict[str, list[str]], width: int) -> Iterator[str]:
+    yield from table([(group, ", ".join(options)) for group, options in known.items()], width=width)
+    yield ""
+    yield "launch list GROUP explains one; launch list GROUP/OPTION shows its values"
+
+
+def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width: int) -> Iterator[str]:
+    rows = [(option, _comment(_file(group, option, folders))) for option in known.get(group, [])]
+    yield from table(rows, width=width)
+    kinds = KINDS.get(group, {})
+    classes: list[type] = [RunOptions] if group == "run" else [component_class(group, kind) for kind in kinds]
+    for number, cls in enumerate(classes):
+        if rows or number:
+            yield ""
+        kind = f"kind {cls.kind}: " if issubclass(cls, Component) and len(classes) > 1 else ""
+        yield kind + title_of(cls)
+        yield from _keys(group, cls, {name: value_text(value) for name, value in defaults(cls).items()}, width)
+
+
+def _one(group: str, option: str, folders: Sequence[Path], width: int) -> Iterator[str]:
+    file = _file(group, option, folders)
+    yield f"{group}/{option}: {_comment(file)}"
+    given: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if given.get("kind") not in KINDS.get(group, {}) or "defaults" in given:  # exp, sweep, or built on other options
+        yield file.read_text(encoding="utf-8").rstrip()
+        return
+    cls = component_class(group, given.pop("kind"))
+    shown = {name: value_text(value) for name, value in defaults(cls).items()}
+    shown |= {name: f"{value_text(value)} *" for name, value in given.items()}
+    yield from _keys(group, cls, shown, width)
+    yield "* set by this option; everything else is a default"
+
+
+def _keys(group: str, cls: type, values: dict[str, str], width: int) -> Iterator[str]:
+    docs, types = field_docs(cls), field_types(cls)
+    rows = [(f"{group}.{name}", values.get(name, "needed"), describe(types[name]), docs[name]) for name in types]
+    yield from table(rows, indent="  ", width=width)
+
+
+def _file(group: str, option: str, folders: Sequence[Path]) -> Path:
+    return next(file for folder in folders if (file := folder / group / f"{option}.yaml").is_file())
+
+
+def _comment(file: Path) -> str:
+    """Return the first comment of a YAML file that is not a directive of Hydra's."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").rstrip()
+    return ""

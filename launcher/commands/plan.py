@@ -1,0 +1,39 @@
+"""``launch plan``: what a run would do, as text or JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from launcher.commandline import parse_command_line
+from launcher.compose import compose
+from launcher.launching import prepare
+from launcher.render import render
+from launcher.schema import to_tree
+
+HELP = """\
+launch plan [OVERRIDES] [--json]: print what a run would do, and start nothing.
+
+  launch plan                                   the default run
+  launch plan +exp=zero3_gpt2xl                 an experiment; the same as launch +exp=zero3_gpt2xl dry_run=true
+  launch plan +exp=zero3_gpt2xl backend.ranks=1 with an option changed
+  launch plan +exp=zero3_gpt2xl --json          everything, as plan.json holds it
+
+Every check is made that a run makes before it starts. Nothing is written.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a plan, or the runs of a sweep."""
+    line = parse_command_line(arguments)
+    if line.help:
+        print(HELP)
+        return 0
+    composed = compose(line.words, config_dir=line.config_dir, sweeping=line.multirun)
+    if line.multirun or composed.sweep is not None:
+        from launcher.commands.sweep import run as sweep
+
+        return sweep([*arguments, "dry_run=true"])
+    plan = prepare(composed).plan
+    print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False) if line.json else render(plan), end="")
+    return 0

@@ -1,0 +1,35 @@
+"""``launch show``: the whole configuration of an experiment or a run."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+
+import yaml
+
+from launcher.commandline import parse_command_line
+from launcher.subject import resolved_tree
+
+HELP = """\
+launch show EXP [OVERRIDES] [--json]: print the whole configuration, every value resolved.
+
+  launch show zero3_gpt2xl                an experiment
+  launch show default model=gpt2          the default run with another model
+  launch show runs/gpt2_tiny/20260101-…   what a run was started with
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a resolved configuration as YAML or JSON."""
+    line = parse_command_line(arguments)
+    if line.help or not line.words:
+        print(HELP)
+        return 0 if line.help else 2
+    subject = line.words[0] if len(line.words) == 1 else shlex.join(line.words)
+    tree = resolved_tree(subject, config_dir=line.config_dir)
+    if line.json:
+        print(json.dumps(tree, indent=2, ensure_ascii=False))
+    else:
+        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+    return 0

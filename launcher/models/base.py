@@ -1,14 +1,18 @@
-"""What every model configuration answers without importing torch."""
+"""What every model configuration answers, first without importing torch, then on a rank."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class Model(Component):
     """A causal language model, built from a configuration or loaded from weights."""
 
     group: ClassVar[str] = "model"
+    headline: ClassVar[tuple[str, ...]] = ("weights",)
 
     name: str
     """What the model is called in plans, results and W&B; for ``hf``, the hub name or local folder."""
@@ -53,4 +58,27 @@ class Model(Component):
 
     def preflight(self) -> Iterator[ConfigError]:
         """Yield what the file system says against this model, without importing torch."""
-        yield from ()
+        if self.weights not in ("random", "pretrained"):
+            from launcher.models.weights import folder_problems
+
+            yield from folder_problems("model.weights", self.weights, architecture=self.architecture())
+
+    @abstractmethod
+    def transformers_config(self) -> PreTrainedConfig:
+        """Return the configuration to build from. Rank side: imports Transformers."""
+
+    @abstractmethod
+    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
+        """Return the local folder that holds config, tokenizer and, if it has any, pretrained weights.
+
+        Rank side. Downloads or converts what is missing, once per machine; ``beat`` is called meanwhile.
+
+        Raises:
+            EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
+        """
+
+    def weights_folder(self, *, beat: Callable[[], None]) -> Path | None:
+        """Return the folder to load weights from, ``None`` for random ones. Rank side."""
+        if self.weights == "random":
+            return None
+        return self.pretrained_folder(beat=beat) if self.weights == "pretrained" else Path(self.weights).expanduser()

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.models.base import Model, Shape
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config
+
+_PUBLISHED = {
+    (12, 12, 768): "openai-community/gpt2",
+    (24, 16, 1024): "openai-community/gpt2-medium",
+    (36, 20, 1280): "openai-community/gpt2-large",
+    (48, 25, 1600): "openai-community/gpt2-xl",
+}
+"""Hub names of the published weights by layers, heads and width."""
+
+_VOCAB_SIZE = 50257
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +42,7 @@ class Gpt2(Model):
     context: int = 1024
     """Learned positions, so the longest sequence."""
 
-    vocab_size: int = 50257
+    vocab_size: int = _VOCAB_SIZE
     """Rows of the embedding; the tokenizer may use fewer."""
 
     dropout: float = 0.0
@@ -42,6 +56,8 @@ class Gpt2(Model):
             yield self.refuse("width", f"is not a multiple of model.heads={self.heads}", f"set model.width={better}")
         if not 0 <= self.dropout < 1:
             yield self.refuse("dropout", "must be at least 0 and below 1", "set model.dropout=0")
+        if self.weights == "pretrained" and self._hub_name() is None:
+            yield self.refuse("weights", "no weights of this size were ever published", "set model.weights=random")
 
     def shape(self) -> Shape:
         """Return the sizes; the output projection is the token embedding, counted once."""
@@ -62,3 +78,33 @@ class Gpt2(Model):
         """Return the sizes that decide every parameter's shape."""
         names = ("layers", "heads", "width", "context", "vocab_size")
         return {"family": self.kind, **{name: getattr(self, name) for name in names}}
+
+    def transformers_config(self) -> GPT2Config:
+        """Return the configuration; GPT-2's end-of-text token exists only in its own vocabulary."""
+        from transformers import GPT2Config
+
+        end = _VOCAB_SIZE - 1 if self.vocab_size >= _VOCAB_SIZE else None
+        return GPT2Config(
+            n_layer=self.layers,
+            n_head=self.heads,
+            n_embd=self.width,
+            n_positions=self.context,
+            vocab_size=self.vocab_size,
+            resid_pdrop=self.dropout,
+            embd_pdrop=self.dropout,
+            attn_pdrop=self.dropout,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
+        """Return the folder of the published model of this size, fetched from the hub where need be."""
+        from launcher.models.hub import fetch
+
+        beat()
+        return fetch(self._hub_name() or _PUBLISHED[12, 12, 768])  # every size has the same tokenizer
+
+    def _hub_name(self) -> str | None:
+        if (self.context, self.vocab_size) != (1024, _VOCAB_SIZE):
+            return None
+        return _PUBLISHED.get((self.layers, self.heads, self.width))

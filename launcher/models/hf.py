@@ -1,0 +1,96 @@
+"""Any causal language model that Transformers knows, from the hub or a local folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.errors import ConfigError
+from launcher.models.base import Model, Shape
+from launcher.models.families import Sizes, sizes_of
+from launcher.models.hub import cached_folder
+from launcher.models.weights import folder_problems, read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hf(Model):
+    """``model.name`` is a hub name (``org/model``) or a local folder. Code shipped with a model is never run."""
+
+    kind: ClassVar[str] = "hf"
+
+    weights: str = "pretrained"
+    """``pretrained``, ``random`` for the same architecture untrained, or another local folder of safetensors."""
+
+    def shape(self) -> Shape | None:
+        """Return the sizes where a config is on this machine and of a family that is known exactly."""
+        sizes = self._sizes()
+        return sizes.shape() if sizes else None
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape, or the name where they are not known."""
+        sizes = self._sizes()
+        return sizes.architecture() if sizes else {"family": "hf", "name": self.name}
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a local folder that is missing or holds no model, and names that can be neither."""
+        if self._is_local():
+            yield from self._local_problems()
+        elif self.name.count("/") > 1 or not self.name.strip():
+            fix = "set model.name=org/model, or an existing local folder"
+            yield self.refuse("name", "is neither a local folder nor a hub name", fix)
+        if self.weights not in ("random", "pretrained"):
+            sizes = self._sizes()
+            architecture = sizes.architecture() if sizes else None
+            yield from folder_problems("model.weights", self.weights, architecture=architecture)
+
+    def transformers_config(self) -> PreTrainedConfig:
+        """Return the configuration that the folder or the hub gives.
+
+        Raises:
+            ConfigError: Transformers cannot read it, or it would need code that the model ships.
+        """
+        from transformers import AutoConfig
+
+        folder = self.pretrained_folder(beat=lambda: None)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, KeyError, OSError) as error:
+            first = str(error).strip().split("\n")[0]
+            fix = "choose a model whose code is part of the installed Transformers"
+            raise self.refuse("name", f"Transformers cannot read its configuration: {first}", fix) from error
+
+    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
+        """Return the local folder, or the hub's, fetched where need be."""
+        if self._is_local():
+            return Path(self.name).expanduser()
+        from launcher.models.hub import fetch
+
+        beat()
+        return fetch(self.name)
+
+    def _is_local(self) -> bool:
+        return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or Path(self.name).is_dir()
+
+    def _sizes(self) -> Sizes | None:
+        folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)
+        if folder is None:
+            return None
+        try:
+            return sizes_of(read_config(folder))
+        except (OSError, ValueError):  # preflight says so
+            return None
+
+    def _local_problems(self) -> Iterator[ConfigError]:
+        if self.weights == "pretrained":
+            for problem in folder_problems("model.name", self.name, architecture=None):
+                yield self.refuse("name", problem.why, "give a folder that save_pretrained wrote, or a hub name")
+            return
+        try:
+            read_config(Path(self.name).expanduser())
+        except (OSError, ValueError) as error:
+            yield self.refuse("name", f"has no readable config.json: {error}", "give a model folder or a hub name")

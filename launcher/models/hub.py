@@ -1,0 +1,55 @@
+"""The Hugging Face hub: models that are already in its local cache, and fetching those that are not."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launcher.errors import ConfigError, EnvironmentProblem
+
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
+
+
+def cached_folder(name: str) -> Path | None:
+    """Return the folder of a hub model in the local cache, ``None`` when it was never fetched. Stdlib only."""
+    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface")
+    root = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    repository = root / f"models--{name.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
+    folder = repository / "snapshots" / commit
+    return folder if folder.is_dir() else None
+
+
+def fetch(name: str) -> Path:
+    """Return the local folder of a hub model, after fetching what is missing: safetensors, JSON and tokenizer files.
+
+    Several processes may call this at once; the hub's own locks let one fetch each file.
+
+    Raises:
+        ConfigError: the hub has no such model, or it needs a login.
+        EnvironmentProblem: the hub cannot be reached and the model is not in the local cache.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+    except (HFValidationError, RepositoryNotFoundError) as error:
+        why = "the hub shows no such model, or only to those logged in"
+        fix = "check the name, give a local folder, or log in with `hf auth login`"
+        raise ConfigError("model.name", name, why=why, fix=fix) from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise EnvironmentProblem(
+            f"model weights of {name} are not in the local cache and the hub cannot be reached "
+            f"({type(error).__name__}); set model.weights=random, or fetch them where there is a network with "
+            f"`hf download {name}` and set model.weights=<that folder>"
+        ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -67,9 +68,7 @@ def _points(metrics: Path, name: str) -> list[tuple[int, float]]:
 
 
 def _running_mean(values: Sequence[float], *, window: int) -> list[float]:
-    """Return the mean of up to ``window`` values that end at each one."""
-    means, total = [], 0.0
-    for index, value in enumerate(values):
-        total += value - (values[index - window] if index >= window else 0.0)
-        means.append(total / min(index + 1, window))
-    return means
+    """Return the mean of the values at most half a ``window`` away from each one."""
+    sums, half = [0.0, *itertools.accumulate(values)], window // 2
+    ends = ((max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values)))
+    return [(sums[end] - sums[start]) / (end - start) for start, end in ends]

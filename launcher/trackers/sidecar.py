@@ -1,0 +1,112 @@
+"""``python -m launcher.trackers.sidecar RUN_DIR``: carries metrics.jsonl to W&B, beside the ranks.
+
+A process of its own, started by the agent of rank 0's host: whatever W&B does, training neither waits nor fails, and
+whichever rank dies, what it wrote is sent. It costs nothing until the first metrics arrive, then runs at low priority.
+Stdin brings ``{"exit_code": N}`` when the run is over; signals meant for the run are ignored, so that the end is told.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config import Run
+from launcher.files import read_json, write_json
+from launcher.plan import Plan, plan_from_json
+from launcher.rundir import RunDir
+from launcher.snapshot import load_run
+from launcher.trackers.orders import Orders
+from launcher.trackers.tail import Tail
+
+if TYPE_CHECKING:
+    from launcher.trackers.wandb_run import WandbRun
+
+FINISH_S = 30.0
+"""Longest wait for an upload once the run is over."""
+ORPHAN_S = 5.0
+"""The same when the launcher is gone: then everything of the run goes."""
+
+_POLL_S = 0.5
+_NICENESS = 10
+
+
+def main(folder: Path) -> None:
+    """Follow the run in ``folder`` to its end."""
+    started = time.time()
+    os.nice(_NICENESS)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
+    orders = Orders(finish_s=FINISH_S, orphan_s=ORPHAN_S)
+    orders.start()
+    run_dir = RunDir(folder)
+    run, plan = load_run(run_dir.snapshot), plan_from_json(read_json(run_dir.plan))
+    wait_for_metrics(run_dir, orders, since=started)
+    follow(run_dir, run, plan, orders)
+
+
+def wait_for_metrics(run_dir: RunDir, orders: Orders, *, since: float) -> None:
+    """Return at the first line written after ``since``, or when the run is over without one.
+
+    A resumed run takes back the lines it will write again just before that: until then they may not be sent.
+    """
+    tail = Tail(run_dir.metrics, after=since)
+    while not tail.read() and not orders.wait(_POLL_S):
+        pass
+
+
+def follow(run_dir: RunDir, run: Run, plan: Plan, orders: Orders) -> None:
+    """Send lines as they come, then how the run ended."""
+    tracked, online = open_run(run_dir, run, plan)
+    sent = run_dir.tracker / "sent.json"
+    tail = Tail(run_dir.metrics, after=_sent_until(sent, plan.tracker.run_id) if online else 0.0)
+    over = False
+    while not over:
+        over = orders.wait(_POLL_S)  # first: what was written before the end is read after it
+        lines = tail.read()
+        for line in lines:
+            tracked.log(line)
+        if lines and online:
+            write_json(sent, {"run_id": plan.tracker.run_id, "time": tail.last_time})
+    tracked.finish(orders.exit_code)
+
+
+def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
+    """Return the W&B run, and whether it is online: without an answer from the server it is kept offline."""
+    run_dir.tracker.mkdir(exist_ok=True)
+    os.environ.update(WANDB_DIR=str(run_dir.path), WANDB_ERROR_REPORTING="false")  # no settings but ours, no reports
+    import wandb
+
+    from launcher.trackers.wandb_run import WandbRun, unreachable
+
+    if plan.tracker.mode == "online":
+        trouble = unreachable(os.environ, Path.home())
+        try:
+            if trouble is None:
+                tracked = WandbRun(run_dir, run, plan, online=True)
+                print(f"W&B: {tracked.place}", flush=True)
+                return tracked, True
+        except wandb.Error as error:
+            trouble = str(error).splitlines()[0]
+            wandb.teardown()
+        print(f"W&B cannot be reached ({trouble}): this run is kept offline", flush=True)
+    tracked = WandbRun(run_dir, run, plan, online=False)
+    print(f"W&B: {tracked.place}", flush=True)
+    return tracked, False
+
+
+def _sent_until(sent: Path, run_id: str) -> float:
+    """Return the time of the last line that an earlier life of this run sent to the server."""
+    try:
+        record = json.loads(sent.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return 0.0
+    return float(record["time"]) if record["run_id"] == run_id else 0.0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv.pop()))  # W&B records what is left of the arguments

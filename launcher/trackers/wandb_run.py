@@ -1,0 +1,122 @@
+"""One W&B run: how it is opened, fed with lines of metrics.jsonl, and ended. Imports wandb: sidecar only."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import wandb
+
+import launcher
+from launcher.config import Run, run_to_tree
+from launcher.plan import Plan
+from launcher.results import fold_metrics
+from launcher.rundir import RunDir
+from launcher.trackers.redact import redact
+from launcher.trackers.revision import find_revision
+from launcher.trackers.wandb_key import find_credentials
+
+_FLUSH_S = 0.5
+_INIT_TIMEOUT_S = 30
+_CONNECT_TIMEOUT_S = 5.0
+
+
+class WandbRun:
+    """A W&B run that is open until ``finish``.
+
+    Args:
+        run_dir: of the run; W&B keeps its files in ``wandb/`` below it.
+        run: the resolved configuration.
+        plan: the plan, with the W&B run id.
+        online: whether to talk to the server; else everything is kept for ``wandb sync``.
+
+    Raises:
+        wandb.Error: the server refused, or did not answer in time.
+    """
+
+    def __init__(self, run_dir: RunDir, run: Run, plan: Plan, *, online: bool) -> None:
+        self._run_dir, self._online = run_dir, online
+        self._wandb = wandb.init(
+            id=plan.tracker.run_id,
+            name=plan.run_id,
+            project=plan.tracker.project,
+            entity=getattr(run.tracker, "entity", None),
+            group=plan.tracker.group,
+            tags=list(getattr(run.tracker, "tags", ())),
+            job_type=plan.job,
+            dir=run_dir.path,
+            mode="online" if online else "offline",
+            resume="allow" if online else None,
+            config=redact(_config(run, plan), os.environ),
+            settings=_settings(),
+        )
+        self._wandb.define_metric("train/step")
+        self._wandb.define_metric("*", step_metric="train/step")
+
+    @property
+    def place(self) -> str:
+        """Where a person finds the run: a URL, or what to type to upload it."""
+        if self._online:
+            return str(self._wandb.url)
+        return f"`wandb sync {Path(self._wandb.dir).parent}` uploads this run"
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Send one line of metrics.jsonl, under the time at which it was written; null becomes NaN."""
+        values = {name: float("nan") if value is None else value for name, value in line.items() if name != "time"}
+        self._wandb.log({**values, "_timestamp": line["time"]})
+
+    def finish(self, exit_code: int) -> None:
+        """Add what the run left behind and close with its exit code; online, wait until all is sent."""
+        last = {name: value for name, value in fold_metrics(self._run_dir.metrics).items() if value is not None}
+        self._wandb.summary.update({**last, "exit_code": exit_code})
+        if self._run_dir.sample.exists():
+            self._wandb.summary["sample"] = self._run_dir.sample.read_text(encoding="utf-8")
+        if self._run_dir.curve.exists():
+            self._wandb.summary["loss_curve"] = wandb.Image(str(self._run_dir.curve))
+        self._wandb.finish(exit_code=exit_code)
+
+
+def unreachable(environ: Mapping[str, str], home: Path) -> str | None:
+    """Return why the W&B server cannot be reached, or ``None`` when it can or a proxy stands in between."""
+    server = urlsplit(find_credentials(environ, home).server)
+    if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
+        return None
+    port = server.port or (80 if server.scheme == "http" else 443)
+    try:
+        socket.create_connection((server.hostname or "", port), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return f"{server.netloc}: {error.strerror or error}"
+    return None
+
+
+def _settings() -> wandb.Settings:
+    """Return settings under which W&B records what we give it and nothing about how this process was started."""
+    return wandb.Settings(
+        console="off",
+        silent=True,
+        program="launcher",
+        disable_code=True,
+        disable_git=True,
+        save_code=False,
+        disable_job_creation=True,
+        init_timeout=_INIT_TIMEOUT_S,
+        x_save_requirements=False,
+        x_transaction_log_flush_interval=_FLUSH_S,
+    )
+
+
+def _config(run: Run, plan: Plan) -> dict[str, Any]:
+    revision = find_revision(Path(launcher.__file__).parent, Path.cwd())
+    return {
+        **run_to_tree(run),
+        "world_size": plan.world_size,
+        "run_dir": plan.run_dir,
+        "run_hash": plan.run_hash,
+        "launcher_version": launcher.__version__,
+        "git_commit": revision.commit if revision else None,
+        "git_dirty": revision.dirty if revision else None,
+    }

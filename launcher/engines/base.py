@@ -1,0 +1,84 @@
+"""What every engine does: take steps, measure loss, generate, save and load, on one rank among many."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Sequences of one forward pass of one rank."""
+
+    input_ids: Tensor
+    """int64, (sequences, tokens)."""
+    labels: Tensor
+    """int64, (sequences, tokens): the token after each input; -100 where none counts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """One optimiser step, the same on every rank."""
+
+    loss: float
+    """Mean over all tokens of the global batch, before the update, in nats."""
+    grad_norm: float | None
+    """Global L2 norm of the gradient before clipping; ``None`` where the step was skipped."""
+    tokens: int
+    """Tokens with a label in the global batch."""
+    skipped: bool = False
+    """The gradient was not finite, so the weights stay as they were; with fp16 the loss scale follows."""
+    nonfinite_ranks: tuple[int, ...] = ()
+    """Ranks whose own loss was not finite."""
+
+
+class Engine(ABC):
+    """A model with its optimiser, spread over ranks. Every method is called by all ranks together."""
+
+    device: torch.device
+    """Where this rank computes."""
+
+    module: nn.Module
+    """The model; under ZeRO-3 its parameters are empty outside of a forward pass."""
+
+    @abstractmethod
+    def step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+        """Take one optimiser step at the learning rate ``lr`` over this rank's share of the global batch."""
+
+    @abstractmethod
+    def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:
+        """Return the loss summed over this rank's tokens, and their number; nothing is learnt or drawn."""
+
+    @abstractmethod
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Return ``input_ids`` (sequences, tokens) with their greedy continuation; the same ids on every rank."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Write everything that ``load`` needs for the next step to come out the same, into an existing folder."""
+
+    @abstractmethod
+    def load(self, folder: Path) -> None:
+        """Continue from what ``save`` wrote.
+
+        Raises:
+            JobError: the folder does not hold this model and optimiser.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of processes, files and memory; the engine is of no use afterwards."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()

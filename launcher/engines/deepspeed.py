@@ -1,0 +1,183 @@
+"""DeepSpeed: ZeRO at every stage, with offload."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from launcher.engines.base import Engine, MicroBatch, StepResult
+from launcher.engines.distributed import (
+    TokenCount,
+    choose_device,
+    disconnect,
+    group_timeout,
+    num_labels,
+    ranks_with_nonfinite,
+    sum_over_ranks,
+)
+from launcher.engines.generate import greedy
+from launcher.engines.groups import decay_groups
+from launcher.engines.loss import token_loss_sum
+from launcher.engines.native import prepare_environment, quiet, take_native_adam, without_shm_comm
+from launcher.engines.nvme import SwapFolder
+from launcher.engines.partition import Partitioning, assert_partitioned
+from launcher.engines.rng import load_rng, save_rng
+from launcher.errors import JobError
+from launcher.models.build import build_model
+from launcher.parallel.zero import Zero
+
+if TYPE_CHECKING:
+    from launcher.context import Context
+    from launcher.training.clock import Clock
+
+_TAG = "deepspeed"
+
+
+class DeepSpeedEngine(Engine):
+    """A model under ZeRO."""
+
+    def __init__(self, context: Context, clock: Clock) -> None:
+        zero = context.run.parallel
+        assert isinstance(zero, Zero), "this engine carries out ZeRO only"
+        prepare_environment(context)
+        import deepspeed
+
+        quiet()
+        without_shm_comm()
+        self._clock, self._context, self._zero = clock, context, zero
+        self.device = choose_device(context.local_rank)
+        backend = "nccl" if self.device.type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
+        self._swap = self._swap_folder()
+        config = self._config()
+        self._gain = context.world_size * context.batch.accumulation
+        self._partitioning = Partitioning(config) if zero.stage == 3 else None
+        model = self._build()
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, weight_decay=context.run.optimizer.weight_decay),
+            config=config,
+            dist_init_required=False,
+        )
+        self.module = self._engine.module
+
+    def _swap_folder(self) -> SwapFolder | None:
+        if not self._zero.uses_nvme:
+            return None
+        assert self._zero.nvme_path, "refused before anything starts"
+        return SwapFolder(Path(self._zero.nvme_path).expanduser(), run_name=self._context.run_dir.path.name)
+
+    def _config(self) -> dict[str, Any]:
+        run = self._context.run
+        config = self._zero.ds_config(
+            batch=self._context.batch,
+            clip_norm=run.job.clip_norm,
+            optimizer=run.optimizer,
+            precision=run.precision,
+            native_adam=take_native_adam(self._context, self._zero, device=self.device),
+        )
+        for place in ("offload_optimizer", "offload_param"):
+            if config["zero_optimization"].get(place, {}).get("device") == "nvme":
+                assert self._swap is not None, "something is on NVMe"
+                config["zero_optimization"][place]["nvme_path"] = str(self._swap.path)
+        return config
+
+    def _build(self) -> nn.Module:
+        run = self._context.run
+        model = build_model(run.model, seed=run.job.seed, attention=run.attention, activation=run.activation)
+        if self._partitioning is not None:
+            assert_partitioned(model, small=self._zero.persistence_threshold)
+        return model
+
+    def step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+        """Hand DeepSpeed one micro-batch after the other; it reduces, scales, clips and updates at the last."""
+        count = TokenCount(micro_batches, device=self.device)
+        own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        last, norm = len(micro_batches) - 1, None
+        for number, micro_batch in enumerate(micro_batches):
+            with self._clock.phase("forward"):
+                loss = token_loss_sum(self._engine, micro_batch, device=self.device)
+            with self._clock.phase("backward"):
+                own_sum += loss.detach()
+                # DeepSpeed divides by the number of ranks and of micro-batches
+                self._engine.backward(loss * (self._gain / count.total()))
+            if number < last:
+                self._engine.step()
+        with self._clock.phase("optimizer"):
+            norm = self._unwrapped_norm()
+            self._engine.step()
+            return self._result(own_sum, count.total(), norm)
+
+    def _unwrapped_norm(self) -> float | None:
+        """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
+        if isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            return float(nn.utils.get_total_norm(gradients))
+        return None
+
+    def _result(self, own_sum: Tensor, tokens: Tensor, norm: float | None) -> StepResult:
+        skipped, num_tokens = not self._engine.was_step_applied(), int(tokens)
+        total, _ = sum_over_ranks([own_sum.item(), 0.0], device=self.device)
+        loss = total / num_tokens if num_tokens else math.nan
+        if norm is None and not skipped:
+            norm = float(self._engine.get_global_grad_norm())
+        return StepResult(
+            loss=loss,
+            grad_norm=None if skipped else norm,
+            tokens=num_tokens,
+            skipped=skipped,
+            nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self.device),
+        )
+
+    def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:
+        """Return the summed loss and the number of tokens, without dropout."""
+        self._engine.eval()
+        with torch.no_grad():
+            loss = token_loss_sum(self._engine, micro_batch, device=self.device)
+        self._engine.train()
+        return loss.item(), num_labels([micro_batch])
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Continue greedily; under ZeRO-3 every rank takes part in every token."""
+        self._engine.eval()
+        with torch.no_grad():
+            ids = greedy(
+                self.module,
+                input_ids.to(self.device),
+                max_new_tokens=max_new_tokens,
+                synced=self._zero.stage == 3 and self._context.world_size > 1,
+            )
+        self._engine.train()
+        return ids
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_rng(folder, rank=self._context.rank, device=self.device)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote at the same world size and stage.
+
+        Raises:
+            JobError: the folder holds no checkpoint of DeepSpeed.
+        """
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads")
+        load_rng(folder, rank=self._context.rank, device=self.device)
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks, the swap folder and the process group."""
+        self._engine.destroy()
+        if self._partitioning is not None:
+            self._partitioning.forget()
+        disconnect()
+        if self._swap is not None:
+            self._swap.release()

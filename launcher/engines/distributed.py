@@ -1,0 +1,98 @@
+"""The ranks of a run talking to each other; with a single process every function here works without a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+import torch
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from launcher.context import Context
+    from launcher.engines.base import MicroBatch
+
+IGNORED = -100
+"""The label of a token that counts for nothing."""
+
+_DAY_S = 86400.0
+_AFTER_STALL_S = 300.0
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return this rank's GPU, made current, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def group_timeout(context: Context) -> timedelta:
+    """Return how long a collective may wait: longer than the supervisor, which knows who is late and why."""
+    stall_s = context.run.backend.stall_timeout_s
+    return timedelta(seconds=stall_s + _AFTER_STALL_S if stall_s else _DAY_S)
+
+
+def connect(context: Context, device: torch.device) -> None:
+    """Join the process group of the run: NCCL between GPUs, Gloo between CPUs; a single rank joins none."""
+    if context.world_size > 1:
+        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+        dist.init_process_group(backend, timeout=group_timeout(context), device_id=device_id)
+
+
+def disconnect() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Sequence[float], *, device: torch.device) -> list[float]:
+    """Return the sum of each value over all ranks."""
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    summed: list[float] = total.tolist()
+    return summed
+
+
+def all_ranks_agree(answer: bool, *, device: torch.device) -> bool:
+    """Whether every rank says yes."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    return sum_over_ranks([float(answer)], device=device)[0] == world_size
+
+
+def ranks_with_nonfinite(value: float, *, device: torch.device) -> tuple[int, ...]:
+    """Return the ranks whose ``value`` is NaN or infinite."""
+    world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    flags = [0.0] * world_size
+    flags[rank] = float(not math.isfinite(value))
+    return tuple(number for number, flag in enumerate(sum_over_ranks(flags, device=device)) if flag)
+
+
+def num_labels(micro_batches: Sequence[MicroBatch]) -> int:
+    """Return how many tokens of these batches count."""
+    return sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+
+
+class TokenCount:
+    """Tokens with a label in the global batch, added up over ranks while the first forward pass goes on."""
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], *, device: torch.device) -> None:
+        self._total = torch.tensor(num_labels(micro_batches), device=device)
+        self._work = dist.all_reduce(self._total, async_op=True) if dist.is_initialized() else None
+
+    def total(self) -> torch.Tensor:
+        """Return the number of tokens as an int64 scalar on the device, without waiting for the host."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._total

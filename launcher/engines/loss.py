@@ -1,0 +1,29 @@
+"""Next-token loss."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch.nn.functional import cross_entropy
+
+from launcher.engines.distributed import IGNORED
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from launcher.engines.base import MicroBatch
+
+
+def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.device) -> Tensor:
+    """Return the loss summed over the labelled tokens, an fp32 scalar on ``device``.
+
+    Args:
+        module: a causal language model of Transformers, or what wraps it.
+        micro_batch: on any device.
+        device: of the module.
+    """
+    input_ids = micro_batch.input_ids.to(device, non_blocking=True)
+    labels = micro_batch.labels.to(device, non_blocking=True)
+    logits = module(input_ids=input_ids, use_cache=False).logits
+    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")

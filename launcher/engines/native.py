@@ -1,0 +1,75 @@
+"""DeepSpeed's environment on a rank: where its operators are, and which of them this run does without."""
+
+from __future__ import annotations
+
+import logging
+import os
+from typing import TYPE_CHECKING
+
+from launcher.engines.distributed import all_ranks_agree
+from launcher.errors import EnvironmentProblem
+from launcher.ops.build import path_with_ninja
+from launcher.ops.folder import is_built, ops_folder
+from launcher.ops.record import read_outcome
+
+if TYPE_CHECKING:
+    import torch
+
+    from launcher.context import Context
+    from launcher.parallel.zero import Zero
+
+
+def prepare_environment(context: Context) -> None:
+    """Set what DeepSpeed reads from the environment and its own launcher alone would set; before importing it."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
+    os.environ["PATH"] = path_with_ninja()
+    os.environ.setdefault("LOCAL_SIZE", str(context.world_size))
+    os.environ.setdefault("CROSS_SIZE", "1")
+    os.environ.setdefault("CROSS_RANK", "0")
+
+
+def quiet() -> None:
+    """Leave warnings of DeepSpeed's log and drop what it tells of itself."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+
+def without_shm_comm() -> None:
+    """Let DeepSpeed communicate by Gloo alone where its shared-memory operator could not be built.
+
+    ``init_distributed`` builds that operator wherever the table of compatible ones has it, and fails without a
+    compiler.
+    """
+    import deepspeed
+
+    if not is_built("deepspeed_shm_comm"):
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def take_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:
+    """Return whether DeepSpeed's own Adam runs, the same on every rank; rank 0 says what is taken and why.
+
+    Raises:
+        EnvironmentProblem: the run needs an operator that is not built.
+    """
+    optimizer = context.run.optimizer
+    ops = zero.native_ops(optimizer, on_gpu=device.type == "cuda")
+    lacking = [name for name in ops.needed if not is_built(name)]
+    if lacking:
+        names = " ".join(lacking)
+        raise EnvironmentProblem(f"DeepSpeed's {names} is not built here; run: python -m launcher.ops {names}")
+    adam = "fused_adam" if zero.offload_optimizer == "none" else "cpu_adam"
+    wanted = zero.wants_native_adam(optimizer)
+    native = wanted and all_ranks_agree(is_built(adam), device=device)
+    if context.is_main and optimizer.implementation == "auto":
+        print(f"optimizer: {_reason(adam, wanted=wanted, native=native)}", flush=True)
+    return native
+
+
+def _reason(adam: str, *, wanted: bool, native: bool) -> str:
+    if native:
+        return f"DeepSpeed's {adam}"
+    if not wanted:
+        return "torch's fused AdamW"
+    outcome = read_outcome(ops_folder(), adam)
+    why = outcome.why if outcome and outcome.why else "it is not built on every host"
+    return f"torch's fused AdamW in place of DeepSpeed's {adam}: {why}"

@@ -1,0 +1,49 @@
+"""Building a model under ZeRO-3 so that no rank ever holds all of it.
+
+``deepspeed.zero.Init`` around a Transformers model is silently wrong: Transformers initialises parameters that are
+already empty. With an ``HfDeepSpeedConfig`` alive, Transformers partitions each module as it is built and gathers it
+for its own initialisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from torch import distributed as dist
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Partitioning:
+    """Transformers' knowledge that models are partitioned as they are built, until :meth:`forget`.
+
+    Args:
+        config: DeepSpeed's, of stage 3.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        assert dist.is_initialized(), "partitions are laid out over the process group"
+        self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
+
+    def forget(self) -> None:
+        """Let Transformers build plain models again in this process."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
+def assert_partitioned(module: nn.Module, *, small: int) -> None:
+    """Check that this rank holds just its share of every parameter that is not small."""
+    world_size = dist.get_world_size()
+    for name, parameter in module.named_parameters():
+        numel = getattr(parameter, "ds_numel", None)
+        assert numel is not None, f"{name} was built outside of ZeRO-3"
+        if numel <= small:
+            continue
+        own, share = parameter.ds_tensor.ds_numel, -(-numel // world_size)
+        assert parameter.numel() == 0, f"{name} is whole on this rank: {numel} elements"
+        assert own <= share + world_size, f"{name}: this rank holds {own} of {numel} elements, not 1/{world_size}"

@@ -8,12 +8,17 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+
+from launcher.compose import compose
+from launcher.facts import Facts
+from launcher.plan import Host, Identity, Plan
+from launcher.planner import make_plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "LAUNCHER_TEST_MARK"
@@ -105,6 +110,22 @@ def launch(tmp_path: Path) -> Launch:
         return Launched(process.returncode, stdout, stderr, cwd, seconds)
 
     return start
+
+
+BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
+IDENTITY = Identity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
+PlanOf = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan_of() -> PlanOf:
+    """Compose overrides and plan them on hosts and with facts that are the same everywhere."""
+
+    def plan(*words: str, hosts: Sequence[Host] = (BOX,), missing_ops: Sequence[str] = (), **environ: str) -> Plan:
+        facts = Facts(environ=environ, home=Path("/home/me"), ops_folder="/ops", missing_ops=tuple(missing_ops))
+        return make_plan(compose(words).run, hosts, IDENTITY, facts)
+
+    return plan
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:

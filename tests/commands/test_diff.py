@@ -1,0 +1,58 @@
+import json
+
+import pytest
+
+from launcher.commands.diff import run
+from launcher.compose import compose
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.snapshot import save_run
+
+
+def differences(capsys, *words):
+    assert run(words) == 0
+    return capsys.readouterr().out
+
+
+def rows(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def test_only_what_differs(capsys):
+    text = differences(capsys, "default", "default job.steps=7 optimizer.lr=1e-3")
+    assert rows(text)[1:] == [["job.steps", "100", "7"], ["optimizer.lr", "0.0005", "0.001"]]
+
+
+def test_options_that_one_side_does_not_have(capsys):
+    found = rows(differences(capsys, "default", "default parallel=zero3"))
+    assert ["parallel.bucket_mb", "25", "-"] in found
+    assert ["parallel.stage", "-", "3"] in found
+
+
+def test_a_run_and_an_experiment(capsys, tmp_path):
+    save_run(compose(["+exp=ddp_gpt2", "job.seed=3"]).run, tmp_path / "run.yaml")
+    assert rows(differences(capsys, str(tmp_path), "ddp_gpt2"))[1:] == [["job.seed", "3", "0"]]
+
+
+def test_no_difference(capsys):
+    assert differences(capsys, "default", "default job.steps=100") == "no difference\n"
+    assert json.loads(differences(capsys, "default", "default", "--json")) == {}
+
+
+def test_as_json(capsys):
+    text = differences(capsys, "default", "default job.steps=7", "--json")
+    assert json.loads(text) == {"job.steps": ["100", "7"]}
+
+
+def test_both_sides_are_refused_together():
+    with pytest.raises(ConfigErrors) as caught:
+        run(["defalt", "default job.stps=3"])
+    assert [error.option for error in caught.value.errors] == ["defalt", "job.stps"]
+
+
+def test_one_name_is_not_enough():
+    with pytest.raises(ConfigError, match="takes two names, not 1"):
+        run(["default"])
+
+
+def test_help(capsys):
+    assert "launch diff A B" in differences(capsys, "--help")

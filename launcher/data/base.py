@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, NamedTuple
 
+from launcher.build_once import default_cache
 from launcher.component import Component
 from launcher.errors import ConfigError
 
@@ -21,9 +25,17 @@ class Data(Component):
         yield from ()
 
 
+class Piece(NamedTuple):
+    """A stretch of text, small enough to tokenise at once."""
+
+    text: str
+    ends: bool
+    """Whether a document ends here; the tokenizer's end-of-text token follows it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Data):
-    """Text that is tokenised and packed once into a memory-mapped cache."""
+    """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
 
     tokenizer: str = "bpe"
     """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder."""
@@ -32,7 +44,7 @@ class Corpus(Data):
     """Size of the BPE that is trained here; other tokenizers bring their own."""
 
     held_out: float = 0.05
-    """Share of the tokens kept out of training for evaluation, cut from the end of each document group."""
+    """Share of the tokens kept out of training for evaluation: the end of the stream, so the last documents."""
 
     cache: str | None = None
     """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
@@ -42,3 +54,34 @@ class Corpus(Data):
         if not 0 < self.held_out < 1:
             yield self.refuse("held_out", "must lie between 0 and 1", "set data.held_out=0.05")
         yield from self.below(257, "vocab_size")
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a cache that cannot be written and a tokenizer folder that is not there."""
+        there = self.cache_folder
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = f"{there} is not a folder that this user can write"
+            fix = "set data.cache to one, or XDG_CACHE_HOME"
+            yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
+        if self.tokenizer.startswith(("/", "./", "../", "~")) and not Path(self.tokenizer).expanduser().is_dir():
+            fix = "give a folder that save_pretrained wrote, or data.tokenizer=bpe"
+            yield self.refuse("tokenizer", "there is no such folder", fix)
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenised data is kept."""
+        return Path(self.cache).expanduser() if self.cache else default_cache("data")
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a string that changes when the text does. Cheap: every rank of every run asks for it."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[Piece]:
+        """Yield the text in a fixed order. Rank side.
+
+        Raises:
+            ConfigError: a source turns out not to be text.
+            EnvironmentProblem: a source cannot be reached.
+        """

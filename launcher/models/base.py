@@ -68,8 +68,8 @@ class Model(Component):
         """Return the configuration to build from. Rank side: imports Transformers."""
 
     @abstractmethod
-    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
-        """Return the local folder that holds config, tokenizer and, if it has any, pretrained weights.
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
 
         Rank side. Downloads or converts what is missing, once per machine; ``beat`` is called meanwhile.
 
@@ -81,4 +81,13 @@ class Model(Component):
         """Return the folder to load weights from, ``None`` for random ones. Rank side."""
         if self.weights == "random":
             return None
-        return self.pretrained_folder(beat=beat) if self.weights == "pretrained" else Path(self.weights).expanduser()
+        if self.weights == "pretrained":
+            return self.pretrained_folder(with_weights=True, beat=beat)
+        return Path(self.weights).expanduser()
+
+    def tokenizer_folder(self, *, beat: Callable[[], None]) -> Path:
+        """Return the folder that holds the model's own tokenizer: the given weights', else the published one's."""
+        own = Path(self.weights).expanduser()
+        if self.weights not in ("random", "pretrained") and (own / "tokenizer.json").is_file():
+            return own
+        return self.pretrained_folder(with_weights=False, beat=beat)

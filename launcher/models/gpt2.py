@@ -97,12 +97,13 @@ class Gpt2(Model):
             eos_token_id=end,
         )
 
-    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
         """Return the folder of the published model of this size, fetched from the hub where need be."""
         from launcher.models.hub import fetch
 
         beat()
-        return fetch(self._hub_name() or _PUBLISHED[12, 12, 768])  # every size has the same tokenizer
+        name = self._hub_name() or _PUBLISHED[12, 12, 768]  # every size has the same tokenizer
+        return fetch(name, with_weights=with_weights)
 
     def _hub_name(self) -> str | None:
         if (self.context, self.vocab_size) != (1024, _VOCAB_SIZE):

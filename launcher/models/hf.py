@@ -56,7 +56,7 @@ class Hf(Model):
         """
         from transformers import AutoConfig
 
-        folder = self.pretrained_folder(beat=lambda: None)
+        folder = self.pretrained_folder(with_weights=False, beat=lambda: None)
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except (ValueError, KeyError, OSError) as error:
@@ -64,14 +64,14 @@ class Hf(Model):
             fix = "choose a model whose code is part of the installed Transformers"
             raise self.refuse("name", f"Transformers cannot read its configuration: {first}", fix) from error
 
-    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
         """Return the local folder, or the hub's, fetched where need be."""
         if self._is_local():
             return Path(self.name).expanduser()
         from launcher.models.hub import fetch
 
         beat()
-        return fetch(self.name)
+        return fetch(self.name, with_weights=with_weights)
 
     def _is_local(self) -> bool:
         return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or Path(self.name).is_dir()

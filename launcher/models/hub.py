@@ -7,7 +7,7 @@ from pathlib import Path
 
 from launcher.errors import ConfigError, EnvironmentProblem
 
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+_SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
 
 
@@ -24,8 +24,8 @@ def cached_folder(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def fetch(name: str) -> Path:
-    """Return the local folder of a hub model, after fetching what is missing: safetensors, JSON and tokenizer files.
+def fetch(name: str, *, with_weights: bool) -> Path:
+    """Return the local folder of a hub model, after fetching what is missing of config, tokenizer and safetensors.
 
     Several processes may call this at once; the hub's own locks let one fetch each file.
 
@@ -41,15 +41,16 @@ def fetch(name: str) -> Path:
         RepositoryNotFoundError,
     )
 
+    wanted = [*_SMALL, *(["*.safetensors"] if with_weights else [])]
     try:
-        return Path(snapshot_download(name, allow_patterns=list(_WANTED), ignore_patterns=list(_UNWANTED)))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
     except (HFValidationError, RepositoryNotFoundError) as error:
         why = "the hub shows no such model, or only to those logged in"
         fix = "check the name, give a local folder, or log in with `hf auth login`"
         raise ConfigError("model.name", name, why=why, fix=fix) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentProblem(
-            f"model weights of {name} are not in the local cache and the hub cannot be reached "
-            f"({type(error).__name__}); set model.weights=random, or fetch them where there is a network with "
-            f"`hf download {name}` and set model.weights=<that folder>"
+            f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); run "
+            f"`hf download {name}` where there is a network and give that folder, or do without: "
+            "model.weights=random data.tokenizer=bpe"
         ) from error

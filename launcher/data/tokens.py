@@ -1,0 +1,91 @@
+"""The token cache: a corpus tokenised once per machine, in an Arrow file that ``datasets`` writes and can read.
+
+A cache folder holds ``tokens.arrow`` (a column of token lists; read one after the other they are the stream),
+``stream.json`` (where in that file the tokens lie) and ``tokenizer.json``. Its name is a hash of the text, the
+tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from launcher.build_once import build_once
+from launcher.data.base import Corpus
+from launcher.data.bpe import read_bpe, train_bpe
+from launcher.files import sha256_of, write_json
+from launcher.models.base import Model
+from launcher.models.tokenizer import Tokenizer, load_tokenizer
+
+_FORMAT = 1
+_TOKENS, _LAYOUT, _TOKENIZER = "tokens.arrow", "stream.json", "tokenizer.json"
+_PIECES_AT_ONCE = 64
+_ROWS_AT_ONCE = 4096
+
+
+def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tuple[Path, Tokenizer]:
+    """Return the cache folder of ``data`` under its tokenizer, built if need be, and the tokenizer.
+
+    Any number of processes may call this at once: one builds, the others wait. ``beat`` is called meanwhile.
+    """
+    given = None if data.tokenizer == "bpe" else _given_tokenizer(data, model, beat)
+    spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
+    key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
+
+    def build(folder: Path) -> None:
+        beat()
+        tokenizer = given or train_bpe(data.pieces(), vocab_size=data.vocab_size)
+        beat()
+        (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        _write(folder, data, tokenizer, beat)
+
+    folder = build_once(data.cache_folder / key, build, beat=beat)
+    return folder, given or read_bpe(folder / _TOKENIZER)
+
+
+def _given_tokenizer(data: Corpus, model: Model, beat: Callable[[], None]) -> Tokenizer:
+    source = model.tokenizer_folder(beat=beat) if data.tokenizer == "model" else Path(data.tokenizer).expanduser()
+    if data.tokenizer != "model" and not source.is_dir():
+        return load_tokenizer(data.tokenizer, option="data.tokenizer")
+    return load_tokenizer(source, option="data.tokenizer")
+
+
+def _write(folder: Path, data: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]) -> None:
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    features = Features({"tokens": List(Value(dtype))})
+    with ArrowWriter(path=str(folder / _TOKENS), features=features, writer_batch_size=_ROWS_AT_ONCE) as writer:
+        for rows in _rows(data, tokenizer):
+            writer.write_batch({"tokens": rows})
+            beat()
+        writer.finalize()
+    write_json(folder / _LAYOUT, {"file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)})
+
+
+def _rows(data: Corpus, tokenizer: Tokenizer) -> Iterator[list[list[int]]]:
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    pieces = data.pieces()
+    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        encoded = tokenizer.encode_batch([piece.text for piece in batch])
+        yield [ids + end if piece.ends else ids for ids, piece in zip(encoded, batch, strict=True)]
+
+
+def _segments(file: Path) -> list[tuple[int, int]]:
+    """Return the byte position and number of tokens of each contiguous run of tokens in an Arrow stream file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as source:
+        base = source.read_buffer().address
+        source.seek(0)
+        found = []
+        for batch in pa.ipc.open_stream(source):
+            column: Any = batch.column("tokens")
+            if tokens := column.values[column.offsets[0].as_py() : column.offsets[-1].as_py()]:
+                start = tokens.buffers()[1].address - base + tokens.offset * tokens.type.bit_width // 8
+                found.append((start, len(tokens)))
+        return found

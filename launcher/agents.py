@@ -43,9 +43,11 @@ def deepspeed(hosts: Sequence[Host], identity: Identity) -> list[tuple[str, ...]
 
     It writes the devices named in ``world_info`` into CUDA_VISIBLE_DEVICES, so these are the host's own names for them,
     and -1, which hides every GPU, for ranks on the CPU.
+
+    ``world_info`` lists every host on every host, so these plans grow with the square of the hosts; torchrun's do not.
     """
     world = {host.name: device_words(host) or [-1] * host.slots for host in hosts}
-    encoded = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    encoded = base64.urlsafe_b64encode(json.dumps(world, separators=(",", ":")).encode()).decode()
     return [
         (
             *(host.python, "-m", "deepspeed.launcher.launch"),

@@ -83,7 +83,8 @@ def _ranks(plan: Plan, groups: Sequence[Group]) -> Iterator[str]:
         devices = f"{host.slots} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
         each = "each " if group.size > 1 else ""
         room = f"{each}{times(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
-        ranks = f"ranks {group.first.first_rank}-{last.first_rank + last.host.slots - 1}"
+        from_rank, to_rank = group.first.first_rank, last.first_rank + last.host.slots - 1
+        ranks = f"rank {to_rank}" if from_rank == to_rank else f"ranks {from_rank}-{to_rank}"
         yield _row("place", f"{ranks} on {group.name}: {devices}, {room}")
 
 

@@ -46,7 +46,14 @@ def main(folder: Path) -> None:
     run_dir = RunDir(folder)
     run, plan = load_run(run_dir.snapshot), plan_from_json(read_json(run_dir.plan))
     wait_for_metrics(run_dir, orders, since=started)
-    follow(run_dir, run, plan, orders)
+    os.environ.update(WANDB_DIR=str(folder), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+    import wandb
+
+    try:
+        follow(run_dir, run, plan, orders)
+    except (wandb.Error, OSError) as error:  # its service is gone, or the disk full
+        print(f"W&B gave up ({_first_line(error)}): metrics.jsonl goes on", flush=True)
+        os._exit(1)  # its exit hooks would fail the same way, at length
 
 
 def wait_for_metrics(run_dir: RunDir, orders: Orders, *, since: float) -> None:
@@ -78,11 +85,11 @@ def follow(run_dir: RunDir, run: Run, plan: Plan, orders: Orders) -> None:
 def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
     """Return the W&B run, and whether it is online: without an answer from the server it is kept offline."""
     run_dir.tracker.mkdir(exist_ok=True)
-    os.environ.update(WANDB_DIR=str(run_dir.path), WANDB_ERROR_REPORTING="false")  # no settings but ours, no reports
     import wandb
 
     from launcher.trackers.wandb_run import WandbRun, unreachable
 
+    trouble = None
     if plan.tracker.mode == "online":
         trouble = unreachable(os.environ, Path.home())
         try:
@@ -91,12 +98,15 @@ def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
                 print(f"W&B: {tracked.place}", flush=True)
                 return tracked, True
         except wandb.Error as error:
-            trouble = str(error).splitlines()[0]
+            trouble = _first_line(error)
             wandb.teardown()
-        print(f"W&B cannot be reached ({trouble}): this run is kept offline", flush=True)
     tracked = WandbRun(run_dir, run, plan, online=False)
-    print(f"W&B: {tracked.place}", flush=True)
+    print(f"W&B: {f'not reachable ({trouble}); ' if trouble else ''}{tracked.place}", flush=True)
     return tracked, False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _sent_until(sent: Path, run_id: str) -> float:

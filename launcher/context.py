@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.batch import Batch, solve_batch
+
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.rundir import RunDir
@@ -29,3 +31,14 @@ class Context:
     def is_main(self) -> bool:
         """Whether this rank writes metrics, results and manifests."""
         return self.rank == 0
+
+    @property
+    def batch(self) -> Batch:
+        """The batch equation of the run, as the plan printed it."""
+        job = self.run.job
+        return solve_batch(
+            micro=job.micro_batch,
+            global_=job.global_batch,
+            accumulation=job.accumulation,
+            data_parallel=self.run.parallel.data_parallel(self.world_size),
+        )

@@ -49,10 +49,10 @@ def prepare(composed: Composed) -> Prepared:
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
     folder = folder.absolute()
     snapshot = dump_run(run)
-    mistakes = list(preflight(run, folder))
+    host = this_machine(run.backend)
+    mistakes = list(preflight(run, folder, world_size=host.slots))
     port = free_port() if run.backend.port == "auto" else run.backend.port
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
-    host = this_machine(run.backend)
     try:
         plan = make_plan(run, [host], identity, gather(run, host))
     except ConfigErrors as several:

@@ -59,7 +59,8 @@ def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: Report) -
     Returns:
         The instance, or ``None`` when anything was reported.
     """
-    wanted, values, sound = field_types(cls), {}, True
+    wanted: dict[str, Any] = field_types(cls)  # type: ignore[arg-type]
+    values, sound = {}, True
     for key in tree:
         if key not in wanted:
             report(ConfigError(f"{path}.{key}".lstrip("."), why="no such option", fix=did_you_mean(str(key), wanted)))

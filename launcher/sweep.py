@@ -119,7 +119,8 @@ def run_sweep(sweep: Sweep, trials: Sequence[Trial]) -> int:
 
 def _row(trial: Trial, code: int, metric: str) -> dict[str, Any]:
     directory = RunDir(trial.prepared.directory.path)
-    result = read_json(directory.result) if directory.result.is_file() else {"status": "failed", "metrics": {}}
+    ended = directory.result.is_file()
+    result: dict[str, Any] = read_json(directory.result) if ended else {"status": "failed", "metrics": {}}
     return {
         "overrides": list(trial.words),
         "run_dir": str(directory.path),

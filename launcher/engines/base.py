@@ -13,15 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-
-@dataclass(frozen=True, kw_only=True)
-class MicroBatch:
-    """Sequences of one forward pass of one rank."""
-
-    input_ids: Tensor
-    """int64, (sequences, tokens)."""
-    labels: Tensor
-    """int64, (sequences, tokens): the token after each input; -100 where none counts."""
+    from launcher.data.loader import MicroBatch
 
 
 @dataclass(frozen=True, kw_only=True)

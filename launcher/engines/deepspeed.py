@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from launcher.engines.base import Engine, MicroBatch, StepResult
+from launcher.engines.base import Engine, StepResult
 from launcher.engines.distributed import (
     TokenCount,
     choose_device,
     disconnect,
-    group_timeout,
     num_labels,
     ranks_with_nonfinite,
     sum_over_ranks,
@@ -23,7 +22,7 @@ from launcher.engines.distributed import (
 from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
 from launcher.engines.loss import token_loss_sum
-from launcher.engines.native import prepare_environment, quiet, take_native_adam, without_shm_comm
+from launcher.engines.native import connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.nvme import SwapFolder
 from launcher.engines.partition import Partitioning, assert_partitioned
 from launcher.engines.rng import load_rng, save_rng
@@ -33,6 +32,7 @@ from launcher.parallel.zero import Zero
 
 if TYPE_CHECKING:
     from launcher.context import Context
+    from launcher.data.loader import MicroBatch
     from launcher.training.clock import Clock
 
 _TAG = "deepspeed"
@@ -48,11 +48,9 @@ class DeepSpeedEngine(Engine):
         import deepspeed
 
         quiet()
-        without_shm_comm()
         self._clock, self._context, self._zero = clock, context, zero
         self.device = choose_device(context.local_rank)
-        backend = "nccl" if self.device.type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
+        connect_deepspeed(context, device=self.device)
         self._swap = self._swap_folder()
         config = self._config()
         self._gain = context.world_size * context.batch.accumulation

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import distributed as dist
 
+from launcher.data.loader import IGNORED
+
 if TYPE_CHECKING:
     from launcher.context import Context
-    from launcher.engines.base import MicroBatch
-
-IGNORED = -100
-"""The label of a token that counts for nothing."""
+    from launcher.data.loader import MicroBatch
 
 _DAY_S = 86400.0
 _AFTER_STALL_S = 300.0

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 from torch.nn.functional import cross_entropy
 
-from launcher.engines.distributed import IGNORED
+from launcher.data.loader import IGNORED
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from launcher.engines.base import MicroBatch
+    from launcher.data.loader import MicroBatch
 
 
 def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.device) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import warnings
 from typing import TYPE_CHECKING
 
-from launcher.engines.distributed import all_ranks_agree
+from launcher.engines.distributed import all_ranks_agree, group_timeout
 from launcher.errors import EnvironmentProblem
 from launcher.ops.build import path_with_ninja
 from launcher.ops.folder import is_built, ops_folder
@@ -29,20 +32,24 @@ def prepare_environment(context: Context) -> None:
 
 
 def quiet() -> None:
-    """Leave warnings of DeepSpeed's log and drop what it tells of itself."""
+    """Leave the warnings of DeepSpeed's log; drop what it tells of itself, and what torch tells DeepSpeed's authors."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
 
 
-def without_shm_comm() -> None:
-    """Let DeepSpeed communicate by Gloo alone where its shared-memory operator could not be built.
+def connect_deepspeed(context: Context, *, device: torch.device) -> None:
+    """Join the process group of the run, through DeepSpeed.
 
-    ``init_distributed`` builds that operator wherever the table of compatible ones has it, and fails without a
-    compiler.
+    On a CPU that loads its shared-memory operator, and fails where the operator is not built and cannot be. There
+    DeepSpeed's table of compatible operators is told so, and Gloo alone does the work.
     """
     import deepspeed
 
     if not is_built("deepspeed_shm_comm"):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that the operator was built, also when it was not
+        deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
 
 
 def take_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:

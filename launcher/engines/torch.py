@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.engines.base import Engine, MicroBatch, StepResult
+from launcher.engines.base import Engine, StepResult
 from launcher.engines.distributed import (
     TokenCount,
     choose_device,
@@ -33,6 +33,7 @@ from launcher.parallel.replicated import Ddp
 
 if TYPE_CHECKING:
     from launcher.context import Context
+    from launcher.data.loader import MicroBatch
     from launcher.training.clock import Clock
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

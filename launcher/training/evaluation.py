@@ -1,0 +1,27 @@
+"""Held-out loss over all ranks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.data.loader import Loader
+    from launcher.engines.base import Engine
+
+
+def held_out_loss(engine: Engine, loader: Loader, num_sequences: int) -> float:
+    """Return the mean loss per token, in nats, over the first ``num_sequences`` held-out sequences.
+
+    Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
+    batches that fill up carry no labels.
+    """
+    from launcher.engines.distributed import sum_over_ranks
+
+    loss_sum, tokens = 0.0, 0
+    for micro_batch in loader.held_out(num_sequences):
+        batch_sum, batch_tokens = engine.loss_of(micro_batch)
+        loss_sum += batch_sum
+        tokens += batch_tokens
+    total, count = sum_over_ranks([loss_sum, float(tokens)], device=engine.device)
+    assert count, "an evaluation without a single token"
+    return total / count

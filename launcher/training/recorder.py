@@ -1,0 +1,107 @@
+"""What rank 0 writes down and prints while training; the other ranks only keep count."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from launcher.training.flops import peak_flops
+from launcher.training.memory import peak_bytes
+from launcher.training.metrics import MetricsWriter
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from launcher.context import Context
+    from launcher.engines.base import Engine, StepResult
+
+
+class Recorder:
+    """Turns step results into metrics, printed lines and progress.
+
+    Args:
+        context: of this rank.
+        engine: for its device and parameter count.
+        start_step: steps already done when this process began.
+    """
+
+    def __init__(self, context: Context, engine: Engine, *, start_step: int) -> None:
+        self._context, self._job, self._device = context, context.run.job, engine.device
+        self._cuda = engine.device.type == "cuda"
+        self._writer = MetricsWriter(context.run_dir.metrics, start_step=start_step) if context.is_main else None
+        shape = context.run.model.shape()
+        self._flops_per_token = shape.flops_per_token(self._job.sequence_length) if shape else None
+        self._peak_flops = self._peak() if self._flops_per_token else None
+        self._tokens = start_step * context.batch.global_ * self._job.sequence_length
+        self._since_line: list[tuple[int, float]] = []
+
+    def _peak(self) -> float | None:
+        import torch
+
+        name = torch.cuda.get_device_name(self._device) if self._cuda else None
+        return peak_flops(name, compute=self._context.run.precision.compute)
+
+    def step(self, done: int, result: StepResult, *, lr: float, elapsed_s: float, parts: Mapping[str, float]) -> None:
+        """Record one optimiser step.
+
+        Args:
+            done: steps done, this one included.
+            result: of the engine.
+            lr: learning rate of the step.
+            elapsed_s: wall time of the step, from asking for its data to knowing its loss.
+            parts: seconds of each phase.
+        """
+        self._tokens += result.tokens
+        speed = result.tokens / elapsed_s
+        metrics = {
+            "train/loss": result.loss,
+            "train/lr": lr,
+            "train/tokens": self._tokens,
+            "train/skipped": float(result.skipped),
+            "perf/tokens_per_s": speed,
+            "memory/peak_bytes": peak_bytes(cuda=self._cuda),
+            **{f"time/{name}_s": seconds for name, seconds in parts.items()},
+        }
+        if result.grad_norm is not None:
+            metrics["train/grad_norm"] = result.grad_norm
+        if self._flops_per_token and self._peak_flops:
+            flops = self._flops_per_token * speed / self._context.world_size
+            metrics["perf/mfu"] = flops / self._peak_flops
+        self.write(done, metrics)
+        self._since_line.append((result.tokens, elapsed_s))
+        self._context.heartbeat.beat("step", done, steps=self._job.steps, loss=result.loss, tokens_per_s=speed)
+        if done % self._job.log_every == 0 or done in (1, self._job.steps):
+            self._print_step(done, result, lr, metrics.get("perf/mfu"))
+
+    def _print_step(self, done: int, result: StepResult, lr: float, mfu: float | None) -> None:
+        tokens, seconds = (sum(column) for column in zip(*self._since_line, strict=True))
+        self._since_line.clear()
+        norm = "" if result.grad_norm is None else f"  grad norm {result.grad_norm:.3f}"
+        used = "" if mfu is None else f"  mfu {mfu:.1%}"
+        skipped = "  (skipped: gradient overflow)" if result.skipped else ""
+        self.say(
+            f"step {done}/{self._job.steps}  loss {result.loss:.4f}{norm}  lr {lr:.2e}"
+            f"  {tokens / seconds:,.0f} tokens/s{used}{skipped}"
+        )
+
+    def evaluation(self, done: int, loss: float, *, parts: Mapping[str, float]) -> None:
+        """Record a held-out loss."""
+        self.write(done, {"eval/loss": loss, **{f"time/{name}_s": seconds for name, seconds in parts.items()}})
+        self.say(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}")
+
+    def write(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Append a line to metrics.jsonl, on rank 0."""
+        if self._writer is not None:
+            self._writer.record(done, **metrics)
+
+    def say(self, text: str) -> None:
+        """Print a line, on rank 0."""
+        if self._context.is_main:
+            print(text, flush=True)
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._writer is not None:
+            self._writer.close()

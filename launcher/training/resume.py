@@ -1,0 +1,58 @@
+"""A training run's own use of checkpoints: where it starts, and how all ranks save together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.checkpoint.manifest import describe
+from launcher.checkpoint.resume import find
+from launcher.files import read_json
+
+if TYPE_CHECKING:
+    from launcher.checkpoint.store import CheckpointStore
+    from launcher.context import Context
+    from launcher.engines.base import Engine
+
+
+def restore(store: CheckpointStore, context: Context, engine: Engine) -> int:
+    """Load what the run continues from, on every rank; return the steps already done.
+
+    Raises:
+        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made.
+    """
+    from launcher.engines.distributed import barrier
+
+    if context.is_main:
+        store.clean()
+    barrier()
+    saved = find(context.run.checkpoint.resume, context.run_dir)
+    if saved is None:
+        return 0
+    engine.load(saved.folder)
+    if context.is_main:
+        print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
+    return saved.manifest.step
+
+
+def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int, held_out_loss: float | None) -> None:
+    """Write the checkpoint of ``step``; it exists on disk only once every rank's part is there."""
+    from launcher.engines.distributed import barrier
+
+    if context.is_main:
+        store.begin(step)
+    barrier()
+    engine.save(store.pending(step))
+    barrier()
+    if context.is_main:
+        plan = read_json(context.run_dir.plan)
+        manifest = describe(
+            model=context.run.model,
+            parallel=context.run.parallel,
+            precision=context.run.precision,
+            world_size=context.world_size,
+            step=step,
+            eval_loss=held_out_loss,
+            run_id=plan["run_id"],
+            run_hash=plan["run_hash"],
+        )
+        print(f"checkpoint {store.commit(manifest).folder}", flush=True)

@@ -1,0 +1,128 @@
+"""What a user can do wrong, through the real command: one message, exit code 2, nothing started, nothing written."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from launcher.files import write_json
+
+
+@pytest.fixture
+def refused(launch, tmp_path):
+    def check(*words, **options):
+        before = {path for path in tmp_path.rglob("*")}
+        ended = launch(*words, **options).expect(2)
+        assert "Traceback" not in ended.output
+        assert ended.stdout == ""
+        assert {path for path in tmp_path.rglob("*")} == before, "something was written"
+        return ended.stderr
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (
+            ["job.global_batch=17"],
+            ["job.global_batch=17", "micro 8 × dp 2 = 16 does not divide 17", "job.global_batch=16"],
+        ),
+        (["parallel=single"], ["the run has 2 ranks", "set parallel=ddp or backend.ranks=1"]),
+        (["job.sequence_length=512"], ["job.sequence_length=512", "256"]),
+        (["data.path=nowhere.txt"], ["data.path=nowhere.txt"]),
+        (["parallel=zero2", "parallel.offload_parameters=cpu"], ["parallel.offload_parameters=cpu", "stage"]),
+        (["parallel=zero0", "parallel.offload_optimizer=cpu"], ["parallel.offload_optimizer=cpu"]),
+        (["parallel=zero3", "parallel.offload_optimizer=nvme"], ["parallel.nvme_path"]),
+        (["parallel=zero3", "parallel.deepspeed.zero_optimisation.stage=3"], ["did you mean zero_optimization"]),
+        (["parallel=zero3", "precision=fp16", "+parallel.deepspeed.bf16.enabled=true"], ["parallel.deepspeed.bf16"]),
+        (["checkpoint.resume=nowhere"], ["checkpoint.resume=nowhere"]),
+        (["tracker.mode=online"], ["tracker.mode=online", "WANDB_API_KEY"]),
+        (["backend.ranks=0"], ["backend.ranks=0", "must be at least 1"]),
+        (["backend.env.MY_TOKEN=x"], ["backend.env.MY_TOKEN", "secret"]),
+        (["pln"], ["pln", "did you mean plan?"]),
+        (["--jsn"], ["--jsn: no such flag; did you mean --json?"]),
+        (["dry_run=maybe"], ["dry_run=maybe"]),
+        (["resume", "nowhere"], ["resume=nowhere", "holds no run.yaml"]),
+        (["-m", "job.seed=1,2", "job.stpes=3"], ["did you mean steps?"]),
+        (["+sweep=lr_bacth"], ["did you mean lr_batch?"]),
+    ],
+)
+def test_a_mistake_is_one_clear_message(refused, words, messages):
+    said = refused(*words)
+    for message in messages:
+        assert message in said
+    assert len(said.strip().splitlines()) == 1, said
+
+
+def test_mistakes_of_every_kind_come_at_once(refused):
+    said = refused("modle=gpt2", "job.stpes=1", "optimizer.lr=fast", "job.micro_batch=0")
+    assert len(said.strip().splitlines()) == 4
+
+
+def test_data_that_is_empty_or_not_text(refused, tmp_path):
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"\0\1\2" * 100)
+    assert "empty" in refused("data.path=empty.txt")
+    assert "binary.txt" in refused("data.path=binary.txt")
+
+
+def test_a_port_in_use(refused):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        assert f"backend.port={port}" in refused(f"backend.port={port}")
+
+
+def test_a_run_directory_that_is_taken(refused, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep me")
+    assert "is not empty" in refused("run.dir=mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep me"
+
+
+def test_a_run_directory_that_is_a_file(refused, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    assert "is a file" in refused()
+
+
+@pytest.mark.skipif(not Path("/proc/sys/kernel").is_dir(), reason="needs a read-only file system: Linux's /proc")
+def test_a_folder_that_is_not_writable(refused):
+    assert "run.root" in refused("run.root=/proc/sys/kernel")
+
+
+def test_a_checkpoint_of_another_model(refused, launch, tmp_path):
+    folder = tmp_path / "old" / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    manifest = {
+        "version": 1,
+        "step": 10,
+        "created": 0.0,
+        "run_id": "x",
+        "run_hash": "x",
+        "architecture": {"family": "gpt2", "layers": 2, "heads": 4, "width": 128, "context": 256, "vocab_size": 4096},
+        "engine": "torch",
+        "parallel": {"kind": "ddp", "bucket_mb": 25},
+        "precision": "fp32",
+        "world_size": 2,
+    }
+    write_json(folder / "manifest.json", manifest)
+    assert "layers is 2, this run's is 4" in refused("checkpoint.resume=old")
+    manifest["architecture"]["layers"] = 4
+    write_json(folder / "manifest.json", manifest)
+    assert "step 10" in refused("checkpoint.resume=old", "job.steps=10")
+    launch("checkpoint.resume=old", "dry_run=true").expect(0)
+
+
+def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(launch, tmp_path):
+    before = set(os.listdir(tmp_path))
+    launch("+exp=zero3_gpt2xl", "dry_run=true").expect(0)
+    assert set(os.listdir(tmp_path)) == before
+
+
+def test_help_teaches(launch):
+    said = launch("--help").expect(0).stdout
+    assert "+exp=zero3_gpt2xl dry_run=true" in said
+    for verb in ("plan", "list", "show", "diff", "resume", "sweep"):
+        assert verb in said
+        assert "launch" in launch(verb, "--help").expect(0).stdout

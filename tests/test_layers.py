@@ -1,4 +1,4 @@
-"""The parent process stays light: whatever is not rank-side imports, and plans, without the heavy packages."""
+"""The parent's side stays light: no way to a plan imports a heavy package, and the host agent needs less still."""
 
 from __future__ import annotations
 
@@ -6,47 +6,48 @@ import pkgutil
 import subprocess
 import sys
 
-import launcher
+import launcher.commands
+from launcher.config import KINDS
 
 HEAVY = ("accelerate", "datasets", "deepspeed", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "wandb")
+COMPOSITION = ("hydra", "omegaconf", "rich", "yaml")
 
-RANK_SIDE = (
-    "launcher.data.open",
-    "launcher.engines",
-    "launcher.models.build",
-    "launcher.training",
-)
-"""Modules that only ranks, and the sidecars beside them, import; everything else belongs to the parent too."""
-
-REFUSE = f"""
+REFUSE = """
 import sys
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {HEAVY!r}:
-            raise AssertionError(name + " imported on the parent's side")
+        if name.split(".")[0] in {refused!r}:
+            raise AssertionError(name + " is imported")
 
 sys.meta_path.insert(0, Refuse())
 """
 
 
-def python(code: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter that fails, with the chain of imports, where a heavy package is wanted."""
-    return subprocess.run([sys.executable, "-c", REFUSE + code], capture_output=True, text=True, timeout=120)
+def python(code: str, *, refused: tuple[str, ...] = HEAVY) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter that fails, with the chain of imports, where a refused package is wanted."""
+    command = [sys.executable, "-c", REFUSE.format(refused=refused) + code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
-def parent_side_modules() -> list[str]:
-    names = [module.name for module in pkgutil.walk_packages(launcher.__path__, "launcher.")]
-    return [name for name in names if not any(f"{name}.".startswith(f"{side}.") for side in RANK_SIDE)]
+def importing(*modules: str) -> str:
+    return f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
 
 
-def test_every_rank_side_name_exists() -> None:
-    names = {module.name for module in pkgutil.walk_packages(launcher.__path__, "launcher.")}
-    assert set(RANK_SIDE) <= names
+def test_verbs_and_components_import_nothing_heavy() -> None:
+    verbs = [module.name for module in pkgutil.iter_modules(launcher.commands.__path__, "launcher.commands.")]
+    components = [path.partition(":")[0] for kinds in KINDS.values() for path in kinds.values()]
+    ended = python(importing("launcher.__main__", *verbs, *components))
+    assert ended.returncode == 0, ended.stderr
 
 
-def test_parent_side_modules_import_nothing_heavy() -> None:
-    ended = python(f"import importlib\nfor name in {parent_side_modules()!r}: importlib.import_module(name)")
+def test_processes_beside_the_ranks_import_nothing_heavy() -> None:
+    ended = python(importing("launcher.trackers.sidecar"))
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_the_host_agent_needs_neither_heavy_packages_nor_those_of_composition() -> None:
+    ended = python(importing("launcher.supervise.agent"), refused=(*HEAVY, *COMPOSITION))
     assert ended.returncode == 0, ended.stderr
 
 
@@ -59,4 +60,4 @@ def test_planning_the_main_experiment_imports_nothing_heavy() -> None:
 def test_the_refusal_refuses() -> None:
     ended = python("import torch")
     assert ended.returncode == 1
-    assert "torch imported on the parent's side" in ended.stderr
+    assert "torch is imported" in ended.stderr

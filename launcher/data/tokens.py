@@ -18,6 +18,7 @@ from launcher.data.base import Corpus
 from launcher.data.bpe import read_bpe, train_bpe
 from launcher.files import sha256_of, write_json
 from launcher.models.base import Model
+from launcher.models.hub import fetch
 from launcher.models.tokenizer import Tokenizer, load_tokenizer
 
 _FORMAT = 1
@@ -47,10 +48,12 @@ def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tup
 
 
 def _given_tokenizer(data: Corpus, model: Model, beat: Callable[[], None]) -> Tokenizer:
-    source = model.tokenizer_folder(beat=beat) if data.tokenizer == "model" else Path(data.tokenizer).expanduser()
-    if data.tokenizer != "model" and not source.is_dir():
-        return load_tokenizer(data.tokenizer, option="data.tokenizer")
-    return load_tokenizer(source, option="data.tokenizer")
+    if data.tokenizer == "model":
+        folder = model.tokenizer_folder(beat=beat)
+    elif not (folder := Path(data.tokenizer).expanduser()).is_dir():
+        instead = "set data.tokenizer=bpe"
+        folder = fetch(data.tokenizer, with_weights=False, option="data.tokenizer", instead=instead)
+    return load_tokenizer(folder, option="data.tokenizer")
 
 
 def _write(folder: Path, data: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]) -> None:

@@ -103,7 +103,8 @@ class Gpt2(Model):
 
         beat()
         name = self._hub_name() or _PUBLISHED[12, 12, 768]  # every size has the same tokenizer
-        return fetch(name, with_weights=with_weights)
+        option, instead = ("model.weights", "random") if with_weights else ("data.tokenizer", "bpe")
+        return fetch(name, with_weights=with_weights, option=option, instead=f"set {option}={instead}")
 
     def _hub_name(self) -> str | None:
         if (self.context, self.vocab_size) != (1024, _VOCAB_SIZE):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from launcher.models.weights import folder_problems, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,7 @@ class Hf(Model):
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
         if self._is_local():
             yield from self._local_problems()
-        elif self.name.count("/") > 1 or not self.name.strip():
+        elif not _HUB_NAME.fullmatch(self.name):
             fix = "set model.name=org/model, or an existing local folder"
             yield self.refuse("name", "is neither a local folder nor a hub name", fix)
         if self.weights not in ("random", "pretrained"):
@@ -71,7 +74,8 @@ class Hf(Model):
         from launcher.models.hub import fetch
 
         beat()
-        return fetch(self.name, with_weights=with_weights)
+        instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
+        return fetch(self.name, with_weights=with_weights, option="model.name", instead=instead)
 
     def _is_local(self) -> bool:
         return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or Path(self.name).is_dir()

@@ -24,10 +24,16 @@ def cached_folder(name: str) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def fetch(name: str, *, with_weights: bool) -> Path:
+def fetch(name: str, *, with_weights: bool, option: str, instead: str) -> Path:
     """Return the local folder of a hub model, after fetching what is missing of config, tokenizer and safetensors.
 
     Several processes may call this at once; the hub's own locks let one fetch each file.
+
+    Args:
+        name: ``org/model``.
+        with_weights: fetch safetensors too.
+        option: the option that asks for it, for messages.
+        instead: what works without a network, for messages.
 
     Raises:
         ConfigError: the hub has no such model, or it needs a login.
@@ -47,10 +53,9 @@ def fetch(name: str, *, with_weights: bool) -> Path:
     except (HFValidationError, RepositoryNotFoundError) as error:
         why = "the hub shows no such model, or only to those logged in"
         fix = "check the name, give a local folder, or log in with `hf auth login`"
-        raise ConfigError("model.name", name, why=why, fix=fix) from error
+        raise ConfigError(option, name, why=why, fix=fix) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise EnvironmentProblem(
             f"{name} is not in the local cache and the hub cannot be reached ({type(error).__name__}); run "
-            f"`hf download {name}` where there is a network and give that folder, or do without: "
-            "model.weights=random data.tokenizer=bpe"
+            f"`hf download {name}` where there is a network and give {option} that folder, or {instead}"
         ) from error

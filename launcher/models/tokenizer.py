@@ -46,11 +46,11 @@ class Tokenizer:
         return text
 
 
-def load_tokenizer(source: str | Path, *, option: str) -> Tokenizer:
-    """Return the tokenizer of a model folder or hub name. Imports Transformers.
+def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
+    """Return the tokenizer of a model folder. Imports Transformers.
 
     Args:
-        source: a folder or a hub name.
+        folder: what ``save_pretrained`` of a tokenizer writes, alone or among a model's files.
         option: the option that chose it, for messages.
 
     Raises:
@@ -59,14 +59,14 @@ def load_tokenizer(source: str | Path, *, option: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().split("\n")[0]
         fix = "set data.tokenizer=bpe to train one on the text"
-        raise ConfigError(option, source, why=f"no tokenizer can be loaded: {first}", fix=fix) from error
+        raise ConfigError(option, folder, why=f"no tokenizer can be loaded: {first}", fix=fix) from error
     if not loaded.is_fast:
         fix = "set data.tokenizer=bpe to train one on the text"
-        raise ConfigError(option, source, why="has only a slow tokenizer written in Python", fix=fix)
+        raise ConfigError(option, folder, why="has only a slow tokenizer written in Python", fix=fix)
     inner = loaded.backend_tokenizer
     inner.no_truncation()
     inner.no_padding()

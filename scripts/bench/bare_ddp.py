@@ -20,8 +20,8 @@ def main() -> None:
     work = Workload(steps=int(os.environ["BENCH_STEPS"]))
     dist.init_process_group("gloo")
     model = work.model()
-    ddp = DistributedDataParallel(model)
-    optimizer = torch.optim.AdamW(work.parameter_groups(model), lr=work.lr)
+    ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer = torch.optim.AdamW(work.parameter_groups(model), lr=work.lr, fused=True)
     batches = work.micro_batches(dist.get_rank())
     for step in range(1, work.steps + 1):
         total = torch.zeros(())

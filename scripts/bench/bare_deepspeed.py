@@ -22,7 +22,7 @@ def main() -> None:
     model = work.model()
     engine, _, _, _ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.AdamW(work.parameter_groups(model), lr=work.lr),
+        optimizer=torch.optim.AdamW(work.parameter_groups(model), lr=work.lr, fused=True),
         config={
             "train_micro_batch_size_per_gpu": work.micro_batch,
             "gradient_accumulation_steps": work.accumulation,

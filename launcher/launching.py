@@ -18,6 +18,7 @@ from launcher.preflight import free_port, preflight
 from launcher.rundir import RunDir, mint_run_id
 from launcher.schema import to_tree
 from launcher.snapshot import dump_run
+from launcher.supervise.conclude import conclude
 
 _PORT_TRIES = 3
 
@@ -85,6 +86,7 @@ def _submit(prepared: Prepared) -> int:
         port = free_port()
         print(f"port {prepared.plan.port} was taken meanwhile: trying again on {port}", flush=True)
         prepared = replace(prepared, plan=_on_port(prepared, port))
+    conclude(outcome, prepared.directory, run_id=prepared.plan.run_id)
     return outcome.exit_code
 
 

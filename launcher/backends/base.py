@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.plan import Plan
+    from launcher.supervise.outcome import Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +51,10 @@ class Backend(Component):
         yield from self.below(0, "stall_timeout_s", "grace_s")
         if self.port != "auto" and not 1024 <= self.port <= 65535:
             yield self.refuse("port", "must lie between 1024 and 65535", "set backend.port=auto")
+
+    @abstractmethod
+    def submit(self, plan: Plan) -> Outcome:
+        """Start ``plan``, stay until nothing of it is left, and return how it ended.
+
+        Writes nothing about the end: whoever tries again on another port, or gives up, calls ``conclude``.
+        """

@@ -1,0 +1,43 @@
+"""The entry of every rank: ``python -m launcher.rank RUN_DIR``, started by torchrun or DeepSpeed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from launcher.errors import EXIT_USER_ERROR, LauncherError
+from launcher.supervise.entry import enter_rank
+from launcher.supervise.heartbeat import Heartbeat
+from launcher.supervise.rank_env import RankEnv, read_rank_env
+
+
+def main() -> None:
+    """Become the rank that the environment names and do its job."""
+    try:
+        env = read_rank_env(Path(sys.argv[1]), os.environ)
+    except LauncherError as problem:
+        print(problem, file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    enter_rank(run_job, env)
+
+
+def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
+    """Load the snapshot, refuse one that changed, and run its job on this rank."""
+    from launcher.context import Context
+    from launcher.snapshot import load_run
+
+    run = load_run(env.run_dir.snapshot, expected_hash=env.run_hash)
+    context = Context(
+        run=run,
+        run_dir=env.run_dir,
+        rank=env.rank,
+        local_rank=env.local_rank,
+        world_size=env.world_size,
+        heartbeat=heartbeat,
+    )
+    run.job.run(context)
+
+
+if __name__ == "__main__":
+    main()

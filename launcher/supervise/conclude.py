@@ -1,0 +1,57 @@
+"""The end of a run, written down and said: ``result.json``, ``failure.json``, and the last words on the screen."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from launcher.files import write_json
+from launcher.results import write_result
+from launcher.rundir import RunDir
+from launcher.supervise.failure import Failure, Victim, name_of_signal
+from launcher.supervise.outcome import Outcome
+
+
+def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str, stream: TextIO | None = None) -> None:
+    """Write the files and print what failed; call it once, after the last try, and print nothing after it."""
+    if outcome.failure is not None:
+        write_json(run_dir.failure, outcome.failure.tree())
+    write_result(run_dir, status=outcome.status, exit_code=outcome.exit_code, run_id=run_id)
+    text = last_words(outcome, run_dir)
+    if text:
+        print(text, file=stream or sys.stderr, flush=True)
+
+
+def forget_last_end(run_dir: RunDir) -> None:
+    """Remove how an earlier attempt in the same run directory ended: it is no longer true."""
+    for path in (run_dir.result, run_dir.failure, *run_dir.logs.glob("failure.rank*.json")):
+        path.unlink(missing_ok=True)
+
+
+def last_words(outcome: Outcome, run_dir: RunDir) -> str:
+    """Return what the user reads last; nothing after a run that went well."""
+    if outcome.failure is not None:
+        return _block(outcome.failure)
+    if outcome.status == "cancelled":
+        return f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
+    if outcome.status == "preempted":
+        return f"preempted after saving: continue with `launch resume {run_dir.path}`"
+    return ""
+
+
+def _block(failure: Failure) -> str:
+    lines = ["", f"── the run failed: {failure.reason} ──"]
+    lines += [failure.traceback.rstrip()] if failure.traceback else []
+    lines += [
+        f"   rank {place.rank} on {place.host}: {place.phase}, step {place.step}, silent for {place.silent_s:.0f} s"
+        for place in failure.ranks
+    ]
+    if failure.victims:
+        lines.append(f"ended with it: {', '.join(map(_name, failure.victims))}")
+    lines.append(f"log: {failure.log}")
+    return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
+
+
+def _name(victim: Victim) -> str:
+    how = name_of_signal(victim.signal) if victim.signal else f"exit code {victim.exit_code}"
+    return f"rank {victim.rank} on {victim.host} ({how})"

@@ -1,0 +1,106 @@
+"""How a process becomes a rank, and how its end is written down."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, NoReturn
+
+from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
+from launcher.files import write_json
+from launcher.supervise.guard import guard_rank
+from launcher.supervise.heartbeat import Heartbeat
+from launcher.supervise.link import Link, beats_in
+from launcher.supervise.rank_env import RankEnv
+
+Work = Callable[[RankEnv, Heartbeat], None]
+
+
+def enter_rank(work: Work, env: RankEnv) -> NoReturn:
+    """Make this process the rank that ``env`` names: log, guard, stack dumps; do ``work``; exit with the true code.
+
+    Call it before anything heavy is imported: it forks.
+    """
+    redirect_output(env.log)
+    faulthandler.enable(file=2)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # before the fork: never a moment without it
+    guard_rank(env.rank, Link(env.scratch))
+    heartbeat = Heartbeat(beats_in(env.scratch, env.rank) if env.scratch else None)
+    heartbeat.beat("starting")
+    try:
+        code = _code_of(work, env, heartbeat)
+    except KeyboardInterrupt:
+        _die_by(signal.SIGINT)
+    sys.exit(code)
+
+
+def redirect_output(log: Path) -> None:
+    """Append everything this process and its children print to ``log``, line by line."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for target in (1, 2):
+        os.dup2(descriptor, target)
+    os.close(descriptor)
+    for stream in (sys.stdout, sys.stderr):
+        _by_line(stream)
+
+
+def _by_line(stream: IO[str]) -> None:
+    stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[attr-defined]
+
+
+def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
+    """Do the work and return the exit code; whatever went wrong is in the log and in the record."""
+    try:
+        work(env, heartbeat)
+    except SystemExit as ending:
+        if ending.code in (None, 0, EXIT_PREEMPTED):
+            return int(ending.code or 0)
+        _write_down(ending, env)
+        return ending.code if isinstance(ending.code, int) else _say(str(ending.code), 1)
+    except LauncherError as error:
+        _write_down(error, env)
+        return _say(str(error), EXIT_USER_ERROR if isinstance(error, ConfigError | EnvironmentProblem) else 1)
+    except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
+        _write_down(error, env)
+        return _say(traceback.format_exc().rstrip(), 1)
+    return 0
+
+
+def _write_down(error: BaseException, env: RankEnv) -> None:
+    known = isinstance(error, LauncherError)
+    record = {
+        "rank": env.rank,
+        "host": env.host,
+        "machine": socket.gethostname(),
+        "pid": os.getpid(),
+        "time": time.time(),
+        "error": str(error) if known else "".join(traceback.format_exception_only(error)).strip(),
+        "traceback": "" if known else "".join(traceback.format_exception(error)),
+    }
+    try:
+        write_json(env.record, record)
+    except OSError as trouble:  # the disk is full: the log may still take it
+        _say(f"the failure could not be recorded: {trouble}", 1)
+
+
+def _say(text: str, code: int) -> int:
+    print(text, file=sys.stderr, flush=True)
+    return code
+
+
+def _die_by(number: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    raise AssertionError("a signal with its default action ends the process")

@@ -1,0 +1,84 @@
+"""How a rank says where it is: a few bytes of shared memory that only ever hold its newest state.
+
+Writing them costs microseconds and no system call, cannot block, and cannot lose the last state of a rank that then
+hangs, which is the one that matters. The host agent makes the file and reads it at its own pace.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import struct
+import time
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+_BYTES = 4096
+_HEADER = struct.Struct("<II")
+"""CRC-32 and length of the JSON that follows: a state read while it is written does not match."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """Where a rank was."""
+
+    phase: str
+    """What it had begun to do (``forward``)."""
+    step: int | None
+    """Optimiser step, ``None`` before the first."""
+    at: float
+    """``time.monotonic()`` of its host."""
+    numbers: dict[str, float] = field(default_factory=dict)
+    """The newest value of each number it reported (``loss``)."""
+
+
+class Heartbeat:
+    """A rank's side. ``Heartbeat(None)`` tells nobody."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._memory = map_beats(path) if path and path.exists() else None
+        self._step: int | None = None
+        self._numbers: dict[str, float] = {}
+
+    def beat(self, phase: str, step: int | None = None, **numbers: float) -> None:
+        """Say that ``phase`` begins; never blocks, never raises when nobody listens.
+
+        Args:
+            phase: what this rank does from now on.
+            step: optimiser step; kept from the last call when ``None``.
+            numbers: what to show (``steps``, ``loss``, ``tokens_per_s``); those that are not finite are left out.
+        """
+        self._step = self._step if step is None else step
+        for name, value in numbers.items():
+            if math.isfinite(value):
+                self._numbers[name] = value
+            else:
+                self._numbers.pop(name, None)
+        if self._memory is None:
+            return
+        state = {"phase": phase, "step": self._step, "at": time.monotonic(), "numbers": self._numbers}
+        payload = json.dumps(state).encode()
+        assert _HEADER.size + len(payload) <= _BYTES, "a beat holds a handful of numbers"
+        self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
+
+
+def make_beats(path: Path) -> None:
+    """Make the file a rank beats into."""
+    path.write_bytes(bytes(_BYTES))
+
+
+def map_beats(path: Path) -> mmap.mmap:
+    """Map that file; the mapping outlives it."""
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), _BYTES)
+
+
+def read_beat(memory: mmap.mmap) -> Beat | None:
+    """Return the newest state; ``None`` before the first, or when caught while it is being written."""
+    checksum, length = _HEADER.unpack(memory[: _HEADER.size])
+    payload = memory[_HEADER.size : _HEADER.size + length]
+    if not length or zlib.crc32(payload) != checksum:
+        return None
+    return Beat(**json.loads(payload))

@@ -1,0 +1,86 @@
+"""Bytes of a process to whole lines of text."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+_LONGEST = 1 << 20
+"""Bytes after which a line without an end is handed on in pieces."""
+
+_CHUNK = 1 << 18
+
+
+class LineSplitter:
+    """Collects bytes and gives out the lines that are complete.
+
+    What is not UTF-8 becomes U+FFFD. Of a line that was rewritten with carriage returns (a progress bar) the last
+    state stays.
+    """
+
+    def __init__(self) -> None:
+        self._partial = b""
+
+    def feed(self, data: bytes) -> list[str]:
+        """Return the lines that ``data`` completes."""
+        *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _LONGEST:
+            lines.append(self._partial)
+            self._partial = b""
+        return [_text(line) for line in lines]
+
+    def rest(self) -> list[str]:
+        """Return the line that never ended, if there is one."""
+        partial, self._partial = self._partial, b""
+        return [_text(partial)] if partial else []
+
+
+class Tail:
+    """Follows a log file from where it ends now."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor: int | None = None
+        self._splitter = LineSplitter()
+        self._start = self._offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[str]:
+        """Return whole lines written since the last call: some of them when there are many, none when there is none."""
+        data = self._bytes()
+        return self._splitter.feed(data) if data else []
+
+    def drain(self) -> list[str]:
+        """Return everything that is left, the unfinished last line too."""
+        lines = []
+        while data := self._bytes():
+            lines += self._splitter.feed(data)
+        return lines + self._splitter.rest()
+
+    def last(self, count: int) -> str:
+        """Return the last ``count`` lines written since this tail began."""
+        if not self.path.exists():
+            return ""
+        with self.path.open("rb") as file:
+            file.seek(max(self._start, self.path.stat().st_size - _CHUNK))
+            lines = file.read().decode(errors="replace").splitlines()
+        return "\n".join(lines[-count:])
+
+    def close(self) -> None:
+        """Let the file go."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _bytes(self) -> bytes:
+        if self._descriptor is None:
+            try:
+                self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:  # the rank has not begun
+                return b""
+        data = os.pread(self._descriptor, _CHUNK, self._offset)
+        self._offset += len(data)
+        return data
+
+
+def _text(line: bytes) -> str:
+    return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]

@@ -1,0 +1,102 @@
+"""A guard's line to the host agent: what it says arrives whole, and each side sees the other go."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_SEND_S = 2.0
+_BYTES = 4096
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """Make a private folder for the socket; in /tmp when the usual place is too deep for a socket's name."""
+    usual = Path(tempfile.gettempdir())
+    parent = usual if len(str(usual)) < 60 else Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
+    folder = Path(tempfile.mkdtemp(prefix="launcher-", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def socket_in(scratch: Path) -> Path:
+    """Return where the agent listens."""
+    return scratch / "agent"
+
+
+def beats_in(scratch: Path, rank: int) -> Path:
+    """Return the file that ``rank`` beats into."""
+    return scratch / f"beats.{rank}"
+
+
+def listen(scratch: Path) -> socket.socket:
+    """Open the agent's side: a socket that keeps messages apart and tells when a peer is gone."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(socket_in(scratch)))
+    listener.listen(1024)
+    listener.setblocking(False)
+    return listener
+
+
+def receive(peer: socket.socket) -> dict[str, Any] | None:
+    """Return the next message of a guard; ``None`` once it is gone.
+
+    Raises:
+        BlockingIOError: there is nothing yet.
+    """
+    try:
+        data = peer.recv(_BYTES)
+    except ConnectionResetError:
+        return None
+    message: dict[str, Any] | None = json.loads(data) if data else None
+    return message
+
+
+class Link:
+    """The guard's side. A rank started by hand, or after its agent died, has nobody to tell."""
+
+    def __init__(self, scratch: Path | None) -> None:
+        self._socket: socket.socket | None = None
+        if scratch is None:
+            return
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            self._socket.connect(str(socket_in(scratch)))
+        except OSError:  # the agent was killed while this rank was starting
+            self.close()
+
+    def tell(self, **message: Any) -> None:
+        """Send one message, unless the agent is gone."""
+        if self._socket is None:
+            return
+        try:
+            self._socket.settimeout(_SEND_S)
+            self._socket.send(json.dumps(message).encode())
+        except OSError:
+            self.close()
+
+    def lost(self) -> bool:
+        """Return whether there was an agent and it is gone."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.setblocking(False)
+            return self._socket.recv(1) == b""  # the agent never says anything
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+
+    def close(self) -> None:
+        """Hang up."""
+        if self._socket is not None:
+            self._socket.close()
+            self._socket = None

@@ -1,0 +1,147 @@
+"""The ranks of one host, as its agent sees them: guards, logs, beats."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from typing import Any
+
+from launcher.files import read_json
+from launcher.plan import HostPlan
+from launcher.rundir import RunDir
+from launcher.supervise.heartbeat import make_beats, map_beats, read_beat
+from launcher.supervise.lines import Tail
+from launcher.supervise.link import beats_in, receive
+from launcher.supervise.messages import Line, Message, RankBeat, RankEnded, RankRaised
+from launcher.supervise.processes import Process, identify
+from launcher.supervise.rank_env import record_of
+
+_TAIL_LINES = 60
+_BEAT_EVERY_S = 0.2
+
+Emit = Callable[[Message], None]
+
+
+@dataclass
+class _Rank:
+    """What is known of one rank."""
+
+    number: int
+    log: Tail
+    beats: mmap
+    record: Path
+    guard: Process | None = None
+    process: Process | None = None
+    has_ended: bool = False
+    raised: bool = False
+    beat_at: float = 0.0
+
+    @property
+    def is_alive(self) -> bool:
+        return self.guard is not None and not self.has_ended
+
+
+class Ranks:
+    """All ranks of a host."""
+
+    def __init__(self, plan: HostPlan, *, run_dir: RunDir, scratch: Path, emit: Emit) -> None:
+        self._emit = emit
+        self._ranks: dict[int, _Rank] = {}
+        self._peers: dict[socket.socket, int] = {}
+        self._next_beats = 0.0
+        for number in range(plan.first_rank, plan.first_rank + plan.host.slots):
+            beats = beats_in(scratch, number)
+            make_beats(beats)
+            log = Tail(run_dir.log_of(plan.host.name, number))
+            self._ranks[number] = _Rank(number, log, map_beats(beats), record_of(run_dir, number))
+
+    def any_alive(self) -> bool:
+        """Return whether a rank has begun and not ended."""
+        return any(rank.is_alive for rank in self._ranks.values())
+
+    def send(self, number: int) -> int:
+        """Send a signal to every living rank, by way of its guard; return to how many."""
+        guards = [rank.guard for rank in self._ranks.values() if rank.is_alive and rank.guard]
+        return sum(guard.send(number) for guard in guards)
+
+    def dump(self) -> None:
+        """Have every living rank write its Python stacks to its log."""
+        for rank in self._ranks.values():
+            if rank.is_alive and rank.process:
+                rank.process.send(signal.SIGUSR2)
+
+    def hear(self, peer: socket.socket) -> bool:
+        """Take all that one guard said; return False once it is gone, which without a word means it was killed."""
+        try:
+            while message := receive(peer):
+                self._take(peer, message)
+        except BlockingIOError:
+            return True
+        number = self._peers.pop(peer, None)
+        if number is not None and not self._ranks[number].has_ended:
+            self._end(self._ranks[number], time=time.time(), code=-signal.SIGKILL)
+        return False
+
+    def poll(self, *, logs: bool) -> bool:
+        """Pass on new beats and exceptions, and new lines where ``logs``; return whether there may be more lines."""
+        now = time.monotonic()
+        if now >= self._next_beats:
+            self._next_beats = now + _BEAT_EVERY_S
+            for rank in self._ranks.values():
+                self._pass_on_beat(rank, now)
+                self._pass_on_exception(rank)
+        return logs and sum(self._pass_on_lines(rank, rank.log.read()) for rank in self._ranks.values()) > 0
+
+    def drain(self) -> None:
+        """Pass on all that is left in the logs."""
+        for rank in self._ranks.values():
+            self._pass_on_exception(rank)
+            self._pass_on_lines(rank, rank.log.drain())
+            rank.log.close()
+
+    def _take(self, peer: socket.socket, message: dict[str, Any]) -> None:
+        if message["kind"] == "hello":
+            rank = self._ranks[message["rank"]]
+            self._peers[peer] = rank.number
+            rank.guard, rank.process = identify(message["guard"]), identify(message["pid"])
+            return
+        number = self._peers[peer]  # it said hello first
+        code = os.waitstatus_to_exitcode(message["status"])
+        self._end(self._ranks[number], time=message["time"], code=code)
+
+    def _end(self, rank: _Rank, *, time: float, code: int) -> None:
+        """Report a rank's end; ``code`` is negative for a signal."""
+        self._pass_on_exception(rank)
+        rank.has_ended = True
+        end = {"code": code, "signal": None} if code >= 0 else {"code": None, "signal": -code}
+        tail = rank.log.last(_TAIL_LINES) if code else ""
+        self._emit(RankEnded(rank=rank.number, time=time, tail=tail, **end))
+
+    def _pass_on_lines(self, rank: _Rank, lines: list[str]) -> int:
+        for line in lines:
+            self._emit(Line(who=rank.number, text=line))
+        return len(lines)
+
+    def _pass_on_beat(self, rank: _Rank, now: float) -> None:
+        beat = read_beat(rank.beats)
+        if beat is not None and beat.at != rank.beat_at:
+            rank.beat_at = beat.at
+            age = max(0.0, now - beat.at)
+            numbers = beat.numbers
+            self._emit(RankBeat(rank=rank.number, phase=beat.phase, step=beat.step, age_s=age, numbers=numbers))
+
+    def _pass_on_exception(self, rank: _Rank) -> None:
+        if rank.raised or rank.process is None or not rank.record.exists():
+            return
+        record = read_json(rank.record)
+        if record["pid"] != rank.process.pid:  # left by an earlier attempt in this run directory
+            return
+        rank.raised = True
+        error, traceback = record["error"], record["traceback"]
+        self._emit(RankRaised(rank=rank.number, time=record["time"], error=error, traceback=traceback))

@@ -1,0 +1,61 @@
+"""Who failed first? Ranks that only noticed another one's death are not the cause.
+
+When one rank dies, the others see their connections break, or are ended by torchrun, within milliseconds, and may well
+be gone before the first one is. So the exits of a short while are collected, and told apart by what the ranks said.
+"""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from launcher.supervise.failure import Failure
+
+SETTLE_S = 0.3
+"""Time after the first failure in which others are collected."""
+
+PATIENCE_S = 3.0
+"""The same while every failure seen looks like the consequence of one not seen yet."""
+
+_CONSEQUENCE = re.compile(
+    r"DistBackendError|DistNetworkError|DistStoreError|Watchdog caught collective operation timeout"
+    r"|Connection (closed|reset|refused)|Broken pipe|Socket closed|closed by peer|Application timeout"
+)
+_PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspect:
+    """A failure that may be the cause."""
+
+    failure: Failure
+    is_consequence: bool
+
+
+def looks_like_consequence(failure: Failure) -> bool:
+    """Return whether a failed rank may only have noticed that another one was gone."""
+    if says_port_taken(failure):
+        return False
+    if failure.signal == signal.SIGTERM:  # torchrun's way to end the others
+        return True
+    said = failure.error or (failure.traceback if failure.signal == signal.SIGABRT else "")
+    return _CONSEQUENCE.search(said) is not None
+
+
+def says_port_taken(failure: Failure) -> bool:
+    """Return whether it failed because its port belonged to somebody else."""
+    return _PORT_TAKEN.search(f"{failure.error}\n{failure.traceback}") is not None
+
+
+def first_cause(suspects: Sequence[Suspect]) -> Failure:
+    """Return the earliest failure that is no consequence, else the earliest."""
+    return min(suspects, key=lambda suspect: (suspect.is_consequence, suspect.failure.time)).failure
+
+
+def is_settled(suspects: Sequence[Suspect], *, waited_s: float) -> bool:
+    """Return whether it is time to decide, ``waited_s`` after the first failure was heard of."""
+    if not suspects:
+        return False
+    return waited_s >= (PATIENCE_S if all(suspect.is_consequence for suspect in suspects) else SETTLE_S)

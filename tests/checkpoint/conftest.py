@@ -1,0 +1,49 @@
+"""Checkpoints of a small run, without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.manifest import Manifest, describe
+from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.store import CheckpointStore, Saved
+from launcher.models.gpt2 import Gpt2
+from launcher.parallel.zero import Zero
+from launcher.precision import Bf16
+
+MODEL = Gpt2(name="tiny", layers=2, heads=2, width=16)
+PARALLEL = Zero(stage=3)
+PRECISION = Bf16()
+Save = Callable[..., Saved]
+
+
+def manifest_of(step: int, *, eval_loss: float | None = None) -> Manifest:
+    """Return the manifest that a run of these components writes on 2 ranks."""
+    return describe(
+        model=MODEL,
+        parallel=PARALLEL,
+        precision=PRECISION,
+        world_size=2,
+        step=step,
+        eval_loss=eval_loss,
+        run_id="a-run",
+        run_hash="0" * 64,
+    )
+
+
+@pytest.fixture
+def save(tmp_path: Path) -> Save:
+    """Save a checkpoint of a step into ``tmp_path/checkpoints``: one file in the folder, one below it."""
+
+    def write(step: int, *, eval_loss: float | None = None, **policy: int | bool) -> Saved:
+        store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(**policy))  # type: ignore[arg-type]
+        pending = store.begin(step)
+        (pending / "model.bin").write_bytes(bytes(step))
+        (pending / "ranks").mkdir()
+        (pending / "ranks" / "0.bin").write_bytes(b"0" * 10)
+        return store.commit(manifest_of(step, eval_loss=eval_loss))
+
+    return write

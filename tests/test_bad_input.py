@@ -1,6 +1,5 @@
 """What a user can do wrong, through the real command: one message, exit code 2, nothing started, nothing written."""
 
-import os
 import socket
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from launcher.files import write_json
 @pytest.fixture
 def refused(launch, tmp_path):
     def check(*words, **options):
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         ended = launch(*words, **options).expect(2)
         assert "Traceback" not in ended.output
         assert ended.stdout == ""
-        assert {path for path in tmp_path.rglob("*")} == before, "something was written"
+        assert set(tmp_path.rglob("*")) == before, "something was written"
         return ended.stderr
 
     return check
@@ -115,9 +114,9 @@ def test_a_checkpoint_of_another_model(refused, launch, tmp_path):
 
 
 def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(launch, tmp_path):
-    before = set(os.listdir(tmp_path))
+    before = set(tmp_path.iterdir())
     launch("+exp=zero3_gpt2xl", "dry_run=true").expect(0)
-    assert set(os.listdir(tmp_path)) == before
+    assert set(tmp_path.iterdir()) == before
 
 
 def test_help_teaches(launch):

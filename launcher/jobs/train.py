@@ -19,7 +19,7 @@ class Train(Job):
 
     kind: ClassVar[str] = "train"
 
-    steps: int = 100
+    steps: int = 300
     """Optimiser steps in the whole run; a resumed run continues up to this number."""
 
     micro_batch: int = 8

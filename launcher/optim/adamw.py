@@ -18,7 +18,7 @@ class AdamW(Component):
     kind: ClassVar[str] = "adamw"
     headline: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
 
-    lr: float = 5e-4
+    lr: float = 1e-3
     """Peak learning rate; the schedule multiplies it."""
 
     betas: tuple[float, float] = (0.9, 0.999)

@@ -8,24 +8,25 @@ from launcher.files import write_atomic
 from launcher.training.curve import draw_curve
 
 if TYPE_CHECKING:
-    from launcher.context import Context
     from launcher.data.open import Splits
     from launcher.engines.base import Engine
     from launcher.jobs.train import Train
-    from launcher.training.clock import Clock
+    from launcher.training.loop import Trainer
 
 
-def finish(job: Train, context: Context, splits: Splits, engine: Engine, clock: Clock) -> None:
-    """Generate on every rank; on rank 0 write sample.txt and loss.png, and print where the loss ended up."""
+def finish(trainer: Trainer) -> None:
+    """Generate on every rank; on rank 0 write sample.txt and loss.png."""
+    job, context, splits, clock = trainer.job, trainer.context, trainer.splits, trainer.clock
     if job.sample_tokens and splits.tokenizer is not None:
         with clock.phase("sample"):
-            text = sample(job, splits, engine)
+            text = sample(job, splits, trainer.engine)
         if context.is_main:
             write_atomic(context.run_dir.sample, text + "\n")
             print(f"sample: {text!r}", flush=True)
     if context.is_main:
         with clock.phase("curve"):
             draw_curve(context.run_dir.metrics, context.run_dir.curve, baselines=splits.baselines)
+        print(f"loss curve: {context.run_dir.curve}", flush=True)
 
 
 def sample(job: Train, splits: Splits, engine: Engine) -> str:

@@ -53,6 +53,7 @@ class Trainer:
         """Train, then leave a sample, a curve and the last evaluation."""
         first = restore(self.store, self.context, self.engine)
         with Recorder(self.context, self.engine, start_step=first) as self.recorder:
+            self.recorder.baselines(first, self.splits.baselines)
             for step in range(first, self.job.steps):
                 self.train_step(step)
                 done = step + 1
@@ -60,7 +61,7 @@ class Trainer:
                 if self._saves_after(done):
                     with self.clock.phase("checkpoint"):
                         save(self.store, self.context, self.engine, step=done, held_out_loss=held_out)
-            finish(self.job, self.context, self.splits, self.engine, self.clock)
+            finish(self)
 
     def train_step(self, step: int) -> None:
         """Take optimiser step ``step`` (0-based) and record it."""

@@ -84,6 +84,12 @@ class Recorder:
             f"  {tokens / seconds:,.0f} tokens/s{used}{skipped}"
         )
 
+    def baselines(self, done: int, losses: Mapping[str, float]) -> None:
+        """Record the losses that a model has to beat."""
+        self.write(done, {f"baseline/{name}": loss for name, loss in losses.items()})
+        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.say(f"loss to beat (nats a token): {told}")
+
     def evaluation(self, done: int, loss: float, *, parts: Mapping[str, float]) -> None:
         """Record a held-out loss."""
         self.write(done, {"eval/loss": loss, **{f"time/{name}_s": seconds for name, seconds in parts.items()}})

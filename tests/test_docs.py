@@ -1,8 +1,8 @@
 """Every command in the documentation runs, and every line of output it shows is printed.
 
-A command stands in a ``console`` block behind ``$ ``. What follows it, up to the next one, is output: each line must
-be printed; ``…`` stands for anything left out. Commands that only look (plans, lists) are run here; of the others,
-``SLOW`` names the test that runs them.
+A command stands in a ``console`` block behind ``$ ``, or is a line of a ``bash`` block. What follows it in a console
+block is output: each line must be printed; ``…`` stands for anything left out. Commands that only look (plans, lists)
+are run here; of the others, ``SLOW`` names the test that runs them.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ def examples() -> list[Example]:
                 command = command.partition("  #")[0].strip()
                 lines = tuple(line.strip() for line in output if line.strip() not in ("", "…"))
                 found.append(Example(page.name, command, lines))
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            found += [Example(page.name, command, ()) for command in block.splitlines()]
     return found
 
 

@@ -1,0 +1,42 @@
+"""A small model, its weights on disk, and a way to spoil them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from launcher.activation import Keep
+from launcher.attention import Sdpa
+from launcher.models.build import build_model
+from launcher.models.gpt2 import Gpt2
+
+SIZES = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that ``save_pretrained`` wrote."""
+    folder = tmp_path_factory.mktemp("weights")
+    build_model(Gpt2(**SIZES), seed=1, attention=Sdpa(), activation=Keep()).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def spoilt(saved: Path, tmp_path: Path) -> Spoil:
+    """Copy the folder with its tensors changed."""
+
+    def spoil(change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+        folder = tmp_path / "spoilt"
+        shutil.copytree(saved, folder)
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return spoil

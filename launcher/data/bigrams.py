@@ -19,8 +19,8 @@ class Bigrams:
 
     def __init__(self, data: Synthetic, *, sequence_length: int, seed: int, split: str) -> None:
         self._data, self._length, self._seed, self._split = data, sequence_length, seed, split
-        raw = self._raw("table", 0, data.vocab_size)
-        self._first_successors: list[int] = (raw % data.vocab_size).tolist()
+        shuffled = np.argsort(self._raw("table", 0, data.vocab_size), kind="stable")
+        self._first_successors: list[int] = shuffled.tolist()  # each token once: all are equally common
 
     @property
     def num_sequences(self) -> int:

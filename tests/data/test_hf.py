@@ -1,0 +1,77 @@
+"""Local files and folders through ``datasets``, and what is said where the hub cannot be reached."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from launcher.data.hf import HfData
+from launcher.data.open import open_splits
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.models.gpt2 import Gpt2
+
+ROWS = [f"Row number {i} holds some words." for i in range(200)]
+MakeRows = Callable[..., HfData]
+
+
+def json_file(folder: Path) -> Path:
+    (folder / "x.jsonl").write_text("".join(json.dumps({"text": row, "n": i}) + "\n" for i, row in enumerate(ROWS)))
+    return folder / "x.jsonl"
+
+
+def csv_file(folder: Path) -> Path:
+    with (folder / "x.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([row] for row in ROWS)])
+    return folder / "x.csv"
+
+
+def parquet_file(folder: Path) -> Path:
+    pyarrow.parquet.write_table(pa.table({"text": ROWS}), folder / "x.parquet")
+    return folder / "x.parquet"
+
+
+@pytest.mark.parametrize(("kind", "make"), [("json", json_file), ("csv", csv_file), ("parquet", parquet_file)])
+def test_every_format_gives_the_rows_in_order(
+    kind: str, make: Callable[[Path], Path], rows: MakeRows, model: Gpt2, tmp_path: Path
+) -> None:
+    data = rows(kind, make(tmp_path))
+    assert not list(data.preflight())
+    assert [piece.text for piece in data.pieces()] == ROWS
+    splits = open_splits(data, model, sequence_length=16, seed=0)
+    assert splits.tokenizer is not None
+    assert splits.tokenizer.decode(splits.train.sequence(0).tolist()).startswith("Row number 0 holds some words.Row")
+
+
+def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    json_file(tmp_path / "set")
+    data = rows(str(tmp_path / "set"))
+    assert not list(data.preflight())
+    assert next(data.pieces()).text == ROWS[0]
+    before = data.fingerprint()
+    (tmp_path / "set" / "x.jsonl").write_text('{"text": "changed"}\n')
+    assert data.fingerprint() != before
+
+
+def test_wrong_columns_splits_and_files_are_the_users_mistakes(rows: MakeRows, tmp_path: Path) -> None:
+    file = json_file(tmp_path)
+    with pytest.raises(ConfigError, match=r"data.column=body: json has no such column; set .* one of text, n"):
+        next(rows("json", file, column="body").pieces())
+    with pytest.raises(ConfigError, match=r"data.column=n: row 0 holds int, not text"):
+        next(rows("json", file, column="n").pieces())
+    with pytest.raises(ConfigError, match=r"data.path=json: datasets cannot read it: Unknown split"):
+        next(rows("json", file, split="test").pieces())
+    file.write_text("{not json")
+    with pytest.raises(ConfigError, match=r"data.path=json: datasets cannot read it"):
+        next(rows("json", file).pieces())
+
+
+def test_without_the_hub_the_message_says_what_to_type(rows: MakeRows) -> None:
+    with pytest.raises(EnvironmentProblem, match="hf download --repo-type dataset org/name"):
+        next(rows("org/name").pieces())

@@ -1,0 +1,105 @@
+"""What ranks get: the same samples on any number of them, and evaluations of equal length."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from launcher.batch import Batch
+from launcher.data.loader import IGNORED, Loader, MicroBatch
+from launcher.data.open import Splits, open_splits
+from launcher.data.synthetic import Synthetic
+from launcher.errors import ConfigError
+from launcher.models.gpt2 import Gpt2
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Sequence i is i, i+1, …: each sample tells its number."""
+
+    num_sequences: int
+
+    def sequence(self, index: int) -> np.ndarray:
+        return np.arange(index, index + 5)
+
+
+def splits(train: int, held_out: int) -> Splits:
+    return Splits(
+        train=Counting(train), held_out=Counting(held_out), tokenizer=None, vocab_size=99, context=4, baselines={}
+    )
+
+
+def samples(batch: Batch, step: int) -> list[int]:
+    """Return the samples of a step in the order of their positions in the global batch."""
+    shares = [Loader(splits(100, 9), batch, seed=3, rank=rank).step(step) for rank in range(batch.data_parallel)]
+    return [
+        row for part in range(batch.accumulation) for share in shares for row in share[part].input_ids[:, 0].tolist()
+    ]
+
+
+def test_a_step_holds_the_same_samples_however_it_is_divided() -> None:
+    for step in (0, 1, 99):
+        expected = samples(Batch(micro=12, accumulation=1, data_parallel=1), step)
+        assert len(set(expected)) > 10
+        for micro, accumulation, ranks in ((1, 12, 1), (3, 4, 1), (3, 2, 2), (1, 3, 4), (6, 1, 2), (3, 1, 4)):
+            assert samples(Batch(micro=micro, accumulation=accumulation, data_parallel=ranks), step) == expected
+
+
+def test_an_epoch_passes_each_sequence_once() -> None:
+    batch = Batch(micro=5, accumulation=2, data_parallel=2)
+    seen = [sample for step in range(5) for sample in samples(batch, step)]
+    assert sorted(seen) == list(range(100))
+
+
+def test_labels_are_the_next_tokens() -> None:
+    (batch,) = Loader(splits(7, 7), Batch(micro=2, accumulation=1, data_parallel=1), seed=0, rank=0).step(0)
+    assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+    assert batch.input_ids.shape == (2, 4)
+    assert torch.equal(batch.labels, batch.input_ids + 1)
+
+
+@pytest.mark.parametrize("wanted", [1, 5, 6, 7, 11, 100])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_evaluation_counts_each_sequence_once_in_equally_many_batches(wanted: int, ranks: int) -> None:
+    batch = Batch(micro=2, accumulation=4, data_parallel=ranks)
+    shares: list[list[MicroBatch]] = [
+        list(Loader(splits(7, 11), batch, seed=0, rank=rank).held_out(wanted)) for rank in range(ranks)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert all(part.labels.shape == (2, 4) for share in shares for part in share)
+    labelled = [
+        row[0].item() - 1 for share in shares for part in share for row in part.labels if (row != IGNORED).all()
+    ]
+    assert sorted(labelled) == list(range(min(wanted, 11)))
+    assert all(((part.labels == IGNORED).sum(dim=1) % 4 == 0).all() for share in shares for part in share)
+
+
+def test_synthetic_walks_follow_the_table() -> None:
+    data = Synthetic(vocab_size=50, branching=3, num_sequences=64)
+    model = Gpt2(name="small", layers=1, heads=2, width=8, context=64, vocab_size=50)
+    opened = open_splits(data, model, sequence_length=32, seed=1)
+    assert opened.baselines == {"uniform": pytest.approx(math.log(50)), "best": pytest.approx(math.log(3))}
+    assert opened.train.num_sequences == 64
+    successors: dict[int, set[int]] = {}
+    for part in (opened.train, opened.held_out):
+        for i in range(part.num_sequences):
+            ids = part.sequence(i).tolist()
+            assert len(ids) == 33
+            for token, following in itertools.pairwise(ids):
+                successors.setdefault(token, set()).add(following)
+    assert set(map(len, successors.values())) == {3}
+    again = open_splits(data, model, sequence_length=32, seed=1)
+    assert np.array_equal(opened.train.sequence(5), again.train.sequence(5))
+    assert not np.array_equal(opened.train.sequence(5), opened.held_out.sequence(5))
+    assert not np.array_equal(opened.train.sequence(5), opened.train.sequence(6))
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused() -> None:
+    model = Gpt2(name="small", layers=1, heads=2, width=8, context=64, vocab_size=50)
+    with pytest.raises(ConfigError, match="51 tokens and small only 50 rows"):
+        open_splits(Synthetic(vocab_size=51), model, sequence_length=32, seed=1)

@@ -1,0 +1,101 @@
+"""What the parent says about data before anything starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.data.base import Data
+from launcher.data.files import expand, read_pieces
+from launcher.data.hf import HfData
+from launcher.data.text import Text
+from launcher.errors import ConfigError
+
+
+def problems(data: Data) -> list[str]:
+    return [str(problem) for problem in data.preflight()]
+
+
+def written(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "is empty"),
+        (b" \n\n ", "is empty"),
+        (b"text\0more", "is not text: it has NUL bytes"),
+        ("été".encode("latin1"), "is not UTF-8: byte 0xe9 at position 0; convert it: iconv -f latin1 -t utf-8"),
+        ("text".encode("utf-16"), "is not text: it has NUL bytes"),
+        (b"\x89PNG\r\n\x1a\n", "is not UTF-8: byte 0x89 at position 0"),
+        (b"cut short \xc3", "is not UTF-8: byte 0xc3 at position 10"),
+    ],
+)
+def test_a_file_that_is_not_text(content: bytes, why: str, tmp_path: Path) -> None:
+    name = written(tmp_path / "file.txt", content)
+    (problem,) = problems(Text(path=name))
+    assert problem.startswith(f"data.path={name}: {why}")
+
+
+def test_text_in_any_script_passes_even_where_the_first_look_cuts_a_letter(tmp_path: Path) -> None:
+    for offset in range(3):
+        name = written(tmp_path / "file.txt", b"x" * offset + "文字".encode() * 200_000)
+        assert not problems(Text(path=name))
+    assert not problems(Text())
+
+
+def test_every_bad_path_is_named_at_once(tmp_path: Path) -> None:
+    good, empty = written(tmp_path / "good.txt", b"text"), written(tmp_path / "empty.md", b"")
+    found = problems(Text(path=(good, f"{tmp_path}/*.md", f"{tmp_path}/*.rst", "missing.txt", str(tmp_path))))
+    assert len(found) == 4
+    for expected in (
+        f"data.path={empty}: is empty",
+        f"data.path={tmp_path}/*.rst: matches no file",
+        "data.path=missing.txt: there is no such file",
+        f"data.path={tmp_path}: is a folder; name its files: data.path='{tmp_path}/**/*.txt'",
+    ):
+        assert any(problem.startswith(expected) for problem in found), expected
+
+
+def test_globs_cross_folders_and_names_come_once_and_sorted(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    names = [written(tmp_path / name, b"x") for name in ("b.txt", "a/c.txt", "odd[1].txt")]
+    found, errors = expand([f"{tmp_path}/**/*.txt", names[0], names[2]], option="data.path")
+    assert not errors
+    assert [str(file) for file in found] == sorted(names)
+
+
+def test_a_bad_byte_far_into_a_file_is_found_on_reading(tmp_path: Path) -> None:
+    name = written(tmp_path / "file.txt", b"line\n" * 300_000 + b"\xff")
+    assert not problems(Text(path=name))
+    with pytest.raises(ConfigError, match="is not UTF-8: byte 0xff"):
+        list(read_pieces(Path(name), option="data.path"))
+
+
+def test_values_that_cannot_work_are_refused() -> None:
+    for wrong in ({"held_out": 1.0}, {"held_out": 0.0}, {"vocab_size": 256}, {"path": ()}):
+        with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}="):
+            Text(**wrong)
+    with pytest.raises(ConfigError, match=r"data.path=json is a format and needs files; set data.files=\[file.json\]"):
+        HfData(path="json")
+    with pytest.raises(ConfigError, match=r"files need a format as data.path"):
+        HfData(path="wikitext", files=("a.json",))
+
+
+def test_local_data_sets(tmp_path: Path) -> None:
+    assert "there is no such file" in problems(HfData(path="json", files=("nowhere.jsonl",)))[0]
+    assert "is empty" in problems(HfData(path="csv", files=(written(tmp_path / "x.csv", b""),)))[0]
+    assert not problems(HfData(path="parquet", files=(written(tmp_path / "x.parquet", b"PAR1\0"),)))
+    assert "no such folder" in problems(HfData(path="./nowhere"))[0]
+    assert not problems(HfData(path="org/name"))
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
+    blocked = written(tmp_path / "file", b"x")
+    (problem,) = problems(Text(cache=f"{blocked}/cache"))
+    assert problem.startswith(f"data.cache={blocked}/cache: {blocked} is not a folder that this user can write")
+    assert not problems(Text(cache=str(tmp_path / "not" / "yet" / "there")))
+    assert "data.tokenizer=./nowhere" in problems(Text(tokenizer="./nowhere"))[0]

@@ -1,0 +1,151 @@
+"""The token cache: what is in it, that it is built once, and that it serves every sequence length."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+
+from launcher.data.bpe import train_bpe
+from launcher.data.open import open_splits
+from launcher.data.stream import open_stream
+from launcher.data.text import Text
+from launcher.data.tokens import token_folder
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.models.gpt2 import Gpt2
+
+MakeText = Callable[..., Text]
+
+
+def quiet() -> None:
+    """Beat for nobody."""
+
+
+def test_the_stream_is_the_text_with_an_end_after_each_document(text: MakeText, model: Gpt2) -> None:
+    documents = ("First document.\nIt has two lines.", "Zweites Dokument: 文字 und ä.\n", "x" * 200_000)
+    folder, tokenizer = token_folder(text(*documents), model, beat=quiet)
+    stream = open_stream(folder)
+    ids = stream.read(0, len(stream))
+    assert (ids == tokenizer.end_id).sum() == 3
+    ends = np.flatnonzero(ids == tokenizer.end_id)
+    for document, part in zip(documents, np.split(ids, ends + 1)[:3], strict=True):
+        assert tokenizer.decode(part[:-1].tolist()) == document
+
+
+def test_datasets_reads_the_same_tokens(text: MakeText, model: Gpt2) -> None:
+    folder, _ = token_folder(text(), model, beat=quiet)
+    stream = open_stream(folder)
+    table = datasets.Dataset.from_file(str(folder / "tokens.arrow"))
+    assert [token for row in table["tokens"] for token in row] == stream.read(0, len(stream)).tolist()
+
+
+def test_segments_join_without_a_seam(text: MakeText, model: Gpt2, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = open_stream(token_folder(text(), model, beat=quiet)[0])
+    monkeypatch.setattr("launcher.data.tokens._ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("launcher.data.tokens._PIECES_AT_ONCE", 1)
+    monkeypatch.setattr("launcher.data.files._PIECE_CHARS", 64)
+    data = text(cache=text().cache + "2")
+    cut = open_stream(token_folder(data, model, beat=quiet)[0])
+    assert len(cut._segments) > 50
+    assert cut.read(0, len(cut)).tolist() == [t for s in cut._segments for t in s.tolist()]
+    for start in range(0, len(cut) - 7, 3):
+        assert cut.read(start, start + 7).tolist() == cut.read(0, len(cut))[start : start + 7].tolist()
+    assert abs(len(cut) - len(whole)) < 20, "cutting at line ends hardly changes the tokens"
+
+
+def test_four_processes_build_it_once(text: MakeText, tmp_path: Path) -> None:
+    script = (
+        "import sys; from launcher.data.open import open_splits; from launcher.data.text import Text\n"
+        "from launcher.data import tokens; from launcher.models.gpt2 import Gpt2\n"
+        "model = Gpt2(name='small', layers=1, heads=2, width=8, context=64, vocab_size=400)\n"
+        "train = tokens.train_bpe\n"
+        "tokens.train_bpe = lambda *a, **k: print('built') or train(*a, **k)\n"
+        "data = Text(path=sys.argv[1], vocab_size=300, cache=sys.argv[2])\n"
+        "splits = open_splits(data, model, sequence_length=16, seed=0)\n"
+        "print(splits.train.num_sequences, splits.train.sequence(3).sum(), splits.baselines)\n"
+        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
+    )
+    data = text()
+    command = [sys.executable, "-c", script, str(data.path), str(tmp_path / "shared")]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+    printed = [process.communicate(timeout=120)[0].splitlines() for process in started]
+    assert all(process.returncode == 0 for process in started)
+    assert sum(lines[0] == "built" for lines in printed) == 1
+    assert len({lines[-2] for lines in printed}) == 1
+    assert sum(lines[-1] == "[]" for lines in printed) == 3, "opening a finished cache imports nothing heavy"
+    assert len([path for path in (tmp_path / "shared").iterdir() if path.is_dir()]) == 1
+
+
+def test_one_cache_serves_every_length_and_split(text: MakeText, model: Gpt2) -> None:
+    data = text()
+    short = open_splits(data, model, sequence_length=10, seed=0)
+    long = open_splits(text(held_out=0.3), model, sequence_length=20, seed=0)
+    assert len([path for path in data.cache_folder.iterdir() if path.is_dir()]) == 1
+    assert np.array_equal(np.r_[short.train.sequence(0)[:-1], short.train.sequence(1)], long.train.sequence(0))
+    assert short.train.sequence(0).shape == (11,)
+    assert short.train.sequence(0).dtype == np.int64
+    assert long.held_out.num_sequences > 2.5 * short.held_out.num_sequences
+
+
+def test_held_out_text_is_the_end_and_never_trained_on(text: MakeText, model: Gpt2) -> None:
+    splits = open_splits(text("seen\n" * 900, "kept\n" * 100, held_out=0.09), model, sequence_length=8, seed=0)
+    assert splits.tokenizer is not None
+
+    def words(part: str) -> set[str]:
+        sequences = getattr(splits, part)
+        ids = [token for i in range(sequences.num_sequences) for token in sequences.sequence(i).tolist()]
+        return set(splits.tokenizer.decode(ids).split()) if splits.tokenizer else set()
+
+    assert "kept" in words("held_out")
+    assert words("held_out") <= {"kept", "ept", "pt", "t"}
+    assert "seen" in words("train")
+
+
+def test_other_text_or_another_vocabulary_is_another_cache(text: MakeText, model: Gpt2) -> None:
+    first, *others = (
+        token_folder(text(content, vocab_size=size), model, beat=quiet)[0]
+        for content, size in (("one text\n" * 99, 300), ("two texts\n" * 99, 300), ("one text\n" * 99, 290))
+    )
+    assert len({first, *others}) == 3
+    assert token_folder(text("one text\n" * 99), model, beat=quiet)[0] == first
+
+
+def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: Path) -> None:
+    script = (
+        "import sys; from launcher.data.bpe import train_bpe; from launcher.data.text import Text\n"
+        "print(train_bpe(Text().pieces(), vocab_size=900).to_json())"
+    )
+    jsons = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed, "RAYON_NUM_THREADS": threads},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+        for seed, threads in (("1", "1"), ("2", "2"))
+    }
+    assert jsons == {train_bpe(Text().pieces(), vocab_size=900).to_json()}
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"sequence_length=65: small takes at most 64 tokens; set .*=64"):
+        open_splits(text(), model, sequence_length=65, seed=0)
+    with pytest.raises(ConfigError, match=r"data.path: leaves \d+ of \d+ tokens, and one sequence takes 60 \+ 1"):
+        open_splits(text("short text"), model, sequence_length=60, seed=0)
+    with pytest.raises(ConfigError, match=r"data.held_out=0.001: leaves \d+ of \d+ tokens"):
+        open_splits(text(held_out=0.001), model, sequence_length=60, seed=0)
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(train_bpe(Text().pieces(), vocab_size=500).to_json())
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ConfigError, match=r"data.tokenizer=.*: it has 500 tokens and small only 400 rows of embedding"):
+        open_splits(text(tokenizer=str(folder)), model, sequence_length=16, seed=0)
+    with pytest.raises(EnvironmentProblem, match="some/tokenizer is not in the local cache"):
+        open_splits(text(tokenizer="some/tokenizer"), model, sequence_length=16, seed=0)

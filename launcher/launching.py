@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.announce import closing, opening
 from launcher.checkpoint.lock import RunLock
 from launcher.compose import Composed
 from launcher.config import Run
@@ -73,7 +75,12 @@ def start(prepared: Prepared) -> int:
         fix = "choose a folder you can write to"
         raise ConfigError("run.dir", directory.path, why=error.strerror or str(error), fix=fix) from error
     with lock:
-        return _submit(prepared)
+        print("\n".join(opening(prepared.plan)), flush=True)
+        started = time.monotonic()
+        code = _submit(prepared)
+        if code == 0:
+            print(closing(read_json(directory.result), elapsed_s=time.monotonic() - started), flush=True)
+        return code
 
 
 def _submit(prepared: Prepared) -> int:

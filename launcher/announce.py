@@ -1,0 +1,34 @@
+"""What the parent says before and after a run: a few lines, where the plan has pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from launcher.plan import Plan
+
+
+def opening(plan: Plan) -> Iterator[str]:
+    """Yield what is about to happen, where it is kept, where W&B goes, and what may surprise."""
+    hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
+    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
+    params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
+    yield f"{plan.name}: {params}{ranks}, {plan.work.batch} sequences a step, {plan.work.steps} steps"
+    yield f"run directory: {plan.run_dir}"
+    yield f"{plan.tracker.kind}: {plan.tracker.reason}"
+    yield from (f"warning: {warning}" for warning in plan.warnings)
+
+
+def closing(result: Mapping[str, Any], *, elapsed_s: float) -> str:
+    """Return how a completed run went, from its ``result.json``."""
+    metrics = result["metrics"]
+    loss = metrics.get("eval/loss")
+    told = [f"{result['status']} in {elapsed_s:.0f} s"]
+    if loss is not None:
+        beaten = ", ".join(
+            f"{name.removeprefix('baseline/')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith("baseline/") and value is not None
+        )
+        told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
+    return "; ".join(told)

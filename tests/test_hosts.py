@@ -53,7 +53,7 @@ def test_gpus_are_read_from_nvidia_smi(tmp_path, monkeypatch):
 
 
 def test_gpus_are_read_from_the_driver_when_nvidia_smi_fails(tmp_path, monkeypatch):
-    nvidia_smi(tmp_path, "exit 9")
+    nvidia_smi(tmp_path, "echo 0, GPU-0, not to be believed, 1; exit 9")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     card = tmp_path / "gpus" / "0000:01:00.0"
     card.mkdir(parents=True)

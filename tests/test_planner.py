@@ -109,8 +109,8 @@ def test_offload_is_counted_where_it_goes(plan_of):
     [
         (("+exp=zero3_gpt2xl",), BOX, "GiB of RAM on box, which has 16.00 GiB"),
         (("+exp=zero3_gpt2xl", "parallel=zero0"), replace(GPUS, device_bytes=16 * 2**30), "of each GPU of big"),
-        (("schedule.warmup_steps=100",), BOX, "never reaches optimizer.lr"),
-        (("checkpoint.every=200",), BOX, "no checkpoint will be written"),
+        (("job.steps=100", "schedule.warmup_steps=100"), BOX, "never reaches optimizer.lr"),
+        (("job.steps=100", "checkpoint.every=200"), BOX, "no checkpoint will be written"),
         (("precision=fp16",), BOX, "fp16 is slow without a GPU"),
         ((), replace(BOX, slots=5), "5 ranks share 4 cores of box"),
         (("+exp=zero3_gpt2xl",), BOX, "pin_memory"),
@@ -120,7 +120,7 @@ def test_warnings(plan_of, words, host, warning):
     assert any(warning in line for line in plan_of(*words, hosts=[host]).warnings)
 
 
-@pytest.mark.parametrize("words", [(), ("schedule.warmup_steps=99", "checkpoint.every=100")])
+@pytest.mark.parametrize("words", [(), ("job.steps=100", "schedule.warmup_steps=99", "checkpoint.every=100")])
 def test_no_warning_without_a_reason(plan_of, words):
     assert plan_of(*words).warnings == ()
 

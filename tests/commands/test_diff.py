@@ -18,8 +18,8 @@ def rows(text):
 
 
 def test_only_what_differs(capsys):
-    text = differences(capsys, "default", "default job.steps=7 optimizer.lr=1e-3")
-    assert rows(text)[1:] == [["job.steps", "100", "7"], ["optimizer.lr", "0.0005", "0.001"]]
+    text = differences(capsys, "default", "default job.seed=7 optimizer.eps=1e-3")
+    assert rows(text)[1:] == [["job.seed", "0", "7"], ["optimizer.eps", "1e-08", "0.001"]]
 
 
 def test_options_that_one_side_does_not_have(capsys):
@@ -34,13 +34,13 @@ def test_a_run_and_an_experiment(capsys, tmp_path):
 
 
 def test_no_difference(capsys):
-    assert differences(capsys, "default", "default job.steps=100") == "no difference\n"
+    assert differences(capsys, "default", "default job.seed=0") == "no difference\n"
     assert json.loads(differences(capsys, "default", "default", "--json")) == {}
 
 
 def test_as_json(capsys):
-    text = differences(capsys, "default", "default job.steps=7", "--json")
-    assert json.loads(text) == {"job.steps": ["100", "7"]}
+    text = differences(capsys, "default", "default job.seed=7", "--json")
+    assert json.loads(text) == {"job.seed": ["0", "7"]}
 
 
 def test_both_sides_are_refused_together():

@@ -22,7 +22,7 @@ from launcher.engines.distributed import (
 from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
 from launcher.engines.loss import token_loss_sum
-from launcher.engines.native import connect_deepspeed, prepare_environment, quiet, take_native_adam
+from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.nvme import SwapFolder
 from launcher.engines.partition import Partitioning, assert_partitioned
 from launcher.engines.rng import load_rng, save_rng
@@ -51,6 +51,7 @@ class DeepSpeedEngine(Engine):
         self._clock, self._context, self._zero = clock, context, zero
         self.device = choose_device(context.local_rank)
         connect_deepspeed(context, device=self.device)
+        allow_fp16(self.device)
         self._swap = self._swap_folder()
         config = self._config()
         self._gain = context.world_size * context.batch.accumulation

@@ -52,6 +52,17 @@ def connect_deepspeed(context: Context, *, device: torch.device) -> None:
         deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
 
 
+def allow_fp16(device: torch.device) -> None:
+    """Let fp16 run on CPUs without instructions for it, as torch does: slowly, with the same numbers.
+
+    DeepSpeed refuses it there, and with it every trial of an fp16 run on a machine without a GPU.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if device.type == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True
+
+
 def take_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:
     """Return whether DeepSpeed's own Adam runs, the same on every rank; rank 0 says what is taken and why.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import inspect
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -161,11 +163,18 @@ class TorchEngine(Engine):
         load_rng(folder, rank=self._rank, device=self.device)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group.
+
+        DDP goes first. Its reducer would otherwise drop the last reference to the group while it holds the GIL, and
+        Gloo's thread may need the GIL to end: a deadlock seen with torch 2.13.
+        """
+        self._forward = self.module
+        gc.collect()
         disconnect()
 
 
 def _replicated(module: nn.Module, *, bucket_mb: int) -> DistributedDataParallel:
-    return DistributedDataParallel(
-        module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    """Return ``module`` with its gradients averaged over ranks; buffers are constants and need no synchronising."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in 2.13
+    return DistributedDataParallel(module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **{buffers: False})

@@ -20,7 +20,10 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/*.md"))]
 
-SLOW: dict[str, str] = {}
+SLOW = {
+    "scripts/install && .venv/bin/launch": "test_main_job.py::test_the_default_run_learns_and_leaves_everything",
+    "scripts/test": "test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
+}
 """Command to ``file::test`` that runs it, or does the same with other paths."""
 
 

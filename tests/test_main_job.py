@@ -1,0 +1,23 @@
+"""What ``launch`` does without a word more: the README's first command."""
+
+from __future__ import annotations
+
+import json
+
+from launcher.rundir import RunDir
+
+
+def test_the_default_run_learns_and_leaves_everything(launch) -> None:
+    run_dir = RunDir(launch(timeout=550).expect(0).run_dir)
+    result = json.loads(run_dir.result.read_text())
+    assert (result["status"], result["exit_code"]) == ("completed", 0)
+    steps = json.loads(run_dir.plan.read_text())["work"]["steps"]
+    metrics = result["metrics"]
+    assert metrics["train/step"] == steps
+    assert metrics["eval/loss"] < metrics["baseline/unigram"] - 0.5 < metrics["baseline/uniform"]
+    lines = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
+    assert [line["train/step"] for line in lines if "train/loss" in line] == list(range(1, steps + 1))
+    assert run_dir.curve.read_bytes().startswith(b"\x89PNG")
+    assert run_dir.sample.read_text()
+    assert len(list(run_dir.logs.glob("*.[01].log"))) == 2
+    assert list(run_dir.tracker.glob("offline-run-*/*.wandb"))

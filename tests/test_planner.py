@@ -1,10 +1,12 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from launcher.compose import groups
 from launcher.errors import ConfigErrors
+from launcher.facts import Facts
 from launcher.plan import Host, plan_from_json
 from launcher.schema import to_tree
 
@@ -148,6 +150,7 @@ def test_no_secret_of_the_environment_reaches_the_plan(plan_of):
     plan = plan_of(WANDB_API_KEY=key)
     assert plan.tracker.mode == "online"
     assert key not in json.dumps(to_tree(plan))
+    assert key not in repr(Facts(environ={"WANDB_API_KEY": key}, home=Path("/home/me")))
 
 
 def test_the_same_inputs_give_the_same_plan(plan_of):

@@ -73,9 +73,10 @@ def test_the_text_does_not_grow_with_hosts_alike(plan_of, agent):
     assert len(few.splitlines()) == len(many.splitlines())
 
 
-def test_a_host_that_differs_is_shown_by_itself(plan_of):
+@pytest.mark.parametrize("difference", [{"cores": 32}, {"memory_bytes": 2**40 - 1}, {"device_bytes": 1}])
+def test_a_host_that_differs_is_shown_by_itself(plan_of, difference):
     hosts = cluster(6)
-    hosts[3] = replace(hosts[3], cores=32)
+    hosts[3] = replace(hosts[3], **difference)
     groups = groups_of(plan_of("tracker=local", hosts=hosts).hosts)
     assert [(group.first.host.name, group.number, group.size) for group in groups] == [
         ("node0000", 0, 3),

@@ -28,6 +28,11 @@ def test_options_that_one_side_does_not_have(capsys):
     assert ["parallel.stage", "-", "3"] in found
 
 
+def test_the_options_of_a_group_stand_together(capsys):
+    keys = [row[0].partition(".")[0] for row in rows(differences(capsys, "default", "zero3_gpt2xl"))[1:]]
+    assert len([key for key, previous in zip(keys, ["", *keys], strict=False) if key != previous]) == len(set(keys)) > 3
+
+
 def test_a_run_and_an_experiment(capsys, tmp_path):
     save_run(compose(["+exp=ddp_gpt2", "job.seed=3"]).run, tmp_path / "run.yaml")
     assert rows(differences(capsys, str(tmp_path), "ddp_gpt2"))[1:] == [["job.seed", "3", "0"]]

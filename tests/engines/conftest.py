@@ -1,0 +1,81 @@
+"""Two real ranks for engine tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Case = dict[str, Any]
+Answer = dict[str, Any]
+RunCases = Callable[[Sequence[Case], Path], dict[str, Answer]]
+
+_WORKER = Path(__file__).with_name("worker.py")
+_LIMIT_S = 500.0
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with the random weights that every strategy starts from."""
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("weights")
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 32, "vocab_size": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def run_cases(weights: Path) -> RunCases:
+    """Run cases one after the other on a pair of rank processes; return rank 0's answers by name."""
+
+    def run(cases: Sequence[Case], folder: Path) -> dict[str, Answer]:
+        with_ports = [{**case, "port": _free_port()} for case in cases]
+        given = folder / "cases.json"
+        given.write_text(json.dumps({"weights": str(weights), "cases": with_ports}))
+        shared = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+        command = [sys.executable, str(_WORKER), str(given), str(folder)]
+        logs = [folder / f"log.{rank}" for rank in range(2)]
+        ranks = []
+        for rank, log in enumerate(logs):
+            with log.open("w") as output:
+                env = {**os.environ, **shared, "RANK": str(rank)}
+                ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
+        _wait(ranks, logs)
+        return {case["name"]: json.loads((folder / f"{case['name']}.0.json").read_text()) for case in cases}
+
+    return run
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:
+    """Wait for all ranks; when one fails or time is up, end the others and show what they printed."""
+    deadline = time.monotonic() + _LIMIT_S
+    while any(rank.poll() is None for rank in ranks):
+        failed = any(rank.poll() not in (None, 0) for rank in ranks)
+        if failed or time.monotonic() > deadline:
+            for rank in ranks:
+                rank.terminate()
+                rank.wait()
+            break
+        time.sleep(0.1)
+    printed = "\n".join(log.read_text() for log in logs)
+    assert all(rank.returncode == 0 for rank in ranks), printed

@@ -1,0 +1,54 @@
+"""bf16 and fp16 stay close to fp32; an overflow of fp16 gradients skips the step and says so."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+STEPS = 6
+STAGES = {
+    "ddp": {"kind": "ddp"},
+    "zero1": {"kind": "zero", "stage": 1},
+    "zero3": {"kind": "zero", "stage": 3, "persistence_threshold": 0},
+}
+CLOSE = 5e-3
+"""Relative; bf16 has 8 bits of mantissa, and ZeRO rounds the weights it starts from to them."""
+
+
+@pytest.fixture(scope="module")
+def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run all cases of this module on one pair of processes."""
+    cases = [{"name": "fp32", "world": 2, "steps": STEPS, "run": {"parallel": STAGES["ddp"]}}]
+    # 2 to the power of 40 overflows fp16 with certainty; without hysteresis the scale halves at every step
+    hot = {"kind": "fp16", "initial_scale_power": 40, "hysteresis": 1}
+    for name, parallel in STAGES.items():
+        for label, precision in (("bf16", {"kind": "bf16"}), ("fp16", {"kind": "fp16"}), ("hot", hot)):
+            run = {"parallel": parallel, "precision": precision}
+            cases.append({"name": f"{name}_{label}", "world": 2, "steps": STEPS, "run": run})
+    cases.append({"name": "diverged", "world": 2, "steps": 2, "lr": 1e30, "run": {"parallel": STAGES["ddp"]}})
+    return run_cases(cases, tmp_path_factory.mktemp("half"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", STAGES)
+def test_half_precision_is_close(answers: dict[str, Any], name: str, precision: str) -> None:
+    ours, full = answers[f"{name}_{precision}"]["steps"], answers["fp32"]["steps"]
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in full], rel=CLOSE)
+    assert [step["loss"] for step in ours] != [step["loss"] for step in full]
+    assert not any(step["skipped"] for step in ours)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_an_overflow_skips_the_step(answers: dict[str, Any], name: str) -> None:
+    first, second = answers[f"{name}_hot"]["steps"][:2]
+    assert first["skipped"]
+    assert first["grad_norm"] is None
+    assert math.isfinite(second["loss"])
+
+
+def test_a_loss_that_is_not_finite_names_its_ranks(answers: dict[str, Any]) -> None:
+    last = answers["diverged"]["steps"][-1]
+    assert not math.isfinite(last["loss"])
+    assert last["nonfinite_ranks"] == [0, 1]

@@ -1,0 +1,90 @@
+"""Every strategy takes the same steps: fp32, two ranks, ten steps, from the same weights, against one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+STEPS = 10
+ZERO3 = {"kind": "zero", "stage": 3, "persistence_threshold": 0}  # the test model is small: partition all of it
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "ddp": {"kind": "ddp"},
+    "zero0": {"kind": "zero", "stage": 0},
+    "zero1": {"kind": "zero", "stage": 1},
+    "zero2": {"kind": "zero", "stage": 2},
+    "zero3": ZERO3,
+    "zero3_offload": {**ZERO3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
+}
+SPLITS = {"1x8": {"micro_batch": 1, "accumulation": 8}, "2x4": {"micro_batch": 2, "accumulation": 4}}
+SPLIT_STRATEGIES = ("ddp", "zero1", "zero3")
+SAVED = ("ddp", "zero1", "zero2", "zero3")
+
+
+def case(name: str, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
+    job = rest.pop("job", {})
+    return {"name": name, "world": 2, "steps": STEPS, "run": {"parallel": parallel, "job": job}, **rest}
+
+
+@pytest.fixture(scope="module")
+def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Run all cases of this module on one pair of processes."""
+    folder: Path = tmp_path_factory.mktemp("parity")
+    cases = [case("single", {"kind": "single"}, job={"micro_batch": 16}, generate=True) | {"world": 1}]
+    for name, parallel in STRATEGIES.items():
+        saving = {"save": str(folder / f"saved_{name}")} if name in SAVED else {}
+        cases.append(case(name, parallel, generate=True, **saving))
+    cases += [case(f"{name}_resumed", STRATEGIES[name], load=str(folder / f"saved_{name}"), steps=0) for name in SAVED]
+    cases += [
+        case(f"{name}_{split}", STRATEGIES[name], job=job) for name in SPLIT_STRATEGIES for split, job in SPLITS.items()
+    ]
+    cases.append(case("planted", {"kind": "ddp"}, job={"clip_norm": 0.5}))
+    return run_cases(cases, folder)
+
+
+def losses(answer: Any) -> list[float]:
+    return [step["loss"] for step in answer["steps"]]
+
+
+def same(answer: Any, reference: Any) -> bool:
+    return losses(answer) == pytest.approx(losses(reference), rel=1e-5)
+
+
+def test_one_process_learns(answers: dict[str, Any]) -> None:
+    single = losses(answers["single"])
+    assert len(single) == STEPS
+    assert single[-1] < 0.8 * single[0]
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_strategy_equals_one_process(answers: dict[str, Any], name: str) -> None:
+    single = answers["single"]
+    assert same(answers[name], single)
+    for ours, theirs in zip(answers[name]["steps"], single["steps"], strict=True):
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+        assert ours["tokens"] == theirs["tokens"]
+        assert not ours["skipped"]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", SPLIT_STRATEGIES)
+def test_accumulation_changes_nothing(answers: dict[str, Any], name: str, split: str) -> None:
+    assert same(answers[f"{name}_{split}"], answers["single"])
+
+
+def test_a_planted_difference_in_clipping_is_seen(answers: dict[str, Any]) -> None:
+    assert losses(answers["planted"])[0] == pytest.approx(losses(answers["single"])[0], rel=1e-5)
+    assert not same(answers["planted"], answers["single"])
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_generation_equals_one_process(answers: dict[str, Any], name: str) -> None:
+    assert answers[name]["generated"] == answers["single"]["generated"]
+    assert len(answers[name]["generated"][0]) == 4 + 5
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_loaded_checkpoint_continues_to_the_bit(answers: dict[str, Any], name: str) -> None:
+    assert answers[name]["after"]
+    assert answers[f"{name}_resumed"]["after"] == answers[name]["after"]

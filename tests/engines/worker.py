@@ -1,0 +1,158 @@
+"""One rank of the engine tests: takes cases from a file and runs each in a child forked after the slow imports.
+
+    python worker.py CASES.json OUTPUT_FOLDER      with RANK, WORLD_SIZE and MASTER_ADDR set
+
+A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults. Each rank writes
+``<name>.<rank>.json``. A case with ``world: 1`` runs on rank 0 alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+TOKENS, VOCABULARY, GLOBAL_BATCH = 32, 256, 16
+AFTER = range(100, 103)
+"""Steps taken after saving, and after loading."""
+
+
+class QuietClock:
+    """Times nothing."""
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        yield
+
+
+def make_run(case: dict[str, Any], weights: str) -> Any:
+    from launcher.config import build_run, with_defaults
+
+    tree = {
+        "job": {"kind": "train", "micro_batch": 8, "accumulation": 1, "sequence_length": TOKENS, "clip_norm": 1.0},
+        "model": {
+            "kind": "gpt2",
+            "name": "tiny",
+            "layers": 2,
+            "heads": 2,
+            "width": 64,
+            "context": TOKENS,
+            "vocab_size": VOCABULARY,
+            "weights": weights,
+        },
+        "data": {"kind": "synthetic"},
+        "parallel": {"kind": "single"},
+        "optimizer": {"kind": "adamw", "lr": 3e-3},
+        "schedule": {"kind": "constant"},
+        "precision": {"kind": "fp32"},
+        "activation": {"kind": "none"},
+        "attention": {"kind": "sdpa"},
+        "checkpoint": {"kind": "policy"},
+        "tracker": {"kind": "local"},
+        "backend": {"kind": "local"},
+        "run": {},
+    }
+    for group, values in case.get("run", {}).items():
+        tree[group] = {**tree[group], **values}
+    mistakes: list[Exception] = []
+    run = build_run(with_defaults(tree), mistakes.append)
+    assert run is not None, mistakes
+    return run
+
+
+def make_context(case: dict[str, Any], weights: str, output: Path, rank: int) -> Any:
+    from launcher.context import Context
+    from launcher.rundir import RunDir
+
+    return Context(
+        run=make_run(case, weights),
+        run_dir=RunDir(output / case["name"]),
+        rank=rank,
+        local_rank=rank,
+        world_size=case["world"],
+        heartbeat=SimpleNamespace(beat=lambda *args, **numbers: None),
+    )
+
+
+def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return inputs and labels of a step; sequences differ in how many of their labels count."""
+    generator = torch.Generator().manual_seed(step)
+    steps = torch.randint(1, 4, (GLOBAL_BATCH, TOKENS + 1), generator=generator)
+    sequences = steps.cumsum(dim=1) % VOCABULARY
+    inputs, labels = sequences[:, :-1], sequences[:, 1:].clone()
+    for number in range(GLOBAL_BATCH):
+        labels[number, : number % 5 * 4] = -100
+    return inputs, labels
+
+
+def micro_batches(context: Any, step: int) -> list[Any]:
+    from launcher.data.loader import MicroBatch
+
+    inputs, labels = global_batch(step)
+    share = GLOBAL_BATCH // context.world_size
+    own = slice(context.rank * share, (context.rank + 1) * share)
+    pieces = zip(inputs[own].split(context.batch.micro), labels[own].split(context.batch.micro), strict=True)
+    return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
+
+
+def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, Any]]:
+    results = []
+    for step in steps:
+        result = engine.step(micro_batches(context, step), lr=lr)
+        results.append({name: getattr(result, name) for name in type(result).__dataclass_fields__})
+    return results
+
+
+def run_case(case: dict[str, Any], weights: str, output: Path, rank: int) -> dict[str, Any]:
+    """Train; where the case says so, save in between, continue in a second engine, and evaluate and generate."""
+    from launcher.engines import make_engine
+
+    context = make_context(case, weights, output, rank)
+    lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
+    with make_engine(context, QuietClock()) as engine:
+        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[0])
+        answer["steps"] = train(engine, context, range(steps), lr)
+        if case.get("generate"):
+            prompt = torch.arange(4).unsqueeze(0)
+            answer["generated"] = engine.generate(prompt, max_new_tokens=5).tolist()
+        if case.get("save"):
+            Path(case["save"]).mkdir(exist_ok=True)
+            engine.save(Path(case["save"]))
+            answer["after"] = train(engine, context, AFTER, lr)
+        if case.get("load"):
+            engine.load(Path(case["load"]))
+            answer["after"] = train(engine, context, AFTER, lr)
+    return answer
+
+
+def main(cases_file: str, output: str) -> None:
+    given, rank = json.loads(Path(cases_file).read_text()), int(os.environ["RANK"])
+    import deepspeed  # noqa: F401  (imported once, before forking)
+    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+    for case in given["cases"]:
+        if rank >= case["world"]:
+            continue
+        child = os.fork()
+        if child == 0:
+            os.environ |= {"MASTER_PORT": str(case["port"]), "WORLD_SIZE": str(case["world"])}
+            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(case["world"])}
+            answer = run_case(case, given["weights"], Path(output), rank)
+            (Path(output) / f"{case['name']}.{rank}.json").write_text(json.dumps(answer))
+            sys.stdout.flush()
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            print(f"case {case['name']} failed on rank {rank}", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,136 @@
+"""ZeRO's options: what is refused and how, what is compiled, what it holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from launcher.errors import ConfigErrors
+from launcher.models.base import Shape
+from launcher.optim.adamw import AdamW
+from launcher.parallel.base import NativeOps, StateBytes
+from launcher.parallel.zero import Zero
+from launcher.precision import Bf16, Fp16, Fp32
+
+PARAMS, RANKS = 1_000_000, 4
+NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}
+SHAPE = Shape(
+    layers=2, heads=2, width=64, vocab_size=4096, context=128, num_params=PARAMS, largest_param=200_000_000
+)
+
+
+@pytest.mark.parametrize(
+    ("values", "option", "phrase"),
+    [
+        ({"stage": 0, "offload_optimizer": "cpu"}, "parallel.offload_optimizer", "set parallel.stage=1"),
+        ({**NVME, "stage": 2, "offload_parameters": "none"}, "parallel.offload_optimizer", "set parallel.stage=3"),
+        ({"stage": 2, "offload_parameters": "cpu"}, "parallel.offload_parameters", "parallel.stage=2"),
+        ({**NVME, "nvme_path": None}, "parallel.nvme_path", "set parallel.nvme_path="),
+        ({"stage": 0, "low_memory_bf16": True}, "parallel.low_memory_bf16", "set parallel.stage=1"),
+        ({"reduce_bucket_size": 0}, "parallel.reduce_bucket_size", "must be at least 1"),
+        ({"nvme_buffer_count": 0}, "parallel.nvme_buffer_count", "must be at least 1"),
+        ({"persistence_threshold": -1}, "parallel.persistence_threshold", "must be at least 0"),
+        ({"deepspeed": {"zero_optimisation": {}}}, "parallel.deepspeed.zero_optimisation", "did you mean"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values: dict[str, Any], option: str, phrase: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        Zero(**values)
+    (error,) = caught.value.errors
+    assert error.option == option
+    assert phrase in str(error)
+
+
+def test_all_mistakes_come_at_once() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        Zero(stage=1, offload_parameters="nvme", sub_group_size=0)
+    options = {error.option for error in caught.value.errors}
+    assert options == {"parallel.offload_parameters", "parallel.nvme_path", "parallel.sub_group_size"}
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "optimizer", "option"),
+    [
+        (Zero(low_memory_bf16=True), Fp16(), AdamW(), "parallel.low_memory_bf16"),
+        (Zero(**NVME, nvme_buffer_size=10**9), Bf16(), AdamW(implementation="torch"), "optimizer.implementation"),
+        (
+            Zero(low_memory_bf16=True, offload_optimizer="cpu"),
+            Bf16(),
+            AdamW(implementation="torch"),
+            "optimizer.implementation",
+        ),
+        (Zero(**NVME), Bf16(), AdamW(), "parallel.nvme_buffer_size"),
+    ],
+)
+def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW, option: str) -> None:
+    (error,) = zero.refusals(RANKS, precision, optimizer=optimizer, shape=SHAPE)
+    assert error.option == option
+
+
+def test_nothing_is_refused_without_reason() -> None:
+    assert not list(Zero(stage=2).refusals(1, Fp16(), optimizer=AdamW(), shape=SHAPE))
+    assert not list(Zero(**NVME, nvme_buffer_size=2 * 10**8).refusals(2, Bf16(), optimizer=AdamW(), shape=SHAPE))
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "expected"),
+    [
+        # the paper's table 1: 16 bytes, 4 + 12/N, 2 + 14/N, 16/N
+        (Zero(stage=0), Bf16(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=12_000_000)),
+        (Zero(stage=1), Bf16(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=3_000_000)),
+        (Zero(stage=2), Bf16(), StateBytes(parameters=2_000_000, gradients=500_000, optimizer=3_000_000)),
+        (Zero(stage=3), Bf16(), StateBytes(parameters=500_000, gradients=500_000, optimizer=3_000_000)),
+        (Zero(stage=0), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=8_000_000)),
+        (Zero(stage=1), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=3_000_000)),
+        (Zero(stage=3), Fp32(), StateBytes(parameters=1_000_000, gradients=1_000_000, optimizer=2_000_000)),
+        (
+            Zero(stage=3, low_memory_bf16=True),
+            Bf16(),
+            StateBytes(parameters=500_000, gradients=500_000, optimizer=1_500_000),
+        ),
+        (
+            Zero(stage=2, offload_optimizer="cpu"),
+            Bf16(),
+            StateBytes(parameters=2_000_000, gradients=1_500_000, optimizer=3_000_000, host=4_000_000),
+        ),
+        (
+            Zero(stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
+            Bf16(),
+            StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=5_000_000),
+        ),
+        (
+            Zero(**NVME),
+            Bf16(),
+            StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=500_000, nvme=4_500_000),
+        ),
+        (
+            Zero(**NVME, max_parameters_in_ram=100_000),
+            Bf16(),
+            StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=700_000, nvme=4_300_000),
+        ),
+    ],
+)
+def test_state_bytes(zero: Zero, precision: Any, expected: StateBytes) -> None:
+    assert zero.state_bytes(PARAMS, RANKS, precision) == expected
+
+
+def test_the_formula_says_what_was_reckoned() -> None:
+    assert Zero(stage=2).formula(4, Bf16()).startswith("2N weights + 2N gradients / 4 + 12N optimiser / 4 bytes")
+    assert "4N gradients / 4 beside" in Zero(stage=2, offload_optimizer="cpu").formula(4, Bf16())
+
+
+@pytest.mark.parametrize(
+    ("zero", "optimizer", "on_gpu", "expected"),
+    [
+        (Zero(), AdamW(), True, NativeOps()),
+        (Zero(), AdamW(), False, NativeOps(optional=("deepspeed_shm_comm",))),
+        (Zero(), AdamW(implementation="native"), True, NativeOps(needed=("fused_adam",))),
+        (Zero(offload_optimizer="cpu"), AdamW(), True, NativeOps(optional=("cpu_adam",))),
+        (Zero(offload_optimizer="cpu"), AdamW(implementation="torch"), True, NativeOps()),
+        (Zero(offload_optimizer="cpu"), AdamW(implementation="native"), True, NativeOps(needed=("cpu_adam",))),
+        (Zero(**NVME), AdamW(), True, NativeOps(needed=("cpu_adam", "pin_memory", "async_io"))),
+    ],
+)
+def test_native_ops(zero: Zero, optimizer: AdamW, on_gpu: bool, expected: NativeOps) -> None:
+    assert zero.native_ops(optimizer, on_gpu=on_gpu) == expected

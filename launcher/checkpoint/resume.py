@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from launcher.checkpoint.manifest import MANIFEST, Manifest
+from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import Saved, Say, complete_in, open_checkpoint
 from launcher.errors import ConfigError
 from launcher.models.base import Model
@@ -66,14 +65,7 @@ def misfits(
     if manifest.precision != precision.kind:
         why = f"was written with precision={manifest.precision}, this run has precision={precision.kind}"
         yield _refuse(saved, why, f"set precision={manifest.precision}")
-    differing = list(_other_strategy(manifest, parallel))
-    if differing:
-        theirs, ours = ([f"{option}={pair[side]}" for option, pair in differing] for side in (0, 1))
-        why = f"was written with {', '.join(theirs)}, this run has {', '.join(ours)}"
-        yield _refuse(saved, why, f"set {' '.join(theirs)}")
-    elif manifest.world_size != world_size and not parallel.resizable:
-        why = f"is partitioned over {manifest.world_size} ranks, this run has {world_size}"
-        yield _refuse(saved, why, f"run on {manifest.world_size} ranks in all (backend.ranks counts those of one host)")
+    yield from _other_strategy(saved, parallel, world_size)
 
 
 def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:
@@ -84,15 +76,19 @@ def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:
             yield _refuse(saved, why, "choose the model it was trained with: the run.yaml of its run names it")
 
 
-def _other_strategy(manifest: Manifest, parallel: Parallel) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Yield (option, (theirs, ours)) for each option that decides what the payload looks like."""
-    theirs, ours = manifest.parallel, to_tree(parallel)
+def _other_strategy(saved: Saved, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
+    theirs, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
     if theirs.get("kind") != ours["kind"]:
-        yield "parallel", (theirs.get("kind"), ours["kind"])
+        why = f"was written with parallel of kind {theirs.get('kind')}, this run's is {ours['kind']}"
+        yield _refuse(saved, why, f"choose a parallel option of kind {theirs.get('kind')}")
         return
     for name in parallel.payload_options:
         if theirs.get(name) != ours[name]:
-            yield f"parallel.{name}", (theirs.get(name), ours[name])
+            why = f"was written with parallel.{name}={theirs.get(name)}, this run has {ours[name]}"
+            yield _refuse(saved, why, f"set parallel.{name}={theirs.get(name)}")
+    if written_on != world_size and not parallel.resizable:
+        why = f"is partitioned over {written_on} ranks, this run has {world_size}"
+        yield _refuse(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
 
 
 def _refuse(saved: Saved, why: str, fix: str) -> ConfigError:

@@ -37,7 +37,6 @@ _NICENESS = 10
 
 def main(folder: Path) -> None:
     """Follow the run in ``folder`` to its end."""
-    started = time.time()
     os.nice(_NICENESS)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
@@ -45,6 +44,7 @@ def main(folder: Path) -> None:
     orders.start()
     run_dir = RunDir(folder)
     run, plan = load_run(run_dir.snapshot), plan_from_json(read_json(run_dir.plan))
+    started = min(run_dir.plan.stat().st_mtime, time.time())  # the plan is written anew for each life of a run
     wait_for_metrics(run_dir, orders, since=started)
     os.environ.update(WANDB_DIR=str(folder), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
     import wandb
@@ -86,7 +86,6 @@ def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
     """Return the W&B run, and whether it is online: without an answer from the server it is kept offline."""
     run_dir.tracker.mkdir(exist_ok=True)
     import wandb
-
     from launcher.trackers.wandb_run import WandbRun, unreachable
 
     trouble = None

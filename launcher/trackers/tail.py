@@ -38,7 +38,9 @@ class Tail:
             return []
         whole = data[: data.rfind(b"\n") + 1]
         self._offset += len(whole)
-        lines = [line for line in map(parse_line, whole.splitlines()) if line and line["time"] > self.last_time]
+        lines = [
+            line for line in map(parse_line, whole.splitlines()) if line and line.get("time", 0.0) > self.last_time
+        ]
         if lines:
             self.last_time = lines[-1]["time"]
         return lines

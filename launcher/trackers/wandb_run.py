@@ -21,7 +21,7 @@ from launcher.trackers.revision import find_revision
 from launcher.trackers.wandb_key import find_credentials
 
 _FLUSH_S = 0.5
-_INIT_TIMEOUT_S = 15
+_INIT_TIMEOUT_S = 10
 _CONNECT_TIMEOUT_S = 5.0
 
 

@@ -89,8 +89,8 @@ def test_the_run_that_wrote_it_fits(save: Save) -> None:
         ({"model": replace(MODEL, layers=3)}, "its layers is 2, this run's is 3", "run.yaml"),
         ({"world_size": 4}, "partitioned over 2 ranks, this run has 4", "run on 2 ranks"),
         ({"precision": Fp32()}, "precision=bf16, this run has precision=fp32", "set precision=bf16"),
-        ({"parallel": Ddp()}, "parallel=zero, this run has parallel=ddp", "set parallel="),
-        ({"parallel": Zero(stage=2)}, "parallel.stage=3, this run has parallel.stage=2", "set parallel.stage=3"),
+        ({"parallel": Ddp()}, "of kind zero, this run's is ddp", "option of kind zero"),
+        ({"parallel": Zero(stage=2)}, "parallel.stage=3, this run has 2", "set parallel.stage=3"),
         ({"parallel": Zero(stage=3, offload_optimizer="cpu")}, "offload_optimizer=none", "offload_optimizer=none"),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 
 from launcher.compose import compose
 from launcher.facts import Facts
+from launcher.ops.folder import ops_folder
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 
@@ -27,11 +28,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting th
 
 @pytest.fixture(scope="session", autouse=True)
 def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Hide the user's keys and settings; keep what is slow to make (native ops, converted weights) from run to run.
+    """Hide the user's keys and settings; keep what is slow to make (converted weights) from run to run.
 
     The cache is pytest's own, so ``pytest --cache-clear`` starts from nothing.
     """
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(ops_folder()))  # native ops are the user's: minutes to build
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XDG_CACHE_HOME", str(request.config.cache.mkdir("launcher")))
         for name in list(os.environ):
@@ -117,7 +119,7 @@ IDENTITY = Identity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="
 PlanOf = Callable[..., Plan]
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def plan_of() -> PlanOf:
     """Compose overrides and plan them on hosts and with facts that are the same everywhere."""
 

@@ -76,7 +76,11 @@ def test_zero_keys_are_those_of_deepspeeds_model() -> None:
 @pytest.mark.parametrize(
     ("raw", "option", "phrase"),
     [
-        ({"zero_optimisation": {"stage": 2}}, "parallel.deepspeed.zero_optimisation", "did you mean zero_optimization?"),
+        (
+            {"zero_optimisation": {"stage": 2}},
+            "parallel.deepspeed.zero_optimisation",
+            "did you mean zero_optimization?",
+        ),
         ({"gradient_cliping": 1}, "parallel.deepspeed.gradient_cliping", "did you mean gradient_clipping"),
         ({"train_batch_size": 8}, "parallel.deepspeed.train_batch_size", "set job.global_batch instead"),
         ({"gradient_clipping": 1}, "parallel.deepspeed.gradient_clipping", "set job.clip_norm instead"),

@@ -29,17 +29,18 @@ class Gpu:
     """0 when not known."""
 
 
-def this_machine(backend: Backend, *, environ: Mapping[str, str] = os.environ) -> Host:
+def this_machine(backend: Backend, *, max_ranks: int | None = None, environ: Mapping[str, str] = os.environ) -> Host:
     """Return this machine as a host that takes ``backend.ranks`` ranks.
 
     ``auto`` is one rank per visible GPU; without GPUs two where there are two cores, so that what runs is
-    distributed, else one. Linux only: reads the CPU affinity and ``/proc``.
+    distributed, else one; never more than ``max_ranks``. Linux only: reads the CPU affinity and ``/proc``.
     """
     cores = len(os.sched_getaffinity(0))
     gpus = visible(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
+    automatic = min(len(gpus) or min(2, cores), max_ranks or cores + len(gpus))
     return Host(
         name=socket.gethostname().partition(".")[0],
-        slots=(len(gpus) or min(2, cores)) if backend.ranks == "auto" else backend.ranks,
+        slots=automatic if backend.ranks == "auto" else backend.ranks,
         devices=tuple(gpu.name for _, gpu in gpus),
         device_ids=tuple(shown for shown, _ in gpus),
         device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),

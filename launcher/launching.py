@@ -52,7 +52,7 @@ def prepare(composed: Composed) -> Prepared:
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
     folder = folder.absolute()
     snapshot = dump_run(run)
-    host = this_machine(run.backend)
+    host = this_machine(run.backend, max_ranks=run.parallel.max_ranks)
     mistakes = list(preflight(run, folder, world_size=host.slots))
     port = free_port() if run.backend.port == "auto" else run.backend.port
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)

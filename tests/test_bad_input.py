@@ -28,7 +28,7 @@ def refused(launch, tmp_path):
             ["job.global_batch=17"],
             ["job.global_batch=17", "micro 8 × dp 2 = 16 does not divide 17", "job.global_batch=16"],
         ),
-        (["parallel=single"], ["the run has 2 ranks", "set parallel=ddp or backend.ranks=1"]),
+        (["parallel=single", "backend.ranks=2"], ["the run has 2 ranks", "set parallel=ddp or backend.ranks=1"]),
         (["job.sequence_length=512"], ["job.sequence_length=512", "256"]),
         (["data.path=nowhere.txt"], ["data.path=nowhere.txt"]),
         (["parallel=zero2", "parallel.offload_parameters=cpu"], ["parallel.offload_parameters=cpu", "stage"]),

@@ -55,6 +55,8 @@ class Parallel(Component):
 
     group: ClassVar[str] = "parallel"
     engine: ClassVar[Literal["torch", "deepspeed"]]
+    max_ranks: ClassVar[int | None] = None
+    """The most ranks it can use; ``backend.ranks=auto`` takes no more."""
 
     payload_options: ClassVar[tuple[str, ...]] = ()
     """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""

@@ -31,6 +31,7 @@ class Single(_Replicated):
     """One rank, no communication: what every other strategy is compared with."""
 
     kind: ClassVar[str] = "single"
+    max_ranks: ClassVar[int | None] = 1
 
     def refusals(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None

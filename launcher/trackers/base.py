@@ -41,4 +41,4 @@ class Local(Tracker):
 
     def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
         """Return a plan without a process beside the ranks."""
-        return TrackerPlan(kind=self.kind, mode="disabled", reason="metrics.jsonl only", run_id=run_id)
+        return TrackerPlan(kind=self.kind, mode="offline", reason="metrics.jsonl only", run_id=run_id)

@@ -71,8 +71,9 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """Add what the run left behind and close with its exit code; online, wait until all is sent."""
-        last = {name: value for name, value in fold_metrics(self._run_dir.metrics).items() if value is not None}
-        self._wandb.summary.update({**last, "exit_code": exit_code})
+        last = fold_metrics(self._run_dir.metrics)
+        finite = {name: value for name, value in last.items() if value is not None and name != "time"}
+        self._wandb.summary.update({**finite, "exit_code": exit_code})
         if self._run_dir.sample.exists():
             self._wandb.summary["sample"] = self._run_dir.sample.read_text(encoding="utf-8")
         if self._run_dir.curve.exists():

@@ -124,4 +124,4 @@ def test_in_a_sweep_the_run_is_the_one_the_agent_asked_for(tmp_path: Path) -> No
 
 def test_the_local_tracker_has_nothing_to_start(tmp_path: Path) -> None:
     planned = Local().plan("a-run", environ={"WANDB_API_KEY": KEY}, home=tmp_path, run_name="gpt2")
-    assert (planned.kind, planned.mode, planned.reason) == ("local", "disabled", "metrics.jsonl only")
+    assert (planned.kind, planned.mode, planned.reason) == ("local", "offline", "metrics.jsonl only")

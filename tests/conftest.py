@@ -130,6 +130,60 @@ def plan_of() -> PlanOf:
     return plan
 
 
+class Background:
+    """A run of the program that has not ended yet."""
+
+    def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
+        self._process, self.mark, self.output = process, mark, ""
+
+    def wait_for_output(self, text: str) -> None:
+        """Read until a line holds ``text``; fail when the program ends without it."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.output += line
+            if text in line:
+                return
+        pytest.fail(f"never said {text!r}:\n{self.output}")
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to the launcher alone."""
+        self._process.send_signal(number)
+
+    def wait(self, *, timeout: float = 60) -> int:
+        """Return the exit code, once everything of the run is gone."""
+        assert self._process.stdout is not None
+        self.output += self._process.communicate(timeout=timeout)[0]
+        left = wait_for_marked(self.mark, seconds=30)
+        assert not left, f"processes left behind: {left}"
+        return self._process.returncode
+
+
+@pytest.fixture
+def launch_in_background(tmp_path: Path) -> Iterator[Callable[..., Background]]:
+    """Start ``python -m launcher`` with the arguments given, in ``tmp_path``; whatever is left is killed in the end."""
+    started: list[Background] = []
+
+    def start(*arguments: str) -> Background:
+        mark = uuid.uuid4().hex
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launcher", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, MARK: mark},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        started.append(Background(process, mark))
+        return started[-1]
+
+    yield start
+    for running in started:
+        kill_marked(running.mark)
+        running.wait()
+
+
 def marked(mark: str) -> Iterator[psutil.Process]:
     """Yield the live processes that inherited ``mark``, whoever their parent is now."""
     for process in psutil.process_iter():

@@ -1,0 +1,116 @@
+"""Whole runs through the real command: what a run leaves, how it continues, and how it fails."""
+
+import json
+import math
+import signal
+
+import pytest
+
+from launcher.files import read_json
+
+SMALL = (
+    "model.layers=2",
+    "model.width=64",
+    "model.context=64",
+    "job.sequence_length=32",
+    "job.micro_batch=2",
+    "job.eval_sequences=8",
+    "job.sample_tokens=4",
+    "schedule.warmup_steps=2",
+    "tracker=local",
+)
+
+
+def losses(run_dir, name="train/loss"):
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return {line["train/step"]: line[name] for line in lines if name in line}
+
+
+def test_the_main_job_learns_english_and_leaves_everything(launch):
+    ended = launch("job.steps=60", "job.log_every=20", "job.eval_every=30", "optimizer.lr=2e-3").expect(0)
+    run_dir = ended.run_dir
+    result = read_json(run_dir / "result.json")
+    metrics = result["metrics"]
+    assert (result["status"], result["exit_code"], result["run_id"]) == ("completed", 0, run_dir.name)
+    assert metrics["eval/loss"] < metrics["baseline/unigram"] - 0.1 < metrics["baseline/uniform"] - 1
+    assert sorted(losses(run_dir)) == list(range(1, 61))
+    assert sorted(losses(run_dir, "eval/loss")) == [30, 60]
+    assert metrics["train/tokens"] == 60 * 16 * 128
+    for name in ("train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu", "memory/peak_bytes"):
+        assert metrics[name] > 0
+    for part in ("data", "forward", "backward", "optimizer", "evaluate"):
+        assert metrics[f"time/{part}_s"] > 0
+    assert (run_dir / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run_dir / "sample.txt").read_text().startswith("The")
+    assert {file.name.split(".", 1)[1] for file in (run_dir / "logs").glob("*.log")} >= {"0.log", "1.log"}
+    assert list((run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert ":0 | step 60/60" in ended.stdout
+    assert "held-out loss" in ended.stdout.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "zero3"])
+def test_a_run_from_a_checkpoint_repeats_the_undisturbed_one_to_the_bit(launch, tmp_path, parallel):
+    words = (*SMALL, f"parallel={parallel}", "model.dropout=0.1", "job.steps=8", "job.eval_every=4")
+    launch(*words, "run.dir=whole", "checkpoint.every=4", "checkpoint.keep=0").expect(0)
+    launch(*words, "run.dir=second", "checkpoint.resume=whole/checkpoints/step_00000004").expect(0)
+    for name in ("train/loss", "train/grad_norm", "eval/loss"):
+        whole = losses(tmp_path / "whole", name)
+        assert losses(tmp_path / "second", name) == {step: value for step, value in whole.items() if step > 4}
+
+
+def test_a_killed_run_continues_as_if_nothing_had_happened(launch, launch_in_background, tmp_path):
+    words = (*SMALL, "job.steps=60", "job.eval_every=0", "checkpoint.every=5", "job.log_every=1")
+    launch(*words, "run.dir=whole").expect(0)
+    running = launch_in_background(*words, "run.dir=cut")
+    running.wait_for_output("checkpoint ")
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(losses(tmp_path / "cut")) < 60, "it was over before it could be killed"
+    launch("resume", "cut").expect(0)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
+    words = (*SMALL, "run.dir=mine", "checkpoint.every=3")
+    launch(*words, "job.steps=6").expect(0)
+    first = losses(tmp_path / "mine")
+    run_id = read_json(tmp_path / "mine" / "result.json")["run_id"]
+    assert "step 6 already" in launch("resume", "mine").expect(2).stderr
+    continued = launch("resume", "mine", "job.steps=9").expect(0)
+    assert "continuing after step 6" in continued.stdout
+    after = losses(tmp_path / "mine")
+    assert sorted(after) == list(range(1, 10))
+    assert {step: after[step] for step in first} == first
+    assert read_json(tmp_path / "mine" / "result.json")["run_id"] == run_id
+    kept = sorted(folder.name for folder in (tmp_path / "mine" / "checkpoints").iterdir())
+    assert kept[-2:] == ["step_00000006", "step_00000009"]
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_and_rank(launch):
+    ended = launch(*SMALL, "job.steps=50", "optimizer.lr=1e30", "job.clip_norm=0", "schedule=constant").expect(1)
+    failure = read_json(ended.run_dir / "failure.json")
+    assert "loss is" in failure["traceback"]
+    assert "at step" in failure["traceback"]
+    assert "rank" in failure["traceback"]
+    assert read_json(ended.run_dir / "result.json")["status"] == "failed"
+    assert all(math.isfinite(loss) for loss in losses(ended.run_dir).values())
+
+
+def test_a_grid_runs_every_trial_and_one_that_fails_stops_no_other(launch, tmp_path):
+    ended = launch("-m", *SMALL, "job.steps=4", "job.clip_norm=0", "schedule=constant", "optimizer.lr=1e30,1e-3,2e-3")
+    ended.expect(1)
+    (table,) = tmp_path.glob("runs/*/*/sweep.json")
+    trials = read_json(table)["trials"]
+    assert [trial["status"] for trial in trials] == ["failed", "completed", "completed"]
+    assert [trial["exit_code"] for trial in trials] == [1, 0, 0]
+    assert len({trial["run_dir"] for trial in trials}) == 3
+    assert "← best" in ended.stdout
+
+
+def test_interrupting_a_grid_ends_it(launch_in_background, tmp_path):
+    running = launch_in_background("-m", *SMALL, "job.steps=100000", "job.eval_every=0", "job.seed=1,2")
+    running.wait_for_output("step 10/")
+    running.send_signal(signal.SIGINT)
+    assert running.wait() == 128 + signal.SIGINT
+    (table,) = tmp_path.glob("runs/*/*/sweep.json")
+    assert [trial["status"] for trial in read_json(table)["trials"]] == ["cancelled"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,7 +67,7 @@ def describe(
         parallel=to_tree(parallel),
         precision=precision.kind,
         world_size=world_size,
-        eval_loss=eval_loss,
+        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
     )
 
 

@@ -42,14 +42,11 @@ class Checkpoint(Component):
         from pathlib import Path
 
         from launcher.checkpoint.resume import find_in
+        from launcher.checkpoint.store import quiet
 
         if self.resume in ("none", "auto"):
             return
         try:
-            find_in(Path(self.resume), say=_quiet)
+            find_in(Path(self.resume), say=quiet)
         except ConfigError as error:
             yield error
-
-
-def _quiet(line: str) -> None:
-    """Say nothing: what is skipped is said once, by the run itself."""

@@ -86,6 +86,7 @@ def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
     """Return the W&B run, and whether it is online: without an answer from the server it is kept offline."""
     run_dir.tracker.mkdir(exist_ok=True)
     import wandb
+
     from launcher.trackers.wandb_run import WandbRun, unreachable
 
     trouble = None

@@ -66,6 +66,13 @@ def test_a_checkpoint_is_its_payload_and_a_manifest_that_lists_it(save: Save) ->
     assert saved.manifest.parallel["stage"] == 3
 
 
+def test_a_loss_that_is_no_number_is_no_reason_to_lose_a_checkpoint(tmp_path: Path, save: Save) -> None:
+    save(10, eval_loss=float("nan"))
+    latest = CheckpointStore(tmp_path / "checkpoints", Checkpoint()).latest()
+    assert latest is not None
+    assert latest.manifest.eval_loss is None
+
+
 @pytest.mark.parametrize(
     ("policy", "kept"),
     [

@@ -11,7 +11,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from launcher.build_once import build_once
 from launcher.data.base import Corpus
@@ -87,8 +86,8 @@ def _segments(file: Path) -> list[tuple[int, int]]:
         source.seek(0)
         found = []
         for batch in pa.ipc.open_stream(source):
-            column: Any = batch.column("tokens")
-            if tokens := column.values[column.offsets[0].as_py() : column.offsets[-1].as_py()]:
+            tokens = batch.column("tokens").flatten()
+            if len(tokens):
                 start = tokens.buffers()[1].address - base + tokens.offset * tokens.type.bit_width // 8
                 found.append((start, len(tokens)))
         return found

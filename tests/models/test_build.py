@@ -87,3 +87,6 @@ def test_a_tiny_vocabulary_has_no_end_token_outside_it() -> None:
     answer = model.generate(torch.tensor([[5, 6]]), attention_mask=torch.ones(1, 2), max_new_tokens=4, do_sample=False)
     assert answer.shape == (1, 6)
     assert answer.max() < 99
+    assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (None, None)
+    whole = Gpt2(**{**SIZES, "vocab_size": 50257})
+    assert whole.transformers_config().eos_token_id == 50256

@@ -1,0 +1,110 @@
+"""Building operators: what happens when it cannot be done."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.errors import EnvironmentProblem
+from launcher.ops.build import build
+from launcher.ops.folder import library, lock
+from launcher.ops.record import read_outcome
+
+
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Return an empty folder of operators."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "ops"))
+    return tmp_path / "ops"
+
+
+@pytest.fixture
+def endless_compiler(tmp_path: Path) -> Path:
+    """Return a compiler that never ends, and leaves its process id."""
+    compiler = tmp_path / "endless"
+    compiler.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    compiler.chmod(0o755)
+    return compiler
+
+
+def test_what_is_built_is_left_alone(folder: Path) -> None:
+    library("cpu_adam").parent.mkdir(parents=True)
+    library("cpu_adam").touch()
+    said: list[str] = []
+    (outcome,) = build(["cpu_adam"], say=said.append)
+    assert (outcome.built, outcome.seconds, said) == (True, 0.0, [])
+
+
+def test_a_stale_lock_is_cleared_first(folder: Path) -> None:
+    library("cpu_adam").parent.mkdir(parents=True)
+    library("cpu_adam").touch()
+    lock("cpu_adam").touch()
+    said: list[str] = []
+    build(["cpu_adam"], say=said.append)
+    assert not lock("cpu_adam").exists()
+    assert len(said) == 1
+
+
+def test_without_a_compiler_what_is_needed_ends_the_run(folder: Path) -> None:
+    program = [sys.executable, "-m", "launcher.ops", "async_io"]
+    environment = {**os.environ, "CXX": "no-such-compiler"}
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert "async_io cannot be built: there is no C++ compiler (no-such-compiler); apt-get install g++" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_without_a_compiler_what_is_optional_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    said: list[str] = []
+    build(["cpu_adam?", "deepspeed_shm_comm?"], say=said.append)
+    outcome = read_outcome(folder, "cpu_adam")
+    assert outcome is not None
+    assert not outcome.built
+    assert "no C++ compiler" in outcome.why
+    assert [line.split(",")[0] for line in said] == ["cannot build cpu_adam", "cannot build deepspeed_shm_comm"]
+
+
+def test_the_limit_ends_a_build_and_its_compilers(
+    folder: Path, endless_compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", str(endless_compiler))
+    monkeypatch.setattr("launcher.ops.build._SAY_EVERY_S", 0.2)
+
+    def say(line: str) -> None:
+        said.append(line)
+
+    said: list[str] = []
+    with pytest.raises(EnvironmentProblem, match="took longer than 8 s"):
+        build(["pin_memory"], say=say, limit_s=8.0)
+    assert any(line.startswith("building pin_memory, ") and line.endswith("limit 8 s") for line in said)
+    assert not lock("pin_memory").exists()
+    assert psutil.Process().children(recursive=True) == []
+
+
+def test_being_asked_to_end_leaves_no_compiler_and_no_lock(
+    folder: Path, endless_compiler: Path, tmp_path: Path
+) -> None:
+    environment = {**os.environ, "CXX": str(endless_compiler)}
+    program = subprocess.Popen([sys.executable, "-m", "launcher.ops", "pin_memory"], env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    program.send_signal(signal.SIGTERM)
+    assert program.wait(timeout=60) == 128 + signal.SIGTERM
+    assert not psutil.pid_exists(int((tmp_path / "pid").read_text()))
+    assert not lock("pin_memory").exists()
+
+
+def test_an_outcome_is_plain_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    build(["cpu_adam?"], say=lambda line: None)
+    assert json.loads((folder / "cpu_adam.json").read_text())["built"] is False

@@ -1,0 +1,50 @@
+"""Where operators are, and what is missing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.ops.folder import is_built, library, lock, missing, ops_folder
+from launcher.parallel.base import NativeOps
+
+
+def test_a_folder_that_is_set_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    assert ops_folder() == tmp_path
+
+
+def test_each_environment_has_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    here = ops_folder()
+    assert here.parent == tmp_path / "launcher" / "ops"
+    assert "torch" in here.name
+    assert "deepspeed" in here.name
+    assert ops_folder() == here
+    monkeypatch.setattr(sys, "prefix", "/another/environment")
+    assert ops_folder() != here
+
+
+def test_missing_names_what_is_not_built_or_locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    ops = NativeOps(needed=("async_io", "pin_memory"), optional=("cpu_adam",))
+    assert missing(ops) == ("async_io", "pin_memory", "cpu_adam?")
+    for name in ("async_io", "cpu_adam"):
+        library(name).parent.mkdir()
+        library(name).touch()
+    assert is_built("async_io")
+    assert missing(ops) == ("pin_memory",)
+    lock("cpu_adam").touch()
+    assert missing(ops) == ("pin_memory", "cpu_adam?")
+
+
+def test_it_is_answered_without_torch() -> None:
+    code = (
+        "import sys, launcher.ops.folder as f; f.ops_folder(); print(sorted({'torch', 'deepspeed'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "set()"

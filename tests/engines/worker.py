@@ -8,6 +8,7 @@ A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -22,6 +23,17 @@ import torch
 TOKENS, VOCABULARY, GLOBAL_BATCH = 32, 256, 16
 AFTER = range(100, 103)
 """Steps taken after saving, and after loading."""
+
+
+SLOW_IMPORTS = (
+    "deepspeed.runtime.zero.stage3",
+    "launcher.engines.deepspeed",
+    "launcher.engines.torch",
+    "torch._dynamo",
+    "torch._inductor.compile_fx",
+    "transformers.generation.utils",
+    "transformers.models.gpt2.modeling_gpt2",
+)
 
 
 class QuietClock:
@@ -134,8 +146,8 @@ def run_case(case: dict[str, Any], weights: str, output: Path, rank: int) -> dic
 
 def main(cases_file: str, output: str) -> None:
     given, rank = json.loads(Path(cases_file).read_text()), int(os.environ["RANK"])
-    import deepspeed  # noqa: F401  (imported once, before forking)
-    import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    for name in SLOW_IMPORTS:  # once, before forking
+        importlib.import_module(name)
 
     for case in given["cases"]:
         if rank >= case["world"]:

@@ -9,9 +9,8 @@ from launcher.agents import device_words
 from launcher.config import Run
 from launcher.errors import ConfigError
 from launcher.plan import Host, Identity
+from launcher.secrecy import is_secret_name
 
-_SECRET_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "PASS", "PWD", "AUTH", "CREDENTIAL", "CREDENTIALS"})
-_SECRET_PARTS = ("SECRET", "PASSWORD", "PASSWD")
 _OURS = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
 
 
@@ -63,14 +62,10 @@ def threads(run: Run, host: Host) -> int:
 def refusals(env: Mapping[str, str]) -> Iterator[ConfigError]:
     """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set."""
     for name in env:
-        if _is_secret(name):
+        if is_secret_name(name):
             fix = f"leave it out and `export {name}=…` in your shell: ranks inherit it, and nothing writes it down"
             yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)
         elif name in _OURS or name.startswith("LAUNCHER_"):
             fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"
             yield ConfigError(f"backend.env.{name}", why="is set by the launcher", fix=fix)
 
-
-def _is_secret(name: str) -> bool:
-    upper = name.upper()
-    return bool(_SECRET_WORDS.intersection(upper.split("_"))) or any(part in upper for part in _SECRET_PARTS)

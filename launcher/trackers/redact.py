@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_WORDS = ("KEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
+from launcher.secrecy import is_secret_name
+
 _SHORTEST = 8
 """Shorter values of such variables (``true``, ``0``) are no secrets, and occur by accident."""
 
@@ -17,12 +18,8 @@ def redact(tree: Any, environ: Mapping[str, str]) -> Any:
 
     A variable is secret by its name (``HF_TOKEN``, ``WANDB_API_KEY``).
     """
-    secrets = [value for name, value in environ.items() if _is_secret(name) and len(value) >= _SHORTEST]
+    secrets = [value for name, value in environ.items() if is_secret_name(name) and len(value) >= _SHORTEST]
     return _replace(tree, sorted(secrets, key=len, reverse=True))
-
-
-def _is_secret(name: str) -> bool:
-    return any(word in name.upper() for word in _WORDS)
 
 
 def _replace(tree: Any, secrets: list[str]) -> Any:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from launcher.checkpoint.manifest import describe
 from launcher.checkpoint.resume import find
+from launcher.checkpoint.store import quiet
 from launcher.files import read_json
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ def restore(store: CheckpointStore, context: Context, engine: Engine) -> int:
     if context.is_main:
         store.clean()
     barrier()
-    saved = find(context.run.checkpoint.resume, context.run_dir)
+    saved = find(context.run.checkpoint.resume, context.run_dir, say=print if context.is_main else quiet)
     if saved is None:
         return 0
     engine.load(saved.folder)

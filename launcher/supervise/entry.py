@@ -71,12 +71,15 @@ def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
         _write_down(error, env)
         return _say(str(error), EXIT_USER_ERROR if isinstance(error, ConfigError | EnvironmentProblem) else 1)
     except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
+        # without the frame of this module at its top
+        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
         _write_down(error, env)
-        return _say(traceback.format_exc().rstrip(), 1)
+        return _say("".join(traceback.format_exception(error)).rstrip(), 1)
     return 0
 
 
 def _write_down(error: BaseException, env: RankEnv) -> None:
+    """Record what ends this rank."""
     known = isinstance(error, LauncherError)
     record = {
         "rank": env.rank,

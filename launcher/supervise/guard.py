@@ -57,6 +57,7 @@ def _wait_for(child: int, link: Link) -> int:
         if (status := _reap(child)) is not None:
             return status
         if kill_at is None and link.lost():
+            link.clean_up_after_agent()
             os.kill(child, signal.SIGTERM)
             kill_at = time.monotonic() + _ALONE_S
         elif kill_at is not None and time.monotonic() > kill_at:

@@ -12,7 +12,7 @@ from launcher.supervise import stall
 from launcher.supervise.failure import Failure, Victim, ended_how, exit_code_of
 from launcher.supervise.messages import CommandEnded, Message, RankBeat, RankEnded, RankRaised, Started
 from launcher.supervise.stall import Position
-from launcher.supervise.verdict import Suspect, first_cause, is_settled, looks_like_consequence
+from launcher.supervise.verdict import Suspect, first_cause, is_settled, looks_like_consequence, signal_told_of
 
 
 class Judge:
@@ -34,7 +34,7 @@ class Judge:
             case Started():
                 for rank in (rank for rank, at in self._host_of.items() if at == host):
                     self._positions[rank] = Position(host=host, phase="not started", step=None, at=now)
-            case RankBeat():
+            case RankBeat() if message.rank not in self._ended:
                 at = now - message.age_s
                 self.has_begun = self.has_begun or (message.step or 0) > 0
                 self._positions[message.rank] = Position(host=host, phase=message.phase, step=message.step, at=at)
@@ -46,7 +46,8 @@ class Judge:
                 if message.code != 0:
                     self._suspect(message.rank, self._of_rank(host, message), now)
             case CommandEnded() if message.code != 0:
-                self._suspect(host + message.role, self._of_command(host, message), now, command=message)
+                failure = self._of_command(host, message)
+                self._suspect(host + message.role, failure, now, of_launcher=message.role == "launcher")
             case _:
                 pass
 
@@ -114,16 +115,13 @@ class Judge:
         """Return whether a rank ended in the way that means: resume me."""
         return any(suspect.failure.is_preemption for suspect in self._suspects.values())
 
-    def _suspect(self, key: int | str, failure: Failure, now: float, *, command: CommandEnded | None = None) -> None:
+    def _suspect(self, key: int | str, failure: Failure, now: float, *, of_launcher: bool = False) -> None:
         earlier = self._suspects.get(key)
         if earlier is not None and earlier.failure.error:  # it raised before it ended: that is the reason
             code = failure.exit_code if failure.signal is None else earlier.failure.exit_code
             failure = replace(earlier.failure, exit_code=code)
-        if command is not None and command.role == "launcher":
-            # torchrun and deepspeed fail because a rank did, unless a signal or no rank at all says otherwise
-            is_consequence = command.signal is None and bool(self._host_of)
-        else:
-            is_consequence = looks_like_consequence(failure)
+        # torchrun and deepspeed end in error because a rank did, unless a signal ended them
+        is_consequence = failure.signal is None if of_launcher else looks_like_consequence(failure)
         self._suspects[key] = Suspect(failure=failure, is_consequence=is_consequence)
         if self._first_heard is None:
             self._first_heard = now
@@ -154,12 +152,13 @@ class Judge:
         )
 
     def _of_command(self, host: str, end: CommandEnded) -> Failure:
+        number = end.signal or signal_told_of(end.tail)
         return Failure(
             host=host,
             rank=None,
-            exit_code=exit_code_of(end.code, end.signal),
-            signal=end.signal,
-            reason=f"{end.name} on {host} {ended_how(end.code, end.signal)}",
+            exit_code=exit_code_of(end.code, number),
+            signal=number,
+            reason=f"{end.name} on {host} {ended_how(end.code, number)}",
             traceback=end.tail,
             log=str(self._run_dir.log_of(host, "agent")),
             time=end.time,

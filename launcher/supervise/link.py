@@ -64,6 +64,7 @@ class Link:
     """The guard's side. A rank started by hand, or after its agent died, has nobody to tell."""
 
     def __init__(self, scratch: Path | None) -> None:
+        self._scratch = scratch
         self._socket: socket.socket | None = None
         if scratch is None:
             return
@@ -94,6 +95,11 @@ class Link:
             return False
         except OSError:
             return True
+
+    def clean_up_after_agent(self) -> None:
+        """Remove the folder of an agent that is gone, because it could not do so itself."""
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def close(self) -> None:
         """Hang up."""

@@ -23,6 +23,9 @@ _CONSEQUENCE = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|Watchdog caught collective operation timeout"
     r"|Connection (closed|reset|refused)|Broken pipe|Socket closed|closed by peer|Application timeout"
 )
+_WAS_SIGNALLED = re.compile(r"SignalException.* got signal: (\d+)")
+"""What torchrun says, before it exits with code 1, when somebody signalled it."""
+
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
@@ -47,6 +50,12 @@ def looks_like_consequence(failure: Failure) -> bool:
 def says_port_taken(failure: Failure) -> bool:
     """Return whether it failed because its port belonged to somebody else."""
     return _PORT_TAKEN.search(f"{failure.error}\n{failure.traceback}") is not None
+
+
+def signal_told_of(output: str) -> int | None:
+    """Return the signal that torchrun says it got from outside."""
+    found = _WAS_SIGNALLED.search(output)
+    return int(found[1]) if found else None
 
 
 def first_cause(suspects: Sequence[Suspect]) -> Failure:

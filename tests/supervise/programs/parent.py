@@ -1,0 +1,25 @@
+"""The session as a process of its own: ``parent.py PLAN.json``."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from launcher.plan import plan_from_json
+from launcher.rundir import RunDir
+from launcher.supervise.conclude import conclude
+from launcher.supervise.connection import LocalConnection
+from launcher.supervise.session import run_session
+
+plan = plan_from_json(json.loads(Path(sys.argv[1]).read_text()))
+run_dir = RunDir(Path(plan.run_dir))
+stranger = subprocess.Popen(["cat"], stdin=subprocess.PIPE, env={})  # has nothing to do with the run
+outcome = run_session(plan, lambda host: LocalConnection(host.host.name, log=run_dir.log_of(host.host.name, "agent")))
+if outcome.port_taken:
+    print("port taken", flush=True)
+else:
+    conclude(outcome, run_dir, run_id=plan.run_id)
+if stranger.poll() is not None:
+    sys.exit("the session ended a process that was not its own")
+stranger.communicate()
+sys.exit(outcome.exit_code)

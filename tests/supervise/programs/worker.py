@@ -1,0 +1,168 @@
+"""A rank that does as it is told: ``worker.py RUN_DIR``; DO maps a rank to the names of functions below."""
+
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from launcher.errors import ConfigError, JobError
+from launcher.supervise.entry import enter_rank
+from launcher.supervise.rank_env import read_rank_env
+
+
+def stubborn(env, heartbeat):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def ignore_interrupts(env, heartbeat):
+    signal.signal(signal.SIGINT, lambda number, frame: print("interrupted"))
+
+
+def fork_without_end(env, heartbeat):
+    """Leave a chain of processes behind, each of which starts the next one and goes."""
+    code = "import os, time\nos.setsid()\nwhile True:\n    time.sleep(0.005)\n    if os.fork():\n        os._exit(0)"
+    subprocess.Popen([sys.executable, "-c", code])
+
+
+def grandchild(env, heartbeat):
+    code = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); os.setsid(); time.sleep(600)"
+    subprocess.Popen([sys.executable, "-c", f"import os\nif os.fork() == 0:\n    {code}"]).wait()
+
+
+def work(env, heartbeat):
+    (env.run_dir.path / f"up.{env.rank}").write_text(str(os.getpid()))
+    for step in range(1, 10**6):
+        heartbeat.beat("forward", step, loss=1 / step)
+        time.sleep(0.05)
+
+
+def some_steps(env, heartbeat):
+    for step in range(1, 4):
+        heartbeat.beat("forward", step, steps=3, loss=1 / step)
+        print(f"step {step}")
+
+
+def wait_a_moment(env, heartbeat):
+    time.sleep(0.7)
+
+
+def hold_up(env, heartbeat):
+    """Stand still in the forward pass of step 2."""
+    heartbeat.beat("forward", 1)
+    heartbeat.beat("forward", 2)
+    stand_still()
+
+
+def stand_still():
+    time.sleep(600)
+
+
+def wait_for_others(env, heartbeat):
+    """Go on to the collective of step 2 and wait there."""
+    heartbeat.beat("forward", 2)
+    time.sleep(0.3)
+    heartbeat.beat("backward", 2)
+    wait_in_collective()
+
+
+def wait_in_collective():
+    time.sleep(600)
+
+
+def never_beat(env, heartbeat):
+    time.sleep(600)
+
+
+def value_error(env, heartbeat):
+    raise ValueError("a planted mistake, grüße")
+
+
+def hang_after_error(env, heartbeat):
+    """Fail, and not come to an end."""
+    import threading
+
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise ValueError("a planted mistake, grüße")
+
+
+def connection_error(env, heartbeat):
+    raise RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4242")
+
+
+def port_error(env, heartbeat):
+    raise RuntimeError("DistNetworkError: the server socket has failed to listen, name: EADDRINUSE")
+
+
+def job_error(env, heartbeat):
+    raise JobError("loss is nan at step 7 on rank 0")
+
+
+def config_error(env, heartbeat):
+    raise ConfigError("run.yaml", why="its hash differs", fix="start the run again")
+
+
+def exit_3(env, heartbeat):
+    sys.exit(3)
+
+
+def exit_75(env, heartbeat):
+    sys.exit(75)
+
+
+def exit_77_at_once(env, heartbeat):
+    os._exit(77)
+
+
+def kill_itself(env, heartbeat):
+    print("the last words", end="", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def segfault(env, heartbeat):
+    ctypes.string_at(0)
+
+
+def save_when_told(env, heartbeat):
+    def save(number, frame):
+        (env.run_dir.path / f"saved.{env.rank}").touch()
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, save)
+
+
+def print_odd_lines(env, heartbeat):
+    out = sys.stdout.buffer
+    out.write("grüße 你好\n".encode())
+    out.write(b"binary \xff\xfe\n")
+    out.write(b"bar 1\rbar 2\rbar 3\n")
+    out.write(b"x" * 300_000 + b"\n")
+    out.write(b"???\n")
+    out.flush()
+    os.write(1, b"in two ")
+    time.sleep(0.3)
+    os.write(1, b"pieces\n")
+    os.system("echo from a child")
+    os.write(2, b"no end")
+
+
+def print_much(env, heartbeat):
+    for number in range(20_000):
+        print(f"{number} {'y' * 80}")
+
+
+def main():
+    env = read_rank_env(Path(sys.argv[1]), os.environ)
+    names = json.loads(os.environ["DO"])[str(env.rank)].split()
+
+    def do(env, heartbeat):
+        for name in names:
+            globals()[name](env, heartbeat)
+
+    enter_rank(do, env)
+
+
+main()

@@ -1,0 +1,55 @@
+"""The newest state of a rank, in shared memory."""
+
+import subprocess
+import sys
+
+import pytest
+
+from launcher.supervise.heartbeat import Heartbeat, make_beats, map_beats, read_beat
+
+
+@pytest.fixture
+def path(tmp_path):
+    make_beats(tmp_path / "beats")
+    return tmp_path / "beats"
+
+
+def test_nothing_before_the_first(path):
+    assert read_beat(map_beats(path)) is None
+
+
+def test_step_and_numbers_are_kept(path):
+    memory, heartbeat = map_beats(path), Heartbeat(path)
+    heartbeat.beat("forward", 3, loss=2.5)
+    heartbeat.beat("backward", tokens_per_s=10)
+    beat = read_beat(memory)
+    assert (beat.phase, beat.step, beat.numbers) == ("backward", 3, {"loss": 2.5, "tokens_per_s": 10})
+
+
+def test_a_number_that_is_not_finite_is_left_out(path):
+    heartbeat = Heartbeat(path)
+    heartbeat.beat("forward", 1, loss=1.0)
+    heartbeat.beat("forward", 2, loss=float("nan"))
+    assert read_beat(map_beats(path)).numbers == {}
+
+
+def test_a_state_caught_half_written_is_not_believed(path):
+    Heartbeat(path).beat("forward", 1)
+    memory = map_beats(path)
+    memory[12] = memory[12] ^ 1
+    assert read_beat(memory) is None
+
+
+def test_nobody_listens(path):
+    Heartbeat(None).beat("forward", 1)
+    heartbeat = Heartbeat(path)
+    path.unlink()
+    heartbeat.beat("forward", 1)
+    Heartbeat(path).beat("forward", 1)
+
+
+def test_it_crosses_processes(path):
+    code = "import pathlib, sys; from launcher.supervise.heartbeat import Heartbeat as H; "
+    code += "H(pathlib.Path(sys.argv[1])).beat('data', 5)"
+    subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
+    assert read_beat(map_beats(path)).step == 5

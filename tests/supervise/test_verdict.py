@@ -1,0 +1,75 @@
+"""Telling the cause from its consequences."""
+
+import signal
+
+import pytest
+
+from launcher.supervise.failure import Failure
+from launcher.supervise.verdict import (
+    PATIENCE_S,
+    SETTLE_S,
+    Suspect,
+    first_cause,
+    is_settled,
+    looks_like_consequence,
+    says_port_taken,
+    signal_told_of,
+)
+
+
+def failure(rank=0, *, time=0.0, number=None, error="", traceback=""):
+    code = 128 + number if number else 1
+    return Failure(
+        host="box", rank=rank, exit_code=code, signal=number, reason="", error=error, traceback=traceback, time=time
+    )
+
+
+def suspect(found):
+    return Suspect(failure=found, is_consequence=looks_like_consequence(found))
+
+
+@pytest.mark.parametrize(
+    ("found", "is_one"),
+    [
+        (failure(error="torch.distributed.DistBackendError: NCCL error"), True),
+        (failure(error="RuntimeError: [pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
+        (failure(error="RuntimeError: Connection reset by peer"), True),
+        (failure(number=signal.SIGTERM), True),
+        (failure(number=signal.SIGABRT, traceback="Watchdog caught collective operation timeout"), True),
+        (failure(number=signal.SIGABRT, traceback="double free or corruption"), False),
+        (failure(number=signal.SIGKILL), False),
+        (failure(error="ValueError: x"), False),
+        (failure(error="torch.distributed.DistNetworkError: name: EADDRINUSE"), False),
+        # what a rank printed before an unrelated death says nothing about it
+        (failure(number=signal.SIGSEGV, traceback="Connection reset by peer"), False),
+    ],
+)
+def test_consequences(found, is_one):
+    assert looks_like_consequence(found) is is_one
+
+
+def test_the_cause_comes_before_earlier_consequences():
+    broken = suspect(failure(0, time=1.0, error="RuntimeError: Connection closed by peer"))
+    cause = suspect(failure(1, time=2.0, error="ValueError: x"))
+    late = suspect(failure(2, time=3.0, error="KeyError: y"))
+    assert first_cause([broken, late, cause]).rank == 1
+    assert first_cause([broken]).rank == 0
+
+
+def test_waiting():
+    cause, broken = suspect(failure(number=9)), suspect(failure(number=15))
+    assert not is_settled([], waited_s=99)
+    assert is_settled([cause, broken], waited_s=SETTLE_S)
+    assert not is_settled([broken], waited_s=SETTLE_S)
+    assert is_settled([broken], waited_s=PATIENCE_S)
+
+
+def test_port():
+    assert says_port_taken(failure(traceback="... name: EADDRINUSE, message: address already in use"))
+    assert not says_port_taken(failure(traceback="ValueError"))
+
+
+def test_what_torchrun_says_of_a_signal():
+    said = "torch.distributed.elastic.multiprocessing.api.SignalException: Process 7 got signal: 15"
+    assert signal_told_of(said) == 15
+    assert signal_told_of("Process 7 ended") is None

@@ -82,7 +82,7 @@ class Zero(Parallel):
     """Elements of parameters kept in host RAM although they are offloaded to NVMe; 0 keeps none."""
 
     low_memory_bf16: bool = False
-    """Keep master weights, gradients and Adam moments in bf16 too: a third of the memory, coarser updates."""
+    """Keep master weights, gradients and Adam moments in bf16 too: 10 bytes a parameter, not 16; coarser updates."""
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
     """Raw DeepSpeed keys, checked against DeepSpeed's own; they may not contradict a field of ours."""

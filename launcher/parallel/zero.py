@@ -13,7 +13,7 @@ from launcher.optim.adamw import AdamW
 from launcher.parallel import ds_config, zero_memory
 from launcher.parallel.base import NativeOps, Parallel, StateBytes
 from launcher.parallel.ds_keys import raw_key_problems
-from launcher.precision import Precision
+from launcher.precision import Fp16, Precision
 
 Place = Literal["none", "cpu", "nvme"]
 
@@ -46,7 +46,8 @@ class Zero(Parallel):
     """Folder on a fast local disk; needed as soon as anything is offloaded to NVMe."""
 
     pin_memory: bool = True
-    """Page-locked host buffers: faster copies to a GPU. Without a GPU nothing is locked, and the run says so."""
+    """Page-locked host buffers: faster copies to a GPU. Without a GPU it does nothing, and the run says so; the staging
+    buffers of NVMe are page-locked in any case."""
 
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on."""
@@ -128,6 +129,9 @@ class Zero(Parallel):
         if self.low_memory_bf16 and precision.compute != "bf16":
             fix = "set precision=bf16 or parallel.low_memory_bf16=false"
             yield self.refuse("low_memory_bf16", f"precision is {precision.compute}", fix)
+        if isinstance(precision, Fp16) and precision.min_scale != int(precision.min_scale):
+            why = "DeepSpeed takes a whole number"
+            yield precision.refuse("min_scale", why, f"set precision.min_scale={int(precision.min_scale)}")
         reason = "NVMe offload" if self.offload_optimizer == "nvme" else "low_memory_bf16 with offload"
         native_only = self.offload_optimizer == "nvme" or (self.low_memory_bf16 and self.offload_optimizer == "cpu")
         if native_only and optimizer.implementation == "torch":
@@ -145,7 +149,7 @@ class Zero(Parallel):
         if offloads_to_ram and not on_gpu:
             yield "ranks compute on the CPU, so offloading to host RAM moves nothing off a device and only adds copies"
         if (offloads_to_ram or self.uses_nvme) and self.pin_memory and not on_gpu:
-            yield "parallel.pin_memory has no effect without a GPU: nothing is page-locked"
+            yield "parallel.pin_memory has no effect without a GPU"
 
     def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
         """Return one rank's share, by the formulas in ``zero_memory``."""

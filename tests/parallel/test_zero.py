@@ -59,6 +59,7 @@ def test_all_mistakes_come_at_once() -> None:
             "optimizer.implementation",
         ),
         (Zero(**NVME), Bf16(), AdamW(), "parallel.nvme_buffer_size"),
+        (Zero(), Fp16(min_scale=1.5), AdamW(), "precision.min_scale"),
     ],
 )
 def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW, option: str) -> None:
@@ -132,3 +133,19 @@ def test_the_formula_says_what_was_reckoned() -> None:
 )
 def test_native_ops(zero: Zero, optimizer: AdamW, on_gpu: bool, expected: NativeOps) -> None:
     assert zero.native_ops(optimizer, on_gpu=on_gpu) == expected
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision", "on_gpu", "phrases"),
+    [
+        (Zero(), Bf16(), False, []),
+        (Zero(stage=0), Bf16(), True, ["stage 0 in bf16"]),
+        (Zero(offload_optimizer="cpu"), Bf16(), True, []),
+        (Zero(offload_optimizer="cpu"), Bf16(), False, ["only adds copies", "pin_memory has no effect"]),
+        (Zero(**NVME, pin_memory=False), Bf16(), False, []),
+    ],
+)
+def test_notes(zero: Zero, precision: Any, on_gpu: bool, phrases: list[str]) -> None:
+    notes = list(zero.notes(precision, on_gpu=on_gpu))
+    assert len(notes) == len(phrases)
+    assert all(phrase in note for phrase, note in zip(phrases, notes, strict=True))

@@ -37,6 +37,11 @@ class Stub:
 
     url: str
     runs: dict[str, StoredRun] = field(default_factory=dict)
+    sweep_config: str = "{}"
+    """The sweep that was uploaded."""
+    trials: list[dict[str, Any]] = field(default_factory=list)
+    """Parameter values that an agent is still to try."""
+    num_handed_out: int = 0
 
 
 @contextmanager
@@ -106,10 +111,36 @@ class _Handler(BaseHTTPRequestHandler):
             return {"createRunFiles": {"runID": run_id, "uploadHeaders": [], "files": files}}
         if "bucket(" in query:
             return {"model": self._resumable(given.get("name") or given.get("run"))}
+        if "sweep" in query.lower() or "agent" in query.lower():
+            return self._sweep(query, given)
         if "viewer" in query:
             viewer = {"id": "u", "entity": "stub", "username": "stub", "flags": "{}", "teams": {"edges": []}}
             return {"viewer": viewer, "serverInfo": {"features": [], "cliVersionInfo": {}}}
         return {"serverInfo": {"features": [], "cliVersionInfo": {}}} if "serverInfo" in query else {}
+
+    def _sweep(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
+        """Take a sweep, and hand its trials to an agent one after the other."""
+        stub = self._stub
+        project = {"name": "launcher", "entity": {"name": "stub"}}
+        if "upsertSweep" in query:
+            stub.sweep_config = given["config"]
+            return {"upsertSweep": {"sweep": {"name": "sw1", "project": project}, "configValidationWarnings": []}}
+        if "createAgent" in query:
+            return {"createAgent": {"agent": {"id": "a1"}}}
+        if "agentHeartbeat" in query:
+            return {"agentHeartbeat": {"agent": {"id": "a1"}, "commands": json.dumps(self._next_commands(given))}}
+        sweep = {"id": "s", "name": "sw1", "method": "grid", "state": "RUNNING", "config": stub.sweep_config}
+        return {"project": {"sweep": {**sweep, "runs": {"edges": []}, "createdAt": "x", "heartbeatAt": "x"}}}
+
+    def _next_commands(self, given: dict[str, Any]) -> list[dict[str, Any]]:
+        stub = self._stub
+        if json.loads(given.get("runState") or "{}"):
+            return []  # one trial at a time
+        if not stub.trials:
+            return [{"type": "exit"}]
+        stub.num_handed_out += 1
+        values = {name: {"value": value} for name, value in stub.trials.pop(0).items()}
+        return [{"type": "run", "run_id": f"trial{stub.num_handed_out}", "args": values, "program": "launcher"}]
 
     def _upsert(self, given: dict[str, Any]) -> dict[str, Any]:
         run_id = given["name"]

@@ -22,12 +22,12 @@ from launcher.engines.distributed import (
 from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
 from launcher.engines.loss import token_loss_sum
+from launcher.engines.model import model_of
 from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.nvme import SwapFolder
 from launcher.engines.partition import Partitioning, assert_partitioned
 from launcher.engines.rng import load_rng, save_rng
 from launcher.errors import JobError
-from launcher.models.build import build_model
 from launcher.parallel.zero import Zero
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ class DeepSpeedEngine(Engine):
         return config
 
     def _build(self) -> nn.Module:
-        run = self._context.run
-        model = build_model(run.model, seed=run.job.seed, attention=run.attention, activation=run.activation)
+        model = model_of(self._context)
         if self._partitioning is not None:
             assert_partitioned(model, small=self._zero.persistence_threshold)
         return model

@@ -28,9 +28,9 @@ from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
 from launcher.engines.loss import token_loss_sum
 from launcher.engines.loss_scale import LossScale
+from launcher.engines.model import model_of
 from launcher.engines.rng import load_rng, save_rng
 from launcher.errors import JobError
-from launcher.models.build import build_model
 from launcher.parallel.replicated import Ddp
 
 if TYPE_CHECKING:
@@ -49,9 +49,7 @@ class TorchEngine(Engine):
         self._clock, self._rank, self._clip_norm = clock, context.rank, run.job.clip_norm
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
-        self.module = build_model(
-            run.model, seed=run.job.seed, attention=run.attention, activation=run.activation, dtype=torch.float32
-        ).to(self.device)
+        self.module = model_of(context).to(self.device)
         self._forward = self.module
         if isinstance(run.parallel, Ddp) and context.world_size > 1:
             self._forward = _replicated(self.module, bucket_mb=run.parallel.bucket_mb)

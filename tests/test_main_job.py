@@ -8,7 +8,8 @@ from launcher.rundir import RunDir
 
 
 def test_the_default_run_learns_and_leaves_everything(launch) -> None:
-    run_dir = RunDir(launch(timeout=550).expect(0).run_dir)
+    ended = launch(timeout=550).expect(0)
+    run_dir = RunDir(ended.run_dir)
     result = json.loads(run_dir.result.read_text())
     assert (result["status"], result["exit_code"]) == ("completed", 0)
     steps = json.loads(run_dir.plan.read_text())["work"]["steps"]
@@ -17,7 +18,15 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     assert metrics["eval/loss"] < metrics["baseline/unigram"] - 0.5 < metrics["baseline/uniform"]
     lines = [json.loads(line) for line in run_dir.metrics.read_text().splitlines()]
     assert [line["train/step"] for line in lines if "train/loss" in line] == list(range(1, steps + 1))
+    assert len([line for line in lines if "eval/loss" in line]) == steps // 50
+    assert metrics["train/tokens"] == steps * 16 * 128
+    for name in ("train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu", "memory/peak_bytes"):
+        assert metrics[name] > 0
+    for part in ("data", "forward", "backward", "optimizer", "evaluate"):
+        assert metrics[f"time/{part}_s"] > 0
     assert run_dir.curve.read_bytes().startswith(b"\x89PNG")
-    assert run_dir.sample.read_text()
+    assert run_dir.sample.read_text().startswith("The")
     assert len(list(run_dir.logs.glob("*.[01].log"))) == 2
     assert list(run_dir.tracker.glob("offline-run-*/*.wandb"))
+    assert f":0 | step {steps}/{steps}" in ended.stdout
+    assert "held-out loss" in ended.stdout.strip().splitlines()[-1]

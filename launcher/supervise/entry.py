@@ -65,21 +65,22 @@ def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
     except SystemExit as ending:
         if ending.code in (None, 0, EXIT_PREEMPTED):
             return int(ending.code or 0)
-        _write_down(ending, env)
-        return ending.code if isinstance(ending.code, int) else _say(str(ending.code), 1)
+        if isinstance(ending.code, int):
+            return _write_down(ending, env, code=ending.code)
+        _say(str(ending.code))
+        return _write_down(ending, env, code=1)
     except LauncherError as error:
-        _write_down(error, env)
-        return _say(str(error), EXIT_USER_ERROR if isinstance(error, ConfigError | EnvironmentProblem) else 1)
+        _say(str(error))
+        is_users = isinstance(error, ConfigError | EnvironmentProblem)
+        return _write_down(error, env, code=EXIT_USER_ERROR if is_users else 1)
     except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
-        # without the frame of this module at its top
-        error.__traceback__ = error.__traceback__ and error.__traceback__.tb_next
-        _write_down(error, env)
-        return _say("".join(traceback.format_exception(error)).rstrip(), 1)
+        _say("".join(_traceback(error)).rstrip())
+        return _write_down(error, env, code=1)
     return 0
 
 
-def _write_down(error: BaseException, env: RankEnv) -> None:
-    """Record what ends this rank."""
+def _write_down(error: BaseException, env: RankEnv, *, code: int) -> int:
+    """Record what ends this rank and return ``code``; its end itself may take long, or come from others."""
     known = isinstance(error, LauncherError)
     record = {
         "rank": env.rank,
@@ -87,18 +88,25 @@ def _write_down(error: BaseException, env: RankEnv) -> None:
         "machine": socket.gethostname(),
         "pid": os.getpid(),
         "time": time.time(),
+        "code": code,
         "error": str(error) if known else "".join(traceback.format_exception_only(error)).strip(),
-        "traceback": "" if known else "".join(traceback.format_exception(error)),
+        "traceback": "" if known else "".join(_traceback(error)),
     }
     try:
         write_json(env.record, record)
     except OSError as trouble:  # the disk is full: the log may still take it
-        _say(f"the failure could not be recorded: {trouble}", 1)
-
-
-def _say(text: str, code: int) -> int:
-    print(text, file=sys.stderr, flush=True)
+        _say(f"the failure could not be recorded: {trouble}")
     return code
+
+
+def _traceback(error: BaseException) -> list[str]:
+    """Return the lines of a traceback without the frame of this module at its top."""
+    frames = error.__traceback__ and error.__traceback__.tb_next
+    return traceback.format_exception(type(error), error, frames)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _die_by(number: int) -> NoReturn:

@@ -130,7 +130,7 @@ class Judge:
         return Failure(
             host=host,
             rank=raised.rank,
-            exit_code=1,
+            exit_code=raised.code,
             signal=None,
             reason=f"rank {raised.rank} on {host} failed: {raised.error}",
             error=raised.error,

@@ -109,6 +109,8 @@ class RankRaised(Message):
     kind: ClassVar[str] = "raised"
     rank: int
     time: float
+    code: int
+    """What it is going to exit with."""
     error: str
     """Type and message."""
     traceback: str

@@ -143,5 +143,5 @@ class Ranks:
         if record["pid"] != rank.process.pid:  # left by an earlier attempt in this run directory
             return
         rank.raised = True
-        error, traceback = record["error"], record["traceback"]
-        self._emit(RankRaised(rank=rank.number, time=record["time"], error=error, traceback=traceback))
+        said = {name: record[name] for name in ("time", "code", "error", "traceback")}
+        self._emit(RankRaised(rank=rank.number, **said))

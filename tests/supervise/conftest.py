@@ -55,14 +55,15 @@ class Supervised:
             pytest.fail(f"still running after {seconds} s:\n{self.text}")
 
     def pid(self, who: str) -> int:
-        """Return the process number of ``session``, ``agent``, ``spawner``, ``guard`` or ``rank`` (number 1)."""
+        """Return a process number; ``guard`` and ``rank`` are those of rank 1."""
         if who == "session":
             return self.process.pid
         if who == "rank":
             return int((self.run_dir.path / "up.1").read_text())
         if who == "guard":
             return int(Path(f"/proc/{self.pid('rank')}/stat").read_text().split()[3])
-        wanted = {"agent": "launcher.supervise.agent", "spawner": "spawner.py"}[who]
+        names = {"agent": "launcher.supervise.agent", "spawner": "spawner.py", "torchrun": "torch.distributed.run"}
+        wanted = names[who]
         return next(pid for pid in self.left() if wanted in Path(f"/proc/{pid}/cmdline").read_text())
 
     def left(self) -> list[int]:
@@ -126,7 +127,13 @@ class Starter:
     readers: list[subprocess.Popen] = field(default_factory=list)
 
     def __call__(
-        self, do: dict[int, str] | str, *, env: dict[str, str] | None = None, reader: str | None = None, **changes
+        self,
+        do: dict[int, str] | str,
+        *,
+        env: dict[str, str] | None = None,
+        reader: str | None = None,
+        torchrun_on: int | None = None,
+        **changes,
     ) -> Supervised:
         """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host."""
         mark = uuid.uuid4().hex
@@ -135,7 +142,8 @@ class Starter:
         told = {str(rank): do if isinstance(do, str) else do[rank] for rank in range(2)}
         plan = self.plan
         parts = {name: changes.pop(name, ()) for name in ("prepare", "sidecars")}
-        host = replace(plan.hosts[0], start=changes.pop("start", None) or start_of(run_dir, told), **parts)
+        usual = start_of(run_dir, told, torchrun_on=torchrun_on)
+        host = replace(plan.hosts[0], start=changes.pop("start", usual), **parts)
         settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
         plan = replace(plan, hosts=(host,), run_dir=str(run_dir.path), **settings)
         write_json(run_dir.plan, to_tree(plan))
@@ -160,10 +168,14 @@ class Starter:
         return run
 
 
-def start_of(run_dir: RunDir, told: dict[str, str]) -> Command:
-    """Return the command that starts ranks which do as they are told."""
-    program = (sys.executable, str(PROGRAMS / "spawner.py"), str(len(told)), str(PROGRAMS / "worker.py"))
-    return Command(argv=(*program, str(run_dir.path)), env={"LAUNCHER_HOST": "box", "DO": json.dumps(told)})
+def start_of(run_dir: RunDir, told: dict[str, str], *, torchrun_on: int | None) -> Command:
+    """Return the command that starts ranks which do as they are told: the real torchrun when it is given a port."""
+    spawner: tuple[str, ...] = (str(PROGRAMS / "spawner.py"), str(len(told)))
+    if torchrun_on:
+        spawner = ("-m", "torch.distributed.run", f"--nproc-per-node={len(told)}", "--rdzv-backend=static")
+        spawner = (*spawner, "--master-addr=127.0.0.1", f"--master-port={torchrun_on}")
+    argv = (sys.executable, *spawner, str(PROGRAMS / "worker.py"), str(run_dir.path))
+    return Command(argv=argv, env={"LAUNCHER_HOST": "box", "DO": json.dumps(told), "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")
@@ -179,4 +191,4 @@ def supervise(tmp_path_factory, plan_of):
             run.seconds_until_gone()
         for reader in starter.readers:
             reader.wait()
-        assert list(Path(scratch).iterdir()) == []
+        assert list(Path(scratch).glob("launcher*")) == []

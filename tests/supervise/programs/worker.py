@@ -73,6 +73,29 @@ def wait_in_collective():
     time.sleep(600)
 
 
+def meet(env, heartbeat):
+    """Join the other ranks, with torch."""
+    import torch.distributed
+
+    torch.distributed.init_process_group("gloo")
+    heartbeat.beat("forward", 1)
+    sum_over_ranks()
+
+
+def sum_over_ranks():
+    import torch
+
+    torch.distributed.all_reduce(torch.ones(1))
+
+
+def sum_later(env, heartbeat):
+    """The backward pass of step 2."""
+    heartbeat.beat("forward", 2)
+    time.sleep(0.3)
+    heartbeat.beat("backward", 2)
+    sum_over_ranks()
+
+
 def never_beat(env, heartbeat):
     time.sleep(600)
 

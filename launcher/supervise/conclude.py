@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import TextIO
 
 from launcher.files import write_json
 from launcher.results import write_result
@@ -12,14 +12,14 @@ from launcher.supervise.failure import Failure, Victim, name_of_signal
 from launcher.supervise.outcome import Outcome
 
 
-def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str, stream: TextIO | None = None) -> None:
+def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
     """Write the files and print what failed; call it once, after the last try, and print nothing after it."""
     if outcome.failure is not None:
         write_json(run_dir.failure, outcome.failure.tree())
     write_result(run_dir, status=outcome.status, exit_code=outcome.exit_code, run_id=run_id)
     text = last_words(outcome, run_dir)
-    if text:
-        print(text, file=stream or sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone; the files tell the same
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
 
 
 def forget_last_end(run_dir: RunDir) -> None:

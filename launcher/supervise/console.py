@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -12,29 +14,37 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Plain lines. A reader that goes away (``| head``) ends the printing, not the run.
+    """Plain lines. A reader that goes away (``| head``, a closed terminal) ends the printing, not the run.
 
     Args:
         stream: where to print.
     """
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream: TextIO | None = stream
+        self._stream = stream
+        self._reader_is_gone = False
 
     def line(self, text: str) -> None:
         """Print one whole line."""
-        if self._stream is None:
-            return
-        try:
-            self._stream.write(text + "\n")
-            self._stream.flush()
-        except UnicodeEncodeError:
-            self.line(text.encode("ascii", "backslashreplace").decode())
-        except (BrokenPipeError, OSError):
-            self._stream = None
+        self._try(lambda: self._print(text))
 
     def progress(self, step: int, total: int, numbers: Mapping[str, float]) -> None:
         """Show how far the run is; plain lines leave this to what rank 0 prints."""
+
+    def _print(self, text: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        self._stream.flush()
+
+    def _try(self, printing: Callable[[], None]) -> None:
+        if self._reader_is_gone:
+            return
+        try:
+            printing()
+        except OSError:
+            self._reader_is_gone = True
+            with Path(os.devnull).open("wb") as nowhere:  # else what is still buffered fails once more at exit
+                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class TerminalConsole(Console):
@@ -42,7 +52,8 @@ class TerminalConsole(Console):
 
     Args:
         stream: a terminal.
-        bar: a started rich progress.
+        bar: a rich progress, started, that draws only when told to: a thread of its own could not be stopped from
+            writing to a terminal that is gone.
     """
 
     def __init__(self, stream: TextIO, bar: Progress) -> None:
@@ -50,18 +61,22 @@ class TerminalConsole(Console):
         self._bar = bar
         self._task: TaskID | None = None
 
-    def line(self, text: str) -> None:
-        """Print one whole line above the bar; colours that a rank prints stay."""
-        from rich.text import Text
-
-        self._bar.console.print(Text.from_ansi(text), soft_wrap=True)
-
     def progress(self, step: int, total: int, numbers: Mapping[str, float]) -> None:
         """Move the bar."""
         details = "  ".join(f"{name} {numbers[key]:{form}}" for key, name, form in _SHOWN if key in numbers)
         if self._task is None:
             self._task = self._bar.add_task("step", total=total, details="")
         self._bar.update(self._task, completed=step, total=total, details=details)
+        self._try(self._bar.refresh)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        self._try(self._bar.stop)
+
+    def _print(self, text: str) -> None:
+        from rich.text import Text
+
+        self._bar.console.print(Text.from_ansi(text), soft_wrap=True)  # colours that a rank prints stay
 
 
 _SHOWN = (("loss", "loss", ".4f"), ("tokens_per_s", "tokens/s", ",.0f"))
@@ -78,5 +93,11 @@ def open_console(stream: TextIO = sys.stdout) -> Iterator[Console]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     terminal = RichConsole(file=stream, highlight=False)
-    with Progress(*columns, TextColumn("{task.fields[details]}"), console=terminal, transient=True) as bar:
-        yield TerminalConsole(stream, bar)
+    details = TextColumn("{task.fields[details]}")
+    bar = Progress(*columns, details, console=terminal, transient=True, auto_refresh=False)
+    bar.start()
+    console = TerminalConsole(stream, bar)
+    try:
+        yield console
+    finally:
+        console.close()

@@ -132,6 +132,7 @@ class Starter:
         *,
         env: dict[str, str] | None = None,
         reader: str | None = None,
+        terminal: int | None = None,
         torchrun_on: int | None = None,
         **changes,
     ) -> Supervised:
@@ -155,13 +156,17 @@ class Starter:
                 pipe = subprocess.Popen([reader], stdin=subprocess.PIPE, stdout=stdout)
                 self.readers.append(pipe)
                 stdout = files.enter_context(pipe.stdin)
+            command = [sys.executable, PROGRAMS / "parent.py", run_dir.plan]
+            if terminal is not None:  # "setsid --ctty" makes it the one whose end is told by SIGHUP
+                command = ["setsid", "--ctty", *command]
+                stdout = stderr = terminal
             process = subprocess.Popen(
-                [sys.executable, PROGRAMS / "parent.py", run_dir.plan],
+                command,
                 env={**os.environ, "TMPDIR": str(self.scratch), **(env or {}), MARK: mark},
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=stdout,
                 stderr=stderr,
-                start_new_session=True,
+                start_new_session=terminal is None,
             )
         run = Supervised(run_dir, process, mark, out, err)
         self.started.append(run)

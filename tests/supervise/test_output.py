@@ -53,7 +53,7 @@ def test_much_output_arrives_in_order_and_complete(supervise):
 
 def test_a_reader_that_goes_away_does_not_end_the_run(supervise):
     run = supervise({0: "print_much", 1: "some_steps"}, reader="head")
-    run.end()
+    assert run.end() == 0
     assert run.result["status"] == "completed"
 
 

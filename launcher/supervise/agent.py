@@ -6,6 +6,7 @@ then it ends the run by itself. Everything below it stays below it, because it i
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import signal
@@ -230,7 +231,8 @@ class HostAgent:
         self._write_down(line)
 
     def _write_down(self, line: str) -> None:
-        self._log.write(line + "\n")
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            self._log.write(line + "\n")
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
@@ -43,8 +41,6 @@ class Console:
             printing()
         except OSError:
             self._reader_is_gone = True
-            with Path(os.devnull).open("wb") as nowhere:  # else what is still buffered fails once more at exit
-                os.dup2(nowhere.fileno(), self._stream.fileno())
 
 
 class TerminalConsole(Console):

@@ -69,10 +69,10 @@ class Judge:
     def cause(self, *, now: float, all_over: bool) -> Failure | None:
         """Return why the run has failed; ``None`` when it has not, or when it is too early to say."""
         suspects = list(self._suspects.values())
-        if not suspects:
+        if self._first_heard is None:
             return None
-        waited = now - (self._first_heard or now)
-        return first_cause(suspects) if all_over or is_settled(suspects, waited_s=waited) else None
+        settled = all_over or is_settled(suspects, waited_s=now - self._first_heard)
+        return first_cause(suspects) if settled else None
 
     def stalled(self, *, now: float) -> Failure | None:
         """Return a failure that names the rank which holds up the others, once one has been silent too long."""

@@ -65,6 +65,4 @@ def first_cause(suspects: Sequence[Suspect]) -> Failure:
 
 def is_settled(suspects: Sequence[Suspect], *, waited_s: float) -> bool:
     """Return whether it is time to decide, ``waited_s`` after the first failure was heard of."""
-    if not suspects:
-        return False
     return waited_s >= (PATIENCE_S if all(suspect.is_consequence for suspect in suspects) else SETTLE_S)

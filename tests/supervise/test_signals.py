@@ -121,11 +121,24 @@ def test_what_forks_while_it_is_killed_is_killed_too(supervise):
     assert run.end() == 137
 
 
-def test_a_signal_during_preparation(supervise, tmp_path):
-    up = tmp_path / "up"
-    code = f"import pathlib, time; pathlib.Path({str(up)!r}).touch(); time.sleep(600)"
-    run = supervise("work", prepare=(Command(argv=(sys.executable, "-c", code)),))
-    run.wait_for(up.exists)
-    os.kill(run.process.pid, signal.SIGTERM)
-    assert run.end() == 143
-    assert run.result["status"] == "cancelled"
+def sleeper(up):
+    """Return a command that goes on until it is killed, and makes the file ``up`` when it has begun."""
+    code = f"import pathlib, signal, time; signal.signal(15, signal.SIG_IGN); pathlib.Path({str(up)!r}).touch()"
+    return Command(argv=(sys.executable, "-c", f"{code}; time.sleep(600)"))
+
+
+@pytest.mark.parametrize(("who", "number"), [("session", signal.SIGTERM), ("agent", signal.SIGKILL)])
+def test_a_signal_during_preparation(supervise, tmp_path, who, number):
+    run = supervise("work", prepare=(sleeper(tmp_path / "up"),))
+    run.wait_for((tmp_path / "up").exists)
+    os.kill(run.pid(who), number)
+    assert run.end() == 128 + number
+    run.seconds_until_gone(10)
+
+
+def test_an_interrupt_ends_the_wait_for_a_sidecar(supervise, tmp_path):
+    run = supervise("some_steps", sidecars=(sleeper(tmp_path / "up"),))
+    run.wait_for(lambda: "waiting for" in run.stdout)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.end() == 0
+    assert run.result["status"] == "completed"

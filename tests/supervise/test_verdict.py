@@ -58,7 +58,7 @@ def test_the_cause_comes_before_earlier_consequences():
 
 def test_waiting():
     cause, broken = suspect(failure(number=9)), suspect(failure(number=15))
-    assert not is_settled([], waited_s=99)
+    assert not is_settled([cause], waited_s=SETTLE_S / 2)
     assert is_settled([cause, broken], waited_s=SETTLE_S)
     assert not is_settled([broken], waited_s=SETTLE_S)
     assert is_settled([broken], waited_s=PATIENCE_S)

@@ -15,7 +15,7 @@ def opening(plan: Plan) -> Iterator[str]:
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
     yield f"{plan.name}: {params}{ranks}, {plan.work.batch} sequences a step, {plan.work.steps} steps"
     yield f"run directory: {plan.run_dir}"
-    yield f"{plan.tracker.kind} {plan.tracker.mode}: {plan.tracker.reason}"
+    yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
     yield from (f"warning: {warning}" for warning in plan.warnings)
 
 

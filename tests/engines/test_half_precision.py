@@ -27,8 +27,14 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         for label, precision in (("bf16", {"kind": "bf16"}), ("fp16", {"kind": "fp16"}), ("hot", hot)):
             run = {"parallel": parallel, "precision": precision}
             cases.append({"name": f"{name}_{label}", "world": 2, "steps": STEPS, "run": run})
+    folder = tmp_path_factory.mktemp("half")
+    for name in ("ddp", "zero1"):
+        run = {"parallel": STAGES[name], "precision": hot}
+        saved = str(folder / f"saved_{name}")
+        cases.append({"name": f"{name}_saved", "world": 2, "steps": STEPS, "run": run, "save": saved})
+        cases.append({"name": f"{name}_resumed", "world": 2, "steps": 0, "run": run, "load": saved})
     cases.append({"name": "diverged", "world": 2, "steps": 2, "lr": 1e30, "run": {"parallel": STAGES["ddp"]}})
-    return run_cases(cases, tmp_path_factory.mktemp("half"))
+    return run_cases(cases, folder)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -46,6 +52,13 @@ def test_an_overflow_skips_the_step(answers: dict[str, Any], name: str) -> None:
     assert first["skipped"]
     assert first["grad_norm"] is None
     assert math.isfinite(second["loss"])
+
+
+@pytest.mark.parametrize("name", ["ddp", "zero1"])
+def test_the_loss_scale_survives_a_checkpoint(answers: dict[str, Any], name: str) -> None:
+    after = answers[f"{name}_saved"]["after"]
+    assert after[0]["skipped"], "the scale is still too high, so a lost one would show"
+    assert answers[f"{name}_resumed"]["after"] == after
 
 
 def test_a_loss_that_is_not_finite_names_its_ranks(answers: dict[str, Any]) -> None:

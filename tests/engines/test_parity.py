@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,8 @@ SAVED = ("ddp", "zero1", "zero2", "zero3")
 
 
 def case(name: str, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    job = rest.pop("job", {})
-    return {"name": name, "world": 2, "steps": STEPS, "run": {"parallel": parallel, "job": job}, **rest}
+    groups = {group: rest.pop(group) for group in ("job", "model", "activation") if group in rest}
+    return {"name": name, "world": 2, "steps": STEPS, "run": {"parallel": parallel, **groups}, **rest}
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,8 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases += [
         case(f"{name}_{split}", STRATEGIES[name], job=job) for name in SPLIT_STRATEGIES for split, job in SPLITS.items()
     ]
+    cases.append(case("zero3_recomputed", ZERO3, activation={"kind": "full"}))
+    cases.append(case("zero3_random", ZERO3, model={"weights": "random"}))
     # Adam undoes a factor that stays the same, so plant none at all: gradients that are clipped at each step
     # differ from those that never are
     cases.append(case("planted", STRATEGIES["zero2"], job={"clip_norm": 0.0}))
@@ -74,6 +77,16 @@ def test_strategy_equals_one_process(answers: dict[str, Any], name: str) -> None
 @pytest.mark.parametrize("name", SPLIT_STRATEGIES)
 def test_accumulation_changes_nothing(answers: dict[str, Any], name: str, split: str) -> None:
     assert same(answers[f"{name}_{split}"], answers["single"])
+
+
+def test_recomputing_activations_changes_nothing(answers: dict[str, Any]) -> None:
+    assert same(answers["zero3_recomputed"], answers["single"])
+
+
+def test_random_weights_under_zero3_know_nothing_yet(answers: dict[str, Any]) -> None:
+    loss, tokens = answers["zero3_random"]["held_out"]
+    assert loss / tokens == pytest.approx(math.log(256), rel=0.05)
+    assert losses(answers["zero3_random"])[-1] < losses(answers["zero3_random"])[0]
 
 
 def test_a_planted_difference_in_clipping_is_seen(answers: dict[str, Any]) -> None:

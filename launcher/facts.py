@@ -32,5 +32,5 @@ def gather(run: Run, host: Host) -> Facts:
         return Facts(environ=environ, home=home)
     from launcher.ops.folder import missing, ops_folder  # reads package versions, which takes its time
 
-    ops = run.parallel.native_ops(run.optimizer, on_gpu=bool(host.devices))
+    ops = run.parallel.native_ops(run.optimizer)
     return Facts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing(ops))

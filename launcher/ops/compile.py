@@ -7,7 +7,6 @@ import sys
 BUILDERS = {
     "async_io": "AsyncIOBuilder",
     "cpu_adam": "CPUAdamBuilder",
-    "deepspeed_shm_comm": "ShareMemCommBuilder",
     "fused_adam": "FusedAdamBuilder",
     "pin_memory": "PinMemoryBuilder",
 }

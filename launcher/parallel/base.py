@@ -82,7 +82,7 @@ class Parallel(Component):
         """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
         yield from ()
 
-    def native_ops(self, optimizer: AdamW, *, on_gpu: bool) -> NativeOps:
+    def native_ops(self, optimizer: AdamW) -> NativeOps:
         """Return what has to be compiled before ranks start."""
         return NativeOps()
 

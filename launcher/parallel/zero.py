@@ -179,12 +179,10 @@ class Zero(Parallel):
         offloads = self.offload_optimizer != "none"
         return optimizer.implementation == "native" or (optimizer.implementation == "auto" and offloads)
 
-    def native_ops(self, optimizer: AdamW, *, on_gpu: bool) -> NativeOps:
+    def native_ops(self, optimizer: AdamW) -> NativeOps:
         """Return what has to be compiled before ranks start."""
         needed: list[str] = []
         optional: list[str] = []
-        if not on_gpu:
-            optional.append("deepspeed_shm_comm")
         if self.wants_native_adam(optimizer):
             replaceable = optimizer.implementation == "auto" and self.offload_optimizer == "cpu"
             replaceable = replaceable and not self.low_memory_bf16

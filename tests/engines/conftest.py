@@ -54,6 +54,8 @@ def run_cases(weights: Path) -> RunCases:
                 env = {**os.environ, **shared, "RANK": str(rank)}
                 ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
         _wait(ranks, logs)
+        left = [path for case in with_ports for path in Path("/dev/shm").glob(f"*_{case['port']}_*")]
+        assert not left, "shared memory outlives its run"
         return {case["name"]: json.loads((folder / f"{case['name']}.0.json").read_text()) for case in cases}
 
     return run

@@ -120,19 +120,18 @@ def test_the_formula_says_what_was_reckoned() -> None:
 
 
 @pytest.mark.parametrize(
-    ("zero", "optimizer", "on_gpu", "expected"),
+    ("zero", "optimizer", "expected"),
     [
-        (Zero(), AdamW(), True, NativeOps()),
-        (Zero(), AdamW(), False, NativeOps(optional=("deepspeed_shm_comm",))),
-        (Zero(), AdamW(implementation="native"), True, NativeOps(needed=("fused_adam",))),
-        (Zero(offload_optimizer="cpu"), AdamW(), True, NativeOps(optional=("cpu_adam",))),
-        (Zero(offload_optimizer="cpu"), AdamW(implementation="torch"), True, NativeOps()),
-        (Zero(offload_optimizer="cpu"), AdamW(implementation="native"), True, NativeOps(needed=("cpu_adam",))),
-        (Zero(**NVME), AdamW(), True, NativeOps(needed=("cpu_adam", "pin_memory", "async_io"))),
+        (Zero(), AdamW(), NativeOps()),
+        (Zero(), AdamW(implementation="native"), NativeOps(needed=("fused_adam",))),
+        (Zero(offload_optimizer="cpu"), AdamW(), NativeOps(optional=("cpu_adam",))),
+        (Zero(offload_optimizer="cpu"), AdamW(implementation="torch"), NativeOps()),
+        (Zero(offload_optimizer="cpu"), AdamW(implementation="native"), NativeOps(needed=("cpu_adam",))),
+        (Zero(**NVME), AdamW(), NativeOps(needed=("cpu_adam", "pin_memory", "async_io"))),
     ],
 )
-def test_native_ops(zero: Zero, optimizer: AdamW, on_gpu: bool, expected: NativeOps) -> None:
-    assert zero.native_ops(optimizer, on_gpu=on_gpu) == expected
+def test_native_ops(zero: Zero, optimizer: AdamW, expected: NativeOps) -> None:
+    assert zero.native_ops(optimizer) == expected
 
 
 @pytest.mark.parametrize(

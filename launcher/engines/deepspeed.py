@@ -98,7 +98,7 @@ class DeepSpeedEngine(Engine):
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        last, norm = len(micro_batches) - 1, None
+        last = len(micro_batches) - 1
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):
                 loss = token_loss_sum(self._engine, micro_batch, device=self.device)
@@ -122,7 +122,7 @@ class DeepSpeedEngine(Engine):
 
     def _result(self, own_sum: Tensor, tokens: Tensor, norm: float | None) -> StepResult:
         skipped, num_tokens = not self._engine.was_step_applied(), int(tokens)
-        total, _ = sum_over_ranks([own_sum.item(), 0.0], device=self.device)
+        (total,) = sum_over_ranks([own_sum.item()], device=self.device)
         loss = total / num_tokens if num_tokens else math.nan
         if norm is None and not skipped:
             norm = float(self._engine.get_global_grad_norm())

@@ -98,7 +98,7 @@ class TorchEngine(Engine):
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._scale.update(overflow=overflow)
-        loss = total / num_tokens
+        loss = total / num_tokens if num_tokens else math.nan
         return StepResult(
             loss=loss,
             grad_norm=None if overflow else grad_norm,

@@ -32,6 +32,7 @@ def torchrun(hosts: Sequence[Host], identity: Identity) -> list[tuple[str, ...]]
             *("--master-addr", hosts[0].address),
             *("--master-port", str(identity.port)),
             *("--max-restarts", "0"),
+            *("--log-dir", f"{identity.run_dir}/logs/torchrun"),  # else it leaves a folder in /tmp
             *("--module", RANK_MODULE, identity.run_dir),
         )
         for number, host in enumerate(hosts)

@@ -67,9 +67,9 @@ def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_and_rank(launch):
     ended = launch(*SMALL, "job.steps=50", "optimizer.lr=1e30", "job.clip_norm=0", "schedule=constant").expect(1)
     failure = read_json(ended.run_dir / "failure.json")
-    assert "loss is" in failure["traceback"]
-    assert "at step" in failure["traceback"]
-    assert "rank" in failure["traceback"]
+    assert "loss is" in failure["error"]
+    assert "at step" in failure["error"]
+    assert "rank" in failure["error"]
     assert read_json(ended.run_dir / "result.json")["status"] == "failed"
     assert all(math.isfinite(loss) for loss in losses(ended.run_dir).values())
 

@@ -68,4 +68,3 @@ def refusals(env: Mapping[str, str]) -> Iterator[ConfigError]:
         elif name in _OURS or name.startswith("LAUNCHER_"):
             fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"
             yield ConfigError(f"backend.env.{name}", why="is set by the launcher", fix=fix)
-

@@ -46,8 +46,11 @@ def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
     crowded = next((host for host in on_cpu if host.slots > host.cores), None)
     if crowded is not None:
         yield f"{crowded.slots} ranks share {crowded.cores} cores of {crowded.name}: set backend.ranks={crowded.cores}"
+    better = "bf16" if all(host.computes_bf16 for host in on_cpu) else "fp32"
     if run.precision.compute == "fp16":
-        yield "fp16 is slow without a GPU, and most CPUs compute it in fp32: precision=bf16 is the better one here"
+        yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"
+    if run.precision.compute == "bf16" and better == "fp32":
+        yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
 
 
 def _schedule(run: Run) -> Iterator[str]:

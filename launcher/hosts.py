@@ -46,6 +46,7 @@ def this_machine(backend: Backend, *, max_ranks: int | None = None, environ: Map
         device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
         cores=cores,
         memory_bytes=memory_limit(),
+        computes_bf16=cpu_computes_bf16(),
         python=sys.executable,
     )
 
@@ -112,3 +113,12 @@ def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int:
             text = file.read_text(encoding="ascii").strip()
             limits += [int(text)] if text.isdigit() else []
     return min(limits)
+
+
+def cpu_computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies bfloat16 itself: AVX512-BF16 or AMX on x86, BF16 on Arm."""
+    for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
+        name, _, values = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(values.split())
+    return False

@@ -27,6 +27,8 @@ class Host:
     cores: int = 1
     memory_bytes: int = 0
     """Host RAM; 0 when not known."""
+    computes_bf16: bool = True
+    """Whether its processor has instructions for bfloat16; without them every product is converted in software."""
     python: str = "python"
     """The interpreter that runs this program there."""
 

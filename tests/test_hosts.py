@@ -4,7 +4,7 @@ import stat
 import pytest
 
 from launcher.backends.local import Local
-from launcher.hosts import Gpu, list_gpus, memory_limit, this_machine, visible
+from launcher.hosts import Gpu, cpu_computes_bf16, list_gpus, memory_limit, this_machine, visible
 
 GPUS = [
     Gpu(index=str(n), uuid=f"GPU-{letter * 8}-0000", name="NVIDIA L4", memory_bytes=24 * 2**30)
@@ -88,3 +88,18 @@ def test_a_control_group_limits_memory(tmp_path, file, text, limited):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(f"{text}\n")
     assert memory_limit(tmp_path) == (1048576 if limited else memory_limit(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("flags\t\t: fpu avx2 avx512_bf16 sse", True),
+        ("flags\t\t: fpu avx2 sse", False),
+        ("Features\t: fp asimd bf16", True),
+        ("model name\t: bf16", False),
+    ],
+)
+def test_bfloat16_is_read_off_the_processors_flags(tmp_path, line, expected):
+    file = tmp_path / "cpuinfo"
+    file.write_text(f"processor\t: 0\n{line}\n")
+    assert cpu_computes_bf16(file) == expected

@@ -99,7 +99,7 @@ def test_a_checkpoint_of_another_model(refused, launch, tmp_path):
         "created": 0.0,
         "run_id": "x",
         "run_hash": "x",
-        "architecture": {"family": "gpt2", "layers": 2, "heads": 4, "width": 128, "context": 256, "vocab_size": 4096},
+        "architecture": {"family": "gpt2", "layers": 2, "heads": 4, "width": 128, "context": 256, "vocab_size": 2048},
         "engine": "torch",
         "parallel": {"kind": "ddp", "bucket_mb": 25},
         "precision": "fp32",

@@ -22,6 +22,11 @@ PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOS
 
 SLOW = {
     "scripts/install && .venv/bin/launch": "test_main_job.py::test_the_default_run_learns_and_leaves_everything",
+    "launch +exp=zero3_gpt2xl parallel=zero_infinity parallel.nvme_path=DISK parallel.pin_memory=false "
+    "parallel.reduce_bucket_size=100_000_000 precision=fp32 backend.ranks=1 job.steps=2 job.global_batch=1 "
+    "job.sequence_length=64 job.eval_sequences=1 job.sample_tokens=2": (
+        "test_train.py::test_the_readmes_command_for_gpt2_xl_on_a_small_model"
+    ),
     "scripts/test": "test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""
@@ -46,7 +51,8 @@ def examples() -> list[Example]:
                 lines = tuple(line.strip() for line in output if line.strip() not in ("", "…"))
                 found.append(Example(page.name, command, lines))
         for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
-            found += [Example(page.name, command, ()) for command in block.splitlines()]
+            lines = re.sub(r"\s*\\\n\s*", " ", block).splitlines()
+            found += [Example(page.name, command, ()) for command in lines]
     return found
 
 

@@ -2,11 +2,16 @@
 
 import json
 import math
+import re
+import shlex
 import signal
+from pathlib import Path
 
 import pytest
 
+from launcher.errors import EnvironmentProblem
 from launcher.files import read_json
+from launcher.ops.build import build
 
 SMALL = (
     "model.layers=2",
@@ -92,3 +97,21 @@ def test_interrupting_a_grid_ends_it(launch_in_background, tmp_path):
     assert running.wait() == 128 + signal.SIGINT
     (table,) = tmp_path.glob("runs/*/*/sweep.json")
     assert [trial["status"] for trial in read_json(table)["trials"]] == ["cancelled"]
+
+
+def test_the_readmes_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (command,) = re.findall(
+        r"^launch (\+exp=zero3_gpt2xl parallel=zero_infinity.*?[^\\])$", readme, re.DOTALL | re.MULTILINE
+    )
+    words = shlex.split(command.replace("\\\n", " "))
+    try:
+        build(["cpu_adam", "pin_memory", "async_io"], say=print)
+    except EnvironmentProblem as problem:
+        pytest.skip(str(problem))
+    swap = tmp_path / "swap"
+    small = ("model.layers=2", "model.heads=2", "model.width=64", f"parallel.nvme_path={swap}")
+    ended = launch(*words, *small).expect(0)
+    assert sorted(losses(ended.run_dir)) == [1, 2]
+    assert "cpu_adam" in ended.stdout
+    assert not list(swap.iterdir()), "the swap folder is left"

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 
-from launcher.errors import EXIT_USER_ERROR, ConfigError, LauncherError
+from launcher.errors import ConfigError, LauncherError
 from launcher.suggest import did_you_mean
 
 VERBS = {
@@ -14,8 +15,14 @@ VERBS = {
     "list": "groups, options, and what each option means",
     "show": "print the whole configuration of an experiment",
     "diff": "compare two experiments or two runs",
+    "doctor": "examine the hosts of a run: versions, clocks, disks, ports, links",
     "resume": "continue a run from its newest checkpoint",
+    "rerun": "start a stored run anew, with changes",
     "sweep": "run a grid; the same as -m",
+    "runs": "list runs: what each does, or how it ended",
+    "status": "one run in detail",
+    "logs": "what its ranks print, as it comes",
+    "cancel": "end a run, from any shell",
 }
 """Each is ``launcher.commands.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
 
@@ -41,7 +48,7 @@ overrides (Hydra's grammar)
   --config-dir DIR  a folder of your own options and experiments beside the shipped ones
 
 A run writes runs/<name>/<time>-<letters>/: run.yaml, plan.json, metrics.jsonl, logs, checkpoints, result.json.
-Exit codes: 0 done, 2 your mistake and nothing started, 75 preempted, 124 stalled,
+Exit codes: 0 done, 2 your mistake and nothing started, 69 a host is not fit for the run, 75 preempted, 124 stalled,
 else the first failing rank's own code, 128+n for signal n.
 """
 
@@ -53,7 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(words)
     except LauncherError as error:
         print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
-        return EXIT_USER_ERROR
+        return error.exit_code
+    except KeyboardInterrupt:  # while a run lasts, its session takes it
+        print("interrupted: nothing is running", file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # `launch list | head`: the reader has gone, nothing is left to say
         sys.stderr.close()
         return 0

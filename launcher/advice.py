@@ -13,7 +13,7 @@ from launcher.wording import bytes_text
 def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
     """Yield each warning as one sentence that names the option to change."""
     yield from _memory(hosts, memory)
-    yield from run.parallel.notes(run.precision, on_gpu=all(host.devices for host in hosts))
+    yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
     yield from _processors(run, hosts)
     yield from _schedule(run)
 
@@ -40,7 +40,7 @@ def _memory(hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
 
 
 def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
-    on_cpu = [host for host in hosts if not host.devices]
+    on_cpu = [host for host in hosts if host.is_known and not host.devices]
     if not on_cpu:
         return
     crowded = next((host for host in on_cpu if host.slots > host.cores), None)

@@ -65,7 +65,9 @@ def deepspeed(hosts: Sequence[Host], identity: Identity) -> list[tuple[str, ...]
 
 def device_words(host: Host) -> list[int | str]:
     """Return the CUDA_VISIBLE_DEVICES entries of the GPUs that get a rank; none where ranks compute on the CPU."""
-    return [int(word) if word.isdigit() else word for word in host.device_ids[: host.slots]]
+    chosen = host.slot_ids or range(host.slots)
+    words = [host.device_ids[slot] for slot in chosen if slot < len(host.device_ids)]
+    return [int(word) if word.isdigit() else word for word in words]
 
 
 AGENTS: dict[str, Agent] = {"torchrun": torchrun, "deepspeed": deepspeed}

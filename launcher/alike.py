@@ -59,7 +59,7 @@ def _varying(group: Group, other: HostPlan, number: int) -> tuple[str, ...] | No
 
 
 def _shape(host: Host) -> Host:
-    return dataclasses.replace(host, name="", address="")
+    return dataclasses.replace(host, name="", address="", login="")
 
 
 def _words(plan: HostPlan) -> Iterator[tuple[str, str]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from launcher.alike import groups_of
 from launcher.plan import Plan
+from launcher.render import places
 
 
 def opening(plan: Plan) -> Iterator[str]:
@@ -14,6 +16,8 @@ def opening(plan: Plan) -> Iterator[str]:
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
     yield f"{plan.name}: {params}{ranks}, {plan.work.batch} sequences a step, {plan.work.steps} steps"
+    if len(plan.hosts) > 1:
+        yield from places(groups_of(plan.hosts))
     yield f"run directory: {plan.run_dir}"
     yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
     yield from (f"warning: {warning}" for warning in plan.warnings)

@@ -23,6 +23,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _refuse_uneven_hosts(run, hosts)
     yield from env.refusals(run.backend.env)
     yield from _refuse_unknown_ranks(run, hosts)
+    yield from run.backend.refusals(hosts)
 
 
 def _refuse_long_sequences(run: Run) -> Iterator[ConfigError]:

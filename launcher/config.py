@@ -56,7 +56,13 @@ KINDS: dict[str, dict[str, str]] = {
     "attention": {"sdpa": "launcher.attention:Sdpa", "eager": "launcher.attention:Eager"},
     "checkpoint": {"policy": "launcher.checkpoint.policy:Checkpoint"},
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
-    "backend": {"local": "launcher.backends.local:Local"},
+    "backend": {
+        "deepspeed": "launcher.backends.deepspeed:Deepspeed",
+        "kubernetes": "launcher.backends.kubernetes.backend:Kubernetes",
+        "local": "launcher.backends.local:Local",
+        "slurm": "launcher.backends.slurm.backend:Slurm",
+        "ssh": "launcher.backends.ssh:Ssh",
+    },
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from launcher.agents import device_words
@@ -12,6 +12,9 @@ from launcher.plan import Host, Identity
 from launcher.secrecy import is_secret_name
 
 _OURS = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+"""Without them Gloo takes the interface that the host's own name resolves to: on Debian, the loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,9 @@ class Place:
     num_hosts: int
 
 
-def environment(run: Run, place: Place, identity: Identity, *, ops_folder: str) -> dict[str, str]:
+def environment(
+    run: Run, place: Place, identity: Identity, *, ops_folder: str, inherited: Collection[str] = ()
+) -> dict[str, str]:
     """Return the variables added for the ranks of one host; ``backend.env`` comes last and wins.
 
     Args:
@@ -32,13 +37,13 @@ def environment(run: Run, place: Place, identity: Identity, *, ops_folder: str) 
         place: the host.
         identity: of the run.
         ops_folder: where DeepSpeed's native ops are built for this environment.
+        inherited: names of variables that the ranks have already.
     """
     host = place.host
     added = {
         "LAUNCHER_HOST": host.name,
         "LAUNCHER_RUN_ID": identity.run_id,
         "LAUNCHER_RUN_HASH": identity.run_hash,
-        "OMP_NUM_THREADS": str(threads(run, host)),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",  # its threads and a later fork do not go together
         # DeepSpeed reads these three and sets them only in its own launcher.
@@ -46,11 +51,17 @@ def environment(run: Run, place: Place, identity: Identity, *, ops_folder: str) 
         "CROSS_RANK": str(place.number),
         "CROSS_SIZE": str(place.num_hosts),
     }
+    if host.is_known or run.backend.threads != "auto":
+        added["OMP_NUM_THREADS"] = str(threads(run, host))
     if "deepspeed" in (run.parallel.engine, run.backend.agent):
-        added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
-        added["TORCH_EXTENSIONS_DIR"] = ops_folder
-    if host.slots < len(host.devices):
+        if not host.login:  # other machines have processors of their own: their agents know the folder
+            added["TORCH_EXTENSIONS_DIR"] = ops_folder
+        if host.is_known:
+            added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
+    if host.slots < len(host.devices) or (host.devices and host.slot_ids):
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_words(host)))
+    if host.interface:
+        added |= {name: host.interface for name in _INTERFACES if name not in inherited}
     return {**added, **run.backend.env}
 
 

@@ -4,6 +4,7 @@ LauncherError                 printed as a message, without a traceback
 ├── ConfigError               what the user wrote cannot work; exit 2, nothing started
 │   └── ConfigErrors          several of them, found in one pass
 ├── EnvironmentProblem        this machine lacks something the run needs; exit 2, nothing started
+├── Unfit                     a host of the run is not fit for it; exit 69, nothing started
 └── JobError                  a rank found a reason to end the run (a non-finite loss, a bad checkpoint)
 """
 
@@ -12,12 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 2
+EXIT_UNFIT = 69
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 124
 
 
 class LauncherError(Exception):
     """Base of all errors meant to be read by a user."""
+
+    exit_code = EXIT_USER_ERROR
 
 
 class ConfigError(LauncherError):
@@ -56,6 +60,12 @@ class ConfigErrors(ConfigError):
 
 class EnvironmentProblem(LauncherError):
     """The machine lacks something; the message says what to type."""
+
+
+class Unfit(LauncherError):
+    """The doctor found what would break the run on some host; the message is its report."""
+
+    exit_code = EXIT_UNFIT
 
 
 class JobError(LauncherError):

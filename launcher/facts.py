@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launcher.config import Run
-from launcher.plan import Host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,12 +24,14 @@ class Facts:
     """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 
 
-def gather(run: Run, host: Host) -> Facts:
-    """Return the facts of this machine, ``host``."""
+def gather(run: Run) -> Facts:
+    """Return the facts of this machine."""
     environ, home = dict(os.environ), Path.home()
     if "deepspeed" not in (run.parallel.engine, run.backend.agent):
         return Facts(environ=environ, home=home)
-    from launcher.ops.folder import missing, ops_folder  # reads package versions, which takes its time
+    from launcher.ops.folder import arguments, missing, ops_folder  # reads package versions, which takes its time
 
     ops = run.parallel.native_ops(run.optimizer)
-    return Facts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing(ops))
+    # other machines are not looked into: there, the command that builds finds out by itself
+    missing_ops = arguments(ops) if run.backend.asks_hosts else missing(ops)
+    return Facts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing_ops)

@@ -27,4 +27,4 @@ def model_state(run: Run, hosts: Sequence[Host]) -> Memory | None:
 
 def host_ram(host: Host, state: StateBytes) -> int:
     """Return the bytes of model state in one host's RAM: what is offloaded and, without GPUs, the rest too."""
-    return host.slots * (state.host + (0 if host.devices else state.device))
+    return host.slots * (state.host + (0 if host.devices or not host.is_known else state.device))

@@ -18,10 +18,19 @@ class Host:
     slots: int
     """Ranks it takes."""
     address: str = "127.0.0.1"
+    """Where the other hosts reach it."""
+    login: str = ""
+    """How it is reached from here, as the hostfile says it (``user@name:port``); empty for this machine."""
+    is_known: bool = True
+    """Whether it was asked for what follows; a dry run asks nobody."""
     devices: tuple[str, ...] = ()
     """GPU names by index; empty where ranks compute on the CPU."""
     device_ids: tuple[str, ...] = ()
     """What CUDA_VISIBLE_DEVICES calls each of ``devices``."""
+    slot_ids: tuple[int, ...] = ()
+    """Which of ``devices`` the ranks get, where somebody chose; empty means the first ones."""
+    interface: str = ""
+    """Network interface that leads to the other hosts; empty where there are none."""
     device_bytes: int = 0
     """Memory of the smallest GPU; 0 when not known."""
     cores: int = 1
@@ -139,6 +148,8 @@ class Plan:
     run_hash: str
     """SHA-256 of run.yaml, checked by every rank."""
     job: str
+    backend: str
+    """Kind of the backend that starts it."""
     world_size: int
     topology: dict[str, int]
     """Degree of each kind of parallelism; their product is the world size."""
@@ -156,6 +167,12 @@ class Plan:
     """What the run will write, relative to the run directory."""
     stall_timeout_s: float
     grace_s: float
+    preempt_grace_s: float
+    """Time that ranks get to save and end after SIGUSR1."""
+    heartbeat_timeout_s: float = 0.0
+    """Silence after which a host, or the session, counts as lost; 0 where nothing can be lost unnoticed."""
+    forward: tuple[str, ...] = ()
+    """Names of the variables that hosts get from the launching environment; values are in no plan."""
     show_ranks: tuple[int, ...] | None
     """Ranks whose output is shown; ``None`` shows all."""
     warnings: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         run_dir=identity.run_dir,
         run_hash=identity.run_hash,
         job=run.job.kind,
+        backend=run.backend.kind,
         world_size=world_size,
         topology=degrees(run.parallel, world_size),
         what=_what(run),
@@ -62,6 +63,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
         grace_s=run.backend.grace_s,
+        preempt_grace_s=run.backend.preempt_grace_s,
+        heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
+        forward=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
         warnings=tuple(warnings_of(run, hosts, memory)),
     )
@@ -107,10 +111,10 @@ def _what(run: Run) -> What:
 def _host_plans(
     run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts, tracker: TrackerPlan
 ) -> Iterator[HostPlan]:
-    commands = AGENTS[run.backend.agent](hosts, identity)
+    commands = run.backend.rank_commands(hosts, identity) or AGENTS[run.backend.agent](hosts, identity)
     for number, (host, first, argv) in enumerate(zip(hosts, first_ranks(hosts), commands, strict=True)):
         place = Place(host=host, number=number, num_hosts=len(hosts))
-        env = environment(run, place, identity, ops_folder=facts.ops_folder)
+        env = environment(run, place, identity, ops_folder=facts.ops_folder, inherited=facts.environ)
         yield HostPlan(
             host=host,
             first_rank=first,
@@ -123,7 +127,7 @@ def _host_plans(
 def _prepare(host: Host, facts: Facts, env: Mapping[str, str]) -> Iterator[Command]:
     """Yield the command that builds DeepSpeed's missing native ops, for the device and folder the ranks will use."""
     if facts.missing_ops:
-        needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")}
+        needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR") if name in env}
         yield Command(argv=(host.python, "-m", "launcher.ops", *facts.missing_ops), env=needed)
 
 

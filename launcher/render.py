@@ -7,15 +7,20 @@ import json
 from collections.abc import Iterator, Sequence
 
 from launcher.alike import Group, groups_of
-from launcher.plan import HostPlan, Memory, Plan
+from launcher.plan import Host, HostPlan, Memory, Plan
 from launcher.shell import paste
 from launcher.wording import bytes_text, times
 
 _LABEL = 12
 
 
-def render(plan: Plan) -> str:
-    """Return the plan as aligned text; the same plan always gives the same text."""
+def render(plan: Plan, *, submission: str = "") -> str:
+    """Return the plan as aligned text; the same plan always gives the same text.
+
+    Args:
+        plan: what to show.
+        submission: how the backend starts it, as the backend puts it.
+    """
     groups = groups_of(plan.hosts)
     sections = {
         f"Plan {plan.name} · {plan.run_id}": _head(plan),
@@ -23,6 +28,7 @@ def render(plan: Plan) -> str:
         "Model state per rank": _memory(plan.memory, plan.hosts),
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
+        f"Submission by {plan.backend}": submission.splitlines(),
         f"Files in {plan.run_dir}": plan.files,
         f"Configuration of {plan.what.engine}": _engine_config(plan),
         "Tracker": _tracker(plan),
@@ -58,7 +64,7 @@ def _memory(memory: Memory | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
     if memory is None:
         yield "not known before the model's files are there"
         return
-    state, device = memory.per_rank, "GPU" if hosts[0].host.devices else "device (RAM)"
+    state, device = memory.per_rank, _device_word(hosts[0].host)
     parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer": state.optimizer}
     width = max(len(bytes_text(size)) for size in (*parts.values(), state.total))
     for name, size in parts.items():
@@ -74,18 +80,34 @@ def _memory(memory: Memory | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
     yield _row("besides", "activations, communication buffers and the framework")
 
 
+def places(groups: Sequence[Group]) -> Iterator[str]:
+    """Yield which ranks run where, hosts alike in one line."""
+    for group in groups:
+        last = group.last
+        from_rank, to_rank = group.first.first_rank, last.first_rank + last.host.slots - 1
+        ranks = f"rank {to_rank}" if from_rank == to_rank else f"ranks {from_rank}-{to_rank}"
+        yield f"{ranks} on {group.name}: {_room(group.first.host, each=group.size > 1)}"
+
+
 def _ranks(plan: Plan, groups: Sequence[Group]) -> Iterator[str]:
     degrees = " × ".join(f"{kind} {degree}" for kind, degree in plan.topology.items())
     yield _row("topology", f"{degrees} = {times(plan.world_size, 'rank')} on {times(len(plan.hosts), 'host')}")
     yield _row("rendezvous", f"{plan.hosts[0].host.address}:{plan.port}")
-    for group in groups:
-        host, last = group.first.host, group.last
-        devices = f"{host.slots} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
-        each = "each " if group.size > 1 else ""
-        room = f"{each}{times(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
-        from_rank, to_rank = group.first.first_rank, last.first_rank + last.host.slots - 1
-        ranks = f"rank {to_rank}" if from_rank == to_rank else f"ranks {from_rank}-{to_rank}"
-        yield _row("place", f"{ranks} on {group.name}: {devices}, {room}")
+    yield from (_row("place", line) for line in places(groups))
+
+
+def _room(host: Host, *, each: bool) -> str:
+    """Return what a host offers, and which of it is used."""
+    slots = f"slots {','.join(map(str, host.slot_ids))}" if host.slot_ids else times(host.slots, "slot")
+    if not host.is_known:
+        return f"{slots}{' each' if each else ''}; cores, memory and devices are asked for at the start"
+    some = f"{','.join(map(str, host.slot_ids))}" if host.slot_ids else f"{host.slots}"
+    devices = f"{some} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
+    return f"{devices}, {'each ' if each else ''}{times(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
+
+
+def _device_word(host: Host) -> str:
+    return "GPU" if host.devices else "device (RAM)" if host.is_known else "device"
 
 
 def _commands(groups: Sequence[Group]) -> Iterator[str]:

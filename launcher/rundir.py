@@ -32,6 +32,11 @@ class RunDir:
         return self.path / "plan.json"
 
     @property
+    def session(self) -> Path:
+        """Who runs this run: processes, or the job of a scheduler."""
+        return self.path / "session.json"
+
+    @property
     def metrics(self) -> Path:
         """One JSON object a line; the source of truth for every tracker."""
         return self.path / "metrics.jsonl"
@@ -45,6 +50,16 @@ class RunDir:
     def failure(self) -> Path:
         """Which rank failed first, and how."""
         return self.path / "failure.json"
+
+    @property
+    def timeline(self) -> Path:
+        """What happened when, on which host."""
+        return self.path / "timeline.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        """Where every rank was when the run failed."""
+        return self.logs / "stacks.txt"
 
     @property
     def sample(self) -> Path:

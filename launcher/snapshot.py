@@ -11,11 +11,23 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import sha256_of, write_atomic
 
 _HEADER = "# The resolved configuration of this run. Ranks refuse to start when its hash is not the plan's.\n"
+_BREAKS = frozenset("\x85\u2028\u2029")
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that it reads back the same."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        """Quote what YAML counts as line breaks, too: outside of double quotes it reads them back as spaces."""
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if _BREAKS.isdisjoint(text) else '"')
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
 
 
 def dump_run(run: Run) -> str:
     """Return the text of run.yaml."""
-    body: str = yaml.safe_dump(run_to_tree(run), sort_keys=False, allow_unicode=True)
+    body: str = yaml.dump(run_to_tree(run), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return _HEADER + body
 
 

@@ -12,8 +12,9 @@ from typing import Any, Literal
 from launcher.compose import Composed, compose, groups
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import read_json, write_json
-from launcher.launching import Prepared, prepare, start
+from launcher.launching import start
 from launcher.overrides import parse_overrides
+from launcher.prepare import Prepared, prepare
 from launcher.rundir import RunDir, mint_run_id
 from launcher.schema import build
 

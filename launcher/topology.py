@@ -26,5 +26,5 @@ def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlace]:
     """Yield where each rank runs, in the order of ranks."""
     for host, first in zip(hosts, first_ranks(hosts), strict=True):
         for local_rank in range(host.slots):
-            device = f"cuda:{local_rank}" if host.devices else "cpu"
+            device = f"cuda:{local_rank}" if host.devices else "cpu" if host.is_known else "?"
             yield RankPlace(rank=first + local_rank, host=host.name, local_rank=local_rank, device=device)

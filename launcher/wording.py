@@ -18,6 +18,17 @@ def bytes_text(count: float) -> str:
     return f"{count:.0f} B" if power == 0 else f"{count:.2f} {_UNITS[power]}"
 
 
+def duration_text(seconds: float) -> str:
+    """Return a time in the units a person would use (``42 s``, ``3 min``, ``2 h 05 min``, ``4 d 3 h``)."""
+    whole = max(0, round(seconds))
+    if whole < 100:
+        return f"{whole} s"
+    minutes, hours = whole // 60, whole // 3600
+    if hours == 0:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60:02} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
 def times(count: int, noun: str) -> str:
     """Return ``1 rank`` or ``2 ranks``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import subprocess
 import sys
 import time
@@ -20,6 +21,11 @@ from launcher.facts import Facts
 from launcher.ops.folder import ops_folder
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
+
+from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
+from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
+
+pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "LAUNCHER_TEST_MARK"
@@ -114,6 +120,20 @@ def launch(tmp_path: Path) -> Launch:
     return start
 
 
+@pytest.fixture(scope="session")
+def nasty_strings() -> tuple[str, ...]:
+    """500 strings that shells, JSON and line protocols like to damage; the same at every call."""
+    pieces = [
+        *("'", '"', "`", "\\", "\\\\", "\\n", "$HOME", "${HOME}", "$(id)", "$$", "\x60id\x60", "%n", "%h", "%s", "%%"),
+        *("\n", "\r\n", "\t", " ", "   ", "\x01", "\x1b[31m", "\x7f", "\u2028", "\ufeff", "\u0085"),
+        *("{a,b}", "{0}", "[x]", "*", "?", "~", "~root", "!", "!!", "#", ";", "&&", "|", "<", ">", "(", ")", "^", "="),
+        *("--", "-n", "-o ProxyCommand=id", "@", ":", ",", "a", "Z", "0", "null"),
+        *("é", "漢字", "🧪", "e\u0301", "\u202eabc"),
+    ]
+    generator = random.Random(20260101)
+    return tuple("".join(generator.choices(pieces, k=1 + number % 12)) for number in range(500))
+
+
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 IDENTITY = Identity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
 PlanOf = Callable[..., Plan]
@@ -148,6 +168,12 @@ class Background:
     def send_signal(self, number: int) -> None:
         """Send a signal to the launcher alone."""
         self._process.send_signal(number)
+
+    def ranks(self) -> dict[int, psutil.Process]:
+        """Return the rank processes by number: the inner one of each pair of guard and rank."""
+        pairs = [process for process in marked(self.mark) if "RANK" in process.environ()]
+        guards = {process.pid for process in pairs}
+        return {int(process.environ()["RANK"]): process for process in pairs if process.ppid() in guards}
 
     def wait(self, *, timeout: float = 60) -> int:
         """Return the exit code, once everything of the run is gone."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.__main__ import VERBS
 from launcher.files import write_json
 
 
@@ -122,6 +123,6 @@ def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(launch, tmp_path):
 def test_help_teaches(launch):
     said = launch("--help").expect(0).stdout
     assert "+exp=zero3_gpt2xl dry_run=true" in said
-    for verb in ("plan", "list", "show", "diff", "resume", "sweep"):
+    for verb in VERBS:
         assert verb in said
         assert "launch" in launch(verb, "--help").expect(0).stdout

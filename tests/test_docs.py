@@ -27,6 +27,14 @@ SLOW = {
     "job.sequence_length=64 job.eval_sequences=1 job.sample_tokens=2": (
         "test_train.py::test_the_readmes_command_for_gpt2_xl_on_a_small_model"
     ),
+    "launch runs": "commands/test_runs.py::test_a_real_run",
+    "launch status": "commands/test_status.py::test_a_real_run_that_is_over",
+    "launch logs -f --rank 0": "commands/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
+    "launch cancel": "commands/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
+    "launch rerun 20260101-120000-abcd job.steps=20": "commands/test_rerun.py::test_a_real_run_again",
+    "python scripts/bench/faults.py --out faults.json": (
+        "hosts/test_faults.py::test_a_run_ends_everywhere_and_tells_why"
+    ),
     "scripts/test": "test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""
@@ -72,10 +80,12 @@ EXAMPLES = examples()
 def test_command_prints_what_the_page_shows(example: Example, launch, tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     command = ("bash", "-o", "pipefail", "-c", example.command)
+    given = tmp_path / "hostfile.example"  # pages name it as it lies in the repository
+    given.symlink_to(REPOSITORY / given.name)
     printed = launch(command=command, env={"PATH": path}).expect(0).stdout
     missing = set(example.output) - {line.strip() for line in printed.splitlines()}
     assert not missing, f"not printed: {missing}\n{printed}"
-    assert not list(tmp_path.iterdir()), "a command that only looks has written something"
+    assert list(tmp_path.iterdir()) == [given], "a command that only looks has written something"
 
 
 @pytest.mark.parametrize("command", sorted({e.command for e in EXAMPLES if not only_looks(e.command)}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -11,7 +11,8 @@ from launcher.component import Component
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.plan import Plan
+    from launcher.plan import Host, Identity, Plan
+    from launcher.remote.command import Remote
     from launcher.supervise.outcome import Outcome
 
 
@@ -21,8 +22,18 @@ class Backend(Component):
 
     group: ClassVar[str] = "backend"
 
+    asks_hosts: ClassVar[bool] = False
+    """Whether its hosts are other machines, to be examined before a start; a dry run knows only their names."""
+
+    hands_over: ClassVar[bool] = False
+    """Whether another process, started elsewhere, carries the run out and writes to its directory from then on."""
+
+    restarts_itself: ClassVar[bool] = False
+    """Whether a cluster sees to ``restarts``; whoever submits then does not."""
+
     ranks: int | Literal["auto"] = "auto"
-    """Ranks on each host; ``auto`` is one per visible GPU, else 2 where there are two cores."""
+    """Ranks on each host; ``auto`` is what the hostfile says, else one per visible GPU, else 2 where there are two
+    cores."""
 
     agent: Literal["torchrun", "deepspeed"] = "torchrun"
     """Which launcher starts the ranks of one host."""
@@ -42,15 +53,69 @@ class Backend(Component):
     stall_timeout_s: float = 600.0
     """A rank that reports no progress for this long gets every stack dumped and ends the run; 0 waits for ever."""
 
-    grace_s: float = 10.0
-    """Time between asking the ranks to end and killing what is left."""
+    grace_s: float = 7.0
+    """Time between asking the ranks to end (Ctrl-C, SIGTERM) and killing what is left."""
+
+    preempt_grace_s: float = 60.0
+    """The same after SIGUSR1, the schedulers' way to say: save what you need, you will continue later."""
+
+    restarts: int = 0
+    """Times a run that failed is started again from its newest checkpoint."""
+
+    @property
+    def heartbeat_timeout_s(self) -> float:
+        """Silence after which a host counts as lost; 0 where its end is always noticed."""
+        return 0.0
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of the variables in ``environ`` that hosts get; ranks of this machine inherit all."""
+        return ()
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts and times that cannot be."""
         yield from self.below(1, "ranks", "threads")
-        yield from self.below(0, "stall_timeout_s", "grace_s")
+        yield from self.below(0, "stall_timeout_s", "grace_s", "preempt_grace_s", "restarts")
         if self.port != "auto" and not 1024 <= self.port <= 65535:
             yield self.refuse("port", "must lie between 1024 and 65535", "set backend.port=auto")
+
+    @abstractmethod
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return who takes part, in the order of ranks, without asking the network.
+
+        Args:
+            max_ranks: most ranks that the strategy can use, where it has a limit.
+
+        Raises:
+            ConfigErrors: the hosts cannot be told (a bad hostfile).
+        """
+
+    @abstractmethod
+    def remote(self, host: Host, module: str) -> Remote:
+        """Return the command that runs ``python -m module`` on ``host`` with its stdin and stdout on ours."""
+
+    def fewest_hosts(self, begun: int) -> int:
+        """Return with how few hosts a run that began on ``begun`` may be restarted."""
+        return begun
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Yield what this backend cannot do on ``hosts``, by option."""
+        yield from ()
+
+    def rank_commands(self, hosts: Sequence[Host], identity: Identity) -> Sequence[tuple[str, ...]] | None:
+        """Return the argv that becomes a rank on each host, where the backend starts ranks itself.
+
+        ``None`` leaves it to ``backend.agent``.
+        """
+        return None
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the submission as text: what is started or applied beyond the commands of the plan itself.
+
+        Args:
+            plan: what to run.
+            snapshot: the text of run.yaml.
+        """
+        return ""
 
     @abstractmethod
     def submit(self, plan: Plan) -> Outcome:

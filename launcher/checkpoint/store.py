@@ -58,6 +58,14 @@ class CheckpointStore:
         pending.mkdir(parents=True)
         return pending
 
+    def sees(self, step: int) -> bool:
+        """Whether the pending folder of ``step`` is there for this rank, once rank 0 has made it.
+
+        Making the folder above asks its server: what an NFS client remembers may be half a minute old.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        return self.pending(step).is_dir()
+
     def commit(self, manifest: Manifest) -> Saved:
         """Make the pending payload of ``manifest.step`` the checkpoint of that step, then prune.
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from launcher.commandline import parse_command_line
 from launcher.compose import compose
-from launcher.launching import prepare
+from launcher.prepare import prepare
 from launcher.render import render
 from launcher.schema import to_tree
 
@@ -34,6 +34,10 @@ def run(arguments: Sequence[str]) -> int:
         from launcher.commands.sweep import run as sweep
 
         return sweep([*arguments, "dry_run=true"])
-    plan = prepare(composed).plan
-    print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False) if line.json else render(plan), end="")
+    prepared = prepare(composed)
+    plan = prepared.plan
+    if line.json:
+        print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False))
+    else:
+        print(render(plan, submission=prepared.run.backend.render(plan, snapshot=prepared.snapshot)), end="")
     return 0

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from launcher.commandline import parse_command_line
 from launcher.compose import compose
 from launcher.errors import ConfigError
-from launcher.launching import prepare, start
+from launcher.launching import start
+from launcher.prepare import prepare
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +30,13 @@ class StepResult:
     """The gradient was not finite, so the weights stay as they were; with fp16 the loss scale follows."""
     nonfinite_ranks: tuple[int, ...] = ()
     """Ranks whose own loss was not finite."""
+    preempted: bool = False
+    """Some rank had been asked to leave by the end of the step."""
+
+
+def nobody_asks() -> bool:
+    """Return False: no rank has been asked to leave."""
+    return False
 
 
 class Engine(ABC):
@@ -42,8 +49,17 @@ class Engine(ABC):
     """The model; under ZeRO-3 its parameters are empty outside of a forward pass."""
 
     @abstractmethod
-    def step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
-        """Take one optimiser step at the learning rate ``lr`` over this rank's share of the global batch."""
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = nobody_asks
+    ) -> StepResult:
+        """Take one optimiser step.
+
+        Args:
+            micro_batches: this rank's share of the global batch.
+            lr: learning rate.
+            preempted: whether this rank has been asked to leave; asked late in the step, and told to all ranks with the
+                loss.
+        """
 
     @abstractmethod
     def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from launcher.engines.base import Engine, StepResult
+from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import (
     TokenCount,
     choose_device,
@@ -92,7 +92,9 @@ class DeepSpeedEngine(Engine):
             assert_partitioned(model, small=self._zero.persistence_threshold)
         return model
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = nobody_asks
+    ) -> StepResult:
         """Hand DeepSpeed one micro-batch after the other; it reduces, scales, clips and updates at the last."""
         count = TokenCount(micro_batches, device=self.device)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -111,7 +113,7 @@ class DeepSpeedEngine(Engine):
         with self._clock.phase("optimizer"):
             norm = self._unwrapped_norm()
             self._engine.step()
-            return self._result(own_sum, count.total(), norm)
+            return self._result(own_sum, count.total(), norm, preempted=preempted())
 
     def _unwrapped_norm(self) -> float | None:
         """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
@@ -120,9 +122,9 @@ class DeepSpeedEngine(Engine):
             return float(nn.utils.get_total_norm(gradients))
         return None
 
-    def _result(self, own_sum: Tensor, tokens: Tensor, norm: float | None) -> StepResult:
+    def _result(self, own_sum: Tensor, tokens: Tensor, norm: float | None, *, preempted: bool) -> StepResult:
         skipped, num_tokens = not self._engine.was_step_applied(), int(tokens)
-        (total,) = sum_over_ranks([own_sum.item()], device=self.device)
+        total, num_preempted = sum_over_ranks([own_sum.item(), float(preempted)], device=self.device)
         loss = total / num_tokens if num_tokens else math.nan
         if norm is None and not skipped:
             norm = float(self._engine.get_global_grad_norm())
@@ -132,6 +134,7 @@ class DeepSpeedEngine(Engine):
             tokens=num_tokens,
             skipped=skipped,
             nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self.device),
+            preempted=num_preempted > 0,
         )
 
     def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:

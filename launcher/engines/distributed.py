@@ -71,9 +71,14 @@ def all_ranks_agree(answer: bool, *, device: torch.device) -> bool:
 
 def ranks_with_nonfinite(value: float, *, device: torch.device) -> tuple[int, ...]:
     """Return the ranks whose ``value`` is NaN or infinite."""
+    return ranks_where(not math.isfinite(value), device=device)
+
+
+def ranks_where(answer: bool, *, device: torch.device) -> tuple[int, ...]:
+    """Return the ranks that say yes."""
     world_size, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     flags = [0.0] * world_size
-    flags[rank] = float(not math.isfinite(value))
+    flags[rank] = float(answer)
     return tuple(number for number, flag in enumerate(sum_over_ranks(flags, device=device)) if flag)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from launcher.engines.base import Engine, StepResult
+from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import (
     TokenCount,
     choose_device,
@@ -65,7 +65,9 @@ class TorchEngine(Engine):
             fused=True,
         )
 
-    def step(self, micro_batches: Sequence[MicroBatch], *, lr: float) -> StepResult:
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = nobody_asks
+    ) -> StepResult:
         """Accumulate gradients of the summed loss, weighed by the tokens of the global batch, then update."""
         count = TokenCount(micro_batches, device=self.device)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -80,15 +82,15 @@ class TorchEngine(Engine):
                     # DDP divides by the number of replicas
                     (loss * (self._replicas * self._scale.value / count.total())).backward()
         with self._clock.phase("optimizer"):
-            return self._update(own_sum, count.total(), lr=lr)
+            return self._update(own_sum, count.total(), lr=lr, preempted=preempted())
 
-    def _update(self, own_sum: Tensor, tokens: Tensor, *, lr: float) -> StepResult:
+    def _update(self, own_sum: Tensor, tokens: Tensor, *, lr: float, preempted: bool) -> StepResult:
         """Clip and apply the gradient unless it is not finite; fetch all numbers in one go."""
-        loss_sum = own_sum.clone()
+        sums = torch.stack([own_sum, torch.full_like(own_sum, float(preempted))])
         if dist.is_initialized():
-            dist.all_reduce(loss_sum)
+            dist.all_reduce(sums)
         norm = nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        total, scaled_norm, num_tokens = torch.stack([loss_sum, norm.double(), tokens.double()]).tolist()
+        total, num_preempted, scaled_norm, num_tokens = torch.stack([*sums, norm.double(), tokens.double()]).tolist()
         grad_norm, overflow = scaled_norm / self._scale.value, not math.isfinite(scaled_norm)
         if not overflow:
             factor = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
@@ -105,6 +107,7 @@ class TorchEngine(Engine):
             tokens=int(num_tokens),
             skipped=overflow,
             nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self.device),
+            preempted=num_preempted > 0,
         )
 
     def _multiply_gradients(self, factor: float) -> None:

@@ -60,6 +60,10 @@ class Train(Job):
 
     def run(self, context: Context) -> None:
         """Train on this rank."""
+        from launcher.training.preemption import Preemption
+
+        preemption = Preemption()
+        preemption.listen()  # first: importing torch alone takes seconds
         from launcher.training.loop import train
 
-        train(self, context)
+        train(self, context, preemption)

@@ -57,5 +57,13 @@ def missing(ops: NativeOps) -> tuple[str, ...]:
 
     A lock counts as missing: either a build is going on, or a killed one left it and it has to be cleared.
     """
-    wanted = [(name, name) for name in ops.needed] + [(name, name + OPTIONAL_MARK) for name in ops.optional]
-    return tuple(argument for name, argument in wanted if not is_built(name) or lock(name).exists())
+    return tuple(word for word in arguments(ops) if not is_built(_name(word)) or lock(_name(word)).exists())
+
+
+def arguments(ops: NativeOps) -> tuple[str, ...]:
+    """Return the arguments of ``python -m launcher.ops`` that make ``ops`` ready wherever it runs."""
+    return (*ops.needed, *(name + OPTIONAL_MARK for name in ops.optional))
+
+
+def _name(argument: str) -> str:
+    return argument.removesuffix(OPTIONAL_MARK)

@@ -115,6 +115,7 @@ def name_of(command: Command) -> str:
     known = {
         "torch.distributed.run": "torchrun",
         "deepspeed.launcher.launch": "deepspeed",
+        "deepspeed.launcher.runner": "deepspeed",
         "launcher.trackers.sidecar": "tracker",
     }
     script = next((word for word in argv[1:2] if word.endswith(".py")), argv[0])

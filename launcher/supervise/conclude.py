@@ -5,17 +5,25 @@ from __future__ import annotations
 import contextlib
 import sys
 
-from launcher.files import write_json
+from launcher.files import write_atomic, write_json
 from launcher.results import write_result
 from launcher.rundir import RunDir
-from launcher.supervise.failure import Failure, Victim, name_of_signal
+from launcher.supervise.failure import Failure, Progress, Victim, name_of_signal
 from launcher.supervise.outcome import Outcome
+
+_MOST_RANKS = 32
 
 
 def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
-    """Write the files and print what failed; call it once, after the last try, and print nothing after it."""
+    """Write the files and print what failed; call it once, after the last try, and print nothing after it.
+
+    A run that was only submitted has not ended: nothing is written.
+    """
+    if outcome.status == "submitted":
+        return
     if outcome.failure is not None:
         write_json(run_dir.failure, outcome.failure.tree())
+        _write_stacks(outcome.failure, run_dir)
     write_result(run_dir, status=outcome.status, exit_code=outcome.exit_code, run_id=run_id)
     text = last_words(outcome, run_dir)
     with contextlib.suppress(OSError):  # the terminal is gone; the files tell the same
@@ -24,7 +32,7 @@ def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
 
 def forget_last_end(run_dir: RunDir) -> None:
     """Remove how an earlier attempt in the same run directory ended: it is no longer true."""
-    for path in (run_dir.result, run_dir.failure, *run_dir.logs.glob("failure.rank*.json")):
+    for path in (run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.json")):
         path.unlink(missing_ok=True)
 
 
@@ -35,21 +43,35 @@ def last_words(outcome: Outcome, run_dir: RunDir) -> str:
     if outcome.status == "cancelled":
         return f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
     if outcome.status == "preempted":
-        return f"preempted after saving: continue with `launch resume {run_dir.path}`"
+        return f"preempted: continue with `launch resume {run_dir.path}`"
     return ""
 
 
 def _block(failure: Failure) -> str:
     lines = ["", f"── the run failed: {failure.reason} ──"]
     lines += [failure.traceback.rstrip()] if failure.traceback else []
-    lines += [
-        f"   rank {place.rank} on {place.host}: {place.phase}, step {place.step}, silent for {place.silent_s:.0f} s"
-        for place in failure.ranks
-    ]
+    lines += [f"   {_place(place)}" for place in failure.ranks[:_MOST_RANKS]]
+    if len(failure.ranks) > _MOST_RANKS:
+        lines.append(f"   and {len(failure.ranks) - _MOST_RANKS} more in failure.json")
     if failure.victims:
         lines.append(f"ended with it: {', '.join(map(_name, failure.victims))}")
     lines.append(f"log: {failure.log}")
     return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
+
+
+def _place(place: Progress) -> str:
+    said = f"rank {place.rank} on {place.host}: {place.phase}, step {place.step}, silent for {place.silent_s:.0f} s"
+    if place.where:
+        said += f", in {place.collective} ({place.where})" if place.collective else f", at {place.where}"
+    return said
+
+
+def _write_stacks(failure: Failure, run_dir: RunDir) -> None:
+    """Write what the ranks answered when they were asked where they are."""
+    known = [place for place in failure.ranks if place.stack]
+    if known:
+        texts = (f"── {_place(place)} ──\n{place.stack.rstrip()}\n" for place in known)
+        write_atomic(run_dir.stacks, "\n".join(texts))
 
 
 def _name(victim: Victim) -> str:

@@ -15,6 +15,7 @@ from typing import IO, NoReturn
 
 from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
 from launcher.files import write_json
+from launcher.supervise.board import BoardLink
 from launcher.supervise.guard import guard_rank
 from launcher.supervise.heartbeat import Heartbeat
 from launcher.supervise.link import Link, beats_in
@@ -23,16 +24,22 @@ from launcher.supervise.rank_env import RankEnv
 Work = Callable[[RankEnv, Heartbeat], None]
 
 
-def enter_rank(work: Work, env: RankEnv) -> NoReturn:
+def enter_rank(work: Work, env: RankEnv, *, board: BoardLink | None = None) -> NoReturn:
     """Make this process the rank that ``env`` names: log, guard, stack dumps; do ``work``; exit with the true code.
 
     Call it before anything heavy is imported: it forks.
+
+    Args:
+        work: what the rank does.
+        env: who it is.
+        board: leads to an agent on another machine, where the rank's own has none.
     """
     redirect_output(env.log)
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # before the fork: never a moment without it
-    guard_rank(env.rank, Link(env.scratch))
-    heartbeat = Heartbeat(beats_in(env.scratch, env.rank) if env.scratch else None)
+    guard_rank(env.rank, board or Link(env.scratch))
+    scratch_beats = beats_in(env.scratch, env.rank) if env.scratch else None
+    heartbeat = Heartbeat(board.beats if board else scratch_beats)
     heartbeat.beat("starting")
     try:
         code = _code_of(work, env, heartbeat)

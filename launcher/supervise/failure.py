@@ -29,11 +29,17 @@ class Progress:
     step: int | None
     silent_s: float
     """Time since it last said so."""
+    where: str = ""
+    """The line it was at, ``launcher/training/loop.py:88 in train_step``; empty when its stack is not known."""
+    collective: str = ""
+    """What it waited for other ranks in there, if it did."""
+    stack: str = ""
+    """Stacks of all its threads; ``logs/stacks.txt`` holds them, not ``failure.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The cause of a failed run; ``failure.json`` holds exactly this."""
+    """The cause of a failed run; ``failure.json`` holds exactly this, without the stacks."""
 
     host: str
     rank: int | None
@@ -53,11 +59,14 @@ class Failure:
     """Seconds since the epoch."""
     victims: tuple[Victim, ...] = ()
     ranks: tuple[Progress, ...] = ()
-    """Where every rank was; filled in when the run stalled."""
+    """Where every rank was when the run stood still; or, when a rank died without a word, where the others were."""
 
     def tree(self) -> dict[str, Any]:
         """Return the content of ``failure.json``."""
-        return asdict(self)
+        tree = asdict(self)
+        for place in tree["ranks"]:
+            del place["stack"]
+        return tree
 
     @property
     def is_preemption(self) -> bool:

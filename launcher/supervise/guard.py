@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 
+from launcher.supervise.board import BoardLink
 from launcher.supervise.link import Link
 from launcher.supervise.linux import become_subreaper, die_with_parent, end_like
 from launcher.supervise.processes import end_descendants
@@ -20,9 +21,11 @@ _PASSED_ON = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIG
 _TICK_S = 0.25
 _ALONE_S = 3.0
 """Time a rank gets to end by itself after the host agent died."""
+_STRAGGLER_S = 0.1
+"""Time between the signals that DeepSpeed sends to a rank and to its guard."""
 
 
-def guard_rank(rank: int, link: Link) -> None:
+def guard_rank(rank: int, link: Link | BoardLink) -> None:
     """Fork. Returns in the child only, which is killed when its guard is.
 
     Args:
@@ -41,27 +44,47 @@ def guard_rank(rank: int, link: Link) -> None:
         link.close()
         return
     link.tell(kind="hello", rank=rank, guard=guard, pid=child)
-    status = _wait_for(child, link)
-    link.tell(kind="exit", status=status, time=time.time(), wall_s=time.monotonic() - started)
+    told: set[int] = set()
+    status = _wait_for(child, link, told)
+    wall_s = time.monotonic() - started
+    by_launcher = os.WIFSIGNALED(status) and _was_sent(os.WTERMSIG(status), told)
+    link.tell(kind="exit", status=status, time=time.time(), wall_s=wall_s, by_launcher=by_launcher)
     end_descendants(guard)
     end_like(status)
 
 
-def _wait_for(child: int, link: Link) -> int:
-    """Return the wait status of ``child``; pass signals on meanwhile, and end it when the agent is gone."""
+def _wait_for(child: int, link: Link | BoardLink, told: set[int]) -> int:
+    """Return the wait status of ``child``; pass signals on meanwhile, and end it when the agent is gone.
+
+    ``told`` gets the signals that came from what started this rank, and our own.
+    """
     kill_at = None
     while True:
         arrived = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, _TICK_S)
         if arrived is not None and arrived.si_signo != signal.SIGCHLD:
             os.kill(child, arrived.si_signo)  # not waited for yet, so the number is still its own
+            if arrived.si_pid == os.getppid():
+                told.add(arrived.si_signo)
+                link.tell(kind="told", signal=arrived.si_signo, told_at=time.time())
+        for number in link.orders():
+            os.kill(child, number)
         if (status := _reap(child)) is not None:
             return status
         if kill_at is None and link.lost():
             link.clean_up_after_agent()
             os.kill(child, signal.SIGTERM)
+            told.add(signal.SIGTERM)
             kill_at = time.monotonic() + _ALONE_S
         elif kill_at is not None and time.monotonic() > kill_at:
             os.kill(child, signal.SIGKILL)
+
+
+def _was_sent(number: int, told: set[int]) -> bool:
+    """Return whether what started this rank sent it that signal; DeepSpeed sends it to the guard a little later."""
+    if number in told or number not in _PASSED_ON:
+        return number in told
+    arrived = signal.sigtimedwait({number}, _STRAGGLER_S)
+    return arrived is not None and arrived.si_pid == os.getppid()
 
 
 def _reap(child: int) -> int | None:

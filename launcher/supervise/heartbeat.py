@@ -15,7 +15,8 @@ import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_BYTES = 4096
+BEATS_BYTES = 4096
+"""Of the shared memory that one rank beats into."""
 _HEADER = struct.Struct("<II")
 """CRC-32 and length of the JSON that follows: a state read while it is written does not match."""
 
@@ -35,10 +36,12 @@ class Beat:
 
 
 class Heartbeat:
-    """A rank's side. ``Heartbeat(None)`` tells nobody."""
+    """A rank's side: memory, or the file that holds it. ``Heartbeat(None)`` tells nobody."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._memory = map_beats(path) if path and path.exists() else None
+    def __init__(self, beats: Path | mmap.mmap | None) -> None:
+        self._memory = map_beats(beats) if isinstance(beats, Path) and beats.exists() else None
+        if isinstance(beats, mmap.mmap):
+            self._memory = beats
         self._step: int | None = None
         self._numbers: dict[str, float] = {}
 
@@ -60,19 +63,19 @@ class Heartbeat:
             return
         state = {"phase": phase, "step": self._step, "at": time.monotonic(), "numbers": self._numbers}
         payload = json.dumps(state).encode()
-        assert _HEADER.size + len(payload) <= _BYTES, "a beat holds a handful of numbers"
+        assert _HEADER.size + len(payload) <= BEATS_BYTES, "a beat holds a handful of numbers"
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
 
 
 def make_beats(path: Path) -> None:
     """Make the file a rank beats into."""
-    path.write_bytes(bytes(_BYTES))
+    path.write_bytes(bytes(BEATS_BYTES))
 
 
 def map_beats(path: Path) -> mmap.mmap:
     """Map that file; the mapping outlives it."""
     with path.open("r+b") as file:
-        return mmap.mmap(file.fileno(), _BYTES)
+        return mmap.mmap(file.fileno(), BEATS_BYTES)
 
 
 def read_beat(memory: mmap.mmap) -> Beat | None:

@@ -66,12 +66,14 @@ class Link:
     def __init__(self, scratch: Path | None) -> None:
         self._scratch = scratch
         self._socket: socket.socket | None = None
+        self._is_lost = False
         if scratch is None:
             return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.connect(str(socket_in(scratch)))
         except OSError:  # the agent was killed while this rank was starting
+            self._is_lost = True
             self.close()
 
     def tell(self, **message: Any) -> None:
@@ -82,12 +84,17 @@ class Link:
             self._socket.settimeout(_SEND_S)
             self._socket.send(json.dumps(message).encode())
         except OSError:
+            self._is_lost = True
             self.close()
+
+    def orders(self) -> tuple[int, ...]:
+        """Return nothing: this agent signals guards by itself."""
+        return ()
 
     def lost(self) -> bool:
         """Return whether there was an agent and it is gone."""
         if self._socket is None:
-            return False
+            return self._is_lost
         try:
             self._socket.setblocking(False)
             return self._socket.recv(1) == b""  # the agent never says anything

@@ -27,8 +27,39 @@ class Assignment(Message):
     """The ``HostPlan``, as a plain tree."""
     run_dir: str
     run_id: str
+    run_hash: str
+    """What run.yaml must hash to, here too."""
     grace_s: float
     """Used when nobody can be asked: the session, or the launcher of the ranks, is gone."""
+    heartbeat_timeout_s: float
+    """Silence of the session after which it counts as gone; 0 where the pipe itself would tell."""
+    env: dict[str, str]
+    """Variables of the launching environment, secrets too: this message is the only place they are written to."""
+    files: dict[str, str]
+    """Text of files that must be in the run directory, by name."""
+    session: dict[str, Any]
+    """The ``ProcessPlace`` of the session: an agent that finds it in session.json shares the disk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(Message):
+    """To an agent that is prepared: every host is, so start the ranks."""
+
+    kind: ClassVar[str] = "start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ping(Message):
+    """Both ways, every second: I am there."""
+
+    kind: ClassVar[str] = "ping"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hold(Message):
+    """To an agent: the session is being stopped (Ctrl-Z) and will be silent until its next word."""
+
+    kind: ClassVar[str] = "hold"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,9 +73,10 @@ class End(Message):
 
 @dataclass(frozen=True, kw_only=True)
 class Dump(Message):
-    """To an agent: have every rank write its Python stacks to its log."""
+    """To an agent: have every rank write its Python stacks to its log, and send them. What comes next is ``End``."""
 
     kind: ClassVar[str] = "dump"
+    within_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +94,35 @@ class Ready(Message):
     kind: ClassVar[str] = "ready"
     scratch: str
     """Its temporary folder, to be removed by others should it be killed."""
+    place: dict[str, Any]
+    """The ``ProcessPlace`` of the agent, as a plain tree."""
+    code: str
+    """Folder of the program it runs; code that was sent lies in one named by its hash."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared(Message):
+    """From an agent: what comes before the ranks is done."""
+
+    kind: ClassVar[str] = "prepared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentGone(Message):
+    """From the warden of a host: its agent has ended, and nothing of the run is left there."""
+
+    kind: ClassVar[str] = "agent_gone"
+    code: int | None
+    signal: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Started(Message):
-    """From an agent: preparation is done, the launcher of the ranks runs."""
+    """From an agent: the launcher of the ranks runs."""
 
     kind: ClassVar[str] = "started"
+    host: str = ""
+    """Whose ranks, where the agent watches over other hosts than its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +133,23 @@ class Line(Message):
     who: int | str
     """The rank, or what else wrote it (``prepare``)."""
     text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilePart(Message):
+    """From an agent that shares no disk with the session: bytes of a file in its run directory."""
+
+    kind: ClassVar[str] = "file_part"
+    path: str
+    """Relative to the run directory."""
+    offset: int | None
+    """Where they belong; ``None`` is the end of what is there."""
+    data: str
+    """In base64."""
+    size: int
+    """Of the whole file, in bytes, when they were read."""
+    grows: bool
+    """The file only grows; any other is replaced once all of it has arrived."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +188,18 @@ class RankRaised(Message):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RankStack(Message):
+    """From an agent: the answer of a rank to ``Dump``, and of those beside a rank that died without a word."""
+
+    kind: ClassVar[str] = "stack"
+    rank: int
+    text: str
+    """Stacks of all its threads; empty when it did not answer in time."""
+    is_stopped: bool
+    """A signal had stopped it."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankEnded(Message):
     """From an agent: a rank is gone."""
 
@@ -128,6 +211,8 @@ class RankEnded(Message):
     signal: int | None
     tail: str
     """The end of its log, when it did not end well."""
+    by_launcher: bool = False
+    """Whether torchrun, or whatever started it, had sent it that signal: it is not the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +227,8 @@ class CommandEnded(Message):
     code: int | None
     signal: int | None
     tail: str
+    why: str = ""
+    """What to say instead of how it ended, where that would not tell the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +249,9 @@ class Idle(Message):
 _KINDS: dict[str, type[Message]] = {
     cls.kind: cls
     for cls in (
-        *(Assignment, End, Dump, Finish),
-        *(Ready, Started, Line, Note, RankBeat, RankRaised, RankEnded, CommandEnded, AgentSignalled, Idle),
+        *(Assignment, Start, Ping, Hold, End, Dump, Finish),
+        *(Ready, Prepared, Started, Line, FilePart, Note, RankBeat, RankRaised, RankStack, RankEnded, CommandEnded),
+        *(AgentSignalled, Idle, AgentGone),
     )
 }
 

@@ -25,6 +25,11 @@ class Process:
     started: int
     """Clock ticks since the machine started."""
 
+    def is_alive(self) -> bool:
+        """Return whether it is there and has not ended."""
+        entry = _read(self.pid)
+        return entry is not None and entry.process == self and not entry.is_zombie
+
     def send(self, number: int) -> bool:
         """Send a signal; return whether the process was still there."""
         try:

@@ -12,20 +12,32 @@ from mmap import mmap
 from pathlib import Path
 from typing import Any
 
+from launcher.errors import EXIT_PREEMPTED
 from launcher.files import read_json
 from launcher.plan import HostPlan
 from launcher.rundir import RunDir
+from launcher.supervise.dumps import StackDump
 from launcher.supervise.heartbeat import make_beats, map_beats, read_beat
 from launcher.supervise.lines import Tail
 from launcher.supervise.link import beats_in, receive
-from launcher.supervise.messages import Line, Message, RankBeat, RankEnded, RankRaised
+from launcher.supervise.messages import Line, Message, RankBeat, RankEnded, RankRaised, RankStack
 from launcher.supervise.processes import Process, identify
 from launcher.supervise.rank_env import record_of
 
 _TAIL_LINES = 60
 _BEAT_EVERY_S = 0.2
+_DUMP_S = 0.5
+"""Time the others get to show their stacks when a rank has died: torchrun is about to end them."""
 
 Emit = Callable[[Message], None]
+
+
+@dataclass(frozen=True)
+class Told:
+    """A signal that torchrun, or whatever started the ranks, has sent to one of them."""
+
+    signal: int
+    time: float
 
 
 @dataclass
@@ -41,6 +53,9 @@ class _Rank:
     has_ended: bool = False
     raised: bool = False
     beat_at: float = 0.0
+    dump: StackDump | None = None
+    has_shown: bool = False
+    """Its stack has been passed on."""
 
     @property
     def is_alive(self) -> bool:
@@ -55,6 +70,7 @@ class Ranks:
         self._ranks: dict[int, _Rank] = {}
         self._peers: dict[socket.socket, int] = {}
         self._next_beats = 0.0
+        self._told: Told | None = None
         for number in range(plan.first_rank, plan.first_rank + plan.host.slots):
             beats = beats_in(scratch, number)
             make_beats(beats)
@@ -65,16 +81,21 @@ class Ranks:
         """Return whether a rank has begun and not ended."""
         return any(rank.is_alive for rank in self._ranks.values())
 
+    def take_told(self) -> Told | None:
+        """Return the first signal from what started the ranks since the last call, if there was one."""
+        told, self._told = self._told, None
+        return told
+
     def send(self, number: int) -> int:
         """Send a signal to every living rank, by way of its guard; return to how many."""
         guards = [rank.guard for rank in self._ranks.values() if rank.is_alive and rank.guard]
         return sum(guard.send(number) for guard in guards)
 
-    def dump(self) -> None:
-        """Have every living rank write its Python stacks to its log."""
+    def dump(self, *, within_s: float) -> None:
+        """Have every living rank write its Python stacks to its log; ``poll`` sends each of them on, once."""
         for rank in self._ranks.values():
-            if rank.is_alive and rank.process:
-                rank.process.send(signal.SIGUSR2)
+            if rank.is_alive and rank.process and rank.dump is None:
+                rank.dump = StackDump(rank.process, rank.log.path, within_s=within_s)
 
     def hear(self, peer: socket.socket) -> bool:
         """Take all that one guard said; return False once it is gone, which without a word means it was killed."""
@@ -91,10 +112,13 @@ class Ranks:
     def poll(self, *, logs: bool) -> bool:
         """Pass on new beats and exceptions, and new lines where ``logs``; return whether there may be more lines."""
         now = time.monotonic()
+        for rank in self._ranks.values():
+            if rank.dump is not None and not rank.has_shown and rank.dump.is_complete():
+                self._pass_on_stack(rank, rank.dump)
         if now >= self._next_beats:
             self._next_beats = now + _BEAT_EVERY_S
             for rank in self._ranks.values():
-                self._pass_on_beat(rank, now)
+                self._pass_on_beat(rank)
                 self._pass_on_exception(rank)
         return logs and sum(self._pass_on_lines(rank, rank.log.read()) for rank in self._ranks.values()) > 0
 
@@ -111,30 +135,42 @@ class Ranks:
             self._peers[peer] = rank.number
             rank.guard, rank.process = identify(message["guard"]), identify(message["pid"])
             return
+        if message["kind"] == "told":
+            self._told = self._told or Told(message["signal"], message["told_at"])
+            return
         number = self._peers[peer]  # it said hello first
         code = os.waitstatus_to_exitcode(message["status"])
-        self._end(self._ranks[number], time=message["time"], code=code)
+        self._end(self._ranks[number], time=message["time"], code=code, by_launcher=message["by_launcher"])
 
-    def _end(self, rank: _Rank, *, time: float, code: int) -> None:
-        """Report a rank's end; ``code`` is negative for a signal."""
+    def _end(self, rank: _Rank, *, time: float, code: int, by_launcher: bool = False) -> None:
+        """Report a rank's end; ``code`` is negative for a signal. Where it died without a word, look at the others."""
+        self._pass_on_beat(rank)
         self._pass_on_exception(rank)
+        if rank.dump is not None and not rank.has_shown:
+            self._pass_on_stack(rank, rank.dump)
         rank.has_ended = True
         end = {"code": code, "signal": None} if code >= 0 else {"code": None, "signal": -code}
         tail = rank.log.last(_TAIL_LINES) if code else ""
-        self._emit(RankEnded(rank=rank.number, time=time, tail=tail, **end))
+        self._emit(RankEnded(rank=rank.number, time=time, tail=tail, by_launcher=by_launcher, **end))
+        if code not in (0, EXIT_PREEMPTED) and not rank.raised:
+            self.dump(within_s=_DUMP_S)
 
     def _pass_on_lines(self, rank: _Rank, lines: list[str]) -> int:
         for line in lines:
             self._emit(Line(who=rank.number, text=line))
         return len(lines)
 
-    def _pass_on_beat(self, rank: _Rank, now: float) -> None:
+    def _pass_on_beat(self, rank: _Rank) -> None:
         beat = read_beat(rank.beats)
         if beat is not None and beat.at != rank.beat_at:
             rank.beat_at = beat.at
-            age = max(0.0, now - beat.at)
+            age = max(0.0, time.monotonic() - beat.at)
             numbers = beat.numbers
             self._emit(RankBeat(rank=rank.number, phase=beat.phase, step=beat.step, age_s=age, numbers=numbers))
+
+    def _pass_on_stack(self, rank: _Rank, dump: StackDump) -> None:
+        rank.has_shown = True
+        self._emit(RankStack(rank=rank.number, text=dump.take(), is_stopped=dump.is_stopped))
 
     def _pass_on_exception(self, rank: _Rank) -> None:
         if rank.raised or rank.process is None or not rank.record.exists():

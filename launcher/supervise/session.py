@@ -4,97 +4,91 @@ from __future__ import annotations
 
 import math
 import os
-import selectors
-import shutil
 import signal
+import socket
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from launcher.errors import EXIT_PREEMPTED
-from launcher.plan import HostPlan, Plan
+from launcher.open_files import room_for_files
+from launcher.plan import Plan
 from launcher.rundir import RunDir
-from launcher.schema import to_tree
+from launcher.supervise.arrivals import Arrivals
 from launcher.supervise.conclude import forget_last_end
-from launcher.supervise.connection import Connection
 from launcher.supervise.console import Console, open_console
-from launcher.supervise.failure import Failure
+from launcher.supervise.crew import Connect, Crew
+from launcher.supervise.failure import Failure, name_of_signal
 from launcher.supervise.judge import Judge
-from launcher.supervise.lines import Tail
 from launcher.supervise.linux import become_subreaper
 from launcher.supervise.messages import (
     AgentSignalled,
-    Assignment,
     Dump,
     End,
+    FilePart,
     Finish,
     Idle,
     Line,
     Message,
     Note,
+    Prepared,
     RankBeat,
+    RankEnded,
+    RankRaised,
+    RankStack,
     Ready,
+    Started,
 )
 from launcher.supervise.outcome import Outcome
 from launcher.supervise.processes import descendants, end_descendants
 from launcher.supervise.sidecars import SIDECAR_WAIT_S
 from launcher.supervise.signals import collected_signals
+from launcher.supervise.timeline import Timeline
 from launcher.supervise.verdict import says_port_taken
+from launcher.supervise.whereabouts import Whereabouts, place_of_this_process, write_whereabouts
 
-_TICK_S = 0.1
-_DUMP_S = 1.0
-"""Time the ranks get to write their stacks."""
+_DUMP_S = 2.0
+"""Time the ranks get to show their stacks when the run stands still."""
+_LOOK_S = 0.5
+"""The same when a rank has died without a word."""
+_TRAVEL_S = 0.3
+"""Time for the answers to arrive from other machines."""
+_FILES_PER_HOST, _FILES_OF_OURS = 4, 64
 _ANSWER_S = 10.0
 """Time, beyond the grace, after which an agent that was told to end the run counts as lost."""
 
-_TAIL_LINES = 30
 
-Connect = Callable[[HostPlan], Connection]
-
-
-@dataclass
-class Agent:
-    """What the session knows of one agent."""
-
-    log: Tail
-    """Holds what it says when it breaks."""
-    scratch: Path | None = None
-    """Its temporary folder, for the case that it cannot remove it."""
-    is_working: bool = True
-    """It has, or may start, processes of the run."""
-    is_finishing: bool = False
-    """It was told to go."""
-
-
-def run_session(plan: Plan, connect: Connect) -> Outcome:
+def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None = None) -> Outcome:
     """Start ``plan`` on every host and stay until nothing of it is left anywhere.
 
     Args:
         plan: what to run.
         connect: opens the agent of one host.
+        job: what a scheduler calls this run, for ``session.json``.
     """
     forget_last_end(RunDir(Path(plan.run_dir)))
-    with open_console() as console, collected_signals() as arrived:
-        return Session(plan, console=console, arrived=arrived).run(connect)
+    files = _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_OURS
+    with room_for_files(files), open_console() as console, collected_signals() as arrived:
+        return Session(plan, console=console, arrived=arrived, job=dict(job or {})).run(connect)
 
 
 class Session:
-    """One attempt. Single-threaded: it waits in ``_turn`` and nowhere else.
+    """One attempt.
 
     Args:
         plan: what to run.
         console: where to show what the ranks say.
         arrived: grows by every signal that this process gets.
+        job: what a scheduler calls this run.
     """
 
-    def __init__(self, plan: Plan, *, console: Console, arrived: list[int]) -> None:
-        self._plan, self._console, self._arrived = plan, console, arrived
+    def __init__(self, plan: Plan, *, console: Console, arrived: list[int], job: dict[str, str]) -> None:
+        self._plan, self._console, self._arrived, self._job = plan, console, arrived, job
         self._run_dir = RunDir(Path(plan.run_dir))
         self._judge = Judge(plan, self._run_dir)
-        self._selector = selectors.DefaultSelector()
-        self._agents: dict[Connection, Agent] = {}
-        self._any_lost = False
+        self._crew = Crew(plan, on_message=self._take, on_lost=self._miss)
+        self._arrivals = Arrivals(plan)
+        self._timeline = Timeline(self._run_dir.timeline)
         self._failure: Failure | None = None
         self._cancelled_by: int | None = None
         self._give_up_at = math.inf
@@ -103,53 +97,45 @@ class Session:
         """Run the plan."""
         become_subreaper()  # should an agent be killed, what it leaves comes to us
         strangers = set(descendants(os.getpid()))
+        self._record()
+        self._timeline.note(socket.gethostname(), f"the session begins, on {len(self._plan.hosts)} hosts")
         try:
-            for host in self._plan.hosts:
-                self._add(connect(host), host)
-            while any(agent.is_working for agent in self._agents.values()):
-                self._turn()
+            self._crew.connect(connect)
+            while self._crew.is_working:
+                self._crew.turn()
                 self._decide()
             outcome = self._outcome()
+            self._timeline.note(socket.gethostname(), f"{outcome.status}, exit code {outcome.exit_code}")
             self._finish(outcome.exit_code)
         finally:
-            for connection in list(self._agents):
-                self._close(connection)
-            if self._any_lost:
+            self._crew.close()
+            if self._crew.lost:
                 end_descendants(os.getpid(), spare=strangers)
         return outcome
 
-    def _add(self, connection: Connection, host: HostPlan) -> None:
-        log = Tail(self._run_dir.log_of(connection.host, "agent"))
-        self._agents[connection] = Agent(log=log)
-        self._selector.register(connection, selectors.EVENT_READ, connection)
-        plan = self._plan
-        tree = to_tree(host)
-        connection.send(Assignment(host=tree, run_dir=plan.run_dir, run_id=plan.run_id, grace_s=plan.grace_s))
+    def _record(self) -> None:
+        """Write down who runs this run."""
+        me = place_of_this_process()
+        told = Whereabouts(backend=self._plan.backend, session=me, agents=self._crew.places, job=self._job)
+        write_whereabouts(self._run_dir, told)
 
-    def _turn(self) -> None:
-        """Wait a moment and take what the agents tell."""
-        for key, _ in self._selector.select(_TICK_S):
-            connection: Connection = key.data
-            messages = connection.receive()
-            if messages is None:
-                self._close(connection)
-                continue
-            for message in messages:
-                self._take(connection, message)
-
-    def _take(self, connection: Connection, message: Message) -> None:
-        host, agent = connection.host, self._agents[connection]
+    def _take(self, agent: str, message: Message) -> None:
+        host = self._host_of(agent, message)
+        self._timeline.hear(host, message)
         match message:
+            case Ready():
+                if self._crew.is_complete:
+                    self._record()
+            case Prepared() | Idle():
+                pass
             case Line(who=who, text=text):
                 shown = self._plan.show_ranks
                 if shown is None or not isinstance(who, int) or who in shown:
                     self._console.line(f"{host}:{who} | {text}")
+            case FilePart():
+                self._keep(agent, message)
             case Note(text=text):
                 self._console.line(f"{host} | {text}")
-            case Ready(scratch=scratch):
-                agent.scratch = Path(scratch)
-            case Idle():
-                agent.is_working = False
             case AgentSignalled(signal=number):
                 self._cancel(number)
             case _:
@@ -157,57 +143,90 @@ class Session:
                 if isinstance(message, RankBeat) and message.rank == 0:
                     self._console.progress(message.step or 0, self._plan.work.steps, message.numbers)
 
+    def _keep(self, agent: str, part: FilePart) -> None:
+        """Write down what arrives of a host's files, and have patience with whoever sends them."""
+        if trouble := self._arrivals.take(agent, part):
+            self._console.line(f"{agent} | {trouble}")
+        self._give_up_at = max(self._give_up_at, time.monotonic() + _ANSWER_S)
+
+    def _host_of(self, agent: str, message: Message) -> str:
+        """Return the host that a message is about: an agent may watch over ranks of several."""
+        match message:
+            case RankBeat(rank=rank) | RankRaised(rank=rank) | RankEnded(rank=rank) | RankStack(rank=rank):
+                return self._plan.ranks[rank].host
+            case Line(who=int(rank)):
+                return self._plan.ranks[rank].host
+            case Started(host=host) if host:
+                return host
+        return agent
+
+    def _miss(self, host: str, failure: Failure) -> None:
+        self._timeline.note(host, failure.reason)
+        self._judge.lost_agent(host, failure, now=time.monotonic())
+
     def _decide(self) -> None:
         """End the run when there is a reason to."""
         self._heed_signals()
         now = time.monotonic()
         if self._failure is None and self._cancelled_by is None:
             if cause := self._judge.cause(now=now, all_over=False):
+                if self._judge.is_unexplained(cause):
+                    self._look(within_s=_LOOK_S)
                 self._fail(cause)
-            elif stalled := self._judge.stalled(now=now):
-                self._tell(Dump())
-                while time.monotonic() < now + _DUMP_S:
-                    self._turn()
-                self._fail(stalled)
+            elif standstill := self._judge.standstill(now=now):
+                self._look(within_s=_DUMP_S)
+                self._fail(self._judge.blame(standstill))
         if now > self._give_up_at:
-            for connection in [known for known, agent in self._agents.items() if agent.is_working]:
-                self._close(connection)
+            self._crew.give_up(working_only=True)
+
+    def _look(self, *, within_s: float) -> None:
+        """Have every living rank show where it is."""
+        deadline = time.monotonic() + within_s + _TRAVEL_S
+        self._crew.tell(Dump(within_s=within_s))
+        while self._judge.lacks_stacks and time.monotonic() < deadline:
+            self._crew.turn()
 
     def _heed_signals(self) -> None:
         """Pass the first signal on to the ranks; an interrupt while the run is ending kills at once."""
         while self._arrived:
             number = self._arrived.pop(0)
-            if math.isfinite(self._give_up_at) and number == signal.SIGINT:
-                self._tell(End(signal=signal.SIGKILL, grace_s=0.0))
+            if number == signal.SIGTSTP:
+                self._crew.hold()
+                os.kill(os.getpid(), signal.SIGSTOP)
+                self._crew.resume()
+            elif math.isfinite(self._give_up_at) and number == signal.SIGINT:
+                self._crew.tell(End(signal=signal.SIGKILL, grace_s=0.0))
             else:
                 self._cancel(number)
 
     def _cancel(self, number: int) -> None:
+        """Have every rank told: SIGTERM and SIGUSR1 ask it to save and end, SIGINT and the others to end."""
         if self._failure is None and self._cancelled_by is None:
+            self._timeline.note(socket.gethostname(), f"told to end by {name_of_signal(number)}")
             self._cancelled_by = number
-            self._end(number)
+            self._end(number, self._plan.preempt_grace_s if number == signal.SIGUSR1 else self._plan.grace_s)
 
     def _fail(self, failure: Failure) -> None:
+        """End the other ranks at once: they have nothing to save that the newest checkpoint does not hold."""
+        self._timeline.note(failure.host, f"the cause: {failure.reason}")
         self._failure = failure
-        self._end(signal.SIGTERM)
+        self._end(signal.SIGKILL, 0.0)
 
-    def _end(self, number: int) -> None:
-        grace_s = self._plan.grace_s
-        self._tell(End(signal=number, grace_s=grace_s))
+    def _end(self, number: int, grace_s: float) -> None:
+        self._crew.tell(End(signal=number, grace_s=grace_s))
         self._give_up_at = time.monotonic() + grace_s + _ANSWER_S
 
     def _finish(self, exit_code: int) -> None:
         """Have every agent tell its sidecars how the run ended, and wait until all agents are gone."""
-        for agent in self._agents.values():
-            agent.is_finishing = True
-        self._tell(Finish(exit_code=exit_code))
+        self._crew.finish()
+        self._crew.tell(Finish(exit_code=exit_code))
         self._give_up_at = time.monotonic() + SIDECAR_WAIT_S + _ANSWER_S
-        while self._agents and time.monotonic() < self._give_up_at:
-            self._turn()
+        while not self._crew.is_gone and time.monotonic() < self._give_up_at:
+            self._crew.turn()
             self._heed_signals()
 
     def _outcome(self) -> Outcome:
-        now = time.monotonic()
+        now, lost = time.monotonic(), tuple(self._crew.lost)
         if self._cancelled_by is not None:
             if self._judge.preempted():
                 return Outcome(status="preempted", exit_code=EXIT_PREEMPTED)
@@ -219,20 +238,4 @@ class Session:
         if failure.is_preemption:
             return Outcome(status="preempted", exit_code=EXIT_PREEMPTED)
         taken = says_port_taken(failure) and not self._judge.has_begun
-        return Outcome(status="failed", exit_code=failure.exit_code, failure=failure, port_taken=taken)
-
-    def _close(self, connection: Connection) -> None:
-        """Let an agent go. One that was not told to go was killed, or broke: then its host is lost."""
-        self._selector.unregister(connection)
-        agent = self._agents.pop(connection)
-        code = connection.close()
-        if agent.is_finishing and code == 0:
-            return
-        self._any_lost = True
-        if agent.scratch is not None:
-            shutil.rmtree(agent.scratch, ignore_errors=True)
-        self._judge.lost_agent(connection.host, code=code, tail=agent.log.last(_TAIL_LINES), now=time.monotonic())
-
-    def _tell(self, message: Message) -> None:
-        for connection in self._agents:
-            connection.send(message)
+        return Outcome(status="failed", exit_code=failure.exit_code, failure=failure, port_taken=taken, lost_hosts=lost)

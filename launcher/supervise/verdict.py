@@ -17,7 +17,7 @@ SETTLE_S = 0.3
 """Time after the first failure in which others are collected."""
 
 PATIENCE_S = 3.0
-"""The same while every failure seen looks like the consequence of one not seen yet."""
+"""The same while every failure seen looks like the consequence of one not seen yet, or is no failure at all."""
 
 _CONSEQUENCE = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|Watchdog caught collective operation timeout"
@@ -41,8 +41,6 @@ def looks_like_consequence(failure: Failure) -> bool:
     """Return whether a failed rank may only have noticed that another one was gone."""
     if says_port_taken(failure):
         return False
-    if failure.signal == signal.SIGTERM:  # torchrun's way to end the others
-        return True
     said = failure.error or (failure.traceback if failure.signal == signal.SIGABRT else "")
     return _CONSEQUENCE.search(said) is not None
 
@@ -63,6 +61,15 @@ def first_cause(suspects: Sequence[Suspect]) -> Failure:
     return min(suspects, key=lambda suspect: (suspect.is_consequence, suspect.failure.time)).failure
 
 
-def is_settled(suspects: Sequence[Suspect], *, waited_s: float) -> bool:
-    """Return whether it is time to decide, ``waited_s`` after the first failure was heard of."""
-    return waited_s >= (PATIENCE_S if all(suspect.is_consequence for suspect in suspects) else SETTLE_S)
+def patience_for(heartbeat_timeout_s: float) -> float:
+    """Return ``PATIENCE_S``, or what it takes to notice that a host has fallen silent, which tells no rank why."""
+    return max(PATIENCE_S, heartbeat_timeout_s + SETTLE_S)
+
+
+def is_settled(suspects: Sequence[Suspect], *, waited_s: float, patience_s: float = PATIENCE_S) -> bool:
+    """Return whether it is time to decide, ``waited_s`` after the first failure was heard of.
+
+    Ranks that leave after saving do so together, and each may take a while to let go of what it holds.
+    """
+    is_clear = any(not suspect.is_consequence and not suspect.failure.is_preemption for suspect in suspects)
+    return waited_s >= (SETTLE_S if is_clear else patience_s)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -9,8 +11,18 @@ if TYPE_CHECKING:
     from launcher.engines.base import Engine
 
 
-def held_out_loss(engine: Engine, loader: Loader, num_sequences: int) -> float:
-    """Return the mean loss per token, in nats, over the first ``num_sequences`` held-out sequences.
+@dataclass(frozen=True, kw_only=True)
+class HeldOut:
+    """One evaluation, the same on every rank."""
+
+    loss: float
+    """Mean per token, in nats."""
+    preempted: bool
+    """Some rank had been asked to leave by its end."""
+
+
+def evaluate(engine: Engine, loader: Loader, num_sequences: int, *, preempted: Callable[[], bool]) -> HeldOut:
+    """Measure the loss over the first ``num_sequences`` held-out sequences.
 
     Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
     batches that fill up carry no labels.
@@ -22,6 +34,6 @@ def held_out_loss(engine: Engine, loader: Loader, num_sequences: int) -> float:
         batch_sum, batch_tokens = engine.loss_of(micro_batch)
         loss_sum += batch_sum
         tokens += batch_tokens
-    total, count = sum_over_ranks([loss_sum, float(tokens)], device=engine.device)
+    total, count, num_preempted = sum_over_ranks([loss_sum, float(tokens), float(preempted())], device=engine.device)
     assert count, "an evaluation without a single token"
-    return total / count
+    return HeldOut(loss=total / count, preempted=num_preempted > 0)

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from launcher.checkpoint.store import CheckpointStore
 from launcher.data.loader import Loader
 from launcher.data.open import Splits, open_splits
 from launcher.engines import make_engine
 from launcher.engines.base import Engine, StepResult
-from launcher.errors import JobError
+from launcher.errors import EXIT_PREEMPTED, JobError
 from launcher.training.clock import Clock
 from launcher.training.epilogue import finish
-from launcher.training.evaluation import held_out_loss
+from launcher.training.evaluation import HeldOut, evaluate
+from launcher.training.preemption import Preemption
 from launcher.training.recorder import Recorder
 from launcher.training.resume import restore, save
 
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
     from launcher.jobs.train import Train
 
 
-def train(job: Train, context: Context) -> None:
-    """Train on this rank, from the newest checkpoint the run may continue from, to ``job.steps``."""
+def train(job: Train, context: Context, preemption: Preemption) -> None:
+    """Train on this rank, from the newest checkpoint the run may continue from, to ``job.steps``.
+
+    Raises:
+        SystemExit: with code 75, when the run was preempted before that.
+    """
     import torch
 
     clock = Clock(context.heartbeat, cuda=torch.cuda.is_available())
@@ -37,14 +42,17 @@ def train(job: Train, context: Context) -> None:
             beat=lambda: context.heartbeat.beat("load"),
         )
     with make_engine(context, clock) as engine:
-        Trainer(job, context, splits, engine, clock).run()
+        Trainer(job, context, splits, engine, clock, preemption).run()
 
 
 class Trainer:
     """One rank's part in one training run."""
 
-    def __init__(self, job: Train, context: Context, splits: Splits, engine: Engine, clock: Clock) -> None:
+    def __init__(
+        self, job: Train, context: Context, splits: Splits, engine: Engine, clock: Clock, preemption: Preemption
+    ) -> None:
         self.job, self.context, self.splits, self.engine, self.clock = job, context, splits, engine, clock
+        self.preemption = preemption
         self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.rank)
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
         self.recorder: Recorder
@@ -54,31 +62,50 @@ class Trainer:
         first = restore(self.store, self.context, self.engine)
         with Recorder(self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
+            self.preemption.hold()
             for step in range(first, self.job.steps):
-                self.train_step(step)
                 done = step + 1
+                if self.train_step(step).preempted and done < self.job.steps:
+                    self.leave(done)
                 held_out = self.evaluate(done) if self._evaluates_after(done) else None
+                if held_out and held_out.preempted and done < self.job.steps:
+                    self.leave(done, held_out)
                 if self._saves_after(done):
-                    with self.clock.phase("checkpoint"):
-                        save(self.store, self.context, self.engine, step=done, held_out_loss=held_out)
+                    self.save(done, held_out)
             finish(self)
+        self.context.heartbeat.beat("done", self.job.steps)
 
-    def train_step(self, step: int) -> None:
+    def train_step(self, step: int) -> StepResult:
         """Take optimiser step ``step`` (0-based) and record it."""
         started, self.clock.step = time.perf_counter(), step
         with self.clock.phase("data"):
             micro_batches = self.loader.step(step)
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
-        result = self.engine.step(micro_batches, lr=rate)
+        result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
         refuse_nonfinite(result, step)
         self.recorder.step(step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.take())
+        return result
 
-    def evaluate(self, done: int) -> float:
-        """Return the held-out loss after ``done`` steps, and record it."""
+    def evaluate(self, done: int) -> HeldOut:
+        """Measure the held-out loss after ``done`` steps, and record it."""
         with self.clock.phase("evaluate"):
-            loss = held_out_loss(self.engine, self.loader, self.job.eval_sequences)
-        self.recorder.evaluation(done, loss, parts=self.clock.take())
-        return loss
+            asked = self.preemption.requested
+            held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
+        self.recorder.evaluation(done, held_out.loss, parts=self.clock.take())
+        return held_out
+
+    def save(self, done: int, held_out: HeldOut | None) -> None:
+        """Write the checkpoint of ``done`` steps, every rank its part."""
+        with self.clock.phase("checkpoint"):
+            loss = held_out.loss if held_out else None
+            save(self.store, self.context, self.engine, step=done, held_out_loss=loss)
+
+    def leave(self, done: int, held_out: HeldOut | None = None) -> NoReturn:
+        """Save whatever the policy says, and end this rank, like all others, with the code that means: resume me."""
+        self.save(done, held_out)
+        if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
+            self.evaluate(done)
+        raise SystemExit(EXIT_PREEMPTED)
 
     def _evaluates_after(self, done: int) -> bool:
         every = self.job.eval_every

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from launcher.checkpoint.manifest import describe
 from launcher.checkpoint.resume import find
 from launcher.checkpoint.store import quiet
+from launcher.errors import JobError
 from launcher.files import read_json
 
 if TYPE_CHECKING:
@@ -36,12 +37,21 @@ def restore(store: CheckpointStore, context: Context, engine: Engine) -> int:
 
 
 def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int, held_out_loss: float | None) -> None:
-    """Write the checkpoint of ``step``; it exists on disk only once every rank's part is there."""
-    from launcher.engines.distributed import barrier
+    """Write the checkpoint of ``step``, which exists once every rank's part is there; all ranks return together.
+
+    Raises:
+        JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
+    """
+    from launcher.engines.distributed import barrier, ranks_where
 
     if context.is_main:
         store.begin(step)
     barrier()
+    if blind := ranks_where(not store.sees(step), device=engine.device):
+        raise JobError(
+            f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
+            f"{store.pending(step)}: set run.root to a folder that all hosts share"
+        )
     engine.save(store.pending(step))
     barrier()
     if context.is_main:
@@ -57,3 +67,4 @@ def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int,
             run_hash=plan["run_hash"],
         )
         print(f"checkpoint {store.commit(manifest).folder}", flush=True)
+    barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint

@@ -18,16 +18,25 @@ BIN = Path(sys.executable).parent
 POLL_S = 0.005
 
 
-def print_machine(*packages: str) -> None:
-    """Print date, revision, machine and versions, so that a figure can be quoted with all that it depends on."""
+def describe_machine(*packages: str) -> str:
+    """Return date, revision, machine and versions, so that a figure can be quoted with all that it depends on."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     revision = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    print(f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, revision {revision}")
-    print(f"{_processor()}, {cores} cores, {memory_gib:.0f} GiB, load {os.getloadavg()[0]:.1f}")
-    print(f"Python {platform.python_version()}, {versions}", flush=True)
+    return "\n".join(
+        (
+            f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC, revision {revision}",
+            f"{_processor()}, {cores} cores, {memory_gib:.0f} GiB, load {os.getloadavg()[0]:.1f}",
+            f"Python {platform.python_version()}, {versions}",
+        )
+    )
+
+
+def print_machine(*packages: str) -> None:
+    """Print what ``describe_machine`` returns."""
+    print(describe_machine(*packages), flush=True)
 
 
 def _processor() -> str:

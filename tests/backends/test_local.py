@@ -4,6 +4,9 @@ import pytest
 
 from launcher.backends.local import Local
 from launcher.errors import ConfigErrors
+from launcher.rundir import RunDir
+
+from .contract import SMALL, BackendContract
 
 
 @pytest.mark.parametrize(
@@ -12,3 +15,19 @@ from launcher.errors import ConfigErrors
 def test_impossible_values_are_refused(option, value):
     with pytest.raises(ConfigErrors, match=f"backend.{option}={value}"):
         Local(**{option: value})
+
+
+class TestContract(BackendContract):
+    takes_part = ()  # nothing is submitted to anybody
+
+    @pytest.fixture
+    def words(self):
+        return ("backend=local", "backend.ranks=2")
+
+    @pytest.fixture
+    def run(self, words, launch):
+        def start(*more):
+            ended = launch(*SMALL, *words, *more)
+            return ended.returncode, ended.output, RunDir(ended.run_dir)
+
+        return start

@@ -29,7 +29,7 @@ def test_experiments_with_their_first_comment(capsys):
 def test_keys_with_type_default_and_meaning(capsys):
     text = " ".join(listed(capsys, "backend").split())
     assert "backend.agent torchrun torchrun or deepspeed Which launcher starts the ranks of one host." in text
-    assert "backend.ranks auto a whole number or auto Ranks on each host; auto is one per visible GPU" in text
+    assert "backend.ranks auto a whole number or auto Ranks on each host; auto is what the hostfile says" in text
 
 
 def test_every_kind_of_a_group(capsys):

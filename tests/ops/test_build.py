@@ -83,11 +83,12 @@ def test_the_limit_ends_a_build_and_its_compilers(
         said.append(line)
 
     said: list[str] = []
+    before = set(psutil.Process().children(recursive=True))  # of earlier tests in this process
     with pytest.raises(EnvironmentProblem, match="took longer than 8 s"):
         build(["pin_memory"], say=say, limit_s=8.0)
     assert any(line.startswith("building pin_memory, ") and line.endswith("limit 8 s") for line in said)
     assert not lock("pin_memory").exists()
-    assert psutil.Process().children(recursive=True) == []
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def test_being_asked_to_end_leaves_no_compiler_and_no_lock(

@@ -133,6 +133,7 @@ class Starter:
         env: dict[str, str] | None = None,
         reader: str | None = None,
         terminal: int | None = None,
+        plan: Plan | None = None,
         torchrun_on: int | None = None,
         **changes,
     ) -> Supervised:
@@ -140,11 +141,12 @@ class Starter:
         mark = uuid.uuid4().hex
         run_dir = RunDir(self.folder / mark[:8])
         run_dir.logs.mkdir(parents=True)
-        told = {str(rank): do if isinstance(do, str) else do[rank] for rank in range(2)}
-        plan = self.plan
+        plan = plan or self.plan
+        told = {str(place.rank): do if isinstance(do, str) else do[place.rank] for place in plan.ranks}
         parts = {name: changes.pop(name, ()) for name in ("prepare", "sidecars")}
         usual = start_of(run_dir, told, torchrun_on=torchrun_on)
-        host = replace(plan.hosts[0], start=changes.pop("start", usual), **parts)
+        box = replace(plan.hosts[0].host, python=sys.executable)
+        host = replace(plan.hosts[0], host=box, start=changes.pop("start", usual), **parts)
         settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
         plan = replace(plan, hosts=(host,), run_dir=str(run_dir.path), **settings)
         write_json(run_dir.plan, to_tree(plan))

@@ -2,7 +2,16 @@
 
 import pytest
 
-from launcher.supervise.stall import Position, furthest_behind, silent
+from launcher.supervise.stacks import Stack
+from launcher.supervise.stall import (
+    Position,
+    Standstill,
+    holds_up,
+    odd_one_out,
+    ranks_in_words,
+    silent,
+    wait_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +25,9 @@ def test_the_rank_that_holds_up_the_others_is_named(stalled):
     assert stalled.failure["rank"] == 1
     assert stalled.failure["exit_code"] == stalled.result["exit_code"] == 124
     assert "rank 1 on box has not moved for" in stalled.failure["reason"]
-    assert "forward of step 2" in stalled.stderr.splitlines()[-1]
+    last = stalled.stderr.splitlines()[-1]
+    assert "(last seen in forward of step 2): it is at worker.py:" in last
+    assert last.endswith("in stand_still")
 
 
 def test_where_everybody_was_is_told(stalled):
@@ -50,7 +61,10 @@ def test_a_rank_that_has_finished_is_not_waited_for(supervise):
     run = supervise({0: "some_steps", 1: "never_beat"}, stall_timeout_s=2.0)
     assert run.end() == 124
     assert run.failure["rank"] == 1
-    assert [place["rank"] for place in run.failure["ranks"]] == [1]
+    assert [(place["rank"], place["phase"], place["step"]) for place in run.failure["ranks"]] == [
+        (0, "ended", 3),
+        (1, "starting", None),
+    ]
 
 
 def place(step, at):
@@ -65,8 +79,49 @@ def place(step, at):
         ({0: place(1, 5.0), 1: place(None, 9.0)}, 1),  # before its first step
     ],
 )
-def test_furthest_behind(places, behind):
-    assert furthest_behind(places) == behind
+def test_without_stacks_it_is_the_one_furthest_behind(places, behind):
+    assert odd_one_out(places, {}) == behind
+
+
+SUM = Stack(text="", where="loop.py:88 in train_step", collective="all_reduce")
+BARRIER = Stack(text="", where="loop.py:99 in save", collective="barrier")
+FETCH = Stack(text="", where="loop.py:90 in train_step")
+READ = Stack(text="", where="train.py:41 in read_batch")
+STOPPED = Stack(text="", where="loop.py:88 in train_step", collective="all_reduce", is_stopped=True)
+
+
+@pytest.mark.parametrize(
+    ("stacks", "odd"),
+    [
+        ([SUM, SUM, READ, SUM], 2),  # not in the collective
+        ([SUM, SUM, READ, READ], 2),  # two of them: the one further behind
+        ([SUM, SUM, SUM, BARRIER], 3),  # in another collective
+        ([FETCH, FETCH, READ, FETCH], 2),  # no collective is seen, as on GPUs: not where most are
+        ([SUM, SUM, SUM, STOPPED], 3),
+        ([SUM, SUM, None, SUM], 2),  # one that does not answer
+        ([SUM, SUM, BARRIER, BARRIER], 0),  # nobody knows: the one furthest behind
+        ([SUM, SUM, SUM, SUM], 0),
+    ],
+)
+def test_odd_one_out(stacks, odd):
+    places = {rank: place(5, 10.0 + rank) for rank in range(4)}
+    assert odd_one_out(places, {rank: stack for rank, stack in enumerate(stacks) if stack}) == odd
+
+
+def test_the_sentence():
+    still = Standstill(now=70.0, positions={rank: place(5, 10.0) for rank in range(4)})
+    assert holds_up(2, still, {0: SUM, 1: SUM, 2: READ, 3: BARRIER}) == (
+        "rank 2 on box has not moved for 60 s (last seen in forward of step 5): it is at train.py:41 in read_batch "
+        "while ranks 0, 1 wait in all_reduce (loop.py:88 in train_step)"
+    )
+    assert holds_up(2, still, {}) == "rank 2 on box has not moved for 60 s (last seen in forward of step 5)"
+    assert wait_of(still.positions, {3: BARRIER}) == "rank 3 waits in barrier (loop.py:99 in save)"
+
+
+def test_many_ranks_in_few_words():
+    assert ranks_in_words([3]) == "rank 3"
+    assert ranks_in_words([1, 0]) == "ranks 0, 1"
+    assert ranks_in_words([*range(7), 8, *range(10, 1024)]) == "ranks 0-6, 8, 10-1023"
 
 
 def test_silence():

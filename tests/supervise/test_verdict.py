@@ -1,9 +1,11 @@
 """Telling the cause from its consequences."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 
+from launcher.errors import EXIT_PREEMPTED
 from launcher.supervise.failure import Failure
 from launcher.supervise.verdict import (
     PATIENCE_S,
@@ -34,7 +36,7 @@ def suspect(found):
         (failure(error="torch.distributed.DistBackendError: NCCL error"), True),
         (failure(error="RuntimeError: [pair.cc:547] Connection closed by peer [127.0.0.1]:1"), True),
         (failure(error="RuntimeError: Connection reset by peer"), True),
-        (failure(number=signal.SIGTERM), True),
+        (failure(number=signal.SIGTERM), False),
         (failure(number=signal.SIGABRT, traceback="Watchdog caught collective operation timeout"), True),
         (failure(number=signal.SIGABRT, traceback="double free or corruption"), False),
         (failure(number=signal.SIGKILL), False),
@@ -57,11 +59,18 @@ def test_the_cause_comes_before_earlier_consequences():
 
 
 def test_waiting():
-    cause, broken = suspect(failure(number=9)), suspect(failure(number=15))
+    cause, broken = suspect(failure(number=9)), suspect(failure(error="RuntimeError: Broken pipe"))
     assert not is_settled([cause], waited_s=SETTLE_S / 2)
     assert is_settled([cause, broken], waited_s=SETTLE_S)
     assert not is_settled([broken], waited_s=SETTLE_S)
     assert is_settled([broken], waited_s=PATIENCE_S)
+
+
+def test_ranks_that_leave_after_saving_get_time_to_leave_together():
+    left = suspect(replace(failure(0), exit_code=EXIT_PREEMPTED))
+    assert not is_settled([left, left], waited_s=SETTLE_S)
+    assert is_settled([left, left], waited_s=PATIENCE_S)
+    assert is_settled([left, suspect(failure(error="ValueError: x"))], waited_s=SETTLE_S)
 
 
 def test_port():

@@ -16,8 +16,8 @@ import pytest
 
 from launcher.compose import compose
 from launcher.files import write_json
-from launcher.launching import prepare
 from launcher.plan import Plan
+from launcher.prepare import prepare
 from launcher.results import read_metrics
 from launcher.rundir import RunDir
 from launcher.schema import to_tree

@@ -11,16 +11,17 @@ import time
 
 
 class SignalException(Exception):
-    """One of the signals that torchrun turns into an exception."""
+    """One of the signals that torchrun turns into an exception, and passes on."""
 
 
 def note(number, _frame):
-    raise SignalException(f"Process {os.getpid()} got signal: {number}")
+    raise SignalException(f"Process {os.getpid()} got signal: {number}", number)
 
 
 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT):
     signal.signal(number, note)
 size = int(sys.argv[1])
+end_by = signal.SIGTERM
 ranks = [
     subprocess.Popen(
         [sys.executable, *sys.argv[2:]],
@@ -33,9 +34,12 @@ try:
     patient = "PATIENT" in os.environ  # lets the others come to their own end
     while any(rank.poll() is None for rank in ranks) and (patient or not any(rank.poll() for rank in ranks)):
         time.sleep(0.02)
+except SignalException as death:
+    end_by = death.args[1]
+    raise
 finally:
     for rank in ranks:
-        rank.terminate()
+        rank.send_signal(end_by)
     for rank in ranks:
         rank.wait(timeout=30)
 sys.exit(int(any(rank.returncode for rank in ranks)))

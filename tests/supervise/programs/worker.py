@@ -89,6 +89,34 @@ def sum_over_ranks():
     torch.distributed.all_reduce(torch.ones(1))
 
 
+def read_batch(env, heartbeat):
+    """Come late to the collective of step 2, and move later than the ranks that are waiting."""
+    time.sleep(2)
+    heartbeat.beat("data", 2)
+    time.sleep(600)
+
+
+def receive(env, heartbeat):
+    """Wait for something else than the others do, in step 2, and move later than they."""
+    import torch.distributed
+
+    time.sleep(2)
+    heartbeat.beat("forward", 2)
+    torch.distributed.recv(torch.ones(1), src=0)
+
+
+def freeze(env, heartbeat):
+    """Be stopped in step 2."""
+    heartbeat.beat("forward", 2)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def leave(env, heartbeat):
+    """End well, though the others still count on this rank."""
+    heartbeat.beat("forward", 2)
+    os._exit(0)
+
+
 def sum_later(env, heartbeat):
     """The backward pass of step 2."""
     heartbeat.beat("forward", 2)

@@ -10,8 +10,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from launcher.backends.base import Backend
 from launcher.plan import Host
 
 _QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
@@ -29,8 +29,10 @@ class Gpu:
     """0 when not known."""
 
 
-def this_machine(backend: Backend, *, max_ranks: int | None = None, environ: Mapping[str, str] = os.environ) -> Host:
-    """Return this machine as a host that takes ``backend.ranks`` ranks.
+def this_machine(
+    ranks: int | Literal["auto"], *, max_ranks: int | None = None, environ: Mapping[str, str] = os.environ
+) -> Host:
+    """Return this machine as a host that takes so many ranks.
 
     ``auto`` is one rank per visible GPU; without GPUs two where there are two cores, so that what runs is
     distributed, else one; never more than ``max_ranks``. Linux only: reads the CPU affinity and ``/proc``.
@@ -40,7 +42,7 @@ def this_machine(backend: Backend, *, max_ranks: int | None = None, environ: Map
     automatic = min(len(gpus) or min(2, cores), max_ranks or cores + len(gpus))
     return Host(
         name=socket.gethostname().partition(".")[0],
-        slots=automatic if backend.ranks == "auto" else backend.ranks,
+        slots=automatic if ranks == "auto" else ranks,
         devices=tuple(gpu.name for _, gpu in gpus),
         device_ids=tuple(shown for shown, _ in gpus),
         device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),

@@ -3,8 +3,7 @@ import stat
 
 import pytest
 
-from launcher.backends.local import Local
-from launcher.hosts import Gpu, cpu_computes_bf16, list_gpus, memory_limit, this_machine, visible
+from launcher.machine import Gpu, cpu_computes_bf16, list_gpus, memory_limit, this_machine, visible
 
 GPUS = [
     Gpu(index=str(n), uuid=f"GPU-{letter * 8}-0000", name="NVIDIA L4", memory_bytes=24 * 2**30)
@@ -64,22 +63,22 @@ def test_gpus_are_read_from_the_driver_when_nvidia_smi_fails(tmp_path, monkeypat
 def test_this_machine_takes_a_rank_for_each_gpu(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, 'printf "0, GPU-aa, H100, 100\\n1, GPU-bb, H100, 90\\n2, GPU-cc, H100, 80\\n"')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    host = this_machine(Local(), environ={"CUDA_VISIBLE_DEVICES": "1,0"})
+    host = this_machine("auto", environ={"CUDA_VISIBLE_DEVICES": "1,0"})
     assert (host.slots, host.device_ids, host.device_bytes) == (2, ("1", "0"), 90 * 2**20)
-    assert this_machine(Local(ranks=1), environ={}).slots == 1
-    assert this_machine(Local(), environ={}).slots == 3
+    assert this_machine(1, environ={}).slots == 1
+    assert this_machine("auto", environ={}).slots == 3
 
 
 def test_this_machine_as_it_is():
     cores = len(os.sched_getaffinity(0))
-    host = this_machine(Local(), environ={"CUDA_VISIBLE_DEVICES": ""})
+    host = this_machine("auto", environ={"CUDA_VISIBLE_DEVICES": ""})
     assert host.devices == ()
     assert host.slots == min(2, cores)
     assert host.cores == cores
     assert host.memory_bytes > 2**30
     assert host.name
     assert "." not in host.name
-    assert this_machine(Local(ranks=5), environ={"CUDA_VISIBLE_DEVICES": ""}).slots == 5
+    assert this_machine(5, environ={"CUDA_VISIBLE_DEVICES": ""}).slots == 5
 
 
 @pytest.mark.parametrize(("text", "limited"), [("1048576", True), ("max", False), (str(2**63), False)])

@@ -1,0 +1,104 @@
+"""Carrying a run out: once, on another port when the first was taken, and again from its newest checkpoint."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.backends.base import Backend
+from launcher.errors import EXIT_USER_ERROR, ConfigError
+from launcher.files import write_atomic, write_json
+from launcher.plan import Host
+from launcher.preflight import free_port
+from launcher.prepare import Prepared, replan
+from launcher.results import write_result
+from launcher.schema import to_tree
+from launcher.supervise.conclude import conclude, last_words
+from launcher.supervise.outcome import Outcome
+
+_PORT_TRIES = 3
+_PAUSE_S = 1.0
+"""Before a restart: what killed the run may take its machine along a moment later."""
+
+
+def carry_out(prepared: Prepared) -> int:
+    """Submit the plan, as often as ``backend.restarts`` and taken ports ask for, and return the exit code.
+
+    The run's directory exists.
+    """
+    backend = prepared.run.backend
+    restarts, tries = 0 if backend.restarts_itself else backend.restarts, _PORT_TRIES
+    while True:
+        _write(prepared)
+        outcome = backend.submit(prepared.plan)
+        if outcome.port_taken and backend.port == "auto" and tries > 1:
+            tries -= 1
+            prepared = _on_another_port(prepared)
+        elif restarts and _may_be_restarted(outcome):
+            restarts -= 1
+            again = _restarted(prepared, outcome, backend, left=restarts)
+            if again is None:
+                break
+            prepared = again
+        else:
+            break
+    conclude(outcome, prepared.directory, run_id=prepared.plan.run_id)
+    return outcome.exit_code
+
+
+def _write(prepared: Prepared) -> None:
+    write_atomic(prepared.directory.snapshot, prepared.snapshot)
+    write_json(prepared.directory.plan, to_tree(prepared.plan))
+
+
+def _on_another_port(prepared: Prepared) -> Prepared:
+    port = free_port()
+    print(f"port {prepared.plan.port} was taken meanwhile: trying again on {port}", flush=True)
+    plan = prepared.plan
+    return replan(prepared.run, prepared.hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port)
+
+
+def _may_be_restarted(outcome: Outcome) -> bool:
+    """A run that the user's own mistake ended would only make it again."""
+    return outcome.status == "failed" and outcome.exit_code != EXIT_USER_ERROR
+
+
+def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: int) -> Prepared | None:
+    """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` when that cannot be."""
+    directory = prepared.directory
+    print(last_words(outcome, directory), flush=True)
+    if outcome.failure is not None:
+        write_json(directory.failure, outcome.failure.tree())
+        directory.failure.replace(directory.path / f"failure.before_restart_{backend.restarts - left}.json")
+    time.sleep(_PAUSE_S)
+    hosts, port = _answering(prepared, backend)
+    if len(hosts) < backend.fewest_hosts(len(prepared.hosts)):
+        gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
+        told = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
+        print(told + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
+        return None
+    run = prepared.run
+    run = replace(
+        run,
+        run=replace(run.run, dir=prepared.plan.run_dir),
+        checkpoint=replace(run.checkpoint, resume="auto"),
+    )
+    try:
+        again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=True)
+    except ConfigError as problem:
+        print(f"not restarted on {len(hosts)} hosts: {problem}", flush=True)
+        return None
+    names = ", ".join(host.name for host in hosts)
+    print(f"restarting on {names} ({left} restart{'s' if left != 1 else ''} left)", flush=True)
+    write_result(directory, status="failed", exit_code=outcome.exit_code, run_id=prepared.plan.run_id)
+    return again
+
+
+def _answering(prepared: Prepared, backend: Backend) -> tuple[tuple[Host, ...], int]:
+    """Return the hosts that a restart may use, and a port for it."""
+    if not backend.asks_hosts:
+        return prepared.hosts, free_port() if backend.port == "auto" else backend.port
+    from launcher.examination import answering
+
+    return answering(prepared, backend)

@@ -1,0 +1,84 @@
+"""Running kubectl: argument lists, documents over stdin, and its refusals with what to do about them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.errors import EnvironmentProblem
+
+_TIMEOUT_S = 120.0
+_REMEDIES = (
+    ("context was not found", "", "`kubectl config get-contexts` lists those there are; set backend.context"),
+    ("does not exist", "context", "`kubectl config get-contexts` lists those there are; set backend.context"),
+    ("no matches for kind", "", "its controller is not installed in this cluster; set backend.workload=indexed_job"),
+    ("not found", "namespaces", "create it with `kubectl create namespace`, or set backend.namespace"),
+    ("forbidden", "exceeded quota", "ask for less: backend.nodes, backend.gpus_per_node, backend.cpus, backend.memory"),
+    ("forbidden", "", "ask who runs the cluster for the right; `kubectl auth can-i --list` shows what you may do"),
+    ("unauthorized", "", "log in to the cluster again"),
+    ("must be logged in", "", "log in to the cluster again"),
+    ("refused", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
+    ("unable to connect", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
+    ("no such host", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
+)
+"""Words that must both stand in what kubectl says, in small letters, and the remedy; the first that fits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kubectl:
+    """kubectl for one namespace."""
+
+    namespace: str
+    context: str | None
+
+    def argv(self, *words: str) -> list[str]:
+        """Return the whole command line."""
+        context = [f"--context={self.context}"] if self.context else []
+        return ["kubectl", *context, f"--namespace={self.namespace}", *words]
+
+    def run(self, *words: str, document: str = "") -> str:
+        """Run a command and return what it prints.
+
+        Args:
+            words: its arguments.
+            document: its stdin.
+
+        Raises:
+            EnvironmentProblem: kubectl is missing, does not end, or refuses.
+        """
+        argv = self.argv(*words)
+        try:
+            done = subprocess.run(argv, input=document, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+        except FileNotFoundError as error:
+            raise missing() from error
+        except subprocess.TimeoutExpired as error:
+            raise EnvironmentProblem(f"`{_shown(argv)}` did not end within {_TIMEOUT_S:.0f} s") from error
+        if done.returncode:
+            said = done.stderr.strip() or f"exit code {done.returncode}"
+            raise EnvironmentProblem(f"`{_shown(argv)}` failed: {said}; {_remedy(said)}")
+        return done.stdout
+
+    def get(self, *words: str) -> Any:
+        """Return an object, or a list of objects."""
+        return json.loads(self.run("get", *words, "--output=json"))
+
+
+def missing() -> EnvironmentProblem:
+    """Return the error to raise where kubectl is not installed."""
+    return EnvironmentProblem(
+        "kubectl is not installed, and backend=kubernetes starts everything with it: see "
+        "https://kubernetes.io/docs/tasks/tools/, or print the manifests with `launch plan` and apply them elsewhere"
+    )
+
+
+def _shown(argv: Sequence[str]) -> str:
+    return " ".join(argv)
+
+
+def _remedy(said: str) -> str:
+    small = said.lower()
+    known = (remedy for one, other, remedy in _REMEDIES if one in small and other in small)
+    return next(known, "the same command by hand must work first")

@@ -1,0 +1,102 @@
+"""What backends that reach other machines have in common."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from launcher.backends.base import Backend
+from launcher.errors import ConfigError
+from launcher.forward import DEFAULT_GLOBS, names
+
+if TYPE_CHECKING:
+    from launcher.plan import Host
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnHosts(Backend):
+    """Ranks are processes of the machines that a hostfile names."""
+
+    asks_hosts: ClassVar[bool] = True
+
+    hostfile: str = "hostfile"
+    """File that names the machines: ``host slots=N``, one a line, as hostfile.example explains."""
+
+    include: str | None = None
+    """Only these hosts or slots: ``node1@node2:0,2``."""
+
+    exclude: str | None = None
+    """All but these hosts or slots."""
+
+    python: str | None = None
+    """Interpreter on the hosts; the path of the one that runs this command, when not set."""
+
+    forward: tuple[str, ...] = ()
+    """More environment variables that hosts get from here, as globs, beside those of NCCL, HF, WANDB and the like."""
+
+    heartbeat_timeout_s: float = 5.0
+    """Silence after which a host counts as lost here, and this machine there."""
+
+    min_hosts: int | None = None
+    """Restarts go on with fewer hosts, down to this number; all of them, when not set."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse times and counts that cannot be."""
+        yield from super().problems()
+        yield from self.below(1, "min_hosts")
+        yield from self.below(2, "heartbeat_timeout_s")  # signs of life are a second apart
+
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return the hosts of the file that the filters leave."""
+        from launcher.hostfile import choose, read_hostfile
+        from launcher.plan import Host
+
+        entries = choose(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
+        return tuple(
+            Host(
+                name=entry.name,
+                slots=entry.slots if self.ranks == "auto" else self.ranks,
+                slot_ids=() if self.ranks != "auto" or entry.devices == tuple(range(entry.slots)) else entry.devices,
+                address=entry.name,
+                login=entry.login,
+                is_known=False,
+                cores=0,
+                python=self.python or sys.executable,
+            )
+            for entry in entries
+        )
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of what the allow-list lets through."""
+        return names(environ, (*DEFAULT_GLOBS, *self.forward))
+
+    def fewest_hosts(self, begun: int) -> int:
+        """Return ``min_hosts``, where it is set."""
+        return self.min_hosts or begun
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Refuse more ranks than slots, and to go on with more hosts than there are."""
+        from launcher.hostfile import choose, read_hostfile
+
+        if self.min_hosts is not None and self.min_hosts > len(hosts):
+            yield self.refuse("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
+        if self.ranks == "auto" or not Path(self.hostfile).is_file():
+            return
+        for entry in choose(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude):
+            if self.ranks > entry.slots:
+                why = f"{entry.name} has {entry.slots} slots"
+                yield ConfigError(
+                    "backend.ranks",
+                    self.ranks,
+                    why=why,
+                    fix="leave backend.ranks out to use every slot, or raise slots= in the file",
+                    source=f"{self.hostfile}:{entry.line}",
+                )
+                return
+
+
+Code = Literal["shared", "sent"]
+"""Where hosts get this program from: a path they share with us, or the working tree, sent to them."""

@@ -1,0 +1,130 @@
+"""``launch cancel``: end a run from any shell, and nothing but this run."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from launcher.arguments import parse_arguments
+from launcher.errors import EnvironmentProblem
+from launcher.runs import RunState, find_run, look
+from launcher.supervise.processes import Process
+from launcher.supervise.whereabouts import AgentPlace, Whereabouts
+
+HELP = """\
+launch cancel [RUN] [--now] [--root DIR]: end a run; return once nothing of it is left.
+
+  launch cancel                       the newest run in ./runs
+  launch cancel 20260101              the one whose id begins so
+  launch cancel runs/gpt2_tiny/2026…  the one in this directory
+  launch cancel --now                 without time to save
+
+It asks as SIGTERM does: ranks may save before they end. --now is Ctrl-C twice.
+It signals only processes that the run wrote down, known by number and start time, on the machine they run on; a job of
+Slurm or Kubernetes is cancelled by its id. A run on another machine is left alone, and what to type is said.
+"""
+_POLL_S = 0.1
+_BETWEEN_S = 1.0
+"""Time between two interrupts: two at once arrive as one."""
+_PATIENCE_S = 60.0
+"""Time, beyond the run's own grace, after which a process counts as stuck."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """End one run."""
+    line = parse_arguments(arguments, flags=("--now",))
+    if line.help:
+        print(HELP)
+        return 0
+    state = look(find_run(line.one_word("cancel"), line.root))
+    where = state.whereabouts
+    if state.is_over:
+        left = _far_agents(where) if where and not state.result else []
+        print(f"{state.run_id} is over already: {state.status}")
+        print(
+            "\n".join(f"  should {agent.host} still work on it: {_type_there(agent, state)}" for agent in left), end=""
+        )
+        return 0
+    if where is None:
+        raise EnvironmentProblem(f"{state.run_id} has not yet said who runs it: try again in a moment")
+    if where.job:
+        return _cancel_job(where, state)
+    processes = _here(where)
+    if not processes:
+        far = where.session
+        command = shlex.join(["ssh", far.machine, shlex.join(["launch", "cancel", str(state.run_dir.path)])])
+        raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
+    return _end(processes, state, now="--now" in line.flags)
+
+
+def _here(where: Whereabouts) -> list[Process]:
+    """Return whom to ask: the session, which tells everybody; without it the agents, each for its host."""
+    if where.session.is_running():
+        return [where.session.process]
+    return [agent.place.process for agent in where.agents if agent.place.is_running()]
+
+
+def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
+    """Signal ``processes`` and wait until they, and the agents of this machine, are gone."""
+    where = state.whereabouts
+    assert where is not None, "they were found in it"
+    signalled = ", ".join(str(process.pid) for process in processes)
+    print(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end", flush=True)
+    agents = [agent.place.process for agent in where.agents if agent.place.is_running()]
+    for process in processes:
+        process.send(signal.SIGINT if now else signal.SIGTERM)
+    grace_s = float(state.plan.get("grace_s", 0.0))
+    started = time.monotonic()
+    again_at = started + _BETWEEN_S if now else None
+    while left := [process for process in {*processes, *agents} if process.is_alive()]:
+        if again_at is not None and time.monotonic() >= again_at:
+            again_at = None
+            for process in processes:
+                process.send(signal.SIGINT)
+        if time.monotonic() > started + grace_s + _PATIENCE_S:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise EnvironmentProblem(f"{state.run_id}: process {pids} is still there: try launch cancel --now")
+        time.sleep(_POLL_S)
+    state = look(state.run_dir)
+    print(f"{state.run_id}: nothing of it is left on this machine; it is {state.status}")
+    if state.status == "preempted":
+        print(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
+    for agent in _far_agents(where):
+        print(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
+    return 0
+
+
+def _cancel_job(where: Whereabouts, state: RunState) -> int:
+    """Have the scheduler end its job."""
+    argv = list(_cancelling(where))
+    program = shutil.which(argv[0])
+    if program is None:
+        raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shlex.join(argv)}")
+    print(f"{state.run_id}: {shlex.join(argv)}", flush=True)
+    ended = subprocess.run([program, *argv[1:]], check=False)
+    if ended.returncode:
+        raise EnvironmentProblem(f"{argv[0]} ended with exit code {ended.returncode}: the job may still run")
+    print(f"{state.run_id}: the scheduler was told; launch status follows it")
+    return 0
+
+
+def _cancelling(where: Whereabouts) -> Iterator[str]:
+    job = where.job
+    if where.backend == "slurm":
+        yield from ("scancel", job["id"])
+    else:
+        context = (f"--context={job['context']}",) if "context" in job else ()
+        yield from ("kubectl", *context, f"--namespace={job['namespace']}", "delete", job["kind"], job["name"])
+
+
+def _far_agents(where: Whereabouts) -> list[AgentPlace]:
+    return [agent for agent in where.agents if agent.place.is_running() is None]
+
+
+def _type_there(agent: AgentPlace, state: RunState) -> str:
+    command = shlex.join(["launch", "cancel", str(state.run_dir.path)])
+    return shlex.join(["ssh", f"ssh://{agent.login}" if agent.login else agent.place.machine, command])

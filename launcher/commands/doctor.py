@@ -1,0 +1,58 @@
+"""``launch doctor``: whether the hosts of a run are fit for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from launcher.commandline import parse_command_line
+from launcher.compose import compose
+from launcher.config import Run
+from launcher.doctor.examine import examine, usual_deadline_s
+from launcher.doctor.facts import Request
+from launcher.doctor.show import show
+from launcher.errors import EXIT_UNFIT
+from launcher.schema import to_tree
+
+HELP = """\
+launch doctor [OVERRIDES] [--json]: examine the hosts of a run, and start nothing.
+
+  launch doctor                                              this machine
+  launch doctor backend=ssh backend.hostfile=hostfile        every host of a hostfile, all at once
+  launch doctor +exp=zero3_gpt2xl backend=ssh backend.hostfile=hostfile run.root=/shared/runs
+  launch doctor backend=ssh backend.hostfile=hostfile --json everything, for programs
+
+It finds: hosts that cannot be reached and why, clocks that differ, other versions of python, torch, deepspeed,
+transformers, CUDA, NCCL or of this program, a run directory that cannot be written or is not shared, more slots than
+GPUs, little memory, disk or /dev/shm, a port of the rendezvous that is taken or that others cannot reach, slow links,
+and pairs of hosts between which an all-reduce (NCCL where all have GPUs, else gloo) fails or crawls.
+
+A run on several hosts makes all of these checks but the all-reduces by itself before it starts.
+Exit codes: 0 fit for a run, if with warnings; 69 unfit; 2 your mistake.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a report."""
+    line = parse_command_line(arguments)
+    if line.help:
+        print(HELP)
+        return 0
+    wanted = compose(line.words, config_dir=line.config_dir).run
+    hosts = wanted.backend.hosts(max_ranks=wanted.parallel.max_ranks)
+    report = examine(
+        hosts,
+        wanted.backend.remote,
+        request_of(wanted),
+        quick=False,
+        deadline_s=usual_deadline_s(len(hosts), quick=False),
+    )
+    print(json.dumps(to_tree(report), indent=2, ensure_ascii=False) if line.json else show(report), end="")
+    return EXIT_UNFIT if report.errors else 0
+
+
+def request_of(wanted: Run) -> Request:
+    """Return what a run asks of its hosts."""
+    folder = Path(wanted.run.dir or wanted.run.root).absolute()
+    return Request(run_dir=str(folder), port=None if wanted.backend.port == "auto" else wanted.backend.port)

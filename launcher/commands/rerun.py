@@ -1,0 +1,43 @@
+"""``launch rerun RUN``: start what a stored run describes once more, in a directory of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.commandline import parse_command_line
+from launcher.config import Run
+from launcher.runs import find_run
+from launcher.stored import start_stored, stored_run
+
+HELP = """\
+launch rerun RUN [OVERRIDES]: start a run with the configuration of RUN, in a new run directory.
+
+  launch rerun runs/gpt2_tiny/20260101-120000-abcd
+  launch rerun 20260101-120000-abcd optimizer.lr=1e-4    the same, but for one value; an id is looked up in ./runs
+  launch rerun 20260101-120000-abcd dry_run=true         print the plan, start nothing
+
+It begins anew: the checkpoints of RUN are left alone. launch resume continues instead.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run what the first argument describes, changed by the others."""
+    line = parse_command_line(arguments)
+    if line.help or not line.words:
+        print(HELP)
+        return 0 if line.help else 2
+    folder = find_run(line.words[0], Path("runs")).path
+    return start_stored(_anew(folder, line.words[1:]), line)
+
+
+def _anew(folder: Path, words: Sequence[str]) -> Run:
+    """Return the run of ``folder`` with values changed by ``words``, set to begin in a directory of its own."""
+    run = stored_run(folder, words)
+    given = {word.partition("=")[0].lstrip("+") for word in words}
+    if "run.dir" not in given:
+        run = replace(run, run=replace(run.run, dir=None))
+    if run.checkpoint.resume == "auto" and "checkpoint.resume" not in given:  # left by launch resume
+        run = replace(run, checkpoint=replace(run.checkpoint, resume="none"))
+    return run

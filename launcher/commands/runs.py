@@ -1,0 +1,89 @@
+"""``launch runs``: every run below a folder, and how it is doing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.arguments import parse_arguments
+from launcher.runs import RunState, look, runs_below
+from launcher.table import table
+from launcher.wording import duration_text
+
+HELP = """\
+launch runs [--root DIR] [--json]: list runs, the last started first.
+
+  launch runs                those in ./runs
+  launch runs --root DIR     those in another folder (run.root)
+  launch runs --json         with all digits
+
+status      running, or how it ended: completed, failed, preempted (launch resume continues it), cancelled;
+            lost: it left no result and nobody works on it; elsewhere: another machine or a scheduler has it
+ranks       hosts × ranks on each
+age         since it was started, or last resumed; took: how long that lasted
+
+Every verb that takes a RUN takes an id, or how it begins, or a run directory; without one it takes the newest.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a table of runs."""
+    line = parse_arguments(arguments, flags=("--json",))
+    if line.help:
+        print(HELP)
+        return 0
+    line.no_words("runs")
+    states = [look(run_dir) for run_dir in runs_below(line.root)]
+    if "--json" in line.flags:
+        print(json.dumps([_tree(state) for state in states], indent=2, ensure_ascii=False))
+        return 0
+    if not states:
+        print(f"no runs in {line.root}: start one with launch, or name another folder with --root DIR")
+        return 0
+    head, now = ("id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"), time.time()
+    print("\n".join(table([head, *(_row(state, line.root, now) for state in states)])))
+    return 0
+
+
+def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
+    loss = state.metrics.get("train/loss")
+    until = now if state.ended_at is None else state.ended_at
+    return (
+        state.run_dir.path.relative_to(root.absolute()).as_posix().partition("/")[2],
+        state.name,
+        state.status,
+        f"{state.step or 0}/{state.num_steps if state.num_steps is not None else '?'}",
+        "-" if loss is None else f"{loss:.4f}",
+        _ranks(state),
+        state.backend or "-",
+        duration_text(now - state.started_at),
+        "-" if state.status == "lost" else duration_text(until - state.started_at),
+    )
+
+
+def _ranks(state: RunState) -> str:
+    """Return ``2×8``, or each host's number where they differ."""
+    slots = state.slots
+    if not slots:
+        return "-"
+    return f"{len(slots)}×{slots[0]}" if len(set(slots)) == 1 else "+".join(map(str, slots))
+
+
+def _tree(state: RunState) -> dict[str, Any]:
+    return {
+        "run_id": state.run_id,
+        "name": state.name,
+        "run_dir": str(state.run_dir.path),
+        "status": state.status,
+        "exit_code": state.exit_code,
+        "step": state.step,
+        "num_steps": state.num_steps,
+        "loss": state.metrics.get("train/loss"),
+        "slots": state.slots,
+        "backend": state.backend,
+        "started_at": state.started_at,
+        "ended_at": state.ended_at,
+    }

@@ -1,0 +1,107 @@
+"""What the doctor runs on a host: ``python -m launcher.doctor.probe``. It answers questions and starts nothing to stay.
+
+    doctor → probe                                     probe → doctor
+                                                       {"doctor": "hello"}                       at once
+    {"ask": "survey", "run_dir", "token", …}           {"doctor": "survey", "clock", "facts"}
+    {"ask": "listen", "port"}                          {"doctor": "listen", "port" | "problem"}  the first host only
+    {"ask": "contact", "address", "port", …}           {"doctor": "contact", "contact": …}
+    {"ask": "hush"}                                    {"doctor": "hush"}                        the port is free again
+    {"ask": "collective", "order"}                     {"doctor": "pair" | "everyone", …}, …, {"doctor": "collective"}
+
+It ends when its stdin ends, and after ``life_s`` in any case, so that a cut network leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from launcher.doctor.network import contact, listen, owner_of, route
+from launcher.doctor.speech import say
+from launcher.doctor.survey import survey
+
+
+class Probe:
+    """Answers one question after the other."""
+
+    def __init__(self) -> None:
+        self._listener: socket.socket | None = None
+        self._collective: subprocess.Popen[str] | None = None
+
+    def answer(self, question: dict[str, Any]) -> None:
+        """Answer; a doctor of another version may ask what this one does not know, and is told so by the error."""
+        answers: dict[str, Callable[..., None]] = {
+            "survey": self._survey,
+            "listen": self._listen,
+            "contact": self._contact,
+            "hush": self._hush,
+            "collective": self._measure,
+        }
+        answers[question.pop("ask")](**question)
+
+    def close(self) -> None:
+        """End what was started."""
+        if self._collective is not None:
+            self._collective.kill()
+            self._collective.wait()
+
+    def _survey(self, *, run_dir: str, token: str | None, is_full: bool, life_s: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, life_s)
+        if is_full:
+            command = [sys.executable, "-m", "launcher.doctor.collective", str(os.getpid())]
+            self._collective = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
+        facts = survey(Path(run_dir), token=token, environ=os.environ)
+        say("survey", clock=time.time(), facts=facts)
+
+    def _listen(self, *, port: int | None) -> None:
+        try:
+            self._listener = listen(port)
+        except OSError as error:
+            owner = owner_of(port) if port is not None else None
+            why = os.strerror(error.errno) if error.errno else str(error)  # its own words repeat the port
+            say("listen", port=None, problem=f"{why}, by {owner}" if owner else why)
+            return
+        say("listen", port=self._listener.getsockname()[1], problem=None)
+
+    def _contact(self, *, address: str, port: int | None, timeout_s: float) -> None:
+        found = route(address) if port is None else contact(address, port, timeout_s=timeout_s)
+        say("contact", contact=found)
+
+    def _hush(self) -> None:
+        """Free the port: others would take us for the rendezvous that is to listen there next."""
+        if self._listener is not None:
+            self._listener.close()
+        say("hush")
+
+    def _measure(self, *, order: dict[str, Any]) -> None:
+        threading.Thread(target=self._watch, args=(json.dumps(order),), daemon=True).start()
+
+    def _watch(self, order: str) -> None:
+        """Hand the order on and wait for the end."""
+        assert self._collective is not None
+        self._collective.communicate(order + "\n")
+        say("collective", exit_code=self._collective.returncode)
+
+
+def main() -> None:
+    """Serve stdin until it ends."""
+    say("hello")
+    probe = Probe()
+    try:
+        for line in sys.stdin:
+            probe.answer(json.loads(line))
+    finally:
+        probe.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""From a composition to a run that may start: identity, plan, snapshot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.compose import Composed
+from launcher.config import Run
+from launcher.errors import ConfigErrors
+from launcher.facts import gather
+from launcher.files import read_json, sha256_of
+from launcher.plan import Host, Identity, Plan
+from launcher.planner import make_plan
+from launcher.preflight import free_port, preflight
+from launcher.rundir import RunDir, mint_run_id
+from launcher.snapshot import dump_run
+
+USUAL_PORT = 29500
+"""Torch's own; shown by dry runs that cannot know what is free on another machine."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """A run that may start: nothing has been written yet."""
+
+    run: Run
+    plan: Plan
+    snapshot: str
+    """The text of run.yaml."""
+
+    @property
+    def directory(self) -> RunDir:
+        """Where the run will live."""
+        return RunDir(Path(self.plan.run_dir))
+
+    @property
+    def hosts(self) -> tuple[Host, ...]:
+        """Who takes part."""
+        return tuple(host.host for host in self.plan.hosts)
+
+
+def prepare(composed: Composed) -> Prepared:
+    """Plan a composed run, without asking any other machine.
+
+    Raises:
+        ConfigErrors: everything that stands against it, found in one pass.
+    """
+    run = composed.run
+    continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
+    run_id = continued or mint_run_id()
+    folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
+    hosts = run.backend.hosts(max_ranks=run.parallel.max_ranks)
+    port = _first_port(run)
+    return replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
+
+
+def replan(
+    run: Run, hosts: Sequence[Host], *, run_id: str, folder: Path, port: int, is_fresh: bool = False
+) -> Prepared:
+    """Plan ``run`` on ``hosts``.
+
+    Args:
+        run: the typed configuration.
+        hosts: who takes part, in the order of ranks.
+        run_id: of the run.
+        folder: its directory, absolute.
+        port: of the rendezvous.
+        is_fresh: look at this machine's disk and ports too, as before anything has been started.
+
+    Raises:
+        ConfigErrors: everything that stands against it, found in one pass.
+    """
+    snapshot = dump_run(run)
+    mistakes = list(preflight(run, folder, world_size=sum(host.slots for host in hosts))) if is_fresh else []
+    identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
+    try:
+        plan = make_plan(run, hosts, identity, gather(run))
+    except ConfigErrors as several:
+        raise ConfigErrors([*mistakes, *several.errors]) from several
+    if mistakes:
+        raise ConfigErrors(mistakes)
+    return Prepared(run=run, plan=plan, snapshot=snapshot)
+
+
+def _first_port(run: Run) -> int:
+    if run.backend.port != "auto":
+        return run.backend.port
+    return USUAL_PORT if run.backend.kind != "local" else free_port()
+
+
+def _run_id_in(folder: str) -> str | None:
+    """Return the id of the run that ``folder`` holds, so that a continued run keeps its name in W&B."""
+    plan = RunDir(Path(folder)).plan
+    return str(read_json(plan)["run_id"]) if plan.is_file() else None

@@ -1,0 +1,1 @@
+"""Reaching the hosts of a run: command lines, bootstrap, code."""

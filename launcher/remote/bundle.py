@@ -1,0 +1,116 @@
+"""The working tree as one file: what git tracks, as it is now, and what git neither tracks nor ignores."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import os
+import subprocess
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import launcher
+from launcher.errors import EnvironmentProblem
+from launcher.files import sha256_of
+
+LIMIT_BYTES = 64 * 2**20
+"""Of all files together, before packing: the whole goes to every host."""
+
+_TIMEOUT_S = 60
+_REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")  # set where a git hook starts a run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """Code, packed."""
+
+    sha256: str
+    """Of ``payload``; the same tree gives the same."""
+    payload: bytes = field(repr=False)
+    """A tar.gz."""
+
+
+def code_root() -> Path:
+    """Return the folder that holds this package: the root of a checkout, or ``site-packages``."""
+    return Path(launcher.__file__).resolve().parent.parent
+
+
+def make_bundle(root: Path) -> Bundle:
+    """Return the working tree at ``root``.
+
+    Raises:
+        EnvironmentProblem: git is missing or refuses, the tree is too big, a file cannot be read, or a link leads out.
+    """
+    paths = sorted(set(_listed(root)))
+    if not paths:
+        raise EnvironmentProblem(f"git lists no file in {root}: install the same version on every host instead")
+    _refuse_big(root, paths)
+    packed = io.BytesIO()
+    try:
+        with (
+            gzip.GzipFile(fileobj=packed, mode="wb", mtime=0) as zipped,
+            tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            for path in paths:
+                _add(archive, root, path)
+    except OSError as error:
+        raise EnvironmentProblem(f"{error.filename} cannot be sent to the hosts: {error.strerror}") from error
+    payload = packed.getvalue()
+    return Bundle(sha256=sha256_of(payload), payload=payload)
+
+
+def _listed(folder: Path) -> Iterator[Path]:
+    """Yield the files to send, absolute; a repository inside of the tree (a submodule) is listed by itself."""
+    for name in _git_ls_files(folder):
+        path = folder / os.fsdecode(name)
+        if path.is_symlink() or path.is_file():  # not what was deleted and not committed
+            yield path
+        elif path.is_dir() and (path / ".git").exists():
+            yield from _listed(path)
+
+
+def _git_ls_files(folder: Path) -> Iterable[bytes]:
+    command = ["git", "-C", str(folder), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    env = {name: value for name, value in os.environ.items() if name not in _REDIRECTS}
+    try:
+        ended = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, env=env, check=False)
+    except FileNotFoundError as error:
+        raise EnvironmentProblem("git is not installed: it is needed to send the working tree") from error
+    except subprocess.TimeoutExpired as error:
+        raise EnvironmentProblem(f"git did not list {folder} within {_TIMEOUT_S} s") from error
+    if ended.returncode != 0:
+        said = ended.stderr.decode(errors="replace").strip()
+        raise EnvironmentProblem(f"{folder} cannot be sent to the hosts, git refuses to list it: {said}")
+    return filter(None, ended.stdout.split(b"\0"))
+
+
+def _refuse_big(root: Path, paths: Iterable[Path]) -> None:
+    sizes = sorted(((path.lstat().st_size, path) for path in paths), reverse=True)
+    total = sum(size for size, _ in sizes)
+    if total > LIMIT_BYTES:
+        biggest = ", ".join(f"{path.relative_to(root)} ({_mebibytes(size)})" for size, path in sizes[:3])
+        raise EnvironmentProblem(
+            f"the working tree {root} holds {_mebibytes(total)}, and at most {_mebibytes(LIMIT_BYTES)} are sent to "
+            f"every host; the biggest files are {biggest}: name what is not code in .gitignore"
+        )
+
+
+def _mebibytes(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _add(archive: tarfile.TarFile, root: Path, path: Path) -> None:
+    """Add one file without what differs from checkout to checkout: times, owners, modes beyond "executable"."""
+    info = tarfile.TarInfo(str(path.relative_to(root)))
+    if path.is_symlink():
+        target = path.readlink()
+        if target.is_absolute() or not (path.parent / target).resolve().is_relative_to(root.resolve()):
+            raise EnvironmentProblem(f"{path} is a link that leads out of {root}: name it in .gitignore")
+        info.type, info.linkname = tarfile.SYMTYPE, str(target)
+        archive.addfile(info)
+        return
+    content = path.read_bytes()
+    info.size, info.mode = len(content), 0o755 if path.stat().st_mode & 0o100 else 0o644
+    archive.addfile(info, io.BytesIO(content))

@@ -1,0 +1,67 @@
+"""A run that is on disk already, to be started again with values changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.commandline import CommandLine
+from launcher.compose import Composed
+from launcher.config import Run, build_run, run_to_tree
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.launching import start
+from launcher.overrides import parse_overrides
+from launcher.prepare import prepare
+from launcher.render import render
+from launcher.rundir import RunDir
+from launcher.schema import to_tree
+from launcher.snapshot import load_run
+
+
+def stored_run(folder: Path, words: Sequence[str]) -> Run:
+    """Return the run that the run.yaml in ``folder`` describes, with values changed by ``words``.
+
+    Raises:
+        ConfigErrors: everything that is wrong with the changes, or with the run of another version.
+    """
+    mistakes: list[ConfigError] = []
+    tree = run_to_tree(load_run(RunDir(folder).snapshot))
+    for override in parse_overrides(words, {}, sweeping=False, report=mistakes.append):
+        _set(tree, override.key, override.word, mistakes)
+    run = build_run(tree, mistakes.append)
+    if run is None or mistakes:
+        raise ConfigErrors(mistakes)
+    return run
+
+
+def start_stored(run: Run, line: CommandLine) -> int:
+    """Start ``run`` and return its exit code, or print its plan where ``line`` asks for that.
+
+    Raises:
+        ConfigErrors: what stands against it.
+    """
+    if line.multirun or line.config_dir:
+        flag = "-m" if line.multirun else "--config-dir"
+        raise ConfigError(flag, why="has no meaning for a stored run, which is composed already", fix="leave it out")
+    if line.json and not line.dry_run:
+        raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
+    prepared = prepare(Composed(run=run, tree=run_to_tree(run), sweep=None, overrides=line.words[1:]))
+    if not line.dry_run:
+        return start(prepared)
+    plan = prepared.plan
+    print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False) if line.json else render(plan), end="")
+    return 0
+
+
+def _set(tree: dict[str, Any], key: str, word: str, mistakes: list[ConfigError]) -> None:
+    from omegaconf import OmegaConf
+
+    if "." not in key:
+        fix = "change single values (job.steps=400), or start a new run with checkpoint.resume=DIR"
+        mistakes.append(ConfigError(key, why="would change the kind of run", fix=fix))
+        return
+    changed = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist([word.lstrip("+")]))
+    tree.clear()
+    tree.update(OmegaConf.to_container(changed))

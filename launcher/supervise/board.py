@@ -1,0 +1,158 @@
+"""A folder in which an agent and the guards of ranks see each other, where no connection of ours leads to the ranks.
+
+Other people's launchers start ranks on other machines without an agent beside them. What both sides share then is the
+run directory. The agent renews ``agent.json`` every second, with the signals that it wants sent; each guard renews
+``rank<k>.json``, with what its rank says and how it ends. A side whose number does not change any more is gone.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.rundir import RunDir
+from launcher.supervise.heartbeat import BEATS_BYTES, read_beat
+
+RENEW_S = 1.0
+"""Time between two signs of life."""
+
+_WORD = "dir."
+
+
+def board_of(run_dir: RunDir) -> Path:
+    """Return the folder."""
+    return run_dir.path / "board"
+
+
+def word_of(run_dir: str) -> str:
+    """Return a word for a run directory that every shell leaves alone."""
+    return _WORD + base64.urlsafe_b64encode(os.fsencode(run_dir)).decode()
+
+
+def run_dir_of(word: str) -> RunDir:
+    """Return the run directory that ``word_of`` made a word of."""
+    return RunDir(Path(os.fsdecode(base64.urlsafe_b64decode(word.removeprefix(_WORD)))))
+
+
+def agent_file(board: Path) -> Path:
+    """Return what the agent writes: ``token`` of this start, ``turn``, ``signals`` so far, ``over``."""
+    return board / "agent.json"
+
+
+def rank_file(board: Path, rank: int) -> Path:
+    """Return what a guard writes: ``token``, ``turn``, ``guard``, ``pid``, ``beat``; in the end ``status``."""
+    return board / f"rank{rank}.json"
+
+
+def post(path: Path, content: Mapping[str, Any]) -> None:
+    """Replace a file as a whole; unlike a file that must survive a power cut, it need not reach the disk."""
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
+    temporary.replace(path)
+
+
+def look(path: Path) -> dict[str, Any] | None:
+    """Return what a file says; ``None`` when it cannot be read, now or at all."""
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content
+
+
+def call_off(run_dir: RunDir) -> None:
+    """Say that the run is over, in the place of an agent that may not have come to it."""
+    orders = look(agent_file(board_of(run_dir)))
+    if orders is not None and not orders["over"]:
+        with contextlib.suppress(OSError):  # then the guards end their ranks because they hear nothing
+            post(agent_file(board_of(run_dir)), {**orders, "over": True})
+
+
+class Lease:
+    """Notices that a number has not changed for ``timeout_s``; clocks of other machines play no part."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s, self._seen, self._at = timeout_s, -1, time.monotonic()
+
+    def renew(self, turn: int) -> None:
+        """Take the number as it is now."""
+        if turn != self._seen:
+            self._seen, self._at = turn, time.monotonic()
+
+    @property
+    def silent_s(self) -> float:
+        """Time since it last changed."""
+        return time.monotonic() - self._at
+
+    @property
+    def is_over(self) -> bool:
+        """Whether that is too long."""
+        return self.silent_s > self._timeout_s
+
+
+class BoardLink:
+    """A guard's side; takes the place of ``Link``.
+
+    Args:
+        board: the folder.
+        rank: whose guard it is.
+        token: of the start that this rank belongs to.
+        timeout_s: silence of the agent after which it counts as gone.
+    """
+
+    def __init__(self, board: Path, *, rank: int, token: str, timeout_s: float) -> None:
+        self.beats = mmap.mmap(-1, BEATS_BYTES)
+        """Shared with the rank, which is forked from this process."""
+        self._board, self._rank, self._token = board, rank, token
+        self._parent, self._lease = os.getppid(), Lease(timeout_s)
+        self._said: dict[str, Any] = {}
+        self._turn = self._num_obeyed = 0
+        self._next_at = 0.0
+        self._is_over = False
+
+    def tell(self, *, kind: str, **message: Any) -> None:
+        """Post what a guard has to say."""
+        self._said.update(message)
+        self._post()
+
+    def orders(self) -> list[int]:
+        """Return the signals that the agent wants sent and were not returned yet; show that this guard lives."""
+        if time.monotonic() >= self._next_at:
+            self._next_at = time.monotonic() + RENEW_S
+            self._post()
+        told = look(agent_file(self._board))
+        if told is None:
+            return []
+        self._is_over = told["over"] or told["token"] != self._token
+        self._lease.renew(told["turn"])
+        new: list[int] = told["signals"][self._num_obeyed :] if not self._is_over else []
+        self._num_obeyed += len(new)
+        return new
+
+    def lost(self) -> bool:
+        """Return whether the run is over, its agent silent, or what started this rank gone."""
+        if os.getppid() != self._parent:
+            self._said["is_orphan"] = True
+        return self._is_over or self._lease.is_over or "is_orphan" in self._said
+
+    def clean_up_after_agent(self) -> None:
+        """Leave the folder: others read it, and it is the run's."""
+
+    def close(self) -> None:
+        """Leave the rank's half nothing to do."""
+
+    def _post(self) -> None:
+        self._turn += 1
+        beat, now = read_beat(self.beats), time.monotonic()
+        shown = beat and {"phase": beat.phase, "step": beat.step, "at": beat.at, "numbers": beat.numbers}
+        age_s = max(0.0, now - beat.at) if beat else 0.0
+        content = {"token": self._token, "turn": self._turn, "beat": shown, "age_s": age_s, **self._said}
+        with contextlib.suppress(OSError):  # a full or absent disk: the agent will notice the silence
+            post(rank_file(self._board, self._rank), content)

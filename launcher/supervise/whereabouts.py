@@ -1,0 +1,131 @@
+"""session.json: who runs a run, so that another shell can ask after it or end it.
+
+A process is known by its number, its start time, and where its number means something: the boot of the machine and
+the PID namespace. Containers share a boot id, machines share namespace numbers, and both use process numbers again.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigError
+from launcher.files import read_json, write_json
+from launcher.rundir import RunDir
+from launcher.schema import build, to_tree
+from launcher.supervise.processes import Process, identify
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_PID_SPACE = Path("/proc/self/ns/pid")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProcessPlace:
+    """One process on one machine, for ever."""
+
+    machine: str
+    """Host name, as the machine itself says it."""
+    boot: str
+    """Boot id of its kernel."""
+    pid_space: int
+    """PID namespace, in which the number counts."""
+    pid: int
+    started: int
+    """Clock ticks since the machine started."""
+
+    @property
+    def process(self) -> Process:
+        """The process itself; only of use where ``is_running`` is true."""
+        return Process(self.pid, self.started)
+
+    def is_running(self) -> bool | None:
+        """Return whether it lives; ``None`` when that cannot be told from here.
+
+        A machine of the same name that has been started since holds it no more.
+        """
+        boot, pid_space = _here()
+        if boot == self.boot and pid_space == self.pid_space:
+            return self.process.is_alive()
+        if boot != self.boot and socket.gethostname() == self.machine:
+            return False
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentPlace:
+    """The agent of one host."""
+
+    host: str
+    """Its name in the plan."""
+    login: str = ""
+    """``user@name:port`` of the hostfile; empty for the machine of the session."""
+    place: ProcessPlace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Whereabouts:
+    """Who runs a run."""
+
+    backend: str
+    session: ProcessPlace
+    """The process that decides when the run is over."""
+    agents: tuple[AgentPlace, ...] = ()
+    job: dict[str, str] = field(default_factory=dict)
+    """What a scheduler calls it: ``{"id": …}`` of Slurm, ``{"kind": …, "name": …, "namespace": …}`` of Kubernetes."""
+
+    def is_running(self) -> bool | None:
+        """Return whether session or agents live; ``None`` when some of them cannot be seen from here.
+
+        A scheduler's job may outlive whoever submitted it, so without a living session nothing is known of it.
+        """
+        answers = [self.session.is_running(), *(agent.place.is_running() for agent in self.agents)]
+        if True in answers:
+            return True
+        if answers[0] is False and not self.job:
+            # agents end by themselves, seconds after their session
+            return False
+        return None
+
+
+def place_of_this_process() -> ProcessPlace:
+    """Return where this process is, for others to find it."""
+    itself = identify(os.getpid())
+    assert itself is not None, "whoever asks is there"
+    boot, pid_space = _here()
+    return ProcessPlace(
+        machine=socket.gethostname(), boot=boot, pid_space=pid_space, pid=itself.pid, started=itself.started
+    )
+
+
+def place_from_tree(tree: dict[str, Any]) -> ProcessPlace:
+    """Return the place that an agent told."""
+    return ProcessPlace(**tree)
+
+
+def write_whereabouts(run_dir: RunDir, whereabouts: Whereabouts) -> None:
+    """Write ``session.json``, atomically; call it again whenever an agent or a job is added.
+
+        write_whereabouts(run_dir, Whereabouts(backend="ssh", session=place_of_this_process(), agents=…))
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    write_json(run_dir.session, to_tree(whereabouts))
+
+
+def read_whereabouts(run_dir: RunDir) -> Whereabouts | None:
+    """Return what ``session.json`` says; ``None`` where there is none, or none that this version understands."""
+    try:
+        tree = read_json(run_dir.session)
+    except (OSError, ValueError):
+        return None
+    mistakes: list[ConfigError] = []
+    return build(Whereabouts, tree, path="session", report=mistakes.append) if isinstance(tree, dict) else None
+
+
+def _here() -> tuple[str, int]:
+    """Return boot id and PID namespace of this process."""
+    return _BOOT_ID.read_text(encoding="ascii").strip(), _PID_SPACE.stat().st_ino

@@ -1,0 +1,34 @@
+"""Our launcher's parent process, with ranks that cost little: ``faults_parent.py PLAN.json [SSH_CONFIG]``.
+
+Everything from the submission on is the real thing; what comes before (Hydra, the doctor) is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from faults_processes import MARK
+
+from launcher.backends.base import Backend
+from launcher.backends.local import Local
+from launcher.backends.ssh import Ssh
+from launcher.plan import plan_from_json
+from launcher.rundir import RunDir
+from launcher.supervise.conclude import conclude
+
+
+def main() -> None:
+    """Submit the plan, say how it ended, and end like it."""
+    plan = plan_from_json(json.loads(Path(sys.argv[1]).read_text()))
+    backend: Backend = Local()
+    if len(sys.argv) > 2:
+        backend = Ssh(ssh_config=sys.argv[2], ssh_options=("-o", f"SendEnv={MARK}"))
+    outcome = backend.submit(plan)
+    conclude(outcome, RunDir(Path(plan.run_dir)), run_id=plan.run_id)
+    sys.exit(outcome.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Hosts for tests: machines that are namespaces of this one."""

@@ -1,0 +1,307 @@
+"""The deepspeed backend: what it hands to the real command, and real runs on hosts that are namespaces."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.backends import deepspeed as backend
+from launcher.backends.deepspeed import Deepspeed
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.plan import Host
+from launcher.rundir import RunDir
+from launcher.supervise.board import run_dir_of, word_of
+
+from .contract import SMALL, BackendContract, Ended
+
+HOSTS = (
+    Host(name="node1", slots=2, login="node1", address="node1", python="python"),
+    Host(name="node2", slots=1, login="ada@node2", address="node2", python="python"),
+)
+TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local", "backend=deepspeed", "backend.heartbeat_timeout_s=6")
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Make programs that are there, and no others."""
+
+    def put(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).write_text("#!/bin/sh\n")
+            (tmp_path / name).chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+
+    return put
+
+
+def refusals(made: Deepspeed, hosts: Sequence[Host] = HOSTS) -> list[str]:
+    return [str(error) for error in made.refusals(hosts)]
+
+
+def test_the_submission_is_shown_whole(plan_of: Any, monkeypatch: pytest.MonkeyPatch, on_path: Any) -> None:
+    on_path("pdsh")
+    monkeypatch.setattr(sys, "executable", "/venv/bin/python")
+    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/code"))
+    plan = plan_of(*TINY, hosts=HOSTS, HF_TOKEN="hf_secret", WANDB_API_KEY="key", NCCL_DEBUG="INFO")
+    options = "-o BatchMode=yes -o ControlPath=none -o ClearAllForwardings=yes"
+    assert Deepspeed().render(plan, snapshot="").splitlines() == [
+        "export PYTHONPATH=/code",
+        "export PDSH_RCMD_TYPE=ssh",
+        f"export PDSH_SSH_ARGS_APPEND='{options}'",
+        "cd /code",
+        "/venv/bin/python -m deepspeed.launcher.runner --hostfile /runs/x/hostfile --launcher pdsh --force_multi "
+        "--no_ssh_check --no_local_rank --master_addr node1 --master_port 29500 --module launcher.board_rank "
+        "dir.L3J1bnMveA==",
+        "# /runs/x/hostfile:",
+        "node1 slots=2",
+        "ada@node2 slots=1",
+        "# board/start.json in the run directory: folder and environment for the ranks, without secrets",
+        "# forwarded: NCCL_DEBUG",
+        "# HF_TOKEN will not reach the hosts: deepspeed can only send them in command lines. "
+        "Log in on the hosts (hf auth login), or set backend=ssh",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("runner", "package"), [("pdsh", "pdsh"), ("openmpi", "openmpi-bin"), ("slurm", "slurm-client")]
+)
+def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
+    runner: Any, package: str, on_path: Any
+) -> None:
+    on_path()
+    hosts = (Host(name="node1", slots=1, login="node1"),)
+    (said,) = refusals(Deepspeed(runner=runner), hosts)
+    assert said.startswith(f"backend.runner={runner}: ")
+    assert f"apt install {package}" in said
+
+
+@pytest.mark.parametrize(
+    ("runner", "login"),
+    [("pdsh", "node1:2222"), ("pdsh", "[fd00::1]"), ("openmpi", "ada@node1"), ("slurm", "ada@node1")],
+)
+def test_logins_that_a_runner_has_no_word_for_are_refused(runner: Any, login: str, on_path: Any) -> None:
+    on_path("pdsh", "mpirun", "srun")
+    (said,) = refusals(Deepspeed(runner=runner), (Host(name="node1", slots=1, login=login),))
+    assert f"{runner} cannot be told to reach {login}" in said
+
+
+def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pytest.MonkeyPatch, on_path: Any) -> None:
+    on_path("pdsh")
+    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/my code"))
+    (said,) = refusals(Deepspeed())
+    assert "(/my code) through the shells of hosts unquoted" in said
+
+
+def test_what_deepspeed_has_no_way_to_do_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        Deepspeed(agent="torchrun", python="/other/python", min_hosts=1, ssh_config=str(tmp_path / "none"))
+    options = {error.option for error in caught.value.errors}
+    assert options == {"backend.agent", "backend.python", "backend.min_hosts", "backend.ssh_config"}
+
+
+def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"backend\.hostfile"):
+        Deepspeed(hostfile=str(tmp_path / "none")).hosts(max_ranks=None)
+
+
+def test_any_run_directory_becomes_a_word_that_no_shell_minds(nasty_strings: tuple[str, ...]) -> None:
+    for text in nasty_strings:
+        folder = "/" + text.replace("\0", "")
+        assert str(run_dir_of(word_of(folder)).path) == str(Path(folder))
+        assert re.fullmatch(r"[A-Za-z0-9_.=-]+", word_of(folder))
+
+
+class Run:
+    """A run of the program on the hosts of a lab, and every process of it, wherever it is."""
+
+    def __init__(self, lab: Any, cwd: Path, *words: str, **env: str) -> None:
+        self.lab, self.cwd, self.output = lab, cwd, ""
+        command = [sys.executable, "-m", "launcher", *TINY, *words]
+        command += [f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
+        self.process = subprocess.Popen(
+            command,
+            cwd=cwd,
+            env={**os.environ, **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        self.root = psutil.Process(self.process.pid)
+
+    @property
+    def run_dir(self) -> Path:
+        (found,) = self.cwd.glob("runs/*/*")
+        return found
+
+    def wait_for(self, text: str) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.output += line
+            if text in line:
+                return
+        pytest.fail(f"never said {text!r}:\n{self.output}")
+
+    def end(self, timeout: float = 120) -> int:
+        self.output += self.process.communicate(timeout=timeout)[0]
+        return self.process.returncode
+
+    def of_here(self, text: str) -> psutil.Process:
+        """Return the process of this machine whose command line holds ``text``."""
+        return next(child for child in self.root.children(recursive=True) if text in _command(child))
+
+    def of_hosts(self) -> dict[int, str]:
+        """Return what runs for this run on the hosts: ranks, guards, and what started them."""
+        word = word_of(str(self.run_dir))
+        found = {pid: line for name in self.lab.names for pid, line in self.lab.processes(name).items() if word in line}
+        return {pid: line for pid, line in found.items() if "ssh" not in line.split()[0]}
+
+    def survivors(self, seconds: float) -> list[str]:
+        """Return what is still there once ``seconds`` have passed; empty as soon as nothing is."""
+        word, deadline = word_of(str(self.run_dir)), time.monotonic() + seconds
+        while left := [line for line in map(_command, psutil.process_iter()) if word in line]:
+            if time.monotonic() > deadline:
+                return left
+            time.sleep(0.1)
+        return []
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def lab(lab_hosts_of_module: Any) -> Any:
+    return lab_hosts_of_module(2)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    """Start runs; whatever is left of one is killed in the end."""
+    started: list[Run] = []
+
+    def begin(lab: Any, *words: str, **env: str) -> Run:
+        started.append(Run(lab, tmp_path, *words, **env))
+        return started[-1]
+
+    yield begin
+    for run in started:
+        if run.process.poll() is None:
+            for child in [*run.root.children(recursive=True), run.root]:
+                child.kill()
+        run.process.wait()
+        assert run.process.stdout is not None
+        run.process.stdout.close()
+
+
+class TestContract(BackendContract):
+    @pytest.fixture
+    def words(self, tmp_path: Path, on_path: Any) -> tuple[str, ...]:
+        on_path("pdsh")
+        (tmp_path / "hosts").write_text("node1 slots=1\nada@node2 slots=1\n")
+        return ("backend=deepspeed", f"backend.hostfile={tmp_path}/hosts")
+
+    @pytest.fixture
+    def run(self, lab: Any, launch: Any) -> Callable[..., Ended]:
+        chosen = ("backend=deepspeed", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}")
+
+        def start(*more: str) -> Ended:
+            ended = launch(*SMALL, *chosen, *more)
+            return ended.returncode, ended.output, RunDir(ended.run_dir)
+
+        return start
+
+    @pytest.fixture
+    def left(self, lab: Any) -> Callable[[], object]:
+        return lambda: {name: found for name in lab.names if (found := lab.processes(name))}
+
+
+def test_trains_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
+    values = {"NCCL_ODD": 'a "b" $HOME `id` \\ {x,y} %n é', "HF_TOKEN": "hf_0123456789secret", "UCX_ODD": "$(id)"}
+    folder = tmp_path / "it's a $HOME `dir`"
+    run = start(lab, "job.steps=2", f"run.dir={json.dumps(str(folder))}", **values)
+    run.wait_for("step 1/2")
+    lines = [_command(process) for process in psutil.process_iter()]
+    assert run.end() == 0, run.output
+    assert json.loads((folder / "result.json").read_text())["status"] == "completed"
+    assert [path.name for path in sorted((folder / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
+    sent = json.loads((folder / "board" / "start.json").read_text())
+    assert (sent["cwd"], sent["env"]["NCCL_ODD"]) == (str(tmp_path), values["NCCL_ODD"])
+    assert "HF_TOKEN will not reach the hosts" in run.output
+    secret = values["HF_TOKEN"]
+    assert not any(secret in line for line in lines)
+    assert not any(secret.encode() in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert not any(values["NCCL_ODD"] in line or "$(id)" in line for line in lines)  # deepspeed had nothing to export
+
+
+FAULTS = {
+    "rank": (137, r"rank \d on node\d was ended by signal 9 \(SIGKILL\)"),
+    "launcher of a host": (1, r"what started the ranks on node\d was killed"),
+    "pdsh": (1, r"deepspeed ended with exit code 0 before rank 0 on node1 and 1 on node2 did"),
+    "deepspeed": (137, r"deepspeed on \S+ was ended by signal 9 \(SIGKILL\)"),
+    "agent": (137, r"the host agent on \S+ was ended by signal 9 \(SIGKILL\)"),
+    "parent": (-9, ""),
+}
+
+
+@pytest.mark.parametrize("victim", FAULTS)
+def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(victim: str, lab: Any, start: Any) -> None:
+    run = start(lab, "job.steps=100000")
+    run.wait_for("step 1/")
+    on_hosts = run.of_hosts()
+    if victim == "rank":
+        os.kill(max(pid for pid, line in on_hosts.items() if "-m launcher.board_rank" in line), signal.SIGKILL)
+    elif victim == "launcher of a host":
+        os.kill(next(pid for pid, line in on_hosts.items() if "-m deepspeed.launcher.launch" in line), signal.SIGKILL)
+    elif victim == "parent":
+        run.process.kill()
+    else:
+        text = {"pdsh": "pdsh -S", "deepspeed": "deepspeed.launcher.runner", "agent": "supervise.board_agent"}[victim]
+        run.of_here(text).kill()
+    code, reason = FAULTS[victim]
+    assert run.end() == code, run.output
+    assert run.survivors(20) == []
+    assert re.search(f"the run failed: {reason}" if reason else "", run.output), run.output
+
+
+def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any) -> None:
+    lab = lab_hosts(2, prefix="dark")
+    run = start(lab, "job.steps=100000")
+    run.wait_for("step 1/")
+    lab.power_off("dark2")
+    assert run.end() == 1
+    assert "the run failed: nothing was heard of dark2 for" in run.output
+    assert run.survivors(20) == []
+
+
+def test_ranks_that_are_asked_to_save_and_go_are_continued_later(lab: Any, start: Any) -> None:
+    run = start(lab, "job.steps=100000", "checkpoint=frequent")
+    run.wait_for("step 1/")
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.end() == 75, run.output
+    assert list((run.run_dir / "checkpoints").glob("step_*/manifest.json"))
+    assert run.survivors(20) == []
+
+
+def test_trains_with_openmpi(lab: Any, start: Any, tmp_path: Path) -> None:
+    if backend.shutil.which("mpirun") is None:
+        pytest.skip("mpirun is not installed (apt: openmpi-bin)")
+    run = start(lab, "job.steps=2", "backend.runner=openmpi")
+    assert run.end() == 0, run.output
+    assert [path.name for path in sorted((run.run_dir / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
+    assert run.survivors(20) == []

@@ -1,0 +1,66 @@
+"""Submissions as text, compared whole with files (``UPDATE_GOLDEN=1 pytest`` writes these anew), and how they grow."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.compose import compose
+from launcher.plan import Host
+from launcher.remote.bundle import code_root
+from launcher.schema import to_tree
+
+GOLDEN = Path(__file__).parent.parent / "golden"
+CLUSTERS = {
+    "ssh": ("backend=ssh", "backend.ssh_options=[-i,/keys/my key]"),
+    "deepspeed": ("backend=deepspeed",),
+    "slurm": ("backend=slurm", "backend.nodes={count}", "backend.ranks=8"),
+    "kubernetes": (
+        "backend=kubernetes",
+        "backend.image=registry.example/x:1",
+        "backend.nodes={count}",
+        "backend.ranks=8",
+    ),
+}
+
+
+def planned(plan_of, backend, count):
+    words = (
+        "+exp=zero2_gpt2_large",
+        "job.global_batch=null",
+        *(word.format(count=count) for word in CLUSTERS[backend]),
+    )
+    hosts = [
+        Host(name=f"node{n:04}", login=f"node{n:04}", slots=8, is_known=False, cores=0, address=f"node{n:04}")
+        for n in range(count)
+    ]
+    run = compose(words).run
+    if backend in ("slurm", "kubernetes"):
+        hosts = run.backend.hosts(max_ranks=None)
+    return run, plan_of(*words, hosts=hosts, NCCL_DEBUG="INFO", HF_TOKEN="hunter2", WANDB_API_KEY="h" * 40)
+
+
+@pytest.mark.parametrize("backend", ["ssh", "deepspeed"])
+def test_the_submission_is_as_it_was(plan_of, backend):
+    run, plan = planned(plan_of, backend, 2)
+    text = run.backend.render(plan, snapshot="")
+    for path, shown in ((sys.executable, "PYTHON"), (str(code_root()), "ROOT")):
+        text = text.replace(path, shown)
+    file = GOLDEN / f"submission_by_{backend}.txt"
+    if os.environ.get("UPDATE_GOLDEN"):
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("backend", CLUSTERS)
+def test_a_plan_grows_in_proportion_to_its_hosts(plan_of, backend):
+    sizes = {}
+    for count in (32, 128):
+        run, plan = planned(plan_of, backend, count)
+        text = json.dumps(to_tree(plan)) + run.backend.render(plan, snapshot="")
+        assert "hunter2" not in text
+        assert "h" * 40 not in text
+        sizes[count] = len(text)
+    assert sizes[128] < 4.2 * sizes[32]

@@ -1,0 +1,170 @@
+"""``launch runs``, and how a run is found and judged."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.commands.runs import run
+from launcher.errors import ConfigError
+from launcher.runs import find_run, last_metrics, look
+from launcher.supervise.whereabouts import AgentPlace
+
+ROOT = Path("runs")
+
+
+def listed(capsys: pytest.CaptureFixture[str], *words: str) -> list[list[str]]:
+    assert run(words) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"]
+    return [row.split("  ") for row in rows]
+
+
+def test_every_status_the_newest_first(capsys, make_run, alive, gone, far) -> None:
+    for number, status in enumerate(["completed", "failed", "preempted", "cancelled"]):
+        make_run(f"a{number}", status=status, session=gone, age_s=500 - number)
+    make_run("b-running", session=alive, age_s=400, step=4)
+    make_run("b-lost", session=gone, age_s=300, step=3)
+    make_run("b-elsewhere", session=far, age_s=200)
+    make_run("b-unknown", age_s=150)
+    make_run("b-starting", age_s=1)
+    rows = [[cell for cell in map(str.strip, row) if cell] for row in listed(capsys)]
+    assert [(row[0], row[2]) for row in rows] == [
+        ("b-starting", "running"),
+        ("b-unknown", "lost"),
+        ("b-elsewhere", "elsewhere"),
+        ("b-lost", "lost"),
+        ("b-running", "running"),
+        ("a3", "cancelled"),
+        ("a2", "preempted"),
+        ("a1", "failed"),
+        ("a0", "completed"),
+    ]
+    assert rows[4] == ["b-running", "tiny", "running", "4/10", "2.5000", "1×2", "local", "6 min", "6 min"]
+
+
+def test_a_real_run(capsys, completed, monkeypatch) -> None:
+    monkeypatch.chdir(completed)
+    (row,) = listed(capsys)
+    assert "completed" in row
+    assert run(["--json"]) == 0
+    (tree,) = json.loads(capsys.readouterr().out)
+    assert (tree["status"], tree["exit_code"], tree["step"], tree["num_steps"]) == ("completed", 0, 3, 3)
+    assert (tree["backend"], sum(tree["slots"])) == ("local", 2)
+    assert tree["run_dir"] == str(next(completed.glob("runs/*/*")))
+    assert tree["started_at"] < tree["ended_at"] <= time.time()
+    assert tree["loss"] > 0
+
+
+def test_the_trials_of_a_sweep_are_runs(capsys, make_run) -> None:
+    make_run("sweep-x/000", status="completed")
+    assert listed(capsys)[0][0].strip() == "sweep-x/000"
+    assert find_run("sweep-x/000", ROOT).path == (ROOT / "tiny/sweep-x/000").absolute()
+
+
+def test_no_runs(capsys, tmp_path) -> None:
+    assert run(["--root", str(tmp_path)]) == 0
+    assert "no runs in" in capsys.readouterr().out
+
+
+def test_a_job_of_a_scheduler_may_outlive_who_submitted_it(make_run, gone) -> None:
+    assert look(make_run(session=gone, backend="slurm", job={"id": "7"})).status == "elsewhere"
+
+
+def test_an_agent_that_lives_is_the_run(make_run, alive, gone) -> None:
+    agents = (AgentPlace(host="box", place=alive),)
+    assert look(make_run(session=gone, agents=agents)).status == "running"
+
+
+def test_the_result_of_an_earlier_life_does_not_count(make_run, alive) -> None:
+    run_dir = make_run(session=alive, status="failed", exit_code=3)
+    assert (look(run_dir).status, look(run_dir).exit_code) == ("failed", 3)
+    os.utime(run_dir.result, (0, 0))
+    assert (look(run_dir).status, look(run_dir).exit_code) == ("running", None)
+
+
+def test_broken_files_do_not_break_the_list(capsys, make_run, gone) -> None:
+    run_dir = make_run(session=gone)
+    for path in (run_dir.plan, run_dir.result, run_dir.session):
+        path.write_text('{"half": ')
+    assert "lost" in listed(capsys)[0]
+
+
+def test_only_the_end_of_long_metrics_is_read(tmp_path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with path.open("wb") as file:
+        file.truncate(1 << 36)
+        file.seek(0, os.SEEK_END)
+        file.write(b'\n{"train/step": 1, "train/loss": 5}\n{"eval/loss": 4}\n{"train/step": 2}\n{"train/st')
+    assert last_metrics(path) == {"train/step": 2, "train/loss": 5, "eval/loss": 4}
+
+
+def test_a_run_is_named_in_many_ways(make_run) -> None:
+    one, other = make_run("20260101-120000-abcd", age_s=9), make_run("20260102-120000-efgh", name="gpt2", age_s=99)
+    assert find_run(None, ROOT) == one
+    for word in (
+        "20260102",
+        "20260102-120000-efgh",
+        "gpt2",
+        "gpt2/2026",
+        str(other.path),
+        "runs/gpt2/" + other.path.name,
+    ):
+        assert find_run(word, ROOT) == other
+
+
+def test_a_whole_id_wins_over_longer_ones(make_run) -> None:
+    short = make_run("abc")
+    make_run("abcd")
+    assert find_run("abc", ROOT) == short
+
+
+@pytest.mark.parametrize(
+    ("word", "why", "fix"),
+    [
+        ("2026010", "2 runs in runs begin like this", "tiny/20260101-a, tiny/20260102-b"),
+        ("tiny/20260103", "is no run directory, and no run in runs begins", "tiny/20260102-b"),
+        ("runs/tiny", "holds no run.yaml", "runs/<name>/<id>"),
+        ("", "2 runs", "write more"),
+    ],
+)
+def test_what_names_no_run_or_several_is_refused(make_run, word: str, why: str, fix: str) -> None:
+    make_run("20260101-a")
+    make_run("20260102-b")
+    with pytest.raises(ConfigError) as caught:
+        find_run(word, ROOT)
+    assert why in caught.value.why
+    assert fix in caught.value.fix
+
+
+def test_without_runs_there_is_no_newest(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="holds no run"):
+        find_run(None, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--jason"], "did you mean --json"),
+        (["--root"], "lacks its value"),
+        (["--root="], "lacks its value"),
+        (["gpt2"], "takes flags only"),
+    ],
+)
+def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        run(words)
+
+
+def test_help(capsys) -> None:
+    assert run(["--help"]) == 0
+    assert "launch runs --root DIR" in capsys.readouterr().out
+
+
+def test_a_machine_started_anew_runs_nothing_of_before(make_run, alive) -> None:
+    assert look(make_run(session=replace(alive, boot="the last one"))).status == "lost"

@@ -1,0 +1,92 @@
+"""A cluster that plays manifests, and kubectl for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from .cluster import Cluster
+
+_CANNOT = "pods are played in mount, host name and PID namespaces, which needs root (as in a privileged container)"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Play manifests here."""
+    if not _has_namespaces():
+        pytest.skip(_CANNOT)
+    folder = tmp_path / "cluster"
+    folder.mkdir()
+    playing = Cluster(folder)
+    yield playing
+    playing.close()
+
+
+@pytest.fixture
+def kubectl(cluster: Cluster, tmp_path: Path) -> dict[str, str]:
+    """Return the environment in which ``kubectl`` talks to the cluster."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "kubectl"
+    source = Path(__file__).with_name("kubectl.py").read_text(encoding="utf-8")
+    program.write_text(f"#!{sys.executable}\n{source}", encoding="utf-8")
+    program.chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "TEST_CLUSTER": str(cluster.address)}
+
+
+@pytest.fixture
+def launch_with(
+    launch_in_background: Callable[..., object], kubectl: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., object]:
+    """Start ``python -m launcher`` in the background, with that kubectl."""
+    for name, value in kubectl.items():
+        monkeypatch.setenv(name, value)
+    return launch_in_background
+
+
+Overrides = Callable[..., tuple[str, ...]]
+
+
+@pytest.fixture
+def small_run(tmp_path: Path) -> Overrides:
+    """Return the overrides of a run that is over in seconds on two pods, each with one rank."""
+
+    def overrides(*words: str) -> tuple[str, ...]:
+        return (
+            *("backend=kubernetes", "backend.image=launcher:test", "backend.nodes=2", "backend.cpus=1"),
+            *("backend.claim=runs", f"backend.mount={tmp_path}/mnt", f"backend.python={sys.executable}"),
+            *(f"backend.port={two_free_ports()}", "backend.wait=true", "backend.gather_timeout_s=60"),
+            *("tracker=local", "data=synthetic", "job.steps=4", "job.micro_batch=1", "job.global_batch=2"),
+            *("job.sequence_length=16", "job.eval_every=0", "job.sample_tokens=0", *words),
+        )
+
+    return overrides
+
+
+def two_free_ports() -> int:
+    """Return a port that is free together with the one after it."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("", 0))
+            port: int = first.getsockname()[1]
+            try:
+                second.bind(("", port + 1))
+            except OSError:
+                continue
+            return port
+
+
+def _has_namespaces() -> bool:
+    try:
+        tried = subprocess.run(
+            ["unshare", "--mount", "--uts", "--pid", "--fork", "--mount-proc", "true"], capture_output=True, check=False
+        )
+    except FileNotFoundError:
+        return False
+    return tried.returncode == 0

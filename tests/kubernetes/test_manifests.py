@@ -1,0 +1,158 @@
+"""Manifests: compared whole with files, and held against the schemas of the API."""
+
+import copy
+import os
+import re
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import yaml
+
+from launcher.backends.kubernetes.manifests import submission_of
+from launcher.compose import compose
+from launcher.files import sha256_of
+from launcher.prepare import replan
+from launcher.snapshot import dump_run, load_run
+
+from .schemas import problems
+
+GOLDEN = Path(__file__).parent / "golden"
+UPDATE = bool(os.environ.get("UPDATE_GOLDEN"))
+WORKLOADS = ("indexed_job", "jobset", "pytorchjob", "trainjob")
+FULL = (
+    *(
+        "+exp=zero3_gpt2xl",
+        "job.global_batch=64",
+        "tracker=local",
+        "backend=kubernetes",
+        "backend.image=registry.example/launcher:1",
+    ),
+    *("backend.nodes=4", "backend.gpus_per_node=8", "backend.cpus=64", "backend.memory=512Gi"),
+    *("backend.claim=runs", "backend.volumes={datasets: /data}", "backend.namespace=ml", "backend.secret=tokens"),
+    *("backend.service_account=trainer", "backend.node_selector={gpu: h100}", "backend.image_pull_secrets=[registry]"),
+    "backend.tolerations=[{key: nvidia.com/gpu, operator: Exists, effect: NoSchedule}]",
+)
+SMALL = ("tracker=local", "backend=kubernetes", "backend.image=launcher", "job.global_batch=null")
+
+
+def rendered(*words, monkeypatch=None, run_dir="/home/me/runs/x/20260101-120000-abcd", **environ):
+    """Compose and plan as ``launch plan`` does, for a machine that is the same everywhere."""
+    run = compose(words).run
+    if monkeypatch is not None:
+        for name in list(os.environ):
+            if not name.startswith(("HOME", "PATH", "XDG_")):
+                monkeypatch.delenv(name)
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+    hosts = run.backend.hosts(max_ranks=run.parallel.max_ranks)
+    prepared = replan(run, hosts, run_id="20260101-120000-abcd", folder=Path(run_dir), port=29500)
+    return prepared, run.backend.render(prepared.plan, snapshot=prepared.snapshot)
+
+
+def documents(text):
+    return [document for document in yaml.safe_load_all(text) if document is not None]
+
+
+def pod_of(text):
+    """Return the pod spec, wherever the workload keeps it."""
+
+    def search(tree):
+        if isinstance(tree, dict):
+            if "containers" in tree:
+                yield tree
+            tree = list(tree.values())
+        if isinstance(tree, list):
+            for part in tree:
+                yield from search(part)
+
+    return next(search(documents(text)))
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_golden_and_valid(workload, monkeypatch):
+    restarts = 0 if workload == "pytorchjob" else 3
+    prepared, _ = rendered(
+        *FULL,
+        f"backend.workload={workload}",
+        f"backend.restarts={restarts}",
+        f"backend.ttl_s={'null' if workload == 'trainjob' else 86400}",
+        monkeypatch=monkeypatch,
+        HF_TOKEN="hf_very_secret",
+        NCCL_DEBUG="INFO",
+    )
+    # a new option anywhere changes run.yaml and its hash: that is no change of the manifests
+    plan = replace(prepared.plan, run_hash="ab" * 32)
+    text = prepared.run.backend.render(plan, snapshot="job:\n  kind: train\n")
+    file = GOLDEN / f"{workload}.yaml"
+    if UPDATE:
+        file.write_text(text, encoding="utf-8")
+    assert text == file.read_text(encoding="utf-8")
+    assert {str(document["kind"]): problems(document) for document in documents(text)} == {
+        str(document["kind"]): [] for document in documents(text)
+    }
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_smallest_is_valid_too(workload):
+    _, text = rendered(*SMALL, f"backend.workload={workload}")
+    assert [problem for document in documents(text) for problem in problems(document)] == []
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_the_validators_refuse(workload):
+    *_, job = documents(rendered(*SMALL, f"backend.workload={workload}")[1])
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["completion"] = 3
+    assert problems(wrong)
+    wrong = copy.deepcopy(job)
+    wrong["spec"] = "none"
+    assert problems(wrong)
+
+
+def test_the_rules_of_custom_resources_are_evaluated():
+    _, runtime, _ = documents(rendered(*SMALL, "backend.workload=trainjob")[1])
+    runtime["spec"]["mlPolicy"] |= {"torch": {}, "mpi": {}}
+    assert any("mlPolicy" in problem for problem in problems(runtime))
+
+
+def test_secrets_are_named_and_never_shown(monkeypatch):
+    prepared, text = rendered(*SMALL, monkeypatch=monkeypatch, HF_TOKEN="hf_very_secret", WANDB_API_KEY="w" * 40)
+    assert "hf_very_secret" not in text
+    assert "w" * 40 not in text
+    sources = {entry["name"]: entry["valueFrom"]["secretKeyRef"] for entry in pod_of(text)["containers"][0]["env"]}
+    name = submission_of(prepared.run.backend, prepared.plan).job
+    assert sources == {key: {"name": name, "key": key} for key in ("HF_TOKEN", "WANDB_API_KEY")}
+
+
+def test_the_snapshot_arrives_as_it_was_planned(tmp_path):
+    prepared, text = rendered(*SMALL, "run.name='größe a $(HOME)'", "backend.env={A: '$(B) ü'}")
+    config = documents(text)[0]["data"]
+    assert sha256_of(config["run.yaml"].encode()) == prepared.plan.run_hash
+    (tmp_path / "run.yaml").write_text(config["run.yaml"], encoding="utf-8")
+    assert dump_run(load_run(tmp_path / "run.yaml")) == prepared.snapshot
+
+
+def test_a_run_directory_on_the_mount_is_kept_and_another_gets_a_place_there():
+    prepared, _ = rendered(*SMALL, "backend.claim=c")
+    backend = prepared.run.backend
+    there = submission_of(backend, prepared.plan).orders.identity.run_dir
+    assert there == "/runs/x/20260101-120000-abcd"
+    on_mount = replace(prepared.plan, run_dir="/runs/deep/er/y")
+    assert submission_of(backend, on_mount).orders.identity.run_dir == "/runs/deep/er/y"
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_size_and_time_do_not_grow_with_pods(workload):
+    words = (*SMALL, "parallel=zero3", "backend.gpus_per_node=8", f"backend.workload={workload}")
+    _, few = rendered(*words, "backend.nodes=16")
+    composed = compose((*words, "backend.nodes=1024")).run
+    started = time.monotonic()
+    hosts = composed.backend.hosts(max_ranks=None)
+    prepared = replan(composed, hosts, run_id="20260101-120000-abcd", folder=Path("/r/x/y"), port=29500)
+    many = composed.backend.render(prepared.plan, snapshot=prepared.snapshot)
+    assert prepared.plan.world_size == 8192
+    assert time.monotonic() - started < 10  # 2 s where nothing else runs
+    assert len(many) < len(few) + 100
+    assert len(re.findall("\n", many)) == len(re.findall("\n", few))

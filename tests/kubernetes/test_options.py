@@ -1,0 +1,71 @@
+"""Options: what is refused before anything reaches a cluster."""
+
+import pytest
+
+from launcher.backends.kubernetes.backend import Kubernetes
+from launcher.errors import ConfigErrors, EnvironmentProblem
+from launcher.plan import Host
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("image", "", "cannot name an image"),
+        ("image", "a b", "cannot name an image"),
+        ("nodes", 0, "at least 1"),
+        ("gpus_per_node", -1, "at least 0"),
+        ("cpus", 0, "at least 1"),
+        ("memory", "64GB", "64Gi"),
+        ("shared_memory", "lots", "64Gi"),
+        ("namespace", "My_Team", "small letters"),
+        ("namespace", "a.b", "namespace"),
+        ("claim", "runs_1", "small letters"),
+        ("secret", "-a", "small letters"),
+        ("service_account", "A", "small letters"),
+        ("image_pull_secrets", ("ok", "N o"), "small letters"),
+        ("volumes", {"data": "data"}, "absolute"),
+        ("mount", "runs", "absolute"),
+        ("mount", "/", "absolute"),
+        ("tolerations", ({"keys": "x"},), "key"),
+        ("ttl_s", -1, "at least 0"),
+    ],
+)
+def test_refused(option, value, said):
+    with pytest.raises(ConfigErrors, match=f"backend.{option}.*{said}"):
+        Kubernetes(**{"image": "launcher", option: value})
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"workload": "pytorchjob", "restarts": 1, "claim": "c"}, "backend.restarts=1: a PyTorchJob"),
+        ({"workload": "trainjob", "ttl_s": 60}, "backend.ttl_s=60: a TrainJob"),
+        ({"restarts": 2}, "backend.restarts=2: without backend.claim"),
+    ],
+)
+def test_what_a_workload_cannot_do(options, said):
+    backend = Kubernetes(image="launcher", **options)
+    assert next(str(error) for error in backend.refusals(())).startswith(said)
+    assert not list(Kubernetes(image="launcher", claim="c", restarts=2).refusals(()))
+
+
+@pytest.mark.parametrize(
+    ("options", "slots", "devices"),
+    [({}, 2, 0), ({"cpus": 1}, 1, 0), ({"gpus_per_node": 8}, 8, 8), ({"gpus_per_node": 8, "ranks": 2}, 2, 8)],
+)
+def test_hosts_are_the_pods_asked_for(options, slots, devices):
+    hosts = Kubernetes(image="launcher", nodes=3, memory="2Gi", **options).hosts(max_ranks=None)
+    assert [host.name for host in hosts] == ["node0", "node1", "node2"]
+    assert {(host.slots, len(host.devices), host.memory_bytes) for host in hosts} == {(slots, devices, 2**31)}
+
+
+def test_nobody_logs_in_to_a_pod():
+    with pytest.raises(EnvironmentProblem, match="only while its run lasts"):
+        Kubernetes(image="launcher").remote(Host(name="node0", slots=1), "launcher.doctor.probe")
+
+
+def test_paths_of_this_machine_stay_unless_they_are_asked_for():
+    environ = {"HF_HOME": "/home/me", "HF_TOKEN": "t", "NCCL_TOPO_FILE": "/x", "MINE": "1", "LAUNCHER_X": "2"}
+    backend = Kubernetes(image="launcher", forward=("MINE", "NCCL_TOPO_*", "LAUNCHER_*"))
+    assert backend.forwards(environ) == ("HF_TOKEN", "MINE", "NCCL_TOPO_FILE")
+    assert Kubernetes(image="launcher").forwards(environ) == ("HF_TOKEN",)

@@ -1,0 +1,173 @@
+"""Whole runs: submitted with kubectl, played by real processes, supervised across pods."""
+
+import contextlib
+import json
+import signal
+import time
+
+import psutil
+import pytest
+import yaml
+
+from launcher.rundir import RunDir
+from launcher.supervise.whereabouts import read_whereabouts
+from tests.backends.contract import SMALL, BackendContract
+
+
+def wait_for(condition, *, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.1)
+    return found
+
+
+def run_dir_in_claim(cluster):
+    (found,) = (cluster.folder / "claim-runs").glob("*/*/")
+    return RunDir(found)
+
+
+def rank_in(pod, rank):
+    """Return the process that computes for ``rank`` in a pod: the child of its guard, which looks the same."""
+    found = []
+    for process in psutil.Process(pod.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "launcher.rank" in words and "--module" not in words and process.environ()["RANK"] == str(rank):
+                found.append(process)
+    return next(process for process in found if process.parent() in found)
+
+
+class TestContract(BackendContract):
+    takes_part = ("completions: 2\n", "parallelism: 2\n")  # names are indices
+
+    @pytest.fixture
+    def words(self):
+        return ("backend=kubernetes", "backend.image=launcher:test", "backend.nodes=2", "backend.cpus=1")
+
+    @pytest.fixture
+    def run(self, cluster, kubectl, small_run, launch):
+        def start(*more):
+            ended = launch(*small_run(*SMALL, *more), env=kubectl)
+            return ended.returncode, ended.output, run_dir_in_claim(cluster)
+
+        return start
+
+    @pytest.fixture
+    def left(self, cluster):
+        return lambda: [pod.name for pod in cluster.the_run().pods if pod.process.poll() is None]
+
+    def check_syntax(self, submission):
+        assert [manifest["kind"] for manifest in yaml.safe_load_all(submission)] == ["ConfigMap", "Service", "Job"]
+
+
+@pytest.mark.parametrize("workload", ["indexed_job", "pytorchjob", "trainjob"])
+def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, small_run, workload):
+    ended = launch(*small_run(f"backend.workload={workload}"), env={**kubectl, "HF_TOKEN": "hf_very_secret"}).expect(0)
+    run = cluster.the_run()
+    assert [pod.code for pod in run.pods] == [0, 0]
+    assert "node0:0 | " in ended.stdout
+    there, here = run_dir_in_claim(cluster), RunDir(ended.run_dir)
+    assert there.log_of("node1", 1).exists()
+    result = json.loads(there.result.read_text())
+    assert (result["status"], result["metrics"]["train/step"]) == ("completed", 4)
+    assert result["run_id"] == here.path.name
+    name = run.manifest["metadata"]["name"]
+    assert read_whereabouts(here).job["name"] == name
+    secret = cluster.objects["Secret", name]
+    assert secret["metadata"]["ownerReferences"][0]["uid"] == run.manifest["metadata"]["uid"]
+    files = [path for folder in (here.path, there.path) for path in folder.rglob("*") if path.is_file()]
+    told = [json.dumps(cluster.calls), ended.output, *(pod.log.read_text() for pod in run.pods)]
+    told += [path.read_text(errors="replace") for path in files]
+    secrets = [cluster.values("Secret", name)[key] for key in ("key", "HF_TOKEN")]
+    assert not any(value in text for value in secrets for text in told)
+
+
+LONG = ("job.steps=100000", "backend.preempt_grace_s=10")
+
+
+def test_a_killed_rank_ends_the_run_with_its_cause(launch_with, cluster, small_run):
+    running = launch_with(*small_run(*LONG))
+    running.wait_for_output("step 10/")
+    pod = cluster.the_run().newest(1)
+    rank_in(pod, 1).kill()
+    assert running.wait(timeout=60) == 128 + signal.SIGKILL
+    assert "rank 1 on node1 was ended by signal 9 (SIGKILL)" in running.output
+    wait_for(lambda: all(pod.code is not None for pod in cluster.the_run().pods))
+    codes = [pod.code for pod in cluster.the_run().pods if pod.code != 143]
+    assert codes[:2] == [137, 75]
+    assert cluster.the_run().condition == "Failed"
+
+
+def test_a_killed_pod_ends_the_others(launch_with, cluster, small_run):
+    running = launch_with(*small_run(*LONG))
+    running.wait_for_output("step 10/")
+    first, second = cluster.the_run().pods
+    second.send(signal.SIGKILL)
+    assert running.wait(timeout=60) == 128 + signal.SIGKILL
+    assert f"the pod {second.name} ended with exit code 137" in running.output
+    assert wait_for(lambda: first.code) == 75, "it was not the first pod that failed"
+
+
+def evict(cluster):
+    cluster.evict(1)
+
+
+def kill(cluster):
+    cluster.the_run().newest(1).send(signal.SIGKILL)
+
+
+@pytest.mark.parametrize(("disturb", "restarts", "code"), [(evict, 0, 75), (kill, 1, 137)])
+def test_new_pods_continue_what_others_saved(launch_with, cluster, small_run, disturb, restarts, code):
+    words = ("job.steps=200", "checkpoint.every=10", f"backend.restarts={restarts}", *LONG[1:])
+    running = launch_with(*small_run(*words))
+    wait_for(lambda: list(cluster.folder.glob("claim-runs/*/*/checkpoints/*/manifest.json")))
+    disturb(cluster)
+    assert running.wait(timeout=250) == 0, running.output
+    assert sorted(pod.code for pod in cluster.the_run().pods) == [0, 0, 75, code]
+    there = run_dir_in_claim(cluster)
+    metrics = [json.loads(line) for line in there.metrics.read_text().splitlines()]
+    steps = [line["train/step"] for line in metrics if "train/loss" in line]
+    assert steps[-1] == 200
+    assert len(steps) < 300, "the second pods went on from a checkpoint"
+    assert json.loads(there.result.read_text())["run_id"] == there.path.name
+
+
+def test_ctrl_c_takes_the_run_out_of_the_cluster(launch_with, cluster, small_run):
+    running = launch_with(*small_run(*LONG))
+    running.wait_for_output("submitted")
+    wait_for(lambda: cluster.runs and cluster.the_run().pods)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(timeout=60) == 130
+    assert not cluster.objects
+    wait_for(lambda: all(pod.process.poll() is not None for pod in cluster.the_run().pods))
+
+
+def test_without_wait_it_says_what_to_type(launch, cluster, kubectl, small_run):
+    ended = launch(*small_run(*LONG, "backend.wait=false"), env=kubectl).expect(0)
+    name = cluster.the_run().manifest["metadata"]["name"]
+    assert f"kubectl --namespace=default delete jobs.batch {name}" in ended.stdout
+    assert f"--selector=app.kubernetes.io/instance={name},batch.kubernetes.io/job-completion-index=0" in ended.stdout
+    assert not RunDir(ended.run_dir).result.exists()
+
+
+def test_a_refusal_of_the_cluster_leaves_nothing_there(launch, cluster, kubectl, small_run):
+    cluster.missing_kinds.add("JobSet")
+    ended = launch(*small_run("backend.workload=jobset"), env=kubectl).expect(2)
+    assert "set backend.workload=indexed_job" in ended.output
+    assert not cluster.objects
+
+
+def test_without_kubectl_it_says_where_to_get_it(launch, small_run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    ended = launch(*small_run(), env={"PATH": str(tmp_path / "empty")}).expect(2)
+    assert "https://kubernetes.io/docs/tasks/tools/" in ended.output
+
+
+def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubectl, small_run):
+    ended = launch(*small_run(*LONG, "backend.wait=false"), env=kubectl).expect(0)
+    name = cluster.the_run().manifest["metadata"]["name"]
+    told = launch("status", str(ended.run_dir), env=kubectl).expect(0)
+    assert f"kubectl --namespace=default get jobs.batch {name}" in told.stdout
+    launch("cancel", str(ended.run_dir), env=kubectl).expect(0)
+    assert not cluster.objects

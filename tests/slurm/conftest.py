@@ -1,0 +1,116 @@
+"""A real Slurm: munged, slurmctld and slurmd of Debian, as processes of the test."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from launcher.files import read_json
+from launcher.supervise.processes import descendants
+
+LAB = Path(__file__).resolve().parent.parent.parent / "scripts" / "lab" / "slurm.py"
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
+SBIN = f"{os.environ['PATH']}:/usr/sbin"
+
+SMALL = (
+    *("backend=slurm", "backend.threads=1", "tracker=local", "data=synthetic"),
+    *("model.layers=1", "model.width=32", "model.context=32", "job.sequence_length=16", "job.micro_batch=1"),
+    *("job.eval_sequences=2", "job.sample_tokens=2", "schedule.warmup_steps=2", "job.log_every=1"),
+)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A running cluster; nodes are called n1, n2, …"""
+
+    state: Path
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What its clients need."""
+        return {"SLURM_CONF": str(self.state / "slurm.conf")}
+
+    def ask(self, *command: str) -> str:
+        """Return what one of Slurm's programs answers."""
+        env = {**os.environ, **self.env}
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+
+    def job(self, run_dir: Path) -> str:
+        """Return the number of the job of a run."""
+        return read_json(run_dir / "session.json")["job"]["id"]
+
+    def state_of(self, job_id: str) -> str:
+        """Return what Slurm says of a job."""
+        return self.ask("squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T")
+
+    def fail(self, node: str) -> None:
+        """Cut the power of one node."""
+        subprocess.run([sys.executable, LAB, "fail", self.state, node], check=True, timeout=60)
+
+    def working(self) -> list[int]:
+        """Return the processes of this program that live on the nodes."""
+        found = []
+        for process in descendants(read_json(self.state / "keeper.json")["pid"]):
+            with contextlib.suppress(OSError):
+                if b"launcher." in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+                    found.append(process.pid)
+        return found
+
+
+def wait_for(condition: Callable[[], object], *, seconds: float = 120) -> None:
+    """Wait until ``condition`` holds; fail when it never does."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def running(num_nodes: int) -> Iterator[Cluster]:
+    """Run a cluster; skip the test where this machine cannot."""
+    missing = [program for program in PROGRAMS if shutil.which(program, path=SBIN) is None]
+    if missing:
+        pytest.skip(f"Slurm is not installed ({', '.join(missing)} missing): apt-get install slurmctld slurmd munge")
+    if os.geteuid() != 0 or subprocess.run(["unshare", "--uts", "--pid", "--fork", "true"], check=False).returncode:
+        pytest.skip("nodes of a cluster need root and namespaces")
+    with tempfile.TemporaryDirectory(prefix="slurm") as folder:  # a socket's name must be short
+        state = Path(folder)
+        command = [sys.executable, LAB, "run", state, str(num_nodes)]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as keeper:
+            assert keeper.stdout is not None
+            assert keeper.stdout.readline() == b"ready\n"
+            yield Cluster(state)
+            keeper.communicate(timeout=60)  # it ends everything once its stdin does
+            assert keeper.returncode == 0
+
+
+@pytest.fixture(scope="package")
+def two_nodes() -> Iterator[Cluster]:
+    """Two nodes for all tests."""
+    with running(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(two_nodes: Cluster) -> Iterator[Cluster]:
+    """Two nodes without a job on them."""
+    yield two_nodes
+    two_nodes.ask("scancel", "--user=root")
+    wait_for(lambda: not two_nodes.ask("squeue", "--noheader"))
+
+
+@pytest.fixture
+def doomed_cluster() -> Iterator[Cluster]:
+    """Two nodes for one test, which may break them."""
+    with running(2) as cluster:
+        yield cluster

@@ -1,0 +1,192 @@
+"""The hostfile and its filters: what DeepSpeed means by them, and what it lets pass in silence."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.hostfile import Entry, choose, read_hostfile
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "hosts"
+    path.write_text(text)
+    return path
+
+
+def refusals(error: pytest.ExceptionInfo[ConfigError]) -> list[ConfigError]:
+    value = error.value
+    return list(value.errors) if isinstance(value, ConfigErrors) else [value]
+
+
+def chosen(entries: tuple[Entry, ...]) -> dict[str, tuple[int, ...]]:
+    assert all(entry.slots == len(entry.devices) for entry in entries)
+    return {entry.name: entry.devices for entry in entries}
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> tuple[Entry, ...]:
+    return read_hostfile(written(tmp_path, "worker-0 slots=4\nworker-1 slots=4\nworker-2 slots=2\n"))
+
+
+def test_the_example_is_read_as_it_says() -> None:
+    entries = read_hostfile(REPOSITORY / "hostfile.example")
+    assert [(entry.user, entry.name, entry.port, entry.slots) for entry in entries] == [
+        (None, "worker-0", None, 8),
+        (None, "worker-1", None, 8),
+        ("ada", "worker-2", None, 4),
+        (None, "worker-3", 2222, 4),
+        (None, "10.0.0.17", None, 2),
+        ("ada", "fd00::12", 22, 2),
+    ]
+    assert entries[-1].login == "ada@[fd00::12]:22"
+    lines = (REPOSITORY / "hostfile.example").read_text().splitlines()
+    assert all(lines[entry.line - 1].startswith(entry.login) for entry in entries)
+
+
+def test_comments_blank_lines_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "hosts"
+    path.write_bytes(b"\xef\xbb\xbf# all\r\n\r\n  a slots=2 # two\r\n\tb\tslots=1\r\n")
+    assert [(entry.name, entry.slots, entry.line) for entry in read_hostfile(path)] == [("a", 2, 3), ("b", 1, 4)]
+
+
+def test_agrees_with_deepspeed(three: tuple[Entry, ...]) -> None:
+    runner = pytest.importorskip("deepspeed.launcher.runner")
+    pool = collections.OrderedDict((entry.name, entry.slots) for entry in three)
+    filters = ["worker-0", "worker-0@worker-1:0,2", "worker-2:1@worker-0:3,0", "worker-1:2@worker-1:0", "worker-1:1,1"]
+    for text in filters:
+        included = runner.parse_inclusion_exclusion(pool, text, "")
+        assert chosen(choose(three, include=text)) == {name: tuple(slots) for name, slots in included.items()}
+        excluded = runner.parse_inclusion_exclusion(pool, "", text)
+        assert chosen(choose(three, exclude=text)) == {name: tuple(slots) for name, slots in excluded.items()}
+
+
+def test_no_filter_leaves_all(three: tuple[Entry, ...]) -> None:
+    assert choose(three) == three
+
+
+def test_a_host_named_twice_has_all_it_was_named_with(three: tuple[Entry, ...]) -> None:
+    """DeepSpeed forgets "all of it" when single slots follow."""
+    assert chosen(choose(three, include="worker-0@worker-0:1")) == {"worker-0": (0, 1, 2, 3)}
+
+
+def test_an_excluded_host_is_gone(three: tuple[Entry, ...]) -> None:
+    assert chosen(choose(three, exclude="worker-1@worker-2:0,1")) == {"worker-0": (0, 1, 2, 3)}
+
+
+def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
+    entries = read_hostfile(written(tmp_path, "me@[fd00::1]:22 slots=4\nother slots=1\n"))
+    assert chosen(choose(entries, include="[fd00:0::1]:2")) == {"fd00::1": (2,)}
+
+
+@pytest.mark.parametrize(
+    ("line", "why", "fix"),
+    [
+        ("worker slot=4", "'slot=4' means nothing here", "did you mean slots=4?"),
+        ("worker slots=4 max=5", "'max=5' means nothing here", "slots"),
+        ("worker slots = 4", "'slots' means nothing here", "slots=N"),
+        ("worker", "worker has no slots", "write worker slots=N"),
+        ("worker slots=", "slots is '', not a number", "from 1"),
+        ("worker slots=two", "slots is 'two', not a number", "from 1"),
+        ("worker slots=0", "slots is 0", "put # before"),
+        ("worker slots=-1", "slots is -1", "from 1"),
+        ("worker slots=99999", "slots is 99999", "to 4096"),
+        ("worker slots=1 slots=2", "slots twice", "slots=N"),
+        ("slots=4", "begins with 'slots=4'", "host"),
+        ("-oProxyCommand=x slots=1", "begins with", "host"),
+        ("-v slots=1", "begins with a dash", "own name"),
+        ("-l@worker slots=1", "'-l' is not a user name", "letters"),
+        ("@worker slots=1", "'' is not a user name", "letters"),
+        ("me@-worker slots=1", "begins with a dash", "own name"),
+        ("$(reboot) slots=1", "not a host name", "letters"),
+        ("a;b slots=1", "not a host name", "letters"),
+        ("../etc slots=1", "not a host name", "letters"),
+        ("wörker slots=1", "not a host name", "letters"),
+        ("worker:x slots=1", "the port is 'x', not a number", "65535"),
+        ("worker:0 slots=1", "the port is 0", "65535"),
+        ("worker:70000 slots=1", "the port is 70000", "65535"),
+        ("fd00::1 slots=1", "more than one colon", "brackets"),
+        ("[fd00::1 slots=1", "is not a host", "brackets"),
+        ("[fd00::zz] slots=1", "not an IPv6 address", "[fd00::1]"),
+        ("[fe80::1%e$0] slots=1", "not a network interface", "eth0"),
+    ],
+)
+def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, line: str, why: str, fix: str) -> None:
+    path = written(tmp_path, f"# hosts\ngood slots=1\n{line}\n")
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(path)
+    (error,) = refusals(caught)
+    assert (error.option, error.value, error.source) == ("backend.hostfile", path, f"{path}:3")
+    assert why in error.why
+    assert fix in error.fix
+
+
+def test_all_wrong_lines_are_told_together(tmp_path: Path) -> None:
+    path = written(tmp_path, "a slots=0\nb slots=1\nc\nB slots=2\n")
+    with pytest.raises(ConfigErrors) as caught:
+        read_hostfile(path)
+    assert [error.source for error in refusals(caught)] == [f"{path}:1", f"{path}:3", f"{path}:4"]
+    assert "stands on line 2 already" in refusals(caught)[-1].why
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# worker slots=1\n"])
+def test_a_file_without_hosts_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match="names no host"):
+        read_hostfile(written(tmp_path, text))
+
+
+def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="No such file"):
+        read_hostfile(tmp_path / "missing")
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_hostfile(tmp_path)
+    for data in (b"\x7fELF\0\0\0", b"\xff\xfe"):
+        (tmp_path / "binary").write_bytes(data)
+        with pytest.raises(ConfigError, match="is not a text file"):
+            read_hostfile(tmp_path / "binary")
+
+
+@pytest.mark.parametrize(
+    ("text", "why", "fix"),
+    [
+        ("worker-9", "worker-9 is not in the hostfile", "did you mean worker-"),
+        ("worker-0:4", "worker-0 has no slot '4'", "0,1,2,3"),
+        ("worker-0:0-2", "worker-0 has no slot '0-2'", "one by one"),
+        ("worker-0:", "worker-0 has no slot ''", "0,1,2,3"),
+        ("worker-0:-1", "no slot '-1'", "0,1,2,3"),
+        ("", "names no host", "HOST"),
+        ("worker-0@", "names no host", "HOST"),
+        ("worker-0,worker-1", "is not in the hostfile", "did you mean"),
+    ],
+)
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_filter_that_names_nothing_is_refused(
+    three: tuple[Entry, ...], option: str, text: str, why: str, fix: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        choose(three, **{option: text})
+    (error,) = refusals(caught)
+    assert (error.option, error.value) == (f"backend.{option}", text)
+    assert why in error.why
+    assert fix in error.fix
+
+
+def test_all_of_a_filter_is_told_together(three: tuple[Entry, ...]) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        choose(three, include="worker-7@worker-0:9")
+    assert len(refusals(caught)) == 2
+
+
+def test_a_filter_must_leave_somebody(three: tuple[Entry, ...]) -> None:
+    with pytest.raises(ConfigError, match="leaves no host"):
+        choose(three, exclude="worker-0@worker-1@worker-2")
+
+
+def test_include_and_exclude_together_are_refused(three: tuple[Entry, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be used together with backend\.exclude=worker-1"):
+        choose(three, include="worker-0", exclude="worker-1")

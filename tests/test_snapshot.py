@@ -1,0 +1,14 @@
+"""run.yaml holds exactly the run that was written."""
+
+from dataclasses import replace
+
+from launcher.compose import compose
+from launcher.snapshot import load_run, save_run
+
+
+def test_every_text_reads_back_as_it_was(tmp_path, nasty_strings):
+    run = compose(()).run
+    texts = (*nasty_strings, *map(chr, (0x85, 0x2028, 0x2029, 0xFEFF, 0x1F600)), "a\x85b \x85", "x\u2028 y")
+    run = replace(run, backend=replace(run.backend, env={f"X{number}": text for number, text in enumerate(texts)}))
+    save_run(run, tmp_path / "run.yaml")
+    assert load_run(tmp_path / "run.yaml") == run

@@ -1,0 +1,237 @@
+"""A run that is asked to make room: saved on every rank after the same step, and continued as if undisturbed."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from launcher.compose import compose
+from launcher.context import Context
+from launcher.data.open import open_splits
+from launcher.engines.base import StepResult
+from launcher.files import read_json, write_json
+from launcher.results import read_metrics
+from launcher.rundir import RunDir
+from launcher.supervise.heartbeat import Heartbeat
+from launcher.training.clock import Clock
+from launcher.training.loop import Trainer
+from launcher.training.preemption import Preemption
+
+STEPS = 150
+SMALL = (
+    "model.layers=2",
+    "model.width=64",
+    "model.context=64",
+    "model.dropout=0.1",
+    "job.sequence_length=32",
+    "job.micro_batch=2",
+    "job.eval_sequences=8",
+    "job.sample_tokens=4",
+    "job.log_every=1",
+    "job.eval_every=7",
+    "schedule.warmup_steps=2",
+    "tracker=local",
+)
+MEASURED = ("train/loss", "train/grad_norm", "train/tokens", "train/lr", "eval/loss", "train/step")
+
+
+@pytest.fixture
+def preemption():
+    """Preemption of this process, with the handlers put back at the end."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    preemption = Preemption()
+    preemption.listen()
+    yield preemption
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+class TestSignals:
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+    def test_nothing_to_save_yet(self, preemption, number):
+        with pytest.raises(SystemExit) as ending:
+            os.kill(os.getpid(), number)
+        assert ending.value.code == 75
+
+    def test_work_is_finished_first_whatever_follows(self, preemption):
+        preemption.hold()
+        assert not preemption.requested()
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert preemption.requested()
+
+    def test_an_interrupt_is_no_preemption(self, preemption):
+        preemption.hold()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert not preemption.requested()
+
+
+class FakeEngine:
+    """Takes no time; sends this process a signal at the moment given."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, at):
+        self.at, self.steps, self.evaluations = at, 0, 0
+
+    def step(self, micro_batches, *, lr, preempted):
+        self.steps += 1
+        self._signal_at("step", self.steps)
+        return StepResult(loss=1.0, grad_norm=1.0, tokens=64, preempted=preempted())
+
+    def loss_of(self, micro_batch):
+        self.evaluations += 1
+        self._signal_at("evaluation", self.steps)
+        return 2.0, 1
+
+    def save(self, folder):
+        (folder / "payload").write_text(f"{self.steps} {self.evaluations}")
+
+    def _signal_at(self, place, step):
+        if self.at == (place, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.fixture
+def leave(preemption, tmp_path):
+    """Train to step 9 with a signal at one place; return the exit code, the metrics and what was saved by step."""
+
+    def train(*at, words=()):
+        run = compose([*SMALL, "job.sample_tokens=0", "job.steps=9", "job.eval_every=3", *words]).run
+        run_dir = RunDir(tmp_path)
+        write_json(run_dir.plan, {"run_id": "x", "run_hash": "y"})
+        context = Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
+        splits = open_splits(run.data, run.model, sequence_length=32, seed=0, beat=lambda: None)
+        clock = Clock(context.heartbeat, cuda=False)
+        code = 0
+        try:
+            Trainer(run.job, context, splits, FakeEngine(at), clock, preemption).run()
+        except SystemExit as ending:
+            code = ending.code
+        lines = list(read_metrics(run_dir.metrics))
+        folders = run_dir.checkpoints.glob("step_*")
+        saved = {int(folder.name[5:]): (folder / "payload").read_text() for folder in folders}
+        return SimpleNamespace(code=code, lines=lines, saved=saved, store=run_dir.checkpoints)
+
+    return train
+
+
+class TestWhere:
+    def test_after_the_step_in_which_it_was_asked(self, leave):
+        left = leave("step", 4)
+        assert left.code == 75
+        assert [line["train/step"] for line in left.lines if "train/loss" in line] == [1, 2, 3, 4]
+        assert left.saved == {4: "4 4"}
+
+    def test_the_checkpoint_comes_before_the_evaluation_of_the_same_step(self, leave):
+        left = leave("step", 6)
+        assert left.code == 75
+        assert left.saved == {6: "6 4"}  # only the evaluation of step 3 had been made
+        assert [line["train/step"] for line in left.lines if "eval/loss" in line] == [3, 6]
+
+    def test_after_the_evaluation_in_which_it_was_asked(self, leave):
+        left = leave("evaluation", 3)
+        assert left.code == 75
+        assert [line["train/step"] for line in left.lines if "train/loss" in line] == [1, 2, 3]
+        assert read_json(left.store / "step_00000003" / "manifest.json")["eval_loss"] == 2.0
+
+    @pytest.mark.parametrize("place", ["step", "evaluation"])
+    def test_a_run_at_its_last_step_is_completed(self, leave, place):
+        left = leave(place, 9)
+        assert left.code == 0
+        assert left.saved == {}
+
+
+def measured(run_dir):
+    """Return what was measured, line by line, without times."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    return [{name: line[name] for name in MEASURED if name in line} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Runs that nobody disturbs: strategy to what was measured."""
+    kept = {}
+
+    def measure(launch, parallel):
+        if parallel not in kept:
+            folder = tmp_path_factory.mktemp(parallel)
+            launch(*SMALL, f"job.steps={STEPS}", f"parallel={parallel}", "run.dir=whole", cwd=folder).expect(0)
+            kept[parallel] = measured(folder / "whole")
+        return kept[parallel]
+
+    return measure
+
+
+def test_ranks_that_heed_sigterm_do_not_delay_the_end_of_a_failed_run(launch_in_background, tmp_path):
+    running = launch_in_background(*SMALL, "job.steps=100000", "parallel=ddp", "run.dir=cut", "backend.grace_s=100")
+    running.wait_for_output("step 3/")
+    started = time.monotonic()
+    running.ranks()[1].kill()
+    assert running.wait() == 137, running.output
+    assert time.monotonic() - started < 20  # torchrun alone would wait 30 s for the other one
+    failure = read_json(tmp_path / "cut" / "failure.json")
+    assert failure["rank"] == 1
+    assert [place["rank"] for place in failure["ranks"]] == [0]
+    assert "launcher/" in failure["ranks"][0]["where"]
+    assert not list((tmp_path / "cut").glob("checkpoints/*"))
+
+
+def test_a_run_that_is_preempted_while_it_loads_starts_anew(launch, launch_in_background, tmp_path):
+    running = launch_in_background(*SMALL, "job.steps=8", "parallel=ddp", "run.dir=cut")
+    deadline = time.monotonic() + 60
+    while 0 not in (ranks := running.ranks()) or "libtorch" not in Path(f"/proc/{ranks[0].pid}/maps").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    ranks[0].send_signal(signal.SIGUSR1)
+    assert running.wait() == 75, running.output
+    assert read_json(tmp_path / "cut" / "result.json")["status"] == "preempted"
+    launch("resume", "cut").expect(0)
+    steps = [line["train/step"] for line in measured(tmp_path / "cut") if "train/loss" in line]
+    assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("parallel", "number", "who"),
+    [
+        ("ddp", signal.SIGTERM, "rank 1"),
+        ("ddp", signal.SIGTERM, "session"),
+        ("ddp", signal.SIGUSR1, "session"),
+        ("zero2", signal.SIGUSR1, "rank 1"),
+    ],
+)
+def test_the_run_continues_as_if_nothing_had_happened(
+    launch, launch_in_background, undisturbed, tmp_path, parallel, number, who
+):
+    whole = undisturbed(launch, parallel)
+    running = launch_in_background(*SMALL, f"job.steps={STEPS}", f"parallel={parallel}", "run.dir=cut")
+    running.wait_for_output("step 3/")
+    ranks = running.ranks()
+    assert sorted(ranks) == [0, 1]
+    (running if who == "session" else ranks[1]).send_signal(number)
+    assert running.wait() == 75, running.output
+
+    run_dir = RunDir(tmp_path / "cut")
+    result = read_json(run_dir.result)
+    assert (result["status"], result["exit_code"]) == ("preempted", 75)
+    assert "continue with `launch resume" in running.output.splitlines()[-1]
+    assert not run_dir.failure.exists()
+    before = measured(run_dir.path)
+    last = before[-1]["train/step"]
+    assert 3 <= last < STEPS
+    assert [folder.name for folder in run_dir.checkpoints.iterdir()] == [f"step_{last:08d}"]
+
+    launch("resume", "cut").expect(0)
+    after = measured(run_dir.path)
+    steps = [line["train/step"] for line in after if "train/loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert [line for line in after if len(line) > 1] == [line for line in whole if len(line) > 1]
+    assert after[: len(before)] == before
+    assert read_json(run_dir.result)["run_id"] == result["run_id"]

@@ -11,17 +11,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from launcher.backends.kubernetes.backend import Kubernetes
-from launcher.backends.kubernetes.names import address_of
-from launcher.backends.kubernetes.orders import SNAPSHOT, PodOrders, load_key, load_orders
 from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
-from launcher.first_pod import lead
-from launcher.snapshot import load_run
-from launcher.supervise.agent import serve
-from launcher.supervise.dialin import dial
-from launcher.supervise.link import scratch_folder
-from launcher.supervise.linux import become_subreaper
+
+if TYPE_CHECKING:
+    from launcher.backends.kubernetes.backend import Kubernetes
+    from launcher.backends.kubernetes.orders import PodOrders
 
 _INDEX = ("JOB_COMPLETION_INDEX", "RANK")
 """Who tells a pod its number: Indexed Jobs and what is made of them; PyTorchJobs."""
@@ -32,7 +28,8 @@ _OF_CONTROLLERS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_")
 
 def main() -> None:
     """Do this pod's part of the run and exit as its controller must see it."""
-    signal.signal(signal.SIGTERM, _end_as_preempted)  # the first process of a container has no default action
+    # The first process of a container has no default action: what is imported before this line leaves it deaf so long.
+    signal.signal(signal.SIGTERM, _end_as_preempted)
     try:
         sys.exit(_code_of_pod(Path(sys.argv[1])))
     except LauncherError as problem:
@@ -45,6 +42,11 @@ def _end_as_preempted(_number: int, _frame: FrameType | None) -> None:
 
 
 def _code_of_pod(folder: Path) -> int:
+    from launcher.backends.kubernetes.backend import Kubernetes
+    from launcher.backends.kubernetes.orders import SNAPSHOT, load_key, load_orders
+    from launcher.first_pod import lead
+    from launcher.snapshot import load_run
+
     index = index_of(os.environ)
     for name in [name for name in os.environ if name.startswith(_OF_CONTROLLERS)]:
         del os.environ[name]
@@ -76,6 +78,12 @@ def join(backend: Kubernetes, orders: PodOrders, *, index: int, key: bytes) -> i
     That is 0 after a run that went well. After any other it is 75, "start me again": the first pod alone says whether
     the run failed, so that one failure counts once, however many pods it ends.
     """
+    from launcher.backends.kubernetes.names import address_of
+    from launcher.supervise.agent import serve
+    from launcher.supervise.dialin import dial
+    from launcher.supervise.link import scratch_folder
+    from launcher.supervise.linux import become_subreaper
+
     become_subreaper()
     address, port = address_of(backend.workload, orders.job, 0), orders.session_port
     try:

@@ -26,6 +26,7 @@ OPTIONS = [(group, option) for group, options in groups().items() if group in KI
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option):
     needed = {
+        "backend/kubernetes": ["backend.image=x"],
         "model/hf": ["model.name=x"],
         "data/hf": ["data.path=x"],
         "parallel/zero_infinity": ["parallel.nvme_path=x"],

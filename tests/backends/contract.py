@@ -39,6 +39,9 @@ class BackendContract:
     takes_part: ClassVar[tuple[str, ...] | None] = None
     """What the submission says of who takes part, where it is not the name of every host."""
 
+    gone_within_s: ClassVar[float] = 15
+    """How long after a run something of it may be left elsewhere."""
+
     @pytest.fixture
     def words(self) -> tuple[str, ...]:
         """Return overrides that choose this backend, with two ranks."""
@@ -124,7 +127,7 @@ class BackendContract:
         assert all(run_dir.log_of(place["host"], place["rank"]).is_file() for place in ranks)
         assert read_json(run_dir.session)["backend"]
         assert [json.loads(line)["what"] for line in run_dir.timeline.read_text().splitlines()]
-        wait_until_nothing_is(left)
+        wait_until_nothing_is(left, seconds=self.gone_within_s)
 
     def test_a_run_that_fails_ends_with_its_code_and_names_the_rank(
         self, run: Callable[..., Ended], left: Callable[[], object]
@@ -136,7 +139,7 @@ class BackendContract:
         assert "loss is" in failure["reason"]
         assert f"exit code 1: rank {failure['rank']} " in output.splitlines()[-1]
         assert read_json(run_dir.result)["exit_code"] == 1
-        wait_until_nothing_is(left)
+        wait_until_nothing_is(left, seconds=self.gone_within_s)
 
 
 def losses(run_dir: RunDir) -> dict[int, float]:
@@ -156,7 +159,7 @@ def losses_of_one_machine() -> dict[int, float]:
     return found
 
 
-def wait_until_nothing_is(left: Callable[[], object], *, seconds: float = 15) -> None:
+def wait_until_nothing_is(left: Callable[[], object], *, seconds: float) -> None:
     """Wait until ``left`` finds nothing; fail when it still does."""
     deadline = time.monotonic() + seconds
     while found := left():

@@ -5,6 +5,7 @@ Runs as the first process of new mount, UTS and PID namespaces: ``python sandbox
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ def mount(*words):
 
 
 def main():
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a pod deleted this early never starts its container
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     mount("-t", "tmpfs", "tmpfs", "/run")  # in this namespace alone, so that folders can be made there
     for volume in spec["mounts"]:

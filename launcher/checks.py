@@ -16,7 +16,9 @@ from launcher.topology import first_ranks
 def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything that keeps ``run`` from working on ``hosts``, except the batch equation."""
     world_size = sum(host.slots for host in hosts)
+    yield from _refuse_degrees(run, world_size)
     yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
+    yield from _refuse_accumulation(run)
     yield from _refuse_long_sequences(run)
     yield from _refuse_vocabulary(run)
     yield from _refuse_too_many_ranks(hosts)
@@ -26,11 +28,32 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.backend.refusals(hosts)
 
 
+def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse a world that the degrees do not divide, naming each of them."""
+    fits = run.parallel.degrees(world_size)
+    if fits.product == world_size:
+        return
+    unit = run.parallel.degrees(1).product
+    nearest = sorted({max(unit, world_size // unit * unit), (world_size // unit + 1) * unit})
+    fix = f"run on {' or '.join(map(str, nearest))} ranks (backend.ranks counts those of one host)"
+    if run.parallel.degree_options:
+        fix += f", or change {', '.join(f'parallel.{name}' for name in run.parallel.degree_options)}"
+    why = f"{fits} does not fill the world of {world_size}"
+    yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
+
+
 def _refuse_long_sequences(run: Run) -> Iterator[ConfigError]:
     shape = run.model.shape()
     if shape is not None and run.job.sequence_length > shape.context:
         why = f"{run.model.name} takes at most {shape.context} tokens"
         yield run.job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
+
+
+def _refuse_accumulation(run: Run) -> Iterator[ConfigError]:
+    own = run.parallel.accumulation
+    if own is not None and run.job.accumulation not in (None, own):
+        why = f"parallel.micro_batches={own} says how many forward passes a step takes"
+        yield run.job.refuse("accumulation", why, "leave one of the two out")
 
 
 def _refuse_vocabulary(run: Run) -> Iterator[ConfigError]:

@@ -39,6 +39,8 @@ KINDS: dict[str, dict[str, str]] = {
     "parallel": {
         "single": "launcher.parallel.replicated:Single",
         "ddp": "launcher.parallel.replicated:Ddp",
+        "fsdp": "launcher.parallel.fsdp:Fsdp",
+        "pipeline": "launcher.parallel.pipeline:Pipeline",
         "zero": "launcher.parallel.zero:Zero",
     },
     "optimizer": {"adamw": "launcher.optim.adamw:AdamW"},

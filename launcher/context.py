@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.batch import Batch, solve_batch
+from launcher.degrees import Degrees
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -33,12 +34,22 @@ class Context:
         return self.rank == 0
 
     @property
+    def degrees(self) -> Degrees:
+        """How the run divides its ranks."""
+        return self.run.parallel.degrees(self.world_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of every batch this rank works on; ranks that split one sample between them have the same."""
+        return self.degrees.data_rank(self.rank)
+
+    @property
     def batch(self) -> Batch:
         """The batch equation of the run, as the plan printed it."""
         job = self.run.job
         return solve_batch(
             micro=job.micro_batch,
             global_=job.global_batch,
-            accumulation=job.accumulation,
+            accumulation=self.run.parallel.accumulation or job.accumulation,
             data_parallel=self.run.parallel.data_parallel(self.world_size),
         )

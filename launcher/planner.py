@@ -15,7 +15,7 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import Facts
 from launcher.memory import model_state
 from launcher.plan import Command, Host, HostPlan, Identity, Plan, TrackerPlan, What, Work
-from launcher.topology import degrees, first_ranks, rank_places
+from launcher.topology import first_ranks, rank_places
 from launcher.wording import component_text, times
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         job=run.job.kind,
         backend=run.backend.kind,
         world_size=world_size,
-        topology=degrees(run.parallel, world_size),
+        topology=run.parallel.degrees(world_size).named(),
         what=_what(run),
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
@@ -84,7 +84,7 @@ def _solve(run: Run, world_size: int) -> Batch:
     return solve_batch(
         micro=run.job.micro_batch,
         global_=run.job.global_batch,
-        accumulation=run.job.accumulation,
+        accumulation=run.parallel.accumulation or run.job.accumulation,
         data_parallel=run.parallel.data_parallel(world_size),
     )
 

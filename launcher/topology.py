@@ -1,16 +1,10 @@
-"""Degrees of parallelism, and which rank runs where."""
+"""Which rank runs where."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from launcher.parallel.base import Parallel
 from launcher.plan import Host, RankPlace
-
-
-def degrees(parallel: Parallel, world_size: int) -> dict[str, int]:
-    """Return the degree of each kind of parallelism; their product is the world size."""
-    return {"data": parallel.data_parallel(world_size)}
 
 
 def first_ranks(hosts: Sequence[Host]) -> list[int]:

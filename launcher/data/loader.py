@@ -24,6 +24,8 @@ class MicroBatch:
     """int64, shape (sequences, sequence_length)."""
     labels: torch.Tensor
     """int64, the same shape: the token that follows each input, so nothing is left to shift; -100 is no label."""
+    position_ids: torch.Tensor | None = None
+    """int64, shape (1, sequence_length): where the tokens stand in their sequences, if not at their beginning."""
 
 
 class Loader:
@@ -43,19 +45,26 @@ class Loader:
             for places in positions(self._rank, batch=self._batch)
         ]
 
-    def held_out(self, num_sequences: int) -> Iterator[MicroBatch]:
+    def held_out(self, num_sequences: int) -> Iterator[list[MicroBatch]]:
         """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all where there are fewer.
+
+        As many micro-batches come together as a step has, fewer at the end: a pipeline is filled with them.
 
         Every rank gets equally many batches of equal shape, because a partitioned model needs all ranks in every
         forward pass; sequences that only fill up have no labels.
         """
-        held_out, micro = self._splits.held_out, self._batch.micro
-        available = min(num_sequences, held_out.num_sequences)
-        one_pass = micro * self._batch.data_parallel
-        for start in range(self._rank * micro, -(-available // one_pass) * one_pass, one_pass):
-            wanted = range(start, start + micro)
-            rows = [held_out.sequence(at if at < available else 0) for at in wanted]
-            yield _tensors(rows, num_labelled=sum(at < available for at in wanted))
+        available = min(num_sequences, self._splits.held_out.num_sequences)
+        stretch = self._batch.micro * self._batch.data_parallel
+        parts = list(enumerate(positions(self._rank, batch=self._batch)))
+        for first in range(0, available, self._batch.global_):
+            needed = [places for part, places in parts if first + part * stretch < available]
+            yield [self._labelled_below(available, first, places) for places in needed]
+
+    def _labelled_below(self, end: int, first: int, places: range) -> MicroBatch:
+        """Return the held-out sequences at ``places`` behind ``first``, without labels from ``end`` on."""
+        wanted = [first + at for at in places]
+        rows = [self._splits.held_out.sequence(at if at < end else 0) for at in wanted]
+        return _tensors(rows, num_labelled=sum(at < end for at in wanted))
 
 
 def _tensors(rows: Sequence[np.ndarray], num_labelled: int | None = None) -> MicroBatch:

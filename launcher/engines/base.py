@@ -62,8 +62,11 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:
-        """Return the loss summed over this rank's tokens, and their number; nothing is learnt or drawn."""
+    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return the loss summed over this rank's tokens, and their number; nothing is learnt or drawn.
+
+        Summed over all ranks, both may count a token several times, but equally often.
+        """
 
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import (
+    DTYPES,
     TokenCount,
     choose_device,
     disconnect,
@@ -55,7 +56,8 @@ class DeepSpeedEngine(Engine):
         self._swap = self._swap_folder()
         config = self._config()
         self._gain = context.world_size * context.batch.accumulation
-        self._partitioning = Partitioning(config) if zero.stage == 3 else None
+        dtype = DTYPES[context.run.precision.compute]
+        self._partitioning = Partitioning(config, dtype=dtype) if zero.stage == 3 else None
         model = self._build()
         self._engine, _, _, _ = deepspeed.initialize(
             model=model,
@@ -87,9 +89,10 @@ class DeepSpeedEngine(Engine):
         return config
 
     def _build(self) -> nn.Module:
-        model = model_of(self._context)
-        if self._partitioning is not None:
-            assert_partitioned(model, small=self._zero.persistence_threshold)
+        if self._partitioning is None:
+            return model_of(self._context)
+        model = model_of(self._context, after=self._partitioning.partition)
+        assert_partitioned(model, small=self._zero.persistence_threshold)
         return model
 
     def step(
@@ -137,13 +140,13 @@ class DeepSpeedEngine(Engine):
             preempted=num_preempted > 0,
         )
 
-    def loss_of(self, micro_batch: MicroBatch) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
         self._engine.eval()
         with torch.no_grad():
-            loss = token_loss_sum(self._engine, micro_batch, device=self.device)
+            losses = [token_loss_sum(self._engine, micro_batch, device=self.device) for micro_batch in micro_batches]
         self._engine.train()
-        return loss.item(), num_labels([micro_batch])
+        return torch.stack(losses).double().sum().item(), num_labels(micro_batches)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Continue greedily; under ZeRO-3 every rank takes part in every token."""

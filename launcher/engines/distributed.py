@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""torch's names of the compute formats."""
+
 _DAY_S = 86400.0
 _AFTER_STALL_S = 300.0
 
@@ -88,10 +91,16 @@ def num_labels(micro_batches: Sequence[MicroBatch]) -> int:
 
 
 class TokenCount:
-    """Tokens with a label in the global batch, added up over ranks while the first forward pass goes on."""
+    """Tokens with a label in the global batch, added up over ranks while the first forward pass goes on.
 
-    def __init__(self, micro_batches: Sequence[MicroBatch], *, device: torch.device) -> None:
-        self._total = torch.tensor(num_labels(micro_batches), device=device)
+    Args:
+        micro_batches: of this rank.
+        device: of the sum.
+        copies: how many ranks are given the same tokens.
+    """
+
+    def __init__(self, micro_batches: Sequence[MicroBatch], *, device: torch.device, copies: int = 1) -> None:
+        self._total, self._copies = torch.tensor(num_labels(micro_batches), device=device), copies
         self._work = dist.all_reduce(self._total, async_op=True) if dist.is_initialized() else None
 
     def total(self) -> torch.Tensor:
@@ -99,4 +108,5 @@ class TokenCount:
         if self._work is not None:
             self._work.wait()
             self._work = None
+            self._total //= self._copies
         return self._total

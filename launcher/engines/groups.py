@@ -16,5 +16,17 @@ def decay_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, An
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
     vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": alike, "weight_decay": decay}
+        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
+        for alike in _by_mesh(parameters)
+    ]
     return [group for group in groups if group["params"]]
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return parameters that are sharded alike together: one call of the optimiser takes no others."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())

@@ -25,5 +25,7 @@ def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.
     """
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
-    logits = module(input_ids=input_ids, use_cache=False).logits
+    where = micro_batch.position_ids
+    positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
+    logits = module(input_ids=input_ids, use_cache=False, **positions).logits
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")

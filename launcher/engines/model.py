@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from launcher.models.build import build_model
+from launcher.models.lazy import After, leave
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -12,13 +13,19 @@ if TYPE_CHECKING:
     from launcher.context import Context
 
 
-def model_of(context: Context) -> PreTrainedModel:
-    """Return the run's model with fp32 weights; fetching and converting count as progress."""
+def model_of(context: Context, *, after: After = leave) -> PreTrainedModel:
+    """Return the run's model with fp32 weights; fetching, converting and drawing them counts as progress.
+
+    Args:
+        context: of this rank.
+        after: takes each part of the model as soon as it is there.
+    """
     run = context.run
     return build_model(
         run.model,
         seed=run.job.seed,
         attention=run.attention,
         activation=run.activation,
+        after=after,
         beat=lambda: context.heartbeat.beat("load"),
     )

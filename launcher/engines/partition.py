@@ -1,8 +1,7 @@
 """Building a model under ZeRO-3 so that no rank ever holds all of it.
 
-``deepspeed.zero.Init`` around a Transformers model is silently wrong: Transformers initialises parameters that are
-already empty. With an ``HfDeepSpeedConfig`` alive, Transformers partitions each module as it is built and gathers it
-for its own initialisation.
+``deepspeed.zero.Init`` around the construction of a Transformers model is silently wrong: Transformers initialises
+parameters that are already empty. So each part of the model is partitioned once it has its weights.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import distributed as dist
 
 if TYPE_CHECKING:
@@ -17,17 +17,26 @@ if TYPE_CHECKING:
 
 
 class Partitioning:
-    """Transformers' knowledge that models are partitioned as they are built, until :meth:`forget`.
+    """Partitions the parts of a model, and lets Transformers know of it until :meth:`forget`: generation asks.
 
     Args:
         config: DeepSpeed's, of stage 3.
+        dtype: of the partitioned parameters.
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype) -> None:
         from transformers.integrations import HfDeepSpeedConfig
 
         assert dist.is_initialized(), "partitions are laid out over the process group"
+        self._config, self._dtype = dict(config), dtype
         self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
+
+    def partition(self, name: str, part: nn.Module) -> None:
+        """Keep this rank's share of a part's parameters; one that is tied to an earlier part's is partitioned already."""
+        import deepspeed
+
+        part.to(self._dtype)
+        deepspeed.zero.Init(module=part, config_dict_or_path=self._config)
 
     def forget(self) -> None:
         """Let Transformers build plain models again in this process."""

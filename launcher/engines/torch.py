@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from launcher.data.loader import MicroBatch
     from launcher.training.clock import Clock
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 
 class TorchEngine(Engine):
@@ -55,7 +55,7 @@ class TorchEngine(Engine):
             self._forward = _replicated(self.module, bucket_mb=run.parallel.bucket_mb)
         self._replicas = context.world_size
         self._scale = LossScale(run.precision)
-        self._dtype = _DTYPES[run.precision.compute]
+        self._dtype = DTYPES[run.precision.compute]
         self._parameters = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             decay_groups(self.module, weight_decay=run.optimizer.weight_decay),

@@ -29,6 +29,16 @@ class Shape:
     """Parameters, with tied ones counted once."""
     largest_param: int
     """Elements of the largest single parameter."""
+    kv_heads: int
+    """Heads of keys and values in a block, at most ``heads``."""
+    mlp_width: int
+    """Size of the hidden layer of a block's MLP."""
+    block_params: int
+    """Parameters of one block."""
+    tied: bool
+    """The output projection is the token embedding."""
+    family: str
+    """Name of the architecture in Transformers (``gpt2``, ``llama``)."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""

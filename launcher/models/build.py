@@ -1,22 +1,23 @@
-"""Build a model on a rank: random or loaded, whole or partitioned by ZeRO-3 while it is built."""
+"""Build a model on a rank: random or loaded, whole or spread over ranks while it is built."""
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from torch import nn
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.models.lazy import After, Builder, Source, files_in, leave, skeleton
 from launcher.models.weights import folder_problems, tensor_shapes
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from launcher.activation import Activation
     from launcher.attention import Attention
@@ -32,37 +33,74 @@ def build_model(
     attention: Attention,
     activation: Activation,
     dtype: torch.dtype = torch.float32,
+    after: After = leave,
     beat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
-    """Return the model in training mode, on the CPU or wherever ZeRO-3 puts its partitions.
-
-    For ZeRO-3 the caller keeps an ``HfDeepSpeedConfig`` alive around this call, after ``init_distributed``;
-    Transformers then partitions each module as it is built. Every rank must call.
+    """Return the model in training mode, on the CPU or wherever ``after`` puts its parts.
 
     Args:
         model: what to build.
-        seed: seeds torch's global generators, so that every rank draws the same random weights.
+        seed: of random weights; the same seed gives the same ones under every strategy. Also seeds torch's global
+            generator, for dropout.
         attention: its kind is Transformers' name of the kernel.
         activation: ``full`` recomputes each block in the backward pass.
-        dtype: of the parameters; under ZeRO-3 the DeepSpeed configuration's takes precedence.
-        beat: called while weights are fetched or converted.
+        dtype: of the parameters.
+        after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
+        beat: called while weights are fetched, converted or drawn.
 
     Raises:
         ConfigError: the weights do not fit the model exactly; names the parameters.
         EnvironmentProblem: weights cannot be fetched.
     """
+    built, builder = lay_out(model, seed=seed, attention=attention, dtype=dtype, beat=beat)
+
+    def then(name: str, part: nn.Module) -> None:
+        after(name, part)
+        beat()
+
+    builder.build_all(then)
+    if activation.kind == "full":
+        _recompute_blocks(built)
+    torch.manual_seed(seed)
+    built.train()
+    return built
+
+
+def lay_out(
+    model: Model,
+    *,
+    seed: int,
+    attention: Attention,
+    dtype: torch.dtype = torch.float32,
+    beat: Callable[[], None] = lambda: None,
+) -> tuple[PreTrainedModel, Builder]:
+    """Return the model without storage, and what fills it part by part; arguments and errors are those above."""
     transformers_logging.disable_progress_bar()
     folder = model.weights_folder(beat=beat)
     config = model.transformers_config()
-    torch.manual_seed(seed)
-    if folder is None:
-        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention.kind, dtype=dtype)
-    else:
-        built = _load(model, config, folder, attention=attention.kind, dtype=dtype)
-    if activation.kind == "full":
-        _recompute_blocks(built)
-    built.train()
-    return built
+    if folder is not None:
+        problems = list(folder_problems("model.weights", str(folder), architecture=None))
+        if problems:
+            raise ConfigErrors(problems)
+    laid_out = skeleton(config, attention=attention.kind, dtype=dtype)
+    source = _source(model, laid_out, folder) if folder is not None else None
+    return laid_out, Builder(laid_out, seed=seed, source=source)
+
+
+def _source(model: Model, laid_out: PreTrainedModel, folder: Path) -> Source:
+    """Return where weights come from; names and shapes are compared first, so no rank fails while others wait."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    if not get_model_conversion_mapping(laid_out, add_legacy=False):
+        _check_names(model, laid_out, folder)
+        return files_in(folder, prefix=f"{laid_out.base_model_prefix}.")
+    print(f"weights: Transformers rearranges those of {model.name}, so each rank loads them whole at first", flush=True)
+    whole, report = AutoModelForCausalLM.from_pretrained(
+        folder, config=laid_out.config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    _refuse(model, folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
+    tensors = whole.state_dict()
+    return lambda names: next(tensors[name] for name in names if name in tensors)
 
 
 def _recompute_blocks(built: PreTrainedModel) -> None:
@@ -74,39 +112,8 @@ def _recompute_blocks(built: PreTrainedModel) -> None:
         built.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
-def _load(
-    model: Model, config: PreTrainedConfig, folder: Path, *, attention: str, dtype: torch.dtype
-) -> PreTrainedModel:
-    problems = list(folder_problems("model.weights", str(folder), architecture=None))
-    if problems:
-        raise ConfigErrors(problems)
-    _check_names(model, config, folder)
-    built, report = AutoModelForCausalLM.from_pretrained(
-        folder,
-        config=config,
-        attn_implementation=attention,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    _refuse(model, folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
-    return built
-
-
-def _check_names(model: Model, config: PreTrainedConfig, folder: Path) -> None:
-    """Compare names and shapes with the files' headers before anything is loaded.
-
-    Transformers' own report cannot do it under ZeRO-3: there it lists no unexpected keys, and a wrong shape ends one
-    rank while the others wait for it. Families whose parameters Transformers rearranges on loading keep to that report.
-    """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-
-    family = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    with torch.device("meta"):
-        skeleton = family(copy.deepcopy(config))  # not by from_config, which partitions under ZeRO-3
-    if get_model_conversion_mapping(skeleton, add_legacy=False):
-        return
+def _check_names(model: Model, skeleton: PreTrainedModel, folder: Path) -> None:
+    """Compare names and shapes with the files' headers."""
     wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
     prefix = f"{skeleton.base_model_prefix}."
     found = {

@@ -50,7 +50,7 @@ def _gpt2(config: Config) -> Sizes | None:
     )
 
 
-def _llama(config: Config, **biases: bool) -> LlamaSizes:
+def _llama(config: Config, **features: bool) -> LlamaSizes:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     return LlamaSizes(
         layers=config["num_hidden_layers"],
@@ -62,7 +62,8 @@ def _llama(config: Config, **biases: bool) -> LlamaSizes:
         vocab_size=config["vocab_size"],
         context=config["max_position_embeddings"],
         tied=config.get("tie_word_embeddings", False),
-        **biases,
+        family=config["model_type"],
+        **features,
     )
 
 

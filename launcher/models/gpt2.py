@@ -72,6 +72,11 @@ class Gpt2(Model):
             context=self.context,
             num_params=embeddings + self.layers * block + 2 * width,
             largest_param=max(self.vocab_size * width, 4 * width * width),
+            kv_heads=self.heads,
+            mlp_width=4 * width,
+            block_params=block,
+            tied=True,
+            family="gpt2",
         )
 
     def architecture(self) -> dict[str, Any]:

@@ -29,6 +29,8 @@ class LlamaSizes:
     mlp_bias: bool = False
     qk_norm: bool = False
     """An RMS norm of ``head_dim`` on queries and another on keys (Qwen 3)."""
+    family: str = "llama"
+    """Name of the architecture in Transformers."""
 
     def shape(self) -> Shape:
         """Return the sizes the planner reckons with."""
@@ -49,8 +51,13 @@ class LlamaSizes:
             context=self.context,
             num_params=embeddings * (1 if self.tied else 2) + self.layers * block + self.width,
             largest_param=max(embeddings, self.width * self.mlp_width, self.width * queries),
+            kv_heads=self.kv_heads,
+            mlp_width=self.mlp_width,
+            block_params=block,
+            tied=self.tied,
+            family=self.family,
         )
 
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide every parameter's shape."""
-        return {"family": "llama", **dataclasses.asdict(self)}
+        return dataclasses.asdict(self)

@@ -55,6 +55,11 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file that holds each tensor of a folder's safetensors, by the tensor's name."""
+    return {name: file for file in weight_files(folder) for name in _header(file)}
+
+
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -9,10 +9,15 @@ from typing import Any, ClassVar, Literal
 
 from launcher.batch import Batch
 from launcher.component import Component
+from launcher.degrees import Degrees
 from launcher.errors import ConfigError
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.precision import Precision
+
+
+Engine = Literal["torch", "deepspeed"]
+"""Whose machinery takes the steps of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +59,12 @@ class Parallel(Component):
     """A strategy and the engine that carries it out."""
 
     group: ClassVar[str] = "parallel"
-    engine: ClassVar[Literal["torch", "deepspeed"]]
+    engine: ClassVar[Engine]
     max_ranks: ClassVar[int | None] = None
     """The most ranks it can use; ``backend.ranks=auto`` takes no more."""
+
+    degree_options: ClassVar[tuple[str, ...]] = ()
+    """Options that set a degree of parallelism."""
 
     payload_options: ClassVar[tuple[str, ...]] = ()
     """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""
@@ -64,9 +72,18 @@ class Parallel(Component):
     resizable: ClassVar[bool] = True
     """Whether a checkpoint of one world size loads at another."""
 
+    def degrees(self, world_size: int) -> Degrees:
+        """Return how the world is divided; where that does not come out even, as many ranks as can be used."""
+        return Degrees(data=world_size)
+
+    @property
+    def accumulation(self) -> int | None:
+        """Forward passes per optimiser step that the strategy itself asks for, if it does."""
+        return None
+
     def data_parallel(self, world_size: int) -> int:
         """Return how many different micro-batches the world works on at a time."""
-        return world_size
+        return self.degrees(world_size).data_parallel
 
     @abstractmethod
     def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from launcher.errors import ConfigError
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
-from launcher.parallel.base import Parallel, StateBytes
+from launcher.parallel.base import Engine, Parallel, StateBytes
 from launcher.precision import Precision
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Replicated(Parallel):
-    engine: ClassVar[Literal["torch", "deepspeed"]] = "torch"
+    engine: ClassVar[Engine] = "torch"
 
     def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
         """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""

@@ -11,7 +11,7 @@ from launcher.errors import ConfigError
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.parallel import ds_config, zero_memory
-from launcher.parallel.base import NativeOps, Parallel, StateBytes
+from launcher.parallel.base import Engine, NativeOps, Parallel, StateBytes
 from launcher.parallel.ds_keys import raw_key_problems
 from launcher.precision import Fp16, Precision
 
@@ -23,7 +23,7 @@ class Zero(Parallel):
     """ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054) with offload (2101.06840) and Infinity (2104.07857)."""
 
     kind: ClassVar[str] = "zero"
-    engine: ClassVar[Literal["torch", "deepspeed"]] = "deepspeed"
+    engine: ClassVar[Engine] = "deepspeed"
     headline: ClassVar[tuple[str, ...]] = ("stage",)
     payload_options: ClassVar[tuple[str, ...]] = (
         "stage",

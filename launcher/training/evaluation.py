@@ -30,8 +30,8 @@ def evaluate(engine: Engine, loader: Loader, num_sequences: int, *, preempted: C
     from launcher.engines.distributed import sum_over_ranks
 
     loss_sum, tokens = 0.0, 0
-    for micro_batch in loader.held_out(num_sequences):
-        batch_sum, batch_tokens = engine.loss_of(micro_batch)
+    for micro_batches in loader.held_out(num_sequences):
+        batch_sum, batch_tokens = engine.loss_of(micro_batches)
         loss_sum += batch_sum
         tokens += batch_tokens
     total, count, num_preempted = sum_over_ranks([loss_sum, float(tokens), float(preempted())], device=engine.device)

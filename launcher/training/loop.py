@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         self.job, self.context, self.splits, self.engine, self.clock = job, context, splits, engine, clock
         self.preemption = preemption
-        self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.rank)
+        self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
         self.recorder: Recorder
 

@@ -68,7 +68,8 @@ def test_labels_are_the_next_tokens() -> None:
 def test_evaluation_counts_each_sequence_once_in_equally_many_batches(wanted: int, ranks: int) -> None:
     batch = Batch(micro=2, accumulation=4, data_parallel=ranks)
     shares: list[list[MicroBatch]] = [
-        list(Loader(splits(7, 11), batch, seed=0, rank=rank).held_out(wanted)) for rank in range(ranks)
+        [part for together in Loader(splits(7, 11), batch, seed=0, rank=rank).held_out(wanted) for part in together]
+        for rank in range(ranks)
     ]
     assert len({len(share) for share in shares}) == 1
     assert all(part.labels.shape == (2, 4) for share in shares for part in share)

@@ -129,7 +129,7 @@ def run_case(case: dict[str, Any], weights: str, output: Path, rank: int) -> dic
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
     with make_engine(context, QuietClock()) as engine:
-        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[0])
+        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[:1])
         answer["steps"] = train(engine, context, range(steps), lr)
         if case.get("generate"):
             prompt = torch.arange(4).unsqueeze(0)

@@ -15,7 +15,20 @@ from launcher.precision import Bf16, Fp16, Fp32
 
 PARAMS, RANKS = 1_000_000, 4
 NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}
-SHAPE = Shape(layers=2, heads=2, width=64, vocab_size=4096, context=128, num_params=PARAMS, largest_param=200_000_000)
+SHAPE = Shape(
+    layers=2,
+    heads=2,
+    width=64,
+    vocab_size=4096,
+    context=128,
+    num_params=PARAMS,
+    largest_param=200_000_000,
+    kv_heads=2,
+    mlp_width=256,
+    block_params=PARAMS // 2,
+    tied=True,
+    family="gpt2",
+)
 
 
 @pytest.mark.parametrize(

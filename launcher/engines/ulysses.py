@@ -1,0 +1,112 @@
+"""Sequence parallelism: each rank computes with its own tokens, except for attention, where it has its own heads.
+
+Around attention the ranks swap tokens for heads, all to all (DeepSpeed-Ulysses, Jacobs et al., 2023, arXiv:2309.14509),
+so any kernel computes it on whole sequences. It comes in through Transformers' registry of attention functions, and no
+model code changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from launcher.data.loader import MicroBatch
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import ProcessGroup
+    from transformers import PreTrainedModel
+
+_NAME = "launcher_ulysses"
+
+
+class _Swap(torch.autograd.Function):
+    """All to all: cut dimension ``cut`` over the ranks and join what they send along ``join``; backward swaps back."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup, cut: int, join: int) -> Tensor:
+        ctx.group, ctx.cut, ctx.join = group, cut, join
+        return _swap(tensor, group, cut=cut, join=join)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        return _swap(gradients[0], ctx.group, cut=ctx.join, join=ctx.cut), None, None, None
+
+
+def _swap(tensor: Tensor, group: ProcessGroup, *, cut: int, join: int) -> Tensor:
+    size = dist.get_world_size(group)
+    sent = torch.stack(tensor.chunk(size, dim=cut)).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return torch.cat(received.unbind(), dim=join)
+
+
+class SequenceParallel:
+    """Splits sequences over the ranks of ``group`` for one model.
+
+    Args:
+        model: whose attention is to see whole sequences; its own kernel computes it.
+        group: of the ranks that share each sequence.
+    """
+
+    def __init__(self, model: PreTrainedModel, group: ProcessGroup) -> None:
+        self._group, self._rank, self._size = group, dist.get_rank(group), dist.get_world_size(group)
+        self._inner = ALL_ATTENTION_FUNCTIONS[model.config._attn_implementation]  # noqa: SLF001
+        self._inner_name: str = model.config._attn_implementation  # noqa: SLF001
+        self._splits = False
+        AttentionInterface.register(_NAME, self._attend)
+        AttentionMaskInterface.register(_NAME, self._mask)
+        model.config._attn_implementation = _NAME  # noqa: SLF001
+
+    def share_of(self, whole: MicroBatch) -> MicroBatch:
+        """Return this rank's stretch of each sequence, and say where it stands."""
+        length = whole.input_ids.shape[1] // self._size
+        own = slice(self._rank * length, (self._rank + 1) * length)
+        positions = torch.arange(own.start, own.stop)[None]
+        return MicroBatch(input_ids=whole.input_ids[:, own], labels=whole.labels[:, own], position_ids=positions)
+
+    def __enter__(self) -> None:
+        """From here on the model is given stretches of sequences."""
+        self._splits = True
+
+    def __exit__(self, *error: object) -> None:
+        """From here on it is given whole ones, as in generation."""
+        self._splits = False
+
+    def _mask(self, *args: Any, **kwargs: Any) -> Any:
+        """Return no mask for stretches, which are causal as a whole; else what the kernel wants."""
+        return None if self._splits else ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
+
+    def _attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute attention of shape (sequences, heads, tokens, head width), returned as (…, tokens, heads, width)."""
+        if not self._splits:
+            answer: tuple[Tensor, Tensor | None] = self._inner(module, query, key, value, attention_mask, **options)
+            return answer
+        options.pop("position_ids", None)  # of this rank's tokens: the kernel sees all of them
+        missing = -(-self._size // key.shape[1])  # fewer heads of keys than ranks: each is sent to several
+        if key.shape[1] % self._size:
+            missing = query.shape[1] // key.shape[1]
+        key, value = (tensor.repeat_interleave(missing, dim=1) for tensor in (key, value))
+        query, key, value = (_Swap.apply(tensor, self._group, 1, 2) for tensor in (query, key, value))
+        attended, _ = self._inner(_Grouped(module, query, key), query, key, value, None, **options)
+        return _Swap.apply(attended, self._group, 1, 2), None
+
+
+class _Grouped:
+    """An attention module whose heads of keys are shared by as many heads of queries as is the case here."""
+
+    def __init__(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
+        self._module = module
+        self.num_key_value_groups = query.shape[1] // key.shape[1]
+        self.is_causal = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

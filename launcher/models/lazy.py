@@ -1,0 +1,165 @@
+"""Build a model part by part: no rank holds more of it at a time than its own share and the part at work."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from launcher.models.units import initialise, units
+from launcher.models.weights import tensor_files
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def skeleton(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model without storage: parameters and buffers on the meta device, tied ones the same object."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    own = copy.deepcopy(config)
+    own._attn_implementation = attention  # noqa: SLF001  (what from_config sets, which would partition under ZeRO-3)
+    own.dtype = dtype
+    with torch.device("meta"):
+        built: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)](own)
+    built.to(dtype).tie_weights()
+    return built
+
+
+Source = Callable[[Sequence[str]], torch.Tensor]
+"""Returns the tensor that has one of these names: a tied parameter has several, and files hold it under one."""
+
+
+def files_in(folder: Path, *, prefix: str) -> Source:
+    """Return the source that reads a folder of safetensors, one tensor at a time.
+
+    Args:
+        folder: what ``save_pretrained`` writes.
+        prefix: of the names of a base model (``transformer.``), which files of it alone leave out.
+    """
+    from safetensors import safe_open
+
+    files = tensor_files(folder)
+
+    def read(names: Sequence[str]) -> torch.Tensor:
+        known = next(n for name in names for n in (name, name.removeprefix(prefix)) if n in files)
+        with safe_open(files[known], framework="pt") as opened:
+            tensor: torch.Tensor = opened.get_tensor(known)
+            return tensor
+
+    return read
+
+
+After = Callable[[str, nn.Module], None]
+"""What happens to a part, given its name, once it is filled: it is sharded, say."""
+
+
+def leave(name: str, part: nn.Module) -> None:
+    """Leave a part as it is."""
+
+
+class Builder:
+    """Gives the parts of a skeleton their storage and their values.
+
+    Args:
+        model: on the meta device; parts that this rank has no use for may have been taken out.
+        seed: of random weights.
+        source: where to take weights from instead; known to fit the model.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, seed: int, source: Source | None) -> None:
+        self._model, self._seed, self._source = model, seed, source
+        self._names: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            self._names[id(parameter)].append(name)
+        self._tied: dict[int, nn.Parameter] = {}
+        self._owner = _first_parts(model)
+
+    def build_all(self, after: After = leave) -> None:
+        """Fill every part, calling ``after`` with each as soon as it is there, then what belongs to none."""
+        for name, part in list(units(self._model)):
+            self.build(name, part)
+            after(name, part)
+        self.finish()
+
+    def build(self, name: str, part: nn.Module) -> None:
+        """Fill one part, on the CPU; a parameter tied to one of an earlier part stays the same object."""
+        fresh: list[tuple[list[str], nn.Parameter]] = []
+        for module in part.modules():
+            fresh += self._materialise(module)
+        self._fill(name, part, fresh)
+
+    def finish(self) -> None:
+        """Fill what belongs to no part: parameters and buffers of the outermost modules themselves."""
+        for name, module in (("", self._model), (self._model.base_model_prefix, self._model.base_model)):
+            fresh = self._materialise(module)
+            if fresh or any(True for _ in module.buffers(recurse=False)):
+                shell = copy.copy(module)
+                shell._modules = {}  # noqa: SLF001  (its parts are filled already)
+                self._fill(name, shell, fresh)
+        everything = (*self._model.named_parameters(), *self._model.named_buffers())
+        empty = [name for name, tensor in everything if tensor.is_meta]
+        assert not empty, f"parts that nobody filled: {empty}"
+
+    def _materialise(self, module: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
+        """Give a module's own tensors storage; return the parameters that no earlier part had, with their names."""
+        fresh = []
+        for key, old in module._parameters.items():  # noqa: SLF001  (no public way to replace one by its key)
+            if old is None or not old.is_meta:
+                continue
+            made = self._tied.get(id(old))
+            if made is None:
+                made = nn.Parameter(torch.empty_like(old, device="cpu"), requires_grad=old.requires_grad)
+                fresh.append((self._names[id(old)], made))
+                if len(self._names[id(old)]) > 1:
+                    self._tied[id(old)] = made
+            module._parameters[key] = made  # noqa: SLF001
+        for key, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is not None and buffer.is_meta:
+                module._buffers[key] = torch.empty_like(buffer, device="cpu")  # noqa: SLF001
+        return fresh
+
+    def _fill(self, name: str, part: nn.Module, fresh: Sequence[tuple[list[str], nn.Parameter]]) -> None:
+        """Draw or load ``fresh``; Transformers leaves alone what is marked, and makes buffers anew in any case."""
+        for names, parameter in fresh:
+            if self._source is not None:
+                with torch.no_grad():
+                    parameter.copy_(self._source(names))
+                _mark(parameter)
+            elif names[0] in self._owner and self._owner[names[0]][0] != name:
+                self._draw_as_owner(names[0], parameter)
+                _mark(parameter)
+        initialise(self._model, name, part, seed=self._seed)
+        for _, parameter in fresh:
+            _mark(parameter)
+
+    def _draw_as_owner(self, owned: str, parameter: nn.Parameter) -> None:
+        """Draw a tied parameter whose first part is not on this rank, as that part would have."""
+        name, part = self._owner[owned]
+        spare = copy.deepcopy(part).to_empty(device="cpu")
+        initialise(self._model, name, spare, seed=self._seed)
+        with torch.no_grad():
+            parameter.copy_(spare.get_parameter(owned.removeprefix(f"{name}.")))
+
+
+def _mark(parameter: nn.Parameter) -> None:
+    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001  (Transformers' own mark)
+
+
+def _first_parts(model: PreTrainedModel) -> dict[str, tuple[str, nn.Module]]:
+    """Return the part that a tied parameter is drawn with, by the first name of the parameter."""
+    found: dict[int, tuple[str, str, nn.Module]] = {}
+    tied: dict[str, tuple[str, nn.Module]] = {}
+    for name, part in units(model):
+        for key, parameter in part.named_parameters():
+            if id(parameter) in found:
+                full, *owner = found[id(parameter)]
+                tied[full] = (owner[0], owner[1])
+            else:
+                found[id(parameter)] = (f"{name}.{key}", name, part)
+    return tied

@@ -1,0 +1,90 @@
+"""FSDP2: parameters sharded over ranks, replicas of that, and slices of each matrix or sequence besides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.degrees import Degrees
+from launcher.errors import ConfigError
+from launcher.models.base import Shape
+from launcher.optim.adamw import AdamW
+from launcher.parallel.base import Engine, Parallel, StateBytes
+from launcher.parallel.divisible import refuse_heads
+from launcher.precision import Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp(Parallel):
+    """torch's fully_shard (Zhao et al., 2023, arXiv:2304.11277), alone or with tensor or sequence parallelism.
+
+    The world is replicate x shard x sequence x tensor; ``shard`` is what the others leave.
+    """
+
+    kind: ClassVar[str] = "fsdp"
+    engine: ClassVar[Engine] = "torch"
+    degree_options: ClassVar[tuple[str, ...]] = ("replicate", "sequence", "tensor")
+
+    replicate: int = 1
+    """Groups that hold the same shards: hybrid sharding (HSDP), where links within a group are the fast ones."""
+
+    tensor: int = 1
+    """Ranks that split each matrix, by the plan that Transformers has for the model (Megatron-LM, arXiv:1909.08053)."""
+
+    sequence: int = 1
+    """Ranks that split each sequence and swap it for heads around attention (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+
+    offload: Literal["none", "cpu"] = "none"
+    """Where shards, gradients and moments live between their uses: ``cpu`` keeps them in host RAM."""
+
+    reshard_after_forward: bool = True
+    """Free each layer's gathered parameters after its forward pass; false trades memory for one gather less."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse degrees below 1, and two ways to cut attention at once."""
+        yield from self.below(1, "replicate", "tensor", "sequence")
+        if self.sequence > 1 and self.tensor > 1:
+            why = f"parallel.tensor={self.tensor} splits the heads already"
+            yield self.refuse("sequence", why, "set parallel.sequence=1 or parallel.tensor=1")
+
+    def degrees(self, world_size: int) -> Degrees:
+        """Return the degrees; ``shard`` takes the rest."""
+        fixed = self.replicate * self.tensor * self.sequence
+        shard = max(1, world_size // fixed)
+        return Degrees(data=self.replicate, shard=shard, sequence=self.sequence, tensor=self.tensor)
+
+    def _holders(self, world_size: int) -> int:
+        """Return over how many ranks one copy of the model is spread: sequence ranks take shards too."""
+        degrees = self.degrees(world_size)
+        return degrees.shard * degrees.sequence * degrees.tensor
+
+    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+        """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
+        share = -(-num_params // self._holders(world_size))
+        total = 16 * share if self.offload == "cpu" else 0
+        return StateBytes(parameters=4 * share, gradients=4 * share, optimizer=8 * share, host=total)
+
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the sum in words."""
+        return (
+            f"(4N weights + 4N gradients + 8N Adam moments) / {self._holders(world_size)}, all in fp32 "
+            "(FSDP, arXiv:2304.11277); the layer at work is whole for that time"
+        )
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
+        if shape is None:
+            return
+        if self.tensor > 1 and shape.family == "gpt2":
+            why = "Transformers has no tensor plan for GPT-2: its attention keeps q, k and v in one matrix"
+            yield self.refuse("tensor", why, "set parallel.tensor=1: the ranks then shard whole layers, or model=hf")
+        for option in ("tensor", "sequence"):
+            yield from refuse_heads(self, option, shape)
+
+    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+        """Say where offload moves nothing."""
+        if self.offload == "cpu" and not on_gpu:
+            yield "ranks compute on the CPU, so parallel.offload=cpu moves nothing off a device"

@@ -19,6 +19,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _refuse_degrees(run, world_size)
     yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
     yield from _refuse_accumulation(run)
+    yield from _refuse_split_sequences(run, world_size)
     yield from _refuse_long_sequences(run)
     yield from _refuse_vocabulary(run)
     yield from _refuse_too_many_ranks(hosts)
@@ -54,6 +55,19 @@ def _refuse_accumulation(run: Run) -> Iterator[ConfigError]:
     if own is not None and run.job.accumulation not in (None, own):
         why = f"parallel.micro_batches={own} says how many forward passes a step takes"
         yield run.job.refuse("accumulation", why, "leave one of the two out")
+
+
+def _refuse_split_sequences(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse sequences that do not divide over their ranks, and kernels that want a mask of whole ones."""
+    degree, length = run.parallel.degrees(world_size).sequence, run.job.sequence_length
+    if degree == 1:
+        return
+    if length % degree:
+        why = f"it does not divide by parallel.sequence={degree}"
+        yield run.job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
+    if run.attention.kind not in ("sdpa", "flash"):
+        why = "only kernels that are causal without a mask compute attention over ranks"
+        yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
 
 
 def _refuse_vocabulary(run: Run) -> Iterator[ConfigError]:

@@ -51,7 +51,7 @@ class SequenceParallel:
     """Splits sequences over the ranks of ``group`` for one model.
 
     Args:
-        model: whose attention is to see whole sequences; its own kernel computes it.
+        model: whose attention is to see whole sequences; its own kernel, a causal one, computes it.
         group: of the ranks that share each sequence.
     """
 
@@ -91,10 +91,9 @@ class SequenceParallel:
             answer: tuple[Tensor, Tensor | None] = self._inner(module, query, key, value, attention_mask, **options)
             return answer
         options.pop("position_ids", None)  # of this rank's tokens: the kernel sees all of them
-        missing = -(-self._size // key.shape[1])  # fewer heads of keys than ranks: each is sent to several
-        if key.shape[1] % self._size:
-            missing = query.shape[1] // key.shape[1]
-        key, value = (tensor.repeat_interleave(missing, dim=1) for tensor in (key, value))
+        if key.shape[1] % self._size:  # heads of keys that cannot be dealt out: each head of queries gets its own
+            shared_by = query.shape[1] // key.shape[1]
+            key, value = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (key, value))
         query, key, value = (_Swap.apply(tensor, self._group, 1, 2) for tensor in (query, key, value))
         attended, _ = self._inner(_Grouped(module, query, key), query, key, value, None, **options)
         return _Swap.apply(attended, self._group, 1, 2), None

@@ -109,7 +109,7 @@ class Update:
         for parameter in self._counted:
             gradient = parameter.grad
             if isinstance(gradient, DTensor):
-                dims = tuple(dim for dim, placement in enumerate(gradient.placements) if placement.is_shard())
+                dims = tuple(dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate())
                 found[gradient.device_mesh, dims].append(gradient.to_local())
             elif gradient is not None:
                 found[None, ()].append(gradient)

@@ -34,6 +34,7 @@ def build_model(
     activation: Activation,
     dtype: torch.dtype = torch.float32,
     after: After = leave,
+    laid_out: Callable[[PreTrainedModel], None] | None = None,
     beat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Return the model in training mode, on the CPU or wherever ``after`` puts its parts.
@@ -46,6 +47,7 @@ def build_model(
         activation: ``full`` recomputes each block in the backward pass.
         dtype: of the parameters.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
+        laid_out: called with the model when none of it has storage yet.
         beat: called while weights are fetched, converted or drawn.
 
     Raises:
@@ -53,6 +55,8 @@ def build_model(
         EnvironmentProblem: weights cannot be fetched.
     """
     built, builder = lay_out(model, seed=seed, attention=attention, dtype=dtype, beat=beat)
+    if laid_out is not None:
+        laid_out(built)
 
     def then(name: str, part: nn.Module) -> None:
         after(name, part)

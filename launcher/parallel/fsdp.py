@@ -76,6 +76,10 @@ class Fsdp(Parallel):
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
+        degrees = self.degrees(world_size)
+        if self.replicate > 1 and degrees.shard * degrees.sequence == 1:
+            why = f"{degrees} leaves each replica one rank, and nothing to shard"
+            yield self.refuse("replicate", why, "set parallel=ddp, or parallel.replicate=1")
         if shape is None:
             return
         if self.tensor > 1 and shape.family == "gpt2":

@@ -1,4 +1,4 @@
-"""Two real ranks for engine tests."""
+"""Real ranks for engine tests."""
 
 from __future__ import annotations
 
@@ -19,35 +19,38 @@ Answer = dict[str, Any]
 RunCases = Callable[[Sequence[Case], Path], dict[str, Answer]]
 
 _WORKER = Path(__file__).with_name("worker.py")
-_LIMIT_S = 500.0
+_LIMIT_S = 580.0
 
 
 @pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with the random weights that every strategy starts from."""
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Return a folder for each family with the random weights that every strategy starts from."""
     import torch
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("weights")
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 64, "n_positions": 32, "vocab_size": 256}
-    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
-    return folder
+    folders = {family: str(tmp_path_factory.mktemp(family)) for family in ("gpt2", "llama")}
+    sizes = {"n_layer": 4, "n_head": 4, "n_embd": 64, "n_positions": 32, "vocab_size": 256}
+    GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).save_pretrained(folders["gpt2"])
+    sizes = {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    sizes |= {"intermediate_size": 128, "max_position_embeddings": 32, "vocab_size": 256, "eos_token_id": 0}
+    LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=False)).save_pretrained(folders["llama"])
+    return folders
 
 
 @pytest.fixture(scope="session")
-def run_cases(weights: Path) -> RunCases:
-    """Run cases one after the other on a pair of rank processes; return rank 0's answers by name."""
+def run_cases(weights: dict[str, str]) -> RunCases:
+    """Run cases one after the other on rank processes; return rank 0's answers by name."""
 
     def run(cases: Sequence[Case], folder: Path) -> dict[str, Answer]:
         with_ports = [{**case, "port": _free_port()} for case in cases]
         given = folder / "cases.json"
-        given.write_text(json.dumps({"weights": str(weights), "cases": with_ports}))
+        given.write_text(json.dumps({"weights": weights, "cases": with_ports}))
         shared = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, str(_WORKER), str(given), str(folder)]
-        logs = [folder / f"log.{rank}" for rank in range(2)]
+        logs = [folder / f"log.{rank}" for rank in range(max(case["world"] for case in cases))]
         ranks = []
         for rank, log in enumerate(logs):
             with log.open("w") as output:

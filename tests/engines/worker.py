@@ -2,8 +2,8 @@
 
     python worker.py CASES.json OUTPUT_FOLDER      with RANK, WORLD_SIZE and MASTER_ADDR set
 
-A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults. Each rank writes
-``<name>.<rank>.json``. A case with ``world: 1`` runs on rank 0 alone.
+A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
+another model. Each rank writes ``<name>.<rank>.json``. A case takes as many ranks as its ``world``, from the first on.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SLOW_IMPORTS = (
     "torch._inductor.compile_fx",
     "transformers.generation.utils",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
 )
 
 
@@ -44,7 +45,7 @@ class QuietClock:
         yield
 
 
-def make_run(case: dict[str, Any], weights: str) -> Any:
+def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
     from launcher.config import build_run, with_defaults
 
     tree = {
@@ -52,12 +53,12 @@ def make_run(case: dict[str, Any], weights: str) -> Any:
         "model": {
             "kind": "gpt2",
             "name": "tiny",
-            "layers": 2,
-            "heads": 2,
+            "layers": 4,
+            "heads": 4,
             "width": 64,
             "context": TOKENS,
             "vocab_size": VOCABULARY,
-            "weights": weights,
+            "weights": weights["gpt2"],
         },
         "data": {"kind": "synthetic"},
         "parallel": {"kind": "single"},
@@ -71,6 +72,8 @@ def make_run(case: dict[str, Any], weights: str) -> Any:
         "backend": {"kind": "local"},
         "run": {},
     }
+    if case.get("family") == "llama":
+        tree["model"] = {"kind": "hf", "name": weights["llama"], "weights": "pretrained"}
     for group, values in case.get("run", {}).items():
         tree[group] = {**tree[group], **values}
     mistakes: list[Exception] = []
@@ -79,7 +82,7 @@ def make_run(case: dict[str, Any], weights: str) -> Any:
     return run
 
 
-def make_context(case: dict[str, Any], weights: str, output: Path, rank: int) -> Any:
+def make_context(case: dict[str, Any], weights: dict[str, str], output: Path, rank: int) -> Any:
     from launcher.context import Context
     from launcher.rundir import RunDir
 
@@ -108,8 +111,8 @@ def micro_batches(context: Any, step: int) -> list[Any]:
     from launcher.data.loader import MicroBatch
 
     inputs, labels = global_batch(step)
-    share = GLOBAL_BATCH // context.world_size
-    own = slice(context.rank * share, (context.rank + 1) * share)
+    share = GLOBAL_BATCH // context.degrees.data_parallel
+    own = slice(context.data_rank * share, (context.data_rank + 1) * share)
     pieces = zip(inputs[own].split(context.batch.micro), labels[own].split(context.batch.micro), strict=True)
     return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
 
@@ -122,7 +125,7 @@ def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, 
     return results
 
 
-def run_case(case: dict[str, Any], weights: str, output: Path, rank: int) -> dict[str, Any]:
+def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: int) -> dict[str, Any]:
     """Train; where the case says so, save in between, continue in a second engine, and evaluate and generate."""
     from launcher.engines import make_engine
 

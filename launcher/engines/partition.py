@@ -32,7 +32,7 @@ class Partitioning:
         self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
 
     def partition(self, name: str, part: nn.Module) -> None:
-        """Keep this rank's share of a part's parameters; one that is tied to an earlier part's is partitioned already."""
+        """Keep this rank's share of a part's parameters; those that an earlier part has too are partitioned already."""
         import deepspeed
 
         part.to(self._dtype)

@@ -38,9 +38,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise JobError(f"{folder} does not hold this model and optimiser: {error}") from error
 
 
-def optimiser_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]
-) -> dict[str, Tensor]:
+def optimiser_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Return AdamW's state by name (``exp_avg.<parameter>``), made first where no step has been taken."""
     tensors = {}
     for group in optimizer.param_groups:

@@ -84,7 +84,13 @@ class SequenceParallel:
         return None if self._splits else ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
 
     def _attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Compute attention of shape (sequences, heads, tokens, head width), returned as (…, tokens, heads, width)."""
         if not self._splits:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from launcher.config import Run
 
+
 class Update:
     """The optimiser of one rank, and everything between its gradients and its next weights.
 

@@ -15,7 +15,6 @@ from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.precision import Precision
 
-
 Engine = Literal["torch", "deepspeed"]
 """Whose machinery takes the steps of a run."""
 

@@ -94,5 +94,5 @@ class Pipeline(Parallel):
         wanted = self.stages * self.num_chunks
         if shape is not None and wanted > shape.layers:
             most = shape.layers // self.num_chunks
-            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches, and the model has {shape.layers} layers"
+            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches of {shape.layers} layers"
             yield self.refuse("stages", why, f"set parallel.stages={max(1, most)}")

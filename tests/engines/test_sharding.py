@@ -20,7 +20,8 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "tensor": (2, {**FSDP, "tensor": 2}),
     "tensor2_shard2": (4, {**FSDP, "tensor": 2}),
 }
-CASES = [(name, family) for name in STRATEGIES for family in ("gpt2", "llama") if family == "llama" or "tensor" not in name]
+FAMILIES = ("gpt2", "llama")
+CASES = [(name, family) for name in STRATEGIES for family in FAMILIES if family == "llama" or "tensor" not in name]
 
 
 def case(name: str, family: str, world: int, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:

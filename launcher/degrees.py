@@ -49,9 +49,10 @@ class Degrees:
     def coordinate(self, rank: int, kind: str) -> int:
         """Return where ``rank`` stands among the ``kind`` (``pipeline``, ``data``, …) it belongs to, from 0."""
         names = [field.name for field in dataclasses.fields(self)]
-        inner = math.prod(getattr(self, name) for name in names[names.index(kind) + 1 :])
-        size: int = getattr(self, kind)
-        return rank // inner % size
+        sizes = dataclasses.astuple(self)
+        at = names.index(kind)
+        place: int = rank // math.prod(sizes[at + 1 :]) % sizes[at]
+        return place
 
     def data_rank(self, rank: int) -> int:
         """Return which of the ``data_parallel`` shares of a batch ``rank`` works on."""

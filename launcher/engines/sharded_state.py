@@ -40,7 +40,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def optimiser_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
     """Return AdamW's state by name (``exp_avg.<parameter>``), made first where no step has been taken."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]

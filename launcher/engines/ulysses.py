@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _NAME = "launcher_ulysses"
 
 
-class _Swap(torch.autograd.Function):
+class _Swap(torch.autograd.Function):  # type: ignore[misc]
     """All to all: cut dimension ``cut`` over the ranks and join what they send along ``join``; backward swaps back."""
 
     @staticmethod

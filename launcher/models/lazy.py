@@ -148,7 +148,7 @@ class Builder:
 
 
 def _mark(parameter: nn.Parameter) -> None:
-    parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001  (Transformers' own mark)
+    parameter._is_hf_initialized = True  # noqa: SLF001  (Transformers' own mark)
 
 
 def _first_parts(model: PreTrainedModel) -> dict[str, tuple[str, nn.Module]]:

@@ -40,7 +40,7 @@ def _parts(base: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """Return the repeated blocks, in order: what is in the longest list of modules of the base model."""
     lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
-    return list(max(lists, key=lambda container: len(container))) if lists else []
+    return max(map(list, lists), key=len, default=[])
 
 
 def initialise(model: PreTrainedModel, name: str, unit: nn.Module, *, seed: int) -> None:

@@ -1,0 +1,54 @@
+import pytest
+
+from launcher.errors import ConfigErrors
+from launcher.models.gpt2 import Gpt2
+from launcher.models.smollm2 import SIZES
+from launcher.optim.adamw import AdamW
+from launcher.parallel.fsdp import Fsdp
+from launcher.precision import Bf16, Fp32
+
+GPT2 = Gpt2(name="small", layers=4, heads=6, width=96, context=64, vocab_size=512).shape()
+SMOLLM2 = SIZES.shape()
+
+
+def refusals(strategy, shape, world_size):
+    return [str(error) for error in strategy.refusals(world_size, Fp32(), optimizer=AdamW(), shape=shape)]
+
+
+def test_shards_take_what_other_degrees_leave():
+    assert str(Fsdp(replicate=2, tensor=2).degrees(16)) == "data 2 × shard 4 × tensor 2 = 16"
+    assert Fsdp(sequence=4).data_parallel(8) == 2
+
+
+def test_state_is_spread_over_all_that_hold_shares():
+    state = Fsdp(sequence=2).state_bytes(1000, 4, Bf16())
+    assert (state.total, state.host) == (16 * 250, 0)
+    assert Fsdp(replicate=2, offload="cpu").state_bytes(1000, 4, Bf16()).host == 16 * 500
+
+
+@pytest.mark.parametrize(
+    ("strategy", "shape", "parts"),
+    [
+        (
+            Fsdp(tensor=2),
+            SMOLLM2,
+            ("parallel.tensor=2", "9 heads, 3 heads of keys", "tensor=1 or parallel.tensor=3"),
+        ),
+        (Fsdp(tensor=2), GPT2, ("parallel.tensor=2", "no tensor plan for GPT-2")),
+        (Fsdp(sequence=4), GPT2, ("parallel.sequence=4", "6 heads", "parallel.sequence=3 or parallel.sequence=6")),
+        (Fsdp(replicate=4), GPT2, ("parallel.replicate=4", "nothing to shard", "parallel=ddp")),
+    ],
+)
+def test_what_cannot_be_divided_is_refused_with_what_can(strategy, shape, parts):
+    (error,) = refusals(strategy, shape, 4)
+    assert all(part in error for part in parts), error
+
+
+def test_legal_degrees_are_not_refused():
+    assert refusals(Fsdp(tensor=3), SMOLLM2, 3) == []
+    assert refusals(Fsdp(sequence=2), GPT2, 4) == []
+
+
+def test_heads_are_cut_once():
+    with pytest.raises(ConfigErrors, match="splits the heads already"):
+        Fsdp(sequence=2, tensor=2)

@@ -41,6 +41,8 @@ class Layout(Protocol):
     """What splits sequences over ranks, if anything does."""
     is_sharded: bool
     """Whether every rank must take part in every forward pass, and in saving."""
+    casts_itself: bool
+    """Whether parameters are cast to the compute format as they are gathered, so that autocast is not wanted."""
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are only accumulated."""
@@ -54,6 +56,7 @@ class Replicated:
 
     sequence: SequenceParallel | None = None
     is_sharded = False
+    casts_itself = False
 
     def __init__(self, context: Context, device: torch.device) -> None:
         self.module: PreTrainedModel = model_of(context).to(device)
@@ -89,6 +92,7 @@ class Sharded:
         self._mesh = mesh_of(context.degrees, device=device) if context.world_size > 1 else None
         self._shards = self._shard_mesh()
         self.averaged_over = self._shards.size() if self._shards is not None else 1
+        self.casts_itself = self._shards is not None
         self._plan: TensorPlan | None = None
         self.module: PreTrainedModel = model_of(context, after=self._settle, laid_out=self._look)
         self._settle_rest()
@@ -152,8 +156,8 @@ class Sharded:
 
 
 def _mixed(dtype: torch.dtype) -> MixedPrecisionPolicy:
-    """Compute in ``dtype``, reduce gradients in fp32; activations between layers stay what the model makes them."""
-    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    """Gather and compute in ``dtype``, reduce gradients in fp32."""
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
 
 
 @contextlib.contextmanager

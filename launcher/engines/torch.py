@@ -70,7 +70,8 @@ class TorchEngine(Engine):
         return self._layout.sequence or contextlib.nullcontext()
 
     def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._dtype, enabled=self._dtype != torch.float32)
+        enabled = self._dtype != torch.float32 and not self._layout.casts_itself
+        return torch.autocast(self.device.type, dtype=self._dtype, enabled=enabled)
 
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""

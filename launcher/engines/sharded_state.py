@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
@@ -23,7 +24,8 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write what this rank holds: shards (DTensor) of tensors, and whole ones, which one rank of each name writes."""
-    dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -33,7 +35,8 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         JobError: the folder does not hold tensors of these names and shapes.
     """
     try:
-        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(folder)))
+        reader = HuggingFaceStorageReader(str(folder))
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
         raise JobError(f"{folder} does not hold this model and optimiser: {error}") from error
 

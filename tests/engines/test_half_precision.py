@@ -10,11 +10,12 @@ import pytest
 STEPS = 6
 STAGES = {
     "ddp": {"kind": "ddp"},
+    "fsdp": {"kind": "fsdp"},
     "zero1": {"kind": "zero", "stage": 1},
     "zero3": {"kind": "zero", "stage": 3, "persistence_threshold": 0},
 }
 CLOSE = 5e-3
-"""Relative; bf16 has 8 bits of mantissa, and ZeRO rounds the weights it starts from to them."""
+"""Relative; bf16 has 8 bits of mantissa; ZeRO rounds the weights it starts from to them, FSDP2 those it computes with."""
 
 
 @pytest.fixture(scope="module")

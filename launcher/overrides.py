@@ -105,4 +105,5 @@ def _group_choice(
     if unknown:
         return None
     prefix = "+" if key in ADDED_GROUPS else ""
-    return Override(key=key, word=f"{prefix}{key}={','.join(wanted)}", is_group=True, choices=choices)
+    quoted = ",".join(f"'{option}'" for option in wanted)  # Hydra would take compile=true for a truth value and refuse
+    return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

@@ -13,6 +13,8 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.models.kernels import attention_of
+from launcher.models.recompute import apply_activation
 from launcher.models.weights import folder_problems, tensor_shapes
 
 if TYPE_CHECKING:
@@ -42,36 +44,28 @@ def build_model(
     Args:
         model: what to build.
         seed: seeds torch's global generators, so that every rank draws the same random weights.
-        attention: its kind is Transformers' name of the kernel.
-        activation: ``full`` recomputes each block in the backward pass.
+        attention: which kernel.
+        activation: which blocks are recomputed in the backward pass.
         dtype: of the parameters; under ZeRO-3 the DeepSpeed configuration's takes precedence.
         beat: called while weights are fetched or converted.
 
     Raises:
-        ConfigError: the weights do not fit the model exactly; names the parameters.
+        ConfigError: the weights do not fit the model exactly, with the names of the parameters; or the model's family
+            lacks this attention, or blocks that can be recomputed.
         EnvironmentProblem: weights cannot be fetched.
     """
     transformers_logging.disable_progress_bar()
     folder = model.weights_folder(beat=beat)
     config = model.transformers_config()
+    kernel = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
     torch.manual_seed(seed)
     if folder is None:
-        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention.kind, dtype=dtype)
+        built = AutoModelForCausalLM.from_config(config, attn_implementation=kernel, dtype=dtype)
     else:
-        built = _load(model, config, folder, attention=attention.kind, dtype=dtype)
-    if activation.kind == "full":
-        _recompute_blocks(built)
+        built = _load(model, config, folder, attention=kernel, dtype=dtype)
+    apply_activation(built, activation)
     built.train()
     return built
-
-
-def _recompute_blocks(built: PreTrainedModel) -> None:
-    settings = {"use_reentrant": False}
-    built.config.use_cache = False  # a block that is recomputed cannot also fill a cache
-    if hasattr(built, "activation_checkpointing_enable"):  # newer Transformers, which warns at the name below
-        built.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        built.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _load(

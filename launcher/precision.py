@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+
+FP8_MULTIPLE = 16
+"""The units for 8-bit products take matrices whose sides are multiples of this."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,10 @@ class Precision(Component):
     def compute_bytes(self) -> int:
         """Bytes of one value in the compute format."""
         return 4 if self.compute == "fp32" else 2
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield the packages that this machine lacks for the format."""
+        yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,3 +95,9 @@ class Fp8(Precision):
     kind: ClassVar[str] = "fp8"
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "bf16"
     needs_capability: ClassVar[tuple[int, int] | None] = (8, 9)
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a missing torchao."""
+        if importlib.util.find_spec("torchao") is None:
+            fix = "pip install 'launcher[fp8]', or set precision=bf16"
+            yield ConfigError("precision", self.kind, why="the package torchao is not installed", fix=fix)

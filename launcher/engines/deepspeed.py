@@ -87,7 +87,7 @@ class DeepSpeedEngine(Engine):
         return config
 
     def _build(self) -> nn.Module:
-        model = model_of(self._context)
+        model = model_of(self._context, device=self.device)
         if self._partitioning is not None:
             assert_partitioned(model, small=self._zero.persistence_threshold)
         return model

@@ -4,21 +4,37 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from launcher.engines.formats import prepare_formats
 from launcher.models.build import build_model
+from launcher.models.compiled import apply_compile
+from launcher.models.float8 import apply_float8
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
     from launcher.context import Context
 
 
-def model_of(context: Context) -> PreTrainedModel:
-    """Return the run's model with fp32 weights; fetching and converting count as progress."""
+def model_of(context: Context, *, device: torch.device) -> PreTrainedModel:
+    """Return the run's model with fp32 weights, ready to be wrapped; fetching and converting count as progress.
+
+    Args:
+        context: of this rank.
+        device: where the model will run; it is not moved there.
+
+    Raises:
+        ConfigError: the device, or the model's family, cannot do what the run asks for.
+    """
     run = context.run
-    return build_model(
+    prepare_formats(run.precision, device=device)
+    model = build_model(
         run.model,
         seed=run.job.seed,
         attention=run.attention,
         activation=run.activation,
         beat=lambda: context.heartbeat.beat("load"),
     )
+    apply_float8(model, run.precision)
+    apply_compile(model, run.compile, device=device)  # after whatever changes what a block does
+    return model

@@ -49,7 +49,7 @@ class TorchEngine(Engine):
         self._clock, self._rank, self._clip_norm = clock, context.rank, run.job.clip_norm
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
-        self.module = model_of(context).to(self.device)
+        self.module = model_of(context, device=self.device).to(self.device)
         self._forward = self.module
         if isinstance(run.parallel, Ddp) and context.world_size > 1:
             self._forward = _replicated(self.module, bucket_mb=run.parallel.bucket_mb)

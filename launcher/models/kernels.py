@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from launcher.attention import Flash, Flex
+from launcher.attention import Flash
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:

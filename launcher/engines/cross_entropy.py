@@ -71,7 +71,7 @@ def _gradient_(log_probs: Tensor, labels: Tensor) -> Tensor:
     return gradient.mul_(counts)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
     """The gradients are made in the forward pass, while the logits of a chunk are there; backward only scales them.
 
     So the weight is touched in the forward pass alone, where ZeRO-3 and FSDP2 have gathered it.
@@ -117,7 +117,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
         total += left @ right
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
     """Keeps the logits it was given and makes their gradient, in their own format, in the backward pass."""
 
     @staticmethod

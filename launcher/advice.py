@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from launcher import numerics
 from launcher.config import Run
 from launcher.memory import host_ram
 from launcher.plan import Host, Memory
@@ -14,6 +15,7 @@ def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Itera
     """Yield each warning as one sentence that names the option to change."""
     yield from _memory(hosts, memory)
     yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
+    yield from numerics.notes(run, hosts)
     yield from _processors(run, hosts)
     yield from _schedule(run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from launcher import env
+from launcher import env, numerics
 from launcher.config import Run
 from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
@@ -20,6 +20,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
     yield from _refuse_accumulation(run)
     yield from _refuse_split_sequences(run, world_size)
+    yield from numerics.refusals(run, hosts)
     yield from _refuse_long_sequences(run)
     yield from _refuse_vocabulary(run)
     yield from _refuse_too_many_ranks(hosts)

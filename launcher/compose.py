@@ -94,6 +94,10 @@ def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report
             fix = "mend it there (`launch list` shows what exists)"
             report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
             return None
+        except ValueError as error:  # Hydra's, of an experiment that says `override /compile: true`
+            fix = 'put an option that YAML reads as a truth value in quotes (override /compile: "true")'
+            report(ConfigError("the configuration", why=str(error), fix=fix))
+            return None
     assert isinstance(tree, dict)
     return tree
 

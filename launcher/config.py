@@ -11,6 +11,7 @@ from launcher.activation import Activation
 from launcher.attention import Attention
 from launcher.backends.base import Backend
 from launcher.checkpoint.policy import Checkpoint
+from launcher.compile import Compile
 from launcher.component import Component
 from launcher.data.base import Data
 from launcher.errors import ConfigError
@@ -51,11 +52,24 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "precision": {
         "fp32": "launcher.precision:Fp32",
+        "tf32": "launcher.precision:Tf32",
         "bf16": "launcher.precision:Bf16",
         "fp16": "launcher.precision:Fp16",
+        "fp8": "launcher.precision:Fp8",
     },
-    "activation": {"none": "launcher.activation:Keep", "full": "launcher.activation:Recompute"},
-    "attention": {"sdpa": "launcher.attention:Sdpa", "eager": "launcher.attention:Eager"},
+    "activation": {
+        "none": "launcher.activation:Keep",
+        "full": "launcher.activation:Recompute",
+        "every_k": "launcher.activation:RecomputeEvery",
+        "offload": "launcher.activation:Offload",
+    },
+    "attention": {
+        "sdpa": "launcher.attention:Sdpa",
+        "eager": "launcher.attention:Eager",
+        "flash": "launcher.attention:Flash",
+        "flex": "launcher.attention:Flex",
+    },
+    "compile": {"false": "launcher.compile:Interpreted", "true": "launcher.compile:CompiledBlocks"},
     "checkpoint": {"policy": "launcher.checkpoint.policy:Checkpoint"},
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {
@@ -103,6 +117,7 @@ class Run:
     precision: Precision
     activation: Activation
     attention: Attention
+    compile: Compile
     checkpoint: Checkpoint
     tracker: Tracker
     backend: Backend

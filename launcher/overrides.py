@@ -99,10 +99,12 @@ def _group_choice(
 ) -> Override | None:
     options = groups[key]
     wanted = choices if choices is not None else (parsed.get_value_element_as_str(),)
+    wanted = tuple(option.lower() if option in ("True", "False") else option for option in wanted)  # truth values
     unknown = [option for option in wanted if option not in options]
     for option in unknown:
         report(ConfigError(key, option, why="no such option", fix=did_you_mean(option, options)))
     if unknown:
         return None
     prefix = "+" if key in ADDED_GROUPS else ""
-    return Override(key=key, word=f"{prefix}{key}={','.join(wanted)}", is_group=True, choices=choices)
+    quoted = ",".join(f"'{option}'" for option in wanted)  # Hydra refuses compile=true as a truth value
+    return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

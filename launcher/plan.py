@@ -135,6 +135,7 @@ class What:
     schedule: str
     activation: str
     attention: str
+    compile: str
     checkpoint: str
 
 

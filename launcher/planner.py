@@ -104,6 +104,7 @@ def _what(run: Run) -> What:
         schedule=component_text(run.schedule),
         activation=component_text(run.activation),
         attention=component_text(run.attention),
+        compile=component_text(run.compile),
         checkpoint=component_text(run.checkpoint),
     )
 

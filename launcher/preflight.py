@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.backends.base import Backend
@@ -12,17 +12,20 @@ from launcher.checkpoint.resume import find, misfits
 from launcher.config import Run
 from launcher.errors import ConfigError
 from launcher.parallel.zero import Zero
+from launcher.plan import Host
 from launcher.rundir import RunDir
 
 
-def preflight(run: Run, run_dir: Path, *, world_size: int) -> Iterator[ConfigError]:
-    """Yield everything on this machine that stands against ``run`` on ``world_size`` ranks."""
+def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield everything on this machine that stands against ``run`` on ``hosts``."""
+    world_size = sum(host.slots for host in hosts)
     yield from run.model.preflight()
     yield from run.data.preflight()
     yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
     yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from _refuse_occupied(run, run_dir)
     yield from _refuse_taken_port(run.backend)
+    yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 
@@ -40,6 +43,16 @@ def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[C
     if done >= run.job.steps:
         why = f"{saved.folder} is of step {done} already"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+
+
+def _refuse_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Look for packages and compilers where ranks run on this machine; elsewhere the ranks look themselves."""
+    if any(host.login or not host.is_known for host in hosts):
+        return
+    if all(host.devices for host in hosts):
+        yield from run.precision.preflight()
+    else:
+        yield from run.compile.preflight()
 
 
 def _refuse_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:

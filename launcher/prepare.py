@@ -73,7 +73,7 @@ def replan(
         ConfigErrors: everything that stands against it, found in one pass.
     """
     snapshot = dump_run(run)
-    mistakes = list(preflight(run, folder, world_size=sum(host.slots for host in hosts))) if is_fresh else []
+    mistakes = list(preflight(run, folder, hosts=hosts)) if is_fresh else []
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
     try:
         plan = make_plan(run, hosts, identity, gather(run))

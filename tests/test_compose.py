@@ -131,3 +131,19 @@ def test_a_snapshot_that_changed_is_refused(tmp_path):
 
 def test_conf_is_where_the_code_looks():
     assert (conf_folder() / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize(("word", "kind"), [("true", "true"), ("false", "false"), ("True", "true")])
+def test_an_option_that_looks_like_a_truth_value(word, kind):
+    assert compose([f"compile={word}"]).run.compile.kind == kind
+
+
+def test_such_an_option_in_an_experiment(tmp_path):
+    (tmp_path / "exp").mkdir()
+    quoted, bare = (tmp_path / "exp" / f"{name}.yaml" for name in ("quoted", "bare"))
+    quoted.write_text('# @package _global_\ndefaults:\n  - override /compile: "true"\n')
+    bare.write_text("# @package _global_\ndefaults:\n  - override /compile: true\n")
+    assert compose(["+exp=quoted"], config_dir=tmp_path).run.compile.kind == "true"
+    assert compose(["+exp=quoted", "compile=false"], config_dir=tmp_path).run.compile.kind == "false"
+    (said,) = mistakes("+exp=bare", config_dir=tmp_path)
+    assert 'in quotes (override /compile: "true")' in said

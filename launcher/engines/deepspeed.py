@@ -90,8 +90,8 @@ class DeepSpeedEngine(Engine):
 
     def _build(self) -> nn.Module:
         if self._partitioning is None:
-            return model_of(self._context)
-        model = model_of(self._context, after=self._partitioning.partition)
+            return model_of(self._context, device=self.device)
+        model = model_of(self._context, device=self.device, after=self._partitioning.partition)
         assert_partitioned(model, small=self._zero.persistence_threshold)
         return model
 

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
+from launcher.models.compiled import interpreted
+
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -19,14 +21,15 @@ def greedy(module: nn.Module, input_ids: Tensor, *, max_new_tokens: int, synced:
         max_new_tokens: length of the continuation.
         synced: all ranks take every forward pass together, as a partitioned model needs.
     """
-    return cast(
-        "Tensor",
-        module.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=0,
-            synced_gpus=synced,
-        ),
-    )
+    with interpreted(module):
+        return cast(
+            "Tensor",
+            module.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=0,
+                synced_gpus=synced,
+            ),
+        )

@@ -59,7 +59,7 @@ class Replicated:
     casts_itself = False
 
     def __init__(self, context: Context, device: torch.device) -> None:
-        self.module: PreTrainedModel = model_of(context).to(device)
+        self.module: PreTrainedModel = model_of(context, device=device).to(device)
         self.forward: nn.Module = self.module
         self.averaged_over = context.world_size
         parallel = context.run.parallel
@@ -94,7 +94,7 @@ class Sharded:
         self.averaged_over = self._shards.size() if self._shards is not None else 1
         self.casts_itself = self._shards is not None
         self._plan: TensorPlan | None = None
-        self.module: PreTrainedModel = model_of(context, after=self._settle, laid_out=self._look)
+        self.module: PreTrainedModel = model_of(context, device=device, after=self._settle, laid_out=self._look)
         self._settle_rest()
         self.forward: nn.Module = self.module
         sequence = self._over("sequence")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from torch.nn.functional import cross_entropy
-
-from launcher.data.loader import IGNORED
+from launcher.engines.head import labels_at_head, loss_of
 
 if TYPE_CHECKING:
     import torch
@@ -27,5 +25,6 @@ def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.
     labels = micro_batch.labels.to(device, non_blocking=True)
     where = micro_batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
-    logits = module(input_ids=input_ids, use_cache=False, **positions).logits
-    return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+    with labels_at_head(module, labels):
+        output = module(input_ids=input_ids, use_cache=False, **positions).logits
+    return loss_of(output, labels)

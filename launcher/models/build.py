@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.models.kernels import attention_of
 from launcher.models.lazy import After, Builder, Source, files_in, leave, skeleton
+from launcher.models.recompute import apply_activation
 from launcher.models.weights import folder_problems, tensor_shapes
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def build_model(
     activation: Activation,
     dtype: torch.dtype = torch.float32,
     after: After = leave,
-    laid_out: Callable[[PreTrainedModel], None] | None = None,
+    laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
     beat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Return the model in training mode, on the CPU or wherever ``after`` puts its parts.
@@ -43,28 +45,27 @@ def build_model(
         model: what to build.
         seed: of random weights; the same seed gives the same ones under every strategy. Also seeds torch's global
             generator, for dropout.
-        attention: its kind is Transformers' name of the kernel.
-        activation: ``full`` recomputes each block in the backward pass.
+        attention: which kernel.
+        activation: which blocks are recomputed in the backward pass.
         dtype: of the parameters.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
         beat: called while weights are fetched, converted or drawn.
 
     Raises:
-        ConfigError: the weights do not fit the model exactly; names the parameters.
+        ConfigError: the weights do not fit the model exactly, with the names of the parameters; or the model's family
+            lacks this attention, or blocks that can be recomputed.
         EnvironmentProblem: weights cannot be fetched.
     """
     built, builder = lay_out(model, seed=seed, attention=attention, dtype=dtype, beat=beat)
-    if laid_out is not None:
-        laid_out(built)
+    apply_activation(built, activation)
+    laid_out(built)
 
     def then(name: str, part: nn.Module) -> None:
         after(name, part)
         beat()
 
     builder.build_all(then)
-    if activation.kind == "full":
-        _recompute_blocks(built)
     torch.manual_seed(seed)
     built.train()
     return built
@@ -86,7 +87,8 @@ def lay_out(
         problems = list(folder_problems("model.weights", str(folder), architecture=None))
         if problems:
             raise ConfigErrors(problems)
-    laid_out = skeleton(config, attention=attention.kind, dtype=dtype)
+    kernel = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
+    laid_out = skeleton(config, attention=kernel, dtype=dtype)
     source = _source(model, laid_out, folder) if folder is not None else None
     return laid_out, Builder(laid_out, seed=seed, source=source)
 
@@ -105,15 +107,6 @@ def _source(model: Model, laid_out: PreTrainedModel, folder: Path) -> Source:
     _refuse(model, folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
     tensors = whole.state_dict()
     return lambda names: next(tensors[name] for name in names if name in tensors)
-
-
-def _recompute_blocks(built: PreTrainedModel) -> None:
-    settings = {"use_reentrant": False}
-    built.config.use_cache = False  # a block that is recomputed cannot also fill a cache
-    if hasattr(built, "activation_checkpointing_enable"):  # newer Transformers, which warns at the name below
-        built.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
-    else:
-        built.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
 
 
 def _check_names(model: Model, skeleton: PreTrainedModel, folder: Path) -> None:

@@ -31,7 +31,8 @@ class AdamW(Component):
     """Decoupled decay, on matrices only: biases and norms do not decay."""
 
     implementation: Literal["auto", "torch", "native"] = "auto"
-    """DeepSpeed only: its native Adam op, or torch's; ``auto`` takes native under offload and says which it took."""
+    """torch's fused AdamW, or DeepSpeed's ``native`` op (DeepSpeed only); ``auto`` takes native under offload there and
+    says which it took."""
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse values outside AdamW's domain."""

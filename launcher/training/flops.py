@@ -6,44 +6,47 @@ import time
 from typing import Final
 
 PEAK_TFLOPS: Final = {
-    # Dense tensor-core peak without sparsity, from the vendors' data sheets: (16-bit, fp32 with TF32 off).
-    "H200": (989.0, 67.0),
-    "H100 PCIe": (756.0, 51.0),
-    "H100": (989.0, 67.0),
-    "A100": (312.0, 19.5),
-    "L40S": (362.0, 91.6),
-    "L4": (121.0, 30.3),
-    "A10": (125.0, 31.2),
-    "V100": (125.0, 15.7),
-    "T4": (65.0, 8.1),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71.0, 35.6),
+    # Dense peak without sparsity, from the vendors' data sheets: 16-bit, fp32 with TF32 off, TF32, 8-bit.
+    "H200": (989.0, 67.0, 494.7, 1979.0),
+    "H100 PCIe": (756.0, 51.0, 378.0, 1513.0),
+    "H100": (989.0, 67.0, 494.7, 1979.0),
+    "A100": (312.0, 19.5, 156.0, None),
+    "L40S": (362.0, 91.6, 183.0, 733.0),
+    "L4": (121.0, 30.3, 60.0, 242.5),
+    "A10": (125.0, 31.2, 62.5, None),
+    "V100": (125.0, 15.7, None, None),
+    "T4": (65.0, 8.1, None, None),
+    "RTX 4090": (165.2, 82.6, 82.6, 330.3),
+    "RTX 3090": (71.0, 35.6, 35.6, None),
 }
-"""Peak TFLOP/s by a part of the device's name; the first match counts."""
+"""Peak TFLOP/s by a part of the device's name, the first match counts; ``None`` where it lacks the format."""
+
+_COLUMNS: Final = {"bf16": 0, "fp16": 0, "fp32": 1, "tf32": 2, "fp8": 3}
 
 _SIDE = 1024
 
 
-def peak_flops(device_name: str | None, *, compute: str) -> float | None:
-    """Return the peak FLOP/s of one rank's device, or ``None`` for a GPU that is not in the table.
+def peak_flops(device_name: str | None, *, precision: str) -> float | None:
+    """Return the peak FLOP/s of one rank's device, or ``None`` for a GPU or a format that is not in the table.
 
     Args:
         device_name: the GPU's name; ``None`` for a CPU, whose rate is measured, not looked up.
-        compute: ``fp32``, ``bf16`` or ``fp16``.
+        precision: the option of the group; under fp8 the share of the products that stay in 16 bits is not counted.
     """
     if device_name is None:
-        return measured_matmul_flops(compute)
-    for part, (half, single) in PEAK_TFLOPS.items():
+        return measured_matmul_flops(precision)
+    for part, peaks in PEAK_TFLOPS.items():
         if part in device_name:
-            return 1e12 * (single if compute == "fp32" else half)
+            peak = peaks[_COLUMNS[precision]]
+            return None if peak is None else 1e12 * peak
     return None
 
 
-def measured_matmul_flops(compute: str) -> float:
+def measured_matmul_flops(precision: str) -> float:
     """Return the best FLOP/s of a square matrix product on this rank's CPU threads, all ranks measuring at once."""
     import torch
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[compute]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     left = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)  # not random: that would shift the dropout of a resumed run
     best = float("inf")
     for _ in range(4):  # the first one also warms up

@@ -39,7 +39,7 @@ class Recorder:
         import torch
 
         name = torch.cuda.get_device_name(self._device) if self._cuda else None
-        return peak_flops(name, compute=self._context.run.precision.compute)
+        return peak_flops(name, precision=self._context.run.precision.kind)
 
     def step(self, done: int, result: StepResult, *, lr: float, elapsed_s: float, parts: Mapping[str, float]) -> None:
         """Record one optimiser step.

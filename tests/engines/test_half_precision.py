@@ -15,7 +15,7 @@ STAGES = {
     "zero3": {"kind": "zero", "stage": 3, "persistence_threshold": 0},
 }
 CLOSE = 5e-3
-"""Relative; bf16 has 8 bits of mantissa; ZeRO rounds the weights it starts from to them, FSDP2 those it computes with."""
+"""Relative; bf16 has 8 bits of mantissa: ZeRO rounds the weights it starts from to them, FSDP2 those it takes"""
 
 
 @pytest.fixture(scope="module")

@@ -21,10 +21,29 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 SPLITS = {"1x8": {"micro_batch": 1, "accumulation": 8}, "2x4": {"micro_batch": 2, "accumulation": 4}}
 SPLIT_STRATEGIES = ("ddp", "zero1", "zero3")
 SAVED = ("ddp", "zero1", "zero2", "zero3")
+NUMERICS: dict[str, dict[str, Any]] = {
+    "zero3_recomputed": {"parallel": ZERO3, "activation": {"kind": "full"}},
+    "zero3_every_k": {"parallel": ZERO3, "activation": {"kind": "every_k"}},
+    "ddp_offload": {"parallel": STRATEGIES["ddp"], "activation": {"kind": "offload"}},
+    "zero3_offload_activations": {"parallel": ZERO3, "activation": {"kind": "offload"}, "attention": {"kind": "flash"}},
+    "ddp_flash": {"parallel": STRATEGIES["ddp"], "attention": {"kind": "flash"}},
+    "zero3_eager": {"parallel": ZERO3, "attention": {"kind": "eager"}},
+    "ddp_compiled": {"parallel": STRATEGIES["ddp"], "compile": {"kind": "true"}},
+    "zero2_compiled": {
+        "parallel": STRATEGIES["zero2"],
+        "compile": {"kind": "true"},
+        "activation": {"kind": "every_k"},
+        "attention": {"kind": "flash"},
+    },
+}
+"""Ways to compute the same numbers."""
+
+
+GROUPS = ("job", "model", "activation", "attention", "compile")
 
 
 def case(name: str, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    groups = {group: rest.pop(group) for group in ("job", "model", "activation") if group in rest}
+    groups = {group: rest.pop(group) for group in GROUPS if group in rest}
     return {"name": name, "world": 2, "steps": STEPS, "run": {"parallel": parallel, **groups}, **rest}
 
 
@@ -40,7 +59,7 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases += [
         case(f"{name}_{split}", STRATEGIES[name], job=job) for name in SPLIT_STRATEGIES for split, job in SPLITS.items()
     ]
-    cases.append(case("zero3_recomputed", ZERO3, activation={"kind": "full"}))
+    cases += [case(name, **groups, generate="compile" in groups) for name, groups in NUMERICS.items()]
     cases.append(case("zero3_random", ZERO3, model={"weights": "random"}))
     # Adam undoes a factor that stays the same, so plant none at all: gradients that are clipped at each step
     # differ from those that never are
@@ -79,8 +98,11 @@ def test_accumulation_changes_nothing(answers: dict[str, Any], name: str, split:
     assert same(answers[f"{name}_{split}"], answers["single"])
 
 
-def test_recomputing_activations_changes_nothing(answers: dict[str, Any]) -> None:
-    assert same(answers["zero3_recomputed"], answers["single"])
+@pytest.mark.parametrize("name", NUMERICS)
+def test_recomputation_kernels_and_compilation_change_nothing(answers: dict[str, Any], name: str) -> None:
+    assert same(answers[name], answers["single"])
+    if "compile" in NUMERICS[name]:
+        assert answers[name]["generated"] == answers["single"]["generated"]
 
 
 def test_random_weights_under_zero3_know_nothing_yet(answers: dict[str, Any]) -> None:

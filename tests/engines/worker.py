@@ -67,6 +67,7 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "precision": {"kind": "fp32"},
         "activation": {"kind": "none"},
         "attention": {"kind": "sdpa"},
+        "compile": {"kind": "false"},
         "checkpoint": {"kind": "policy"},
         "tracker": {"kind": "local"},
         "backend": {"kind": "local"},

@@ -1,0 +1,137 @@
+"""Cross-entropy that never holds a whole fp32 copy of the logits: it goes over the tokens chunk by chunk.
+
+Both functions equal ``cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")`` within rounding.
+The first takes the place of the output projection too, so that the logits never exist as a whole in any format (the
+idea of Liger Kernel's fused linear cross-entropy, Hsu et al., 2024, arXiv:2410.10989, in plain torch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from launcher.data.loader import IGNORED
+
+CHUNK_BYTES = 2**27
+"""What the fp32 logits of one chunk may take: 667 tokens of GPT-2's vocabulary. Much less, and a product has too few
+rows to keep a GPU busy; much more, and the chunk is what fills the memory."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the logits ``hidden @ weight.T``, summed over the labelled tokens, as an fp32 scalar.
+
+    Products are taken in autocast's format where that is on, else in the format of ``weight``.
+
+    Args:
+        hidden: (..., width), what the output head takes.
+        weight: (vocabulary, width), of the output head.
+        labels: (...), ``IGNORED`` where a token does not count.
+    """
+    on = weight.device.type
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(on, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), dtype)
+    return loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of given logits, summed over the labelled tokens, as an fp32 scalar.
+
+    Args:
+        logits: (..., vocabulary) in any format.
+        labels: (...), ``IGNORED`` where a token does not count.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), labels.reshape(-1))
+    return loss
+
+
+def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return (slice(first, first + size) for first in range(0, num_tokens, size))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # converts inside the kernel where there is a GPU
+
+
+def _loss(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.nll_loss(log_probs, labels, ignore_index=IGNORED, reduction="sum")
+
+
+def _gradient_(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Turn log-probabilities in place into the gradient of the summed loss by the logits: softmax minus one-hot."""
+    counts = (labels != IGNORED).unsqueeze(1)
+    one_hot_at = labels.unsqueeze(1).clamp(min=0)
+    gradient = log_probs.exp_()
+    gradient.scatter_add_(1, one_hot_at, gradient.new_full((1, 1), -1.0).expand_as(one_hot_at))
+    return gradient.mul_(counts)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """The gradients are made in the forward pass, while the logits of a chunk are there; backward only scales them.
+
+    So the weight is touched in the forward pass alone, where ZeRO-3 and FSDP2 have gathered it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        matrix = weight.detach().to(dtype)
+        for chunk in _chunks(len(hidden), len(weight)):
+            rows = hidden[chunk].to(dtype)
+            log_probs = _log_softmax(rows @ matrix.T)
+            loss += _loss(log_probs, labels[chunk])
+            if of_hidden or of_weight:
+                gradient = _gradient_(log_probs, labels[chunk]).to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = gradient @ matrix
+                if grad_weight is not None:
+                    _add_product_(grad_weight, gradient.T, rows)
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass only"
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_output)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to the fp32 ``total``, whatever format the product is taken in."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+class _CrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """Keeps the logits it was given and makes their gradient, in their own format, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for chunk in _chunks(*logits.shape):
+            loss += _loss(_log_softmax(logits[chunk]), labels[chunk])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for chunk in _chunks(*logits.shape):
+            gradient[chunk] = _gradient_(_log_softmax(logits[chunk]), labels[chunk]).mul_(grad_output)
+        return gradient, None

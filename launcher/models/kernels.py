@@ -1,0 +1,73 @@
+"""Attention kernels as Transformers' models find them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from launcher.attention import Flash
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from launcher.attention import Attention
+
+
+def attention_of(family: type[PreTrainedModel], attention: Attention) -> str:
+    """Return the name under which models of ``family`` find ``attention``.
+
+    Raises:
+        ConfigError: Transformers has no such attention for this family.
+    """
+    supports = {
+        "eager": True,
+        "sdpa": family._supports_sdpa,  # noqa: SLF001
+        # families of before the interface would not find a kernel of ours
+        "flash": family._supports_sdpa and family._supports_attention_backend,  # noqa: SLF001
+        "flex": family._supports_flex_attn,  # noqa: SLF001
+    }
+    if not supports[attention.kind]:
+        others = ", ".join(f"attention={kind}" for kind, supported in supports.items() if supported)
+        why = f"{family.__name__} has no such attention in the installed Transformers"
+        raise ConfigError("attention", attention.kind, why=why, fix=f"it takes {others}")
+    if isinstance(attention, Flash):
+        ALL_ATTENTION_FUNCTIONS.register(attention.implementation, flash_forward)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(attention.implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    return attention.implementation
+
+
+def flash_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **rest: Any
+) -> tuple[Tensor, None]:
+    """Compute attention as Transformers' ``sdpa`` does, with every kernel but flash ruled out.
+
+    Args:
+        module: the attention layer.
+        query: (sequences, heads, tokens, head width).
+        key: the same, with fewer heads where groups share them.
+        value: like ``key``.
+        attention_mask: (sequences, 1, tokens, keys), ``None`` where causality is all there is to mask.
+        rest: what else the layer passes on (dropout, scaling).
+
+    Raises:
+        ConfigError: the flash kernel cannot do this.
+    """
+    try:
+        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+            result: tuple[Tensor, None] = ALL_ATTENTION_FUNCTIONS["sdpa"](
+                module, query, key, value, attention_mask, **rest
+            )
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        mask = "a mask (padding, or a window)" if attention_mask is not None else "no mask"
+        dropout = f"dropout {rest.get('dropout', 0.0):g}"
+        why = f"torch's flash kernel takes no {query.dtype} heads of {query.shape[-1]} with {mask} and {dropout}"
+        where = f"on {query.device.type}"
+        raise ConfigError("attention", Flash.kind, why=f"{why} {where}", fix="set attention=sdpa") from error
+    return result

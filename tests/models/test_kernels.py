@@ -1,0 +1,89 @@
+"""Attention kernels: flash is flash, in both directions, or the run ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from launcher.activation import Keep
+from launcher.attention import Attention, Eager, Flash, Flex, Sdpa
+from launcher.errors import ConfigError
+from launcher.models.build import build_model
+from launcher.models.gpt2 import Gpt2
+from launcher.models.kernels import attention_of, flash_forward
+
+SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+IDS = torch.arange(24).view(2, 12)
+
+
+def gpt2(attention: Attention, **changes: Any) -> Any:
+    return build_model(Gpt2(**SIZES, **changes), seed=1, attention=attention, activation=Keep())
+
+
+def llama(attention: Attention) -> Any:
+    config = transformers.LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=99,
+        max_position_embeddings=32,
+    )
+    name = attention_of(transformers.LlamaForCausalLM, attention)
+    torch.manual_seed(1)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+@pytest.mark.parametrize("attention", [Flash(), Eager()], ids=lambda attention: attention.kind)
+def test_every_kernel_computes_the_same(make: Any, attention: Attention) -> None:
+    found = []
+    for one in (attention, Sdpa()):
+        module = make(one)
+        module(input_ids=IDS, use_cache=False).logits.square().mean().backward()
+        found.append([parameter.grad for parameter in module.parameters()])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("make", [gpt2, llama])
+def test_flash_runs_the_flash_kernel_forward_and_backward_whatever_is_allowed_around_it(make: Any) -> None:
+    module = make(Flash())
+    with (
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
+        module(input_ids=IDS, use_cache=False).logits.sum().backward()
+    ran = {event.key: event.count for event in profile.key_averages() if "flash" in event.key}
+    assert ran["aten::_scaled_dot_product_flash_attention_for_cpu"] == 2
+    assert ran["aten::_scaled_dot_product_flash_attention_for_cpu_backward"] == 2
+
+
+def test_flash_generates() -> None:
+    prompt = {"attention_mask": torch.ones(1, 3), "max_new_tokens": 6, "do_sample": False}
+    answers = [gpt2(attention).eval().generate(IDS[:1, :3], **prompt) for attention in (Flash(), Sdpa())]
+    assert torch.equal(*answers)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch says there, kernel by kernel, why not
+def test_flash_never_falls_back() -> None:
+    module = gpt2(Flash(), dropout=0.1)
+    with pytest.raises(ConfigError, match=r"attention=flash: .*no mask and dropout 0\.1 on cpu; set attention=sdpa"):
+        module(input_ids=IDS, use_cache=False)
+
+
+def test_other_errors_pass_through() -> None:
+    wrong = [torch.zeros(1, 2, 3, 8), *[torch.zeros(1, 2, 3, 8, dtype=torch.bfloat16)] * 2]
+    with pytest.raises(RuntimeError, match="same dtype"):
+        flash_forward(torch.nn.Identity(), *wrong, None)
+
+
+def test_a_family_without_the_kernel_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"attention=flex: GPT2LMHeadModel has no such attention .*attention=flash"):
+        gpt2(Flex())
+    assert attention_of(transformers.LlamaForCausalLM, Flex()) == "flex_attention"

@@ -14,7 +14,7 @@ from launcher.checkpoint.policy import Checkpoint
 from launcher.component import Component
 from launcher.data.base import Data
 from launcher.errors import ConfigError
-from launcher.jobs.train import Train
+from launcher.jobs.base import BatchedJob
 from launcher.models.base import Model
 from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
@@ -25,7 +25,10 @@ from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
 
 KINDS: dict[str, dict[str, str]] = {
-    "job": {"train": "launcher.jobs.train:Train"},
+    "job": {
+        "train": "launcher.jobs.train:Train",
+        "evaluate": "launcher.jobs.evaluate:Evaluate",
+    },
     "model": {
         "gpt2": "launcher.models.gpt2:Gpt2",
         "smollm2": "launcher.models.smollm2:SmolLm2",
@@ -94,7 +97,7 @@ class RunOptions:
 class Run:
     """A whole run, typed and resolved."""
 
-    job: Train
+    job: BatchedJob
     model: Model
     data: Data
     parallel: Parallel

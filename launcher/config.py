@@ -28,6 +28,7 @@ KINDS: dict[str, dict[str, str]] = {
     "job": {
         "train": "launcher.jobs.train:Train",
         "evaluate": "launcher.jobs.evaluate:Evaluate",
+        "verify": "launcher.jobs.verify:Verify",
     },
     "model": {
         "gpt2": "launcher.models.gpt2:Gpt2",

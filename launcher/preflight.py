@@ -72,11 +72,3 @@ def _refuse_taken_port(backend: Backend) -> Iterator[ConfigError]:
     except OSError as error:
         why = f"cannot be used: {error.strerror}"
         yield ConfigError("backend.port", backend.port, why=why, fix="set backend.port=auto")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

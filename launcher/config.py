@@ -32,6 +32,7 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "model": {
         "gpt2": "launcher.models.gpt2:Gpt2",
+        "llama": "launcher.models.llama:Llama",
         "smollm2": "launcher.models.smollm2:SmolLm2",
         "hf": "launcher.models.hf:Hf",
     },

@@ -67,7 +67,7 @@ def _be_the_child(work: Callable[[], Answer], answer: Path) -> None:
         write_json(answer, work())
     except BaseException as error:  # noqa: BLE001 (a strategy that fails is a result, whatever it raises)
         traceback.print_exc()
-        words = "".join(traceback.format_exception_only(error)).strip()
+        words = " ".join("".join(traceback.format_exception_only(error)).split())  # one line of a table
         write_json(answer, {TROUBLE: words, AT: time.time()})
         code = 1
     finally:

@@ -116,7 +116,7 @@ def test_the_ranks_of_a_case_follow_one_that_failed(tmp_path, monkeypatch) -> No
 
 
 def test_ranks_that_see_no_port_say_so(tmp_path) -> None:
-    with pytest.raises(JobError, match="run.root"):
+    with pytest.raises(JobError, match=r"run\.root"):
         Board(tmp_path, 1, lambda: None).open_case("case", limit_s=0.2)
 
 

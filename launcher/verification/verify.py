@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from contextlib import nullcontext
@@ -17,6 +16,7 @@ from launcher.verification.board import Board
 from launcher.verification.case import REFERENCE, Case
 from launcher.verification.choose import Choice, choose
 from launcher.verification.fork import TROUBLE, Answer, in_fork
+from launcher.verification.preload import preload
 from launcher.verification.report import as_json, lines, markdown
 from launcher.verification.row import Row, row_of
 
@@ -27,13 +27,6 @@ if TYPE_CHECKING:
 _REFERENCE = "reference"
 _SLACK_S = 60.0
 """Between ranks that wait for each other, besides the time of a case."""
-_SLOW_IMPORTS = (
-    "launcher.verification.take",
-    "launcher.engines.torch",
-    "torch._dynamo",
-    "transformers.generation.utils",
-)
-_SLOW_DEEPSPEED = ("launcher.engines.deepspeed", "deepspeed.runtime.zero.stage3")
 
 
 def verify(job: Verify, context: Context) -> None:
@@ -43,7 +36,7 @@ def verify(job: Verify, context: Context) -> None:
         JobError: on rank 0, when a strategy is not equal to one process; names the worst.
     """
     choice = choose(job, context.run, world_size=context.world_size)
-    _import_slow(context, choice)
+    preload(context, choice)
     Verification(job, context, choice).run()
 
 
@@ -142,24 +135,6 @@ class Verification:
                 f"{worst.why(job)}; all are in {folder / 'verify.md'}"
             )
         print(f"all {len(rows)} strategies take the steps of one process: {folder / 'verify.md'}", flush=True)
-
-
-def _import_slow(context: Context, choice: Choice) -> None:
-    """Import once what every case would import in its own fork, without touching a GPU: that cannot be forked."""
-    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    context.heartbeat.beat("load")
-    for name in _SLOW_IMPORTS:
-        importlib.import_module(name)
-    if any(case.parallel.engine == "deepspeed" for case in choice.cases.values()):
-        import torch
-
-        from launcher.engines.native import prepare_environment
-
-        os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-        prepare_environment(context)
-        for name in _SLOW_DEEPSPEED:
-            context.heartbeat.beat("load")
-            importlib.import_module(name)
 
 
 def _metrics(row: Row) -> dict[str, float]:

@@ -14,6 +14,7 @@ from launcher.ports import free_port
 from launcher.verification.fork import AT, TROUBLE, Answer
 
 _TICK_S = 0.1
+_LEFT = "left"
 _GRACE_S = 5.0
 """Time that a rank gets to fail by itself once another has: its own reason may say more."""
 
@@ -90,6 +91,15 @@ class Board:
         silent = {TROUBLE: f"did not answer within {limit_s:g} s of rank 0", AT: time.time()}
         return {rank: found.get(rank, silent) for rank in range(world_size)}
 
-    def remove(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
+    def leave(self, *, world_size: int, limit_s: float) -> None:
+        """Say that this rank is done here; rank 0 removes the folder once all are, and leaves it where one is not.
+
+        A rank still waits for its fork when the answer of that is there already.
+        """
+        write_json(self.answer_of(_LEFT, self.rank), {})
+        if self.rank == 0 and not any(
+            TROUBLE in answer for answer in self.answers(_LEFT, world_size=world_size, limit_s=limit_s).values()
+        ):
+            shutil.rmtree(self.folder)
+            if not any(self.folder.parent.iterdir()):
+                self.folder.parent.rmdir()

@@ -28,7 +28,7 @@ _DEEPSPEED = (
 
 
 def preload(context: Context, choice: Choice) -> None:
-    """Import what the cases need, and lay the model out once, without touching a GPU: a process that has cannot fork."""
+    """Import what the cases need, and lay the model out once; nothing here may touch a GPU, or no fork could."""
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     _import(_ALWAYS, context)
     if any(case.parallel.engine == "deepspeed" for case in choice.cases.values()):

@@ -67,6 +67,7 @@ class Verification:
                     rows.append(row)
                     writer.record(self.job.steps, **_metrics(row))
                     print(f"{name}: {row.why(self.job) or 'ok'} ({row.seconds:.1f} s)", flush=True)
+        self._board.leave(world_size=self.context.world_size, limit_s=_SLACK_S)
         self._phase = "done"
         self._beat()
         if self.context.is_main:
@@ -125,7 +126,6 @@ class Verification:
         job, folder, left_out = self.job, self.context.run_dir.path, self.choice.left_out
         write_json(folder / "verify.json", as_json(rows, job, left_out=left_out))
         write_atomic(folder / "verify.md", markdown(rows, job, left_out=left_out))
-        self._board.remove()
         print("\n".join(lines(rows, job)), flush=True)
         failed = [row for row in rows if row.excess(job) > 1]
         if failed:

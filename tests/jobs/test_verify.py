@@ -115,6 +115,17 @@ def test_the_ranks_of_a_case_follow_one_that_failed(tmp_path, monkeypatch) -> No
     assert row.trouble == "rank 1: out of memory"
 
 
+def test_rank_0_waits_for_the_others_before_it_clears_up(tmp_path) -> None:
+    folder = tmp_path / "verify" / "29500"
+    folder.mkdir(parents=True)
+    first, second = (Board(folder, rank, lambda: None) for rank in range(2))
+    first.leave(world_size=2, limit_s=0.3)
+    assert folder.exists(), "rank 1 is still there, and would write into it"
+    second.leave(world_size=2, limit_s=0.3)
+    first.leave(world_size=2, limit_s=0.3)
+    assert not (tmp_path / "verify").exists()
+
+
 def test_ranks_that_see_no_port_say_so(tmp_path) -> None:
     with pytest.raises(JobError, match=r"run\.root"):
         Board(tmp_path, 1, lambda: None).open_case("case", limit_s=0.2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from launcher import numerics
 from launcher.config import Run
+from launcher.jobs.base import LearningJob
 from launcher.memory import host_ram
 from launcher.plan import Host, Memory
 from launcher.wording import bytes_text
@@ -18,6 +19,7 @@ def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Itera
     yield from numerics.notes(run, hosts)
     yield from _processors(run, hosts)
     yield from _schedule(run)
+    yield from run.job.notes(run, world_size=sum(host.slots for host in hosts))
 
 
 def _memory(hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
@@ -57,11 +59,13 @@ def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
 
 def _schedule(run: Run) -> Iterator[str]:
     job, warmup = run.job, run.schedule.warmup_steps
+    if not isinstance(job, LearningJob):
+        return
     if warmup >= job.steps:
         yield (
             f"schedule.warmup_steps={warmup} is not below job.steps={job.steps}: "
             "the learning rate never reaches optimizer.lr"
         )
     checkpoint = run.checkpoint
-    if checkpoint.every > job.steps and not checkpoint.at_end:
+    if job.saves and checkpoint.every > job.steps and not checkpoint.at_end:
         yield f"checkpoint.every={checkpoint.every} is above job.steps={job.steps}: no checkpoint will be written"

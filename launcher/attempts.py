@@ -10,7 +10,7 @@ from launcher.backends.base import Backend
 from launcher.errors import EXIT_USER_ERROR, ConfigError
 from launcher.files import write_atomic, write_json
 from launcher.plan import Host
-from launcher.preflight import free_port
+from launcher.ports import free_port
 from launcher.prepare import Prepared, replan
 from launcher.results import write_result
 from launcher.schema import to_tree

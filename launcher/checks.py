@@ -28,6 +28,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from env.refusals(run.backend.env)
     yield from _refuse_unknown_ranks(run, hosts)
     yield from run.backend.refusals(hosts)
+    yield from run.job.refusals(run, world_size=world_size)
 
 
 def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:

@@ -15,7 +15,7 @@ from launcher.compile import Compile
 from launcher.component import Component
 from launcher.data.base import Data
 from launcher.errors import ConfigError
-from launcher.jobs.train import Train
+from launcher.jobs.base import BatchedJob
 from launcher.models.base import Model
 from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
@@ -26,9 +26,14 @@ from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
 
 KINDS: dict[str, dict[str, str]] = {
-    "job": {"train": "launcher.jobs.train:Train"},
+    "job": {
+        "train": "launcher.jobs.train:Train",
+        "evaluate": "launcher.jobs.evaluate:Evaluate",
+        "verify": "launcher.jobs.verify:Verify",
+    },
     "model": {
         "gpt2": "launcher.models.gpt2:Gpt2",
+        "llama": "launcher.models.llama:Llama",
         "smollm2": "launcher.models.smollm2:SmolLm2",
         "hf": "launcher.models.hf:Hf",
     },
@@ -108,7 +113,7 @@ class RunOptions:
 class Run:
     """A whole run, typed and resolved."""
 
-    job: Train
+    job: BatchedJob
     model: Model
     data: Data
     parallel: Parallel

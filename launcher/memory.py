@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from launcher.config import Run
 from launcher.parallel.base import StateBytes
@@ -16,12 +17,17 @@ def model_state(run: Run, hosts: Sequence[Host]) -> Memory | None:
         return None
     world_size = sum(host.slots for host in hosts)
     state = run.parallel.state_bytes(shape.num_params, world_size, run.precision)
+    formula = run.parallel.formula(world_size, run.precision)
+    if not run.job.learns and run.parallel.engine == "torch":
+        host = min(state.host, state.parameters)
+        state = replace(state, gradients=0, optimizer=0, host=host)
+        formula = f"the weights alone, for nothing is learnt, of {formula}"
     return Memory(
         num_params=shape.num_params,
         per_rank=state,
         per_host_ram=max(host_ram(host, state) for host in hosts),
         per_host_nvme=max(host.slots * state.nvme for host in hosts),
-        formula=run.parallel.formula(world_size, run.precision),
+        formula=formula,
     )
 
 

@@ -132,6 +132,7 @@ class What:
     engine: str
     precision: str
     optimizer: str
+    """Empty, like ``schedule``, where nothing is learnt."""
     schedule: str
     activation: str
     attention: str
@@ -164,6 +165,8 @@ class Plan:
     engine_config: dict[str, Any] | None
     """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
     tracker: TrackerPlan
+    outline: dict[str, str] = field(default_factory=dict)
+    """Parts of the work besides its batches, and what is done in each; most jobs have none."""
     files: tuple[str, ...]
     """What the run will write, relative to the run directory."""
     stall_timeout_s: float

@@ -41,6 +41,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         raise ConfigErrors(mistakes)
     memory = model_state(run, hosts)
     tokens = batch.global_ * run.job.sequence_length
+    steps = run.job.num_steps(run, world_size=world_size, batch=batch)
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,
@@ -51,10 +52,11 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         world_size=world_size,
         topology=run.parallel.degrees(world_size).named(),
         what=_what(run),
+        outline=dict(run.job.outline(run, world_size=world_size)),
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
         hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
-        work=Work(batch=batch, steps=run.job.steps, tokens_per_step=tokens, total_tokens=tokens * run.job.steps),
+        work=Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps),
         memory=memory,
         engine_config=run.parallel.engine_config(
             batch=batch, clip_norm=run.job.clip_norm, optimizer=run.optimizer, precision=run.precision
@@ -100,12 +102,12 @@ def _what(run: Run) -> What:
         strategy=component_text(run.parallel),
         engine=run.parallel.engine,
         precision=component_text(run.precision),
-        optimizer=component_text(run.optimizer),
-        schedule=component_text(run.schedule),
+        optimizer=component_text(run.optimizer) if run.job.learns else "",
+        schedule=component_text(run.schedule) if run.job.learns else "",
         activation=component_text(run.activation),
         attention=component_text(run.attention),
         compile=component_text(run.compile),
-        checkpoint=component_text(run.checkpoint),
+        checkpoint=component_text(run.checkpoint) if run.job.saves else f"resume={run.checkpoint.resume}",
     )
 
 
@@ -140,12 +142,10 @@ def _sidecars(host: Host, identity: Identity, tracker: TrackerPlan) -> Iterator[
 
 def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[str]:
     """Yield what the run writes, relative to its directory."""
-    yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", "loss.png")
-    if run.job.sample_tokens:
-        yield "sample.txt"
+    yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", *run.job.files())
     yield "failure.json (if a rank fails)"
     yield f"logs/<host>.<rank>.log, {times(sum(host.slots for host in hosts), 'rank')}"
-    if run.checkpoint.every or run.checkpoint.at_end:
+    if run.job.saves and (run.checkpoint.every or run.checkpoint.at_end):
         yield "checkpoints/step_<n>/"
     if tracker.kind == "wandb" and tracker.mode != "disabled":
         yield "wandb/"

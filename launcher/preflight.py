@@ -11,6 +11,7 @@ from launcher.backends.base import Backend
 from launcher.checkpoint.resume import find, misfits
 from launcher.config import Run
 from launcher.errors import ConfigError
+from launcher.jobs.train import Train
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
 from launcher.rundir import RunDir
@@ -40,7 +41,7 @@ def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[C
         return
     yield from misfits(saved, model=run.model, parallel=run.parallel, precision=run.precision, world_size=world_size)
     done = saved.manifest.step
-    if done >= run.job.steps:
+    if isinstance(run.job, Train) and done >= run.job.steps:
         why = f"{saved.folder} is of step {done} already"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
 
@@ -84,11 +85,3 @@ def _refuse_taken_port(backend: Backend) -> Iterator[ConfigError]:
     except OSError as error:
         why = f"cannot be used: {error.strerror}"
         yield ConfigError("backend.port", backend.port, why=why, fix="set backend.port=auto")
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port

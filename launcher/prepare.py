@@ -13,7 +13,8 @@ from launcher.facts import gather
 from launcher.files import read_json, sha256_of
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
-from launcher.preflight import free_port, preflight
+from launcher.ports import free_port
+from launcher.preflight import preflight
 from launcher.rundir import RunDir, mint_run_id
 from launcher.snapshot import dump_run
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from launcher.alike import Group, groups_of
 from launcher.plan import Host, HostPlan, Memory, Plan
 from launcher.shell import paste
+from launcher.table import table
 from launcher.wording import bytes_text, times
 
 _LABEL = 12
@@ -25,6 +26,7 @@ def render(plan: Plan, *, submission: str = "") -> str:
     sections = {
         f"Plan {plan.name} · {plan.run_id}": _head(plan),
         "Batch": _batch(plan),
+        f"Parts of {plan.job}": table(list(plan.outline.items())),
         "Model state per rank": _memory(plan.memory, plan.hosts),
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
@@ -49,7 +51,8 @@ def _row(label: str, value: str) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     yield _row("job", plan.job)
     for field in dataclasses.fields(plan.what):
-        yield _row(field.name, getattr(plan.what, field.name))
+        if text := getattr(plan.what, field.name):
+            yield _row(field.name, text)
         if field.name == "model" and plan.memory is not None:
             yield _row("", f"{plan.memory.num_params:,} parameters")
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import groups
+from launcher.compose import compose, groups
 from launcher.errors import ConfigErrors
 from launcher.facts import Facts
 from launcher.plan import Host, plan_from_json
@@ -27,7 +27,8 @@ NUM_PARAMS = 1_557_611_200
 @pytest.mark.parametrize("host", [BOX, GPUS], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("exp", groups()["exp"])
 def test_every_experiment_is_planned_and_survives_json(plan_of, exp, host):
-    slots = 1 if exp.startswith("zero_infinity") else host.slots
+    asked = compose([f"+exp={exp}"]).run.backend.ranks
+    slots = host.slots if asked == "auto" else asked
     plan = plan_of(f"+exp={exp}", hosts=[replace(host, slots=slots)])
     assert plan.world_size == slots
     assert plan.work.batch.global_ % plan.work.batch.data_parallel == 0

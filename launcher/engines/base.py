@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -71,6 +71,15 @@ class Engine(ABC):
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with their greedy continuation; the same ids on every rank."""
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield name and whole value of each parameter, in fp32 on the CPU, one at a time; tied ones come once.
+
+        Stages of a pipeline yield their own, under the names that the whole model has.
+        """
+        from launcher.engines.weights import whole_parameters
+
+        return whole_parameters(self.module, device=self.device)
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +160,15 @@ class DeepSpeedEngine(Engine):
             )
         self._engine.train()
         return ids
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole parameters; under ZeRO-3 each is gathered in its turn."""
+        import deepspeed
+
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._partitioning is not None):
+                value = parameter.detach().to("cpu", torch.float32, copy=True)
+            yield name, value
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""

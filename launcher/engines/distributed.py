@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -36,6 +37,15 @@ def group_timeout(context: Context) -> timedelta:
     """Return how long a collective may wait: longer than the supervisor, which knows who is late and why."""
     stall_s = context.run.backend.stall_timeout_s
     return timedelta(seconds=stall_s + _AFTER_STALL_S if stall_s else _DAY_S)
+
+
+def meet_at(port: int, *, world_size: int) -> None:
+    """Have this process, a fork of a rank, join its next process group at another port than the rank's own.
+
+    Rank 0 listens there: torchrun's store, which serves the port it gave, knows nothing of it.
+    """
+    os.environ |= {"MASTER_PORT": str(port), "WORLD_SIZE": str(world_size)}
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
 
 
 def connect(context: Context, device: torch.device) -> None:

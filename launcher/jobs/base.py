@@ -1,14 +1,18 @@
-"""What every job has in common."""
+"""What every job has in common, and what those have that work through batches of sequences."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.component import Component
+from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
+    from launcher.batch import Batch
+    from launcher.config import Run
     from launcher.context import Context
 
 
@@ -24,3 +28,74 @@ class Job(Component):
     @abstractmethod
     def run(self, context: Context) -> None:
         """Do the work on this rank; raise to fail the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedJob(Job):
+    """A job that goes through global batches on an engine; what it does not say otherwise, it trains."""
+
+    learns: ClassVar[bool] = True
+    """Whether it takes optimiser steps; else learning rate, gradients and moments are no part of it."""
+
+    saves: ClassVar[bool] = False
+    """Whether it writes checkpoints."""
+
+    micro_batch: int = 8
+    """Sequences in one forward pass of one rank."""
+
+    global_batch: int | None = None
+    """Sequences in one step over all ranks: micro_batch x accumulation x data-parallel size."""
+
+    accumulation: int | None = None
+    """Forward passes per step and rank; give this or ``global_batch``. Neither means 1."""
+
+    sequence_length: int = 128
+    """Tokens in one sequence."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+        return 0.0
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no batch."""
+        yield from self.below(1, "micro_batch", "global_batch", "accumulation")
+        yield from self.below(2, "sequence_length")
+        yield from self.below(0, "seed")
+
+    @abstractmethod
+    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
+        """Return how many global batches the whole run goes through: what ranks count up to as they beat."""
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why this job cannot be done with the rest of the run."""
+        yield from ()
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Yield what a user should know of what it will do, and not do."""
+        yield from ()
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the parts that the work has besides its batches, each with what is done in it."""
+        yield from ()
+
+    def files(self) -> Iterator[str]:
+        """Yield what it leaves in the run directory besides what every run leaves."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningJob(BatchedJob):
+    """A job that takes optimiser steps."""
+
+    steps: int
+    """Optimiser steps."""
+
+    clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no step."""
+        yield from super().problems()
+        yield from self.below(1, "steps")
+        yield from self.below(0, "clip_norm")

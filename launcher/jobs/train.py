@@ -7,35 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.errors import ConfigError
-from launcher.jobs.base import Job
+from launcher.jobs.base import LearningJob
 
 if TYPE_CHECKING:
+    from launcher.batch import Batch
+    from launcher.config import Run
     from launcher.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Job):
+class Train(LearningJob):
     """Next-token training with evaluation on a held-out split."""
 
     kind: ClassVar[str] = "train"
+    saves: ClassVar[bool] = True
 
     steps: int = 300
     """Optimiser steps in the whole run; a resumed run continues up to this number."""
-
-    micro_batch: int = 8
-    """Sequences in one forward pass of one rank."""
-
-    global_batch: int | None = None
-    """Sequences in one optimiser step over all ranks: micro_batch x accumulation x data-parallel size."""
-
-    accumulation: int | None = None
-    """Forward passes per optimiser step and rank; give this or ``global_batch``. Neither means 1."""
-
-    sequence_length: int = 128
-    """Tokens in one sequence."""
-
-    clip_norm: float = 1.0
-    """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
 
     eval_every: int = 50
     """Optimiser steps between evaluations; 0 evaluates only at the end."""
@@ -54,9 +42,19 @@ class Train(Job):
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that make no training run."""
-        yield from self.below(1, "steps", "micro_batch", "global_batch", "accumulation", "log_every", "eval_sequences")
-        yield from self.below(2, "sequence_length")
-        yield from self.below(0, "seed", "clip_norm", "eval_every", "sample_tokens")
+        yield from super().problems()
+        yield from self.below(1, "log_every", "eval_sequences")
+        yield from self.below(0, "eval_every", "sample_tokens")
+
+    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
+        """Return the optimiser steps."""
+        return self.steps
+
+    def files(self) -> Iterator[str]:
+        """Yield the picture of the losses and the sample."""
+        yield "loss.png"
+        if self.sample_tokens:
+            yield "sample.txt"
 
     def run(self, context: Context) -> None:
         """Train on this rank."""

@@ -21,16 +21,24 @@ class HeldOut:
     """Some rank had been asked to leave by its end."""
 
 
-def evaluate(engine: Engine, loader: Loader, num_sequences: int, *, preempted: Callable[[], bool]) -> HeldOut:
+def evaluate(
+    engine: Engine,
+    loader: Loader,
+    num_sequences: int,
+    *,
+    preempted: Callable[[], bool],
+    beat: Callable[[], None] = lambda: None,
+) -> HeldOut:
     """Measure the loss over the first ``num_sequences`` held-out sequences.
 
     Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
-    batches that fill up carry no labels.
+    batches that fill up carry no labels. ``beat`` is called before each global batch.
     """
     from launcher.engines.distributed import sum_over_ranks
 
     loss_sum, tokens = 0.0, 0
     for micro_batches in loader.held_out(num_sequences):
+        beat()
         batch_sum, batch_tokens = engine.loss_of(micro_batches)
         loss_sum += batch_sum
         tokens += batch_tokens

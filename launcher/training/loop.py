@@ -60,7 +60,7 @@ class Trainer:
     def run(self) -> None:
         """Train, then leave a sample, a curve and the last evaluation."""
         first = restore(self.store, self.context, self.engine)
-        with Recorder(self.context, self.engine, start_step=first) as self.recorder:
+        with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.hold()
             for step in range(first, self.job.steps):

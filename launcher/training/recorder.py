@@ -14,19 +14,21 @@ if TYPE_CHECKING:
 
     from launcher.context import Context
     from launcher.engines.base import Engine, StepResult
+    from launcher.jobs.train import Train
 
 
 class Recorder:
     """Turns step results into metrics, printed lines and progress.
 
     Args:
+        job: for how often to print.
         context: of this rank.
         engine: for its device and parameter count.
         start_step: steps already done when this process began.
     """
 
-    def __init__(self, context: Context, engine: Engine, *, start_step: int) -> None:
-        self._context, self._job, self._device = context, context.run.job, engine.device
+    def __init__(self, job: Train, context: Context, engine: Engine, *, start_step: int) -> None:
+        self._context, self._job, self._device = context, job, engine.device
         self._cuda = engine.device.type == "cuda"
         self._writer = MetricsWriter(context.run_dir.metrics, start_step=start_step) if context.is_main else None
         shape = context.run.model.shape()

@@ -21,7 +21,7 @@ from launcher.doctor.examine import examine, usual_deadline_s
 from launcher.doctor.facts import Request
 from launcher.doctor.finding import Finding, Level
 from launcher.doctor.report import Report
-from launcher.preflight import free_port
+from launcher.ports import free_port
 
 if TYPE_CHECKING:
     from hostlab.lab import Lab

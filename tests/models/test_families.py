@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from launcher.errors import ConfigErrors
 from launcher.models.families import sizes_of
 from launcher.models.gpt2 import Gpt2
+from launcher.models.llama import Llama
 from launcher.models.smollm2 import SmolLm2
 
 SMALL = {
@@ -53,6 +56,20 @@ def test_counts_read_from_a_saved_config_are_exact(name: str, tmp_path: Path) ->
     sizes = sizes_of(json.loads((tmp_path / "config.json").read_text()))
     assert sizes is not None
     assert (sizes.shape().num_params, sizes.shape().largest_param) == counted(CONFIGS[name])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_counts_of_a_llama_of_any_size_are_exact(tied: bool) -> None:
+    sizes = {"layers": 3, "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 80, "context": 32, "vocab_size": 101}
+    model = Llama(name="small", tied=tied, **sizes)
+    assert (model.shape().num_params, model.shape().largest_param) == counted(model.transformers_config())
+
+
+@pytest.mark.parametrize("wrong", [{"kv_heads": 4}, {"width": 50}, {"layers": 0}, {"weights": "pretrained"}])
+def test_sizes_that_make_no_llama_are_refused(wrong: dict[str, Any]) -> None:
+    sizes = {"layers": 1, "heads": 6, "kv_heads": 2, "width": 48, "mlp_width": 80}
+    with pytest.raises(ConfigErrors, match=rf"model\.{next(iter(wrong))}"):
+        Llama(name="small", **{**sizes, **wrong})
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launcher.plan import Host
-from launcher.preflight import free_port
+from launcher.ports import free_port
 
 WORKER = Path(__file__).parent / "programs" / "worker.py"
 ASKED = {

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from launcher.preflight import free_port
+from launcher.ports import free_port
 
 
 @pytest.fixture(scope="module")

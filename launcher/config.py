@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, str]] = {
     "parallel": {
         "single": "launcher.parallel.replicated:Single",
         "ddp": "launcher.parallel.replicated:Ddp",
+        "deepspeed_pipeline": "launcher.parallel.deepspeed_pipeline:DeepSpeedPipeline",
         "fsdp": "launcher.parallel.fsdp:Fsdp",
         "pipeline": "launcher.parallel.pipeline:Pipeline",
         "zero": "launcher.parallel.zero:Zero",

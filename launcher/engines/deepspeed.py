@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from launcher.engines.base import Engine, StepResult, nobody_asks
-from launcher.engines.distributed import (
-    DTYPES,
-    TokenCount,
-    choose_device,
-    disconnect,
-    num_labels,
-    ranks_with_nonfinite,
-    sum_over_ranks,
-)
+from launcher.engines.deepspeed_common import load_checkpoint, save_checkpoint, step_result
+from launcher.engines.distributed import DTYPES, TokenCount, choose_device, disconnect, num_labels
 from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
 from launcher.engines.loss import token_loss_sum
@@ -27,16 +19,12 @@ from launcher.engines.model import model_of
 from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.nvme import SwapFolder
 from launcher.engines.partition import Partitioning, assert_partitioned
-from launcher.engines.rng import load_rng, save_rng
-from launcher.errors import JobError
 from launcher.parallel.zero import Zero
 
 if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
     from launcher.training.clock import Clock
-
-_TAG = "deepspeed"
 
 
 class DeepSpeedEngine(Engine):
@@ -116,7 +104,14 @@ class DeepSpeedEngine(Engine):
         with self._clock.phase("optimizer"):
             norm = self._unwrapped_norm()
             self._engine.step()
-            return self._result(own_sum, count.total(), norm, preempted=preempted())
+            return step_result(
+                self._engine,
+                own_sum.item(),
+                tokens=int(count.total()),
+                norm=norm,
+                preempted=preempted(),
+                device=self.device,
+            )
 
     def _unwrapped_norm(self) -> float | None:
         """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
@@ -124,21 +119,6 @@ class DeepSpeedEngine(Engine):
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             return float(nn.utils.get_total_norm(gradients))
         return None
-
-    def _result(self, own_sum: Tensor, tokens: Tensor, norm: float | None, *, preempted: bool) -> StepResult:
-        skipped, num_tokens = not self._engine.was_step_applied(), int(tokens)
-        total, num_preempted = sum_over_ranks([own_sum.item(), float(preempted)], device=self.device)
-        loss = total / num_tokens if num_tokens else math.nan
-        if norm is None and not skipped:
-            norm = float(self._engine.get_global_grad_norm())
-        return StepResult(
-            loss=loss,
-            grad_norm=None if skipped else norm,
-            tokens=num_tokens,
-            skipped=skipped,
-            nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self.device),
-            preempted=num_preempted > 0,
-        )
 
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
@@ -172,8 +152,7 @@ class DeepSpeedEngine(Engine):
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        save_rng(folder, rank=self._context.rank, device=self.device)
+        save_checkpoint(self._engine, folder, context=self._context, device=self.device)
 
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote at the same world size and stage.
@@ -181,10 +160,7 @@ class DeepSpeedEngine(Engine):
         Raises:
             JobError: the folder holds no checkpoint of DeepSpeed.
         """
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
-        if loaded is None:
-            raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads")
-        load_rng(folder, rank=self._context.rank, device=self.device)
+        load_checkpoint(self._engine, folder, context=self._context, device=self.device)
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks, the swap folder and the process group."""

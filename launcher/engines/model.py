@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from launcher.config import Run
     from launcher.context import Context
 
 
@@ -37,11 +38,9 @@ def model_of(
         ConfigError: the device, or the model's family, cannot do what the run asks for.
     """
     run = context.run
-    prepare_formats(run.precision, device=device)
 
     def prepare(model: PreTrainedModel) -> None:
-        apply_float8(model, run.precision)
-        apply_compile(model, run.compile, device=device)  # after whatever changes what a block does
+        prepare_model(model, run, device=device)
         laid_out(model)
 
     return build_model(
@@ -53,3 +52,14 @@ def model_of(
         laid_out=prepare,
         beat=lambda: context.heartbeat.beat("load"),
     )
+
+
+def prepare_model(model: PreTrainedModel, run: Run, *, device: torch.device) -> None:
+    """Make a model that is laid out, or a stage of one, compute in the formats of the run, compiled or not.
+
+    Raises:
+        ConfigError: the device, or the model's family, cannot do that.
+    """
+    prepare_formats(run.precision, device=device)
+    apply_float8(model, run.precision)
+    apply_compile(model, run.compile, device=device)  # after whatever changes what a block does

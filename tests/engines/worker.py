@@ -3,7 +3,8 @@
     python worker.py CASES.json OUTPUT_FOLDER      with RANK, WORLD_SIZE and MASTER_ADDR set
 
 A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
-another model. Each rank writes ``<name>.<rank>.json``. A case takes as many ranks as its ``world``, from the first on.
+another model, ``plant`` names an error of ``plants.py``. Each rank writes ``<name>.<rank>.json``. A case takes as many
+ranks as its ``world``, from the first on.
 """
 
 from __future__ import annotations
@@ -130,10 +131,12 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
     """Train; where the case says so, save in between, continue in a second engine, and evaluate and generate."""
     from launcher.engines import make_engine
 
+    if case.get("plant"):
+        getattr(importlib.import_module("plants"), case["plant"])()
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
     with make_engine(context, QuietClock()) as engine:
-        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[:1])
+        answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[: case.get("held_out", 1)])
         answer["steps"] = train(engine, context, range(steps), lr)
         if case.get("generate"):
             prompt = torch.arange(4).unsqueeze(0)

@@ -1,0 +1,45 @@
+"""Errors that a case plants in its own process before the engine is made: a test that cannot see one proves nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+
+def tied_gradients_stay_apart() -> None:
+    """Leave each stage with its own gradient of the tied embedding."""
+    from deepspeed.runtime.pipe.engine import PipelineEngine
+
+    PipelineEngine._exec_reduce_tied_grads = lambda engine: None
+    from deepspeed.runtime.pipe import schedule
+
+    PipelineEngine._INSTRUCTION_MAP[schedule.ReduceTiedGrads] = PipelineEngine._exec_reduce_tied_grads
+
+
+def micro_batches_weigh_the_same() -> None:
+    """Average over micro-batches whose labelled tokens differ in number."""
+    from launcher.engines.stage_numbers import SummedLoss
+
+    def call(self: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+        self.total += loss.detach()
+        return loss / (labels != -100).sum()
+
+    SummedLoss.__call__ = call
+
+
+def tied_weight_counts_twice() -> None:
+    """Count the gradient of the tied embedding on both stages."""
+    from launcher.engines import staged
+
+    build = staged._Staged._index_tied_modules
+
+    def index(self: Any) -> Any:
+        found = build(self)
+        for parameter in self.parameters():
+            parameter.ds_pipe_replicated = False
+        return found
+
+    staged._Staged._index_tied_modules = index

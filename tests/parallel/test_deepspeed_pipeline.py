@@ -1,0 +1,99 @@
+"""Options of DeepSpeed's pipeline: what is refused and how, what DeepSpeed is told, what a rank holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from launcher.batch import Batch
+from launcher.degrees import Degrees
+from launcher.errors import ConfigErrors
+from launcher.models.base import Shape
+from launcher.optim.adamw import AdamW
+from launcher.parallel.deepspeed_pipeline import DeepSpeedPipeline
+from launcher.parallel.zero import Zero
+from launcher.precision import Bf16, Fp16, Fp32
+
+SHAPE = Shape(
+    layers=4,
+    heads=2,
+    width=64,
+    vocab_size=4096,
+    context=128,
+    num_params=1_000_000,
+    largest_param=4096 * 64,
+    kv_heads=2,
+    mlp_width=256,
+    block_params=200_000,
+    tied=True,
+    family="gpt2",
+)
+BATCH = Batch(micro=2, accumulation=4, data_parallel=2)
+
+
+@pytest.mark.parametrize(
+    ("values", "option", "phrase"),
+    [
+        ({"stage": 2}, "parallel.stage", "set parallel.stage=1"),
+        ({"stage": 3}, "parallel.stage", "set parallel.stage=1"),
+        ({"stages": 0}, "parallel.stages", "must be at least 1"),
+        ({"micro_batches": 0}, "parallel.micro_batches", "must be at least 1"),
+        ({"reduce_bucket_size": 0}, "parallel.reduce_bucket_size", "must be at least 1"),
+        ({"deepspeed": {"pipeline": {}}}, "parallel.deepspeed.pipeline", "decides it by itself"),
+        ({"deepspeed": {"zero_optimization": {"overlap_comm": True}}}, None, "has no such choice"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, None, "set parallel.stage instead"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(values: dict[str, Any], option: str | None, phrase: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        DeepSpeedPipeline(**values)
+    (error,) = caught.value.errors
+    assert option in (None, error.option)
+    assert phrase in str(error)
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "precision", "shape", "phrase"),
+    [
+        (DeepSpeedPipeline(stages=5), Fp32(), SHAPE, "set parallel.stages=4"),
+        (DeepSpeedPipeline(), Fp32(), replace(SHAPE, family="mamba"), "mamba"),
+        (DeepSpeedPipeline(stage=0), Bf16(), SHAPE, "set parallel.stage=1"),
+        (DeepSpeedPipeline(), Fp16(min_scale=1.5), SHAPE, "set precision.min_scale=1"),
+    ],
+)
+def test_what_other_groups_rule_out(pipeline: Any, precision: Any, shape: Shape, phrase: str) -> None:
+    (error,) = pipeline.refusals(4, precision, optimizer=AdamW(), shape=shape)
+    assert phrase in str(error)
+
+
+def test_nothing_is_refused_without_reason() -> None:
+    for shape in (SHAPE, replace(SHAPE, family="llama"), None):
+        assert not list(DeepSpeedPipeline(stages=4).refusals(8, Bf16(), optimizer=AdamW(), shape=shape))
+    assert not list(DeepSpeedPipeline(stage=0).refusals(2, Fp32(), optimizer=AdamW(), shape=SHAPE))
+
+
+def test_pipelines_side_by_side_take_the_ranks_that_one_leaves() -> None:
+    assert DeepSpeedPipeline(stages=2).degrees(6) == Degrees(pipeline=2, data=3)
+    assert DeepSpeedPipeline(stages=4).degrees(2).product == 4  # does not fill the world: checks.py says so
+    assert DeepSpeedPipeline(micro_batches=8).accumulation == 8
+
+
+def test_deepspeed_is_told_what_it_is_told_of_zero() -> None:
+    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16()}
+    expected = Zero(stage=1, overlap_comm=False, contiguous_gradients=False).engine_config(**numbers)
+    assert DeepSpeedPipeline().engine_config(**numbers) == expected
+    assert expected["gradient_clipping"] == 1.0
+
+
+def test_without_zero_the_engine_clips() -> None:
+    """DeepSpeed's own norm would be that of the first stage."""
+    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Fp32()}
+    assert DeepSpeedPipeline(stage=0).engine_config(**numbers)["gradient_clipping"] == 0.0
+
+
+def test_a_stage_holds_its_share() -> None:
+    four = DeepSpeedPipeline(stages=2).state_bytes(1_000_000, 4, Bf16())
+    assert four == Zero(stage=1).state_bytes(500_000, 2, Bf16())
+    assert "2 stages" in DeepSpeedPipeline(stages=2).formula(4, Bf16())

@@ -64,7 +64,7 @@ def build_model(
 
     builder.build_all(then)
     if activation.kind == "full":
-        _recompute_blocks(built)
+        recompute_blocks(built)
     torch.manual_seed(seed)
     built.train()
     return built
@@ -107,7 +107,8 @@ def _source(model: Model, laid_out: PreTrainedModel, folder: Path) -> Source:
     return lambda names: next(tensors[name] for name in names if name in tensors)
 
 
-def _recompute_blocks(built: PreTrainedModel) -> None:
+def recompute_blocks(built: PreTrainedModel) -> None:
+    """Let each block of a model, or of part of one, keep only its input and recompute the rest in the backward pass."""
     settings = {"use_reentrant": False}
     built.config.use_cache = False  # a block that is recomputed cannot also fill a cache
     if hasattr(built, "activation_checkpointing_enable"):  # newer Transformers, which warns at the name below

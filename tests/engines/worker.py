@@ -8,6 +8,7 @@ another model. Each rank writes ``<name>.<rank>.json``. A case takes as many ran
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -28,7 +29,9 @@ AFTER = range(100, 103)
 SLOW_IMPORTS = (
     "deepspeed.runtime.zero.stage3",
     "launcher.engines.deepspeed",
+    "launcher.engines.pipeline",
     "launcher.engines.torch",
+    "torch.distributed.checkpoint",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "transformers.generation.utils",
@@ -117,6 +120,36 @@ def micro_batches(context: Any, step: int) -> list[Any]:
     return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
 
 
+def plant(name: str | None) -> None:
+    """Break the engine in this process."""
+    from launcher.engines import pipeline
+    from launcher.engines.pipelining.flow import Flow
+
+    if name == "tied gradients are not summed":
+        pipeline.Tied.sum_gradients = lambda self: None
+    elif name == "gradients of pipelines side by side are not summed":
+        pipeline.sum_gradients = lambda parameters, group: None
+    elif name == "gradients of shards are not scaled":
+        multiply = Flow.train
+        Flow.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
+    elif name == "tokens and labels of micro-batches are swapped":
+        ordered = Flow._args
+        Flow._args = lambda self, given: ordered(self, given[::-1])
+    elif name == "tied copies count twice":
+        pipeline.Tied.counted_elsewhere = ()
+    else:
+        assert name is None, name
+
+
+def digests(engine: Any) -> dict[str, str]:
+    """Return a digest of each weight on this rank, by its name in the whole model."""
+    return {
+        name.partition("model.")[2]: hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+        for name, weight in engine.module.named_parameters(remove_duplicate=False)
+        if type(weight.data) is torch.Tensor
+    }
+
+
 def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, Any]]:
     results = []
     for step in steps:
@@ -131,9 +164,12 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
+    plant(case.get("plant"))
     with make_engine(context, QuietClock()) as engine:
         answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[:1])
         answer["steps"] = train(engine, context, range(steps), lr)
+        if case.get("digests"):
+            answer["digests"] = digests(engine)
         if case.get("generate"):
             prompt = torch.arange(4).unsqueeze(0)
             answer["generated"] = engine.generate(prompt, max_new_tokens=5).tolist()

@@ -6,7 +6,6 @@ import gc
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from launcher.data.loader import IGNORED
 from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, num_labels
 from launcher.engines.mesh import dimensions, mesh_of
@@ -22,6 +20,7 @@ from launcher.engines.pipelining.build import build_stretch, choose_cut
 from launcher.engines.pipelining.flow import Flow
 from launcher.engines.pipelining.generate import Decoder
 from launcher.engines.pipelining.reduce import sum_gradients
+from launcher.engines.pipelining.relay import Relay
 from launcher.engines.pipelining.schedules import own_stretches, owner_of
 from launcher.engines.pipelining.shard import free_gathered, shard
 from launcher.engines.pipelining.state import copy_state, load_tensors, named_state, save_tensors
@@ -44,7 +43,7 @@ class PipelineEngine(Engine):
         run, parallel, degrees = context.run, context.run.parallel, context.degrees
         assert isinstance(parallel, Pipeline), "the strategy chose this engine"
         self._clock, self._rank, self._copies = clock, context.rank, degrees.copies
-        self._micro_batches, self._shards = context.batch.accumulation, degrees.shard
+        self._shards = degrees.shard
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
         mesh = mesh_of(degrees, device=self.device)
@@ -75,6 +74,9 @@ class PipelineEngine(Engine):
             stages=self._group,
             counted_elsewhere=self._tied.counted_elsewhere,
         )
+        self._relay = Relay(
+            self._own, owners=self._owners, width=self._cut.width, device=self.device, group=self._group
+        )
         self._flow = Flow(
             self._own,
             schedule=parallel.schedule,
@@ -101,29 +103,18 @@ class PipelineEngine(Engine):
             return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted())
 
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Return the summed loss, without dropout: all of it on the last stage, which alone counts its tokens.
-
-        A schedule takes as many micro-batches as a step has; where there are fewer, unlabelled ones fill up.
-        """
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        """Return the summed loss and the number of tokens, without dropout, on the last stage; nothing elsewhere."""
+        labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
+        tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
         with self._forward_only():
-            for start in range(0, len(micro_batches), self._micro_batches):
-                given = list(micro_batches[start : start + self._micro_batches])
-                unlabelled = replace(given[0], labels=torch.full_like(given[0].labels, IGNORED))
-                given += [unlabelled] * (self._micro_batches - len(given))
-                loss_sum += self._flow.evaluate(given)
-        is_last = self._owners[-1] == dist.get_rank(self._group)
-        return loss_sum.item(), num_labels(micro_batches) if is_last else 0
+            losses = self._relay.through(tokens, lambda stretch, state, index: stretch(state, labels=labels[index]))
+        if not losses:
+            return 0.0, 0
+        return torch.cat(losses).double().sum().item(), num_labels(micro_batches)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Continue greedily; each pipeline does all of it by itself."""
-        decoder = Decoder(
-            self._own,
-            owners=self._owners,
-            first_blocks=[blocks.start for blocks in self._cut.blocks],
-            group=self._group,
-            device=self.device,
-        )
+        decoder = Decoder(self._relay, first_blocks=[blocks.start for blocks in self._cut.blocks])
         with self._forward_only():
             return decoder.continue_greedily(input_ids.to(self.device), max_new_tokens=max_new_tokens)
 
@@ -163,6 +154,6 @@ class PipelineEngine(Engine):
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""
-        del self._flow
+        del self._flow, self._relay
         gc.collect()
         disconnect()

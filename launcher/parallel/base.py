@@ -15,7 +15,6 @@ from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.precision import Precision
 
-
 Engine = Literal["torch", "deepspeed"]
 """Whose machinery takes the steps of a run."""
 
@@ -97,6 +96,10 @@ class Parallel(Component):
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
+        yield from ()
+
+    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot take steps of this batch."""
         yield from ()
 
     def native_ops(self, optimizer: AdamW) -> NativeOps:

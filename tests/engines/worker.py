@@ -27,8 +27,6 @@ AFTER = range(100, 103)
 
 
 SLOW_IMPORTS = (
-    "deepspeed.runtime.zero.stage3",
-    "launcher.engines.deepspeed",
     "launcher.engines.pipeline",
     "launcher.engines.torch",
     "torch.distributed.checkpoint",
@@ -46,6 +44,10 @@ class QuietClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         yield
+
+
+DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed")
+"""Only where some case is DeepSpeed's."""
 
 
 def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
@@ -185,7 +187,8 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 
 def main(cases_file: str, output: str) -> None:
     given, rank = json.loads(Path(cases_file).read_text()), int(os.environ["RANK"])
-    for name in SLOW_IMPORTS:  # once, before forking
+    kinds = {case["run"]["parallel"]["kind"] for case in given["cases"]}
+    for name in (*SLOW_IMPORTS, *(DEEPSPEED_IMPORTS if "zero" in kinds else ())):  # once, before forking
         importlib.import_module(name)
 
     for case in given["cases"]:

@@ -1,9 +1,9 @@
-"""Micro-batches through the stretches of a pipeline, with or without a backward pass."""
+"""Forward and backward passes of a step through the stretches of a pipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -42,8 +42,8 @@ class Flow:
     ) -> None:
         self._own, self._name, self._count, self._width = own, schedule, count, width
         self._device, self._group = device, group
-        self._made: dict[bool, tuple[tuple[int, ...], Any]] = {}
-        """Whether it learns, to what it was made for and the schedule."""
+        self._made_for: tuple[int, ...] = ()
+        self._schedule: Any = None
 
     def train(self, micro_batches: Sequence[MicroBatch], *, factor: Tensor) -> Tensor:
         """Add the gradient of the summed loss times ``factor``, a scalar; return the loss as this rank knows it.
@@ -51,14 +51,11 @@ class Flow:
         Returns:
             The loss summed over the labelled tokens, an fp64 scalar; 0 on ranks without the last stretch.
         """
-        schedule = self._schedule(micro_batches, training=True)
-        return self._sum(schedule.step(*self._args(micro_batches), **self._options(micro_batches, factor)))
-
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Return the loss as this rank knows it, without a backward pass; call it under ``no_grad``."""
-        schedule = self._schedule(micro_batches, training=False)
-        one = torch.ones((), device=self._device)
-        return self._sum(schedule.eval(*self._args(micro_batches), **self._options(micro_batches, one)))
+        self._fit(micro_batches)
+        losses = self._schedule.step(*self._args(micro_batches), **self._options(micro_batches, factor))
+        if losses is None:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return cast("Tensor", losses.detach().double().sum())
 
     def _args(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, ...]:
         if 0 not in self._own:
@@ -71,28 +68,23 @@ class Flow:
         labels = torch.cat([micro_batch.labels for micro_batch in micro_batches]).to(self._device)
         return {"labels": labels, "target": factor.float().expand(len(micro_batches))}
 
-    def _sum(self, losses: Tensor | None) -> Tensor:
-        if losses is None:
-            return torch.zeros((), dtype=torch.float64, device=self._device)
-        return losses.detach().double().sum()
-
-    def _schedule(self, micro_batches: Sequence[MicroBatch], *, training: bool) -> Any:
+    def _fit(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Make the schedule anew, unless it is for as many micro-batches of this shape."""
         shapes = {tuple(micro_batch.input_ids.shape) for micro_batch in micro_batches}
         assert len(shapes) == 1, f"micro-batches of a step have one shape, not {shapes}"
         wanted = (len(micro_batches), *shapes.pop())
-        made_for, schedule = self._made.get(training, (None, None))
-        if made_for != wanted:
-            schedule = make_schedule(
-                self._name,
-                [(number, stretch, self._metas(number, *wanted[1:])) for number, stretch in self._own.items()],
-                count=self._count,
-                micro_batches=wanted[0],
-                loss=_weighed,
-                device=self._device,
-                group=self._group,
-            )
-            self._made[training] = wanted, schedule
-        return schedule
+        if self._made_for == wanted:
+            return
+        self._schedule = make_schedule(
+            self._name,
+            [(number, stretch, self._metas(number, *wanted[1:])) for number, stretch in self._own.items()],
+            count=self._count,
+            micro_batches=wanted[0],
+            loss=_weighed,
+            device=self._device,
+            group=self._group,
+        )
+        self._made_for = wanted
 
     def _metas(self, number: int, sequences: int, tokens: int) -> Metas:
         """Return what goes into a stretch for one micro-batch, and what comes out."""

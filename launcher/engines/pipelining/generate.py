@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,43 +12,29 @@ from torch import distributed as dist
 from launcher.engines.pipelining.cache import StretchCache
 
 if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
-
+    from launcher.engines.pipelining.relay import Relay
     from launcher.engines.pipelining.stage import Stretch
 
 _PADDING = 0  # follows a sequence that has ended, as in launcher.engines.generate
 
 
 class Decoder:
-    """Passes tokens from stretch to stretch: all of the prompt, then one token a sequence at a time.
+    """Passes on all of the prompt, then one token a sequence at a time.
 
     Args:
-        own: this rank's stretches, in evaluation mode, by number.
-        owners: rank in ``group`` of each stretch.
+        relay: of stretches in evaluation mode.
         first_blocks: number of the first block of each stretch.
-        group: the ranks of this pipeline.
-        device: where this rank computes.
     """
 
-    def __init__(
-        self,
-        own: Mapping[int, Stretch],
-        *,
-        owners: list[int],
-        first_blocks: list[int],
-        group: ProcessGroup,
-        device: torch.device,
-    ) -> None:
-        self._own, self._group, self._device = own, group, device
-        self._owners = [dist.get_global_rank(group, rank) for rank in owners]
+    def __init__(self, relay: Relay, *, first_blocks: Sequence[int]) -> None:
+        self._relay = relay
         self._caches = {
             number: StretchCache(stretch.model.config, first_block=first_blocks[number])
-            for number, stretch in own.items()
+            for number, stretch in relay.own.items()
         }
-        some = next(iter(own.values())).model
-        self._width: int = some.config.hidden_size
-        ends = some.generation_config.eos_token_id
-        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=device).flatten()
+        some = next(iter(relay.own.values()))
+        ends = some.model.generation_config.eos_token_id
+        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=relay.device).flatten()
 
     def continue_greedily(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with the most likely continuation, the same on every rank.
@@ -56,7 +42,7 @@ class Decoder:
         A sequence ends with an end-of-text token; generation stops when all have ended. Call it under ``no_grad``.
         """
         ids = new = input_ids
-        running = torch.ones(len(ids), dtype=torch.bool, device=self._device)
+        running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
         for _ in range(max_new_tokens):
             chosen = self._next_tokens(new)
             new = torch.where(running, chosen, _PADDING)[:, None]
@@ -68,19 +54,11 @@ class Decoder:
 
     def _next_tokens(self, new: Tensor) -> Tensor:
         """Return the tokens (sequences,) that follow ``new`` (sequences, tokens) and everything before it."""
-        here, last = dist.get_rank(), len(self._owners) - 1
-        state, chosen = new, torch.empty(len(new), dtype=torch.int64, device=self._device)
-        for number, owner in enumerate(self._owners):
-            if owner != here:
-                continue
-            before = self._owners[number - 1]
-            if number > 0 and before != here:
-                state = torch.empty(*new.shape, self._width, device=self._device)
-                dist.recv(state, src=before, group=self._group)
-            state = self._own[number](state, cache=self._caches[number])
-            if number == last:
-                chosen = state.argmax(dim=-1)
-            elif self._owners[number + 1] != here:
-                dist.send(state, dst=self._owners[number + 1], group=self._group)
-        dist.broadcast(chosen, src=self._owners[last], group=self._group)
+        logits = self._relay.through([new], self._with_cache)
+        chosen = logits[0].argmax(dim=-1) if logits else torch.empty(len(new), dtype=torch.int64, device=new.device)
+        dist.broadcast(chosen, src=self._relay.last_owner, group=self._relay.group)
         return chosen
+
+    def _with_cache(self, stretch: Stretch, state: Tensor, _: int) -> Tensor:
+        logits: Tensor = stretch(state, cache=self._caches[stretch.number])
+        return logits

@@ -52,8 +52,9 @@ class Stretch(nn.Module):  # type: ignore[misc]
             given[self._cache_argument] = cache
         with torch.autocast(inputs.device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):
             if not self.last:
-                hidden: Tensor = self.model.base_model(**given).last_hidden_state
-                return hidden.float()
+                hidden: Tensor = self.model.base_model(**given).last_hidden_state.float()
+                # zero bubble schedules cut the graph at what a stage returns, which torch cannot do to a view
+                return hidden.clone() if hidden._is_view() else hidden  # noqa: SLF001  (no public way to ask)
             if cache is not None:
                 logits: Tensor = self.model(**given, logits_to_keep=1).logits
                 return logits[:, -1].float()

@@ -68,9 +68,11 @@ def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
     assert {name.split(".")[2] for name, _ in goes_on.named_parameters()} == {"1", "2"}
     check_passes_on(goes_on)
     with torch.no_grad():
-        hidden = begins.base_model(input_ids=ids).last_hidden_state
-        hidden = goes_on.base_model(inputs_embeds=hidden).last_hidden_state
-        assert torch.equal(ends(inputs_embeds=hidden).logits, whole.eval()(input_ids=ids).logits)
+        hidden = begins.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = goes_on.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        assert torch.equal(
+            ends(inputs_embeds=hidden, use_cache=False).logits, whole.eval()(input_ids=ids, use_cache=False).logits
+        )
 
 
 def test_a_family_that_scales_what_enters_its_first_block_is_refused() -> None:

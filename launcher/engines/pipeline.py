@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +22,12 @@ from launcher.engines.pipelining.reduce import sum_gradients
 from launcher.engines.pipelining.relay import Relay
 from launcher.engines.pipelining.schedules import own_stretches, owner_of
 from launcher.engines.pipelining.shard import free_gathered, shard
-from launcher.engines.pipelining.state import copy_state, load_tensors, named_state, save_tensors
+from launcher.engines.pipelining.state import copy_to_twins, named_state
 from launcher.engines.pipelining.tied import Tied
 from launcher.engines.rng import load_rng, save_rng
+from launcher.engines.sharded_state import load_tensors, save_tensors
 from launcher.engines.update import Update
-from launcher.errors import JobError
+from launcher.files import read_json, write_json
 from launcher.parallel.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -130,9 +130,10 @@ class PipelineEngine(Engine):
 
     def save(self, folder: Path) -> None:
         """Write weights and moments by name, each rank its own, and generators rank by rank."""
-        save_tensors(folder / "state", self._tensors(load=False))
+        tensors, _ = self._tensors()
+        save_tensors(folder / "shards", tensors)
         if self._rank == 0:
-            (folder / "loss_scale.json").write_text(json.dumps(self._update.scale.state()))
+            write_json(folder / "loss_scale.json", self._update.scale.state())
         save_rng(folder, rank=self._rank, device=self.device)
 
     def load(self, folder: Path) -> None:
@@ -141,16 +142,14 @@ class PipelineEngine(Engine):
         Raises:
             JobError: the folder does not hold this model.
         """
-        load_tensors(folder / "state", self._tensors(load=True))
-        copy_state(self._update.optimizer, self._tied.pairs)
-        try:
-            self._update.scale.restore(json.loads((folder / "loss_scale.json").read_text()))
-        except (OSError, ValueError, KeyError) as error:
-            raise JobError(f"{folder} holds no state of a pipeline: {error}") from error
+        tensors, twins = self._tensors()
+        load_tensors(folder / "shards", tensors)
+        copy_to_twins(tensors, twins)
+        self._update.scale.restore(read_json(folder / "loss_scale.json"))
         load_rng(folder, rank=self._rank, device=self.device)
 
-    def _tensors(self, *, load: bool) -> dict[str, Tensor]:
-        return named_state(list(self._own.values()), self._update.optimizer, self._cut.tied, load=load)
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return named_state(list(self._own.values()), self._update.optimizer, self._cut.tied)
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""

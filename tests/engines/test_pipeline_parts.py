@@ -46,12 +46,13 @@ def test_equal_blocks_are_shared_out_evenly(blocks: int, number: int, sizes: set
 
 
 def stretch(model, keep: range, *, first: bool, last: bool):
-    from launcher.engines.pipelining.cut import cut
+    from launcher.engines.pipelining.cut import count_own_blocks, cut
     from launcher.models.build import lay_out
 
     built, builder = lay_out(model, seed=0, attention=Sdpa())
     cut(built, keep, first=first, last=last)
     builder.build_all()
+    count_own_blocks(built, keep)
     return built.eval()
 
 
@@ -78,12 +79,13 @@ def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
 def test_a_family_that_scales_what_enters_its_first_block_is_refused() -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    from launcher.engines.pipelining.cut import check_passes_on, cut
+    from launcher.engines.pipelining.cut import check_passes_on, count_own_blocks, cut
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     for multiplier in (1.0, 12.0):
         model = GraniteForCausalLM(GraniteConfig(**sizes, vocab_size=32, embedding_multiplier=multiplier))
         cut(model, range(1, 2), first=False, last=True)
+        count_own_blocks(model, range(1, 2))
         if multiplier == 1.0:
             check_passes_on(model)
             continue

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 from launcher.engines.distributed import DTYPES
 from launcher.engines.pipelining.balance import stretches
-from launcher.engines.pipelining.cut import anatomy_of, check_passes_on, cut
+from launcher.engines.pipelining.cut import anatomy_of, check_passes_on, count_own_blocks, cut
 from launcher.engines.pipelining.stage import Stretch
 from launcher.engines.pipelining.tied import tied_names
 from launcher.engines.pipelining.timing import Costs, measured
@@ -66,6 +66,7 @@ def build_stretch(context: Context, where: Cut, number: int) -> Stretch:
         context.heartbeat.beat("load")
 
     builder.build_all(beat)
+    count_own_blocks(model, where.blocks[number])
     if number > 0:
         check_passes_on(model)
     if run.activation.kind == "full":

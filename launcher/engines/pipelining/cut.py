@@ -83,6 +83,14 @@ def cut(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None
         setattr(base, anatomy.norm, nn.Identity())
         for name in [name for name, child in model.named_children() if child is not base]:
             setattr(model, name, None)
+
+
+def count_own_blocks(model: PreTrainedModel, keep: range) -> None:
+    """Let a stretch's configuration speak of its own blocks, for loops over layers and for caches.
+
+    Only once it has its weights: some families draw them by the number of layers of the whole model.
+    """
+    base = model.base_model
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(keep)
     if getattr(config, "layer_types", None) is not None:

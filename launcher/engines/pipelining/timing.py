@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher.engines.distributed import DTYPES
-from launcher.engines.pipelining.cut import cut
+from launcher.engines.pipelining.cut import count_own_blocks, cut
 from launcher.engines.pipelining.stage import Stretch
 from launcher.models.build import lay_out
 
@@ -49,6 +49,7 @@ def _seconds(context: Context, keep: range, *, number: int, device: torch.device
     model, builder = lay_out(run.model, seed=run.job.seed, attention=run.attention)
     cut(model, keep, first=number == 0, last=number == 2)
     builder.build_all()
+    count_own_blocks(model, keep)
     stretch = Stretch(model.to(device), number=number, count=3, autocast=DTYPES[run.precision.compute])
     shape = (run.job.micro_batch, run.job.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)

@@ -52,7 +52,7 @@ class PipelineEngine(Engine):
         self._replicas = replicas.get_group() if replicas is not None else None
         count = degrees.pipeline * parallel.num_chunks
         self._owners = [owner_of(parallel.schedule, number, ranks=degrees.pipeline) for number in range(count)]
-        self._cut = choose_cut(context, count=count, device=self.device)
+        self._cut = choose_cut(context, count=count, by_time=parallel.balance == "time", device=self.device)
         here = dist.get_rank(self._group)
         numbers = own_stretches(parallel.schedule, rank=here, ranks=degrees.pipeline, chunks=parallel.num_chunks)
         self._own = {number: build_stretch(context, self._cut, number).to(self.device) for number in numbers}

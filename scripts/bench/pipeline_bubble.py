@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import socket
-import statistics
 import tempfile
 import time
 import weakref
@@ -167,7 +166,7 @@ class Outcome:
     """What was found for one setting."""
 
     idle: float
-    """Share of all ranks' time, the median over steps."""
+    """Share of all ranks' time, the least of all steps: what else the machine does only adds to it."""
     theory: float
     full: bool
     """Whether there are enough micro-batches for a formula to hold."""
@@ -207,7 +206,7 @@ def _outcome(setting: Setting, found: Sequence[dict[str, Any]]) -> Outcome:
     assert by_path is not None, "a schedule has a formula or an order"
     assert theory is None or abs(theory - by_path) < 1e-9, f"{setting}: formula {theory}, longest path {by_path}"
     return Outcome(
-        idle=statistics.median(idle),
+        idle=min(idle),
         theory=by_path,
         full=theory is not None,
         live=[max(step["live"] for step in of_rank["steps"]) for of_rank in found],

@@ -37,8 +37,8 @@ class Cut:
     """Size of the hidden states."""
 
 
-def choose_cut(context: Context, *, count: int, device: torch.device) -> Cut:
-    """Return where to cut the run's model into ``count`` stretches.
+def choose_cut(context: Context, *, count: int, by_time: bool, device: torch.device) -> Cut:
+    """Return where to cut the run's model into ``count`` stretches, alike in time or in parameters.
 
     Raises:
         ConfigError: the model cannot be cut, or has fewer blocks than stretches.
@@ -50,14 +50,14 @@ def choose_cut(context: Context, *, count: int, device: torch.device) -> Cut:
         why = f"{count} stretches, and the model has {num_blocks} layers"
         raise ConfigError("parallel.stages", context.degrees.pipeline, why=why, fix=f"set parallel.stages={num_blocks}")
     costs = _parameters(model)
-    if getattr(run.parallel, "balance", "parameters") == "time":
+    if by_time:
         costs = _told_by_rank_0(context, num_blocks=num_blocks, device=device)
     blocks = stretches(costs.blocks, count, first=costs.first, last=costs.last)
     return Cut(blocks=blocks, tied=tied_names(model), width=model.config.hidden_size)
 
 
 def build_stretch(context: Context, where: Cut, number: int) -> Stretch:
-    """Return one stretch with its weights, on the CPU, in training mode; arguments that differ by rank draw nothing."""
+    """Return one stretch with its weights, on the CPU, in training mode."""
     run, count = context.run, len(where.blocks)
     model, builder = lay_out(run.model, seed=run.job.seed, attention=run.attention, beat=_beat(context))
     cut(model, where.blocks[number], first=number == 0, last=number == count - 1)

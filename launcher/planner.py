@@ -36,6 +36,8 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     world_size = sum(host.slots for host in hosts)
     mistakes = list(checks.refusals(run, hosts))
     batch = _collected(lambda: _solve(run, world_size), mistakes)
+    if batch is not None:
+        mistakes += run.parallel.batch_refusals(batch)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
     if batch is None or tracker is None or mistakes:
         raise ConfigErrors(mistakes)

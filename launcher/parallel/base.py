@@ -98,6 +98,10 @@ class Parallel(Component):
         """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
         yield from ()
 
+    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot take steps of this batch."""
+        yield from ()
+
     def native_ops(self, optimizer: AdamW) -> NativeOps:
         """Return what has to be compiled before ranks start."""
         return NativeOps()

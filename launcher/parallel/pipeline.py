@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from launcher.batch import Batch
 from launcher.degrees import Degrees
 from launcher.errors import ConfigError
 from launcher.models.base import Shape
@@ -14,6 +15,27 @@ from launcher.parallel.base import Engine, Parallel, StateBytes
 from launcher.precision import Precision
 
 ScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"]
+
+
+def micro_batch_choices(schedule: ScheduleName, *, stages: int, wanted: int) -> list[int]:
+    """Return ``wanted`` if a schedule takes so many micro-batches, else the nearest it takes below and above.
+
+    1F1B fills the pipeline before anything comes out of it. Interleaved schedules go in rounds of about as many
+    micro-batches as there are stages, all rounds alike.
+    """
+
+    def fits(number: int) -> bool:
+        if schedule == "1f1b":
+            return number >= stages
+        if schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
+            return number % max(1, number // stages) == 0
+        return True
+
+    if fits(wanted):
+        return [wanted]
+    below = next((number for number in range(wanted - 1, 0, -1) if fits(number)), None)
+    above = next(number for number in range(wanted + 1, 2 * (wanted + stages)) if fits(number))
+    return [above] if below is None else [below, above]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +75,11 @@ class Pipeline(Parallel):
         return 1 if self.schedule in ("gpipe", "1f1b") else 2
 
     @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule takes gradients of weights later than those of what a stage is given."""
+        return self.schedule in ("interleaved_zero_bubble", "zbv")
+
+    @property
     def accumulation(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches
@@ -66,7 +93,8 @@ class Pipeline(Parallel):
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that make no pipeline, and chunks that a schedule does not have."""
-        yield from self.below(1, "stages", "micro_batches", "chunks")
+        yield from self.below(2, "stages")
+        yield from self.below(1, "micro_batches", "chunks")
         if self.chunks is None:
             return
         if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
@@ -94,5 +122,18 @@ class Pipeline(Parallel):
         wanted = self.stages * self.num_chunks
         if shape is not None and wanted > shape.layers:
             most = shape.layers // self.num_chunks
-            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches of {shape.layers} layers"
-            yield self.refuse("stages", why, f"set parallel.stages={max(1, most)}")
+            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches, and there are {shape.layers} layers"
+            fix = f"set parallel.stages={most}" if most > 1 else "set parallel.schedule=1f1b"
+            yield self.refuse("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
+
+    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+        """Refuse numbers of micro-batches that the schedule does not take."""
+        choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=batch.accumulation)
+        if batch.accumulation in choices:
+            return
+        why = f"schedule {self.schedule} cannot send {batch.accumulation} micro-batches through {self.stages} stages"
+        numbers = " or ".join(
+            f"{number} (job.global_batch={batch.micro * number * batch.data_parallel})" for number in choices
+        )
+        fix = f"set parallel.micro_batches to {numbers}, or parallel.schedule=gpipe"
+        yield self.refuse("micro_batches", why, fix)

@@ -9,6 +9,7 @@ ranks as its ``world``, from the first on.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import os
@@ -27,9 +28,9 @@ AFTER = range(100, 103)
 
 
 SLOW_IMPORTS = (
-    "deepspeed.runtime.zero.stage3",
-    "launcher.engines.deepspeed",
+    "launcher.engines.pipeline",
     "launcher.engines.torch",
+    "torch.distributed.checkpoint",
     "torch._dynamo",
     "torch._inductor.compile_fx",
     "transformers.generation.utils",
@@ -44,6 +45,10 @@ class QuietClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         yield
+
+
+DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed")
+"""Only where some case is DeepSpeed's."""
 
 
 def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
@@ -119,6 +124,36 @@ def micro_batches(context: Any, step: int) -> list[Any]:
     return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
 
 
+def plant(name: str | None) -> None:
+    """Break the engine in this process."""
+    from launcher.engines import pipeline
+    from launcher.engines.pipelining.flow import Flow
+
+    if name == "tied gradients are not summed":
+        pipeline.Tied.sum_gradients = lambda self: None
+    elif name == "gradients of pipelines side by side are not summed":
+        pipeline.sum_gradients = lambda parameters, group: None
+    elif name == "gradients of shards are not scaled":
+        multiply = Flow.train
+        Flow.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
+    elif name == "tokens and labels of micro-batches are swapped":
+        ordered = Flow._args
+        Flow._args = lambda self, given: ordered(self, given[::-1])
+    elif name == "tied copies count twice":
+        pipeline.Tied.counted_elsewhere = ()
+    else:
+        assert name is None, name
+
+
+def digests(engine: Any) -> dict[str, str]:
+    """Return a digest of each weight on this rank, by its name in the whole model."""
+    return {
+        name.partition("model.")[2]: hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()
+        for name, weight in engine.module.named_parameters(remove_duplicate=False)
+        if type(weight.data) is torch.Tensor
+    }
+
+
 def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, Any]]:
     results = []
     for step in steps:
@@ -135,9 +170,12 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
         getattr(importlib.import_module("plants"), case["plant"])()
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
+    plant(case.get("plant"))
     with make_engine(context, QuietClock()) as engine:
         answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[: case.get("held_out", 1)])
         answer["steps"] = train(engine, context, range(steps), lr)
+        if case.get("digests"):
+            answer["digests"] = digests(engine)
         if case.get("generate"):
             prompt = torch.arange(4).unsqueeze(0)
             answer["generated"] = engine.generate(prompt, max_new_tokens=5).tolist()
@@ -153,7 +191,8 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 
 def main(cases_file: str, output: str) -> None:
     given, rank = json.loads(Path(cases_file).read_text()), int(os.environ["RANK"])
-    for name in SLOW_IMPORTS:  # once, before forking
+    kinds = {case["run"]["parallel"]["kind"] for case in given["cases"]}
+    for name in (*SLOW_IMPORTS, *(DEEPSPEED_IMPORTS if "zero" in kinds else ())):  # once, before forking
         importlib.import_module(name)
 
     for case in given["cases"]:

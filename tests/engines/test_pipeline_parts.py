@@ -1,0 +1,104 @@
+"""The parts of the pipeline engine that need no second rank."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+import torch
+
+from launcher.attention import Sdpa
+from launcher.errors import ConfigError
+from launcher.models.gpt2 import Gpt2
+
+GPT2 = Gpt2(name="tiny", layers=4, heads=2, width=16, context=16, vocab_size=32)
+
+
+def worst(costs, cuts, first, last) -> float:
+    sums = [sum(costs[begin:end]) for begin, end in itertools.pairwise(cuts)]
+    sums[0] += first
+    sums[-1] += last
+    return max(sums)
+
+
+def test_stretches_are_the_best_there_are() -> None:
+    from launcher.engines.pipelining.balance import stretches
+
+    draw = random.Random(0)
+    for _ in range(200):
+        costs = [draw.choice([0.5, 1, 1, 2, 7]) for _ in range(draw.randint(2, 8))]
+        number, first, last = draw.randint(1, len(costs)), draw.choice([0, 1, 5]), draw.choice([0, 2, 9])
+        found = stretches(costs, number, first=first, last=last)
+        cuts = [0, *(blocks.stop for blocks in found)]
+        assert [blocks.start for blocks in found] == cuts[:-1]
+        assert all(found)
+        every = itertools.combinations(range(1, len(costs)), number - 1)
+        best = min(worst(costs, (0, *middle, len(costs)), first, last) for middle in every)
+        assert worst(costs, cuts, first, last) == pytest.approx(best)
+
+
+@pytest.mark.parametrize(("blocks", "number", "sizes"), [(8, 3, {2, 3}), (36, 4, {9}), (7, 2, {3, 4})])
+def test_equal_blocks_are_shared_out_evenly(blocks: int, number: int, sizes: set[int]) -> None:
+    from launcher.engines.pipelining.balance import stretches
+
+    assert set(map(len, stretches([1.0] * blocks, number))) == sizes
+
+
+def stretch(model, keep: range, *, first: bool, last: bool):
+    from launcher.engines.pipelining.cut import count_own_blocks, cut
+    from launcher.models.build import lay_out
+
+    built, builder = lay_out(model, seed=0, attention=Sdpa())
+    cut(built, keep, first=first, last=last)
+    builder.build_all()
+    count_own_blocks(built, keep)
+    return built.eval()
+
+
+def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
+    from launcher.engines.pipelining.cut import check_passes_on
+    from launcher.models.build import lay_out
+
+    whole, builder = lay_out(GPT2, seed=0, attention=Sdpa())
+    builder.build_all()
+    ids = torch.arange(10)[None]
+    begins, goes_on, ends = (
+        stretch(GPT2, keep, first=keep.start == 0, last=keep.stop == 4) for keep in (range(1), range(1, 3), range(3, 4))
+    )
+    assert {name.split(".")[2] for name, _ in goes_on.named_parameters()} == {"1", "2"}
+    check_passes_on(goes_on)
+    with torch.no_grad():
+        hidden = begins.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = goes_on.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        assert torch.equal(
+            ends(inputs_embeds=hidden, use_cache=False).logits, whole.eval()(input_ids=ids, use_cache=False).logits
+        )
+
+
+def test_a_family_that_scales_what_enters_its_first_block_is_refused() -> None:
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    from launcher.engines.pipelining.cut import check_passes_on, count_own_blocks, cut
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    for multiplier in (1.0, 12.0):
+        model = GraniteForCausalLM(GraniteConfig(**sizes, vocab_size=32, embedding_multiplier=multiplier))
+        cut(model, range(1, 2), first=False, last=True)
+        count_own_blocks(model, range(1, 2))
+        if multiplier == 1.0:
+            check_passes_on(model)
+            continue
+        with pytest.raises(ConfigError, match="granite changes what enters its first block"):
+            check_passes_on(model)
+
+
+def test_a_family_without_a_plan_is_refused_by_name() -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from launcher.engines.pipelining.cut import anatomy_of
+
+    sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
+    with pytest.raises(ConfigError, match="pipeline plan for opt is missing"):
+        anatomy_of(model)

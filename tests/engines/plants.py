@@ -43,3 +43,40 @@ def tied_weight_counts_twice() -> None:
         return found
 
     staged._Staged._index_tied_modules = index
+
+
+def tied_gradients_are_not_summed() -> None:
+    """Leave each end of a pipeline with its own gradient of the tied embedding."""
+    from launcher.engines import pipeline
+
+    pipeline.Tied.sum_gradients = lambda self: None
+
+
+def tied_copies_count_twice() -> None:
+    """Count the gradient of the tied embedding at both ends of a pipeline."""
+    from launcher.engines import pipeline
+
+    pipeline.Tied.counted_elsewhere = ()
+
+
+def pipelines_side_by_side_keep_their_gradients() -> None:
+    """Leave each pipeline with the gradient of its own samples."""
+    from launcher.engines import pipeline
+
+    pipeline.sum_gradients = lambda parameters, group: None
+
+
+def gradients_of_shards_are_not_scaled() -> None:
+    """Take the mean over shards that FSDP2 makes for the sum."""
+    from launcher.engines.pipelining.flow import Flow
+
+    multiply = Flow.train
+    Flow.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
+
+
+def micro_batches_are_swapped() -> None:
+    """Give stages other micro-batches than the labels are of."""
+    from launcher.engines.pipelining.flow import Flow
+
+    ordered = Flow._args
+    Flow._args = lambda self, given: ordered(self, given[::-1])

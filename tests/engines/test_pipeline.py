@@ -61,11 +61,11 @@ HALF = {
     "fp16": {"parallel": {"schedule": "zbv"}, "precision": {"kind": "fp16"}, "activation": {"kind": "full"}},
 }
 PLANTED = {
-    "tied gradients are not summed": {"parallel": {}},
-    "tied copies count twice": {"parallel": {}},
-    "gradients of pipelines side by side are not summed": {"world": 4, "parallel": {}},
-    "gradients of shards are not scaled": {"world": 4, "parallel": {"data": "shard"}},
-    "tokens and labels of micro-batches are swapped": {"parallel": {}},
+    "tied_gradients_are_not_summed": {"parallel": {}},
+    "tied_copies_count_twice": {"parallel": {}},
+    "pipelines_side_by_side_keep_their_gradients": {"world": 4, "parallel": {}},
+    "gradients_of_shards_are_not_scaled": {"world": 4, "parallel": {"data": "shard"}},
+    "micro_batches_are_swapped": {"parallel": {}},
 }
 
 

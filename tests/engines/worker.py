@@ -124,27 +124,6 @@ def micro_batches(context: Any, step: int) -> list[Any]:
     return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
 
 
-def plant(name: str | None) -> None:
-    """Break the engine in this process."""
-    from launcher.engines import pipeline
-    from launcher.engines.pipelining.flow import Flow
-
-    if name == "tied gradients are not summed":
-        pipeline.Tied.sum_gradients = lambda self: None
-    elif name == "gradients of pipelines side by side are not summed":
-        pipeline.sum_gradients = lambda parameters, group: None
-    elif name == "gradients of shards are not scaled":
-        multiply = Flow.train
-        Flow.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
-    elif name == "tokens and labels of micro-batches are swapped":
-        ordered = Flow._args
-        Flow._args = lambda self, given: ordered(self, given[::-1])
-    elif name == "tied copies count twice":
-        pipeline.Tied.counted_elsewhere = ()
-    else:
-        assert name is None, name
-
-
 def digests(engine: Any) -> dict[str, str]:
     """Return a digest of each weight on this rank, by its name in the whole model."""
     return {
@@ -170,7 +149,6 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
         getattr(importlib.import_module("plants"), case["plant"])()
     context = make_context(case, weights, output, rank)
     lr, steps, answer = case.get("lr", 3e-3), case["steps"], {}
-    plant(case.get("plant"))
     with make_engine(context, QuietClock()) as engine:
         answer["held_out"] = engine.loss_of(micro_batches(context, 1000)[: case.get("held_out", 1)])
         answer["steps"] = train(engine, context, range(steps), lr)

@@ -34,6 +34,8 @@ def named_state(
     names: dict[nn.Parameter, str] = {}
     for stretch in own:
         for name, parameter in stretch.model.named_parameters():
+            if parameter in names:
+                continue
             known = tied.get(name, name)
             names[parameter] = known + _TWIN if known in names.values() else known
     tensors = {name: parameter.detach() for parameter, name in names.items()} | optimiser_tensors(optimizer, names)

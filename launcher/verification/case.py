@@ -63,10 +63,10 @@ class Case:
         for refusal in self.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=shape):
             return refusal.why
         try:
-            self.batch(run, world_size=world_size, sequences=sequences)
+            batch = self.batch(run, world_size=world_size, sequences=sequences)
         except ConfigError as error:
             return error.why
-        return None
+        return next((refusal.why for refusal in self.parallel.batch_refusals(batch)), None)
 
     def describe(self, run: Run, *, world_size: int, sequences: int) -> str:
         """Return strategy, degrees and batch in words."""

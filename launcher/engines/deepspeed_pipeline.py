@@ -134,6 +134,12 @@ class DeepSpeedPipelineEngine(Engine):
         dist.broadcast(tokens, src=self._last, group=self.module.mpu().get_pipe_parallel_group())
         return tokens
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of this stage under the names that the whole model has."""
+        for name, parameter in self._laid_out.named_parameters():
+            if not parameter.is_meta:
+                yield name, parameter.detach().to("cpu", torch.float32)
+
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint (a file for each layer, optimiser partitions) and this rank's generators."""
         save_checkpoint(self._engine, folder, context=self._context, device=self.device)

@@ -27,6 +27,7 @@ from launcher.engines.pipelining.tied import Tied
 from launcher.engines.rng import load_rng, save_rng
 from launcher.engines.sharded_state import load_tensors, save_tensors
 from launcher.engines.update import Update
+from launcher.engines.weights import whole_parameters
 from launcher.files import read_json, write_json
 from launcher.parallel.pipeline import Pipeline
 
@@ -117,6 +118,11 @@ class PipelineEngine(Engine):
         decoder = Decoder(self._relay, first_blocks=[blocks.start for blocks in self._cut.blocks])
         with self._forward_only():
             return decoder.continue_greedily(input_ids.to(self.device), max_new_tokens=max_new_tokens)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of this rank's stretches; a tied one comes at both ends, under both its names."""
+        for stretch in self._own.values():
+            yield from whole_parameters(stretch.model, device=self.device)
 
     @contextmanager
     def _forward_only(self) -> Iterator[None]:

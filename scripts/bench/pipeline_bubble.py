@@ -3,7 +3,7 @@
 Stages take a known time: they sleep in forward and backward instead of computing, so the number of cores does not
 matter. Schedules are made by the code that the engine uses. Goal: idle shares within 3 points of theory.
 
-    python scripts/bench/pipeline_bubble.py [--unit-ms 60] [--repeats 3]
+    python scripts/bench/pipeline_bubble.py [--unit-ms 200] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def _outcome(setting: Setting, found: Sequence[dict[str, Any]]) -> Outcome:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--unit-ms", type=float, default=60.0, help="a rank's forward pass of a micro-batch")
+    parser.add_argument("--unit-ms", type=float, default=200.0, help="a rank's forward pass of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
 

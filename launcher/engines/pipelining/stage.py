@@ -71,7 +71,7 @@ class Stretch(nn.Module):  # type: ignore[misc]
             assert labels is not None, "the last stretch needs labels"
             with labels_at_head(self.model, labels) if not self._splits_backward else nullcontext():
                 output = self.model(**given).logits
-            return loss_of(output, labels).view(1)
+            return torch.stack([loss_of(output, labels)])  # not a view: FSDP and schedules hook what a stage returns
 
 
 def _cache_argument(model: PreTrainedModel) -> str:

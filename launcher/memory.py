@@ -16,7 +16,7 @@ def model_state(run: Run, hosts: Sequence[Host]) -> Memory | None:
     if shape is None:
         return None
     world_size = sum(host.slots for host in hosts)
-    state = run.parallel.state_bytes(shape.num_params, world_size, run.precision)
+    state = run.parallel.state_bytes(shape, world_size, run.precision)
     formula = run.parallel.formula(world_size, run.precision)
     if not run.job.learns and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)

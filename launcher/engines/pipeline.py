@@ -20,7 +20,7 @@ from launcher.engines.pipelining.flow import Flow
 from launcher.engines.pipelining.generate import Decoder
 from launcher.engines.pipelining.reduce import sum_gradients
 from launcher.engines.pipelining.relay import Relay
-from launcher.engines.pipelining.schedules import own_stretches, owner_of
+from launcher.engines.pipelining.schedules import own_stretches
 from launcher.engines.pipelining.shard import free_gathered, shard
 from launcher.engines.pipelining.state import copy_to_twins, named_state
 from launcher.engines.pipelining.tied import Tied
@@ -29,7 +29,7 @@ from launcher.engines.sharded_state import load_tensors, save_tensors
 from launcher.engines.update import Update
 from launcher.engines.weights import whole_parameters
 from launcher.files import read_json, write_json
-from launcher.parallel.pipeline import Pipeline
+from launcher.parallel.pipeline import Pipeline, owner_of
 
 if TYPE_CHECKING:
     from launcher.context import Context

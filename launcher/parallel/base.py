@@ -32,6 +32,12 @@ class StateBytes:
     nvme: int = 0
     """The part of the above that is offloaded to NVMe."""
 
+    @classmethod
+    def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
+        """Return what so many parameters take with weights, gradients and both moments in fp32."""
+        host = 16 * num_params if offloaded else 0
+        return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
+
     @property
     def total(self) -> int:
         """All of it."""
@@ -85,7 +91,7 @@ class Parallel(Component):
         return self.degrees(world_size).data_parallel
 
     @abstractmethod
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return one rank's share of parameters, gradients and optimiser state."""
 
     @abstractmethod

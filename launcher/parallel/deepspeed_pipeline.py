@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from launcher.batch import Batch
@@ -114,10 +114,11 @@ class DeepSpeedPipeline(Parallel):
         if shape.family not in FAMILIES:
             yield unknown_family(shape.family)
 
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a stage's share, as if stages were equal, under ZeRO among the ranks that hold it."""
         beside = self.degrees(world_size).data
-        return self.zero.state_bytes(-(-num_params // self.stages), beside, precision)
+        stage = replace(shape, num_params=-(-shape.num_params // self.stages))
+        return self.zero.state_bytes(stage, beside, precision)
 
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of ``state_bytes`` in words."""

@@ -54,22 +54,21 @@ class Fsdp(Parallel):
         shard = max(1, world_size // fixed)
         return Degrees(data=self.replicate, shard=shard, sequence=self.sequence, tensor=self.tensor)
 
-    def _holders(self, world_size: int) -> int:
-        """Return over how many ranks one copy of the model is spread: sequence ranks take shards too."""
-        degrees = self.degrees(world_size)
-        return degrees.shard * degrees.sequence * degrees.tensor
-
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
-        share = -(-num_params // self._holders(world_size))
-        total = 16 * share if self.offload == "cpu" else 0
-        return StateBytes(parameters=4 * share, gradients=4 * share, optimizer=8 * share, host=total)
+        degrees, blocks = self.degrees(world_size), shape.layers * shape.block_params
+        over = degrees.shard * degrees.sequence
+        share = -(-blocks // (over * degrees.tensor)) + -(-(shape.num_params - blocks) // over)
+        return StateBytes.fp32(share, offloaded=self.offload == "cpu")
 
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum in words."""
+        degrees = self.degrees(world_size)
+        over = degrees.shard * degrees.sequence * degrees.tensor
+        whole = "; embeddings and head are whole on tensor ranks" if degrees.tensor > 1 else ""
         return (
-            f"(4N weights + 4N gradients + 8N Adam moments) / {self._holders(world_size)}, all in fp32 "
-            "(FSDP, arXiv:2304.11277); the layer at work is whole for that time"
+            f"(4N weights + 4N gradients + 8N Adam moments) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
+            f"the layer at work is whole for that time{whole}"
         )
 
     def refusals(

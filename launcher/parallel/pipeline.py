@@ -11,6 +11,7 @@ from launcher.degrees import Degrees
 from launcher.errors import ConfigError
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
+from launcher.parallel.balance import stretches
 from launcher.parallel.base import Engine, Parallel, StateBytes
 from launcher.precision import Precision
 
@@ -36,6 +37,13 @@ def micro_batch_choices(schedule: ScheduleName, *, stages: int, wanted: int) -> 
     below = next((number for number in range(wanted - 1, 0, -1) if fits(number)), None)
     above = next(number for number in range(wanted + 1, 2 * (wanted + stages)) if fits(number))
     return [above] if below is None else [below, above]
+
+
+def owner_of(schedule: ScheduleName, stretch: int, *, ranks: int) -> int:
+    """Return the rank of the pipeline that has ``stretch``."""
+    if schedule == "zbv":
+        return min(stretch, 2 * ranks - 1 - stretch)
+    return stretch % ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,17 +111,24 @@ class Pipeline(Parallel):
         if self.schedule == "zbv" and self.chunks != 2:
             yield self.refuse("chunks", "a V has two stretches of layers a rank", "set parallel.chunks=2")
 
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
-        """Return a stage's share of fp32 weights, gradients and moments, as if stages were equal."""
-        degrees = self.degrees(world_size)
-        share = -(-num_params // (degrees.pipeline * degrees.shard))
-        return StateBytes(parameters=4 * share, gradients=4 * share, optimizer=8 * share)
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return the share of the rank with the largest stretches; ends have embeddings and head besides blocks."""
+        count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.width
+        if count > shape.layers:
+            return StateBytes.fp32(shape.num_params)  # refused, with the reason
+        first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tied else embedding)
+        held = [0] * self.stages
+        cut = stretches([shape.block_params] * shape.layers, count, first=first, last=embedding)
+        for number, blocks in enumerate(cut):
+            ends = first * (number == 0) + embedding * (number == count - 1)
+            held[owner_of(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
+        return StateBytes.fp32(-(-max(held) // self.degrees(world_size).shard))
 
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum in words."""
         degrees = self.degrees(world_size)
         over = f"{degrees.pipeline} stages" + (f" × {degrees.shard} shards" if degrees.shard > 1 else "")
-        return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32, stages taken as equal"
+        return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
 
     def refusals(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None

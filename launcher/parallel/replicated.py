@@ -17,9 +17,9 @@ from launcher.precision import Precision
 class _Replicated(Parallel):
     engine: ClassVar[Engine] = "torch"
 
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
-        return StateBytes(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params)
+        return StateBytes.fp32(shape.num_params)
 
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum; nothing depends on the world size."""

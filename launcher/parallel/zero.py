@@ -151,10 +151,10 @@ class Zero(Parallel):
         if (offloads_to_ram or self.uses_nvme) and self.pin_memory and not on_gpu:
             yield "parallel.pin_memory has no effect without a GPU"
 
-    def state_bytes(self, num_params: int, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return one rank's share, by the formulas in ``zero_memory``."""
         return zero_memory.state_bytes(
-            num_params,
+            shape.num_params,
             world_size,
             stage=self.stage,
             compute_bytes=precision.compute_bytes,

@@ -23,7 +23,7 @@ def worst(costs, cuts, first, last) -> float:
 
 
 def test_stretches_are_the_best_there_are() -> None:
-    from launcher.engines.pipelining.balance import stretches
+    from launcher.parallel.balance import stretches
 
     draw = random.Random(0)
     for _ in range(200):
@@ -40,7 +40,7 @@ def test_stretches_are_the_best_there_are() -> None:
 
 @pytest.mark.parametrize(("blocks", "number", "sizes"), [(8, 3, {2, 3}), (36, 4, {9}), (7, 2, {3, 4})])
 def test_equal_blocks_are_shared_out_evenly(blocks: int, number: int, sizes: set[int]) -> None:
-    from launcher.engines.pipelining.balance import stretches
+    from launcher.parallel.balance import stretches
 
     assert set(map(len, stretches([1.0] * blocks, number))) == sizes
 

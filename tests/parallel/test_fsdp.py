@@ -21,9 +21,16 @@ def test_shards_take_what_other_degrees_leave():
 
 
 def test_state_is_spread_over_all_that_hold_shares():
-    state = Fsdp(sequence=2).state_bytes(1000, 4, Bf16())
-    assert (state.total, state.host) == (16 * 250, 0)
-    assert Fsdp(replicate=2, offload="cpu").state_bytes(1000, 4, Bf16()).host == 16 * 500
+    quarter, half = -(-GPT2.num_params // 4), GPT2.num_params // 2
+    state = Fsdp(sequence=2).state_bytes(GPT2, 4, Bf16())
+    assert (state.total, state.host) == (pytest.approx(16 * quarter, rel=1e-4), 0)
+    assert Fsdp(replicate=2, offload="cpu").state_bytes(GPT2, 4, Bf16()).host == pytest.approx(16 * half, rel=1e-4)
+
+
+def test_tensor_ranks_hold_embeddings_whole():
+    blocks = SMOLLM2.layers * SMOLLM2.block_params
+    held = Fsdp(tensor=3).state_bytes(SMOLLM2, 3, Bf16()).total / 16
+    assert held == pytest.approx(blocks / 3 + SMOLLM2.num_params - blocks, rel=1e-6)
 
 
 @pytest.mark.parametrize(

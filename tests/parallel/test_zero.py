@@ -124,7 +124,7 @@ def test_nothing_is_refused_without_reason() -> None:
     ],
 )
 def test_state_bytes(zero: Zero, precision: Any, expected: StateBytes) -> None:
-    assert zero.state_bytes(PARAMS, RANKS, precision) == expected
+    assert zero.state_bytes(SHAPE, RANKS, precision) == expected
 
 
 def test_the_formula_says_what_was_reckoned() -> None:

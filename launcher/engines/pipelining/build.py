@@ -11,7 +11,6 @@ from torch import distributed as dist
 
 from launcher.engines.distributed import DTYPES
 from launcher.engines.model import prepare_model
-from launcher.engines.pipelining.balance import stretches
 from launcher.engines.pipelining.cut import anatomy_of, check_passes_on, count_own_blocks, cut
 from launcher.engines.pipelining.stage import Stretch
 from launcher.engines.pipelining.tied import tied_names
@@ -19,6 +18,7 @@ from launcher.engines.pipelining.timing import Costs, measured
 from launcher.errors import ConfigError
 from launcher.models.build import lay_out
 from launcher.models.recompute import apply_activation
+from launcher.parallel.balance import stretches
 from launcher.parallel.pipeline import Pipeline
 
 if TYPE_CHECKING:

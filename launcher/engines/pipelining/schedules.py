@@ -39,13 +39,6 @@ def own_stretches(schedule: ScheduleName, *, rank: int, ranks: int, chunks: int)
     return [rank + lap * ranks for lap in range(chunks)]
 
 
-def owner_of(schedule: ScheduleName, stretch: int, *, ranks: int) -> int:
-    """Return the rank of the pipeline that has ``stretch``."""
-    if schedule == "zbv":
-        return min(stretch, 2 * ranks - 1 - stretch)
-    return stretch % ranks
-
-
 def make_schedule(
     name: ScheduleName,
     modules: Sequence[tuple[int, nn.Module, Metas]],

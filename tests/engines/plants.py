@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -80,3 +81,57 @@ def micro_batches_are_swapped() -> None:
 
     ordered = Flow._args
     Flow._args = lambda self, given: ordered(self, given[::-1])
+
+
+def replicas_keep_their_gradients() -> None:
+    """Do without DistributedDataParallel."""
+    from launcher.engines import layouts
+
+    layouts._replicated = lambda module, *, bucket_mb: module
+
+
+def shards_take_the_mean_for_the_sum() -> None:
+    """Forget that FSDP2 averages gradients."""
+    from launcher.engines import layouts
+
+    build = layouts.Sharded.__init__
+
+    def init(self: Any, *given: Any) -> None:
+        build(self, *given)
+        self.averaged_over = 1
+
+    layouts.Sharded.__init__ = init
+
+
+def stretches_begin_at_position_zero() -> None:
+    """Have every stretch of a sequence begin where the first one does."""
+    from launcher.data.loader import MicroBatch
+    from launcher.engines.ulysses import SequenceParallel
+
+    split = SequenceParallel.share_of
+
+    def share_of(self: Any, whole: MicroBatch) -> MicroBatch:
+        own = split(self, whole)
+        return MicroBatch(input_ids=own.input_ids, labels=own.labels)
+
+    SequenceParallel.share_of = share_of
+
+
+def tensor_ranks_do_not_add_up() -> None:
+    """Go on with each rank's own part of a product that all tensor ranks should sum."""
+    from torch.distributed.tensor.parallel import RowwiseParallel
+
+    RowwiseParallel._prepare_output_fn = staticmethod(lambda layouts, is_local, module, output, mesh: output.to_local())
+
+
+def ranks_count_their_own_tokens() -> None:
+    """Weigh the loss under DeepSpeed by the tokens of one rank."""
+    from launcher.engines import deepspeed
+
+    class Own(deepspeed.TokenCount):
+        def __init__(self, micro_batches: Any, *, device: Any, copies: int = 1) -> None:
+            super().__init__(micro_batches, device=device, copies=copies)
+            self._work.wait()
+            self._work, self._total = None, torch.tensor(deepspeed.num_labels(micro_batches))
+
+    deepspeed.TokenCount = Own

@@ -22,6 +22,14 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
 }
 FAMILIES = ("gpt2", "llama")
 CASES = [(name, family) for name in STRATEGIES for family in FAMILIES if family == "llama" or "tensor" not in name]
+PLANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "replicas_keep_their_gradients": ("gpt2", 2, {"kind": "ddp"}),
+    "shards_take_the_mean_for_the_sum": ("gpt2", 2, FSDP),
+    "stretches_begin_at_position_zero": ("gpt2", 2, {**FSDP, "sequence": 2}),
+    "tensor_ranks_do_not_add_up": ("llama", 2, {**FSDP, "tensor": 2}),
+    "ranks_count_their_own_tokens": ("gpt2", 2, {"kind": "zero", "stage": 1}),
+}
+"""Errors of ``plants.py``, each in the strategy that it breaks."""
 
 
 def case(name: str, family: str, world: int, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
@@ -37,6 +45,7 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     saved = str(folder / "saved")
     cases = [case("single", family, 1, {"kind": "single"}, generate=True) for family in ("gpt2", "llama")]
     cases += [case(name, family, *STRATEGIES[name], generate=True) for name, family in CASES]
+    cases += [case(plant, *where, plant=plant) | {"steps": 3} for plant, where in PLANTS.items()]
     cases.append(case("saving", "llama", 4, {**FSDP, "tensor": 2}, save=saved))
     for world in (4, 2):
         cases.append(case(f"resumed{world}", "llama", world, FSDP, load=saved) | {"steps": 0})
@@ -55,6 +64,14 @@ def test_strategy_equals_one_process(answers: dict[str, Any], name: str, family:
         assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
         assert (mine["tokens"], mine["skipped"]) == (theirs["tokens"], False)
     assert ours["generated"] == single["generated"]
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_an_error_in_a_strategy_is_seen(answers: dict[str, Any], plant: str) -> None:
+    family = PLANTS[plant][0]
+    ours, single = answers[f"{plant}_{family}"]["steps"], answers[f"single_{family}"]["steps"][:3]
+    norms = [[step["grad_norm"] for step in steps] for steps in (ours, single)]
+    assert norms[0] != pytest.approx(norms[1], rel=1e-4), "the bound that a strategy without an error keeps"
 
 
 @pytest.mark.parametrize("world", [4, 2])

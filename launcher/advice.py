@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from launcher.config import Run
+from launcher.jobs.benchmark import Measure
+from launcher.jobs.train import Train
 from launcher.memory import host_ram
 from launcher.plan import Host, Memory
 from launcher.wording import bytes_text
@@ -12,10 +14,12 @@ from launcher.wording import bytes_text
 
 def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
     """Yield each warning as one sentence that names the option to change."""
+    if isinstance(run.job, Measure):
+        return
     yield from _memory(hosts, memory)
     yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
     yield from _processors(run, hosts)
-    yield from _schedule(run)
+    yield from _schedule(run, run.job)
 
 
 def _memory(hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
@@ -53,8 +57,8 @@ def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
         yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
 
 
-def _schedule(run: Run) -> Iterator[str]:
-    job, warmup = run.job, run.schedule.warmup_steps
+def _schedule(run: Run, job: Train) -> Iterator[str]:
+    warmup = run.schedule.warmup_steps
     if warmup >= job.steps:
         yield (
             f"schedule.warmup_steps={warmup} is not below job.steps={job.steps}: "

@@ -10,10 +10,12 @@ from typing import Any
 from launcher.activation import Activation
 from launcher.attention import Attention
 from launcher.backends.base import Backend
+from launcher.benchmarks.base import Benchmark, NoBenchmark
 from launcher.checkpoint.policy import Checkpoint
 from launcher.component import Component
 from launcher.data.base import Data
 from launcher.errors import ConfigError
+from launcher.jobs.benchmark import Measure
 from launcher.jobs.train import Train
 from launcher.models.base import Model
 from launcher.optim.adamw import AdamW
@@ -25,7 +27,7 @@ from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
 
 KINDS: dict[str, dict[str, str]] = {
-    "job": {"train": "launcher.jobs.train:Train"},
+    "job": {"train": "launcher.jobs.train:Train", "benchmark": "launcher.jobs.benchmark:Measure"},
     "model": {
         "gpt2": "launcher.models.gpt2:Gpt2",
         "smollm2": "launcher.models.smollm2:SmolLm2",
@@ -57,6 +59,10 @@ KINDS: dict[str, dict[str, str]] = {
     "activation": {"none": "launcher.activation:Keep", "full": "launcher.activation:Recompute"},
     "attention": {"sdpa": "launcher.attention:Sdpa", "eager": "launcher.attention:Eager"},
     "checkpoint": {"policy": "launcher.checkpoint.policy:Checkpoint"},
+    "benchmark": {
+        "none": "launcher.benchmarks.base:NoBenchmark",
+        "activation": "launcher.benchmarks.activation:ActivationBenchmark",
+    },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {
         "deepspeed": "launcher.backends.deepspeed:Deepspeed",
@@ -94,7 +100,7 @@ class RunOptions:
 class Run:
     """A whole run, typed and resolved."""
 
-    job: Train
+    job: Train | Measure
     model: Model
     data: Data
     parallel: Parallel
@@ -104,9 +110,16 @@ class Run:
     activation: Activation
     attention: Attention
     checkpoint: Checkpoint
+    benchmark: Benchmark | NoBenchmark
     tracker: Tracker
     backend: Backend
     run: RunOptions
+
+    @property
+    def batched_job(self) -> Train:
+        """The job as engines know it: one that works through batches."""
+        assert not isinstance(self.job, Measure), "a benchmark asks for no engine"
+        return self.job
 
     def components(self) -> Iterator[Component]:
         """Yield the component of each group."""

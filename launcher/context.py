@@ -46,7 +46,7 @@ class Context:
     @property
     def batch(self) -> Batch:
         """The batch equation of the run, as the plan printed it."""
-        job = self.run.job
+        job = self.run.batched_job
         return solve_batch(
             micro=job.micro_batch,
             global_=job.global_batch,

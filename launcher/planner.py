@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher import checks
 from launcher.advice import warnings_of
@@ -13,6 +13,7 @@ from launcher.config import Run
 from launcher.env import Place, environment
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import Facts
+from launcher.jobs.benchmark import Measure
 from launcher.memory import model_state
 from launcher.plan import Command, Host, HostPlan, Identity, Plan, TrackerPlan, What, Work
 from launcher.topology import first_ranks, rank_places
@@ -37,10 +38,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     mistakes = list(checks.refusals(run, hosts))
     batch = _collected(lambda: _solve(run, world_size), mistakes)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
-    if batch is None or tracker is None or mistakes:
+    if tracker is None or mistakes:
         raise ConfigErrors(mistakes)
-    memory = model_state(run, hosts)
-    tokens = batch.global_ * run.job.sequence_length
+    memory = None if isinstance(run.job, Measure) else model_state(run, hosts)
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,
@@ -54,11 +54,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
         hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
-        work=Work(batch=batch, steps=run.job.steps, tokens_per_step=tokens, total_tokens=tokens * run.job.steps),
+        work=_work(run, batch),
         memory=memory,
-        engine_config=run.parallel.engine_config(
-            batch=batch, clip_norm=run.job.clip_norm, optimizer=run.optimizer, precision=run.precision
-        ),
+        engine_config=_engine_config(run, batch),
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
@@ -80,7 +78,10 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
         return None
 
 
-def _solve(run: Run, world_size: int) -> Batch:
+def _solve(run: Run, world_size: int) -> Batch | None:
+    """Return the batch of a step; ``None`` for a job that takes none."""
+    if isinstance(run.job, Measure):
+        return None
     return solve_batch(
         micro=run.job.micro_batch,
         global_=run.job.global_batch,
@@ -89,11 +90,30 @@ def _solve(run: Run, world_size: int) -> Batch:
     )
 
 
+def _work(run: Run, batch: Batch | None) -> Work:
+    if isinstance(run.job, Measure):
+        return Work(batch=None, steps=run.job.num_measurements(run), tokens_per_step=0, total_tokens=0)
+    assert batch is not None, "all other jobs have one, or were refused"
+    tokens = batch.global_ * run.job.sequence_length
+    return Work(batch=batch, steps=run.job.steps, tokens_per_step=tokens, total_tokens=tokens * run.job.steps)
+
+
+def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:
+    if isinstance(run.job, Measure):
+        return None
+    assert batch is not None, "all other jobs have one, or were refused"
+    return run.parallel.engine_config(
+        batch=batch, clip_norm=run.job.clip_norm, optimizer=run.optimizer, precision=run.precision
+    )
+
+
 def _tracker(run: Run, identity: Identity, facts: Facts) -> TrackerPlan:
     return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
 
 
 def _what(run: Run) -> What:
+    if isinstance(run.job, Measure):  # the other groups have no say in what is measured
+        return What(benchmark=component_text(run.benchmark), engine=run.parallel.engine)
     return What(
         model=component_text(run.model),
         data=component_text(run.data),
@@ -139,12 +159,16 @@ def _sidecars(host: Host, identity: Identity, tracker: TrackerPlan) -> Iterator[
 
 def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[str]:
     """Yield what the run writes, relative to its directory."""
-    yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", "loss.png")
-    if run.job.sample_tokens:
-        yield "sample.txt"
+    yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json")
+    if isinstance(run.job, Measure):
+        yield from ("benchmark.json", "benchmark.md", "benchmark.png")
+    else:
+        yield "loss.png"
+        if run.job.sample_tokens:
+            yield "sample.txt"
     yield "failure.json (if a rank fails)"
     yield f"logs/<host>.<rank>.log, {times(sum(host.slots for host in hosts), 'rank')}"
-    if run.checkpoint.every or run.checkpoint.at_end:
+    if not isinstance(run.job, Measure) and (run.checkpoint.every or run.checkpoint.at_end):
         yield "checkpoints/step_<n>/"
     if tracker.kind == "wandb" and tracker.mode != "disabled":
         yield "wandb/"

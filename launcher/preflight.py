@@ -11,15 +11,18 @@ from launcher.backends.base import Backend
 from launcher.checkpoint.resume import find, misfits
 from launcher.config import Run
 from launcher.errors import ConfigError
+from launcher.jobs.benchmark import Measure
+from launcher.jobs.train import Train
 from launcher.parallel.zero import Zero
 from launcher.rundir import RunDir
 
 
 def preflight(run: Run, run_dir: Path, *, world_size: int) -> Iterator[ConfigError]:
     """Yield everything on this machine that stands against ``run`` on ``world_size`` ranks."""
-    yield from run.model.preflight()
-    yield from run.data.preflight()
-    yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
+    if not isinstance(run.job, Measure):
+        yield from run.model.preflight()
+        yield from run.data.preflight()
+        yield from _refuse_checkpoint(run, run.job, RunDir(run_dir), world_size)
     yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from _refuse_occupied(run, run_dir)
     yield from _refuse_taken_port(run.backend)
@@ -27,7 +30,7 @@ def preflight(run: Run, run_dir: Path, *, world_size: int) -> Iterator[ConfigErr
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 
 
-def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
+def _refuse_checkpoint(run: Run, job: Train, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
     try:
         saved = find(run.checkpoint.resume, run_dir)
     except ConfigError as error:
@@ -37,9 +40,9 @@ def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[C
         return
     yield from misfits(saved, model=run.model, parallel=run.parallel, precision=run.precision, world_size=world_size)
     done = saved.manifest.step
-    if done >= run.job.steps:
+    if done >= job.steps:
         why = f"{saved.folder} is of step {done} already"
-        yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+        yield ConfigError("job.steps", job.steps, why=why, fix=f"set job.steps to more than {done}")
 
 
 def _refuse_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:

@@ -25,7 +25,7 @@ def render(plan: Plan, *, submission: str = "") -> str:
     sections = {
         f"Plan {plan.name} · {plan.run_id}": _head(plan),
         "Batch": _batch(plan),
-        "Model state per rank": _memory(plan.memory, plan.hosts),
+        "Model state per rank": _memory(plan.memory, plan.hosts) if plan.what.model else (),
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
         f"Submission by {plan.backend}": submission.splitlines(),
@@ -49,13 +49,16 @@ def _row(label: str, value: str) -> str:
 def _head(plan: Plan) -> Iterator[str]:
     yield _row("job", plan.job)
     for field in dataclasses.fields(plan.what):
-        yield _row(field.name, getattr(plan.what, field.name))
+        if value := getattr(plan.what, field.name):
+            yield _row(field.name, value)
         if field.name == "model" and plan.memory is not None:
             yield _row("", f"{plan.memory.num_params:,} parameters")
 
 
 def _batch(plan: Plan) -> Iterator[str]:
     work = plan.work
+    if work.batch is None:
+        return
     yield _row("sequences", f"{work.batch} a step")
     yield _row("tokens", f"{work.tokens_per_step:,} a step × {times(work.steps, 'step')} = {work.total_tokens:,}")
 

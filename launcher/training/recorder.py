@@ -26,7 +26,7 @@ class Recorder:
     """
 
     def __init__(self, context: Context, engine: Engine, *, start_step: int) -> None:
-        self._context, self._job, self._device = context, context.run.job, engine.device
+        self._context, self._job, self._device = context, context.run.batched_job, engine.device
         self._cuda = engine.device.type == "cuda"
         self._writer = MetricsWriter(context.run_dir.metrics, start_step=start_step) if context.is_main else None
         shape = context.run.model.shape()

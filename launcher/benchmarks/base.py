@@ -28,7 +28,7 @@ class Benchmark(Component):
     """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
 
     warmup: int = 1
-    """Steps of a case before the one that is measured."""
+    """Whole steps of a case before the one that is measured, in the same process."""
 
     @property
     def num_measurements(self) -> int:

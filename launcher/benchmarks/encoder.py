@@ -60,7 +60,7 @@ def step(
     Args:
         layers: as ``width``, ``heads``, ``feedforward``, ``batch`` and ``sequence``: sizes.
         every: see :class:`Encoder`.
-        warmup: passes before the one that is measured.
+        warmup: whole passes before the one that is measured, and after one on a single sequence.
         seed: of weights, inputs and the gradient that comes in at the output.
         rank: number of the GPU to compute on, where there is one.
         keep: file that gets the gradients.
@@ -74,8 +74,8 @@ def step(
     inputs, incoming = (torch.randn(batch, sequence, width).to(device) for _ in range(2))
     incoming /= batch * sequence
     weights = digest(parameter for _, parameter in sorted(model.named_parameters()))
-    for _ in range(warmup):
-        model(inputs, progress).backward(incoming)
+    for count in (1, *[batch] * warmup):  # one sequence first: what is loaded at first use is not part of the step
+        model(inputs[:count], progress).backward(incoming[:count])
         model.zero_grad()
     peak = PeakMemory(device)
     started = time.perf_counter()

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from launcher.errors import JobError
+
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc raises this limit by itself as large blocks are freed, and from then on keeps them: fixed, every tensor of
+1 MiB and more goes back to the system when it is freed, and a high-water mark follows the tensors that live."""
 
 
 def run_isolated(function: str, arguments: Mapping[str, Any], *, beat: Callable[[], None]) -> dict[str, Any]:
@@ -24,7 +30,8 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, beat: Callable[
     """
     command = [sys.executable, "-m", "launcher.benchmarks.isolated", function]
     answer: dict[str, Any] | None = None
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    env = {**os.environ, **_ALLOCATOR}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdin is not None, "asked for above"
         assert process.stdout is not None, "asked for above"
         process.stdin.write(json.dumps(arguments))
@@ -42,7 +49,6 @@ def run_isolated(function: str, arguments: Mapping[str, Any], *, beat: Callable[
 def main() -> None:
     """Be that process: arguments come on stdin; each line on stdout is progress (null), the last one is the answer."""
     import importlib
-    import os
 
     protocol = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print goes to the log

@@ -27,6 +27,7 @@ class Workload:
     lr: float = 5e-4
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    precision: str = "fp32"
 
     @property
     def tokens_per_step(self) -> int:
@@ -44,7 +45,7 @@ class Workload:
             f"model.context={self.sequence_length}",
             "data=synthetic",
             f"data.vocab_size={self.vocab_size}",
-            "precision=fp32",
+            f"precision={self.precision}",
             "schedule=constant",
             "schedule.warmup_steps=0",
             f"optimizer.lr={self.lr}",
@@ -100,9 +101,11 @@ class Workload:
             yield torch.randint(self.vocab_size, (self.micro_batch, self.sequence_length + 1), generator=generator)
 
 
-def log_step(step: int, loss: float, grad_norm: float) -> None:
+def log_step(step: int, loss: float, grad_norm: float, *, peak_bytes: int | None = None) -> None:
     """Append one JSON line to the file that the benchmark watches; only rank 0 writes."""
-    if os.environ["RANK"] == "0":
-        line = {"train/step": step, "train/loss": loss, "train/grad_norm": grad_norm}
+    if os.environ.get("RANK", "0") == "0":
+        line: dict[str, float] = {"train/step": step, "train/loss": loss, "train/grad_norm": grad_norm}
+        if peak_bytes is not None:
+            line["memory/peak_bytes"] = peak_bytes
         with Path(os.environ["BENCH_METRICS"]).open("a") as file:
             file.write(json.dumps(line) + "\n")

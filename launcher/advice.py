@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from launcher import numerics
 from launcher.config import Run
-from launcher.jobs.base import LearningJob
+from launcher.jobs.base import BatchedJob, LearningJob
 from launcher.memory import host_ram
 from launcher.plan import Host, Memory
 from launcher.wording import bytes_text
@@ -14,11 +14,12 @@ from launcher.wording import bytes_text
 
 def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Iterator[str]:
     """Yield each warning as one sentence that names the option to change."""
-    yield from _memory(hosts, memory)
-    yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
-    yield from numerics.notes(run, hosts)
-    yield from _processors(run, hosts)
-    yield from _schedule(run)
+    if isinstance(run.job, BatchedJob):
+        yield from _memory(hosts, memory)
+        yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
+        yield from numerics.notes(run, hosts)
+        yield from _processors(run, hosts)
+        yield from _schedule(run)
     yield from run.job.notes(run, world_size=sum(host.slots for host in hosts))
 
 

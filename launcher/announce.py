@@ -15,7 +15,9 @@ def opening(plan: Plan) -> Iterator[str]:
     hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
-    yield f"{plan.name}: {params}{ranks}, {plan.work.batch} sequences a step, {plan.work.steps} steps"
+    work = plan.work
+    amount = f"{work.batch} sequences a step, {work.steps} steps" if work.batch else f"{work.steps} measurements"
+    yield f"{plan.name}: {params}{ranks}, {amount}"
     if len(plan.hosts) > 1:
         yield from places(groups_of(plan.hosts))
     yield f"run directory: {plan.run_dir}"

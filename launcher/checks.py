@@ -9,6 +9,7 @@ from launcher.config import Run
 from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
 from launcher.errors import ConfigError
+from launcher.jobs.base import BatchedJob
 from launcher.plan import Host
 from launcher.topology import first_ranks
 
@@ -18,11 +19,12 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     world_size = sum(host.slots for host in hosts)
     yield from _refuse_degrees(run, world_size)
     yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
-    yield from _refuse_accumulation(run)
-    yield from _refuse_split_sequences(run, world_size)
-    yield from numerics.refusals(run, hosts)
-    yield from _refuse_long_sequences(run)
-    yield from _refuse_vocabulary(run)
+    if isinstance(run.job, BatchedJob):
+        yield from _refuse_accumulation(run, run.job)
+        yield from _refuse_split_sequences(run, run.job, world_size)
+        yield from numerics.refusals(run, run.job, hosts)
+        yield from _refuse_long_sequences(run, run.job)
+        yield from _refuse_vocabulary(run)
     yield from _refuse_too_many_ranks(hosts)
     yield from _refuse_uneven_hosts(run, hosts)
     yield from env.refusals(run.backend.env)
@@ -45,28 +47,28 @@ def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:
     yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
 
 
-def _refuse_long_sequences(run: Run) -> Iterator[ConfigError]:
+def _refuse_long_sequences(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     shape = run.model.shape()
-    if shape is not None and run.job.sequence_length > shape.context:
+    if shape is not None and job.sequence_length > shape.context:
         why = f"{run.model.name} takes at most {shape.context} tokens"
-        yield run.job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
+        yield job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
 
 
-def _refuse_accumulation(run: Run) -> Iterator[ConfigError]:
+def _refuse_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     own = run.parallel.accumulation
-    if own is not None and run.job.accumulation not in (None, own):
+    if own is not None and job.accumulation not in (None, own):
         why = f"parallel.micro_batches={own} says how many forward passes a step takes"
-        yield run.job.refuse("accumulation", why, "leave one of the two out")
+        yield job.refuse("accumulation", why, "leave one of the two out")
 
 
-def _refuse_split_sequences(run: Run, world_size: int) -> Iterator[ConfigError]:
+def _refuse_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
     """Refuse sequences that do not divide over their ranks, and kernels that want a mask of whole ones."""
-    degree, length = run.parallel.degrees(world_size).sequence, run.job.sequence_length
+    degree, length = run.parallel.degrees(world_size).sequence, job.sequence_length
     if degree == 1:
         return
     if length % degree:
         why = f"it does not divide by parallel.sequence={degree}"
-        yield run.job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
+        yield job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
     if run.attention.kind not in ("sdpa", "flash"):
         why = "only kernels that are causal without a mask compute attention over ranks"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")

@@ -10,12 +10,13 @@ from typing import Any
 from launcher.activation import Activation
 from launcher.attention import Attention
 from launcher.backends.base import Backend
+from launcher.benchmarks.base import Benchmark, NoBenchmark
 from launcher.checkpoint.policy import Checkpoint
 from launcher.compile import Compile
 from launcher.component import Component
 from launcher.data.base import Data
 from launcher.errors import ConfigError
-from launcher.jobs.base import BatchedJob
+from launcher.jobs.base import BatchedJob, Job
 from launcher.models.base import Model
 from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
@@ -28,6 +29,7 @@ from launcher.trackers.base import Tracker
 KINDS: dict[str, dict[str, str]] = {
     "job": {
         "train": "launcher.jobs.train:Train",
+        "benchmark": "launcher.jobs.benchmark:Measure",
         "evaluate": "launcher.jobs.evaluate:Evaluate",
         "verify": "launcher.jobs.verify:Verify",
     },
@@ -77,6 +79,10 @@ KINDS: dict[str, dict[str, str]] = {
     },
     "compile": {"false": "launcher.compile:Interpreted", "true": "launcher.compile:CompiledBlocks"},
     "checkpoint": {"policy": "launcher.checkpoint.policy:Checkpoint"},
+    "benchmark": {
+        "none": "launcher.benchmarks.base:NoBenchmark",
+        "activation": "launcher.benchmarks.activation:ActivationBenchmark",
+    },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {
         "deepspeed": "launcher.backends.deepspeed:Deepspeed",
@@ -114,7 +120,7 @@ class RunOptions:
 class Run:
     """A whole run, typed and resolved."""
 
-    job: BatchedJob
+    job: Job
     model: Model
     data: Data
     parallel: Parallel
@@ -125,9 +131,16 @@ class Run:
     attention: Attention
     compile: Compile
     checkpoint: Checkpoint
+    benchmark: Benchmark | NoBenchmark
     tracker: Tracker
     backend: Backend
     run: RunOptions
+
+    @property
+    def batched_job(self) -> BatchedJob:
+        """The job as engines know it: one that works through batches."""
+        assert isinstance(self.job, BatchedJob), f"job={self.job.kind} has no batches, and asks for no engine"
+        return self.job
 
     def components(self) -> Iterator[Component]:
         """Yield the component of each group."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.batch import Batch, solve_batch
 from launcher.degrees import Degrees
 
 if TYPE_CHECKING:
+    from launcher.batch import Batch
     from launcher.config import Run
     from launcher.rundir import RunDir
     from launcher.supervise.heartbeat import Heartbeat
@@ -46,10 +46,4 @@ class Context:
     @property
     def batch(self) -> Batch:
         """The batch equation of the run, as the plan printed it."""
-        job = self.run.job
-        return solve_batch(
-            micro=job.micro_batch,
-            global_=job.global_batch,
-            accumulation=self.run.parallel.accumulation or job.accumulation,
-            data_parallel=self.run.parallel.data_parallel(self.world_size),
-        )
+        return self.run.batched_job.batch(self.run, world_size=self.world_size)

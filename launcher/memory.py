@@ -18,7 +18,7 @@ def model_state(run: Run, hosts: Sequence[Host]) -> Memory | None:
     world_size = sum(host.slots for host in hosts)
     state = run.parallel.state_bytes(shape, world_size, run.precision)
     formula = run.parallel.formula(world_size, run.precision)
-    if not run.job.learns and run.parallel.engine == "torch":
+    if not run.batched_job.learns and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
         formula = f"the weights alone, for nothing is learnt, of {formula}"

@@ -9,18 +9,19 @@ from launcher.attention import Flash, Flex
 from launcher.compile import CompiledBlocks
 from launcher.config import Run
 from launcher.errors import ConfigError
+from launcher.jobs.base import BatchedJob
 from launcher.models.gpt2 import Gpt2
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
 from launcher.precision import FP8_MULTIPLE, Fp8
 
 
-def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+def refusals(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield what cannot be computed as asked; on hosts that nobody has looked at yet, the ranks find out."""
     without_gpu = next((host.name for host in hosts if host.is_known and not host.devices), None)
     yield from _refuse_formats(run, without_gpu)
     if isinstance(run.precision, Fp8):
-        yield from _refuse_fp8(run)
+        yield from _refuse_fp8(run, job)
     yield from _refuse_kernels(run, without_gpu, on_gpu=any(host.devices for host in hosts))
     if isinstance(run.compile, CompiledBlocks):
         yield from _refuse_compilation(run)
@@ -41,18 +42,18 @@ def _refuse_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:
         yield ConfigError("precision", run.precision.kind, why=why, fix=f"set precision={run.precision.compute}")
 
 
-def _refuse_fp8(run: Run) -> Iterator[ConfigError]:
+def _refuse_fp8(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     if run.parallel.engine == "deepspeed":
         why = "DeepSpeed casts the weights to 16 bits by itself, beneath torchao's layers"
         yield ConfigError("precision", Fp8.kind, why=why, fix="set parallel=ddp or precision=bf16")
     if _is_gpt2(run):
         why = "GPT-2's layers are Conv1D, and torchao converts torch.nn.Linear only"
         yield ConfigError("precision", Fp8.kind, why=why, fix="set precision=bf16 or another model")
-    tokens = run.job.micro_batch * run.job.sequence_length
+    tokens = job.micro_batch * job.sequence_length
     if tokens % FP8_MULTIPLE:
-        product = f"{run.job.micro_batch} × {run.job.sequence_length} = {tokens} tokens"
+        product = f"{job.micro_batch} × {job.sequence_length} = {tokens} tokens"
         why = f"a micro-batch of {product} is not a multiple of {FP8_MULTIPLE}, as 8-bit products need"
-        better = max(FP8_MULTIPLE, run.job.sequence_length // FP8_MULTIPLE * FP8_MULTIPLE)
+        better = max(FP8_MULTIPLE, job.sequence_length // FP8_MULTIPLE * FP8_MULTIPLE)
         yield ConfigError("precision", Fp8.kind, why=why, fix=f"set job.sequence_length={better}")
 
 

@@ -104,8 +104,10 @@ class TrackerPlan:
 class Work:
     """How much the run will do."""
 
-    batch: Batch
+    batch: Batch | None
+    """``None`` for a job that has none: a benchmark."""
     steps: int
+    """Optimiser steps, or what else the job counts its progress in."""
     tokens_per_step: int
     total_tokens: int
 
@@ -124,20 +126,21 @@ class Memory:
 
 @dataclass(frozen=True, kw_only=True)
 class What:
-    """The components of the run in words, for people."""
+    """The components of the run in words, for people; empty for those that the job has no use for."""
 
-    model: str
-    data: str
-    strategy: str
-    engine: str
-    precision: str
-    optimizer: str
+    model: str = ""
+    data: str = ""
+    strategy: str = ""
+    engine: str = ""
+    precision: str = ""
+    optimizer: str = ""
     """Empty, like ``schedule``, where nothing is learnt."""
-    schedule: str
-    activation: str
-    attention: str
-    compile: str
-    checkpoint: str
+    schedule: str = ""
+    activation: str = ""
+    attention: str = ""
+    compile: str = ""
+    checkpoint: str = ""
+    benchmark: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,7 +164,7 @@ class Plan:
     hosts: tuple[HostPlan, ...]
     work: Work
     memory: Memory | None
-    """``None`` when the model's sizes are only known once it is downloaded."""
+    """``None`` when the model's sizes are only known once it is downloaded, or the job has no model."""
     engine_config: dict[str, Any] | None
     """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
     tracker: TrackerPlan

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from launcher import checks
 from launcher.advice import warnings_of
 from launcher.agents import AGENTS
-from launcher.batch import Batch, solve_batch
+from launcher.batch import Batch
 from launcher.config import Run
 from launcher.env import Place, environment
 from launcher.errors import ConfigError, ConfigErrors
@@ -35,15 +35,13 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     """
     world_size = sum(host.slots for host in hosts)
     mistakes = list(checks.refusals(run, hosts))
-    batch = _collected(lambda: _solve(run, world_size), mistakes)
+    batch = _collected(lambda: run.job.batch(run, world_size=world_size), mistakes)
     if batch is not None:
         mistakes += run.parallel.batch_refusals(batch)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
-    if batch is None or tracker is None or mistakes:
+    if tracker is None or mistakes:
         raise ConfigErrors(mistakes)
-    memory = model_state(run, hosts)
-    tokens = batch.global_ * run.job.sequence_length
-    steps = run.job.num_steps(run, world_size=world_size, batch=batch)
+    memory = None if batch is None else model_state(run, hosts)
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,
@@ -53,16 +51,14 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         backend=run.backend.kind,
         world_size=world_size,
         topology=run.parallel.degrees(world_size).named(),
-        what=_what(run),
+        what=_what(run, batch),
         outline=dict(run.job.outline(run, world_size=world_size)),
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
         hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
-        work=Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps),
+        work=_work(run, batch, world_size=world_size),
         memory=memory,
-        engine_config=run.parallel.engine_config(
-            batch=batch, clip_norm=run.job.clip_norm, optimizer=run.optimizer, precision=run.precision
-        ),
+        engine_config=_engine_config(run, batch),
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
@@ -84,12 +80,17 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
         return None
 
 
-def _solve(run: Run, world_size: int) -> Batch:
-    return solve_batch(
-        micro=run.job.micro_batch,
-        global_=run.job.global_batch,
-        accumulation=run.parallel.accumulation or run.job.accumulation,
-        data_parallel=run.parallel.data_parallel(world_size),
+def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:
+    steps = run.job.num_steps(run, world_size=world_size)
+    tokens = 0 if batch is None else batch.global_ * run.batched_job.sequence_length
+    return Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
+
+
+def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:
+    if batch is None:
+        return None
+    return run.parallel.engine_config(
+        batch=batch, clip_norm=run.batched_job.clip_norm, optimizer=run.optimizer, precision=run.precision
     )
 
 
@@ -97,15 +98,17 @@ def _tracker(run: Run, identity: Identity, facts: Facts) -> TrackerPlan:
     return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
 
 
-def _what(run: Run) -> What:
+def _what(run: Run, batch: Batch | None) -> What:
+    if batch is None:  # the other groups have no say in what is measured
+        return What(benchmark=component_text(run.benchmark), engine=run.parallel.engine)
     return What(
         model=component_text(run.model),
         data=component_text(run.data),
         strategy=component_text(run.parallel),
         engine=run.parallel.engine,
         precision=component_text(run.precision),
-        optimizer=component_text(run.optimizer) if run.job.learns else "",
-        schedule=component_text(run.schedule) if run.job.learns else "",
+        optimizer=component_text(run.optimizer) if run.batched_job.learns else "",
+        schedule=component_text(run.schedule) if run.batched_job.learns else "",
         activation=component_text(run.activation),
         attention=component_text(run.attention),
         compile=component_text(run.compile),

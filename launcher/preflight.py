@@ -11,6 +11,7 @@ from launcher.backends.base import Backend
 from launcher.checkpoint.resume import find, misfits
 from launcher.config import Run
 from launcher.errors import ConfigError
+from launcher.jobs.base import BatchedJob
 from launcher.jobs.train import Train
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
@@ -20,13 +21,14 @@ from launcher.rundir import RunDir
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything on this machine that stands against ``run`` on ``hosts``."""
     world_size = sum(host.slots for host in hosts)
-    yield from run.model.preflight()
-    yield from run.data.preflight()
-    yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
+    if isinstance(run.job, BatchedJob):
+        yield from run.model.preflight()
+        yield from run.data.preflight()
+        yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
+        yield from _refuse_missing_tools(run, hosts)
     yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from _refuse_occupied(run, run_dir)
     yield from _refuse_taken_port(run.backend)
-    yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 

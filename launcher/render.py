@@ -27,7 +27,7 @@ def render(plan: Plan, *, submission: str = "") -> str:
         f"Plan {plan.name} · {plan.run_id}": _head(plan),
         "Batch": _batch(plan),
         f"Parts of {plan.job}": table(list(plan.outline.items())),
-        "Model state per rank": _memory(plan.memory, plan.hosts),
+        "Model state per rank": _memory(plan.memory, plan.hosts) if plan.what.model else (),
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
         f"Submission by {plan.backend}": submission.splitlines(),
@@ -59,6 +59,8 @@ def _head(plan: Plan) -> Iterator[str]:
 
 def _batch(plan: Plan) -> Iterator[str]:
     work = plan.work
+    if work.batch is None:
+        return
     yield _row("sequences", f"{work.batch} a step")
     yield _row("tokens", f"{work.tokens_per_step:,} a step × {times(work.steps, 'step')} = {work.total_tokens:,}")
 

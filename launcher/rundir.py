@@ -71,6 +71,10 @@ class RunDir:
         """Picture of the loss curve."""
         return self.path / "loss.png"
 
+    def benchmark(self, ending: str) -> Path:
+        """Results of a benchmark as ``json``, ``md`` or ``png``."""
+        return self.path / f"benchmark.{ending}"
+
     @property
     def logs(self) -> Path:
         """Folder of ``<host>.<rank>.log``."""

@@ -65,7 +65,7 @@ class DeepSpeedEngine(Engine):
         run = self._context.run
         config = self._zero.ds_config(
             batch=self._context.batch,
-            clip_norm=run.job.clip_norm,
+            clip_norm=run.batched_job.clip_norm,
             optimizer=run.optimizer,
             precision=run.precision,
             native_adam=take_native_adam(self._context, self._zero, device=self.device),

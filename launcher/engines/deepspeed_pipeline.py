@@ -59,7 +59,7 @@ class DeepSpeedPipelineEngine(Engine):
                 list(self.module.parameters()),
                 counted=counted_once(self.module),
                 stages=self.module.mpu().get_pipe_parallel_group(),
-                largest=context.run.job.clip_norm,
+                largest=context.run.batched_job.clip_norm,
             )
             self._engine.optimizer.register_step_pre_hook(self._clipping)
 
@@ -67,7 +67,7 @@ class DeepSpeedPipelineEngine(Engine):
         run = self._context.run
         return parallel.ds_config(
             batch=self._context.batch,
-            clip_norm=run.job.clip_norm,
+            clip_norm=run.batched_job.clip_norm,
             optimizer=run.optimizer,
             precision=run.precision,
             native_adam=take_native_adam(self._context, parallel.zero, device=self.device),

@@ -47,7 +47,7 @@ class Update:
         stages: ProcessGroup | None = None,
         counted_elsewhere: Sequence[nn.Parameter] = (),
     ) -> None:
-        self._clip_norm, self._device, self._stages = run.job.clip_norm, device, stages
+        self._clip_norm, self._device, self._stages = run.batched_job.clip_norm, device, stages
         self.scale = LossScale(run.precision)
         groups = decay_groups(nn.ModuleList(modules), weight_decay=run.optimizer.weight_decay)
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from launcher.batch import Batch, solve_batch
 from launcher.component import Component
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.batch import Batch
     from launcher.config import Run
     from launcher.context import Context
 
@@ -22,12 +22,39 @@ class Job(Component):
 
     group: ClassVar[str] = "job"
 
+    saves: ClassVar[bool] = False
+    """Whether it writes checkpoints."""
+
     seed: int = 0
     """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
 
     @abstractmethod
     def run(self, context: Context) -> None:
         """Do the work on this rank; raise to fail the run."""
+
+    @abstractmethod
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return what ranks count up to as they beat: global batches, or whatever else the work is made of."""
+
+    def batch(self, run: Run, *, world_size: int) -> Batch | None:
+        """Return the batch of a step; ``None`` where there is none, and with it neither model nor engine."""
+        return None
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why this job cannot be done with the rest of the run."""
+        yield from ()
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Yield what a user should know of what it will do, and not do."""
+        yield from ()
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the parts that the work has besides its batches, each with what is done in it."""
+        yield from ()
+
+    def files(self) -> Iterator[str]:
+        """Yield what it leaves in the run directory besides what every run leaves."""
+        yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,9 +63,6 @@ class BatchedJob(Job):
 
     learns: ClassVar[bool] = True
     """Whether it takes optimiser steps; else learning rate, gradients and moments are no part of it."""
-
-    saves: ClassVar[bool] = False
-    """Whether it writes checkpoints."""
 
     micro_batch: int = 8
     """Sequences in one forward pass of one rank."""
@@ -63,25 +87,18 @@ class BatchedJob(Job):
         yield from self.below(2, "sequence_length")
         yield from self.below(0, "seed")
 
-    @abstractmethod
-    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
-        """Return how many global batches the whole run goes through: what ranks count up to as they beat."""
+    def batch(self, run: Run, *, world_size: int) -> Batch:
+        """Return how ``world_size`` ranks go through one global batch.
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Yield why this job cannot be done with the rest of the run."""
-        yield from ()
-
-    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
-        """Yield what a user should know of what it will do, and not do."""
-        yield from ()
-
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield the parts that the work has besides its batches, each with what is done in it."""
-        yield from ()
-
-    def files(self) -> Iterator[str]:
-        """Yield what it leaves in the run directory besides what every run leaves."""
-        yield from ()
+        Raises:
+            ConfigError: it does not come out even.
+        """
+        return solve_batch(
+            micro=self.micro_batch,
+            global_=self.global_batch,
+            accumulation=run.parallel.accumulation or self.accumulation,
+            data_parallel=run.parallel.data_parallel(world_size),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

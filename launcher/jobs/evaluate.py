@@ -10,7 +10,6 @@ from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
 
 if TYPE_CHECKING:
-    from launcher.batch import Batch
     from launcher.config import Run
     from launcher.context import Context
 
@@ -33,9 +32,9 @@ class Evaluate(BatchedJob):
         yield from super().problems()
         yield from self.below(1, "eval_sequences", "repeats")
 
-    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
+    def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the global batches of all repeats, the last of each perhaps not full."""
-        return self.repeats * -(-self.eval_sequences // batch.global_)
+        return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_)
 
     def run(self, context: Context) -> None:
         """Measure on this rank."""

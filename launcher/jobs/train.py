@@ -10,7 +10,6 @@ from launcher.errors import ConfigError
 from launcher.jobs.base import LearningJob
 
 if TYPE_CHECKING:
-    from launcher.batch import Batch
     from launcher.config import Run
     from launcher.context import Context
 
@@ -46,7 +45,7 @@ class Train(LearningJob):
         yield from self.below(1, "log_every", "eval_sequences")
         yield from self.below(0, "eval_every", "sample_tokens")
 
-    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
+    def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the optimiser steps."""
         return self.steps
 

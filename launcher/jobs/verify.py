@@ -16,7 +16,6 @@ from launcher.verification.catalogue import CATALOGUE
 from launcher.verification.choose import OWN, choose
 
 if TYPE_CHECKING:
-    from launcher.batch import Batch
     from launcher.config import Run
     from launcher.context import Context
 
@@ -81,7 +80,7 @@ class Verify(LearningJob):
         for name, why in left_out.items():
             yield self.refuse("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
 
-    def num_steps(self, run: Run, *, world_size: int, batch: Batch) -> int:
+    def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the steps of one process and of all strategies."""
         return self.steps * (1 + len(choose(self, run, world_size=world_size).cases))
 

@@ -38,7 +38,7 @@ def measure(job: Evaluate, context: Context) -> None:
     )
     num_sequences = min(job.eval_sequences, splits.held_out.num_sequences)
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
-    num_steps = job.num_steps(context.run, world_size=context.world_size, batch=context.batch)
+    num_steps = job.num_steps(context.run, world_size=context.world_size)
     steps, fastest_s = itertools.count(1), math.inf
     with make_engine(context, Clock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
         done = restore(CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint), context, engine)

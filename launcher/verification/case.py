@@ -36,7 +36,7 @@ class Case:
             ConfigError: they cannot share it out.
         """
         beside = self.parallel.data_parallel(world_size)
-        wanted, share = self.micro_batch or run.job.micro_batch, max(1, sequences // beside)
+        wanted, share = self.micro_batch or run.batched_job.micro_batch, max(1, sequences // beside)
         return solve_batch(
             micro=max(size for size in range(1, min(wanted, share) + 1) if share % size == 0),
             global_=sequences,
@@ -47,7 +47,7 @@ class Case:
     def apply(self, run: Run, *, world_size: int, sequences: int) -> Run:
         """Return the run that this case makes of ``run`` on that many ranks with that global batch."""
         batch = self.batch(run, world_size=world_size, sequences=sequences)
-        job = replace(run.job, micro_batch=batch.micro, global_batch=batch.global_, accumulation=None)
+        job = replace(run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, accumulation=None)
         return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
 
     def misfit(self, run: Run, *, world_size: int, sequences: int) -> str | None:
@@ -57,8 +57,9 @@ class Case:
             return f"needs {times(self.ranks, 'rank')}"
         if degrees.product != world_size:
             return f"{degrees} does not fill {times(world_size, 'rank')}"
-        if run.job.sequence_length % degrees.sequence:
-            return f"job.sequence_length={run.job.sequence_length} does not divide over {degrees.sequence} ranks"
+        length = run.batched_job.sequence_length
+        if length % degrees.sequence:
+            return f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
         shape = run.model.shape()
         for refusal in self.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=shape):
             return refusal.why

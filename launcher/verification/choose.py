@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from launcher.batch import solve_batch
 from launcher.parallel.replicated import Single
 from launcher.verification.case import Case
 from launcher.verification.catalogue import CATALOGUE
@@ -35,12 +34,7 @@ def choose(job: Verify, run: Run, *, world_size: int) -> Choice:
     Raises:
         ConfigError: the batch of the run does not come out even.
     """
-    sequences = solve_batch(
-        micro=job.micro_batch,
-        global_=job.global_batch,
-        accumulation=run.parallel.accumulation or job.accumulation,
-        data_parallel=run.parallel.data_parallel(world_size),
-    ).global_
+    sequences = job.batch(run, world_size=world_size).global_
     choice = Choice(sequences=sequences)
     for name, case in _named(job, run).items():
         why = case.misfit(run, world_size=world_size, sequences=sequences)

@@ -7,13 +7,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """GPT-2 on random weights; large enough that a step is far longer than what is measured around it."""
+    """GPT-2, or Llama, on random weights; large enough that a step is far longer than what is measured around it."""
 
+    family: Literal["gpt2", "llama"] = "gpt2"
+    """The bare scripts know GPT-2 alone."""
     ranks: int = 2
     threads: int = 1
     layers: int = 4
@@ -27,6 +29,7 @@ class Workload:
     lr: float = 5e-4
     weight_decay: float = 0.01
     clip_norm: float = 1.0
+    precision: str = "fp32"
 
     @property
     def tokens_per_step(self) -> int:
@@ -36,7 +39,8 @@ class Workload:
     def overrides(self) -> list[str]:
         """Return this job in the launcher's words, with everything off that the bare scripts do not do."""
         return [
-            "model=gpt2_tiny",
+            f"model={self.family}_tiny",
+            *([f"model.kv_heads={self.heads}", f"model.mlp_width={4 * self.width}"] if self.family == "llama" else []),
             f"model.layers={self.layers}",
             f"model.heads={self.heads}",
             f"model.width={self.width}",
@@ -44,7 +48,7 @@ class Workload:
             f"model.context={self.sequence_length}",
             "data=synthetic",
             f"data.vocab_size={self.vocab_size}",
-            "precision=fp32",
+            f"precision={self.precision}",
             "schedule=constant",
             "schedule.warmup_steps=0",
             f"optimizer.lr={self.lr}",
@@ -100,9 +104,11 @@ class Workload:
             yield torch.randint(self.vocab_size, (self.micro_batch, self.sequence_length + 1), generator=generator)
 
 
-def log_step(step: int, loss: float, grad_norm: float) -> None:
+def log_step(step: int, loss: float, grad_norm: float, *, peak_bytes: int | None = None) -> None:
     """Append one JSON line to the file that the benchmark watches; only rank 0 writes."""
-    if os.environ["RANK"] == "0":
-        line = {"train/step": step, "train/loss": loss, "train/grad_norm": grad_norm}
+    if os.environ.get("RANK", "0") == "0":
+        line: dict[str, float] = {"train/step": step, "train/loss": loss, "train/grad_norm": grad_norm}
+        if peak_bytes is not None:
+            line["memory/peak_bytes"] = peak_bytes
         with Path(os.environ["BENCH_METRICS"]).open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -51,7 +51,7 @@ def _seconds(context: Context, keep: range, *, number: int, device: torch.device
     builder.build_all()
     count_own_blocks(model, keep)
     stretch = Stretch(model.to(device), number=number, count=3, autocast=DTYPES[run.precision.compute])
-    shape = (run.job.micro_batch, run.job.sequence_length)
+    shape = (run.batched_job.micro_batch, run.batched_job.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     hidden = torch.zeros(*shape, model.config.hidden_size, device=device, requires_grad=True)
     times = []

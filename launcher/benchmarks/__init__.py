@@ -1,0 +1,1 @@
+"""What is measured on a machine: one file a benchmark, and what they share."""

@@ -1,0 +1,53 @@
+"""What every benchmark answers without importing torch."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.component import Component
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import Results
+    from launcher.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Component):
+    """A claim that is measured: cases that do the same work in different ways."""
+
+    group: ClassVar[str] = "benchmark"
+
+    max_ranks: ClassVar[int | None] = 1
+    """The most ranks it can use."""
+
+    repeats: int = 3
+    """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
+
+    warmup: int = 1
+    """Whole steps of a case before the one that is measured, in the same process."""
+
+    @property
+    def num_measurements(self) -> int:
+        """How many processes are started; progress counts to it."""
+        return self.repeats
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that measure nothing."""
+        yield from self.below(1, "repeats")
+        yield from self.below(0, "warmup")
+
+    @abstractmethod
+    def run(self, context: Context) -> Results:
+        """Measure, on every rank; what rank 0 returns is what is kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBenchmark(Component):
+    """Nothing to measure: what jobs other than ``benchmark`` have here."""
+
+    group: ClassVar[str] = "benchmark"
+    kind: ClassVar[str] = "none"

@@ -1,0 +1,65 @@
+"""A function in a process of its own, so that nothing it leaves behind is measured with the next one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from launcher.errors import JobError
+
+_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
+"""glibc raises this limit by itself as large blocks are freed, and from then on keeps them: fixed, every tensor of
+1 MiB and more goes back to the system when it is freed, and a high-water mark follows the tensors that live."""
+
+
+def run_isolated(function: str, arguments: Mapping[str, Any], *, beat: Callable[[], None]) -> dict[str, Any]:
+    """Call a function in a fresh interpreter and return what it returns.
+
+    Args:
+        function: ``module:name``; it takes ``arguments`` and ``progress``, and returns what JSON can hold.
+        arguments: what JSON can hold.
+        beat: called whenever the function calls its ``progress``: one that hangs is not taken for one that works.
+
+    Raises:
+        JobError: the process failed; what it printed is in this rank's log.
+    """
+    command = [sys.executable, "-m", "launcher.benchmarks.isolated", function]
+    answer: dict[str, Any] | None = None
+    env = {**os.environ, **_ALLOCATOR}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
+        assert process.stdin is not None, "asked for above"
+        assert process.stdout is not None, "asked for above"
+        process.stdin.write(json.dumps(arguments))
+        process.stdin.close()
+        for line in process.stdout:
+            beat()
+            answer = json.loads(line)
+    if process.returncode or answer is None:
+        raise JobError(
+            f"{function} ended with {process.returncode} for {dict(arguments)}; the log of this rank says why"
+        )
+    return answer
+
+
+def main() -> None:
+    """Be that process: arguments come on stdin; each line on stdout is progress (null), the last one is the answer."""
+    import importlib
+
+    protocol = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print goes to the log
+
+    def say(value: dict[str, Any] | None) -> None:
+        protocol.write(json.dumps(value) + "\n")
+        protocol.flush()
+
+    module, _, name = sys.argv[1].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    say(function(**json.load(sys.stdin), progress=lambda: say(None)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Measure what the run's ``benchmark`` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.benchmarks.base import Benchmark
+from launcher.errors import ConfigError
+from launcher.jobs.base import Job
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+    from launcher.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure(Job):
+    """Run one benchmark and leave its results as JSON, Markdown and a picture."""
+
+    kind: ClassVar[str] = "benchmark"
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a seed that is none."""
+        yield from self.below(0, "seed")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the measurements."""
+        return run.benchmark.num_measurements if isinstance(run.benchmark, Benchmark) else 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
+        benchmark = run.benchmark
+        if not isinstance(benchmark, Benchmark):
+            why = "job=benchmark measures what the group benchmark names"
+            yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
+        elif benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
+            why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}")
+
+    def files(self) -> Iterator[str]:
+        """Yield the results, for programs and for people."""
+        yield from ("benchmark.json", "benchmark.md", "benchmark.png")
+
+    def run(self, context: Context) -> None:
+        """Measure on this rank; rank 0 keeps what was found."""
+        from launcher.training.metrics import MetricsWriter
+
+        benchmark = context.run.benchmark
+        assert isinstance(benchmark, Benchmark), "refused before anything starts"
+        results = benchmark.run(context)
+        if context.is_main:
+            done = benchmark.num_measurements
+            with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:
+                metrics.record(done, **{f"benchmark/{name}": value for name, value in results.metrics.items()})
+            results.publish(context.run_dir)
+        context.heartbeat.beat("done", benchmark.num_measurements)

@@ -1,0 +1,107 @@
+"""Peak memory of each rank while it builds its part of a model, against one process that builds all of it.
+
+Goal: at most (share of the model + largest part) x 1.2 above the level before building. Weights are random and fp32;
+each strategy runs in processes of its own, after building a small model with the same code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harness import BIN, print_machine
+
+GOAL = 1.2
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A strategy to measure."""
+
+    builder: str
+    """Of ``build_memory_rank.py``."""
+    overrides: tuple[str, ...]
+    ranks: int
+
+
+def rows(ranks: int) -> dict[str, Row]:
+    """Return what can be measured, by name, on so many ranks."""
+    stages = f"parallel.stages={ranks}"
+    return {
+        "naive": Row(builder="engine", overrides=("parallel=single",), ranks=1),
+        "zero3": Row(builder="zero3", overrides=("parallel=zero3",), ranks=ranks),
+        "fsdp": Row(builder="engine", overrides=("parallel=fsdp",), ranks=ranks),
+        "pipeline": Row(builder="engine", overrides=("parallel=pipeline", stages), ranks=ranks),
+    }
+
+
+def sizes(model: str) -> tuple[int, int]:
+    """Return the bytes of the whole model and of its largest part, in fp32, without building it."""
+    from launcher.compose import compose
+    from launcher.models.build import lay_out
+    from launcher.models.units import units
+
+    run = compose([f"model={model}"]).run
+    laid_out, _ = lay_out(run.model, seed=0, attention=run.attention)
+    parts = [sum(parameter.numel() for parameter in part.parameters()) for _, part in units(laid_out)]
+    return 4 * sum(parameter.numel() for parameter in laid_out.parameters()), 4 * max(parts)
+
+
+def measure(row: Row, model: str, folder: Path) -> list[dict[str, int]]:
+    """Return what each rank found.
+
+    Raises:
+        RuntimeError: a rank failed; the message holds the end of what it printed.
+    """
+    out = folder / "found"
+    agent = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={row.ranks}"]
+    command = [*agent, str(HERE / "build_memory_rank.py"), row.builder, model, str(out), *row.overrides]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}"
+        )
+    return [json.loads(Path(f"{out}.{rank}").read_text()) for rank in range(row.ranks)]
+
+
+def line(name: str, row: Row, found: Sequence[dict[str, int]], *, whole: int, largest: int) -> str:
+    """Return a row of the table: the worst rank, what it keeps, the bound, and whether it holds."""
+    peak, kept = (max(each[key] for each in found) for key in ("peak_bytes", "kept_bytes"))
+    bound = GOAL * (whole / row.ranks + largest)
+    holds = "yes" if peak <= bound else "NO"
+    each = " ".join(f"{rank['peak_bytes'] / 1e9:.2f}" for rank in found)
+    return f"| {name} | {row.ranks} | {peak / 1e9:.2f} | {each} | {kept / 1e9:.2f} | {bound / 1e9:.2f} | {holds} |"
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("strategies", nargs="*", help=f"of {', '.join(rows(4))}; all by default")
+    parser.add_argument("--model", default="gpt2_xl", help="an option of the group model")
+    parser.add_argument("--ranks", type=int, default=4)
+    arguments = parser.parse_args()
+
+    known = rows(arguments.ranks)
+    if unknown := [name for name in arguments.strategies if name not in known]:
+        parser.error(f"no such strategy: {', '.join(unknown)}; there are {', '.join(known)}")
+    print_machine("torch", "deepspeed", "transformers")
+    whole, largest = sizes(arguments.model)
+    print(f"{arguments.model}: {whole / 1e9:.2f} GB in fp32, its largest part {largest / 1e9:.2f} GB")
+    print(f"bound: {GOAL} x (share + largest part) above the level before building; GB = 1e9 bytes\n")
+    print("| strategy | ranks | peak of the worst rank (GB) | peak of each rank | kept | bound | within |")
+    print("|---|---|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        for name in arguments.strategies or known:
+            row = known[name]
+            found = measure(row, arguments.model, Path(folder))
+            print(line(name, row, found, whole=whole, largest=largest), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""One rank that builds its part of a model, and says how much memory that took at most; started by build_memory.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from launcher.benchmarks.peak import PeakMemory
+from launcher.compose import compose
+from launcher.context import Context
+from launcher.engines import make_engine
+from launcher.engines.distributed import disconnect
+from launcher.engines.model import model_of
+from launcher.rundir import RunDir
+from launcher.supervise.heartbeat import Heartbeat
+from launcher.training.clock import Clock
+
+CPU = torch.device("cpu")
+
+
+def engine(context: Context) -> Callable[[], None]:
+    """Make the engine of the run: connect the ranks and build what this one holds; nothing is optimised yet."""
+    made = make_engine(context, Clock(context.heartbeat, cuda=False))
+    return made.close
+
+
+def zero3(context: Context) -> Callable[[], None]:
+    """Partition each part as it is built: what the engine does before ``initialize``, which makes optimiser state."""
+    from launcher.engines.native import connect_deepspeed, prepare_environment
+    from launcher.engines.partition import Partitioning, assert_partitioned
+    from launcher.parallel.zero import Zero
+
+    run, zero = context.run, context.run.parallel
+    assert isinstance(zero, Zero), "the row names the strategy"
+    config = zero.ds_config(
+        batch=context.batch,
+        clip_norm=0.0,
+        optimizer=run.optimizer,
+        precision=run.precision,
+        native_adam=False,
+    )
+    prepare_environment(context)
+    connect_deepspeed(context, device=CPU)
+    partitioning = Partitioning(config, dtype=torch.float32)
+    model = model_of(context, device=CPU, after=partitioning.partition)
+    assert_partitioned(model, small=zero.persistence_threshold)
+
+    def release() -> None:
+        model.to_empty(device="meta")
+        partitioning.forget()
+        disconnect()
+
+    return release
+
+
+BUILDERS: dict[str, Callable[[Context], Callable[[], None]]] = {"engine": engine, "zero3": zero3}
+"""Each builds, and returns what lets go of it."""
+
+
+def main() -> None:
+    """Build a small model, so that all code is loaded; then the one to measure."""
+    name, model, out, *overrides = sys.argv[1:]
+    rank = int(os.environ["RANK"])
+
+    def context_of(*words: str) -> Context:
+        return Context(
+            run=compose([*words, *overrides]).run,
+            run_dir=RunDir(Path(out).parent / "run"),
+            rank=rank,
+            local_rank=rank,
+            world_size=int(os.environ["WORLD_SIZE"]),
+            heartbeat=Heartbeat(None),
+        )
+
+    small = ("model=gpt2_tiny", "model.layers=4", "model.width=64", "model.heads=2", "model.vocab_size=512")
+    build = BUILDERS[name]
+    build(context_of(*small))()
+    context = context_of(f"model={model}")
+    peak = PeakMemory(CPU)
+    release = build(context)
+    above = peak.above_before()
+    kept = PeakMemory(CPU).before - peak.before
+    Path(f"{out}.{rank}").write_text(json.dumps({"peak_bytes": above, "kept_bytes": kept, "before_bytes": peak.before}))
+    release()
+
+
+if __name__ == "__main__":
+    main()

@@ -53,13 +53,21 @@ def test_every_strategy_measures_the_same(launch, tmp_path) -> None:
 
 
 def test_a_checkpoint_and_its_weights_measure_what_training_did(launch, tmp_path) -> None:
-    train = ("job.steps=4", "job.eval_every=0", "checkpoint.every=4", "schedule=constant", "job.sample_tokens=0")
+    alone = ("parallel=single", "backend.ranks=1")
+    train = (
+        *alone,
+        "job.steps=4",
+        "job.eval_every=0",
+        "checkpoint.every=4",
+        "schedule=constant",
+        "job.sample_tokens=0",
+    )
     launch(*MODEL, *train, "run.dir=trained").expect(0)
     trained = metrics_of(tmp_path / "trained")
     saved = tmp_path / "trained" / "checkpoints" / "step_00000004"
-    launch(*EVALUATE, f"checkpoint.resume={saved}", "run.dir=resumed").expect(0)
-    launch(*EVALUATE, f"model.weights={saved}/model", "run.dir=loaded").expect(0)
-    launch(*EVALUATE, "run.dir=fresh").expect(0)
+    launch(*EVALUATE, *alone, f"checkpoint.resume={saved}", "run.dir=resumed").expect(0)
+    launch(*EVALUATE, *alone, f"model.weights={saved}/model", "run.dir=loaded").expect(0)
+    launch(*EVALUATE, *alone, "run.dir=fresh").expect(0)
     resumed, loaded, fresh = (metrics_of(tmp_path / name) for name in ("resumed", "loaded", "fresh"))
     assert resumed["train/step"] == 4
     assert resumed["eval/loss"] == pytest.approx(trained["eval/loss"], rel=1e-6)

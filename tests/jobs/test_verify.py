@@ -36,8 +36,8 @@ def compared(folder: Path) -> dict[str, Any]:
 
 
 def test_strategies_take_the_steps_of_one_process(launch, tmp_path) -> None:
-    names = ["ddp", "ddp_micro1", "zero1", "zero3"]
-    ended = launch(*VERIFY, f"job.strategies=[{','.join(names)}]").expect(0)
+    names = ["ddp_micro1", "fsdp", "sequence", "zero3"]
+    ended = launch(*VERIFY, "job.steps=4", f"job.strategies=[{','.join(names)}]", timeout=550).expect(0)
     rows = compared(tmp_path)
     assert list(rows) == names
     for row in rows.values():
@@ -54,7 +54,7 @@ def test_strategies_take_the_steps_of_one_process(launch, tmp_path) -> None:
 
 
 def test_another_learning_rate_is_seen(launch, tmp_path) -> None:
-    ended = launch(*VERIFY, "job.strategies=[ddp]", "job.perturb=0.01").expect(1)
+    ended = launch(*VERIFY, "job.strategies=[ddp]", "job.perturb=0.01", timeout=550).expect(1)
     (row,) = compared(tmp_path).values()
     assert row["loss_diff"] > 1e-5
     assert row["weights_diff"] > 1e-4

@@ -3,7 +3,9 @@
 Stages take a known time: they sleep in forward and backward instead of computing, so the number of cores does not
 matter. Schedules are made by the code that the engine uses. Goal: idle shares within 3 points of theory.
 
-    python scripts/bench/pipeline_bubble.py [--unit-ms 200] [--repeats 3]
+    python scripts/bench/pipeline_bubble.py [--unit-ms 200] [--repeats 3] [--schedules zbv 1f1b] [--stages 4]
+
+A busy machine wakes a sleeper late, and schedules without slack pass on every delay: give it a longer unit.
 """
 
 from __future__ import annotations
@@ -216,16 +218,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--unit-ms", type=float, default=200.0, help="a rank's forward pass of a micro-batch")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--schedules", nargs="+", choices=SCHEDULES, default=SCHEDULES)
+    parser.add_argument("--stages", nargs="+", type=int, default=RANKS)
     given = parser.parse_args()
 
     print_machine("torch")
     print("\n| schedule | stages | micro-batches | idle, theory | idle, measured | live activations by rank |")
     print("|---|---|---|---|---|---|", flush=True)
     misses = []
-    for ranks in RANKS:
+    for ranks in given.stages:
         settings = [
             Setting(schedule=schedule, ranks=ranks, micro_batches=m)
-            for schedule in SCHEDULES
+            for schedule in given.schedules
             for m in MICRO_BATCHES
             if m in micro_batch_choices(schedule, stages=ranks, wanted=m)
         ]

@@ -24,14 +24,16 @@ class Batch:
         return f"micro {self.micro} × accum {self.accumulation} × dp {self.data_parallel} = {self.global_}"
 
 
-def solve_batch(*, micro: int, global_: int | None, accumulation: int | None, data_parallel: int) -> Batch:
-    """Derive what the user left out.
+def solve_batch(
+    *, micro: int, global_: int | None, accumulation: int | None, data_parallel: int, usual: int = 1
+) -> Batch:
+    """Derive what the user left out; ``usual`` is the accumulation where nothing says anything about it.
 
     Raises:
         ConfigError: the numbers given do not multiply out; the message holds the arithmetic and the nearest fit.
     """
     if global_ is None:
-        return Batch(micro=micro, accumulation=accumulation or 1, data_parallel=data_parallel)
+        return Batch(micro=micro, accumulation=accumulation or usual, data_parallel=data_parallel)
     one_pass = micro * data_parallel
     if accumulation is not None and one_pass * accumulation != global_:
         raise ConfigError(

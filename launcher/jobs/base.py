@@ -71,7 +71,7 @@ class BatchedJob(Job):
     """Sequences in one step over all ranks: micro_batch x accumulation x data-parallel size."""
 
     accumulation: int | None = None
-    """Forward passes per step and rank; give this or ``global_batch``. Neither means 1."""
+    """Forward passes per step and rank; give this or ``global_batch``. Neither means 1, or what fills a pipeline."""
 
     sequence_length: int = 128
     """Tokens in one sequence."""
@@ -98,6 +98,7 @@ class BatchedJob(Job):
             global_=self.global_batch,
             accumulation=run.parallel.accumulation or self.accumulation,
             data_parallel=run.parallel.data_parallel(world_size),
+            usual=run.parallel.usual_accumulation,
         )
 
 

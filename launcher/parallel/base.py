@@ -86,6 +86,11 @@ class Parallel(Component):
         """Forward passes per optimiser step that the strategy itself asks for, if it does."""
         return None
 
+    @property
+    def usual_accumulation(self) -> int:
+        """Forward passes per optimiser step where nobody says anything about them."""
+        return 1
+
     def data_parallel(self, world_size: int) -> int:
         """Return how many different micro-batches the world works on at a time."""
         return self.degrees(world_size).data_parallel

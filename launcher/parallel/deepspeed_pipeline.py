@@ -36,7 +36,7 @@ class DeepSpeedPipeline(Parallel):
 
     micro_batches: int | None = None
     """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.accumulation``, or ``job.global_batch`` divided)."""
+    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
 
     stage: Literal[0, 1, 2, 3] = 1
     """ZeRO's stage among pipelines side by side: 0 partitions nothing, 1 the optimiser state. 2 and 3 are refused."""
@@ -73,6 +73,11 @@ class DeepSpeedPipeline(Parallel):
     def accumulation(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches
+
+    @property
+    def usual_accumulation(self) -> int:
+        """Return twice the stages: at most a third of the time idle."""
+        return 2 * self.stages
 
     def degrees(self, world_size: int) -> Degrees:
         """Return the degrees; pipelines side by side take the rest."""

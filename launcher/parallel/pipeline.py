@@ -64,7 +64,7 @@ class Pipeline(Parallel):
 
     micro_batches: int | None = None
     """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.accumulation``, or ``job.global_batch`` divided)."""
+    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
 
     chunks: int | None = None
     """Stretches of layers on each rank; by default 2 under interleaved and V schedules, else 1."""
@@ -91,6 +91,11 @@ class Pipeline(Parallel):
     def accumulation(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches
+
+    @property
+    def usual_accumulation(self) -> int:
+        """Return twice the stages: at most a third of the time idle."""
+        return 2 * self.stages
 
     def degrees(self, world_size: int) -> Degrees:
         """Return the degrees; pipelines side by side take the rest."""

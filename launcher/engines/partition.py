@@ -29,6 +29,7 @@ class Partitioning:
 
         assert dist.is_initialized(), "partitions are laid out over the process group"
         self._config, self._dtype = dict(config), dtype
+        self._swapper: Any = None  # to NVMe: a new one would empty the folder that the parts before went to
         self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
 
     def partition(self, name: str, part: nn.Module) -> None:
@@ -36,7 +37,8 @@ class Partitioning:
         import deepspeed
 
         part.to(self._dtype)
-        deepspeed.zero.Init(module=part, config_dict_or_path=self._config)
+        init = deepspeed.zero.Init(module=part, config_dict_or_path=self._config, param_swapper=self._swapper)
+        self._swapper = init.param_swapper
 
     def forget(self) -> None:
         """Let Transformers build plain models again in this process."""

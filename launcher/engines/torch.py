@@ -21,6 +21,7 @@ from launcher.engines.sharded_state import load_tensors, optimiser_tensors, save
 from launcher.engines.update import Update
 from launcher.errors import JobError
 from launcher.files import read_json, write_json
+from launcher.models.weights import save_model_folder
 from launcher.parallel.fsdp import Fsdp
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class TorchEngine(Engine):
             if self._rank == 0:
                 write_json(folder / "loss_scale.json", self._update.scale.state())
         elif self._rank == 0:
-            self.module.save_pretrained(folder / "model")
+            save_model_folder(self.module, folder / "model")
             torch.save(self._update.state(), folder / "optimizer.pt")
         save_rng(folder, rank=self._rank, device=self.device)
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launcher.errors import ConfigError
 from launcher.models.families import sizes_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -110,3 +113,20 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
         return f"its family is {found.get('family')}, not {wanted.get('family')}"
     names = [name for name in wanted if name in found and found[name] != wanted[name]]
     return ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in names)
+
+
+def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
+    """Write what :func:`folder_problems` accepts: configuration and weights, tied ones once. Imports safetensors.
+
+    Transformers' own ``save_pretrained`` imports DeepSpeed where that is installed, which takes seconds: too many for a
+    run that is asked to save and leave.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = set(model.state_dict())  # not buffers that are made anew
+    named = (*model.named_parameters(), *model.named_buffers())
+    tensors = {name: tensor.detach().contiguous() for name, tensor in named if name in kept}
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)

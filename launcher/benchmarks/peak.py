@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from launcher.models.heap import give_back
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +31,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = int(torch.cuda.memory_allocated(device))
         else:
-            ctypes.CDLL(None).malloc_trim(0)
+            give_back()
             Path("/proc/self/clear_refs").write_text(_RESET_HIGH_WATER_MARK, encoding="ascii")
             self.before = high_water_mark()
 

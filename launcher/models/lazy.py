@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from launcher.models.heap import give_back
 from launcher.models.units import initialise, units
 from launcher.models.weights import tensor_files
 
@@ -85,6 +86,7 @@ class Builder:
         for name, part in list(units(self._model)):
             self.build(name, part)
             after(name, part)
+            give_back()  # what a part leaves behind once it is sharded would be held beside the next one
         self.finish()
 
     def build(self, name: str, part: nn.Module) -> None:

@@ -80,6 +80,7 @@ def main() -> None:
     small = ("model=gpt2_tiny", "model.layers=4", "model.width=64", "model.heads=2", "model.vocab_size=512")
     build = BUILDERS[name]
     build(context_of(*small))()
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # the second group gets keys of its own in the store
     context = context_of(f"model={model}")
     peak = PeakMemory(CPU)
     release = build(context)

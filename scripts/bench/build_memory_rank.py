@@ -14,7 +14,7 @@ from launcher.benchmarks.peak import PeakMemory
 from launcher.compose import compose
 from launcher.context import Context
 from launcher.engines import make_engine
-from launcher.engines.distributed import disconnect
+from launcher.engines.distributed import barrier, disconnect
 from launcher.engines.model import model_of
 from launcher.rundir import RunDir
 from launcher.supervise.heartbeat import Heartbeat
@@ -79,7 +79,9 @@ def main() -> None:
 
     small = ("model=gpt2_tiny", "model.layers=4", "model.width=64", "model.heads=2", "model.vocab_size=512")
     build = BUILDERS[name]
-    build(context_of(*small))()
+    release = build(context_of(*small))
+    barrier()
+    release()
     os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # the second group gets keys of its own in the store
     context = context_of(f"model={model}")
     peak = PeakMemory(CPU)
@@ -87,6 +89,7 @@ def main() -> None:
     above = peak.above_before()
     kept = PeakMemory(CPU).before - peak.before
     Path(f"{out}.{rank}").write_text(json.dumps({"peak_bytes": above, "kept_bytes": kept, "before_bytes": peak.before}))
+    barrier()
     release()
 
 

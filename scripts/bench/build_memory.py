@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness import BIN, print_machine
+
+from launcher.preflight import free_port
 
 GOAL = 1.2
 HERE = Path(__file__).resolve().parent
@@ -62,7 +65,8 @@ def measure(row: Row, model: str, folder: Path) -> list[dict[str, int]]:
     out = folder / "found"
     agent = [str(BIN / "torchrun"), "--standalone", f"--nproc-per-node={row.ranks}"]
     command = [*agent, str(HERE / "build_memory_rank.py"), row.builder, model, str(out), *row.overrides]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    env = {**os.environ, "BENCH_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(
             f"{' '.join(command)} ended with {ended.returncode}:\n{(ended.stdout + ended.stderr)[-3000:]}"

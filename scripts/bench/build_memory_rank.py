@@ -82,7 +82,8 @@ def main() -> None:
     release = build(context_of(*small))
     barrier()
     release()
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"  # the second group gets keys of its own in the store
+    # a second group that met in the same store would find the addresses of the first and wait for ever
+    os.environ.update(TORCHELASTIC_USE_AGENT_STORE="False", MASTER_PORT=os.environ["BENCH_PORT"])
     context = context_of(f"model={model}")
     peak = PeakMemory(CPU)
     release = build(context)

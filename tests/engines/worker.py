@@ -74,6 +74,7 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "activation": {"kind": "none"},
         "attention": {"kind": "sdpa"},
         "compile": {"kind": "false"},
+        "benchmark": {"kind": "none"},
         "checkpoint": {"kind": "policy"},
         "tracker": {"kind": "local"},
         "backend": {"kind": "local"},

@@ -26,7 +26,7 @@ class Generator(ABC):
 
     @abstractmethod
     def step(self) -> Sequence[Update]:
-        """Go one step further with whatever is most due; returns at once, with nothing, where there is nothing to do."""
+        """Go one step further with whatever is most due; returns at once, with nothing, where nothing is to be done."""
 
     @abstractmethod
     def stats(self) -> Stats:

@@ -1,0 +1,62 @@
+"""What the jobs that generate have in common: which engine, and how it makes batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from launcher.errors import ConfigError
+from launcher.jobs.base import Job
+from launcher.serving.limits import Batching, Limits
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratingJob(Job):
+    """A job whose ranks generate text for many requests."""
+
+    engine: Literal["slots", "transformers", "vllm"] = "slots"
+    """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
+    batching, on GPUs; ``vllm`` starts vLLM in an environment of its own."""
+
+    batching: Batching = "continuous"
+    """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
+    ends with the longest; ``static`` does so in order of arrival, unsorted; ``none`` is one request after the other."""
+
+    max_requests: int = 32
+    """Requests that are worked on at the same time under ``continuous``."""
+
+    kv_tokens: int | None = None
+    """Tokens whose keys and values may be held at a time; ``null`` takes what max_requests of full length need, but
+    no more than a quarter of the memory that is free at the start."""
+
+    prefill_chunk: int = 256
+    """Prompt tokens in one step: what longest keeps others waiting for their next token."""
+
+    prefix_cache: bool = True
+    """Whether keys and values of equal beginnings are computed once and shared."""
+
+    max_batch: int = 16
+    """Requests in a batch under ``dynamic`` and ``static``."""
+
+    max_wait_s: float = 0.1
+    """How long the first request of a batch waits for others under ``dynamic`` and ``static``."""
+
+    bucket: int = 32
+    """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
+
+    ageing_s: float = 10.0
+    """Waiting for this long makes up for one step of priority."""
+
+    @property
+    def limits(self) -> Limits:
+        """What the engine is given of this."""
+        return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes that nothing fits in."""
+        yield from super().problems()
+        yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
+        yield from self.below(0, "seed", "max_wait_s")
+        if self.ageing_s <= 0:
+            yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

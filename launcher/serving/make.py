@@ -12,9 +12,7 @@ if TYPE_CHECKING:
     from launcher.config import Run
 
 
-def make_generator(
-    run: Run, *, limits: Limits, rank: int, world_size: int, beat: Callable[[str], None]
-) -> Generator:
+def make_generator(run: Run, *, limits: Limits, rank: int, world_size: int, beat: Callable[[str], None]) -> Generator:
     """Stand-in until the engine's own: only ``echo``."""
     from launcher.serving.echo import Echo
 

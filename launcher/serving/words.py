@@ -77,7 +77,7 @@ class Words:
         return self._bytes_of(token)
 
     def text_of(self, token: int) -> str:
-        """Return a token as OpenAI shows it: its text, or ``bytes:\\xe4`` where it is no whole text."""
+        r"""Return a token as OpenAI shows it: its text, or ``bytes:\xe4`` where it is no whole text."""
         raw = self.bytes_of(token)
         try:
             return raw.decode()

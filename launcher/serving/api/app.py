@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import launcher
 from fastapi import FastAPI, Request
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
+import launcher
 from launcher.serving.api.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
 from launcher.serving.api.chat import chat
 from launcher.serving.api.completions import complete

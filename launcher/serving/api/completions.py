@@ -10,8 +10,8 @@ from starlette.responses import Response
 
 from launcher.serving.api.answer import Answer
 from launcher.serving.api.bodies import CompletionBody, parse
-from launcher.serving.api.prompts import encode_all
 from launcher.serving.api.problems import invalid
+from launcher.serving.api.prompts import encode_all
 from launcher.serving.api.sampling import sampling_of
 from launcher.serving.api.sequence import Piece
 from launcher.serving.api.service import Service

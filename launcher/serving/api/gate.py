@@ -42,7 +42,7 @@ class Gate:
             return
         size = 0
         try:
-            headers = {name: value for name, value in scope["headers"]}
+            headers = dict(scope["headers"])
             if scope["path"].startswith(_GUARDED):
                 self._let_in(headers, scope)
             room = self._room_for(headers)

@@ -11,7 +11,12 @@ from starlette.responses import JSONResponse
 from launcher.serving.front.flight import Draining, Failed, TooLate
 from launcher.serving.values import Refused
 
-_FIELDS = {"no_repeat_ngram": "no_repeat_ngram_size", "bias": "logit_bias", "ignore_end": "ignore_eos", "beams": "num_beams"}
+_FIELDS = {
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "bias": "logit_bias",
+    "ignore_end": "ignore_eos",
+    "beams": "num_beams",
+}
 """Fields of ``Sampling`` by what clients call them, where that differs."""
 
 

@@ -78,13 +78,13 @@ async def merged(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tup
     try:
         left = len(tasks)
         while left:
-            number, piece = await queue.get()
-            if isinstance(piece, Exception):
-                raise piece
-            if piece is None:
+            number, came = await queue.get()
+            if isinstance(came, Exception):
+                raise came
+            if came is None:
                 left -= 1
             else:
-                yield number, piece
+                yield number, came
     finally:
         for task in tasks:
             task.cancel()

@@ -138,7 +138,7 @@ class Service:
             flight, how = Flight(request, on_end=self._ended), "bypass"
         else:
             key = key_of(self.identity, prompt, sampling, stops)
-            flight, how = self.results.find(key, Flight(request, on_end=partial(self._landed, key)))  # type: ignore[assignment]
+            flight, how = self.results.find(key, Flight(request, on_end=partial(self._landed, key)))
         flight.readers += 1
         if how in ("miss", "bypass"):
             self.pool.submit(flight)
@@ -243,5 +243,3 @@ def explained(trouble: Exception, service: Service, *, field: str) -> ApiError:
     if problem.code in ("queue_timeout", "unsupported_value"):
         service.reject(problem.code)
     return problem
-
-

@@ -27,7 +27,9 @@ def identity_of(run: Run, *, tokenizer: str, beat: Callable[[], None]) -> str:
         tokenizer: fingerprint of the tokenizer.
         beat: called meanwhile.
     """
-    computed = {name: to_tree(getattr(run, name)) for name in ("model", "parallel", "precision", "attention", "compile")}
+    computed = {
+        name: to_tree(getattr(run, name)) for name in ("model", "parallel", "precision", "attention", "compile")
+    }
     job = to_tree(run.job)
     parts = {
         **computed,

@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
+import socket
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import EXIT_PREEMPTED, ConfigError
@@ -62,9 +61,7 @@ class Front:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             asyncio.get_running_loop().add_signal_handler(number, self._note, number)
         listener = self._listen()
-        pool = Pool(
-            job.replicas, self._start, stall_s=job.stall_s, building_s=self._run.backend.stall_timeout_s
-        )
+        pool = Pool(job.replicas, self._start, stall_s=job.stall_s, building_s=self._run.backend.stall_timeout_s)
         service = Service(_policy(job, self._run), pool=pool, results=_results(job))
         server = make_server(_gated(service, job), max_connections=job.max_connections)
         tasks = [
@@ -83,7 +80,7 @@ class Front:
             await pool.close()
         return EXIT_PREEMPTED if self._signal == signal.SIGUSR1 else 0
 
-    def _listen(self):  # type: ignore[no-untyped-def]
+    def _listen(self) -> socket.socket:
         try:
             return listen(self._job.host, self._job.port)
         except OSError as error:
@@ -118,7 +115,9 @@ class Front:
         while service.pool.context is None:
             await asyncio.sleep(0.05)
         if (shape := self._run.model.shape()) is not None and words.vocab_size > shape.vocab_size:
-            why = f"it has {words.vocab_size} tokens, and {self._run.model.name} has {shape.vocab_size} rows of embedding"
+            why = (
+                f"it has {words.vocab_size} tokens, and {self._run.model.name} has {shape.vocab_size} rows of embedding"
+            )
             raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
         print(
             f"serving {service.policy.name} at {job.address} after {time.monotonic() - started:.1f} s "

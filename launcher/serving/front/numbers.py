@@ -32,7 +32,9 @@ class Numbers:
         self._registry = CollectorRegistry()
         self._pool, self._results = pool, results
         self._registry.register(_State(pool, results))
-        self.finished = self._counter("request_success", "Sequences that got their result, by why they ended", "finished_reason")
+        self.finished = self._counter(
+            "request_success", "Sequences that got their result, by why they ended", "finished_reason"
+        )
         self.failed = self._counter("request_failure", "Sequences that got none, by why", "reason")
         self.rejected = self._counter("requests_rejected", "Requests that were not begun, by why", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
@@ -115,7 +117,10 @@ class _State(Collector):
         gauges = {
             "num_requests_running": ("Sequences that engines work on", running),
             "num_requests_waiting": ("Sequences that wait for an engine", waiting),
-            "kv_cache_usage_perc": ("Share of the room for keys and values that is taken", held / room if room else 0.0),
+            "kv_cache_usage_perc": (
+                "Share of the room for keys and values that is taken",
+                held / room if room else 0.0,
+            ),
             "kv_cache_tokens": ("Tokens whose keys and values are held", held),
             "engines_ready": ("Engines that can be given requests", self._pool.ready),
             "result_cache_size": ("Results that are kept", len(results)),

@@ -174,7 +174,9 @@ class Remote:
             self._writer.write(pack(message))
 
 
-def start_replica(run_dir: Path, number: int, *, environ: Mapping[str, str]) -> tuple[subprocess.Popen[bytes], socket.socket]:
+def start_replica(
+    run_dir: Path, number: int, *, environ: Mapping[str, str]
+) -> tuple[subprocess.Popen[bytes], socket.socket]:
     """Start an engine's process; return it and this end of its link. Call it in the main thread, which it dies with."""
     ours, theirs = socket.socketpair()
     with theirs:

@@ -84,9 +84,7 @@ class Results:
             return
         self._drop(key)
         expires = self._now() + self._ttl_s
-        self._kept[key] = _Result(
-            tokens=tokens, finish=finish, ended_by_text=ended_by_text, size=size, expires=expires
-        )
+        self._kept[key] = _Result(tokens=tokens, finish=finish, ended_by_text=ended_by_text, size=size, expires=expires)
         self.bytes += size
         while self.bytes > self.max_bytes:
             self._drop(next(iter(self._kept)))

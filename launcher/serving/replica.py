@@ -40,9 +40,9 @@ def main(run_dir: RunDir, link: EngineLink) -> int:
         beat()
         run = load_run(run_dir.snapshot)
         job: Serve = run.job  # type: ignore[assignment]
-        from launcher.serving.make import make_generator
+        from launcher.serving.choose import chosen_generator
 
-        generator = make_generator(run, limits=job.limits, rank=0, world_size=1, beat=beat)
+        generator = chosen_generator(run, job, beat=beat)
         beat("warm up")
         generator.warm_up(job.warm_up)
         try:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.jobs.generating import GeneratingJob
-from launcher.jobs.serving_checks import address_problems, keys_problems, missing_packages
+from launcher.jobs.serving_checks import VLLM_REMEDY, address_problems, keys_problems, missing_packages, vllm_problems
 from launcher.wording import bytes_text, times
 
 if TYPE_CHECKING:
@@ -56,6 +56,9 @@ class Serve(GeneratingJob):
     max_body_bytes: int = 2 * 2**20
     """Largest request body."""
 
+    read_timeout_s: float = 30.0
+    """How long the headers of a request, and then its body, may take to arrive."""
+
     max_connections: int = 2048
     """Connections that are open at the same time; further ones are told to come back."""
 
@@ -87,6 +90,9 @@ class Serve(GeneratingJob):
     metrics_every_s: float = 5.0
     """Seconds between lines of metrics.jsonl."""
 
+    vllm_python: str | None = None
+    """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
+
     echo_step_s: float = 0.0
     """Seconds that a step of ``engine=echo`` takes."""
 
@@ -96,7 +102,14 @@ class Serve(GeneratingJob):
         yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
         yield from self.below(1024, "max_body_bytes")
         yield from self.below(0, "result_cache_bytes", "drain_s", "echo_step_s")
-        for name in ("queue_timeout_s", "request_timeout_s", "stall_s", "result_cache_ttl_s", "metrics_every_s"):
+        for name in (
+            "read_timeout_s",
+            "queue_timeout_s",
+            "request_timeout_s",
+            "stall_s",
+            "result_cache_ttl_s",
+            "metrics_every_s",
+        ):
             if getattr(self, name) <= 0:
                 yield self.refuse(name, "must be above 0", f"leave job.{name} out")
         if not 0 < self.port < 65536:
@@ -130,6 +143,10 @@ class Serve(GeneratingJob):
         name = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{name}:{self.port}"
 
+    def name_of(self, run: Run) -> str:
+        """Return what clients call the model."""
+        return self.served_name or run.model.name
+
     def max_ranks(self, run: Run) -> int:
         """Return the ranks of one engine: replicas are no ranks."""
         return run.parallel.degrees(1).product if self.spreads(run) else 1
@@ -149,6 +166,8 @@ class Serve(GeneratingJob):
         if self.spreads(run) and self.replicas > 1:
             why = f"the {most} ranks together are one engine"
             yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
+        if self.engine == "vllm":
+            yield from self._refuse_for_vllm(run)
         shape = run.model.shape()
         for at, (_, tokens) in enumerate(self.warm_up):
             if shape is not None and tokens > shape.context:
@@ -158,11 +177,25 @@ class Serve(GeneratingJob):
             why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             yield self.refuse("tokenizer", why, "set model.vocab_size=257 or more")
 
+    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
+        if self.vllm_python is None:
+            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
+            yield self.refuse("engine", why, VLLM_REMEDY)
+        if run.model.weights == "random":
+            why = "vLLM loads weights from a folder, and random ones are in none"
+            yield ConfigError(
+                "model.weights", run.model.weights, why=why, fix="set model.weights=pretrained or a folder"
+            )
+        if self.replicas > 1 or self.spreads(run):
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
+
     def preflight(self) -> Iterator[ConfigError]:
         """Yield missing packages, a port that is taken, keys that cannot be read."""
         yield from missing_packages(self)
         yield from address_problems(self)
         yield from keys_problems(self)
+        yield from vllm_problems(self)
         if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
             fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
             yield self.refuse("tokenizer", "there is no such folder", fix)
@@ -175,7 +208,7 @@ class Serve(GeneratingJob):
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield what is served, where, by how many engines, and how requests are put together."""
-        yield "model", self.served_name or run.model.name
+        yield "model", self.name_of(run)
         yield "address", self.address
         ranks = f" of {world_size} ranks" if world_size > 1 else ""
         yield "engines", f"{times(self.replicas, 'replica')} of engine={self.engine}{ranks}"

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 
 from launcher.open_files import room_for_files
 from launcher.serving.api.keys import VARIABLE
+from launcher.serving.front.backing import Backing
 from launcher.serving.front.main import Front
+from launcher.serving.front.ours import Ours
 from launcher.serving.front.pool import Pool
 from launcher.serving.front.remote import Remote, start_replica
+from launcher.serving.front.vllm import Vllm
 
 if TYPE_CHECKING:
     from launcher.context import Context
@@ -28,9 +31,12 @@ def serve(job: Serve, context: Context) -> None:
         process, connection = start_replica(context.run_dir.path, number, environ=environ)
         return Remote(number, connection, process=process, on_ready=pool.on_ready, on_lost=pool.on_lost)
 
+    def backing() -> Backing:
+        return Vllm(context.run, job) if job.engine == "vllm" else Ours(context.run, job, start=start)
+
     async def front() -> int:
         beat = context.heartbeat.beat
-        return await Front(context.run, job, run_dir=context.run_dir, start=start, beat=beat).serve()
+        return await Front(job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
 
     with room_for_files(job.max_connections + _FILES_OF_OURS):
         code = asyncio.run(front())

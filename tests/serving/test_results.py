@@ -22,7 +22,7 @@ def flight(name: str = "r") -> Flight:
 def fill(results: Results, key: str, *, tokens: int = 4) -> None:
     mine = flight()
     assert results.find(key, mine)[1] == "miss"
-    mine.hear(Update(request="r", tokens=tuple(map(lambda n: Token(id=n), range(tokens))), finish="length"))
+    mine.hear(Update(request="r", tokens=tuple(Token(id=number) for number in range(tokens)), finish="length"))
     results.landed(key, mine)
 
 

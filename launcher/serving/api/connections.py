@@ -11,12 +11,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from launcher.serving.api.problems import ApiError
 
-_HEADERS_S = 10.0
-"""From a connection, or the first byte of a further request, to the end of its headers."""
 
+def protocol(max_connections: int, *, headers_s: float) -> type[H11Protocol]:
+    """Return uvicorn's protocol with limits.
 
-def protocol(max_connections: int, *, headers_s: float = _HEADERS_S) -> type[H11Protocol]:
-    """Return uvicorn's protocol with these limits."""
+    Args:
+        max_connections: that are open at the same time.
+        headers_s: from a connection, or the first byte of a further request, to the end of its headers.
+    """
 
     class Limited(H11Protocol):
         """One connection."""

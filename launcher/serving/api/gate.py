@@ -10,8 +10,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from launcher.serving.api.keys import Keys, Rates
 from launcher.serving.api.problems import ApiError
 
-_BODY_S = 30.0
-"""Time that a body gets to arrive."""
 _BODIES_AT_ONCE = 64
 """Largest bodies that may be in memory at the same time."""
 _GUARDED = ("/v1/", "/tokenize", "/detokenize")
@@ -26,14 +24,22 @@ class Gate:
         keys: one of them must be shown.
         rates: how often each key, or address, may ask.
         max_body_bytes: of one request.
+        body_s: time that a body gets to arrive.
         reject: called with the reason whenever somebody is turned away.
     """
 
     def __init__(
-        self, app: ASGIApp, *, keys: Keys, rates: Rates, max_body_bytes: int, reject: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        *,
+        keys: Keys,
+        rates: Rates,
+        max_body_bytes: int,
+        body_s: float,
+        reject: Callable[[str], None],
     ) -> None:
         self._app, self._keys, self._rates, self._reject = app, keys, rates, reject
-        self._max_body_bytes, self._held = max_body_bytes, 0
+        self._max_body_bytes, self._body_s, self._held = max_body_bytes, body_s, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or say why not."""
@@ -92,7 +98,7 @@ class Gate:
         """Return the whole body; ``None`` when its client is gone."""
         parts, size = [], 0
         try:
-            async with asyncio.timeout(_BODY_S):
+            async with asyncio.timeout(self._body_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -106,7 +112,7 @@ class Gate:
                         return b"".join(parts)
         except TimeoutError:
             self._reject("slow")
-            said = f"the body took longer than {_BODY_S:.0f} s to arrive"
+            said = f"the body took longer than {self._body_s:g} s to arrive"
             raise ApiError(408, said, code="body_timeout", closes=True) from None
 
     def _too_large(self) -> ApiError:

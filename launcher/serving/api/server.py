@@ -26,11 +26,11 @@ class Server(uvicorn.Server):
         yield
 
 
-def make_server(app: Any, *, max_connections: int) -> Server:
-    """Return a server for an ASGI application."""
+def make_server(app: Any, *, max_connections: int, headers_s: float) -> Server:
+    """Return a server for an ASGI application; what its arguments limit, ``protocol`` says."""
     config = uvicorn.Config(
         app,
-        http=protocol(max_connections),
+        http=protocol(max_connections, headers_s=headers_s),
         ws="none",
         lifespan="off",
         log_config=None,

@@ -10,21 +10,15 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_PREEMPTED, ConfigError
+from launcher.errors import EXIT_PREEMPTED
 from launcher.rundir import RunDir
-from launcher.serving.api.app import make_app
 from launcher.serving.api.gate import Gate
 from launcher.serving.api.keys import Rates, read_keys
 from launcher.serving.api.server import Server, listen, make_server
-from launcher.serving.api.service import Policy, Service
-from launcher.serving.front.identity import identity_of
-from launcher.serving.front.pool import Pool, Start
-from launcher.serving.front.results import Results
-from launcher.serving.words import open_words
+from launcher.serving.front.backing import Backing
 from launcher.training.metrics import MetricsWriter
 
 if TYPE_CHECKING:
-    from launcher.config import Run
     from launcher.jobs.serve import Serve
 
 _BEAT_S = 1.0
@@ -38,15 +32,14 @@ class Front:
     """One server.
 
     Args:
-        run: what is served.
-        job: how.
+        job: how to serve.
         run_dir: where its metrics go.
-        start: starts an engine.
+        make_backing: makes what answers; called in the event loop.
         beat: called every second.
     """
 
-    def __init__(self, run: Run, job: Serve, *, run_dir: RunDir, start: Start, beat: Beat) -> None:
-        self._run, self._job, self._run_dir, self._start, self._beat = run, job, run_dir, start, beat
+    def __init__(self, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], Backing], beat: Beat) -> None:
+        self._job, self._run_dir, self._make_backing, self._beat = job, run_dir, make_backing, beat
         self._asked: asyncio.Event = asyncio.Event()
         self._signal: int | None = None
 
@@ -57,125 +50,97 @@ class Front:
             ConfigError: the address cannot be listened on, or the engine cannot be built as asked.
             JobError: the engine cannot be built.
         """
-        job = self._job
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             asyncio.get_running_loop().add_signal_handler(number, self._note, number)
         listener = self._listen()
-        pool = Pool(job.replicas, self._start, stall_s=job.stall_s, building_s=self._run.backend.stall_timeout_s)
-        service = Service(_policy(job, self._run), pool=pool, results=_results(job))
-        server = make_server(_gated(service, job), max_connections=job.max_connections)
-        tasks = [
-            asyncio.create_task(server.serve(sockets=[listener]), name="http"),
-            asyncio.create_task(self._heart(service), name="heart"),
-            asyncio.create_task(self._get_ready(service), name="ready"),
-        ]
-        pool.open()
+        backing = self._make_backing()
+        job = self._job
+        server = make_server(self._gated(backing), max_connections=job.max_connections, headers_s=job.read_timeout_s)
+        http = asyncio.create_task(server.serve(sockets=[listener]))
+        heart, ready = asyncio.create_task(self._heart(backing)), asyncio.create_task(self._get_ready(backing))
         try:
-            await self._until_asked(pool, tasks)
-            await self._drain(service, server, tasks[0])
+            backing.open()
+            await self._until_asked(backing, http=http, others={heart, ready})
+            await self._drain(backing, server, http)
         finally:
-            for task in tasks:
+            for task in (http, heart, ready):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await pool.close()
+            await asyncio.gather(http, heart, ready, return_exceptions=True)
+            await backing.close()
         return EXIT_PREEMPTED if self._signal == signal.SIGUSR1 else 0
 
     def _listen(self) -> socket.socket:
         try:
             return listen(self._job.host, self._job.port)
         except OSError as error:
-            why = f"cannot be listened on: {(error.strerror or str(error)).lower().replace('address ', '')}"
-            raise self._job.refuse("port", why, "set job.port to a free one") from error
+            said = (
+                (error.strerror or str(error)).lower().replace("address already in use", "somebody else does already")
+            )
+            raise self._job.refuse("port", f"cannot be listened on: {said}", "set job.port to a free one") from error
+
+    def _gated(self, backing: Backing) -> Gate:
+        job = self._job
+        return Gate(
+            backing.app,
+            keys=read_keys(job.api_keys_file, os.environ),
+            rates=Rates(job.rate_per_minute),
+            max_body_bytes=job.max_body_bytes,
+            body_s=job.read_timeout_s,
+            reject=backing.reject,
+        )
 
     def _note(self, number: int) -> None:
         if self._signal is None:
             self._signal = number
             self._asked.set()
 
-    async def _until_asked(self, pool: Pool, tasks: list[asyncio.Task[None]]) -> None:
+    async def _until_asked(
+        self, backing: Backing, *, http: asyncio.Task[None], others: set[asyncio.Task[None]]
+    ) -> None:
         """Wait for a signal; raise what makes it impossible to go on."""
-        asked = asyncio.ensure_future(self._asked.wait())
-        waits: set[asyncio.Future[object]] = {asked, pool.broken, *tasks}  # type: ignore[arg-type]
+        asked = asyncio.create_task(self._asked.wait())
+        waits: set[asyncio.Future[None] | asyncio.Task[bool]] = {asked, backing.broken, http, *others}
         while not asked.done():
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for each in done - {asked}:
+            done, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for each in done:
                 each.result()
-                waits.discard(each)
-                if isinstance(each, asyncio.Task) and each.get_name() == "http":
-                    raise AssertionError("the HTTP server ended by itself")
+            assert http not in done, "the HTTP server ends when it is told to"
 
-    async def _get_ready(self, service: Service) -> None:
-        """Load the tokenizer while engines are built; say when everything is there."""
-        job, started = self._job, time.monotonic()
-        words = await asyncio.to_thread(open_words, job.tokenizer, self._run, beat=lambda: None)
-        service.identity = await asyncio.to_thread(
-            identity_of, self._run, tokenizer=words.fingerprint, beat=lambda: None
-        )
-        service.words = words
-        while service.pool.context is None:
-            await asyncio.sleep(0.05)
-        if (shape := self._run.model.shape()) is not None and words.vocab_size > shape.vocab_size:
-            why = (
-                f"it has {words.vocab_size} tokens, and {self._run.model.name} has {shape.vocab_size} rows of embedding"
-            )
-            raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
-        print(
-            f"serving {service.policy.name} at {job.address} after {time.monotonic() - started:.1f} s "
-            f"(v1/completions, v1/chat/completions; this page shows how it does: {job.address}/)",
-            flush=True,
-        )
+    async def _get_ready(self, backing: Backing) -> None:
+        started = time.monotonic()
+        await backing.get_ready()
+        took_s = time.monotonic() - started
+        print(f"serving {self._job.address} after {took_s:.1f} s; {self._job.address}/ shows how it does", flush=True)
 
-    async def _drain(self, service: Service, server: Server, http: asyncio.Task[None]) -> None:
+    async def _drain(self, backing: Backing, server: Server, http: asyncio.Task[None]) -> None:
         """Take nothing more, finish what was accepted, tell the rest, close."""
-        deadline = time.monotonic() + self._job.drain_s
-        service.draining = True
-        print(f"draining: {service.open_requests} requests are open", flush=True)
-        while service.open_requests and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-        if left := service.open_requests:
-            service.pool.fail_all()
+        backing.drain()
+        print(f"draining: {backing.open_requests} requests are open", flush=True)
+        await _until_none(backing, within_s=self._job.drain_s)
+        if left := backing.open_requests:
+            backing.fail_all()
             print(f"{left} requests were told that there was no time left", flush=True)
-            until = time.monotonic() + _LAST_WORDS_S
-            while service.open_requests and time.monotonic() < until:
-                await asyncio.sleep(0.02)
+            await _until_none(backing, within_s=_LAST_WORDS_S)
         server.should_exit = True
         await http
 
-    async def _heart(self, service: Service) -> None:
-        """Beat, and write a line of metrics every few seconds."""
+    async def _heart(self, backing: Backing) -> None:
+        """Beat, and write a line of metrics every few seconds and at the end."""
+        every_s = self._job.metrics_every_s
         with MetricsWriter(self._run_dir.metrics) as writer:
-            next_line = time.monotonic() + self._job.metrics_every_s
+            next_line = time.monotonic() + every_s
             try:
                 while True:
                     self._beat("serve")
-                    await asyncio.sleep(min(_BEAT_S, self._job.metrics_every_s))
+                    await asyncio.sleep(min(_BEAT_S, every_s))
                     if time.monotonic() >= next_line:
-                        next_line = time.monotonic() + self._job.metrics_every_s
-                        writer.record(service.numbers.num_ended, **service.numbers.row())
+                        next_line = time.monotonic() + every_s
+                        writer.record(backing.num_ended, **dict(backing.row()))
             finally:
-                writer.record(service.numbers.num_ended, **service.numbers.row())
+                writer.record(backing.num_ended, **dict(backing.row()))
 
 
-def _gated(service: Service, job: Serve) -> Gate:
-    return Gate(
-        make_app(service),
-        keys=read_keys(job.api_keys_file, os.environ),
-        rates=Rates(job.rate_per_minute),
-        max_body_bytes=job.max_body_bytes,
-        reject=service.reject,
-    )
-
-
-def _policy(job: Serve, run: Run) -> Policy:
-    return Policy(
-        name=job.served_name or run.model.name,
-        capacity=job.capacity,
-        max_queue=job.max_queue,
-        max_choices=job.max_choices,
-        queue_timeout_s=job.queue_timeout_s,
-        request_timeout_s=job.request_timeout_s,
-    )
-
-
-def _results(job: Serve) -> Results:
-    return Results(job.result_cache_bytes, ttl_s=job.result_cache_ttl_s)
+async def _until_none(backing: Backing, *, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while backing.open_requests and time.monotonic() < deadline:
+        await asyncio.sleep(0.02)

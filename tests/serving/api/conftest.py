@@ -23,7 +23,7 @@ from launcher.ports import free_port
 from launcher.serving.words import byte_words
 from launcher.snapshot import dump_run
 
-from ...conftest import MARK, kill_marked, marked, wait_for_marked
+from tests.conftest import MARK, kill_marked, marked, wait_for_marked
 
 _RANK = """
 import sys
@@ -71,9 +71,9 @@ class Served:
         """Return the sum of a metric over all labels, or those given."""
         total = 0.0
         for line in self.http.get("/metrics").text.splitlines():
-            if line.startswith(f"launcher:{name}") and line[len(f"launcher:{name}")] in " {":
-                if all(f'{key}="{value}"' in line for key, value in labels.items()):
-                    total += float(line.rpartition(" ")[2])
+            found = line.startswith((f"launcher:{name} ", f"launcher:{name}{{"))
+            if found and all(f'{key}="{value}"' in line for key, value in labels.items()):
+                total += float(line.rpartition(" ")[2])
         return total
 
     def replicas(self) -> list[psutil.Process]:
@@ -159,7 +159,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     chat_tokenizer(folder)
     starter = _starter(lambda: tmp_path_factory.mktemp("served"))
     begin = next(starter)
-    yield begin(f"job.tokenizer={folder}", "job.max_requests=64")
+    yield begin(f"job.tokenizer={folder}", "job.max_requests=64", "job.read_timeout_s=3")
     next(starter, None)
 
 
@@ -168,8 +168,9 @@ def chat_tokenizer(folder: Path) -> None:
     words = byte_words()
     (folder / "tokenizer.json").write_text(words._inner.to_str())
     template = (
-        "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}{{ raise_exception('begin with the user') }}"
-        "{% endif %}<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
+        "{% for m in messages %}"
+        "{% if m.role == 'assistant' and loop.first %}{{ raise_exception('begin with the user') }}{% endif %}"
+        "<{{ m.role }}>{{ m.content }}\n{% endfor %}<assistant>"
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template, "eos_token": "<|endoftext|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import resource
 import socket
-import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from .conftest import MODEL, Served, Start, eventually
 
 OK = {"model": MODEL, "prompt": "abc", "max_tokens": 3, "temperature": 0}
+HUGE = b'{"model": "gpt2_tiny", "prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}"
 
 
 @pytest.fixture(autouse=True)
@@ -37,8 +39,8 @@ def refusal(response: Any, status: int = 400) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b'{"model":', b"[1]", b"null", b'"text"', b"\xff\xfe", b"{" * 20_000, b"[" * 20_000, b"nan"],
-    ids=["nothing", "open", "half", "list", "null", "text", "bytes", "deep", "deep list", "nan"],
+    [b"", b"{", b'{"model":', b"[1]", b"null", b'"text"', b"\xff\xfe", b"{" * 20_000, b"[" * 20_000, b"nan", HUGE],
+    ids=["nothing", "open", "half", "list", "null", "text", "bytes", "deep", "deep list", "nan", "huge"],
 )
 def test_malformed_bodies(served: Served, body: bytes) -> None:
     refusal(post(served, body))
@@ -52,7 +54,6 @@ def test_malformed_bodies(served: Served, body: bytes) -> None:
         ("max_tokens", "0"),
         ("max_tokens", "-1"),
         ("max_tokens", "true"),
-        ("max_tokens", "1" + "0" * 5000),
         ("temperature", "NaN"),
         ("temperature", "Infinity"),
         ("temperature", "1e999"),
@@ -139,12 +140,8 @@ def test_bodies_that_are_too_large(served: Served) -> None:
         for _ in range(40):
             yield b"a" * 100_000
 
-    try:
-        response = served.http.post("/v1/completions", content=chunks())
-    except Exception as error:  # noqa: BLE001  (the answer may come while we still send)
-        assert type(error).__name__ in ("WriteError", "RemoteProtocolError", "ReadError")
-    else:
-        refusal(response, 413)
+    with suppress(httpx.WriteError, httpx.ReadError):  # the answer may come, and the end, while we still send
+        refusal(served.http.post("/v1/completions", content=chunks()), 413)
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -161,10 +158,9 @@ def read_all(connection: socket.socket) -> bytes:
     "head",
     [
         b"\x00\x01\x02\r\n\r\n",
-        b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 5_000_000 + b"\r\n\r\n",
         b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n",
     ],
 )
@@ -176,19 +172,17 @@ def test_what_is_no_http(served: Served, head: bytes) -> None:
 
 
 def test_slow_headers_and_slow_bodies_are_given_up(served: Served) -> None:
-    silent, half, body = (socket.create_connection(("127.0.0.1", served.port), timeout=60) for _ in range(3))
-    half.sendall(b"GET / HTTP/1.1\r\nhost:")
-    body.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
-    began = time.monotonic()
-    for connection in (silent, half):
-        said = read_all(connection)
-        assert said.startswith(b"HTTP/1.1 408 ")
-        assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "header_timeout"
-    assert served.complete().status_code == 200  # while the body still has time
-    said = read_all(body)
-    assert said.startswith(b"HTTP/1.1 408 ")
-    assert b"body_timeout" in said
-    assert time.monotonic() - began < 120
+    with ExitStack() as stack:
+        silent, half, body = (
+            stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=60)) for _ in range(3)
+        )
+        half.sendall(b"GET / HTTP/1.1\r\nhost:")
+        body.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        assert served.complete().status_code == 200  # meanwhile
+        for connection, code in ((silent, "header_timeout"), (half, "header_timeout"), (body, "body_timeout")):
+            said = read_all(connection)
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == code
 
 
 def test_ten_thousand_connections(served: Served) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from .conftest import MODEL, Served, Start, eventually, events, text_of
+from .conftest import MODEL, Served, Start, events, eventually, text_of
 
 SLOW = ("job.echo_step_s=0.01", "job.result_cache_bytes=0")
 

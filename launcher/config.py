@@ -83,6 +83,7 @@ KINDS: dict[str, dict[str, str]] = {
     "benchmark": {
         "none": "launcher.benchmarks.base:NoBenchmark",
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
+        "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
     },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {

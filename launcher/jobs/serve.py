@@ -163,9 +163,9 @@ class Serve(GeneratingJob):
             fix = f"set backend.ranks={most}" + (f" job.replicas={world_size}" if most == 1 else "")
             why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}; copies are job.replicas"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
-        if self.spreads(run) and self.replicas > 1:
-            why = f"the {most} ranks together are one engine"
-            yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
+        if self.spreads(run):
+            why = "a server's engine over several ranks does not exist yet; each engine is one process"
+            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single")
         if self.engine == "vllm":
             yield from self._refuse_for_vllm(run)
         shape = run.model.shape()

@@ -218,6 +218,8 @@ class Choice:
         """Wait no longer for it; call it whatever has happened."""
         if not self._is_left:
             self._is_left = True
+            if self.how in ("hit", "shared"):
+                self._service.numbers.answered(self.flight)
             self._service.leave(self.flight)
 
     async def _within_time(self, pieces: AsyncGenerator[Piece]) -> AsyncGenerator[Piece]:

@@ -71,6 +71,11 @@ class Numbers:
         self._observe("prefill", times.first - times.begun)
         self._observe("decode", times.ended - times.first)
 
+    def answered(self, flight: Flight) -> None:
+        """Take that a sequence was answered with what another one had brought."""
+        if flight.finish is not None:
+            self.finished.labels(flight.finish).inc()
+
     def text(self) -> bytes:
         """Return everything as Prometheus reads it."""
         page: bytes = generate_latest(self._registry)

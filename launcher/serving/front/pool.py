@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import reduce
 
-from launcher.errors import EXIT_USER_ERROR, ConfigError, JobError
+from launcher.errors import EXIT_USER_ERROR, EnvironmentProblem, JobError
 from launcher.serving.front.flight import Draining, Failed, Flight, TooLate
 from launcher.serving.front.remote import Remote
 from launcher.serving.values import Stats
@@ -133,6 +133,7 @@ class Pool:
         was_ready = engine.context is not None
         if not was_ready and self.context is None:
             self._break(engine, why)
+            return
         print(f"engine {engine.number} is lost: {why}; it is started anew", flush=True)
         del self._engines[engine.number]
         self._past = _added(self._past, engine.stats)
@@ -170,9 +171,7 @@ class Pool:
             return
         said = engine.failure["why"] if engine.failure else f"engine {engine.number} could not be started: {why}"
         is_users = engine.failure is not None and engine.failure["code"] == EXIT_USER_ERROR
-        option, _, rest = said.partition(": ")
-        problem = ConfigError(option, why=rest, fix="see the log") if is_users and rest else JobError(said)
-        self.broken.set_exception(problem)
+        self.broken.set_exception(EnvironmentProblem(said) if is_users else JobError(said))
 
     async def _look(self) -> None:
         """Notice engines that do nothing, and requests whose time is up though no engine says so."""

@@ -28,6 +28,7 @@ from launcher.serving.front.flight import Flight
 from launcher.serving.values import Stats
 from launcher.supervise.processes import Process, identify
 
+_BROKE = "its link broke"
 _ENDING_S = 3.0
 """Time that an engine gets to end once it is told to."""
 
@@ -121,7 +122,7 @@ class Remote:
     async def _serve(self) -> None:
         """Read what it says until it is gone."""
         reader, self._writer = await asyncio.open_connection(sock=self._connection, limit=1 << 20)
-        why = "its link broke"
+        why = _BROKE
         try:
             while True:
                 (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
@@ -131,13 +132,18 @@ class Remote:
                 self._hear(unpack(await reader.readexactly(length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
+        except Exception as error:  # noqa: BLE001  (whoever talks nonsense is as lost as who says nothing)
+            why = f"it sent what nobody understands ({error!r})"
         finally:
             self._writer.close()
             self._writer = None
         if self._popen is not None:
-            self.kill() if not self._is_ending else None
+            if not self._is_ending:
+                self.kill()
             code = await asyncio.to_thread(self._popen.wait)
-            why = f"it ended with exit code {code}" if code >= 0 else f"it was ended by {signal.Signals(-code).name}"
+            if why == _BROKE:
+                how = f"with exit code {code}" if code >= 0 else f"by {signal.Signals(-code).name}"
+                why = f"it ended {how}"
         if not self._is_ending:
             self._on_lost(self, why)
 

@@ -22,7 +22,6 @@ from launcher.compose import compose
 from launcher.ports import free_port
 from launcher.serving.words import byte_words
 from launcher.snapshot import dump_run
-
 from tests.conftest import MARK, kill_marked, marked, wait_for_marked
 
 _RANK = """

@@ -1,6 +1,6 @@
 """LitServe in front of Transformers' ``generate``, batching by itself: the peers' environment runs it.
 
-    python peer_litserve.py --model DIR --port N [--batch 8]
+python peer_litserve.py --model DIR --port N [--batch 8]
 """
 
 from __future__ import annotations
@@ -63,7 +63,10 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         yield from output
 
     def _event(self, token: int, number: int, count: int) -> str:
-        choice = {"text": self._tokenizer.decode([token]) or " ", "finish_reason": "length" if number == count else None}
+        choice = {
+            "text": self._tokenizer.decode([token]) or " ",
+            "finish_reason": "length" if number == count else None,
+        }
         return f"data: {json.dumps({'choices': [choice]})}\n\n"
 
     def _generate(self, encoded: Any, most: int, steps: queue.Queue[list[int] | None]) -> None:

@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, str]] = {
         "train": "launcher.jobs.train:Train",
         "benchmark": "launcher.jobs.benchmark:Measure",
         "evaluate": "launcher.jobs.evaluate:Evaluate",
+        "generate": "launcher.jobs.generate:Generate",
         "serve": "launcher.jobs.serve:Serve",
         "verify": "launcher.jobs.verify:Verify",
     },

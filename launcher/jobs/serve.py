@@ -15,6 +15,7 @@ from launcher.wording import bytes_text, times
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.context import Context
+    from launcher.rundir import RunDir
 
 _ENDING_S = 5.0
 """Beyond the drain: to close connections and let engines go."""
@@ -190,7 +191,7 @@ class Serve(GeneratingJob):
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
             yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield missing packages, a port that is taken, keys that cannot be read."""
         yield from missing_packages(self)
         yield from address_problems(self)

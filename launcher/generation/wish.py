@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -87,7 +87,7 @@ def _prompt(given: Mapping[str, Any], words: Words) -> tuple[int, ...]:
     return tuple(ids)
 
 
-def _text_or_ids(prompt: Any, words: Words) -> Sequence[int]:
+def _text_or_ids(prompt: Any, words: Words) -> list[int]:
     if isinstance(prompt, str):
         return words.encode(_sound(prompt, "prompt"))
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
@@ -95,7 +95,7 @@ def _text_or_ids(prompt: Any, words: Words) -> Sequence[int]:
     raise BadLine("prompt: takes text, or a list of token numbers")
 
 
-def _chat(messages: Any, words: Words) -> Sequence[int]:
+def _chat(messages: Any, words: Words) -> list[int]:
     if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
         raise BadLine("messages: takes a list of objects with role and content, both text")
     for message in messages:

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from launcher.rundir import RunDir
 
 SAMPLE = "sample"
+_USUAL = (
+    *("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "no_repeat_ngram", "beams"),
+)
+"""Options that are fields of a line, too."""
 _FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
 
 
@@ -74,7 +79,8 @@ class Generate(GeneratingJob):
         from launcher.serving.values import Sampling
 
         yield from super().problems()
-        for name, why, better in out_of_range(Sampling(**{**self.usual, "stop_ids": ()})):
+        sampling = {name: value for name, value in self.usual.items() if name != "stop"}
+        for name, why, better in out_of_range(Sampling(**sampling)):
             yield self.refuse(name, why, f"set job.{name}={better:g}")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
@@ -86,17 +92,7 @@ class Generate(GeneratingJob):
     @property
     def usual(self) -> dict[str, Any]:
         """Values of a line's fields where it says nothing."""
-        names = (
-            "max_tokens",
-            "temperature",
-            "top_k",
-            "top_p",
-            "min_p",
-            "repetition_penalty",
-            "no_repeat_ngram",
-            "beams",
-        )
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _USUAL}
 
     @property
     def at_once(self) -> int:

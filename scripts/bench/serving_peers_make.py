@@ -67,9 +67,9 @@ def convert(folder: Path) -> None:
     """Write the model as CTranslate2 reads it, with its tokenizer."""
     tools = folder / "hf" / "bin"
     target = folder / "ct2_int8"
-    command = ["--model", folder / "model", "--quantization", "int8", "--output_dir", target, "--copy_files"]
-    files = ["tokenizer.json", "tokenizer_config.json"]
-    subprocess.run([tools / "ct2-transformers-converter", *command, *files], check=True)
+    command = [str(tools / "ct2-transformers-converter"), "--quantization", "int8", "--output_dir", str(target)]
+    files = ["--copy_files", "tokenizer.json", "tokenizer_config.json"]
+    subprocess.run([*command, "--model", str(folder / "model"), *files], check=True)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,8 @@ def peers(folder: Path) -> dict[str, Peer]:
     hf, vllm = folder / "hf" / "bin", folder / "vllm" / "bin"
     python = str(hf / "python")
     plain = (python, str(HERE / "peer_server.py"))
-    transformers = (str(hf / "transformers"), "serve", model, "--device", "cpu", "--dtype", "bfloat16")
-    transformers += ("--host", "127.0.0.1", "--port", "{port}")
+    here = ("--host", "127.0.0.1", "--port", "{port}")
+    transformers = (str(hf / "transformers"), "serve", model, "--device", "cpu", "--dtype", "bfloat16", *here)
     continuous = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "1024")
     ours = (sys.executable, "-m", "launcher", "job=serve", "model=hf", f"model.name={model}", "precision=bf16")
     vllm_options = ("--dtype", "bfloat16", "--max-model-len", "2048")

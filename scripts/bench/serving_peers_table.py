@@ -44,7 +44,7 @@ def _gathered(cells: Mapping[str, dict[str, Any]]) -> Cells:
 
 
 def _median(rounds: Sequence[Mapping[str, Any]], key: str) -> float:
-    return statistics.median(cell[key] for cell in rounds)
+    return float(statistics.median(cell[key] for cell in rounds))
 
 
 def _throughput(cells: Cells, peers: Sequence[str], context: str, counts: Sequence[int]) -> list[list[str]]:

@@ -85,6 +85,8 @@ KINDS: dict[str, dict[str, str]] = {
         "none": "launcher.benchmarks.base:NoBenchmark",
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
         "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
+        "batching": "launcher.benchmarks.batching:BatchingBenchmark",
+        "serving": "launcher.benchmarks.serving:ServingBenchmark",
     },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {

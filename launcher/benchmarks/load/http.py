@@ -99,30 +99,37 @@ class Connection:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
 
+    async def get(self, path: str) -> Answer:
+        """Ask for what is at a path; otherwise like ``post``."""
+        return await self._ask("GET", path, b"")
+
     async def post(self, path: str, body: bytes) -> Answer:
         """Send a request and return the answer once its headers are there.
 
         Raises:
             Trouble: nobody answers.
         """
+        return await self._ask("POST", path, body)
+
+    async def _ask(self, method: str, path: str, body: bytes) -> Answer:
         is_kept = self._writer is not None
         try:
-            return await self._post(path, body)
+            return await self._once(method, path, body)
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             self.close()
             if not is_kept:
                 raise Trouble("connect", str(error) or type(error).__name__) from error
         try:  # the server may close a connection that rested
-            return await self._post(path, body)
+            return await self._once(method, path, body)
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             self.close()
             raise Trouble("connect", str(error) or type(error).__name__) from error
 
-    async def _post(self, path: str, body: bytes) -> Answer:
+    async def _once(self, method: str, path: str, body: bytes) -> Answer:
         if self._writer is None or self._reader is None:
             host, port = self._address.host, self._address.port
             self._reader, self._writer = await asyncio.open_connection(host, port, limit=_LIMIT)
-        head = f"POST {self._address.prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        head = f"{method} {self._address.prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
         self._writer.write(head.encode() + body)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin1").split("\r\n")
         fields = (line.partition(":") for line in lines[1:] if line)

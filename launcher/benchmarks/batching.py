@@ -30,7 +30,7 @@ class BatchingBenchmark(Benchmark):
     needs_model: ClassVar[bool] = True
 
     ways: tuple[Batching, ...] = ("none", "static", "dynamic", "continuous")
-    """What is compared, as job.batching has it: one by one, in order of arrival, by length, in and out at every step."""
+    """What is compared, as job.batching has it."""
 
     requests: int = 50
     """Requests in the queue."""
@@ -116,8 +116,8 @@ class BatchingBenchmark(Benchmark):
         for case in cases:
             yield (
                 f"{case.name}: {self.requests} requests in {case.median('elapsed_s'):.2f} s, "
-                f"{case.median('requests_per_s'):.2f} requests/s, mean {1000 * case.median('each_s'):.1f} ms a request, "
-                f"padding {case.median('padding_share'):.1%}"
+                f"{case.median('requests_per_s'):.2f} requests/s, "
+                f"mean {1000 * case.median('each_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
             )
         yield from (f"{name}: {value:.2f} times none" for name, value in _metrics(cases).items())
         same = "the same under every way" if num_answers == 1 else f"{num_answers} different sets of them"

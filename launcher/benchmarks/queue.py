@@ -8,6 +8,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launcher.benchmarks.batching import ARTICLE
@@ -29,20 +30,20 @@ def answer_in_turn(benchmark: BatchingBenchmark, context: Context) -> dict[str, 
 
     The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
     """
-    run, beat = context.run, context.heartbeat.beat
+    run = context.run
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in benchmark.ways}
     done, total = 0, benchmark.num_measurements
     requests = list(queue_of(benchmark, context))
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(benchmark.repeats):
             for way in benchmark.ways:
-                generator = make_generator(
-                    run, limits=benchmark.limits(way), rank=0, world_size=1, beat=lambda: beat("build", done)
-                )
+                tell = partial(context.heartbeat.beat, step=done, steps=total)
+                build = partial(tell, "build")
+                generator = make_generator(run, limits=benchmark.limits(way), rank=0, world_size=1, beat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
-                        answer(generator, requests[: benchmark.max_batch], beat=lambda: beat("warm up", done))
-                    sample = answer(generator, requests, beat=lambda: beat("measure", done, steps=total))
+                        answer(generator, requests[: benchmark.max_batch], beat=partial(tell, "warm up"))
+                    sample = answer(generator, requests, beat=partial(tell, "measure"))
                 finally:
                     generator.close()
                 found[way].append(sample)

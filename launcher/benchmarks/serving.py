@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,7 +150,7 @@ class ServingBenchmark(Benchmark):
         return Results(
             benchmark=self,
             cases=cases,
-            facts={name: answers[-1] for name, answers in found.items()},
+            facts={name: {"rounds": answers} for name, answers in found.items()},
             said=tuple(self._said(found, cases)),
             metrics={f"{case.name}/{name}": case.median(name) for case in cases for name in QUANTITIES},
         )
@@ -162,15 +163,19 @@ class ServingBenchmark(Benchmark):
                 f"{case.median('goodput_per_s'):.2f} good answers/s"
             )
         for name, answers in found.items():
-            kinds = {
-                key: sum(answer.get(key, 0) for answer in answers) for key in answers[-1] if key.startswith("error/")
-            }
-            bad = {key.removeprefix("error/"): count for key, count in kinds.items() if key != "error/unfinished"}
+            bad: Counter[str] = Counter()
+            for answer in answers:
+                bad.update({key: int(count) for key, count in answer.items() if _is_error(key)})
             if bad:
-                yield f"{name}: errors {', '.join(f'{kind} {count:g}' for kind, count in bad.items())}"
+                yield f"{name}: errors {', '.join(f'{key[6:]} {count}' for key, count in bad.items())}"
         most = max(answer["client_share"] for answers in found.values() for answer in answers)
         late = max(answer["late_p99_s"] for answers in found.values() for answer in answers)
         yield f"load generator: at most {most:.1%} of a core; requests sent at most {1000 * late:.1f} ms late (99 %)"
         slo = {"first token": self.slo_first_s, "a token": self.slo_per_token_s, "end": self.slo_whole_s}
         asked = ", ".join(f"{name} within {value:g} s" for name, value in slo.items() if value is not None)
         yield f"good answers: {asked or 'all whole ones'}"
+
+
+def _is_error(name: str) -> bool:
+    """Whether a figure counts answers that went wrong; those that the end of a level broke off did not."""
+    return name.startswith("error/") and name != "error/unfinished"

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.context import Context
 
 _SEEDS_A_ROUND = 1000
+_SHOWN = ("requests", "errors", "tokens_per_s", "first_p50_s", "first_p99_s", "gap_p99_s", "client_share")
 
 
 def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
@@ -37,32 +39,27 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
         JobError: the server cannot be reached, or cannot be started.
     """
     found: dict[str, list[dict[str, Any]]] = {benchmark.name_of(level): [] for level in benchmark.levels}
-    done, total, beat = 0, benchmark.num_measurements, context.heartbeat.beat
+    done, total = 0, benchmark.num_measurements
     server = contextlib.nullcontext(benchmark.url) if benchmark.url else own_server(benchmark.serve, context)
     with server as url, MetricsWriter(context.run_dir.metrics) as metrics:
         target = target_of(benchmark, url)
         for round_ in range(benchmark.repeats):
             for number, level in enumerate(benchmark.levels):
                 seed = context.run.job.seed + _SEEDS_A_ROUND * round_ + number
-                told = lambda count: beat("measure", done, steps=total, requests=count)  # noqa: B023, E731
+                told = partial(_tell, context, done, total)
                 load = put_under(benchmark, target, level, seed=seed, progress=told)
                 answer = figures(load, slo=benchmark.slo)
                 name = benchmark.name_of(level)
                 found[name].append(answer)
                 done += 1
                 metrics.record(done, **{f"benchmark/{name}/{key}": value for key, value in answer.items()})
-                shown = (
-                    "requests",
-                    "errors",
-                    "tokens_per_s",
-                    "first_p50_s",
-                    "first_p99_s",
-                    "gap_p99_s",
-                    "client_share",
-                )
-                words = ", ".join(f"{key} {answer[key]:,.4g}" for key in shown)
+                words = ", ".join(f"{key} {answer[key]:,.4g}" for key in _SHOWN)
                 print(f"round {round_ + 1}/{benchmark.repeats}  {name}: {words}", flush=True)
     return found
+
+
+def _tell(context: Context, done: int, total: int, requests: int) -> None:
+    context.heartbeat.beat("measure", done, steps=total, requests=requests)
 
 
 def put_under(

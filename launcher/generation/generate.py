@@ -13,7 +13,7 @@ from launcher.generation.parts import Index, PartWriter
 from launcher.generation.source import BadSource
 from launcher.generation.task import keep_task, stored_task, task_of
 from launcher.generation.work import Worker
-from launcher.serving.make import make_generator
+from launcher.serving.choose import chosen_generator
 from launcher.serving.words import open_words
 from launcher.training.memory import peak_bytes
 from launcher.training.metrics import MetricsWriter
@@ -59,9 +59,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     before = index.num_tokens
     share = _share(context, index)
     words = open_words(job.tokenizer, context.run, beat=beat)
-    generator = make_generator(
-        context.run, limits=job.limits, rank=0, world_size=1, beat=beat, local_rank=context.local_rank
-    )
+    generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
     preemption.hold()
     started = time.monotonic()
     with PartWriter(folder / f"rank{context.rank}.part") as parts:

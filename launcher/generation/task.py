@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 _FREE = frozenset(
     (
         *("input", "output", "batching", "max_requests", "kv_tokens", "prefill_chunk"),
-        *("prefix_cache", "max_batch", "max_wait_s", "bucket", "ageing_s"),
+        *("prefix_cache", "max_batch", "max_wait_s", "bucket", "ageing_s", "echo_step_s"),
     )
 )
 """Options of the job that no answer depends on."""

@@ -94,15 +94,12 @@ class Serve(GeneratingJob):
     vllm_python: str | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
 
-    echo_step_s: float = 0.0
-    """Seconds that a step of ``engine=echo`` takes."""
-
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes and times that leave no server."""
         yield from super().problems()
         yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
         yield from self.below(1024, "max_body_bytes")
-        yield from self.below(0, "result_cache_bytes", "drain_s", "echo_step_s")
+        yield from self.below(0, "result_cache_bytes", "drain_s")
         for name in (
             "read_timeout_s",
             "queue_timeout_s",

@@ -53,7 +53,10 @@ def test_a_line_without_an_end_does_not_fill_the_memory(tmp_path, monkeypatch) -
 
 
 def test_text(tmp_path) -> None:
-    assert [record[2]["prompt"] for record in read(tmp_path / "x", "text", b" a\tb \r\n\n\xe4\xbd\xa0")] == [" a\tb ", "你"]
+    assert [record[2]["prompt"] for record in read(tmp_path / "x", "text", b" a\tb \r\n\n\xe4\xbd\xa0")] == [
+        " a\tb ",
+        "你",
+    ]
 
 
 def test_csv(tmp_path) -> None:

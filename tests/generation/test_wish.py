@@ -30,7 +30,9 @@ def test_what_is_drawn_has_a_seed_of_run_and_line() -> None:
     assert wish(prompt="a", temperature=1, seed=5).sampling.seed is not None
     drawn = [wish(prompt="a", temperature=1.0, line=line).sampling.seed for line in (1, 2, 1)]
     assert drawn[0] == drawn[2] == seed_of(0, 1) != drawn[1]
-    assert wish_of(Record(0, 1, {"prompt": "a", "temperature": 1.0, "seed": 5}), USUAL, WORDS, seed=9).sampling.seed == 5
+    assert (
+        wish_of(Record(0, 1, {"prompt": "a", "temperature": 1.0, "seed": 5}), USUAL, WORDS, seed=9).sampling.seed == 5
+    )
     assert wish_of(Record(0, 1, {"prompt": "a", "temperature": 1.0}), USUAL, WORDS, seed=9).sampling.seed != drawn[0]
 
 

@@ -75,7 +75,14 @@ def test_bad_lines_are_told_and_the_others_done(tmp_path) -> None:
     records = prompts("good", "x" * 64, "also", "")
     records += [Record(4, 5, {"id": 7, "prompt": [299, 300]}), Record(5, 6, {}, "is no JSON object")]
     found = work(tmp_path, records)
-    assert [answer.get("error", "")[:16] for answer in found] == ["", "prompt: has 64 t", "", "prompt: is empty", "prompt: token 30", "is no JSON objec"]
+    assert [answer.get("error", "")[:16] for answer in found] == [
+        "",
+        "prompt: has 64 t",
+        "",
+        "prompt: is empty",
+        "prompt: token 30",
+        "is no JSON objec",
+    ]
     assert found[4]["id"] == 7
 
 
@@ -96,7 +103,11 @@ def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_pat
         finish = "error"
 
         def step(self):
-            return [Update(request=name, finish=self.finish, problem="broken") for name in list(self._all) if self._all.pop(name)]
+            return [
+                Update(request=name, finish=self.finish, problem="broken")
+                for name in list(self._all)
+                if self._all.pop(name)
+            ]
 
     failing = Failing(limits=Limits(max_requests=4), context=64, vocab_size=300)
     (answer,) = work(tmp_path, prompts("a"), generator=failing)

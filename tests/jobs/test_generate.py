@@ -48,8 +48,12 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
     found = answers(tmp_path / "one" / "generated.jsonl")
     assert [answer["line"] for answer in found] == list(range(1, NUM_LINES + 1))
     assert found[0] == {
-        **{"line": 1, "id": 0, "text": ("line 0;" * 20)[:128], "finish": "length"},
-        **{"prompt_tokens": 7, "tokens": 128},
+        "line": 1,
+        "id": 0,
+        "text": ("line 0;" * 20)[:128],
+        "finish": "length",
+        "prompt_tokens": 7,
+        "tokens": 128,
     }
     assert found[7] == {"line": 8, "error": "promt: no such field; did you mean prompt?"}
     metrics = read_json(tmp_path / "one" / "result.json")["metrics"]

@@ -82,6 +82,8 @@ class Generate(GeneratingJob):
         sampling = {name: value for name, value in self.usual.items() if name != "stop"}
         for name, why, better in out_of_range(Sampling(**sampling)):
             yield self.refuse(name, why, f"set job.{name}={better:g}")
+        if self.engine in ("transformers", "vllm"):
+            yield self.refuse("engine", "does not work through files yet", "set job.engine=slots")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
         if self.format == "auto" and self.input != SAMPLE and Path(self.input).suffix.lower() not in _FORMATS:

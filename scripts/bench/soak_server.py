@@ -102,8 +102,15 @@ class SoakServer:
         return [process for _, _, process in sorted(found, key=lambda entry: entry[:2])]
 
     def under_way(self) -> float:
-        """Return the requests that engines work on or hold in their queues, as /metrics tells."""
-        return sum(map(float, _UNDER_WAY.findall(self.get("/metrics")[1])))
+        """Return the requests that engines work on or hold in their queues, as /metrics tells.
+
+        Raises:
+            RuntimeError: it tells nothing.
+        """
+        told = _UNDER_WAY.findall(self.get("/metrics")[1])
+        if not told:
+            raise RuntimeError("/metrics does not say how many requests are under way")
+        return sum(map(float, told))
 
     def wait_until_idle(self) -> float:
         """Return the requests that are still in engines when they had time enough to end."""

@@ -111,6 +111,7 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
     [
         (("job.input=x.json",), r"job\.input=x\.json.*: its ending is none of .jsonl"),
         (("job.top_p=0",), r"job\.top_p=0.*: must be above 0"),
+        (("job.engine=vllm",), "does not work through files yet"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
         (("parallel=tensor", "parallel.tensor=2", "model=llama_tiny"), "every rank has the whole model"),

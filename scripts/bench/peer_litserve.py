@@ -31,7 +31,7 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="left")
         self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.bfloat16).eval()
 
-    def decode_request(self, request: dict[str, Any]) -> tuple[str, int]:
+    def decode_request(self, request) -> tuple[str, int]:  # type: ignore[no-untyped-def]  # LitServe reads the type
         """Return prompt and ``max_tokens``."""
         return request["prompt"], request["max_tokens"]
 

@@ -20,6 +20,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 _READY_S = 420.0
 _END_S = 15.0
+_OURS_TO_MEND = (400, 422)
+"""Statuses of a server that is there and does not take the request: waiting would not help."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,12 @@ class Server:
         while time.monotonic() < until and self._process.poll() is None:
             try:
                 self.ask("One two", max_tokens=2)
-            except (OSError, urllib.error.URLError, ValueError, KeyError) as error:
+            except urllib.error.HTTPError as error:
+                said = f"{error}: {error.read()[:300]!r}"
+                if error.code in _OURS_TO_MEND:
+                    break
+                time.sleep(0.5)
+            except (OSError, ValueError, KeyError) as error:
                 said = str(error)
                 time.sleep(0.5)
             else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import queue
 import threading
@@ -18,6 +19,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+_LOOK_S = 0.5
+"""How often a request that waits is asked whether its client is still there."""
 _GATHER_S = 0.02
 """How long a batch that is not full waits for more requests."""
 
@@ -31,15 +34,26 @@ class Job:
     loop: asyncio.AbstractEventLoop
     tokens: asyncio.Queue[int | None] = field(default_factory=asyncio.Queue)
     made: int = 0
+    is_gone: bool = False
+    """Whether the client has left: its queue must not burden who comes next."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody waits for another token."""
+        return self.is_gone or self.made >= self.max_tokens
 
     def give(self, token: int) -> bool:
-        """Hand on a token; return whether it was the last."""
+        """Hand on a token; return whether nobody waits for another one."""
         if self.made < self.max_tokens:
             self.made += 1
             self.loop.call_soon_threadsafe(self.tokens.put_nowait, token)
             if self.made == self.max_tokens:
                 self.loop.call_soon_threadsafe(self.tokens.put_nowait, None)
-        return self.made >= self.max_tokens
+        return self.is_over
+
+
+class AllGone(Exception):
+    """Nobody waits for what is being generated."""
 
 
 class Peer(Protocol):
@@ -72,6 +86,8 @@ class Generate:
             if ids.shape[1] > width:
                 for job, token in zip(jobs, ids[:, -1].tolist(), strict=True):
                     job.give(token)
+            if all(job.is_gone for job in jobs):
+                raise AllGone
             return scores
 
         pad = self.tokenizer.pad_token_id
@@ -108,20 +124,24 @@ class CTranslate2:
 def serve_jobs(peer: Peer, jobs: queue.Queue[Job], *, batch: int) -> None:
     """Take jobs in order of arrival, ``batch`` at a time, for ever."""
     while True:
-        taken = [jobs.get()]
+        if (first := jobs.get()).is_gone:
+            continue
+        taken = [first]
         until = time.monotonic() + _GATHER_S
         while len(taken) < batch:
             try:
                 taken.append(jobs.get(timeout=max(0.0, until - time.monotonic())))
             except queue.Empty:
                 break
-        peer.run(taken)
+        with contextlib.suppress(AllGone):
+            peer.run(taken)
 
 
 async def answer(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer, jobs: queue.Queue[Job]
 ) -> None:
     """Answer the requests of one connection."""
+    job: Job | None = None
     try:
         while True:
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin1")
@@ -130,7 +150,7 @@ async def answer(
             job = Job(body["prompt"], body["max_tokens"], asyncio.get_running_loop())
             jobs.put(job)
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-            while (token := await job.tokens.get()) is not None:
+            while (token := await _next_token(job, reader)) is not None:
                 text = peer.tokenizer.decode([token]) or " "
                 _send(writer, {"choices": [{"text": text, "finish_reason": None}]})
                 await writer.drain()
@@ -140,6 +160,23 @@ async def answer(
             await writer.drain()
     except (asyncio.IncompleteReadError, ConnectionError):
         writer.close()
+    finally:
+        if job is not None:
+            job.is_gone = True
+
+
+async def _next_token(job: Job, reader: asyncio.StreamReader) -> int | None:
+    """Return the next token, ``None`` after the last.
+
+    Raises:
+        ConnectionResetError: the client is gone.
+    """
+    while True:
+        try:
+            return await asyncio.wait_for(job.tokens.get(), _LOOK_S)
+        except TimeoutError:
+            if reader.at_eof() or reader.exception() is not None:
+                raise ConnectionResetError from None
 
 
 def _send(writer: asyncio.StreamWriter, event: dict[str, Any]) -> None:

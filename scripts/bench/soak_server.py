@@ -20,6 +20,7 @@ import psutil
 
 _READY_S, _END_S, _IDLE_S = 300.0, 90.0, 60.0
 _ENGINE = "launcher.serving.replica"
+_READY = re.compile(r"^\w+:engines_ready(?:\{.*\})? (\S+)$", re.MULTILINE)
 _UNDER_WAY = re.compile(r"^\w+:num_requests_(?:running|waiting)(?:\{.*\})? (\S+)$", re.MULTILINE)
 
 
@@ -111,6 +112,10 @@ class SoakServer:
         if not told:
             raise RuntimeError("/metrics does not say how many requests are under way")
         return sum(map(float, told))
+
+    def ready_engines(self) -> float:
+        """Return how many engines can be given requests, as /metrics tells."""
+        return sum(map(float, _READY.findall(self.get("/metrics")[1])))
 
     def wait_until_idle(self) -> float:
         """Return the requests that are still in engines when they had time enough to end."""

@@ -91,7 +91,7 @@ class Watch:
                 finished, since = self._finished(), now
             self._longest_silence_s = max(self._longest_silence_s, now - since)
             self._note_memory(engines, now - started)
-            if killed_at is not None and is_ready and len(engines) >= self._server.replicas:
+            if killed_at is not None and self._server.ready_engines() >= self._server.replicas:
                 self._back_s.append(now - killed_at)
                 killed_at = None
             if self._kill_every_s and now >= kill_at and engines:

@@ -141,7 +141,7 @@ def _measure_all(
     names = {cell.peer for cell in todo}
     running, troubles = start({name: peer for name, peer in wanted.items() if name in names}, logs=logs)
     kept["versions"] |= {name: versions(peer) for name, peer in wanted.items()}
-    kept["machine"].append(describe_machine())
+    kept["machine"].append(describe_machine("torch", "transformers"))
     kept["troubles"] = troubles
     try:
         for number, cell in enumerate(todo, 1):

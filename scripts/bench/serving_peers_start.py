@@ -50,6 +50,7 @@ def peers(folder: Path) -> dict[str, Peer]:
     transformers = (str(hf / "transformers"), "serve", model, "--device", "cpu", "--dtype", "bfloat16", *here)
     continuous = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "1024")
     ours = (sys.executable, "-m", "launcher", "job=serve", "model=hf", f"model.name={model}", "precision=bf16")
+    vllm_server = ("-m", "vllm.entrypoints.openai.api_server")  # its command asks for a package of another name
     vllm_options = ("--dtype", "bfloat16", "--max-model-len", "2048")
     found = (
         Peer(
@@ -105,7 +106,7 @@ def peers(folder: Path) -> dict[str, Peer]:
         ),
         Peer(
             name="vLLM's CPU build",
-            command=(str(vllm / "vllm"), "serve", model, "--port", "{port}", *vllm_options),
+            command=(str(vllm / "python"), *vllm_server, "--model", model, "--port", "{port}", *vllm_options),
             model=model,
             env={"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_NO_USAGE_STATS": "1"},
             extra={"ignore_eos": True},

@@ -67,7 +67,16 @@ def test_each_line_gets_its_own_answer(tmp_path) -> None:
 
 
 def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp_path) -> None:
-    (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]))
+    cancelled = []
+
+    class Noting(Echo):
+        def cancel(self, request_id: str) -> None:
+            cancelled.append(request_id)
+            super().cancel(request_id)
+
+    engine = Noting(limits=Limits(max_requests=4), context=64, vocab_size=300)
+    (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]), generator=engine)
+    assert cancelled == ["0"]  # nobody waits for the rest of it
     assert (answer["text"], answer["finish"], answer["stop"], answer["tokens"]) == ("abc", "stop", "de", 5)
 
 

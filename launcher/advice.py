@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from launcher import numerics
 from launcher.config import Run
 from launcher.jobs.base import BatchedJob, LearningJob
+from launcher.jobs.generating import GeneratingJob
 from launcher.memory import host_ram
 from launcher.plan import Host, Memory
 from launcher.wording import bytes_text
@@ -20,6 +21,9 @@ def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Itera
         yield from numerics.notes(run, hosts)
         yield from _processors(run, hosts)
         yield from _schedule(run)
+    if isinstance(run.job, GeneratingJob):
+        yield from _memory(hosts, memory)
+        yield from _formats(run, [host for host in hosts if host.is_known and not host.devices])
     yield from run.job.notes(run, world_size=sum(host.slots for host in hosts))
 
 
@@ -51,6 +55,12 @@ def _processors(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
     crowded = next((host for host in on_cpu if host.slots > host.cores), None)
     if crowded is not None:
         yield f"{crowded.slots} ranks share {crowded.cores} cores of {crowded.name}: set backend.ranks={crowded.cores}"
+    yield from _formats(run, on_cpu)
+
+
+def _formats(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
+    if not on_cpu:
+        return
     better = "bf16" if all(host.computes_bf16 for host in on_cpu) else "fp32"
     if run.precision.compute == "fp16":
         yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"

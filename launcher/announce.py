@@ -15,14 +15,22 @@ def opening(plan: Plan) -> Iterator[str]:
     hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
-    work = plan.work
-    amount = f"{work.batch} sequences a step, {work.steps} steps" if work.batch else f"{work.steps} measurements"
-    yield f"{plan.name}: {params}{ranks}, {amount}"
+    yield f"{plan.name}: {params}{ranks}, {_amount(plan)}"
     if len(plan.hosts) > 1:
         yield from places(groups_of(plan.hosts))
     yield f"run directory: {plan.run_dir}"
     yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
     yield from (f"warning: {warning}" for warning in plan.warnings)
+
+
+def _amount(plan: Plan) -> str:
+    """Return how much there is to do; for work without an end, what is done."""
+    work = plan.work
+    if work.batch is not None:
+        return f"{work.batch} sequences a step, {work.steps} steps"
+    if work.steps == 0:
+        return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.outline.items() if name == "address")])
+    return f"{work.steps} {'requests' if plan.what.model else 'measurements'}"
 
 
 def closing(result: Mapping[str, Any], *, elapsed_s: float) -> str:

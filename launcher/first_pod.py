@@ -91,7 +91,7 @@ def prepare_here(run: Run, backend: Kubernetes, orders: PodOrders) -> Prepared:
     is_first_life = not folder.is_dir() or not any(folder.iterdir())
     prepared = replan(
         run if is_first_life else _continued(run, RunDir(folder), run_id=identity.run_id),
-        _hosts_here(backend, orders, max_ranks=run.parallel.max_ranks),
+        _hosts_here(backend, orders, max_ranks=run.job.max_ranks(run)),
         run_id=identity.run_id,
         folder=folder,
         port=identity.port,

@@ -26,6 +26,8 @@ DEFAULT_GLOBS = (
 )
 
 _NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
+_BUT = ("LAUNCHER_API_KEYS",)
+"""What of ``_NEVER`` is the user's after all: the keys that clients of ``job=serve`` show."""
 
 
 def forwarded(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str, str]:
@@ -39,7 +41,7 @@ def forwarded(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str, str
     return {
         name: value
         for name, value in sorted(environ.items())
-        if _matches(name, patterns) and not _matches(name, _NEVER)
+        if name in _BUT or (_matches(name, patterns) and not _matches(name, _NEVER))
     }
 
 

@@ -13,6 +13,7 @@ from launcher.config import Run
 from launcher.env import Place, environment
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import Facts
+from launcher.jobs.generating import GeneratingJob
 from launcher.memory import model_state
 from launcher.plan import Command, Host, HostPlan, Identity, Plan, TrackerPlan, What, Work
 from launcher.topology import first_ranks, rank_places
@@ -41,7 +42,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
     if tracker is None or mistakes:
         raise ConfigErrors(mistakes)
-    memory = None if batch is None else model_state(run, hosts)
+    memory = model_state(run, hosts) if batch is not None or isinstance(run.job, GeneratingJob) else None
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,
@@ -62,8 +63,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
-        grace_s=run.backend.grace_s,
-        preempt_grace_s=run.backend.preempt_grace_s,
+        ends_when_told=run.job.ends_when_told,
+        grace_s=max(run.backend.grace_s, run.job.grace_s),
+        preempt_grace_s=max(run.backend.preempt_grace_s, run.job.grace_s),
         heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
         forward=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
@@ -99,6 +101,15 @@ def _tracker(run: Run, identity: Identity, facts: Facts) -> TrackerPlan:
 
 
 def _what(run: Run, batch: Batch | None) -> What:
+    if isinstance(run.job, GeneratingJob):  # a model, but nothing that is learnt from or resumed
+        return What(
+            model=component_text(run.model),
+            strategy=component_text(run.parallel) if run.job.spreads(run) else "",
+            engine=run.job.engine,
+            precision=component_text(run.precision),
+            attention=component_text(run.attention),
+            compile=component_text(run.compile),
+        )
     if batch is None:  # the other groups have no say in what is measured
         return What(benchmark=component_text(run.benchmark), engine=run.parallel.engine)
     return What(

@@ -12,6 +12,7 @@ from launcher.checkpoint.resume import find, misfits
 from launcher.config import Run
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
+from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.train import Train
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
@@ -21,6 +22,10 @@ from launcher.rundir import RunDir
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything on this machine that stands against ``run`` on ``hosts``."""
     world_size = sum(host.slots for host in hosts)
+    yield from run.job.preflight(run, RunDir(run_dir))
+    if isinstance(run.job, GeneratingJob):
+        yield from run.model.preflight()
+        yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()
         yield from run.data.preflight()

@@ -52,7 +52,7 @@ def prepare(composed: Composed) -> Prepared:
     continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
     run_id = continued or mint_run_id()
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
-    hosts = run.backend.hosts(max_ranks=run.parallel.max_ranks)
+    hosts = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     port = _first_port(run)
     return replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
 

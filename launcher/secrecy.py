@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_WORDS = frozenset({"KEY", "APIKEY", "TOKEN", "PASS", "PWD", "AUTH"})
+_WORDS = frozenset({"KEY", "KEYS", "APIKEY", "TOKEN", "PASS", "PWD", "AUTH"})
 _PARTS = ("SECRET", "PASSWORD", "PASSWD", "CREDENTIAL")
 _LOGIN_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
 

@@ -14,6 +14,7 @@ from launcher.errors import ConfigError
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.context import Context
+    from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,9 @@ class Job(Component):
 
     saves: ClassVar[bool] = False
     """Whether it writes checkpoints."""
+
+    ends_when_told: ClassVar[bool] = False
+    """Whether it has no end of its own, so that being told to end (SIGTERM, Ctrl-C) is how it completes."""
 
     seed: int = 0
     """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
@@ -36,12 +40,25 @@ class Job(Component):
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return what ranks count up to as they beat: global batches, or whatever else the work is made of."""
 
+    @property
+    def grace_s(self) -> float:
+        """Time that ranks get at least to end once they are told to."""
+        return 0.0
+
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the most ranks that it can use; ``backend.ranks=auto`` takes no more."""
+        return run.parallel.max_ranks
+
     def batch(self, run: Run, *, world_size: int) -> Batch | None:
-        """Return the batch of a step; ``None`` where there is none, and with it neither model nor engine."""
+        """Return the batch of a step; ``None`` where there is none."""
         return None
 
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield why this job cannot be done with the rest of the run."""
+        yield from ()
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield what this machine says against it: files, packages, ports."""
         yield from ()
 
     def notes(self, run: Run, *, world_size: int) -> Iterator[str]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.serving.limits import Batching, Limits
+
+if TYPE_CHECKING:
+    from launcher.config import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratingJob(Job):
     """A job whose ranks generate text for many requests."""
 
-    engine: Literal["slots", "transformers", "vllm"] = "slots"
+    engine: Literal["slots", "transformers", "vllm", "echo"] = "slots"
     """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
-    batching, on GPUs; ``vllm`` starts vLLM in an environment of its own."""
+    batching, on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a model."""
 
     batching: Batching = "continuous"
     """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
@@ -48,15 +51,28 @@ class GeneratingJob(Job):
     ageing_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
 
+    echo_step_s: float = 0.0
+    """Seconds that a step of ``engine=echo`` takes."""
+
     @property
     def limits(self) -> Limits:
         """What the engine is given of this."""
         return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
+    @property
+    def copies(self) -> int:
+        """How many engines a rank keeps, each with the whole of the rank's weights."""
+        return 1
+
+    def spreads(self, run: Run) -> bool:
+        """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
+        degrees = run.parallel.degrees(1)
+        return degrees.tensor > 1 or degrees.pipeline > 1
+
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""
         yield from super().problems()
         yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
-        yield from self.below(0, "seed", "max_wait_s")
+        yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
         if self.ageing_s <= 0:
             yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

@@ -79,6 +79,12 @@ class Judge:
         return self._survey.standstill(now=now, timeout_s=self._plan.stall_timeout_s)
 
     @property
+    def all_ended_well(self) -> bool:
+        """Whether every rank has ended with exit code 0."""
+        ended = self._survey.ended
+        return ended.keys() == self._host_of.keys() and all(end.code == 0 for end in ended.values())
+
+    @property
     def lacks_stacks(self) -> bool:
         """Whether some living rank has not shown its stack."""
         return self._survey.lacks_stacks

@@ -141,7 +141,8 @@ class Session:
             case _:
                 self._judge.hear(host, message, now=time.monotonic())
                 if isinstance(message, RankBeat) and message.rank == 0:
-                    self._console.progress(message.step or 0, self._plan.work.steps, message.numbers)
+                    total = int(message.numbers.get("steps", self._plan.work.steps))  # of lines, only ranks know
+                    self._console.progress(message.step or 0, total, message.numbers)
 
     def _keep(self, agent: str, part: FilePart) -> None:
         """Write down what arrives of a host's files, and have patience with whoever sends them."""
@@ -230,6 +231,8 @@ class Session:
         if self._cancelled_by is not None:
             if self._judge.preempted():
                 return Outcome(status="preempted", exit_code=EXIT_PREEMPTED)
+            if self._plan.ends_when_told and self._judge.all_ended_well:
+                return Outcome(status="completed", exit_code=0)
             return Outcome(status="cancelled", exit_code=128 + self._cancelled_by)
         cause = self._failure or self._judge.cause(now=now, all_over=True) or self._judge.missing()
         if cause is None:

@@ -1,0 +1,226 @@
+"""Serve a model over HTTP, as OpenAI's interface has it, until told to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.errors import ConfigError
+from launcher.jobs.generating import GeneratingJob
+from launcher.jobs.serving_checks import VLLM_REMEDY, address_problems, keys_problems, missing_packages, vllm_problems
+from launcher.wording import bytes_text, times
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+    from launcher.context import Context
+    from launcher.rundir import RunDir
+
+_ENDING_S = 5.0
+"""Beyond the drain: to close connections and let engines go."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(GeneratingJob):
+    """An OpenAI-compatible server: one process speaks HTTP, each engine is a process of its own."""
+
+    kind: ClassVar[str] = "serve"
+    ends_when_told: ClassVar[bool] = True
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` is every network of the machine."""
+
+    port: int = 8000
+    """Port to listen on."""
+
+    served_name: str | None = None
+    """What clients call the model; ``null`` takes model.name."""
+
+    tokenizer: str = "model"
+    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
+    byte, else a local folder that holds one."""
+
+    replicas: int = 1
+    """Engines side by side, each with all weights and its share of the cores. One where several ranks are an engine."""
+
+    warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
+    """Shapes (sequences, tokens) that an engine runs through before it is given requests."""
+
+    api_keys_file: str | None = None
+    """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
+    to them. Without any, everybody who reaches the address is served."""
+
+    rate_per_minute: int | None = None
+    """Requests that each key, or without keys each client address, may make a minute; ``null`` sets no limit."""
+
+    max_body_bytes: int = 2 * 2**20
+    """Largest request body."""
+
+    read_timeout_s: float = 30.0
+    """How long the headers of a request, and then its body, may take to arrive."""
+
+    max_connections: int = 2048
+    """Connections that are open at the same time; further ones are told to come back."""
+
+    max_queue: int = 256
+    """Sequences that may wait for an engine; further requests are refused with 429."""
+
+    max_choices: int = 64
+    """Sequences that one request may ask for: prompts times ``n``."""
+
+    queue_timeout_s: float = 60.0
+    """How long a request may wait before an engine begins it."""
+
+    request_timeout_s: float = 600.0
+    """How long a request may take as a whole."""
+
+    stall_s: float = 30.0
+    """An engine with work that finishes no step for so long makes the server not ready; after twice as long it is
+    ended and started anew."""
+
+    drain_s: float = 30.0
+    """Once told to end, how long the server finishes what it has accepted; what is left then gets an error."""
+
+    result_cache_bytes: int = 64 * 2**20
+    """Room for results of greedy and seeded requests, which are computed once; 0 keeps none."""
+
+    result_cache_ttl_s: float = 3600.0
+    """How long a result is kept."""
+
+    metrics_every_s: float = 5.0
+    """Seconds between lines of metrics.jsonl."""
+
+    vllm_python: str | None = None
+    """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes and times that leave no server."""
+        yield from super().problems()
+        yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
+        yield from self.below(1024, "max_body_bytes")
+        yield from self.below(0, "result_cache_bytes", "drain_s")
+        for name in (
+            "read_timeout_s",
+            "queue_timeout_s",
+            "request_timeout_s",
+            "stall_s",
+            "result_cache_ttl_s",
+            "metrics_every_s",
+        ):
+            if getattr(self, name) <= 0:
+                yield self.refuse(name, "must be above 0", f"leave job.{name} out")
+        if not 0 < self.port < 65536:
+            yield self.refuse("port", "must lie between 1 and 65535", "set job.port=8000")
+        for at, shape in enumerate(self.warm_up):
+            if len(shape) != 2 or min(shape) < 1:
+                why = "a shape is a number of sequences and a number of tokens, each at least 1"
+                yield ConfigError(f"job.warm_up[{at}]", list(shape), why=why, fix="set job.warm_up=[[1,10]]")
+        if self.engine == "transformers":
+            yield self.refuse("engine", "is not served yet", "set job.engine=slots or job.engine=vllm")
+
+    @property
+    def copies(self) -> int:
+        """One set of weights in each replica."""
+        return self.replicas
+
+    @property
+    def grace_s(self) -> float:
+        """The drain and what comes after it."""
+        return self.drain_s + _ENDING_S
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that all engines work on at the same time."""
+        at_once = {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+        return self.replicas * at_once
+
+    @property
+    def address(self) -> str:
+        """Where it is found from this machine."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{self.port}"
+
+    def name_of(self, run: Run) -> str:
+        """Return what clients call the model."""
+        return self.served_name or run.model.name
+
+    def max_ranks(self, run: Run) -> int:
+        """Return the ranks of one engine: replicas are no ranks."""
+        return run.parallel.degrees(1).product if self.spreads(run) else 1
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return 0: it ends when it is told to."""
+        return 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
+        yield from super().refusals(run, world_size=world_size)
+        most = self.max_ranks(run)
+        if world_size > most:
+            fix = f"set backend.ranks={most}" + (f" job.replicas={world_size}" if most == 1 else "")
+            why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}; copies are job.replicas"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
+        if self.spreads(run):
+            why = "a server's engine over several ranks does not exist yet; each engine is one process"
+            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single")
+        if self.engine == "vllm":
+            yield from self._refuse_for_vllm(run)
+        shape = run.model.shape()
+        for at, (_, tokens) in enumerate(self.warm_up):
+            if shape is not None and tokens > shape.context:
+                why = f"{run.model.name} takes at most {shape.context} tokens"
+                yield ConfigError(f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.context}]]")
+        if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
+            why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+            yield self.refuse("tokenizer", why, "set model.vocab_size=257 or more")
+
+    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
+        if self.vllm_python is None:
+            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
+            yield self.refuse("engine", why, VLLM_REMEDY)
+        if run.model.weights == "random":
+            why = "vLLM loads weights from a folder, and random ones are in none"
+            yield ConfigError(
+                "model.weights", run.model.weights, why=why, fix="set model.weights=pretrained or a folder"
+            )
+        if self.replicas > 1 or self.spreads(run):
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield missing packages, a port that is taken, keys that cannot be read."""
+        yield from missing_packages(self)
+        yield from address_problems(self)
+        yield from keys_problems(self)
+        yield from vllm_problems(self)
+        if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
+            fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
+            yield self.refuse("tokenizer", "there is no such folder", fix)
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Say where strangers would be served."""
+        yield from super().notes(run, world_size=world_size)
+        if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_keys_file is None:
+            yield f"whoever reaches {self.address} is served, unless LAUNCHER_API_KEYS is set or job.api_keys_file"
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield what is served, where, by how many engines, and how requests are put together."""
+        yield "model", self.name_of(run)
+        yield "address", self.address
+        ranks = f" of {world_size} ranks" if world_size > 1 else ""
+        yield "engines", f"{times(self.replicas, 'replica')} of engine={self.engine}{ranks}"
+        yield "batching", f"{self.batching}, {self.capacity} sequences at once, {self.max_queue} may wait"
+        shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
+        yield "warm-up", shapes or "none"
+        keys = self.api_keys_file or "whatever LAUNCHER_API_KEYS holds, else none are asked for"
+        yield "keys", keys
+        room = f"{bytes_text(self.result_cache_bytes)} for {self.result_cache_ttl_s:g} s"
+        yield "results", f"kept in {room}" if self.result_cache_bytes else "not kept"
+        yield "to end", f"SIGTERM or Ctrl-C; {self.drain_s:g} s to finish what was accepted"
+
+    def run(self, context: Context) -> None:
+        """Serve from this rank until told to end."""
+        from launcher.serving.serve import serve
+
+        serve(self, context)

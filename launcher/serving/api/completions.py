@@ -1,0 +1,78 @@
+"""``/v1/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from launcher.serving.api.answer import Answer
+from launcher.serving.api.bodies import CompletionBody, parse
+from launcher.serving.api.problems import invalid
+from launcher.serving.api.prompts import encode_all
+from launcher.serving.api.sampling import sampling_of
+from launcher.serving.api.sequence import Piece
+from launcher.serving.api.service import Service
+from launcher.serving.values import Token
+
+
+class Completion(Answer):
+    """Text after a prompt."""
+
+    prefix, whole, part, prompt_field = "cmpl", "text_completion", "text_completion", "prompt"
+    body: CompletionBody
+
+    def __init__(self, *arguments: Any, prompts: Sequence[Sequence[int]], **more: Any) -> None:
+        super().__init__(*arguments, prompts=prompts, **more)
+        self._prompts = prompts
+        self._offsets: dict[int, int] = {}
+
+    def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
+        """Return a whole choice."""
+        text = self._echoed(index) + text
+        return {"text": text, "index": index, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+
+    def delta(self, index: int, piece: Piece) -> dict[str, Any]:
+        """Return more text of a choice, its first piece with the prompt where that is asked for."""
+        before = self._echoed(index) if index not in self._offsets else ""
+        self._offsets.setdefault(index, len(before))
+        logprobs = self._logprobs(index, piece.tokens)
+        return {"text": before + piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def _echoed(self, index: int) -> str:
+        return self.words.decode(self._prompts[index // self.body.n]) if self.body.echo else ""
+
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+        """Return the older of OpenAI's two shapes: lists side by side."""
+        if self.body.logprobs is None:
+            return None
+        shown = [self.words.text_of(token.id) for token in tokens]
+        at = self._offsets.get(index, 0)
+        offsets = []
+        for text in shown:
+            offsets.append(at)
+            at += len(text)
+        self._offsets[index] = at
+        return {
+            "tokens": shown,
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [{self.words.text_of(other): score for other, score in token.top} for token in tokens],
+            "text_offset": offsets,
+        }
+
+
+async def complete(service: Service, request: Request) -> Response:
+    """Answer one request."""
+    body = parse(CompletionBody, await request.body())
+    words = service.opened(body.model)
+    if body.best_of not in (None, body.n):
+        raise invalid("only n itself is supported", "best_of", code="unsupported_value")
+    if body.echo and body.logprobs is not None:
+        raise invalid("log-probabilities of prompts are not supported; leave echo or logprobs out", "echo")
+    sampling = sampling_of(body, max_tokens=body.max_tokens, vocab_size=words.vocab_size)
+    prompts = await encode_all(words, body.prompt)
+    service.check_room(prompts, choices=body.n, field="prompt")
+    choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority)
+    return await Completion(service, body, choices=choices, prompts=prompts, words=words).respond(request)

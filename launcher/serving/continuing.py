@@ -1,0 +1,87 @@
+"""What becomes of sequences once their scores are there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isfinite
+from typing import TYPE_CHECKING
+
+from launcher.serving.rows import Row, Task
+from launcher.serving.sampling import Choice, change, pick, plain, tokens_of
+from launcher.serving.scheduler import Scheduler, Step
+from launcher.serving.values import Finish, Token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step has brought one request."""
+
+    task: Task
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+    problem: str = ""
+
+
+class Continuing:
+    """Samples, and says which requests end.
+
+    Args:
+        scheduler: that has the rows.
+        context: most tokens of a sequence.
+        ends: tokens that end a sequence.
+    """
+
+    def __init__(self, scheduler: Scheduler, *, context: int, ends: Sequence[int]) -> None:
+        self._scheduler, self._context, self._ends = scheduler, context, tuple(ends)
+        self._choices: dict[Task, Choice] = {}
+
+    def forget(self, task: Task) -> None:
+        """Let the state of a request go."""
+        self._choices.pop(task, None)
+
+    def go_on(self, step: Step, scores: Tensor) -> list[Outcome]:
+        """Return what each request of a step comes to.
+
+        Args:
+            step: computed.
+            scores: of its wanted rows; (rows, vocabulary), fp32.
+        """
+        rows = list(step.wanted)
+        if not rows:
+            return []
+        # the largest is not finite where any is not a number; minus infinity alone is how models rule tokens out
+        lost = [index for index, best in enumerate(scores.amax(-1).tolist()) if not isfinite(best)]
+        outcomes = [Outcome(rows[i].task, finish="error", problem="the model's scores are not finite") for i in lost]
+        kept = [i for i in range(len(rows)) if i not in lost]
+        if kept:
+            outcomes += self._sampled([rows[i] for i in kept], scores[kept] if lost else scores)
+        return outcomes
+
+    def _sampled(self, rows: Sequence[Row], scores: Tensor) -> list[Outcome]:
+        choices = [self._choice(row.task) for row in rows]
+        told = scores
+        if not all(plain(choice.sampling) for choice in choices):
+            told = scores.clone() if any(choice.sampling.logprobs is not None for choice in choices) else scores
+            change(scores, choices, ends=self._ends)
+        picked = pick(scores, choices)
+        outcomes = []
+        for row, choice, token in zip(rows, choices, tokens_of(told, picked, choices), strict=True):
+            choice.output.append(token.id)
+            row.tokens.append(token.id)
+            outcomes.append(Outcome(row.task, (token,), self._finish(row, choice, token.id)))
+        return outcomes
+
+    def _choice(self, task: Task) -> Choice:
+        if task not in self._choices:
+            self._choices[task] = Choice(task.request.sampling, task.request.prompt)
+        return self._choices[task]
+
+    def _finish(self, row: Row, choice: Choice, token: int) -> Finish | None:
+        way = choice.sampling
+        if token in way.stop_ids or (token in self._ends and not way.ignore_end):
+            return "stop"
+        return "length" if len(choice.output) >= way.max_tokens or len(row.tokens) >= self._context else None

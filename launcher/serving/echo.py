@@ -1,0 +1,161 @@
+"""An engine without a model: it repeats its prompts. For trying and testing what stands around an engine."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from launcher.serving.base import Generator
+from launcher.serving.limits import Limits
+from launcher.serving.values import Refused, Request, Stats, Token, Update
+
+_LOGPROB = -0.5
+
+
+@dataclass
+class _Sequence:
+    """One request that has not ended."""
+
+    request: Request
+    arrived: float
+    random: random.Random
+    begun: bool = False
+    output: list[int] = field(default_factory=list)
+
+    def next_token(self) -> int:
+        """Return the prompt's tokens in turn, or any of them where tokens are drawn."""
+        prompt = self.request.prompt
+        if self.request.sampling.temperature > 0:
+            return prompt[self.random.randrange(len(prompt))]
+        return prompt[len(self.output) % len(prompt)]
+
+
+class Echo(Generator):
+    """Repeats prompts from their beginning; with a temperature, draws from their tokens.
+
+    Of the ways to sample it knows ``max_tokens``, ``min_tokens``, ``stop_ids``, ``ignore_end``, ``seed``, ``logprobs``
+    and ``beams`` (which only bring all tokens at once); the others change nothing.
+
+    Args:
+        limits: ``max_requests`` are worked on at a time.
+        context: most tokens of a sequence.
+        vocab_size: ids from this one on are refused.
+        ends: ids that end a sequence by themselves.
+        step_s: what each step with something to do takes.
+    """
+
+    def __init__(
+        self, *, limits: Limits, context: int, vocab_size: int, ends: Collection[int] = (), step_s: float = 0.0
+    ) -> None:
+        self._limits, self._context, self._vocab_size = limits, context, vocab_size
+        self._ends, self._step_s = frozenset(ends), step_s
+        self._all: dict[str, _Sequence] = {}
+        self._cancelled: list[str] = []
+        self._steps = self._prompt_tokens = self._generated = 0
+        self._stepped_at = time.monotonic()
+
+    def add(self, request: Request) -> None:
+        """Queue a request."""
+        if len(request.prompt) >= self._context:
+            raise Refused("prompt", f"has {len(request.prompt)} tokens, and the context of {self._context} needs room")
+        if wrong := next((token for token in request.prompt if not 0 <= token < self._vocab_size), None):
+            raise Refused("prompt", f"token {wrong} is not in the vocabulary of {self._vocab_size}")
+        generator = random.Random(request.sampling.seed)
+        self._all[request.id] = _Sequence(request, time.monotonic(), generator)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step."""
+        if request_id in self._all:
+            self._cancelled.append(request_id)
+
+    def step(self) -> Sequence[Update]:
+        """Give every running request its next token."""
+        updates = [Update(request=name, finish="cancelled") for name in self._cancelled if self._all.pop(name, None)]
+        self._cancelled.clear()
+        updates += self._expired()
+        running = self._admitted()
+        if running and self._step_s:
+            time.sleep(self._step_s)
+        updates += [update for sequence in running if (update := self._advance(sequence)) is not None]
+        if running:
+            self._steps += 1
+        self._stepped_at = time.monotonic()
+        return updates
+
+    def stats(self) -> Stats:
+        """Return where it stands."""
+        begun = [sequence for sequence in self._all.values() if sequence.begun]
+        return Stats(
+            running=len(begun),
+            waiting=len(self._all) - len(begun),
+            kv_tokens=sum(len(sequence.request.prompt) + len(sequence.output) for sequence in begun),
+            kv_capacity=self._limits.max_requests * self._context,
+            steps_total=self._steps,
+            prompt_tokens_total=self._prompt_tokens,
+            generated_tokens_total=self._generated,
+            since_step_s=time.monotonic() - self._stepped_at if self._all else 0.0,
+        )
+
+    def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: nothing is slow the first time."""
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._all.clear()
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence."""
+        return self._context
+
+    def _expired(self) -> list[Update]:
+        now = time.monotonic()
+        late = [sequence.request.id for sequence in self._all.values() if _is_late(sequence, now)]
+        for name in late:
+            del self._all[name]
+        return [Update(request=name, finish="timeout") for name in late]
+
+    def _admitted(self) -> list[_Sequence]:
+        """Begin what there is room for, the most urgent first; return all that are begun."""
+        running = [sequence for sequence in self._all.values() if sequence.begun]
+        waiting = sorted(
+            (sequence for sequence in self._all.values() if not sequence.begun),
+            key=lambda sequence: (-sequence.request.priority, sequence.arrived),
+        )
+        for sequence in waiting[: self._limits.max_requests - len(running)]:
+            sequence.begun = True
+            self._prompt_tokens += len(sequence.request.prompt)
+            running.append(sequence)
+        return running
+
+    def _advance(self, sequence: _Sequence) -> Update | None:
+        sampling, token = sequence.request.sampling, sequence.next_token()
+        sequence.output.append(token)
+        self._generated += 1
+        length = len(sequence.output)
+        ends = set(sampling.stop_ids) | (set() if sampling.ignore_end else self._ends)
+        is_full = length >= sampling.max_tokens or length + len(sequence.request.prompt) >= self._context
+        is_over = token in ends and length > sampling.min_tokens
+        finish = "stop" if is_over else "length" if is_full else None
+        if finish:
+            del self._all[sequence.request.id]
+        if sampling.beams > 1 and not finish:
+            return None
+        new = sequence.output if sampling.beams > 1 else [token]
+        tokens = tuple(_token(each, sampling.logprobs) for each in new)
+        return Update(request=sequence.request.id, tokens=tokens, finish=finish)  # type: ignore[arg-type]
+
+
+def _is_late(sequence: _Sequence, now: float) -> bool:
+    waited, request = now - sequence.arrived, sequence.request
+    queued_too_long = request.queue_deadline_s is not None and not sequence.begun and waited > request.queue_deadline_s
+    return queued_too_long or (request.deadline_s is not None and waited > request.deadline_s)
+
+
+def _token(number: int, logprobs: int | None) -> Token:
+    if logprobs is None:
+        return Token(id=number)
+    top = tuple((number + more, _LOGPROB - more) for more in range(logprobs))
+    return Token(id=number, logprob=_LOGPROB, top=top)

@@ -1,0 +1,192 @@
+"""From scores to tokens, for many sequences at once, each with its own way of sampling.
+
+Formulas and order are those of Transformers' ``generate``; tests compare with its logits processors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from launcher.serving.values import Sampling, Token
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_MASKED = float("-inf")
+
+
+@dataclass(eq=False, slots=True)
+class Choice:
+    """How one sequence goes on: its way of sampling, its past, and its own random numbers."""
+
+    sampling: Sampling
+    prompt: Sequence[int]
+    output: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+    _grams: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    _seen: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampling.temperature > 0:
+            self.generator = torch.Generator()
+            if self.sampling.seed is None:
+                self.generator.seed()
+            else:
+                self.generator.manual_seed(self.sampling.seed)
+
+    def draw(self) -> float:
+        """Return the next of its random numbers, in [0, 1)."""
+        assert self.generator is not None
+        return float(torch.rand((), generator=self.generator, dtype=torch.float64))
+
+    def banned(self) -> Sequence[int]:
+        """Return the tokens that would repeat a sequence of ``no_repeat_ngram`` tokens."""
+        size = self.sampling.no_repeat_ngram
+        past = [*self.prompt, *self.output]
+        for end in range(max(self._seen, size - 1), len(past)):
+            self._grams.setdefault(tuple(past[end - size + 1 : end]), []).append(past[end])
+        self._seen = len(past)
+        return self._grams.get(tuple(past[len(past) - size + 1 :]), ()) if len(past) >= size - 1 else ()
+
+
+def change(scores: Tensor, choices: Sequence[Choice], *, ends: Sequence[int]) -> Tensor:
+    """Return scores after biases, penalties and bans.
+
+    Args:
+        scores: (sequences, vocabulary), fp32; changed in place.
+        choices: one for each.
+        ends: the model's own end-of-sequence tokens.
+    """
+    for row, choice in enumerate(choices):
+        way = choice.sampling
+        if way.bias:
+            ids, added = zip(*way.bias, strict=True)
+            scores[row, list(ids)] += torch.tensor(added, dtype=scores.dtype, device=scores.device)
+        if way.repetition_penalty != 1.0:
+            ids = torch.tensor(sorted({*choice.prompt, *choice.output}), device=scores.device)
+            old = scores[row, ids]
+            scores[row, ids] = torch.where(old < 0, old * way.repetition_penalty, old / way.repetition_penalty)
+        if (way.presence_penalty or way.frequency_penalty) and choice.output:
+            ids, counts = torch.tensor(choice.output, device=scores.device).unique(return_counts=True)
+            scores[row, ids] -= way.presence_penalty + way.frequency_penalty * counts.to(scores.dtype)
+        if way.no_repeat_ngram:
+            banned = choice.banned()
+            if banned:
+                scores[row, list(banned)] = _MASKED
+        if len(choice.output) < way.min_tokens:
+            never = [*way.stop_ids, *(() if way.ignore_end else ends)]
+            if never:
+                scores[row, never] = _MASKED
+    return scores
+
+
+def plain(way: Sampling) -> bool:
+    """Whether scores stay as the model gives them, but for what sampling itself does."""
+    return (
+        not way.bias
+        and way.repetition_penalty == 1.0
+        and not way.presence_penalty
+        and not way.frequency_penalty
+        and not way.no_repeat_ngram
+        and not way.min_tokens
+    )
+
+
+def filtered(scores: Tensor, ways: Sequence[Sampling]) -> Tensor:
+    """Return scores after temperature, top-k, top-p and min-p, what is ruled out being minus infinity.
+
+    Args:
+        scores: (sequences, vocabulary), fp32.
+        ways: one for each, all with a temperature.
+    """
+    device = scores.device
+    scores = scores / torch.tensor([way.temperature for way in ways], device=device)[:, None]
+    size = scores.shape[-1]
+    kept = [min(way.top_k or size, size) for way in ways]
+    if min(kept) < size:
+        most = max(count for count in kept if count < size)
+        best = torch.topk(scores, most, dim=-1).values
+        least = best.gather(1, torch.tensor([min(count, most) for count in kept], device=device)[:, None] - 1)
+        limited = torch.tensor([count < size for count in kept], device=device)[:, None]
+        scores = scores.masked_fill(limited & (scores < least), _MASKED)
+    rows = [index for index, way in enumerate(ways) if way.top_p < 1.0]
+    if rows:
+        scores[rows] = _nucleus(scores[rows], torch.tensor([ways[index].top_p for index in rows], device=device))
+    rows = [index for index, way in enumerate(ways) if way.min_p > 0.0]
+    if rows:
+        probabilities = scores[rows].softmax(-1)
+        least = torch.tensor([ways[index].min_p for index in rows], device=device)[:, None]
+        few = probabilities < least * probabilities.amax(-1, keepdim=True)
+        scores[rows] = scores[rows].masked_fill(few, _MASKED)
+    return scores
+
+
+_HEAD = 1024
+_BELOW_ONE = 1 - 1e-15
+"""Keeps a number just below 1 from being rounded to the end of the cumulated probabilities."""
+
+
+def _nucleus(scores: Tensor, shares: Tensor) -> Tensor:
+    """Keep the fewest tokens whose probabilities add up to ``shares`` (Holtzman et al., 2019, arXiv:1904.09751).
+
+    The likeliest thousand mostly do; only where they do not is all of the vocabulary sorted.
+    """
+    size = scores.shape[-1]
+    probabilities = scores.softmax(-1)
+    for most in (min(_HEAD, size), size):
+        best, ids = torch.topk(probabilities, most, dim=-1)
+        before = best.cumsum(-1) - best
+        if most == size or bool((before[:, -1] + best[:, -1] >= shares + 1e-4).all()):
+            break
+    drop = before >= shares[:, None]
+    drop[:, 0] = False
+    kept = torch.full_like(scores, _MASKED)
+    return kept.scatter(1, ids, scores.gather(1, ids).masked_fill(drop, _MASKED))
+
+
+def pick(scores: Tensor, choices: Sequence[Choice]) -> list[int]:
+    """Return the next token of each sequence.
+
+    A random choice takes one number of the sequence's own and looks it up in the cumulated probabilities: what is
+    chosen depends on nothing but the scores of this sequence.
+
+    Args:
+        scores: (sequences, vocabulary), fp32, already changed.
+        choices: one for each.
+    """
+    chosen: list[int] = scores.argmax(-1).tolist()
+    rows = [index for index, choice in enumerate(choices) if choice.sampling.temperature > 0]
+    if rows:
+        left = filtered(scores if len(rows) == len(choices) else scores[rows], [choices[i].sampling for i in rows])
+        sums = left.softmax(-1, dtype=torch.float64).cumsum(-1)
+        numbers = torch.tensor([choices[i].draw() for i in rows], dtype=torch.float64, device=scores.device)
+        found = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:] * _BELOW_ONE, right=True)[:, 0]
+        for row, token in zip(rows, found.tolist(), strict=True):
+            chosen[row] = token
+    return chosen
+
+
+def tokens_of(scores: Tensor, chosen: Sequence[int], choices: Sequence[Choice]) -> list[Token]:
+    """Return tokens with what ``Sampling.logprobs`` asks for.
+
+    Args:
+        scores: (sequences, vocabulary), fp32, as the model gave them.
+        chosen: one for each.
+        choices: one for each.
+    """
+    tokens = [Token(id=token) for token in chosen]
+    rows = [index for index, choice in enumerate(choices) if choice.sampling.logprobs is not None]
+    if not rows:
+        return tokens
+    logs = scores[rows].log_softmax(-1)
+    most = max(choices[row].sampling.logprobs or 0 for row in rows)
+    values, ids = torch.topk(logs, min(most, logs.shape[-1]), dim=-1)
+    for place, row in enumerate(rows):
+        count = choices[row].sampling.logprobs or 0
+        top = tuple(zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True))
+        tokens[row] = Token(id=chosen[row], logprob=float(logs[place, chosen[row]]), top=top)
+    return tokens

@@ -1,0 +1,119 @@
+"""Text from tokens as they come: never half a character, never a part of what ends it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+_INCOMPLETE = "\ufffd"
+"""What decoders put for bytes that make no character, or none yet."""
+_WINDOW, _CONTEXT = 32, 6
+"""Tokens that are decoded together at most, and how many of them stay when the window moves on."""
+
+
+class Detokenizer:
+    """Decodes a growing list of tokens a little at a time; the pieces together are the text of all tokens.
+
+    A window of the newest tokens is decoded, so that the cost of a token does not grow with the text, and decoders
+    that treat the beginning of a text otherwise see some tokens before it.
+
+    Args:
+        decode: text of a list of tokens.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._ids: list[int] = []
+        self._emitted = 0
+        """Characters of the window's text that are out."""
+
+    def feed(self, token: int) -> str:
+        """Take one token; return what text is certain now."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        certain = len(text) - text.endswith(_INCOMPLETE)  # bytes that may still become one character
+        piece = text[self._emitted : certain]
+        self._emitted = max(self._emitted, certain)
+        held = len(text) - certain
+        if len(self._ids) >= _WINDOW and (not held or len(self._ids) >= 4 * _WINDOW):  # some never make characters
+            self._ids = self._ids[-_CONTEXT:]
+            self._emitted = len(self._decode(self._ids)) - held
+        return piece
+
+    def rest(self) -> str:
+        """Return what is left once no token comes any more."""
+        piece = self._decode(self._ids)[self._emitted :] if self._ids else ""
+        self._emitted += len(piece)
+        return piece
+
+
+class Stops:
+    """Looks for strings that end a text, and keeps back what may turn out to be the beginning of one.
+
+    The string that is complete first ends the text; of several that end at the same character, the longest.
+
+    Args:
+        strings: none of them empty.
+    """
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        self._strings = tuple(strings)
+        self._longest = max(map(len, strings), default=0)
+        self._held = ""
+        self.found: str | None = None
+        """The string that ended the text."""
+
+    def feed(self, text: str) -> str:
+        """Take text; return what may go out. Once ``found`` is set, that was the last of it."""
+        assert self.found is None, "the text has ended"
+        if not self._strings:
+            return text
+        whole = self._held + text
+        hits = [(at + len(string), at, string) for string in self._strings if (at := whole.find(string)) >= 0]
+        if hits:
+            _, at, self.found = min(hits)
+            self._held = ""
+            return whole[:at]
+        keep = next(
+            (
+                length
+                for length in range(min(self._longest - 1, len(whole)), 0, -1)
+                if any(string.startswith(whole[-length:]) for string in self._strings)
+            ),
+            0,
+        )
+        self._held = whole[len(whole) - keep :]
+        return whole[: len(whole) - keep]
+
+    def rest(self) -> str:
+        """Return what was kept back, once no text comes any more."""
+        held, self._held = self._held, ""
+        return held
+
+
+class TextOf:
+    """Both together, for one sequence: tokens in, text that may be shown out.
+
+    Args:
+        decode: text of a list of tokens.
+        stops: strings that end the text and are no part of it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
+        self._tokens, self._stops = Detokenizer(decode), Stops(stops)
+
+    @property
+    def stopped(self) -> str | None:
+        """The string that ended the text, if one did."""
+        return self._stops.found
+
+    def feed(self, token: int, *, may_stop: bool = True) -> str:
+        """Take one token; return the text that may go out. Where it may not stop, no string is looked for in it."""
+        piece = self._tokens.feed(token)
+        return self._stops.feed(piece) if may_stop else piece
+
+    def rest(self) -> str:
+        """Return what is left once no token comes any more; here too a string may end the text."""
+        if self._stops.found is not None:
+            return ""
+        last = self._stops.feed(self._tokens.rest())
+        return last if self._stops.found is not None else last + self._stops.rest()

@@ -1,0 +1,77 @@
+"""The queue of requests that have not been begun, or have been put back."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Waits(Protocol):
+    """What can wait."""
+
+    @property
+    def priority(self) -> int:
+        """Higher is sooner."""
+
+    @property
+    def arrived_s(self) -> float:
+        """When it came, on the clock of whoever asks."""
+
+
+Item = TypeVar("Item", bound=Waits)
+
+
+class Waiting(Generic[Item]):
+    """Orders by priority, which grows by one for every ``ageing_s`` of waiting; then by arrival.
+
+    All of them age alike, so what is due first never depends on when it is asked: one key for each, made once.
+
+    Args:
+        ageing_s: seconds of waiting that make up for one step of priority.
+    """
+
+    def __init__(self, ageing_s: float) -> None:
+        self._ageing_s = ageing_s
+        self._heap: list[tuple[float, int, Item]] = []
+        self._count = itertools.count()
+        self._gone: set[int] = set()
+        self._numbers: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._heap) - len(self._gone)
+
+    def __iter__(self) -> Iterator[Item]:
+        """Yield all, most due first."""
+        yield from (item for _, number, item in sorted(self._heap, key=_key) if number not in self._gone)
+
+    def add(self, item: Item) -> None:
+        """Put one in; one that is put back keeps its time of arrival, and with it its place."""
+        number = next(self._count)
+        self._numbers[id(item)] = number
+        heapq.heappush(self._heap, (item.arrived_s / self._ageing_s - item.priority, number, item))
+
+    def most_due(self, num: int) -> list[Item]:
+        """Return the ``num`` that are due most, in order, leaving them in."""
+        entries = heapq.nsmallest(num + len(self._gone), self._heap, key=_key)
+        return [item for _, number, item in entries if number not in self._gone][:num]
+
+    def first(self) -> Item | None:
+        """Return what is due most, leaving it in."""
+        while self._heap and self._heap[0][1] in self._gone:
+            self._gone.discard(heapq.heappop(self._heap)[1])
+        return self._heap[0][2] if self._heap else None
+
+    def remove(self, item: Item) -> None:
+        """Take one out, wherever it stands."""
+        self._gone.add(self._numbers.pop(id(item)))
+        self.first()
+        if len(self._gone) > len(self._heap) // 2:  # those that left from the middle hold no memory for long
+            self._heap = [entry for entry in self._heap if entry[1] not in self._gone]
+            heapq.heapify(self._heap)
+            self._gone.clear()
+
+
+def _key(entry: tuple[float, int, object]) -> tuple[float, int]:
+    return entry[:2]

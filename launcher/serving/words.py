@@ -1,0 +1,180 @@
+"""A tokenizer as a server needs it: text and chats to tokens, tokens to text and to bytes. No torch in it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import ConfigError
+from launcher.files import sha256_of
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from launcher.config import Run
+
+Chat = Callable[[Sequence[Mapping[str, str]]], str]
+"""Text of a conversation, ready for the answer."""
+
+END = "<|endoftext|>"
+
+
+class NoTemplate(Exception):
+    """The tokenizer does not say how a chat becomes text."""
+
+
+class Words:
+    """What turns text into tokens and back.
+
+    Args:
+        inner: the tokenizer, without truncation and padding.
+        chat: how its template writes a conversation down; ``None`` where it has none.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, chat: Chat | None = None, template: str = "") -> None:
+        self._inner, self._chat = inner, chat
+        text = inner.to_str()
+        self.fingerprint = sha256_of(f"{text}\n{template}".encode())
+        """Changes with anything that decides how text becomes tokens."""
+        self._is_bytes = _uses(json.loads(text).get("decoder"), "ByteLevel")
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest token."""
+        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def has_template(self) -> bool:
+        """Whether it knows chats."""
+        return self._chat is not None
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of a text; ``special`` adds what the tokenizer puts around one (a beginning)."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones."""
+        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Return a conversation as its model wants it, up to where the answer begins.
+
+        Raises:
+            NoTemplate: nobody said how.
+            ValueError: the template refuses these messages, and why.
+        """
+        if self._chat is None:
+            raise NoTemplate
+        return self._chat(messages)
+
+    def bytes_of(self, token: int) -> bytes:
+        """Return what a token stands for, which need not be whole characters."""
+        return self._bytes_of(token)
+
+    def text_of(self, token: int) -> str:
+        r"""Return a token as OpenAI shows it: its text, or ``bytes:\xe4`` where it is no whole text."""
+        raw = self.bytes_of(token)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    @functools.cached_property
+    def _added(self) -> Mapping[int, str]:
+        return {number: added.content for number, added in self._inner.get_added_tokens_decoder().items()}
+
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  (lives as long as the server)
+    def _bytes_of(self, token: int) -> bytes:
+        written = self._inner.id_to_token(token)
+        if written is None:
+            return b""
+        if token in self._added:
+            return written.encode()
+        if self._is_bytes:
+            table = _byte_of()
+            return bytes(table[character] for character in written if character in table)
+        if len(written) == 6 and written.startswith("<0x") and written.endswith(">"):
+            return bytes([int(written[3:5], 16)])
+        return written.replace("\u2581", " ").encode()
+
+
+def open_words(choice: str, run: Run, *, beat: Callable[[], None]) -> Words:
+    """Return the tokenizer that ``job.tokenizer`` names.
+
+    Raises:
+        ConfigError: there is none, or the group data has none.
+        EnvironmentProblem: it has to be fetched and cannot be.
+    """
+    if choice == "bytes":
+        return byte_words()
+    if choice == "data":
+        from launcher.data.base import Corpus
+        from launcher.data.tokens import token_folder
+
+        if not isinstance(run.data, Corpus):
+            why = f"data={run.data.kind} has no text, and so no tokenizer"
+            raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
+        return Words(token_folder(run.data, run.model, beat=beat)[1].inner)
+    folder = run.model.tokenizer_folder(beat=beat) if choice == "model" else Path(choice).expanduser()
+    return load_words(folder)
+
+
+def load_words(folder: Path) -> Words:
+    """Return the tokenizer of a folder, with its chat template. Imports Transformers."""
+    from transformers import AutoTokenizer
+
+    fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        why = f"no tokenizer can be loaded: {str(error).strip().splitlines()[0]}"
+        raise ConfigError("job.tokenizer", folder, why=why, fix=fix) from error
+    if not loaded.is_fast:
+        raise ConfigError("job.tokenizer", folder, why="has only a slow tokenizer written in Python", fix=fix)
+    inner = loaded.backend_tokenizer
+    inner.no_truncation()
+    inner.no_padding()
+    if not isinstance(loaded.chat_template, str):
+        return Words(inner)
+
+    def chat(messages: Sequence[Mapping[str, str]]) -> str:
+        from jinja2.exceptions import TemplateError
+
+        try:
+            text = loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(str(error)) from error
+        return str(text)
+
+    return Words(inner, chat=chat, template=loaded.chat_template)
+
+
+def byte_words() -> Words:
+    """Return a tokenizer with one token for each byte, and one that ends a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: number for number, character in enumerate(sorted(_byte_of(), key=_byte_of().__getitem__))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(END, special=True)])
+    return Words(inner)
+
+
+@functools.cache
+def _byte_of() -> Mapping[str, int]:
+    """Return the byte behind each character that GPT-2's tokenizer writes bytes with (Radford et al., 2019)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}
+
+
+def _uses(tree: Any, kind: str) -> bool:
+    if isinstance(tree, dict):
+        return tree.get("type") == kind or any(_uses(part, kind) for part in tree.values())
+    return isinstance(tree, list) and any(_uses(part, kind) for part in tree)

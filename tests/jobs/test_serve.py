@@ -1,0 +1,129 @@
+"""The job ``serve``: what its plan says, what it refuses, and a whole run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+
+from launcher.compose import compose
+from launcher.errors import ConfigErrors
+from launcher.files import read_json
+from launcher.ports import free_port
+from launcher.render import render
+
+SERVE = ("job=serve", "backend.ranks=1", "tracker=local")
+
+
+def test_the_plan_says_what_is_served(plan_of) -> None:
+    plan = plan_of(*SERVE, "model=gpt2", "job.replicas=2", "precision=bf16")
+    assert plan.ends_when_told
+    assert plan.grace_s == 35
+    assert plan.work.batch is None
+    assert (plan.what.engine, plan.what.optimizer, plan.what.data) == ("slots", "", "")
+    assert plan.outline["address"] == "http://127.0.0.1:8000"
+    assert plan.outline["engines"] == "2 replicas of engine=slots"
+    assert plan.memory.per_rank.total == 2 * 2 * plan.memory.num_params
+    text = render(plan)
+    assert "Parts of serve" in text
+    assert "124,439,808 parameters" in text
+    assert "1×10 1×20 1×50 2×15" in text
+    assert "optimizer         0 B" in text
+
+
+def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.prepare import prepare
+
+    monkeypatch.chdir(tmp_path)
+    words = ["job=serve", f"job.port={free_port()}", "model=gpt2_tiny", "job.tokenizer=bytes", "tracker=local"]
+    assert prepare(compose(words)).plan.world_size == 1  # though parallel=ddp takes what there is
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["backend.ranks=2"], "set backend.ranks=1 job.replicas=2"),
+        (["job.port=0"], "job.port=0: must lie between"),
+        (["job.replicas=0"], "job.replicas=0"),
+        (["job.max_queue=0"], "job.max_queue=0"),
+        (["job.stall_s=0"], "job.stall_s=0.0: must be above 0"),
+        (["job.warm_up=[[1,2,3]]"], r"job.warm_up\[0\]"),
+        (["job.warm_up=[[1,2000]]", "model=gpt2"], "at most 1024 tokens"),
+        (["job.engine=nothing"], "job.engine=nothing"),
+        (["job.tokenizer=bytes", "model.vocab_size=100"], "it has 257 tokens"),
+        (["job.rate_per_minute=0"], "job.rate_per_minute=0"),
+        (["+job.steps=3"], "job.steps"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(plan_of, words: list[str], said: str) -> None:
+    with pytest.raises(ConfigErrors, match=said):
+        plan_of(*SERVE, *words)
+
+
+def test_a_taken_port_is_refused_with_a_free_one() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        job = compose([*SERVE, f"job.port={taken.getsockname()[1]}"]).run.job
+        (problem,) = job.preflight()
+    assert "somebody listens on" in problem.why
+    assert "which is free" in problem.fix
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["job.host=192.0.2.1"], "job.host"),
+        (["job.host=no.such.host.invalid"], "job.host"),
+        (["job.tokenizer=/nowhere"], "job.tokenizer"),
+        (["job.api_keys_file=/nowhere"], "job.api_keys_file"),
+        (["job.api_keys_file=/dev/null"], "job.api_keys_file"),
+    ],
+)
+def test_what_this_machine_lacks_is_said_before_anything_starts(words: list[str], option: str) -> None:
+    job = compose([*SERVE, f"job.port={free_port()}", *words]).run.job
+    assert [problem.option for problem in job.preflight()] == [option]
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.jobs.serving_checks._PACKAGES", ("uvicorn", "no_such_package"))
+    job = compose([*SERVE, f"job.port={free_port()}"]).run.job
+    (problem,) = job.preflight()
+    assert (problem.why, problem.fix) == ("it needs no_such_package", "pip install 'launcher[serve]'")
+
+
+def test_strangers_are_warned_of(plan_of) -> None:
+    assert any("whoever reaches" in warning for warning in plan_of(*SERVE, "job.host=0.0.0.0").warnings)
+    assert not plan_of(*SERVE, "job.host=0.0.0.0", "job.api_keys_file=/x").warnings
+
+
+def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
+    from launcher.forward import DEFAULT_GLOBS, forwarded
+
+    environ = {"LAUNCHER_API_KEYS": "s3cret", "LAUNCHER_HOST": "x"}
+    assert forwarded(environ, DEFAULT_GLOBS) == {"LAUNCHER_API_KEYS": "s3cret"}
+    assert "s3cret" not in render(plan_of(*SERVE, LAUNCHER_API_KEYS="s3cret"))
+    with pytest.raises(ConfigErrors, match="looks like a secret"):
+        plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret")
+
+
+def test_a_whole_run_serves_and_completes_when_told(launch_in_background, tmp_path: Path) -> None:
+    port = free_port()
+    words = ("model.layers=2", "model.width=32", "model.heads=2", "model.vocab_size=257", "job.tokenizer=bytes")
+    running = launch_in_background(*SERVE, *words, f"job.port={port}", "run.dir=served", "job.metrics_every_s=0.2")
+    running.wait_for_output("serving gpt2_tiny at")
+    body = {"model": "gpt2_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    result = read_json(tmp_path / "served" / "result.json")
+    assert result["status"] == "completed"
+    assert result["metrics"]["serve/generation_tokens"] == 8
+    lines = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
+    assert len(lines) >= 2
+    assert not (tmp_path / "served" / "failure.json").exists()

@@ -1,0 +1,154 @@
+"""``job.engine=vllm``: the same address over a program of its own, here one that only talks like vLLM."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.compose import compose
+from launcher.ports import free_port
+from launcher.serving.api import keys
+
+from .conftest import MARK, Served, Start, eventually
+
+_PROGRAM = """#!{python}
+import json, os, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+words = sys.argv
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *rest): pass
+    def answer(self, body, kind="application/json"):
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(json.dumps(dict(path=self.path, words=words, names=sorted(os.environ))).encode())
+    def do_POST(self):
+        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if given.get("die"): os._exit(7)
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for piece in [b"data: 1\\n\\n", b"data: 2\\n\\n", b"data: [DONE]\\n\\n"]:
+            time.sleep(given.get("sleep", 0))
+            self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(piece), piece))
+        self.wfile.write(b"0\\r\\n\\r\\n")
+ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """An environment whose vllm is ours."""
+    folder = tmp_path / "env" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "vllm").write_text(_PROGRAM.replace("{python}", sys.executable))
+    (folder / "vllm").chmod(0o755)
+    (folder / "python").write_text("#!/bin/sh\nexit 0\n")
+    (folder / "python").chmod(0o755)
+    return folder / "python"
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    return folder
+
+
+def words(environment: Path, weights: Path) -> tuple[str, ...]:
+    return ("job.engine=vllm", f"job.vllm_python={environment}", f"model.weights={weights}", "job.drain_s=5")
+
+
+def vllm_of(served: Served) -> psutil.Process:
+    (found,) = [each for each in psutil.process_iter() if _is_ours(each, served.mark)]
+    return found
+
+
+def _is_ours(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and "--served-model-name" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def test_requests_are_handed_on_and_answers_back(serve: Start, environment: Path, weights: Path) -> None:
+    served = serve(*words(environment, weights), env={keys.VARIABLE: "k"})
+    shown = {"authorization": "Bearer k"}
+    told = served.http.get("/v1/models?x=1", headers=shown).json()
+    assert told["path"] == "/v1/models?x=1"
+    given = told["words"]
+    assert given[given.index("serve") + 1] == str(weights)
+    assert given[given.index("--served-model-name") + 1] == "gpt2_tiny"
+    assert given[given.index("--host") + 1] == "127.0.0.1"
+    assert keys.VARIABLE not in told["names"]
+    assert "PYTHONPATH" not in told["names"]
+    stream = served.http.post("/v1/completions", json={}, headers=shown)
+    assert stream.headers["content-type"] == "text/event-stream"
+    assert stream.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+    assert served.http.post("/v1/completions", json={}).status_code == 401
+    assert served.stop() == 0
+
+
+def test_one_that_dies_is_started_anew(serve: Start, environment: Path, weights: Path) -> None:
+    served = serve(*words(environment, weights))
+    answer = served.http.post("/v1/completions", json={"die": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
+    eventually(lambda: not served.ready())
+    eventually(served.ready)
+    vllm_of(served).send_signal(signal.SIGKILL)
+    eventually(lambda: "SIGKILL" in served.output or "exit code -9" in served.output)
+    eventually(served.ready)
+    served.process.kill()  # what is below goes with it: the fixture would find it
+    eventually(lambda: not [each for each in psutil.process_iter() if _is_ours(each, served.mark)])
+
+
+def test_one_that_never_answers_ends_the_run(serve: Start, environment: Path, weights: Path) -> None:
+    (environment.parent / "vllm").write_text("#!/bin/sh\necho no such model; exit 3\n")
+    served = serve(*words(environment, weights), wait=False)
+    assert served.process.wait(60) != 0
+    assert "no such model" in served.output
+    assert "vllm serve ended with exit code 3" in served.output
+
+
+def test_answers_are_finished_when_told_to_end(serve: Start, environment: Path, weights: Path) -> None:
+    import threading
+
+    served = serve(*words(environment, weights))
+    answers: list[Any] = []
+    body = {"sleep": 0.3}
+    asking = threading.Thread(target=lambda: answers.append(served.http.post("/v1/completions", json=body)))
+    asking.start()
+    eventually(lambda: vllm_of(served).net_connections())
+    assert served.stop() == 0
+    asking.join()
+    assert answers[0].text.endswith("data: [DONE]\n\n")
+
+
+def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of: Any) -> None:
+    base = ("job=serve", "backend.ranks=1", "job.engine=vllm", f"job.port={free_port()}")
+
+    def said(*more: str) -> str:
+        return "\n".join(map(str, compose([*base, *more]).run.job.preflight()))
+
+    with pytest.raises(Exception, match=r"pip install vllm"):
+        plan_of(*base)
+    with pytest.raises(Exception, match=r"model\.weights=random"):
+        plan_of(*base, f"job.vllm_python={environment}")
+    assert said(f"job.vllm_python={environment}") == ""
+    assert "is no program" in said("job.vllm_python=/nowhere/python")
+    assert "no vllm beside it" in said(f"job.vllm_python={sys.executable}") or os.path.exists(  # noqa: PTH110
+        Path(sys.executable).parent / "vllm"
+    )
+    environment.write_text("#!/bin/sh\nexit 1\n")
+    assert "its environment has no vLLM" in said(f"job.vllm_python={environment}")

@@ -17,7 +17,7 @@ def greedily(
     """Return ``input_ids`` (sequences, tokens) with the continuation that Transformers' ``generate`` would give.
 
     Args:
-        next_tokens: the most likely token behind each sequence it is given, of shape (sequences,); no cache.
+        next_tokens: the most likely token behind each sequence it is given, of shape (sequences,).
         input_ids: all of equal length.
         max_new_tokens: length of the continuation; less where all sequences have ended.
         ends: tokens that end a sequence.

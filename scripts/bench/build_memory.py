@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import BIN, print_machine
 
-from launcher.preflight import free_port
+from launcher.ports import free_port
 
 GOAL = 1.2
 HERE = Path(__file__).resolve().parent

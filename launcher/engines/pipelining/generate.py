@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from launcher.engines.greedy import greedily
 from launcher.engines.pipelining.cache import StretchCache
 
 if TYPE_CHECKING:
     from launcher.engines.pipelining.relay import Relay
     from launcher.engines.pipelining.stage import Stretch
-
-_PADDING = 0  # follows a sequence that has ended, as in launcher.engines.generate
 
 
 class Decoder:
@@ -33,27 +32,21 @@ class Decoder:
             for number, stretch in relay.own.items()
         }
         some = next(iter(relay.own.values()))
-        ends = some.model.generation_config.eos_token_id
-        self._ends = torch.tensor([] if ends is None else ends, dtype=torch.int64, device=relay.device).flatten()
+        self._ends = some.model.generation_config.eos_token_id
+        self._num_seen = 0
 
     def continue_greedily(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with the most likely continuation, the same on every rank.
 
-        A sequence ends with an end-of-text token; generation stops when all have ended. Call it under ``no_grad``.
+        A sequence ends with an end-of-text token; generation stops when all have ended. Call it once, under
+        ``no_grad``.
         """
-        ids = new = input_ids
-        running = torch.ones(len(ids), dtype=torch.bool, device=ids.device)
-        for _ in range(max_new_tokens):
-            chosen = self._next_tokens(new)
-            new = torch.where(running, chosen, _PADDING)[:, None]
-            ids = torch.cat([ids, new], dim=1)
-            running &= ~torch.isin(new[:, 0], self._ends)
-            if not running.any():
-                break
-        return ids
+        return greedily(self._next_tokens, input_ids, max_new_tokens=max_new_tokens, ends=self._ends)
 
-    def _next_tokens(self, new: Tensor) -> Tensor:
-        """Return the tokens (sequences,) that follow ``new`` (sequences, tokens) and everything before it."""
+    def _next_tokens(self, ids: Tensor) -> Tensor:
+        """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens), of which the caches hold the start."""
+        new = ids[:, self._num_seen :]
+        self._num_seen = ids.shape[1]
         logits = self._relay.through([new], self._with_cache)
         chosen = logits[0].argmax(dim=-1) if logits else torch.empty(len(new), dtype=torch.int64, device=new.device)
         dist.broadcast(chosen, src=self._relay.last_owner, group=self._relay.group)

@@ -14,8 +14,9 @@ from launcher.errors import ConfigError
 from launcher.models.build import build_model
 from launcher.serving.base import Generator
 from launcher.serving.engine import Slots
-from launcher.serving.holds import shapes_of
-from launcher.serving.kv import PagedCache, register
+from launcher.serving.holds import Sample
+from launcher.serving.kernels.apply import apply_native
+from launcher.serving.kv import PagedCache
 from launcher.serving.pages import PAGE
 from launcher.serving.runner import Runner
 from launcher.serving.shapes import Shapes
@@ -54,7 +55,7 @@ def make_generator(
         raise ConfigError("job.engine", "slots", why=why, fix="parallel=single")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     model = inference_model(run, device=device, beat=beat)
-    return slots_of(model, limits=limits, ends=ends_of(run, model, beat=beat))
+    return slots_of(model, limits=limits, ends=ends_of(run, model, beat=beat), beat=beat)
 
 
 def inference_model(run: Run, *, device: torch.device, beat: Callable[[], None] = lambda: None) -> PreTrainedModel:
@@ -80,23 +81,46 @@ def ends_of(run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lamb
     return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
 
-def slots_of(model: PreTrainedModel, *, limits: Limits, ends: tuple[int, ...]) -> Slots:
+def slots_of(
+    model: PreTrainedModel,
+    *,
+    limits: Limits,
+    ends: tuple[int, ...],
+    kernels: bool = True,
+    beat: Callable[[], None] = lambda: None,
+) -> Slots:
     """Return the launcher's own engine around a model.
+
+    Args:
+        model: whole, in inference mode; its layers may be replaced.
+        limits: how much at a time.
+        ends: tokens that end a sequence.
+        kernels: whether layers are replaced by compiled ones where there are any.
+        beat: called meanwhile.
 
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
-    register()
-    shapes = shapes_of(model)
-    context = model.config.get_text_config().max_position_embeddings
-    num_pages = _num_pages(limits, shapes, context=context, device=model.device)
-    cache = PagedCache(shapes, num_pages=num_pages, dtype=model.dtype, device=model.device)
+    sample = Sample(model)
+    sample.use_pages(model)
+    config = model.config.get_text_config()
+    num_pages = _num_pages(limits, sample.shapes, context=config.max_position_embeddings, device=model.device)
+    cache = PagedCache(sample.shapes, num_pages=num_pages, dtype=model.dtype, device=model.device)
+    runner = Runner(model, cache)
+    if kernels:
+        swapped = apply_native(model, cache, beat=beat)
+        difference = sample.difference(runner)
+        if not difference <= sample.tolerance(model):
+            swapped.undo()
+            cache.kernels = None
+            swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its largest score"
+        print(f"engine: {swapped.what}", flush=True)
     return Slots(
-        Runner(model, cache),
+        runner,
         limits=limits,
         num_pages=num_pages,
-        context=context,
-        vocab_size=model.config.get_text_config().vocab_size,
+        context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
         ends=ends,
     )
 

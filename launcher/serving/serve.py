@@ -36,7 +36,7 @@ def serve(job: Serve, context: Context) -> None:
 
     async def front() -> int:
         beat = context.heartbeat.beat
-        return await Front(job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
+        return await Front(context.run, job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
 
     with room_for_files(job.max_connections + _FILES_OF_OURS):
         code = asyncio.run(front())

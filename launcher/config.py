@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, str]] = {
         "train": "launcher.jobs.train:Train",
         "benchmark": "launcher.jobs.benchmark:Measure",
         "evaluate": "launcher.jobs.evaluate:Evaluate",
+        "generate": "launcher.jobs.generate:Generate",
         "serve": "launcher.jobs.serve:Serve",
         "verify": "launcher.jobs.verify:Verify",
     },
@@ -84,6 +85,8 @@ KINDS: dict[str, dict[str, str]] = {
         "none": "launcher.benchmarks.base:NoBenchmark",
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
         "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
+        "batching": "launcher.benchmarks.batching:BatchingBenchmark",
+        "serving": "launcher.benchmarks.serving:ServingBenchmark",
     },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {

@@ -22,7 +22,7 @@ from launcher.rundir import RunDir
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything on this machine that stands against ``run`` on ``hosts``."""
     world_size = sum(host.slots for host in hosts)
-    yield from run.job.preflight()
+    yield from run.job.preflight(run, RunDir(run_dir))
     if isinstance(run.job, GeneratingJob):
         yield from run.model.preflight()
         yield from _refuse_missing_tools(run, hosts)

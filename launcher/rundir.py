@@ -71,6 +71,11 @@ class RunDir:
         """Picture of the loss curve."""
         return self.path / "loss.png"
 
+    @property
+    def generated(self) -> Path:
+        """Folder of answers that are there while others are not."""
+        return self.path / "generated"
+
     def benchmark(self, ending: str) -> Path:
         """Results of a benchmark as ``json``, ``md`` or ``png``."""
         return self.path / f"benchmark.{ending}"

@@ -104,10 +104,11 @@ def convert(wanted: Any, value: Any, *, path: str, report: Report) -> Any:
         report(ConfigError(path, _shown(value), why=text, fix=did_you_mean(str(value), map(str, arguments))))
         return _INVALID
     if origin is tuple and isinstance(value, list | tuple):
-        item = arguments[0]
-        if Ellipsis not in arguments and len(value) != len(arguments):
+        kinds = arguments[:1] * len(value) if Ellipsis in arguments else arguments
+        if len(value) != len(kinds):
             return _mismatch(wanted, value, path, report)
-        items = [convert(item, entry, path=f"{path}[{i}]", report=report) for i, entry in enumerate(value)]
+        pairs = zip(kinds, value, strict=True)
+        items = [convert(kind, entry, path=f"{path}[{i}]", report=report) for i, (kind, entry) in enumerate(pairs)]
         return _INVALID if any(entry is _INVALID for entry in items) else tuple(items)
     if origin is dict and isinstance(value, Mapping):
         items_of = {k: convert(arguments[1], v, path=f"{path}.{k}", report=report) for k, v in value.items()}

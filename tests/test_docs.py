@@ -40,6 +40,16 @@ SLOW = {
     "python scripts/bench/faults.py --out faults.json": (
         "hosts/test_faults.py::test_a_run_ends_everywhere_and_tells_why"
     ),
+    "launch +exp=generate_smollm2 job.input=questions.jsonl job.output=answers.jsonl": (
+        "jobs/test_generate.py::test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same"
+    ),
+    "python scripts/bench/serving_peers_make.py PEERS": "bench/test_serving_peers.py::test_cells_become_a_table",
+    "python scripts/bench/serving_peers.py --peers PEERS --out cells.json": (
+        "bench/test_serving_peers.py::test_cells_become_a_table"
+    ),
+    "python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32": (
+        "bench/test_serving_soak.py::test_a_short_soak_of_echoing_engines"
+    ),
     "scripts/test": "test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from launcher.benchmarks.results import Results
+    from launcher.config import Run
     from launcher.context import Context
 
 
@@ -23,6 +24,12 @@ class Benchmark(Component):
 
     max_ranks: ClassVar[int | None] = 1
     """The most ranks it can use."""
+
+    how: ClassVar[str] = "each in a process of its own"
+    """How its cases are kept apart, as its table tells it."""
+
+    needs_model: ClassVar[bool] = False
+    """Whether it is about the run's model, which otherwise has no say."""
 
     repeats: int = 3
     """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
@@ -39,6 +46,19 @@ class Benchmark(Component):
         """Refuse counts that measure nothing."""
         yield from self.below(1, "repeats")
         yield from self.below(0, "warmup")
+
+    @property
+    def server_options(self) -> Mapping[str, Any] | None:
+        """Options of the job=serve that it starts for itself; ``None`` where it starts none."""
+        return None
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what this machine says against it."""
+        yield from ()
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the parts of what is measured, each in words."""
+        yield from ()
 
     @abstractmethod
     def run(self, context: Context) -> Results:

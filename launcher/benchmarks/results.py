@@ -79,7 +79,7 @@ class Results:
             yield f"| {case.name} | {' | '.join(cells)} |"
         yield from (
             "",
-            f"Median of {self.benchmark.repeats}, least to most in brackets; each in a process of its own.",
+            f"Median of {self.benchmark.repeats}, least to most in brackets; {self.benchmark.how}.",
             "",
         )
         yield from (f"- {key}: {value}" for key, value in machine.items())

@@ -7,6 +7,8 @@ _UNITS = {"_bytes": ("GB", 1e-9), "_s": ("s", 1.0)}
 
 def label(quantity: str) -> str:
     """Return ``peak (GB)`` for ``peak_bytes``."""
+    if quantity.endswith("_per_s"):
+        return f"{quantity.removesuffix('_per_s').replace('_', ' ')}/s"
     for ending, (unit, _) in _UNITS.items():
         if quantity.endswith(ending):
             return f"{quantity.removesuffix(ending).replace('_', ' ')} ({unit})"

@@ -14,6 +14,7 @@ from launcher.errors import ConfigError
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.context import Context
+    from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class Job(Component):
         """Yield why this job cannot be done with the rest of the run."""
         yield from ()
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield what this machine says against it: files, packages, ports."""
         yield from ()
 

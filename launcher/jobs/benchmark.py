@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.benchmarks.base import Benchmark
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
+from launcher.schema import build
 
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.context import Context
+    from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,26 @@ class Measure(Job):
         elif benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}")
+
+        elif benchmark.server_options is not None:
+            from launcher.jobs.serve import Serve
+
+            mistakes: list[ConfigError] = []
+            build(Serve, benchmark.server_options, path="benchmark.serve", report=mistakes.append)
+            yield from mistakes
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield what this machine says against the benchmark, and against the model it is about."""
+        yield from super().preflight(run, run_dir)
+        if isinstance(run.benchmark, Benchmark):
+            yield from run.benchmark.preflight()
+            if run.benchmark.needs_model:
+                yield from run.model.preflight()
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the parts of the benchmark."""
+        if isinstance(run.benchmark, Benchmark):
+            yield from run.benchmark.outline(run)
 
     def files(self) -> Iterator[str]:
         """Yield the results, for programs and for people."""

@@ -51,6 +51,9 @@ class GeneratingJob(Job):
     ageing_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
 
+    echo_step_s: float = 0.0
+    """Seconds that a step of ``engine=echo`` takes."""
+
     @property
     def limits(self) -> Limits:
         """What the engine is given of this."""
@@ -70,6 +73,6 @@ class GeneratingJob(Job):
         """Refuse sizes that nothing fits in."""
         yield from super().problems()
         yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
-        yield from self.below(0, "seed", "max_wait_s")
+        yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
         if self.ageing_s <= 0:
             yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

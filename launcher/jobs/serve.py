@@ -15,6 +15,7 @@ from launcher.wording import bytes_text, times
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.context import Context
+    from launcher.rundir import RunDir
 
 _ENDING_S = 5.0
 """Beyond the drain: to close connections and let engines go."""
@@ -93,15 +94,12 @@ class Serve(GeneratingJob):
     vllm_python: str | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
 
-    echo_step_s: float = 0.0
-    """Seconds that a step of ``engine=echo`` takes."""
-
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes and times that leave no server."""
         yield from super().problems()
         yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
         yield from self.below(1024, "max_body_bytes")
-        yield from self.below(0, "result_cache_bytes", "drain_s", "echo_step_s")
+        yield from self.below(0, "result_cache_bytes", "drain_s")
         for name in (
             "read_timeout_s",
             "queue_timeout_s",
@@ -190,7 +188,7 @@ class Serve(GeneratingJob):
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
             yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield missing packages, a port that is taken, keys that cannot be read."""
         yield from missing_packages(self)
         yield from address_problems(self)

@@ -1,4 +1,4 @@
-"""Which engine a replica builds: the run's own, or the one that needs no model."""
+"""Which engine a rank or a replica builds: the run's own, or the one that needs no model."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from launcher.serving.echo import Echo
 
 if TYPE_CHECKING:
     from launcher.config import Run
-    from launcher.jobs.serve import Serve
+    from launcher.jobs.generating import GeneratingJob
 
 _CONTEXT, _VOCAB_SIZE = 2048, 1 << 20
 """Of an echo of a model whose sizes are not known."""
 
 
-def chosen_generator(run: Run, job: Serve, *, beat: Callable[[], None]) -> Generator:
-    """Return the engine of a replica, built and not warmed up.
+def chosen_generator(run: Run, job: GeneratingJob, *, beat: Callable[[], None], local_rank: int = 0) -> Generator:
+    """Return an engine with the whole model, built and not warmed up.
 
     Raises:
         ConfigError: it cannot be built as asked.
@@ -29,4 +29,4 @@ def chosen_generator(run: Run, job: Serve, *, beat: Callable[[], None]) -> Gener
         return Echo(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
     from launcher.serving.make import make_generator
 
-    return make_generator(run, limits=job.limits, rank=0, world_size=1, beat=beat)
+    return make_generator(run, limits=job.limits, rank=0, world_size=1, beat=beat, local_rank=local_rank)

@@ -141,7 +141,8 @@ class Session:
             case _:
                 self._judge.hear(host, message, now=time.monotonic())
                 if isinstance(message, RankBeat) and message.rank == 0:
-                    self._console.progress(message.step or 0, self._plan.work.steps, message.numbers)
+                    total = int(message.numbers.get("steps", self._plan.work.steps))  # of lines, only ranks know
+                    self._console.progress(message.step or 0, total, message.numbers)
 
     def _keep(self, agent: str, part: FilePart) -> None:
         """Write down what arrives of a host's files, and have patience with whoever sends them."""

@@ -1,0 +1,112 @@
+"""A queue of requests that is there at once, answered by an engine in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from launcher.benchmarks.batching import ARTICLE
+from launcher.benchmarks.load.figures import percentile
+from launcher.benchmarks.load.lengths import parse_lengths
+from launcher.serving.make import make_generator
+from launcher.serving.values import Request, Sampling
+from launcher.serving.words import open_words
+from launcher.training.metrics import MetricsWriter
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.batching import BatchingBenchmark
+    from launcher.context import Context
+    from launcher.serving.base import Generator
+
+
+def answer_in_turn(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
+    """Answer the same queue under each way in turn, A B A B; return what was found by way.
+
+    The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
+    """
+    run = context.run
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in benchmark.ways}
+    done, total = 0, benchmark.num_measurements
+    requests = list(queue_of(benchmark, context))
+    with MetricsWriter(context.run_dir.metrics) as metrics:
+        for round_ in range(benchmark.repeats):
+            for way in benchmark.ways:
+                tell = partial(context.heartbeat.beat, step=done, steps=total)
+                build = partial(tell, "build")
+                generator = make_generator(run, limits=benchmark.limits(way), rank=0, world_size=1, beat=build)
+                try:
+                    for _ in range(benchmark.warmup if round_ == 0 else 0):
+                        answer(generator, requests[: benchmark.max_batch], beat=partial(tell, "warm up"))
+                    sample = answer(generator, requests, beat=partial(tell, "measure"))
+                finally:
+                    generator.close()
+                found[way].append(sample)
+                done += 1
+                numbers = {name: value for name, value in sample.items() if isinstance(value, int | float)}
+                metrics.record(done, **{f"benchmark/{way}/{name}": value for name, value in numbers.items()})
+                told = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
+                print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {told}", flush=True)
+    return found
+
+
+def queue_of(benchmark: BatchingBenchmark, context: Context) -> Iterator[Request]:
+    """Yield the requests, always the same for the same seed."""
+    random_ = random.Random(context.run.job.seed)
+    outputs = parse_lengths(benchmark.outputs)
+    prompts = itertools.islice(_prompts(benchmark, context, random_), benchmark.requests)
+    for number, prompt in enumerate(prompts):
+        sampling = Sampling(max_tokens=outputs.draw(random_), ignore_end=True)
+        yield Request(id=str(number), prompt=prompt, sampling=sampling)
+
+
+def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Random) -> Iterator[tuple[int, ...]]:
+    if benchmark.inputs == "article":
+        words = open_words(benchmark.tokenizer, context.run, beat=lambda: context.heartbeat.beat("load"))
+        yield from itertools.cycle([tuple(words.encode(text)) for text in ARTICLE])
+    shape = context.run.model.shape()
+    vocabulary = shape.vocab_size if shape is not None else 256
+    lengths = parse_lengths(benchmark.inputs)
+    while True:
+        yield tuple(random_.choices(range(vocabulary), k=lengths.draw(random_)))
+
+
+def answer(generator: Generator, requests: list[Request], *, beat: Callable[[], None]) -> dict[str, Any]:
+    """Hand an engine all requests at once and return what it took.
+
+    ``each_s`` is the time of all divided by their number, as the article has it; ``whole`` is how long one of them took
+    from being handed over to its last token. ``padding_share`` is that of all positions that were computed.
+    """
+    before = generator.stats()
+    started = time.perf_counter()
+    for request in requests:
+        generator.add(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    ended: dict[str, float] = {}
+    while len(ended) < len(requests):
+        for update in generator.step():
+            tokens[update.request] += [token.id for token in update.tokens]
+            if update.finish is not None:
+                assert update.finish == "length", f"{update.request} ended as {update.finish}: {update.problem}"
+                ended[update.request] = time.perf_counter() - started
+        beat()
+    elapsed_s, after = time.perf_counter() - started, generator.stats()
+    padding = after.padding_tokens_total - before.padding_tokens_total
+    useful = after.prompt_tokens_total - before.prompt_tokens_total
+    useful += after.generated_tokens_total - before.generated_tokens_total
+    return {
+        "elapsed_s": elapsed_s,
+        "requests_per_s": len(requests) / elapsed_s,
+        "each_s": elapsed_s / len(requests),
+        "whole_mean_s": statistics.fmean(ended.values()),
+        "whole_p50_s": percentile(list(ended.values()), 50),
+        "whole_p99_s": percentile(list(ended.values()), 99),
+        "padding_share": padding / (padding + useful),
+        "tokens": sum(map(len, tokens.values())),
+        "answers": hashlib.sha256(repr([tokens[request.id] for request in requests]).encode()).hexdigest(),
+    }

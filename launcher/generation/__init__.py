@@ -1,0 +1,1 @@
+"""Files of prompts to files of answers: the work of ``job=generate``."""

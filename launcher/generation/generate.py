@@ -1,0 +1,116 @@
+"""``job=generate`` on a rank: its share of the lines, and on rank 0 the output."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from launcher.errors import ConfigErrors
+from launcher.generation.merge import merge
+from launcher.generation.parts import Index, PartWriter
+from launcher.generation.source import BadSource
+from launcher.generation.task import keep_task, stored_task, task_of
+from launcher.generation.work import Worker
+from launcher.serving.choose import chosen_generator
+from launcher.serving.words import open_words
+from launcher.training.memory import peak_bytes
+from launcher.training.metrics import MetricsWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from launcher.context import Context
+    from launcher.jobs.generate import Generate
+    from launcher.training.preemption import Preemption
+
+_POLL_S = 0.2
+
+
+def generate(job: Generate, context: Context, preemption: Preemption) -> None:
+    """Generate on this rank what is not there yet; rank 0 then puts all answers in order.
+
+    Raises:
+        ConfigError: the input cannot be read, or the run directory holds answers to something else.
+        SystemExit: with the code that means "resume me", when the run was asked to make room.
+    """
+
+    def beat() -> None:
+        context.heartbeat.beat("load")
+
+    source, folder, output = job.source(), context.run_dir.generated, job.output_path(context.run_dir)
+    try:
+        size = source.count(beat=beat)
+        task = task_of(context.run, job, source, digest=source.digest(beat=beat))
+    except (BadSource, OSError) as error:
+        raise job.refuse("input", str(error), "mend the file, or set job.format") from error
+    folder.mkdir(exist_ok=True)
+    stored = stored_task(folder)
+    if stored is not None and (problems := list(task.problems(stored, job))):
+        raise ConfigErrors(problems)
+    if (folder / "done").exists() and output.exists():
+        print(f"all {size:,} lines are in {output} already", flush=True)
+        return
+    if stored is None:
+        keep_task(folder, task)
+    index = Index(folder, size)
+    index.scan()
+    before = index.num_tokens
+    share = _share(context, index)
+    words = open_words(job.tokenizer, context.run, beat=beat)
+    generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
+    preemption.hold()
+    started = time.monotonic()
+    with PartWriter(folder / f"rank{context.rank}.part") as parts:
+        worker = Worker(
+            records=source.records(share),
+            usual=job.usual,
+            words=words,
+            generator=generator,
+            parts=parts,
+            index=index,
+            preemption=preemption,
+            at_once=job.at_once,
+            seed=job.seed,
+            beat=lambda done, speed: context.heartbeat.beat("generate", done, steps=size, tokens_per_s=speed),
+        )
+        worker.run()
+        generator.close()
+        parts.sync()
+        if not context.is_main:
+            return
+        while not index.is_complete:  # the other ranks are still at it
+            worker.leave_if_asked()
+            worker.tell()
+            time.sleep(_POLL_S)
+    seconds = time.monotonic() - started
+    merge(index, output, beat=lambda: context.heartbeat.beat("merge", size))
+    _conclude(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
+    (folder / "done").touch()
+    for part in folder.glob("*.part"):
+        part.unlink()
+    print(f"answers: {output}", flush=True)
+
+
+def _share(context: Context, index: Index) -> Callable[[int], bool]:
+    """Return which records this rank does: one in so many, unless it is there already."""
+    return lambda number: number % context.world_size == context.rank and number not in index
+
+
+def _conclude(context: Context, index: Index, *, size: int, seconds: float, tokens: int) -> None:
+    """Record what was done, and say it."""
+    with MetricsWriter(context.run_dir.metrics) as metrics:
+        metrics.record(
+            size,
+            **{
+                "generate/lines": size,
+                "generate/errors": index.num_errors,
+                "generate/tokens": index.num_tokens,
+                "perf/tokens_per_s": tokens / seconds,
+                "memory/peak_bytes": peak_bytes(cuda=torch.cuda.is_available()),
+            },
+        )
+    bad = f", {index.num_errors:,} of them bad: each says why in its field error" if index.num_errors else ""
+    speed = f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    print(f"{size:,} lines{bad}; {speed}", flush=True)

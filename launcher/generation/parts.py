@@ -1,0 +1,146 @@
+"""Answers on disk as they come: a file for each rank, which only grows, and an index of what all files hold.
+
+A line of such a file is ``number tokens kind checksum JSON``. One that was cut, by a killed process or a full disk,
+does not match its checksum: it counts as missing, wherever it stands, and its record is done again.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import zlib
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+_SYNC_S = 1.0
+"""Answers of so many seconds are lost at most when the power fails; a killed process loses none."""
+_MISSING = 2**64 - 1
+_OFFSET_BITS = 44
+"""Files of 16 TiB, and a million of them."""
+
+
+class PartWriter:
+    """Appends the answers of one rank.
+
+    Args:
+        path: the file; a last line that was cut is closed, so that what follows stands on lines of its own.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a+b")
+        size = self._file.seek(0, os.SEEK_END)
+        if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
+            self._file.write(b"\n")
+        self._synced_at = time.monotonic()
+
+    def append(self, number: int, answer: bytes, *, tokens: int = 0, is_error: bool = False) -> None:
+        """Write an answer; it is out of this process when this returns.
+
+        Args:
+            number: of its record.
+            answer: one line of JSON, without its end.
+            tokens: how many were generated.
+            is_error: whether it says what is wrong with the line.
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        assert b"\n" not in answer, "an answer is one line"
+        kind = b"e" if is_error else b"a"
+        self._file.write(b"%d %d %s %08x %s\n" % (number, tokens, kind, zlib.crc32(answer), answer))
+        self._file.flush()
+        if time.monotonic() - self._synced_at > _SYNC_S:
+            self.sync()
+
+    def sync(self) -> None:
+        """Have everything survive a power cut."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._synced_at = time.monotonic()
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.sync()
+        self._file.close()
+
+
+class Index:
+    """Where the answer to each record is: eight bytes for each, so millions fit.
+
+    Args:
+        folder: of the parts.
+        size: records of the input.
+    """
+
+    def __init__(self, folder: Path, size: int) -> None:
+        self._folder = folder
+        self._places = array("Q", [_MISSING]) * size
+        self._files: list[Path] = []
+        self._read: dict[Path, int] = {}
+        self.num_done = self.num_errors = self.num_tokens = 0
+
+    def __contains__(self, number: int) -> bool:
+        return self._places[number] != _MISSING
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every record has its answer."""
+        return self.num_done == len(self._places)
+
+    def scan(self) -> None:
+        """Take in what has been written since the last call, by whichever rank."""
+        for path in sorted(self._folder.glob("*.part")):
+            if path not in self._read:
+                self._files.append(path)
+                self._read[path] = 0
+            with path.open("rb") as file:
+                file.seek(self._read[path])
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # it is being written, or was cut
+                    self._take(path, self._read[path], line)
+                    self._read[path] += len(line)
+
+    def _take(self, path: Path, offset: int, line: bytes) -> None:
+        found = parse_part_line(line)
+        if found is None or found[0] >= len(self._places) or found[0] in self:
+            return
+        number, tokens, is_error, _ = found
+        self._places[number] = self._files.index(path) << _OFFSET_BITS | offset
+        self.num_done += 1
+        self.num_tokens += tokens
+        self.num_errors += is_error
+
+    def answers(self) -> Iterator[bytes]:
+        """Yield the answers in the order of records, each with its end of line."""
+        opened: list[BinaryIO] = [path.open("rb") for path in self._files]
+        try:
+            for place in self._places:
+                assert place != _MISSING, "asked for before all are there"
+                file = opened[place >> _OFFSET_BITS]
+                file.seek(place & ((1 << _OFFSET_BITS) - 1))
+                found = parse_part_line(file.readline())
+                assert found is not None, "it was whole when it was indexed"
+                yield found[3] + b"\n"
+        finally:
+            for file in opened:
+                file.close()
+
+
+def parse_part_line(line: bytes) -> tuple[int, int, bool, bytes] | None:
+    """Return number, tokens, whether it is an error, and the answer; ``None`` for a line that is not whole."""
+    parts = line.rstrip(b"\n").split(b" ", 4)
+    if len(parts) != 5:
+        return None
+    number, tokens, kind, checksum, answer = parts
+    try:
+        if int(checksum, 16) != zlib.crc32(answer):
+            return None
+        return int(number), int(tokens), kind == b"e", answer
+    except ValueError:
+        return None

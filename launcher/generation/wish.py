@@ -1,0 +1,132 @@
+"""What a line asks for: its prompt as tokens, and how to continue it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, cast
+
+from launcher.errors import ConfigError
+from launcher.generation.ranges import out_of_range
+from launcher.generation.source import Record
+from launcher.schema import build
+from launcher.serving.values import Sampling
+from launcher.serving.words import NoTemplate, Words
+from launcher.suggest import did_you_mean
+
+SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
+FIELDS = ("prompt", "messages", "id", "stop", *SAMPLING_FIELDS)
+"""All that a line may say."""
+
+_SEED_BYTES = 6
+
+
+class BadLine(Exception):
+    """A line asks for what there is not; the message says what."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wish:
+    """One line, ready for an engine."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    stop: tuple[str, ...]
+    """Texts that end the answer and are no part of it."""
+
+
+def wish_of(record: Record, usual: Mapping[str, Any], words: Words, *, seed: int) -> Wish:
+    """Return what a record asks for.
+
+    Args:
+        record: the line.
+        usual: values of ``stop`` and of sampling fields that hold where the line says nothing.
+        words: the tokenizer.
+        seed: of the run: a line that draws tokens and names no seed gets one from it and its own number.
+
+    Raises:
+        BadLine: it cannot be done.
+    """
+    if record.problem:
+        raise BadLine(record.problem)
+    for name in record.fields:
+        if name not in FIELDS:
+            raise BadLine(f"{name}: no such field; {did_you_mean(name, FIELDS)}")
+    given = {name: value for name, value in record.fields.items() if value is not None}
+    asked = {**usual, **given}
+    sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
+    if sampling.seed is None and sampling.temperature > 0:
+        asked["seed"] = seed_of(seed, record.line)
+        sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
+    return Wish(prompt=_prompt(given, words), sampling=sampling, stop=_stop(asked.get("stop", ())))
+
+
+def seed_of(seed: int, line: int) -> int:
+    """Return the seed of a line: always the same, and unlike those of other lines and other runs."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:_SEED_BYTES])
+
+
+def _sampling(values: Mapping[str, Any]) -> Sampling:
+    mistakes: list[ConfigError] = []
+    built = build(Sampling, values, path="", report=mistakes.append)
+    if built is None:
+        raise BadLine("; ".join(map(str, mistakes)))
+    problems = [f"{name}={getattr(built, name)}: {why}" for name, why, _ in out_of_range(built)]
+    if problems:
+        raise BadLine("; ".join(problems))
+    return built
+
+
+def _prompt(given: Mapping[str, Any], words: Words) -> tuple[int, ...]:
+    if ("prompt" in given) == ("messages" in given):
+        raise BadLine("needs prompt or messages, and not both")
+    ids = _chat(given["messages"], words) if "messages" in given else _text_or_ids(given["prompt"], words)
+    if not ids:
+        raise BadLine("prompt: is empty")
+    return tuple(ids)
+
+
+def _text_or_ids(prompt: Any, words: Words) -> list[int]:
+    if isinstance(prompt, str):
+        return words.encode(_sound(prompt, "prompt"))
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return cast("list[int]", prompt)
+    raise BadLine("prompt: takes text, or a list of token numbers")
+
+
+def _chat(messages: Any, words: Words) -> list[int]:
+    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
+        raise BadLine("messages: takes a list of objects with role and content, both text")
+    for message in messages:
+        _sound(message["content"], "messages")
+    try:
+        return words.encode(words.render(messages), special=False)
+    except NoTemplate as error:
+        raise BadLine("messages: this tokenizer has no chat template; give prompt instead") from error
+    except ValueError as error:
+        raise BadLine(f"messages: {error}") from error
+
+
+def _is_message(message: Any) -> bool:
+    return (
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and all(isinstance(value, str) for value in message.values())
+    )
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
+        raise BadLine("stop: takes a text or a list of texts, none of them empty")
+    return tuple(strings)
+
+
+def _sound(text: str, field: str) -> str:
+    r"""Return a text that UTF-8 can write: JSON's ``\ud800`` alone is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine(f"{field}: holds half of a surrogate pair, which is no character") from error
+    return text

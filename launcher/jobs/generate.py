@@ -1,0 +1,163 @@
+"""Continue a file of prompts: one answer a line, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from launcher.errors import ConfigError
+from launcher.generation.source import Format, Source
+from launcher.generation.task import stored_task, task_of
+from launcher.jobs.generating import GeneratingJob
+
+if TYPE_CHECKING:
+    from launcher.config import Run
+    from launcher.context import Context
+    from launcher.rundir import RunDir
+
+SAMPLE = "sample"
+_USUAL = (
+    *("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "no_repeat_ngram", "beams"),
+)
+"""Options that are fields of a line, too."""
+_FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(GeneratingJob):
+    """Every rank has the model and does its share of the lines; what a line says itself wins over the options here."""
+
+    kind: ClassVar[str] = "generate"
+
+    input: str = SAMPLE
+    """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
+    numbers) or ``messages`` (a chat), and whatever of ``id``, ``stop`` and the ways to sample it wants otherwise."""
+
+    format: Literal["auto", "jsonl", "csv", "text"] = "auto"
+    """How it is written; ``auto`` goes by the ending: .jsonl, .csv with a header, .txt with a prompt a line."""
+
+    output: str | None = None
+    """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
+
+    tokenizer: str = "model"
+    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
+    byte, else a local folder that holds one."""
+
+    max_tokens: int = 128
+    """Tokens of an answer at most."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are no part of it."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 draws from all."""
+
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probabilities add up to this."""
+
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the most likely one."""
+
+    repetition_penalty: float = 1.0
+    """Divide scores of tokens that are in prompt or answer by this."""
+
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens occurs twice; 0 allows all."""
+
+    beams: int = 1
+    """Sequences that beam search keeps; 1 is no beam search."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sampling that is none, and endings that say nothing of the format."""
+        from launcher.generation.ranges import out_of_range
+        from launcher.serving.values import Sampling
+
+        yield from super().problems()
+        sampling = {name: value for name, value in self.usual.items() if name != "stop"}
+        for name, why, better in out_of_range(Sampling(**sampling)):
+            yield self.refuse(name, why, f"set job.{name}={better:g}")
+        if self.engine in ("transformers", "vllm"):
+            yield self.refuse("engine", "does not work through files yet", "set job.engine=slots")
+        if "" in self.stop:
+            yield self.refuse("stop", "an empty text would end every answer", "leave it out")
+        if self.format == "auto" and self.input != SAMPLE and Path(self.input).suffix.lower() not in _FORMATS:
+            yield self.refuse(
+                "input", f"its ending is none of {', '.join(_FORMATS)}", "set job.format=jsonl, csv or text"
+            )
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Values of a line's fields where it says nothing."""
+        return {name: getattr(self, name) for name in _USUAL}
+
+    @property
+    def at_once(self) -> int:
+        """Requests that an engine works on together."""
+        return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+
+    def source(self) -> Source:
+        """Return the input."""
+        if self.input == SAMPLE:
+            return Source(path=Path(__file__).parent.parent / "generation" / "sample.jsonl", format="jsonl")
+        path = Path(self.input).expanduser()
+        format_: Format = _FORMATS[path.suffix.lower()] if self.format == "auto" else self.format
+        return Source(path=path, format=format_)
+
+    def output_path(self, run_dir: RunDir) -> Path:
+        """Return the file of answers."""
+        return Path(self.output).expanduser() if self.output else run_dir.path / "generated.jsonl"
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return 0: the lines are counted by the ranks, who read the file."""
+        return 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse a model that is spread over ranks."""
+        yield from super().refusals(run, world_size=world_size)
+        if self.spreads(run):
+            why = "here every rank has the whole model and lines of its own"
+            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=ddp")
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
+        yield from super().preflight(run, run_dir)
+        source, output = self.source(), self.output_path(run_dir)
+        if not source.path.is_file():
+            yield self.refuse("input", "there is no such file", "give a file of prompts, or job.input=sample")
+            return
+        if not output.parent.is_dir() and self.output is not None:
+            yield self.refuse("output", f"there is no folder {output.parent}", "make it, or choose another")
+        stored = stored_task(run_dir.generated)
+        if stored is not None:
+            yield from task_of(run, self, source, digest=source.digest()).problems(stored, self)
+        elif output.exists():
+            yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield from where to where, and how requests are put together."""
+        yield "input", f"{self.input} ({self.source().format})"
+        yield "output", self.output or "generated.jsonl"
+        yield "engines", f"engine={self.engine} on each of {world_size} ranks" if world_size > 1 else self.engine
+        yield "batching", f"{self.batching}, {self.at_once} sequences at once"
+
+    def files(self) -> Iterator[str]:
+        """Yield the answers, unless they go elsewhere, and where they are until all are there."""
+        if self.output is None:
+            yield "generated.jsonl"
+        yield "generated/ (until all lines are done)"
+
+    def run(self, context: Context) -> None:
+        """Do this rank's share."""
+        from launcher.training.preemption import Preemption
+
+        preemption = Preemption()
+        preemption.listen()  # before the slow imports: until there is an answer to keep, whoever is asked leaves
+        from launcher.generation.generate import generate
+
+        generate(self, context, preemption)

@@ -1,0 +1,163 @@
+"""Our server against others on the same model, measured in turn by the same load generator.
+
+    python scripts/bench/serving_peers_make.py DIR                      environments and models, once
+    python scripts/bench/serving_peers.py --peers DIR --out cells.json  measure what is missing there, print the table
+    python scripts/bench/serving_peers.py --peers DIR --out cells.json --table
+
+All servers are started at first and stay; all but the one that is measured stand still (SIGSTOP). Rounds go through all
+of them, A B A B, so that a slow minute of the machine hits all. Every server gets the same prompts; each round has its
+own, so that no cache of prompts helps. Load is a closed loop for some seconds; what counts are the tokens that came
+after the ramp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import describe_machine
+from serving_peers_start import Peer, Server, peers, versions
+from serving_peers_table import table
+
+from launcher.benchmarks.load.calls import drawn_calls
+from launcher.benchmarks.load.client import Target
+from launcher.benchmarks.load.drive import closed_loop
+from launcher.benchmarks.load.figures import Slo, figures, tokens_between
+from launcher.benchmarks.load.http import parse_address
+from launcher.benchmarks.load.lengths import parse_lengths
+from launcher.files import read_json, write_json
+
+CONTEXTS = {"mixed": ("16-256", "16-128"), "512+": ("512-768", "32-96")}
+"""Words of a prompt and tokens of an answer, by name."""
+CONCURRENCY = (1, 4, 8, 16, 32)
+_EACH_ALONE = ("generate, one by one",)
+"""Servers whose throughput does not depend on how many wait: measured at the ends only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One measurement."""
+
+    peer: str
+    context: str
+    concurrency: int
+    round_: int
+
+    @property
+    def name(self) -> str:
+        """Its key in the file of cells."""
+        return f"{self.peer} | {self.context} | {self.concurrency} | {self.round_}"
+
+
+def cells(names: Sequence[str], *, contexts: Sequence[str], concurrency: Sequence[int], rounds: int) -> list[Cell]:
+    """Return all cells in the order in which they are measured: servers take turns first."""
+    return [
+        Cell(peer=peer, context=context, concurrency=count, round_=round_)
+        for round_, context, count, peer in itertools.product(range(rounds), contexts, concurrency, names)
+        if peer not in _EACH_ALONE or count in (min(concurrency), max(concurrency))
+    ]
+
+
+def measure(cell: Cell, server: Server, *, seconds: float, ramp_s: float) -> dict[str, Any]:
+    """Return the figures of one cell; ``tokens_per_s`` is that after the ramp."""
+    inputs, outputs = map(parse_lengths, CONTEXTS[cell.context])
+    seed = 1000 * cell.round_ + cell.concurrency
+    peer = server.peer
+    target = Target(address=parse_address(server.url), model=peer.model, extra=peer.extra)
+    calls = drawn_calls(seed=seed, inputs=inputs, outputs=outputs)
+    load = closed_loop(target, calls, concurrency=cell.concurrency, seconds=seconds)
+    found: dict[str, Any] = figures(load, slo=Slo())
+    found["tokens_per_s"] = tokens_between(load.outcomes, ramp_s, load.elapsed_s) / (load.elapsed_s - ramp_s)
+    found["load_average"] = os.getloadavg()[0]
+    found["why"] = sorted({outcome.why for outcome in load.outcomes if outcome.why})[:3]
+    return found
+
+
+def start(wanted: Mapping[str, Peer], *, logs: Path) -> tuple[dict[str, Server], dict[str, str]]:
+    """Start servers one after the other; return those that answer, and why the others do not."""
+    running, troubles = {}, {}
+    for name, peer in wanted.items():
+        print(f"starting {name}", flush=True)
+        try:
+            server = Server(peer, logs=logs)
+        except OSError as error:
+            troubles[name] = str(error)
+            continue
+        try:
+            server.wait()
+        except RuntimeError as trouble:
+            print(trouble, flush=True)
+            troubles[name] = str(trouble).splitlines()[0]
+            server.close()
+        else:
+            print(f"  it says: {server.ask('The capital of France is', max_tokens=12)!r}", flush=True)
+            server.pause()
+            running[name] = server
+    return running, troubles
+
+
+def main() -> None:
+    """Measure, keep every cell as soon as it is there, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peers", type=Path, required=True, help="folder that serving_peers_make.py filled")
+    parser.add_argument("--out", type=Path, required=True, help="file of cells; those in it are not measured again")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a cell")
+    parser.add_argument("--ramp", type=float, default=6.0, help="seconds at the start of a cell that do not count")
+    parser.add_argument("--only", nargs="*", help="names of servers, or parts of names")
+    parser.add_argument("--contexts", nargs="*", default=list(CONTEXTS), choices=CONTEXTS)
+    parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY))
+    parser.add_argument("--table", action="store_true", help="measure nothing")
+    arguments = parser.parse_args()
+    known = peers(arguments.peers.resolve())
+    wanted = {name: peer for name, peer in known.items() if not arguments.only or _is_named(name, arguments.only)}
+    kept = read_json(arguments.out) if arguments.out.exists() else {"cells": {}, "machine": [], "versions": {}}
+    if not arguments.table:
+        todo = cells(
+            list(wanted), contexts=arguments.contexts, concurrency=arguments.concurrency, rounds=arguments.rounds
+        )
+        todo = [cell for cell in todo if cell.name not in kept["cells"]]
+        print(f"{len(todo)} cells, about {len(todo) * arguments.seconds / 60:.0f} minutes", flush=True)
+        _measure_all(todo, wanted, kept, arguments)
+    print(table(kept, peers=list(known), contexts=list(CONTEXTS)))
+
+
+def _is_named(name: str, parts: Sequence[str]) -> bool:
+    return any(part == name or (part in name and part not in ("generate",)) for part in parts)
+
+
+def _measure_all(
+    todo: Sequence[Cell], wanted: Mapping[str, Peer], kept: dict[str, Any], arguments: argparse.Namespace
+) -> None:
+    logs = arguments.out.resolve().with_suffix("")
+    logs.mkdir(parents=True, exist_ok=True)
+    names = {cell.peer for cell in todo}
+    running, troubles = start({name: peer for name, peer in wanted.items() if name in names}, logs=logs)
+    kept["versions"] |= {name: versions(peer) for name, peer in wanted.items()}
+    kept["machine"].append(describe_machine())
+    kept["troubles"] = troubles
+    try:
+        for number, cell in enumerate(todo, 1):
+            if cell.peer not in running:
+                continue
+            server = running[cell.peer]
+            server.go_on()
+            found = measure(cell, server, seconds=arguments.seconds, ramp_s=arguments.ramp)
+            server.pause()
+            kept["cells"][cell.name] = found
+            write_json(arguments.out, kept)
+            told = json.dumps({key: round(found[key], 3) for key in ("tokens_per_s", "requests", "errors")})
+            print(f"{number}/{len(todo)}  {cell.name}: {told} load {found['load_average']:.1f}", flush=True)
+    finally:
+        for server in running.values():
+            server.close()
+
+
+if __name__ == "__main__":
+    main()

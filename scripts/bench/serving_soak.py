@@ -1,0 +1,202 @@
+"""Twenty minutes at twice what a server can do, with clients that vanish, nonsense, and engines that are killed.
+
+    python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32
+
+What follows ``--`` are overrides of the ``job=serve`` that is started here. Every prompt's greedy answer is asked for
+beforehand, alone; any other text under load is a mix-up. The result cache is off: every answer is computed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from harness import describe_machine
+from soak_server import SoakServer
+from soak_watch import Watch
+
+from launcher.benchmarks.load.calls import Call, arrivals, drawn_calls
+from launcher.benchmarks.load.client import Pool, Target, carry_out
+from launcher.benchmarks.load.drive import closed_loop
+from launcher.benchmarks.load.http import Connection, Trouble, parse_address
+from launcher.benchmarks.load.lengths import parse_lengths
+from launcher.benchmarks.load.outcome import Outcome
+
+NUM_PROMPTS = 40
+CANCELLED, MALFORMED = 0.10, 0.05
+"""Shares of requests whose client vanishes, and of those that are nonsense."""
+NONSENSE = (
+    b"{",
+    b"[]",
+    b'{"prompt": "\xff", "max_tokens": 4}',
+    b'{"model": "no such model", "prompt": "a", "max_tokens": 4}',
+    b'{"prompt": "a", "max_tokens": -1}',
+    b'{"prompt": "a", "max_tokens": 1e99}',
+    b'{"prompt": 5}',
+    b'{"prompt": "a", "no_such_field": 1}',
+    b'{"prompt": "' + b"word " * 100_000 + b'", "max_tokens": 4}',
+)
+_REFUSED = ("429", "503")
+_LOST = ("cut", "timeout", "connect")
+_TIMEOUT_S = 300.0
+
+
+@dataclass
+class Tally:
+    """What became of requests."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+    """The first of each kind that should not be."""
+
+    def note(self, kind: str, why: str = "") -> None:
+        """Count one."""
+        self.counts[kind] += 1
+        if why:
+            self.examples.setdefault(kind, why)
+
+    def note_outcome(self, outcome: Outcome, expected: str) -> None:
+        """Count a request that was to be answered."""
+        if outcome.is_good:
+            is_right = outcome.text == expected
+            self.note("finished" if is_right else "MIXED", "" if is_right else f"{outcome.text!r}, not {expected!r}")
+        elif outcome.error in _REFUSED:
+            self.note("refused")
+        elif outcome.error in _LOST:
+            self.note("LOST", outcome.why)
+        else:
+            self.note("failed explicitly", outcome.why)
+
+
+def answers_alone(target: Target, calls: list[Call]) -> list[str]:
+    """Return the answer to each call, asked one after the other.
+
+    Raises:
+        RuntimeError: the server does not answer, or answers cannot be told apart.
+    """
+    outcomes = closed_loop(target, calls, concurrency=1).outcomes
+    for outcome in outcomes:
+        if not outcome.is_good:
+            raise RuntimeError(f"asked alone: {outcome.why}")
+    texts = [outcome.text for outcome in outcomes]
+    if len(set(texts)) < len(texts):
+        raise RuntimeError("two prompts have the same answer: a mix-up could not be told")
+    return texts
+
+
+async def storm(
+    target: Target, calls: list[Call], expected: list[str], *, rate: float, seconds: float, seed: int, tally: Tally
+) -> None:
+    """Send requests at a rate, and see each to its end."""
+    random_, pool, start = random.Random(seed), Pool(target), time.perf_counter()
+
+    async def one(number: int) -> None:
+        fate = random_.random()
+        which = random_.randrange(len(calls))
+        if fate < MALFORMED:
+            await _nonsense(target, random_.choice(NONSENSE), tally)
+            return
+        outcome = Outcome(number, due_s=time.perf_counter() - start)
+        task = carry_out(calls[which], outcome, pool, start=start)
+        if fate < MALFORMED + CANCELLED:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(task, random_.expovariate(1 / 2.0))
+            tally.note("cancelled" if outcome.error == "unfinished" else "ended before it was cancelled")
+            return
+        await task
+        tally.note_outcome(outcome, expected[which])
+
+    async with asyncio.TaskGroup() as group:
+        for number, at_s in enumerate(arrivals(seed=seed, rate=rate)):
+            if at_s > seconds:
+                break
+            await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
+            group.create_task(one(number))
+    pool.close()
+
+
+async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
+    """Send what must be refused with a status of the client's fault, in OpenAI's shape."""
+    connection = Connection(target.address, headers={})
+    try:
+        answer = await connection.post("/v1/completions", body)
+        text = await answer.body()
+        is_told = 400 <= answer.status < 500 and "message" in json.loads(text)["error"]
+        tally.note(
+            "nonsense refused" if is_told else "NONSENSE ACCEPTED", "" if is_told else f"{answer.status}: {text!r}"
+        )
+    except Trouble as trouble:
+        tally.note("NONSENSE LOST", f"{trouble} after {body[:60]!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        tally.note("NONSENSE ACCEPTED", f"no error in OpenAI's shape after {body[:60]!r}: {error}")
+    finally:
+        connection.close()
+
+
+def main() -> int:
+    """Run the storm and tell what came of it; the exit code is 1 where something should not have been."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0)
+    parser.add_argument("--times", type=float, default=2.0, help="of the capacity that is measured first")
+    parser.add_argument("--kill-every", type=float, default=120.0, help="seconds between engines that are killed")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--inputs", default="8-120", help="words of a prompt")
+    parser.add_argument("--outputs", default="8-48", help="tokens of an answer")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="of job=serve, after --")
+    arguments = parser.parse_args()
+    print(describe_machine("torch", "transformers"), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        server = SoakServer(arguments.overrides, replicas=arguments.replicas, folder=Path(folder))
+        try:
+            return soak(server, arguments)
+        finally:
+            server.kill()
+
+
+def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
+    """Do it to a server that has just been started."""
+    server.wait_until_ready()
+    target = Target(
+        address=parse_address(server.url),
+        model=server.model(),
+        extra={"ignore_eos": True},
+        timeout_s=_TIMEOUT_S,
+        keep_text=True,
+    )
+    inputs, outputs = parse_lengths(arguments.inputs), parse_lengths(arguments.outputs)
+    calls = list(islice(drawn_calls(seed=arguments.seed, inputs=inputs, outputs=outputs), NUM_PROMPTS))
+    expected = answers_alone(target, calls)
+    busy = closed_loop(target, (calls[number % len(calls)] for number in range(10**9)), concurrency=32, seconds=20.0)
+    capacity = sum(outcome.is_good for outcome in busy.outcomes) / busy.elapsed_s
+    rate, seconds = arguments.times * capacity, 60 * arguments.minutes
+    print(f"capacity {capacity:.2f} requests/s; {rate:.2f} a second for {arguments.minutes:g} minutes", flush=True)
+    tally = Tally()
+    with Watch(server, kill_every_s=arguments.kill_every, finished=lambda: tally.counts["finished"]) as watch:
+        asyncio.run(storm(target, calls, expected, rate=rate, seconds=seconds, seed=arguments.seed, tally=tally))
+    left = server.wait_until_idle()
+    code = server.terminate()
+    for kind, count in sorted(tally.counts.items()):
+        print(f"{kind}: {count}")
+    for kind, why in tally.examples.items():
+        print(f"  {kind}: {why[:400]}")
+    print("\n".join(watch.lines()))
+    print(f"requests left in engines afterwards: {left}; exit code after SIGTERM: {code}")
+    wrong = [kind for kind in tally.counts if kind.isupper()]
+    good = not wrong and not left and code == 0 and watch.is_honest and watch.is_flat
+    print("everything as it should be" if good else f"NOT as it should be: {', '.join(wrong) or 'see above'}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

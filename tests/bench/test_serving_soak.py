@@ -1,0 +1,41 @@
+"""The soak, for seconds, on engines that repeat prompts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SOAK = REPOSITORY / "scripts" / "bench" / "serving_soak.py"
+ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_step_s=0.02", "job.max_requests=4")
+
+
+def test_a_short_soak_of_echoing_engines() -> None:
+    words = ("--minutes", "0.4", "--kill-every", "10", "--inputs", "8-20", "--", *ECHO)
+    ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 0, told
+    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "engines killed: 2", "everything as it should be"):
+        assert word in told
+
+
+def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(SOAK.parent))
+    from serving_soak import Tally
+
+    from launcher.benchmarks.load.outcome import Outcome
+
+    tally = Tally()
+    for error, text in (
+        ("", "right"),
+        ("", "other"),
+        ("429", ""),
+        ("cut", ""),
+        ("timeout", ""),
+        ("frame", ""),
+        ("500", ""),
+    ):
+        tally.note_outcome(Outcome(0, due_s=0.0, error=error, why=error, text=text), "right")
+    assert tally.counts == {"finished": 1, "MIXED": 1, "refused": 1, "LOST": 2, "failed explicitly": 2}
+    assert tally.examples["MIXED"] == "'other', not 'right'"

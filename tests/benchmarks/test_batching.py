@@ -1,0 +1,62 @@
+"""Row 6 of the article: its fifty requests one by one and under each way of batching, by the real command."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launcher.errors import ConfigErrors
+from launcher.render import render
+
+TINY = (
+    *("+exp=batching_gpt2", "tracker=local", "model.layers=2", "model.heads=2", "model.width=32", "model.context=64"),
+    *("model.vocab_size=257", "benchmark.repeats=1", "benchmark.outputs=2-6"),
+)
+
+
+def test_the_articles_requests_get_the_same_answers_under_every_way(launch) -> None:
+    ended = launch(*TINY).expect(0)
+    found = json.loads((ended.run_dir / "benchmark.json").read_text())
+    assert list(found["cases"]) == ["none", "static", "dynamic", "continuous"]
+    facts = found["facts"]
+    assert len({fact["answers"] for fact in facts.values()}) == 1
+    assert len({fact["tokens"] for fact in facts.values()}) == 1
+    assert 50 * 2 < facts["none"]["tokens"] < 50 * 6
+    assert facts["none"]["padding_share"] == 0
+    for case in found["cases"].values():
+        assert case["requests_per_s"][0] == pytest.approx(50 / case["elapsed_s"][0])
+    table = (ended.run_dir / "benchmark.md").read_text()
+    for word in ("none: 50 requests in ", " ms a request", "answers: the same under every way (precision=fp32)"):
+        assert word in table
+    assert (ended.run_dir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arrival(launch) -> None:
+    words = ("benchmark.inputs=2-40", "benchmark.outputs=2", "benchmark.bucket=8", "benchmark.ways=[static,dynamic]")
+    ended = launch(*TINY, *words, "benchmark.max_batch=8").expect(0)
+    found = json.loads((ended.run_dir / "benchmark.json").read_text())["facts"]
+    assert 0 < found["dynamic"]["padding_share"] < found["static"]["padding_share"]
+    assert found["dynamic"]["answers"] == found["static"]["answers"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("benchmark.ways=[]", "names nothing to compare"),
+        ("benchmark.ways=[none,none]", "something twice"),
+        ("benchmark.inputs=many", "no distribution of lengths"),
+        ("benchmark.requests=0", "must be at least 1"),
+    ],
+)
+def test_what_compares_nothing_is_refused(plan_of, word, message) -> None:
+    with pytest.raises(ConfigErrors, match=message):
+        plan_of(*TINY, word)
+
+
+def test_the_plan_names_model_and_queue(plan_of) -> None:
+    from launcher.plan import Host
+
+    text = render(plan_of("+exp=batching_gpt2", hosts=[Host(name="box", slots=1, cores=4)]))
+    assert "gpt2, weights=random, precision=fp32" in text
+    assert "50 requests of article" in text

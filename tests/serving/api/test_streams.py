@@ -143,6 +143,19 @@ def test_the_queue_is_limited_and_says_when_to_come_back(serve: Start) -> None:
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
     assert tight.metric("requests_rejected_total", reason="queue_full") == len(full)
+    ended: list[str] = []
+
+    def ask(name: str, priority: int) -> None:
+        assert tight.complete(name, max_tokens=40, priority=priority).status_code == 200
+        ended.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(ask, "first", 0)
+        eventually(lambda: tight.metric("num_requests_running") == 1)
+        pool.submit(ask, "low", 0)
+        eventually(lambda: tight.metric("num_requests_waiting") == 1)
+        pool.submit(ask, "high", 1)
+    assert ended == ["first", "high", "low"]
 
 
 def test_deadlines_are_kept(serve: Start) -> None:

@@ -16,9 +16,10 @@ from launcher.serving.shapes import Shapes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_SPANS = ((0, 3), (3, 6), (6, 7))
-_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Of the largest score. Half precision rounds at each of many layers; what a missing part changes is far more."""
+_SPANS = ((0, 3), (3, 6), *((at, at + 1) for at in range(6, 12)))
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
+"""Half precision rounds at each of many layers (for SmolLM2 that is 0.01 to 0.04, and 0.2 for the odd token); what a
+missing part changes is far more."""
 
 
 class Sample:
@@ -63,17 +64,18 @@ class Sample:
         except NotImplementedError as error:
             raise refusal(model, f"asks for {error}") from error
         if not difference <= self.tolerance(model):
-            raise refusal(model, f"comes out different by {difference:.2g} of its largest score")
+            raise refusal(model, f"comes out different by {difference:.2g} of its scores")
 
     def difference(self, runner: Runner) -> float:
-        """Return the largest difference of scores, as a share of the largest score; the first page is written to."""
+        """Return the share of their norm by which scores differ, at the median token; the first page is written to."""
         ids = self._ids[0].tolist()
         plans = [
             StepPlan((Segment(start=start, tokens=tuple(ids[start:end]), pages=(0,), wanted=True),))
             for start, end in _SPANS
         ]
         found = torch.cat([runner.run(plan) for plan in plans])
-        return float((found - self._expected).abs().max() / self._expected.abs().max().clamp(min=1e-6))
+        shares = (found - self._expected).norm(dim=-1) / self._expected.norm(dim=-1).clamp(min=1e-6)
+        return float(shares.median() if found.isfinite().all() else torch.inf)
 
     @staticmethod
     def tolerance(model: PreTrainedModel) -> float:

@@ -68,8 +68,8 @@ def gathered(places: Places, query: Tensor, keys: Tensor, values: Tensor, *, sca
     if len(places.single):
         # heads that share keys are queries of one head
         asked = query[0][:, places.single].transpose(0, 1).reshape(-1, keys.shape[1], groups, width)
-        past = (arena[places.past].transpose(1, 2) for arena in (keys, values))
-        found = scaled_dot_product_attention(asked, *past, attn_mask=places.seen, scale=scale)
+        key, value = (arena[places.past].transpose(1, 2) for arena in (keys, values))
+        found = scaled_dot_product_attention(asked, key, value, attn_mask=places.seen, scale=scale)
         out[places.single] = found.reshape(len(places.single), heads, -1)
     for first, count, where in places.long:
         key, value = (arena[where].transpose(0, 1)[None].repeat_interleave(groups, 1) for arena in (keys, values))

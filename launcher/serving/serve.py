@@ -25,6 +25,11 @@ _FILES_OF_OURS = 256
 
 def serve(job: Serve, context: Context) -> None:
     """Serve until told to end."""
+    if context.world_size > 1:
+        from launcher.serving.spread import serve_over_ranks
+
+        serve_over_ranks(job, context)
+        return
     environ = _environ_of_engines(job)
 
     def start(number: int, pool: Pool) -> Remote:

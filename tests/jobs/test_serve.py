@@ -122,6 +122,19 @@ def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
         plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret", hosts=[ONE])
 
 
+def test_tensor_ranks_serve_as_one(launch_in_background, tmp_path: Path) -> None:
+    port = free_port()
+    words = ("model=llama_tiny", "parallel=tensor", "backend.ranks=2", "job.tokenizer=bytes", f"job.port={port}")
+    running = launch_in_background("job=serve", "tracker=local", *words, "run.dir=served")
+    running.wait_for_output("serving llama_tiny at")
+    body = {"model": "llama_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert read_json(tmp_path / "served" / "result.json")["status"] == "completed"
+
+
 def test_a_whole_run_serves_and_completes_when_told(launch_in_background, tmp_path: Path) -> None:
     port = free_port()
     words = ("model.layers=2", "model.width=32", "model.heads=2", "model.vocab_size=257", "job.tokenizer=bytes")

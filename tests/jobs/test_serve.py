@@ -74,8 +74,14 @@ def test_what_cannot_be_served_is_refused(plan_of, words: list[str], said: str) 
 def test_copies_are_replicas_and_no_ranks(plan_of) -> None:
     with pytest.raises(ConfigErrors, match=r"set backend.ranks=1 job.replicas=2"):
         plan_of("job=serve", "tracker=local")
-    with pytest.raises(ConfigErrors, match="set parallel=single"):
-        plan_of(*SERVE, "model=llama_tiny", "parallel=tensor")
+    tensor = ("job=serve", "tracker=local", "model=llama_tiny", "parallel=tensor")
+    assert plan_of(*tensor).world_size == 2
+    with pytest.raises(ConfigErrors, match=r"set backend.ranks=2"):
+        plan_of(*tensor, hosts=[ONE])
+    with pytest.raises(ConfigErrors, match="together are one engine"):
+        plan_of(*tensor, "job.replicas=2")
+    with pytest.raises(ConfigErrors, match="stages of a pipeline answer no requests yet"):
+        plan_of("job=serve", "tracker=local", "parallel=pipeline")
 
 
 def test_a_taken_port_is_refused_with_a_free_one() -> None:

@@ -66,7 +66,7 @@ class Judge:
         left = self._survey.left_early()
         if left is not None and all(suspect.is_consequence for suspect in suspects):
             return self._of_leaver(left, noticed=first_cause(suspects))
-        cause = first_cause(suspects)
+        cause = self._first_passed_on_alone() or first_cause(suspects)
         return self._of_signalled_launcher(cause) if self._was_only_passed_on(cause) else cause
 
     def is_unexplained(self, failure: Failure) -> bool:
@@ -182,6 +182,17 @@ class Judge:
             log=str(self._run_dir.log_of(host, end.rank)),
             time=end.time,
         )
+
+    def _first_passed_on_alone(self) -> Failure | None:
+        """Return the first rank that what had started it ended, on a host where nothing else failed: what ranks of
+        other hosts then say of broken connections came of that, however soon they say it. None where a cause is known.
+        """
+        failures = [suspect.failure for suspect in self._suspects.values()]
+        elsewhere = {failure.host for failure in failures if failure not in self._passed_on}
+        alone = [failure for failure in self._passed_on if failure.host not in elsewhere]
+        if not alone or not all(suspect.is_consequence for suspect in self._suspects.values()):
+            return None
+        return min(alone, key=lambda failure: failure.time)
 
     def _was_only_passed_on(self, cause: Failure) -> bool:
         """Return whether a signal from torchrun is all there is, and torchrun takes its time to end and say why."""

@@ -42,7 +42,7 @@ def test_rows_and_numbers_that_make_no_sense_are_refused() -> None:
 
 def test_launcher_and_peers_are_measured_in_turn_on_a_tiny_model(tmp_path: Path) -> None:
     words = ("--device", "cpu", "--model", "tiny", "--steps", "3", "--skip", "1", "--rounds", "1")
-    rows = ("launcher", "bare torch loop", "HF Trainer", "activation full")
+    rows = ("launcher", "bare torch loop", "HF Trainer")
     ended = gpu_check(*words, "--only", *rows, "--out", str(tmp_path / "report.md"))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     report = (tmp_path / "report.md").read_text()

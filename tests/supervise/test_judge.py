@@ -205,6 +205,16 @@ def test_a_signalled_torchrun_that_takes_its_time_is_named_by_what_it_passed_on(
     assert [victim.rank for victim in found.victims] == [0, 1]
 
 
+def test_a_signalled_torchrun_is_named_though_ranks_elsewhere_complained_first(judge):
+    error = "RuntimeError: Connection reset by peer"
+    judge.hear("a", RankRaised(rank=0, time=1.0, code=1, error=error, traceback=""), now=0.0)
+    judge.hear("a", ended(1, signal=15, time=1.2, by_launcher=True), now=0.1)
+    judge.hear("b", ended(2, signal=15, time=1.3, by_launcher=True), now=0.2)
+    assert judge.cause(now=1.0, all_over=False) is None
+    found = judge.cause(now=9.0, all_over=False)
+    assert (found.host, found.rank, found.reason) == ("b", None, "torchrun on b was ended by signal 15 (SIGTERM)")
+
+
 def test_ranks_that_torchrun_ended_in_its_own_failure_say_nothing_of_a_signal(judge):
     judge.hear("a", ended(1, signal=15, time=1.0, by_launcher=True), now=0.0)
     judge.hear("a", CommandEnded(name="torchrun", role="launcher", time=2.0, code=1, signal=None, tail=""), now=0.1)

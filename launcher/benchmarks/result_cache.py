@@ -24,7 +24,7 @@ ARTICLE = ("人工智能的发展", "机器学习的应用", "深度学习的未
 
 @dataclass(frozen=True, kw_only=True)
 class ResultCacheBenchmark(Benchmark):
-    """The model answers prompts in turn through the cache of results of ``job=serve``. The defaults are the article's."""
+    """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
 
     kind: ClassVar[str] = "result_cache"
     headline: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")

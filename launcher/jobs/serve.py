@@ -161,9 +161,19 @@ class Serve(GeneratingJob):
             fix = f"set backend.ranks={most}" + (f" job.replicas={world_size}" if most == 1 else "")
             why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}; copies are job.replicas"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
-        if self.spreads(run):
-            why = "a server's engine over several ranks does not exist yet; each engine is one process"
-            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single")
+        degrees = run.parallel.degrees(1)
+        if degrees.pipeline > 1:
+            why = "stages of a pipeline answer no requests yet"
+            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single or parallel=tensor")
+        if self.spreads(run) and self.engine != "slots":
+            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
+            yield self.refuse("engine", why, "set job.engine=slots or parallel=single")
+        if self.spreads(run) and self.replicas > 1:
+            why = f"the {most} ranks together are one engine"
+            yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
+        if world_size < most:
+            why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
             yield from self._refuse_for_vllm(run)
         shape = run.model.shape()

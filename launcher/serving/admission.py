@@ -40,8 +40,6 @@ def check(
             raise Refused(field, f"is {limit}, and must be at least 0")
     way = request.sampling
     _check_sampling(way, vocab_size)
-    if way.beams > 1:
-        raise Refused("beams", "beam search is not there yet")
     if way.beams > max_requests:
         raise Refused("beams", f"{way.beams} beams; at most {max_requests} sequences go on at a time")
     longest = min(len(request.prompt) + way.max_tokens, context)

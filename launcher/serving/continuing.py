@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
+from launcher.serving.beams import Beams
 from launcher.serving.rows import Row, Task
 from launcher.serving.sampling import Choice, change, pick, plain, tokens_of
 from launcher.serving.scheduler import Scheduler, Step
@@ -38,10 +40,12 @@ class Continuing:
     def __init__(self, scheduler: Scheduler, *, context: int, ends: Sequence[int]) -> None:
         self._scheduler, self._context, self._ends = scheduler, context, tuple(ends)
         self._choices: dict[Task, Choice] = {}
+        self._beams: dict[Task, Beams] = {}
 
     def forget(self, task: Task) -> None:
         """Let the state of a request go."""
         self._choices.pop(task, None)
+        self._beams.pop(task, None)
 
     def go_on(self, step: Step, scores: Tensor) -> list[Outcome]:
         """Return what each request of a step comes to.
@@ -54,12 +58,36 @@ class Continuing:
         if not rows:
             return []
         # the largest is not finite where any is not a number; minus infinity alone is how models rule tokens out
-        lost = [index for index, best in enumerate(scores.amax(-1).tolist()) if not isfinite(best)]
-        outcomes = [Outcome(rows[i].task, finish="error", problem="the model's scores are not finite") for i in lost]
-        kept = [i for i in range(len(rows)) if i not in lost]
-        if kept:
-            outcomes += self._sampled([rows[i] for i in kept], scores[kept] if lost else scores)
+        lost = {row.task for row, best in zip(rows, scores.amax(-1).tolist(), strict=True) if not isfinite(best)}
+        outcomes = [Outcome(task, finish="error", problem="the model's scores are not finite") for task in lost]
+        single = [i for i, row in enumerate(rows) if row.task not in lost and row.task.width == 1]
+        if single:
+            chosen = scores if len(single) == len(rows) else scores[single]
+            outcomes += self._sampled([rows[i] for i in single], chosen)
+        beams: dict[Task, list[int]] = defaultdict(list)
+        for index, row in enumerate(rows):
+            if row.task not in lost and row.task.width > 1:
+                beams[row.task].append(index)
+        outcomes += filter(None, (self._searched(task, scores[places]) for task, places in beams.items()))
         return outcomes
+
+    def _searched(self, task: Task, scores: Tensor) -> Outcome | None:
+        """Go on with a beam search, whose rows are all here."""
+        if task not in self._beams:
+            longest = min(task.request.sampling.max_tokens, self._context - len(task.request.prompt))
+            self._beams[task] = Beams(self._choice(task), ends=self._ends, longest=longest)
+        search = self._beams[task]
+        going = search.go_on(scores)
+        if going is None:
+            best = search.best
+            finish: Finish = "stop" if best[-1] in search.ends else "length"
+            return Outcome(task, tuple(Token(id=token) for token in best), finish)
+        old = task.rows
+        prompt = list(task.request.prompt)
+        task.rows = [self._scheduler.fork(old[beam.parent], prompt + beam.output) for beam in going]
+        for row in old:
+            self._scheduler.drop(row)
+        return None
 
     def _sampled(self, rows: Sequence[Row], scores: Tensor) -> list[Outcome]:
         choices = [self._choice(row.task) for row in rows]

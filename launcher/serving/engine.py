@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 class Runs(Protocol):
     """What computes plans."""
 
+    @property
+    def isolates(self) -> bool:
+        """Whether another plan may be tried after one that failed."""
+
     def run(self, plan: StepPlan) -> Tensor:
         """Return the scores that are asked for, in order; (wanted, vocabulary), fp32."""
 
@@ -155,7 +159,9 @@ class Slots(Generator):
         """Run a step; where it fails, run what each request has in it alone, to tell whose fault it is."""
         try:
             scores = self._runner.run(step.plan)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+        except Exception as error:  # whatever it is, the other requests go on
+            if not self._runner.isolates:
+                raise
             tasks = list(dict.fromkeys(row.task for row in step.rows))
             if len(tasks) == 1:
                 return [self._end(tasks[0], "error", f"{type(error).__name__}: {error}")]

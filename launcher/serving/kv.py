@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from launcher.serving.kernels.table import Table
 from launcher.serving.pages import PAGE
+from launcher.serving.places import Places, gathered
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from launcher.serving.kernels.attention import NativeAttention
+    from launcher.serving.kernels.library import Tokens
     from launcher.serving.plan import StepPlan
     from launcher.serving.shapes import Shapes
 
@@ -38,6 +42,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         self.values = [torch.zeros((size, *shape), dtype=dtype, device=device) for shape in shapes.values]
         self.scratch = num_pages
         self.step: Step | None = None
+        self.kernels: NativeAttention | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write those of this step; (1, heads, tokens, width) each."""
@@ -67,42 +72,40 @@ class Step:
     """
 
     def __init__(self, plan: StepPlan, cache: PagedCache, *, device: torch.device) -> None:
-        self.cache = cache
+        self.cache, self._plan, self._device = cache, plan, device
         tokens: list[int] = []
         positions: list[int] = []
-        places: list[Tensor] = []
         wanted: list[int] = []
-        single: list[int] = []
-        self._long: list[tuple[int, int, Tensor]] = []
-        lengths: list[int] = []
+        slots: list[int] = []
         for part in plan.segments:
-            place = _places(part.pages, part.start + len(part.tokens))
-            if len(part.tokens) == 1:
-                single.append(len(tokens))
-                lengths.append(len(places))
-            else:
-                self._long.append((len(tokens), len(part.tokens), place.to(device)))
-            places.append(place)
+            span = range(part.start, part.start + len(part.tokens))
             tokens += part.tokens
-            positions += range(part.start, part.start + len(part.tokens))
+            positions += span
+            slots += [part.pages[at // PAGE] * PAGE + at % PAGE for at in span]
             if part.wanted:
                 wanted.append(len(tokens) - 1)
-        parts = zip(plan.segments, places, strict=True)
-        ends = [place[part.start :] for part, place in parts]
-        if plan.padding:
-            tokens += [0] * plan.padding
-            positions += [0] * plan.padding
-            ends.append(torch.full((plan.padding,), cache.scratch * PAGE))
+        for numbers, filler in ((tokens, 0), (positions, 0), (slots, cache.scratch * PAGE)):
+            numbers += [filler] * plan.padding
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
-        self.slots = torch.cat(ends).to(device)
+        self.slots = torch.tensor(slots, device=device)
         self.wanted = torch.tensor(wanted, dtype=torch.long, device=device)
-        self._single = torch.tensor(single, device=device)
-        if single:
-            past = torch.nn.utils.rnn.pad_sequence([places[index] for index in lengths], batch_first=True)
-            sizes = torch.tensor([len(places[index]) for index in lengths])
-            self._past = past.to(device)
-            self._seen = (torch.arange(past.shape[1]) < sizes[:, None])[:, None, None].to(device)
+
+    @cached_property
+    def _places(self) -> Places:
+        return Places(self._plan, device=self._device)
+
+    @cached_property
+    def _table(self) -> Table:
+        return Table(self._plan, slots=self.slots)
+
+    def native(self, rotary: tuple[Tensor, Tensor] | None = None) -> Tokens:
+        """Return the step as compiled kernels take it.
+
+        Args:
+            rotary: cosines and sines, (1, tokens, width) each, of the model's format.
+        """
+        return self._table.with_rotary(rotary)
 
     def attend(self, layer: int, query: Tensor, *, scale: float | None) -> Tensor:
         """Return attention of each token over its own sequence, (1, tokens, heads, width).
@@ -113,37 +116,9 @@ class Step:
             scale: of scores.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        _, heads, num_tokens, width = query.shape
-        groups = heads // keys.shape[1]
-        out = query.new_zeros((num_tokens, heads, values.shape[-1]))
-        if len(self._single):
-            # heads that share keys are queries of one head
-            asked = query[0][:, self._single].transpose(0, 1).reshape(-1, keys.shape[1], groups, width)
-            found = scaled_dot_product_attention(
-                asked,
-                keys[self._past].transpose(1, 2),
-                values[self._past].transpose(1, 2),
-                attn_mask=self._seen,
-                scale=scale,
-            )
-            out[self._single] = found.reshape(len(self._single), heads, -1)
-        for first, count, places in self._long:
-            key, value = (arena[places].transpose(0, 1)[None].repeat_interleave(groups, 1) for arena in (keys, values))
-            start = len(places) - count
-            mask = None
-            if start:
-                ahead = torch.arange(len(places), device=query.device)
-                mask = ahead <= ahead[start:, None]
-            found = scaled_dot_product_attention(
-                query[:, :, first : first + count], key, value, attn_mask=mask, is_causal=mask is None, scale=scale
-            )
-            out[first : first + count] = found[0].transpose(0, 1)
-        return out[None]
-
-
-def _places(pages: tuple[int, ...], length: int) -> Tensor:
-    """Return where each token of a sequence is."""
-    return (torch.tensor(pages)[:, None] * PAGE + torch.arange(PAGE)).view(-1)[:length]
+        if self.cache.kernels is not None:
+            return self.cache.kernels.attend(self.native(), query, keys, values, scale=scale)
+        return gathered(self._places, query, keys, values, scale=scale)
 
 
 def attention(

@@ -54,6 +54,10 @@ class EngineLink:
             ready, _, _ = select.select([self._socket], [], [], 0.0)
         return found + self._whole()
 
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
     def _whole(self) -> list[Message]:
         """Take the whole frames out of the buffer."""
         messages, at = [], 0

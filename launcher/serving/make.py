@@ -7,20 +7,29 @@ from typing import TYPE_CHECKING
 
 import psutil
 import torch
+from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import GenerationConfig
 
 from launcher.activation import Keep
+from launcher.engines.distributed import DTYPES, choose_device
+from launcher.engines.formats import prepare_formats
+from launcher.engines.tensor_plan import TensorPlan
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
+from launcher.parallel.fsdp import Fsdp
 from launcher.serving.base import Generator
 from launcher.serving.engine import Slots
-from launcher.serving.holds import shapes_of
-from launcher.serving.kv import PagedCache, register
+from launcher.serving.holds import Sample
+from launcher.serving.kernels.apply import apply_native
+from launcher.serving.kv import PagedCache
+from launcher.serving.lockstep import Leading, follow_plans
 from launcher.serving.pages import PAGE
 from launcher.serving.runner import Runner
 from launcher.serving.shapes import Shapes
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
     from launcher.config import Run
@@ -29,19 +38,18 @@ if TYPE_CHECKING:
 _SHARE_OF_FREE = 4
 """Keys and values take at most one part in this many of the memory that is free at the start, unless told otherwise."""
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def make_generator(
     run: Run, *, limits: Limits, rank: int, world_size: int, beat: Callable[[], None], local_rank: int = 0
 ) -> Generator:
-    """Return the engine of one rank, with its model built and checked.
+    """Return the engine of the first rank, with its model built and checked; the others call ``follow`` meanwhile.
 
     Args:
         run: what to build, and how it is computed.
         limits: how much at a time.
-        rank: of this process.
-        world_size: processes that hold the model between them; 1 where each holds it whole.
+        rank: of this process among those that hold the model, 0.
+        world_size: processes that hold the model between them; 1 where each holds it whole. They have joined torch's
+            process group, and are all of it.
         beat: called while the model is built.
         local_rank: index of its device on this machine.
 
@@ -49,25 +57,70 @@ def make_generator(
         ConfigError: the engine cannot hold this model exactly, or cannot serve it with the rest of the run.
         EnvironmentProblem: weights cannot be fetched.
     """
-    if world_size != 1:
-        why = f"spreads no model over {world_size} ranks yet"
-        raise ConfigError("job.engine", "slots", why=why, fix="parallel=single")
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    model = inference_model(run, device=device, beat=beat)
-    return slots_of(model, limits=limits, ends=ends_of(run, model, beat=beat))
+    assert rank == 0, "the other ranks follow"
+    model = inference_model(run, world_size=world_size, device=choose_device(local_rank), beat=beat)
+    return slots_of(model, limits=limits, ends=ends_of(run, model, beat=beat), world_size=world_size, beat=beat)
 
 
-def inference_model(run: Run, *, device: torch.device, beat: Callable[[], None] = lambda: None) -> PreTrainedModel:
-    """Return the model of a run, whole, in inference mode and in the format of the run."""
+def follow(
+    run: Run, *, limits: Limits, rank: int, world_size: int, beat: Callable[[], None], local_rank: int = 0
+) -> None:
+    """Compute on a rank other than the first what its engine plans, until that is closed; arguments as above."""
+    assert rank > 0, "the first rank leads"
+    model = inference_model(run, world_size=world_size, device=choose_device(local_rank), beat=beat)
+    runner, _ = _paged(model, limits=limits, world_size=world_size, kernels=False, beat=beat)
+    follow_plans(runner, dist.new_group(backend="gloo"), beat=beat)
+
+
+def inference_model(
+    run: Run, *, device: torch.device, world_size: int = 1, beat: Callable[[], None] = lambda: None
+) -> PreTrainedModel:
+    """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
+
+    Raises:
+        ConfigError: this engine computes nothing the way that the run says.
+    """
+    if run.attention.kind != "sdpa":
+        why = "job.engine=slots computes attention over pages by kernels of its own"
+        raise ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
+    if run.compile.kind != "false":
+        why = "job.engine=slots has compiled kernels of its own, and shapes that change with every step"
+        raise ConfigError("compile", run.compile.kind, why=why, fix="set compile=false")
+    if run.precision.kind == "fp8":
+        why = "job.engine=slots has no 8-bit products"
+        raise ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
+    prepare_formats(run.precision, device=device)
+    plan: list[TensorPlan] = []
+
+    def laid_out(model: PreTrainedModel) -> None:
+        if world_size > 1:
+            _refuse_unsliced(run, world_size)
+            plan.append(TensorPlan(model, init_device_mesh(device.type, (world_size,))))
+
+    def after(name: str, part: nn.Module) -> None:
+        part.to(device)
+        for each in plan:
+            each.slice(name, part)
+
     model = build_model(
         run.model,
         seed=run.job.seed,
         attention=run.attention,
         activation=Keep(),
-        dtype=_DTYPES[run.precision.compute],
+        dtype=DTYPES[run.precision.compute],
+        after=after,
+        laid_out=laid_out,
         beat=beat,
     )
     return model.eval().requires_grad_(False).to(device)
+
+
+def _refuse_unsliced(run: Run, world_size: int) -> None:
+    degrees = run.parallel.degrees(world_size)
+    if not isinstance(run.parallel, Fsdp) or degrees.tensor != world_size:
+        why = f"job.engine=slots spreads a model over ranks by slicing its matrices, here over {world_size}"
+        fix = f"set parallel=tensor parallel.tensor={world_size}"
+        raise ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
 
 
 def ends_of(run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lambda: None) -> tuple[int, ...]:
@@ -80,30 +133,69 @@ def ends_of(run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lamb
     return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
 
 
-def slots_of(model: PreTrainedModel, *, limits: Limits, ends: tuple[int, ...]) -> Slots:
+def slots_of(
+    model: PreTrainedModel,
+    *,
+    limits: Limits,
+    ends: tuple[int, ...],
+    world_size: int = 1,
+    kernels: bool = True,
+    beat: Callable[[], None] = lambda: None,
+) -> Slots:
     """Return the launcher's own engine around a model.
+
+    Args:
+        model: in inference mode; its layers may be replaced.
+        limits: how much at a time.
+        ends: tokens that end a sequence.
+        world_size: ranks that hold slices of it.
+        kernels: whether layers are replaced by compiled ones where there are any.
+        beat: called meanwhile.
 
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
-    register()
-    shapes = shapes_of(model)
-    context = model.config.get_text_config().max_position_embeddings
-    num_pages = _num_pages(limits, shapes, context=context, device=model.device)
-    cache = PagedCache(shapes, num_pages=num_pages, dtype=model.dtype, device=model.device)
+    runner, num_pages = _paged(model, limits=limits, world_size=world_size, kernels=kernels, beat=beat)
+    config = model.config.get_text_config()
     return Slots(
-        Runner(model, cache),
+        Leading(runner, dist.new_group(backend="gloo")) if world_size > 1 else runner,
         limits=limits,
         num_pages=num_pages,
-        context=context,
-        vocab_size=model.config.get_text_config().vocab_size,
+        context=config.max_position_embeddings,
+        vocab_size=config.vocab_size,
         ends=ends,
     )
 
 
-def _num_pages(limits: Limits, shapes: Shapes, *, context: int, device: torch.device) -> int:
+def _paged(
+    model: PreTrainedModel, *, limits: Limits, world_size: int, kernels: bool, beat: Callable[[], None]
+) -> tuple[Runner, int]:
+    """Return what computes plans on this rank, and how many pages all ranks have room for."""
+    sample = Sample(model)
+    sample.use_pages(model)
+    num_pages = _num_pages(limits, sample.shapes, model)
+    if world_size > 1:
+        least = torch.tensor([num_pages], device=model.device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        num_pages = int(least)
+    cache = PagedCache(sample.shapes, num_pages=num_pages, dtype=model.dtype, device=model.device)
+    runner = Runner(model, cache)
+    if kernels and world_size == 1:
+        swapped = apply_native(model, cache, beat=beat)
+        difference = sample.difference(runner)
+        if not difference <= sample.tolerance(model):
+            swapped.undo()
+            cache.kernels = None
+            swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its scores"
+        print(f"engine: {swapped.what}", flush=True)
+    return runner, num_pages
+
+
+def _num_pages(limits: Limits, shapes: Shapes, model: PreTrainedModel) -> int:
     if limits.kv_tokens is not None:
         return max(1, limits.kv_tokens // PAGE)
+    device = model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     affordable = free // _SHARE_OF_FREE // (shapes.token_bytes * PAGE)
-    return max(1, min(limits.max_requests * -(-context // PAGE), affordable))
+    wanted = limits.max_requests * -(-model.config.get_text_config().max_position_embeddings // PAGE)
+    return int(max(1, min(wanted, affordable)))

@@ -31,6 +31,9 @@ class Runner:
         cache: of this rank.
     """
 
+    isolates = True
+    """After a step that failed another one may be tried."""
+
     def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
         self.model, self.cache = model, cache
         self._cache_name = cache_name(model)

@@ -25,6 +25,11 @@ _FILES_OF_OURS = 256
 
 def serve(job: Serve, context: Context) -> None:
     """Serve until told to end."""
+    if context.world_size > 1:
+        from launcher.serving.spread import serve_over_ranks
+
+        serve_over_ranks(job, context)
+        return
     environ = _environ_of_engines(job)
 
     def start(number: int, pool: Pool) -> Remote:
@@ -36,7 +41,7 @@ def serve(job: Serve, context: Context) -> None:
 
     async def front() -> int:
         beat = context.heartbeat.beat
-        return await Front(job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
+        return await Front(context.run, job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
 
     with room_for_files(job.max_connections + _FILES_OF_OURS):
         code = asyncio.run(front())

@@ -20,9 +20,7 @@ WORDS = (
 
 def test_the_last_prompt_repeats_the_first(tmp_path: Path) -> None:
     run = compose(WORDS).run
-    context = Context(
-        run=run, run_dir=RunDir(tmp_path), rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None)
-    )
+    context = Context(run=run, run_dir=RunDir(tmp_path), rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
     results = run.benchmark.run(context)
     cache = results.facts["cache"]
     assert (cache["hits"], cache["misses"], cache["hit_rate"], cache["size"]) == (1, 3, 0.25, 3)

@@ -11,16 +11,24 @@ import httpx
 import pytest
 
 from launcher.compose import compose
-from launcher.errors import ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import read_json
+from launcher.plan import Host
 from launcher.ports import free_port
 from launcher.render import render
+from launcher.rundir import RunDir
 
+ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 SERVE = ("job=serve", "backend.ranks=1", "tracker=local")
 
 
+def problems_of(*words: str) -> list[ConfigError]:
+    run = compose([*SERVE, *words]).run
+    return list(run.job.preflight(run, RunDir(Path("/nowhere"))))
+
+
 def test_the_plan_says_what_is_served(plan_of) -> None:
-    plan = plan_of(*SERVE, "model=gpt2", "job.replicas=2", "precision=bf16")
+    plan = plan_of(*SERVE, "model=gpt2", "job.replicas=2", "precision=bf16", hosts=[ONE])
     assert plan.ends_when_told
     assert plan.grace_s == 35
     assert plan.work.batch is None
@@ -32,7 +40,7 @@ def test_the_plan_says_what_is_served(plan_of) -> None:
     assert "Parts of serve" in text
     assert "124,439,808 parameters" in text
     assert "1×10 1×20 1×50 2×15" in text
-    assert "optimizer         0 B" in text
+    assert "in 2 engines" in text
 
 
 def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,11 +54,10 @@ def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["backend.ranks=2"], "set backend.ranks=1 job.replicas=2"),
-        (["job.port=0"], "job.port=0: must lie between"),
+        (["job.port=0"], r"job.port=0 .*must lie between"),
         (["job.replicas=0"], "job.replicas=0"),
         (["job.max_queue=0"], "job.max_queue=0"),
-        (["job.stall_s=0"], "job.stall_s=0.0: must be above 0"),
+        (["job.stall_s=0"], r"job.stall_s=0 .*must be above 0"),
         (["job.warm_up=[[1,2,3]]"], r"job.warm_up\[0\]"),
         (["job.warm_up=[[1,2000]]", "model=gpt2"], "at most 1024 tokens"),
         (["job.engine=nothing"], "job.engine=nothing"),
@@ -61,15 +68,27 @@ def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_cannot_be_served_is_refused(plan_of, words: list[str], said: str) -> None:
     with pytest.raises(ConfigErrors, match=said):
-        plan_of(*SERVE, *words)
+        plan_of(*SERVE, *words, hosts=[ONE])
+
+
+def test_copies_are_replicas_and_no_ranks(plan_of) -> None:
+    with pytest.raises(ConfigErrors, match=r"set backend.ranks=1 job.replicas=2"):
+        plan_of("job=serve", "tracker=local")
+    tensor = ("job=serve", "tracker=local", "model=llama_tiny", "parallel=tensor")
+    assert plan_of(*tensor).world_size == 2
+    with pytest.raises(ConfigErrors, match=r"set backend.ranks=2"):
+        plan_of(*tensor, hosts=[ONE])
+    with pytest.raises(ConfigErrors, match="together are one engine"):
+        plan_of(*tensor, "job.replicas=2")
+    with pytest.raises(ConfigErrors, match="stages of a pipeline answer no requests yet"):
+        plan_of("job=serve", "tracker=local", "parallel=pipeline")
 
 
 def test_a_taken_port_is_refused_with_a_free_one() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        job = compose([*SERVE, f"job.port={taken.getsockname()[1]}"]).run.job
-        (problem,) = job.preflight()
+        (problem,) = problems_of(f"job.port={taken.getsockname()[1]}")
     assert "somebody listens on" in problem.why
     assert "which is free" in problem.fix
 
@@ -85,20 +104,18 @@ def test_a_taken_port_is_refused_with_a_free_one() -> None:
     ],
 )
 def test_what_this_machine_lacks_is_said_before_anything_starts(words: list[str], option: str) -> None:
-    job = compose([*SERVE, f"job.port={free_port()}", *words]).run.job
-    assert [problem.option for problem in job.preflight()] == [option]
+    assert [problem.option for problem in problems_of(f"job.port={free_port()}", *words)] == [option]
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.jobs.serving_checks._PACKAGES", ("uvicorn", "no_such_package"))
-    job = compose([*SERVE, f"job.port={free_port()}"]).run.job
-    (problem,) = job.preflight()
+    (problem,) = problems_of(f"job.port={free_port()}")
     assert (problem.why, problem.fix) == ("it needs no_such_package", "pip install 'launcher[serve]'")
 
 
 def test_strangers_are_warned_of(plan_of) -> None:
-    assert any("whoever reaches" in warning for warning in plan_of(*SERVE, "job.host=0.0.0.0").warnings)
-    assert not plan_of(*SERVE, "job.host=0.0.0.0", "job.api_keys_file=/x").warnings
+    assert any("whoever reaches" in warning for warning in plan_of(*SERVE, "job.host=0.0.0.0", hosts=[ONE]).warnings)
+    assert not plan_of(*SERVE, "job.host=0.0.0.0", "job.api_keys_file=/x", hosts=[ONE]).warnings
 
 
 def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
@@ -106,9 +123,22 @@ def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
 
     environ = {"LAUNCHER_API_KEYS": "s3cret", "LAUNCHER_HOST": "x"}
     assert forwarded(environ, DEFAULT_GLOBS) == {"LAUNCHER_API_KEYS": "s3cret"}
-    assert "s3cret" not in render(plan_of(*SERVE, LAUNCHER_API_KEYS="s3cret"))
+    assert "s3cret" not in render(plan_of(*SERVE, hosts=[ONE], LAUNCHER_API_KEYS="s3cret"))
     with pytest.raises(ConfigErrors, match="looks like a secret"):
-        plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret")
+        plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret", hosts=[ONE])
+
+
+def test_tensor_ranks_serve_as_one(launch_in_background, tmp_path: Path) -> None:
+    port = free_port()
+    words = ("model=llama_tiny", "parallel=tensor", "backend.ranks=2", "job.tokenizer=bytes", f"job.port={port}")
+    running = launch_in_background("job=serve", "tracker=local", *words, "run.dir=served")
+    running.wait_for_output("serving llama_tiny at")
+    body = {"model": "llama_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}
+    answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json=body, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 8
+    running.send_signal(signal.SIGTERM)
+    assert running.wait() == 0
+    assert read_json(tmp_path / "served" / "result.json")["status"] == "completed"
 
 
 def test_a_whole_run_serves_and_completes_when_told(launch_in_background, tmp_path: Path) -> None:

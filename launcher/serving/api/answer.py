@@ -13,9 +13,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from launcher.serving.api.bodies import Generating
+from launcher.serving.api.choice import Choice
 from launcher.serving.api.events import Data, EventStream, until_gone
 from launcher.serving.api.sequence import Piece, merged
-from launcher.serving.api.service import Choice, Service, explained
+from launcher.serving.api.service import Service, explained
 from launcher.serving.values import Token
 from launcher.serving.words import Words
 

@@ -15,6 +15,7 @@ from launcher.serving.api.prompts import encode_all
 from launcher.serving.api.sampling import sampling_of
 from launcher.serving.api.sequence import Piece
 from launcher.serving.api.service import Service
+from launcher.serving.text import Detokenizer
 from launcher.serving.values import Token
 
 
@@ -28,6 +29,8 @@ class Completion(Answer):
         super().__init__(*arguments, prompts=prompts, **more)
         self._prompts = prompts
         self._offsets: dict[int, int] = {}
+        """Characters of each choice that are out."""
+        self._texts: dict[int, Detokenizer] = {}
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """Return a whole choice."""
@@ -49,11 +52,11 @@ class Completion(Answer):
         if self.body.logprobs is None:
             return None
         shown = [self.words.text_of(token.id) for token in tokens]
-        at = self._offsets.get(index, 0)
-        offsets = []
-        for text in shown:
+        at, offsets = self._offsets.get(index, 0), []
+        text = self._texts.setdefault(index, Detokenizer(self.words.decode))
+        for token in tokens:
             offsets.append(at)
-            at += len(text)
+            at += len(text.feed(token.id))
         self._offsets[index] = at
         return {
             "tokens": shown,

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 from launcher.serving.api.problems import ApiError, as_headers
 
-KEEP_ALIVE_S = 10.0
+KEEP_ALIVE_S = 5.0
 """A stream that has nothing to say for so long sends a comment, so that nobody in between takes it for dead."""
 _READING_S = 60.0
 """A client that takes nothing for so long is gone."""

@@ -19,6 +19,7 @@ from launcher.serving.front.backing import Backing
 from launcher.training.metrics import MetricsWriter
 
 if TYPE_CHECKING:
+    from launcher.config import Run
     from launcher.jobs.serve import Serve
 
 _BEAT_S = 1.0
@@ -32,14 +33,17 @@ class Front:
     """One server.
 
     Args:
-        job: how to serve.
+        run: what is served.
+        job: how.
         run_dir: where its metrics go.
         make_backing: makes what answers; called in the event loop.
         beat: called every second.
     """
 
-    def __init__(self, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], Backing], beat: Beat) -> None:
-        self._job, self._run_dir, self._make_backing, self._beat = job, run_dir, make_backing, beat
+    def __init__(
+        self, run: Run, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], Backing], beat: Beat
+    ) -> None:
+        self._run, self._job, self._run_dir, self._make_backing, self._beat = run, job, run_dir, make_backing, beat
         self._asked: asyncio.Event = asyncio.Event()
         self._signal: int | None = None
 
@@ -110,7 +114,11 @@ class Front:
         started = time.monotonic()
         await backing.get_ready()
         took_s = time.monotonic() - started
-        print(f"serving {self._job.address} after {took_s:.1f} s; {self._job.address}/ shows how it does", flush=True)
+        job = self._job
+        print(
+            f"serving {job.name_of(self._run)} at {job.address} after {took_s:.1f} s; {job.address}/ shows how it does",
+            flush=True,
+        )
 
     async def _drain(self, backing: Backing, server: Server, http: asyncio.Task[None]) -> None:
         """Take nothing more, finish what was accepted, tell the rest, close."""
@@ -135,9 +143,16 @@ class Front:
                     await asyncio.sleep(min(_BEAT_S, every_s))
                     if time.monotonic() >= next_line:
                         next_line = time.monotonic() + every_s
-                        writer.record(backing.num_ended, **dict(backing.row()))
+                        _record(writer, backing)
             finally:
-                writer.record(backing.num_ended, **dict(backing.row()))
+                _record(writer, backing)
+
+
+def _record(writer: MetricsWriter, backing: Backing) -> None:
+    try:
+        writer.record(backing.num_ended, **dict(backing.row()))
+    except OSError as error:  # a full disk is no reason to stop answering
+        print(f"a line of metrics is lost: {error}", flush=True)
 
 
 async def _until_none(backing: Backing, *, within_s: float) -> None:

@@ -38,7 +38,6 @@ class Numbers:
         self.failed = self._counter("request_failure", "Sequences that got none, by why", "reason")
         self.rejected = self._counter("requests_rejected", "Requests that were not begun, by why", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
-        self.generation_tokens = self._counter("generation_tokens", "Tokens that engines generated")
         self._times = {
             "first": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT),
             "gap": self._histogram("inter_token_latency_seconds", "From one token of a sequence to the next", _SHORT),
@@ -59,7 +58,6 @@ class Numbers:
             self.failed.labels(type(flight.trouble).__name__.lower()).inc()
         if flight.lives:
             self.prompt_tokens.inc(len(flight.request.prompt))
-            self.generation_tokens.inc(len(flight.tokens))
         times = flight.times
         for gap_s in flight.gaps_s:
             self._observe("gap", gap_s)
@@ -84,7 +82,7 @@ class Numbers:
     def row(self) -> dict[str, float]:
         """Return what a line of metrics.jsonl holds; times are means since the last line."""
         values = {metric.name.removeprefix(_P): sum(s.value for s in metric.samples) for metric in self._state()}
-        values |= {"prompt_tokens": _value(self.prompt_tokens), "generation_tokens": _value(self.generation_tokens)}
+        values["prompt_tokens"] = _value(self.prompt_tokens)
         names = {"first": "time_to_first_token_s", "gap": "inter_token_latency_s", "whole": "e2e_request_latency_s"}
         for kind, (count, total) in self._sums.items():
             if count:
@@ -135,6 +133,7 @@ class _State(Collector):
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"{_P}{name}", what, value=value)
         counters = {
+            "generation_tokens": ("Tokens that engines generated", totals.generated_tokens_total),
             "prefix_cache_queries": ("Prompt tokens looked up among keys and values", totals.prefix_query_tokens_total),
             "prefix_cache_hits": ("Those that were there", totals.prefix_hit_tokens_total),
             "engine_steps": ("Steps of all engines", totals.steps_total),

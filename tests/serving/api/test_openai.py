@@ -85,12 +85,12 @@ def test_stop_ids_are_no_text(client: openai.OpenAI) -> None:
 
 
 def test_logprobs_of_completions(client: openai.OpenAI) -> None:
-    answer = client.completions.create(model=MODEL, prompt="é", max_tokens=2, temperature=0, logprobs=2)
+    answer = client.completions.create(model=MODEL, prompt="é!", max_tokens=4, temperature=0, logprobs=2)
     logprobs = answer.choices[0].logprobs
-    assert logprobs.tokens == ["bytes:\\xc3", "bytes:\\xa9"]
-    assert logprobs.token_logprobs == [-0.5, -0.5]
-    assert [len(top) for top in logprobs.top_logprobs] == [2, 2]
-    assert logprobs.text_offset[0] == 0
+    assert logprobs.tokens == ["bytes:\\xc3", "bytes:\\xa9", "!", "bytes:\\xc3"]
+    assert logprobs.token_logprobs == [-0.5] * 4
+    assert [len(top) for top in logprobs.top_logprobs] == [2] * 4
+    assert logprobs.text_offset == [0, 0, 1, 2]
 
 
 def test_echo_of_the_prompt(client: openai.OpenAI) -> None:

@@ -143,6 +143,19 @@ def test_the_queue_is_limited_and_says_when_to_come_back(serve: Start) -> None:
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
     assert tight.metric("requests_rejected_total", reason="queue_full") == len(full)
+    ended: list[str] = []
+
+    def ask(name: str, priority: int) -> None:
+        assert tight.complete(name, max_tokens=40, priority=priority).status_code == 200
+        ended.append(name)
+
+    with ThreadPoolExecutor(3) as pool:
+        pool.submit(ask, "first", 0)
+        eventually(lambda: tight.metric("num_requests_running") == 1)
+        pool.submit(ask, "low", 0)
+        eventually(lambda: tight.metric("num_requests_waiting") == 1)
+        pool.submit(ask, "high", 1)
+    assert ended == ["first", "high", "low"]
 
 
 def test_deadlines_are_kept(serve: Start) -> None:
@@ -165,8 +178,8 @@ def test_deadlines_are_kept(serve: Start) -> None:
     assert late.complete("fine", max_tokens=2).status_code == 200
 
 
-def test_a_stream_that_waits_says_that_it_is_alive(serve: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    waiting = serve("job.echo_step_s=11", "job.max_requests=1")
-    response = waiting.complete("slow", max_tokens=2, stream=True)
+def test_a_stream_that_waits_says_that_it_is_alive(serve: Start) -> None:
+    waiting = serve("job.echo_step_s=6", "job.max_requests=1")
+    response = waiting.complete("slow", max_tokens=1, stream=True)
     assert response.text.startswith(": waiting\n\n")
-    assert text_of(list(events(response))) == "sl"
+    assert text_of(list(events(response))) == "s"

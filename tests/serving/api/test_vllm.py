@@ -13,6 +13,7 @@ import pytest
 
 from launcher.compose import compose
 from launcher.ports import free_port
+from launcher.rundir import RunDir
 from launcher.serving.api import keys
 
 from .conftest import MARK, Served, Start, eventually
@@ -135,11 +136,12 @@ def test_answers_are_finished_when_told_to_end(serve: Start, environment: Path, 
     assert answers[0].text.endswith("data: [DONE]\n\n")
 
 
-def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of: Any) -> None:
+def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of: Any, tmp_path: Path) -> None:
     base = ("job=serve", "backend.ranks=1", "job.engine=vllm", f"job.port={free_port()}")
 
     def said(*more: str) -> str:
-        return "\n".join(map(str, compose([*base, *more]).run.job.preflight()))
+        run = compose([*base, *more]).run
+        return "\n".join(map(str, run.job.preflight(run, RunDir(tmp_path))))
 
     with pytest.raises(Exception, match=r"pip install vllm"):
         plan_of(*base)

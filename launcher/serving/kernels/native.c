@@ -1,0 +1,354 @@
+/* Forward passes of decoder blocks over pages of keys and values, for CPUs of any make.
+ *
+ * Values between operations are floats; where the model is bf16 they are rounded to bf16 wherever Transformers' own
+ * operations would round, so results differ by the order of sums alone. Matrices stay bf16 in memory and are widened in
+ * registers: products are those that fp32 units make, at half the memory traffic, on CPUs without bf16 units too.
+ *
+ * A matrix (out, in) is packed into panels of NR outputs: (out / NR, in, NR). In bf16, one 32-bit lane j of a panel's row
+ * holds output j in its low half and output j + VL in its high half, so widening is one shift and one mask.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define VL 16
+#define MR 12
+#elif defined(__AVX2__)
+#define VL 8
+#define MR 6
+#else
+#define VL 4
+#define MR 6
+#endif
+#define NR (2 * VL)
+#define PAGE 32
+
+typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t vu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
+typedef struct {
+    const void *weight; /* packed */
+    const float *bias;  /* (out), or null */
+    int64_t out, in;    /* out is a multiple of NR */
+} Linear;
+
+typedef struct {
+    Linear qkv, o, gate_up, down;
+    const float *norm1, *norm2;
+    float eps1, eps2, scale;
+    int32_t half; /* bf16, else fp32 */
+    int64_t width, heads, kv_heads, dim, mlp;
+} Block;
+
+typedef struct {
+    int64_t tokens;
+    const int64_t *slots;  /* where the keys and values of each token go */
+    const int64_t *seen;   /* tokens that each attends to, itself included; 0 where it belongs to no sequence */
+    const int64_t *row;    /* of the table of pages */
+    const int64_t *pages;  /* (rows, table_width) */
+    int64_t table_width;
+    const void *cos, *sin; /* (tokens, dim), of the model's format */
+} Step;
+
+int native_panel(void) { return NR; }
+
+static inline vf all(float x) { return x - (vf){0}; }
+
+static inline vf rnd(vf x, int half) {
+    if (!half) return x;
+    vu u = (vu)x;
+    vu r = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+    vu number = (vu)(x == x);
+    return (vf)((r & number) | ((u | 0x400000u) & ~number));
+}
+
+static inline float rnd1(float x, int half) {
+    uint32_t u;
+    if (!half || x != x) return x;
+    memcpy(&u, &x, 4);
+    u = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static inline float get1(const void *from, int64_t i, int half) {
+    float x;
+    if (!half) return ((const float *)from)[i];
+    uint32_t u = (uint32_t)((const uint16_t *)from)[i] << 16;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+static inline void put1(void *to, int64_t i, float x, int half) {
+    uint32_t u;
+    if (!half) {
+        ((float *)to)[i] = x;
+        return;
+    }
+    x = rnd1(x, 1);
+    memcpy(&u, &x, 4);
+    ((uint16_t *)to)[i] = (uint16_t)(u >> 16);
+}
+
+static inline vf get(const void *from, int64_t i, int half) {
+    if (!half) return *(const vf *)((const float *)from + i);
+    vh h = *(const vh *)((const uint16_t *)from + i);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+static inline float sum(vf x) {
+    float s = 0;
+    for (int i = 0; i < VL; i++) s += x[i];
+    return s;
+}
+
+/* exp by range reduction and a polynomial of degree 6 (Cephes), within 2 ulp for x in [-87, 88]. */
+static inline vf vexp(vf x) {
+    vi low = x < -87.0f;
+    vf y = (vf)(((vi)x & ~low) | ((vi)all(-87.0f) & low));
+    vi high = y > 88.0f;
+    y = (vf)(((vi)y & ~high) | ((vi)all(88.0f) & high));
+    vf t = y * 1.44269504f;
+    vi n = __builtin_convertvector(t + (vf)(((vi)all(0.5f)) | ((vi)t & (int32_t)0x80000000)), vi);
+    vf m = __builtin_convertvector(n, vf);
+    vf r = y - m * 0.693359375f + m * 2.12194440e-4f;
+    vf p = ((((((1.9875691500e-4f * r + 1.3981999507e-3f) * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r +
+              1.6666665459e-1f) *
+                 r +
+             5.0000001201e-1f) *
+                r * r +
+            r + 1.0f);
+    vf e = p * (vf)((n + 127) << 23);
+    return (vf)((vi)e & ~low); /* what is below counts as nothing, and minus infinity is */
+}
+
+/* ---- matrices ---- */
+
+#define ROWS(R)                                                                                                        \
+    static void tile##R(const float *x, int64_t in, const void *panel, int half, float *y, int64_t ystride,            \
+                        const float *bias) {                                                                           \
+        vf a[R], b[R];                                                                                                 \
+        for (int r = 0; r < R; r++) a[r] = b[r] = all(0.0f);                                                           \
+        if (half) {                                                                                                    \
+            const vu *w = (const vu *)panel;                                                                           \
+            for (int64_t k = 0; k < in; k++) {                                                                         \
+                vf low = (vf)(w[k] << 16), high = (vf)(w[k] & 0xffff0000u);                                            \
+                _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                                                 \
+                    a[r] += x[r * in + k] * low;                                                                       \
+                    b[r] += x[r * in + k] * high;                                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+        } else {                                                                                                       \
+            const vf *w = (const vf *)panel;                                                                           \
+            for (int64_t k = 0; k < in; k++) {                                                                         \
+                vf low = w[2 * k], high = w[2 * k + 1];                                                                \
+                _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                                                 \
+                    a[r] += x[r * in + k] * low;                                                                       \
+                    b[r] += x[r * in + k] * high;                                                                      \
+                }                                                                                                      \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++) {                                                                                  \
+            if (bias) a[r] += *(const vf *)bias, b[r] += *(const vf *)(bias + VL);                                     \
+            *(vf *)(y + r * ystride) = rnd(a[r], half);                                                                \
+            *(vf *)(y + r * ystride + VL) = rnd(b[r], half);                                                           \
+        }                                                                                                              \
+    }
+
+ROWS(1)
+ROWS(2)
+ROWS(3)
+ROWS(4)
+ROWS(5)
+ROWS(6)
+#if MR > 6
+ROWS(7)
+ROWS(8)
+ROWS(9)
+ROWS(10)
+ROWS(11)
+ROWS(12)
+#endif
+
+typedef void (*Tile)(const float *, int64_t, const void *, int, float *, int64_t, const float *);
+static const Tile tiles[] = {0, tile1, tile2, tile3, tile4, tile5, tile6,
+#if MR > 6
+                             tile7, tile8, tile9, tile10, tile11, tile12
+#endif
+};
+
+#define CHUNK 96 /* rows that stay in the second-level cache while panels pass by */
+
+/* y (rows, out) = x (rows, in) of a packed matrix */
+static void multiply(const Linear *l, const float *x, int64_t rows, float *y, int half) {
+    int64_t panels = l->out / NR, bytes = l->in * NR * (half ? 2 : 4);
+    for (int64_t first = 0; first < rows; first += CHUNK) {
+        int64_t end = first + CHUNK < rows ? first + CHUNK : rows;
+#pragma omp parallel for schedule(static)
+        for (int64_t p = 0; p < panels; p++)
+            for (int64_t r = first; r < end; r += MR)
+                tiles[end - r < MR ? end - r : MR](x + r * l->in, l->in, (const char *)l->weight + p * bytes, half,
+                                                  y + r * l->out + p * NR, l->out, l->bias ? l->bias + p * NR : 0);
+    }
+}
+
+/* out (rows, columns) = in (rows, in) of a packed matrix of at least as many columns, both of the model's format */
+void native_linear(const Linear *l, const void *in, void *out, int64_t rows, int64_t columns, float *scratch,
+                   int32_t half) {
+    float *x = scratch, *y = scratch + rows * l->in;
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < l->in; k++) x[i * l->in + k] = get1(in, i * l->in + k, half);
+    multiply(l, x, rows, y, half);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t k = 0; k < columns; k++) put1(out, i * columns + k, y[i * l->out + k], half);
+}
+
+/* ---- attention ---- */
+
+#define WIDEST 16 /* vectors in a head: checked by whoever calls */
+#define MOST 16   /* heads that share keys */
+
+/* One token's heads that share keys: q (group, dim) floats; out likewise; scores is room for group * seen floats. */
+static void attend(const float *q, int64_t group, int64_t dim, const void *keys, const void *values, int64_t kv_heads,
+                   int64_t head, const int64_t *pages, int64_t seen, float scale, int half, float *scores, float *out) {
+    int64_t stride = kv_heads * dim, nv = dim / VL;
+    float most[MOST], total[MOST];
+    for (int64_t g = 0; g < group; g++) most[g] = -INFINITY;
+    for (int64_t j = 0; j < seen; j++) {
+        int64_t at = (pages[j / PAGE] * PAGE + j % PAGE) * stride + head * dim;
+        vf acc[MOST];
+        for (int64_t g = 0; g < group; g++) acc[g] = all(0.0f);
+        for (int64_t v = 0; v < nv; v++) {
+            vf k = get(keys, at + v * VL, half);
+            for (int64_t g = 0; g < group; g++) acc[g] += *(const vf *)(q + g * dim + v * VL) * k;
+        }
+        for (int64_t g = 0; g < group; g++) {
+            float s = sum(acc[g]) * scale;
+            scores[g * seen + j] = s;
+            most[g] = s > most[g] ? s : most[g];
+        }
+    }
+    for (int64_t g = 0; g < group; g++) {
+        float *s = scores + g * seen;
+        vf t = all(0.0f);
+        int64_t j = 0;
+        for (; j + VL <= seen; j += VL) {
+            vf e = vexp(*(vf *)(s + j) - most[g]);
+            *(vf *)(s + j) = e;
+            t += e;
+        }
+        total[g] = sum(t);
+        for (; j < seen; j++) {
+            s[j] = vexp(all(s[j] - most[g]))[0];
+            total[g] += s[j];
+        }
+    }
+    for (int64_t v = 0; v < nv; v++) {
+        vf acc[MOST];
+        for (int64_t g = 0; g < group; g++) acc[g] = all(0.0f);
+        for (int64_t j = 0; j < seen; j++) {
+            int64_t at = (pages[j / PAGE] * PAGE + j % PAGE) * stride + head * dim + v * VL;
+            vf x = get(values, at, half);
+            for (int64_t g = 0; g < group; g++) acc[g] += scores[g * seen + j] * x;
+        }
+        for (int64_t g = 0; g < group; g++) *(vf *)(out + g * dim + v * VL) = rnd(acc[g] / total[g], half);
+    }
+}
+
+/* out (tokens, heads * dim) from q (tokens, heads * dim at a stride); room for scores is per thread */
+static void attention(const Step *s, const float *q, int64_t qstride, int64_t heads, int64_t kv_heads, int64_t dim,
+                      const void *keys, const void *values, float scale, int half, float *out) {
+    int64_t group = heads / kv_heads, longest = 1;
+    for (int64_t i = 0; i < s->tokens; i++) longest = s->seen[i] > longest ? s->seen[i] : longest;
+#pragma omp parallel
+    {
+        float *scores = __builtin_malloc(sizeof(float) * group * longest);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t n = 0; n < s->tokens * kv_heads; n++) {
+            int64_t i = n / kv_heads, h = n % kv_heads;
+            float *to = out + i * heads * dim + h * group * dim;
+            if (!s->seen[i]) {
+                memset(to, 0, sizeof(float) * group * dim);
+                continue;
+            }
+            attend(q + i * qstride + h * group * dim, group, dim, keys, values, kv_heads, h,
+                   s->pages + s->row[i] * s->table_width, s->seen[i], scale, half, scores, to);
+        }
+        __builtin_free(scores);
+    }
+}
+
+/* ---- a block ---- */
+
+static void normalise(const float *x, const float *weight, float eps, int64_t rows, int64_t width, float *y, int half) {
+#pragma omp parallel for schedule(static) if (rows > 4)
+    for (int64_t i = 0; i < rows; i++) {
+        const float *a = x + i * width;
+        float *b = y + i * width;
+        vf s = all(0.0f);
+        for (int64_t k = 0; k < width; k += VL) s += *(const vf *)(a + k) * *(const vf *)(a + k);
+        float r = 1.0f / sqrtf(sum(s) / (float)width + eps);
+        for (int64_t k = 0; k < width; k += VL)
+            *(vf *)(b + k) = rnd(*(const vf *)(weight + k) * rnd(*(const vf *)(a + k) * r, half), half);
+    }
+}
+
+static void rotate(float *x, const Step *s, int64_t i, int64_t dim, int half) {
+    for (int64_t d = 0; d < dim / 2; d++) {
+        int64_t e = d + dim / 2;
+        float a = x[d], b = x[e];
+        x[d] = rnd1(rnd1(a * get1(s->cos, i * dim + d, half), half) + rnd1(-b * get1(s->sin, i * dim + d, half), half), half);
+        x[e] = rnd1(rnd1(b * get1(s->cos, i * dim + e, half), half) + rnd1(a * get1(s->sin, i * dim + e, half), half), half);
+    }
+}
+
+/* One block of Llama's make; in and out (tokens, width) of the model's format may be the same.
+ * scratch: tokens * (2 width + qkv.out + heads * dim + gate_up.out) floats. */
+void native_block(const Block *b, const Step *s, void *keys, void *values, const void *in, void *out, float *scratch) {
+    int64_t n = s->tokens, w = b->width, qw = b->heads * b->dim, kw = b->kv_heads * b->dim;
+    int half = b->half;
+    float *x = scratch, *y = x + n * w, *qkv = y + n * w, *att = qkv + n * b->qkv.out, *mid = att + n * qw;
+    for (int64_t i = 0; i < n * w; i += VL) *(vf *)(x + i) = get(in, i, half);
+    normalise(x, b->norm1, b->eps1, n, w, y, half);
+    multiply(&b->qkv, y, n, qkv, half);
+#pragma omp parallel for schedule(static) if (n > 4)
+    for (int64_t i = 0; i < n; i++) {
+        float *row = qkv + i * b->qkv.out;
+        for (int64_t h = 0; h < b->heads + b->kv_heads; h++) rotate(row + h * b->dim, s, i, b->dim, half);
+        for (int64_t k = 0; k < kw; k++) {
+            put1(keys, s->slots[i] * kw + k, row[qw + k], half);
+            put1(values, s->slots[i] * kw + k, row[qw + kw + k], half);
+        }
+    }
+    attention(s, qkv, b->qkv.out, b->heads, b->kv_heads, b->dim, keys, values, b->scale, half, att);
+    multiply(&b->o, att, n, y, half);
+    for (int64_t i = 0; i < n * w; i += VL) *(vf *)(x + i) = rnd(*(vf *)(x + i) + *(vf *)(y + i), half);
+    normalise(x, b->norm2, b->eps2, n, w, y, half);
+    multiply(&b->gate_up, y, n, mid, half);
+#pragma omp parallel for schedule(static) if (n > 1)
+    for (int64_t i = 0; i < n; i++)
+        for (int64_t k = 0; k < b->mlp; k += VL) {
+            float *g = mid + i * b->gate_up.out + k;
+            vf a = *(vf *)g, up = *(vf *)(g + b->mlp);
+            vf act = rnd(a / (1.0f + vexp(-a)), half);
+            *(vf *)(mid + i * b->gate_up.out + k) = rnd(act * up, half);
+        }
+    /* the products stand at the stride of both halves: close the gaps for the last matrix */
+    for (int64_t i = 1; i < n; i++) memmove(mid + i * b->mlp, mid + i * b->gate_up.out, sizeof(float) * b->mlp);
+    multiply(&b->down, mid, n, y, half);
+    for (int64_t i = 0; i < n * w; i++) put1(out, i, x[i] + y[i], half);
+}
+
+/* Attention alone, over keys and values that are written already: q and out (tokens, heads, dim) of the model's format. */
+void native_attention(const Step *s, const void *q, void *out, const void *keys, const void *values, int64_t heads,
+                      int64_t kv_heads, int64_t dim, float scale, int32_t half, float *scratch) {
+    int64_t n = s->tokens * heads * dim;
+    for (int64_t i = 0; i < n; i += VL) *(vf *)(scratch + i) = get(q, i, half);
+    attention(s, scratch, heads * dim, heads, kv_heads, dim, keys, values, scale, half, scratch + n);
+    for (int64_t i = 0; i < n; i++) put1(out, i, scratch[n + i], half);
+}

@@ -1,0 +1,42 @@
+"""One rank of a model over two: the first serves and prints its results, the other follows."""
+
+from __future__ import annotations
+
+import json
+import os
+
+from torch import distributed as dist
+
+from launcher.compose import compose
+from launcher.serving.limits import Limits
+from launcher.serving.make import follow, make_generator
+from launcher.serving.values import Request, Sampling
+
+
+def main() -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    parallel = ["parallel=tensor", f"parallel.tensor={world_size}"] if world_size > 1 else ["parallel=single"]
+    run = compose(["model=llama_tiny", "precision=fp32", "job=evaluate", "data=synthetic", *parallel]).run
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    limits = Limits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=8)
+    if rank:
+        follow(run, limits=limits, rank=rank, world_size=world_size, beat=lambda: None)
+        dist.destroy_process_group()
+        return
+    engine = make_generator(run, limits=limits, rank=0, world_size=world_size, beat=lambda: None)
+    for index in range(6):
+        way = Sampling(max_tokens=8, temperature=float(index % 2), seed=index, beams=1 + (index == 2))
+        engine.add(Request(id=str(index), prompt=tuple(range(index, 3 * index + 2)), sampling=way))
+    found: dict[str, list[int]] = {}
+    while not engine.idle:
+        for update in engine.step():
+            found.setdefault(update.request, []).extend(token.id for token in update.tokens)
+    engine.close()
+    print("found", json.dumps(found, sort_keys=True), flush=True)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

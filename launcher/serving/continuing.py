@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
+import torch
+
 from launcher.serving.beams import Beams
 from launcher.serving.rows import Row, Task
 from launcher.serving.sampling import Choice, change, pick, plain, tokens_of
@@ -47,6 +49,7 @@ class Continuing:
         self._choices.pop(task, None)
         self._beams.pop(task, None)
 
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
     def go_on(self, step: Step, scores: Tensor) -> list[Outcome]:
         """Return what each request of a step comes to.
 

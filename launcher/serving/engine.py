@@ -167,7 +167,12 @@ class Slots(Generator):
                 return [self._end(tasks[0], "error", f"{type(error).__name__}: {error}")]
             return [update for task in tasks for update in self._compute(_part(step, task))]
         self._scheduler.computed(step)
-        return [self._report(outcome) for outcome in self._continuing.go_on(step, scores)]
+        try:
+            outcomes = self._continuing.go_on(step, scores)
+        except Exception as error:  # noqa: BLE001  (to try again would change results: random numbers have been drawn)
+            tasks = list(dict.fromkeys(row.task for row in step.wanted))
+            return [self._end(task, "error", f"{type(error).__name__}: {error}") for task in tasks]
+        return [self._report(outcome) for outcome in outcomes]
 
     def _report(self, outcome: Outcome) -> Update:
         task = outcome.task

@@ -15,9 +15,8 @@ from launcher.activation import Keep
 from launcher.engines.distributed import DTYPES, choose_device
 from launcher.engines.formats import prepare_formats
 from launcher.engines.tensor_plan import TensorPlan
-from launcher.errors import ConfigError
+from launcher.errors import ConfigErrors
 from launcher.models.build import build_model
-from launcher.parallel.fsdp import Fsdp
 from launcher.serving.base import Generator
 from launcher.serving.engine import Slots
 from launcher.serving.holds import Sample
@@ -25,6 +24,7 @@ from launcher.serving.kernels.apply import apply_native
 from launcher.serving.kv import PagedCache
 from launcher.serving.lockstep import Leading, follow_plans
 from launcher.serving.pages import PAGE
+from launcher.serving.refusals import refusals
 from launcher.serving.runner import Runner
 from launcher.serving.shapes import Shapes
 
@@ -78,23 +78,16 @@ def inference_model(
     """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
 
     Raises:
-        ConfigError: this engine computes nothing the way that the run says.
+        ConfigErrors: this engine computes nothing the way that the run says.
     """
-    if run.attention.kind != "sdpa":
-        why = "job.engine=slots computes attention over pages by kernels of its own"
-        raise ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
-    if run.compile.kind != "false":
-        why = "job.engine=slots has compiled kernels of its own, and shapes that change with every step"
-        raise ConfigError("compile", run.compile.kind, why=why, fix="set compile=false")
-    if run.precision.kind == "fp8":
-        why = "job.engine=slots has no 8-bit products"
-        raise ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
+    problems = list(refusals(run, world_size=world_size))
+    if problems:
+        raise ConfigErrors(problems)
     prepare_formats(run.precision, device=device)
     plan: list[TensorPlan] = []
 
     def laid_out(model: PreTrainedModel) -> None:
         if world_size > 1:
-            _refuse_unsliced(run, world_size)
             plan.append(TensorPlan(model, init_device_mesh(device.type, (world_size,))))
 
     def after(name: str, part: nn.Module) -> None:
@@ -113,14 +106,6 @@ def inference_model(
         beat=beat,
     )
     return model.eval().requires_grad_(False).to(device)
-
-
-def _refuse_unsliced(run: Run, world_size: int) -> None:
-    degrees = run.parallel.degrees(world_size)
-    if not isinstance(run.parallel, Fsdp) or degrees.tensor != world_size:
-        why = f"job.engine=slots spreads a model over ranks by slicing its matrices, here over {world_size}"
-        fix = f"set parallel=tensor parallel.tensor={world_size}"
-        raise ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
 
 
 def ends_of(run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lambda: None) -> tuple[int, ...]:

@@ -195,3 +195,11 @@ def test_warming_up_leaves_no_trace() -> None:
     assert (stats.steps_total, stats.generated_tokens_total, stats.prompt_tokens_total) == (0, 0, 0)
     request = copy.copy(PLAIN)
     assert tokens(finish(slots, [request])["a"]) == alone("llama", PLAIN.prompt, 4)
+
+
+def test_sampling_that_fails_ends_its_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    slots, _ = echo()
+    with monkeypatch.context() as patch:
+        patch.setattr("launcher.serving.continuing.pick", lambda *_: 1 / 0)
+        assert finish(slots, [ask("a", 20)])["a"][-1].problem == "ZeroDivisionError: division by zero"
+    assert tokens(finish(slots, [ask("b", 20)])["b"]) == [21, 22, 23]

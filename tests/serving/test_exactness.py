@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from launcher.serving.values import Request, Sampling, Update
@@ -48,6 +48,7 @@ few = settings(
     max_examples=12,
     deadline=None,
     derandomize=True,
+    phases=(Phase.explicit, Phase.generate),  # an example takes long: to make a failing one small would take minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 

@@ -51,7 +51,6 @@ class Tokens(Structure):
     ]
 
 
-@cache
 def native(beat: Callable[[], None] = lambda: None) -> Any:
     """Return the compiled library; the first call on a machine compiles it, in a few seconds.
 
@@ -70,7 +69,12 @@ def native(beat: Callable[[], None] = lambda: None) -> Any:
         if done.returncode:
             raise EnvironmentProblem(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
 
-    library = ctypes.CDLL(str(build_once(folder, build, beat=beat) / "native.so"))
+    return _load(build_once(folder, build, beat=beat) / "native.so")
+
+
+@cache
+def _load(file: Path) -> Any:
+    library = ctypes.CDLL(str(file))
     library.native_block.argtypes = [POINTER(Block), POINTER(Tokens), *[c_void_p] * 5]
     library.native_linear.argtypes = [POINTER(Linear), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]
     library.native_attention.argtypes = [

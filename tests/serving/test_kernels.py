@@ -1,0 +1,103 @@
+"""Compiled layers give what stock ones give; models that pages cannot hold are refused with the reason."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config
+
+from launcher.errors import ConfigError
+from launcher.serving.holds import Sample
+from launcher.serving.kernels.apply import apply_native
+from launcher.serving.kernels.modules import NativeLinear
+from launcher.serving.kernels.packing import Scratch
+from launcher.serving.kv import PagedCache
+from launcher.serving.limits import Limits
+from launcher.serving.make import slots_of
+from launcher.serving.runner import Runner
+
+from .models import stock
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 100])
+@pytest.mark.parametrize("shape", [(16, 32), (97, 50), (3, 7)])
+def test_products_are_those_of_torch(dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias, x = (
+        torch.randn(size, generator=generator).to(dtype) for size in (shape, shape[:1], (rows, shape[1]))
+    )
+    for given in (bias, None):
+        found = NativeLinear(weight, given, Scratch())(x)
+        exact = linear(x.double(), weight.double(), None if given is None else given.double())
+        spacing = torch.finfo(dtype).eps * exact.abs() + 1e-5
+        assert ((found.double() - exact).abs() <= spacing).all()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_rounding_is_that_of_the_stock_model(family: str) -> None:
+    exact = Sample(copy.deepcopy(stock(family)).bfloat16().float())
+    half = copy.deepcopy(stock(family)).bfloat16()
+    theirs = Sample(half)
+    theirs.use_pages(half)
+    cache = PagedCache(theirs.shapes, num_pages=1, dtype=half.dtype, device=half.device)
+    assert "compiled" in apply_native(half, cache).what
+    ours = exact.difference(Runner(half, cache))
+    stock_error = (theirs._expected - exact._expected).norm(dim=-1) / exact._expected.norm(dim=-1)
+    assert 0 < ours < 3 * float(stock_error.median())
+
+
+def test_a_block_with_other_parts_than_it_seems_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    config = GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, residual_multiplier=0.3)
+    slots_of(AutoModelForCausalLM.from_config(config).eval(), limits=Limits(kv_tokens=64), ends=())
+    assert "differ by" in capfd.readouterr().out
+
+
+def test_biases_of_queries_are_added() -> None:
+    config = Qwen2Config(**{k: v for k, v in SMALL.items() if k != "head_dim"})
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.bias)
+    sample = Sample(model)
+    sample.use_pages(model)
+    cache = PagedCache(sample.shapes, num_pages=1, dtype=model.dtype, device=model.device)
+    assert apply_native(model, cache).what.startswith("2 blocks")
+    assert sample.difference(Runner(model, cache)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (MistralConfig(**SMALL, sliding_window=8), "Sliding"),
+        (Gemma2Config(**SMALL, sliding_window=8, layer_types=["full_attention"] * 2), "softcap"),
+    ],
+    ids=["window", "softcap"],
+)
+def test_models_that_pages_cannot_hold_are_refused(config: object, why: str) -> None:
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ConfigError, match=why):
+        slots_of(model, limits=Limits(kv_tokens=64), ends=())
+
+
+def test_without_a_compiler_the_stock_layers_run_and_it_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    slots_of(copy.deepcopy(stock("llama")), limits=Limits(kv_tokens=64), ends=())
+    assert "no C compiler (no-such-compiler)" in capfd.readouterr().out

@@ -44,7 +44,7 @@ class Decoder:
         return greedily(self._next_tokens, input_ids, max_new_tokens=max_new_tokens, ends=self._ends)
 
     def _next_tokens(self, ids: Tensor) -> Tensor:
-        """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens), of which the caches hold the start."""
+        """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens); the caches hold those before."""
         new = ids[:, self._num_seen :]
         self._num_seen = ids.shape[1]
         logits = self._relay.through([new], self._with_cache)

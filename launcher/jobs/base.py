@@ -32,6 +32,11 @@ class Job(Component):
     seed: int = 0
     """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
 
+    @property
+    def widens_bf16(self) -> bool:
+        """Whether it computes with bf16 weights by kernels of its own, fast on processors without such instructions."""
+        return False
+
     @abstractmethod
     def run(self, context: Context) -> None:
         """Do the work on this rank; raise to fail the run."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.serving.limits import Batching, Limits
+from launcher.serving.refusals import refusals
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -60,6 +61,11 @@ class GeneratingJob(Job):
         return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
 
     @property
+    def widens_bf16(self) -> bool:
+        """Whether the engine is the launcher's own."""
+        return self.engine == "slots"
+
+    @property
     def copies(self) -> int:
         """How many engines a rank keeps, each with the whole of the rank's weights."""
         return 1
@@ -68,6 +74,12 @@ class GeneratingJob(Job):
         """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
         degrees = run.parallel.degrees(1)
         return degrees.tensor > 1 or degrees.pipeline > 1
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse what the engine cannot compute; how many ranks make one is for each job to say."""
+        yield from super().refusals(run, world_size=world_size)
+        if self.engine == "slots":
+            yield from refusals(run, world_size=1)
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""

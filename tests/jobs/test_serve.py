@@ -64,6 +64,8 @@ def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
         (["job.tokenizer=bytes", "model.vocab_size=100"], "it has 257 tokens"),
         (["job.rate_per_minute=0"], "job.rate_per_minute=0"),
         (["+job.steps=3"], "job.steps"),
+        (["attention=eager"], "attention=eager: job.engine=slots"),
+        (["compile=true"], "compile=true: job.engine=slots"),
     ],
 )
 def test_what_cannot_be_served_is_refused(plan_of, words: list[str], said: str) -> None:

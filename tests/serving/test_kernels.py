@@ -37,7 +37,7 @@ SMALL = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 2, 6, 7, 13, 100])
-@pytest.mark.parametrize("shape", [(16, 32), (97, 50), (3, 7)])
+@pytest.mark.parametrize("shape", [(16, 32), (97, 50), (3, 7), (1400, 50)])
 def test_products_are_those_of_torch(dtype: torch.dtype, rows: int, shape: tuple[int, int]) -> None:
     generator = torch.Generator().manual_seed(rows)
     weight, bias, x = (

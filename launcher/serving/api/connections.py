@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections of uvicorn, with a limit to their number and to how long a request may take to begin."""
+"""HTTP/1.1 connections of uvicorn, with limits to their number and to how long nothing may come or be taken."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from launcher.serving.api.problems import ApiError
 
 
-def protocol(max_connections: int, *, headers_s: float) -> type[H11Protocol]:
+def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits.
 
     Args:
         max_connections: that are open at the same time.
         headers_s: from a connection, or the first byte of a further request, to the end of its headers.
+        reading_s: that a client may take nothing while there is more than the system holds for it; then it is gone.
     """
 
     class Limited(H11Protocol):
         """One connection."""
 
         _deadline: asyncio.TimerHandle | None = None
+        _reading: asyncio.TimerHandle | None = None
 
         def connection_made(self, transport: Any) -> None:
             """Take a connection, or say that there are too many."""
@@ -37,6 +39,7 @@ def protocol(max_connections: int, *, headers_s: float) -> type[H11Protocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             """Forget the connection."""
             self._calm()
+            self._stop_waiting()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -46,6 +49,21 @@ def protocol(max_connections: int, *, headers_s: float) -> type[H11Protocol]:
                 self._calm()
             elif self.conn.trailing_data[0]:
                 self._expect()
+
+        def pause_writing(self) -> None:
+            """Wait for the client to take what is there, but not for ever: closing would wait as long."""
+            super().pause_writing()
+            self._reading = self.loop.call_later(reading_s, self.transport.abort)
+
+        def resume_writing(self) -> None:
+            """Go on."""
+            self._stop_waiting()
+            super().resume_writing()
+
+        def _stop_waiting(self) -> None:
+            if self._reading is not None:
+                self._reading.cancel()
+                self._reading = None
 
         def _expect(self) -> None:
             if self._deadline is None:

@@ -16,8 +16,6 @@ from launcher.serving.api.problems import ApiError, as_headers
 
 KEEP_ALIVE_S = 5.0
 """A stream that has nothing to say for so long sends a comment, so that nobody in between takes it for dead."""
-_READING_S = 60.0
-"""A client that takes nothing for so long is gone."""
 
 Data = dict[str, Any]
 
@@ -76,12 +74,14 @@ class EventStream(Response):
             if sending.done():
                 await sending
         finally:
-            for each in (sending, gone):
-                each.cancel()
-            await asyncio.gather(sending, gone, return_exceptions=True)
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._events.aclose()
-            self._on_end()
+            try:
+                for each in (sending, gone):
+                    each.cancel()
+                await asyncio.gather(sending, gone, return_exceptions=True)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._events.aclose()
+            finally:
+                self._on_end()
 
     async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
         coming: asyncio.Future[Data] | None = None
@@ -104,23 +104,22 @@ class EventStream(Response):
             await self._write(send, _event(json.dumps(problem.body(), ensure_ascii=False)))
             await self._write(send, _event("[DONE]"), more=False)
         finally:
-            if coming is not None and not coming.done():
+            if coming is not None:  # it may have ended in the moment that the client went: somebody must look at it
                 coming.cancel()
                 await asyncio.gather(coming, return_exceptions=True)
 
     async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        """Send some bytes; a client that does not read is given up."""
-        async with asyncio.timeout(_READING_S):
-            if not self._has_begun:
-                self._has_begun = True
-                headers = {
-                    "content-type": "text/event-stream; charset=utf-8",
-                    "cache-control": "no-cache",
-                    "x-accel-buffering": "no",  # nginx would hold events back
-                    **self._extra,
-                }
-                await send({"type": "http.response.start", "status": 200, "headers": as_headers(headers)})
-            await send({"type": "http.response.body", "body": data, "more_body": more})
+        """Send some bytes; how long a client may take them, the connection knows."""
+        if not self._has_begun:
+            self._has_begun = True
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",  # nginx would hold events back
+                **self._extra,
+            }
+            await send({"type": "http.response.start", "status": 200, "headers": as_headers(headers)})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
 
 
 def _event(text: str) -> bytes:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from launcher.jobs.serve import Serve
 
 _BEAT_S = 1.0
+_LOOKS = 10
+"""Turns of the event loop in which clients that are gone when the signal comes are noticed."""
 _LAST_WORDS_S = 2.0
 """For answers that say the server is ending to get out."""
 
@@ -123,6 +125,8 @@ class Front:
     async def _drain(self, backing: Backing, server: Server, http: asyncio.Task[None]) -> None:
         """Take nothing more, finish what was accepted, tell the rest, close."""
         backing.drain()
+        for _ in range(_LOOKS):
+            await asyncio.sleep(0.01)
         print(f"draining: {backing.open_requests} requests are open", flush=True)
         await _until_none(backing, within_s=self._job.drain_s)
         if left := backing.open_requests:

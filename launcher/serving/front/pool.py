@@ -178,6 +178,8 @@ class Pool:
         while True:
             await asyncio.sleep(_TICK_S)
             for engine in self.engines:
+                if engine.process is None:  # ranks, not ours to end: their launcher sees when they hang
+                    continue
                 limit = 2 * self._stall_s if engine.is_ready else self._building_s
                 if limit and engine.stuck_s > limit and (engine.flights or not engine.is_ready):
                     print(f"engine {engine.number} has done nothing for {engine.stuck_s:.0f} s", flush=True)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _LOOK_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
+_WELL_S = 60.0
+"""A server that lived so long was well: the next pause is the first again."""
 _ENDING_S = 3.0
 
 
@@ -47,6 +49,7 @@ class Vllm(Backing):
         self._model = ""
         self._has_answered = False
         self._restarts = 0
+        self._started_at = 0.0
 
     def open(self) -> None:
         """Begin to watch; the process is started once the weights are there."""
@@ -119,7 +122,7 @@ class Vllm(Backing):
         # the wrapper is ours and needs our path; what it becomes has an environment of its own
         ours = {**environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
         self._process = subprocess.Popen([*bound, *self.command()], env=ours, stdin=subprocess.DEVNULL)
-        self._known = identify(self._process.pid)
+        self._known, self._started_at = identify(self._process.pid), time.monotonic()
 
     async def _look(self) -> None:
         """See whether it answers; start it anew when it has ended."""
@@ -137,9 +140,10 @@ class Vllm(Backing):
             if not self._has_answered:
                 self.broken.set_exception(JobError(f"vllm serve ended with exit code {code}; its words are above"))
                 return
+            if time.monotonic() - self._started_at > _WELL_S:
+                pause_s = _FIRST_PAUSE_S
             print(f"vllm serve ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
-            started = time.monotonic()
             await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S) if time.monotonic() - started < _LONGEST_PAUSE_S else pause_s
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             self._restarts += 1
             self._start()

@@ -180,6 +180,7 @@ static const Tile tiles[] = {0, tile1, tile2, tile3, tile4, tile5, tile6,
 #endif
 };
 
+#define SMALL (1 << 16) /* multiplications, or a quarter of that in copies, that are done before other threads are awake */
 #define CHUNK 96 /* rows that stay in the second-level cache while panels pass by */
 
 /* y (rows, out) = x (rows, in) of a packed matrix */
@@ -187,7 +188,7 @@ static void multiply(const Linear *l, const float *x, int64_t rows, float *y, in
     int64_t panels = l->out / NR, bytes = l->in * NR * (half ? 2 : 4);
     for (int64_t first = 0; first < rows; first += CHUNK) {
         int64_t end = first + CHUNK < rows ? first + CHUNK : rows;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if ((end - first) * l->out * l->in > SMALL)
         for (int64_t p = 0; p < panels; p++)
             for (int64_t r = first; r < end; r += MR)
                 tiles[end - r < MR ? end - r : MR](x + r * l->in, l->in, (const char *)l->weight + p * bytes, half,
@@ -199,11 +200,11 @@ static void multiply(const Linear *l, const float *x, int64_t rows, float *y, in
 void native_linear(const Linear *l, const void *in, void *out, int64_t rows, int64_t columns, float *scratch,
                    int32_t half) {
     float *x = scratch, *y = scratch + rows * l->in;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * l->in > SMALL / 4)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < l->in; k++) x[i * l->in + k] = get1(in, i * l->in + k, half);
     multiply(l, x, rows, y, half);
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (rows * columns > SMALL / 4)
     for (int64_t i = 0; i < rows; i++)
         for (int64_t k = 0; k < columns; k++) put1(out, i * columns + k, y[i * l->out + k], half);
 }
@@ -265,7 +266,7 @@ static void attention(const Step *s, const float *q, int64_t qstride, int64_t he
                       const void *keys, const void *values, float scale, int half, float *out) {
     int64_t group = heads / kv_heads, longest = 1;
     for (int64_t i = 0; i < s->tokens; i++) longest = s->seen[i] > longest ? s->seen[i] : longest;
-#pragma omp parallel
+#pragma omp parallel if (s->tokens * heads * dim * longest > SMALL / 2)
     {
         float *scores = __builtin_malloc(sizeof(float) * group * longest);
 #pragma omp for schedule(dynamic, 1)

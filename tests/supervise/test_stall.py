@@ -58,7 +58,7 @@ def test_a_launcher_that_never_starts_its_ranks_is_not_waited_for(supervise):
 
 
 def test_a_rank_that_has_finished_is_not_waited_for(supervise):
-    run = supervise({0: "some_steps", 1: "never_beat"}, stall_timeout_s=2.0)
+    run = supervise({0: "some_steps", 1: "never_beat"}, stall_timeout_s=6.0)  # on a busy machine a start takes seconds
     assert run.end() == 124
     assert run.failure["rank"] == 1
     assert [(place["rank"], place["phase"], place["step"]) for place in run.failure["ranks"]] == [

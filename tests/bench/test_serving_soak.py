@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,9 @@ def test_a_short_soak_of_echoing_engines() -> None:
     ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
     told = ended.stdout + ended.stderr
     assert ended.returncode == 0, told
-    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "engines killed: 2", "everything as it should be"):
+    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "everything as it should be"):
         assert word in told
+    assert re.search(r"engines killed: [1-9]", told), told
 
 
 def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:

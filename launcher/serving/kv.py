@@ -28,6 +28,8 @@ ATTENTION = "launcher_pages"
 class PagedCache(Cache):  # type: ignore[misc]
     """Keys and values of all sequences, a tensor of each per layer: (tokens of all pages, heads, width).
 
+    Compiled kernels order numbers within a page in their own way.
+
     Args:
         shapes: of what each layer keeps of a token.
         num_pages: besides one that takes what is computed for no sequence.
@@ -47,6 +49,8 @@ class PagedCache(Cache):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Write those of this step; (1, heads, tokens, width) each."""
         assert self.step is not None
+        if self.kernels is not None:  # they write themselves
+            return key_states, value_states
         self.keys[layer_idx].index_copy_(0, self.step.slots, key_states[0].transpose(0, 1))
         self.values[layer_idx].index_copy_(0, self.step.slots, value_states[0].transpose(0, 1))
         return key_states, value_states
@@ -107,17 +111,19 @@ class Step:
         """
         return self._table.with_rotary(rotary)
 
-    def attend(self, layer: int, query: Tensor, *, scale: float | None) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None) -> Tensor:
         """Return attention of each token over its own sequence, (1, tokens, heads, width).
 
         Args:
             layer: which.
             query: (1, heads, tokens, width).
+            key: of this step, likewise.
+            value: likewise.
             scale: of scores.
         """
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.cache.kernels is not None:
-            return self.cache.kernels.attend(self.native(), query, keys, values, scale=scale)
+            return self.cache.kernels.attend(self.native(), (query, key, value), (keys, values), scale=scale)
         return gathered(self._places, query, keys, values, scale=scale)
 
 
@@ -137,7 +143,7 @@ def attention(
     Args:
         module: the attention layer.
         query: (1, heads, tokens of all sequences, head width).
-        key: of this step alone; already written.
+        key: of this step alone.
         value: like ``key``.
         attention_mask: none is made for this kernel.
         scaling: of scores.
@@ -150,7 +156,7 @@ def attention(
     strange = [name for name in ("softcap", "s_aux", "position_bias", "sliding_window") if rest.get(name) is not None]
     if strange or attention_mask is not None:
         raise NotImplementedError(f"attention with {', '.join(strange) or 'a mask of its own'}")
-    return launcher_step.attend(module.layer_idx, query, scale=scaling), None
+    return launcher_step.attend(module.layer_idx, query, key, value, scale=scaling), None
 
 
 def register() -> None:

@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Mist
 from launcher.errors import ConfigError
 from launcher.serving.holds import Sample
 from launcher.serving.kernels.apply import apply_native
+from launcher.serving.kernels.attention import NativeAttention
 from launcher.serving.kernels.modules import NativeLinear
 from launcher.serving.kernels.packing import Scratch
-from launcher.serving.kv import PagedCache
+from launcher.serving.kv import PagedCache, Step
 from launcher.serving.limits import Limits
 from launcher.serving.make import slots_of
+from launcher.serving.pages import PAGE
+from launcher.serving.plan import Segment, StepPlan
 from launcher.serving.runner import Runner
+from launcher.serving.shapes import Shapes
 
 from .models import stock
 
@@ -101,3 +105,32 @@ def test_without_a_compiler_the_stock_layers_run_and_it_is_said(
     monkeypatch.setenv("CC", "no-such-compiler")
     slots_of(copy.deepcopy(stock("llama")), limits=Limits(kv_tokens=64), ends=())
     assert "no C compiler (no-such-compiler)" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 16), (9, 3, 64), (16, 1, 32), (5, 1, 128)])
+def test_attention_over_pages_is_that_of_torch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(dim)
+    shapes = Shapes(keys=((kv_heads, dim),), values=((kv_heads, dim),), item_bytes=dtype.itemsize)
+    caches = [PagedCache(shapes, num_pages=120, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
+    caches[0].kernels = NativeAttention(Scratch())
+    pages = torch.randperm(120, generator=generator).tolist()
+    spans = ((0, 1), (0, 33), (1, 2), (33, 100), (2, 40), (100, 101), (0, 3000))
+    sequences = ("a", "b", "a", "b", "a", "b", "c")
+    held = {"a": pages[:2], "b": pages[2:6], "c": pages[6:100]}
+    for first in range(0, len(spans), 2):  # parts of two sequences at a time, and a last one that is long
+        parts = tuple(
+            Segment(start=start, tokens=(1,) * (end - start), pages=tuple(held[name][: -(-end // PAGE)]), wanted=True)
+            for name, (start, end) in list(zip(sequences, spans, strict=True))[first : first + 2]
+        )
+        plan = StepPlan(parts, padding=2)
+        count = sum(len(part.tokens) for part in parts) + 2
+        query, key, value = (
+            torch.randn((1, number, count, dim), generator=generator).to(dtype) for number in (heads, kv_heads, kv_heads)
+        )
+        found = []
+        for cache in caches:
+            cache.step = Step(plan, cache, device=torch.device("cpu"))
+            cache.update(key, value, 0)
+            found.append(cache.step.attend(0, query, key, value, scale=0.3).float()[:, :-2])
+        assert torch.allclose(*found, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=0)

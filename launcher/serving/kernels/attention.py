@@ -29,30 +29,28 @@ class NativeAttention:
     def __init__(self, scratch: Scratch) -> None:
         self._scratch, self._call = scratch, native().native_attention
 
-    def attend(self, tokens: Tokens, query: Tensor, keys: Tensor, values: Tensor, *, scale: float | None) -> Tensor:
-        """Return attention of each token over its own sequence, (1, tokens, heads, width).
+    def attend(
+        self, tokens: Tokens, of_tokens: tuple[Tensor, Tensor, Tensor], arenas: tuple[Tensor, Tensor], *, scale: float | None
+    ) -> Tensor:
+        """Write keys and values; return attention of each token over its own sequence, (1, tokens, heads, width).
 
         Args:
             tokens: where they are.
-            query: (1, heads, tokens, width).
-            keys: (tokens of all pages, heads, width).
-            values: likewise.
+            of_tokens: queries, keys and values of this step; (1, heads, tokens, width) each.
+            arenas: keys and values of all pages; kernels lay them out in their own way.
             scale: of scores.
         """
-        asked = query[0].transpose(0, 1).contiguous()
-        out = torch.empty_like(asked)
-        _, heads, dim = asked.shape
+        query, key, value = (part[0].transpose(0, 1).contiguous() for part in of_tokens)
+        out = torch.empty_like(query)
+        _, heads, dim = query.shape
         self._call(
             byref(tokens),
-            asked.data_ptr(),
-            out.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
+            *(part.data_ptr() for part in (query, key, value, out, *arenas)),
             heads,
-            keys.shape[1],
+            key.shape[1],
             dim,
             dim**-0.5 if scale is None else scale,
-            int(asked.dtype == torch.bfloat16),
-            self._scratch.of(2 * asked.numel()),
+            int(query.dtype == torch.bfloat16),
+            self._scratch.of(2 * (query.numel() + key.numel())),
         )
         return out[None]

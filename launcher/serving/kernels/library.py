@@ -79,7 +79,7 @@ def _load(file: Path) -> Any:
     library.native_linear.argtypes = [POINTER(Linear), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]
     library.native_attention.argtypes = [
         POINTER(Tokens),
-        *[c_void_p] * 4,
+        *[c_void_p] * 6,
         *[c_int64] * 3,
         c_float,
         c_int32,

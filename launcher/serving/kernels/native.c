@@ -211,76 +211,172 @@ void native_linear(const Linear *l, const void *in, void *out, int64_t rows, int
 
 /* ---- attention ---- */
 
-#define WIDEST 16 /* vectors in a head: checked by whoever calls */
-#define MOST 16   /* heads that share keys */
+/* Pages of one layer: keys (pages, kv_heads, dim, PAGE), so that scores of several keys come in one register; values
+ * (pages, kv_heads, PAGE, dim). What a token gets depends on its own sequence alone, bit for bit: no sum's order
+ * depends on what else is computed. */
 
-/* One token's heads that share keys: q (group, dim) floats; out likewise; scores is room for group * seen floats. */
-static void attend(const float *q, int64_t group, int64_t dim, const void *keys, const void *values, int64_t kv_heads,
-                   int64_t head, const int64_t *pages, int64_t seen, float scale, int half, float *scores, float *out) {
-    int64_t stride = kv_heads * dim, nv = dim / VL;
-    float most[MOST], total[MOST];
-    for (int64_t g = 0; g < group; g++) most[g] = -INFINITY;
-    for (int64_t j = 0; j < seen; j++) {
-        int64_t at = (pages[j / PAGE] * PAGE + j % PAGE) * stride + head * dim;
-        vf acc[MOST];
-        for (int64_t g = 0; g < group; g++) acc[g] = all(0.0f);
-        for (int64_t v = 0; v < nv; v++) {
-            vf k = get(keys, at + v * VL, half);
-            for (int64_t g = 0; g < group; g++) acc[g] += *(const vf *)(q + g * dim + v * VL) * k;
-        }
-        for (int64_t g = 0; g < group; g++) {
-            float s = sum(acc[g]) * scale;
-            scores[g * seen + j] = s;
-            most[g] = s > most[g] ? s : most[g];
-        }
+#if VL > 8
+#define AV 1 /* vectors in a tile's row: its width must divide that of any head and a page */
+#else
+#define AV 2
+#endif
+#define AW (AV * VL)
+#define AROWS 24    /* rows that share a page while it is in the first-level cache */
+#define ROOM 65536  /* scores that stay in the second-level cache */
+
+/* s (R, AW of a page) = scale * q (R, dim) k (dim, AW of a page); out (R, AW of dim) += p (R, keys) v (keys, AW of dim) */
+#define TILES(R)                                                                                                       \
+    static void score##R(const float *q, const float *k, int64_t dim, float scale, float *s, int64_t sstride) {        \
+        vf a[R][AV];                                                                                                   \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int v = 0; v < AV; v++) a[r][v] = all(0.0f);                                                          \
+        for (int64_t d = 0; d < dim; d++) {                                                                            \
+            const vf *row = (const vf *)(k + d * PAGE);                                                                \
+            _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)                                                       \
+                _Pragma("GCC unroll 2") for (int v = 0; v < AV; v++) a[r][v] += q[r * dim + d] * row[v];               \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int v = 0; v < AV; v++) *(vf *)(s + r * sstride + v * VL) = a[r][v] * scale;                          \
+    }                                                                                                                  \
+    static void mix##R(const float *p, int64_t pstride, const float *values, int64_t keys, int64_t dim, float *out) {  \
+        vf a[R][AV];                                                                                                   \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int v = 0; v < AV; v++) a[r][v] = *(const vf *)(out + r * dim + v * VL);                              \
+        for (int64_t j = 0; j < keys; j++) {                                                                           \
+            const vf *row = (const vf *)(values + j * dim);                                                            \
+            _Pragma("GCC unroll 12") for (int r = 0; r < R; r++)                                                       \
+                _Pragma("GCC unroll 2") for (int v = 0; v < AV; v++) a[r][v] += p[r * pstride + j] * row[v];           \
+        }                                                                                                              \
+        for (int r = 0; r < R; r++)                                                                                    \
+            for (int v = 0; v < AV; v++) *(vf *)(out + r * dim + v * VL) = a[r][v];                                    \
     }
-    for (int64_t g = 0; g < group; g++) {
-        float *s = scores + g * seen;
-        vf t = all(0.0f);
-        int64_t j = 0;
-        for (; j + VL <= seen; j += VL) {
-            vf e = vexp(*(vf *)(s + j) - most[g]);
-            *(vf *)(s + j) = e;
-            t += e;
-        }
-        total[g] = sum(t);
-        for (; j < seen; j++) {
-            s[j] = vexp(all(s[j] - most[g]))[0];
-            total[g] += s[j];
-        }
-    }
-    for (int64_t v = 0; v < nv; v++) {
-        vf acc[MOST];
-        for (int64_t g = 0; g < group; g++) acc[g] = all(0.0f);
-        for (int64_t j = 0; j < seen; j++) {
-            int64_t at = (pages[j / PAGE] * PAGE + j % PAGE) * stride + head * dim + v * VL;
-            vf x = get(values, at, half);
-            for (int64_t g = 0; g < group; g++) acc[g] += scores[g * seen + j] * x;
-        }
-        for (int64_t g = 0; g < group; g++) *(vf *)(out + g * dim + v * VL) = rnd(acc[g] / total[g], half);
-    }
+
+TILES(1)
+TILES(2)
+TILES(3)
+TILES(4)
+TILES(5)
+TILES(6)
+#if MR > 6
+TILES(7)
+TILES(8)
+TILES(9)
+TILES(10)
+TILES(11)
+TILES(12)
+#endif
+
+typedef void (*Score)(const float *, const float *, int64_t, float, float *, int64_t);
+typedef void (*Mix)(const float *, int64_t, const float *, int64_t, int64_t, float *);
+#if MR > 6
+static const Score score[] = {0,      score1, score2, score3,  score4,  score5, score6,
+                              score7, score8, score9, score10, score11, score12};
+static const Mix mix[] = {0, mix1, mix2, mix3, mix4, mix5, mix6, mix7, mix8, mix9, mix10, mix11, mix12};
+#else
+static const Score score[] = {0, score1, score2, score3, score4, score5, score6};
+static const Mix mix[] = {0, mix1, mix2, mix3, mix4, mix5, mix6};
+#endif
+
+/* Page `at` of `size` numbers as floats: as it stands, or widened into room. */
+static inline const float *page_of(const void *arena, int64_t at, int64_t size, int half, float *room) {
+    if (!half) return (const float *)arena + at * size;
+    for (int64_t i = 0; i < size; i += VL) *(vf *)(room + i) = get(arena, at * size + i, 1);
+    return room;
 }
 
-/* out (tokens, heads * dim) from q (tokens, heads * dim at a stride); room for scores is per thread */
+/* Turn the first n scores of a row into their exponentials, the others up to `end` into zeros; return their sum. */
+static float exponentials(float *s, int64_t n, int64_t end) {
+    for (int64_t j = n; j < end; j++) s[j] = -INFINITY;
+    vf most = all(-INFINITY), total = all(0.0f);
+    for (int64_t j = 0; j < n; j += VL) {
+        vf x = *(vf *)(s + j);
+        vi more = x > most;
+        most = (vf)(((vi)x & more) | ((vi)most & ~more));
+    }
+    float top = most[0];
+    for (int i = 1; i < VL; i++) top = most[i] > top ? most[i] : top;
+    for (int64_t j = 0; j < end; j += VL) {
+        vf e = vexp(*(vf *)(s + j) - top);
+        *(vf *)(s + j) = e;
+        total += e;
+    }
+    return sum(total);
+}
+
+/* Heads that share keys, of `count` consecutive tokens of one sequence, the first of which sees `seen`.
+ * q: (count, group, dim) at a stride between tokens; out: likewise, dense between a token's heads.
+ * room: AROWS * (scores + 2 dim) and a page, in floats. */
+static void attend(const float *q, int64_t qstride, int64_t count, int64_t group, int64_t dim, const void *keys,
+                   const void *values, int64_t kv_heads, int64_t head, const int64_t *pages, int64_t seen, float scale,
+                   int half, float *room, float *out, int64_t ostride) {
+    int64_t rows = count * group, last = seen + count - 1, used = (last + PAGE - 1) / PAGE, end = used * PAGE;
+    float *asked = room, *mixed = asked + rows * dim, *page = mixed + rows * dim, *scores = page + PAGE * dim;
+    for (int64_t i = 0; i < count; i++) memcpy(asked + i * group * dim, q + i * qstride, sizeof(float) * group * dim);
+    memset(mixed, 0, sizeof(float) * rows * dim);
+    for (int64_t p = 0; p < used; p++) {
+        const float *k = page_of(keys, pages[p] * kv_heads + head, PAGE * dim, half, page);
+        for (int64_t r = 0; r < rows; r += MR)
+            for (int64_t j = 0; j < PAGE; j += AW)
+                score[rows - r < MR ? rows - r : MR](asked + r * dim, k + j, dim, scale, scores + r * end + p * PAGE + j, end);
+    }
+    float total[AROWS];
+    for (int64_t r = 0; r < rows; r++) total[r] = exponentials(scores + r * end, seen + r / group, end);
+    for (int64_t p = 0; p < used; p++) {
+        const float *v = page_of(values, pages[p] * kv_heads + head, PAGE * dim, half, page);
+        int64_t there = last - p * PAGE < PAGE ? last - p * PAGE : PAGE;
+        for (int64_t r = 0; r < rows; r += MR)
+            for (int64_t d = 0; d < dim; d += AW)
+                mix[rows - r < MR ? rows - r : MR](scores + r * end + p * PAGE, end, v + d, there, dim, mixed + r * dim + d);
+    }
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t d = 0; d < dim; d += VL)
+            *(vf *)(out + r / group * ostride + r % group * dim + d) = rnd(*(vf *)(mixed + r * dim + d) / total[r], half);
+}
+
+/* out (tokens, heads * dim) from q (tokens, heads * dim at a stride) */
 static void attention(const Step *s, const float *q, int64_t qstride, int64_t heads, int64_t kv_heads, int64_t dim,
                       const void *keys, const void *values, float scale, int half, float *out) {
-    int64_t group = heads / kv_heads, longest = 1;
-    for (int64_t i = 0; i < s->tokens; i++) longest = s->seen[i] > longest ? s->seen[i] : longest;
-#pragma omp parallel if (s->tokens * heads * dim * longest > SMALL / 2)
+    int64_t group = heads / kv_heads, longest = 1, num = 0, work = 0;
+    for (int64_t i = 0; i < s->tokens; i++) {
+        longest = s->seen[i] > longest ? s->seen[i] : longest;
+        work += s->seen[i];
+    }
+    longest = (longest + PAGE - 1) / PAGE * PAGE;
+    int64_t most = ROOM / longest < AROWS ? ROOM / longest : AROWS;
+    most = most / group ? most / group : 1;
+    int64_t *first = __builtin_malloc(sizeof(int64_t) * (s->tokens + 1)); /* of tiles: tokens that share what they see */
+    for (int64_t i = 0; i < s->tokens; i++)
+        if (!i || i - first[num - 1] >= most || s->row[i] != s->row[i - 1] || s->seen[i] != s->seen[i - 1] + 1)
+            first[num++] = i;
+    first[num] = s->tokens;
+#pragma omp parallel if (work * heads * dim > SMALL / 2)
     {
-        float *scores = __builtin_malloc(sizeof(float) * group * longest);
+        float *room = __builtin_malloc(sizeof(float) * (most * group * (2 * dim + longest) + PAGE * dim));
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t n = 0; n < s->tokens * kv_heads; n++) {
-            int64_t i = n / kv_heads, h = n % kv_heads;
+        for (int64_t n = 0; n < num * kv_heads; n++) {
+            int64_t i = first[n / kv_heads], count = first[n / kv_heads + 1] - i, h = n % kv_heads;
             float *to = out + i * heads * dim + h * group * dim;
-            if (!s->seen[i]) {
-                memset(to, 0, sizeof(float) * group * dim);
-                continue;
-            }
-            attend(q + i * qstride + h * group * dim, group, dim, keys, values, kv_heads, h,
-                   s->pages + s->row[i] * s->table_width, s->seen[i], scale, half, scores, to);
+            if (!s->seen[i])
+                for (int64_t k = 0; k < count; k++) memset(to + k * heads * dim, 0, sizeof(float) * group * dim);
+            else
+                attend(q + i * qstride + h * group * dim, qstride, count, group, dim, keys, values, kv_heads, h,
+                       s->pages + s->row[i] * s->table_width, s->seen[i], scale, half, room, to, heads * dim);
         }
-        __builtin_free(scores);
+        __builtin_free(room);
+    }
+    __builtin_free(first);
+}
+
+/* Write one token's keys and values, (kv_heads * dim) floats each. */
+static void keep(void *keys, void *values, int64_t slot, int64_t kv_heads, int64_t dim, const float *k, const float *v,
+                 int half) {
+    int64_t page = slot / PAGE, at = slot % PAGE;
+    for (int64_t h = 0; h < kv_heads; h++) {
+        int64_t block = (page * kv_heads + h) * PAGE * dim;
+        for (int64_t d = 0; d < dim; d++) {
+            put1(keys, block + d * PAGE + at, k[h * dim + d], half);
+            put1(values, block + at * dim + d, v[h * dim + d], half);
+        }
     }
 }
 
@@ -321,10 +417,7 @@ void native_block(const Block *b, const Step *s, void *keys, void *values, const
     for (int64_t i = 0; i < n; i++) {
         float *row = qkv + i * b->qkv.out;
         for (int64_t h = 0; h < b->heads + b->kv_heads; h++) rotate(row + h * b->dim, s, i, b->dim, half);
-        for (int64_t k = 0; k < kw; k++) {
-            put1(keys, s->slots[i] * kw + k, row[qw + k], half);
-            put1(values, s->slots[i] * kw + k, row[qw + kw + k], half);
-        }
+        keep(keys, values, s->slots[i], b->kv_heads, b->dim, row + qw, row + qw + kw, half);
     }
     attention(s, qkv, b->qkv.out, b->heads, b->kv_heads, b->dim, keys, values, b->scale, half, att);
     multiply(&b->o, att, n, y, half);
@@ -345,11 +438,19 @@ void native_block(const Block *b, const Step *s, void *keys, void *values, const
     for (int64_t i = 0; i < n * w; i++) put1(out, i, x[i] + y[i], half);
 }
 
-/* Attention alone, over keys and values that are written already: q and out (tokens, heads, dim) of the model's format. */
-void native_attention(const Step *s, const void *q, void *out, const void *keys, const void *values, int64_t heads,
-                      int64_t kv_heads, int64_t dim, float scale, int32_t half, float *scratch) {
-    int64_t n = s->tokens * heads * dim;
-    for (int64_t i = 0; i < n; i += VL) *(vf *)(scratch + i) = get(q, i, half);
-    attention(s, scratch, heads * dim, heads, kv_heads, dim, keys, values, scale, half, scratch + n);
-    for (int64_t i = 0; i < n; i++) put1(out, i, scratch[n + i], half);
+/* Attention alone: q and out (tokens, heads, dim), k and v (tokens, kv_heads, dim) of the model's format.
+ * scratch: 2 * tokens * (heads + kv_heads) * dim floats. */
+void native_attention(const Step *s, const void *q, const void *k, const void *v, void *out, void *keys, void *values,
+                      int64_t heads, int64_t kv_heads, int64_t dim, float scale, int32_t half, float *scratch) {
+    int64_t n = s->tokens * heads * dim, m = s->tokens * kv_heads * dim;
+    float *asked = scratch, *found = asked + n, *new_keys = found + n, *new_values = new_keys + m;
+    for (int64_t i = 0; i < n; i += VL) *(vf *)(asked + i) = get(q, i, half);
+    for (int64_t i = 0; i < m; i += VL) {
+        *(vf *)(new_keys + i) = get(k, i, half);
+        *(vf *)(new_values + i) = get(v, i, half);
+    }
+    for (int64_t i = 0; i < s->tokens; i++)
+        keep(keys, values, s->slots[i], kv_heads, dim, new_keys + i * kv_heads * dim, new_values + i * kv_heads * dim, half);
+    attention(s, asked, heads * dim, heads, kv_heads, dim, keys, values, scale, half, found);
+    for (int64_t i = 0; i < n; i++) put1(out, i, found[i], half);
 }

@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from launcher.errors import ConfigErrors
+from launcher.engines.distributed import disconnect
+from launcher.errors import EXIT_PREEMPTED, ConfigErrors
 from launcher.generation.merge import merge
 from launcher.generation.parts import Index, PartWriter
 from launcher.generation.source import BadSource
 from launcher.generation.task import keep_task, stored_task, task_of
 from launcher.generation.work import Worker
 from launcher.serving.choose import chosen_generator
+from launcher.serving.ranks import engine_of_ranks
 from launcher.serving.words import open_words
 from launcher.training.memory import peak_bytes
 from launcher.training.metrics import MetricsWriter
@@ -57,9 +59,20 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     index = Index(folder, size)
     index.scan()
     before = index.num_tokens
-    share = _share(context, index)
     words = open_words(job.tokenizer, context.run, beat=beat)
-    generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
+    if job.spreads(context.run):
+        ranks = 1
+        if not context.is_main:
+            preemption.hold()  # the first rank says when to leave
+        generator = engine_of_ranks(context, limits=job.limits, beat=beat)
+        if generator is None:
+            if preemption.requested():
+                raise SystemExit(EXIT_PREEMPTED)
+            return
+    else:
+        generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
+        ranks = context.world_size
+    share = _share(context, index, ranks=ranks)
     preemption.hold()
     started = time.monotonic()
     with PartWriter(folder / f"rank{context.rank}.part") as parts:
@@ -75,8 +88,11 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
             seed=job.seed,
             beat=lambda done, speed: context.heartbeat.beat("generate", done, steps=size, tokens_per_s=speed),
         )
-        worker.run()
-        generator.close()
+        try:
+            worker.run()
+        finally:
+            generator.close()
+            disconnect()  # of ranks that are one engine; others have not met
         parts.sync()
         if not context.is_main:
             return
@@ -93,9 +109,9 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     print(f"answers: {output}", flush=True)
 
 
-def _share(context: Context, index: Index) -> Callable[[int], bool]:
+def _share(context: Context, index: Index, *, ranks: int) -> Callable[[int], bool]:
     """Return which records this rank does: one in so many, unless it is there already."""
-    return lambda number: number % context.world_size == context.rank and number not in index
+    return lambda number: number % ranks == context.rank % ranks and number not in index
 
 
 def _conclude(context: Context, index: Index, *, size: int, seconds: float, tokens: int) -> None:

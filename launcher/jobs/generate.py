@@ -28,7 +28,10 @@ _FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv":
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GeneratingJob):
-    """Every rank has the model and does its share of the lines; what a line says itself wins over the options here."""
+    """Every rank has the model and does its share of the lines, or all ranks hold one model between them.
+
+    What a line says itself wins over the options here.
+    """
 
     kind: ClassVar[str] = "generate"
 
@@ -82,7 +85,7 @@ class Generate(GeneratingJob):
         sampling = {name: value for name, value in self.usual.items() if name != "stop"}
         for name, why, better in out_of_range(Sampling(**sampling)):
             yield self.refuse(name, why, f"set job.{name}={better:g}")
-        if self.engine in ("transformers", "vllm"):
+        if self.engine == "vllm":
             yield self.refuse("engine", "does not work through files yet", "set job.engine=slots")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
@@ -117,12 +120,9 @@ class Generate(GeneratingJob):
         """Return 0: the lines are counted by the ranks, who read the file."""
         return 0
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse a model that is spread over ranks."""
-        yield from super().refusals(run, world_size=world_size)
-        if self.spreads(run):
-            why = "here every rank has the whole model and lines of its own"
-            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=ddp")
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the ranks of one engine where several are one, else as many as the strategy takes."""
+        return run.parallel.degrees(1).product if self.spreads(run) else super().max_ranks(run)
 
     def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
@@ -143,7 +143,8 @@ class Generate(GeneratingJob):
         """Yield from where to where, and how requests are put together."""
         yield "input", f"{self.input} ({self.source().format})"
         yield "output", self.output or "generated.jsonl"
-        yield "engines", f"engine={self.engine} on each of {world_size} ranks" if world_size > 1 else self.engine
+        several = "of all" if self.spreads(run) else "on each of"
+        yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
         yield "batching", f"{self.batching}, {self.at_once} sequences at once"
 
     def files(self) -> Iterator[str]:

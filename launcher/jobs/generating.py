@@ -10,6 +10,7 @@ from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.serving.limits import Batching, Limits
 from launcher.serving.refusals import refusals
+from launcher.wording import times
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -21,7 +22,8 @@ class GeneratingJob(Job):
 
     engine: Literal["slots", "transformers", "vllm", "echo"] = "slots"
     """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
-    batching, on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a model."""
+    batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a
+    model."""
 
     batching: Batching = "continuous"
     """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
@@ -76,15 +78,25 @@ class GeneratingJob(Job):
         return degrees.tensor > 1 or degrees.pipeline > 1
 
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse what the engine cannot compute; how many ranks make one is for each job to say."""
+        """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
         yield from super().refusals(run, world_size=world_size)
-        if self.engine == "slots":
-            yield from refusals(run, world_size=1)
+        most = run.parallel.degrees(1).product
+        if self.spreads(run) and self.engine != "slots":
+            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
+            yield self.refuse("engine", why, "set job.engine=slots or parallel=single")
+        if self.spreads(run) and world_size != most:
+            why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
+        if self.engine in ("slots", "transformers"):
+            together = most if self.spreads(run) and self.engine == "slots" else 1
+            yield from refusals(run, world_size=together, engine=self.engine)
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""
         yield from super().problems()
         yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
         yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
+        if self.engine == "transformers" and self.batching != "continuous":
+            yield self.refuse("batching", "engine=transformers knows continuous alone", "set job.batching=continuous")
         if self.ageing_s <= 0:
             yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

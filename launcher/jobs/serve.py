@@ -116,8 +116,6 @@ class Serve(GeneratingJob):
             if len(shape) != 2 or min(shape) < 1:
                 why = "a shape is a number of sequences and a number of tokens, each at least 1"
                 yield ConfigError(f"job.warm_up[{at}]", list(shape), why=why, fix="set job.warm_up=[[1,10]]")
-        if self.engine == "transformers":
-            yield self.refuse("engine", "is not served yet", "set job.engine=slots or job.engine=vllm")
 
     @property
     def copies(self) -> int:
@@ -156,24 +154,13 @@ class Serve(GeneratingJob):
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
         yield from super().refusals(run, world_size=world_size)
-        most = self.max_ranks(run)
-        if world_size > most:
-            fix = f"set backend.ranks={most}" + (f" job.replicas={world_size}" if most == 1 else "")
-            why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}; copies are job.replicas"
+        if world_size > 1 and not self.spreads(run):
+            why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
+            fix = f"set backend.ranks=1 job.replicas={world_size}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
-        degrees = run.parallel.degrees(1)
-        if degrees.pipeline > 1:
-            why = "stages of a pipeline answer no requests yet"
-            yield ConfigError("parallel", run.parallel.kind, why=why, fix="set parallel=single or parallel=tensor")
-        if self.spreads(run) and self.engine != "slots":
-            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
-            yield self.refuse("engine", why, "set job.engine=slots or parallel=single")
         if self.spreads(run) and self.replicas > 1:
-            why = f"the {most} ranks together are one engine"
+            why = f"the {self.max_ranks(run)} ranks together are one engine"
             yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
-        if world_size < most:
-            why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}"
-            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
             yield from self._refuse_for_vllm(run)
         shape = run.model.shape()

@@ -27,6 +27,10 @@ def chosen_generator(run: Run, job: GeneratingJob, *, beat: Callable[[], None], 
         shape = run.model.shape()
         context, vocab_size = (shape.context, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
         return Echo(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
+    if job.engine == "transformers":
+        from launcher.serving.make_theirs import make_theirs
+
+        return make_theirs(run, limits=job.limits, beat=beat, local_rank=local_rank)
     from launcher.serving.make import make_generator
 
     return make_generator(run, limits=job.limits, rank=0, world_size=1, beat=beat, local_rank=local_rank)

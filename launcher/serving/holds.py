@@ -5,40 +5,52 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache
 
+from launcher.engines.pipelining.cache import StretchCache
 from launcher.errors import ConfigError
 from launcher.serving.kv import ATTENTION, PagedCache, register
 from launcher.serving.plan import Segment, StepPlan
 from launcher.serving.runner import Runner, cache_name
 from launcher.serving.shapes import Shapes
+from launcher.serving.stage import WHOLE, Stage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _SPANS = ((0, 3), (3, 6), *((at, at + 1) for at in range(6, 12)))
+_SMALL = 0.02
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 """Half precision rounds at each of many layers (for SmolLM2 that is 0.01 to 0.04, and 0.2 for the odd token); what a
 missing part changes is far more."""
 
 
 class Sample:
-    """A few tokens, and what the stock model makes of them.
+    """A few tokens, and what the stock model makes of them: scores or, of a stage of a pipeline, hidden states.
 
     Args:
         model: as Transformers has it.
+        stage: which one it is.
 
     Raises:
         ConfigError: it keeps something else than keys and values of all tokens.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, stage: Stage = WHOLE) -> None:
         config = model.config.get_text_config()
+        self._stage = stage
         self._ids = (torch.arange(_SPANS[-1][1], device=model.device) * 7 + 1)[None] % config.vocab_size
-        past = DynamicCache(config=config)
+        self._hidden = None
+        given = {"input_ids": self._ids}
+        if not stage.first:  # small beside what blocks add to it
+            size = (1, _SPANS[-1][1], config.hidden_size)
+            drawn = _SMALL * torch.randn(size, generator=torch.Generator().manual_seed(0))
+            self._hidden = drawn.to(model.device, model.dtype)
+            given = {"inputs_embeds": self._hidden}
+        past = StretchCache(config, first_block=stage.first_block)
         with torch.inference_mode():
-            answer = model(input_ids=self._ids, use_cache=True, **{cache_name(model): past})
-        self._expected = answer.logits[0, [end - 1 for _, end in _SPANS]].float()
+            how = {"use_cache": True, cache_name(model): past}
+            answer = model(**given, **how).logits if stage.last else model.base_model(**given, **how).last_hidden_state
+        self._expected = answer[0, [end - 1 for _, end in _SPANS]].float()
         if any(past.is_sliding) or not all(hasattr(layer, "keys") for layer in past.layers):
             kinds = ", ".join(sorted({type(layer).__name__ for layer in past.layers}))
             raise refusal(model, f"keeps other things than keys and values of all tokens ({kinds})")
@@ -48,6 +60,7 @@ class Sample:
             keys=tuple((layer.keys.shape[1], layer.keys.shape[3]) for layer in past.layers),
             values=tuple((layer.values.shape[1], layer.values.shape[3]) for layer in past.layers),
             item_bytes=model.dtype.itemsize,
+            first_layer=stage.first_block,
         )
 
     def use_pages(self, model: PreTrainedModel) -> None:
@@ -58,22 +71,26 @@ class Sample:
         """
         register()
         model.set_attn_implementation(ATTENTION)
+        for module in model.modules():
+            if hasattr(module, "config"):  # blocks of a stage have that of the whole model
+                module.config._attn_implementation = ATTENTION  # noqa: SLF001  (as the line above does for its own)
         cache = PagedCache(self.shapes, num_pages=1, dtype=model.dtype, device=model.device)
         try:
-            difference = self.difference(Runner(model, cache))
+            difference = self.difference(Runner(model, cache, self._stage))
         except NotImplementedError as error:
             raise refusal(model, f"asks for {error}") from error
         if not difference <= self.tolerance(model):
             raise refusal(model, f"comes out different by {difference:.2g} of its scores")
 
     def difference(self, runner: Runner) -> float:
-        """Return the share of their norm by which scores differ, at the median token; the first page is written to."""
+        """Return the share of their norm by which results differ, at the median token; the first page is written to."""
         ids = self._ids[0].tolist()
-        plans = [
-            StepPlan((Segment(start=start, tokens=tuple(ids[start:end]), pages=(0,), wanted=True),))
-            for start, end in _SPANS
-        ]
-        found = torch.cat([runner.run(plan) for plan in plans])
+        made = []
+        for start, end in _SPANS:
+            plan = StepPlan((Segment(start=start, tokens=tuple(ids[start:end]), pages=(0,), wanted=True),))
+            answer = runner.run(plan, None if self._hidden is None else self._hidden[:, start:end])
+            made.append(answer if self._stage.last else answer[0, -1:].float())
+        found = torch.cat(made)
         shares = (found - self._expected).norm(dim=-1) / self._expected.norm(dim=-1).clamp(min=1e-6)
         return float(shares.median() if found.isfinite().all() else torch.inf)
 

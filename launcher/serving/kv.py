@@ -26,7 +26,7 @@ ATTENTION = "launcher_pages"
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """Keys and values of all sequences, a tensor of each per layer: (tokens of all pages, heads, width).
+    """Keys and values of all sequences, a tensor of each by number of layer: (tokens of all pages, heads, width).
 
     Compiled kernels order numbers within a page in their own way.
 
@@ -40,8 +40,12 @@ class PagedCache(Cache):  # type: ignore[misc]
     def __init__(self, shapes: Shapes, *, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
         size = (num_pages + 1) * PAGE
-        self.keys = [torch.zeros((size, *shape), dtype=dtype, device=device) for shape in shapes.keys]
-        self.values = [torch.zeros((size, *shape), dtype=dtype, device=device) for shape in shapes.values]
+
+        def room(sizes: tuple[tuple[int, int], ...]) -> dict[int, Tensor]:
+            numbered = enumerate(sizes, shapes.first_layer)
+            return {layer: torch.zeros((size, *shape), dtype=dtype, device=device) for layer, shape in numbered}
+
+        self.keys, self.values = room(shapes.keys), room(shapes.values)
         self.scratch = num_pages
         self.step: Step | None = None
         self.kernels: NativeAttention | None = None
@@ -62,7 +66,7 @@ class PagedCache(Cache):  # type: ignore[misc]
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
         """Copy pages: to, from."""
         for target, source in pairs:
-            for arena in (*self.keys, *self.values):
+            for arena in (*self.keys.values(), *self.values.values()):
                 arena[target * PAGE : (target + 1) * PAGE] = arena[source * PAGE : (source + 1) * PAGE]
 
 

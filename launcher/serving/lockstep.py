@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import distributed as dist
@@ -14,12 +14,20 @@ from launcher.serving.plan import StepPlan
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launcher.serving.runner import Runner
-
 _EAGER_S = 0.01
 """How long a rank asks without pause whether the next plan is there."""
 _POLL_S = 0.001
 _BEAT_S = 0.5
+
+
+class Follows(Protocol):
+    """What computes the same plans on every rank."""
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Compute one; what the first rank gets are the scores."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 class Leading:
@@ -33,7 +41,7 @@ class Leading:
     isolates = False
     """A step that fails here may not fail on the others: nothing is tried again, the run ends."""
 
-    def __init__(self, runner: Runner, group: dist.ProcessGroup) -> None:
+    def __init__(self, runner: Follows, group: dist.ProcessGroup) -> None:
         self._runner, self._group = runner, group
 
     def run(self, plan: StepPlan) -> Tensor:
@@ -53,7 +61,7 @@ class Leading:
         dist.broadcast(numbers, source, group=self._group)
 
 
-def follow_plans(runner: Runner, group: dist.ProcessGroup, *, beat: Callable[[], None]) -> None:
+def follow_plans(runner: Follows, group: dist.ProcessGroup, *, beat: Callable[[], None]) -> None:
     """Compute what the first rank sends, until it closes.
 
     Args:

@@ -5,38 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 from torch import distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from transformers import GenerationConfig
 
-from launcher.activation import Keep
-from launcher.engines.distributed import DTYPES, choose_device
-from launcher.engines.formats import prepare_formats
-from launcher.engines.tensor_plan import TensorPlan
-from launcher.errors import ConfigErrors
-from launcher.models.build import build_model
+from launcher.engines.distributed import choose_device
 from launcher.serving.base import Generator
-from launcher.serving.engine import Slots
+from launcher.serving.engine import Runs, Slots
 from launcher.serving.holds import Sample
 from launcher.serving.kernels.apply import apply_native
 from launcher.serving.kv import PagedCache
 from launcher.serving.lockstep import Leading, follow_plans
-from launcher.serving.pages import PAGE
-from launcher.serving.refusals import refusals
+from launcher.serving.model import ends_of, own_part
+from launcher.serving.room import num_pages
 from launcher.serving.runner import Runner
-from launcher.serving.shapes import Shapes
+from launcher.serving.stage import WHOLE, Stage
+from launcher.serving.staged import Staged
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from launcher.config import Run
     from launcher.serving.limits import Limits
-
-_SHARE_OF_FREE = 4
-"""Keys and values take at most one part in this many of the memory that is free at the start, unless told otherwise."""
 
 
 def make_generator(
@@ -58,8 +47,9 @@ def make_generator(
         EnvironmentProblem: weights cannot be fetched.
     """
     assert rank == 0, "the other ranks follow"
-    model = inference_model(run, world_size=world_size, device=choose_device(local_rank), beat=beat)
-    return slots_of(model, limits=limits, ends=ends_of(run, model, beat=beat), world_size=world_size, beat=beat)
+    model, stage = own_part(run, rank=0, world_size=world_size, device=choose_device(local_rank), beat=beat)
+    ends = ends_of(run, model, beat=beat)
+    return slots_of(model, limits=limits, ends=ends, stage=stage, world_size=world_size, beat=beat)
 
 
 def follow(
@@ -67,55 +57,10 @@ def follow(
 ) -> None:
     """Compute on a rank other than the first what its engine plans, until that is closed; arguments as above."""
     assert rank > 0, "the first rank leads"
-    model = inference_model(run, world_size=world_size, device=choose_device(local_rank), beat=beat)
-    runner, _ = _paged(model, limits=limits, world_size=world_size, kernels=False, beat=beat)
-    follow_plans(runner, dist.new_group(backend="gloo"), beat=beat)
-
-
-def inference_model(
-    run: Run, *, device: torch.device, world_size: int = 1, beat: Callable[[], None] = lambda: None
-) -> PreTrainedModel:
-    """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
-
-    Raises:
-        ConfigErrors: this engine computes nothing the way that the run says.
-    """
-    problems = list(refusals(run, world_size=world_size))
-    if problems:
-        raise ConfigErrors(problems)
-    prepare_formats(run.precision, device=device)
-    plan: list[TensorPlan] = []
-
-    def laid_out(model: PreTrainedModel) -> None:
-        if world_size > 1:
-            plan.append(TensorPlan(model, init_device_mesh(device.type, (world_size,))))
-
-    def after(name: str, part: nn.Module) -> None:
-        part.to(device)
-        for each in plan:
-            each.slice(name, part)
-
-    model = build_model(
-        run.model,
-        seed=run.job.seed,
-        attention=run.attention,
-        activation=Keep(),
-        dtype=DTYPES[run.precision.compute],
-        after=after,
-        laid_out=laid_out,
-        beat=beat,
-    )
-    return model.eval().requires_grad_(False).to(device)
-
-
-def ends_of(run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lambda: None) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
-    folder = run.model.weights_folder(beat=beat)
-    config = model.generation_config
-    if folder is not None and (folder / "generation_config.json").is_file():
-        config = GenerationConfig.from_pretrained(folder)
-    ends = config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    model, stage = own_part(run, rank=rank, world_size=world_size, device=choose_device(local_rank), beat=beat)
+    runner, _ = _paged(model, stage, limits=limits, world_size=world_size, kernels=True, beat=beat)
+    group = dist.new_group(backend="gloo")
+    follow_plans(Staged(runner, group) if stage.count > 1 else runner, group, beat=beat)
 
 
 def slots_of(
@@ -123,6 +68,7 @@ def slots_of(
     *,
     limits: Limits,
     ends: tuple[int, ...],
+    stage: Stage = WHOLE,
     world_size: int = 1,
     kernels: bool = True,
     beat: Callable[[], None] = lambda: None,
@@ -133,19 +79,24 @@ def slots_of(
         model: in inference mode; its layers may be replaced.
         limits: how much at a time.
         ends: tokens that end a sequence.
-        world_size: ranks that hold slices of it.
+        stage: which one it is.
+        world_size: ranks that hold slices or stages of it.
         kernels: whether layers are replaced by compiled ones where there are any.
         beat: called meanwhile.
 
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
-    runner, num_pages = _paged(model, limits=limits, world_size=world_size, kernels=kernels, beat=beat)
+    runner, pages = _paged(model, stage, limits=limits, world_size=world_size, kernels=kernels, beat=beat)
     config = model.config.get_text_config()
+    runs: Runs = runner
+    if world_size > 1:
+        group = dist.new_group(backend="gloo")
+        runs = Leading(Staged(runner, group) if stage.count > 1 else runner, group)
     return Slots(
-        Leading(runner, dist.new_group(backend="gloo")) if world_size > 1 else runner,
+        runs,
         limits=limits,
-        num_pages=num_pages,
+        num_pages=pages,
         context=config.max_position_embeddings,
         vocab_size=config.vocab_size,
         ends=ends,
@@ -153,19 +104,25 @@ def slots_of(
 
 
 def _paged(
-    model: PreTrainedModel, *, limits: Limits, world_size: int, kernels: bool, beat: Callable[[], None]
+    model: PreTrainedModel,
+    stage: Stage,
+    *,
+    limits: Limits,
+    world_size: int,
+    kernels: bool,
+    beat: Callable[[], None],
 ) -> tuple[Runner, int]:
     """Return what computes plans on this rank, and how many pages all ranks have room for."""
-    sample = Sample(model)
+    sample = Sample(model, stage)
     sample.use_pages(model)
-    num_pages = _num_pages(limits, sample.shapes, model)
+    pages = num_pages(limits, sample.shapes, model)
     if world_size > 1:
-        least = torch.tensor([num_pages], device=model.device)
+        least = torch.tensor([pages], device=model.device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        num_pages = int(least)
-    cache = PagedCache(sample.shapes, num_pages=num_pages, dtype=model.dtype, device=model.device)
-    runner = Runner(model, cache)
-    if kernels and world_size == 1:
+        pages = int(least)
+    cache = PagedCache(sample.shapes, num_pages=pages, dtype=model.dtype, device=model.device)
+    runner = Runner(model, cache, stage)
+    if kernels and world_size == stage.count:  # slices of matrices are computed by torch
         swapped = apply_native(model, cache, beat=beat)
         difference = sample.difference(runner)
         if not difference <= sample.tolerance(model):
@@ -173,14 +130,4 @@ def _paged(
             cache.kernels = None
             swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its scores"
         print(f"engine: {swapped.what}", flush=True)
-    return runner, num_pages
-
-
-def _num_pages(limits: Limits, shapes: Shapes, model: PreTrainedModel) -> int:
-    if limits.kv_tokens is not None:
-        return max(1, limits.kv_tokens // PAGE)
-    device = model.device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    affordable = free // _SHARE_OF_FREE // (shapes.token_bytes * PAGE)
-    wanted = limits.max_requests * -(-model.config.get_text_config().max_position_embeddings // PAGE)
-    return int(max(1, min(wanted, affordable)))
+    return runner, pages

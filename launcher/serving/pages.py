@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 PAGE = 32
 """Tokens in a page. Only full pages are shared: smaller ones share more, larger ones are quicker to go through."""
+THEIR_PAGE = 256
+"""The same under ``engine=transformers``, as that library has it by default."""
 
 _Key = tuple[int, tuple[int, ...]]
 

@@ -6,28 +6,47 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
+from launcher.parallel.pipeline import Pipeline
 
 if TYPE_CHECKING:
     from launcher.config import Run
 
 
-def refusals(run: Run, *, world_size: int) -> Iterator[ConfigError]:
-    """Yield why ``job.engine=slots`` cannot compute what a run asks for.
+def refusals(run: Run, *, world_size: int, engine: str = "slots") -> Iterator[ConfigError]:
+    """Yield why an engine cannot compute what a run asks for.
 
     Args:
         run: of a job that generates.
         world_size: ranks that hold one model between them.
+        engine: ``slots`` or ``transformers``.
     """
-    if run.attention.kind != "sdpa":
+    if engine == "slots" and run.attention.kind != "sdpa":
         why = "job.engine=slots computes attention over pages by kernels of its own"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
+    if engine == "transformers" and run.attention.kind == "flex":
+        why = "Transformers' continuous batching knows eager, sdpa and flash"
+        yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
     if run.compile.kind != "false":
-        why = "job.engine=slots has compiled kernels of its own, and shapes that change with every step"
+        why = f"shapes change with every step of job.engine={engine}"
         yield ConfigError("compile", run.compile.kind, why=why, fix="set compile=false")
     if run.precision.kind == "fp8":
-        why = "job.engine=slots has no 8-bit products"
+        why = f"job.engine={engine} has no 8-bit products"
         yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
-    if world_size > 1 and (run.parallel.kind != "fsdp" or run.parallel.degrees(world_size).tensor != world_size):
-        why = f"job.engine=slots spreads a model over {world_size} ranks by slicing its matrices"
-        fix = f"set parallel=tensor parallel.tensor={world_size}"
+    degrees = run.parallel.degrees(world_size)
+    spread = {"fsdp": degrees.tensor, "pipeline": degrees.pipeline}.get(run.parallel.kind)
+    if world_size > 1 and spread != world_size:
+        why = f"job.engine=slots spreads a model over {world_size} ranks as slices of its matrices, or as stages"
+        fix = f"set parallel=tensor parallel.tensor={world_size}, or parallel=pipeline parallel.stages={world_size}"
         yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
+    if isinstance(run.parallel, Pipeline):
+        yield from _unused_of_pipelines(run.parallel)
+
+
+def _unused_of_pipelines(parallel: Pipeline) -> Iterator[ConfigError]:
+    """Yield options that say how a pipeline trains, and are not what they are by default."""
+    usual = Pipeline(stages=parallel.stages)
+    for name in ("schedule", "micro_batches", "chunks", "balance", "data"):
+        value = getattr(parallel, name)
+        if value != getattr(usual, name):
+            why = "an engine sends the parts of a step through its stages as they come; this is about training"
+            yield parallel.refuse(name, why, f"leave parallel.{name} out")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from launcher.serving.kv import Step
+from launcher.serving.stage import WHOLE, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,29 +30,41 @@ class Runner:
     Args:
         model: in inference mode, with the attention of ``launcher.serving.kv``.
         cache: of this rank.
+        stage: which one the model is.
     """
 
     isolates = True
     """After a step that failed another one may be tried."""
 
-    def __init__(self, model: PreTrainedModel, cache: PagedCache) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: PreTrainedModel, cache: PagedCache, stage: Stage = WHOLE) -> None:
+        self.model, self.cache, self.stage = model, cache, stage
         self._cache_name = cache_name(model)
 
-    def run(self, plan: StepPlan) -> Tensor:
-        """Return the scores that are asked for, in order; (wanted, vocabulary), fp32."""
+    def run(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor:
+        """Compute one plan.
+
+        Args:
+            plan: of the step.
+            hidden: what the stage before gives, (1, tokens, width).
+
+        Returns:
+            The scores that are asked for, in order; (wanted, vocabulary), fp32. Of a stage that is not the last one,
+            hidden states like those that it was given.
+        """
         with torch.inference_mode():
             self.cache.copy(plan.copies)
             step = self.cache.step = Step(plan, self.cache, device=self.model.device)
-            answer = self.model(
-                input_ids=step.input_ids,
-                position_ids=step.position_ids,
-                logits_to_keep=step.wanted,
-                use_cache=True,
-                launcher_step=step,
-                **{self._cache_name: self.cache},
-            )
-            scores: Tensor = answer.logits[0].float()
+            given = {
+                **({"input_ids": step.input_ids} if hidden is None else {"inputs_embeds": hidden}),
+                "position_ids": step.position_ids,
+                "use_cache": True,
+                "launcher_step": step,
+                self._cache_name: self.cache,
+            }
+            if not self.stage.last:
+                passed: Tensor = self.model.base_model(**given).last_hidden_state
+                return passed
+            scores: Tensor = self.model(**given, logits_to_keep=step.wanted).logits[0].float()
             return scores
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ class Shapes:
     """Heads and width."""
     values: tuple[tuple[int, int], ...]
     item_bytes: int
+    first_layer: int = 0
+    """Number of the first of these layers in the model."""
 
     @property
     def token_bytes(self) -> int:

@@ -27,19 +27,15 @@ def serve_over_ranks(job: Serve, context: Context) -> None:
     front = _Child(context) if context.is_main else None
     for number in _TOLD:
         signal.signal(number, signal.SIG_IGN if front is None else front.pass_on)  # what ends the others is the first
-    from launcher.engines.distributed import choose_device, connect, disconnect
-    from launcher.serving.make import follow, make_generator
+    from launcher.engines.distributed import disconnect
+    from launcher.serving.ranks import engine_of_ranks
 
     def beat(phase: str = "build") -> None:
         context.heartbeat.beat(phase)
 
-    arguments = {"limits": job.limits, "rank": context.rank, "world_size": context.world_size, "beat": beat}
-    connect(context, choose_device(context.local_rank))
-    if front is None:
-        follow(context.run, **arguments, local_rank=context.local_rank)  # type: ignore[arg-type]
-        disconnect()
+    generator = engine_of_ranks(context, limits=job.limits, beat=beat)
+    if front is None or generator is None:
         return
-    generator = make_generator(context.run, **arguments, local_rank=context.local_rank)  # type: ignore[arg-type]
     generator.warm_up(job.warm_up)
     with contextlib.suppress(Gone):  # its exit code says why
         drive(generator, front.link, beat=beat)

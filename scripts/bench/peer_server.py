@@ -68,13 +68,13 @@ class Peer(Protocol):
 class Generate:
     """Transformers' ``generate`` on a batch padded at the left; it lasts until the longest is done."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self._torch = torch
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Generate as many tokens as the longest job wants."""
@@ -100,9 +100,9 @@ class Generate:
 
 
 class CTranslate2:
-    """CTranslate2 in int8; sequences that are done leave the batch."""
+    """CTranslate2 in int8, whatever the format of others; sequences that are done leave the batch."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, dtype: str) -> None:
         import ctranslate2
         from transformers import AutoTokenizer
 
@@ -193,7 +193,7 @@ async def serve(peer: Peer, *, port: int, batch: int) -> None:
         await server.serve_forever()
 
 
-PEERS: dict[str, tuple[Callable[[str], Peer], int]] = {
+PEERS: dict[str, tuple[Callable[[str, str], Peer], int]] = {
     "generate": (Generate, 1),
     "static": (Generate, 8),
     "ctranslate2": (CTranslate2, 16),
@@ -208,9 +208,10 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--batch", type=int)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of Transformers' models")
     arguments = parser.parse_args()
     make, batch = PEERS[arguments.peer]
-    asyncio.run(serve(make(arguments.model), port=arguments.port, batch=arguments.batch or batch))
+    asyncio.run(serve(make(arguments.model, arguments.dtype), port=arguments.port, batch=arguments.batch or batch))
 
 
 if __name__ == "__main__":

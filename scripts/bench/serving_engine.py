@@ -23,7 +23,8 @@ from harness import print_machine
 
 from launcher.compose import compose
 from launcher.serving.limits import Limits
-from launcher.serving.make import inference_model, slots_of
+from launcher.serving.make import slots_of
+from launcher.serving.model import inference_model
 from launcher.serving.values import Request, Sampling
 
 Work = Sequence[tuple[tuple[int, ...], int]]

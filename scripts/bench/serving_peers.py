@@ -7,7 +7,7 @@
 All servers are started at first and stay; all but the one that is measured stand still (SIGSTOP). Rounds go through all
 of them, A B A B, so that a slow minute of the machine hits all. Every server gets the same prompts; each round has its
 own, so that no cache of prompts helps. Load is a closed loop for some seconds; what counts are the tokens that came
-after the ramp.
+after the ramp. Contexts are measured one after the other.
 """
 
 from __future__ import annotations
@@ -33,10 +33,29 @@ from launcher.benchmarks.load.http import parse_address
 from launcher.benchmarks.load.lengths import parse_lengths
 from launcher.files import read_json, write_json
 
-CONTEXTS = {"mixed": ("16-256", "16-128"), "512+": ("512-768", "32-96")}
-"""Words of a prompt and tokens of an answer, by name."""
 CONCURRENCY = (1, 4, 8, 16, 32)
-_EACH_ALONE = ("generate, one by one",)
+
+
+@dataclass(frozen=True)
+class Context:
+    """Words of a prompt, a token each or a little more; tokens of an answer; how a cell goes.
+
+    Attributes:
+        ramp_s: from when on tokens count.
+    """
+
+    inputs: str
+    outputs: str
+    seconds: float
+    ramp_s: float
+
+
+CONTEXTS = {
+    "mixed": Context("16-256", "16-128", seconds=24.0, ramp_s=8.0),
+    # reading the first prompts takes a good part of it, which is what long prompts cost: it counts
+    "512+": Context("512-640", "32-96", seconds=45.0, ramp_s=0.0),
+}
+_EACH_ALONE = ("generate, one by one", "generate in fp32, one by one")
 """Servers whose throughput does not depend on how many wait: measured at the ends only."""
 
 
@@ -64,10 +83,12 @@ def cells(names: Sequence[str], *, contexts: Sequence[str], concurrency: Sequenc
     ]
 
 
-def measure(cell: Cell, server: Server, *, seconds: float, ramp_s: float) -> dict[str, Any]:
+def measure(cell: Cell, server: Server) -> dict[str, Any]:
     """Return the figures of one cell; ``tokens_per_s`` is that after the ramp."""
     server.ask("One two", max_tokens=1)  # answered once what the cell before has left behind is over
-    inputs, outputs = map(parse_lengths, CONTEXTS[cell.context])
+    context = CONTEXTS[cell.context]
+    inputs, outputs = parse_lengths(context.inputs), parse_lengths(context.outputs)
+    seconds, ramp_s = context.seconds, context.ramp_s
     seed = 1000 * cell.round_ + cell.concurrency
     peer = server.peer
     target = Target(address=parse_address(server.url), model=peer.model, extra=peer.extra)
@@ -109,8 +130,6 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True, help="folder that serving_peers_make.py filled")
     parser.add_argument("--out", type=Path, required=True, help="file of cells; those in it are not measured again")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of a cell")
-    parser.add_argument("--ramp", type=float, default=6.0, help="seconds at the start of a cell that do not count")
     parser.add_argument("--only", nargs="*", help="names of servers, or parts of names")
     parser.add_argument("--contexts", nargs="*", default=list(CONTEXTS), choices=CONTEXTS)
     parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY))
@@ -124,7 +143,8 @@ def main() -> None:
             list(wanted), contexts=arguments.contexts, concurrency=arguments.concurrency, rounds=arguments.rounds
         )
         todo = [cell for cell in todo if cell.name not in kept["cells"]]
-        print(f"{len(todo)} cells, about {len(todo) * arguments.seconds / 60:.0f} minutes", flush=True)
+        minutes = sum(CONTEXTS[cell.context].seconds for cell in todo) / 60
+        print(f"{len(todo)} cells, about {minutes:.0f} minutes", flush=True)
         _measure_all(todo, wanted, kept, arguments)
     print(table(kept, peers=list(known), contexts=list(CONTEXTS)))
 
@@ -149,7 +169,7 @@ def _measure_all(
                 continue
             server = running[cell.peer]
             server.go_on()
-            found = measure(cell, server, seconds=arguments.seconds, ramp_s=arguments.ramp)
+            found = measure(cell, server)
             server.pause()
             kept["cells"][cell.name] = found
             write_json(arguments.out, kept)

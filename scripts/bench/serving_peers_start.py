@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-_READY_S = 420.0
+_READY_S = 600.0
 _END_S = 15.0
 _OURS_TO_MEND = (400, 422)
 """Statuses of a server that is there and does not take the request: waiting would not help."""
@@ -51,7 +51,9 @@ def peers(folder: Path) -> dict[str, Peer]:
     continuous = ("--continuous-batching", "--cb-block-size", "32", "--cb-num-blocks", "1024")
     ours = (sys.executable, "-m", "launcher", "job=serve", "model=hf", f"model.name={model}", "precision=bf16")
     vllm_server = ("-m", "vllm.entrypoints.openai.api_server")  # its command asks for a package of another name
-    vllm_options = ("--dtype", "bfloat16", "--max-model-len", "2048")
+    vllm_options = ("--max-model-len", "2048")
+    vllm_env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_NO_USAGE_STATS": "1"}
+    vllm_command = (str(vllm / "python"), *vllm_server, "--model", model, "--port", "{port}", *vllm_options)
     found = (
         Peer(
             name="ours",
@@ -70,6 +72,20 @@ def peers(folder: Path) -> dict[str, Peer]:
         Peer(
             name="generate, static batches of 8",
             command=(*plain, "static", "--model", model, "--port", "{port}"),
+            model="m",
+            packages=("torch", "transformers"),
+            python=python,
+        ),
+        Peer(
+            name="generate in fp32, one by one",
+            command=(*plain, "generate", "--model", model, "--port", "{port}", "--dtype", "float32"),
+            model="m",
+            packages=("torch", "transformers"),
+            python=python,
+        ),
+        Peer(
+            name="generate in fp32, static batches of 8",
+            command=(*plain, "static", "--model", model, "--port", "{port}", "--dtype", "float32"),
             model="m",
             packages=("torch", "transformers"),
             python=python,
@@ -104,14 +120,17 @@ def peers(folder: Path) -> dict[str, Peer]:
             packages=("ctranslate2",),
             python=python,
         ),
-        Peer(
-            name="vLLM's CPU build",
-            command=(str(vllm / "python"), *vllm_server, "--model", model, "--port", "{port}", *vllm_options),
-            model=model,
-            env={"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "VLLM_NO_USAGE_STATS": "1"},
-            extra={"ignore_eos": True},
-            packages=("vllm-cpu", "torch", "transformers"),
-            python=str(vllm / "python"),
+        *(
+            Peer(
+                name=name,
+                command=(*vllm_command, "--dtype", dtype),
+                model=model,
+                env=vllm_env,
+                extra={"ignore_eos": True},
+                packages=("vllm-cpu", "torch", "transformers"),
+                python=str(vllm / "python"),
+            )
+            for name, dtype in (("vLLM's CPU build", "bfloat16"), ("vLLM's CPU build in fp32", "float32"))
         ),
     )
     return {peer.name: peer for peer in found}

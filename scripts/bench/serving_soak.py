@@ -3,7 +3,8 @@
     python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32
 
 What follows ``--`` are overrides of the ``job=serve`` that is started here. Every prompt's greedy answer is asked for
-beforehand, alone; any other text under load is a mix-up. The result cache is off: every answer is computed.
+beforehand, alone; any other text under load is a mix-up. The result cache is off: every answer is computed. At last
+SIGTERM comes in the middle of the same load: what was accepted is finished or told so, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -47,7 +49,8 @@ NONSENSE = (
     b'{"prompt": "' + b"word " * 100_000 + b'", "max_tokens": 4}',
 )
 _REFUSED = ("429", "503")
-_LOST = ("cut", "timeout", "connect")
+_LOST = ("cut", "timeout")
+_TERM_AFTER_S, _TERM_STORM_S = 8.0, 20.0
 _TIMEOUT_S = 300.0
 
 
@@ -55,6 +58,8 @@ _TIMEOUT_S = 300.0
 class Tally:
     """What became of requests."""
 
+    ends: bool = False
+    """Whether the server is told to end meanwhile: then nobody is there at last."""
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first of each kind that should not be."""
@@ -72,10 +77,17 @@ class Tally:
             self.note("finished" if is_right else "MIXED", "" if is_right else f"{outcome.text!r}, not {expected!r}")
         elif outcome.error in _REFUSED:
             self.note("refused")
+        elif outcome.error == "connect":
+            self.note("nobody there any more" if self.ends else "LOST", "" if self.ends else outcome.why)
         elif outcome.error in _LOST:
             self.note("LOST", outcome.why)
         else:
             self.note("failed explicitly", outcome.why)
+
+    def lines(self) -> Iterator[str]:
+        """Yield counts, and an example of each kind that should not be."""
+        yield from (f"{kind}: {count}" for kind, count in sorted(self.counts.items()))
+        yield from (f"  {kind}: {why[:400]}" for kind, why in self.examples.items())
 
 
 def answers_alone(target: Target, calls: list[Call]) -> list[str]:
@@ -103,7 +115,7 @@ async def storm(
     async def one(number: int) -> None:
         fate = random_.random()
         which = random_.randrange(len(calls))
-        if fate < MALFORMED:
+        if fate < MALFORMED and not tally.ends:
             await _nonsense(target, random_.choice(NONSENSE), tally)
             return
         outcome = Outcome(number, due_s=time.perf_counter() - start)
@@ -141,6 +153,21 @@ async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
         tally.note("NONSENSE ACCEPTED", f"no error in OpenAI's shape after {body[:60]!r}: {error}")
     finally:
         connection.close()
+
+
+async def storm_and_end(
+    server: SoakServer, target: Target, calls: list[Call], expected: list[str], *, rate: float, seed: int, tally: Tally
+) -> int:
+    """Send SIGTERM in the middle of a short storm; return the exit code."""
+
+    async def end() -> int:
+        await asyncio.sleep(_TERM_AFTER_S)
+        return await asyncio.to_thread(server.terminate)
+
+    async with asyncio.TaskGroup() as group:
+        ended = group.create_task(end())
+        await storm(target, calls, expected, rate=rate, seconds=_TERM_STORM_S, seed=seed, tally=tally)
+    return ended.result()
 
 
 def main() -> int:
@@ -185,14 +212,16 @@ def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
     with Watch(server, kill_every_s=arguments.kill_every, finished=lambda: tally.counts["finished"]) as watch:
         asyncio.run(storm(target, calls, expected, rate=rate, seconds=seconds, seed=arguments.seed, tally=tally))
     left = server.wait_until_idle()
-    code = server.terminate()
-    for kind, count in sorted(tally.counts.items()):
-        print(f"{kind}: {count}")
-    for kind, why in tally.examples.items():
-        print(f"  {kind}: {why[:400]}")
+    last = Tally(ends=True)
+    told = storm_and_end(server, target, calls, expected, rate=rate, seed=arguments.seed + 1, tally=last)
+    code = asyncio.run(told)
+    print("\n".join(tally.lines()))
     print("\n".join(watch.lines()))
-    print(f"requests left in engines afterwards: {left}; exit code after SIGTERM: {code}")
-    wrong = [kind for kind in tally.counts if kind.isupper()]
+    print(f"requests left in engines afterwards: {left}")
+    print("SIGTERM in the middle of the same load:")
+    print("\n".join(f"  {line}" for line in last.lines()))
+    print(f"  exit code {code}")
+    wrong = [kind for kind in (*tally.counts, *last.counts) if kind.isupper()]
     good = not wrong and not left and code == 0 and watch.is_honest and watch.is_flat
     print("everything as it should be" if good else f"NOT as it should be: {', '.join(wrong) or 'see above'}")
     return 0 if good else 1

@@ -17,7 +17,7 @@ def test_a_short_soak_of_echoing_engines() -> None:
     ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
     told = ended.stdout + ended.stderr
     assert ended.returncode == 0, told
-    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "everything as it should be"):
+    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "exit code 0", "everything as it should be"):
         assert word in told
     assert re.search(r"engines killed: [1-9]", told), told
 
@@ -40,4 +40,9 @@ def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
     ):
         tally.note_outcome(Outcome(0, due_s=0.0, error=error, why=error, text=text), "right")
     assert tally.counts == {"finished": 1, "MIXED": 1, "refused": 1, "LOST": 2, "failed explicitly": 2}
+    tally.note_outcome(Outcome(0, due_s=0.0, error="connect", why="connect"), "right")
+    assert tally.counts["LOST"] == 3
+    ending = Tally(ends=True)
+    ending.note_outcome(Outcome(0, due_s=0.0, error="connect", why="connect"), "right")
+    assert ending.counts == {"nobody there any more": 1}
     assert tally.examples["MIXED"] == "'other', not 'right'"

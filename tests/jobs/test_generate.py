@@ -15,6 +15,10 @@ from launcher.plan import Host
 from launcher.render import render
 
 ECHO = ("job=generate", "job.engine=echo", "job.tokenizer=bytes", "tracker=local", "backend.threads=1")
+WITH_MODEL = (
+    *("job=generate", "model=gpt2_tiny", "precision=fp32", "job.tokenizer=bytes", "job.max_tokens=64"),
+    *("tracker=local", "backend.threads=1"),
+)
 SLOWLY = "job.echo_step_s=0.01"
 NUM_LINES = 300
 
@@ -32,9 +36,9 @@ def answers(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def wait_for_answers(folder: Path) -> None:
+def wait_for_answers(folder: Path, count: int = 50) -> None:
     until = time.monotonic() + 120
-    while sum(part.read_bytes().count(b"\n") for part in folder.glob("generated/*.part")) < 50:
+    while sum(part.read_bytes().count(b"\n") for part in folder.glob("generated/*.part")) < count:
         assert time.monotonic() < until, "no answers came"
         time.sleep(0.05)
 
@@ -95,6 +99,24 @@ def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(
     assert "is another file than the one this run directory holds answers to" in refused.output
 
 
+def test_ranks_that_are_one_engine_answer_as_one_rank_does_and_make_room(
+    launch, launch_in_background, tmp_path
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"line {number};", "id": number}) + "\n" for number in range(100)))
+    words = (*WITH_MODEL, f"job.input={path}")
+    launch(*words, "backend.ranks=1", "parallel=single", "run.dir=one").expect(0)
+    expected = (tmp_path / "one" / "generated.jsonl").read_bytes()
+    assert len(expected.splitlines()) == 100
+    running = launch_in_background(*words, "parallel=pipeline", "run.dir=two")
+    wait_for_answers(tmp_path / "two", 10)
+    for rank in running.ranks().values():
+        rank.send_signal(signal.SIGUSR1)
+    assert running.wait() == EXIT_PREEMPTED
+    launch("resume", "two").expect(0)
+    assert (tmp_path / "two" / "generated.jsonl").read_bytes() == expected
+
+
 @pytest.mark.parametrize(
     ("word", "message"),
     [
@@ -114,7 +136,8 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
         (("job.engine=vllm",), "does not work through files yet"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
-        (("parallel=tensor", "parallel.tensor=2", "model=llama_tiny"), "every rank has the whole model"),
+        (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only slots can be"),
+        (("job.engine=transformers", "job.batching=static"), "knows continuous alone"),
         (("+job.temprature=1",), "did you mean temperature"),
     ],
 )

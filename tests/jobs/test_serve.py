@@ -82,8 +82,12 @@ def test_copies_are_replicas_and_no_ranks(plan_of) -> None:
         plan_of(*tensor, hosts=[ONE])
     with pytest.raises(ConfigErrors, match="together are one engine"):
         plan_of(*tensor, "job.replicas=2")
-    with pytest.raises(ConfigErrors, match="stages of a pipeline answer no requests yet"):
-        plan_of("job=serve", "tracker=local", "parallel=pipeline")
+    staged = ("job=serve", "tracker=local", "model=gpt2_tiny", "parallel=pipeline", "parallel.stages=3")
+    assert plan_of(*staged).world_size == 3
+    with pytest.raises(ConfigErrors, match=r"parallel.schedule=gpipe .*this is about training"):
+        plan_of(*staged, "parallel.schedule=gpipe")
+    with pytest.raises(ConfigErrors, match=r"set parallel=tensor parallel.tensor=2, or parallel=pipeline"):
+        plan_of("job=serve", "tracker=local", "model=gpt2_tiny", "parallel=deepspeed_pipeline")
 
 
 def test_a_taken_port_is_refused_with_a_free_one() -> None:
@@ -130,9 +134,10 @@ def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
         plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret", hosts=[ONE])
 
 
-def test_tensor_ranks_serve_as_one(launch_in_background, tmp_path: Path) -> None:
+@pytest.mark.parametrize("parallel", ["tensor", "pipeline"])
+def test_ranks_serve_as_one(launch_in_background, tmp_path: Path, parallel: str) -> None:
     port = free_port()
-    words = ("model=llama_tiny", "parallel=tensor", "backend.ranks=2", "job.tokenizer=bytes", f"job.port={port}")
+    words = ("model=llama_tiny", f"parallel={parallel}", "backend.ranks=2", "job.tokenizer=bytes", f"job.port={port}")
     running = launch_in_background("job=serve", "tracker=local", *words, "run.dir=served")
     running.wait_for_output("serving llama_tiny at")
     body = {"model": "llama_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}

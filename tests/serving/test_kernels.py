@@ -126,7 +126,8 @@ def test_attention_over_pages_is_that_of_torch(heads: int, kv_heads: int, dim: i
         plan = StepPlan(parts, padding=2)
         count = sum(len(part.tokens) for part in parts) + 2
         query, key, value = (
-            torch.randn((1, number, count, dim), generator=generator).to(dtype) for number in (heads, kv_heads, kv_heads)
+            torch.randn((1, number, count, dim), generator=generator).to(dtype)
+            for number in (heads, kv_heads, kv_heads)
         )
         found = []
         for cache in caches:

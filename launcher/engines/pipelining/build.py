@@ -48,15 +48,25 @@ def choose_cut(context: Context, *, count: int, by_time: bool, device: torch.dev
     """
     run = context.run
     model, _ = lay_out(run.model, seed=run.job.seed, attention=run.attention, beat=_beat(context))
-    num_blocks = len(getattr(model.base_model, anatomy_of(model).blocks))
+    blocks = cut_by_parameters(model, count)
+    if by_time:
+        costs = _told_by_rank_0(context, num_blocks=blocks[-1].stop, device=device)
+        blocks = stretches(costs.blocks, count, first=costs.first, last=costs.last)
+    return Cut(blocks=blocks, tied=tied_names(model), width=model.config.hidden_size)
+
+
+def cut_by_parameters(model: PreTrainedModel, count: int) -> list[range]:
+    """Return the blocks of ``count`` stretches of a model that are alike in parameters.
+
+    Raises:
+        ConfigError: the model cannot be cut, or has fewer blocks than stretches.
+    """
+    costs = _parameters(model)
+    num_blocks = len(costs.blocks)
     if count > num_blocks:
         why = f"{count} stretches, and the model has {num_blocks} layers"
-        raise ConfigError("parallel.stages", context.degrees.pipeline, why=why, fix=f"set parallel.stages={num_blocks}")
-    costs = _parameters(model)
-    if by_time:
-        costs = _told_by_rank_0(context, num_blocks=num_blocks, device=device)
-    blocks = stretches(costs.blocks, count, first=costs.first, last=costs.last)
-    return Cut(blocks=blocks, tied=tied_names(model), width=model.config.hidden_size)
+        raise ConfigError("parallel.stages", count, why=why, fix=f"set parallel.stages={num_blocks}")
+    return stretches(costs.blocks, count, first=costs.first, last=costs.last)
 
 
 def build_stretch(context: Context, where: Cut, number: int, *, device: torch.device) -> Stretch:

@@ -66,7 +66,7 @@ def apply_native(model: PreTrainedModel, cache: PagedCache, *, beat: Callable[[]
         swapped.what = f"the model's own layers, several times slower than compiled ones would be: {problem}"
         return swapped
     scratch = Scratch()
-    widths = {(*keys.shape[1:], *values.shape[1:]) for keys, values in zip(cache.keys, cache.values, strict=True)}
+    widths = {(*cache.keys[layer].shape[1:], *cache.values[layer].shape[1:]) for layer in cache.keys}
     heads = model.config.get_text_config().num_attention_heads
     if all(
         keys == values and dim % VECTOR == 0 and heads // keys_heads <= MOST_SHARING

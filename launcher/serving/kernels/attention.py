@@ -30,7 +30,12 @@ class NativeAttention:
         self._scratch, self._call = scratch, native().native_attention
 
     def attend(
-        self, tokens: Tokens, of_tokens: tuple[Tensor, Tensor, Tensor], arenas: tuple[Tensor, Tensor], *, scale: float | None
+        self,
+        tokens: Tokens,
+        of_tokens: tuple[Tensor, Tensor, Tensor],
+        arenas: tuple[Tensor, Tensor],
+        *,
+        scale: float | None,
     ) -> Tensor:
         """Write keys and values; return attention of each token over its own sequence, (1, tokens, heads, width).
 

@@ -18,7 +18,7 @@ def alone() -> object:
     import torch
 
     from launcher.compose import compose
-    from launcher.serving.make import inference_model
+    from launcher.serving.model import inference_model
     from launcher.serving.words import byte_words
 
     run = compose(["job=serve", "model=gpt2_tiny", *SIZES, "backend.ranks=1", "tracker=local"]).run

@@ -1,9 +1,10 @@
-"""One rank of a model over two: the first serves and prints its results, the other follows."""
+"""One rank of a model over several: the first serves and prints its results, the others follow."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 
 from torch import distributed as dist
 
@@ -15,17 +16,16 @@ from launcher.serving.values import Request, Sampling
 
 def main() -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    parallel = ["parallel=tensor", f"parallel.tensor={world_size}"] if world_size > 1 else ["parallel=single"]
-    run = compose(["model=llama_tiny", "precision=fp32", "job=evaluate", "data=synthetic", *parallel]).run
+    run = compose(["precision=fp32", "job=evaluate", "data=synthetic", *sys.argv[1:]]).run
     if world_size > 1:
         dist.init_process_group("gloo")
-    limits = Limits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=8)
+    limits = Limits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=40)
     if rank:
         follow(run, limits=limits, rank=rank, world_size=world_size, beat=lambda: None)
         dist.destroy_process_group()
         return
     engine = make_generator(run, limits=limits, rank=0, world_size=world_size, beat=lambda: None)
-    for index in range(6):
+    for index in range(20):
         way = Sampling(max_tokens=8, temperature=float(index % 2), seed=index, beams=1 + (index == 2))
         engine.add(Request(id=str(index), prompt=tuple(range(index, 3 * index + 2)), sampling=way))
     found: dict[str, list[int]] = {}

@@ -1,0 +1,220 @@
+"""Transformers' continuous batching as an engine, guarded against requests that would end it for all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from launcher.serving.admission import check
+from launcher.serving.base import Generator
+from launcher.serving.limits import Limits
+from launcher.serving.pages import THEIR_PAGE
+from launcher.serving.values import Finish, Refused, Request, Sampling, Stats, Token, Update
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.generation.continuous_batching.requests import GenerationOutput
+
+_POLL_S, _NO_WAIT_S = 0.05, 0.0
+_KNOWN = frozenset({"max_tokens", "ignore_end", "stop_ids"})
+"""Fields of ``Sampling`` that may differ from greedy decoding as it is."""
+_NO_END = -1
+
+
+@dataclass(slots=True)
+class _Task:
+    """One request that has not ended."""
+
+    request: Request
+    arrived_s: float
+    begun: bool = False
+    output: list[int] = field(default_factory=list)
+
+
+class Theirs(Generator):
+    """Greedy decoding by Transformers' ``ContinuousBatchingManager``, which runs on a thread of its own.
+
+    It is given no more requests than fit, and none that would end it: longer than its room, with tokens that the model
+    does not have. What it gives no last word about, a cancelled request say, gets one here.
+
+    Args:
+        model: in inference mode.
+        limits: how much at a time.
+        num_pages: room for keys and values, of 256 tokens each.
+        ends: tokens that end a sequence.
+    """
+
+    def __init__(self, model: PreTrainedModel, *, limits: Limits, num_pages: int, ends: Sequence[int]) -> None:
+        config = model.config.get_text_config()
+        self._limits, self._ends, self._num_pages = limits, tuple(ends), num_pages
+        self._context = min(config.max_position_embeddings, num_pages * THEIR_PAGE)
+        self._vocab_size = config.vocab_size
+        self._tasks: dict[str, _Task] = {}
+        self._over: list[tuple[str, Finish]] = []
+        self._generated = self._prompted = self._steps = 0
+        self._stepped_s = time.monotonic()
+        self._manager = model.init_continuous_batching(
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=_NO_END, max_new_tokens=1),
+            continuous_batching_config=ContinuousBatchingConfig(
+                page_size=THEIR_PAGE,
+                num_blocks=num_pages,
+                max_batch_tokens=limits.prefill_chunk + limits.max_requests,
+                max_requests_per_batch=limits.max_requests,
+                allow_block_sharing=limits.prefix_cache,
+                auto_switch_to_flash=False,
+            ),
+        )
+        self._manager.start()
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence."""
+        return self._context
+
+    def add(self, request: Request) -> None:
+        """Queue a request, or refuse it."""
+        check(
+            request,
+            known=self._tasks,
+            context=self._context,
+            vocab_size=self._vocab_size,
+            num_pages=self._num_pages,
+            max_requests=self._limits.max_requests,
+        )
+        usual = Sampling(max_tokens=1)
+        for name in Sampling.__dataclass_fields__:
+            if name not in _KNOWN and getattr(request.sampling, name) != getattr(usual, name):
+                if name == "seed" and request.sampling.temperature == 0:
+                    continue  # greedy decoding draws nothing
+                raise Refused(name, "engine=transformers decodes greedily and changes no scores")
+        if not self._tasks:
+            self._stepped_s = time.monotonic()
+        self._tasks[request.id] = _Task(request, time.monotonic())
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step."""
+        if request_id in self._tasks:
+            self._over.append((request_id, "cancelled"))
+
+    def step(self) -> Sequence[Update]:
+        """Hand over what there is room for; return what has come since the last call, waiting a little for it."""
+        self._find_late()
+        updates = [self._end(name, finish) for name, finish in self._over if name in self._tasks]
+        self._over.clear()
+        self._begin()
+        if not any(task.begun for task in self._tasks.values()):
+            return updates
+        wait_s = _POLL_S
+        while (result := self._manager.get_result(timeout=wait_s)) is not None:
+            wait_s = _NO_WAIT_S
+            self._stepped_s = time.monotonic()
+            self._steps += 1
+            if (update := self._took(result)) is not None:
+                updates.append(update)
+        if not self._manager.is_running():
+            why = "Transformers' continuous batching has ended; its words are in the log"
+            updates += [Update(request=name, finish="error", problem=why) for name in self._tasks]
+            self._tasks.clear()
+        return updates
+
+    def stats(self) -> Stats:
+        """Return where it stands."""
+        begun = [task for task in self._tasks.values() if task.begun]
+        return Stats(
+            running=len(begun),
+            waiting=len(self._tasks) - len(begun),
+            kv_tokens=sum(_length(task) for task in begun),
+            kv_capacity=self._num_pages * THEIR_PAGE,
+            steps_total=self._steps,
+            prompt_tokens_total=self._prompted,
+            generated_tokens_total=self._generated,
+            since_step_s=time.monotonic() - self._stepped_s if self._tasks else 0.0,
+        )
+
+    def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Have sequences of each shape go through, cut to what fits."""
+        for number, (sequences, tokens) in enumerate(shapes):
+            for index in range(min(sequences, self._limits.max_requests)):
+                prompt = tuple((number + index + at) % self._vocab_size for at in range(min(tokens, self._context - 2)))
+                sampling = Sampling(max_tokens=2, ignore_end=True)
+                self.add(Request(id=f"warm-up {number} {index}", prompt=prompt, sampling=sampling))
+            while not self.idle:
+                self.step()
+        self._generated = self._prompted = self._steps = 0
+
+    def close(self) -> None:
+        """End the thread and what it works on."""
+        self._manager.stop(block=True, hard_stop=True)
+        self._manager.destroy()
+        self._tasks.clear()
+
+    def _find_late(self) -> None:
+        now = time.monotonic()
+        for name, task in self._tasks.items():
+            waited, request = now - task.arrived_s, task.request
+            queued = request.queue_deadline_s is not None and not task.begun and waited > request.queue_deadline_s
+            if queued or (request.deadline_s is not None and waited > request.deadline_s):
+                self._over.append((name, "timeout"))
+
+    def _end(self, name: str, finish: Finish) -> Update:
+        task = self._tasks.pop(name)
+        if task.begun:
+            self._manager.cancel_request(name)
+        return Update(request=name, finish=finish)
+
+    def _begin(self) -> None:
+        """Hand over the most due requests, as long as they fit at their full length: nothing is ever put back."""
+        begun = [task for task in self._tasks.values() if task.begun]
+        free = self._num_pages - sum(self._pages(task) for task in begun)
+        room = self._limits.max_requests - len(begun)
+        waiting = [task for task in self._tasks.values() if not task.begun]
+        ageing_s = self._limits.ageing_s
+        for task in sorted(waiting, key=lambda each: each.arrived_s / ageing_s - each.request.priority):
+            free, room = free - self._pages(task), room - 1
+            if free < 0 or room < 0:
+                return
+            sampling = task.request.sampling
+            ends = [*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)]
+            self._manager.add_request(
+                list(task.request.prompt),
+                request_id=task.request.id,
+                max_new_tokens=self._most(task),
+                streaming=True,
+                eos_token_id=ends or _NO_END,
+            )
+            task.begun = True
+            self._prompted += len(task.request.prompt)
+
+    def _most(self, task: _Task) -> int:
+        return min(task.request.sampling.max_tokens, self._context - len(task.request.prompt))
+
+    def _pages(self, task: _Task) -> int:
+        return -(-(len(task.request.prompt) + self._most(task)) // THEIR_PAGE)
+
+    def _took(self, result: GenerationOutput) -> Update | None:
+        """Return what a result means to its request; those that have ended meanwhile are over."""
+        task = self._tasks.get(result.request_id)
+        if task is None:
+            return None
+        new = result.generated_tokens[len(task.output) :]
+        task.output += new
+        self._generated += len(new)
+        finish: Finish | None = None
+        if result.error is not None:
+            finish = "error"
+        elif result.is_finished():
+            sampling = task.request.sampling
+            ends = {*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)}
+            finish = "stop" if task.output and task.output[-1] in ends else "length"
+        if finish:
+            del self._tasks[result.request_id]
+        tokens = tuple(Token(id=number) for number in new)
+        return Update(request=result.request_id, tokens=tokens, finish=finish, problem=result.error or "")
+
+
+def _length(task: _Task) -> int:
+    return len(task.request.prompt) + len(task.output)

@@ -80,9 +80,6 @@ def vllm_problems(job: Serve) -> Iterator[ConfigError]:
     if not os.access(python, os.X_OK) or python.is_dir():
         yield job.refuse("vllm_python", "is no program", VLLM_REMEDY)
         return
-    if not os.access(python.parent / "vllm", os.X_OK):
-        yield job.refuse("vllm_python", f"there is no vllm beside it in {python.parent}", VLLM_REMEDY)
-        return
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         answer = subprocess.run([python, "-c", question], capture_output=True, timeout=_ASK_S, check=False)

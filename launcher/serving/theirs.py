@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -31,6 +32,8 @@ class _Task:
 
     request: Request
     arrived_s: float
+    name: str
+    """What the manager calls it: never used again, for it may cancel later than it is told to."""
     begun: bool = False
     output: list[int] = field(default_factory=list)
 
@@ -51,10 +54,12 @@ class Theirs(Generator):
     def __init__(self, model: PreTrainedModel, *, limits: Limits, num_pages: int, ends: Sequence[int]) -> None:
         config = model.config.get_text_config()
         self._limits, self._ends, self._num_pages = limits, tuple(ends), num_pages
-        self._context = min(config.max_position_embeddings, num_pages * THEIR_PAGE)
+        self._context: int = min(config.max_position_embeddings, num_pages * THEIR_PAGE)
         self._vocab_size = config.vocab_size
         self._tasks: dict[str, _Task] = {}
         self._over: list[tuple[str, Finish]] = []
+        self._ids: dict[str, str] = {}
+        self._numbers = itertools.count()
         self._generated = self._prompted = self._steps = 0
         self._stepped_s = time.monotonic()
         self._manager = model.init_continuous_batching(
@@ -93,7 +98,8 @@ class Theirs(Generator):
                 raise Refused(name, "engine=transformers decodes greedily and changes no scores")
         if not self._tasks:
             self._stepped_s = time.monotonic()
-        self._tasks[request.id] = _Task(request, time.monotonic())
+        task = _Task(request, time.monotonic(), name=str(next(self._numbers)))
+        self._tasks[request.id], self._ids[task.name] = task, request.id
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
@@ -103,7 +109,7 @@ class Theirs(Generator):
     def step(self) -> Sequence[Update]:
         """Hand over what there is room for; return what has come since the last call, waiting a little for it."""
         self._find_late()
-        updates = [self._end(name, finish) for name, finish in self._over if name in self._tasks]
+        updates = [self._end(request, finish) for request, finish in self._over if request in self._tasks]
         self._over.clear()
         self._begin()
         if not any(task.begun for task in self._tasks.values()):
@@ -117,8 +123,9 @@ class Theirs(Generator):
                 updates.append(update)
         if not self._manager.is_running():
             why = "Transformers' continuous batching has ended; its words are in the log"
-            updates += [Update(request=name, finish="error", problem=why) for name in self._tasks]
+            updates += [Update(request=request, finish="error", problem=why) for request in self._tasks]
             self._tasks.clear()
+            self._ids.clear()
         return updates
 
     def stats(self) -> Stats:
@@ -154,17 +161,18 @@ class Theirs(Generator):
 
     def _find_late(self) -> None:
         now = time.monotonic()
-        for name, task in self._tasks.items():
+        for task in self._tasks.values():
             waited, request = now - task.arrived_s, task.request
             queued = request.queue_deadline_s is not None and not task.begun and waited > request.queue_deadline_s
             if queued or (request.deadline_s is not None and waited > request.deadline_s):
-                self._over.append((name, "timeout"))
+                self._over.append((request.id, "timeout"))
 
-    def _end(self, name: str, finish: Finish) -> Update:
-        task = self._tasks.pop(name)
+    def _end(self, request: str, finish: Finish) -> Update:
+        task = self._tasks.pop(request)
+        del self._ids[task.name]
         if task.begun:
-            self._manager.cancel_request(name)
-        return Update(request=name, finish=finish)
+            self._manager.cancel_request(task.name)
+        return Update(request=request, finish=finish)
 
     def _begin(self) -> None:
         """Hand over the most due requests, as long as they fit at their full length: nothing is ever put back."""
@@ -181,7 +189,7 @@ class Theirs(Generator):
             ends = [*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)]
             self._manager.add_request(
                 list(task.request.prompt),
-                request_id=task.request.id,
+                request_id=task.name,
                 max_new_tokens=self._most(task),
                 streaming=True,
                 eos_token_id=ends or _NO_END,
@@ -190,6 +198,7 @@ class Theirs(Generator):
             self._prompted += len(task.request.prompt)
 
     def _most(self, task: _Task) -> int:
+        """Return how many tokens it gets at most."""
         return min(task.request.sampling.max_tokens, self._context - len(task.request.prompt))
 
     def _pages(self, task: _Task) -> int:
@@ -197,9 +206,10 @@ class Theirs(Generator):
 
     def _took(self, result: GenerationOutput) -> Update | None:
         """Return what a result means to its request; those that have ended meanwhile are over."""
-        task = self._tasks.get(result.request_id)
-        if task is None:
+        request = self._ids.get(result.request_id)
+        if request is None:
             return None
+        task = self._tasks[request]
         new = result.generated_tokens[len(task.output) :]
         task.output += new
         self._generated += len(new)
@@ -211,9 +221,9 @@ class Theirs(Generator):
             ends = {*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)}
             finish = "stop" if task.output and task.output[-1] in ends else "length"
         if finish:
-            del self._tasks[result.request_id]
+            del self._tasks[request], self._ids[task.name]
         tokens = tuple(Token(id=number) for number in new)
-        return Update(request=result.request_id, tokens=tokens, finish=finish, problem=result.error or "")
+        return Update(request=request, tokens=tokens, finish=finish, problem=result.error or "")
 
 
 def _length(task: _Task) -> int:

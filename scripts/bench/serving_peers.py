@@ -6,8 +6,8 @@
 
 All servers are started at first and stay; all but the one that is measured stand still (SIGSTOP). Rounds go through all
 of them, A B A B, so that a slow minute of the machine hits all. Every server gets the same prompts; each round has its
-own, so that no cache of prompts helps. Load is a closed loop for some seconds; what counts are the tokens that came
-after the ramp. Contexts are measured one after the other.
+own, so that no cache of prompts helps. In a cell so many requests are under way until all of some number are answered,
+or until it is broken off: then what has come so far counts. Reading prompts counts everywhere.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import argparse
 import itertools
 import json
 import os
+import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,25 +40,21 @@ CONCURRENCY = (1, 4, 8, 16, 32)
 
 @dataclass(frozen=True)
 class Context:
-    """Words of a prompt, a token each or a little more; tokens of an answer; how a cell goes.
+    """Words of a prompt, a token each or a little more, and tokens of an answer.
 
     Attributes:
-        ramp_s: from when on tokens count.
+        turns: requests for each that is under way; there are at least ``FEWEST``.
     """
 
     inputs: str
     outputs: str
-    seconds: float
-    ramp_s: float
+    turns: int
 
 
-CONTEXTS = {
-    "mixed": Context("16-256", "16-128", seconds=24.0, ramp_s=8.0),
-    # reading the first prompts takes a good part of it, which is what long prompts cost: it counts
-    "512+": Context("512-640", "32-96", seconds=45.0, ramp_s=0.0),
-}
-_EACH_ALONE = ("generate, one by one", "generate in fp32, one by one")
-"""Servers whose throughput does not depend on how many wait: measured at the ends only."""
+FEWEST = 3
+CONTEXTS = {"mixed": Context("16-256", "16-128", turns=2), "512+": Context("512-640", "32-96", turns=1)}
+_ALONE, _BATCHES = "one by one", "batches of 8"
+"""In names of servers whose throughput does not grow beyond so many at a time: they are measured there alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,23 +77,21 @@ def cells(names: Sequence[str], *, contexts: Sequence[str], concurrency: Sequenc
     return [
         Cell(peer=peer, context=context, concurrency=count, round_=round_)
         for round_, context, count, peer in itertools.product(range(rounds), contexts, concurrency, names)
-        if peer not in _EACH_ALONE or count in (min(concurrency), max(concurrency))
+        if not (_ALONE in peer and count > 1) and not (_BATCHES in peer and count in (4, 16))
     ]
 
 
-def measure(cell: Cell, server: Server) -> dict[str, Any]:
-    """Return the figures of one cell; ``tokens_per_s`` is that after the ramp."""
+def measure(cell: Cell, server: Server, *, most_s: float) -> dict[str, Any]:
+    """Return the figures of one cell; ``tokens_per_s`` is over all of it, reading the prompts included."""
     server.ask("One two", max_tokens=1)  # answered once what the cell before has left behind is over
-    context = CONTEXTS[cell.context]
+    context, peer = CONTEXTS[cell.context], server.peer
     inputs, outputs = parse_lengths(context.inputs), parse_lengths(context.outputs)
-    seconds, ramp_s = context.seconds, context.ramp_s
-    seed = 1000 * cell.round_ + cell.concurrency
-    peer = server.peer
     target = Target(address=parse_address(server.url), model=peer.model, extra=peer.extra)
-    calls = drawn_calls(seed=seed, inputs=inputs, outputs=outputs)
-    load = closed_loop(target, calls, concurrency=cell.concurrency, seconds=seconds)
+    calls = drawn_calls(seed=1000 * cell.round_ + cell.concurrency, inputs=inputs, outputs=outputs)
+    some = itertools.islice(calls, max(FEWEST, context.turns * cell.concurrency))
+    load = closed_loop(target, some, concurrency=cell.concurrency, seconds=most_s)
     found: dict[str, Any] = figures(load, slo=Slo())
-    found["tokens_per_s"] = tokens_between(load.outcomes, ramp_s, load.elapsed_s) / (load.elapsed_s - ramp_s)
+    found["tokens_per_s"] = tokens_between(load.outcomes, 0.0, load.elapsed_s) / load.elapsed_s
     found["load_average"] = os.getloadavg()[0]
     found["why"] = sorted({outcome.why for outcome in load.outcomes if outcome.why})[:3]
     return found
@@ -130,11 +126,13 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True, help="folder that serving_peers_make.py filled")
     parser.add_argument("--out", type=Path, required=True, help="file of cells; those in it are not measured again")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--most", type=float, default=75.0, help="seconds after which a cell is broken off")
     parser.add_argument("--only", nargs="*", help="names of servers, or parts of names")
     parser.add_argument("--contexts", nargs="*", default=list(CONTEXTS), choices=CONTEXTS)
     parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # the servers go too
     known = peers(arguments.peers.resolve())
     wanted = {name: peer for name, peer in known.items() if not arguments.only or _is_named(name, arguments.only)}
     kept = read_json(arguments.out) if arguments.out.exists() else {"cells": {}, "machine": [], "versions": {}}
@@ -143,8 +141,7 @@ def main() -> None:
             list(wanted), contexts=arguments.contexts, concurrency=arguments.concurrency, rounds=arguments.rounds
         )
         todo = [cell for cell in todo if cell.name not in kept["cells"]]
-        minutes = sum(CONTEXTS[cell.context].seconds for cell in todo) / 60
-        print(f"{len(todo)} cells, about {minutes:.0f} minutes", flush=True)
+        print(f"{len(todo)} cells, at most {len(todo) * arguments.most / 60:.0f} minutes", flush=True)
         _measure_all(todo, wanted, kept, arguments)
     print(table(kept, peers=list(known), contexts=list(CONTEXTS)))
 
@@ -169,7 +166,7 @@ def _measure_all(
                 continue
             server = running[cell.peer]
             server.go_on()
-            found = measure(cell, server)
+            found = measure(cell, server, most_s=arguments.most)
             server.pause()
             kept["cells"][cell.name] = found
             write_json(arguments.out, kept)

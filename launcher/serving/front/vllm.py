@@ -1,4 +1,4 @@
-"""vLLM as what a front serves: ``vllm serve`` in an environment of its own, and every request handed on to it."""
+"""vLLM as what a front serves: its own server in an environment of its own, and every request handed on to it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.jobs.serve import Serve
 
+_SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _WELL_S = 60.0
@@ -107,8 +108,9 @@ class Vllm(Backing):
     def command(self) -> list[str]:
         """Return what is started."""
         job, run = self._job, self._run
-        python = Path(job.vllm_python or "")
-        words = [str(python.parent / "vllm"), "serve", self._model, "--host", "127.0.0.1", "--port", str(self._port)]
+        python = str(Path(job.vllm_python or "").expanduser())
+        # the module: the command `vllm` looks for a package of that name, which builds for CPUs do not have
+        words = [python, "-m", _SERVER, "--model", self._model, "--host", "127.0.0.1", "--port", str(self._port)]
         words += ["--served-model-name", job.name_of(run), "--max-num-seqs", str(job.max_requests)]
         words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[run.precision.compute]]
         words += ["--seed", str(job.seed)]
@@ -138,11 +140,11 @@ class Vllm(Backing):
                 continue
             self._proxy.is_ready = False
             if not self._has_answered:
-                self.broken.set_exception(JobError(f"vllm serve ended with exit code {code}; its words are above"))
+                self.broken.set_exception(JobError(f"vLLM ended with exit code {code}; its words are above"))
                 return
             if time.monotonic() - self._started_at > _WELL_S:
                 pause_s = _FIRST_PAUSE_S
-            print(f"vllm serve ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
+            print(f"vLLM ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             self._restarts += 1

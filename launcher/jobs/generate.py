@@ -85,8 +85,6 @@ class Generate(GeneratingJob):
         sampling = {name: value for name, value in self.usual.items() if name != "stop"}
         for name, why, better in out_of_range(Sampling(**sampling)):
             yield self.refuse(name, why, f"set job.{name}={better:g}")
-        if self.engine == "vllm":
-            yield self.refuse("engine", "does not work through files yet", "set job.engine=slots")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
         if self.format == "auto" and self.input != SAMPLE and Path(self.input).suffix.lower() not in _FORMATS:
@@ -119,6 +117,13 @@ class Generate(GeneratingJob):
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return 0: the lines are counted by the ranks, who read the file."""
         return 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse several ranks with a vLLM each."""
+        yield from super().refusals(run, world_size=world_size)
+        if self.engine == "vllm" and world_size > 1:
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
 
     def max_ranks(self, run: Run) -> int | None:
         """Return the ranks of one engine where several are one, else as many as the strategy takes."""

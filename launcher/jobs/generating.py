@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Literal
 
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
+from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
 from launcher.serving.limits import Batching, Limits
 from launcher.serving.refusals import refusals
 from launcher.wording import times
 
 if TYPE_CHECKING:
     from launcher.config import Run
+    from launcher.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,9 @@ class GeneratingJob(Job):
     ageing_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
 
+    vllm_python: str | None = None
+    """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
+
     echo_step_s: float = 0.0
     """Seconds that a step of ``engine=echo`` takes."""
 
@@ -87,9 +92,25 @@ class GeneratingJob(Job):
         if self.spreads(run) and world_size != most:
             why = f"parallel={run.parallel.kind} makes an engine of {times(most, 'rank')}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
+        if self.engine == "vllm":
+            yield from self._refuse_for_vllm(run)
         if self.engine in ("slots", "transformers"):
             together = most if self.spreads(run) and self.engine == "slots" else 1
             yield from refusals(run, world_size=together, engine=self.engine)
+
+    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
+        if self.vllm_python is None:
+            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
+            yield self.refuse("engine", why, VLLM_REMEDY)
+        if run.model.weights == "random":
+            why = "vLLM loads weights from a folder, and random ones are in none"
+            fix = "set model.weights=pretrained or a folder"
+            yield ConfigError("model.weights", run.model.weights, why=why, fix=fix)
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield an interpreter that has no vLLM, where it is asked for."""
+        yield from super().preflight(run, run_dir)
+        yield from vllm_problems(self)
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""

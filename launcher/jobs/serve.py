@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.jobs.generating import GeneratingJob
-from launcher.jobs.serving_checks import VLLM_REMEDY, address_problems, keys_problems, missing_packages, vllm_problems
+from launcher.jobs.serving_checks import address_problems, keys_problems, missing_packages
 from launcher.wording import bytes_text, times
 
 if TYPE_CHECKING:
@@ -91,9 +91,6 @@ class Serve(GeneratingJob):
     metrics_every_s: float = 5.0
     """Seconds between lines of metrics.jsonl."""
 
-    vllm_python: str | None = None
-    """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
-
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes and times that leave no server."""
         yield from super().problems()
@@ -161,8 +158,9 @@ class Serve(GeneratingJob):
         if self.spreads(run) and self.replicas > 1:
             why = f"the {self.max_ranks(run)} ranks together are one engine"
             yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
-        if self.engine == "vllm":
-            yield from self._refuse_for_vllm(run)
+        if self.engine == "vllm" and (self.replicas > 1 or self.spreads(run)):
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
         shape = run.model.shape()
         for at, (_, tokens) in enumerate(self.warm_up):
             if shape is not None and tokens > shape.context:
@@ -172,25 +170,12 @@ class Serve(GeneratingJob):
             why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             yield self.refuse("tokenizer", why, "set model.vocab_size=257 or more")
 
-    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
-        if self.vllm_python is None:
-            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
-            yield self.refuse("engine", why, VLLM_REMEDY)
-        if run.model.weights == "random":
-            why = "vLLM loads weights from a folder, and random ones are in none"
-            yield ConfigError(
-                "model.weights", run.model.weights, why=why, fix="set model.weights=pretrained or a folder"
-            )
-        if self.replicas > 1 or self.spreads(run):
-            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
-            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
-
     def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield missing packages, a port that is taken, keys that cannot be read."""
+        yield from super().preflight(run, run_dir)
         yield from missing_packages(self)
         yield from address_problems(self)
         yield from keys_problems(self)
-        yield from vllm_problems(self)
         if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
             fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
             yield self.refuse("tokenizer", "there is no such folder", fix)

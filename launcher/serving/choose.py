@@ -27,6 +27,8 @@ def chosen_generator(run: Run, job: GeneratingJob, *, beat: Callable[[], None], 
         shape = run.model.shape()
         context, vocab_size = (shape.context, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
         return Echo(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
+    if job.engine == "vllm":
+        return _vllm(run, job, beat=beat)
     if job.engine == "transformers":
         from launcher.serving.make_theirs import make_theirs
 
@@ -34,3 +36,16 @@ def chosen_generator(run: Run, job: GeneratingJob, *, beat: Callable[[], None], 
     from launcher.serving.make import make_generator
 
     return make_generator(run, limits=job.limits, rank=0, world_size=1, beat=beat, local_rank=local_rank)
+
+
+def _vllm(run: Run, job: GeneratingJob, *, beat: Callable[[], None]) -> Generator:
+    from launcher.serving.vllm_engine import VllmEngine
+    from launcher.serving.vllm_server import VllmServer
+
+    folder = run.model.weights_folder(beat=beat)
+    assert folder is not None, "random weights are refused before anything starts"
+    config = run.model.transformers_config().get_text_config()
+    server = VllmServer(run, job, name=run.model.name)
+    server.start(str(folder))
+    sizes = {"context": config.max_position_embeddings, "vocab_size": config.vocab_size}
+    return VllmEngine(server, name=run.model.name, limits=job.limits, **sizes, beat=beat)

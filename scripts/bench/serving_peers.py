@@ -166,7 +166,13 @@ def _measure_all(
                 continue
             server = running[cell.peer]
             server.go_on()
-            found = measure(cell, server, most_s=arguments.most)
+            try:
+                found = measure(cell, server, most_s=arguments.most)
+            except OSError as error:
+                print(f"{cell.name}: {error}; it is measured no more", flush=True)
+                troubles[cell.peer] = f"broke off at {cell.name}: {error}"
+                running.pop(cell.peer).close()
+                continue
             server.pause()
             kept["cells"][cell.name] = found
             write_json(arguments.out, kept)

@@ -57,7 +57,15 @@ def peers(folder: Path) -> dict[str, Peer]:
     found = (
         Peer(
             name="ours",
-            command=(*ours, "parallel=single", "tracker=local", "backend.ranks=1", "job.port={port}", "run.dir={dir}"),
+            command=(
+                *ours,
+                "parallel=single",
+                "tracker=local",
+                "backend.ranks=1",
+                "backend.stall_timeout_s=0",
+                "job.port={port}",
+                "run.dir={dir}",
+            ),
             model=model,
             extra={"ignore_eos": True},
             packages=("torch", "transformers"),

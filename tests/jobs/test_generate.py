@@ -103,11 +103,11 @@ def test_ranks_that_are_one_engine_answer_as_one_rank_does_and_make_room(
     launch, launch_in_background, tmp_path
 ) -> None:
     path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"line {number};", "id": number}) + "\n" for number in range(100)))
+    path.write_text("".join(json.dumps({"prompt": f"line {number};", "id": number}) + "\n" for number in range(300)))
     words = (*WITH_MODEL, f"job.input={path}")
     launch(*words, "backend.ranks=1", "parallel=single", "run.dir=one").expect(0)
     expected = (tmp_path / "one" / "generated.jsonl").read_bytes()
-    assert len(expected.splitlines()) == 100
+    assert len(expected.splitlines()) == 300
     running = launch_in_background(*words, "parallel=pipeline", "run.dir=two")
     wait_for_answers(tmp_path / "two", 10)
     for rank in running.ranks().values():
@@ -133,7 +133,7 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
     [
         (("job.input=x.json",), r"job\.input=x\.json.*: its ending is none of .jsonl"),
         (("job.top_p=0",), r"job\.top_p=0.*: must be above 0"),
-        (("job.engine=vllm",), "does not work through files yet"),
+        (("job.engine=vllm",), "job.vllm_python does not say where"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
         (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only slots can be"),

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import JobError
-from launcher.ports import free_port
-from launcher.serving.api.keys import VARIABLE
 from launcher.serving.api.proxy import Proxy
 from launcher.serving.front.backing import Backing
-from launcher.supervise.processes import Process, identify
+from launcher.serving.vllm_server import VllmServer
 
 if TYPE_CHECKING:
     from launcher.config import Run
     from launcher.jobs.serve import Serve
 
-_SERVER = "vllm.entrypoints.openai.api_server"
 _LOOK_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
 _WELL_S = 60.0
 """A server that lived so long was well: the next pause is the first again."""
-_ENDING_S = 3.0
 
 
 class Vllm(Backing):
@@ -40,17 +30,14 @@ class Vllm(Backing):
     """
 
     def __init__(self, run: Run, job: Serve) -> None:
-        self._run, self._job, self._port = run, job, free_port()
-        self._proxy = Proxy("127.0.0.1", self._port, most=job.capacity + job.max_queue)
+        self._run, self._server = run, VllmServer(run, job, name=job.name_of(run))
+        self._proxy = Proxy("127.0.0.1", self._server.port, most=job.capacity + job.max_queue)
         self.app = self._proxy
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._process: subprocess.Popen[bytes] | None = None
-        self._known: Process | None = None
         self._watch: asyncio.Task[None] | None = None
         self._model = ""
         self._has_answered = False
         self._restarts = 0
-        self._started_at = 0.0
 
     def open(self) -> None:
         """Begin to watch; the process is started once the weights are there."""
@@ -61,7 +48,7 @@ class Vllm(Backing):
         folder = await asyncio.to_thread(self._run.model.weights_folder, beat=lambda: None)
         assert folder is not None, "random weights are refused before anything starts"
         self._model = str(folder)
-        self._start()
+        self._server.start(self._model)
         while not self._proxy.is_ready:
             await asyncio.sleep(0.05)
 
@@ -86,13 +73,7 @@ class Vllm(Backing):
         """End the process and all that is below it."""
         if self._watch is not None:
             self._watch.cancel()
-        if self._process is not None and self._known is not None:
-            self._known.send(signal.SIGTERM)
-            try:
-                await asyncio.to_thread(self._process.wait, _ENDING_S)
-            except subprocess.TimeoutExpired:
-                self._known.send(signal.SIGKILL)
-                await asyncio.to_thread(self._process.wait)
+        await asyncio.to_thread(self._server.end)
 
     @property
     def num_ended(self) -> int:
@@ -105,35 +86,14 @@ class Vllm(Backing):
         yield "serve/requests_rejected", float(self._proxy.rejected)
         yield "serve/engine_restarts", float(self._restarts)
 
-    def command(self) -> list[str]:
-        """Return what is started."""
-        job, run = self._job, self._run
-        python = str(Path(job.vllm_python or "").expanduser())
-        # the module: the command `vllm` looks for a package of that name, which builds for CPUs do not have
-        words = [python, "-m", _SERVER, "--model", self._model, "--host", "127.0.0.1", "--port", str(self._port)]
-        words += ["--served-model-name", job.name_of(run), "--max-num-seqs", str(job.max_requests)]
-        words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[run.precision.compute]]
-        words += ["--seed", str(job.seed)]
-        if not job.prefix_cache:
-            words += ["--no-enable-prefix-caching"]
-        return words
-
-    def _start(self) -> None:
-        environ = {name: value for name, value in os.environ.items() if name not in (VARIABLE, "PYTHONPATH")}
-        bound = [sys.executable, "-m", "launcher.serving.bound", str(os.getpid())]
-        # the wrapper is ours and needs our path; what it becomes has an environment of its own
-        ours = {**environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-        self._process = subprocess.Popen([*bound, *self.command()], env=ours, stdin=subprocess.DEVNULL)
-        self._known, self._started_at = identify(self._process.pid), time.monotonic()
-
     async def _look(self) -> None:
         """See whether it answers; start it anew when it has ended."""
         pause_s = _FIRST_PAUSE_S
         while True:
             await asyncio.sleep(_LOOK_S)
-            if self._process is None:
+            if not self._server.is_started:
                 continue
-            code = self._process.poll()
+            code = self._server.exit_code()
             if code is None:
                 self._proxy.is_ready = await self._proxy.answers()
                 self._has_answered |= self._proxy.is_ready
@@ -142,10 +102,10 @@ class Vllm(Backing):
             if not self._has_answered:
                 self.broken.set_exception(JobError(f"vLLM ended with exit code {code}; its words are above"))
                 return
-            if time.monotonic() - self._started_at > _WELL_S:
+            if self._server.age_s > _WELL_S:
                 pause_s = _FIRST_PAUSE_S
             print(f"vLLM ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             self._restarts += 1
-            self._start()
+            self._server.start(self._model)

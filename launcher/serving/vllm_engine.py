@@ -1,0 +1,255 @@
+"""vLLM as an engine for files of prompts: its server on a loopback port, and a thread for each request under way."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import JobError
+from launcher.serving.admission import check
+from launcher.serving.base import Generator
+from launcher.serving.values import Finish, Refused, Request, Sampling, Stats, Token, Update
+
+if TYPE_CHECKING:
+    from launcher.serving.limits import Limits
+    from launcher.serving.vllm_server import VllmServer
+
+_POLL_S = 0.05
+_LOOK_S = 0.5
+_ENDS_IN_S = 2.0
+_ENOUGH_PAGES = 1 << 40
+_LACKS = ("beams", "no_repeat_ngram")
+_ID = "token_id:"
+
+
+@dataclass(slots=True)
+class _Task:
+    """One request that has not ended."""
+
+    request: Request
+    arrived_s: float
+    connection: http.client.HTTPConnection | None = None
+    """Set once it is under way."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """What came back."""
+
+    task: _Task
+    status: int = 0
+    body: dict[str, Any] = field(default_factory=dict)
+    trouble: str = ""
+
+
+class VllmEngine(Generator):
+    """Sends prompts as tokens and takes tokens back, those of a sequence all at once when it is done.
+
+    Args:
+        server: started.
+        name: what requests call the model.
+        limits: so many requests are under way at a time.
+        context: most tokens of a sequence.
+        vocab_size: of the model.
+        beat: called while it loads.
+
+    Raises:
+        JobError: it ends before it answers.
+    """
+
+    def __init__(
+        self,
+        server: VllmServer,
+        *,
+        name: str,
+        limits: Limits,
+        context: int,
+        vocab_size: int,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._server, self._name, self._limits = server, name, limits
+        self._context, self._vocab_size = context, vocab_size
+        self._tasks: dict[str, _Task] = {}
+        self._over: list[str] = []
+        self._answers: queue.SimpleQueue[_Answer] = queue.SimpleQueue()
+        self._steps = self._prompted = self._generated = 0
+        self._stepped_s = time.monotonic()
+        while not self._answers_now():
+            self._check_alive()
+            beat()
+            time.sleep(_LOOK_S)
+
+    @property
+    def context(self) -> int:
+        """Most tokens of a sequence."""
+        return self._context
+
+    def add(self, request: Request) -> None:
+        """Queue a request, or refuse it."""
+        check(
+            request,
+            known=self._tasks,
+            context=self._context,
+            vocab_size=self._vocab_size,
+            num_pages=_ENOUGH_PAGES,
+            max_requests=self._limits.max_requests,
+        )
+        usual = Sampling(max_tokens=1)
+        for name in _LACKS:
+            if getattr(request.sampling, name) != getattr(usual, name):
+                raise Refused(name, "vLLM's server does not have it")
+        self._tasks[request.id] = _Task(request, time.monotonic())
+
+    def cancel(self, request_id: str) -> None:
+        """End a request before the next step."""
+        if request_id in self._tasks:
+            self._over.append(request_id)
+
+    def step(self) -> Sequence[Update]:
+        """Send what there is room for; return what has come since the last call, waiting a little for it.
+
+        Raises:
+            JobError: vLLM has ended.
+        """
+        updates = [Update(request=name, finish="cancelled") for name in self._over if self._drop(name)]
+        self._over.clear()
+        self._begin()
+        if not any(task.connection for task in self._tasks.values()):
+            return updates
+        try:
+            answer = self._answers.get(timeout=_POLL_S)
+            while True:
+                if self._tasks.get(answer.task.request.id) is answer.task:
+                    updates.append(self._took(answer))
+                answer = self._answers.get_nowait()
+        except queue.Empty:
+            self._check_alive()
+        return updates
+
+    def stats(self) -> Stats:
+        """Return where it stands, as far as can be seen from here."""
+        running = sum(task.connection is not None for task in self._tasks.values())
+        return Stats(
+            running=running,
+            waiting=len(self._tasks) - running,
+            steps_total=self._steps,
+            prompt_tokens_total=self._prompted,
+            generated_tokens_total=self._generated,
+            since_step_s=time.monotonic() - self._stepped_s if self._tasks else 0.0,
+        )
+
+    def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Do nothing: vLLM has warmed up when it answers."""
+
+    def close(self) -> None:
+        """End the server."""
+        for name in list(self._tasks):
+            self._drop(name)
+        self._server.end()
+
+    def _answers_now(self) -> bool:
+        connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=5)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _check_alive(self) -> None:
+        code = self._server.exit_code()
+        if code is not None:
+            raise JobError(f"vLLM ended with exit code {code}; its words are above")
+
+    def _look_for_its_end(self) -> None:
+        """Give a server that has dropped a connection the time to be seen ending: then no request is to blame."""
+        until = time.monotonic() + _ENDS_IN_S
+        while time.monotonic() < until:
+            self._check_alive()
+            time.sleep(_POLL_S)
+
+    def _drop(self, name: str) -> bool:
+        """Forget a request; closing its connection ends it at the server. Return whether it was there."""
+        task = self._tasks.pop(name, None)
+        if task is not None and task.connection is not None and task.connection.sock is not None:
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                task.connection.sock.shutdown(socket.SHUT_RDWR)
+        return task is not None
+
+    def _begin(self) -> None:
+        waiting = [task for task in self._tasks.values() if task.connection is None]
+        room = self._limits.max_requests - (len(self._tasks) - len(waiting))
+        ageing_s = self._limits.ageing_s
+        for task in sorted(waiting, key=lambda each: each.arrived_s / ageing_s - each.request.priority)[: max(0, room)]:
+            task.connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
+            threading.Thread(target=self._ask, args=(task, task.connection), daemon=True).start()
+
+    def _ask(self, task: _Task, connection: http.client.HTTPConnection) -> None:
+        """On a thread of its own: send one request and wait for its answer."""
+        try:
+            body = json.dumps(body_of(task.request, model=self._name))
+            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            found = _Answer(task, answer.status, json.loads(answer.read()))
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            found = _Answer(task, trouble=f"{type(error).__name__}: {error}")
+        finally:
+            connection.close()
+        self._answers.put(found)
+
+    def _took(self, answer: _Answer) -> Update:
+        request = answer.task.request
+        del self._tasks[request.id]
+        self._steps += 1
+        self._stepped_s = time.monotonic()
+        if answer.status != http.HTTPStatus.OK:
+            if answer.trouble:
+                self._look_for_its_end()
+            why = answer.trouble or f"vLLM says {answer.status}: {answer.body.get('error', answer.body)}"
+            return Update(request=request.id, finish="error", problem=why)
+        choice = answer.body["choices"][0]
+        tokens = tokens_of(choice)
+        self._prompted += len(request.prompt)
+        self._generated += len(tokens)
+        finish: Finish = "stop" if choice["finish_reason"] == "stop" else "length"
+        return Update(request=request.id, tokens=tokens, finish=finish)
+
+
+def body_of(request: Request, *, model: str) -> dict[str, Any]:
+    """Return a request as vLLM takes it."""
+    way = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(request.prompt),
+        "return_token_ids": True,
+        "return_tokens_as_token_ids": True,
+        "ignore_eos": way.ignore_end,
+        "stop_token_ids": list(way.stop_ids),
+        "logit_bias": {str(token): added for token, added in way.bias} or None,
+    }
+    names = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
+    penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+    return body | {name: getattr(way, name) for name in (*names, *penalties)}
+
+
+def tokens_of(choice: dict[str, Any]) -> tuple[Token, ...]:
+    """Return the tokens of one of vLLM's choices, with log-probabilities where there are any."""
+    ids = choice["token_ids"]
+    if choice.get("logprobs") is None:
+        return tuple(Token(id=number) for number in ids)
+    chosen, most = choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"]
+    tokens = []
+    for number, logprob, top in zip(ids, chosen, most, strict=True):
+        ordered = sorted((top or {}).items(), key=lambda pair: -pair[1])
+        tops = tuple((int(name.removeprefix(_ID)), value) for name, value in ordered)
+        tokens.append(Token(id=number, logprob=logprob, top=tops))
+    return tuple(tokens)

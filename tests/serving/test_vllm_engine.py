@@ -1,0 +1,127 @@
+"""vLLM behind our interface, here a program that only talks like it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from launcher.compose import compose
+from launcher.errors import JobError
+from launcher.jobs.generate import Generate
+from launcher.serving.limits import Limits
+from launcher.serving.values import Refused, Request, Sampling
+from launcher.serving.vllm_engine import VllmEngine, body_of
+from launcher.serving.vllm_server import VllmServer
+
+from .models import finish, tokens
+
+_PROGRAM = """
+import json, os, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+words = sys.argv
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *rest): pass
+    def answer(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+    def do_GET(self):
+        self.answer(200, {})
+    def do_POST(self):
+        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        first, count = given["prompt"][0], given["max_tokens"]
+        if first == 1: return self.answer(400, {"error": {"message": "not this one"}})
+        if first == 2: os._exit(7)
+        if first == 3: time.sleep(60)
+        ids = [first + number for number in range(count)]
+        tops = [{f"token_id:{number}": -1.0, "token_id:0": -2.0} for number in ids]
+        logs = {"token_logprobs": [-1.0] * count, "top_logprobs": tops} if given["logprobs"] else None
+        self.answer(200, {"choices": [{"token_ids": ids, "finish_reason": "length", "logprobs": logs}]})
+ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+WAY = Sampling(max_tokens=3)
+
+
+@pytest.fixture
+def python(tmp_path: Path) -> Path:
+    (tmp_path / "server.py").write_text(_PROGRAM)
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nexec {sys.executable} {tmp_path}/server.py "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+@pytest.fixture
+def engine(python: Path) -> Iterator[VllmEngine]:
+    run = compose(["job=generate", "job.engine=vllm", f"job.vllm_python={python}", "model=gpt2_tiny"]).run
+    assert isinstance(run.job, Generate)
+    server = VllmServer(run, run.job, name="m")
+    server.start("/weights")
+    made = VllmEngine(server, name="m", limits=Limits(max_requests=2), context=64, vocab_size=100)
+    yield made
+    made.close()
+
+
+def test_sequences_go_there_and_come_back(engine: VllmEngine) -> None:
+    asked = [Request(id=str(number), prompt=(number, 5), sampling=WAY) for number in range(10, 16)]
+    found = finish(engine, asked)
+    assert [tokens(found[request.id]) for request in asked] == [[n, n + 1, n + 2] for n in range(10, 16)]
+    assert {updates[-1].finish for updates in found.values()} == {"length"}
+    told = finish(engine, [Request(id="x", prompt=(20,), sampling=Sampling(max_tokens=1, logprobs=2))])["x"][0].tokens[
+        0
+    ]
+    assert (told.logprob, told.top) == (-1.0, ((20, -1.0), (0, -2.0)))
+    assert engine.stats().generated_tokens_total == 19
+
+
+def test_what_it_refuses_is_an_error_of_that_request(engine: VllmEngine) -> None:
+    bad, good = (Request(id=str(first), prompt=(first,), sampling=WAY) for first in (1, 10))
+    found = finish(engine, [bad, good])
+    assert found["1"][-1].finish == "error"
+    assert "400" in found["1"][-1].problem
+    assert "not this one" in found["1"][-1].problem
+    assert tokens(found["10"]) == [10, 11, 12]
+    with pytest.raises(Refused, match="does not have it"):
+        engine.add(Request(id="b", prompt=(5,), sampling=Sampling(max_tokens=3, beams=2)))
+
+
+def test_a_cancelled_request_makes_room(engine: VllmEngine) -> None:
+    for name in ("a", "b"):
+        engine.add(Request(id=name, prompt=(3,), sampling=WAY))
+    engine.step()
+    assert engine.stats().running == 2
+    engine.cancel("a")
+    engine.cancel("b")
+    assert [update.finish for update in engine.step()] == ["cancelled"] * 2
+    assert tokens(finish(engine, [Request(id="a", prompt=(10,), sampling=WAY)])["a"]) == [10, 11, 12]
+
+
+def test_when_it_dies_no_request_is_blamed_and_the_run_fails(engine: VllmEngine) -> None:
+    engine.add(Request(id="a", prompt=(2,), sampling=WAY))
+
+    def go_on() -> None:
+        for _ in range(400):
+            assert not engine.step()
+
+    with pytest.raises(JobError, match="vLLM ended with exit code 7"):
+        go_on()
+
+
+def test_it_ends_with_the_engine(engine: VllmEngine) -> None:
+    (child,) = [each for each in psutil.Process().children() if "--served-model-name" in each.cmdline()]
+    engine.close()
+    until = time.monotonic() + 20
+    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+
+
+def test_every_way_to_sample_is_sent() -> None:
+    way = Sampling(max_tokens=3, temperature=0.5, top_k=4, seed=1, bias=((7, 2.0),), stop_ids=(9,), ignore_end=True)
+    body = body_of(Request(id="x", prompt=(1, 2), sampling=way), model="m")
+    wanted = {"temperature": 0.5, "top_k": 4, "seed": 1, "logit_bias": {"7": 2.0}, "stop_token_ids": [9]}
+    assert body.items() >= {**wanted, "ignore_eos": True, "prompt": [1, 2], "logprobs": None}.items()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from launcher.errors import JobError
 from launcher.serving.admission import check
 from launcher.serving.base import Generator
 from launcher.serving.limits import Limits
@@ -107,7 +108,11 @@ class Theirs(Generator):
             self._over.append((request_id, "cancelled"))
 
     def step(self) -> Sequence[Update]:
-        """Hand over what there is room for; return what has come since the last call, waiting a little for it."""
+        """Hand over what there is room for; return what has come since the last call, waiting a little for it.
+
+        Raises:
+            JobError: the thread has ended: no request is to blame, and none can go on here.
+        """
         self._find_late()
         updates = [self._end(request, finish) for request, finish in self._over if request in self._tasks]
         self._over.clear()
@@ -121,11 +126,8 @@ class Theirs(Generator):
             self._steps += 1
             if (update := self._took(result)) is not None:
                 updates.append(update)
-        if not self._manager.is_running():
-            why = "Transformers' continuous batching has ended; its words are in the log"
-            updates += [Update(request=request, finish="error", problem=why) for request in self._tasks]
-            self._tasks.clear()
-            self._ids.clear()
+        if not updates and not self._manager.is_running():
+            raise JobError("Transformers' continuous batching has ended; its words are above")
         return updates
 
     def stats(self) -> Stats:

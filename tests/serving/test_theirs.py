@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from launcher.compose import compose
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, JobError
 from launcher.serving.limits import Limits
 from launcher.serving.make_theirs import make_theirs, theirs_of
 from launcher.serving.theirs import Theirs
@@ -86,16 +86,19 @@ def test_what_it_cannot_do_is_refused_and_the_next_request_served(
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
-def test_when_its_thread_ends_every_request_hears_of_it(engine: Theirs) -> None:
+def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: Theirs) -> None:
     for request in requests(2, max_tokens=100, ignore_end=True):
         engine.add(request)
     while not engine.step():
         pass
     engine._manager.stop(block=True, hard_stop=True)
-    ends = {}
-    while not engine.idle:
-        ends |= {update.request: update.finish for update in engine.step() if update.finish}
-    assert ends == {"0": "error", "1": "error"}
+
+    def go_on() -> None:
+        for _ in range(400):
+            assert not any(update.finish for update in engine.step())
+
+    with pytest.raises(JobError, match="has ended"):
+        go_on()
 
 
 def test_without_a_gpu_it_is_refused_with_what_works() -> None:

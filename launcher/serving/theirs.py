@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.generation.continuous_batching.requests import GenerationOutput
 
-_POLL_S, _NO_WAIT_S = 0.05, 0.0
+_POLL_S, _NO_WAIT_S, _ENDS_IN_S = 0.05, 0.0, 1.0
 _KNOWN = frozenset({"max_tokens", "ignore_end", "stop_ids"})
 """Fields of ``Sampling`` that may differ from greedy decoding as it is."""
 _NO_END = -1
@@ -126,8 +126,8 @@ class Theirs(Generator):
             self._steps += 1
             if (update := self._took(result)) is not None:
                 updates.append(update)
-        if not updates and not self._manager.is_running():
-            raise JobError("Transformers' continuous batching has ended; its words are above")
+        if not updates:
+            self._check_alive()
         return updates
 
     def stats(self) -> Stats:
@@ -206,6 +206,10 @@ class Theirs(Generator):
     def _pages(self, task: _Task) -> int:
         return -(-(len(task.request.prompt) + self._most(task)) // THEIR_PAGE)
 
+    def _check_alive(self) -> None:
+        if not self._manager.is_running():
+            raise JobError("Transformers' continuous batching has ended; its words are above")
+
     def _took(self, result: GenerationOutput) -> Update | None:
         """Return what a result means to its request; those that have ended meanwhile are over."""
         request = self._ids.get(result.request_id)
@@ -217,6 +221,10 @@ class Theirs(Generator):
         self._generated += len(new)
         finish: Finish | None = None
         if result.error is not None:
+            until = time.monotonic() + _ENDS_IN_S
+            while time.monotonic() < until:  # where its thread is ending no request is to blame
+                self._check_alive()
+                time.sleep(_POLL_S)
             finish = "error"
         elif result.is_finished():
             sampling = task.request.sampling

@@ -198,6 +198,8 @@ class Server:
         with urllib.request.urlopen(request, timeout=120) as answer:  # noqa: S310
             lines = answer.read().decode().split("\n")
         events = [json.loads(line[5:]) for line in lines if line.startswith("data:") and "[DONE]" not in line]
+        if strange := next((event for event in events if "choices" not in event), None):
+            raise ConnectionError(f"instead of a piece of text came {strange}")
         return "".join(choice.get("text") or "" for event in events for choice in event["choices"])
 
     def pause(self) -> None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
     from launcher.context import Context
     from launcher.jobs.generate import Generate
+    from launcher.serving.base import Generator
     from launcher.training.preemption import Preemption
 
 _POLL_S = 0.2
@@ -62,12 +63,8 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     words = open_words(job.tokenizer, context.run, beat=beat)
     if job.spreads(context.run):
         ranks = 1
-        if not context.is_main:
-            preemption.hold()  # the first rank says when to leave
-        generator = engine_of_ranks(context, limits=job.limits, beat=beat)
+        generator = _engine_of_ranks(job, context, preemption, beat=beat)
         if generator is None:
-            if preemption.requested():
-                raise SystemExit(EXIT_PREEMPTED)
             return
     else:
         generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
@@ -107,6 +104,28 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     for part in folder.glob("*.part"):
         part.unlink()
     print(f"answers: {output}", flush=True)
+
+
+def _engine_of_ranks(
+    job: Generate, context: Context, preemption: Preemption, *, beat: Callable[[], None]
+) -> Generator | None:
+    """Return the engine on the first rank, which says when to leave; nothing on others, once it is closed.
+
+    Raises:
+        SystemExit: with the code that means "resume me", when the run was asked to make room.
+    """
+    if context.is_main:
+        return engine_of_ranks(context, limits=job.limits, beat=beat)
+    preemption.hold()
+    try:
+        engine_of_ranks(context, limits=job.limits, beat=beat)
+    except RuntimeError:
+        if not preemption.requested():
+            raise
+        print("the first rank has left while the model was loaded, as it was asked to", flush=True)
+    if preemption.requested():
+        raise SystemExit(EXIT_PREEMPTED)
+    return None
 
 
 def _share(context: Context, index: Index, *, ranks: int) -> Callable[[int], bool]:

@@ -117,7 +117,7 @@ class GeneratingJob(Job):
         yield from super().problems()
         yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
         yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
-        if self.engine == "transformers" and self.batching != "continuous":
-            yield self.refuse("batching", "engine=transformers knows continuous alone", "set job.batching=continuous")
+        if self.engine in ("transformers", "vllm") and self.batching != "continuous":
+            yield self.refuse("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
         if self.ageing_s <= 0:
             yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

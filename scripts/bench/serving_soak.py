@@ -50,6 +50,7 @@ NONSENSE = (
 )
 _REFUSED = ("429", "503")
 _LOST = ("cut", "timeout")
+_CALIBRATE_S, _BUSY = 60.0, 64
 _TERM_AFTER_S, _TERM_STORM_S = 8.0, 20.0
 _TIMEOUT_S = 300.0
 
@@ -204,8 +205,11 @@ def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
     inputs, outputs = parse_lengths(arguments.inputs), parse_lengths(arguments.outputs)
     calls = list(islice(drawn_calls(seed=arguments.seed, inputs=inputs, outputs=outputs), NUM_PROMPTS))
     expected = answers_alone(target, calls)
-    busy = closed_loop(target, (calls[number % len(calls)] for number in range(10**9)), concurrency=32, seconds=20.0)
-    capacity = sum(outcome.is_good for outcome in busy.outcomes) / busy.elapsed_s
+    calibrate_s = min(_CALIBRATE_S, 60 * arguments.minutes)
+    many = (calls[number % len(calls)] for number in range(10**9))
+    busy = closed_loop(target, many, concurrency=_BUSY, seconds=calibrate_s)
+    late = [outcome for outcome in busy.outcomes if outcome.is_good and outcome.end_s > calibrate_s / 3]  # all are busy
+    capacity = len(late) / (busy.elapsed_s - calibrate_s / 3)
     rate, seconds = arguments.times * capacity, 60 * arguments.minutes
     print(f"capacity {capacity:.2f} requests/s; {rate:.2f} a second for {arguments.minutes:g} minutes", flush=True)
     tally = Tally()

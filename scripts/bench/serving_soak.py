@@ -158,10 +158,10 @@ async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
 
 async def storm_and_end(
     server: SoakServer, target: Target, calls: list[Call], expected: list[str], *, rate: float, seed: int, tally: Tally
-) -> int:
+) -> int | None:
     """Send SIGTERM in the middle of a short storm; return the exit code."""
 
-    async def end() -> int:
+    async def end() -> int | None:
         await asyncio.sleep(_TERM_AFTER_S)
         return await asyncio.to_thread(server.terminate)
 

@@ -42,7 +42,7 @@ def stage_model(
     """
     compute = DTYPES[run.precision.compute]
     model, builder = lay_out(run.model, seed=run.job.seed, attention=run.attention, dtype=compute, beat=beat)
-    blocks = cut_by_parameters(model, count)[number]
+    blocks = cut_by_parameters(model, count, stages=count)[number]
     stage = Stage(number=number, count=count, first_block=blocks.start)
     cut(model, blocks, first=stage.first, last=stage.last)
 

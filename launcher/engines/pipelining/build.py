@@ -48,15 +48,15 @@ def choose_cut(context: Context, *, count: int, by_time: bool, device: torch.dev
     """
     run = context.run
     model, _ = lay_out(run.model, seed=run.job.seed, attention=run.attention, beat=_beat(context))
-    blocks = cut_by_parameters(model, count)
+    blocks = cut_by_parameters(model, count, stages=context.degrees.pipeline)
     if by_time:
         costs = _told_by_rank_0(context, num_blocks=blocks[-1].stop, device=device)
         blocks = stretches(costs.blocks, count, first=costs.first, last=costs.last)
     return Cut(blocks=blocks, tied=tied_names(model), width=model.config.hidden_size)
 
 
-def cut_by_parameters(model: PreTrainedModel, count: int) -> list[range]:
-    """Return the blocks of ``count`` stretches of a model that are alike in parameters.
+def cut_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:
+    """Return the blocks of ``count`` stretches, on ``stages`` ranks, of a model that are alike in parameters.
 
     Raises:
         ConfigError: the model cannot be cut, or has fewer blocks than stretches.
@@ -65,7 +65,7 @@ def cut_by_parameters(model: PreTrainedModel, count: int) -> list[range]:
     num_blocks = len(costs.blocks)
     if count > num_blocks:
         why = f"{count} stretches, and the model has {num_blocks} layers"
-        raise ConfigError("parallel.stages", count, why=why, fix=f"set parallel.stages={num_blocks}")
+        raise ConfigError("parallel.stages", stages, why=why, fix=f"set parallel.stages={num_blocks}")
     return stretches(costs.blocks, count, first=costs.first, last=costs.last)
 
 

@@ -21,3 +21,7 @@ class Limits:
     max_wait_s: float = 0.1
     bucket: int = 32
     ageing_s: float = 10.0
+
+    def rank(self, *, arrived_s: float, priority: int) -> float:
+        """Return a request's place in line, the smallest first: waiting for ``ageing_s`` makes up for one priority."""
+        return arrived_s / self.ageing_s - priority

@@ -178,7 +178,7 @@ class Scheduler:
             row.pages += fresh
 
     def _least_due(self, task: Task) -> float:
-        return task.arrived_s / self._limits.ageing_s - task.priority
+        return self._limits.rank(arrived_s=task.arrived_s, priority=task.priority)
 
     def _put_back(self, task: Task) -> None:
         self._give_back(task)

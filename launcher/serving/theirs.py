@@ -182,8 +182,7 @@ class Theirs(Generator):
         free = self._num_pages - sum(self._pages(task) for task in begun)
         room = self._limits.max_requests - len(begun)
         waiting = [task for task in self._tasks.values() if not task.begun]
-        ageing_s = self._limits.ageing_s
-        for task in sorted(waiting, key=lambda each: each.arrived_s / ageing_s - each.request.priority):
+        for task in sorted(waiting, key=self._rank):
             free, room = free - self._pages(task), room - 1
             if free < 0 or room < 0:
                 return
@@ -198,6 +197,9 @@ class Theirs(Generator):
             )
             task.begun = True
             self._prompted += len(task.request.prompt)
+
+    def _rank(self, task: _Task) -> float:
+        return self._limits.rank(arrived_s=task.arrived_s, priority=task.request.priority)
 
     def _most(self, task: _Task) -> int:
         """Return how many tokens it gets at most."""

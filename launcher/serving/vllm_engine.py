@@ -188,10 +188,12 @@ class VllmEngine(Generator):
     def _begin(self) -> None:
         waiting = [task for task in self._tasks.values() if task.connection is None]
         room = self._limits.max_requests - (len(self._tasks) - len(waiting))
-        ageing_s = self._limits.ageing_s
-        for task in sorted(waiting, key=lambda each: each.arrived_s / ageing_s - each.request.priority)[: max(0, room)]:
+        for task in sorted(waiting, key=self._rank)[: max(0, room)]:
             task.connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
             threading.Thread(target=self._ask, args=(task, task.connection), daemon=True).start()
+
+    def _rank(self, task: _Task) -> float:
+        return self._limits.rank(arrived_s=task.arrived_s, priority=task.request.priority)
 
     def _ask(self, task: _Task, connection: http.client.HTTPConnection) -> None:
         """On a thread of its own: send one request and wait for its answer."""

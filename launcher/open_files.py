@@ -6,15 +6,18 @@ import contextlib
 import resource
 from collections.abc import Iterator
 
+import psutil
+
 
 @contextlib.contextmanager
 def room_for_files(num_files: int) -> Iterator[None]:
-    """Let this process open that many files, where the system allows it."""
+    """Let this process open that many files beside those it has open, where the system allows it."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= num_files:
+    wanted = num_files + psutil.Process().num_fds()
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
         yield
         return
-    allowed = num_files if hard == resource.RLIM_INFINITY else min(num_files, hard)
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     try:
         yield

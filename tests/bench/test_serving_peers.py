@@ -17,16 +17,16 @@ def scripts(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(REPOSITORY / "scripts" / "bench"))
 
 
-def test_servers_take_turns_and_what_cannot_differ_is_measured_at_the_ends_only(scripts) -> None:
+def test_servers_take_turns_and_what_cannot_differ_is_measured_once(scripts) -> None:
     from serving_peers import cells
 
-    names = ["ours", "generate, one by one"]
-    found = cells(names, contexts=["mixed"], concurrency=[1, 4, 8], rounds=2)
-    assert [(cell.peer, cell.concurrency, cell.round_) for cell in found[:5]] == [
-        *(("ours", 1, 0), ("generate, one by one", 1, 0), ("ours", 4, 0)),
-        *(("ours", 8, 0), ("generate, one by one", 8, 0)),
+    alone, batches = "generate, one by one", "generate, batches of 8"
+    found = cells(["ours", alone, batches], contexts=["mixed"], concurrency=[1, 4, 8], rounds=2)
+    assert [(cell.peer, cell.concurrency, cell.round_) for cell in found[:6]] == [
+        *(("ours", 1, 0), (alone, 1, 0), (batches, 1, 0)),
+        *(("ours", 4, 0), ("ours", 8, 0), (batches, 8, 0)),
     ]
-    assert len(found) == len({cell.name for cell in found}) == 2 * 5
+    assert len(found) == len({cell.name for cell in found}) == 2 * 6
 
 
 def test_cells_become_a_table(scripts, tmp_path) -> None:

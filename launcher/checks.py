@@ -10,6 +10,7 @@ from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
+from launcher.jobs.quantize import Quantize
 from launcher.plan import Host
 from launcher.topology import first_ranks
 
@@ -30,7 +31,30 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from env.refusals(run.backend.env)
     yield from _refuse_unknown_ranks(run, hosts)
     yield from run.backend.refusals(hosts)
+    yield from _refuse_quantization(run)
     yield from run.job.refusals(run, world_size=world_size)
+
+
+def _refuse_quantization(run: Run) -> Iterator[ConfigError]:
+    """Refuse methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
+    chosen, own = run.quantization.kind, run.model.quantization
+    quantises = isinstance(run.job, Quantize)
+    if chosen != "none" and not quantises:
+        why = f"job={run.job.kind} makes no quantised weights"
+        fix = f"set model.quantization={chosen} to use them, or job=quantize to keep them"
+        yield ConfigError("quantization", chosen, why=why, fix=fix)
+    if own == "none":
+        return
+    fix = "set model.quantization=none"
+    if quantises:
+        why = "job=quantize starts from the original, and does what the group quantization says"
+        yield ConfigError("model.quantization", own, why=why, fix=f"{fix} quantization={own}")
+    elif isinstance(run.job, BatchedJob) and run.job.learns:
+        why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
+        yield ConfigError("model.quantization", own, why=why, fix=fix)
+    elif run.parallel.kind not in ("single", "ddp", "pipeline"):
+        why = f"parallel={run.parallel.kind} slices matrices, and quantised ones stay whole"
+        yield ConfigError("model.quantization", own, why=why, fix="set parallel=single")
 
 
 def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:

@@ -22,6 +22,8 @@ from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
 from launcher.parallel.base import Parallel
 from launcher.precision import Precision
+from launcher.quantization.base import NoQuantization, Quantization
+from launcher.quantization.methods import METHODS
 from launcher.schema import Report, build, defaults, to_tree
 from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
@@ -31,6 +33,7 @@ KINDS: dict[str, dict[str, str]] = {
         "train": "launcher.jobs.train:Train",
         "benchmark": "launcher.jobs.benchmark:Measure",
         "evaluate": "launcher.jobs.evaluate:Evaluate",
+        "quantize": "launcher.jobs.quantize:Quantize",
         "generate": "launcher.jobs.generate:Generate",
         "serve": "launcher.jobs.serve:Serve",
         "verify": "launcher.jobs.verify:Verify",
@@ -60,6 +63,10 @@ KINDS: dict[str, dict[str, str]] = {
         "linear": "launcher.optim.schedule:Linear",
         "cosine": "launcher.optim.schedule:Cosine",
     },
+    "quantization": {
+        "none": "launcher.quantization.base:NoQuantization",
+        **{method.kind: f"launcher.quantization.methods:{method.__name__}" for method in METHODS.values()},
+    },
     "precision": {
         "fp32": "launcher.precision:Fp32",
         "tf32": "launcher.precision:Tf32",
@@ -84,6 +91,7 @@ KINDS: dict[str, dict[str, str]] = {
     "benchmark": {
         "none": "launcher.benchmarks.base:NoBenchmark",
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
+        "quantization": "launcher.benchmarks.quantization:QuantizationBenchmark",
         "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
         "batching": "launcher.benchmarks.batching:BatchingBenchmark",
         "serving": "launcher.benchmarks.serving:ServingBenchmark",
@@ -132,6 +140,7 @@ class Run:
     optimizer: AdamW
     schedule: Schedule
     precision: Precision
+    quantization: Quantization | NoQuantization
     activation: Activation
     attention: Attention
     compile: Compile

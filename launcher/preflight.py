@@ -25,9 +25,11 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
     yield from run.job.preflight(run, RunDir(run_dir))
     if isinstance(run.job, GeneratingJob):
         yield from run.model.preflight()
+        yield from run.model.quantization_problems()
         yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()
+        yield from run.model.quantization_problems()
         yield from run.data.preflight()
         yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.quantization.manifest import read_manifest
+from launcher.quantization.methods import METHODS, Name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -58,6 +60,9 @@ class Model(Component):
     weights: str = "random"
     """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
 
+    quantization: Name = "none"
+    """Quantise the weights as they are loaded; a folder that ``job=quantize`` wrote says by itself how it is."""
+
     @abstractmethod
     def shape(self) -> Shape | None:
         """Return the sizes, or ``None`` when they are only known once files are downloaded."""
@@ -86,6 +91,24 @@ class Model(Component):
         Raises:
             EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
         """
+
+    @property
+    def local_weights(self) -> Path | None:
+        """The folder of weights that the user named."""
+        return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
+
+    def quantization_problems(self) -> Iterator[ConfigError]:
+        """Yield packages that are missing for the way the weights are, or will be, quantised."""
+        if self.quantization != "none":
+            yield from METHODS[self.quantization]().preflight("model.quantization")
+        elif self.local_weights is not None:
+            try:
+                manifest = read_manifest(self.local_weights)
+            except ConfigError as problem:
+                yield problem
+                return
+            if manifest is not None:
+                yield from manifest.method.preflight("model.weights")
 
     def weights_folder(self, *, beat: Callable[[], None]) -> Path | None:
         """Return the folder to load weights from, ``None`` for random ones. Rank side."""

@@ -39,6 +39,12 @@ class Hf(Model):
         sizes = self._sizes()
         return sizes.architecture() if sizes else {"family": "hf", "name": self.name}
 
+    @property
+    def local_weights(self) -> Path | None:
+        """The folder of weights that the user named, as weights or as the model."""
+        named_folder = self.weights == "pretrained" and self._is_local()
+        return Path(self.name).expanduser() if named_folder else super().local_weights
+
     def preflight(self) -> Iterator[ConfigError]:
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
         if self._is_local():

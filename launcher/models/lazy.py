@@ -71,10 +71,18 @@ class Builder:
         model: on the meta device; parts that this rank has no use for may have been taken out.
         seed: of random weights.
         source: where to take weights from instead; known to fit the model.
+        then: called with the name of each part that is filled.
     """
 
-    def __init__(self, model: PreTrainedModel, *, seed: int, source: Source | None) -> None:
-        self._model, self._seed, self._source = model, seed, source
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        seed: int,
+        source: Source | None,
+        then: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self._model, self._seed, self._source, self._then = model, seed, source, then
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[id(parameter)].append(name)
@@ -95,6 +103,7 @@ class Builder:
         for module in part.modules():
             fresh += self._materialise(module)
         self._fill(name, part, fresh)
+        self._then(name)
 
     def finish(self) -> None:
         """Fill what belongs to no part: parameters and buffers of the outermost modules themselves."""

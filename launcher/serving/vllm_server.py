@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from launcher.ports import free_port
 from launcher.serving.api.keys import VARIABLE
 from launcher.supervise.processes import Process, identify
@@ -61,6 +63,8 @@ class VllmServer:
             model: folder of weights.
         """
         environ = {name: value for name, value in os.environ.items() if name not in (VARIABLE, "PYTHONPATH")}
+        # its build for CPUs, which alone reads this, would take nine tenths of all memory for keys and values
+        environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, psutil.virtual_memory().available // 2**32)))
         bound = [sys.executable, "-m", "launcher.serving.bound", str(os.getpid())]
         # the wrapper is ours and needs our path; what it becomes has an environment of its own
         ours = {**environ, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}

@@ -19,7 +19,6 @@ from launcher.models.gpt2 import Gpt2
 from launcher.precision import Bf16, Fp8
 
 has_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
-without_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is not None, reason="torchao is installed")
 IDS = torch.arange(64).view(2, 32)
 
 
@@ -69,8 +68,8 @@ def test_models_that_torchao_cannot_convert_are_refused() -> None:
         apply_float8(llama(24), Fp8())
 
 
-@without_torchao
-def test_without_torchao_it_says_what_to_type() -> None:
+def test_without_torchao_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.precision.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"precision=fp8: the package torchao .*; pip install 'launcher\[fp8\]'"):
         apply_float8(llama(), Fp8())
 

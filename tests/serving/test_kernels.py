@@ -11,11 +11,14 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, MistralConfig, Qwen2Config
 
 from launcher.errors import ConfigError
+from launcher.quantization.ao import AoCodec
+from launcher.quantization.int4 import Int4Codec
+from launcher.quantization.methods import Int4Weight, Int8Weight
 from launcher.serving.holds import Sample
 from launcher.serving.kernels.apply import apply_native
 from launcher.serving.kernels.attention import NativeAttention
 from launcher.serving.kernels.modules import NativeLinear
-from launcher.serving.kernels.packing import Scratch
+from launcher.serving.kernels.packing import Packed, Scratch, is_few, pack
 from launcher.serving.kv import PagedCache, Step
 from launcher.serving.limits import Limits
 from launcher.serving.make import slots_of
@@ -48,10 +51,45 @@ def test_products_are_those_of_torch(dtype: torch.dtype, rows: int, shape: tuple
         torch.randn(size, generator=generator).to(dtype) for size in (shape, shape[:1], (rows, shape[1]))
     )
     for given in (bias, None):
-        found = NativeLinear(weight, given, Scratch())(x)
+        found = NativeLinear(Packed([weight], [given]), dtype, Scratch())(x)
         exact = linear(x.double(), weight.double(), None if given is None else given.double())
         spacing = torch.finfo(dtype).eps * exact.abs() + 1e-5
         assert ((found.double() - exact).abs() <= spacing).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner", "group"), [(16, 32, 32), (97, 96, 32), (3, 8, 4), (1400, 64, 16)])
+def test_products_of_4_bit_matrices_are_those_of_what_they_stand_for(
+    dtype: torch.dtype, out: int, inner: int, group: int
+) -> None:
+    torch.manual_seed(out)
+    stock = torch.nn.Linear(inner, out, bias=out % 2 == 0)
+    layer = Int4Codec(Int4Weight(group_size=group)).quantise(stock)
+    _check_products(layer, layer.dequantised(torch.float64), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("out", "inner"), [(16, 32), (97, 50), (3, 6), (1400, 64)])
+def test_products_of_8_bit_matrices_are_those_of_what_they_stand_for(dtype: torch.dtype, out: int, inner: int) -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(out)
+    layer = AoCodec(Int8Weight()).quantise(torch.nn.Linear(inner, out, bias=out % 2 == 0).requires_grad_(False))
+    weight = layer.weight.data
+    _check_products(layer, weight.qdata.double() * weight.scale.double(), dtype)
+
+
+def _check_products(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> None:
+    """The same within the rounding of fp32 sums; in few rows or many, which are computed in two ways, the same bits."""
+    assert is_few(layer)
+    kernel = NativeLinear(pack([layer]), dtype, Scratch())
+    bias = None if layer.bias is None else layer.bias.double()
+    x = torch.randn(100, weight.shape[1]).to(dtype)
+    together = kernel(x)
+    exact = linear(x.double(), weight, bias)
+    sizes = linear(x.double().abs(), weight.abs())
+    assert ((together.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6 * sizes + 1e-6).all()
+    for count in (1, 2, 6, 7, 13):
+        assert torch.equal(torch.cat([kernel(part) for part in x.split(count)]), together), count
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

@@ -10,10 +10,11 @@ from torch import nn
 
 from launcher.errors import EnvironmentProblem
 from launcher.models.units import blocks
+from launcher.quantization.codecs import is_quantised
 from launcher.serving.kernels.attention import MOST_SHARING, VECTOR, NativeAttention
 from launcher.serving.kernels.library import native
 from launcher.serving.kernels.modules import NativeBlock, NativeLinear
-from launcher.serving.kernels.packing import Scratch
+from launcher.serving.kernels.packing import Packed, Scratch, is_few, pack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -83,9 +84,12 @@ def apply_native(model: PreTrainedModel, cache: PagedCache, *, beat: Callable[[]
             beat()
     matrices = list(_matrices(model))
     for parent, name, child in matrices:
-        swapped.put(parent, name, NativeLinear(_weight(child), child.bias, scratch))
+        packed = pack([child]) if is_few(child) else Packed([_weight(child)], [child.bias])
+        swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch))
         beat()
     swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
+    if others := sum(is_quantised(layer) for layer in model.modules()):
+        swapped.what += f"; {others} quantised layers by their library's own, which may be slower"
     return swapped
 
 
@@ -99,7 +103,7 @@ def _of_llamas_make(block: nn.Module) -> bool:
     linears += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     if not (
         sorted(name for name, _ in attention.named_children()) == sorted(_PROJECTIONS)
-        and all(type(layer) is nn.Linear for layer in linears)
+        and (all(map(_is_plain, linears)) or all(map(is_few, linears)))
         and isinstance(getattr(mlp, "act_fn", None), nn.SiLU | type(_silu()))
         and all(hasattr(norm, "variance_epsilon") and not list(norm.children()) for norm in norms)
     ):
@@ -133,8 +137,13 @@ def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
 
     for module in model.modules():
         for name, child in module.named_children():
-            if type(child) in (nn.Linear, Conv1D):
+            if _is_plain(child) or isinstance(child, Conv1D) or is_few(child):
                 yield module, name, child
+
+
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer is linear with a matrix of floats."""
+    return type(layer) is nn.Linear and not is_quantised(layer)
 
 
 def _weight(layer: nn.Module) -> torch.Tensor:

@@ -25,7 +25,11 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fop
 class Linear(Structure):
     """A packed matrix."""
 
-    _fields_: ClassVar = [("weight", c_void_p), ("bias", c_void_p), ("out", c_int64), ("in_", c_int64)]
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int64) for name in ("out", "in_", "bits", "group")),
+        *((name, c_void_p) for name in ("scale", "zero")),
+    ]
 
 
 class Block(Structure):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from launcher.serving.kernels.library import Block, native
-from launcher.serving.kernels.packing import Packed, Scratch
+from launcher.serving.kernels.packing import Packed, PackedFew, Scratch, pack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,15 +21,15 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
     """A matrix product.
 
     Args:
-        weight: (out, in), bf16 or fp32.
-        bias: (out), or none.
+        packed: the matrix.
+        dtype: what goes in and comes out: bf16 or fp32, which a matrix that is not quantised is of, too.
         scratch: shared room.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, scratch: Scratch) -> None:
+    def __init__(self, packed: Packed | PackedFew, dtype: torch.dtype, scratch: Scratch) -> None:
         super().__init__()
-        self._packed, self._scratch = Packed([weight], [bias]), scratch
-        self._half = int(weight.dtype == torch.bfloat16)
+        self._packed, self._scratch = packed, scratch
+        self._half = int(dtype == torch.bfloat16)
         self._call = native().native_linear
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,12 +56,11 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
         attention, mlp = block.self_attn, block.mlp
         inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
         self._qkv, self._o, self._gate_up, self._down = (
-            Packed([layer.weight for layer in layers], [layer.bias for layer in layers])
-            for layers in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+            pack(layers) for layers in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
         )
         self._norms = [norm.weight.detach().float() for norm in (block.input_layernorm, block.post_attention_layernorm)]
-        dim = attention.head_dim
-        heads, kv_heads = (layer.weight.shape[0] // dim for layer in inputs[:2])
+        dim, width = attention.head_dim, attention.q_proj.in_features
+        heads, kv_heads = (layer.out_features // dim for layer in inputs[:2])
         self._layer, self._scratch, self._call = attention.layer_idx, scratch, native().native_block
         self._struct = Block(
             self._qkv.struct,
@@ -72,14 +71,14 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
             block.input_layernorm.variance_epsilon,
             block.post_attention_layernorm.variance_epsilon,
             attention.scaling,
-            int(inputs[0].weight.dtype == torch.bfloat16),
-            inputs[0].weight.shape[1],
+            int(block.input_layernorm.weight.dtype == torch.bfloat16),
+            width,
             heads,
             kv_heads,
             dim,
-            mlp.gate_proj.weight.shape[0],
+            mlp.gate_proj.out_features,
         )
-        self._floats = 2 * inputs[0].weight.shape[1] + self._qkv.out + heads * dim + self._gate_up.out
+        self._floats = 2 * width + self._qkv.out + heads * dim + self._gate_up.out
 
     def forward(
         self, hidden_states: Tensor, *, position_embeddings: tuple[Tensor, Tensor], launcher_step: Step, **_: Any

@@ -28,11 +28,16 @@ typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t vu __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint16_t vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef uint8_t vb __attribute__((vector_size(VL), aligned(1), may_alias));
 
 typedef struct {
     const void *weight; /* packed */
     const float *bias;  /* (out), or null */
     int64_t out, in;    /* out is a multiple of NR */
+    int64_t bits;       /* 8 or 4: whole numbers; 0: of the model's format */
+    int64_t group;      /* inputs that share a scale; divides in, and is a multiple of 4 */
+    const void *scale;  /* of 8 bits: (out) fp32; of 4: (out / NR, groups, NR) fp16, above 0 */
+    const void *zero;   /* of 4 bits: (out / NR, groups, NR), in sixteenths of a step */
 } Linear;
 
 typedef struct {
@@ -183,8 +188,157 @@ static const Tile tiles[] = {0, tile1, tile2, tile3, tile4, tile5, tile6,
 #define SMALL (1 << 16) /* multiplications, or a quarter of that in copies, that are done before other threads are awake */
 #define CHUNK 96 /* rows that stay in the second-level cache while panels pass by */
 
+/* ---- matrices of whole numbers ----
+ *
+ * A 32-bit lane j of a panel's row holds 2 inputs (8 bits) or 4 (4 bits) of outputs j and j + VL in turn, least first.
+ * Sums are of x times whole numbers, which floats hold exactly, and are scaled at their end: so it makes no difference to
+ * the bits of a result whether a panel is widened on the way or, for many rows, once beforehand. */
+
+#define WIDEN8(v, at) __builtin_convertvector((vi)((v) << (24 - 8 * (at))) >> 24, vf)
+#define WIDEN4(v, at) __builtin_convertvector((vi)(((v) >> (4 * (at))) & 15), vf)
+#define ADD(R, k, low, high)                                                                                           \
+    do {                                                                                                               \
+        vf l_ = low, h_ = high;                                                                                        \
+        _Pragma("GCC unroll 16") for (int r = 0; r < R; r++) {                                                         \
+            a[r] += x[r * stride + k] * l_;                                                                            \
+            b[r] += x[r * stride + k] * h_;                                                                            \
+        }                                                                                                              \
+    } while (0)
+#define SUM(NAME, R, BODY)                                                                                             \
+    static void NAME##R(const float *x, int64_t stride, int64_t n, const void *panel, vf *s) {                         \
+        vf a[R], b[R];                                                                                                 \
+        for (int r = 0; r < R; r++) a[r] = b[r] = all(0.0f);                                                           \
+        BODY                                                                                                           \
+        for (int r = 0; r < R; r++) s[2 * r] = a[r], s[2 * r + 1] = b[r];                                              \
+    }
+#define SUMS(R)                                                                                                        \
+    SUM(eight, R, for (int64_t k = 0; k < n; k += 2) {                                                                 \
+        vu v = ((const vu *)panel)[k / 2];                                                                             \
+        ADD(R, k, WIDEN8(v, 0), WIDEN8(v, 1));                                                                         \
+        ADD(R, k + 1, WIDEN8(v, 2), WIDEN8(v, 3));                                                                     \
+    })                                                                                                                 \
+    SUM(four, R, for (int64_t k = 0; k < n; k += 4) {                                                                  \
+        vu v = ((const vu *)panel)[k / 4];                                                                             \
+        ADD(R, k, WIDEN4(v, 0), WIDEN4(v, 1));                                                                         \
+        ADD(R, k + 1, WIDEN4(v, 2), WIDEN4(v, 3));                                                                     \
+        ADD(R, k + 2, WIDEN4(v, 4), WIDEN4(v, 5));                                                                     \
+        ADD(R, k + 3, WIDEN4(v, 6), WIDEN4(v, 7));                                                                     \
+    })                                                                                                                 \
+    SUM(wide, R, for (int64_t k = 0; k < n; k++) {                                                                     \
+        ADD(R, k, ((const vf *)panel)[2 * k], ((const vf *)panel)[2 * k + 1]);                                         \
+    })
+
+SUMS(1)
+SUMS(2)
+SUMS(3)
+SUMS(4)
+SUMS(5)
+SUMS(6)
+#if MR > 6
+SUMS(7)
+SUMS(8)
+SUMS(9)
+SUMS(10)
+SUMS(11)
+SUMS(12)
+#endif
+
+typedef void (*Sum)(const float *, int64_t, int64_t, const void *, vf *);
+#if MR > 6
+#define EACH(NAME)                                                                                                     \
+    {0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6, NAME##7, NAME##8, NAME##9, NAME##10, NAME##11, NAME##12}
+#else
+#define EACH(NAME) {0, NAME##1, NAME##2, NAME##3, NAME##4, NAME##5, NAME##6}
+#endif
+static const Sum eights[] = EACH(eight), fours[] = EACH(four), wides[] = EACH(wide);
+
+/* A panel's whole numbers as floats: (in, NR). */
+static void widen(const void *panel, int64_t in, int64_t bits, float *to) {
+    for (int64_t i = 0; i < in * bits / 16; i++) {
+        vu v = ((const vu *)panel)[i];
+        for (int n = 0; n < 32 / bits; n++)
+            ((vf *)to)[i * 32 / bits + n] = bits == 8 ? WIDEN8(v, n) : WIDEN4(v, n);
+    }
+}
+
+/* fp16 above 0 to fp32, subnormal ones too */
+static inline vf scales(const void *from, int64_t i) {
+    vh h = *(const vh *)((const uint16_t *)from + i);
+    return (vf)(__builtin_convertvector(h, vu) << 13) * 0x1p112f;
+}
+
+static inline vf zeros(const void *from, int64_t i) {
+    vb b = *(const vb *)((const uint8_t *)from + i);
+    return __builtin_convertvector(__builtin_convertvector(b, vi), vf) * (1.0f / 16.0f);
+}
+
+/* R rows of y at one panel; sums (R, groups) of each group of x */
+static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows, const void *panel, int is_wide,
+                        const float *sums, float *y, int half) {
+    int64_t groups = l->in / l->group, size = l->group * NR * (is_wide ? 32 : l->bits) / 8;
+    Sum sum = is_wide ? wides[rows] : l->bits == 8 ? eights[rows] : fours[rows];
+    vf total[2 * MR], s[2 * MR];
+    for (int r = 0; r < 2 * rows; r++) total[r] = all(0.0f);
+    for (int64_t g = 0; g < groups; g++) {
+        sum(x + g * l->group, l->in, l->group, (const char *)panel + g * size, s);
+        for (int h = 0; h < 2; h++) {
+            if (l->bits == 8) {
+                vf scale = *(const vf *)((const float *)l->scale + p * NR + h * VL);
+                for (int r = 0; r < rows; r++) total[2 * r + h] = s[2 * r + h] * scale;
+            } else {
+                int64_t at = (p * groups + g) * NR + h * VL;
+                vf scale = scales(l->scale, at), zero = zeros(l->zero, at);
+                for (int r = 0; r < rows; r++)
+                    total[2 * r + h] += (s[2 * r + h] - sums[r * groups + g] * zero) * scale;
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int h = 0; h < 2; h++) {
+            vf found = total[2 * r + h];
+            if (l->bias) found += *(const vf *)(l->bias + p * NR + h * VL);
+            *(vf *)(y + r * l->out + p * NR + h * VL) = rnd(found, half);
+        }
+}
+
+static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y, int half) {
+    int64_t panels = l->out / NR, bytes = l->in * NR * l->bits / 8, groups = l->in / l->group;
+    float *sums = 0;
+    if (l->bits == 4) {
+        sums = __builtin_malloc(sizeof(float) * rows * groups);
+        for (int64_t i = 0; i < rows * groups; i++) {
+            float s = 0;
+            for (int64_t k = 0; k < l->group; k++) s += x[i / groups * l->in + i % groups * l->group + k];
+            sums[i] = s;
+        }
+    }
+    for (int64_t first = 0; first < rows; first += CHUNK) {
+        int64_t end = first + CHUNK < rows ? first + CHUNK : rows;
+        int is_wide = end - first > 2 * MR;
+#pragma omp parallel if ((end - first) * l->out * l->in > SMALL)
+        {
+            float *room = is_wide ? __builtin_malloc(sizeof(float) * l->in * NR + 64) : 0;
+            float *aligned = (float *)(((uintptr_t)room + 63) / 64 * 64);
+#pragma omp for schedule(static)
+            for (int64_t p = 0; p < panels; p++) {
+                const void *panel = (const char *)l->weight + p * bytes;
+                if (is_wide) widen(panel, l->in, l->bits, aligned), panel = aligned;
+                for (int64_t r = first; r < end; r += MR)
+                    tile_of_few(l, p, x + r * l->in, end - r < MR ? end - r : MR, panel, is_wide,
+                                sums ? sums + r * groups : 0, y + r * l->out, half);
+            }
+            __builtin_free(room);
+        }
+    }
+    __builtin_free(sums);
+}
+
 /* y (rows, out) = x (rows, in) of a packed matrix */
 static void multiply(const Linear *l, const float *x, int64_t rows, float *y, int half) {
+    if (l->bits) {
+        multiply_few(l, x, rows, y, half);
+        return;
+    }
     int64_t panels = l->out / NR, bytes = l->in * NR * (half ? 2 : 4);
     for (int64_t first = 0; first < rows; first += CHUNK) {
         int64_t end = first + CHUNK < rows ? first + CHUNK : rows;

@@ -1,0 +1,192 @@
+"""The work of ``job=quantize``: make it, keep it, and compare it with what it was made from."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.activation import Keep
+from launcher.benchmarks.fidelity import Fidelity, compare_models
+from launcher.benchmarks.machine import describe_machine
+from launcher.benchmarks.rates import Rates, engine_of, engine_rates, forward_rates
+from launcher.benchmarks.report_of_quantised import AFTER, BEFORE, Comparison
+from launcher.data.loader import Loader
+from launcher.data.open import open_splits
+from launcher.engines.distributed import DTYPES, choose_device
+from launcher.engines.formats import prepare_formats
+from launcher.files import write_atomic, write_json
+from launcher.models.build import build_model
+from launcher.quantization.base import Quantization
+from launcher.quantization.bytes import bf16_bytes, bytes_by_group
+from launcher.quantization.codecs import quantised
+from launcher.quantization.folder import save_quantised
+from launcher.serving.model import ends_of
+from launcher.serving.values import Request, Sampling
+from launcher.serving.words import open_words
+from launcher.training.metrics import MetricsWriter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from launcher.context import Context
+    from launcher.jobs.quantize import Quantize
+    from launcher.serving.engine import Slots
+
+
+def quantise(job: Quantize, context: Context) -> None:
+    """Do all of it on this rank, and leave weights, report and metrics."""
+    run = context.run
+    beat = context.heartbeat.beat
+    method = run.quantization
+    assert isinstance(method, Quantization), "refused before anything starts"
+    models = {name: _build(context, how) for name, how in ((BEFORE, None), (AFTER, method))}
+    before, after = models[BEFORE], models[AFTER]
+    names = {name for name, _ in quantised(after)}
+    print(f"{len(names)} layers quantised by {method.kind}", flush=True)
+    beat("save", 1, steps=job.num_steps(run, world_size=1))
+    folder = job.folder(context.run_dir)
+    disk = _save(after, method, folder, source=run.model.weights_folder(beat=lambda: beat("save")), context=context)
+    beat("compare", 2)
+    fidelity = _compare(job, context, before, after)
+    beat("measure", 3)
+    forward = _rates(job, lambda which, batch: forward_rates(models[which], **_sizes(job, batch)), context)
+    sizes = {name: bytes_by_group(model, names) for name, model in models.items()}
+    matrices = bf16_bytes(before, names)
+    engine, samples = _by_engine(job, context, models)
+    beat("done", job.num_steps(run, world_size=1))
+    found = Comparison(
+        model=run.model.name,
+        method=method,
+        precision=run.precision.kind,
+        layers=len(names),
+        memory=sizes,
+        matrices_bf16=matrices,
+        disk=disk,
+        fidelity=fidelity,
+        forward=forward,
+        engine=engine,
+        prompt=job.prompt,
+        samples=samples,
+    )
+    _publish(found, context, folder)
+
+
+def _build(context: Context, method: Quantization | None) -> PreTrainedModel:
+    run = context.run
+    device = choose_device(context.local_rank)
+    prepare_formats(run.precision, device=device)
+    model = build_model(
+        run.model,
+        seed=run.job.seed,
+        attention=run.attention,
+        activation=Keep(),
+        dtype=DTYPES[run.precision.compute],
+        quantization=method,
+        after=lambda _, part: part.to(device),
+        beat=lambda: context.heartbeat.beat("build"),
+    )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _save(
+    model: PreTrainedModel, method: Quantization, folder: Path, *, source: Path | None, context: Context
+) -> dict[str, int]:
+    """Write the folder under another name first; return the bytes of weights in files, before and after."""
+    making = folder.with_name(f"{folder.name}.incomplete")
+    shutil.rmtree(making, ignore_errors=True)
+    beside = source
+    if beside is None:
+        print("weights are random, so no tokenizer is put beside them", flush=True)
+    save_quantised(model, method, making, beside=beside)
+    for file in making.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+    if folder.is_dir():
+        folder.rmdir()  # empty, or refused before anything started
+    making.rename(folder)
+    print(f"weights: {folder}", flush=True)
+    found = {AFTER: _bytes_on_disk(folder)}
+    if source is not None:
+        found[BEFORE] = _bytes_on_disk(source)
+    return found
+
+
+def _bytes_on_disk(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _compare(job: Quantize, context: Context, before: PreTrainedModel, after: PreTrainedModel) -> Fidelity:
+    run, beat = context.run, context.heartbeat.beat
+    splits = open_splits(
+        run.data, run.model, sequence_length=job.sequence_length, seed=job.seed, beat=lambda: beat("load")
+    )
+    loader = Loader(splits, context.batch, seed=job.seed, rank=0)
+    batches = (batch for step in loader.held_out(job.eval_sequences) for batch in step)
+    return compare_models(before, after, batches, beat=lambda: beat("compare", 2))
+
+
+def _sizes(job: Quantize, batch: int) -> dict[str, int]:
+    return {"batch": batch, "prompt": job.rate_prompt, "new": job.rate_tokens}
+
+
+Measured = dict[int, dict[str, list[Rates]]]
+"""By batch, then before and after: one entry a round."""
+
+
+def _rates(job: Quantize, measure: Callable[[str, int], Rates], context: Context) -> Measured:
+    """Measure both in turn, A B A B, after a round that warms up."""
+    found: Measured = {batch: {BEFORE: [], AFTER: []} for batch in job.rate_batches}
+    for batch, rates in found.items():
+        for round_ in range(job.repeats + 1):
+            for which, kept in rates.items():
+                taken = measure(which, batch)
+                context.heartbeat.beat("measure", 3)
+                if round_:
+                    kept.append(taken)
+    return found
+
+
+def _by_engine(
+    job: Quantize, context: Context, models: Mapping[str, PreTrainedModel]
+) -> tuple[Measured, dict[str, str]]:
+    """Return how fast the launcher's engine is with both, and what both say; layers of the models are replaced."""
+    most = max(job.rate_batches, default=1)
+    engines = {which: engine_of(model, **_sizes(job, most)) for which, model in models.items()}
+    words = open_words(job.tokenizer, context.run, beat=lambda: context.heartbeat.beat("sample", 4))
+
+    def measure(which: str, batch: int) -> Rates:
+        return engine_rates(engines[which], models[which], **_sizes(job, batch))
+
+    rates = _rates(job, measure, context)
+    ends = ends_of(context.run, models[BEFORE])
+    samples = {
+        which: words.decode(_continue(engine, words.encode(job.prompt), ends, job.sample_tokens))
+        for which, engine in engines.items()
+    }
+    for engine in engines.values():
+        engine.close()
+    return rates, samples
+
+
+def _continue(engine: Slots, prompt: list[int], ends: tuple[int, ...], most: int) -> list[int]:
+    engine.add(Request(id="sample", prompt=tuple(prompt), sampling=Sampling(max_tokens=most, stop_ids=ends)))
+    tokens: list[int] = []
+    while not engine.idle:
+        for update in engine.step():
+            tokens += (token.id for token in update.tokens)
+    return tokens
+
+
+def _publish(found: Comparison, context: Context, folder: Path) -> None:
+    machine = describe_machine()
+    tree: dict[str, Any] = {**found.tree(), "machine": machine, "folder": str(folder)}
+    text = "\n".join(found.markdown(machine)) + "\n"
+    write_json(context.run_dir.path / "quantize.json", tree)
+    write_atomic(context.run_dir.path / "quantize.md", text)
+    with MetricsWriter(context.run_dir.metrics) as metrics:
+        metrics.record(0, **{f"quantize/{name}": value for name, value in found.metrics().items()})
+    print(text, flush=True)
+    print(f"report: {context.run_dir.path / 'quantize.md'} and .json", flush=True)

@@ -1,0 +1,1 @@
+"""Weights in fewer bits: which methods there are, in plain Python, and how a rank applies, keeps and restores them."""

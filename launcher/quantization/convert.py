@@ -1,0 +1,121 @@
+"""Quantise a model part by part while it is built, or put the quantised layers of a folder into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from launcher.errors import ConfigError
+from launcher.quantization.codecs import codec_of, is_quantised
+from launcher.quantization.manifest import Manifest
+from launcher.quantization.targets import as_linear, replace, sizes, targets
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launcher.quantization.base import Quantization
+
+
+class Converter:
+    """Takes the parts of a model as they are filled and quantises what is in them.
+
+    Args:
+        model: laid out, without storage.
+        method: what to do.
+        option: by which the method was chosen, as the user types it.
+
+    Raises:
+        ConfigError: a layer's size does not fit, or the patterns of what to skip match nothing.
+    """
+
+    def __init__(self, model: nn.Module, method: Quantization, *, option: str) -> None:
+        self._model, self._codec = model, codec_of(method)
+        self.names = sorted(targets(model, method.skip, option=option))
+        for name in self.names:
+            self._codec.check(name, *sizes(model.get_submodule(name)))
+
+    def convert(self, part: str) -> None:
+        """Quantise the layers in one part of the model, which is filled."""
+        for name in _within(self.names, part):
+            replace(self._model, name, self._codec.quantise(as_linear(self._model.get_submodule(name))))
+
+    def check(self) -> None:
+        """Make sure that no layer was left out; call it when all parts are there."""
+        check_all(self._model, self.names)
+
+
+class Restorer:
+    """Puts quantised layers from files into a model, part by part.
+
+    Args:
+        model: laid out, without storage; its layers lose their matrices.
+        manifest: what a folder says of itself.
+        folder: the folder.
+    """
+
+    def __init__(self, model: nn.Module, manifest: Manifest, folder: Path) -> None:
+        self._model, self._codec = model, codec_of(manifest.method)
+        self.names = sorted(manifest.layers)
+        self._folder = folder
+        self._sizes = {name: sizes(model.get_submodule(name)) for name in self.names}
+        for name in self.names:
+            replace(model, name, _Hollow(model.get_submodule(name)))
+
+    def owns(self, stored: str) -> bool:
+        """Return whether what files keep under this name is part of a quantised layer."""
+        layer = next((name for name in self.names if stored.startswith(f"{name}.")), None)
+        return layer is not None and self._codec.owns(layer, stored)
+
+    def restore(self, part: str, read: Callable[[str], Tensor], metadata: Mapping[str, str]) -> None:
+        """Put the layers of one part in, whose biases are filled.
+
+        Raises:
+            ConfigError: files lack a part of one.
+        """
+        for name in _within(self.names, part):
+            try:
+                bias = self._model.get_submodule(name).bias
+                layer = self._codec.restore(name, self._sizes[name], bias, read, metadata)
+            except KeyError as missing:
+                why = f"{self._folder} does not hold {missing.args[0]} of the quantised layer {name}"
+                fix = "quantise the model again: job=quantize"
+                raise ConfigError("model.weights", str(self._folder), why=why, fix=fix) from missing
+            replace(self._model, name, layer)
+
+    def check(self) -> None:
+        """Make sure that no layer was left out; call it when all parts are there."""
+        check_all(self._model, self.names)
+
+
+class _Hollow(nn.Module):  # type: ignore[misc]
+    """Keeps the place, and the bias, of a layer whose matrix comes from files."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.bias = layer.bias
+        self.weight = torch.empty(0)  # some families' initialisation reaches for those of certain names
+
+
+def check_all(model: nn.Module, names: list[str]) -> None:
+    """Raise where one of the layers named is not quantised."""
+    left = [name for name in names if not is_quantised(model.get_submodule(name))]
+    assert not left, f"layers that nobody quantised: {left}"
+
+
+def _within(names: list[str], part: str) -> list[str]:
+    return [name for name in names if name == part or name.startswith(f"{part}.")]
+
+
+def metadata_of(files: list[Path]) -> dict[str, str]:
+    """Return what the headers of safetensors files say besides tensors."""
+    from safetensors import safe_open
+
+    found: dict[str, str] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            found |= opened.metadata() or {}
+    return found

@@ -1,0 +1,105 @@
+"""Write quantised weights as a folder that this program, and Transformers where it can, loads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from launcher.quantization.ao import AoCodec
+from launcher.quantization.codecs import codec_of, quantised
+from launcher.quantization.manifest import Manifest
+from launcher.quantization.nf4 import Nf4Codec
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from launcher.quantization.base import Quantization
+
+_SINGLE = "model.safetensors"
+_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+_TEMPLATES = "chat_template*"
+
+
+def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *, beside: Path | None) -> None:
+    """Write weights, configuration and what the layers are; before the first forward pass, which may reorder weights.
+
+    Args:
+        model: quantised by ``method``.
+        method: how.
+        folder: does not exist, or is empty.
+        beside: where tokenizer and generation config are copied from.
+    """
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, header = stored_tensors(model, method)
+    save_file(tensors, folder / _SINGLE, metadata={"format": "pt", **header})
+    Manifest(method=method, layers=tuple(name for name, _ in quantised(model))).write(folder)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if (theirs := transformers_way(model, method)) is not None:
+        file = folder / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8"))
+        file.write_text(json.dumps({**config, "quantization_config": theirs}, indent=2) + "\n", encoding="utf-8")
+    if beside is not None:
+        for source in (*(beside / name for name in _BESIDE), *beside.glob(_TEMPLATES)):
+            if source.is_file():
+                shutil.copyfile(source, folder / source.name)
+
+
+def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return all that files keep of a model, tied weights once, and what their header says."""
+    codec, layers = codec_of(method), dict(quantised(model))
+    tensors: dict[str, Tensor] = {}
+    header: dict[str, str] = {}
+    for name, layer in layers.items():
+        found, about = codec.tensors(name, layer)
+        tensors |= {key: value.detach().contiguous() for key, value in found.items()}
+        header |= about
+    inside = tuple(f"{name}." for name in layers)
+    kept = set(model.state_dict())
+    plain = {
+        name: tensor.detach().contiguous()
+        for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        if name in kept and (not name.startswith(inside) or name.endswith(".bias"))
+    }
+    if isinstance(codec, AoCodec):  # whose reader wants to know of every tensor
+        header |= {name: json.dumps({"_type": "Tensor"}) for name in plain}
+        header["tensor_names"] = json.dumps([*(f"{name}.weight" for name in layers), *plain])
+    return {**tensors, **plain}, header
+
+
+def transformers_way(model: PreTrainedModel, method: Quantization) -> dict[str, Any] | None:
+    """Return what Transformers must read to load the folder by itself; ``None`` where it cannot.
+
+    It knows the formats of torchao and bitsandbytes, in models whose own layers are ``nn.Linear``: where ``Conv1D`` was
+    turned round, it would look for a matrix that is not there.
+    """
+    codec = codec_of(method)
+    layers = {name for name, _ in quantised(model)}
+    with torch.device("meta"):
+        stock = type(model)(model.config)
+    if not all(isinstance(stock.get_submodule(name), nn.Linear) for name in layers):
+        return None
+    spared = [name for name, layer in stock.named_modules() if isinstance(layer, nn.Linear) and name not in layers]
+    if isinstance(codec, AoCodec):
+        from transformers import TorchAoConfig
+
+        return dict(TorchAoConfig(codec.config(), modules_to_not_convert=spared).to_dict())
+    if isinstance(codec, Nf4Codec):
+        from transformers import BitsAndBytesConfig
+
+        theirs = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=model.dtype,
+            llm_int8_skip_modules=spared,
+        )
+        return dict(theirs.to_dict())
+    return None

@@ -1,0 +1,127 @@
+"""4-bit matrices in groups: torchao has no stable format for them that a CPU computes with and that can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from launcher.errors import ConfigError
+from launcher.quantization.methods import Int4Weight
+
+LEVELS = 15
+ZERO_STEPS = 16
+"""Zero points are kept in sixteenths of a step: as finely as a byte allows, and twice as finely as errors show."""
+_SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
+"""Shares of a group's range that are tried: clipping the ends often loses less than coarser steps do."""
+_STORED = ("qdata", "scale", "zero")
+
+
+class Int4Linear(nn.Module):  # type: ignore[misc]
+    """A linear layer of w = scale * (q - zero / 16), with q from 0 to 15: 4.75 bits a weight in groups of 32.
+
+    Attributes:
+        qdata: (out, in / 2) uint8; the even input of two is in the low half of a byte.
+        scale: (out, groups) fp16.
+        zero: (out, groups) uint8.
+    """
+
+    def __init__(self, qdata: Tensor, scale: Tensor, zero: Tensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.register_buffer("qdata", qdata)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero", zero)
+        self.bias = bias
+        self.out_features: int = qdata.shape[0]
+        self.in_features: int = 2 * qdata.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale."""
+        groups: int = self.scale.shape[1]
+        return self.in_features // groups
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix (out, in) that this stands for."""
+        grouped = levels(self.qdata).view(self.out_features, -1, self.group_size).float()
+        weight = (grouped - self.zero.float()[..., None] / ZERO_STEPS) * self.scale.float()[..., None]
+        return weight.view(self.out_features, self.in_features).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (…, out) of (…, in), in the format of ``x``; the matrix is widened each time."""
+        return linear(x, self.dequantised(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        """Return what a print of the model shows."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
+
+
+def levels(qdata: Tensor) -> Tensor:
+    """Return (out, in) uint8, from 0 to 15, of two in a byte."""
+    return torch.stack((qdata & 0xF, qdata >> 4), dim=-1).flatten(-2)
+
+
+class Int4Codec:
+    """How ``int4_weight`` makes, keeps and restores a layer."""
+
+    def __init__(self, method: Int4Weight) -> None:
+        self._group = method.group_size
+
+    def check(self, name: str, out_features: int, in_features: int) -> None:
+        """Refuse a layer whose inputs do not fill groups.
+
+        Raises:
+            ConfigError: naming the layer and a size that fits it.
+        """
+        if in_features % self._group:
+            fitting = [size for size in (128, 64, 32, 16, 8, 4, 2) if in_features % size == 0]
+            why = f"{name} has {in_features} inputs, which groups of {self._group} do not fill"
+            fix = f"set quantization.group_size={fitting[0]}, or " if fitting else ""
+            fix += f"leave it as it is with 'quantization.skip=[\"{name}\"]'"
+            raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
+
+    def quantise(self, layer: nn.Linear) -> nn.Module:
+        """Return the layer that takes the place of one in floats."""
+        weight = layer.weight.detach().float().view(layer.out_features, -1, self._group)
+        low, high = (edge(dim=-1, keepdim=True) for edge in (weight.amin, weight.amax))
+        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+        best, kept = torch.full_like(low, torch.inf), None
+        for share in _SHRUNK:
+            scale = ((high - low) * share / LEVELS).to(torch.float16)
+            scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal)
+            zero = (-low * share / scale.float() * ZERO_STEPS).round().clamp(0, LEVELS * ZERO_STEPS)
+            q = (weight / scale.float() + zero / ZERO_STEPS).round().clamp(0, LEVELS)
+            error = ((q - zero / ZERO_STEPS) * scale.float() - weight).square().sum(dim=-1, keepdim=True)
+            if kept is None:
+                kept, best = (q, scale, zero), error
+                continue
+            better = error < best
+            best = torch.where(better, error, best)
+            kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, zero), kept, strict=True))
+        assert kept is not None, "there are shares to try"
+        q, scale, zero = kept
+        pairs = q.view(layer.out_features, -1, 2).to(torch.uint8)
+        qdata = pairs[..., 0] | (pairs[..., 1] << 4)
+        return Int4Linear(qdata, scale[..., 0].contiguous(), zero[..., 0].to(torch.uint8), layer.bias)
+
+    def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        return {f"{name}.{key}": getattr(layer, key) for key in _STORED}, {}
+
+    def owns(self, name: str, stored: str) -> bool:
+        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        return stored in {f"{name}.{key}" for key in _STORED}
+
+    def restore(
+        self,
+        name: str,
+        size: tuple[int, int],
+        bias: nn.Parameter | None,
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> nn.Module:
+        """Return the layer that files keep."""
+        qdata, scale, zero = (read(f"{name}.{key}") for key in _STORED)
+        return Int4Linear(qdata, scale, zero, bias)

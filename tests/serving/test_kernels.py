@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, Mist
 from launcher.errors import ConfigError
 from launcher.quantization.ao import AoCodec
 from launcher.quantization.int4 import Int4Codec
-from launcher.quantization.methods import Int4Weight, Int8Weight
+from launcher.quantization.methods import Int4Weight, Int8Dynamic, Int8Weight
 from launcher.serving.holds import Sample
 from launcher.serving.kernels.apply import apply_native
 from launcher.serving.kernels.attention import NativeAttention
@@ -76,6 +76,20 @@ def test_products_of_8_bit_matrices_are_those_of_what_they_stand_for(dtype: torc
     layer = AoCodec(Int8Weight()).quantise(torch.nn.Linear(inner, out, bias=out % 2 == 0).requires_grad_(False))
     weight = layer.weight.data
     _check_products(layer, weight.qdata.double() * weight.scale.double(), dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 100])
+def test_rounded_activations_are_those_of_torchao(rows: int) -> None:
+    torch.manual_seed(rows)
+    layer = AoCodec(Int8Dynamic()).quantise(torch.nn.Linear(64, 97).requires_grad_(False))
+    assert is_few(layer)
+    x = torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]
+    x[0, :5] = torch.tensor([2.0, -2.0, 0.0, 1e-9, -1e-9])
+    found, expected = NativeLinear(pack([layer]), torch.float32, Scratch())(x), layer(x)
+    steps = x.abs().amax(dim=1, keepdim=True) / 127.5
+    assert ((found - expected).abs() <= 1e-5 * expected.abs() + 1e-5 * steps).all()
+    exact = linear(x, layer.weight.data.dequantize(), layer.bias)
+    assert (exact - expected).abs().max() > 1e-3  # it is not simply the product of unrounded ones
 
 
 def _check_products(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.dtype) -> None:

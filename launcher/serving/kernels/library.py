@@ -29,6 +29,7 @@ class Linear(Structure):
         *((name, c_void_p) for name in ("weight", "bias")),
         *((name, c_int64) for name in ("out", "in_", "bits", "group")),
         *((name, c_void_p) for name in ("scale", "zero")),
+        ("dynamic", c_int64),
     ]
 
 

@@ -38,6 +38,7 @@ typedef struct {
     int64_t group;      /* inputs that share a scale; divides in, and is a multiple of 4 */
     const void *scale;  /* of 8 bits: (out) fp32; of 4: (out / NR, groups, NR) fp16, above 0 */
     const void *zero;   /* of 4 bits: (out / NR, groups, NR), in sixteenths of a step */
+    int64_t dynamic;    /* of 8 bits: whether activations are rounded to 8 bits too, each row by its largest */
 } Linear;
 
 typedef struct {
@@ -272,9 +273,23 @@ static inline vf zeros(const void *from, int64_t i) {
     return __builtin_convertvector(__builtin_convertvector(b, vi), vf) * (1.0f / 16.0f);
 }
 
-/* R rows of y at one panel; sums (R, groups) of each group of x */
+/* A row of activations as whole numbers from -128 to 127, in floats; return what one of them stands for. */
+static float round_row(const float *x, int64_t n, float *to) {
+    float most = 0;
+    for (int64_t k = 0; k < n; k++) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
+    float step = most / 127.5f;
+    step = step > 1.1920929e-7f ? step : 1.1920929e-7f;
+    float many = 1.0f / step; /* torchao multiplies, too */
+    for (int64_t k = 0; k < n; k++) {
+        float q = rintf(x[k] * many);
+        to[k] = q > 127 ? 127 : q;
+    }
+    return step;
+}
+
+/* R rows of y at one panel; sums (R, groups) of each group of x; steps (R), or null, that rows are scaled by at the end */
 static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows, const void *panel, int is_wide,
-                        const float *sums, float *y, int half) {
+                        const float *sums, const float *steps, float *y, int half) {
     int64_t groups = l->in / l->group, size = l->group * NR * (is_wide ? 32 : l->bits) / 8;
     Sum sum = is_wide ? wides[rows] : l->bits == 8 ? eights[rows] : fours[rows];
     vf total[2 * MR], s[2 * MR];
@@ -296,6 +311,7 @@ static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows
     for (int r = 0; r < rows; r++)
         for (int h = 0; h < 2; h++) {
             vf found = total[2 * r + h];
+            if (steps) found *= steps[r];
             if (l->bias) found += *(const vf *)(l->bias + p * NR + h * VL);
             *(vf *)(y + r * l->out + p * NR + h * VL) = rnd(found, half);
         }
@@ -303,7 +319,14 @@ static void tile_of_few(const Linear *l, int64_t p, const float *x, int64_t rows
 
 static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y, int half) {
     int64_t panels = l->out / NR, bytes = l->in * NR * l->bits / 8, groups = l->in / l->group;
-    float *sums = 0;
+    float *sums = 0, *steps = 0;
+    if (l->dynamic) { /* products of whole numbers: floats add them up exactly, or nearly where there are thousands */
+        steps = __builtin_malloc(sizeof(float) * rows * (l->in + 1));
+        float *rounded = steps + rows;
+#pragma omp parallel for schedule(static) if (rows * l->in > SMALL / 4)
+        for (int64_t i = 0; i < rows; i++) steps[i] = round_row(x + i * l->in, l->in, rounded + i * l->in);
+        x = rounded;
+    }
     if (l->bits == 4) {
         sums = __builtin_malloc(sizeof(float) * rows * groups);
         for (int64_t i = 0; i < rows * groups; i++) {
@@ -325,12 +348,13 @@ static void multiply_few(const Linear *l, const float *x, int64_t rows, float *y
                 if (is_wide) widen(panel, l->in, l->bits, aligned), panel = aligned;
                 for (int64_t r = first; r < end; r += MR)
                     tile_of_few(l, p, x + r * l->in, end - r < MR ? end - r : MR, panel, is_wide,
-                                sums ? sums + r * groups : 0, y + r * l->out, half);
+                                sums ? sums + r * groups : 0, steps ? steps + r : 0, y + r * l->out, half);
             }
             __builtin_free(room);
         }
     }
     __builtin_free(sums);
+    __builtin_free(steps);
 }
 
 /* y (rows, out) = x (rows, in) of a packed matrix */

@@ -32,7 +32,7 @@ class Packed:
         self.weight = panels.contiguous()
         self.bias = _stacked_bias(weights, biases, _whole(self.columns))
         self.out, self.inner = _whole(self.columns), inner
-        self.struct = Linear(self.weight.data_ptr(), _address(self.bias), self.out, inner, 0, inner, None, None)
+        self.struct = Linear(self.weight.data_ptr(), _address(self.bias), self.out, inner, 0, inner, None, None, 0)
 
 
 class PackedFew:
@@ -49,13 +49,13 @@ class PackedFew:
             group = layers[0].group_size
             scale, zero = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("scale", "zero"))
             self._scale, self._zero = (_panels(part).contiguous() for part in (scale, zero))
-            bits, zeros = 4, self._zero.data_ptr()
+            bits, zeros, dynamic = 4, self._zero.data_ptr(), 0
         else:
             numbers = torch.cat([layer.weight.data.qdata for layer in layers]).view(torch.uint8)
             group = numbers.shape[1]
             self._scale = torch.zeros(_whole(len(numbers)))
             self._scale[: len(numbers)] = torch.cat([layer.weight.data.scale.flatten() for layer in layers])
-            bits, zeros = 8, None
+            bits, zeros, dynamic = 8, None, int(layers[0].weight.data.act_quant_kwargs is not None)
         self.columns, self.inner = numbers.shape
         self.out = _whole(self.columns)
         self.bias = _stacked_bias([part.qdata if bits == 4 else part.weight for part in layers], biases, self.out)
@@ -69,6 +69,7 @@ class PackedFew:
             group,
             self._scale.data_ptr(),
             zeros,
+            dynamic,
         )
 
 
@@ -86,10 +87,20 @@ def is_few(layer: nn.Module) -> bool:
     weight: Any = getattr(layer, "weight", None)
     return (
         type(weight).__name__ == "Int8Tensor"
-        and weight.act_quant_kwargs is None  # activations stay as they are
+        and _is_by_row(weight.act_quant_kwargs)
         and weight.act_pre_scale is None
+        and weight.act_quant_scale is None
         and tuple(weight.block_size) == (1, weight.shape[1])
         and weight.shape[1] % 2 == 0
+    )
+
+
+def _is_by_row(activations: Any) -> bool:
+    """Return whether activations stay as they are, or are rounded row by row around 0 to all of 8 bits."""
+    return activations is None or (
+        type(activations.granularity).__name__ == "PerRow"
+        and activations.mapping_type.name == "SYMMETRIC"
+        and not activations.reduce_range
     )
 
 

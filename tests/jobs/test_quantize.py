@@ -1,0 +1,94 @@
+"""The job ``quantize`` as a real run, what other jobs make of its folder, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigErrors
+from launcher.files import read_json
+
+WORDS = (
+    *("model=gpt2_tiny", "parallel=single", "backend.ranks=1", "backend.threads=1", "tracker=local"),
+    *("job.eval_sequences=16", "job.sequence_length=32"),
+)
+
+
+def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(launch, tmp_path: Path) -> None:
+    quick = ("job.rate_batches=[1]", "job.rate_prompt=8", "job.rate_tokens=4", "job.repeats=1", "job.tokenizer=bytes")
+    launch("job=quantize", "quantization=int8_weight", *WORDS, *quick, "run.dir=made").expect(0)
+    report = read_json(tmp_path / "made" / "quantize.json")
+    assert report["layers"] == 4 * 4
+    assert report["share_of_bf16"] < 0.53
+    kept = report["fidelity"]
+    assert kept["perplexity_after"] != kept["perplexity_before"]
+    assert kept["growth"] == pytest.approx(kept["perplexity_after"] / kept["perplexity_before"] - 1)
+    assert abs(kept["growth"]) < 0.01
+    assert 0 < kept["divergence"] < 1e-3
+    page = (tmp_path / "made" / "quantize.md").read_text()
+    for row in ("quantised layers, in memory", "same most likely token", "decode, 1 at a time, the launcher's engine"):
+        assert f"| {row}" in page
+    folder = tmp_path / "made" / "model"
+    assert {"config.json", "model.safetensors", "quantization.json"} <= {file.name for file in folder.iterdir()}
+
+    losses = {}
+    for name, words in {"folder": (f"model.weights={folder}",), "itself": ("model.quantization=int8_weight",)}.items():
+        launch("job=evaluate", *WORDS, *words, f"run.dir={name}").expect(0)
+        losses[name] = read_json(tmp_path / name / "result.json")["metrics"]["eval/loss"]
+    assert losses["folder"] == losses["itself"]
+    assert math.exp(losses["folder"]) == pytest.approx(kept["perplexity_after"], rel=1e-6)
+
+    again = launch("job=quantize", "quantization=int8_weight", *WORDS, "run.dir=again", f"job.output={folder}")
+    again.expect(2)
+    assert "nothing is overwritten" in again.output
+
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("one\ntwo\n")
+    generate = ("job=generate", "job.tokenizer=bytes", "job.max_tokens=8", f"job.input={prompts}", *WORDS[:5])
+    told = launch(*generate, f"model.weights={folder}", "run.dir=generated").expect(0)
+    assert "single matrices by compiled kernels" in told.output
+    assert "quantised layers by their library's own" not in told.output
+    lines = (tmp_path / "generated" / "generated.jsonl").read_text().splitlines()
+    assert [json.loads(line)["tokens"] for line in lines] == [8, 8]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("job=quantize",), "job=quantize does what the group quantization says; set quantization=int8_weight"),
+        (("quantization=nf4",), "set model.quantization=nf4 to use them, or job=quantize to keep them"),
+        (("model.quantization=nf4",), "layers in few bits do not learn"),
+        (("job=quantize", "quantization=nf4", "backend.ranks=2"), "set backend.ranks=1 parallel=single"),
+        (
+            ("job=quantize", "quantization=nf4", "model=smollm2_135m"),
+            "perplexity of smollm2_135m means something for its own tokens only; set data.tokenizer=model",
+        ),
+        (
+            ("job=quantize", "quantization=nf4", "model.quantization=fp8", "parallel=single"),
+            "set model.quantization=none quantization=fp8",
+        ),
+        (("job=evaluate", "model.quantization=fp8", "parallel=zero3"), "quantised ones stay whole"),
+        (("job=quantize", "quantization=int4_weight", "quantization.group_size=33"), "two weights share a byte"),
+        (("job=evaluate", "model.quantization=int3"), "model.quantization=int3"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_starts(plan_of, words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigErrors) as refused:
+        plan_of(*words)
+    assert said in str(refused.value)
+
+
+def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.quantization.methods import Int8Weight, Nf4
+
+    monkeypatch.setattr("launcher.quantization.base.importlib.util.find_spec", lambda name: None)
+    (problem,) = Int8Weight().preflight("model.quantization")
+    assert str(problem) == (
+        "model.quantization=int8_weight: the package torchao is not installed; "
+        "pip install 'launcher[quantize]', or set model.quantization=none"
+    )
+    (problem,) = Nf4().preflight("quantization")
+    assert "bitsandbytes" in str(problem)

@@ -19,15 +19,19 @@ WORDS = (
 
 def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(launch, tmp_path: Path) -> None:
     quick = ("job.rate_batches=[1]", "job.rate_prompt=8", "job.rate_tokens=4", "job.repeats=1", "job.tokenizer=bytes")
-    launch("job=quantize", "quantization=int8_weight", *WORDS, *quick, "run.dir=made").expect(0)
+    training = ("job.steps=60", "job.eval_every=60", "job.sample_tokens=1", "checkpoint.at_end=true")
+    launch(*WORDS[:5], *training, "run.dir=trained").expect(0)
+    (weights,) = (tmp_path / "trained").glob("checkpoints/*/**/model")
+    trained = f"model.weights={weights}"
+    launch("job=quantize", "quantization=int4_weight", trained, *WORDS, *quick, "run.dir=made").expect(0)
     report = read_json(tmp_path / "made" / "quantize.json")
     assert report["layers"] == 4 * 4
-    assert report["share_of_bf16"] < 0.53
+    assert report["share_of_bf16"] < 0.31
     kept = report["fidelity"]
     assert kept["perplexity_after"] != kept["perplexity_before"]
     assert kept["growth"] == pytest.approx(kept["perplexity_after"] / kept["perplexity_before"] - 1)
-    assert abs(kept["growth"]) < 0.01
-    assert 0 < kept["divergence"] < 1e-3
+    assert abs(kept["growth"]) < 0.08
+    assert 0 < kept["divergence"] < 0.05
     page = (tmp_path / "made" / "quantize.md").read_text()
     for row in ("quantised layers, in memory", "same most likely token", "decode, 1 at a time, the launcher's engine"):
         assert f"| {row}" in page
@@ -35,13 +39,13 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
     assert {"config.json", "model.safetensors", "quantization.json"} <= {file.name for file in folder.iterdir()}
 
     losses = {}
-    for name, words in {"folder": (f"model.weights={folder}",), "itself": ("model.quantization=int8_weight",)}.items():
+    for name, words in {"folder": (f"model.weights={folder}",), "itself": (trained, "model.quantization=int4_weight")}.items():
         launch("job=evaluate", *WORDS, *words, f"run.dir={name}").expect(0)
         losses[name] = read_json(tmp_path / name / "result.json")["metrics"]["eval/loss"]
     assert losses["folder"] == losses["itself"]
     assert math.exp(losses["folder"]) == pytest.approx(kept["perplexity_after"], rel=1e-6)
 
-    again = launch("job=quantize", "quantization=int8_weight", *WORDS, "run.dir=again", f"job.output={folder}")
+    again = launch("job=quantize", "quantization=int4_weight", *WORDS, "run.dir=again", f"job.output={folder}")
     again.expect(2)
     assert "nothing is overwritten" in again.output
 

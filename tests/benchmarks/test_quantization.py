@@ -1,0 +1,47 @@
+"""Decoding in several ways, each in a process of its own: the same tokens where numbers are the same, honest bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launcher.errors import ConfigErrors
+from launcher.files import read_json
+
+WAYS = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
+WORDS = ("job=benchmark", "benchmark=quantization", "model=llama_tiny", "parallel=single", "tracker=local")
+
+
+def test_ways_are_timed_and_the_engine_chooses_the_tokens_of_plain_passes(launch, tmp_path: Path) -> None:
+    quick = ("benchmark.prompt=8", "benchmark.tokens=6", "benchmark.repeats=1", "benchmark.warmup=0")
+    made = launch(*WORDS, *quick, f"benchmark.ways=[{','.join(WAYS)}]", "run.dir=made").expect(0)
+    found = read_json(tmp_path / "made" / "benchmark.json")
+    tokens = {way: found["facts"][way]["tokens"] for way in WAYS}
+    assert tokens["fp32/eager"] == tokens["fp32/engine"]
+    assert tokens["int4_weight/eager"] == tokens["int4_weight/engine"]
+    read = {way: found["cases"][way]["read_bytes"][0] for way in WAYS}
+    matrices, head, norms = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 352), 2048 * 128, (2 * 4 + 1) * 128
+    assert read["fp32/eager"] == pytest.approx(4 * (matrices + head + norms), rel=1e-4)
+    assert read["fp32/eager"] - read["int4_weight/engine"] == pytest.approx(matrices * (4 - 4.75 / 8), rel=1e-3)
+    assert found["metrics"]["fp32/eager/speedup"] == 1.0
+    assert 0 < found["metrics"]["int4_weight/engine/roofline_share"] < 2
+    assert "memory is read at" in made.output
+    assert "best: " in made.output
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("benchmark.ways=[int8_weights/eager]",),
+            "int8_weights/eager is no WEIGHTS/HOW; did you mean int8_weight/eager",
+        ),
+        (("benchmark.ways=[]",), "names nothing to compare"),
+        (("benchmark.ctranslate2=folder",), "benchmark.ctranslate2_python"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(plan_of, words: tuple[str, ...], said: str) -> None:
+    with pytest.raises(ConfigErrors) as refused:
+        plan_of(*WORDS, *words)
+    assert said in str(refused.value)

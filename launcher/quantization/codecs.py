@@ -62,3 +62,8 @@ def quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, layer in model.named_modules():
         if is_quantised(layer):
             yield name, layer
+
+
+def rounds_activations(layer: nn.Module) -> bool:
+    """Return whether a layer rounds what comes in to few bits, too."""
+    return getattr(getattr(layer, "weight", None), "act_quant_kwargs", None) is not None

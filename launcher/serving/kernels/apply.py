@@ -93,6 +93,26 @@ def apply_native(model: PreTrainedModel, cache: PagedCache, *, beat: Callable[[]
     return swapped
 
 
+def apply_to_few(model: nn.Module, dtype: torch.dtype, *, beat: Callable[[], None] = lambda: None) -> Swapped:
+    """Replace the quantised layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
+    swapped = Swapped()
+    found = [(name, layer) for name, layer in model.named_modules() if is_few(layer)]
+    if not found or next(model.parameters()).device.type != "cpu":
+        return swapped
+    try:
+        native(beat)
+    except EnvironmentProblem as problem:
+        swapped.what = f"quantised layers are computed by their library's own: {problem}"
+        return swapped
+    scratch = Scratch()
+    for name, layer in found:
+        parent, _, key = name.rpartition(".")
+        swapped.put(model.get_submodule(parent), key, NativeLinear(pack([layer]), dtype, scratch))
+        beat()
+    swapped.what = f"{len(found)} quantised layers are computed by the engine's kernels"
+    return swapped
+
+
 def _of_llamas_make(block: nn.Module) -> bool:
     """Whether a block has the parts that ``NativeBlock`` computes, and no others; results are compared besides."""
     if [name for name, _ in block.named_children()] != _PARTS:

@@ -48,7 +48,10 @@ def decode_by_peer(python: str, folder: str, *, batch: int, prompt: int, tokens:
     asked = {
         "folder": str(where),
         "threads": torch.get_num_threads(),
-        "batch": batch, "prompt": prompt, "tokens": tokens, "warmup": max(1, warmup),
+        "batch": batch,
+        "prompt": prompt,
+        "tokens": tokens,
+        "warmup": max(1, warmup),
     }
     command = [str(Path(python).expanduser()), "-c", _PROGRAM]
     try:

@@ -84,8 +84,8 @@ class Comparison:
         yield from (f"# {self.model} by {self.method.kind}", "")
         yield f"{self.layers} layers, {self.share_of_bf16:.3f} of the bytes of their matrices in bf16."
         yield from ("", f"| | before ({self.precision}) | after | ratio |", "|---|---|---|---|")
-        for name, before, after in self._sizes():
-            yield f"| {name} | {_mb(before)} | {_mb(after)} | {_ratio(after, before)} |"
+        for name, size, kept_size in self._sizes():
+            yield f"| {name} | {_mb(size)} | {_mb(kept_size)} | {_ratio(kept_size, size)} |"
         kept = self.fidelity
         yield (
             f"| perplexity of {kept.tokens:,} held-out tokens | {kept.perplexity_before:.3f} "
@@ -104,7 +104,8 @@ class Comparison:
     def _sizes(self) -> Iterator[tuple[str, int | None, int]]:
         for group in GROUPS:
             yield f"{group}, in memory", self.memory[BEFORE][group], self.memory[AFTER][group]
-        yield "all, in memory", *(sum(self.memory[which].values()) for which in (BEFORE, AFTER))
+        before, after = (sum(self.memory[which].values()) for which in (BEFORE, AFTER))
+        yield "all, in memory", before, after
         yield "all, in files", self.disk.get(BEFORE), self.disk[AFTER]
 
     def _speeds(self) -> Iterator[tuple[str, int, str, float, float]]:

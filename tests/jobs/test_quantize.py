@@ -39,7 +39,8 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
     assert {"config.json", "model.safetensors", "quantization.json"} <= {file.name for file in folder.iterdir()}
 
     losses = {}
-    for name, words in {"folder": (f"model.weights={folder}",), "itself": (trained, "model.quantization=int4_weight")}.items():
+    ways = {"folder": (f"model.weights={folder}",), "itself": (trained, "model.quantization=int4_weight")}
+    for name, words in ways.items():
         launch("job=evaluate", *WORDS, *words, f"run.dir={name}").expect(0)
         losses[name] = read_json(tmp_path / name / "result.json")["metrics"]["eval/loss"]
     assert losses["folder"] == losses["itself"]

@@ -91,9 +91,12 @@ KINDS: dict[str, dict[str, str]] = {
     "benchmark": {
         "none": "launcher.benchmarks.base:NoBenchmark",
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
+        "attention": "launcher.benchmarks.attention:AttentionBenchmark",
         "quantization": "launcher.benchmarks.quantization:QuantizationBenchmark",
         "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
         "batching": "launcher.benchmarks.batching:BatchingBenchmark",
+        "collectives": "launcher.benchmarks.collectives:CollectivesBenchmark",
+        "data": "launcher.benchmarks.data:DataBenchmark",
         "serving": "launcher.benchmarks.serving:ServingBenchmark",
     },
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},

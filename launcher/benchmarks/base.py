@@ -31,6 +31,9 @@ class Benchmark(Component):
     needs_model: ClassVar[bool] = False
     """Whether it is about the run's model, which otherwise has no say."""
 
+    needs_data: ClassVar[bool] = False
+    """Whether it is about the run's data."""
+
     repeats: int = 3
     """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
 
@@ -51,6 +54,10 @@ class Benchmark(Component):
     def server_options(self) -> Mapping[str, Any] | None:
         """Options of the job=serve that it starts for itself; ``None`` where it starts none."""
         return None
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why it cannot be measured with the rest of the run."""
+        yield from ()
 
     def preflight(self) -> Iterator[ConfigError]:
         """Yield what this machine says against it."""

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.benchmarks.base import Benchmark
+from launcher.benchmarks.lines import draw_lines
 from launcher.benchmarks.machine import describe_machine
 from launcher.benchmarks.picture import draw_bars
-from launcher.benchmarks.units import amount, label
+from launcher.benchmarks.sweep import Sweep
+from launcher.benchmarks.units import label, spread
 from launcher.files import write_atomic, write_json
 from launcher.rundir import RunDir
 from launcher.schema import to_tree
+from launcher.wording import value_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,10 @@ class Results:
     """What follows from the cases (``full/memory_saved``)."""
     facts: Mapping[str, Mapping[str, Any]]
     """What else was found, by case: not measured, but compared or counted."""
+    sweeps: Sequence[Sweep] = ()
+    """The same cases along a size: shown as lines and a column a size, instead of bars and a row a case."""
+    tables: Sequence[str] = ()
+    """Lines of Markdown that show more than the medians of cases."""
 
     def publish(self, run_dir: RunDir) -> None:
         """Write everything into the run directory and print the table."""
@@ -53,7 +60,10 @@ class Results:
         text = "\n".join(self.markdown(machine)) + "\n"
         write_json(run_dir.benchmark("json"), self.tree(machine))
         write_atomic(run_dir.benchmark("md"), text)
-        draw_bars(run_dir.benchmark("png"), {case.name: case.samples for case in self.cases}, title=self._title)
+        if self.sweeps:
+            draw_lines(run_dir.benchmark("png"), self.sweeps, title=self._title)
+        else:
+            draw_bars(run_dir.benchmark("png"), {case.name: case.samples for case in self.cases}, title=self._title)
         print(text, flush=True)
         print(f"results: {run_dir.benchmark('md')}, .json and .png", flush=True)
 
@@ -72,11 +82,11 @@ class Results:
         """Yield the lines of a page: findings, medians with their spread, the machine."""
         yield from (f"# {self._title}", "")
         yield from (f"- {line}" for line in self.said)
-        quantities = list(self.cases[0].samples)
-        yield from ("", f"| case | {' | '.join(map(label, quantities))} |", "|---" * (len(quantities) + 1) + "|")
-        for case in self.cases:
-            cells = [spread(key, case.samples[key]) for key in quantities]
-            yield f"| {case.name} | {' | '.join(cells)} |"
+        yield from ("", *self.tables) if self.tables else ()
+        for sweep in self.sweeps:
+            yield from sweep.tables()
+        if not self.sweeps:
+            yield from self._rows()
         yield from (
             "",
             f"Median of {self.benchmark.repeats}, least to most in brackets; {self.benchmark.how}.",
@@ -84,13 +94,14 @@ class Results:
         )
         yield from (f"- {key}: {value}" for key, value in machine.items())
 
+    def _rows(self) -> Iterator[str]:
+        quantities = list(dict.fromkeys(key for case in self.cases for key in case.samples))
+        yield from ("", f"| case | {' | '.join(map(label, quantities))} |", "|---" * (len(quantities) + 1) + "|")
+        for case in self.cases:
+            cells = [spread(key, case.samples[key]) if key in case.samples else "" for key in quantities]
+            yield f"| {case.name} | {' | '.join(cells)} |"
+
     @property
     def _title(self) -> str:
-        sizes = (f"{name} {getattr(self.benchmark, name)}" for name in self.benchmark.headline)
+        sizes = (f"{name} {value_text(to_tree(getattr(self.benchmark, name)))}" for name in self.benchmark.headline)
         return f"{self.benchmark.kind}: {', '.join(sizes)}"
-
-
-def spread(quantity: str, values: Sequence[float]) -> str:
-    """Return the median and the range of a quantity's values in its unit."""
-    middle, least, most = (amount(quantity, value) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle:,.3f} ({least:,.3f} to {most:,.3f})"

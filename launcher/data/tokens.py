@@ -31,7 +31,7 @@ def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tup
 
     Any number of processes may call this at once: one builds, the others wait. ``beat`` is called meanwhile.
     """
-    given = None if data.tokenizer == "bpe" else _given_tokenizer(data, model, beat)
+    given = None if data.tokenizer == "bpe" else given_tokenizer(data, model, beat=beat)
     spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
     key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
 
@@ -40,13 +40,14 @@ def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tup
         tokenizer = given or train_bpe(data.pieces(), vocab_size=data.vocab_size)
         beat()
         (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        _write(folder, data, tokenizer, beat)
+        write_tokens(folder, data, tokenizer, beat=beat)
 
     folder = build_once(data.cache_folder / key, build, beat=beat)
     return folder, given or read_bpe(folder / _TOKENIZER)
 
 
-def _given_tokenizer(data: Corpus, model: Model, beat: Callable[[], None]) -> Tokenizer:
+def given_tokenizer(data: Corpus, model: Model, *, beat: Callable[[], None]) -> Tokenizer:
+    """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
     if data.tokenizer == "model":
         folder = model.tokenizer_folder(beat=beat)
     elif not (folder := Path(data.tokenizer).expanduser()).is_dir():
@@ -55,7 +56,8 @@ def _given_tokenizer(data: Corpus, model: Model, beat: Callable[[], None]) -> To
     return load_tokenizer(folder, option="data.tokenizer")
 
 
-def _write(folder: Path, data: Corpus, tokenizer: Tokenizer, beat: Callable[[], None]) -> None:
+def write_tokens(folder: Path, data: Corpus, tokenizer: Tokenizer, *, beat: Callable[[], None]) -> None:
+    """Tokenise the whole corpus into an empty folder, for ``open_stream`` to map. Imports ``datasets``."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 

@@ -37,7 +37,9 @@ class Measure(Job):
         if not isinstance(benchmark, Benchmark):
             why = "job=benchmark measures what the group benchmark names"
             yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
-        elif benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
+            return
+        yield from benchmark.refusals(run, world_size=world_size)
+        if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}")
 
@@ -55,6 +57,8 @@ class Measure(Job):
             yield from run.benchmark.preflight()
             if run.benchmark.needs_model:
                 yield from run.model.preflight()
+            if run.benchmark.needs_data:
+                yield from run.data.preflight()
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the parts of the benchmark."""

@@ -1,0 +1,1 @@
+"""Parts of the benchmark of attention: its points, its processes, its report."""

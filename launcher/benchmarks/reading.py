@@ -1,0 +1,150 @@
+"""The processes of the benchmark of data: a corpus into an empty cache, and batches out of a full one."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from launcher.batch import Batch
+from launcher.benchmarks.carried import unpacked
+from launcher.data.base import Corpus
+from launcher.models.base import Model
+
+_DIGESTED_STEPS = 4
+
+
+def prepare(
+    *, data: dict[str, Any], model: dict[str, Any], folder: str, progress: Callable[[], None]
+) -> dict[str, Any]:
+    """Fill a cache as the first run on a machine does; return how long it took, and how large the corpus is."""
+    _import_what_writes()
+    from launcher.data.stream import open_stream
+    from launcher.data.tokens import token_folder
+
+    corpus: Corpus = replace(unpacked(data), cache=folder)
+    text_bytes = _text_bytes(corpus)
+    started = time.perf_counter()
+    made, tokenizer = token_folder(corpus, unpacked(model), beat=progress)
+    cold_s = time.perf_counter() - started
+    tokens = len(open_stream(made))
+    return {"cold_s": cold_s, "text_bytes": text_bytes, "tokens": tokens, "vocab_size": tokenizer.vocab_size}
+
+
+def measure(
+    *,
+    data: dict[str, Any],
+    model: dict[str, Any],
+    folder: str,
+    warmup: int,
+    progress: Callable[[], None],
+    threads: int = 0,
+    load: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Tokenise the corpus, or load batches of it where ``load`` says which; return rates.
+
+    Args:
+        data: the corpus, packed.
+        model: of the run, packed: its tokenizer may be the corpus's, and its limits hold.
+        folder: where tokens are written, or the cache that holds them.
+        warmup: times all of it is tokenised, or batches are loaded, before it counts.
+        progress: called from time to time.
+        threads: that tokenise; 0 is one for each core.
+        load: as :func:`load_batches` takes it.
+    """
+    if load is not None:
+        corpus = replace(unpacked(data), cache=folder)
+        return load_batches(corpus, unpacked(model), warmup=warmup, progress=progress, **load)
+    os.environ["RAYON_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))  # read when its pool is made
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    return tokenise(unpacked(data), unpacked(model), Path(folder), warmup=warmup, progress=progress)
+
+
+def tokenise(data: Corpus, model: Model, folder: Path, *, warmup: int, progress: Callable[[], None]) -> dict[str, Any]:
+    """Tokenise the whole corpus into a new folder; the tokenizer is there before that."""
+    _import_what_writes()
+    from launcher.data.bpe import train_bpe
+    from launcher.data.stream import open_stream
+    from launcher.data.tokens import given_tokenizer, write_tokens
+
+    text_bytes = _text_bytes(data)
+    started = time.perf_counter()
+    own = data.tokenizer == "bpe"
+    tokenizer = (
+        train_bpe(data.pieces(), vocab_size=data.vocab_size) if own else given_tokenizer(data, model, beat=progress)
+    )
+    tokenizer_s = time.perf_counter() - started
+    for _ in range(warmup + 1):
+        progress()
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        started = time.perf_counter()
+        write_tokens(folder, data, tokenizer, beat=progress)
+        tokenise_s = time.perf_counter() - started
+    stream = open_stream(folder)
+    digest = hashlib.sha256(stream.read(0, len(stream)).tobytes()).hexdigest()
+    return {
+        "tokens_per_s": len(stream) / tokenise_s,
+        "text_mb_per_s": text_bytes / 1e6 / tokenise_s,
+        "tokenise_s": tokenise_s,
+        "tokenizer_s": tokenizer_s,
+        "digest": digest,
+    }
+
+
+def load_batches(
+    data: Corpus,
+    model: Model,
+    *,
+    sequence_length: int,
+    micro_batch: int,
+    seconds: float,
+    seed: int,
+    warmup: int,
+    progress: Callable[[], None],
+) -> dict[str, Any]:
+    """Load batches in the order of training for so many seconds."""
+    from launcher.data.loader import Loader
+    from launcher.data.open import open_splits
+
+    started = time.perf_counter()
+    splits = open_splits(data, model, sequence_length=sequence_length, seed=seed, beat=progress)
+    open_s = time.perf_counter() - started
+    loader = Loader(splits, Batch(micro=micro_batch, accumulation=1, data_parallel=1), seed=seed, rank=0)
+    digest = hashlib.sha256()
+    for step in range(_DIGESTED_STEPS):
+        for batch in loader.step(step):
+            digest.update(batch.input_ids.numpy().tobytes() + batch.labels.numpy().tobytes())
+    for step in range(warmup):
+        loader.step(step)
+    step, told = 0, time.perf_counter()
+    started = told
+    while (elapsed := time.perf_counter() - started) < seconds or step == 0:
+        loader.step(step)
+        step += 1
+        if time.perf_counter() - told > 1:
+            progress()
+            told = time.perf_counter()
+    sequences = step * micro_batch
+    return {
+        "tokens_per_s": sequences * sequence_length / elapsed,
+        "sequences_per_s": sequences / elapsed,
+        "open_s": open_s,
+        "digest": digest.hexdigest(),
+    }
+
+
+def _import_what_writes() -> None:
+    """Import what takes seconds and is no part of tokenising."""
+    for name in ("datasets.arrow_writer", "pyarrow", "tokenizers"):
+        importlib.import_module(name)
+
+
+def _text_bytes(data: Corpus) -> int:
+    return sum(len(piece.text.encode()) for piece in data.pieces())

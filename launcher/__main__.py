@@ -21,8 +21,10 @@ VERBS = {
     "sweep": "run a grid; the same as -m",
     "runs": "list runs: what each does, or how it ended",
     "status": "one run in detail",
+    "report": "a run, several runs or a sweep as one HTML file",
     "logs": "what its ranks print, as it comes",
     "cancel": "end a run, from any shell",
+    "benchmark": "compare two runs of a benchmark",
 }
 """Each is ``launcher.commands.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
 
@@ -92,7 +94,7 @@ def _help_text() -> str:
     options = groups()
     exps = ", ".join(options.get("exp", []))
     names = " ".join(group for group in options if group not in ("exp", "sweep"))
-    verbs = "\n".join(f"  {verb:8} {meaning}" for verb, meaning in VERBS.items())
+    verbs = "\n".join(f"  {verb:9} {meaning}" for verb, meaning in VERBS.items())
     return HELP.format(verbs=verbs, groups=names, exps=exps)
 
 

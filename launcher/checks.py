@@ -33,6 +33,15 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from run.backend.refusals(hosts)
     yield from _refuse_quantization(run)
     yield from run.job.refusals(run, world_size=world_size)
+    yield from _refuse_profile(run, world_size)
+
+
+def _refuse_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
+    try:
+        num_steps = run.job.num_steps(run, world_size=world_size)
+    except ConfigError:
+        return  # the batch does not come out even, which the plan refuses
+    yield from run.profile.refusals(run.job.profiled_by, num_steps)
 
 
 def _refuse_quantization(run: Run) -> Iterator[ConfigError]:

@@ -22,6 +22,7 @@ from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
 from launcher.parallel.base import Parallel
 from launcher.precision import Precision
+from launcher.profile import Profile
 from launcher.quantization.base import NoQuantization, Quantization
 from launcher.quantization.methods import METHODS
 from launcher.schema import Report, build, defaults, to_tree
@@ -99,6 +100,7 @@ KINDS: dict[str, dict[str, str]] = {
         "data": "launcher.benchmarks.data:DataBenchmark",
         "serving": "launcher.benchmarks.serving:ServingBenchmark",
     },
+    "profile": {"false": "launcher.profile:Profile", "true": "launcher.profile:TorchProfile"},
     "tracker": {"wandb": "launcher.trackers.wandb:Wandb", "local": "launcher.trackers.base:Local"},
     "backend": {
         "deepspeed": "launcher.backends.deepspeed:Deepspeed",
@@ -149,6 +151,7 @@ class Run:
     compile: Compile
     checkpoint: Checkpoint
     benchmark: Benchmark | NoBenchmark
+    profile: Profile
     tracker: Tracker
     backend: Backend
     run: RunOptions

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.degrees import Degrees
+from launcher.profiling.base import NO_PROFILER, Profiler
 
 if TYPE_CHECKING:
     from launcher.batch import Batch
@@ -27,6 +28,8 @@ class Context:
     world_size: int
     heartbeat: Heartbeat
     """Report progress here at least at every step: silence for ``backend.stall_timeout_s`` ends the run."""
+    profiler: Profiler = NO_PROFILER
+    """Do each step in its ``step()``: it decides which of them it records."""
 
     @property
     def is_main(self) -> bool:

@@ -53,7 +53,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         world_size=world_size,
         topology=run.parallel.degrees(world_size).named(),
         what=_what(run, batch),
-        outline=dict(run.job.outline(run, world_size=world_size)),
+        outline={**dict(run.job.outline(run, world_size=world_size)), **dict(run.profile.outline(run.job.profiled_by))},
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
         hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
@@ -161,6 +161,8 @@ def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[st
     yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", *run.job.files())
     yield "failure.json (if a rank fails)"
     yield f"logs/<host>.<rank>.log, {times(sum(host.slots for host in hosts), 'rank')}"
+    if run.profile.kind == "true":
+        yield "profile/<process>: .trace.json.gz .operators.txt .operators.md .memory.json (.memory.pickle on a GPU)"
     if run.job.saves and (run.checkpoint.every or run.checkpoint.at_end):
         yield "checkpoints/step_<n>/"
     if tracker.kind == "wandb" and tracker.mode != "disabled":

@@ -25,18 +25,26 @@ def main() -> None:
 def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
     """Load the snapshot, refuse one that changed, and run its job on this rank."""
     from launcher.context import Context
+    from launcher.environment import describe_environment
+    from launcher.files import write_json
+    from launcher.profiling.make import make_profiler
     from launcher.snapshot import load_run
 
     run = load_run(env.run_dir.snapshot, expected_hash=env.run_hash)
-    context = Context(
-        run=run,
-        run_dir=env.run_dir,
-        rank=env.rank,
-        local_rank=env.local_rank,
-        world_size=env.world_size,
-        heartbeat=heartbeat,
-    )
-    run.job.run(context)
+    if env.rank == 0:
+        write_json(env.run_dir.environment, describe_environment())
+    name = f"rank{env.rank}"
+    with make_profiler(run.profile, by=run.job.profiled_by, folder=env.run_dir.profile, name=name) as profiler:
+        context = Context(
+            run=run,
+            run_dir=env.run_dir,
+            rank=env.rank,
+            local_rank=env.local_rank,
+            world_size=env.world_size,
+            heartbeat=heartbeat,
+            profiler=profiler,
+        )
+        run.job.run(context)
 
 
 if __name__ == "__main__":

@@ -76,6 +76,16 @@ class RunDir:
         """Folder of answers that are there while others are not."""
         return self.path / "generated"
 
+    @property
+    def profile(self) -> Path:
+        """Folder of traces, tables and memory that ``profile=true`` leaves."""
+        return self.path / "profile"
+
+    @property
+    def environment(self) -> Path:
+        """On what it ran: machine and versions, as rank 0 found them."""
+        return self.path / "environment.json"
+
     def benchmark(self, ending: str) -> Path:
         """Results of a benchmark as ``json``, ``md`` or ``png``."""
         return self.path / f"benchmark.{ending}"

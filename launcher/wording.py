@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from launcher.component import Component
 from launcher.schema import defaults, to_tree
@@ -56,3 +59,13 @@ def value_text(value: object) -> str:
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}: {value_text(item)}' for key, item in value.items())}}}"
     return str(value)
+
+
+def flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (``a.b``, value as one types it) of every leaf of a tree."""
+    for key, value in tree.items():
+        option = f"{path}.{key}".lstrip(".")
+        if isinstance(value, Mapping) and value:
+            yield from flat(value, option)
+        else:
+            yield option, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

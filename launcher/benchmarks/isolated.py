@@ -7,27 +7,38 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from launcher.errors import JobError
+from launcher.profile import TorchProfile
+from launcher.profiling.base import NO_PROFILER, Profiler
+from launcher.profiling.make import make_profiler
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """glibc raises this limit by itself as large blocks are freed, and from then on keeps them: fixed, every tensor of
 1 MiB and more goes back to the system when it is freed, and a high-water mark follows the tensors that live."""
 
 
-def run_isolated(function: str, arguments: Mapping[str, Any], *, beat: Callable[[], None]) -> dict[str, Any]:
+def run_isolated(
+    function: str,
+    arguments: Mapping[str, Any],
+    *,
+    beat: Callable[[], None],
+    profile: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Call a function in a fresh interpreter and return what it returns.
 
     Args:
         function: ``module:name``; it takes ``arguments`` and ``progress``, and returns what JSON can hold.
         arguments: what JSON can hold.
         beat: called whenever the function calls its ``progress``: one that hangs is not taken for one that works.
+        profile: have the process recorded: ``options`` of the run's profile, ``folder`` and ``name`` of the files.
 
     Raises:
         JobError: the process failed; what it printed is in this rank's log.
     """
-    command = [sys.executable, "-m", "launcher.benchmarks.isolated", function]
+    command = [sys.executable, "-m", "launcher.benchmarks.isolated", function, json.dumps(profile)]
     answer: dict[str, Any] | None = None
     env = {**os.environ, **_ALLOCATOR}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
@@ -58,7 +69,16 @@ def main() -> None:
 
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
-    say(function(**json.load(sys.stdin), progress=lambda: say(None)))
+    with _profiler(json.loads(sys.argv[2])):
+        answer = function(**json.load(sys.stdin), progress=lambda: say(None))
+    say(answer)
+
+
+def _profiler(asked: Mapping[str, Any] | None) -> Profiler:
+    if asked is None:
+        return NO_PROFILER
+    options = TorchProfile(**asked["options"])
+    return make_profiler(options, by="time", folder=Path(asked["folder"]), name=asked["name"])
 
 
 if __name__ == "__main__":

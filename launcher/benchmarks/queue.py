@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.benchmarks.batching import ARTICLE
 from launcher.benchmarks.load.figures import percentile
 from launcher.benchmarks.load.lengths import parse_lengths
+from launcher.benchmarks.profiled import case_profiler
+from launcher.profile import TorchProfile
 from launcher.serving.make import make_generator
 from launcher.serving.values import Request, Sampling
 from launcher.serving.words import open_words
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from launcher.benchmarks.batching import BatchingBenchmark
     from launcher.context import Context
     from launcher.serving.base import Generator
+    from launcher.serving.limits import Batching
 
 
 def answer_in_turn(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
@@ -52,7 +55,22 @@ def answer_in_turn(benchmark: BatchingBenchmark, context: Context) -> dict[str, 
                 metrics.record(done, **{f"benchmark/{way}/{name}": value for name, value in numbers.items()})
                 told = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
                 print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {told}", flush=True)
+    if isinstance(run.profile, TorchProfile):
+        for way in benchmark.ways:
+            _profile(benchmark, way, requests, context)
     return found
+
+
+def _profile(benchmark: BatchingBenchmark, way: Batching, requests: list[Request], context: Context) -> None:
+    """Answer the queue once more under one way, recorded; no figure comes from it."""
+    beat = partial(context.heartbeat.beat, "profile")
+    generator = make_generator(context.run, limits=benchmark.limits(way), rank=0, world_size=1, beat=beat)
+    try:
+        with case_profiler(way, context) as profiler:
+            generator.profiler = profiler
+            answer(generator, requests, beat=beat)
+    finally:
+        generator.close()
 
 
 def queue_of(benchmark: BatchingBenchmark, context: Context) -> Iterator[Request]:

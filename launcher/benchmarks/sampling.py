@@ -7,6 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launcher.benchmarks.isolated import run_isolated
+from launcher.benchmarks.profiled import profile_cases
 from launcher.training.metrics import MetricsWriter
 
 if TYPE_CHECKING:
@@ -18,7 +19,8 @@ def sample_in_turn(
 ) -> dict[str, list[dict[str, Any]]]:
     """Call ``function`` for each case in turn, A B A B, each time in a process of its own; return the answers by case.
 
-    Every number among the answers is a metric as soon as it is there.
+    Every number among the answers is a metric as soon as it is there. With ``profile=true`` each case is taken once
+    more afterwards, under the profiler.
 
     Args:
         function: ``module:name``, as ``run_isolated`` takes it.
@@ -38,4 +40,5 @@ def sample_in_turn(
                 metrics.record(done, **{f"benchmark/{name}/{key}": value for key, value in numbers.items()})
                 told = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
                 print(f"round {round_}/{repeats}  {name}: {told}", flush=True)
+    profile_cases(function, cases, context=context)
     return answers

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from launcher.commandline import CommandLine, parse_command_line
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.subject import resolved_tree
 from launcher.table import table
+from launcher.wording import flat
 
 HELP = """\
 launch diff A B [--json]: print the options in which two configurations differ.
@@ -61,13 +61,3 @@ def _both(line: CommandLine) -> list[dict[str, str]]:
     if mistakes:
         raise ConfigErrors(mistakes)
     return sides
-
-
-def flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (``a.b``, value as one types it) of every leaf of a tree."""
-    for key, value in tree.items():
-        option = f"{path}.{key}".lstrip(".")
-        if isinstance(value, Mapping) and value:
-            yield from flat(value, option)
-        else:
-            yield option, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -70,6 +70,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
         generator = chosen_generator(context.run, job, beat=beat, local_rank=context.local_rank)
         ranks = context.world_size
     share = _share(context, index, ranks=ranks)
+    generator.profiler = context.profiler
     preemption.hold()
     started = time.monotonic()
     with PartWriter(folder / f"rank{context.rank}.part") as parts:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.batch import Batch, solve_batch
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.profile import ProfiledBy
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -36,6 +37,11 @@ class Job(Component):
     def widens_bf16(self) -> bool:
         """Whether it computes with bf16 weights by kernels of its own, fast on processors without such instructions."""
         return False
+
+    @property
+    def profiled_by(self) -> ProfiledBy:
+        """What the recording of ``profile=true`` is measured in."""
+        return "time"
 
     @abstractmethod
     def run(self, context: Context) -> None:

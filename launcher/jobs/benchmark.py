@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.benchmarks.base import Benchmark
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
+from launcher.profile import ProfiledBy
 from launcher.schema import build
 
 if TYPE_CHECKING:
@@ -22,6 +23,11 @@ class Measure(Job):
     """Run one benchmark and leave its results as JSON, Markdown and a picture."""
 
     kind: ClassVar[str] = "benchmark"
+
+    @property
+    def profiled_by(self) -> ProfiledBy:
+        """Its cases, each once more."""
+        return "cases"
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse a seed that is none."""
@@ -81,4 +87,6 @@ class Measure(Job):
             with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:
                 metrics.record(done, **{f"benchmark/{name}": value for name, value in results.metrics.items()})
             results.publish(context.run_dir)
+            if context.run.profile.kind == "true" and not any(context.run_dir.path.glob("**/profile/*.trace.json.gz")):
+                print(f"profile: benchmark={benchmark.kind} has nothing that could be recorded", flush=True)
         context.heartbeat.beat("done", benchmark.num_measurements)

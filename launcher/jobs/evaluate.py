@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
+from launcher.profile import ProfiledBy
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -26,6 +27,11 @@ class Evaluate(BatchedJob):
 
     repeats: int = 1
     """How often they are gone through; the first time also warms up, so speed is that of the fastest."""
+
+    @property
+    def profiled_by(self) -> ProfiledBy:
+        """Its own steps."""
+        return "steps"
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""

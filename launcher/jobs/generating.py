@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
+from launcher.profile import ProfiledBy
 from launcher.serving.limits import Batching, Limits
 from launcher.serving.refusals import refusals
 from launcher.wording import times
@@ -63,6 +64,11 @@ class GeneratingJob(Job):
     """Seconds that a step of ``engine=echo`` takes."""
 
     @property
+    def profiled_by(self) -> ProfiledBy:
+        """Steps of the engine, in the process that computes them."""
+        return "engine steps"
+
+    @property
     def limits(self) -> Limits:
         """What the engine is given of this."""
         return Limits(**{field.name: getattr(self, field.name) for field in fields(Limits)})
@@ -94,6 +100,9 @@ class GeneratingJob(Job):
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
             yield from self._refuse_for_vllm(run)
+        if run.profile.kind == "true" and self.engine != "slots":
+            why = f"engine={self.engine} computes nothing where torch's profiler would listen"
+            yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=slots")
         if self.engine in ("slots", "transformers"):
             together = most if self.spreads(run) and self.engine == "slots" else 1
             yield from refusals(run, world_size=together, engine=self.engine)

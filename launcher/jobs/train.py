@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.jobs.base import LearningJob
+from launcher.profile import ProfiledBy
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -38,6 +39,11 @@ class Train(LearningJob):
 
     sample_tokens: int = 48
     """Length of that sample in tokens; 0 takes none."""
+
+    @property
+    def profiled_by(self) -> ProfiledBy:
+        """Its own steps."""
+        return "steps"
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that make no training run."""

@@ -69,6 +69,9 @@ class Verify(LearningJob):
         if getattr(run.model, "dropout", 0.0):
             why = "ranks draw dropout each for itself, so no two strategies agree"
             yield ConfigError("model.dropout", run.model.dropout, why=why, fix="set model.dropout=0")  # type: ignore[attr-defined]
+        if run.profile.kind == "true":
+            why = "job=verify computes in processes that end after a few steps"
+            yield ConfigError("profile", "true", why=why, fix="profile job=train with the strategy in question")
         if run.checkpoint.resume != "none":
             why = "every strategy starts from the weights of the seed, or from model.weights"
             yield ConfigError("checkpoint.resume", run.checkpoint.resume, why=why, fix="set checkpoint.resume=none")

@@ -5,11 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
+from launcher.profiling.base import NO_PROFILER, Profiler
 from launcher.serving.values import Request, Stats, Update
 
 
 class Generator(ABC):
     """Continues many sequences at once. One thread calls it; nothing in it waits but ``step``."""
+
+    profiler: Profiler = NO_PROFILER
+    """Whatever is computed in this process is computed in steps of it; may be set at any time between two."""
 
     @abstractmethod
     def add(self, request: Request) -> None:

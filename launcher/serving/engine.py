@@ -99,7 +99,8 @@ class Slots(Generator):
         updates = self._overdue()
         step = self._scheduler.step(self._clock())
         if step is not None:
-            updates += self._compute(step)
+            with self.profiler.step():
+                updates += self._compute(step)
             self._steps += 1
         self._stepped_s = self._clock()
         return updates

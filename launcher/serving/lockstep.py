@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import distributed as dist
 
+from launcher.profiling.base import NO_PROFILER, Profiler
 from launcher.serving.plan import StepPlan
 
 if TYPE_CHECKING:
@@ -61,13 +62,16 @@ class Leading:
         dist.broadcast(numbers, source, group=self._group)
 
 
-def follow_plans(runner: Follows, group: dist.ProcessGroup, *, beat: Callable[[], None]) -> None:
+def follow_plans(
+    runner: Follows, group: dist.ProcessGroup, *, beat: Callable[[], None], profiler: Profiler = NO_PROFILER
+) -> None:
     """Compute what the first rank sends, until it closes.
 
     Args:
         runner: of this rank.
         group: that plans come over.
         beat: called while there is none, at least every half second: to wait for requests is no stall.
+        profiler: each plan is a step of it.
     """
     source = dist.get_global_rank(group, 0)
     while True:
@@ -79,7 +83,8 @@ def follow_plans(runner: Follows, group: dist.ProcessGroup, *, beat: Callable[[]
         if plan.stop:
             runner.close()
             return
-        runner.run(plan)
+        with profiler.step():
+            runner.run(plan)
         beat()
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 
 from launcher.engines.distributed import choose_device
+from launcher.profiling.base import NO_PROFILER, Profiler
 from launcher.serving.base import Generator
 from launcher.serving.engine import Runs, Slots
 from launcher.serving.holds import Sample
@@ -53,14 +54,21 @@ def make_generator(
 
 
 def follow(
-    run: Run, *, limits: Limits, rank: int, world_size: int, beat: Callable[[], None], local_rank: int = 0
+    run: Run,
+    *,
+    limits: Limits,
+    rank: int,
+    world_size: int,
+    beat: Callable[[], None],
+    local_rank: int = 0,
+    profiler: Profiler = NO_PROFILER,
 ) -> None:
     """Compute on a rank other than the first what its engine plans, until that is closed; arguments as above."""
     assert rank > 0, "the first rank leads"
     model, stage = own_part(run, rank=rank, world_size=world_size, device=choose_device(local_rank), beat=beat)
     runner, _ = _paged(model, stage, limits=limits, world_size=world_size, kernels=True, beat=beat)
     group = dist.new_group(backend="gloo")
-    follow_plans(Staged(runner, group) if stage.count > 1 else runner, group, beat=beat)
+    follow_plans(Staged(runner, group) if stage.count > 1 else runner, group, beat=beat, profiler=profiler)
 
 
 def slots_of(

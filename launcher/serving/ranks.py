@@ -30,6 +30,7 @@ def engine_of_ranks(context: Context, *, limits: Limits, beat: Callable[[], None
     connect(context, choose_device(local_rank))
     if context.is_main:
         return make_generator(run, limits=limits, rank=rank, world_size=world_size, beat=beat, local_rank=local_rank)
-    follow(run, limits=limits, rank=rank, world_size=world_size, beat=beat, local_rank=local_rank)
+    sizes = {"rank": rank, "world_size": world_size, "local_rank": local_rank}
+    follow(run, limits=limits, beat=beat, profiler=context.profiler, **sizes)
     disconnect()
     return None

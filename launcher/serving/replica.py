@@ -40,13 +40,17 @@ def main(run_dir: RunDir, link: EngineLink) -> int:
         beat()
         run = load_run(run_dir.snapshot)
         job: Serve = run.job  # type: ignore[assignment]
+        from launcher.profiling.make import make_profiler
         from launcher.serving.choose import chosen_generator
 
         generator = chosen_generator(run, job, beat=beat)
         beat("warm up")
         generator.warm_up(job.warm_up)
+        name = f"engine{sys.argv[2]}"
         try:
-            drive(generator, link, beat=lambda phase: None)
+            with make_profiler(run.profile, by=job.profiled_by, folder=run_dir.profile, name=name) as profiler:
+                generator.profiler = profiler
+                drive(generator, link, beat=lambda phase: None)
         finally:
             generator.close()
     except Gone:

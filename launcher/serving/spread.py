@@ -37,6 +37,7 @@ def serve_over_ranks(job: Serve, context: Context) -> None:
     if front is None or generator is None:
         return
     generator.warm_up(job.warm_up)
+    generator.profiler = context.profiler
     with contextlib.suppress(Gone):  # its exit code says why
         drive(generator, front.link, beat=beat)
     generator.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -13,6 +13,7 @@ import wandb
 
 import launcher
 from launcher.config import Run, run_to_tree
+from launcher.measurements import read_measurements
 from launcher.plan import Plan
 from launcher.results import fold_metrics
 from launcher.rundir import RunDir
@@ -78,7 +79,28 @@ class WandbRun:
             self._wandb.summary["sample"] = self._run_dir.sample.read_text(encoding="utf-8")
         if self._run_dir.curve.exists():
             self._wandb.summary["loss_curve"] = wandb.Image(str(self._run_dir.curve))
+        self._wandb.summary.update(dict(benchmark_media(self._run_dir)))
         self._wandb.finish(exit_code=exit_code)
+
+
+def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
+    """Yield what a benchmark found, as W&B shows it: a table of cases, one of findings, its picture.
+
+    One that did not get to its end has none.
+    """
+    results, drawn = run_dir.benchmark("json"), run_dir.benchmark("png")
+    if results.is_file():
+        try:
+            found = read_measurements(results)
+        except ValueError as error:
+            print(f"W&B gets no table: {results} {error}", flush=True)
+            return
+        columns = ["case", "quantity", "median", "least", "most", "values"]
+        yield "benchmark/cases", wandb.Table(columns=columns, data=[list(row) for row in found.rows()])
+        said = redact([[line] for line in found.said], os.environ)
+        yield "benchmark/findings", wandb.Table(columns=["finding"], data=said)
+    if drawn.is_file():
+        yield "benchmark/picture", wandb.Image(str(drawn))
 
 
 def unreachable(environ: Mapping[str, str], home: Path) -> str | None:

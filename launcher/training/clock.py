@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from launcher.profiling.base import NO_PROFILER, Profiler
+
 if TYPE_CHECKING:
     from launcher.supervise.heartbeat import Heartbeat
 
@@ -17,10 +19,15 @@ class Clock:
 
     On a GPU kernels run behind the host, so each phase is bracketed by CUDA events and read once, at the end of the
     step, after the loss has been fetched: timing adds no synchronisation of its own.
+
+    Args:
+        heartbeat: told which phase begins.
+        cuda: whether there is a GPU to wait for.
+        profiler: finds the phases by name in its trace.
     """
 
-    def __init__(self, heartbeat: Heartbeat, *, cuda: bool) -> None:
-        self._heartbeat, self._cuda = heartbeat, cuda
+    def __init__(self, heartbeat: Heartbeat, *, cuda: bool, profiler: Profiler = NO_PROFILER) -> None:
+        self._heartbeat, self._cuda, self._profiler = heartbeat, cuda, profiler
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, object, object]] = []
         self.step = 0
@@ -29,10 +36,11 @@ class Clock:
     def phase(self, name: str) -> Iterator[None]:
         """Time a block as part of ``name``; the same name may come several times in a step."""
         self._heartbeat.beat(name, self.step)
-        if self._cuda:
-            with self._between_events(name):
-                yield
-            return
+        with self._profiler.mark(name), self._between_events(name) if self._cuda else self._on_host(name):
+            yield
+
+    @contextmanager
+    def _on_host(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         try:
             yield

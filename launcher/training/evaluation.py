@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.profiling.base import NO_PROFILER, Profiler
+
 if TYPE_CHECKING:
     from launcher.data.loader import Loader
     from launcher.engines.base import Engine
@@ -28,18 +30,20 @@ def evaluate(
     *,
     preempted: Callable[[], bool],
     beat: Callable[[], None] = lambda: None,
+    profiler: Profiler = NO_PROFILER,
 ) -> HeldOut:
     """Measure the loss over the first ``num_sequences`` held-out sequences.
 
     Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
-    batches that fill up carry no labels. ``beat`` is called before each global batch.
+    batches that fill up carry no labels. ``beat`` is called before each global batch, which is a step of ``profiler``.
     """
     from launcher.engines.distributed import sum_over_ranks
 
     loss_sum, tokens = 0.0, 0
     for micro_batches in loader.held_out(num_sequences):
         beat()
-        batch_sum, batch_tokens = engine.loss_of(micro_batches)
+        with profiler.step():
+            batch_sum, batch_tokens = engine.loss_of(micro_batches)
         loss_sum += batch_sum
         tokens += batch_tokens
     total, count, num_preempted = sum_over_ranks([loss_sum, float(tokens), float(preempted())], device=engine.device)

@@ -32,7 +32,7 @@ def train(job: Train, context: Context, preemption: Preemption) -> None:
     """
     import torch
 
-    clock = Clock(context.heartbeat, cuda=torch.cuda.is_available())
+    clock = Clock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
     with clock.phase("load"):
         splits = open_splits(
             context.run.data,
@@ -64,16 +64,21 @@ class Trainer:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.hold()
             for step in range(first, self.job.steps):
-                done = step + 1
-                if self.train_step(step).preempted and done < self.job.steps:
-                    self.leave(done)
-                held_out = self.evaluate(done) if self._evaluates_after(done) else None
-                if held_out and held_out.preempted and done < self.job.steps:
-                    self.leave(done, held_out)
-                if self._saves_after(done):
-                    self.save(done, held_out)
+                with self.context.profiler.step():
+                    self.advance(step)
             finish(self)
         self.context.heartbeat.beat("done", self.job.steps)
+
+    def advance(self, step: int) -> None:
+        """Take optimiser step ``step`` (0-based), then evaluate and save where it is time to."""
+        done = step + 1
+        if self.train_step(step).preempted and done < self.job.steps:
+            self.leave(done)
+        held_out = self.evaluate(done) if self._evaluates_after(done) else None
+        if held_out and held_out.preempted and done < self.job.steps:
+            self.leave(done, held_out)
+        if self._saves_after(done):
+            self.save(done, held_out)
 
     def train_step(self, step: int) -> StepResult:
         """Take optimiser step ``step`` (0-based) and record it."""

@@ -40,7 +40,8 @@ def measure(job: Evaluate, context: Context) -> None:
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
     num_steps = job.num_steps(context.run, world_size=context.world_size)
     steps, fastest_s = itertools.count(1), math.inf
-    with make_engine(context, Clock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
+    clock = Clock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
+    with make_engine(context, clock) as engine:
         done = restore(CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint), context, engine)
         with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
             if writer is not None:
@@ -53,6 +54,7 @@ def measure(job: Evaluate, context: Context) -> None:
                     num_sequences,
                     preempted=nobody_asks,
                     beat=lambda: beat("evaluate", next(steps), steps=num_steps),
+                    profiler=context.profiler,
                 ).loss
                 elapsed_s = time.perf_counter() - started
                 fastest_s = min(fastest_s, elapsed_s)

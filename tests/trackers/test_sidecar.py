@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import signal
@@ -13,6 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.benchmarks.activation import ActivationBenchmark
+from launcher.benchmarks.picture import draw_bars
+from launcher.benchmarks.results import Case, Results
+from launcher.files import write_json
 from launcher.results import fold_metrics
 from launcher.training.metrics import MetricsWriter
 
@@ -79,6 +84,40 @@ def test_an_offline_run_holds_what_the_run_left_behind(
     assert holding == []
     files = [file for file in run.run_dir.tracker.rglob("*") if file.is_file()]
     assert not any(SECRET.encode() in file.read_bytes() for file in files)
+
+
+def test_what_a_benchmark_found_is_tables_and_a_picture(planned: Planned, start: Start, monkeypatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    run = planned("tracker.mode=offline", "job=benchmark", "benchmark=activation", "parallel=single", "backend.ranks=1")
+    sidecar = start(run)
+    samples = {"step_s": (3.0, 1.0, 2.0), "peak_bytes": (5.0,)}
+    found = Results(
+        benchmark=ActivationBenchmark(),
+        cases=[Case(name="none", samples=samples), Case(name="full", samples={"step_s": (4.0,)})],
+        said=(f"it is so, says {SECRET}",),
+        metrics={},
+        facts={},
+    )
+    write_json(run.run_dir.benchmark("json"), found.tree({"processor": "x"}))
+    draw_bars(run.run_dir.benchmark("png"), {"none": {"step_s": (1.0,)}}, title="t")
+    run.record(1, 1, resumed_at=0)
+    assert "wandb sync" in sidecar.read_line()  # it is open: the time to finish in is not spent on that
+    assert sidecar.finish(0) == ""
+    (folder,) = sidecar.offline_folders
+    summary = read_offline_run(folder).summary
+
+    def kept(name: str) -> Path:
+        return folder / "files" / summary[f"benchmark/{name}"]["path"]
+
+    cases = json.loads(kept("cases").read_text())
+    assert cases["columns"] == ["case", "quantity", "median", "least", "most", "values"]
+    assert cases["data"] == [
+        ["none", "step_s", 2, 1, 3, 3],
+        ["none", "peak_bytes", 5, 5, 5, 1],
+        ["full", "step_s", 4, 4, 4, 1],
+    ]
+    assert json.loads(kept("findings").read_text())["data"] == [["it is so, says ********"]]
+    assert kept("picture").read_bytes() == run.run_dir.benchmark("png").read_bytes()
 
 
 def test_when_everything_is_killed_only_the_last_second_is_lost(planned: Planned, start: Start) -> None:

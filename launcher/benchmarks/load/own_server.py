@@ -45,6 +45,8 @@ def own_server(options: Mapping[str, Any], context: Context) -> Iterator[str]:
     tree = to_tree(context.run)
     tree["job"] = {"kind": "serve", "seed": context.run.job.seed, "port": port, **options}
     tree["benchmark"], tree["tracker"] = {"kind": "none"}, {"kind": "local"}
+    if options.get("engine", "slots") != "slots":
+        tree["profile"] = {"kind": "false"}  # other engines have nothing to record
     (folder / "run.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     env = {name: value for name, value in os.environ.items() if not _is_of_ranks(name)}
     log = folder / "server.log"

@@ -1,0 +1,1 @@
+"""Runs, sweeps and benchmarks as one HTML file that needs nothing besides itself."""

@@ -1,0 +1,138 @@
+"""A report from first line to last: of one run, of several, of a sweep."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+
+import yaml
+
+from launcher.report.curves import charts_of, read_curves
+from launcher.report.markup import Html, element, rows_of, section, together
+from launcher.report.parts import (
+    config_of,
+    environment_of,
+    events_of,
+    failure_of,
+    files_of,
+    findings_of,
+    head_of,
+    known_environment,
+    metrics_of,
+    number_text,
+    plan_of,
+    sample_of,
+    status_of,
+)
+from launcher.report.profiles import profiles_of
+from launcher.report.sweeps import Sweep, trials_of
+from launcher.runs import RunState, look
+from launcher.trackers.redact import redact
+from launcher.wording import flat
+
+_COMPARED = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
+
+
+def page_of_run(state: RunState) -> str:
+    """Return the report of one run."""
+    name = f"{state.name} {state.run_id}"
+    return _page(
+        name,
+        head_of(state),
+        failure_of(state),
+        section("Curves", list(charts_of({name: read_curves(state.run_dir.metrics)}))),
+        findings_of(state.run_dir),
+        profiles_of(state.run_dir),
+        sample_of(state.run_dir),
+        metrics_of(state),
+        environment_of(state),
+        config_of(state.run_dir),
+        plan_of(state.run_dir),
+        events_of(state.run_dir),
+        files_of(state.run_dir),
+    )
+
+
+def page_of_runs(states: Sequence[RunState]) -> str:
+    """Return the report of several runs: side by side, their curves over each other."""
+    named = {f"{state.name} {state.run_id}": state for state in states}
+    return _page(
+        f"{len(named)} runs: {', '.join(dict.fromkeys(state.name for state in states))}",
+        section("Runs", _side_by_side(named)),
+        *_together(named),
+    )
+
+
+def page_of_sweep(sweep: Sweep) -> str:
+    """Return the report of a sweep: its trials and their curves over each other."""
+    named = {trial.name: look(trial.run_dir) for trial in sweep.trials}
+    return _page(
+        f"{sweep.folder.parent.name} {sweep.folder.name}",
+        trials_of(sweep, [state.metrics for state in named.values()]),
+        *_together(named),
+    )
+
+
+def _together(named: Mapping[str, RunState]) -> list[Html]:
+    """Return what is told of several runs."""
+    return [
+        section("Curves", list(charts_of({name: read_curves(one.run_dir.metrics) for name, one in named.items()}))),
+        section("Configurations, where they differ", _apart({name: _options(one) for name, one in named.items()})),
+        section(
+            "Environments, where they differ",
+            _apart({name: known_environment(one.run_dir) for name, one in named.items()}),
+        ),
+        *(
+            section(name, together(head_of(one), failure_of(one), findings_of(one.run_dir), config_of(one.run_dir)))
+            for name, one in named.items()
+        ),
+    ]
+
+
+def _side_by_side(named: Mapping[str, RunState]) -> Html:
+    keys = [key for key in _COMPARED if any(key in state.metrics for state in named.values())]
+    rows = [
+        [name, status_of(one), *(number_text(one.metrics[key]) if key in one.metrics else "-" for key in keys)]
+        for name, one in named.items()
+    ]
+    return rows_of(("run", "status", *keys), rows)
+
+
+def _apart(sides: Mapping[str, Mapping[str, str]]) -> Html | None:
+    """Return what is not the same in all of them."""
+    keys = list(dict.fromkeys(key for side in sides.values() for key in side))
+    differing = [key for key in keys if len({side.get(key) for side in sides.values()}) > 1]
+    rows = [[key, *(side.get(key, "-") for side in sides.values())] for key in differing]
+    return rows_of(("", *sides), rows) if rows else None
+
+
+def _options(state: RunState) -> dict[str, str]:
+    """Return the configuration of a run of whatever version; where it lives is no part of what it does."""
+    try:
+        tree = yaml.safe_load(state.run_dir.snapshot.read_bytes())
+    except (OSError, yaml.YAMLError):
+        return {}
+    options = dict(flat(tree)) if isinstance(tree, dict) else {}
+    return {key: value for key, value in options.items() if not key.startswith("run.")}
+
+
+def _page(title: str, *content: Html) -> str:
+    """Return the file: no address in it leads anywhere, and no value of a secret variable is in it."""
+    style = files("launcher.report").joinpath("page.css").read_text(encoding="utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element(
+            "meta",
+            http_equiv="Content-Security-Policy",
+            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+        ),
+        element("title", title),
+        element("style", Html(style)),
+    )
+    body = element("body", element("main", element("h1", title), *content))
+    text = f"<!doctype html>\n{element('html', head, body, lang='en')}\n"
+    return str(redact(text, {name: html.escape(value) for name, value in os.environ.items()}))

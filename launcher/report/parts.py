@@ -1,0 +1,168 @@
+"""What a report tells of one run, part by part; each part is left out where the run has nothing for it."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigError
+from launcher.files import read_json
+from launcher.plan import plan_from_json
+from launcher.render import render
+from launcher.report.markdown import render_markdown
+from launcher.report.markup import Html, element, folded, picture, rows_of, section, verbatim
+from launcher.results import read_metrics
+from launcher.rundir import RunDir
+from launcher.runs import RunState
+from launcher.wording import duration_text, times
+
+_LARGEST_PICTURE = 8 << 20
+_MOST_TEXT = 200_000
+"""Characters of a text file that are shown."""
+
+
+def status_of(state: RunState) -> Html:
+    """Return how a run does, as a badge."""
+    return element("span", state.status, class_=f"status {state.status}")
+
+
+def head_of(state: RunState) -> Html:
+    """Return what it is, how it went, and how to have it once more."""
+    folder = shlex.quote(str(state.run_dir.path))
+    slots = state.slots
+    facts: dict[str, Any] = {
+        "status": status_of(state),
+        "exit code": state.exit_code,
+        "job": state.plan.get("job"),
+        "steps": f"{state.step or 0} of {state.num_steps}" if state.num_steps else None,
+        "ranks": f"{sum(slots)} on {times(len(slots), 'host')}, backend {state.backend}" if slots else None,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started_at)),
+        "took": duration_text(state.ended_at - state.started_at) if state.ended_at else None,
+        "directory": element("code", str(state.run_dir.path)),
+        "again": element("code", f"launch rerun {folder}"),
+        "continue": element("code", f"launch resume {folder}") if state.has_checkpoint else None,
+    }
+    told = [(key, value if isinstance(value, str) else str(value)) for key, value in facts.items() if value is not None]
+    return rows_of((), told)
+
+
+def failure_of(state: RunState) -> Html:
+    """Return why it failed, who else ended because of that, and where every rank was."""
+    failure = state.failure
+    if not failure or state.status not in ("failed", "cancelled", "preempted"):
+        return Html()
+    who = ("host", "rank", "exit_code", "signal", "log")
+    facts = [(key.replace("_", " "), str(failure[key])) for key in who if failure.get(key) not in (None, "")]
+    victims, ranks = failure.get("victims") or [], failure.get("ranks") or []
+    return section(
+        "Why it failed",
+        element("p", element("strong", str(failure.get("reason", "")))),
+        verbatim(str(failure["error"])) if failure.get("error") else None,
+        rows_of((), facts),
+        folded("traceback", verbatim(str(failure["traceback"]))) if failure.get("traceback") else None,
+        folded("ranks that ended because of it", _records(victims)) if victims else None,
+        folded("where the ranks were", _records(ranks)) if ranks else None,
+    )
+
+
+def findings_of(run_dir: RunDir) -> Html:
+    """Return the tables that its job wrote in Markdown, and its pictures; loss curves are drawn anew."""
+    pages = [render_markdown(_text(path)) for path in sorted(run_dir.path.glob("*.md"))]
+    pictures = [path for path in sorted(run_dir.path.glob("*.png")) if path != run_dir.curve]
+    shown = [picture(path, alt=path.name) for path in pictures if path.stat().st_size <= _LARGEST_PICTURE]
+    return section("Findings", pages, [element("figure", image) for image in shown])
+
+
+def sample_of(run_dir: RunDir) -> Html:
+    """Return the text that its model wrote at the end."""
+    return section("Sample", verbatim(_text(run_dir.sample)) if run_dir.sample.is_file() else None)
+
+
+def metrics_of(state: RunState) -> Html:
+    """Return the last value of each metric."""
+    last: dict[str, Any] = {}
+    for line in read_metrics(state.run_dir.metrics):
+        last.update(line)
+    last.pop("time", None)
+    rows = [(name, number_text(value)) for name, value in last.items()]
+    return section(
+        "Last metrics", folded(times(len(rows), "metric"), rows_of(("metric", "value"), rows)) if rows else None
+    )
+
+
+def plan_of(run_dir: RunDir) -> Html:
+    """Return the plan as ``launch plan`` prints it; that of another version as it stands in the file."""
+    if not run_dir.plan.is_file():
+        return Html()
+    try:
+        text = render(plan_from_json(read_json(run_dir.plan)))
+    except (ConfigError, ValueError):
+        text = _text(run_dir.plan)
+    return section("Plan", folded("what ran where, by which commands", verbatim(text)))
+
+
+def config_of(run_dir: RunDir) -> Html:
+    """Return the whole configuration."""
+    return section("Configuration", folded("run.yaml", verbatim(_text(run_dir.snapshot))))
+
+
+def environment_of(state: RunState) -> Html:
+    """Return on what it ran: as rank 0 found it, and the hosts of the plan."""
+    found = known_environment(state.run_dir)
+    hosts = [host["host"] for host in state.plan.get("hosts", [])]
+    devices = {host["name"]: ", ".join(host.get("devices") or ["CPU"]) for host in hosts}
+    rows = [*found.items(), *((f"devices of {name}", text) for name, text in devices.items())]
+    return section("Environment", rows_of((), rows) if rows else None)
+
+
+def known_environment(run_dir: RunDir) -> Mapping[str, str]:
+    """Return machine and versions; nothing where nobody wrote them down."""
+    if not run_dir.environment.is_file():
+        return {}
+    return {str(key): str(value) for key, value in read_json(run_dir.environment).items()}
+
+
+def events_of(run_dir: RunDir) -> Html:
+    """Return what happened when."""
+    events = list(read_metrics(run_dir.timeline))  # the same format: one object a line, the last one perhaps cut
+    if not events:
+        return Html()
+    began = events[0].get("time", 0.0)
+    rows = [(f"{e.get('time', 0.0) - began:,.1f} s", str(e.get("host", "")), str(e.get("what", ""))) for e in events]
+    return section("Events", folded(times(len(rows), "event"), rows_of(("after", "host", "what"), rows)))
+
+
+def files_of(run_dir: RunDir) -> Html:
+    """Return what it left behind; checkpoints and what W&B keeps as folders."""
+    rows = [(name, f"{size:,}" if size is not None else "") for name, size in _files(run_dir.path)]
+    return section("Files", folded(times(len(rows), "file"), rows_of(("file", "bytes"), rows)))
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int | None]]:
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and path.name in ("logs", "profile"):
+            yield from ((f"{path.name}/{name}", size) for name, size in _files(path))
+        elif path.is_dir():
+            yield f"{path.name}/", None
+        elif not path.name.startswith("."):
+            yield path.name, path.stat().st_size
+
+
+def _records(records: list[dict[str, Any]]) -> Html:
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    return rows_of(keys, [[str(record.get(key, "")) for key in keys] for record in records])
+
+
+def number_text(value: Any) -> str:
+    """Return a metric's value for a table."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.6g}" if isinstance(value, float) else "not finite" if value is None else str(value)
+
+
+def _text(path: Path) -> str:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}\n… {len(text) - _MOST_TEXT:,} more characters"

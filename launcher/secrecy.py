@@ -12,6 +12,8 @@ _LOGIN_IN_URL = re.compile(r"://[^/\s]*:[^/\s]*@")
 def is_secret_name(name: str) -> bool:
     """Whether a variable of that name holds a secret (``HF_TOKEN``, ``WANDB_API_KEY``), not just a word like it."""
     upper = name.upper()
+    if upper == "PWD":  # the shell's: the current folder
+        return False
     return bool(_WORDS.intersection(upper.split("_"))) or any(part in upper for part in _PARTS)
 
 

@@ -114,11 +114,13 @@ class Addresses(HTMLParser):
 
 def test_no_secret_and_no_address_gets_into_it(capsys, make_run, gone, monkeypatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "correct-<horse>&battery")
+    monkeypatch.setenv("PWD", str(Path.cwd()))
     run_dir = make_run(status="failed", exit_code=1, session=gone, step=3)
     write_json(run_dir.failure, {"reason": "it failed", "traceback": "asked with correct-<horse>&battery"})
     text = reported(capsys).read_text()
     assert "asked with ********" in text
     assert "horse" not in text
+    assert str(run_dir.path) in text, "where one works is no secret"
     reader = Addresses()
     reader.feed(text)
     assert reader.found == []

@@ -18,6 +18,8 @@ def test_a_secret_is_hidden_wherever_it_occurs() -> None:
 def test_everything_else_stays() -> None:
     tree = {"steps": 1, "lr": 1e-3, "sample": "1", "none": None, "on": True, "tags": ["a", "b"]}
     assert redact(tree, ENVIRON) == tree
+    assert redact("/home/me/runs", {"PWD": "/home/me/runs", "DB_PWD": "hunter22"}) == "/home/me/runs"
+    assert redact("hunter22", {"DB_PWD": "hunter22"}) == HIDDEN
 
 
 def test_a_secret_inside_a_longer_one_does_not_uncover_it() -> None:

@@ -55,6 +55,13 @@ class Benchmark(Component):
         """Options of the job=serve that it starts for itself; ``None`` where it starts none."""
         return None
 
+    @property
+    def train_options(self) -> Mapping[str, Any] | None:
+        """Options of the job=train whose steps its cases take, which the runs that it is given then have as their job;
+        ``None`` where they take none.
+        """
+        return None
+
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield why it cannot be measured with the rest of the run."""
         yield from ()
@@ -68,8 +75,8 @@ class Benchmark(Component):
         yield from ()
 
     @abstractmethod
-    def run(self, context: Context) -> Results:
-        """Measure, on every rank; what rank 0 returns is what is kept."""
+    def run(self, context: Context) -> Results | None:
+        """Measure, on every rank; what rank 0 returns is what is kept, and others need return nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from launcher.data.loader import MicroBatch
+    from launcher.parallel.base import StateBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,13 @@ class Engine(ABC):
         from launcher.engines.weights import whole_parameters
 
         return whole_parameters(self.module, device=self.device)
+
+    @abstractmethod
+    def held(self) -> StateBytes:
+        """Return the bytes of model state that this rank holds at this moment, by what its tensors take.
+
+        Gradients are there between the backward pass and the update: when the phase ``optimizer`` begins.
+        """
 
     @abstractmethod
     def save(self, folder: Path) -> None:

@@ -14,6 +14,7 @@ from launcher.engines.deepspeed_common import load_checkpoint, save_checkpoint, 
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, disconnect, num_labels
 from launcher.engines.generate import greedy
 from launcher.engines.groups import decay_groups
+from launcher.engines.held import deepspeed_state
 from launcher.engines.loss import token_loss_sum
 from launcher.engines.model import model_of
 from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
@@ -24,6 +25,7 @@ from launcher.parallel.zero import Zero
 if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
+    from launcher.parallel.base import StateBytes
     from launcher.training.clock import Clock
 
 
@@ -149,6 +151,10 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._partitioning is not None):
                 value = parameter.detach().to("cpu", torch.float32, copy=True)
             yield name, value
+
+    def held(self) -> StateBytes:
+        """Count what is in memory, partitions as such; what lies on NVMe is not."""
+        return deepspeed_state(self._engine, device=self.device)
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""

@@ -15,6 +15,7 @@ from launcher.engines.deepspeed_common import load_checkpoint, save_checkpoint, 
 from launcher.engines.distributed import TokenCount, choose_device, disconnect, num_labels
 from launcher.engines.greedy import greedily
 from launcher.engines.groups import decay_groups
+from launcher.engines.held import deepspeed_state
 from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.stage_numbers import Clipping, SummedLoss
 from launcher.parallel.deepspeed_pipeline import DeepSpeedPipeline
@@ -22,6 +23,7 @@ from launcher.parallel.deepspeed_pipeline import DeepSpeedPipeline
 if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
+    from launcher.parallel.base import StateBytes
     from launcher.training.clock import Clock
 
 
@@ -139,6 +141,10 @@ class DeepSpeedPipelineEngine(Engine):
         for name, parameter in self._laid_out.named_parameters():
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
+
+    def held(self) -> StateBytes:
+        """Count what is in memory, partitions as such; what lies on NVMe is not."""
+        return deepspeed_state(self._engine, device=self.device)
 
     def save(self, folder: Path) -> None:
         """Write DeepSpeed's checkpoint (a file for each layer, optimiser partitions) and this rank's generators."""

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, num_labels
+from launcher.engines.held import torch_state
 from launcher.engines.mesh import dimensions, mesh_of
 from launcher.engines.pipelining.build import build_stretch, choose_cut
 from launcher.engines.pipelining.flow import Flow
@@ -34,6 +35,7 @@ from launcher.parallel.pipeline import Pipeline, owner_of
 if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
+    from launcher.parallel.base import StateBytes
     from launcher.training.clock import Clock
 
 
@@ -133,6 +135,10 @@ class PipelineEngine(Engine):
         finally:
             self.module.train()
             free_gathered(self._own.values())
+
+    def held(self) -> StateBytes:
+        """Count weights, gradients and moments of this rank's stretches."""
+        return torch_state(self.module, self._update.optimizer, device=self.device)
 
     def save(self, folder: Path) -> None:
         """Write weights and moments by name, each rank its own, and generators rank by rank."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from launcher.engines.base import Engine, StepResult, nobody_asks
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
 from launcher.engines.generate import greedy
+from launcher.engines.held import torch_state
 from launcher.engines.layouts import Layout, Replicated, Sharded
 from launcher.engines.loss import token_loss_sum
 from launcher.engines.rng import load_rng, save_rng
@@ -27,6 +28,7 @@ from launcher.parallel.fsdp import Fsdp
 if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.data.loader import MicroBatch
+    from launcher.parallel.base import StateBytes
     from launcher.training.clock import Clock
 
 
@@ -91,13 +93,17 @@ class TorchEngine(Engine):
         self.module.train()
         return ids
 
+    def held(self) -> StateBytes:
+        """Count weights, gradients and moments, or this rank's shards of them."""
+        return torch_state(self.module, self._update.optimizer, device=self.device)
+
     def save(self, folder: Path) -> None:
         """Write weights and optimiser, once or every rank its shards, and generators rank by rank.
 
         The weights of replicas (``model/``) are what ``model.weights`` takes too.
         """
         if self._layout.is_sharded:
-            save_tensors(folder / "shards", self._tensors())
+            save_tensors(folder / "shards", self.tensors())
             if self._rank == 0:
                 write_json(folder / "loss_scale.json", self._update.scale.state())
         elif self._rank == 0:
@@ -112,13 +118,14 @@ class TorchEngine(Engine):
             JobError: the folder does not hold this model.
         """
         if self._layout.is_sharded:
-            load_tensors(folder / "shards", self._tensors())
+            load_tensors(folder / "shards", self.tensors())
             self._update.scale.restore(read_json(folder / "loss_scale.json"))
         else:
             self._load_whole(folder)
         load_rng(folder, rank=self._rank, device=self.device)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """Return weights and moments by name, this rank's shards where they are sharded; they share storage."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         return {
             **{name: parameter.detach() for parameter, name in names.items()},

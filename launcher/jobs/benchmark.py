@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.benchmarks.base import Benchmark
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
+from launcher.jobs.train import Train
 from launcher.profile import ProfiledBy
 from launcher.schema import build
 
@@ -44,7 +45,7 @@ class Measure(Job):
             why = "job=benchmark measures what the group benchmark names"
             yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
             return
-        yield from benchmark.refusals(run, world_size=world_size)
+        yield from benchmark.refusals(self._measured(run), world_size=world_size)
         if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}")
@@ -69,7 +70,12 @@ class Measure(Job):
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the parts of the benchmark."""
         if isinstance(run.benchmark, Benchmark):
-            yield from run.benchmark.outline(run)
+            yield from run.benchmark.outline(self._measured(run))
+
+    def _measured(self, run: Run) -> Run:
+        """Return the run that the benchmark is about: one that trains, where its cases take steps."""
+        options = run.benchmark.train_options if isinstance(run.benchmark, Benchmark) else None
+        return run if options is None else replace(run, job=Train(seed=self.seed, **options))
 
     def files(self) -> Iterator[str]:
         """Yield the results, for programs and for people."""
@@ -81,8 +87,8 @@ class Measure(Job):
 
         benchmark = context.run.benchmark
         assert isinstance(benchmark, Benchmark), "refused before anything starts"
-        results = benchmark.run(context)
-        if context.is_main:
+        results = benchmark.run(replace(context, run=self._measured(context.run)))
+        if results is not None and context.is_main:
             done = benchmark.num_measurements
             with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:
                 metrics.record(done, **{f"benchmark/{name}": value for name, value in results.metrics.items()})

@@ -4,7 +4,7 @@ With Ψ parameters on N ranks, sections 3 and 5 of the ZeRO paper (arXiv:1910.02
 precision, with K = 12 for Adam (fp32 master weights and two moments), each term divided by N from the stage on that
 partitions it; in fp32 the terms are 4Ψ + 4Ψ + 8Ψ. DeepSpeed holds more than the paper in two places, counted here:
 
-- in fp32, stages 1 and 2, and stage 3 with the optimiser offloaded, copy their partition of the weights (K = 12);
+- in fp32, every stage from 1 on copies its partition of the weights (K = 12), as ``benchmark=memory`` finds;
 - offloading the optimiser adds one fp32 gradient per parameter of the partition beside the moments (4Ψ/N).
 """
 
@@ -42,7 +42,7 @@ def state_bytes(
     share = -(-num_params // world_size)
     elements = {name: share if stage >= since else num_params for name, since in _PARTITIONED_SINCE.items()}
     state_size = 2 if low_memory else 4
-    copies_weights = compute_bytes == 2 or stage in (1, 2) or optimizer_on != "none"
+    copies_weights = compute_bytes == 2 or stage > 0
     parameters = compute_bytes * elements["parameters"]
     gradients = compute_bytes * elements["gradients"]
     optimizer = state_size * (3 if copies_weights else 2) * elements["optimizer"]
@@ -65,7 +65,7 @@ def state_bytes(
 def formula(world_size: int, *, stage: int, mixed: bool, low_memory: bool, offloads: bool) -> str:
     """Return the arithmetic of :func:`state_bytes` in words, with its source."""
     size, state_size = (2 if mixed else 4), (2 if low_memory else 4)
-    states = state_size * (3 if mixed or stage in (1, 2) or offloads else 2)
+    states = state_size * (3 if mixed or stage > 0 else 2)
     terms = (("parameters", size, "weights"), ("gradients", size, "gradients"), ("optimizer", states, "optimiser"))
     parts = []
     for term, factor, word in terms:

@@ -11,6 +11,7 @@ from launcher.errors import JobError
 from launcher.files import read_json
 
 if TYPE_CHECKING:
+    from launcher.checkpoint.manifest import Manifest
     from launcher.checkpoint.store import CheckpointStore
     from launcher.context import Context
     from launcher.engines.base import Engine
@@ -55,16 +56,21 @@ def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int,
     engine.save(store.pending(step))
     barrier()
     if context.is_main:
-        plan = read_json(context.run_dir.plan)
-        manifest = describe(
-            model=context.run.model,
-            parallel=context.run.parallel,
-            precision=context.run.precision,
-            world_size=context.world_size,
-            step=step,
-            eval_loss=held_out_loss,
-            run_id=plan["run_id"],
-            run_hash=plan["run_hash"],
-        )
+        manifest = manifest_of(context, step=step, held_out_loss=held_out_loss)
         print(f"checkpoint {store.commit(manifest).folder}", flush=True)
     barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint
+
+
+def manifest_of(context: Context, *, step: int, held_out_loss: float | None) -> Manifest:
+    """Return what is to be written of the run's checkpoint of ``step``; the store adds the files."""
+    plan = read_json(context.run_dir.plan)
+    return describe(
+        model=context.run.model,
+        parallel=context.run.parallel,
+        precision=context.run.precision,
+        world_size=context.world_size,
+        step=step,
+        eval_loss=held_out_loss,
+        run_id=plan["run_id"],
+        run_hash=plan["run_hash"],
+    )

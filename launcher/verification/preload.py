@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.context import Context
-    from launcher.verification.choose import Choice
 
 _ALWAYS = (
     "launcher.verification.take",
@@ -27,11 +26,16 @@ _DEEPSPEED = (
 )
 
 
-def preload(context: Context, choice: Choice) -> None:
-    """Import what the cases need, and lay the model out once; nothing here may touch a GPU, or no fork could."""
+def preload(context: Context, *, deepspeed: bool) -> None:
+    """Import what the cases need, and lay the model out once; nothing here may touch a GPU, or no fork could.
+
+    Args:
+        context: of this rank in the run.
+        deepspeed: whether some case is DeepSpeed's.
+    """
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     _import(_ALWAYS, context)
-    if any(case.parallel.engine == "deepspeed" for case in choice.cases.values()):
+    if deepspeed:
         import torch
 
         from launcher.engines.native import prepare_environment

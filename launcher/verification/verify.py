@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launcher.errors import JobError
 from launcher.files import write_atomic, write_json
-from launcher.supervise.heartbeat import Heartbeat
 from launcher.training.metrics import MetricsWriter
-from launcher.verification.board import Board
 from launcher.verification.case import REFERENCE, Case
 from launcher.verification.choose import Choice, choose
-from launcher.verification.fork import TROUBLE, Answer, in_fork
+from launcher.verification.fork import TROUBLE, Answer
+from launcher.verification.forked import ForkedRanks
 from launcher.verification.preload import preload
 from launcher.verification.report import as_json, lines, markdown
 from launcher.verification.row import Row, row_of
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
     from launcher.jobs.verify import Verify
 
 _REFERENCE = "reference"
-_SLACK_S = 60.0
-"""Between ranks that wait for each other, besides the time of a case."""
 
 
 def verify(job: Verify, context: Context) -> None:
@@ -36,7 +32,7 @@ def verify(job: Verify, context: Context) -> None:
         JobError: on rank 0, when a strategy is not equal to one process; names the worst.
     """
     choice = choose(job, context.run, world_size=context.world_size)
-    preload(context, choice)
+    preload(context, deepspeed=any(case.parallel.engine == "deepspeed" for case in choice.cases.values()))
     Verification(job, context, choice).run()
 
 
@@ -49,16 +45,14 @@ class Verification:
     choice: Choice
 
     def __post_init__(self) -> None:
-        folder = self.context.run_dir.path / "verify" / os.environ["MASTER_PORT"]  # another attempt has another port
-        folder.mkdir(parents=True, exist_ok=True)
-        self._board = Board(folder, self.context.rank, self._beat)
         self._phase, self._done = _REFERENCE, 0
+        self._ranks = ForkedRanks(self.context, folder="verify", limit_s=self.job.case_timeout_s, beat=self._beat)
 
     def run(self) -> None:
         """Take the reference on rank 0, then every case on all ranks."""
         rows: list[Row] = []
         with MetricsWriter(self.context.run_dir.metrics) if self.context.is_main else nullcontext() as writer:
-            reference = self._take_reference() if self.context.is_main else {}
+            reference = self._take_reference()
             self._done += self.job.steps
             for name, case in self.choice.cases.items():
                 row = self._take(name, case, reference)
@@ -67,57 +61,43 @@ class Verification:
                     rows.append(row)
                     writer.record(self.job.steps, **_metrics(row))
                     print(f"{name}: {row.why(self.job) or 'ok'} ({row.seconds:.1f} s)", flush=True)
-        self._board.leave(world_size=self.context.world_size, limit_s=_SLACK_S)
+        self._ranks.leave()
         self._phase = "done"
         self._beat()
         if self.context.is_main:
             self._report(rows)
 
     def _take_reference(self) -> Answer:
-        """Return what one process does.
+        """Return, on rank 0, what one process does.
 
         Raises:
             JobError: it fails itself, so there is nothing to compare with.
         """
-        self._fork(_REFERENCE, REFERENCE, world_size=1)
-        answer = self._board.answers(_REFERENCE, world_size=1, limit_s=_SLACK_S)[0]
-        if TROUBLE in answer:
-            raise JobError(f"one process, the reference, failed: {answer[TROUBLE]}")
-        return answer
+        answers = self._answers(_REFERENCE, REFERENCE, world_size=1)
+        if not self.context.is_main:
+            return {}
+        if TROUBLE in answers[0]:
+            raise JobError(f"one process, the reference, failed: {answers[0][TROUBLE]}")
+        return answers[0]
 
     def _take(self, name: str, case: Case, reference: Answer) -> Row | None:
         """Take part in a case; rank 0 returns how far it is from the reference."""
         started = time.monotonic()
-        self._fork(name, case, world_size=self.context.world_size)
+        answers = self._answers(name, case, world_size=self.context.world_size)
         if not self.context.is_main:
             return None
-        answers = self._board.answers(name, world_size=self.context.world_size, limit_s=_SLACK_S)
         return row_of(name, answers, reference, seconds=time.monotonic() - started)
 
-    def _fork(self, name: str, case: Case, *, world_size: int) -> None:
-        self._phase, limit_s = f"verify {name}", self.job.case_timeout_s
-        port = self._board.open_case(name, limit_s=2 * limit_s + 2 * _SLACK_S)
-        context = replace(
-            self.context,
-            run=case.apply(self.context.run, world_size=world_size, sequences=self.choice.sequences),
-            world_size=world_size,
-            heartbeat=Heartbeat(None),  # the parent beats
-        )
+    def _answers(self, name: str, case: Case, *, world_size: int) -> dict[int, Answer]:
+        self._phase = f"verify {name}"
 
-        def work() -> Answer:
-            from launcher.engines.distributed import meet_at
+        def work(context: Context) -> Answer:
             from launcher.verification.take import take
 
-            meet_at(port, world_size=world_size)
-            return take(self.job, context, self._board.reference, writes=name == _REFERENCE)
+            return take(self.job, context, self._ranks.board.reference, writes=name == _REFERENCE)
 
-        in_fork(
-            work,
-            self._board.answer_of(name, self.context.rank),
-            limit_s=limit_s,
-            beat=self._beat,
-            give_up=self._board.watch(name, world_size=world_size),
-        )
+        run = case.apply(self.context.run, world_size=world_size, sequences=self.choice.sequences)
+        return self._ranks.take(name, work, run=run, world_size=world_size)
 
     def _beat(self) -> None:
         self.context.heartbeat.beat(self._phase, self._done)

@@ -95,7 +95,7 @@ def test_nothing_is_refused_without_reason() -> None:
         (Zero(stage=3), Bf16(), StateBytes(parameters=500_000, gradients=500_000, optimizer=3_000_000)),
         (Zero(stage=0), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=8_000_000)),
         (Zero(stage=1), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=3_000_000)),
-        (Zero(stage=3), Fp32(), StateBytes(parameters=1_000_000, gradients=1_000_000, optimizer=2_000_000)),
+        (Zero(stage=3), Fp32(), StateBytes(parameters=1_000_000, gradients=1_000_000, optimizer=3_000_000)),
         (
             Zero(stage=3, low_memory_bf16=True),
             Bf16(),

@@ -1,0 +1,112 @@
+"""Row 3 of the article: the idle share of pipelines on real ranks, and what stages bring against one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from launcher.benchmarks.bubble import formula, longest_path
+from launcher.benchmarks.pipelined import Pipelined
+from launcher.errors import ConfigErrors, JobError
+from launcher.plan import Host
+from launcher.render import render
+
+TINY = (
+    *("job=benchmark", "benchmark=pipeline", "tracker=local", "backend.ranks=2", "backend.threads=1"),
+    *("model.layers=4", "model.width=32", "model.heads=2", "model.context=32", "model.vocab_size=64"),
+    *("benchmark.batch=4", "benchmark.sequence=16", "benchmark.micro_batches=[2]", "benchmark.repeats=1"),
+)
+UNIT_S = 0.03
+CASES = [
+    *("sleep_train_gpipe_2_stages_2", "sleep_train_zbv_2_stages_2", "sleep_infer_2_stages_2"),
+    *("model_train_one_stage_2", "model_train_gpipe_2_stages_2", "model_train_zbv_2_stages_2"),
+    *("model_infer_one_stage_2", "model_infer_2_stages_2"),
+]
+
+
+def test_every_pipeline_is_measured_beside_theory_and_one_stage(launch) -> None:
+    words = ("benchmark.schedules=[gpipe,zbv]", f"benchmark.unit_ms={1000 * UNIT_S:g}")
+    ended = launch(*TINY, *words).expect(0)
+    found = json.loads((ended.run_dir / "benchmark.json").read_text())
+    facts, cases = found["facts"], found["cases"]
+    assert list(cases) == list(facts) == CASES
+    for name, fact in facts.items():
+        if "one_stage" in name:
+            assert (fact["theory"], fact["idle"], fact["speedup"]) == (None, None, None)
+            continue
+        assert 0 < fact["idle"] < 1
+        base = name.replace("gpipe_", "").replace("zbv_", "").replace("2_stages", "one_stage")
+        if name.startswith("model"):
+            assert fact["speedup"] == pytest.approx(fact["tokens_per_s"] / facts[base]["tokens_per_s"])
+            assert fact["tokens_per_s"] == pytest.approx(4 * 16 / cases[name]["step_s"][0])
+    assert facts["sleep_train_gpipe_2_stages_2"]["theory"] == facts["model_infer_2_stages_2"]["theory"] == 1 / 3
+    # two micro-batches do not fill a V of two ranks: 14 units long, 12 of them work
+    assert facts["sleep_train_zbv_2_stages_2"]["theory"] == pytest.approx(1 / 7)
+    assert not facts["sleep_train_zbv_2_stages_2"]["formula_holds"]
+    assert facts["sleep_train_gpipe_2_stages_2"]["live"] == [2, 2]
+    # sleepers never wake early: three passes one after the other, forward alone or with both gradients
+    assert cases["sleep_infer_2_stages_2"]["step_s"][0] >= 3 * UNIT_S
+    assert cases["sleep_train_gpipe_2_stages_2"]["step_s"][0] >= 9 * UNIT_S
+    page = (ended.run_dir / "benchmark.md").read_text()
+    assert "| sleep | train | gpipe | 2 | 2 | 33.3% | " in page
+    assert "| sleep | train | zbv | 2 | 2 | 14.3% * | " in page
+    assert "times one stage; idle" in page
+    metrics = json.loads((ended.run_dir / "result.json").read_text())["metrics"]
+    assert metrics["benchmark/sleep_train_gpipe_2_stages_2/idle"] == facts["sleep_train_gpipe_2_stages_2"]["idle"]
+    assert metrics["train/step"] == len(CASES)
+
+
+def gpipe_order(ranks: int, micro_batches: int) -> dict[int, list[tuple[int, str, int]]]:
+    return {rank: [(rank, kind, number) for kind in "FB" for number in range(micro_batches)] for rank in range(ranks)}
+
+
+@pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 2), (2, 8), (4, 4), (4, 16)])
+def test_formula_and_longest_path_agree(ranks: int, micro_batches: int) -> None:
+    expected = (ranks - 1) / (micro_batches + ranks - 1)
+    assert formula("gpipe", ranks=ranks, micro_batches=micro_batches, chunks=1) == expected
+    order = gpipe_order(ranks, micro_batches)
+    assert longest_path(order, stretches=ranks) == pytest.approx(expected)
+
+
+def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
+    from launcher.benchmarks.report_of_pipeline import theory_of
+
+    one = Pipelined(passes="sleep", work="train", schedule="gpipe", stages=2, micro_batches=4)
+    assert theory_of(one, gpipe_order(2, 4)) == pytest.approx(1 / 5)
+    with pytest.raises(JobError, match=r"20\.00% by the formula, 33\.33% by the longest path"):
+        theory_of(one, gpipe_order(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ("benchmark.stages=[4]",),
+            r"backend\.ranks=2.*: benchmark\.stages=4 takes as many ranks; set backend\.ranks=4",
+        ),
+        (("benchmark.stages=[1,2]",), "must each be at least 2"),
+        (("benchmark.micro_batches=[]",), "names nothing"),
+        (
+            ("benchmark.micro_batches=[3]",),
+            "4 sequences do not make 3 micro-batches of one size; set benchmark.batch=6",
+        ),
+        (("benchmark.schedules=[gpipe,gpipe]",), "something twice"),
+        (("benchmark.schedules=[zbv]", "model.layers=3"), r"zbv: 2 stages × 2 = 4 stretches, and there are 3 layers"),
+        (
+            ("benchmark.schedules=[1f1b]", "benchmark.micro_batches=[1]", "benchmark.work=[train]"),
+            "1f1b, 2 stages, 1 micro-batches: the schedule takes 2 micro-batches there",
+        ),
+        (("benchmark.unit_ms=0",), "must be above 0"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:
+    with pytest.raises(ConfigErrors, match=message):
+        plan_of(*TINY, *words)
+
+
+def test_the_plan_says_what_is_left_out(plan_of) -> None:
+    text = render(plan_of("+exp=pipeline_bubble", hosts=[Host(name="box", slots=4, cores=4)]))
+    assert "200 ms for a forward pass" in text
+    assert "39 in each of 3 rounds" in text
+    assert "1f1b, 4 stages, 2 micro-batches: the schedule takes 4 micro-batches there" in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from launcher import env, numerics
+from launcher.benchmarks.base import Benchmark
 from launcher.config import Run
 from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
@@ -54,16 +55,32 @@ def _refuse_quantization(run: Run) -> Iterator[ConfigError]:
         yield ConfigError("quantization", chosen, why=why, fix=fix)
     if own == "none":
         return
-    fix = "set model.quantization=none"
     if quantises:
         why = "job=quantize starts from the original, and does what the group quantization says"
-        yield ConfigError("model.quantization", own, why=why, fix=f"{fix} quantization={own}")
-    elif isinstance(run.job, BatchedJob) and run.job.learns:
-        why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
+        fix = f"set model.quantization=none quantization={own}"
         yield ConfigError("model.quantization", own, why=why, fix=fix)
+    else:
+        yield from refuse_few_bits(run, "model.quantization", own, instead="set model.quantization=none")
+
+
+def refuse_few_bits(run: Run, option: str, value: object, *, instead: str) -> Iterator[ConfigError]:
+    """Yield why a run cannot have quantised weights.
+
+    Args:
+        run: what is asked for.
+        option: by which the weights are quantised, as the user types it.
+        value: of that option.
+        instead: what would work with any run.
+    """
+    if isinstance(run.job, BatchedJob) and run.job.learns:
+        why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
+        yield ConfigError(option, value, why=why, fix=instead)
+    elif isinstance(run.benchmark, Benchmark) and not run.benchmark.takes_few_bits:
+        why = f"benchmark={run.benchmark.kind} trains the model, quantises it itself, or has none"
+        yield ConfigError(option, value, why=why, fix=instead)
     elif run.parallel.kind not in ("single", "ddp", "pipeline"):
         why = f"parallel={run.parallel.kind} slices matrices, and quantised ones stay whole"
-        yield ConfigError("model.quantization", own, why=why, fix="set parallel=single")
+        yield ConfigError(option, value, why=why, fix="set parallel=single")
 
 
 def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 from launcher.backends.base import Backend
 from launcher.checkpoint.resume import find, misfits
+from launcher.checks import refuse_few_bits
 from launcher.config import Run
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
 from launcher.jobs.generating import GeneratingJob
+from launcher.jobs.quantize import Quantize
 from launcher.jobs.train import Train
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
@@ -23,13 +25,12 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
     """Yield everything on this machine that stands against ``run`` on ``hosts``."""
     world_size = sum(host.slots for host in hosts)
     yield from run.job.preflight(run, RunDir(run_dir))
+    yield from _refuse_few_bits(run)
     if isinstance(run.job, GeneratingJob):
         yield from run.model.preflight()
-        yield from run.model.quantization_problems()
         yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()
-        yield from run.model.quantization_problems()
         yield from run.data.preflight()
         yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
@@ -38,6 +39,18 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
     yield from _refuse_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
+
+
+def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
+    """Look for what quantised weights need, and at folders that hold such: the options alone do not tell."""
+    problems = list(run.model.quantization_problems())
+    yield from problems
+    if not problems and run.model.quantization == "none" and run.model.kept_as() is not None:
+        folder = run.model.local_weights
+        if isinstance(run.job, Quantize):
+            why = "its weights are quantised already"
+            yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
+        yield from refuse_few_bits(run, "model.weights", folder, instead="give weights that are not quantised")
 
 
 def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:

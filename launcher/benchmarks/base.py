@@ -28,6 +28,9 @@ class Benchmark(Component):
     how: ClassVar[str] = "each in a process of its own"
     """How its cases are kept apart, as its table tells it."""
 
+    takes_few_bits: ClassVar[bool] = False
+    """Whether the model may be quantised: it is asked for text, and not trained."""
+
     needs_model: ClassVar[bool] = False
     """Whether it is about the run's model, which otherwise has no say."""
 

@@ -28,6 +28,7 @@ class BatchingBenchmark(Benchmark):
     headline: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
     how: ClassVar[str] = "each with an engine of its own"
     needs_model: ClassVar[bool] = True
+    takes_few_bits: ClassVar[bool] = True
 
     ways: tuple[Batching, ...] = ("none", "static", "dynamic", "continuous")
     """What is compared, as job.batching has it."""

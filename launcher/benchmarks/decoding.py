@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,12 @@ from transformers import DynamicCache, StaticCache
 
 from launcher.activation import Keep
 from launcher.attention import Sdpa
+from launcher.benchmarks.carried import unpacked
 from launcher.benchmarks.decoding_peer import decode_by_peer
 from launcher.engines.distributed import DTYPES, choose_device
 from launcher.models.build import build_model
 from launcher.quantization.bytes import own_tensors
 from launcher.quantization.methods import METHODS
-from launcher.schema import build
 from launcher.serving.limits import Limits
 from launcher.serving.make import slots_of
 from launcher.serving.runner import cache_name
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from launcher.models.base import Model
 
 _BYTES = 2**30
 _TIMES = 5
@@ -50,7 +48,6 @@ def read_bandwidth(*, progress: Callable[[], None]) -> dict[str, Any]:
 def decode(
     *,
     model: dict[str, Any],
-    model_class: str,
     weights: str,
     how: str,
     rest: str,
@@ -66,8 +63,7 @@ def decode(
     """Continue prompts greedily and return seconds a step, prompt tokens a second, and what was read.
 
     Args:
-        model: options of the run's model.
-        model_class: ``module:name`` of its configuration.
+        model: the run's, packed.
         weights: a format, or a method to quantise by.
         how: ``eager``, ``compiled``, ``engine``, or the peer.
         rest: format of what is not quantised.
@@ -85,15 +81,9 @@ def decode(
         assert python is not None, "refused before anything starts"
         assert folder is not None, "refused before anything starts"
         return decode_by_peer(python, folder, batch=batch, prompt=prompt, tokens=tokens, warmup=warmup)
-    module, _, name = model_class.partition(":")
-    options = {key: value for key, value in model.items() if key not in ("kind", "quantization")}
-    described: Model | None = build(
-        getattr(importlib.import_module(module), name), options, path="model", report=_raise
-    )
-    assert described is not None, "reported above"
     device = choose_device(rank)
     built = build_model(
-        described,
+        unpacked(model),
         seed=seed,
         attention=Sdpa(),
         activation=Keep(),
@@ -120,10 +110,6 @@ def decode(
         "read_bytes": read,
         "digest": digest,
     }
-
-
-def _raise(problem: Exception) -> None:
-    raise problem
 
 
 def weights_read(model: PreTrainedModel) -> int:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.benchmarks.base import Benchmark
 from launcher.errors import ConfigError
 from launcher.quantization.methods import METHODS
-from launcher.schema import to_tree
 
 if TYPE_CHECKING:
     from launcher.benchmarks.results import Case, Results
@@ -123,11 +122,12 @@ class QuantizationBenchmark(Benchmark):
         )
 
     def _arguments(self, context: Context, name: str) -> dict[str, Any]:
+        from launcher.benchmarks.carried import packed
+
         weights, _, how = name.partition("/")
         run = context.run
         return {
-            "model": to_tree(run.model),
-            "model_class": f"{type(run.model).__module__}:{type(run.model).__name__}",
+            "model": packed(run.model),
             "weights": weights,
             "how": how,
             "rest": weights if weights in FORMATS else run.precision.compute,

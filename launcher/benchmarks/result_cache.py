@@ -31,6 +31,7 @@ class ResultCacheBenchmark(Benchmark):
     headline: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
     how: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True
+    takes_few_bits: ClassVar[bool] = True
 
     prompts: tuple[str, ...] = ARTICLE
     """One after the other."""

@@ -34,6 +34,7 @@ class ServingBenchmark(Benchmark):
     kind: ClassVar[str] = "serving"
     headline: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
     how: ClassVar[str] = "all levels in turn, on one server"
+    takes_few_bits: ClassVar[bool] = True
 
     repeats: int = 1
     """Rounds; each goes through all levels, with prompts of its own, so that no cache of prompts helps."""

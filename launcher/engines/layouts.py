@@ -52,7 +52,7 @@ class Layout(Protocol):
 
 
 class Replicated:
-    """The whole model on every rank; with several of them, DistributedDataParallel averages gradients."""
+    """The whole model on every rank; with several of them, DDP averages gradients where they learn."""
 
     sequence: SequenceParallel | None = None
     is_sharded = False
@@ -63,7 +63,7 @@ class Replicated:
         self.forward: nn.Module = self.module
         self.averaged_over = context.world_size
         parallel = context.run.parallel
-        if isinstance(parallel, Ddp) and context.world_size > 1:
+        if isinstance(parallel, Ddp) and context.world_size > 1 and context.run.batched_job.learns:
             self.forward = _replicated(self.module, bucket_mb=parallel.bucket_mb)
 
     def without_reduction(self) -> AbstractContextManager[None]:

@@ -111,6 +111,9 @@ class GeneratingJob(Job):
         if self.vllm_python is None:
             why = "vLLM has an environment of its own, and job.vllm_python does not say where"
             yield self.refuse("engine", why, VLLM_REMEDY)
+        if run.model.quantization != "none":
+            why = "vLLM loads the weights as they are in the folder"
+            yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=slots")
         if run.model.weights == "random":
             why = "vLLM loads weights from a folder, and random ones are in none"
             fix = "set model.weights=pretrained or a folder"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
-from launcher.quantization.manifest import read_manifest
+from launcher.quantization.manifest import Manifest, read_manifest
 from launcher.quantization.methods import METHODS, Name
 
 if TYPE_CHECKING:
@@ -97,18 +97,26 @@ class Model(Component):
         """The folder of weights that the user named."""
         return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
 
+    def kept_as(self) -> Manifest | None:
+        """Return how the weights in the folder that the user named are quantised, if they are.
+
+        Raises:
+            ConfigError: the folder says so in a way that cannot be read.
+        """
+        return None if self.local_weights is None else read_manifest(self.local_weights)
+
     def quantization_problems(self) -> Iterator[ConfigError]:
         """Yield packages that are missing for the way the weights are, or will be, quantised."""
         if self.quantization != "none":
             yield from METHODS[self.quantization]().preflight("model.quantization")
-        elif self.local_weights is not None:
-            try:
-                manifest = read_manifest(self.local_weights)
-            except ConfigError as problem:
-                yield problem
-                return
-            if manifest is not None:
-                yield from manifest.method.preflight("model.weights")
+            return
+        try:
+            manifest = self.kept_as()
+        except ConfigError as problem:
+            yield problem
+            return
+        if manifest is not None:
+            yield from manifest.method.preflight("model.weights")
 
     def weights_folder(self, *, beat: Callable[[], None]) -> Path | None:
         """Return the folder to load weights from, ``None`` for random ones. Rank side."""

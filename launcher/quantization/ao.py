@@ -31,7 +31,7 @@ class AoCodec:
         }[self._kind]
         return made(set_inductor_config=False)  # which would change the compiler for everything else
 
-    def check(self, name: str, out_features: int, in_features: int) -> None:
+    def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse nothing: a scale for each output fits any size."""
 
     def quantise(self, layer: nn.Linear) -> nn.Module:

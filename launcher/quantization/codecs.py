@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 class Codec(Protocol):
     """Makes quantised layers, takes them apart for files and puts them together again."""
 
-    def check(self, name: str, out_features: int, in_features: int) -> None:
-        """Refuse a layer whose size does not fit, by a ConfigError."""
+    def check(self, name: str, in_features: int, *, option: str) -> None:
+        """Refuse a layer whose size does not fit, by a ConfigError; ``option`` is how the method was chosen."""
 
     def quantise(self, layer: nn.Linear) -> nn.Module:
         """Return the layer that takes the place of one in floats."""

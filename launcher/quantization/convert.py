@@ -36,7 +36,7 @@ class Converter:
         self._model, self._codec = model, codec_of(method)
         self.names = sorted(targets(model, method.skip, option=option))
         for name in self.names:
-            self._codec.check(name, *sizes(model.get_submodule(name)))
+            self._codec.check(name, sizes(model.get_submodule(name))[1], option=option)
 
     def convert(self, part: str) -> None:
         """Quantise the layers in one part of the model, which is filled."""

@@ -69,7 +69,7 @@ class Int4Codec:
     def __init__(self, method: Int4Weight) -> None:
         self._group = method.group_size
 
-    def check(self, name: str, out_features: int, in_features: int) -> None:
+    def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse a layer whose inputs do not fill groups.
 
         Raises:
@@ -80,7 +80,9 @@ class Int4Codec:
             why = f"{name} has {in_features} inputs, which groups of {self._group} do not fill"
             fix = f"set quantization.group_size={fitting[0]}, or " if fitting else ""
             fix += f"leave it as it is with 'quantization.skip=[\"{name}\"]'"
-            raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
+            if option == "quantization":
+                raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
+            raise ConfigError(option, Int4Weight.kind, why=why, fix=f"keep weights by job=quantize first: {fix}")
 
     def quantise(self, layer: nn.Linear) -> nn.Module:
         """Return the layer that takes the place of one in floats."""

@@ -15,7 +15,7 @@ _STORED = ("weight", "weight.absmax", "weight.quant_map", _STATE)
 class Nf4Codec:
     """How ``nf4`` makes, keeps and restores a layer, in the format that Transformers loads, too."""
 
-    def check(self, name: str, out_features: int, in_features: int) -> None:
+    def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse nothing: blocks run on from one output to the next."""
 
     def quantise(self, layer: nn.Linear) -> nn.Module:

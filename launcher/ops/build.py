@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launcher.errors import EnvironmentProblem
-from launcher.ops.folder import OPTIONAL_MARK, is_built, lock, ops_folder
+from launcher.ops.folder import OPTIONAL_MARK, is_built, lock, mark_built, ops_folder
 from launcher.ops.locks import clear_stale_lock, only_builder
 from launcher.ops.record import Outcome, write_outcome
 
@@ -65,6 +65,8 @@ def _outcome(name: str, folder: Path, *, say: Say, limit_s: float) -> Outcome:
     log, started = folder / f"{name}.log", time.monotonic()
     code = _compile(name, log, say=say, limit_s=limit_s)
     seconds = time.monotonic() - started
+    if code == 0:
+        mark_built(name)
     if code == 0 and is_built(name):
         say(f"built {name} in {seconds:.0f} s")
         return Outcome(name=name, built=True, seconds=seconds)

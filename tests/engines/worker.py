@@ -75,6 +75,8 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "attention": {"kind": "sdpa"},
         "compile": {"kind": "false"},
         "benchmark": {"kind": "none"},
+        "quantization": {"kind": "none"},
+        "profile": {"kind": "false"},
         "checkpoint": {"kind": "policy"},
         "tracker": {"kind": "local"},
         "backend": {"kind": "local"},

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from launcher.ops.folder import is_built, library, lock, missing, ops_folder
+from launcher.ops.folder import is_built, library, lock, mark_built, missing, ops_folder
 from launcher.parallel.base import NativeOps
 
 
@@ -40,6 +42,21 @@ def test_missing_names_what_is_not_built_or_locked(monkeypatch: pytest.MonkeyPat
     assert missing(ops) == ("pin_memory",)
     lock("cpu_adam").touch()
     assert missing(ops) == ("pin_memory", "cpu_adam?")
+
+
+def test_one_older_than_its_sources_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    library("async_io").parent.mkdir()
+    library("async_io").touch()
+    assert is_built("async_io")
+    (spec,) = find_spec("deepspeed").submodule_search_locations  # as when it is installed again, into the same folder
+    sources = [file for file in Path(spec, "ops", "csrc").rglob("*") if file.is_file()]
+    installed = max(file.stat().st_mtime for file in sources)
+    os.utime(library("async_io"), (installed - 1, installed - 1))
+    assert not is_built("async_io")
+    assert missing(NativeOps(needed=("async_io",))) == ("async_io",)
+    mark_built("async_io")
+    assert is_built("async_io")
 
 
 def test_it_is_answered_without_torch() -> None:

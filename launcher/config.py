@@ -116,6 +116,10 @@ KINDS: dict[str, dict[str, str]] = {
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""
 
 
+YOUNGER_GROUPS: dict[str, dict[str, Any]] = {"quantization": {"kind": "none"}, "profile": {"kind": "false"}}
+"""Groups that runs on disk may lack because they were not there yet, and what such runs did."""
+
+
 def component_class(group: str, kind: str) -> type[Component]:
     """Import and return the class that a ``kind`` names."""
     module, _, name = KINDS[group][kind].partition(":")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from launcher.config import Run, build_run, run_to_tree
+from launcher.config import YOUNGER_GROUPS, Run, build_run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import sha256_of, write_atomic
 
@@ -56,7 +56,7 @@ def load_run(path: Path, *, expected_hash: str | None = None) -> Run:
         raise ConfigError("run.yaml", path, why=why, fix="start the run again; never edit run.yaml of a running run")
     mistakes: list[ConfigError] = []
     tree = yaml.load(payload, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
-    run = build_run(tree, mistakes.append)
+    run = build_run({**YOUNGER_GROUPS, **tree}, mistakes.append)
     if run is None:
         raise ConfigErrors(mistakes)
     return run

@@ -2,7 +2,12 @@
 
 from dataclasses import replace
 
+import pytest
+import yaml
+
 from launcher.compose import compose
+from launcher.config import run_to_tree
+from launcher.errors import ConfigErrors
 from launcher.snapshot import load_run, save_run
 
 
@@ -12,3 +17,16 @@ def test_every_text_reads_back_as_it_was(tmp_path, nasty_strings):
     run = replace(run, backend=replace(run.backend, env={f"X{number}": text for number, text in enumerate(texts)}))
     save_run(run, tmp_path / "run.yaml")
     assert load_run(tmp_path / "run.yaml") == run
+
+
+def test_a_run_of_before_a_group_is_read_as_what_it_did(tmp_path):
+    run = compose(()).run
+    tree = run_to_tree(run)
+    assert tree.pop("quantization")["kind"] == "none"
+    assert tree.pop("profile")["kind"] == "false"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    assert load_run(tmp_path / "run.yaml") == run
+    del tree["model"]
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigErrors, match="model: is not a set of options"):
+        load_run(tmp_path / "run.yaml")

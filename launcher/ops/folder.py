@@ -6,8 +6,7 @@ import hashlib
 import os
 import sys
 from functools import cache
-from importlib.metadata import version
-from importlib.util import find_spec
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 from launcher.parallel.base import NativeOps
@@ -71,9 +70,8 @@ def mark_built(name: str) -> None:
 @cache
 def _sources_changed_ns() -> int:
     """Return the time of DeepSpeed's newest source file, in ns; found without importing DeepSpeed."""
-    spec = find_spec("deepspeed")
-    folders = (spec.submodule_search_locations or ()) if spec else ()
-    files = (file for folder in folders for file in Path(folder, "ops", "csrc").rglob("*") if file.is_file())
+    sources = Path(str(distribution("deepspeed").locate_file("deepspeed/ops/csrc")))
+    files = (file for file in sources.rglob("*") if file.is_file())
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 

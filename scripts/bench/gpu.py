@@ -4,7 +4,7 @@ Measures tokens/s and MFU of training on one GPU by strategy (compile, activatio
 bare torch loop and Hugging Face's Trainer on the same work in the same run, A B A B, and prints a table with its date.
 Checks that losses in tf32 and fp8 are those of fp32, and that NCCL works with a world of one.
 
-Figures of a GPU have not been taken with it yet: its parts are tested on a CPU (--device cpu --model tiny).
+Its parts are tested on a CPU (--device cpu --model tiny).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ MODELS = {
         width=1600,
         vocab_size=50257,
         sequence_length=1024,
+        threads=8,
         micro_batch=4,
         accumulation=1,
         precision="bf16",
@@ -58,6 +60,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each run")
     parser.add_argument("--skip", type=int, default=6, help="first steps, which are left out: compiling, warming up")
     parser.add_argument("--rounds", type=int, default=2, help="times each is run, all in turn")
+    parser.add_argument("--minutes", type=float, default=60, help="no run is started later; what is there is printed")
     parser.add_argument("--micro-batch", type=int, help="sequences in a step")
     parser.add_argument("--only", nargs="*", metavar="ROW", help=f"rows to measure: {', '.join(rows())}; default all")
     parser.add_argument("--no-checks", action="store_true", help="measure alone")
@@ -87,7 +90,8 @@ def main() -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as folder:
         if chosen:
-            found = measure(chosen, work, rounds=options.rounds, skip=options.skip, folder=Path(folder))
+            until = time.monotonic() + 60 * options.minutes
+            found = measure(chosen, work, rounds=options.rounds, skip=options.skip, folder=Path(folder), until=until)
             parts.append("\n".join(table(found, work, device_name=name)))
             print(f"\n{parts[-1]}", flush=True)
         for title, check in {} if options.no_checks else CHECKS.items():

@@ -6,6 +6,7 @@ import itertools
 import json
 import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -57,14 +58,24 @@ def rows() -> dict[str, Row]:
         "activation full": Row(overrides=("activation=full",)),
         "attention eager": Row(overrides=("attention=eager",)),
         "attention flash": Row(overrides=("attention=flash",)),
-        "attention flex": Row(overrides=("attention=flex", "compile=true")),
         "compile, flash": Row(overrides=("compile=true", "attention=flash")),
         "compile, activation full": Row(overrides=("compile=true", "activation=full")),
     }
 
 
-def measure(chosen: Mapping[str, Row], work: Workload, *, rounds: int, skip: int, folder: Path) -> dict[str, Found]:
-    """Run all rows in turn, A B A B; one that fails keeps none of the others from being measured."""
+def measure(
+    chosen: Mapping[str, Row], work: Workload, *, rounds: int, skip: int, folder: Path, until: float
+) -> dict[str, Found]:
+    """Run all rows in turn, A B A B; one that fails keeps none of the others from being measured.
+
+    Args:
+        chosen: the rows.
+        work: what each does.
+        rounds: times each is run.
+        skip: first steps, which are left out.
+        folder: for the runs.
+        until: ``time.monotonic()`` after which no run is started.
+    """
     found = {name: Found() for name in chosen}
     numbers = itertools.count()
     for name, row in chosen.items():
@@ -74,6 +85,10 @@ def measure(chosen: Mapping[str, Row], work: Workload, *, rounds: int, skip: int
         for name, row in chosen.items():
             here = found[name]
             if here.trouble:
+                continue
+            if time.monotonic() > until:
+                print(f"  round {round_}: {name} not run: the time is up", flush=True)
+                here.trouble = "" if here.tokens_per_s else "not run: the time was up"
                 continue
             try:
                 speed = _run(row, work, skip=skip, folder=folder / str(next(numbers)), into=here)

@@ -21,7 +21,8 @@ POLL_S = 0.005
 def describe_machine(*packages: str) -> str:
     """Return date, revision, machine and versions, so that a figure can be quoted with all that it depends on."""
     describe = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    revision = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    said = subprocess.run(describe, capture_output=True, text=True, check=False)
+    revision = said.stdout.strip() or "unknown: no git checkout"
     cores = len(os.sched_getaffinity(0))
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     versions = ", ".join(f"{name} {version(name)}" for name in packages)

@@ -24,7 +24,7 @@ from itertools import islice
 from pathlib import Path
 
 from harness import describe_machine
-from soak_server import SoakServer
+from soak_server import REQUEST_TIMEOUT_S, SoakServer
 from soak_watch import Watch
 
 from launcher.benchmarks.load.calls import Call, arrivals, drawn_calls
@@ -52,7 +52,8 @@ _REFUSED = ("429", "503")
 _LOST = ("cut", "timeout")
 _CALIBRATE_S, _BUSY = 60.0, 64
 _TERM_AFTER_S, _TERM_STORM_S = 8.0, 20.0
-_TIMEOUT_S = 300.0
+_TIMEOUT_S = REQUEST_TIMEOUT_S + 60.0
+"""Whoever has heard nothing for so long was forgotten."""
 
 
 @dataclass
@@ -144,10 +145,13 @@ async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
     try:
         answer = await connection.post("/v1/completions", body)
         text = await answer.body()
-        is_told = 400 <= answer.status < 500 and "message" in json.loads(text)["error"]
-        tally.note(
-            "nonsense refused" if is_told else "NONSENSE ACCEPTED", "" if is_told else f"{answer.status}: {text!r}"
-        )
+        error = json.loads(text)["error"]
+        if answer.status == 503 and error["code"] == "too_many_connections":  # before anybody has read it
+            tally.note("refused")
+        elif 400 <= answer.status < 500 and "message" in error:
+            tally.note("nonsense refused")
+        else:
+            tally.note("NONSENSE ACCEPTED", f"{answer.status}: {text!r}")
     except Trouble as trouble:
         tally.note("NONSENSE LOST", f"{trouble} after {body[:60]!r}")
     except (ValueError, KeyError, TypeError) as error:

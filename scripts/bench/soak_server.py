@@ -18,6 +18,8 @@ from typing import Any
 
 import psutil
 
+REQUEST_TIMEOUT_S = 240.0
+"""After which the server tells whoever still waits."""
 _READY_S, _END_S, _IDLE_S = 300.0, 90.0, 60.0
 _ENGINE = "launcher.serving.replica"
 _READY = re.compile(r"^\w+:engines_ready(?:\{.*\})? (\S+)$", re.MULTILINE)
@@ -40,6 +42,7 @@ class SoakServer:
         self.url = f"http://127.0.0.1:{port}"
         self._log = folder / "server.log"
         words = [f"job.replicas={replicas}", f"job.port={port}", "job.result_cache_bytes=0", "tracker=local"]
+        words.append(f"job.request_timeout_s={REQUEST_TIMEOUT_S:g}")
         command = [
             sys.executable,
             "-m",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -49,10 +49,10 @@ def test_one_older_than_its_sources_is_not_built(monkeypatch: pytest.MonkeyPatch
     library("async_io").parent.mkdir()
     library("async_io").touch()
     assert is_built("async_io")
-    (spec,) = find_spec("deepspeed").submodule_search_locations  # as when it is installed again, into the same folder
-    sources = [file for file in Path(spec, "ops", "csrc").rglob("*") if file.is_file()]
+    folder = Path(importlib.util.find_spec("deepspeed").origin).parent / "ops" / "csrc"
+    sources = [file for file in folder.rglob("*") if file.is_file()]
     installed = max(file.stat().st_mtime for file in sources)
-    os.utime(library("async_io"), (installed - 1, installed - 1))
+    os.utime(library("async_io"), (installed - 1, installed - 1))  # as when DeepSpeed is installed again
     assert not is_built("async_io")
     assert missing(NativeOps(needed=("async_io",))) == ("async_io",)
     mark_built("async_io")

@@ -21,6 +21,8 @@ _WELL_S = 60.0
 _LIVES = 3
 """Engines that one request may be on: one that kills engines must not go round for ever."""
 _TICK_S = 0.25
+_LATE_S = 1.0
+"""After the end of its time, for an engine to say so itself."""
 
 Start = Callable[[int, "Pool"], Remote]
 
@@ -184,11 +186,20 @@ class Pool:
                 if limit and engine.stuck_s > limit and (engine.flights or not engine.is_ready):
                     print(f"engine {engine.number} has done nothing for {engine.stuck_s:.0f} s", flush=True)
                     engine.kill()
-            now = time.monotonic()
-            for flight in list(self._waiting):
-                request, waited = flight.request, now - flight.times.arrived
-                if waited > min(request.queue_deadline_s or waited, request.deadline_s or waited):
-                    flight.fail(TooLate(while_queued=True))
+            self._tell_who_is_late()
+
+    def _tell_who_is_late(self) -> None:
+        """End requests whose time is up: those that no engine has, and those whose engine does not say so itself."""
+        now = time.monotonic()
+        for flight in list(self._waiting):
+            request, waited = flight.request, now - flight.times.arrived
+            if waited > min(request.queue_deadline_s or waited, request.deadline_s or waited):
+                flight.fail(TooLate(while_queued=True))
+        for engine in self.engines:
+            for flight in list(engine.flights.values()):
+                limit = flight.request.deadline_s
+                if limit is not None and now - flight.times.arrived > limit + _LATE_S:
+                    flight.fail(TooLate(while_queued=flight.is_untouched))
 
 
 def _added(one: Stats, other: Stats) -> Stats:

@@ -180,6 +180,14 @@ def test_deadlines_are_kept(serve: Start) -> None:
     assert late.complete("fine", max_tokens=2).status_code == 200
 
 
+def test_a_deadline_is_kept_although_the_engine_is_in_a_long_step(serve: Start) -> None:
+    stuck = serve("job.echo_step_s=25", "job.request_timeout_s=1", "job.stall_s=60")
+    started = time.monotonic()
+    late = stuck.complete("whole", max_tokens=3)
+    assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
+    assert time.monotonic() - started < 20, "told by the engine when its step had ended"
+
+
 def test_a_stream_that_waits_says_that_it_is_alive(serve: Start) -> None:
     waiting = serve("job.echo_step_s=6", "job.max_requests=1")
     response = waiting.complete("slow", max_tokens=1, stream=True)

@@ -94,7 +94,7 @@ KINDS: dict[str, dict[str, str]] = {
         "activation": "launcher.benchmarks.activation:ActivationBenchmark",
         "attention": "launcher.benchmarks.attention:AttentionBenchmark",
         "quantization": "launcher.benchmarks.quantization:QuantizationBenchmark",
-        "result_cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
+        "cache": "launcher.benchmarks.result_cache:ResultCacheBenchmark",
         "batching": "launcher.benchmarks.batching:BatchingBenchmark",
         "collectives": "launcher.benchmarks.collectives:CollectivesBenchmark",
         "data": "launcher.benchmarks.data:DataBenchmark",

@@ -27,7 +27,7 @@ ARTICLE = ("人工智能的发展", "机器学习的应用", "深度学习的未
 class ResultCacheBenchmark(Benchmark):
     """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
 
-    kind: ClassVar[str] = "result_cache"
+    kind: ClassVar[str] = "cache"
     headline: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
     how: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True

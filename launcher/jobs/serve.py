@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.rundir import RunDir
 
-_ENDING_S = 5.0
-"""Beyond the drain: to close connections and let engines go."""
+_ENDING_S = 20.0
+"""Beyond the drain: to tell who still waits, close connections and let engines go, on a machine that is overloaded too."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -224,7 +224,7 @@ def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "cases"),
     [
-        (("benchmark=result_cache", "benchmark.tokenizer=bytes", "benchmark.max_length=40"), ("computed",)),
+        (("benchmark=cache", "benchmark.tokenizer=bytes", "benchmark.max_length=40"), ("computed",)),
         (
             ("benchmark=batching", "benchmark.requests=4", "benchmark.inputs=4", "benchmark.outputs=8"),
             ("none", "static"),

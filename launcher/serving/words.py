@@ -39,12 +39,9 @@ class Words:
         text = inner.to_str()
         self.fingerprint = sha256_of(f"{text}\n{template}".encode())
         """Changes with anything that decides how text becomes tokens."""
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest token; here once, because going through a vocabulary takes as long as a token."""
         self._is_bytes = _uses(json.loads(text).get("decoder"), "ByteLevel")
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest token."""
-        return max(self._inner.get_vocab(with_added_tokens=True).values()) + 1
 
     @property
     def has_template(self) -> bool:

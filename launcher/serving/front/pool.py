@@ -193,13 +193,14 @@ class Pool:
         now = time.monotonic()
         for flight in list(self._waiting):
             request, waited = flight.request, now - flight.times.arrived
-            if waited > min(request.queue_deadline_s or waited, request.deadline_s or waited):
-                flight.fail(TooLate(while_queued=True))
+            in_queue_s = request.queue_deadline_s if flight.times.begun is None else None
+            if waited > min(in_queue_s or waited, request.deadline_s or waited):
+                flight.fail(TooLate(while_queued=flight.times.begun is None))
         for engine in self.engines:
             for flight in list(engine.flights.values()):
                 limit = flight.request.deadline_s
                 if limit is not None and now - flight.times.arrived > limit + _LATE_S:
-                    flight.fail(TooLate(while_queued=flight.is_untouched))
+                    flight.fail(TooLate(while_queued=flight.times.begun is None))
 
 
 def _added(one: Stats, other: Stats) -> Stats:

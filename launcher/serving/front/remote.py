@@ -87,13 +87,15 @@ class Remote:
         flight.lives += 1
         self.flights[flight.request.id] = flight
         waited, request = now - flight.times.arrived, flight.request
+        # whoever was begun by an engine that died has waited its turn already
+        in_queue_s = None if flight.times.begun is not None else _left(request.queue_deadline_s, waited)
         self._send(
             {
                 "kind": "add",
                 "request": request_to_wire(
                     replace(
                         request,
-                        queue_deadline_s=_left(request.queue_deadline_s, waited),
+                        queue_deadline_s=in_queue_s,
                         deadline_s=_left(request.deadline_s, waited),
                     )
                 ),

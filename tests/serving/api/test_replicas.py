@@ -57,6 +57,16 @@ def test_a_killed_replica_costs_nobody_a_repeatable_answer(serve: Start) -> None
     assert served.stop() == 0
 
 
+def test_whoever_was_begun_has_waited_its_turn_already(serve: Start) -> None:
+    served = serve("job.queue_timeout_s=0.5", *SLOW)
+    (answer,) = load(served, 1, lambda number: served.complete(prompt_of(number), max_tokens=100))
+    time.sleep(1)
+    served.replicas()[0].send_signal(signal.SIGKILL)  # another takes longer than that to come
+    response = answer.result()
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["text"] == expected(0, 100)
+
+
 def test_what_cannot_be_repeated_fails_and_says_so(serve: Start) -> None:
     served = serve(*SLOW)
     answers = load(served, 4, lambda number: served.complete(prompt_of(number), max_tokens=200, temperature=1))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from launcher.rundir import RunDir
 
 _ENDING_S = 20.0
-"""Beyond the drain: to tell who still waits, close connections and let engines go, on a machine that is overloaded too."""
+"""Beyond the drain: to tell who still waits, close connections and let engines go; an overloaded machine needs it."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from launcher.serving.model import ends_of
 from launcher.serving.values import Request, Sampling
 from launcher.serving.words import open_words
 from launcher.training.metrics import MetricsWriter
+from launcher.wording import times
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -138,21 +140,34 @@ def _sizes(job: Quantize, batch: int) -> dict[str, int]:
     return {"batch": batch, "prompt": job.rate_prompt, "new": job.rate_tokens}
 
 
+_SLOW_S = 20.0
+"""A round of both that takes longer needs no warming up."""
+
 Measured = dict[int, dict[str, list[Rates]]]
 """By batch, then before and after: one entry a round."""
 
 
 def _rates(job: Quantize, measure: Callable[[str, int], Rates], context: Context) -> Measured:
-    """Measure both in turn, A B A B, after a round that warms up."""
+    """Measure both in turn, A B A B, after a round that warms up; what is slow once is not measured again."""
     found: Measured = {batch: {BEFORE: [], AFTER: []} for batch in job.rate_batches}
     for batch, rates in found.items():
-        for round_ in range(job.repeats + 1):
+        started = time.monotonic()
+        warm_up = {which: _once(measure, which, batch, context) for which in rates}
+        if (took_s := time.monotonic() - started) > _SLOW_S:
+            print(f"speed of {times(batch, 'sequence')}: measured once, because it took {took_s:.0f} s", flush=True)
             for which, kept in rates.items():
-                taken = measure(which, batch)
-                context.heartbeat.beat("measure", 3)
-                if round_:
-                    kept.append(taken)
+                kept.append(warm_up[which])
+            continue
+        for _ in range(job.repeats):
+            for which, kept in rates.items():
+                kept.append(_once(measure, which, batch, context))
     return found
+
+
+def _once(measure: Callable[[str, int], Rates], which: str, batch: int, context: Context) -> Rates:
+    taken = measure(which, batch)
+    context.heartbeat.beat("measure", 3)
+    return taken
 
 
 def _by_engine(

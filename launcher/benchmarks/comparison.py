@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from launcher.benchmarks.units import printed
 from launcher.measurements import Measurements, Samples
 
 Verdict = Literal["worse", "better", "changed", "within spread", "within threshold"]
@@ -38,15 +37,8 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Whether the medians are printed alike, or no further apart than both ranges are wide together.
-
-        Of three rounds each of the very same thing, normally distributed, 1.5% are further apart. Asking that each
-        median lies within the other's range would find 59% of them different.
-        """
-        one, other = statistics.median(self.before), statistics.median(self.after)
-        if printed(self.quantity, one) == printed(self.quantity, other):
-            return True
-        return abs(one - other) <= sum(max(values) - min(values) for values in (self.before, self.after))
+        """Whether each median lies within the range of the other side."""
+        return _holds(self.before, self.after) and _holds(self.after, self.before)
 
     @property
     def is_beyond_spread(self) -> bool:

@@ -35,13 +35,8 @@ def amount(quantity: str, value: float) -> float:
 
 def spread(quantity: str, values: Sequence[float]) -> str:
     """Return the median and the range of a quantity's values in its unit."""
-    middle, least, most = (printed(quantity, value) for value in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({least} to {most})"
-
-
-def printed(quantity: str, value: float) -> str:
-    """Return a value in its unit, to four digits."""
-    return _digits(amount(quantity, value))
+    middle, least, most = (amount(quantity, value) for value in (statistics.median(values), min(values), max(values)))
+    return f"{_digits(middle)} ({_digits(least)} to {_digits(most)})"
 
 
 def _digits(value: float) -> str:

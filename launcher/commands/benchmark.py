@@ -23,13 +23,11 @@ launch benchmark compare A B [--threshold 5%] [--agree] [--json] [--root DIR]: B
   launch benchmark compare 20260101 20260102              two runs, by id, by how it begins, or by directory
   launch benchmark compare main.json runs/activation/2026…  a benchmark.json that was kept, and a run
   launch benchmark compare A B --threshold 10%            let pass what changes by a tenth
-  launch benchmark compare A B --agree                    do they agree within their own spreads?
+  launch benchmark compare A B --agree                    is each median within the other's range?
 
 A quantity is worse, or better, when its median has changed by more than the threshold (5%) and neither median lies
 within the range of the other side. Of what ends in _per_s more is better, of seconds and bytes less; what has another
 unit is told as changed, and fails nothing.
-
-With --agree, a quantity is apart when its medians differ by more than both ranges together are wide.
 
 Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 your mistake.
 """
@@ -67,7 +65,7 @@ def _threshold(line: Arguments) -> float:
     given = line.values.get("--threshold")
     if given is not None and "--agree" in line.flags:
         raise ConfigError(
-            "--threshold", given, why="has no part in --agree, which asks for spreads", fix="leave one out"
+            "--threshold", given, why="has no part in --agree, which asks for ranges", fix="leave one out"
         )
     text = given or _USUAL
     try:
@@ -127,7 +125,7 @@ def _lines(found: Comparison, threshold: float, *, agree: bool, num_failed: int)
             yield f"{what}: {'; '.join(f'{name} {one} → {other}' for name, one, other in apart)}"
     number = f"{num_failed} of {len(found.differences)}"
     if agree:
-        yield f"{number} lie further apart than both spreads" if num_failed else "all agree within their spreads"
+        yield f"{number} lie outside the other's range" if num_failed else "each median lies within the other's range"
     else:
         yield f"{number} worse by more than {threshold:.3g} and both spreads"
 

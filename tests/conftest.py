@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,24 @@ def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         for name in list(os.environ):
             if name.startswith(("WANDB_", "LAUNCHER_", "HYDRA_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
                 patch.delenv(name)
+        for number in _INHERITED:  # a shell ignores them for what it starts in the background
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         yield
+
+
+_INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True)
+def no_signal_is_left_ignored() -> Iterator[None]:
+    """Whatever a test starts inherits which signals are ignored or blocked: a test leaves that as it was."""
+    before = _signals()
+    yield
+    assert _signals() == before, "signals are handled, ignored or blocked in another way than before this test"
+
+
+def _signals() -> tuple[object, ...]:
+    return (*(signal.getsignal(number) for number in _INHERITED), signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 
 @dataclass(frozen=True)

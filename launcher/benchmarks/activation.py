@@ -79,7 +79,7 @@ class ActivationBenchmark(Benchmark):
         with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="gradients-") as folder:
             files = {name: str(Path(folder) / f"{name}.safetensors") for name in self.policies}
             asked = {name: self._arguments(context, every, files[name]) for name, every in self.policies.items()}
-            samples = sample_in_turn(_STEP, asked, repeats=self.repeats, context=context)
+            samples = sample_in_turn(_STEP, asked, repeats=self.repeats, context=context, exact_peaks=True)
             compared = {name: compare(files[_KEEP], files[name], context) for name in self.policies}
         cases = [collect(name, samples[name], ("peak_bytes", "step_s")) for name in self.policies]
         return Results(

@@ -169,7 +169,8 @@ class AttentionBenchmark(Benchmark):
                 }
                 for point in points
             }
-            samples = sample_in_turn(_MEASURE, arguments, repeats=self.repeats, context=context)
+            repeats = self.repeats
+            samples = sample_in_turn(_MEASURE, arguments, repeats=repeats, context=context, exact_peaks=True)
         precision = context.run.precision
         report = Report(
             self,

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, StaticCache
 
 from launcher.activation import Keep
 from launcher.attention import Sdpa
 from launcher.benchmarks.carried import unpacked
 from launcher.benchmarks.decoding_peer import decode_by_peer
+from launcher.benchmarks.decoding_ways import WAYS, now
 from launcher.engines.distributed import DTYPES, choose_device
 from launcher.models.build import build_model
 from launcher.quantization.bytes import own_tensors
 from launcher.quantization.methods import METHODS
-from launcher.serving.limits import Limits
-from launcher.serving.make import slots_of
-from launcher.serving.runner import cache_name
-from launcher.serving.values import Request, Sampling
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
 
@@ -38,9 +32,9 @@ def read_bandwidth(*, progress: Callable[[], None]) -> dict[str, Any]:
     numbers = torch.ones(_BYTES // 4, device=device)
     best = float("inf")
     for _ in range(_TIMES + 1):
-        started = _now(device)
+        started = now(device)
         numbers.sum()
-        best = min(best, _now(device) - started)
+        best = min(best, now(device) - started)
         progress()
     return {"bytes_per_s": _BYTES / best}
 
@@ -65,7 +59,7 @@ def decode(
     Args:
         model: the run's, packed.
         weights: a format, or a method to quantise by.
-        how: ``eager``, ``compiled``, ``engine``, or the peer.
+        how: one of ``WAYS``, or the peer.
         rest: format of what is not quantised.
         seed: of random weights.
         batch: sequences at a time.
@@ -96,8 +90,7 @@ def decode(
     read = weights_read(built)
     vocabulary = built.config.get_text_config().vocab_size
     ids = ((torch.arange(batch * prompt).view(batch, prompt) * 7 + 11) % vocabulary).to(device)
-    ways: dict[str, type[Eager | ByEngine]] = {"eager": Eager, "compiled": Compiled, "engine": ByEngine}
-    way = ways[how](built, batch=batch, length=prompt + tokens + 2)
+    way = WAYS[how](built, batch=batch, length=prompt + tokens + 2)
     first = 0.0
     for number in range(warmup + 1):
         timed = way.go(ids, tokens, progress)
@@ -124,78 +117,3 @@ def weights_read(model: PreTrainedModel) -> int:
                 seen.add(tensor.data_ptr())
                 total += tensor.nbytes
     return total
-
-
-class Eager:
-    """Plain forward passes with a cache that grows."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        self._model, self._step = model, model
-
-    def _cache(self) -> Any:
-        return DynamicCache(config=self._model.config)
-
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
-        """Return seconds, and the tokens chosen."""
-        device, step, cache = ids.device, self._step, self._cache()
-        chosen = []
-        with torch.inference_mode() if step is self._model else torch.no_grad():
-            started = _now(device)
-            kept: dict[str, Any] = {cache_name(self._model): cache, "use_cache": True}
-            last = self._model(ids, logits_to_keep=1, **kept).logits[:, -1:].argmax(-1)
-            read = _now(device)
-            first = read
-            for number in range(tokens + 1):
-                at = torch.full((1, 1), ids.shape[1] + number, device=device)
-                last = step(last, position_ids=at, **kept).logits[:, -1:].argmax(-1)
-                chosen.append(last)
-                if number == 0:
-                    first = _now(device)
-                progress()
-            ended = _now(device)
-        picked = torch.cat(chosen, dim=1).tolist()
-        return {"prefill_s": read - started, "first_s": first - read, "decode_s": ended - first, "chosen": picked}
-
-
-class Compiled(Eager):
-    """Single tokens go through a compiled forward pass with a cache of fixed size."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        super().__init__(model, batch=batch, length=length)
-        self._length = length
-        self._step = torch.compile(model.forward, dynamic=False)
-
-    def _cache(self) -> Any:
-        return StaticCache(config=self._model.config, max_cache_len=self._length)
-
-
-class ByEngine:
-    """The launcher's own engine, as ``job=serve`` has it."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        limits = Limits(
-            max_requests=batch, prefix_cache=False, kv_tokens=batch * (length + 64), prefill_chunk=batch * length
-        )
-        self._engine = slots_of(model, limits=limits, ends=())
-
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
-        """Return seconds, and the tokens chosen."""
-        sampling = Sampling(max_tokens=tokens + 2, ignore_end=True)
-        for number, row in enumerate(ids.tolist()):
-            self._engine.add(Request(id=str(number), prompt=tuple(row), sampling=sampling))
-        chosen: dict[str, list[int]] = {}
-        times = [_now(ids.device)]
-        while not self._engine.idle:
-            for update in self._engine.step():
-                chosen.setdefault(update.request, []).extend(token.id for token in update.tokens)
-            times.append(_now(ids.device))
-            progress()
-        picked = [chosen[key][1:] for key in sorted(chosen, key=int)]
-        started, read, first, *rest = times
-        return {"prefill_s": read - started, "first_s": first - read, "decode_s": rest[-1] - first, "chosen": picked}
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -17,17 +17,18 @@ if TYPE_CHECKING:
     from launcher.context import Context
 
 _WORKER, _BANDWIDTH = "launcher.benchmarks.decoding:decode", "launcher.benchmarks.decoding:read_bandwidth"
-HOWS = ("eager", "compiled", "engine")
+HOWS = ("eager", "compiled", "blocks", "engine")
 FORMATS = ("fp32", "bf16")
 PEER = "ctranslate2"
 USUAL = (
     "fp32/eager",
     "bf16/eager",
     "fp32/compiled",
+    "fp32/blocks",
     "int8_dynamic/eager",
-    "int8_dynamic/compiled",
+    "int8_dynamic/blocks",
     "int8_weight/eager",
-    "int8_weight/compiled",
+    "int8_weight/blocks",
     "fp32/engine",
     "bf16/engine",
     "int8_weight/engine",
@@ -46,7 +47,8 @@ class QuantizationBenchmark(Benchmark):
 
     ways: tuple[str, ...] = USUAL
     """WEIGHTS/HOW: weights are fp32, bf16 or a method of the group quantization; ``eager`` is plain forward passes with
-    a growing cache, ``compiled`` has torch.compile and a static cache, ``engine`` is what job=serve computes with."""
+    a growing cache, ``compiled`` has torch.compile and a static cache, ``blocks`` too but compiles one block for all,
+    ``engine`` is what job=serve computes with."""
 
     batch: int = 1
     """Sequences at a time."""
@@ -153,7 +155,7 @@ class QuantizationBenchmark(Benchmark):
                 f"{first.name}; {share:.0%} of what reading {case.median('read_bytes') / 1e6:.0f} MB a token allows"
             )
         for case in cases:
-            if case.name.endswith("/compiled"):
+            if case.name.endswith(("/compiled", "/blocks")):
                 started = case.samples["first_s"]
                 yield f"{case.name}: compiled in {started[0]:.1f} s, from the cache in {min(started):.1f} s"
         best = min(cases, key=lambda case: case.median("token_s"))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def sample_in_turn(
-    function: str, cases: Mapping[str, Mapping[str, Any]], *, repeats: int, context: Context
+    function: str, cases: Mapping[str, Mapping[str, Any]], *, repeats: int, context: Context, exact_peaks: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
     """Call ``function`` for each case in turn, A B A B, each time in a process of its own; return the answers by case.
 
@@ -27,13 +27,15 @@ def sample_in_turn(
         cases: arguments by name of the case.
         repeats: rounds.
         context: of this rank, which measures alone.
+        exact_peaks: as ``run_isolated`` takes it.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
     done, total, beat = 0, repeats * len(cases), context.heartbeat.beat
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(1, repeats + 1):
             for name, arguments in cases.items():
-                answer = run_isolated(function, arguments, beat=partial(beat, "measure", done, steps=total))
+                progress = partial(beat, "measure", done, steps=total)
+                answer = run_isolated(function, arguments, beat=progress, exact_peaks=exact_peaks)
                 answers[name].append(answer)
                 done += 1
                 numbers = {key: value for key, value in answer.items() if isinstance(value, int | float)}

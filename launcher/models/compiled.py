@@ -36,7 +36,7 @@ def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device)
         return
     if device.type == "cpu" and lacks_compiler(os.environ, which=shutil.which):
         raise compile_.no_compiler()
-    blocks = _blocks(module)
+    blocks = repeated_blocks(module)
     if not blocks:
         why = f"{type(module).__name__} has no blocks of the kind that Transformers repeats"
         raise ConfigError("compile", "true", why=why, fix="set compile=false")
@@ -46,11 +46,12 @@ def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device)
 
 def interpreted(module: nn.Module) -> contextlib.AbstractContextManager[object]:
     """Return a context in which blocks run uncompiled: a cache that grows by a token a call would compile each time."""
-    if any(block._compiled_call_impl is not None for block in _blocks(module)):  # noqa: SLF001
+    if any(block._compiled_call_impl is not None for block in repeated_blocks(module)):  # noqa: SLF001
         stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return stance
     return contextlib.nullcontext()
 
 
-def _blocks(module: nn.Module) -> list[nn.Module]:
+def repeated_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the blocks that Transformers repeats, in their order."""
     return [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]

@@ -46,7 +46,10 @@ class Recording:
             activities.append(ProfilerActivity.CUDA)
         self._snapshots = self._options.memory and torch.cuda.is_available()
         self._torch = profile(
-            activities=activities, record_shapes=self._options.shapes, profile_memory=self._options.memory
+            activities=activities,
+            record_shapes=self._options.shapes,
+            profile_memory=self._options.memory,
+            acc_events=True,  # there is one stretch: without, torch 2.11 warns that each replaces the one before
         )
         self._torch.prepare_trace()
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,21 @@ def test_ways_are_timed_and_the_engine_chooses_the_tokens_of_plain_passes(launch
     assert 0 < found["metrics"]["int4_weight/engine/roofline_share"] < 2
     assert "memory is read at" in made.output
     assert "best: " in made.output
+
+
+@pytest.mark.parametrize(("family", "weights"), [("llama", "fp32"), ("llama", "int8_weight"), ("gpt2", "fp32")])
+def test_blocks_share_one_compilation_and_choose_the_tokens_of_plain_passes(family: str, weights: str) -> None:
+    ended = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("decode_blocks.py")), family, weights],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert found["blocks"] == found["eager"]
+    assert len(set(found["eager"][0])) > 4, "a model that repeats itself would not show a mistake"
+    assert found["graphs"] == 1
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,9 @@ def test_every_pipeline_is_measured_beside_theory_and_one_stage(launch) -> None:
     # sleepers never wake early: three passes one after the other, forward alone or with both gradients
     assert cases["sleep_infer_2_stages_2"]["step_s"][0] >= 3 * UNIT_S
     assert cases["sleep_train_gpipe_2_stages_2"]["step_s"][0] >= 9 * UNIT_S
+    # and what they sleep counts as work: two micro-batches on two ranks, one unit forward and two backward
+    for name, units in (("sleep_train_gpipe_2_stages_2", 12), ("sleep_infer_2_stages_2", 4)):
+        assert 2 * cases[name]["step_s"][0] * (1 - facts[name]["idle"]) >= units * UNIT_S
     page = (ended.run_dir / "benchmark.md").read_text()
     assert "| sleep | train | gpipe | 2 | 2 | 33.3% | " in page
     assert "| sleep | train | zbv | 2 | 2 | 14.3% * | " in page
@@ -67,6 +70,23 @@ def test_formula_and_longest_path_agree(ranks: int, micro_batches: int) -> None:
     assert formula("gpipe", ranks=ranks, micro_batches=micro_batches, chunks=1) == expected
     order = gpipe_order(ranks, micro_batches)
     assert longest_path(order, stretches=ranks) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "ranks", "micro_batches", "chunks", "expected"),
+    [
+        ("1f1b", 4, 4, 1, 3 / 7),
+        ("interleaved_1f1b", 4, 8, 2, 3 / 19),
+        ("interleaved_1f1b", 4, 3, 2, None),
+        ("interleaved_zero_bubble", 4, 4, 2, 3 / 27),
+        ("zbv", 4, 8, 2, 3 / 51),
+        ("zbv", 4, 6, 2, None),
+    ],
+)
+def test_formulas_give_what_the_papers_do(
+    schedule: str, ranks: int, micro_batches: int, chunks: int, expected: float | None
+) -> None:
+    assert formula(schedule, ranks=ranks, micro_batches=micro_batches, chunks=chunks) == expected
 
 
 def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:

@@ -28,6 +28,8 @@ def test_ways_are_timed_and_the_engine_chooses_the_tokens_of_plain_passes(launch
     assert read["fp32/eager"] == pytest.approx(4 * (matrices + head + norms), rel=1e-4)
     assert read["fp32/eager"] - read["int4_weight/engine"] == pytest.approx(matrices * (4 - 4.75 / 8), rel=1e-3)
     assert found["metrics"]["fp32/eager/speedup"] == 1.0
+    seconds = {way: found["cases"][way]["token_s"][0] for way in WAYS}
+    assert found["metrics"]["fp32/engine/speedup"] == pytest.approx(seconds["fp32/eager"] / seconds["fp32/engine"])
     assert 0 < found["metrics"]["int4_weight/engine/roofline_share"] < 2
     assert "memory is read at" in made.output
     assert "best: " in made.output

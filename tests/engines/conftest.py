@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +50,13 @@ def run_cases(weights: dict[str, str]) -> RunCases:
         given.write_text(json.dumps({"weights": weights, "cases": with_ports}))
         shared = {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
         command = [sys.executable, str(_WORKER), str(given), str(folder)]
-        logs = [folder / f"log.{rank}" for rank in range(max(case["world"] for case in cases))]
-        ranks = []
-        for rank, log in enumerate(logs):
-            with log.open("w") as output:
-                env = {**os.environ, **shared, "RANK": str(rank)}
-                ranks.append(subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT))
-        _wait(ranks, logs)
+        log = folder / "log"
+        with log.open("w") as output:
+            env = {**os.environ, **shared}
+            ranks = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
+        code = _wait(ranks)
+        printed = "\n".join(path.read_text() for path in sorted(folder.glob("log*")))
+        assert code == 0, printed
         left = [path for case in with_ports for path in Path("/dev/shm").glob(f"*_{case['port']}_*")]
         assert not left, "shared memory outlives its run"
         return {case["name"]: json.loads((folder / f"{case['name']}.0.json").read_text()) for case in cases}
@@ -71,16 +71,11 @@ def _free_port() -> int:
         return port
 
 
-def _wait(ranks: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path]) -> None:
-    """Wait for all ranks; when one fails or time is up, end the others and show what they printed."""
-    deadline = time.monotonic() + _LIMIT_S
-    while any(rank.poll() is None for rank in ranks):
-        failed = any(rank.poll() not in (None, 0) for rank in ranks)
-        if failed or time.monotonic() > deadline:
-            for rank in ranks:
-                rank.terminate()
-                rank.wait()
-            break
-        time.sleep(0.1)
-    printed = "\n".join(log.read_text() for log in logs)
-    assert all(rank.returncode == 0 for rank in ranks), printed
+def _wait(ranks: subprocess.Popen[bytes]) -> int | str:
+    """Return the exit code; once time is up, end all of them."""
+    try:
+        return ranks.wait(_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(ranks.pid, signal.SIGKILL)
+        ranks.wait()
+        return f"not done in {_LIMIT_S} s"

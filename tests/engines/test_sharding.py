@@ -33,7 +33,13 @@ PLANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def case(name: str, family: str, world: int, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    job = {"micro_batch": 4, "accumulation": None, "global_batch": 16, **rest.pop("job", {})}
+    data_parallel = world // parallel.get("sequence", 1) // parallel.get("tensor", 1)
+    job = {
+        "micro_batch": 8 if data_parallel == 1 else 4,
+        "accumulation": None,
+        "global_batch": 16,
+        **rest.pop("job", {}),
+    }
     run = {"parallel": parallel, "job": job, **rest.pop("run", {})}
     lr = 1e-3 if family == "llama" else 3e-3  # with more the small Llama jumps, and rounding grows a thousandfold in it
     return {"name": f"{name}_{family}", "family": family, "world": world, "steps": STEPS, "run": run, "lr": lr, **rest}

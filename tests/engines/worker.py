@@ -1,24 +1,28 @@
-"""One rank of the engine tests: takes cases from a file and runs each in a child forked after the slow imports.
+"""The ranks of the engine tests: forked after the slow imports, they take cases from a file, each in another fork.
 
-    python worker.py CASES.json OUTPUT_FOLDER      with RANK, WORLD_SIZE and MASTER_ADDR set
+    python worker.py CASES.json OUTPUT_FOLDER      with MASTER_ADDR set
 
 A case is a mapping: name, port, world, steps, and what ``make_run`` overlays on its defaults; ``family: llama`` trains
 another model, ``plant`` names an error of ``plants.py``. Each rank writes ``<name>.<rank>.json``. A case takes as many
-ranks as its ``world``, from the first on.
+ranks as its ``world``, from the first on. What a rank prints is in ``log.<rank>``; when one fails the whole
+process group is killed.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib
 import json
 import os
+import signal
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -171,26 +175,59 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 
 
 def main(cases_file: str, output: str) -> None:
-    given, rank = json.loads(Path(cases_file).read_text()), int(os.environ["RANK"])
+    given = json.loads(Path(cases_file).read_text())
     kinds = {case["run"]["parallel"]["kind"] for case in given["cases"]}
     for name in (*SLOW_IMPORTS, *(DEEPSPEED_IMPORTS if "zero" in kinds else ())):  # once, before forking
         importlib.import_module(name)
+    gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
 
+    ranks = set()
+    for rank in range(max(case["world"] for case in given["cases"])):
+        child = os.fork()
+        if child == 0:
+            in_child(lambda rank=rank: take_cases(given, Path(output), rank))
+        ranks.add(child)
+    while ranks:
+        ended, status = os.wait()
+        ranks.remove(ended)
+        if status:
+            os.killpg(os.getpgrp(), signal.SIGKILL)  # the others wait for it, in children of their own
+
+
+def take_cases(given: dict[str, Any], output: Path, rank: int) -> None:
+    """Be a rank: one case after the other, each in a child."""
+    log = os.open(output / f"log.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
     for case in given["cases"]:
         if rank >= case["world"]:
             continue
         child = os.fork()
         if child == 0:
-            os.environ |= {"MASTER_PORT": str(case["port"]), "WORLD_SIZE": str(case["world"])}
-            os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(case["world"])}
-            answer = run_case(case, given["weights"], Path(output), rank)
-            (Path(output) / f"{case['name']}.{rank}.json").write_text(json.dumps(answer))
-            sys.stdout.flush()
-            os._exit(0)
+            in_child(lambda case=case: answer_case(case, given["weights"], output, rank))
         _, status = os.waitpid(child, 0)
         if status:
-            print(f"case {case['name']} failed on rank {rank}", file=sys.stderr)
-            sys.exit(1)
+            raise SystemExit(f"case {case['name']} failed on rank {rank}")
+
+
+def answer_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "MASTER_PORT": str(case["port"]), "WORLD_SIZE": str(case["world"])}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_SIZE": str(case["world"])}
+    answer = run_case(case, weights, output, rank)
+    (output / f"{case['name']}.{rank}.json").write_text(json.dumps(answer))
+
+
+def in_child(do: Callable[[], None]) -> NoReturn:
+    """End the forked process with what ``do`` comes to, and with nothing that its parent would do at its end."""
+    code = 0
+    try:
+        do()
+    except BaseException:  # noqa: BLE001
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

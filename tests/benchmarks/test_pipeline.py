@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 
@@ -58,6 +59,28 @@ def test_every_pipeline_is_measured_beside_theory_and_one_stage(launch) -> None:
     metrics = json.loads((ended.run_dir / "result.json").read_text())["metrics"]
     assert metrics["benchmark/sleep_train_gpipe_2_stages_2/idle"] == facts["sleep_train_gpipe_2_stages_2"]["idle"]
     assert metrics["train/step"] == len(CASES)
+
+
+def test_passes_count_as_work_and_waiting_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from torch.distributed.pipelining import PipelineStage
+
+    from launcher.benchmarks.stages import BusyMeter
+
+    class Sleeper(torch.nn.Module):
+        def forward(self) -> None:
+            time.sleep(UNIT_S)
+
+    backward = ("backward_one_chunk", "backward_weight_one_chunk")
+    for name in backward:
+        monkeypatch.setattr(PipelineStage, name, lambda *_: time.sleep(2 * UNIT_S))
+    stretch, started = Sleeper(), time.perf_counter()
+    meter = BusyMeter([stretch], device=torch.device("cpu"))
+    stretch()
+    time.sleep(10 * UNIT_S)
+    for name in backward:
+        getattr(PipelineStage, name)()
+    assert 5 * UNIT_S <= meter.busy_s <= time.perf_counter() - started - 10 * UNIT_S
 
 
 def gpipe_order(ranks: int, micro_batches: int) -> dict[int, list[tuple[int, str, int]]]:

@@ -30,6 +30,8 @@ pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "LAUNCHER_TEST_MARK"
+_INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+"""Signals that a process passes on ignored to those it starts, where it ignores them."""
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 
@@ -49,9 +51,6 @@ def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         for number in _INHERITED:  # a shell ignores them for what it starts in the background
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         yield
-
-
-_INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 
 
 @pytest.fixture(autouse=True)

@@ -72,10 +72,12 @@ def _free_port() -> int:
 
 
 def _wait(ranks: subprocess.Popen[bytes]) -> int | str:
-    """Return the exit code; once time is up, end all of them."""
+    """Return the exit code; once time is up, or when the tests are interrupted, end all of them."""
     try:
         return ranks.wait(_LIMIT_S)
     except subprocess.TimeoutExpired:
-        os.killpg(ranks.pid, signal.SIGKILL)
-        ranks.wait()
         return f"not done in {_LIMIT_S} s"
+    finally:
+        if ranks.poll() is None:
+            os.killpg(ranks.pid, signal.SIGKILL)
+            ranks.wait()

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from launcher.__main__ import main
 from launcher.compose import compose
 from launcher.facts import Facts
 from launcher.ops.folder import ops_folder
@@ -133,6 +134,27 @@ def launch(tmp_path: Path) -> Launch:
         kill_marked(mark)
         assert not left, f"processes left behind: {left}"
         return Launched(process.returncode, stdout, stderr, cwd, seconds)
+
+    return start
+
+
+@pytest.fixture
+def launch_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Launch:
+    """Run the command line in this process, in ``tmp_path``: for commands that start no process of their own.
+
+    A process costs a second of imports. ``env`` is added to the environment.
+    """
+
+    def start(*arguments: str, env: Mapping[str, str] | None = None) -> Launched:
+        started = time.monotonic()
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            code = main(arguments)
+        printed = capsys.readouterr()
+        return Launched(code, printed.out, printed.err, tmp_path, time.monotonic() - started)
 
     return start
 

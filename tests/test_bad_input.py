@@ -1,4 +1,4 @@
-"""What a user can do wrong, through the real command: one message, exit code 2, nothing started, nothing written."""
+"""What a user can do wrong, through the whole command line: one message, exit code 2, nothing started, nothing written."""
 
 import socket
 from pathlib import Path
@@ -10,10 +10,10 @@ from launcher.files import write_json
 
 
 @pytest.fixture
-def refused(launch, tmp_path):
+def refused(launch_in_process, tmp_path):
     def check(*words, **options):
         before = set(tmp_path.rglob("*"))
-        ended = launch(*words, **options).expect(2)
+        ended = launch_in_process(*words, **options).expect(2)
         assert "Traceback" not in ended.output
         assert ended.stdout == ""
         assert set(tmp_path.rglob("*")) == before, "something was written"
@@ -96,7 +96,7 @@ def test_a_folder_that_is_not_writable(refused):
     assert "run.root" in refused("run.root=/proc/sys/kernel")
 
 
-def test_a_checkpoint_of_another_model(refused, launch, tmp_path):
+def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
     folder = tmp_path / "old" / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
     manifest = {
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_another_model(refused, launch, tmp_path):
     manifest["architecture"]["layers"] = 4
     write_json(folder / "manifest.json", manifest)
     assert "step 10" in refused("checkpoint.resume=old", "job.steps=10")
-    launch("checkpoint.resume=old", "dry_run=true").expect(0)
+    launch_in_process("checkpoint.resume=old", "dry_run=true").expect(0)
 
 
 def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(launch, tmp_path):
@@ -125,9 +125,9 @@ def test_a_dry_run_writes_nothing_and_imports_nothing_heavy(launch, tmp_path):
     assert set(tmp_path.iterdir()) == before
 
 
-def test_help_teaches(launch):
-    said = launch("--help").expect(0).stdout
+def test_help_teaches(launch_in_process):
+    said = launch_in_process("--help").expect(0).stdout
     assert "+exp=zero3_gpt2xl dry_run=true" in said
     for verb in VERBS:
         assert verb in said
-        assert "launch" in launch(verb, "--help").expect(0).stdout
+        assert "launch" in launch_in_process(verb, "--help").expect(0).stdout

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 NATIVE = "py-spy dump --native:"
 """Line after which C frames follow too, where py-spy is installed."""
@@ -13,6 +14,7 @@ _THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call f
 _DUMPED = re.compile(r' *File "(.+)", line (\d+) in (.+)')
 _TRACED = re.compile(r' *File "(.+)", line (\d+), in (.+)')
 
+_PACKAGE = Path(__file__).resolve().parent.parent
 _LIBRARY = re.compile(r"^<|/(site|dist)-packages/(?!launcher/)|/lib\d*/python3\.\d+/(?!(site|dist)-packages/launcher/)")
 _COLLECTIVES = re.compile(r"/(torch/distributed/(distributed_c10d|_functional_collectives)|deepspeed/comm/\w+)\.py$")
 _WRAPPERS = ("wrapper", "log_wrapper")
@@ -67,8 +69,19 @@ class _Frame:
         return self.function if is_public and _COLLECTIVES.search(self.file) else ""
 
     def __str__(self) -> str:
-        _, package, inside = self.file.rpartition("/launcher/")
-        return f"{f'launcher/{inside}' if package else self.file.rpartition('/')[2]}:{self.line} in {self.function}"
+        return f"{_shown_path(self.file)}:{self.line} in {self.function}"
+
+
+def _shown_path(file: str) -> str:
+    """Return ``launcher/…`` for a module of this package and the bare name for any other file.
+
+    The folder's name decides nothing: a clone, or a user's own folder, may be named ``launcher`` too. The package may
+    lie elsewhere on the rank's host, so the module is looked up in the copy at hand.
+    """
+    _, separator, inside = file.rpartition("/launcher/")
+    if separator and (_PACKAGE / inside).is_file():
+        return f"launcher/{inside}"
+    return file.rpartition("/")[2]
 
 
 def read_dump(text: str, *, is_stopped: bool = False) -> Stack:

@@ -33,7 +33,10 @@ LOOP = ("/src/launcher/training/loop.py", 88, "train_step")
     [
         ([LOOP], "launcher/training/loop.py:88 in train_step", ""),
         ([("/me/train.py", 41, "read_batch"), ("/me/train.py", 90, "main")], "train.py:41 in read_batch", ""),
-        ([(f"{SITE}/launcher/a.py", 1, "f"), LOOP], "launcher/a.py:1 in f", ""),  # installed, not a checkout
+        ([(f"{SITE}/launcher/rank.py", 1, "f"), LOOP], "launcher/rank.py:1 in f", ""),  # installed, not a checkout
+        ([("/src/launcher/launcher/rank.py", 1, "f"), LOOP], "launcher/rank.py:1 in f", ""),  # a clone of that name
+        ([("/src/launcher/tests/worker.py", 1, "f"), LOOP], "worker.py:1 in f", ""),  # beside the package in that clone
+        ([("/home/me/launcher/my_loss.py", 1, "f"), LOOP], "my_loss.py:1 in f", ""),  # a user's own folder
         ([(f"{STDLIB}/ssl.py", 1, "read"), (f"{SITE}/x/y.py", 2, "z"), ("/me/t.py", 3, "f")], "t.py:3 in f", ""),
         ([(C10D, 2, "all_reduce"), WRAPPED, ("/me/t.py", 3, "f")], "t.py:3 in f", "all_reduce"),
         # of one collective made of others, the one that was called

@@ -1,4 +1,4 @@
-"""What a user can do wrong, through the whole command line: one message, exit code 2, nothing started, nothing written."""
+"""What a user can do wrong, through the whole command line: one message, exit code 2, nothing started or written."""
 
 import socket
 from pathlib import Path

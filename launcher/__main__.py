@@ -50,8 +50,8 @@ overrides (Hydra's grammar)
   --config-dir DIR  a folder of your own options and experiments beside the shipped ones
 
 A run writes runs/<name>/<time>-<letters>/: run.yaml, plan.json, metrics.jsonl, logs, checkpoints, result.json.
-Exit codes: 0 done, 2 your mistake and nothing started, 69 a host is not fit for the run, 75 preempted, 124 stalled,
-else the first failing rank's own code, 128+n for signal n.
+Exit codes: 0 done, 2 your mistake and nothing started, 65 data or weights found bad after the start, 69 a host is not
+fit for the run, 75 preempted, 124 stalled, else the first failing rank's own code, 128+n for signal n.
 """
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.backends.base import Backend
-from launcher.errors import EXIT_USER_ERROR, ConfigError
+from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError
 from launcher.files import write_atomic, write_json
 from launcher.plan import Host
 from launcher.ports import free_port
@@ -60,8 +60,8 @@ def _on_another_port(prepared: Prepared) -> Prepared:
 
 
 def _may_be_restarted(outcome: Outcome) -> bool:
-    """A run that the user's own mistake ended would only make it again."""
-    return outcome.status == "failed" and outcome.exit_code != EXIT_USER_ERROR
+    """Return whether another attempt can end otherwise: bad options, data, weights and hosts stay as they are."""
+    return outcome.status == "failed" and outcome.exit_code not in (EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT)
 
 
 def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: int) -> Prepared | None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from launcher.errors import EXIT_USER_ERROR, EnvironmentProblem, LauncherError
+from launcher.errors import EnvironmentProblem, LauncherError, exit_code_of_rank
 from launcher.files import read_json
 from launcher.ops.folder import ops_folder
 from launcher.plan import Command, HostPlan, Plan, plan_from_json
@@ -36,7 +36,7 @@ def main() -> None:
         env, host, link = _arrive(run_dir, os.environ)
     except LauncherError as problem:
         print(problem, file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(exit_code_of_rank(problem))
     enter_rank(partial(_work, prepare=host.prepare), env, board=link)
 
 

@@ -6,6 +6,9 @@ LauncherError                 printed as a message, without a traceback
 ├── EnvironmentProblem        this machine lacks something the run needs; exit 2, nothing started
 ├── Unfit                     a host of the run is not fit for it; exit 69, nothing started
 └── JobError                  a rank found a reason to end the run (a non-finite loss, a bad checkpoint)
+
+Exit code 2 means that nothing was started. The same errors raised on a rank end it with the code that
+:func:`exit_code_of_rank` returns: 65 for data or weights that only a rank can find bad, 69 for what its host lacks.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 EXIT_USER_ERROR = 2
+EXIT_BAD_INPUT = 65
+"""Of a rank that found data, weights or an option bad: a restart would fail the same way (EX_DATAERR)."""
 EXIT_UNFIT = 69
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 124
@@ -69,4 +74,22 @@ class Unfit(LauncherError):
 
 
 class JobError(LauncherError):
-    """A rank ends the run for a reason the user can act on."""
+    """A rank ends the run for a reason the user can act on.
+
+    Args:
+        message: what the user reads.
+        exit_code: of the rank; another process's own where the rank passes on how that one ended.
+    """
+
+    def __init__(self, message: str, *, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+def exit_code_of_rank(error: LauncherError) -> int:
+    """Return the exit code of a process of a started run that ``error`` ends; never 2."""
+    if isinstance(error, ConfigError):
+        return EXIT_BAD_INPUT
+    if isinstance(error, JobError):
+        return error.exit_code
+    return EXIT_UNFIT

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from launcher.errors import EXIT_USER_ERROR, LauncherError
+from launcher.errors import LauncherError, exit_code_of_rank
 from launcher.supervise.entry import enter_rank
 from launcher.supervise.heartbeat import Heartbeat
 from launcher.supervise.rank_env import RankEnv, read_rank_env
@@ -18,7 +18,7 @@ def main() -> None:
         env = read_rank_env(Path(sys.argv[1]), os.environ)
     except LauncherError as problem:
         print(problem, file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        sys.exit(exit_code_of_rank(problem))
     enter_rank(run_job, env)
 
 

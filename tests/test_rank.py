@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
+from launcher.attempts import _may_be_restarted
 from launcher.compose import compose
+from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, JobError, Unfit, exit_code_of_rank
 from launcher.files import read_json
 from launcher.snapshot import dump_run
+from launcher.supervise.outcome import Outcome
 
 
 @pytest.fixture
@@ -25,17 +28,37 @@ def start_rank(tmp_path):
 
 def test_without_its_environment_it_says_how_it_is_started(start_rank):
     ended = start_rank()
-    assert ended.returncode == 2
+    assert ended.returncode == 69
     assert "ranks are started by `python -m launcher`" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
 def test_a_snapshot_that_changed_is_refused(start_rank, tmp_path):
     ended = start_rank(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LAUNCHER_HOST="box", LAUNCHER_RUN_HASH="0" * 64)
-    assert ended.returncode == 2
+    assert ended.returncode == 65
     assert ended.stdout == ended.stderr == ""
     log = (tmp_path / "logs" / "box.0.log").read_text()
     assert "it changed after the plan was made" in log
     assert "Traceback" not in log
     record = read_json(tmp_path / "logs" / "failure.rank0.json")
-    assert (record["rank"], record["host"], record["code"]) == (0, "box", 2)
+    assert (record["rank"], record["host"], record["code"]) == (0, "box", 65)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("data.path", "x", why="is not text", fix="give text"), 65),
+        (ConfigErrors([ConfigError("data.path", "x", why="is not text", fix="give text")]), 65),
+        (EnvironmentProblem("no network"), 69),
+        (Unfit("no GPU"), 69),
+        (JobError("loss is nan"), 1),
+        (JobError("see above", exit_code=65), 65),
+    ],
+)
+def test_a_rank_never_ends_with_the_code_that_means_nothing_was_started(error, code):
+    assert exit_code_of_rank(error) == code
+
+
+@pytest.mark.parametrize(("code", "is_restarted"), [(1, True), (137, True), (2, False), (65, False), (69, False)])
+def test_a_run_is_not_restarted_to_fail_the_same_way(code, is_restarted):
+    assert _may_be_restarted(Outcome(status="failed", exit_code=code)) == is_restarted

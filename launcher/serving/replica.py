@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import LauncherError
+from launcher.errors import LauncherError, exit_code_of_rank
 from launcher.rundir import RunDir
 from launcher.serving.drive import drive
 from launcher.serving.link import EngineLink, Gone
@@ -57,8 +57,8 @@ def main(run_dir: RunDir, link: EngineLink) -> int:
         return 0  # the front is ending, or was ended: nobody waits for an answer
     except LauncherError as problem:
         print(problem, file=sys.stderr, flush=True)
-        link.send({"kind": "failed", "why": str(problem), "code": problem.exit_code})
-        return problem.exit_code
+        link.send({"kind": "failed", "why": str(problem), "code": exit_code_of_rank(problem)})
+        return exit_code_of_rank(problem)
     return 0
 
 

@@ -11,7 +11,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, EnvironmentProblem, JobError
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, JobError
 from launcher.serving.drive import drive
 from launcher.serving.link import EngineLink, Gone
 
@@ -69,14 +69,13 @@ class _Child:
 
         Raises:
             SystemExit: it asks to be started again.
-            EnvironmentProblem: the user can mend what is wrong; the log has its words.
-            JobError: it failed.
+            JobError: it failed, with its exit code where that says what is bad (65, 69).
         """
         self.link.close()
         code = self._process.wait()
         if code == EXIT_PREEMPTED:
             sys.exit(code)
-        if code == EXIT_USER_ERROR:
-            raise EnvironmentProblem("the server could not begin; its words are above")
+        if code in (EXIT_BAD_INPUT, EXIT_UNFIT):
+            raise JobError("the server could not start: see its error above", exit_code=code)
         if code:
             raise JobError(f"the process that speaks HTTP ended with exit code {code}; its words are above")

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
-from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
+from launcher.errors import EXIT_PREEMPTED, LauncherError, exit_code_of_rank
 from launcher.files import write_json
 from launcher.supervise.board import BoardLink
 from launcher.supervise.guard import guard_rank
@@ -78,8 +78,7 @@ def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
         return _write_down(ending, env, code=1)
     except LauncherError as error:
         _say(str(error))
-        is_users = isinstance(error, ConfigError | EnvironmentProblem)
-        return _write_down(error, env, code=EXIT_USER_ERROR if is_users else 1)
+        return _write_down(error, env, code=exit_code_of_rank(error))
     except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
         _say("".join(_traceback(error)).rstrip())
         return _write_down(error, env, code=1)

@@ -16,7 +16,8 @@ DEEDS = [
     ("segfault", 139, "was ended by signal 11 (SIGSEGV)"),
     ("value_error", 1, "failed: ValueError: a planted mistake, grüße"),
     ("job_error", 1, "failed: loss is nan at step 7 on rank 0"),
-    ("config_error", 2, "its hash differs"),
+    ("config_error", 65, "its hash differs"),
+    ("environment_problem", 69, "the weights cannot be fetched"),
 ]
 OTHERS = {
     "well": {"do": "some_steps"},

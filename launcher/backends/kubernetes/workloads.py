@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from launcher.backends.kubernetes.names import REPLICATED_JOB, Workload
 from launcher.backends.kubernetes.pods import Manifest, Submission, pod_spec
-from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
 
 if TYPE_CHECKING:
     from launcher.backends.kubernetes.backend import Kubernetes
@@ -157,7 +157,7 @@ def _job_spec(submission: Submission, *, container: str, subdomain: str | None =
         "podReplacementPolicy": "Failed",  # never two pods of one index
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR]}},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT]}},
                 {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_PREEMPTED]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]

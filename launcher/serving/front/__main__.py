@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.errors import ConfigError, EnvironmentProblem, LauncherError
+from launcher.errors import LauncherError, exit_code_of_rank
 from launcher.open_files import room_for_files
 from launcher.rundir import RunDir
 from launcher.serving.front.main import Front
@@ -42,7 +42,7 @@ def main(run_dir: RunDir, connection: socket.socket) -> int:
             return asyncio.run(front())
     except LauncherError as problem:
         print(problem, file=sys.stderr, flush=True)
-        return problem.exit_code if isinstance(problem, ConfigError | EnvironmentProblem) else 1
+        return exit_code_of_rank(problem)
 
 
 if __name__ == "__main__":

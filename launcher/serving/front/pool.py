@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from functools import reduce
 
-from launcher.errors import EXIT_USER_ERROR, EnvironmentProblem, JobError
+from launcher.errors import JobError
 from launcher.serving.front.flight import Draining, Failed, Flight, TooLate
 from launcher.serving.front.remote import Remote
 from launcher.serving.values import Stats
@@ -172,8 +172,8 @@ class Pool:
         if self.broken.done():
             return
         said = engine.failure["why"] if engine.failure else f"engine {engine.number} could not be started: {why}"
-        is_users = engine.failure is not None and engine.failure["code"] == EXIT_USER_ERROR
-        self.broken.set_exception(EnvironmentProblem(said) if is_users else JobError(said))
+        code = int(engine.failure["code"]) if engine.failure else 1
+        self.broken.set_exception(JobError(said, exit_code=code))
 
     async def _look(self) -> None:
         """Notice engines that do nothing, and requests whose time is up though no engine says so."""

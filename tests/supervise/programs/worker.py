@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from launcher.errors import ConfigError, JobError
+from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.supervise.entry import enter_rank
 from launcher.supervise.rank_env import read_rank_env
 
@@ -155,6 +155,10 @@ def job_error(env, heartbeat):
 
 def config_error(env, heartbeat):
     raise ConfigError("run.yaml", why="its hash differs", fix="start the run again")
+
+
+def environment_problem(env, heartbeat):
+    raise EnvironmentProblem("the weights cannot be fetched")
 
 
 def exit_3(env, heartbeat):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from launcher.errors import ConfigError, LauncherError
+from launcher.secrecy import hide_secrets
 from launcher.suggest import did_you_mean
 
 VERBS = {
@@ -61,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except LauncherError as error:
-        print(f"error: {error}".replace("\n", "\nerror: "), file=sys.stderr)
+        print(f"error: {hide_secrets(str(error))}".replace("\n", "\nerror: "), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while a run lasts, its session takes it
         print("interrupted: nothing is running", file=sys.stderr)

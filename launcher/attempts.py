@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from launcher.ports import free_port
 from launcher.prepare import Prepared, replan
 from launcher.results import write_result
 from launcher.schema import to_tree
+from launcher.secrecy import redact
 from launcher.supervise.conclude import conclude, last_words
 from launcher.supervise.outcome import Outcome
 
@@ -69,7 +71,7 @@ def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: 
     directory = prepared.directory
     print(last_words(outcome, directory), flush=True)
     if outcome.failure is not None:
-        write_json(directory.failure, outcome.failure.tree())
+        write_json(directory.failure, redact(outcome.failure.tree(), os.environ))
         directory.failure.replace(directory.path / f"failure.before_restart_{backend.restarts - left}.json")
     time.sleep(_PAUSE_S)
     hosts, port = _answering(prepared, backend)

@@ -6,14 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from launcher import env, numerics
 from launcher.benchmarks.base import Benchmark
-from launcher.config import Run
+from launcher.config import Run, run_to_tree
 from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
 from launcher.jobs.quantize import Quantize
 from launcher.plan import Host
+from launcher.secrecy import is_secret_value
 from launcher.topology import first_ranks
+from launcher.wording import flat
 
 
 def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -29,12 +31,22 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from _refuse_vocabulary(run)
     yield from _refuse_too_many_ranks(hosts)
     yield from _refuse_uneven_hosts(run, hosts)
-    yield from env.refusals(run.backend.env)
+    yield from env.refusals(run.backend.env, forward=getattr(run.backend, "forward", None))
+    yield from _refuse_secrets(run)
     yield from _refuse_unknown_ranks(run, hosts)
     yield from run.backend.refusals(hosts)
     yield from _refuse_quantization(run)
     yield from run.job.refusals(run, world_size=world_size)
     yield from _refuse_profile(run, world_size)
+
+
+def _refuse_secrets(run: Run) -> Iterator[ConfigError]:
+    """Refuse secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
+    for option, value in flat(run_to_tree(run)):
+        if not option.startswith("backend.env.") and is_secret_value(value):
+            why = "holds a secret (a password in an address, a token or a key), and run.yaml is written to disk"
+            fix = "leave the secret out; export it in your shell under the name that the library reads (HF_TOKEN, …)"
+            yield ConfigError(option, why=why, fix=fix)
 
 
 def _refuse_profile(run: Run, world_size: int) -> Iterator[ConfigError]:

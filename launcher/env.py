@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.agents import device_words
 from launcher.config import Run
 from launcher.errors import ConfigError
+from launcher.forward import DEFAULT_GLOBS, names
 from launcher.plan import Host, Identity
-from launcher.secrecy import is_secret_name
+from launcher.secrecy import is_secret
 
 _OURS = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
 
@@ -70,11 +71,18 @@ def threads(run: Run, host: Host) -> int:
     return max(1, host.cores // host.slots) if run.backend.threads == "auto" else run.backend.threads
 
 
-def refusals(env: Mapping[str, str]) -> Iterator[ConfigError]:
-    """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set."""
-    for name in env:
-        if is_secret_name(name):
+def refusals(env: Mapping[str, str], *, forward: Sequence[str] | None = None) -> Iterator[ConfigError]:
+    """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set.
+
+    Args:
+        env: the variables.
+        forward: globs of ``backend.forward``, where the backend has other hosts than this machine.
+    """
+    for name, value in env.items():
+        if is_secret(name, value):
             fix = f"leave it out and `export {name}=…` in your shell: ranks inherit it, and nothing writes it down"
+            if forward is not None and not names({name: value}, (*DEFAULT_GLOBS, *forward)):
+                fix += f"; add backend.forward=[{','.join((*forward, name))}], which sends it to the hosts"
             yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)
         elif name in _OURS or name.startswith("LAUNCHER_"):
             fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"

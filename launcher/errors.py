@@ -15,6 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.secrecy import hide_secrets
+
 EXIT_USER_ERROR = 2
 EXIT_BAD_INPUT = 65
 """Of a rank that found data, weights or an option bad: a restart would fail the same way (EX_DATAERR)."""
@@ -47,7 +49,7 @@ class ConfigError(LauncherError):
     def __str__(self) -> str:
         shown = self.option if self.value is None else f"{self.option}={self.value}"
         origin = f" ({self.source})" if self.source else ""
-        return f"{shown}{origin}: {self.why}; {self.fix}"
+        return hide_secrets(f"{shown}{origin}: {self.why}; {self.fix}")
 
 
 class ConfigErrors(ConfigError):

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from launcher.backends.on_hosts import OnHosts
 from launcher.errors import ConfigError
-from launcher.secrecy import is_secret_name
+from launcher.secrecy import is_secret
 
 if TYPE_CHECKING:
     from launcher.plan import Command, Host, HostPlan, Identity, Plan
@@ -113,7 +113,7 @@ class Deepspeed(OnHosts):
         ]
         lines.append("# board/start.json in the run directory: folder and environment for the ranks, without secrets")
         if plan.forward:
-            lines.append(f"# forwarded: {' '.join(name for name in plan.forward if not is_secret_name(name))}")
+            lines.append(f"# forwarded: {' '.join(name for name in plan.forward if not _is_secret(name))}")
         if kept := _kept_back(plan):
             lines.append(f"# {kept}")
         return "\n".join(lines) + "\n"
@@ -213,8 +213,12 @@ def _hostfile_of(plan: Plan) -> str:
 
 def _kept_back(plan: Plan) -> str:
     """Return what to say of secrets that ranks will miss; the W&B key is used here, where the tracker runs."""
-    secrets = [name for name in plan.forward if is_secret_name(name) and not name.startswith("WANDB_")]
+    secrets = [name for name in plan.forward if _is_secret(name) and not name.startswith("WANDB_")]
     if not secrets:
         return ""
     way = "deepspeed can only send them in command lines. Log in on the hosts (hf auth login), or set backend=ssh"
     return f"{', '.join(secrets)} will not reach the hosts: {way}"
+
+
+def _is_secret(name: str) -> bool:
+    return is_secret(name, os.environ.get(name, ""))

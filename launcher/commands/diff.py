@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 
 from launcher.commandline import CommandLine, parse_command_line
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.secrecy import redact
 from launcher.subject import resolved_tree
 from launcher.table import table
 from launcher.wording import flat
@@ -53,7 +55,7 @@ def _both(line: CommandLine) -> list[dict[str, str]]:
     mistakes: list[ConfigError] = []
     for word in line.words:
         try:
-            sides.append(dict(flat(resolved_tree(word, config_dir=line.config_dir))))
+            sides.append(dict(flat(redact(resolved_tree(word, config_dir=line.config_dir), os.environ))))
         except ConfigErrors as several:
             mistakes += several.errors
         except ConfigError as error:

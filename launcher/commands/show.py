@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Sequence
 
 import yaml
 
 from launcher.commandline import parse_command_line
+from launcher.secrecy import redact
 from launcher.subject import resolved_tree
 
 HELP = """\
@@ -27,7 +29,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0 if line.help else 2
     subject = line.words[0] if len(line.words) == 1 else shlex.join(line.words)
-    tree = resolved_tree(subject, config_dir=line.config_dir)
+    tree = redact(resolved_tree(subject, config_dir=line.config_dir), os.environ)
     if line.json:
         print(json.dumps(tree, indent=2, ensure_ascii=False))
     else:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Union
 
+from launcher.secrecy import hide_secrets
+
 _VOID = frozenset({"img", "meta"})
 
 
@@ -45,7 +47,7 @@ def _text(content: Content) -> str:
     if content is None or isinstance(content, Html):
         return content or ""
     if isinstance(content, str):
-        return html.escape(content)
+        return html.escape(hide_secrets(content))
     return together(*content)
 
 

@@ -29,7 +29,7 @@ from launcher.report.parts import (
 from launcher.report.profiles import profiles_of
 from launcher.report.sweeps import Sweep, trials_of
 from launcher.runs import RunState, look
-from launcher.trackers.redact import redact
+from launcher.secrecy import redact
 from launcher.wording import flat
 
 _COMPARED = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
@@ -114,7 +114,7 @@ def _options(state: RunState) -> dict[str, str]:
         tree = yaml.safe_load(state.run_dir.snapshot.read_bytes())
     except (OSError, yaml.YAMLError):
         return {}
-    options = dict(flat(tree)) if isinstance(tree, dict) else {}
+    options = dict(flat(redact(tree, os.environ))) if isinstance(tree, dict) else {}
     return {key: value for key, value in options.items() if not key.startswith("run.")}
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 
 from launcher.files import write_atomic, write_json
 from launcher.results import write_result
 from launcher.rundir import RunDir
+from launcher.secrecy import redact
 from launcher.supervise.failure import Failure, Progress, Victim, name_of_signal
 from launcher.supervise.outcome import Outcome
 
@@ -22,7 +24,7 @@ def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
     if outcome.status == "submitted":
         return
     if outcome.failure is not None:
-        write_json(run_dir.failure, outcome.failure.tree())
+        write_json(run_dir.failure, redact(outcome.failure.tree(), os.environ))
         _write_stacks(outcome.failure, run_dir)
     write_result(run_dir, status=outcome.status, exit_code=outcome.exit_code, run_id=run_id)
     text = last_words(outcome, run_dir)
@@ -39,7 +41,7 @@ def forget_last_end(run_dir: RunDir) -> None:
 def last_words(outcome: Outcome, run_dir: RunDir) -> str:
     """Return what the user reads last; nothing after a run that went well."""
     if outcome.failure is not None:
-        return _block(outcome.failure)
+        return str(redact(_block(outcome.failure), os.environ))
     if outcome.status == "cancelled":
         return f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
     if outcome.status == "preempted":

@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from launcher.secrecy import hide_secrets
 from launcher.supervise.failure import ended_how, name_of_signal
 from launcher.supervise.messages import (
     AgentSignalled,
@@ -31,7 +32,7 @@ class Timeline:
 
     def note(self, host: str, what: str) -> None:
         """Write an event down; a full disk must not end the run."""
-        line = json.dumps({"time": round(time.time(), 3), "host": host, "what": what}, ensure_ascii=False)
+        line = json.dumps({"time": round(time.time(), 3), "host": host, "what": hide_secrets(what)}, ensure_ascii=False)
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 

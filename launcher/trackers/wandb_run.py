@@ -17,7 +17,7 @@ from launcher.measurements import read_measurements
 from launcher.plan import Plan
 from launcher.results import fold_metrics
 from launcher.rundir import RunDir
-from launcher.trackers.redact import redact
+from launcher.secrecy import redact
 from launcher.trackers.revision import find_revision
 from launcher.trackers.wandb_key import find_credentials
 

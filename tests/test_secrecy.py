@@ -1,0 +1,179 @@
+"""What counts as a secret, and that none is stored or shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher import env
+from launcher.config import KINDS, component_class
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.plan import Plan
+from launcher.report.markup import verbatim
+from launcher.rundir import RunDir
+from launcher.secrecy import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
+from launcher.supervise.conclude import conclude
+from launcher.supervise.failure import Failure
+from launcher.supervise.outcome import Outcome
+
+ENVIRON = {"HF_TOKEN": "hf_abcdefgh", "MY_PASSWORD": "hunter2hunter2", "API_KEY": "1", "HOME": "/home/user"}
+
+SECRET_NAMES = (
+    *("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DBPASSWORD", "client_secret"),
+    *("HTTP_AUTH", "MY_CREDENTIALS", "GITHUB_PAT", "HFTOKEN", "SSH_PASSPHRASE", "SSHPASS", "SENTRY_DSN", "DB_PWD"),
+    *("S3_ACCESSKEY", "NPM_AUTHTOKEN", "API_TOKENS", "LAUNCHER_API_KEYS", "accountKey", "SLACK_WEBHOOK_URL"),
+    *("AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_APIKEY", "ghToken", "MY_JWT"),
+)
+HARMLESS_NAMES = (
+    *("TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "max_tokens", "job.max_tokens", "KEYBOARD", "MONKEY", "HF_HOME"),
+    *("SSH_AUTH_SOCK", "HF_TOKEN_PATH", "BYPASS", "COMPASS", "PATH", "PATTERN", "HOTKEY", "AUTHOR", "XAUTHORITY"),
+    *("MAX_TOKENS", "TOKENIZER", "PASSIVE", "DISPATCH", "num_key_value_heads", "NCCL_DEBUG", "MASTER_ADDR"),
+)
+SECRET_VALUES = (
+    "http://user:hunter2@proxy:3128",
+    "postgres://u:hunter2@x@db/main",
+    "http://u:hunter2/x@proxy",
+    "https://hunter2a1b2c3d4e5f60718@o1.ingest.sentry.io/2",
+    "https://bucket/x?X-Amz-Signature=hunter2&a=1",
+    "https://hooks.slack.com/services/T1/B2/hunter2hunter2",
+    "Authorization: Bearer hunter2hunter2hunter2",
+    "ghp_hunter2hunter2hunter2hunter2",
+    "github_pat_hunter2hunter2hunter2",
+    "glpat-hunter2hunter2hunter2",
+    "hf_hunter2hunter2hunter2",
+    "sk-hunter2hunter2hunter2",
+    "sk-proj-hunter2_hunter2",
+    "xoxb-hunter2hunter2",
+    "AKIAHUNTER2HUNTER2AB",
+    "eyJhdW50ZXIyaHVudGVy.eyJodW50ZXIyIjoxfQ.hunter2",
+    "-----BEGIN OPENSSH PRIVATE KEY-----\nhunter2\n-----END OPENSSH PRIVATE KEY-----",
+)
+HARMLESS_VALUES = (
+    *("http://host:8080/path@v1", "ssh://user@node:22", "ssh://root@[::1]:22", "registry:5000/image@sha256:abcd"),
+    *("hf_transfer", "sk-learn", "task-abcdefghijklmnopqrstuvwxyz", "git@github.com:a/b.git", "key=value"),
+    *("https://huggingface.co/org/model@main", "job.api_keys_file=/x", "job.max_tokens=5", "s3://bucket/day=1/x"),
+)
+
+
+@pytest.mark.parametrize("name", SECRET_NAMES)
+def test_a_secret_is_known_by_its_name(name: str) -> None:
+    assert is_secret_name(name)
+    assert hide_secrets(f"backend.env={{{name}: x}}") == f"backend.env={{{name}: {HIDDEN}}}"
+    assert redact({"env": {name: "x"}}, {}) == {"env": {name: HIDDEN}}
+
+
+@pytest.mark.parametrize("name", HARMLESS_NAMES)
+def test_a_name_like_a_secret_is_none(name: str) -> None:
+    assert not is_secret(name, "1")
+
+
+def test_no_option_of_ours_has_the_name_of_a_secret() -> None:
+    classes = [component_class(group, kind) for group, kinds in KINDS.items() for kind in kinds]
+    names = {field.name for field in itertools.chain.from_iterable(map(dataclasses.fields, classes))}
+    assert {name for name in names if is_secret_name(name)} <= {"secret", "image_pull_secrets"}  # names of Secrets
+    assert redact({"backend": {"secret": "tokens"}}, {}) == {"backend": {"secret": "tokens"}}
+
+
+@pytest.mark.parametrize("value", SECRET_VALUES)
+def test_a_secret_is_known_by_its_value_and_hidden_in_any_text(value: str) -> None:
+    assert is_secret_value(value)
+    for text in (value, f"see {value!r}, then", f"error: {value} failed"):
+        assert "hunter2" not in hide_secrets(text).lower()
+    hidden = hide_secrets(value)
+    assert HIDDEN in hidden
+    assert not is_secret_value(hidden)
+
+
+@pytest.mark.parametrize("value", HARMLESS_VALUES)
+def test_a_value_like_a_secret_stays(value: str) -> None:
+    assert not is_secret_value(value)
+    assert hide_secrets(value) == value
+
+
+def test_a_secret_of_the_environment_is_hidden_wherever_it_occurs() -> None:
+    tree = {"data": {"path": ["https://user:hunter2hunter2@host/x", "/home/user/x"]}, "job": {"prompt": "hf_abcdefgh"}}
+    assert redact(tree, ENVIRON) == {
+        "data": {"path": [f"https://user:{HIDDEN}@host/x", "/home/user/x"]},
+        "job": {"prompt": HIDDEN},
+    }
+
+
+def test_everything_else_stays() -> None:
+    tree = {"steps": 1, "lr": 1e-3, "sample": "1", "none": None, "on": True, "tags": ["a", "b"]}
+    assert redact(tree, ENVIRON) == tree
+    assert redact("/home/me/runs", {"PWD": "/home/me/runs", "DB_PWD": "hunter22"}) == "/home/me/runs"
+    assert redact("hunter22", {"DB_PWD": "hunter22"}) == HIDDEN
+
+
+def test_a_secret_inside_a_longer_one_does_not_uncover_it() -> None:
+    assert redact("abcdefgh-and-more", {"A_KEY": "abcdefgh", "B_KEY": "abcdefgh-and-more"}) == HIDDEN
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "SSH_PASSPHRASE=hunter2 rest",
+        "--api-key=hunter2",
+        "  HF_TOKEN: hunter2\n  X: y",
+        '{"client_secret": "hunter2", "a": 1}',
+        "backend.env={GITHUB_PAT: hunter2 hunter2, B: c}",
+        "AccountName=me;AccountKey=hunter2;x",
+    ],
+)
+def test_what_stands_behind_a_secret_name_is_hidden_in_text(text: str) -> None:
+    assert "hunter2" not in hide_secrets(text)
+    assert HIDDEN in hide_secrets(text)
+
+
+def test_an_error_repeats_no_secret_and_keeps_its_advice() -> None:
+    error = ConfigError("backend.env.HF_TOKEN", "hunter2", why="looks like a secret", fix="leave it out")
+    assert str(error) == f"backend.env.HF_TOKEN={HIDDEN}: looks like a secret; leave it out"
+    assert "hunter2" not in str(ConfigErrors([ConfigError("backend.env={GITHUB_PAT: hunter2", why="x", fix="y")]))
+
+
+@pytest.mark.parametrize(
+    ("word", "option"),
+    [
+        ("backend.env={HTTPS_PROXY: 'http://user:hunter2@proxy:3128'}", "backend.env.HTTPS_PROXY"),
+        ("backend.env.SENTRY_DSN=hunter2", "backend.env.SENTRY_DSN"),
+        ("data.path='https://user:hunter2@host/x.txt'", "data.path"),
+        ("job.sample_prompt=hf_hunter2hunter2hunter2", "job.sample_prompt"),
+        ("run.name=ghp_hunter2hunter2hunter2hunter2", "run.name"),
+    ],
+)
+def test_no_plan_is_made_of_a_secret(plan_of: Callable[..., Plan], word: str, option: str) -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        plan_of(word)
+    assert option in [error.option for error in caught.value.errors]
+    assert "hunter2" not in str(caught.value)
+    assert "export" in str(caught.value)
+
+
+def test_the_advice_names_what_sends_the_variable_to_other_hosts() -> None:
+    (error,) = env.refusals({"MY_PAT": "x"}, forward=())
+    assert "add backend.forward=[MY_PAT]" in error.fix
+    assert "forward" not in next(env.refusals({"HF_TOKEN": "x"}, forward=())).fix  # sent by default
+
+
+def test_no_secret_stands_in_a_failure_or_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SSH_PASSPHRASE", "correct horse")
+    run_dir = RunDir(tmp_path)
+    run_dir.logs.mkdir()
+    error = "ProxyError: http://me:hunter2@proxy refused correct horse"
+    failure = Failure(host="a", rank=0, exit_code=1, signal=None, reason=error, error=error, traceback=f"...\n{error}")
+    conclude(Outcome(status="failed", exit_code=1, failure=failure), run_dir, run_id="x")
+    written = run_dir.failure.read_text() + capsys.readouterr().err
+    assert HIDDEN in written
+    assert not any(secret in written for secret in ("hunter2", "correct horse"))
+
+
+def test_a_page_shows_no_secret() -> None:
+    page = verbatim("backend:\n  env:\n    HTTPS_PROXY: 'http://me:hunter2@proxy'\n    GITHUB_PAT: 'hunter2'\n")
+    assert page.count(HIDDEN) == 2
+    assert "hunter2" not in page

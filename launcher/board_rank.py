@@ -20,7 +20,7 @@ from launcher.ops.folder import ops_folder
 from launcher.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.rank import run_job
 from launcher.rundir import RunDir
-from launcher.supervise.board import BoardLink, agent_file, board_of, look, run_dir_of
+from launcher.supervise.board import AGENT_FIELDS, START_FIELDS, BoardLink, agent_file, board_of, look, run_dir_of
 from launcher.supervise.entry import enter_rank
 from launcher.supervise.heartbeat import Heartbeat
 from launcher.supervise.rank_env import RankEnv, read_rank_env
@@ -47,7 +47,7 @@ def _arrive(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostP
         EnvironmentProblem: the run directory is not there, the run is over, or the launcher counts otherwise.
     """
     board = board_of(run_dir)
-    start, orders = look(board / "start.json"), look(agent_file(board))
+    start, orders = look(board / "start.json", START_FIELDS), look(agent_file(board), AGENT_FIELDS)
     if start is None or orders is None:
         raise EnvironmentProblem(
             f"{run_dir.path} cannot be read here: this backend needs it on a disk shared by all hosts"

@@ -43,7 +43,7 @@ class Arrivals:
         Raises:
             ValueError: it is none that this host may send, or a link leads out of the run directory.
         """
-        if not is_mirrored(PurePosixPath(name), host):
+        if not PurePosixPath(name).parts or not is_mirrored(PurePosixPath(name), host):
             raise ValueError("no host may send a file of that name")
         path = self._folder / name
         existing = next(parent for parent in path.parents if parent.exists())

@@ -19,11 +19,15 @@ from typing import Any
 
 from launcher.rundir import RunDir
 from launcher.supervise.heartbeat import BEATS_BYTES, read_beat
+from launcher.supervise.messages import require_fields
 
 RENEW_S = 1.0
 """Time between two signs of life."""
 
 _WORD = "dir."
+AGENT_FIELDS: dict[str, Any] = {"token": str, "turn": int, "signals": list[int], "over": bool}
+START_FIELDS: dict[str, Any] = {"token": str, "cwd": str, "env": dict[str, str]}
+RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "beat": dict[str, Any] | None}
 
 
 def board_of(run_dir: RunDir) -> Path:
@@ -58,18 +62,26 @@ def post(path: Path, content: Mapping[str, Any]) -> None:
     temporary.replace(path)
 
 
-def look(path: Path) -> dict[str, Any] | None:
-    """Return what a file says; ``None`` when it cannot be read, now or at all."""
+def look(path: Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what a file says; ``None`` when it cannot be read, now or at all.
+
+    Args:
+        path: of the file.
+        fields: that it must have, with their types; a file of another form counts as unreadable.
+    """
     try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            return None
+        require_fields(content, fields)
+    except (OSError, ValueError, RecursionError):
         return None
     return content
 
 
 def call_off(run_dir: RunDir) -> None:
     """Say that the run is over, in the place of an agent that may not have come to it."""
-    orders = look(agent_file(board_of(run_dir)))
+    orders = look(agent_file(board_of(run_dir)), AGENT_FIELDS)
     if orders is not None and not orders["over"]:
         with contextlib.suppress(OSError):  # then the guards end their ranks because they hear nothing
             post(agent_file(board_of(run_dir)), {**orders, "over": True})
@@ -127,7 +139,7 @@ class BoardLink:
         if time.monotonic() >= self._next_at:
             self._next_at = time.monotonic() + RENEW_S
             self._post()
-        told = look(agent_file(self._board))
+        told = look(agent_file(self._board), AGENT_FIELDS)
         if told is None:
             return []
         self._is_over = told["over"] or told["token"] != self._token

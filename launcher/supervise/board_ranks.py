@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from launcher.plan import HostPlan, Plan
 from launcher.rundir import RunDir
-from launcher.supervise.board import RENEW_S, Lease, agent_file, board_of, look, post, rank_file
+from launcher.supervise.board import RANK_FIELDS, RENEW_S, Lease, agent_file, board_of, look, post, rank_file
 from launcher.supervise.dumps import StackDump
+from launcher.supervise.heartbeat import BEAT_FIELDS
 from launcher.supervise.lines import Tail
-from launcher.supervise.messages import CommandEnded, RankBeat
+from launcher.supervise.messages import CommandEnded, MalformedMessage, Note, RankBeat, require_fields
 from launcher.supervise.processes import Process
-from launcher.supervise.ranks import Emit, Ranks
+from launcher.supervise.ranks import Emit, Ranks, exit_code_of_status
 
 _LOOK_EVERY_S = 0.25
 
@@ -39,6 +41,7 @@ class BoardRanks(Ranks):
         self._host_of = {place.rank: place.host for place in plan.ranks}
         self._leases = {rank: Lease(plan.heartbeat_timeout_s) for rank in self._ranks}
         self._orphans: set[int] = set()
+        self._unsound: set[int] = set()
         self._signals: list[int] = []
         self._turn = 0
         self._next_post = self._next_look = 0.0
@@ -94,8 +97,15 @@ class BoardRanks(Ranks):
             post(agent_file(self._board), content)
 
     def _look_at(self, number: int) -> None:
-        rank, said = self._ranks[number], look(rank_file(self._board, number))
+        rank, said = self._ranks[number], look(rank_file(self._board, number), RANK_FIELDS)
         if rank.has_ended or said is None or said["token"] != self._token or "guard" not in said:
+            return
+        try:
+            _require_sound(said)
+        except MalformedMessage as problem:  # its lease is not renewed: a guard that keeps on so counts as gone
+            if number not in self._unsound:
+                self._unsound.add(number)
+                self._emit(Note(text=f"the guard of rank {number} posted {problem}"))
             return
         self._leases[number].renew(said["turn"])
         rank.guard, rank.process = Process(said["guard"], 0), Process(said["pid"], 0)  # known by their numbers there
@@ -109,7 +119,7 @@ class BoardRanks(Ranks):
             self._tell_of_host(host, f"what started the ranks on {host} was killed; they were ended, too")
         if "status" in said:
             self._end(
-                rank, time=said["time"], code=os.waitstatus_to_exitcode(said["status"]), by_launcher=said["by_launcher"]
+                rank, time=said["time"], code=exit_code_of_status(said["status"]), by_launcher=said["by_launcher"]
             )
 
     def _notice_silence(self) -> None:
@@ -129,3 +139,15 @@ class BoardRanks(Ranks):
     def _tell_of_host(self, host: str, why: str, *, ago_s: float = 0.0) -> None:
         now, role = time.time() - ago_s, f"host {host}"
         self._emit(CommandEnded(name=host, role=role, time=now, code=1, signal=None, tail="", why=why))
+
+
+def _require_sound(said: Mapping[str, Any]) -> None:
+    """Raise ``MalformedMessage`` for a file that has the parts of a guard's file in another form."""
+    require_fields(said, {"guard": int, "pid": int})
+    if said["beat"] is not None:
+        require_fields(said["beat"], BEAT_FIELDS)
+        if said["beat"].keys() != BEAT_FIELDS.keys():
+            raise MalformedMessage("a beat with other fields than a beat has")
+    if "status" in said:
+        require_fields(said, {"status": int, "time": float, "by_launcher": bool})
+        exit_code_of_status(said["status"])

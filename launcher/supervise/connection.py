@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from launcher.remote.command import Remote
-from launcher.supervise.messages import Message
+from launcher.supervise.messages import FROM_AGENT, Message
 from launcher.supervise.wire import Inbox
 
 _CHUNK = 1 << 16
@@ -25,6 +25,12 @@ class Connection(ABC):
     """Name of the host in the plan."""
     program: str | None
     """What carries the messages (``ssh``), and whose exit code ``close`` returns; ``None`` for a bare socket."""
+    _inbox: Inbox
+
+    @property
+    def malformed(self) -> str:
+        """What arrived that no agent sends, in words; empty while there is nothing of that kind."""
+        return self._inbox.malformed
 
     @abstractmethod
     def fileno(self) -> int:
@@ -75,7 +81,7 @@ class PipeConnection(Connection):
         assert self._popen.stdout is not None
         self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
         os.set_blocking(self._stdin.fileno(), False)
-        self._inbox, self._log = Inbox(), log
+        self._inbox, self._log = Inbox(FROM_AGENT), log
         self._lock = threading.Lock()
         self._queue = bytearray(remote.prologue)
         self._is_broken = False

@@ -30,9 +30,13 @@ class Console:
         """Show how far the run is; plain lines leave this to what rank 0 prints."""
 
     def _print(self, text: str) -> None:
-        encoding = self._stream.encoding or "utf-8"
-        self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        self._stream.write(self._printable(text) + "\n")
         self._stream.flush()
+
+    def _printable(self, text: str) -> str:
+        """Return what the stream can encode: a name of a file may hold any byte, a terminal any encoding."""
+        encoding = self._stream.encoding or "utf-8"
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
     def _try(self, printing: Callable[[], None]) -> None:
         if self._reader_is_gone:
@@ -72,7 +76,9 @@ class TerminalConsole(Console):
     def _print(self, text: str) -> None:
         from rich.text import Text
 
-        self._bar.console.print(Text.from_ansi(text), soft_wrap=True)  # colours that a rank prints stay
+        self._bar.console.print(
+            Text.from_ansi(self._printable(text)), soft_wrap=True
+        )  # colours that a rank prints stay
 
 
 _SHOWN = (("loss", "loss", ".4f"), ("tokens_per_s", "tokens/s", ",.0f"))

@@ -7,9 +7,8 @@ import selectors
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launcher.plan import HostPlan, Plan
 from launcher.rundir import RunDir
@@ -18,9 +17,21 @@ from launcher.supervise import lost
 from launcher.supervise.connection import Connection
 from launcher.supervise.failure import Failure
 from launcher.supervise.lines import Tail
-from launcher.supervise.messages import AgentGone, Assignment, Hold, Idle, Message, Ping, Prepared, Ready, Start
+from launcher.supervise.link import is_scratch_folder
+from launcher.supervise.messages import (
+    AgentGone,
+    Assignment,
+    Hold,
+    Idle,
+    MalformedMessage,
+    Message,
+    Ping,
+    Prepared,
+    Ready,
+    Start,
+)
 from launcher.supervise.pulse import Pulse
-from launcher.supervise.whereabouts import AgentPlace, place_from_tree, place_of_this_process
+from launcher.supervise.whereabouts import AgentPlace, ProcessPlace, place_from_tree, place_of_this_process
 
 _TICK_S = 0.1
 _CONNECT_S = 60.0
@@ -40,7 +51,7 @@ class _Agent:
     """Holds what it, or ssh, says when it breaks."""
     began_at: float
     heard_at: float
-    place: dict[str, Any] = field(default_factory=dict)
+    place: ProcessPlace | None = None
     scratch: Path | None = None
     """Its temporary folder, for the case that it cannot remove it; ``None`` when it lies on another machine."""
     is_up: bool = False
@@ -96,10 +107,10 @@ class Crew:
     @property
     def places(self) -> tuple[AgentPlace, ...]:
         """Where the agents that have answered are."""
-        known = (agent for agent in self._agents.values() if agent.place)
         return tuple(
-            AgentPlace(host=agent.host.host.name, login=agent.host.host.login, place=place_from_tree(agent.place))
-            for agent in known
+            AgentPlace(host=agent.host.host.name, login=agent.host.host.login, place=agent.place)
+            for agent in self._agents.values()
+            if agent.place is not None
         )
 
     def connect(self, connect: Connect, *, environ: Mapping[str, str] = os.environ) -> None:
@@ -182,14 +193,21 @@ class Crew:
             return
         agent = self._agents[connection]
         agent.heard_at = time.monotonic()
-        for message in messages:
-            self._take(connection, agent, message)
+        problem = ""
+        try:
+            for message in messages:
+                self._take(connection, agent, message)
+        except MalformedMessage as malformed:
+            problem = str(malformed)
+        if problem := problem or connection.malformed:
+            self._close(connection, malformed=problem)
 
     def _take(self, connection: Connection, agent: _Agent, message: Message) -> None:
         match message:
             case Ready(scratch=scratch, place=place):
-                agent.is_up, agent.place = True, place
-                agent.scratch = Path(scratch) if not agent.host.host.login else None
+                agent.is_up, agent.place = True, place_from_tree(place)
+                is_here = connection.program is not None and not agent.host.host.login
+                agent.scratch = Path(scratch) if is_here and is_scratch_folder(scratch) else None
                 self._on_message(connection.host, message)
             case Prepared():
                 agent.is_prepared = True
@@ -214,7 +232,7 @@ class Crew:
             if waited > (limit if agent.is_up else _CONNECT_S) and (limit or not agent.is_up):
                 self._close(connection, silent_s=waited)
 
-    def _close(self, connection: Connection, *, silent_s: float | None = None) -> None:
+    def _close(self, connection: Connection, *, silent_s: float | None = None, malformed: str = "") -> None:
         """Let an agent go. One that was not told to go was killed, or broke, or is out of reach: its host is lost."""
         self._selector.unregister(connection)
         outlet = self._outlets.pop(connection, None)
@@ -222,19 +240,23 @@ class Crew:
             self._selector.unregister(outlet)
         agent = self._agents.pop(connection)
         code = connection.close()
-        if code == 0 and (agent.is_finishing or not agent.is_working):
+        if code == 0 and (agent.is_finishing or not agent.is_working) and not malformed:
             return
         if agent.scratch is not None:
             shutil.rmtree(agent.scratch, ignore_errors=True)
         self.lost.append(connection.host)
-        self._on_lost(connection.host, self._why(connection, agent, code=code, silent_s=silent_s))
+        self._on_lost(connection.host, self._why(connection, agent, code=code, silent_s=silent_s, malformed=malformed))
 
-    def _why(self, connection: Connection, agent: _Agent, *, code: int, silent_s: float | None) -> Failure:
+    def _why(
+        self, connection: Connection, agent: _Agent, *, code: int, silent_s: float | None, malformed: str
+    ) -> Failure:
         host, log, tail = agent.host.host.name, agent.log.path, agent.log.last(_TAIL_LINES)
         if silent_s is not None:
             return lost.silent(host, for_s=silent_s, was_up=agent.is_up, log=log, tail=tail)
         if agent.gone is not None:
             return lost.agent_ended(host, agent.gone, log=log, tail=tail)
+        if malformed:
+            return lost.malformed(host, malformed, log=log, tail=tail)
         if not agent.host.host.login:  # our own child: what we see is its end
             gone = AgentGone(code=code if code >= 0 else None, signal=-code if code < 0 else None)
             return lost.agent_ended(host, gone, log=log, tail=tail)

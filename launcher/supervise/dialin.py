@@ -2,41 +2,66 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import selectors
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 from launcher.errors import EnvironmentProblem
 from launcher.supervise.connection import Connection
-from launcher.supervise.handshake import HandshakeError, admit, knock
-from launcher.supervise.messages import Message
+from launcher.supervise.handshake import HANDSHAKE_S, Admission, HandshakeError, knock
+from launcher.supervise.messages import FROM_AGENT, Message
 from launcher.supervise.wire import Inbox
 
 Say = Callable[[str], None]
 
 _CHUNK = 1 << 16
-_HANDSHAKE_S = 5.0
 _TICK_S = 0.5
 _SAY_EVERY_S = 30.0
 _BACKLOG = 1024
+_MAX_PENDING = 256
+"""Peers in their handshake at a time."""
+_REFUSALS_SAID = 20
+_SHORTAGE_S = 0.05
+"""Pause when the process has no descriptor left for another peer."""
+
+
+@dataclass(eq=False)
+class _Pending:
+    """A peer that is still in its handshake."""
+
+    peer: socket.socket
+    address: str
+    admission: Admission
+    deadline: float
 
 
 class Gate:
     """Where the session waits for its agents: one connection for each known host, and none for anybody else.
 
+    Peers are served side by side, in one thread. Whatever goes wrong with one of them ends that one alone.
+
     Args:
         port: to listen on.
         key: that both ends know.
         hosts: name in the plan, by the index with which a host's agent calls itself.
+        handshake_s: time for each peer's whole handshake.
     """
 
-    def __init__(self, *, port: int, key: bytes, hosts: Mapping[int, str]) -> None:
-        self._key, self._hosts = key, hosts
+    def __init__(self, *, port: int, key: bytes, hosts: Mapping[int, str], handshake_s: float = HANDSHAKE_S) -> None:
+        self._key, self._hosts, self._handshake_s = key, hosts, handshake_s
         self._listener = socket.create_server(("", port), backlog=_BACKLOG)
-        self._listener.settimeout(_TICK_S)
+        self._listener.setblocking(False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._pending: list[_Pending] = []
         self._arrived: dict[int, DialInConnection] = {}
+        self._num_refused = 0
 
     def gather(self, *, timeout_s: float, say: Say) -> dict[str, DialInConnection]:
         """Wait until every host's agent is there; return their connections by host.
@@ -54,33 +79,95 @@ class Gate:
                 raise EnvironmentProblem(f"{_some(absent)} did not appear within {timeout_s:.0f} s")
             if now - said > _SAY_EVERY_S:
                 said = now
-                say(f"waiting for {_some(absent)}")
-            self._accept(say)
-        self._listener.close()
+                refused = f" ({self._num_refused} connections were refused)" if self._num_refused else ""
+                say(f"waiting for {_some(absent)}{refused}")
+            self._turn(say)
+        self._stop_listening()
         return {self._hosts[index]: connection for index, connection in self._arrived.items()}
 
     def close(self) -> None:
         """Stop listening and drop who has come."""
-        self._listener.close()
+        self._stop_listening()
         for connection in self._arrived.values():
             connection.close()
 
+    def _stop_listening(self) -> None:
+        for pending in self._pending:
+            pending.peer.close()
+        self._pending.clear()
+        self._selector.close()
+        self._listener.close()
+
+    def _turn(self, say: Say) -> None:
+        """Wait a moment, serve every peer that has sent something, and end those whose time is up."""
+        for key, _ in self._selector.select(_TICK_S):
+            if key.data is None:
+                self._accept(say)
+            elif key.data in self._pending:  # else it was dropped for another a moment ago
+                self._serve(key.data, say)
+        now = time.monotonic()
+        for pending in [pending for pending in self._pending if now > pending.deadline]:
+            self._refuse(pending, f"it did not finish the handshake within {self._handshake_s:g} s", say)
+
     def _accept(self, say: Say) -> None:
+        for _ in range(_MAX_PENDING):
+            try:
+                peer, address = self._listener.accept()
+            except BlockingIOError:
+                return
+            except OSError as problem:
+                if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                    self._make_room(say)
+                    time.sleep(_SHORTAGE_S)
+                return  # any other is the error of a peer that went while it waited in the queue
+            peer.setblocking(False)
+            if len(self._pending) >= _MAX_PENDING:
+                self._make_room(say)
+            admission = Admission(known=self._hosts, key=self._key)
+            pending = _Pending(peer, str(address[0]), admission, time.monotonic() + self._handshake_s)
+            self._pending.append(pending)
+            self._selector.register(peer, selectors.EVENT_READ, pending)
+
+    def _make_room(self, say: Say) -> None:
+        """Drop the oldest peer of the address that has the most: a pod is done in one round trip."""
+        counts = Counter(pending.address for pending in self._pending)
+        if counts:
+            crowd, _ = counts.most_common(1)[0]
+            oldest = next(pending for pending in self._pending if pending.address == crowd)
+            self._refuse(oldest, f"{counts[crowd]} connections from there were open", say)
+
+    def _serve(self, pending: _Pending, say: Say) -> None:
         try:
-            peer, address = self._listener.accept()
-        except TimeoutError:
+            answer = pending.admission.take(pending.peer.recv(_CHUNK))
+            if answer and pending.peer.send(answer) != len(answer):
+                raise HandshakeError("it does not read what it is sent")
+            index = pending.admission.index
+            connection = None if index is None else DialInConnection(self._hosts[index], pending.peer)
+        except BlockingIOError:
             return
-        try:
-            peer.settimeout(_HANDSHAKE_S)
-            index = admit(peer, known=self._hosts, key=self._key)
-        except (HandshakeError, OSError) as problem:
-            peer.close()
-            say(f"refused a connection from {address[0]}: {problem}")
+        except Exception as problem:  # noqa: BLE001  (whatever a peer causes must end that peer alone)
+            self._refuse(pending, str(problem) or repr(problem), say)
             return
+        if index is None or connection is None:
+            return
+        self._forget(pending)
         earlier = self._arrived.pop(index, None)
         if earlier is not None:
             earlier.close()
-        self._arrived[index] = DialInConnection(self._hosts[index], peer)
+        self._arrived[index] = connection
+
+    def _refuse(self, pending: _Pending, why: str, say: Say) -> None:
+        self._forget(pending)
+        pending.peer.close()
+        self._num_refused += 1
+        if self._num_refused <= _REFUSALS_SAID:
+            say(f"refused a connection from {pending.address}: {why}")
+        if self._num_refused == _REFUSALS_SAID:
+            say("further refusals are counted, not printed")
+
+    def _forget(self, pending: _Pending) -> None:
+        self._selector.unregister(pending.peer)
+        self._pending.remove(pending)
 
 
 class DialInConnection(Connection):
@@ -97,7 +184,7 @@ class DialInConnection(Connection):
         self.host = host
         prepare(peer)
         self._peer, self._outlet = peer, os.dup(peer.fileno())  # a selector tells reading and writing apart by number
-        self._inbox, self._queue = Inbox(), bytearray()
+        self._inbox, self._queue = Inbox(FROM_AGENT), bytearray()
         self._lock = threading.Lock()
         self._is_broken = False
         self.has_hung_up = False
@@ -167,7 +254,7 @@ def dial(address: str, *, port: int, index: int, key: bytes, timeout_s: float, s
     deadline, said = time.monotonic() + timeout_s, ""
     while True:
         try:
-            peer = socket.create_connection((address, port), timeout=_HANDSHAKE_S)
+            peer = socket.create_connection((address, port), timeout=HANDSHAKE_S)
         except OSError as error:
             problem = error.strerror or str(error)
         else:

@@ -14,11 +14,16 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+from launcher.supervise.messages import require_fields
 
 BEATS_BYTES = 4096
 """Of the shared memory that one rank beats into."""
 _HEADER = struct.Struct("<II")
 """CRC-32 and length of the JSON that follows: a state read while it is written does not match."""
+
+BEAT_FIELDS: dict[str, Any] = {"phase": str, "step": int | None, "at": float, "numbers": dict[str, float]}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,4 +89,9 @@ def read_beat(memory: mmap.mmap) -> Beat | None:
     payload = memory[_HEADER.size : _HEADER.size + length]
     if not length or zlib.crc32(payload) != checksum:
         return None
-    return Beat(**json.loads(payload))
+    try:
+        state = json.loads(payload)
+        require_fields(state, BEAT_FIELDS)
+        return Beat(**state)
+    except (ValueError, TypeError, RecursionError):  # the rank's own code has written into its memory
+        return None

@@ -11,7 +11,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launcher.supervise.messages import MalformedMessage, require_fields
+
+_SHORT = Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
+_PREFIX = "launcher-"
 _SEND_S = 2.0
+GUARD_FIELDS: dict[str, dict[str, type]] = {
+    "hello": {"rank": int, "guard": int, "pid": int},
+    "told": {"signal": int, "told_at": float},
+    "exit": {"status": int, "time": float, "wall_s": float, "by_launcher": bool},
+}
+"""What a guard sends, by ``kind``."""
 _BYTES = 4096
 
 
@@ -19,12 +29,18 @@ _BYTES = 4096
 def scratch_folder() -> Iterator[Path]:
     """Make a private folder for the socket; in /tmp when the usual place is too deep for a socket's name."""
     usual = Path(tempfile.gettempdir())
-    parent = usual if len(str(usual)) < 60 else Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
-    folder = Path(tempfile.mkdtemp(prefix="launcher-", dir=parent))
+    parent = usual if len(str(usual)) < 60 else _SHORT
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_scratch_folder(path: str) -> bool:
+    """Return whether ``path`` can only be what ``scratch_folder`` makes, and so may be removed after its owner."""
+    folder = Path(path)
+    return folder.parent in (Path(tempfile.gettempdir()), _SHORT) and folder.name.startswith(_PREFIX)
 
 
 def socket_in(scratch: Path) -> Path:
@@ -51,13 +67,24 @@ def receive(peer: socket.socket) -> dict[str, Any] | None:
 
     Raises:
         BlockingIOError: there is nothing yet.
+        MalformedMessage: it sent what is no message.
     """
     try:
         data = peer.recv(_BYTES)
     except ConnectionResetError:
         return None
-    message: dict[str, Any] | None = json.loads(data) if data else None
-    return message
+    if not data:
+        return None
+    try:
+        message = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise MalformedMessage("a message that is not JSON") from error
+    kind = message.get("kind") if isinstance(message, dict) else None
+    fields = GUARD_FIELDS.get(kind) if isinstance(kind, str) else None
+    if fields is None:
+        raise MalformedMessage("a message of no known kind")
+    require_fields(message, fields)
+    return dict(message)
 
 
 class Link:

@@ -43,6 +43,12 @@ def silent(host: str, *, for_s: float, was_up: bool, log: Path, tail: str) -> Fa
     return _failure(host, reason, log=log, tail=tail)
 
 
+def malformed(host: str, what: str, *, log: Path, tail: str) -> Failure:
+    """Return the failure of an agent that sent what is no message."""
+    reason = f"the connection to {host} was closed: its agent sent {what}"
+    return _failure(host, reason, log=log, tail=tail)
+
+
 def _failure(host: str, reason: str, *, log: Path, tail: str, code: int = 1, signal: int | None = None) -> Failure:
     return Failure(
         host=host,

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
+import math
+import signal
+import types
+import typing
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -246,17 +253,106 @@ class Idle(Message):
     kind: ClassVar[str] = "idle"
 
 
-_KINDS: dict[str, type[Message]] = {
-    cls.kind: cls
-    for cls in (
-        *(Assignment, Start, Ping, Hold, End, Dump, Finish),
-        *(Ready, Prepared, Started, Line, FilePart, Note, RankBeat, RankRaised, RankStack, RankEnded, CommandEnded),
-        *(AgentSignalled, Idle, AgentGone),
-    )
-}
+TO_AGENT: frozenset[type[Message]] = frozenset({Assignment, Start, Ping, Hold, End, Dump, Finish})
+"""What a session sends."""
+
+FROM_AGENT: frozenset[type[Message]] = frozenset(
+    {
+        *(Ping, Ready, Prepared, Started, Line, FilePart, Note, RankBeat, RankRaised, RankStack, RankEnded),
+        *(CommandEnded, AgentSignalled, Idle, AgentGone),
+    }
+)
+"""What an agent sends."""
+
+_KINDS: dict[str, type[Message]] = {cls.kind: cls for cls in TO_AGENT | FROM_AGENT}
+_MAX_INT = 2**63
+_FIELDS_OF_SIGNALS = ("signal",)
+_MOST_SHOWN = 80
 
 
-def decode(line: bytes | str) -> Message:
-    """Return the message that a line holds."""
-    tree = json.loads(line)
-    return _KINDS[tree.pop("kind")](**tree)
+class MalformedMessage(ValueError):
+    """A peer sent what is no message; the text says why."""
+
+
+def decode(line: bytes | str, *, accepts: Collection[type[Message]] = TO_AGENT | FROM_AGENT) -> Message:
+    """Return the message that a line holds, every field of its declared type.
+
+    Args:
+        line: a JSON object.
+        accepts: the classes of messages that this side may be sent.
+
+    Raises:
+        MalformedMessage: the line holds anything else.
+    """
+    try:
+        tree = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise MalformedMessage(f"a line that is not JSON: {_shown(line)}") from error
+    if not isinstance(tree, dict):
+        raise MalformedMessage(f"a line that is not an object: {_shown(line)}")
+    kind = tree.pop("kind", None)
+    cls = _KINDS.get(kind) if isinstance(kind, str) else None
+    if cls is None or cls not in accepts:
+        raise MalformedMessage(f"a message of the kind {_shown(repr(kind))}, which is not expected from that side")
+    fields = _fields(cls.kind)
+    if wrong := [name for name, check in fields.items() if name in tree and not check(tree[name])]:
+        raise MalformedMessage(f"a message {kind} whose {wrong[0]} is {_shown(repr(tree[wrong[0]]))}")
+    try:
+        return cls(**tree)
+    except TypeError as error:  # a field too many or too few
+        raise MalformedMessage(f"a message {kind} with other fields than {', '.join(fields) or 'none'}") from error
+
+
+def require_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Check that ``tree`` has every field of ``wanted``, each of the type it names.
+
+    Raises:
+        MalformedMessage: it lacks one, or holds something else there.
+    """
+    for name, hint in wanted.items():
+        if name not in tree or not _check(hint)(tree[name]):
+            raise MalformedMessage(f"a message whose {name} is {_shown(repr(tree.get(name)))}")
+
+
+@functools.cache
+def _fields(kind: str) -> dict[str, Callable[[Any], bool]]:
+    """Return what each field of a message must satisfy."""
+    cls = _KINDS[kind]
+    hints = typing.get_type_hints(cls)
+    checks = {field.name: _check(hints[field.name]) for field in dataclasses.fields(cls)}
+    for name in checks.keys() & set(_FIELDS_OF_SIGNALS):
+        checks[name] = functools.partial(_is_signal, optional=hints[name] is not int)
+    return checks
+
+
+@functools.cache
+def _check(hint: Any) -> Callable[[Any], bool]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:
+        choices = [_check(choice) for choice in arguments]
+        return lambda value: any(choice(value) for choice in choices)
+    if origin is list:
+        element = _check(arguments[0])
+        return lambda value: isinstance(value, list) and all(map(element, value))
+    if origin is dict:
+        item = _check(arguments[1])
+        return lambda value: isinstance(value, dict) and all(map(item, value.values()))
+    if hint is Any:
+        return lambda value: True
+    if hint is float:
+        return lambda value: (type(value) is float and math.isfinite(value)) or _is_int(value)
+    return _is_int if hint is int else lambda value: type(value) is hint
+
+
+def _is_int(value: Any) -> bool:
+    return type(value) is int and -_MAX_INT <= value < _MAX_INT
+
+
+def _is_signal(value: Any, *, optional: bool) -> bool:
+    return (value is None and optional) or (_is_int(value) and 0 < value < signal.NSIG)
+
+
+def _shown(line: bytes | str) -> str:
+    text = line.decode(errors="replace") if isinstance(line, bytes) else line
+    text = text.encode("ascii", "backslashreplace").decode()
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}… ({len(line)} characters)"

@@ -20,7 +20,17 @@ from launcher.supervise.dumps import StackDump
 from launcher.supervise.heartbeat import make_beats, map_beats, read_beat
 from launcher.supervise.lines import Tail
 from launcher.supervise.link import beats_in, receive
-from launcher.supervise.messages import Line, Message, RankBeat, RankEnded, RankRaised, RankStack
+from launcher.supervise.messages import (
+    Line,
+    MalformedMessage,
+    Message,
+    Note,
+    RankBeat,
+    RankEnded,
+    RankRaised,
+    RankStack,
+    require_fields,
+)
 from launcher.supervise.processes import Process, identify
 from launcher.supervise.rank_env import record_of
 
@@ -28,6 +38,9 @@ _TAIL_LINES = 60
 _BEAT_EVERY_S = 0.2
 _DUMP_S = 0.5
 """Time the others get to show their stacks when a rank has died: torchrun is about to end them."""
+
+_RECORD_FIELDS: dict[str, type] = {"pid": int, "time": float, "code": int, "error": str, "traceback": str}
+"""What a rank writes down of its exception."""
 
 Emit = Callable[[Message], None]
 
@@ -104,6 +117,9 @@ class Ranks:
                 self._take(peer, message)
         except BlockingIOError:
             return True
+        except MalformedMessage as problem:
+            whose = f" of rank {self._peers[peer]}" if peer in self._peers else ""
+            self._emit(Note(text=f"the connection to the guard{whose} was closed: it sent {problem}"))
         number = self._peers.pop(peer, None)
         if number is not None and not self._ranks[number].has_ended:
             self._end(self._ranks[number], time=time.time(), code=-signal.SIGKILL)
@@ -131,6 +147,8 @@ class Ranks:
 
     def _take(self, peer: socket.socket, message: dict[str, Any]) -> None:
         if message["kind"] == "hello":
+            if message["rank"] not in self._ranks:
+                raise MalformedMessage(f"the number of a rank that is not on this host, {message['rank']}")
             rank = self._ranks[message["rank"]]
             self._peers[peer] = rank.number
             rank.guard, rank.process = identify(message["guard"]), identify(message["pid"])
@@ -138,9 +156,10 @@ class Ranks:
         if message["kind"] == "told":
             self._told = self._told or Told(message["signal"], message["told_at"])
             return
-        number = self._peers[peer]  # it said hello first
-        code = os.waitstatus_to_exitcode(message["status"])
-        self._end(self._ranks[number], time=message["time"], code=code, by_launcher=message["by_launcher"])
+        if peer not in self._peers:
+            raise MalformedMessage("an end before it said whose guard it is")
+        rank, code = self._ranks[self._peers[peer]], exit_code_of_status(message["status"])
+        self._end(rank, time=message["time"], code=code, by_launcher=message["by_launcher"])
 
     def _end(self, rank: _Rank, *, time: float, code: int, by_launcher: bool = False) -> None:
         """Report a rank's end; ``code`` is negative for a signal. Where it died without a word, look at the others."""
@@ -175,9 +194,28 @@ class Ranks:
     def _pass_on_exception(self, rank: _Rank) -> None:
         if rank.raised or rank.process is None or not rank.record.exists():
             return
-        record = read_json(rank.record)
+        try:
+            record = read_json(rank.record)
+            if not isinstance(record, dict):
+                raise MalformedMessage("a record that is not an object")
+            require_fields(record, _RECORD_FIELDS)
+        except (OSError, ValueError, RecursionError) as problem:
+            rank.raised = True  # it will not get better
+            self._emit(Note(text=f"the record of rank {rank.number}'s exception cannot be read: {problem}"))
+            return
         if record["pid"] != rank.process.pid:  # left by an earlier attempt in this run directory
             return
         rank.raised = True
-        said = {name: record[name] for name in ("time", "code", "error", "traceback")}
+        said = {name: record[name] for name in _RECORD_FIELDS if name != "pid"}
         self._emit(RankRaised(rank=rank.number, **said))
+
+
+def exit_code_of_status(status: int) -> int:
+    """Return the exit code that a wait status holds, negative for a signal.
+
+    Raises:
+        MalformedMessage: it is no status of a process that has ended.
+    """
+    if not 0 <= status < 1 << 16 or not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+        raise MalformedMessage(f"the wait status {status}, which no ended process has")
+    return os.waitstatus_to_exitcode(status)

@@ -29,6 +29,7 @@ from launcher.supervise.messages import (
     Finish,
     Idle,
     Line,
+    MalformedMessage,
     Message,
     Note,
     Prepared,
@@ -151,15 +152,26 @@ class Session:
         self._give_up_at = max(self._give_up_at, time.monotonic() + _ANSWER_S)
 
     def _host_of(self, agent: str, message: Message) -> str:
-        """Return the host that a message is about: an agent may watch over ranks of several."""
+        """Return the host that a message is about: an agent may watch over ranks of several.
+
+        Raises:
+            MalformedMessage: the run has no such rank or host.
+        """
         match message:
             case RankBeat(rank=rank) | RankRaised(rank=rank) | RankEnded(rank=rank) | RankStack(rank=rank):
-                return self._plan.ranks[rank].host
+                return self._host_of_rank(rank)
             case Line(who=int(rank)):
-                return self._plan.ranks[rank].host
+                return self._host_of_rank(rank)
             case Started(host=host) if host:
+                if all(host != plan.host.name for plan in self._plan.hosts):
+                    raise MalformedMessage("a message about a host that the run does not have")
                 return host
         return agent
+
+    def _host_of_rank(self, rank: int) -> str:
+        if not 0 <= rank < len(self._plan.ranks):
+            raise MalformedMessage(f"a message about rank {rank} of {len(self._plan.ranks)}")
+        return self._plan.ranks[rank].host
 
     def _miss(self, host: str, failure: Failure) -> None:
         self._timeline.note(host, failure.reason)

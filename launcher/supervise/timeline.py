@@ -33,7 +33,7 @@ class Timeline:
     def note(self, host: str, what: str) -> None:
         """Write an event down; a full disk must not end the run."""
         line = json.dumps({"time": round(time.time(), 3), "host": host, "what": hide_secrets(what)}, ensure_ascii=False)
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     def hear(self, host: str, message: Message) -> None:

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 
-from launcher.supervise.messages import Assignment, Hold, Message, Ping
+from launcher.supervise.messages import TO_AGENT, Assignment, Hold, Message, Ping
 from launcher.supervise.pulse import Pulse
 from launcher.supervise.wire import Inbox
 
@@ -29,7 +29,7 @@ class Uplink:
         self.inbox, self.outbox = inbox, outbox
         self.lost = False
         """The session is gone: nothing will be read or answered any more."""
-        self._incoming, self._outgoing = Inbox(), bytearray()
+        self._incoming, self._outgoing = Inbox(TO_AGENT), bytearray()
         self._waiting: list[Message] = []
         self._lock = threading.Lock()
         self._timeout_s = math.inf
@@ -60,7 +60,9 @@ class Uplink:
         if not self._waiting:
             raise EOFError("the session is gone")
         first = self._waiting.pop(0)
-        assert isinstance(first, Assignment), "the session sends it first"
+        if not isinstance(first, Assignment):
+            self._break_off(f"a message {first.kind} before the assignment")
+            raise EOFError("the session sent no assignment")  # noqa: TRY004 (it is the same as no message)
         return first
 
     def keep_alive(self, timeout_s: float) -> None:
@@ -75,7 +77,9 @@ class Uplink:
         if arrived and self._timeout_s < math.inf:
             is_held = isinstance(arrived[-1], Hold)
             self._heard_at = math.inf if is_held else time.monotonic()
-        return [order for order in arrived if not isinstance(order, Ping | Hold)]
+        if any(isinstance(order, Assignment) for order in arrived):
+            self._break_off("a second assignment")
+        return [order for order in arrived if not isinstance(order, Ping | Hold | Assignment)]
 
     def check(self) -> None:
         """Notice a session that has been silent for too long."""
@@ -116,7 +120,14 @@ class Uplink:
         messages, noise = self._incoming.take(data)
         if noise:
             sys.stderr.buffer.write(b"not an order: " + noise)
+        if self._incoming.malformed and not self.lost:
+            self._break_off(self._incoming.malformed)
         return messages
+
+    def _break_off(self, why: str) -> None:
+        """Take the session for lost: it sent what no session sends, so what it means cannot be known."""
+        self.lost = True
+        print(f"the connection to the session is closed: it sent {why}", file=sys.stderr, flush=True)
 
     def _flush(self) -> None:
         while self._outgoing and not self.lost:

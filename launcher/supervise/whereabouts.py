@@ -16,6 +16,7 @@ from launcher.errors import ConfigError
 from launcher.files import read_json, write_json
 from launcher.rundir import RunDir
 from launcher.schema import build, to_tree
+from launcher.supervise.messages import MalformedMessage
 from launcher.supervise.processes import Process, identify
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -101,8 +102,16 @@ def place_of_this_process() -> ProcessPlace:
 
 
 def place_from_tree(tree: dict[str, Any]) -> ProcessPlace:
-    """Return the place that an agent told."""
-    return ProcessPlace(**tree)
+    """Return the place that an agent sent.
+
+    Raises:
+        MalformedMessage: it is none.
+    """
+    mistakes: list[ConfigError] = []
+    place = build(ProcessPlace, tree, path="place", report=mistakes.append)
+    if place is None:
+        raise MalformedMessage(f"a place of a process that is none: {mistakes[0]}")
+    return place
 
 
 def write_whereabouts(run_dir: RunDir, whereabouts: Whereabouts) -> None:

@@ -10,7 +10,7 @@ import pytest
 from launcher.errors import EnvironmentProblem
 from launcher.supervise.dialin import Gate, dial
 from launcher.supervise.handshake import HandshakeError, knock
-from launcher.supervise.messages import Finish, Line, Note
+from launcher.supervise.messages import AgentSignalled, Line, Note
 
 from .conftest import two_free_ports
 
@@ -51,10 +51,10 @@ def test_messages_go_both_ways_whole():
             connection.flush()
             received += peer.recv(1 << 16)
         assert json.loads(received) == {"kind": "note", "text": text}
-        peer.sendall(Line(who=3, text="a").encode() + Finish(exit_code=7).encode()[:5])
+        peer.sendall(Line(who=3, text="a").encode() + AgentSignalled(signal=7).encode()[:5])
         assert [message.text for message in connection.receive()] == ["a"]
-        peer.sendall(Finish(exit_code=7).encode()[5:])
-        assert connection.receive() == [Finish(exit_code=7)]
+        peer.sendall(AgentSignalled(signal=7).encode()[5:])
+        assert connection.receive() == [AgentSignalled(signal=7)]
         peer.close()
         assert connection.receive() is None
 
@@ -105,7 +105,7 @@ def test_a_pod_refuses_a_gate_that_does_not_know_the_key():
 
     def pretend():
         theirs.recv(1000)
-        theirs.sendall(json.dumps({"nonce": "00", "proof": "0" * 64}).encode() + b"\n")
+        theirs.sendall(json.dumps({"nonce": "0" * 64, "proof": "0" * 64}).encode() + b"\n")
 
     thread = threading.Thread(target=pretend)
     thread.start()

@@ -155,9 +155,13 @@ def test_a_lease_depends_on_no_clock_but_its_own() -> None:
 
 def test_half_a_file_is_no_file(tmp_path: Path) -> None:
     path = agent_file(tmp_path)
-    assert look(path) is None
+    assert look(path, {"turn": int}) is None
     post(path, {"turn": 1})
-    assert look(path) == {"turn": 1}
+    assert look(path, {"turn": int}) == {"turn": 1}
+    assert look(path, {"turn": str}) is None
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
     path.write_text(json.dumps({"turn": 2})[:-1])
-    assert look(path) is None
+    assert look(path, {"turn": int}) is None
+    for damaged in ("[" * 100_000, "[1]", '{"turn": 1e999}', '{"turn": true}', "\udcff"):
+        path.write_text(damaged, errors="surrogateescape")
+        assert look(path, {"turn": int}) is None, damaged[:20]

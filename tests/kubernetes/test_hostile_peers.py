@@ -1,0 +1,294 @@
+"""Strangers and broken agents against one listener and one session: each ends alone, and the others go on."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import socket
+import struct
+import threading
+
+import pytest
+
+from launcher.plan import Host
+from launcher.supervise.console import Console
+from launcher.supervise.dialin import DialInConnection, Gate, dial
+from launcher.supervise.handshake import HandshakeError, knock
+from launcher.supervise.messages import Finish, Line, Note, Ready, Start
+from launcher.supervise.session import Session
+from launcher.supervise.whereabouts import place_of_this_process
+
+from .conftest import two_free_ports
+
+KEY = b"k" * 64
+NONCE, PROOF = "a" * 64, "b" * 64
+HANDSHAKE_S = 1.0
+KNOCK = json.dumps({"index": 1, "nonce": NONCE}).encode() + b"\n"
+
+
+class Door:
+    """A gate in a thread. Host 1 comes again and again, host 2 only at the end, so it stays open."""
+
+    def __init__(self):
+        self.port, self.said, self.arrived = two_free_ports(), [], {}
+        self.gate = Gate(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
+        self.thread = threading.Thread(target=self._gather, daemon=True)
+        self.thread.start()
+
+    def _gather(self):
+        self.arrived.update(self.gate.gather(timeout_s=300, say=self.said.append))
+
+    def knock_as(self, index):
+        """Come as a pod that knows the key; with one attempt only."""
+        return dial("127.0.0.1", port=self.port, index=index, key=KEY, timeout_s=0, say=lambda text: None)
+
+    def stranger(self):
+        peer = socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return peer
+
+
+@pytest.fixture(scope="module")
+def door():
+    opened = Door()
+    yield opened
+    if opened.thread.is_alive():
+        opened.knock_as(2).close()
+    opened.thread.join(30)
+    opened.gate.close()
+
+
+def is_closed(peer):
+    """Return whether the other end closes the connection; what it still says is read."""
+    try:
+        while peer.recv(1000):
+            pass
+    except ConnectionResetError:
+        pass
+    except TimeoutError:
+        return False
+    return True
+
+
+FIRST_LINES = {
+    "another protocol": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "TLS": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)) + b"\n",
+    "zero bytes": bytes(5000),
+    "an endless line": b"a" * 1_000_000,
+    "only a newline": b"\n",
+    "deep lists": b"[" * 1023 + b"\n",
+    "deep objects": b'{"a":' * 200 + b"\n",
+    "a deep list in a field": b'{"index": 1, "nonce": ' + b"[" * 400 + b"]" * 400 + b"}\n",
+    "a lone surrogate": b'{"index": 1, "nonce": "\\ud800"}\n',
+    "invalid UTF-8": b'{"index": 1, "nonce": "\xff\xfe"}\n',
+    "UTF-16": '{"index": 1}\n'.encode("utf-16"),
+    "a list": b"[1, 2]\n",
+    "a list of pairs": b'[["index", 1], ["nonce", "' + NONCE.encode() + b'"]]\n',
+    "a number": b"1e999\n",
+    "null": b"null\n",
+    "no fields": b"{}\n",
+    "NaN for an index": b'{"index": NaN, "nonce": "' + NONCE.encode() + b'"}\n',
+    "a fraction for an index": b'{"index": 1.0, "nonce": "' + NONCE.encode() + b'"}\n',
+    "truth for an index": b'{"index": true, "nonce": "' + NONCE.encode() + b'"}\n',
+    "a huge index": b'{"index": ' + b"9" * 900 + b', "nonce": "' + NONCE.encode()[:30] + b'"}\n',
+    "an index of nobody": b'{"index": -1, "nonce": "' + NONCE.encode() + b'"}\n',
+    "text for an index": b'{"index": "1", "nonce": "' + NONCE.encode() + b'"}\n',
+    "a list for a nonce": b'{"index": 1, "nonce": []}\n',
+    "an empty nonce": b'{"index": 1, "nonce": ""}\n',
+    "a duplicate name": b'{"index": 2, "index": 1, "nonce": "' + NONCE.encode() + b'"}\n',
+    "a field too many": b'{"index": 1, "nonce": "' + NONCE.encode() + b'", "x": 1}\n',
+    "two lines at once": KNOCK + KNOCK,
+    "an end in mid-line": None,
+}
+
+
+@pytest.mark.parametrize("name", FIRST_LINES)
+def test_a_first_line_that_is_none_ends_its_sender_alone(door, name):
+    with door.stranger() as stranger:
+        with contextlib.suppress(ConnectionError):  # it may be refused while it still sends
+            stranger.sendall(FIRST_LINES[name] or KNOCK[:20])
+            if FIRST_LINES[name] is None:
+                stranger.shutdown(socket.SHUT_WR)
+        assert is_closed(stranger)
+    door.knock_as(1).close()
+
+
+SECOND_LINES = {
+    "a wrong proof": json.dumps({"proof": PROOF}).encode(),
+    "a lone surrogate": b'{"proof": "\\ud800"}',
+    "letters beyond ASCII": json.dumps({"proof": "ü" * 64}).encode(),
+    "deep lists": b"[" * 1023,
+    "the first line again": KNOCK.strip(),
+    "no proof": b'{"proof": null}',
+    "a number of many digits": b'{"proof": ' + b"1" * 1000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", SECOND_LINES)
+def test_a_second_line_that_proves_nothing_ends_its_sender_alone(door, name):
+    with door.stranger() as stranger:
+        stranger.sendall(KNOCK)
+        assert stranger.recv(1000).endswith(b"\n")
+        stranger.sendall(SECOND_LINES[name] + b"\n")
+        assert is_closed(stranger)
+    door.knock_as(1).close()
+
+
+@pytest.mark.parametrize("sent", [b"", KNOCK[:9], KNOCK])
+def test_a_reset_in_the_middle_ends_its_sender_alone(door, sent):
+    stranger = door.stranger()
+    stranger.sendall(sent)
+    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    stranger.close()
+    door.knock_as(1).close()
+
+
+def test_a_byte_now_and_then_does_not_hold_the_listener(door):
+    """One deadline for the whole handshake, and nobody waits for it but the one who drips."""
+    with door.stranger() as dripping:
+        dripping.settimeout(0.1)
+        gone = None
+        for byte in KNOCK[:-1]:
+            with contextlib.suppress(ConnectionError):
+                dripping.send(bytes([byte]))
+            try:
+                gone = dripping.recv(1) == b""
+            except TimeoutError:
+                continue
+            except ConnectionResetError:
+                gone = True
+            break
+        assert gone, "it was never closed"
+        door.knock_as(1).close()
+
+
+def test_many_idle_connections_leave_room_for_a_pod(door):
+    with contextlib.ExitStack() as crowd:
+        for _ in range(400):
+            crowd.enter_context(door.stranger())
+        door.knock_as(1).close()
+
+
+def test_a_gate_tells_why_it_refuses_and_does_not_fill_the_log(door):
+    assert any("refused a connection from 127.0.0.1: it " in text for text in door.said)
+    for _ in range(30):
+        with door.stranger() as stranger:
+            stranger.sendall(b"x\n")
+            assert is_closed(stranger)
+    assert len(door.said) <= 30
+
+
+def test_a_pod_gives_up_a_gate_that_drips():
+    ours, theirs = socket.socketpair()
+    over = threading.Event()
+
+    def drip():
+        while not over.wait(0.05):
+            theirs.send(b" ")
+
+    thread = threading.Thread(target=drip)
+    thread.start()
+    with pytest.raises(HandshakeError, match="did not finish the handshake"):
+        knock(ours, index=1, key=KEY, timeout_s=0.3)
+    over.set()
+    thread.join()
+    ours.close()
+    theirs.close()
+
+
+def message(kind, **fields):
+    return json.dumps({"kind": kind, **fields}).encode() + b"\n"
+
+
+BEAT = {"rank": 0, "phase": "forward", "step": 1, "age_s": 0.0, "numbers": {}}
+END = {"rank": 0, "time": 1.0, "code": 0, "signal": None, "tail": "", "by_launcher": False}
+PLACE = {"machine": "m", "boot": "b", "pid_space": 1, "pid": 1, "started": 1}
+BROKEN_MESSAGES = {
+    "half JSON": b'{"kind": "line", "who": 1}}\n',
+    "deep": b'{"kind": ' + b"[" * 100_000 + b"}\n",
+    "no JSON at all": b'{"kind": \xff\xfe}\n',
+    "no kind known": message("surprise"),
+    "a kind that is a list": message([]),
+    "a kind of the session": Start().encode(),
+    "an order": Finish(exit_code=0).encode(),
+    "a field missing": message("line", who=1),
+    "a field too many": message("line", who=1, text="a", more=1),
+    "a rank that is none": message("beat", **BEAT | {"rank": 999}),
+    "a negative rank": message("beat", **BEAT | {"rank": -1}),
+    "a line of no rank": message("line", who=10**6, text="a"),
+    "a rank that is text": message("beat", **BEAT | {"rank": "0"}),
+    "a step that is a truth": message("beat", **BEAT | {"step": True}),
+    "a number of endless size": b'{"kind": "note", "text": ' + b"9" * 10_000 + b"}\n",
+    "an age that is NaN": message("beat", **BEAT | {"age_s": float("nan")}),
+    "an age beyond all": message("beat", **BEAT).replace(b'"age_s": 0.0', b'"age_s": 1e999'),
+    "numbers that are text": message("beat", **BEAT | {"numbers": {"loss": "x"}}),
+    "numbers that are a list": message("beat", **BEAT | {"numbers": []}),
+    "a signal that is none": message("rank_ended", **END | {"signal": 4000, "code": None}),
+    "a code that is huge": message("rank_ended", **END | {"code": 2**70}),
+    "a tail that is null": message("rank_ended", **END | {"tail": None}),
+    "a signal to end by": message("agent_signalled", signal=0),
+    "a place that is none": message("ready", scratch="/", place={"pid": "x"}, code=""),
+    "a place that is a list": message("ready", scratch="/", place=[], code=""),
+    "the start of a host unknown": message("started", host="elsewhere"),
+    "a part at half a byte": message("file_part", path="a", offset=0.5, data="", size=0, grows=True),
+}
+
+
+@pytest.fixture(scope="module")
+def reasons(plan_of, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "logs").mkdir()
+    (folder / "precious").mkdir()
+    names = ["good", *(f"bad{number}" for number in range(len(BROKEN_MESSAGES)))]
+    hosts = [
+        Host(name=name, slots=1, cores=1, memory_bytes=2**34, address=f"10.0.0.{number}")
+        for number, name in enumerate(names)
+    ]
+    plan = dataclasses.replace(plan_of(hosts=hosts), run_dir=str(folder), heartbeat_timeout_s=0.0)
+    screen, peers, reasons = io.StringIO(), {}, {}
+    session = Session(plan, console=Console(screen), arrived=[], job={})
+    crew = session._crew
+    miss = crew._on_lost
+
+    def note(host, failure):
+        reasons[host] = failure.reason
+        miss(host, failure)
+
+    crew._on_lost = note
+
+    def connect(host):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            peers[host.host.name] = socket.create_connection(listener.getsockname())
+            return DialInConnection(host.host.name, listener.accept()[0])
+
+    crew.connect(connect)
+    place = dataclasses.asdict(place_of_this_process())
+    peers["good"].sendall(Ready(scratch=str(folder / "precious"), place=place, code="").encode())
+    for number, payload in enumerate(BROKEN_MESSAGES.values()):
+        peers[f"bad{number}"].sendall(payload)
+    for _ in range(200):
+        crew.turn()
+        if len(reasons) == len(BROKEN_MESSAGES):
+            break
+    surrogate = Note(text="a\udcffb").encode()
+    peers["good"].sendall(Line(who=0, text="still here").encode() + b"\n\nan ssh banner\n" + surrogate)
+    for _ in range(3):
+        crew.turn()
+    crew.close()
+    reasons["good"] = screen.getvalue()
+    for peer in peers.values():
+        peer.close()
+    assert (folder / "precious").is_dir(), "an agent elsewhere names no folder to remove here"
+    return reasons
+
+
+@pytest.mark.parametrize("name", BROKEN_MESSAGES)
+def test_a_broken_message_loses_its_host_with_a_named_cause(reasons, name):
+    host = f"bad{list(BROKEN_MESSAGES).index(name)}"
+    assert reasons[host].startswith(f"the connection to {host} was closed: its agent sent a ")
+    assert len(reasons[host]) < 300
+
+
+def test_the_session_goes_on_with_the_others(reasons):
+    assert "good:0 | still here" in reasons["good"]
+    assert "good | a" in reasons["good"]

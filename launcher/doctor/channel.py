@@ -14,6 +14,8 @@ from launcher.remote.command import Remote
 
 _CHUNK = 1 << 16
 _MOST_STDERR = 1 << 14
+_LONGEST_LINE = 1 << 22
+"""Far more than a probe says in one; the rest of a longer one is noise."""
 _EXIT_S = 1.0
 """Time to exit for a command that has closed its stdout."""
 
@@ -80,6 +82,8 @@ class Channel:
         if data is None:
             return True
         *lines, self._partial = (self._partial + data).split(b"\n")
+        if len(self._partial) > _LONGEST_LINE:
+            self._partial = b""
         now = time.time()
         for message in filter(None, map(heard, lines)):
             self.messages.append({**message, "heard": now})

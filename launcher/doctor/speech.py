@@ -7,7 +7,20 @@ import sys
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
+from launcher.supervise.messages import require_fields
+
 _BEGINNING = b'{"doctor": '
+_FIELDS: dict[str, dict[str, Any]] = {
+    "hello": {},
+    "survey": {"clock": float},
+    "listen": {"port": int | None, "problem": str | None},
+    "contact": {"contact": dict[str, Any]},
+    "hush": {},
+    "pair": {"pair": dict[str, Any]},
+    "everyone": {"everyone": dict[str, Any]},
+    "collective": {"exit_code": int},
+}
+"""What a message of each kind must hold; the values inside are read by type where they are used."""
 
 
 def say(kind: str, **values: Any) -> None:
@@ -22,7 +35,12 @@ def heard(line: bytes) -> dict[str, Any] | None:
     if not line.startswith(_BEGINNING):
         return None
     try:
-        message: dict[str, Any] = json.loads(line)
-    except ValueError:
+        message = json.loads(line)
+        kind = message["doctor"] if isinstance(message, dict) else None
+        fields = _FIELDS.get(kind) if isinstance(kind, str) else None
+        if fields is None:
+            return None
+        require_fields(message, fields)
+    except (ValueError, RecursionError):
         return None
-    return message
+    return dict(message)

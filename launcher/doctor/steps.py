@@ -153,7 +153,7 @@ def measure(talk: Conversation, facts: Mapping[str, HostFacts], met: Met, *, unt
     pairs = [_decoded(Pair, said["pair"]) for name in names for said in talk.told(name, "pair")]
     told = {name: _decoded(Everyone, said["everyone"]) for name in names for said in talk.told(name, "everyone")}
     places = {name: place for place, name in enumerate(names)}
-    found = {pair.hosts: pair for pair in pairs if pair is not None}
+    found = {pair.hosts: pair for pair in pairs if pair is not None and places.keys() >= set(pair.hosts)}
     return Measured(
         pairs=tuple(sorted(found.values(), key=lambda pair: [places[name] for name in pair.hosts])),
         everyone={name: everyone for name, everyone in told.items() if everyone is not None},

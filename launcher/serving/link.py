@@ -5,7 +5,7 @@ from __future__ import annotations
 import select
 import socket
 
-from launcher.serving.frames import LENGTH, Message, pack, unpack
+from launcher.serving.frames import LENGTH, MAX_BYTES, Message, pack, unpack
 
 _CHUNK = 1 << 18
 
@@ -63,10 +63,15 @@ class EngineLink:
         messages, at = [], 0
         while len(self._buffer) - at >= LENGTH.size:
             (length,) = LENGTH.unpack_from(self._buffer, at)
+            if length > MAX_BYTES:
+                raise Gone(f"the front sent a frame of {length} bytes")
             end = at + LENGTH.size + length
             if len(self._buffer) < end:
                 break
-            messages.append(unpack(bytes(self._buffer[at + LENGTH.size : end])))
+            try:
+                messages.append(unpack(bytes(self._buffer[at + LENGTH.size : end])))
+            except (ValueError, RecursionError) as error:
+                raise Gone("the front sent a frame that is not JSON") from error
             at = end
         del self._buffer[:at]
         return messages

@@ -45,5 +45,5 @@ class Orders(threading.Thread):
 def _exit_code(line: str) -> int | None:
     try:
         return int(json.loads(line)["exit_code"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.doctor.refusal import refusal
+from launcher.doctor.speech import heard
 from launcher.plan import Host
 
 HOST = Host(name="node3", slots=1, login="me@node3:2222", python="/venv/bin/python")
@@ -66,3 +67,19 @@ def test_a_host_that_hangs_after_its_greeting() -> None:
     found = refusal(HOST, "", exit_code=None, said_hello=True, waited_s=8.0)
     assert "could not tell about itself within 8.0 s" in found.what
     assert "nvidia-smi" in found.remedy
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"doctor": ' + b"[" * 50_000,
+        b'{"doctor": []}',
+        b'{"doctor": "survey"}',
+        b'{"doctor": "survey", "clock": NaN}',
+        b'{"doctor": "listen", "port": "1", "problem": null}',
+        b'{"doctor": "collective", "exit_code": null}',
+        b'{"doctor": "\xff"}',
+    ],
+)
+def test_what_no_probe_says_is_not_heard(line: bytes) -> None:
+    assert heard(line) is None

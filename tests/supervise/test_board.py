@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 from launcher.rundir import RunDir
 from launcher.supervise.board import Lease, agent_file, board_of, call_off, look, post, rank_file
 from launcher.supervise.board_ranks import BoardRanks
-from launcher.supervise.messages import CommandEnded, Message, RankBeat, RankEnded
+from launcher.supervise.messages import CommandEnded, Message, Note, RankBeat, RankEnded
 
 GUARD = """
 import os, sys, time
@@ -130,6 +131,52 @@ def test_what_an_earlier_start_left_is_not_taken_for_this_one(side: Side) -> Non
     deadline = time.monotonic() + 1.0
     side.until(lambda: time.monotonic() > deadline)
     assert side.told == []
+
+
+GUARD_POST = {"token": "now", "turn": 1, "beat": None, "age_s": 0.0, "guard": 1, "pid": 2}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"guard": "1"},
+        {"beat": {"phase": 1}},
+        {"beat": {"phase": "forward", "step": 1, "at": 1.0, "numbers": {"loss": "x"}}},
+        {"status": 0x137F, "time": 1.0, "by_launcher": False},
+        {"status": 2**80, "time": 1.0, "by_launcher": False},
+        {"status": 0, "time": None, "by_launcher": False},
+        {"status": 0},
+    ],
+)
+def test_a_file_that_no_guard_writes_is_named_once(side: Side, wrong: dict[str, Any]) -> None:
+    post(rank_file(board_of(side.run_dir), 0), GUARD_POST | wrong)
+    for _ in range(3):
+        side.ranks._look_at(0)
+    assert [note.text.partition(" posted ")[0] for note in side.of(Note)] == ["the guard of rank 0"]
+    assert not side.ranks.any_alive()
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"{",
+        b"[" * 4000,
+        b"\xff\xfe",
+        b"[]",
+        b'{"kind": []}',
+        b'{"kind": "hello", "rank": 99, "guard": 1, "pid": 1}',
+        b'{"kind": "hello", "rank": "0", "guard": 1, "pid": 1}',
+        b'{"kind": "told", "signal": 1, "told_at": NaN}',
+        b'{"kind": "exit", "status": 0, "time": 1.0, "wall_s": 1.0, "by_launcher": false}',
+    ],
+)
+def test_a_guard_that_sends_no_message_is_closed_alone(side: Side, sent: bytes) -> None:
+    guard, agent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with guard, agent:
+        agent.setblocking(False)
+        guard.send(sent)
+        assert not side.ranks.hear(agent)
+    assert [note.text.partition(":")[0] for note in side.of(Note)] == ["the connection to the guard was closed"]
 
 
 def test_a_rank_whose_launcher_is_killed_ends_and_says_so(side: Side) -> None:

@@ -1,7 +1,9 @@
 """The newest state of a rank, in shared memory."""
 
+import struct
 import subprocess
 import sys
+import zlib
 
 import pytest
 
@@ -37,6 +39,17 @@ def test_a_state_caught_half_written_is_not_believed(path):
     Heartbeat(path).beat("forward", 1)
     memory = map_beats(path)
     memory[12] = memory[12] ^ 1
+    assert read_beat(memory) is None
+
+
+@pytest.mark.parametrize(
+    "payload",
+    [b"[" * 2000, b"null", b"{}", b'{"phase": 1, "step": null, "at": 0.0, "numbers": {}}', b"\xff", b"1e999"],
+    ids=["deep", "null", "empty", "wrong type", "not UTF-8", "a number"],
+)
+def test_a_state_that_is_none_is_not_believed(path, payload):
+    memory = map_beats(path)
+    memory[: 8 + len(payload)] = struct.pack("<II", zlib.crc32(payload), len(payload)) + payload
     assert read_beat(memory) is None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,12 @@ class Kubectl:
 
     def get(self, *words: str) -> Any:
         """Return an object, or a list of objects."""
-        return json.loads(self.run("get", *words, "--output=json"))
+        text = self.run("get", *words, "--output=json")
+        try:
+            return json.loads(text)
+        except (ValueError, RecursionError) as error:
+            said = f"`kubectl get {shlex.join(words)}` printed what is not JSON: {text[:200]!r}"
+            raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
 
 
 def missing() -> EnvironmentProblem:

@@ -12,7 +12,7 @@ from launcher.supervise.messages import require_fields
 _BEGINNING = b'{"doctor": '
 _FIELDS: dict[str, dict[str, Any]] = {
     "hello": {},
-    "survey": {"clock": float},
+    "survey": {},
     "listen": {"port": int | None, "problem": str | None},
     "contact": {"contact": dict[str, Any]},
     "hush": {},

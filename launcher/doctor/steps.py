@@ -16,6 +16,8 @@ from launcher.schema import build
 T = TypeVar("T")
 
 _HUSH_S = 2.0
+_LATEST_S = 1e12
+"""No clock of a host says more seconds since 1970; NaN compares as false."""
 _MARGIN_S = 0.5
 """Hosts give up so much earlier than we do, for what they say to arrive."""
 
@@ -91,7 +93,7 @@ def survey(
     answers = talk.collect("survey", talk.channels, until=until)
     late = [name for name in talk.channels if name not in answers and any(talk.told(name, "hello"))]
     answers |= talk.collect("survey", late, until=patience)
-    read = {name: _decoded(HostFacts, answers[name].get("facts")) for name in talk.channels if name in answers}
+    read = {name: _facts_in(answers[name]) for name in talk.channels if name in answers}
     return Surveyed(
         facts={name: facts for name, facts in read.items() if facts is not None},
         skews_s={
@@ -170,6 +172,13 @@ def _silent(talk: Conversation, names: Sequence[str], ended: Mapping[str, Mappin
             last = (talk.channels[name].complaint.strip().splitlines() or ["without a word"])[-1]
             silent[name] = f"exit code {ended[name]['exit_code']}: {last[:300]}"
     return silent
+
+
+def _facts_in(answer: Mapping[str, Any]) -> HostFacts | None:
+    """Return what a host says of itself; ``None`` where this version cannot read it."""
+    clock = answer.get("clock")
+    is_time = isinstance(clock, int | float) and abs(clock) < _LATEST_S
+    return _decoded(HostFacts, answer.get("facts")) if is_time else None
 
 
 def _decoded(cls: type[T], tree: Any) -> T | None:

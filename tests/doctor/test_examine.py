@@ -111,6 +111,7 @@ def test_a_login_shell_may_greet_and_chatter(examine_here: Examine) -> None:
         (("sh", "-c", "exec /nowhere/python -m launcher.doctor.probe"), "has no"),
         ((sys.executable, "-S", "-m", "launcher.doctor.probe"), "lacks the package psutil"),
         (("sh", "-c", """echo '{"doctor": "survey", "facts": {"hostname": "x"}}'; cat"""), "another version"),
+        (("sh", "-c", """echo '{"doctor": "survey", "clock": NaN, "facts": []}'; cat"""), "another version"),
     ],
 )
 def test_a_host_that_cannot_be_examined_is_named_with_the_reason(

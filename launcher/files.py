@@ -5,8 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+_MOST_NAME_BYTES = 200
+"""Of a file's name in the name of its temporary file: file systems allow 255 in all."""
 
 
 def sha256_of(data: bytes) -> str:
@@ -14,16 +20,35 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def write_atomic(path: Path, data: str | bytes) -> None:
-    """Write ``data`` to a temporary name, fsync, rename, fsync the folder."""
-    payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """Yield a new file that replaces ``path`` when the block ends, and is removed when the block fails.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
+    """
+    name = os.fsdecode(os.fsencode(path.name)[:_MOST_NAME_BYTES])
+    temporary = path.with_name(f".{name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
+    try:
+        with temporary.open("xb") as file:  # never a file that another process made
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
+
+
+def write_atomic(path: Path, data: str | bytes) -> None:
+    """Write ``data`` to a temporary name, fsync, rename, fsync the folder.
+
+    Raises:
+        OSError: the disk is full, or the folder cannot be written; ``path`` is as it was, nothing else is left.
+    """
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
 
 
 def fsync_folder(folder: Path) -> None:

@@ -13,9 +13,10 @@ from launcher.backends.kubernetes.orders import PodOrders
 from launcher.backends.kubernetes.workloads import job_reference
 from launcher.checkpoint.lock import RunLock
 from launcher.config import Run
-from launcher.errors import EXIT_PREEMPTED, ConfigError
+from launcher.errors import EXIT_PREEMPTED, ConfigError, ConfigErrors
 from launcher.files import read_json, write_atomic, write_json
 from launcher.plan import Host, HostPlan, Plan
+from launcher.preflight import refuse_occupied
 from launcher.prepare import Prepared, replan
 from launcher.remote.command import Remote
 from launcher.rundir import RunDir
@@ -102,6 +103,8 @@ def prepare_here(run: Run, backend: Kubernetes, orders: PodOrders) -> Prepared:
 
 def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
     """Return the run, told to go on from the newest checkpoint that an earlier pod of it has left, if one has."""
+    if foreign := list(refuse_occupied(replace(run, checkpoint=replace(run.checkpoint, resume="auto")), run_dir)):
+        raise ConfigErrors(foreign)
     found = read_json(run_dir.plan)["run_id"] if run_dir.plan.is_file() else run_id
     if found != run_id:
         why = f"holds the run {found}, and two runs never share a directory"

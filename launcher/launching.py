@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 from launcher.announce import closing, opening
 from launcher.attempts import carry_out
 from launcher.checkpoint.lock import RunLock
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.files import read_json
+from launcher.preflight import refuse_occupied
 from launcher.prepare import Prepared
+from launcher.rundir import RunDir, StagedFiles
 
 
 def start(prepared: Prepared) -> int:
@@ -18,19 +21,57 @@ def start(prepared: Prepared) -> int:
         from launcher.examination import examined
 
         prepared = examined(prepared)
-    directory = prepared.directory
-    try:
-        directory.logs.mkdir(parents=True, exist_ok=True)
-        lock = RunLock(directory.path).acquire()
-    except OSError as error:
-        fix = "choose a folder you can write to"
-        raise ConfigError("run.dir", directory.path, why=error.strerror or str(error), fix=fix) from error
-    with lock:
-        print("\n".join(opening(prepared.plan)), flush=True)
-        if prepared.run.backend.hands_over:
-            lock.release()
+    directory, backend, staged = prepared.directory, prepared.run.backend, StagedFiles()
+    with _locked(directory, staged, hands_over=backend.hands_over) as lock:
+        staged.remember(directory.snapshot, directory.plan)
+        session = _stamp(directory.session)
         started = time.monotonic()
-        code = carry_out(prepared)
-        if code == 0 and not prepared.run.backend.hands_over and directory.result.exists():
+        try:
+            if occupied := list(refuse_occupied(prepared.run, directory, is_locked=True)):
+                raise ConfigErrors(occupied)
+            backend.validate_submission(prepared.plan)
+            print("\n".join(opening(prepared.plan)), flush=True)
+            code = carry_out(prepared)
+        except LauncherError:
+            if _stamp(directory.session) == session:  # nothing was started
+                lock.remove()
+                staged.undo()
+            raise
+        if code == 0 and not backend.hands_over and directory.result.exists():
             print(closing(read_json(directory.result), elapsed_s=time.monotonic() - started), flush=True)
         return code
+
+
+def _locked(directory: RunDir, staged: StagedFiles, *, hands_over: bool) -> RunLock:
+    """Make the run directory and return the lock that this process holds on it.
+
+    A run that is handed over is locked by the process that carries it out; the submission has a lock of its own.
+
+    Raises:
+        ConfigError: the directory cannot be written, or another launcher has it; nothing was made.
+    """
+    lock = RunLock(directory.path)
+    try:
+        staged.make_folder(directory.logs)
+        lock.acquire()
+        if not hands_over:
+            return lock
+        submission = RunLock(directory.path, name=".submission").acquire()
+    except (ConfigError, OSError) as error:
+        lock.remove()
+        staged.undo()
+        if isinstance(error, ConfigError):
+            raise
+        why, fix = error.strerror or str(error), "choose a folder you can write to"
+        raise ConfigError("run.dir", directory.path, why=why, fix=fix) from error
+    lock.remove()
+    return submission
+
+
+def _stamp(file: Path) -> tuple[int, int] | None:
+    """Return what changes when a file is written anew; ``None`` while there is none."""
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_ino, stat.st_mtime_ns

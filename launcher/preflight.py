@@ -35,7 +35,7 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
         yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
     yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
-    yield from _refuse_occupied(run, run_dir)
+    yield from refuse_occupied(run, RunDir(run_dir))
     yield from _refuse_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
@@ -90,11 +90,23 @@ def _is_read_only(folder: Path) -> bool:
     return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
-def _refuse_occupied(run: Run, run_dir: Path) -> Iterator[ConfigError]:
-    if run.checkpoint.resume == "auto" or not run_dir.is_dir() or not any(run_dir.iterdir()):
-        return
-    fix = "choose another, or set checkpoint.resume=auto to continue it"
-    yield ConfigError("run.dir", run_dir, why="is not empty, and two runs never share a directory", fix=fix)
+def refuse_occupied(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> Iterator[ConfigError]:
+    """Refuse a directory that holds another run, or files that no run has put there.
+
+    Args:
+        run: what is to be kept there.
+        run_dir: its directory.
+        is_locked: whether this process has made and locked it, so that what that leaves is no other run's.
+    """
+    if foreign := run_dir.foreign():
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        why = f"is not empty and holds no run.yaml of a run (it holds {shown}), so its files are not a run's"
+        yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")
+    elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
+        is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())
+        why, fix = "is not empty, and two runs never share a directory", "choose another, or set checkpoint.resume=auto"
+        if is_occupied:
+            yield ConfigError("run.dir", run_dir.path, why=why, fix=f"{fix} to continue it")
 
 
 def _refuse_taken_port(backend: Backend) -> Iterator[ConfigError]:

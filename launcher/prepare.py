@@ -93,5 +93,11 @@ def _first_port(run: Run) -> int:
 
 def _run_id_in(folder: str) -> str | None:
     """Return the id of the run that ``folder`` holds, so that a continued run keeps its name in W&B."""
-    plan = RunDir(Path(folder)).plan
-    return str(read_json(plan)["run_id"]) if plan.is_file() else None
+    run_dir = RunDir(Path(folder))
+    if not run_dir.is_run:
+        return None
+    try:
+        plan = read_json(run_dir.plan)
+    except (OSError, ValueError):  # no plan, or half of one
+        return None
+    return str(plan["run_id"]) if isinstance(plan, dict) and "run_id" in plan else None

@@ -117,6 +117,15 @@ class Backend(Component):
         """
         return ""
 
+    def validate_submission(self, plan: Plan) -> None:
+        """Refuse what only the cluster can tell, before the run directory is written.
+
+        Raises:
+            ConfigErrors: the cluster would not take the run.
+            EnvironmentProblem: the cluster cannot be asked.
+        """
+        return
+
     @abstractmethod
     def submit(self, plan: Plan) -> Outcome:
         """Start ``plan``, stay until nothing of it is left, and return how it ended.

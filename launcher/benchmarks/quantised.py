@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -98,18 +99,21 @@ def _save(
     model: PreTrainedModel, method: Quantization, folder: Path, *, source: Path | None, context: Context
 ) -> dict[str, int]:
     """Write the folder under another name first; return the bytes of weights in files, before and after."""
-    making = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(making, ignore_errors=True)
-    beside = source
-    if beside is None:
-        print("weights are random, so no tokenizer is put beside them", flush=True)
-    save_quantised(model, method, making, beside=beside)
-    for file in making.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    if folder.is_dir():
-        folder.rmdir()  # empty, or refused before anything started
-    making.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    making = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
+    making.mkdir()
+    try:
+        beside = source
+        if beside is None:
+            print("weights are random, so no tokenizer is put beside them", flush=True)
+        save_quantised(model, method, making, beside=beside)
+        for file in making.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        making.rename(folder)  # onto nothing, or onto an empty folder: the kernel refuses any other
+    except BaseException:
+        shutil.rmtree(making, ignore_errors=True)
+        raise
     print(f"weights: {folder}", flush=True)
     found = {AFTER: _bytes_on_disk(folder)}
     if source is not None:

@@ -20,9 +20,10 @@ class RunLock:
             ...
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, name: str = ".lock") -> None:
+        self._folder, self._path = folder, folder / name
         self._descriptor: int | None = None
+        self._is_new = False
 
     def acquire(self) -> RunLock:
         """Take the lock without waiting.
@@ -32,7 +33,14 @@ class RunLock:
             OSError: the folder is missing or not writable.
         """
         assert self._descriptor is None, "acquired twice"
-        descriptor = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        while not self._try():  # the file was removed between opening and locking it
+            pass
+        return self
+
+    def _try(self) -> bool:
+        """Take the lock; return False where the file that was locked is no longer the one in the folder."""
+        is_new = not self._path.exists()
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -43,10 +51,19 @@ class RunLock:
             why = f"another run (process {holder}) is using this directory"
             fix = "wait for it to end, or leave run.dir out to get a directory of its own"
             raise ConfigError("run.dir", self._folder, why=why, fix=fix) from None
+        if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.lstat()):
+            os.close(descriptor)
+            return False
         os.truncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
-        self._descriptor = descriptor
-        return self
+        self._descriptor, self._is_new = descriptor, is_new
+        return True
+
+    def remove(self) -> None:
+        """Remove the lock's file if this process made it, while it still holds the lock."""
+        if self._descriptor is not None and self._is_new:
+            self._path.unlink(missing_ok=True)
+        self.release()
 
     def release(self) -> None:
         """Let others have the directory; doing so twice is fine."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.arguments import Arguments, parse_arguments
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.files import write_atomic
-from launcher.report.pages import page_of_run, page_of_runs, page_of_sweep
+from launcher.report.pages import is_report, page_of_run, page_of_runs, page_of_sweep
 from launcher.report.sweeps import find_sweep, read_sweep
 from launcher.rundir import RunDir
 from launcher.runs import find_run, look
@@ -71,3 +71,6 @@ def _refuse(file: Path) -> None:
         raise ConfigError("--output", file, why="is a folder", fix=f"write --output {file / _FILE}")
     if not file.parent.is_dir():
         raise ConfigError("--output", file, why=f"there is no folder {file.parent}", fix="make it, or name another")
+    if file.is_file() and not is_report(file):
+        why, fix = "is there already and is not a report", "name another, or move it away"
+        raise ConfigError("--output", file, why=why, fix=fix)

@@ -12,7 +12,7 @@ from launcher.errors import EXIT_PREEMPTED, ConfigErrors
 from launcher.generation.merge import merge
 from launcher.generation.parts import Index, PartWriter
 from launcher.generation.source import BadSource
-from launcher.generation.task import keep_task, stored_task, task_of
+from launcher.generation.task import claim_output, keep_task, stored_task, task_of
 from launcher.generation.work import Worker
 from launcher.serving.choose import chosen_generator
 from launcher.serving.ranks import engine_of_ranks
@@ -99,6 +99,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
             worker.tell()
             time.sleep(_POLL_S)
     seconds = time.monotonic() - started
+    claim_output(folder, output)
     merge(index, output, beat=lambda: context.heartbeat.beat("merge", size))
     _conclude(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
     (folder / "done").touch()

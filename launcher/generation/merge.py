@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
-from launcher.files import fsync_folder
+from launcher.files import atomic_file
 from launcher.generation.parts import Index
 
 _BEAT_EVERY = 4096
@@ -18,13 +17,8 @@ def merge(index: Index, output: Path, *, beat: Callable[[], None]) -> None:
     Raises:
         OSError: the disk is full, or the folder cannot be written.
     """
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(output) as file:
         for number, answer in enumerate(index.answers()):
             file.write(answer)
             if number % _BEAT_EVERY == 0:
                 beat()
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(output)
-    fsync_folder(output.parent)

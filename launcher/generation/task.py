@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ConfigError
-from launcher.files import read_json, write_json
+from launcher.errors import ConfigError, JobError
+from launcher.files import read_json, write_atomic, write_json
 from launcher.schema import to_tree
 
 if TYPE_CHECKING:
@@ -23,6 +23,10 @@ _FREE = frozenset(
     )
 )
 """Options of the job that no answer depends on."""
+
+
+_CLAIM = "output"
+"""File in the folder of parts that names the file of answers, written before that is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,3 +68,21 @@ def stored_task(folder: Path) -> Task | None:
 def keep_task(folder: Path, task: Task) -> None:
     """Write it down; every rank may, for all write the same."""
     write_json(folder / "task.json", to_tree(task))
+
+
+def owns_output(folder: Path, output: Path) -> bool:
+    """Whether a file of answers was begun by the run with this folder of parts."""
+    claim = folder / _CLAIM
+    return claim.is_file() and claim.read_text(encoding="utf-8") == str(output.absolute())
+
+
+def claim_output(folder: Path, output: Path) -> None:
+    """Write down that the file of answers is this run's from here on.
+
+    Raises:
+        JobError: another process made it meanwhile.
+    """
+    if output.exists() and not owns_output(folder, output):
+        why = f"another process made this file while this run was working. All answers are kept in {folder}"
+        raise JobError(f"job.output={output}: {why}: move the file away and type launch resume {folder.parent}")
+    write_atomic(folder / _CLAIM, str(output.absolute()))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from launcher.errors import ConfigError
 from launcher.generation.source import Format, Source
-from launcher.generation.task import stored_task, task_of
+from launcher.generation.task import owns_output, stored_task, task_of
 from launcher.jobs.generating import GeneratingJob
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Generate(GeneratingJob):
         stored = stored_task(run_dir.generated)
         if stored is not None:
             yield from task_of(run, self, source, digest=source.digest()).problems(stored, self)
-        elif output.exists():
+        if output.exists() and not owns_output(run_dir.generated, output):
             yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:

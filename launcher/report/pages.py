@@ -6,6 +6,7 @@ import html
 import os
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 
 import yaml
 
@@ -32,6 +33,8 @@ from launcher.runs import RunState, look
 from launcher.secrecy import redact
 from launcher.wording import flat
 
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_HEAD_BYTES = 1000
 _COMPARED = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
 
 
@@ -118,6 +121,12 @@ def _options(state: RunState) -> dict[str, str]:
     return {key: value for key, value in options.items() if not key.startswith("run.")}
 
 
+def is_report(file: Path) -> bool:
+    """Return whether a file is a report of this program, which another report may replace."""
+    with file.open("rb") as opened:
+        return html.escape(_POLICY).encode() in opened.read(_HEAD_BYTES)
+
+
 def _page(title: str, *content: Html) -> str:
     """Return the file: no address in it leads anywhere, and no value of a secret variable is in it."""
     style = files("launcher.report").joinpath("page.css").read_text(encoding="utf-8")
@@ -128,7 +137,7 @@ def _page(title: str, *content: Html) -> str:
         element(
             "meta",
             http_equiv="Content-Security-Policy",
-            content="default-src 'none'; img-src data:; style-src 'unsafe-inline'",
+            content=_POLICY,
         ),
         element("title", title),
         element("style", Html(style)),

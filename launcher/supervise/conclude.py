@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from pathlib import Path
 
 from launcher.files import write_atomic, write_json
 from launcher.results import write_result
@@ -34,8 +35,13 @@ def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
 
 def forget_last_end(run_dir: RunDir) -> None:
     """Remove how an earlier attempt in the same run directory ended: it is no longer true."""
-    for path in (run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.json")):
+    for path in files_of_end(run_dir):
         path.unlink(missing_ok=True)
+
+
+def files_of_end(run_dir: RunDir) -> list[Path]:
+    """Return the files that say how a run ended."""
+    return [run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.json")]
 
 
 def last_words(outcome: Outcome, run_dir: RunDir) -> str:

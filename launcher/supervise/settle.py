@@ -8,7 +8,7 @@ from pathlib import Path
 from launcher.errors import EXIT_USER_ERROR, ConfigError, ConfigErrors, EnvironmentProblem
 from launcher.files import sha256_of, write_atomic
 from launcher.plan import HostPlan
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, StagedFiles
 from launcher.schema import build
 from launcher.supervise.messages import Assignment, CommandEnded
 from launcher.supervise.whereabouts import place_from_tree, read_whereabouts
@@ -18,11 +18,18 @@ def settle(assignment: Assignment) -> None:
     """Make the run directory and put the files of the assignment there, unless a shared disk has them already.
 
     Raises:
-        EnvironmentProblem: run.yaml did not arrive as it was sent.
+        EnvironmentProblem: run.yaml did not arrive as it was sent, or the directory holds files of others.
         OSError: the directory cannot be made or written.
     """
     run_dir = RunDir(Path(assignment.run_dir))
-    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    staged = StagedFiles()
+    staged.make_folder(run_dir.logs)
+    run_dir.logs.mkdir(exist_ok=True)  # asks the server of a shared disk, which a look alone may not
+    if foreign := run_dir.foreign():
+        staged.undo()
+        shown = ", ".join(foreign[:3])
+        why = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host['host']['name']}"
+        raise EnvironmentProblem(f"{why}; choose another run.dir")
     snapshot = assignment.files.get(run_dir.snapshot.name)
     if snapshot is not None and (found := sha256_of(snapshot.encode())) != assignment.run_hash:
         said = f"{found[:12]}… instead of {assignment.run_hash[:12]}…"

@@ -161,6 +161,17 @@ class Slurm(Backend):
 
         return script(self, plan)
 
+    def validate_submission(self, plan: Plan) -> None:
+        """Ask Slurm for what no partition can give, and whether the run is queued already.
+
+        Raises:
+            ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+            EnvironmentProblem: there is no Slurm here, or it does not answer.
+        """
+        from launcher.backends.slurm.submit import validate
+
+        validate(self, plan)
+
     def submit(self, plan: Plan) -> Outcome:
         """Queue the job; where ``wait`` is set, stay until it has ended.
 

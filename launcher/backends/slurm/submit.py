@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,9 +10,8 @@ from typing import TYPE_CHECKING
 from launcher.backends.slurm.client import Partition, ask, partitions, words_of
 from launcher.backends.slurm.script import script
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
-from launcher.files import write_atomic
-from launcher.rundir import RunDir
-from launcher.supervise.conclude import forget_last_end
+from launcher.rundir import RunDir, StagedFiles
+from launcher.supervise.conclude import files_of_end
 from launcher.supervise.whereabouts import Whereabouts, place_of_this_process, read_whereabouts, write_whereabouts
 
 if TYPE_CHECKING:
@@ -47,28 +45,51 @@ def queue(backend: Slurm, plan: Plan) -> str:
     """Write the batch script into the run directory, submit it, and return the number of the job.
 
     Raises:
-        ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+        ConfigError: Slurm refuses it; the run directory is as it was.
         EnvironmentProblem: there is no Slurm here, or it does not answer.
     """
-    run_dir = RunDir(Path(plan.run_dir))
+    run_dir, staged = RunDir(Path(plan.run_dir)), StagedFiles()
+    file = run_dir.path / "job.sbatch"
     try:
-        _refuse_queued(run_dir)
-        mistakes = list(refusals(backend, partitions()))
-        if mistakes:
-            raise ConfigErrors(mistakes)
-        file = run_dir.path / "job.sbatch"
-        write_atomic(file, script(backend, plan))
+        staged.write(file, script(backend, plan))
+        for ended in files_of_end(run_dir):  # before the job may write its own
+            staged.remove(ended)
         job_id = _sbatch(backend, file)
     except (ConfigError, EnvironmentProblem):
-        remove_if_new(run_dir)
+        staged.undo()
         raise
-    forget_last_end(run_dir)
-    write_whereabouts(run_dir, Whereabouts(backend="slurm", session=place_of_this_process(), job={"id": job_id}))
-    print(f"job {job_id} is queued; its output goes to {run_dir.logs / f'slurm.{job_id}.log'}")
+    print(f"job {job_id} is queued; its output goes to {run_dir.logs / f'slurm.{job_id}.log'}", flush=True)
+    _record(run_dir, job_id)
     if not backend.wait:
         for verb in ("status", "logs -f", "cancel"):
             print(f"  launch {verb} {run_dir.path}")
     return job_id
+
+
+def validate(backend: Slurm, plan: Plan) -> None:
+    """Refuse a run that is queued already, and what no partition can give.
+
+    Raises:
+        ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+        EnvironmentProblem: there is no Slurm here, or it does not answer.
+    """
+    _refuse_queued(RunDir(Path(plan.run_dir)))
+    if mistakes := list(refusals(backend, partitions())):
+        raise ConfigErrors(mistakes)
+
+
+def _record(run_dir: RunDir, job_id: str) -> None:
+    """Write the job's number to session.json, unless the job has begun and did so itself.
+
+    A full disk does not change that it is queued.
+    """
+    written = read_whereabouts(run_dir)
+    if written is not None and written.job.get("id") == job_id:
+        return
+    try:
+        write_whereabouts(run_dir, Whereabouts(backend="slurm", session=place_of_this_process(), job={"id": job_id}))
+    except OSError as error:
+        print(f"{run_dir.session} cannot be written ({error.strerror}): end the job with scancel {job_id}", flush=True)
 
 
 def refusals(backend: Slurm, known: Sequence[Partition]) -> Iterator[ConfigError]:
@@ -101,12 +122,6 @@ def submission_env(backend: Slurm, environ: Mapping[str, str]) -> dict[str, str]
     return {
         name: value for name, value in environ.items() if name in kept or not name.startswith(("SBATCH_", "SLURM_"))
     }
-
-
-def remove_if_new(run_dir: RunDir) -> None:
-    """Leave nothing behind of a run that was refused, unless it had been running before."""
-    if not any(path.exists() for path in (run_dir.metrics, run_dir.checkpoints, run_dir.result, run_dir.session)):
-        shutil.rmtree(run_dir.path)
 
 
 def _sbatch(backend: Slurm, file: Path) -> str:

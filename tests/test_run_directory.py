@@ -1,0 +1,248 @@
+"""What a launcher may change in a run directory: what it made itself, and what a run has put there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launcher import launching
+from launcher.backends.slurm import submit
+from launcher.backends.slurm.client import Partition
+from launcher.checkpoint.lock import RunLock
+from launcher.errors import ConfigError, EnvironmentProblem, JobError
+from launcher.files import atomic_file, write_atomic, write_json
+from launcher.generation.task import claim_output
+from launcher.rundir import RunDir
+from launcher.supervise.conclude import files_of_end
+from launcher.supervise.messages import Assignment
+from launcher.supervise.settle import settle
+
+from .conftest import Launch
+
+SMALL = ("model.layers=1", "model.width=32", "tracker=local", "data=synthetic")
+SLURM = (*SMALL, "backend=slurm")
+BACKENDS = {
+    "local": SMALL,
+    "slurm": SLURM,
+    "ssh": (*SMALL, "backend=ssh", "backend.hostfile=hosts"),
+    "deepspeed": (*SMALL, "backend=deepspeed", "backend.hostfile=hosts"),
+    "kubernetes": (*SMALL, "backend=kubernetes", "backend.image=registry.example/x:1"),
+}
+USERS = {
+    "files": {"thesis.tex": "text", "data/raw.csv": "1,2", ".hidden": "x"},
+    "one_hidden_file": {".bashrc": "x"},
+    "logs_of_another_program": {"logs/app.log": "started"},
+    "a_run_yaml_of_another_program": {"run.yaml": "steps:\n  - make\n", "plan.json": "[]"},
+    "a_plan_that_is_no_json": {"plan.json": "{", "metrics.jsonl": "mine"},
+    "checkpoints": {"checkpoints/step_00000010/model.safetensors": "weights"},
+}
+
+
+def tree_of(folder: Path) -> dict[str, bytes | None]:
+    """Return every path below a folder, and the content of files."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def fill(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+@pytest.fixture
+def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], str]], None]:
+    """Make this machine one with Slurm, whose sbatch is a function that gets the script."""
+
+    def install(sbatch: Callable[[Path], str]) -> None:
+        queues = [Partition(name="main", is_default=True, limit="infinite", num_nodes=4)]
+        monkeypatch.setattr(submit, "partitions", lambda: queues)
+        monkeypatch.setattr(submit, "_refuse_queued", lambda _run_dir: None)
+        monkeypatch.setattr(submit, "_sbatch", lambda _backend, file: sbatch(file))
+
+    return install
+
+
+def refuse(_file: Path) -> str:
+    raise ConfigError(
+        "backend.account", "nope", why="Slurm says: Invalid account", fix="`sinfo` shows what it can give"
+    )
+
+
+def written_run(folder: Path, launch_in_process: Launch, slurm: Callable[[Callable[[Path], str]], None]) -> RunDir:
+    """Return the directory of a run that was queued, and has ended."""
+    slurm(lambda _file: "41")
+    launch_in_process(*SLURM, f"run.dir={folder}").expect(0)
+    run_dir = RunDir(folder)
+    write_json(run_dir.result, {"status": "preempted", "exit_code": 75, "metrics": {}})
+    return run_dir
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_auto_refuses_a_folder_that_no_run_has_filled(launch_in_process: Launch, tmp_path: Path, backend: str) -> None:
+    (tmp_path / "hosts").write_text("node1 slots=1\nnode2 slots=1\n")
+    mine = tmp_path / "mine"
+    fill(mine, USERS["files"])
+    before = tree_of(tmp_path)
+    refused = launch_in_process(*BACKENDS[backend], "checkpoint.resume=auto", f"run.dir={mine}").expect(2)
+    assert (
+        f"run.dir={mine}: is not empty and holds no run.yaml of a run (it holds .hidden, data, thesis" in refused.stderr
+    )
+    assert tree_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("users", USERS)
+def test_auto_knows_a_run_by_what_run_yaml_holds(launch_in_process: Launch, tmp_path: Path, users: str) -> None:
+    mine = tmp_path / "mine"
+    fill(mine, USERS[users])
+    before = tree_of(tmp_path)
+    refused = launch_in_process(*SMALL, "checkpoint.resume=auto", "run.dir=mine").expect(2)
+    assert "run.dir=" in refused.stderr
+    assert "is not empty and holds no run.yaml of a run" in refused.stderr
+    assert tree_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("resume", ["none", "auto"])
+def test_what_slurm_refuses_leaves_nothing_of_a_new_directory(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None], resume: str
+) -> None:
+    slurm(refuse)
+    refused = launch_in_process(*SLURM, f"checkpoint.resume={resume}", "run.dir=new/one").expect(2)
+    assert "backend.account=nope" in refused.stderr
+    assert tree_of(tmp_path) == {}
+
+
+def test_what_slurm_refuses_leaves_an_empty_folder_and_a_link_to_it(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None]
+) -> None:
+    slurm(refuse)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    launch_in_process(*SLURM, "checkpoint.resume=auto", "run.dir=link").expect(2)
+    assert tree_of(tmp_path) == {"empty": None, "link": None}
+
+
+def test_what_slurm_refuses_leaves_a_run_as_it_was(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None]
+) -> None:
+    run_dir = written_run(tmp_path / "run", launch_in_process, slurm)
+    before, age = tree_of(tmp_path), run_dir.snapshot.stat().st_mtime_ns
+    slurm(refuse)
+    launch_in_process("resume", "run", "backend.account=nope", "job.steps=999").expect(2)
+    assert tree_of(tmp_path) == before
+    assert run_dir.snapshot.stat().st_mtime_ns == age
+
+
+def test_what_was_queued_stays_when_slurm_then_falls_silent(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(_plan: object, _job_id: str) -> int:
+        raise EnvironmentProblem("Slurm does not answer any more")
+
+    slurm(lambda _file: "7")
+    monkeypatch.setattr("launcher.backends.slurm.follow.follow", silent)
+    launch_in_process(*SLURM, "backend.wait=true", "run.dir=run").expect(2)
+    assert RunDir(tmp_path / "run").is_run
+    assert (tmp_path / "run" / "job.sbatch").is_file()
+
+
+def test_a_second_launcher_is_refused_while_the_first_submits(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None]
+) -> None:
+    told = []
+
+    def submit_twice(_file: Path) -> str:
+        before = tree_of(tmp_path)
+        told.append(launch_in_process(*SLURM, "checkpoint.resume=auto", "job.steps=5", "run.dir=run").expect(2).stderr)
+        assert tree_of(tmp_path) == before
+        return "7"
+
+    slurm(submit_twice)
+    launch_in_process(*SLURM, "run.dir=run").expect(0)
+    assert "another run (process" in told[0]
+    assert json.loads((tmp_path / "run" / "session.json").read_text())["job"] == {"id": "7"}
+
+
+def test_a_run_that_ends_while_this_one_waits_for_the_lock_is_kept(
+    launch_in_process: Launch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(RunLock):
+        def acquire(self) -> RunLock:
+            fill(tmp_path / "run", {"run.yaml": "job:\nmodel:\nbackend:\nrun:\n", "result.json": "{}"})
+            before.update(tree_of(tmp_path))
+            return super().acquire()
+
+    before: dict[str, bytes | None] = {}
+    monkeypatch.setattr(launching, "RunLock", Late)
+    refused = launch_in_process(*SMALL, "run.dir=run").expect(2)
+    assert "two runs never share a directory" in refused.stderr
+    del before["run/logs"]  # made by the launcher that was late, and empty
+    assert tree_of(tmp_path) == before
+
+
+def test_a_host_without_the_shared_disk_leaves_files_of_others(tmp_path: Path) -> None:
+    fill(tmp_path / "mine", USERS["a_run_yaml_of_another_program"])
+    before = tree_of(tmp_path)
+    host = {"host": {"name": "node2"}}
+    sent = Assignment(
+        host=host,
+        run_dir=str(tmp_path / "mine"),
+        run_id="x",
+        run_hash="x",
+        grace_s=1.0,
+        heartbeat_timeout_s=0.0,
+        env={},
+        files={"plan.json": "{}"},
+        session={},
+    )
+    with pytest.raises(EnvironmentProblem, match=r"mine holds files that no run has put there .* on node2; choose"):
+        settle(sent)
+    assert tree_of(tmp_path) == before
+
+
+def test_a_launcher_killed_before_it_wrote_anything_is_no_obstacle(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.logs.mkdir()
+    (tmp_path / ".lock").write_text("123")
+    assert run_dir.foreign() == []
+    (run_dir.logs / "mine.log").touch()
+    assert run_dir.foreign() == [".lock", "logs"]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    file = tmp_path / ("n" * 250)
+    write_atomic(file, "old")
+
+    def broken(target: Path) -> None:
+        with atomic_file(target) as opened:
+            opened.write(b"new")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        broken(file)
+    assert tree_of(tmp_path) == {file.name: b"old"}
+
+
+def test_answers_never_replace_a_file_that_another_process_made_meanwhile(tmp_path: Path) -> None:
+    parts, output = tmp_path / "run" / "generated", tmp_path / "answers.jsonl"
+    parts.mkdir(parents=True)
+    claim_output(parts, output)
+    output.write_text("ours, and the launcher was killed after that")
+    claim_output(parts, output)
+    other = tmp_path / "others.jsonl"
+    other.write_text("mine")
+    with pytest.raises(JobError, match=r"job.output=.*others.jsonl: another process made this file"):
+        claim_output(parts, other)
+
+
+def test_only_files_of_the_end_are_forgotten(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.logs.mkdir()
+    (run_dir.logs / "failure.rank3.json").touch()
+    expected = ["failure.json", "failure.rank3.json", "result.json", "stacks.txt"]
+    assert sorted(path.name for path in files_of_end(run_dir)) == expected

@@ -28,6 +28,8 @@ class Context:
     world_size: int
     heartbeat: Heartbeat
     """Report progress here at least at every step: silence for ``backend.stall_timeout_s`` ends the run."""
+    run_id: str = ""
+    """Of the run; empty for a rank that was started by hand."""
     profiler: Profiler = NO_PROFILER
     """Do each step in its ``step()``: it decides which of them it records."""
 

@@ -42,6 +42,7 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
             local_rank=env.local_rank,
             world_size=env.world_size,
             heartbeat=heartbeat,
+            run_id=env.run_id,
             profiler=profiler,
         )
         run.job.run(context)

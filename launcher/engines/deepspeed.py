@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ from launcher.engines.model import model_of
 from launcher.engines.native import allow_fp16, connect_deepspeed, prepare_environment, quiet, take_native_adam
 from launcher.engines.nvme import SwapFolder
 from launcher.engines.partition import Partitioning, assert_partitioned
+from launcher.errors import EnvironmentProblem
+from launcher.files import sha256_of
 from launcher.parallel.zero import Zero
 
 if TYPE_CHECKING:
@@ -61,7 +64,12 @@ class DeepSpeedEngine(Engine):
         if not self._zero.uses_nvme:
             return None
         assert self._zero.nvme_path, "refused before anything starts"
-        return SwapFolder(Path(self._zero.nvme_path).expanduser(), run_name=self._context.run_dir.path.name)
+        run_id = self._context.run_id or sha256_of(os.fsencode(self._context.run_dir.path.absolute()))
+        try:
+            return SwapFolder(Path(self._zero.nvme_path).expanduser(), run_id=run_id)
+        except OSError as error:
+            why = f"{error.filename or self._zero.nvme_path}: {error.strerror}"
+            raise EnvironmentProblem(f"parallel.nvme_path={self._zero.nvme_path}: {why}") from error
 
     def _config(self) -> dict[str, Any]:
         run = self._context.run

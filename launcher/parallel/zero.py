@@ -43,7 +43,8 @@ class Zero(Parallel):
     """Where partitioned parameters live; stage 3 only."""
 
     nvme_path: str | None = None
-    """Folder on a fast local disk; needed as soon as anything is offloaded to NVMe."""
+    """Folder on a fast local disk; needed as soon as anything is offloaded to NVMe. Users and runs can share it: each
+    run has a folder ``launcher-<user id>-<run id>`` in it, removed when the run ends."""
 
     pin_memory: bool = True
     """Page-locked host buffers: faster copies to a GPU. Without a GPU it does nothing, and the run says so; the staging

@@ -22,6 +22,8 @@ class RankEnv:
     """The name of this machine in the plan."""
     run_hash: str | None
     """What the snapshot's hash must be."""
+    run_id: str
+    """Of the run; empty for a rank that was started by hand."""
     scratch: Path | None
     """Folder of the host agent's socket and beat files; ``None`` for a rank started by hand."""
 
@@ -55,6 +57,7 @@ def read_rank_env(run_dir: Path, environ: Mapping[str, str]) -> RankEnv:
             world_size=int(environ["WORLD_SIZE"]),
             host=environ["LAUNCHER_HOST"],
             run_hash=environ.get("LAUNCHER_RUN_HASH"),
+            run_id=environ.get("LAUNCHER_RUN_ID", ""),
             scratch=Path(environ["LAUNCHER_AGENT_SCRATCH"]) if "LAUNCHER_AGENT_SCRATCH" in environ else None,
         )
     except (KeyError, ValueError) as error:

@@ -1,16 +1,25 @@
-"""A run's folder on NVMe: kept apart from other runs', and gone when the run is."""
+"""A run's folder on NVMe: kept apart from other runs' and other users', and gone when the run is."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+import stat
 from pathlib import Path
 
+import pytest
+
+from launcher.engines import nvme
 from launcher.engines.nvme import SwapFolder
+
+OTHER = 12345
+"""A user id that is not the one of the tests."""
 
 
 def test_runs_do_not_share_and_leave_nothing(tmp_path: Path) -> None:
-    first, second = SwapFolder(tmp_path, run_name="a"), SwapFolder(tmp_path, run_name="b")
+    first, second = (SwapFolder(tmp_path, run_id=f"20260101-120000-{letters}") for letters in ("abcd", "efgh"))
     assert first.path != second.path
-    assert first.path.is_dir()
+    assert stat.S_IMODE(first.path.stat().st_mode) == 0o700
     first.release()
     assert not first.path.exists()
     assert second.path.is_dir()
@@ -19,8 +28,9 @@ def test_runs_do_not_share_and_leave_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_of_one_run_share_and_the_last_removes(tmp_path: Path) -> None:
-    ranks = [SwapFolder(tmp_path, run_name="a") for _ in range(2)]
+    ranks = [SwapFolder(tmp_path, run_id="a") for _ in range(2)]
     assert ranks[0].path == ranks[1].path
+    ranks[0].release()
     ranks[0].release()
     assert ranks[1].path.is_dir()
     ranks[1].release()
@@ -28,12 +38,64 @@ def test_ranks_of_one_run_share_and_the_last_removes(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
-    left = tmp_path / "launcher-dead"
+    left = tmp_path / f"launcher-{os.geteuid()}-dead"
     (left / "zero_stage_3").mkdir(parents=True)
     (left / "in_use").touch()
-    foreign = tmp_path / "precious"
-    foreign.mkdir()
-    run = SwapFolder(tmp_path, run_name="a")
+    kept = [tmp_path / "precious", tmp_path / f"launcher-{os.geteuid()}-notes", tmp_path / f"launcher-{OTHER}-x"]
+    for folder in kept:
+        folder.mkdir()
+        (folder / "file").touch()
+    run = SwapFolder(tmp_path, run_id="a")
     assert not left.exists()
     run.release()
-    assert list(tmp_path.iterdir()) == [foreign]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_another_user_can_start_and_leaves_the_first_ones_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "nvme" / "swap"
+    first = SwapFolder(shared, run_id="a")
+    assert stat.S_IMODE(shared.stat().st_mode) == 0o1777, "as /tmp: every user makes folders of his own in it"
+    assert str(os.geteuid()) in first.path.name
+    monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    monkeypatch.setattr(nvme, "_is_own", lambda folder: str(OTHER) in folder.name)
+    second = SwapFolder(shared, run_id="a")
+    assert second.path != first.path
+    second.release()
+    monkeypatch.undo()
+    assert first.path.is_dir()
+    first.release()
+    assert list(shared.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder of another user", "link"])
+def test_a_folder_that_another_user_put_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    name = f"launcher-{os.geteuid()}-a"
+    if kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / name).symlink_to("elsewhere")
+    else:
+        (tmp_path / f"launcher-{OTHER}-a").mkdir()
+        monkeypatch.setattr(os, "geteuid", lambda: OTHER)
+    with pytest.raises(PermissionError, match=r"not a folder of this user; set another parallel\.nvme_path"):
+        SwapFolder(tmp_path, run_id="a")
+
+
+def test_a_rank_that_comes_while_the_last_one_leaves_gets_a_new_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = SwapFolder(tmp_path, run_id="a")
+    lock = fcntl.flock
+
+    def lock_late(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        first.release()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock_late)
+    second = SwapFolder(tmp_path, run_id="a")
+    assert (second.path / "in_use").is_file()
+    second.release()

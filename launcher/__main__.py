@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from launcher.errors import ConfigError, LauncherError
 from launcher.secrecy import hide_secrets
 from launcher.suggest import did_you_mean
+from launcher.terminal import printable
 
 VERBS = {
     "plan": "print what a run would do, and start nothing",
@@ -62,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except LauncherError as error:
-        print(f"error: {hide_secrets(str(error))}".replace("\n", "\nerror: "), file=sys.stderr)
+        print(f"error: {printable(hide_secrets(str(error)))}".replace("\n", "\nerror: "), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while a run lasts, its session takes it
         print("interrupted: nothing is running", file=sys.stderr)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from launcher.runfiles import read_object
 
 Samples = tuple[float, ...]
 
@@ -43,7 +44,7 @@ def read_measurements(path: Path) -> Measurements:
         ValueError: it is not the result of a benchmark; says what is wrong.
     """
     try:
-        tree = json.loads(path.read_bytes())
+        tree = read_object(path)
         options = dict(tree["benchmark"])
         cases = {
             str(name): {str(key): tuple(map(float, values)) for key, values in quantities.items()}

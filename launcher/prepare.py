@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.compose import Composed
 from launcher.config import Run
-from launcher.errors import ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import gather
-from launcher.files import read_json, sha256_of
+from launcher.files import sha256_of
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 from launcher.ports import free_port
 from launcher.preflight import preflight
 from launcher.rundir import RunDir, mint_run_id
+from launcher.runfiles import read_object
 from launcher.snapshot import dump_run
+
+_RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
 
 USUAL_PORT = 29500
 """Torch's own; shown by dry runs that cannot know what is free on another machine."""
@@ -92,12 +96,20 @@ def _first_port(run: Run) -> int:
 
 
 def _run_id_in(folder: str) -> str | None:
-    """Return the id of the run that ``folder`` holds, so that a continued run keeps its name in W&B."""
-    run_dir = RunDir(Path(folder))
-    if not run_dir.is_run:
-        return None
+    """Return the id of the run that ``folder`` holds, so that a continued run keeps its name in W&B.
+
+    Raises:
+        ConfigError: its plan cannot be read, or names no id.
+    """
+    plan = RunDir(Path(folder)).plan
     try:
-        plan = read_json(run_dir.plan)
-    except (OSError, ValueError):  # no plan, or half of one
+        run_id = read_object(plan).get("run_id")
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return str(plan["run_id"]) if isinstance(plan, dict) and "run_id" in plan else None
+    except (OSError, ValueError) as error:
+        why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise ConfigError("plan.json", plan, why=why, fix="set checkpoint.resume=DIR and another run.dir") from error
+    if not isinstance(run_id, str) or not _RUN_ID.fullmatch(run_id):
+        fix = "set checkpoint.resume=DIR and another run.dir"
+        raise ConfigError("plan.json", plan, why="names no run id of letters, digits, - and _", fix=fix)
+    return run_id

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.files import write_atomic
+from launcher.runfiles import read_regular
 
 _KEYS = frozenset({"job", "model", "backend", "run"})
 """Groups that the snapshot of every version holds."""
@@ -120,7 +121,7 @@ class RunDir:
     def is_run(self) -> bool:
         """Whether a run has written its snapshot here; a file of that name with other content is not one."""
         try:
-            text = self.snapshot.read_text(encoding="utf-8")
+            text = read_regular(self.snapshot).decode()
         except (OSError, ValueError):
             return False
         return _KEYS.issubset(_KEY.findall(text))

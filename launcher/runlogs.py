@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.rundir import RunDir
+from launcher.runfiles import open_regular
 from launcher.supervise.lines import LineSplitter
 
 AGENT = "agent"
 _CHUNK = 1 << 18
+_MOST_BACK = 1 << 28
+"""Bytes in which the last lines are looked for."""
 
 
 class GrowingLog:
@@ -24,14 +27,25 @@ class GrowingLog:
     def __init__(self, path: Path, *, last: int | None) -> None:
         self.path = path
         self.host, self.who = host_and_who(path)
-        self._offset = 0 if last is None else start_of_last_lines(path, last)
+        self._fault = ""
+        try:
+            self._offset = 0 if last is None else start_of_last_lines(path, last)
+        except OSError:
+            self._offset = 0  # the first read says why
         self._splitter = LineSplitter()
 
     def read(self) -> list[str]:
-        """Return whole lines that are new: some of them when there are many, none when there is none."""
-        with self.path.open("rb") as file:
-            file.seek(self._offset)
-            data = file.read(_CHUNK)
+        """Return whole lines that are new: some of them when there are many, none when there is none.
+
+        Of a file that is not read (a link, a FIFO) the reason is the one line.
+        """
+        try:
+            with open_regular(self.path, inside=self.path.parent.parent) as file:
+                file.seek(self._offset)
+                data = file.read(_CHUNK)
+        except OSError as error:
+            before, self._fault = self._fault, f"({self.path.name} {error.strerror})"
+            return [] if before == self._fault else [self._fault]
         self._offset += len(data)
         return self._splitter.feed(data)
 
@@ -89,13 +103,13 @@ def host_and_who(path: Path) -> tuple[str, int | str]:
 
 def start_of_last_lines(path: Path, count: int) -> int:
     """Return the offset at which the last ``count`` lines of a file begin, without reading the rest of it."""
-    with path.open("rb") as file:
+    with open_regular(path, inside=path.parent.parent) as file:
         end = file.seek(0, os.SEEK_END)
         if count == 0:
             return end
         wanted = count + 1  # the line breaks to pass; the last one ends the file
         position = end
-        while position > 0:
+        while position > max(0, end - _MOST_BACK):
             begin = max(0, position - _CHUNK)
             file.seek(begin)
             block = file.read(position - begin)
@@ -107,7 +121,7 @@ def start_of_last_lines(path: Path, count: int) -> int:
                     return begin + found + 1
                 block = block[:found]
             position = begin
-    return 0
+    return position
 
 
 def _named(log: GrowingLog, line: str) -> str:

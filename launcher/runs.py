@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from launcher.errors import ConfigError
-from launcher.files import read_json
-from launcher.results import parse_line
+from launcher.results import Status, parse_line
 from launcher.rundir import RunDir
+from launcher.runfiles import is_regular, open_regular, read_object
 from launcher.suggest import did_you_mean
 from launcher.supervise.whereabouts import Whereabouts, read_whereabouts
 
@@ -23,6 +23,9 @@ this machine cannot see it."""
 _YOUNG_S = 30.0
 """Time in which a new run may not have said yet who runs it."""
 _TAIL_BYTES = 1 << 16
+_LATEST = 253_402_300_799.0
+"""The last second of the year 9999: a file may claim to be of any time, and a clock shows no later one."""
+_LARGEST = 1e300
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +46,8 @@ class RunState:
     metrics: dict[str, Any]
     """The last values."""
     whereabouts: Whereabouts | None
+    damage: tuple[str, ...] = ()
+    """Files that are there and cannot be used, each with the reason; they count as missing."""
 
     @property
     def is_over(self) -> bool:
@@ -63,22 +68,31 @@ class RunState:
     @property
     def slots(self) -> list[int]:
         """Ranks of each host."""
-        return [plan["host"]["slots"] for plan in self.plan.get("hosts", [])]
+        return [host["slots"] for host in self.hosts]
+
+    @property
+    def hosts(self) -> list[dict[str, Any]]:
+        """Hosts of the plan: each with ``name`` and ``slots``."""
+        return [plan["host"] for plan in self.plan.get("hosts", [])]
 
     @property
     def failure(self) -> dict[str, Any]:
         """``failure.json``; empty while there is none."""
-        return _json(self.run_dir.failure)
+        try:
+            return read_object(self.run_dir.failure)
+        except (OSError, ValueError):
+            return {}
 
     @property
     def has_checkpoint(self) -> bool:
         """Whether a checkpoint is there to continue from."""
-        return any(self.run_dir.checkpoints.glob("step_*/manifest.json"))
+        return any(is_regular(path) for path in self.run_dir.checkpoints.glob("step_*/manifest.json"))
 
     @property
     def step(self) -> int | None:
         """Steps done."""
-        return self.metrics.get("train/step")
+        step: float | None = self.metrics.get("train/step")
+        return None if step is None else int(step)
 
     @property
     def num_steps(self) -> int | None:
@@ -126,12 +140,24 @@ def runs_below(root: Path) -> list[RunDir]:
 
 
 def look(run_dir: RunDir) -> RunState:
-    """Return what can be told of a run from its directory and this machine's processes."""
-    whereabouts, plan = read_whereabouts(run_dir), _json(run_dir.plan)
+    """Return what is known of a run from its directory and this machine's processes.
+
+    Another user may have written its files: one that is no regular file, or does not hold what a run writes, counts as
+    missing, and ``damage`` says so.
+    """
+    damage: list[str] = []
+    whereabouts, plan = read_whereabouts(run_dir), _read(run_dir.plan, _plan_fault, damage)
+    if whereabouts is None and os.path.lexists(run_dir.session):
+        damage.append(f"{run_dir.session.name} is not what a run writes")
     status, result = _status(run_dir, whereabouts), {}
     if status != RUNNING or _written_at(run_dir.result) > _written_at(run_dir.session):  # else of an earlier life
-        result = _json(run_dir.result)
+        result = _read(run_dir.result, _result_fault, damage)
         status = str(result.get("status", status))
+    try:
+        metrics = _numbers(result.get("metrics") or {}) or last_metrics(run_dir.metrics)
+    except OSError as error:
+        metrics = {}
+        damage.append(f"{run_dir.metrics.name} {error.strerror}")
     return RunState(
         run_dir=run_dir,
         run_id=str(plan.get("run_id", run_dir.path.name)),
@@ -141,26 +167,35 @@ def look(run_dir: RunDir) -> RunState:
         ended_at=_written_at(run_dir.result) if result else None,
         result=result,
         plan=plan,
-        metrics=result.get("metrics") or last_metrics(run_dir.metrics),
+        metrics=metrics,
         whereabouts=whereabouts,
+        damage=tuple(damage),
     )
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """Return the last value of each metric in the end of a ``metrics.jsonl``, however long it is."""
+    """Return the last value of each metric in the end of a ``metrics.jsonl``, however long it is.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be read.
+    """
     last: dict[str, Any] = {}
     for line in tail_lines(path):
-        last.update(parse_line(line) or {})
+        last.update(_numbers(parse_line(line) or {}))
     return last
 
 
-def tail_lines(path: Path) -> Iterator[bytes]:
-    """Yield the whole lines in the last 64 KiB of a file; none of one that does not exist."""
+def tail_lines(path: Path, *, inside: Path | None = None) -> Iterator[bytes]:
+    """Yield the whole lines in the last 64 KiB of a file; none of one that does not exist.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be read; see ``open_regular``.
+    """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, inside=inside) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _TAIL_BYTES))
-            lines = file.read().splitlines()
+            lines = file.read(_TAIL_BYTES).splitlines()
     except FileNotFoundError:
         return
     yield from lines[1:] if size > _TAIL_BYTES else lines
@@ -173,12 +208,65 @@ def _status(run_dir: RunDir, whereabouts: Whereabouts | None) -> str:
     return {True: RUNNING, False: LOST, None: ELSEWHERE}[whereabouts.is_running()]
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _read(path: Path, fault: Callable[[dict[str, Any]], str], damage: list[str]) -> dict[str, Any]:
+    """Return the object in a file; nothing, and a word on it in ``damage``, where it cannot be used."""
     try:
-        tree = read_json(path)
-    except (OSError, ValueError):
+        tree = read_object(path)
+        if why := fault(tree):
+            raise ValueError(why)
+    except FileNotFoundError:
         return {}
-    return tree if isinstance(tree, dict) else {}
+    except (OSError, ValueError) as error:
+        damage.append(f"{path.name} {(error.strerror if isinstance(error, OSError) else error) or 'cannot be read'}")
+        return {}
+    return tree
+
+
+def _plan_fault(tree: dict[str, Any]) -> str:
+    """Return why a ``plan.json`` cannot be used: what is shown of it is not of the right type."""
+    hosts, work = tree.get("hosts", []), tree.get("work", {})
+    kinds = {
+        **{name: isinstance(tree.get(name, ""), str) for name in ("run_id", "name", "job", "backend")},
+        "hosts": isinstance(hosts, list) and all(map(_is_host, hosts)),
+        "work": isinstance(work, dict) and isinstance(work.get("steps"), int | None),
+        "grace_s": _is_number(tree.get("grace_s", 0)),
+        "forward": _are_texts(tree.get("forward", [])),
+    }
+    wrong = [name for name, is_right in kinds.items() if not is_right]
+    return f"is not what a run writes: {', '.join(wrong)}" if wrong else ""
+
+
+def _is_host(plan: object) -> bool:
+    host = plan.get("host") if isinstance(plan, dict) else None
+    return (
+        isinstance(host, dict)
+        and isinstance(host.get("name"), str)
+        and type(host.get("slots")) is int
+        and _are_texts(host.get("devices") or [])
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _result_fault(tree: dict[str, Any]) -> str:
+    """Return why a ``result.json`` cannot be used."""
+    if tree.get("status") not in get_args(Status):
+        return "is not what a run writes: status"
+    if type(tree.get("exit_code")) is not int or not isinstance(tree.get("metrics", {}), dict):
+        return "is not what a run writes: exit_code, metrics"
+    return ""
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are numbers, or were not finite."""
+    return {name: value for name, value in metrics.items() if value is None or _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that can be shown: finite, and not of a million digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST  # NaN is not less
 
 
 def _is_run(folder: Path) -> bool:
@@ -192,6 +280,6 @@ def _without_name(full: str) -> str:
 def _written_at(path: Path) -> float:
     """Return when a file was written, in seconds since the epoch; 0 when it is not there."""
     try:
-        return path.stat().st_mtime
-    except FileNotFoundError:
+        return min(max(0.0, path.lstat().st_mtime), _LATEST)
+    except OSError:
         return 0.0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from launcher.config import YOUNGER_GROUPS, Run, build_run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import sha256_of, write_atomic
+from launcher.runfiles import read_regular
 
 _HEADER = "# The resolved configuration of this run. Ranks refuse to start when its hash is not the plan's.\n"
+_MOST_BYTES = 8 << 20
 _BREAKS = frozenset("\x85\u2028\u2029")
 
 
@@ -44,19 +47,45 @@ def load_run(path: Path, *, expected_hash: str | None = None) -> Run:
     Raises:
         ConfigError: the file is missing, its hash differs from ``expected_hash``, or it is not a run of this version.
     """
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            "run.yaml", path, why=error.strerror or "cannot be read", fix="name a run directory"
-        ) from error
+    payload = _read(path)
     found = sha256_of(payload)
     if expected_hash is not None and found != expected_hash:
         why = f"its hash is {found[:12]}… and the plan says {expected_hash[:12]}…: it changed after the plan was made"
         raise ConfigError("run.yaml", path, why=why, fix="start the run again; never edit run.yaml of a running run")
     mistakes: list[ConfigError] = []
-    tree = yaml.load(payload, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 (both are safe)
-    run = build_run({**YOUNGER_GROUPS, **tree}, mistakes.append)
+    run = build_run({**YOUNGER_GROUPS, **_parse(payload, path)}, mistakes.append)
     if run is None:
         raise ConfigErrors(mistakes)
     return run
+
+
+def read_snapshot(path: Path) -> dict[str, Any]:
+    """Return the tree in a run.yaml of any version.
+
+    Raises:
+        ConfigError: it is missing, is a link or no regular file, or holds something else.
+    """
+    return _parse(_read(path), path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return read_regular(path, limit=_MOST_BYTES)
+    except OSError as error:
+        raise ConfigError(
+            "run.yaml", path, why=error.strerror or "cannot be read", fix="name a run directory"
+        ) from error
+
+
+def _parse(payload: bytes, path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(payload, Loader=loader)):
+            raise ValueError("it has references, which no run writes and which can stand for billions of values")
+        tree = yaml.load(payload, Loader=loader)  # noqa: S506 (both are safe)
+        if not isinstance(tree, dict) or not all(isinstance(key, str) for key in tree):
+            raise ValueError("it is no set of options")
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        why = f"is not what a run writes: {str(error).splitlines()[0] or type(error).__name__}"
+        raise ConfigError("run.yaml", path, why=why, fix="name another run") from error
+    return tree

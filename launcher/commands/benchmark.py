@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from launcher.measurements import Measurements, read_measurements
 from launcher.runs import find_run
 from launcher.suggest import did_you_mean
 from launcher.table import table
+from launcher.terminal import json_text, printable
 
 HELP = """\
 launch benchmark compare A B [--threshold 5%] [--agree] [--json] [--root DIR]: B against A, two runs of a benchmark.
@@ -50,9 +50,9 @@ def run(arguments: Sequence[str]) -> int:
     found = _comparable(names, before, after)
     failed = [one for one in found.differences if (not one.agrees if agree else one.verdict(threshold) == "worse")]
     if "--json" in line.flags:
-        print(json.dumps(_tree(found, threshold), indent=2, ensure_ascii=False))
+        print(json_text(_tree(found, threshold)))
     else:
-        print("\n".join(_lines(found, threshold, agree=agree, num_failed=len(failed))))
+        print(printable("\n".join(_lines(found, threshold, agree=agree, num_failed=len(failed)))))
     return 1 if failed else 0
 
 
@@ -83,7 +83,7 @@ def _measured(name: str, root: Path) -> Measurements:
     Raises:
         ConfigError: there is no such thing, or it is not of a benchmark.
     """
-    path = Path(name) if Path(name).is_file() else find_run(name, root).benchmark("json")
+    path = Path(name).resolve() if Path(name).is_file() else find_run(name, root).benchmark("json")
     try:
         return read_measurements(path)
     except FileNotFoundError as error:

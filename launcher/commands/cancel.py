@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
 import signal
@@ -25,9 +27,13 @@ launch cancel [RUN] [--now] [--root DIR]: end a run; return once nothing of it i
 
 It asks as SIGTERM does: ranks may save before they end. --now is Ctrl-C twice.
 It signals only processes that the run wrote down, known by number and start time, on the machine they run on; a job of
-Slurm or Kubernetes is cancelled by its id. A run on another machine is left alone, and what to type is said.
+Slurm or Kubernetes is cancelled by its id. A run on another machine is left alone, and what to type is said. A run
+whose session.json belongs to another user is refused: the file could name your own processes and jobs.
 """
 _POLL_S = 0.1
+_SLURM_ID = re.compile(r"\d+(?:_\d+)?(?:\+\d+)?", re.ASCII)
+"""A job, a task of an array, a part of a heterogeneous job."""
+_KUBERNETES_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 _BETWEEN_S = 1.0
 """Time between two interrupts: two at once arrive as one."""
 _PATIENCE_S = 60.0
@@ -51,6 +57,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if where is None:
         raise EnvironmentProblem(f"{state.run_id} has not yet said who runs it: try again in a moment")
+    _refuse_foreign(state)
     if where.job:
         return _cancel_job(where, state)
     processes = _here(where)
@@ -59,6 +66,15 @@ def run(arguments: Sequence[str]) -> int:
         command = shlex.join(["ssh", far.machine, shlex.join(["launch", "cancel", str(state.run_dir.path)])])
         raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
     return _end(processes, state, now="--now" in line.flags)
+
+
+def _refuse_foreign(state: RunState) -> None:
+    """Refuse what another user wrote down: it may name processes and jobs of the user who types ``launch cancel``."""
+    owner = state.run_dir.session.lstat().st_uid
+    if owner != os.geteuid():
+        file = state.run_dir.session
+        why = f"{file} is of user {owner}, and you are {os.geteuid()}"
+        raise EnvironmentProblem(f"{why}: it may name processes and jobs of others. Cancel the run as that user")
 
 
 def _here(where: Whereabouts) -> list[Process]:
@@ -100,7 +116,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
 
 def _cancel_job(where: Whereabouts, state: RunState) -> int:
     """Have the scheduler end its job."""
-    argv = list(_cancelling(where))
+    argv = list(_cancelling(where, state))
     program = shutil.which(argv[0])
     if program is None:
         raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shlex.join(argv)}")
@@ -112,13 +128,27 @@ def _cancel_job(where: Whereabouts, state: RunState) -> int:
     return 0
 
 
-def _cancelling(where: Whereabouts) -> Iterator[str]:
+def _cancelling(where: Whereabouts, state: RunState) -> Iterator[str]:
+    """Yield the command that cancels the job.
+
+    Raises:
+        EnvironmentProblem: what ``session.json`` calls it is not what the scheduler calls jobs.
+    """
     job = where.job
     if where.backend == "slurm":
-        yield from ("scancel", job["id"])
+        _check_names(state, {"id": _SLURM_ID}, job)
+        yield from ("scancel", "--", job["id"])
     else:
+        _check_names(state, dict.fromkeys(("kind", "name", "namespace"), _KUBERNETES_NAME), job)
         context = (f"--context={job['context']}",) if "context" in job else ()
-        yield from ("kubectl", *context, f"--namespace={job['namespace']}", "delete", job["kind"], job["name"])
+        yield from ("kubectl", *context, f"--namespace={job['namespace']}", "delete", "--", job["kind"], job["name"])
+
+
+def _check_names(state: RunState, wanted: dict[str, re.Pattern[str]], job: dict[str, str]) -> None:
+    for key, pattern in wanted.items():
+        if not pattern.fullmatch(job.get(key, "")):
+            said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
+            raise EnvironmentProblem(f"{said} is no name that the scheduler gives; cancel the job with its own command")
 
 
 def _far_agents(where: Whereabouts) -> list[AgentPlace]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 
@@ -11,6 +10,7 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.secrecy import redact
 from launcher.subject import resolved_tree
 from launcher.table import table
+from launcher.terminal import json_text
 from launcher.wording import flat
 
 HELP = """\
@@ -40,7 +40,7 @@ def run(arguments: Sequence[str]) -> int:
     keys = [key for key in dict.fromkeys((*one, *other)) if one.get(key, _ABSENT) != other.get(key, _ABSENT)]
     keys.sort(key=lambda key: groups.index(key.partition(".")[0]))
     if line.json:
-        print(json.dumps({key: [one.get(key), other.get(key)] for key in keys}, indent=2, ensure_ascii=False))
+        print(json_text({key: [one.get(key), other.get(key)] for key in keys}))
     elif keys:
         rows = [(key, one.get(key, _ABSENT), other.get(key, _ABSENT)) for key in keys]
         print("\n".join(table([("option", *line.words), *rows])))

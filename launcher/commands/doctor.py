@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from launcher.doctor.facts import Request
 from launcher.doctor.show import show
 from launcher.errors import EXIT_UNFIT
 from launcher.schema import to_tree
+from launcher.terminal import json_text, printable
 
 HELP = """\
 launch doctor [OVERRIDES] [--json]: examine the hosts of a run, and start nothing.
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str]) -> int:
         quick=False,
         deadline_s=usual_deadline_s(len(hosts), quick=False),
     )
-    print(json.dumps(to_tree(report), indent=2, ensure_ascii=False) if line.json else show(report), end="")
+    print(json_text(to_tree(report)) if line.json else printable(show(report)), end="")
     return EXIT_UNFIT if report.errors else 0
 
 

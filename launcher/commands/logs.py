@@ -12,6 +12,7 @@ from launcher.errors import ConfigError
 from launcher.runlogs import RunLogs
 from launcher.runs import RunState, find_run, look
 from launcher.suggest import did_you_mean
+from launcher.terminal import printable
 
 HELP = """\
 launch logs [RUN] [-f] [--rank K] [--host H] [-n LINES] [--agents] [--root DIR]: what the ranks print.
@@ -60,7 +61,7 @@ def run(arguments: Sequence[str]) -> int:
 
 def _check(line: Arguments, state: RunState) -> None:
     """Refuse a rank or host that the run does not have."""
-    hosts = [plan["host"]["name"] for plan in state.plan.get("hosts", [])]
+    hosts = [host["name"] for host in state.hosts]
     host, rank = line.values.get("--host"), line.number("--rank")
     if hosts and host is not None and host not in hosts:
         raise ConfigError("--host", host, why="takes no part in this run", fix=did_you_mean(host, hosts))
@@ -86,5 +87,5 @@ def _follow(logs: RunLogs, state: RunState) -> int:
 
 def _print(lines: Iterable[str]) -> None:
     for line in lines:
-        print(line)
+        print(printable(line))
     sys.stdout.flush()

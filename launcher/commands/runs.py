@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 from launcher.arguments import parse_arguments
 from launcher.runs import RunState, look, runs_below
 from launcher.table import table
+from launcher.terminal import json_text, one_line
 from launcher.wording import duration_text
 
 HELP = """\
@@ -38,13 +39,16 @@ def run(arguments: Sequence[str]) -> int:
     line.no_words("runs")
     states = [look(run_dir) for run_dir in runs_below(line.root)]
     if "--json" in line.flags:
-        print(json.dumps([_tree(state) for state in states], indent=2, ensure_ascii=False))
+        print(json_text([_tree(state) for state in states]))
         return 0
     if not states:
         print(f"no runs in {line.root}: start one with launch, or name another folder with --root DIR")
         return 0
     head, now = ("id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"), time.time()
     print("\n".join(table([head, *(_row(state, line.root, now) for state in states)])))
+    for state in states:
+        for why in state.damage:
+            print(one_line(f"{state.run_dir.path}: {why}, and is left out"), file=sys.stderr)
     return 0
 
 

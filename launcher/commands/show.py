@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ import yaml
 from launcher.commandline import parse_command_line
 from launcher.secrecy import redact
 from launcher.subject import resolved_tree
+from launcher.terminal import json_text, printable
 
 HELP = """\
 launch show EXP [OVERRIDES] [--json]: print the whole configuration, every value resolved.
@@ -31,7 +31,7 @@ def run(arguments: Sequence[str]) -> int:
     subject = line.words[0] if len(line.words) == 1 else shlex.join(line.words)
     tree = redact(resolved_tree(subject, config_dir=line.config_dir), os.environ)
     if line.json:
-        print(json.dumps(tree, indent=2, ensure_ascii=False))
+        print(json_text(tree))
     else:
-        print(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), end="")
+        print(printable(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)), end="")
     return 0

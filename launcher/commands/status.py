@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections import Counter
@@ -12,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.arguments import parse_arguments
+from launcher.rundir import RunDir
 from launcher.runlogs import host_and_who
 from launcher.runs import ELSEWHERE, LOST, RUNNING, RunState, find_run, look, tail_lines
 from launcher.supervise.whereabouts import ProcessPlace, Whereabouts
 from launcher.table import table
+from launcher.terminal import json_text
 from launcher.wording import duration_text, times
 
 HELP = """\
@@ -40,7 +41,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     state = look(find_run(line.one_word("status"), line.root))
     if "--json" in line.flags:
-        print(json.dumps(_tree(state), indent=2, ensure_ascii=False))
+        print(json_text(_tree(state)))
         return 0
     print("\n".join(table([*_who(state), *_how_far(state), *_ranks(state), *_end(state), *_next(state)])))
     return 0
@@ -50,6 +51,7 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
     yield "run", f"{state.name} {state.run_id}"
     yield "status", state.status
     yield "directory", str(state.run_dir.path)
+    yield from (("damaged", why) for why in state.damage)
     yield "started", f"{_clock(state.started_at)}, {duration_text(time.time() - state.started_at)} ago"
     where = state.whereabouts
     if where is None:
@@ -98,7 +100,7 @@ def _end(state: RunState) -> Iterator[tuple[str, str]]:
     yield "ended", f"{_clock(state.ended_at)}, after {took}, exit code {state.exit_code}"
     failure = state.failure
     if failure:
-        yield "cause", str(failure.get("reason", "")).splitlines()[0]
+        yield "cause", (str(failure.get("reason", "")).splitlines() or [""])[0]
         yield "log", str(failure.get("log", ""))
 
 
@@ -110,10 +112,11 @@ def _next(state: RunState) -> Iterator[tuple[str, str]]:
         yield "", f"launch cancel {folder}"
     job = state.whereabouts.job if state.whereabouts else {}
     if state.status == ELSEWHERE and "id" in job:
-        yield "", f"squeue --jobs {shlex.quote(job['id'])}"
+        yield "", shlex.join(["squeue", f"--jobs={job['id']}"])
     elif state.status == ELSEWHERE and "name" in job:
         context = [f"--context={job['context']}"] if "context" in job else []
-        yield "", shlex.join(["kubectl", *context, f"--namespace={job['namespace']}", "get", job["kind"], job["name"]])
+        space = f"--namespace={job.get('namespace', '')}"
+        yield "", shlex.join(["kubectl", *context, space, "get", "--", job.get("kind", ""), job["name"]])
     if state.is_over and (state.status in (LOST, "preempted") or state.has_checkpoint):
         yield "", f"launch resume {folder}"
     if state.is_over:
@@ -126,10 +129,18 @@ def _last_words(state: RunState) -> list[dict[str, Any]]:
     for path in state.run_dir.logs.glob("*.log"):
         host, who = host_and_who(path)
         if isinstance(who, int):
-            *_, line = [b"", *(line for line in tail_lines(path) if line.strip())]
-            text = line.decode(errors="replace").rpartition("\r")[2]
-            found.append({"host": host, "rank": who, "line": text, "written_at": path.stat().st_mtime})
+            text, written_at = _last_line(path, state.run_dir)
+            found.append({"host": host, "rank": who, "line": text, "written_at": written_at})
     return sorted(found, key=lambda said: said["rank"])
+
+
+def _last_line(path: Path, run_dir: RunDir) -> tuple[str, float]:
+    """Return the last line of a log and when it was written; why there is none, where the file is not read."""
+    try:
+        *_, line = [b"", *(line for line in tail_lines(path, inside=run_dir.path) if line.strip())]
+        return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2], path.lstat().st_mtime
+    except OSError as error:
+        return f"({path.name} {error.strerror})", 0.0
 
 
 def _tree(state: RunState) -> dict[str, Any]:
@@ -148,6 +159,7 @@ def _tree(state: RunState) -> dict[str, Any]:
         "whereabouts": asdict(where) if where else None,
         "ranks": _last_words(state),
         "failure": state.failure,
+        "damage": state.damage,
     }
 
 

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from launcher.report.chart import COLOURS, Line, Point, chart
 from launcher.report.markup import Html
+from launcher.report.parts import MOST_METRICS
 from launcher.results import read_metrics
 
 Curves = Mapping[str, Sequence[Point]]
@@ -43,7 +44,7 @@ _FIRST = (
 def read_curves(path: Path) -> Curves:
     """Return the points of every metric; a value that was not finite is a gap."""
     curves: dict[str, list[Point]] = defaultdict(list)
-    for line in read_metrics(path):
+    for line in read_metrics(path, limit=MOST_METRICS):
         step = line.get(_STEP)
         if not _is_number(step):
             continue

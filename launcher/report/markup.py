@@ -8,7 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Union
 
+from launcher.runfiles import read_regular
 from launcher.secrecy import hide_secrets
+from launcher.terminal import without_escapes
 
 _VOID = frozenset({"img", "meta"})
 
@@ -47,7 +49,7 @@ def _text(content: Content) -> str:
     if content is None or isinstance(content, Html):
         return content or ""
     if isinstance(content, str):
-        return html.escape(hide_secrets(content))
+        return html.escape(hide_secrets(without_escapes(content)))
     return together(*content)
 
 
@@ -74,7 +76,11 @@ def verbatim(text: str) -> Html:
     return element("pre", text)
 
 
-def picture(path: Path, *, alt: str) -> Html:
-    """Return a PNG as part of the page."""
-    data = base64.b64encode(path.read_bytes()).decode("ascii")
+def picture(path: Path, *, alt: str, limit: int) -> Html:
+    """Return a PNG as part of the page.
+
+    Raises:
+        OSError: it is no regular file, or has more than ``limit`` bytes.
+    """
+    data = base64.b64encode(read_regular(path, limit=limit)).decode("ascii")
     return element("img", src=f"data:image/png;base64,{data}", alt=alt)

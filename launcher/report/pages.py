@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import html
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
-import yaml
-
-from launcher.report.curves import charts_of, read_curves
-from launcher.report.markup import Html, element, rows_of, section, together
+from launcher.errors import ConfigError
+from launcher.report.curves import Curves, charts_of, read_curves
+from launcher.report.markup import Html, element, rows_of, section
 from launcher.report.parts import (
     config_of,
     environment_of,
@@ -31,6 +31,7 @@ from launcher.report.profiles import profiles_of
 from launcher.report.sweeps import Sweep, trials_of
 from launcher.runs import RunState, look
 from launcher.secrecy import redact
+from launcher.snapshot import read_snapshot
 from launcher.wording import flat
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -44,17 +45,17 @@ def page_of_run(state: RunState) -> str:
     return _page(
         name,
         head_of(state),
-        failure_of(state),
-        section("Curves", list(charts_of({name: read_curves(state.run_dir.metrics)}))),
-        findings_of(state.run_dir),
-        profiles_of(state.run_dir),
-        sample_of(state.run_dir),
-        metrics_of(state),
-        environment_of(state),
-        config_of(state.run_dir),
-        plan_of(state.run_dir),
-        events_of(state.run_dir),
-        files_of(state.run_dir),
+        _part("Why it failed", lambda: failure_of(state)),
+        _part("Curves", lambda: section("Curves", list(charts_of({name: read_curves(state.run_dir.metrics)})))),
+        _part("Findings", lambda: findings_of(state.run_dir)),
+        _part("Profile", lambda: profiles_of(state.run_dir)),
+        _part("Sample", lambda: sample_of(state.run_dir)),
+        _part("Last metrics", lambda: metrics_of(state)),
+        _part("Environment", lambda: environment_of(state)),
+        _part("Configuration", lambda: config_of(state.run_dir)),
+        _part("Plan", lambda: plan_of(state.run_dir)),
+        _part("Events", lambda: events_of(state.run_dir)),
+        _part("Files", lambda: files_of(state.run_dir)),
     )
 
 
@@ -81,14 +82,20 @@ def page_of_sweep(sweep: Sweep) -> str:
 def _together(named: Mapping[str, RunState]) -> list[Html]:
     """Return what is told of several runs."""
     return [
-        section("Curves", list(charts_of({name: read_curves(one.run_dir.metrics) for name, one in named.items()}))),
+        section("Curves", list(charts_of({name: _curves(one) for name, one in named.items()}))),
         section("Configurations, where they differ", _apart({name: _options(one) for name, one in named.items()})),
         section(
             "Environments, where they differ",
             _apart({name: known_environment(one.run_dir) for name, one in named.items()}),
         ),
         *(
-            section(name, together(head_of(one), failure_of(one), findings_of(one.run_dir), config_of(one.run_dir)))
+            section(
+                name,
+                head_of(one),
+                _part("Why it failed", partial(failure_of, one)),
+                _part("Findings", partial(findings_of, one.run_dir)),
+                _part("Configuration", partial(config_of, one.run_dir)),
+            )
             for name, one in named.items()
         ),
     ]
@@ -114,10 +121,9 @@ def _apart(sides: Mapping[str, Mapping[str, str]]) -> Html | None:
 def _options(state: RunState) -> dict[str, str]:
     """Return the configuration of a run of whatever version; where it lives is no part of what it does."""
     try:
-        tree = yaml.safe_load(state.run_dir.snapshot.read_bytes())
-    except (OSError, yaml.YAMLError):
+        options = dict(flat(redact(read_snapshot(state.run_dir.snapshot), os.environ)))
+    except ConfigError:
         return {}
-    options = dict(flat(redact(tree, os.environ))) if isinstance(tree, dict) else {}
     return {key: value for key, value in options.items() if not key.startswith("run.")}
 
 
@@ -125,6 +131,25 @@ def is_report(file: Path) -> bool:
     """Return whether a file is a report of this program, which another report may replace."""
     with file.open("rb") as opened:
         return html.escape(_POLICY).encode() in opened.read(_HEAD_BYTES)
+
+
+def _part(title: str, make: Callable[[], Html]) -> Html:
+    """Return a part of the page; why it cannot be shown, where the files of the run are damaged."""
+    try:
+        return make()
+    except OSError as error:
+        why = f"{Path(error.filename or '').name} {error.strerror or error}"
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        why = f"its files are not what a run writes ({type(error).__name__})"
+    return section(title, element("p", f"cannot be shown: {why}"))
+
+
+def _curves(state: RunState) -> Curves:
+    """Return the curves of one run of several; none where its file cannot be read."""
+    try:
+        return read_curves(state.run_dir.metrics)
+    except OSError:
+        return {}
 
 
 def _page(title: str, *content: Html) -> str:

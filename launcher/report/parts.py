@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import time
 from collections.abc import Iterator, Mapping
@@ -9,19 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.files import read_json
 from launcher.plan import plan_from_json
 from launcher.render import render
 from launcher.report.markdown import render_markdown
 from launcher.report.markup import Html, element, folded, picture, rows_of, section, verbatim
 from launcher.results import read_metrics
 from launcher.rundir import RunDir
+from launcher.runfiles import is_regular, open_regular, read_object
 from launcher.runs import RunState
 from launcher.wording import duration_text, times
 
 _LARGEST_PICTURE = 8 << 20
 _MOST_TEXT = 200_000
-"""Characters of a text file that are shown."""
+"""Bytes of a text file that are shown."""
+MOST_METRICS = 256 << 20
+"""Bytes of a file of metrics or events that is shown."""
 
 
 def status_of(state: RunState) -> Html:
@@ -56,7 +59,7 @@ def failure_of(state: RunState) -> Html:
         return Html()
     who = ("host", "rank", "exit_code", "signal", "log")
     facts = [(key.replace("_", " "), str(failure[key])) for key in who if failure.get(key) not in (None, "")]
-    victims, ranks = failure.get("victims") or [], failure.get("ranks") or []
+    victims, ranks = (_objects(failure.get(key)) for key in ("victims", "ranks"))
     return section(
         "Why it failed",
         element("p", element("strong", str(failure.get("reason", "")))),
@@ -70,21 +73,22 @@ def failure_of(state: RunState) -> Html:
 
 def findings_of(run_dir: RunDir) -> Html:
     """Return the tables that its job wrote in Markdown, and its pictures; loss curves are drawn anew."""
-    pages = [render_markdown(_text(path)) for path in sorted(run_dir.path.glob("*.md"))]
-    pictures = [path for path in sorted(run_dir.path.glob("*.png")) if path != run_dir.curve]
-    shown = [picture(path, alt=path.name) for path in pictures if path.stat().st_size <= _LARGEST_PICTURE]
+    pages = [render_markdown(_text(path)) for path in sorted(run_dir.path.glob("*.md")) if is_regular(path)]
+    pictures = [path for path in sorted(run_dir.path.glob("*.png")) if path != run_dir.curve and is_regular(path)]
+    small = [path for path in pictures if path.lstat().st_size <= _LARGEST_PICTURE]
+    shown = [picture(path, alt=path.name, limit=_LARGEST_PICTURE) for path in small]
     return section("Findings", pages, [element("figure", image) for image in shown])
 
 
 def sample_of(run_dir: RunDir) -> Html:
     """Return the text that its model wrote at the end."""
-    return section("Sample", verbatim(_text(run_dir.sample)) if run_dir.sample.is_file() else None)
+    return section("Sample", verbatim(_text(run_dir.sample)) if is_regular(run_dir.sample) else None)
 
 
 def metrics_of(state: RunState) -> Html:
     """Return the last value of each metric."""
     last: dict[str, Any] = {}
-    for line in read_metrics(state.run_dir.metrics):
+    for line in read_metrics(state.run_dir.metrics, limit=MOST_METRICS):
         last.update(line)
     last.pop("time", None)
     rows = [(name, number_text(value)) for name, value in last.items()]
@@ -95,10 +99,10 @@ def metrics_of(state: RunState) -> Html:
 
 def plan_of(run_dir: RunDir) -> Html:
     """Return the plan as ``launch plan`` prints it; that of another version as it stands in the file."""
-    if not run_dir.plan.is_file():
+    if not is_regular(run_dir.plan):
         return Html()
     try:
-        text = render(plan_from_json(read_json(run_dir.plan)))
+        text = render(plan_from_json(read_object(run_dir.plan)))
     except (ConfigError, ValueError):
         text = _text(run_dir.plan)
     return section("Plan", folded("what ran where, by which commands", verbatim(text)))
@@ -112,7 +116,7 @@ def config_of(run_dir: RunDir) -> Html:
 def environment_of(state: RunState) -> Html:
     """Return on what it ran: as rank 0 found it, and the hosts of the plan."""
     found = known_environment(state.run_dir)
-    hosts = [host["host"] for host in state.plan.get("hosts", [])]
+    hosts = state.hosts
     devices = {host["name"]: ", ".join(host.get("devices") or ["CPU"]) for host in hosts}
     rows = [*found.items(), *((f"devices of {name}", text) for name, text in devices.items())]
     return section("Environment", rows_of((), rows) if rows else None)
@@ -120,18 +124,21 @@ def environment_of(state: RunState) -> Html:
 
 def known_environment(run_dir: RunDir) -> Mapping[str, str]:
     """Return machine and versions; nothing where nobody wrote them down."""
-    if not run_dir.environment.is_file():
+    try:
+        return {key: str(value) for key, value in read_object(run_dir.environment).items()}
+    except (OSError, ValueError):
         return {}
-    return {str(key): str(value) for key, value in read_json(run_dir.environment).items()}
 
 
 def events_of(run_dir: RunDir) -> Html:
     """Return what happened when."""
-    events = list(read_metrics(run_dir.timeline))  # the same format: one object a line, the last one perhaps cut
+    events = list(read_metrics(run_dir.timeline, limit=MOST_METRICS))  # the same format: an object a line
     if not events:
         return Html()
-    began = events[0].get("time", 0.0)
-    rows = [(f"{e.get('time', 0.0) - began:,.1f} s", str(e.get("host", "")), str(e.get("what", ""))) for e in events]
+    began = float(events[0].get("time", 0.0))
+    after = [f"{float(event.get('time', 0.0)) - began:,.1f} s" for event in events]
+    said = [[str(event.get(key, "")) for key in ("host", "what")] for event in events]
+    rows = [(at, *words) for at, words in zip(after, said, strict=True)]
     return section("Events", folded(times(len(rows), "event"), rows_of(("after", "host", "what"), rows)))
 
 
@@ -143,12 +150,14 @@ def files_of(run_dir: RunDir) -> Html:
 
 def _files(folder: Path) -> Iterator[tuple[str, int | None]]:
     for path in sorted(folder.iterdir()):
-        if path.is_dir() and path.name in ("logs", "profile"):
+        if path.is_symlink():  # may lead into folders of the reader
+            yield f"{path.name} (a symbolic link)", None
+        elif path.is_dir() and path.name in ("logs", "profile"):
             yield from ((f"{path.name}/{name}", size) for name, size in _files(path))
         elif path.is_dir():
             yield f"{path.name}/", None
         elif not path.name.startswith("."):
-            yield path.name, path.stat().st_size
+            yield path.name, path.lstat().st_size
 
 
 def _records(records: list[dict[str, Any]]) -> Html:
@@ -163,6 +172,12 @@ def number_text(value: Any) -> str:
     return f"{value:,.6g}" if isinstance(value, float) else "not finite" if value is None else str(value)
 
 
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
 def _text(path: Path) -> str:
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return text if len(text) <= _MOST_TEXT else f"{text[:_MOST_TEXT]}\n… {len(text) - _MOST_TEXT:,} more characters"
+    with open_regular(path) as file:
+        data, size = file.read(_MOST_TEXT), os.fstat(file.fileno()).st_size
+    text = data.decode("utf-8", errors="replace")
+    return text if size <= _MOST_TEXT else f"{text}\n… {size - _MOST_TEXT:,} more bytes"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.files import read_json
 from launcher.report.markup import Html, element, rows_of, section
 from launcher.report.parts import number_text
 from launcher.rundir import RunDir
+from launcher.runfiles import is_regular, read_object
 
 _FILE = "sweep.json"
 _SHOWN = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
@@ -62,7 +62,7 @@ def find_sweep(word: str, root: Path) -> Path | None:
     """
     if (Path(word) / _FILE).is_file():
         return Path(word).absolute()
-    known = [path.parent for path in root.glob(f"*/sweep-*/{_FILE}")]
+    known = [path.parent for path in root.glob(f"*/sweep-*/{_FILE}") if is_regular(path)]
     meant = [path for path in known if path.name.startswith(word) or f"{path.parent.name}/{path.name}".startswith(word)]
     if "sweep-" not in word or not meant:
         return None
@@ -80,23 +80,26 @@ def read_sweep(folder: Path) -> Sweep:
         ConfigError: its file is not what a sweep writes.
     """
     try:
-        tree = read_json(folder / _FILE)
+        tree = read_object(folder / _FILE)
         metric = str(tree["metric"])
         trials = tuple(_trial(folder, row, metric) for row in tree["trials"])
         return Sweep(folder=folder, metric=metric, goal=str(tree["goal"]), trials=trials)
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"is not what a sweep writes ({type(error).__name__}: {error})"
         raise ConfigError(_FILE, folder / _FILE, why=why, fix="name its runs one by one") from error
 
 
 def _trial(folder: Path, row: dict[str, Any], metric: str) -> Trial:
-    written = Path(row["run_dir"])
+    name = Path(row["run_dir"]).name  # a sweep may have been moved, and its file may name other folders
+    if name in ("", "..") or (folder / name).is_symlink():
+        raise ValueError(f"its trial {name!r} is no folder of the sweep")
+    value = row.get(metric)
     return Trial(
-        run_dir=RunDir(written if written.is_dir() else folder / written.name),  # a sweep may have been moved
+        run_dir=RunDir(folder / name),
         overrides=tuple(map(str, row["overrides"])),
         status=str(row["status"]),
         exit_code=int(row["exit_code"]),
-        value=row.get(metric),
+        value=None if value is None else float(value),
     )
 
 

@@ -13,6 +13,7 @@ from launcher.rundir import RunDir
 from launcher.secrecy import redact
 from launcher.supervise.failure import Failure, Progress, Victim, name_of_signal
 from launcher.supervise.outcome import Outcome
+from launcher.terminal import printable
 
 _MOST_RANKS = 32
 
@@ -47,7 +48,7 @@ def files_of_end(run_dir: RunDir) -> list[Path]:
 def last_words(outcome: Outcome, run_dir: RunDir) -> str:
     """Return what the user reads last; nothing after a run that went well."""
     if outcome.failure is not None:
-        return str(redact(_block(outcome.failure), os.environ))
+        return printable(redact(_block(outcome.failure), os.environ))
     if outcome.status == "cancelled":
         return f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
     if outcome.status == "preempted":

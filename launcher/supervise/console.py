@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from launcher.terminal import printable
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -23,8 +25,8 @@ class Console:
         self._reader_is_gone = False
 
     def line(self, text: str) -> None:
-        """Print one whole line."""
-        self._try(lambda: self._print(text))
+        """Print one whole line, without the escape sequences of a rank but its colours."""
+        self._try(lambda: self._print(printable(text)))
 
     def progress(self, step: int, total: int, numbers: Mapping[str, float]) -> None:
         """Show how far the run is; plain lines leave this to what rank 0 prints."""

@@ -7,20 +7,24 @@ the PID namespace. Containers share a boot id, machines share namespace numbers,
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.files import read_json, write_json
+from launcher.files import write_json
 from launcher.rundir import RunDir
+from launcher.runfiles import read_object
 from launcher.schema import build, to_tree
 from launcher.supervise.messages import MalformedMessage
 from launcher.supervise.processes import Process, identify
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_SPACE = Path("/proc/self/ns/pid")
+_NAME = re.compile(r"[\w\[:][\w.:@%\[\]~+-]*")
+"""Of a machine, and ``user@name:port``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,11 +132,20 @@ def write_whereabouts(run_dir: RunDir, whereabouts: Whereabouts) -> None:
 def read_whereabouts(run_dir: RunDir) -> Whereabouts | None:
     """Return what ``session.json`` says; ``None`` where there is none, or none that this version understands."""
     try:
-        tree = read_json(run_dir.session)
+        tree = read_object(run_dir.session)
     except (OSError, ValueError):
         return None
     mistakes: list[ConfigError] = []
-    return build(Whereabouts, tree, path="session", report=mistakes.append) if isinstance(tree, dict) else None
+    found = build(Whereabouts, tree, path="session", report=mistakes.append)
+    return found if found is not None and _is_sane(found) else None
+
+
+def _is_sane(found: Whereabouts) -> bool:
+    """Return whether names are names: they are shown in commands to type, and none may be an option of ssh."""
+    places = (found.session, *(agent.place for agent in found.agents))
+    names = [*(place.machine for place in places), *(agent.host for agent in found.agents)]
+    logins = [agent.login for agent in found.agents if agent.login]
+    return all(map(_NAME.fullmatch, [*names, *logins])) and all(place.pid > 0 for place in places)
 
 
 def _here() -> tuple[str, int]:

@@ -150,16 +150,16 @@ def test_a_run_on_another_machine_is_left_alone(make_run, far) -> None:
 @pytest.mark.parametrize(
     ("backend", "job", "argv"),
     [
-        ("slurm", {"id": "7"}, ["scancel", "7"]),
+        ("slurm", {"id": "7"}, ["scancel", "--", "7"]),
         (
             "kubernetes",
             {"kind": "trainjob", "name": "a", "namespace": "ml"},
-            ["kubectl", "--namespace=ml", "delete", "trainjob", "a"],
+            ["kubectl", "--namespace=ml", "delete", "--", "trainjob", "a"],
         ),
         (
             "kubernetes",
             {"kind": "job", "name": "a", "namespace": "ml", "context": "far"},
-            ["kubectl", "--context=far", "--namespace=ml", "delete", "job", "a"],
+            ["kubectl", "--context=far", "--namespace=ml", "delete", "--", "job", "a"],
         ),
     ],
 )

@@ -75,11 +75,11 @@ def test_what_can_be_continued_says_so(capsys, make_run, gone, status: str | Non
 @pytest.mark.parametrize(
     ("backend", "job", "command"),
     [
-        ("slurm", {"id": "7"}, "squeue --jobs 7"),
+        ("slurm", {"id": "7"}, "squeue --jobs=7"),
         (
             "kubernetes",
             {"kind": "job", "name": "a-b", "namespace": "ml"},
-            "kubectl --namespace=ml get job a-b",
+            "kubectl --namespace=ml get -- job a-b",
         ),
     ],
 )

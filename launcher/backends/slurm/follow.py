@@ -15,6 +15,7 @@ from launcher.errors import EXIT_PREEMPTED, EXIT_STALLED, EnvironmentProblem
 from launcher.files import read_json
 from launcher.rundir import RunDir
 from launcher.supervise.signals import collected_signals
+from launcher.terminal import printable
 
 if TYPE_CHECKING:
     from launcher.plan import Plan
@@ -67,7 +68,7 @@ def follow(plan: Plan, job_id: str) -> int:
                 if arrived and cancelled_by is None:
                     cancelled_by = arrived[0]
                     print(f"cancelling job {job_id}", flush=True)
-                    ask(["scancel", job_id])
+                    ask(["scancel", "--", job_id])
                     break
                 time.sleep(_TICK_S)
             time.sleep(_TICK_S)
@@ -118,5 +119,5 @@ class _Tail:
             return
         self._seen += len(text)
         if text:
-            sys.stdout.write(text.decode(errors="replace"))
+            sys.stdout.write(printable(text.decode(errors="replace")))
             sys.stdout.flush()

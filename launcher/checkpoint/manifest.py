@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import re
+import stat
 import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from launcher.errors import ConfigError
@@ -17,6 +22,11 @@ from launcher.precision import Precision
 from launcher.schema import build, to_tree
 
 MANIFEST = "manifest.json"
+_LARGEST_MANIFEST_BYTES = 64 * 2**20
+_BLOCK_BYTES = 1 << 20
+_THREADS = 4
+"""That hash files side by side: hashlib releases the GIL."""
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +53,10 @@ class Manifest:
     """Held-out loss in nats a token at this step, where it was measured."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each file of the payload, by its path below the checkpoint."""
+    sha256: dict[str, str] = field(default_factory=dict)
+    """Checksum of each of these files; empty in manifests that an earlier version wrote."""
+    lr: float | None = None
+    """Learning rate of the last step; ``null`` where none was taken, or an earlier version wrote the manifest."""
 
 
 def describe(
@@ -55,6 +69,7 @@ def describe(
     eval_loss: float | None,
     run_id: str,
     run_hash: str,
+    lr: float | None = None,
 ) -> Manifest:
     """Return the manifest of a run at ``step``; the store adds the files."""
     return Manifest(
@@ -68,6 +83,7 @@ def describe(
         precision=precision.kind,
         world_size=world_size,
         eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
+        lr=lr,
     )
 
 
@@ -80,28 +96,103 @@ def read_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint.
 
     Raises:
-        ValueError: there is none, or not one of this format; the message says which.
+        ValueError: there is none, or it is damaged or of another format; the message says which.
     """
     try:
-        tree = json.loads((folder / MANIFEST).read_bytes())
+        tree = json.loads(_content(folder / MANIFEST))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, so it was not finished") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
     mistakes: list[ConfigError] = []
     manifest = build(Manifest, tree, path=MANIFEST, report=mistakes.append) if isinstance(tree, dict) else None
     if manifest is None:
-        raise ValueError(f"its {MANIFEST} is of another version ({mistakes[0] if mistakes else 'not a mapping'})")
+        why = mistakes[0] if mistakes else "not a mapping"
+        raise ValueError(f"its {MANIFEST} is damaged, or of another version ({why})")
+    if problem := next(_problems(folder, manifest), None):
+        raise ValueError(f"its {MANIFEST} is damaged ({problem})")
     return manifest
 
 
+def _content(file: Path) -> bytes:
+    status = file.stat()
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
+        raise ValueError("not a regular file")
+    if status.st_size > _LARGEST_MANIFEST_BYTES:
+        raise ValueError(f"{status.st_size} bytes, and at most {_LARGEST_MANIFEST_BYTES} are read")
+    return file.read_bytes()
+
+
+def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+    """Yield what no run writes: counts below their minimum, and paths that leave the checkpoint."""
+    if manifest.step < 0 or manifest.world_size < 1:
+        yield f"step={manifest.step} world_size={manifest.world_size}"
+    named = re.fullmatch(r"step_(\d+)", folder.name)
+    if named and int(named[1]) != manifest.step:
+        yield f"step={manifest.step} in a folder called {folder.name}"
+    for name, num_bytes in manifest.files.items():
+        path = PurePosixPath(name)
+        if not name or "\0" in name or path.is_absolute() or ".." in path.parts or str(path) != name:
+            yield f"files: {name!r} is not a path below the checkpoint"
+        if num_bytes < 0:
+            yield f"files: {name} has {num_bytes} bytes"
+    if manifest.sha256 and manifest.sha256.keys() != manifest.files.keys():
+        name = min(manifest.sha256.keys() ^ manifest.files.keys())
+        yield f"sha256 and files do not list the same files: {name!r}"
+    for name, digest in manifest.sha256.items():
+        if not _SHA256.fullmatch(digest):
+            yield f"sha256: {digest!r} of {name} is not a SHA-256"
+
+
 def missing_payload(folder: Path, manifest: Manifest) -> str | None:
-    """Return what a payload lacks compared with its manifest, or ``None`` when it is whole."""
+    """Return what a payload lacks compared with its manifest, or ``None`` when every file has its size."""
     for name, num_bytes in manifest.files.items():
         try:
-            found = (folder / name).stat().st_size
+            found = (folder / name).stat()
         except OSError:
             return f"{name} is missing"
-        if found != num_bytes:
-            return f"{name} has {found} bytes and should have {num_bytes}"
+        if not stat.S_ISREG(found.st_mode):
+            return f"{name} is not a regular file"
+        if found.st_size != num_bytes:
+            return f"{name} has {found.st_size} bytes and should have {num_bytes}"
     return None
+
+
+def damaged_files(
+    folder: Path, manifest: Manifest, names: Iterable[str], *, beat: Callable[[], None] = lambda: None
+) -> list[str]:
+    """Return those of ``names`` whose content is not what was written; none where the manifest has no checksums."""
+    expected = {name: manifest.sha256[name] for name in names if name in manifest.sha256}
+    found = checksums(folder, expected, beat=beat)
+    return sorted(name for name, digest in expected.items() if found.get(name) != digest)
+
+
+def checksums(folder: Path, names: Iterable[str], *, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
+    """Return the SHA-256 of each file, by its path below ``folder``; a file that cannot be read has none."""
+
+    def digest(name: str) -> str | None:
+        found = hashlib.sha256()
+        try:
+            with (folder / name).open("rb", buffering=0) as file:
+                while block := file.read(_BLOCK_BYTES):
+                    found.update(block)
+                    beat()
+        except OSError:
+            return None
+        return found.hexdigest()
+
+    names = list(names)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        digests = zip(names, threads.map(digest, names), strict=True)
+        return {name: found for name, found in digests if found is not None}
+
+
+def share_of(sizes: Mapping[str, int], *, part: int, parts: int) -> list[str]:
+    """Return the files that part ``part`` of ``parts`` hashes: about as many bytes as every other part."""
+    loads, own = [0] * parts, []
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[name] + 1
+        if least == part:
+            own.append(name)
+    return own

@@ -31,7 +31,8 @@ class Checkpoint(Component):
     """Also keep the one with the lowest held-out loss."""
 
     resume: str = "none"
-    """``none``; ``auto`` continues this run directory where it stopped; or a run or checkpoint folder to start from."""
+    """``none``; ``auto`` continues this run directory where it stopped; or a run id, run folder or checkpoint folder to
+    start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse negative counts."""
@@ -41,12 +42,12 @@ class Checkpoint(Component):
         """Yield what the file system says against ``resume``."""
         from pathlib import Path
 
-        from launcher.checkpoint.resume import find_in
+        from launcher.checkpoint.resume import find_all
         from launcher.checkpoint.store import quiet
 
         if self.resume in ("none", "auto"):
             return
         try:
-            find_in(Path(self.resume), say=quiet)
+            next(find_all(Path(self.resume).expanduser(), say=quiet))
         except ConfigError as error:
             yield error

@@ -2,21 +2,55 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import Saved, Say, complete_in, open_checkpoint
 from launcher.errors import ConfigError
 from launcher.models.base import Model
+from launcher.optim.adamw import AdamW
+from launcher.optim.schedule import Schedule
 from launcher.parallel.base import Parallel
 from launcher.precision import Precision
 from launcher.rundir import RunDir
 from launcher.schema import to_tree
 
+BEST = "best"
+_SELECTED = re.compile(r"(?P<of>.+)@(?P<which>best|step_(?P<step>\d+))", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A checkpoint as a user names one: ``OF``, ``OF@best`` or ``OF@step_00000010``."""
+
+    of: str
+    """A run id, a run folder, the folder of its checkpoints, or a checkpoint."""
+    which: str | None = None
+    """``best``, ``step_<n>``, or ``None`` for the newest."""
+    step: int | None = None
+
+
+def reference_of(word: str) -> Reference:
+    """Return what ``word`` names; one that is a folder as it stands names that, whatever its characters."""
+    found = None if Path(word).expanduser().exists() else _SELECTED.fullmatch(word)
+    if found is None:
+        return Reference(of=word)
+    return Reference(of=found["of"], which=found["which"], step=int(found["step"]) if found["step"] else None)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether ``folder`` is one checkpoint, whole or not, and not what holds several."""
+    return (folder / MANIFEST).exists() or folder.name.startswith("step_")
+
 
 def find(resume: str, run_dir: RunDir, *, say: Say = print) -> Saved | None:
     """Return the checkpoint that ``checkpoint.resume`` names, or ``None`` to start from the beginning.
+
+    Sizes are compared with the manifest, contents are not: ranks do that, see :func:`candidates`.
 
     Args:
         resume: ``none``; ``auto`` for the newest complete one of ``run_dir``, if it has any; or the folder of a
@@ -25,35 +59,57 @@ def find(resume: str, run_dir: RunDir, *, say: Say = print) -> Saved | None:
         say: takes one line for each incomplete checkpoint passed over.
 
     Raises:
-        ConfigError: the folder named is missing or holds no complete checkpoint.
+        ConfigError: the folder named is missing or holds no complete checkpoint, or ``run_dir`` only damaged ones.
     """
-    if resume == "none":
-        return None
+    return next(candidates(resume, run_dir, say=say), None)
+
+
+def candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[Saved]:
+    """Yield the complete checkpoints that ``checkpoint.resume`` allows, the one to take first; as :func:`find`."""
     if resume == "auto":
-        return next(complete_in(run_dir.checkpoints, say=say), None)
-    return find_in(Path(resume), say=say)
+        found, problems = False, list[str]()
+
+        def note(line: str) -> None:
+            problems.append(line)
+            say(line)
+
+        for saved in complete_in(run_dir.checkpoints, say=note):
+            found = True
+            yield saved
+        if not found and problems:
+            raise none_intact("auto", "; ".join(problems))
+    elif resume != "none":
+        yield from find_all(Path(resume).expanduser(), say=say)
 
 
-def find_in(folder: Path, *, say: Say = print) -> Saved:
-    """Return the checkpoint in ``folder``, which may be a checkpoint, a run or a run's ``checkpoints``.
+def none_intact(resume: str, why: str) -> ConfigError:
+    """Return the error of a run whose checkpoints are all damaged: beginning anew would replace them."""
+    fix = "copy an intact one there, or name one by checkpoint.resume=DIR in a new run"
+    return ConfigError("checkpoint.resume", resume, why=f"no checkpoint is intact: {why}", fix=fix)
+
+
+def find_all(folder: Path, *, say: Say = print, option: str = "checkpoint.resume") -> Iterator[Saved]:
+    """Yield the complete checkpoints in ``folder``, newest first: a checkpoint, a run or a run's ``checkpoints``.
 
     Raises:
         ConfigError: there is none that is complete.
     """
-    fix = "name a run directory, one of its checkpoints/step_…, or leave checkpoint.resume out"
+    fix = f"name a run directory, one of its checkpoints/step_…, or leave {option} out"
     if not folder.is_dir():
         why = "is a file" if folder.exists() else "no such folder"
-        raise ConfigError("checkpoint.resume", folder, why=why, fix=fix)
-    if (folder / MANIFEST).exists() or folder.name.startswith("step_"):
+        raise ConfigError(option, folder, why=why, fix=fix)
+    if is_checkpoint(folder):
         try:
-            return open_checkpoint(folder)
+            yield open_checkpoint(folder)
         except ValueError as error:
-            raise ConfigError("checkpoint.resume", folder, why=f"is not complete: {error}", fix=fix) from error
-    below = RunDir(folder).checkpoints
-    found = next(complete_in(below if below.is_dir() else folder, say=say), None)
-    if found is None:
-        raise ConfigError("checkpoint.resume", folder, why="holds no complete checkpoint", fix=fix)
-    return found
+            raise ConfigError(option, folder, why=f"is not complete: {error}", fix=fix) from error
+        return
+    below, found = RunDir(folder).checkpoints, False
+    for saved in complete_in(below if below.is_dir() else folder, say=say):
+        found = True
+        yield saved
+    if not found:
+        raise ConfigError(option, folder, why="holds no complete checkpoint", fix=fix)
 
 
 def misfits(
@@ -66,6 +122,19 @@ def misfits(
         why = f"was written with precision={manifest.precision}, this run has precision={precision.kind}"
         yield _refuse(saved, why, f"set precision={manifest.precision}")
     yield from _other_strategy(saved, parallel, world_size)
+
+
+def changed_rate(saved: Saved, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
+    """Return one line on a learning rate that another schedule makes jump where a run continues, ``None`` if none."""
+    before, done = saved.manifest.lr, saved.manifest.step
+    if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-6):
+        return None
+    after = optimizer.lr * schedule.factor(done, steps)
+    return (
+        f"the learning rate jumps from {before:.3g} (step {done}, in {saved.folder.name}) to {after:.3g} (step "
+        f"{done + 1}): job.steps={steps}, optimizer.lr={optimizer.lr:g} or schedule={schedule.kind} is not what the "
+        f"checkpoint was trained with; schedule=constant optimizer.lr={before:.3g} keeps the rate"
+    )
 
 
 def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:

@@ -6,6 +6,8 @@ Whatever a crash leaves behind has a hidden name (``.step_00000010.tmp``) or is 
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import re
 import shutil
@@ -13,14 +15,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launcher.checkpoint.manifest import Manifest, missing_payload, read_manifest, write_manifest
+from launcher.checkpoint.manifest import (
+    Manifest,
+    checksums,
+    missing_payload,
+    read_manifest,
+    share_of,
+    write_manifest,
+)
 from launcher.checkpoint.policy import Checkpoint
-from launcher.files import fsync_folder
+from launcher.files import fsync_folder, read_json, write_json
 
 Say = Callable[[str], None]
 
 _NAME = re.compile(r"step_(\d{8,})")
 _HIDDEN = re.compile(r"\.step_\d{8,}\.(tmp|old|gone)")
+_CHECKSUMS = ".sha256.{}.json"
+"""In a pending folder: the checksums that one rank computed."""
 
 
 def quiet(line: str) -> None:
@@ -37,6 +48,8 @@ class Saved:
 
 class CheckpointStore:
     """Writes and prunes. Rank 0 calls ``begin`` and ``commit`` with a barrier after the one and before the other.
+
+    Between the barrier and ``commit``, the ranks may call ``checksum`` together; rank 0 alone hashes what is left.
 
     Args:
         folder: ``<run directory>/checkpoints``, on a file system that all ranks share.
@@ -66,19 +79,41 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self.pending(step).is_dir()
 
-    def commit(self, manifest: Manifest) -> Saved:
+    def checksum(self, step: int, *, rank: int, world_size: int, beat: Callable[[], None] = lambda: None) -> None:
+        """Hash this rank's share of the pending payload, which is complete; a barrier follows.
+
+        Args:
+            step: of the checkpoint.
+            rank: of this process.
+            world_size: ranks that call this.
+            beat: called while files are read.
+        """
+        pending = self.pending(step)
+        sizes = {name: (pending / name).stat().st_size for name in _payload(pending)}
+        own = share_of(sizes, part=rank, parts=world_size)
+        write_json(pending / _CHECKSUMS.format(rank), checksums(pending, own, beat=beat))
+
+    def commit(self, manifest: Manifest, *, beat: Callable[[], None] = lambda: None) -> Saved:
         """Make the pending payload of ``manifest.step`` the checkpoint of that step, then prune.
 
         Raises:
             OSError: the disk is full or gone; older checkpoints are untouched.
         """
         pending, final = self.pending(manifest.step), self._folder / _name(manifest.step)
-        files = sorted(file for file in pending.rglob("*") if file.is_file())
-        for file in files:
-            _fsync_file(file)
+        sha256 = _taken_checksums(pending)
+        names = _payload(pending)
+        for name in names:
+            _fsync_file(pending / name)
         for folder in (pending, *(entry for entry in pending.rglob("*") if entry.is_dir())):
             fsync_folder(folder)
-        complete = replace(manifest, files={str(file.relative_to(pending)): file.stat().st_size for file in files})
+        sha256 |= checksums(pending, [name for name in names if name not in sha256], beat=beat)
+        if unread := [name for name in names if name not in sha256]:
+            raise OSError(errno.EIO, "cannot be read back", str(pending / unread[0]))
+        complete = replace(
+            manifest,
+            files={name: (pending / name).stat().st_size for name in names},
+            sha256={name: sha256[name] for name in names},
+        )
         write_manifest(pending, complete)
         replaced = self._folder / f".{final.name}.old"
         if final.exists():  # the same step again, after a resume from an older one
@@ -86,7 +121,7 @@ class CheckpointStore:
         pending.rename(final)
         fsync_folder(self._folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        self.prune()
+        self.prune(keeping=final)
         return Saved(folder=final, manifest=complete)
 
     def clean(self) -> None:
@@ -99,8 +134,22 @@ class CheckpointStore:
                 else:
                     shutil.rmtree(leftover, ignore_errors=True)
 
-    def prune(self) -> None:
-        """Delete what the policy does not keep: all but the newest ``keep`` and, with ``keep_best``, the best one."""
+    def set_aside(self, saved: Saved) -> Path:
+        """Rename a damaged checkpoint of this run, so that it counts as none; return its new name."""
+        for number in itertools.count():
+            aside = self._folder / f"{saved.folder.name}.damaged{number or ''}"
+            if not aside.exists():
+                break
+        saved.folder.rename(aside)
+        fsync_folder(self._folder)
+        return aside
+
+    def prune(self, *, keeping: Path | None = None) -> None:
+        """Delete what the policy does not keep: all but the newest ``keep`` and, with ``keep_best``, the best one.
+
+        Args:
+            keeping: a checkpoint that stays in any case: the one just written, where others claim a later step.
+        """
         saved = list(complete_in(self._folder, say=quiet))
         keep = self._policy.keep
         if keep == 0:
@@ -110,7 +159,7 @@ class CheckpointStore:
         if self._policy.keep_best and losses:
             kept.add(min(losses, key=lambda pair: pair[0])[1])
         for entry in saved:
-            if entry.folder not in kept:
+            if entry.folder not in kept and entry.folder != keeping:
                 gone = self._folder / f".{entry.folder.name}.gone"
                 entry.folder.rename(gone)  # first: a half deleted folder must not look like a checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
@@ -120,12 +169,17 @@ class CheckpointStore:
         return next(complete_in(self._folder, say=self._say), None)
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """Return the folders of checkpoints in ``folder``, whole or not, newest first; none where it does not exist."""
+    if not folder.is_dir():
+        return []
+    numbered = [(int(found[1]), entry) for entry in folder.iterdir() if (found := _NAME.fullmatch(entry.name))]
+    return [entry for _, entry in sorted(numbered, reverse=True)]
+
+
 def complete_in(folder: Path, *, say: Say) -> Iterator[Saved]:
     """Yield the complete checkpoints in ``folder``, newest first, saying which ones are not."""
-    if not folder.is_dir():
-        return
-    numbered = [(int(found[1]), entry) for entry in folder.iterdir() if (found := _NAME.fullmatch(entry.name))]
-    for _, entry in sorted(numbered, reverse=True):
+    for entry in folders_in(folder):
         try:
             yield open_checkpoint(entry)
         except ValueError as error:
@@ -143,6 +197,21 @@ def open_checkpoint(folder: Path) -> Saved:
     if trouble:
         raise ValueError(trouble)
     return Saved(folder=folder, manifest=manifest)
+
+
+def _payload(pending: Path) -> list[str]:
+    """Return the files of a pending payload by their path below it."""
+    files = (file.relative_to(pending).as_posix() for file in pending.rglob("*") if file.is_file())
+    return sorted(name for name in files if not name.startswith(_CHECKSUMS.partition("{")[0]))
+
+
+def _taken_checksums(pending: Path) -> dict[str, str]:
+    """Return what ranks have hashed already, and remove the files in which they said so."""
+    found: dict[str, str] = {}
+    for file in sorted(pending.glob(_CHECKSUMS.format("*"))):
+        found |= read_json(file)
+        file.unlink()
+    return found
 
 
 def _name(step: int) -> str:

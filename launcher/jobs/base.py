@@ -39,6 +39,11 @@ class Job(Component):
         return False
 
     @property
+    def optimizer_steps(self) -> int | None:
+        """Optimiser steps over which the learning rate follows its schedule; ``None`` where none are taken."""
+        return None
+
+    @property
     def profiled_by(self) -> ProfiledBy:
         """What the recording of ``profile=true`` is measured in."""
         return "time"
@@ -139,6 +144,11 @@ class LearningJob(BatchedJob):
 
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """All of them."""
+        return self.steps
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that make no step."""

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from launcher.checkpoint.manifest import describe
-from launcher.checkpoint.resume import find
+from launcher.checkpoint.manifest import damaged_files, describe, share_of
+from launcher.checkpoint.resume import candidates, changed_rate, none_intact
 from launcher.checkpoint.store import quiet
 from launcher.errors import JobError
 from launcher.files import read_json
 
 if TYPE_CHECKING:
     from launcher.checkpoint.manifest import Manifest
-    from launcher.checkpoint.store import CheckpointStore
+    from launcher.checkpoint.store import CheckpointStore, Saved
+    from launcher.config import Run
     from launcher.context import Context
     from launcher.engines.base import Engine
 
@@ -21,20 +22,67 @@ def restore(store: CheckpointStore, context: Context, engine: Engine) -> int:
     """Load what the run continues from, on every rank; return the steps already done.
 
     Raises:
-        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made.
+        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made, or damaged.
+        JobError: ranks see different checkpoints.
     """
     from launcher.engines.distributed import barrier
 
     if context.is_main:
         store.clean()
     barrier()
-    saved = find(context.run.checkpoint.resume, context.run_dir, say=print if context.is_main else quiet)
+    saved = _intact(store, context, engine)
     if saved is None:
         return 0
     engine.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
+        run = context.run
+        if run.job.optimizer_steps is not None and (
+            line := changed_rate(saved, run.optimizer, run.schedule, run.job.optimizer_steps)
+        ):
+            print(line, flush=True)
     return saved.manifest.step
+
+
+def _intact(store: CheckpointStore, context: Context, engine: Engine) -> Saved | None:
+    """Return the newest checkpoint that holds what was written; each rank reads its share of the files."""
+    from launcher.engines.distributed import barrier, sum_over_ranks
+
+    say, resume = (print if context.is_main else quiet), context.run.checkpoint.resume
+    found = candidates(resume, context.run_dir, say=say)
+    damaged: dict[str, Saved] = {}
+    while True:
+        saved = next(found, None)
+        step = -1.0 if saved is None else float(saved.manifest.step)
+        if sum_over_ranks([step], device=engine.device) != [step * context.world_size]:
+            fix = "set run.root to a folder that all hosts share"
+            raise JobError(f"checkpoint.resume={resume}: ranks see different checkpoints; {fix}")
+        if saved is None:
+            break
+        names = sorted(saved.manifest.files)
+        sizes = saved.manifest.files
+        own = damaged_files(
+            saved.folder,
+            saved.manifest,
+            share_of(sizes, part=context.rank, parts=context.world_size),
+            beat=lambda: context.heartbeat.beat("load"),
+        )
+        flags = sum_over_ranks([float(name in own) for name in names] or [0.0], device=engine.device)
+        if not any(flags):
+            break
+        bad = ", ".join(name for name, flag in zip(names, flags, strict=True) if flag)
+        why = f"{saved.folder} is damaged: the content of {bad} is not what was written (SHA-256)"
+        damaged[why] = saved
+        say(f"checkpoint {why}")
+    if saved is None and damaged:
+        raise none_intact(resume, "; ".join(damaged))
+    if saved is not None and not saved.manifest.sha256:
+        say(f"checkpoint {saved.folder} has no checksums (an earlier version wrote it): its content is not verified")
+    barrier()  # no rank still reads what rank 0 renames
+    if context.is_main and resume == "auto":
+        for entry in damaged.values():
+            print(f"set aside as {store.set_aside(entry)}", flush=True)
+    return saved
 
 
 def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int, held_out_loss: float | None) -> None:
@@ -55,9 +103,16 @@ def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int,
         )
     engine.save(store.pending(step))
     barrier()
+
+    def beat() -> None:
+        context.heartbeat.beat("checkpoint")
+
+    if context.world_size > 1:
+        store.checksum(step, rank=context.rank, world_size=context.world_size, beat=beat)
+        barrier()
     if context.is_main:
         manifest = manifest_of(context, step=step, held_out_loss=held_out_loss)
-        print(f"checkpoint {store.commit(manifest).folder}", flush=True)
+        print(f"checkpoint {store.commit(manifest, beat=beat).folder}", flush=True)
     barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint
 
 
@@ -73,4 +128,11 @@ def manifest_of(context: Context, *, step: int, held_out_loss: float | None) -> 
         eval_loss=held_out_loss,
         run_id=plan["run_id"],
         run_hash=plan["run_hash"],
+        lr=_last_rate(context.run, step),
     )
+
+
+def _last_rate(run: Run, step: int) -> float | None:
+    """Return the learning rate of optimiser step ``step`` (1-based), which has been taken."""
+    steps = run.job.optimizer_steps
+    return run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None

@@ -36,6 +36,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from _refuse_unknown_ranks(run, hosts)
     yield from run.backend.refusals(hosts)
     yield from _refuse_quantization(run)
+    yield from _refuse_resume(run)
     yield from run.job.refusals(run, world_size=world_size)
     yield from _refuse_profile(run, world_size)
 
@@ -55,6 +56,17 @@ def _refuse_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
     except ConfigError:
         return  # the batch does not come out even, which the plan refuses
     yield from run.profile.refusals(run.job.profiled_by, num_steps)
+
+
+def _refuse_resume(run: Run) -> Iterator[ConfigError]:
+    """Refuse a checkpoint where nothing is continued; ``auto`` starts any run again in its own directory."""
+    resume = run.checkpoint.resume
+    if run.job.resumes or resume in ("none", "auto"):
+        return
+    why = f"job={run.job.kind} continues no training run, and would ignore the checkpoint"
+    takes_weights = not isinstance(run.benchmark, Benchmark) or run.benchmark.needs_model
+    fix = f"set model.weights={resume} checkpoint.resume=none" if takes_weights else "leave it out"
+    yield ConfigError("checkpoint.resume", resume, why=why, fix=fix)
 
 
 def _refuse_quantization(run: Run) -> Iterator[ConfigError]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launcher.backends.base import Backend
-from launcher.checkpoint.resume import find, misfits
+from launcher.checkpoint.resume import changed_rate, find, misfits
+from launcher.checkpoint.store import quiet
 from launcher.checks import refuse_few_bits
 from launcher.config import Run
 from launcher.errors import ConfigError
@@ -32,7 +34,8 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()
         yield from run.data.preflight()
-        yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
+        if run.job.resumes:
+            yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
     yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from refuse_occupied(run, RunDir(run_dir))
@@ -55,7 +58,7 @@ def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
 
 def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
     try:
-        saved = find(run.checkpoint.resume, run_dir)
+        saved = find(run.checkpoint.resume, run_dir, say=_warn)
     except ConfigError as error:
         yield error
         return
@@ -66,6 +69,27 @@ def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[C
     if isinstance(run.job, Train) and done >= run.job.steps:
         why = f"{saved.folder} is of step {done} already"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+
+
+def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
+    """Yield what a run that continues from a checkpoint does otherwise than the user may expect."""
+    if not run.job.resumes:
+        return
+    try:
+        saved = find(run.checkpoint.resume, RunDir(run_dir), say=quiet)
+    except ConfigError:
+        return  # the preflight refuses it
+    if saved is None:
+        return
+    steps = run.job.optimizer_steps
+    if steps is not None and (line := changed_rate(saved, run.optimizer, run.schedule, steps)):
+        yield line
+    if run.checkpoint.resume != "auto" and run.model.weights not in ("random", "pretrained"):
+        yield f"checkpoint.resume={run.checkpoint.resume} replaces the weights of model.weights={run.model.weights}"
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _refuse_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.compose import Composed
@@ -15,9 +15,10 @@ from launcher.files import sha256_of
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 from launcher.ports import free_port
-from launcher.preflight import preflight
+from launcher.preflight import preflight, resume_warnings
 from launcher.rundir import RunDir, mint_run_id
 from launcher.runfiles import read_object
+from launcher.saved_weights import with_saved_weights
 from launcher.snapshot import dump_run
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
@@ -52,7 +53,7 @@ def prepare(composed: Composed) -> Prepared:
     Raises:
         ConfigErrors: everything that stands against it, found in one pass.
     """
-    run = composed.run
+    run = with_saved_weights(composed)
     continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
     run_id = continued or mint_run_id()
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
@@ -86,6 +87,8 @@ def replan(
         raise ConfigErrors([*mistakes, *several.errors]) from several
     if mistakes:
         raise ConfigErrors(mistakes)
+    if is_fresh:
+        plan = replace(plan, warnings=(*plan.warnings, *resume_warnings(run, folder)))
     return Prepared(run=run, plan=plan, snapshot=snapshot)
 
 

@@ -37,17 +37,3 @@ class Checkpoint(Component):
     def problems(self) -> Iterator[ConfigError]:
         """Refuse negative counts."""
         yield from self.below(0, "every", "keep")
-
-    def preflight(self) -> Iterator[ConfigError]:
-        """Yield what the file system says against ``resume``."""
-        from pathlib import Path
-
-        from launcher.checkpoint.resume import find_all
-        from launcher.checkpoint.store import quiet
-
-        if self.resume in ("none", "auto"):
-            return
-        try:
-            next(find_all(Path(self.resume).expanduser(), say=quiet))
-        except ConfigError as error:
-            yield error

@@ -35,9 +35,9 @@ class Reference:
 
 
 def reference_of(word: str) -> Reference:
-    """Return what ``word`` names; one that is a folder as it stands names that, whatever its characters."""
-    found = None if Path(word).expanduser().exists() else _SELECTED.fullmatch(word)
-    if found is None:
+    """Return what ``word`` names; a folder whose own name ends in ``@best`` names that folder."""
+    found = _SELECTED.fullmatch(word)
+    if found is None or (Path(word).expanduser().exists() and not Path(found["of"]).expanduser().exists()):
         return Reference(of=word)
     return Reference(of=found["of"], which=found["which"], step=int(found["step"]) if found["step"] else None)
 

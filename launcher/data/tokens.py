@@ -15,13 +15,14 @@ from pathlib import Path
 from launcher.build_once import build_once
 from launcher.data.base import Corpus
 from launcher.data.bpe import read_bpe, train_bpe
-from launcher.files import sha256_of, write_json
+from launcher.files import sha256_of, write_atomic, write_json
 from launcher.models.base import Model
 from launcher.models.hub import fetch
-from launcher.models.tokenizer import Tokenizer, load_tokenizer
+from launcher.models.tokenizer import Tokenizer, copy_tokenizer, load_tokenizer
 
 _FORMAT = 1
 _TOKENS, _LAYOUT, _TOKENIZER = "tokens.arrow", "stream.json", "tokenizer.json"
+_GENERATION = "generation_config.json"
 _PIECES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
@@ -48,12 +49,36 @@ def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tup
 
 def given_tokenizer(data: Corpus, model: Model, *, beat: Callable[[], None]) -> Tokenizer:
     """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
+    return load_tokenizer(_given_folder(data, model, beat=beat), option="data.tokenizer")
+
+
+def _given_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> Path:
     if data.tokenizer == "model":
-        folder = model.tokenizer_folder(beat=beat)
-    elif not (folder := Path(data.tokenizer).expanduser()).is_dir():
-        instead = "set data.tokenizer=bpe"
-        folder = fetch(data.tokenizer, with_weights=False, option="data.tokenizer", instead=instead)
-    return load_tokenizer(folder, option="data.tokenizer")
+        return model.tokenizer_folder(beat=beat)
+    if (folder := Path(data.tokenizer).expanduser()).is_dir():
+        return folder
+    return fetch(data.tokenizer, with_weights=False, option="data.tokenizer", instead="set data.tokenizer=bpe")
+
+
+def save_tokenizer(data: Corpus, model: Model, tokenizer: Tokenizer, folder: Path, *, beat: Callable[[], None]) -> None:
+    """Write the tokenizer of ``data`` into a model folder, with its chat template, as Transformers loads them.
+
+    Args:
+        data: what the model is trained on.
+        model: whose own tokenizer ``data`` may take.
+        tokenizer: of ``data``, open.
+        folder: made where it does not exist.
+        beat: called meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if data.tokenizer != "bpe":
+        copy_tokenizer(_given_folder(data, model, beat=beat), folder)
+    if not (folder / _TOKENIZER).exists():
+        end = {} if tokenizer.end_id is None else {"eos_token": tokenizer.inner.id_to_token(tokenizer.end_id)}
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **end})
+        write_atomic(folder / _TOKENIZER, tokenizer.to_json())
+    if tokenizer.end_id is not None and not (folder / _GENERATION).exists():
+        write_json(folder / _GENERATION, {"eos_token_id": tokenizer.end_id})
 
 
 def write_tokens(folder: Path, data: Corpus, tokenizer: Tokenizer, *, beat: Callable[[], None]) -> None:

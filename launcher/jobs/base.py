@@ -27,6 +27,9 @@ class Job(Component):
     saves: ClassVar[bool] = False
     """Whether it writes checkpoints."""
 
+    resumes: ClassVar[bool] = False
+    """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
+
     ends_when_told: ClassVar[bool] = False
     """Whether it has no end of its own, so that being told to end (SIGTERM, Ctrl-C) is how it completes."""
 

@@ -21,6 +21,7 @@ class Evaluate(BatchedJob):
 
     kind: ClassVar[str] = "evaluate"
     learns: ClassVar[bool] = False
+    resumes: ClassVar[bool] = True
 
     eval_sequences: int = 64
     """Held-out sequences, over all ranks; fewer where the data has fewer."""

@@ -21,6 +21,7 @@ class Train(LearningJob):
 
     kind: ClassVar[str] = "train"
     saves: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
 
     steps: int = 300
     """Optimiser steps in the whole run; a resumed run continues up to this number."""

@@ -72,9 +72,6 @@ class Verify(LearningJob):
         if run.profile.kind == "true":
             why = "job=verify computes in processes that end after a few steps"
             yield ConfigError("profile", "true", why=why, fix="profile job=train with the strategy in question")
-        if run.checkpoint.resume != "none":
-            why = "every strategy starts from the weights of the seed, or from model.weights"
-            yield ConfigError("checkpoint.resume", run.checkpoint.resume, why=why, fix="set checkpoint.resume=none")
         try:
             choice = choose(self, run, world_size=world_size)
         except ConfigError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,13 @@ from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
     import tokenizers
+
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
+)
+"""Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,3 +79,13 @@ def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
     inner.no_truncation()
     inner.no_padding()
     return Tokenizer(inner=inner, end_id=loaded.eos_token_id)
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the tokenizer of a model folder, its chat templates and its generation config into another folder."""
+    for pattern in _FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, copy)

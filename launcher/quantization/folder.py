@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from launcher.models.tokenizer import copy_tokenizer
 from launcher.quantization.ao import AoCodec
 from launcher.quantization.codecs import codec_of, quantised
 from launcher.quantization.manifest import Manifest
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from launcher.quantization.base import Quantization
 
 _SINGLE = "model.safetensors"
-_BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
-_TEMPLATES = "chat_template*"
 
 
 def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *, beside: Path | None) -> None:
@@ -48,9 +46,7 @@ def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *
         config = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({**config, "quantization_config": theirs}, indent=2) + "\n", encoding="utf-8")
     if beside is not None:
-        for source in (*(beside / name for name in _BESIDE), *beside.glob(_TEMPLATES)):
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
+        copy_tokenizer(beside, folder)
 
 
 def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -103,7 +103,8 @@ class Trainer:
         """Write the checkpoint of ``done`` steps, every rank its part."""
         with self.clock.phase("checkpoint"):
             loss = held_out.loss if held_out else None
-            save(self.store, self.context, self.engine, step=done, held_out_loss=loss)
+            tokenizer = self.splits.tokenizer
+            save(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
 
     def leave(self, done: int, held_out: HeldOut | None = None) -> NoReturn:
         """Save whatever the policy says, and end this rank, like all others, with the code that means: resume me."""

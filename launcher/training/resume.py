@@ -11,11 +11,14 @@ from launcher.errors import JobError
 from launcher.files import read_json
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from launcher.checkpoint.manifest import Manifest
     from launcher.checkpoint.store import CheckpointStore, Saved
     from launcher.config import Run
     from launcher.context import Context
     from launcher.engines.base import Engine
+    from launcher.models.tokenizer import Tokenizer
 
 
 def restore(store: CheckpointStore, context: Context, engine: Engine) -> int:
@@ -85,8 +88,24 @@ def _intact(store: CheckpointStore, context: Context, engine: Engine) -> Saved |
     return saved
 
 
-def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int, held_out_loss: float | None) -> None:
+def save(
+    store: CheckpointStore,
+    context: Context,
+    engine: Engine,
+    *,
+    step: int,
+    held_out_loss: float | None,
+    tokenizer: Tokenizer | None = None,
+) -> None:
     """Write the checkpoint of ``step``, which exists once every rank's part is there; all ranks return together.
+
+    Args:
+        store: of the run's checkpoints.
+        context: of this rank.
+        engine: whose state is saved.
+        step: optimiser steps done.
+        held_out_loss: at this step, where it was measured.
+        tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
 
     Raises:
         JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
@@ -102,6 +121,8 @@ def save(store: CheckpointStore, context: Context, engine: Engine, *, step: int,
             f"{store.pending(step)}: set run.root to a folder that all hosts share"
         )
     engine.save(store.pending(step))
+    if context.is_main and tokenizer is not None:
+        _save_tokenizer(context, tokenizer, store.pending(step) / "model")
     barrier()
 
     def beat() -> None:
@@ -130,6 +151,15 @@ def manifest_of(context: Context, *, step: int, held_out_loss: float | None) -> 
         run_hash=plan["run_hash"],
         lr=_last_rate(context.run, step),
     )
+
+
+def _save_tokenizer(context: Context, tokenizer: Tokenizer, folder: Path) -> None:
+    from launcher.data.base import Corpus
+    from launcher.data.tokens import save_tokenizer
+
+    data = context.run.data
+    assert isinstance(data, Corpus), "what has a tokenizer has text"
+    save_tokenizer(data, context.run.model, tokenizer, folder, beat=lambda: context.heartbeat.beat("checkpoint"))
 
 
 def _last_rate(run: Run, step: int) -> float | None:

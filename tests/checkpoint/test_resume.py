@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from launcher.checkpoint.policy import Checkpoint
-from launcher.checkpoint.resume import find, misfits
+from launcher.checkpoint.resume import Reference, changed_rate, find, misfits, reference_of
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.optim.adamw import AdamW
+from launcher.optim.schedule import Constant, Cosine
 from launcher.parallel.replicated import Ddp, Single
 from launcher.parallel.zero import Zero
 from launcher.precision import Fp32
@@ -61,18 +62,54 @@ def test_a_folder_without_a_checkpoint_is_refused_before_anything_starts(
         (tmp_path / "checkpoints").write_text("")
     elif made == "damaged":
         (save(10).folder / "model.bin").unlink()
-    resume = str(tmp_path / named)
-    (error,) = Checkpoint(resume=resume).preflight()
-    assert (error.option, str(error.value)) == ("checkpoint.resume", resume)
-    assert error.why == why
-    with pytest.raises(ConfigError, match=r"^checkpoint\.resume="):
-        find(resume, RunDir(tmp_path / "elsewhere"))
+    with pytest.raises(ConfigError, match=r"^checkpoint\.resume=") as refused:
+        find(str(tmp_path / named), RunDir(tmp_path / "elsewhere"))
+    assert refused.value.why == why
 
 
-def test_what_can_be_resumed_passes_the_preflight(tmp_path: Path, save: Save) -> None:
-    save(10)
-    for resume in ("none", "auto", str(tmp_path)):
-        assert list(Checkpoint(resume=resume).preflight()) == []
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: Path, save: Save) -> None:
+    (save(10).folder / "model.bin").unlink()
+    with pytest.raises(ConfigError, match=r"no checkpoint is intact.*model\.bin is missing"):
+        find("auto", RunDir(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("word", "of", "which", "step"),
+    [
+        ("runs/x/1", "runs/x/1", None, None),
+        ("20260101-120000-abcd@best", "20260101-120000-abcd", "best", None),
+        ("x@step_00000010", "x", "step_00000010", 10),
+        ("x@step_10", "x", "step_10", 10),
+        ("x@worst", "x@worst", None, None),
+        ("a@best@step_3", "a@best", "step_3", 3),
+        ("@best", "@best", None, None),
+    ],
+)
+def test_a_reference_is_read(word: str, of: str, which: str | None, step: int | None) -> None:
+    assert reference_of(word) == Reference(of=of, which=which, step=step)
+
+
+def test_a_folder_whose_name_ends_like_a_reference_is_that_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x@best").mkdir()
+    assert reference_of("x@best") == Reference(of="x@best")
+
+
+def test_a_learning_rate_that_jumps_is_said(save: Save) -> None:
+    optimizer, schedule = AdamW(lr=1e-3), Cosine(warmup_steps=0, final_factor=0.0)
+    saved = save(10)
+    ended = replace(saved, manifest=replace(saved.manifest, lr=1e-3 * schedule.factor(9, 10)))
+    assert changed_rate(ended, optimizer, schedule, 10) is None
+    line = changed_rate(ended, optimizer, schedule, 20)
+    assert line is not None
+    assert "jumps from 2.45e-05 (step 10" in line
+    assert "to 0.0005 (step 11)" in line
+    constant = Constant(warmup_steps=0)
+    kept = changed_rate(ended, AdamW(lr=ended.manifest.lr or 0.0), constant, 20)
+    assert kept is None
+    assert changed_rate(saved, optimizer, schedule, 20) is None, "an earlier version did not record it"
 
 
 def test_the_run_that_wrote_it_fits(save: Save) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import read_manifest
+from launcher.checkpoint.manifest import checksums, damaged_files, read_manifest, share_of
 from launcher.checkpoint.policy import Checkpoint
 from launcher.checkpoint.store import CheckpointStore
+from launcher.files import read_json, sha256_of, write_json
 
 from .conftest import Save, manifest_of
 
@@ -61,6 +62,7 @@ def test_a_checkpoint_is_its_payload_and_a_manifest_that_lists_it(save: Save) ->
     assert names(saved.folder) == ["manifest.json", "model.bin", "ranks"]
     assert read_manifest(saved.folder) == saved.manifest
     assert saved.manifest.files == {"model.bin": 10, "ranks/0.bin": 10}
+    assert saved.manifest.sha256 == {"model.bin": sha256_of(bytes(10)), "ranks/0.bin": sha256_of(b"0" * 10)}
     assert (saved.manifest.step, saved.manifest.eval_loss, saved.manifest.world_size) == (10, 3.25, 2)
     assert saved.manifest.architecture["layers"] == 2
     assert saved.manifest.parallel["stage"] == 3
@@ -89,6 +91,102 @@ def test_the_newest_and_the_best_are_kept(
     for step, loss in ((10, 4.0), (20, 2.0), (30, 3.0), (40, None), (50, 2.5)):
         save(step, eval_loss=loss, **policy)
     assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in kept]
+
+
+def test_ranks_hash_their_shares_and_rank_0_what_is_left(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint())
+    pending = store.begin(3)
+    for number in range(5):
+        (pending / f"{number}.bin").write_bytes(b"x" * number * 1000)
+    for rank in range(2):  # the third rank is late: rank 0 hashes its share
+        store.checksum(3, rank=rank, world_size=3)
+    saved = store.commit(manifest_of(3))
+    assert names(saved.folder) == ["0.bin", "1.bin", "2.bin", "3.bin", "4.bin", "manifest.json"]
+    assert saved.manifest.sha256 == checksums(saved.folder, saved.manifest.files)
+
+
+def test_every_file_is_in_one_share_and_shares_are_alike() -> None:
+    sizes = {f"{number}": 100 - number for number in range(40)} | {"large": 1000}
+    shares = [share_of(sizes, part=part, parts=4) for part in range(4)]
+    assert sorted(itertools.chain(*shares)) == sorted(sizes)
+    assert max(sum(sizes[name] for name in share) for share in shares) <= 1.1 * sum(sizes.values()) / 4
+
+
+def test_a_changed_bit_and_an_unreadable_file_are_named(save: Save) -> None:
+    saved = save(10)
+    assert damaged_files(saved.folder, saved.manifest, saved.manifest.files) == []
+    (saved.folder / "model.bin").write_bytes(bytes(9) + b"\1")
+    (saved.folder / "ranks" / "0.bin").unlink()
+    assert damaged_files(saved.folder, saved.manifest, saved.manifest.files) == ["model.bin", "ranks/0.bin"]
+
+
+def test_a_manifest_of_before_without_checksums_is_read(save: Save) -> None:
+    saved = save(10)
+    tree = read_json(saved.folder / "manifest.json")
+    write_json(saved.folder / "manifest.json", {key: tree[key] for key in tree.keys() - {"sha256", "lr"}})
+    assert read_manifest(saved.folder).sha256 == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"step": "ten"}, "manifest.json.step=ten"),
+        ({"step": -10}, "step=-10"),
+        ({"step": 11}, "step=11 in a folder called step_00000010"),
+        ({"world_size": 0}, "world_size=0"),
+        ({"files": ["model.bin"]}, "manifest.json.files"),
+        ({"files": {"/etc/passwd": 1}}, "'/etc/passwd' is not a path below"),
+        ({"files": {"../../private": 1}}, "'../../private' is not a path below"),
+        ({"files": {"ranks/../../up": 1}}, "is not a path below"),
+        ({"files": {"a\0b": 1}}, "is not a path below"),
+        ({"files": {"": 1}}, "is not a path below"),
+        ({"files": {"model.bin": -1}}, "-1 bytes"),
+        ({"sha256": {"model.bin": "0" * 64}}, "do not list the same files"),
+        ({"sha256": {"model.bin": "abc", "ranks/0.bin": "0" * 64}}, "'abc' of model.bin is not a SHA-256"),
+        ({"eval_loss": float("nan")}, "manifest.json.eval_loss"),
+        ({"parallel": None}, "manifest.json.parallel"),
+        ({"architecture": []}, "manifest.json.architecture"),
+        ({"run_id": {}}, "manifest.json.run_id"),
+        ({"more": 1}, "manifest.json.more"),
+    ],
+)
+def test_a_damaged_manifest_is_an_error_that_says_what(save: Save, change: dict[str, object], said: str) -> None:
+    folder = save(10).folder
+    write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), **change})
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged") as damaged:
+        read_manifest(folder)
+    assert said in str(damaged.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b"[]", b"null", b'{"step": 1' + b"0" * 9999])
+def test_what_is_no_manifest_is_an_error_of_ours(save: Save, content: bytes) -> None:
+    folder = save(10).folder
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"its manifest\.json"):
+        read_manifest(folder)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "model.bin"])
+def test_a_pipe_in_the_place_of_a_file_is_not_opened(tmp_path: Path, save: Save, name: str) -> None:
+    file = save(10).folder / name
+    file.unlink()
+    os.mkfifo(file)
+    said: list[str] = []
+    assert CheckpointStore(tmp_path / "checkpoints", Checkpoint(), say=said.append).latest() is None
+    assert "regular file" in said[0]
+
+
+def test_the_checkpoint_just_written_stays_where_others_claim_a_later_step(tmp_path: Path, save: Save) -> None:
+    save(50, keep=1)
+    save(10, keep=1)
+    assert names(tmp_path / "checkpoints") == ["step_00000010", "step_00000050"]
+
+
+def test_a_damaged_one_is_set_aside_and_counts_as_none(tmp_path: Path, save: Save) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint())
+    assert store.set_aside(save(10)).name == "step_00000010.damaged"
+    assert store.set_aside(save(10)).name == "step_00000010.damaged1"
+    assert store.latest() is None
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "no manifest", "half a manifest", "another version"])

@@ -183,7 +183,7 @@ def test_a_llama_has_a_tensor_plan(plan_of) -> None:
         (("job.strategies=[]",), "job.strategies=auto"),
         (("precision=bf16",), "precision=fp32"),
         (("model.dropout=0.1",), "model.dropout=0"),
-        (("checkpoint.resume=auto",), "checkpoint.resume=none"),
+        (("checkpoint.resume=elsewhere",), "checkpoint.resume=none"),
         (("job.global_batch=7",), "does not divide 7"),
     ],
 )

@@ -1,0 +1,301 @@
+"""``model.weights=RUN`` and ``checkpoint.resume=RUN``: what the parent makes of ids, folders, ``@best``, ``@step``."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from launcher.checkpoint.manifest import describe
+from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.store import CheckpointStore, Saved
+from launcher.compose import Composed, compose
+from launcher.config import Run
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.files import read_json, write_json
+from launcher.saved_weights import with_saved_weights
+from launcher.schema import to_tree
+from launcher.snapshot import save_run
+
+from .conftest import Launch, PlanOf
+
+TRAINED = ("model.layers=2", "model.width=32", "model.context=64", "model.vocab_size=300", "data.vocab_size=300")
+ID = "20260101-120000-abcd"
+Write = Callable[..., Saved]
+
+
+def header_of(shapes: dict[str, list[int]]) -> bytes:
+    """Return a safetensors file of zeros."""
+    tree, end = {}, 0
+    for name, shape in shapes.items():
+        size = 4 * shape[0]
+        tree[name] = {"dtype": "F32", "shape": shape, "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(tree).encode()
+    return len(text).to_bytes(8, "little") + text + bytes(end)
+
+
+@pytest.fixture
+def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Write the checkpoint of a step of a run of ``TRAINED``; the current folder is ``tmp_path``."""
+    monkeypatch.chdir(tmp_path)
+
+    def checkpoint(
+        step: int,
+        *words: str,
+        run_id: str = ID,
+        loss: float | None = None,
+        sharded: bool = False,
+        tokenizer: bool = True,
+    ) -> Saved:
+        run = compose((*TRAINED, *words)).run
+        folder = tmp_path / "runs" / "gpt2_tiny" / run_id
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        save_run(run, folder / "run.yaml")
+        store = CheckpointStore(folder / "checkpoints", Checkpoint(keep=0))
+        pending = store.begin(step)
+        if sharded:
+            (pending / "shards").mkdir()
+            (pending / "shards" / "0.safetensors").write_bytes(header_of({"weight": [step]}))
+        else:
+            (pending / "model").mkdir()
+            (pending / "model" / "model.safetensors").write_bytes(header_of({"weight": [step]}))
+            config = {
+                "model_type": "gpt2",
+                "n_layer": 2,
+                "n_head": 4,
+                "n_embd": 32,
+                "n_positions": 64,
+                "vocab_size": 300,
+            }
+            write_json(pending / "model" / "config.json", config)
+            if tokenizer:
+                write_json(pending / "model" / "tokenizer.json", {})
+        (pending / "optimizer.pt").write_bytes(b"moments")
+        about = describe(
+            model=run.model,
+            parallel=run.parallel,
+            precision=run.precision,
+            world_size=2,
+            step=step,
+            eval_loss=loss,
+            run_id=run_id,
+            run_hash="0" * 64,
+        )
+        return store.commit(about)
+
+    return checkpoint
+
+
+@functools.cache
+def composed(*words: str) -> Composed:
+    """Compose once for all tests: it takes a good part of a second."""
+    return compose(words)
+
+
+def resolved(*words: str) -> Run:
+    """Resolve what ``words`` name, of which compositions that differ in nothing else are made once."""
+    named = [word.partition("=") for word in words if word.startswith(("model.weights=", "checkpoint.resume="))]
+    base = composed(*(word for word in words if not word.startswith(("model.weights=", "checkpoint.resume="))))
+    run = base.run
+    for option, _, value in named:
+        group, _, field = option.partition(".")
+        run = replace(run, **{group: replace(getattr(run, group), **{field: value})})
+    return with_saved_weights(replace(base, run=run, overrides=words))
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        resolved(*words)
+    return str(error.value)
+
+
+def damage(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_a_run_stands_for_the_weights_of_a_checkpoint(write: Write) -> None:
+    for number, loss in ((10, 3.0), (20, 2.0), (30, None)):
+        folder = write(number, loss=loss).folder.parent
+    steps = {
+        ID: 30,
+        ID[:10]: 30,
+        f"gpt2_tiny/{ID}": 30,
+        f"runs/gpt2_tiny/{ID}": 30,
+        f"runs/gpt2_tiny/{ID}/checkpoints": 30,
+        f"runs/gpt2_tiny/{ID}/checkpoints/step_00000010": 10,
+        f"runs/gpt2_tiny/{ID}/checkpoints/step_00000010/model": 10,
+        f"{ID}@best": 20,
+        f"runs/gpt2_tiny/{ID}@best": 20,
+        f"{ID}@step_00000010": 10,
+        f"{ID}@step_10": 10,
+    }
+    found = {word: resolved("job=generate", f"model.weights={word}").model.weights for word in steps}
+    assert found == {word: str(folder / f"step_{step:08d}" / "model") for word, step in steps.items()}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("job=generate",),
+        ("job=serve",),
+        ("job=evaluate",),
+        ("job=verify",),
+        ("job=quantize", "quantization=int8_weight"),
+        ("job=train",),
+        ("job=benchmark", "benchmark=batching"),
+    ],
+)
+def test_every_job_takes_the_model_and_the_tokenizer_of_the_run(write: Write, words: tuple[str, ...]) -> None:
+    saved = write(10, "model.name=mine", "model.dropout=0.1")
+    run = resolved(*words, f"model.weights={ID}", "model.quantization=none")
+    trained = composed(*TRAINED, "model.name=mine", "model.dropout=0.1").run.model
+    assert run.model == replace(trained, weights=f"{saved.folder}/model")
+    assert run.run.name == "mine"
+    assert to_tree(run.data)["tokenizer"] == "model"
+
+
+def test_what_the_user_chose_stays(write: Write) -> None:
+    saved = write(10)
+    given = (*TRAINED, "model.name=other", "data.tokenizer=bpe", "run.name=named", f"model.weights={ID}")
+    run = resolved("job=evaluate", *given)
+    assert run.model == replace(composed(*given).run.model, weights=f"{saved.folder}/model")
+    assert run.run.name == "named"
+    assert to_tree(run.data)["tokenizer"] == "bpe"
+
+
+def test_a_checkpoint_without_a_tokenizer_leaves_that_of_the_data(write: Write) -> None:
+    write(10, tokenizer=False)
+    assert to_tree(resolved("job=evaluate", f"model.weights={ID}").data)["tokenizer"] == "bpe"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("model=gpt2",), "its layers is 2, this run's is 12"),
+        (("model=llama_tiny",), "its family is gpt2, this run's is llama"),
+        (("model.layers=3",), "its layers is 2, this run's is 3"),
+        (("+exp=zero3_gpt2xl",), "its layers is 2, this run's is 48"),
+    ],
+)
+def test_another_model_is_refused(write: Write, words: tuple[str, ...], said: str) -> None:
+    write(10)
+    message = refused(*words, f"model.weights={ID}")
+    assert said in message
+    assert "leave the model out" in message
+
+
+NO_CHECKPOINT = {
+    "nowhere": "is no folder, and no run in runs begins like this",
+    "2026": "2 runs in runs begin like this; write more of it",
+    f"{ID}@step_7": "no complete checkpoint of step 7; it has @step_00000010",
+    f"{ID}@best": "has a held-out loss",
+    f"{ID}@worst": "write RUN@best or RUN@step_00000010",
+    f"runs/gpt2_tiny/{ID}/checkpoints/step_00000010@best": "is one checkpoint already",
+    "empty@best": "holds no complete checkpoint",
+    "other@best": "other is neither a run nor a checkpoint",
+}
+
+
+def test_what_leads_to_no_checkpoint_is_refused(write: Write, tmp_path: Path) -> None:
+    write(10)
+    write(10, run_id="20260202-120000-efgh")
+    (tmp_path / "empty" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    for option in ("model.weights", "checkpoint.resume"):
+        for word, said in NO_CHECKPOINT.items():
+            message = refused(f"{option}={word}")
+            assert message.startswith(f"{option}={word}: ")
+            assert said in message
+
+
+@pytest.mark.parametrize("kind", ["zero3", "fsdp", "pipeline"])
+def test_sharded_weights_are_refused_with_the_reason(write: Write, kind: str) -> None:
+    write(10, f"parallel={kind}", sharded=True)
+    message = refused("job=generate", f"model.weights={ID}")
+    assert "is sharded" in message
+    assert f"checkpoint.resume={ID}" in message
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
+    write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ten, twenty = write(10), write(20)
+    damage(twenty.folder / "model" / "model.safetensors")
+    damage(ten.folder / "optimizer.pt")  # which nothing reads here
+    assert resolved(f"model.weights={ID}").model.weights == f"{ten.folder}/model"
+    said = capsys.readouterr().err
+    assert f"{twenty.folder} is damaged: the content of model/model.safetensors is not what was written" in said
+    damage(ten.folder / "model" / "tokenizer.json")
+    message = refused(f"model.weights={ID}")
+    assert "no checkpoint is intact" in message
+    assert "model/tokenizer.json" in message
+
+
+def test_one_that_is_damaged_is_refused_where_the_user_named_it(write: Write) -> None:
+    write(10)
+    damage(write(20).folder / "model" / "model.safetensors")
+    for place in ("@step_00000020", "/checkpoints/step_00000020", "/checkpoints/step_00000020/model"):
+        assert "no checkpoint is intact" in refused(f"model.weights=runs/gpt2_tiny/{ID}{place}")
+
+
+def test_one_without_checksums_is_loaded_and_that_is_said(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = write(10).folder / "manifest.json"
+    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key not in ("sha256", "lr")})
+    resolved(f"model.weights={ID}")
+    assert capsys.readouterr().err.count("has no checksums (an earlier version wrote it)") == 1
+
+
+def test_a_run_that_quantised_stands_for_its_weights(tmp_path: Path, write: Write) -> None:
+    saved = write(10)
+    (tmp_path / "packed").mkdir()
+    save_run(composed(*TRAINED, "job=quantize", "quantization=int8_weight").run, tmp_path / "packed" / "run.yaml")
+    (saved.folder / "model").rename(tmp_path / "packed" / "model")
+    run = resolved("job=generate", "model.weights=packed")
+    assert run.model.weights == str(tmp_path / "packed" / "model")
+    assert run.model.shape() == composed(*TRAINED).run.model.shape()
+
+
+def test_other_weights_are_left_as_they_are(write: Write) -> None:
+    (write(10).folder / "model").rename("plain")
+    for weights in ("random", "pretrained", "./nowhere", "/nowhere", "plain"):
+        assert resolved("model=smollm2_135m", f"model.weights={weights}").model.weights == weights
+
+
+def test_resume_takes_a_run_id_and_keeps_the_run_so_that_ranks_can_take_the_one_before(write: Write) -> None:
+    ten, twenty = write(10, loss=1.0), write(20, loss=2.0)
+    run_dir = ten.folder.parent.parent
+    for word, found in ((ID, run_dir), (f"{ID}@best", ten.folder), (f"{run_dir}@step_20", twenty.folder)):
+        assert resolved(f"checkpoint.resume={word}").checkpoint.resume == str(found)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("job=generate",),
+        ("job=serve",),
+        ("job=verify", "parallel=ddp"),
+        ("job=quantize", "quantization=int8_weight", "parallel=single"),
+        ("job=benchmark", "benchmark=batching"),
+        ("job=benchmark", "benchmark=activation"),
+    ],
+)
+def test_resume_is_refused_where_nothing_is_continued(plan_of: PlanOf, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigErrors) as mistakes:
+        plan_of(*words, "checkpoint.resume=elsewhere")
+    (message,) = [str(error) for error in mistakes.value.errors if error.option == "checkpoint.resume"]
+    assert "continues no training run" in message
+
+
+def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_process: Launch) -> None:
+    saved = write(10, "job.steps=10", "job.sequence_length=16")
+    manifest = saved.folder / "manifest.json"
+    write_json(manifest, {**read_json(manifest), "lr": 1e-4})
+    words = ("resume", str(saved.folder.parent.parent), "job.steps=500", "dry_run=true")
+    assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout

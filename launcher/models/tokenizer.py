@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
+from launcher.models.detokenize import decoder_of
 
 if TYPE_CHECKING:
     import tokenizers
@@ -45,8 +46,7 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ``ids``; special tokens are left out."""
-        text: str = self.inner.decode(list(ids), skip_special_tokens=True)
-        return text
+        return decoder_of(self.inner)(ids)
 
     def to_json(self) -> str:
         """Return everything that decides how text becomes tokens."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
-_INCOMPLETE = "\ufffd"
-"""What decoders put for bytes that make no character, or none yet."""
+from launcher.models.detokenize import REPLACEMENT
+
+_LONGEST = 3
+"""Replacement characters at the end of a text that may still become one character: it has four bytes at most."""
 _WINDOW, _CONTEXT = 32, 6
 """Tokens that are decoded together at most, and how many of them stay when the window moves on."""
 
@@ -18,32 +21,53 @@ class Detokenizer:
 
     Args:
         decode: text of a list of tokens.
+        before: tokens that the text goes on from.
+
+    Attributes:
+        opening: the text of ``before``, but for half a character at its end, which the first pieces complete.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], before: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._ids: list[int] = []
-        self._emitted = 0
+        self._ids: list[int] = list(before)
+        self._text = decode(self._ids) if before else ""
+        """Of the window."""
+        self.opening = self._text[: len(self._text) - _held(self._text)]
+        self._emitted = len(self.opening)
         """Characters of the window's text that are out."""
 
     def feed(self, token: int) -> str:
         """Take one token; return what text is certain now."""
         self._ids.append(token)
         text = self._decode(self._ids)
-        certain = len(text) - text.endswith(_INCOMPLETE)  # bytes that may still become one character
+        if text == self._text and not self._is_text(token):
+            self._ids.pop()
+        self._text = text
+        held = _held(text)
+        certain = len(text) - held
         piece = text[self._emitted : certain]
         self._emitted = max(self._emitted, certain)
-        held = len(text) - certain
-        if len(self._ids) >= _WINDOW and (not held or len(self._ids) >= 4 * _WINDOW):  # some never make characters
-            self._ids = self._ids[-_CONTEXT:]
-            self._emitted = len(self._decode(self._ids)) - held
+        if len(self._ids) >= _WINDOW:
+            texts = (token for token in reversed(self._ids) if self._is_text(token))
+            self._ids = list(itertools.islice(texts, _CONTEXT))[::-1]
+            self._text = self._decode(self._ids)
+            self._emitted = len(self._text) - held
         return piece
 
     def rest(self) -> str:
         """Return what is left once no token comes any more."""
-        piece = self._decode(self._ids)[self._emitted :] if self._ids else ""
+        piece = self._text[self._emitted :]
         self._emitted += len(piece)
         return piece
+
+    def _is_text(self, token: int) -> bool:
+        """Return whether texts show a token: behind special ones alone a decoder drops a space as at a beginning."""
+        return bool(self._decode([token] * 3))  # where a decoder drops a space it drops one, not three
+
+
+def _held(text: str) -> int:
+    """Return how many characters at the end are of bytes that may still become one character."""
+    return min(_LONGEST, len(text) - len(text.rstrip(REPLACEMENT)))
 
 
 class Stops:
@@ -96,10 +120,18 @@ class TextOf:
     Args:
         decode: text of a list of tokens.
         stops: strings that end the text and are no part of it.
+        before: tokens that the text goes on from; no string is looked for in their text.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = ()) -> None:
-        self._tokens, self._stops = Detokenizer(decode), Stops(stops)
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str] = (), *, before: Sequence[int] = ()
+    ) -> None:
+        self._tokens, self._stops = Detokenizer(decode, before), Stops(stops)
+
+    @property
+    def opening(self) -> str:
+        """The text of ``before``."""
+        return self._tokens.opening
 
     @property
     def stopped(self) -> str | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
 from launcher.files import sha256_of
+from launcher.models.detokenize import decoder_of, fallback_byte, has_decoder
 
 if TYPE_CHECKING:
     import tokenizers
@@ -41,7 +41,8 @@ class Words:
         """Changes with anything that decides how text becomes tokens."""
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
         """One more than the largest token; here once, because going through a vocabulary takes as long as a token."""
-        self._is_bytes = _uses(json.loads(text).get("decoder"), "ByteLevel")
+        self._decode = decoder_of(inner)
+        self._is_bytes, self._falls_back = has_decoder(inner, "ByteLevel"), has_decoder(inner, "ByteFallback")
 
     @property
     def has_template(self) -> bool:
@@ -55,8 +56,7 @@ class Words:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""
-        text: str = self._inner.decode(list(ids), skip_special_tokens=True)
-        return text
+        return self._decode(ids)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """Return a conversation as its model wants it, up to where the answer begins.
@@ -69,35 +69,58 @@ class Words:
             raise NoTemplate
         return self._chat(messages)
 
-    def bytes_of(self, token: int) -> bytes:
-        """Return what a token stands for, which need not be whole characters."""
-        return self._bytes_of(token)
+    def bytes_of(self, token: int, *, first: bool = False) -> bytes:
+        """Return what a token adds to a text, which need not be whole characters.
 
-    def text_of(self, token: int) -> str:
+        Args:
+            token: special ones give their name, though a text leaves them out.
+            first: whether no other token stands before it: some decoders drop a space there.
+        """
+        return self._bytes_of(token, first)
+
+    def text_of(self, token: int, *, first: bool = False) -> str:
         r"""Return a token as OpenAI shows it: its text, or ``bytes:\xe4`` where it is no whole text."""
-        raw = self.bytes_of(token)
+        raw = self.bytes_of(token, first=first)
         try:
             return raw.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
+    def is_special(self, token: int) -> bool:
+        """Return whether texts leave this token out."""
+        return token in self._special
+
     @functools.cached_property
-    def _added(self) -> Mapping[int, str]:
-        return {number: added.content for number, added in self._inner.get_added_tokens_decoder().items()}
+    def _special(self) -> Mapping[int, str]:
+        added = self._inner.get_added_tokens_decoder().items()
+        return {number: token.content for number, token in added if token.special}
+
+    @functools.cached_property
+    def _before(self) -> tuple[list[int], int]:
+        """A token that others can be decoded behind, and how long its text is; none where no token is plain text."""
+        for token in range(self.vocab_size):
+            if token not in self._special and self._decode([token]).isalnum():
+                return [token], len(self._decode([token]))
+        return [], 0
 
     @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  (lives as long as the server)
-    def _bytes_of(self, token: int) -> bytes:
+    def _bytes_of(self, token: int, first: bool) -> bytes:
         written = self._inner.id_to_token(token)
         if written is None:
             return b""
-        if token in self._added:
-            return written.encode()
+        if token in self._special:
+            return self._special[token].encode()
         if self._is_bytes:
             table = _byte_of()
-            return bytes(table[character] for character in written if character in table)
-        if len(written) == 6 and written.startswith("<0x") and written.endswith(">"):
-            return bytes([int(written[3:5], 16)])
-        return written.replace("\u2581", " ").encode()
+            if all(character in table for character in written):
+                return bytes(table[character] for character in written)
+            return str(written).encode()
+        if first and not self._decode([token]):
+            return b""
+        if self._falls_back and (byte := fallback_byte(written)) is not None:
+            return bytes([byte])
+        before, length = ([], 0) if first else self._before
+        return self._decode([*before, token])[length:].encode()
 
 
 def open_words(choice: str, run: Run, *, beat: Callable[[], None]) -> Words:
@@ -169,9 +192,3 @@ def _byte_of() -> Mapping[str, int]:
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}
-
-
-def _uses(tree: Any, kind: str) -> bool:
-    if isinstance(tree, dict):
-        return tree.get("type") == kind or any(_uses(part, kind) for part in tree.values())
-    return isinstance(tree, list) and any(_uses(part, kind) for part in tree)

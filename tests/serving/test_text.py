@@ -2,23 +2,161 @@
 
 from __future__ import annotations
 
+import json
+
+import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
+from launcher.generation.answer import Answer
+from launcher.generation.source import Record
+from launcher.generation.wish import Wish
+from launcher.models.tokenizer import Tokenizer
 from launcher.serving.text import Detokenizer, Stops, TextOf
-from launcher.serving.words import byte_words
+from launcher.serving.values import Sampling, Token, Update
+from launcher.serving.words import Words, byte_words
 
 WORDS = byte_words()
 TEXTS = st.text(alphabet="ab é漢🧪\u0301\n", max_size=60)
-IDS = st.one_of(TEXTS.map(WORDS.encode), st.lists(st.integers(0, 256), max_size=300))
+SPECIAL = ("<unk>", "<s>", "</s>")
+_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+_VOCABULARY = {
+    token: number
+    for number, token in enumerate((*SPECIAL, *_BYTES, *"▁abcdefghijklmnopqrstuvwxyz.!,é漢", "▁t", "▁▁", "th", "▁th"))
+}
 
 
-@settings(max_examples=150, deadline=None)
-@given(IDS)
-def test_pieces_are_the_text(ids: list[int]) -> None:
-    tokens = Detokenizer(WORDS.decode)
-    pieces = [tokens.feed(token) for token in ids]
-    assert "".join(pieces) + tokens.rest() == WORDS.decode(ids)
+def llama(decoder: decoders.Decoder, start: normalizers.Normalizer | pre_tokenizers.PreTokenizer) -> Words:
+    """A tokenizer that writes characters it lacks as bytes, as Llama 2, Mistral, Gemma and Phi-3 have it."""
+    merges = [("▁", "t"), ("▁", "▁"), ("t", "h"), ("▁t", "h")]
+    model = models.BPE(vocab=_VOCABULARY, merges=merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    inner = tokenizers.Tokenizer(model)
+    if isinstance(start, normalizers.Normalizer):
+        inner.normalizer = start
+    else:
+        inner.pre_tokenizer = start
+    inner.decoder = decoder
+    inner.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return Words(inner)
+
+
+def word_pieces() -> Words:
+    pieces = ["[UNK]", "[CLS]", "the", "##re", "a", "##a", ".", ",", "漢", "##漢", "##é"]
+    inner = tokenizers.Tokenizer(models.WordPiece({piece: number for number, piece in enumerate(pieces)}))
+    inner.decoder = decoders.WordPiece()
+    inner.add_special_tokens([AddedToken("[CLS]", special=True)])
+    return Words(inner)
+
+
+_SPACES = decoders.Replace("▁", " ")
+_PREPENDED = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+KINDS = {
+    "byte level": WORDS,
+    "llama": llama(
+        decoders.Sequence([_SPACES, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]), _PREPENDED
+    ),
+    "gemma": llama(
+        decoders.Sequence([_SPACES, decoders.ByteFallback(), decoders.Fuse()]), normalizers.Replace(" ", "▁")
+    ),
+    "metaspace": llama(
+        decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")]),
+        pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
+    ),
+    "word pieces": word_pieces(),
+}
+EXACT = ("byte level", "gemma", "llama")
+"""Those that give back any text as it was."""
+PLANES = st.integers(0, 16).flatmap(
+    lambda plane: st.characters(
+        min_codepoint=plane << 16, max_codepoint=(plane << 16) + 0xFFFF, exclude_categories=("Cs",)
+    )
+)
+"""Characters of each plane of Unicode as often as of any other; half of a surrogate pair is none."""
+EVERYTHING = st.text(alphabet=st.one_of(PLANES, st.sampled_from(list(" atheé漢.▁\ufffd"))), max_size=30)
+
+
+@st.composite
+def tokens_of_a_kind(draw: st.DrawFn) -> tuple[Words, list[int], str | None]:
+    """Tokens of any text, or any tokens: bytes that make no character, special ones, many spaces."""
+    kind = draw(st.sampled_from(sorted(KINDS)))
+    words, text = KINDS[kind], None
+    anything = st.integers(0, words.vocab_size - 1)
+    few = st.sampled_from([0, 1, words.vocab_size - 1, words.vocab_size - 2, *words.encode(" a")])
+    if kind in EXACT and draw(st.booleans()):
+        text = draw(EVERYTHING)
+        ids = words.encode(text)
+        if draw(st.booleans()):
+            ids, text = ids[: draw(st.integers(0, len(ids)))], None
+    else:
+        ids = draw(st.lists(st.one_of(anything, few), max_size=300))
+    return words, ids, text
+
+
+@settings(max_examples=400, deadline=None, derandomize=True)
+@given(tokens_of_a_kind(), st.integers(0, 20))
+def test_pieces_are_the_text_under_every_kind_of_tokenizer(
+    case: tuple[Words, list[int], str | None], length: int
+) -> None:
+    words, ids, text = case
+    whole = words.decode(ids)
+    tokens = Detokenizer(words.decode)
+    assert "".join(tokens.feed(token) for token in ids) + tokens.rest() == whole
+    if text is not None:
+        assert whole == (text if words is WORDS else text.replace("▁", " "))
+    after = TextOf(words.decode, before=ids[:length])  # a prompt that is echoed
+    shown = after.opening + "".join(after.feed(token) for token in ids[length:])
+    assert shown + after.rest() == whole
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(EVERYTHING, st.sampled_from(EXACT), st.integers(0, 3))
+def test_a_text_cut_by_the_last_token_keeps_all_whole_characters(text: str, kind: str, cut: int) -> None:
+    words = KINDS[kind]
+    ids = words.encode(text)
+    ids = ids[: len(ids) - cut]
+    raw = b"".join(words.bytes_of(token, first=not at) for at, token in enumerate(ids) if not words.is_special(token))
+    assert words.decode(ids).replace("\ufffd", "") == raw.decode(errors="ignore").replace("\ufffd", "")
+    assert Tokenizer(inner=words._inner, end_id=None).decode(ids) == words.decode(ids)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(EVERYTHING, st.sampled_from(["llama", "gemma", "metaspace", "byte level"]))
+def test_bytes_of_tokens_are_the_text(text: str, kind: str) -> None:
+    words = KINDS[kind]
+    ids = words.encode(text)
+    raw = b"".join(words.bytes_of(token, first=not at) for at, token in enumerate(ids) if not words.is_special(token))
+    assert raw.decode() == words.decode(ids)
+
+
+@pytest.mark.parametrize("kind", EXACT)
+@pytest.mark.parametrize("stop", ["", "日", "😀 t"])
+def test_a_file_of_answers_has_the_text_of_its_tokens(kind: str, stop: str) -> None:
+    words, text = KINDS[kind], "the 😀😀 日本語 😀 there é👩‍🔬"
+    wish = Wish(prompt=(1,), sampling=Sampling(max_tokens=99), stop=(stop,) if stop else ())
+    answer = Answer(Record(0, 1, {}), wish, words)
+    for token in words.encode(text):
+        if answer.take(Update(request="0", tokens=(Token(id=token),))):
+            break
+    else:
+        answer.take(Update(request="0", finish="length"))
+    assert json.loads(answer.line("length"))["text"] == (text.partition(stop)[0] if stop else text)
+
+
+def test_a_character_is_shown_with_its_last_byte() -> None:
+    words = KINDS["llama"]
+    tokens = Detokenizer(words.decode)
+    shown = [tokens.feed(token) for token in words.encode("😀漢😀")]
+    assert [piece for piece in shown if piece] == ["😀", "漢", "😀"]
+    assert shown[-1] == "😀"
+
+
+def test_special_tokens_leave_the_space_of_the_next_word() -> None:
+    words = KINDS["llama"]
+    tokens = Detokenizer(words.decode)
+    ids = [*words.encode("the"), *[1] * 200, *words.encode("the")]
+    assert "".join(map(tokens.feed, ids)) + tokens.rest() == words.decode(ids) == "the the"
 
 
 @settings(max_examples=100, deadline=None)

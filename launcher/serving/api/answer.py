@@ -52,6 +52,8 @@ class Answer(ABC):
     ) -> None:
         self.service, self.body, self.choices, self.words = service, body, choices, words
         self._prompt_tokens = sum(map(len, prompts))
+        self._begun: set[int] = set()
+        """Choices of which a token has been shown that is text."""
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
         service.open_requests += 1
 
@@ -80,6 +82,13 @@ class Answer(ABC):
             return await until_gone(request, self._collect())
         finally:
             self._over()
+
+    def is_first(self, index: int, token: int) -> bool:
+        """Return whether the text of a choice begins with this token, its next one."""
+        is_first = index not in self._begun
+        if not self.words.is_special(token):
+            self._begun.add(index)
+        return is_first
 
     async def _collect(self) -> Response:
         texts: list[list[str]] = [[] for _ in self.choices]

@@ -27,7 +27,7 @@ class Chat(Answer):
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """Return a whole choice."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
 
     def openings(self) -> list[dict[str, Any]]:
         """Return who speaks, for each choice."""
@@ -40,21 +40,23 @@ class Chat(Answer):
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return more text of a choice."""
         delta = {"content": piece.text} if piece.text else {}
-        logprobs = self._logprobs(piece.tokens) if piece.tokens else None
+        logprobs = self._logprobs(index, piece.tokens) if piece.tokens else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return the newer of OpenAI's two shapes: a list of objects."""
         if not self.body.logprobs:
             return None
-        rows = [
-            {**self._shown(token.id, token.logprob), "top_logprobs": [self._shown(*other) for other in token.top]}
-            for token in tokens
-        ]
+        rows = []
+        for token in tokens:
+            first = self.is_first(index, token.id)
+            others = [self._shown(*other, first=first) for other in token.top]
+            rows.append({**self._shown(token.id, token.logprob, first=first), "top_logprobs": others})
         return {"content": rows, "refusal": None}
 
-    def _shown(self, token: int, logprob: float | None) -> dict[str, Any]:
-        return {"token": self.words.text_of(token), "logprob": logprob, "bytes": list(self.words.bytes_of(token))}
+    def _shown(self, token: int, logprob: float | None, *, first: bool) -> dict[str, Any]:
+        text, raw = self.words.text_of(token, first=first), self.words.bytes_of(token, first=first)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
 async def chat(service: Service, request: Request) -> Response:

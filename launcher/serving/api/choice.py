@@ -25,11 +25,20 @@ class Choice:
         sampling: how.
         stops: strings that end it.
         priority: higher is sooner.
+        echo: whether its text begins with the prompt's.
     """
 
     def __init__(
-        self, service: Service, prompt: tuple[int, ...], sampling: Sampling, stops: Sequence[str], priority: int
+        self,
+        service: Service,
+        prompt: tuple[int, ...],
+        sampling: Sampling,
+        stops: Sequence[str],
+        priority: int,
+        *,
+        echo: bool = False,
     ) -> None:
+        self._echo = echo
         self._service, self._arguments = service, (prompt, sampling, stops, priority)
         self._began = time.monotonic()
         self.flight, self.how = service.fly(*self._arguments)
@@ -46,7 +55,7 @@ class Choice:
         assert words is not None
         while True:
             try:
-                async with aclosing(self._within_time(pieces_of(self.flight, words, stops))) as pieces:
+                async with aclosing(self._within_time(pieces_of(self.flight, words, stops, echo=self._echo))) as pieces:
                     async for piece in pieces:
                         self.num_tokens += len(piece.tokens)
                         yield piece

@@ -25,45 +25,40 @@ class Completion(Answer):
     prefix, whole, part, prompt_field = "cmpl", "text_completion", "text_completion", "prompt"
     body: CompletionBody
 
-    def __init__(self, *arguments: Any, prompts: Sequence[Sequence[int]], **more: Any) -> None:
-        super().__init__(*arguments, prompts=prompts, **more)
-        self._prompts = prompts
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
         self._offsets: dict[int, int] = {}
         """Characters of each choice that are out."""
         self._texts: dict[int, Detokenizer] = {}
 
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """Return a whole choice."""
-        text = self._echoed(index) + text
         return {"text": text, "index": index, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
-        """Return more text of a choice, its first piece with the prompt where that is asked for."""
-        before = self._echoed(index) if index not in self._offsets else ""
-        self._offsets.setdefault(index, len(before))
+        """Return more text of a choice."""
         logprobs = self._logprobs(index, piece.tokens)
-        return {"text": before + piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
-
-    def _echoed(self, index: int) -> str:
-        return self.words.decode(self._prompts[index // self.body.n]) if self.body.echo else ""
+        return {"text": piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return the older of OpenAI's two shapes: lists side by side."""
         if self.body.logprobs is None:
             return None
-        shown = [self.words.text_of(token.id) for token in tokens]
-        at, offsets = self._offsets.get(index, 0), []
         text = self._texts.setdefault(index, Detokenizer(self.words.decode))
+        shown, tops, offsets = [], [], []
+        at = self._offsets.get(index, 0)
         for token in tokens:
+            first = self.is_first(index, token.id)
+            shown.append(self.words.text_of(token.id, first=first))
+            top: dict[str, float] = {}
+            for other, score in token.top:  # of tokens with the same text, the likeliest
+                top.setdefault(self.words.text_of(other, first=first), score)
+            tops.append(top)
             offsets.append(at)
             at += len(text.feed(token.id))
         self._offsets[index] = at
-        return {
-            "tokens": shown,
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [{self.words.text_of(other): score for other, score in token.top} for token in tokens],
-            "text_offset": offsets,
-        }
+        logprobs = [token.logprob for token in tokens]
+        return {"tokens": shown, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
 async def complete(service: Service, request: Request) -> Response:
@@ -77,5 +72,5 @@ async def complete(service: Service, request: Request) -> Response:
     sampling = sampling_of(body, max_tokens=body.max_tokens, vocab_size=words.vocab_size)
     prompts = await encode_all(words, body.prompt)
     service.check_room(prompts, choices=body.n, field="prompt")
-    choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority)
+    choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority, echo=body.echo)
     return await Completion(service, body, choices=choices, prompts=prompts, words=words).respond(request)

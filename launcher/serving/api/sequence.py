@@ -24,13 +24,20 @@ class Piece:
     """Set in the last piece."""
 
 
-async def pieces_of(flight: Flight, words: Words, stops: Sequence[str]) -> AsyncGenerator[Piece]:
+async def pieces_of(flight: Flight, words: Words, stops: Sequence[str], *, echo: bool = False) -> AsyncGenerator[Piece]:
     """Yield what can be shown of a sequence; where a string ends its text, end the sequence.
+
+    Args:
+        flight: brings the tokens.
+        words: the tokenizer.
+        stops: strings that end the text.
+        echo: whether the text begins with the prompt's, as one text: each alone may lose a space between them.
 
     Raises:
         Exception: why there is no result.
     """
-    text, pending, number = TextOf(words.decode, stops), [], 0
+    text = TextOf(words.decode, stops, before=flight.request.prompt if echo else ())
+    before, pending, number = text.opening, [], 0
     sampling = flight.request.sampling
     quiet = sampling.min_tokens if stops else 0
     async with aclosing(flight.read()) as tokens:
@@ -43,12 +50,12 @@ async def pieces_of(flight: Flight, words: Words, stops: Sequence[str]) -> Async
             shown = text.feed(token.id, may_stop=number > quiet)
             if text.stopped is not None:
                 flight.stop_at(number)
-                yield Piece(text=shown, tokens=tuple(pending), finish="stop")
+                yield Piece(text=before + shown, tokens=tuple(pending), finish="stop")
                 return
             if shown:
-                yield Piece(text=shown, tokens=tuple(pending))
-                pending = []
-    rest = text.rest()
+                yield Piece(text=before + shown, tokens=tuple(pending))
+                before, pending = "", []
+    rest = before + text.rest()
     finish = "stop" if text.stopped is not None else flight.finish
     yield Piece(text=rest, tokens=tuple(pending), finish=finish)
 

@@ -114,11 +114,18 @@ class Service:
             raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=self._soon())
 
     def choices(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, *, n: int, stops: Sequence[str], priority: int
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        n: int,
+        stops: Sequence[str],
+        priority: int,
+        echo: bool = False,
     ) -> list[Choice]:
         """Begin every sequence of a request: ``n`` for each prompt."""
         kinds = [replace(sampling, seed=seed_of(sampling.seed, number)) for number in range(n)]
-        return [Choice(self, tuple(prompt), kind, stops, priority) for prompt in prompts for kind in kinds]
+        return [Choice(self, tuple(prompt), kind, stops, priority, echo=echo) for prompt in prompts for kind in kinds]
 
     def fly(
         self, prompt: tuple[int, ...], sampling: Sampling, stops: Sequence[str], priority: int

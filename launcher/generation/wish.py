@@ -8,9 +8,9 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from launcher.errors import ConfigError
-from launcher.generation.ranges import out_of_range
 from launcher.generation.source import Record
 from launcher.schema import build
+from launcher.serving.ranges import out_of_range, stops_problem
 from launcher.serving.values import Sampling
 from launcher.serving.words import NoTemplate, Words
 from launcher.suggest import did_you_mean
@@ -120,6 +120,8 @@ def _stop(stop: Any) -> tuple[str, ...]:
     strings = (stop,) if isinstance(stop, str) else stop
     if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
         raise BadLine("stop: takes a text or a list of texts, none of them empty")
+    if why := stops_problem(strings):
+        raise BadLine(f"stop: {why}")
     return tuple(strings)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from launcher.generation.source import Record
     from launcher.serving.base import Generator
+    from launcher.serving.values import Update
     from launcher.serving.words import Words
     from launcher.training.preemption import Preemption
 
@@ -66,7 +67,7 @@ class Worker:
                 if answer := self._answers.get(update.request):
                     self._tokens += len(update.tokens)
                     if finish := answer.take(update):
-                        self._write(update.request, answer, finish, update.problem)
+                        self._write(update, answer, finish)
                         if update.finish is None:
                             self.generator.cancel(update.request)
             self.tell()
@@ -105,12 +106,12 @@ class Worker:
         print(f"line {record.line}: {why}", flush=True)
         self.parts.append(record.number, error_line(record, why), is_error=True)
 
-    def _write(self, request: str, answer: Answer, finish: str, problem: str) -> None:
-        del self._answers[request]
+    def _write(self, update: Update, answer: Answer, finish: str) -> None:
+        del self._answers[update.request]
         if finish in ("stop", "length"):
             line = answer.line("stop" if finish == "stop" else "length")
             self.parts.append(answer.record.number, line, tokens=answer.num_tokens)
         elif finish == "error":
-            self._refuse(answer.record, problem)
+            self._refuse(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
         else:
             raise JobError(f"the engine ended line {answer.record.line} as {finish}, which nobody asked for")

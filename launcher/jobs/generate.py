@@ -78,13 +78,15 @@ class Generate(GeneratingJob):
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sampling that is none, and endings that say nothing of the format."""
-        from launcher.generation.ranges import out_of_range
+        from launcher.serving.ranges import out_of_range, stops_problem
         from launcher.serving.values import Sampling
 
         yield from super().problems()
         sampling = {name: value for name, value in self.usual.items() if name != "stop"}
         for name, why, better in out_of_range(Sampling(**sampling)):
             yield self.refuse(name, why, f"set job.{name}={better:g}")
+        if why := stops_problem(self.stop):
+            yield self.refuse("stop", why, "give fewer or shorter ones")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
         if self.format == "auto" and self.input != SAMPLE and Path(self.input).suffix.lower() not in _FORMATS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +24,10 @@ class Beam:
     output: list[int]
     score: float
     """Sum of log-probabilities."""
+
+
+class NothingLeft(Exception):
+    """Every sequence that could go on is ruled out."""
 
 
 class Beams:
@@ -50,6 +55,9 @@ class Beams:
 
         Args:
             scores: of the rows that the last call returned, in order; (rows, vocabulary), fp32.
+
+        Raises:
+            NothingLeft: nor has any ended.
         """
         way = self._choice.sampling
         logs = scores.log_softmax(-1)
@@ -60,11 +68,17 @@ class Beams:
         # enough that as many as are kept remain where all others end
         count = min(max(2, 1 + len(self.ends)) * way.beams, sums.numel())
         best, places = sums.view(-1).topk(count)
+        if not isfinite(float(best[0])):
+            if self._finished:
+                return None
+            raise NothingLeft
         going: list[Beam] = []
         for rank, (score, place) in enumerate(zip(best.tolist(), places.tolist(), strict=True)):
             parent, token = divmod(place, sums.shape[-1])
             output = [*self._beams[parent].output, token]
             # those that end count only among the first, as in Transformers
+            if not isfinite(score):
+                break  # ruled out, and so is all that comes after it
             if rank < way.beams and (token in self.ends or len(output) >= self._longest):
                 self._finish(score, output)
             if token not in self.ends and len(going) < way.beams:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
 
-from launcher.serving.beams import Beams
+from launcher.serving.beams import Beams, NothingLeft
 from launcher.serving.rows import Row, Task
-from launcher.serving.sampling import Choice, change, pick, plain, tokens_of
+from launcher.serving.sampling import NOTHING_LEFT, Choice, change, pick, plain, tokens_of
 from launcher.serving.scheduler import Scheduler, Step
 from launcher.serving.values import Finish, Token
 
@@ -28,6 +28,8 @@ class Outcome:
     tokens: tuple[Token, ...] = ()
     finish: Finish | None = None
     problem: str = ""
+    field: str = ""
+    """Of ``Sampling``: whose value is to blame, if one is."""
 
 
 class Continuing:
@@ -71,7 +73,14 @@ class Continuing:
         for index, row in enumerate(rows):
             if row.task not in lost and row.task.width > 1:
                 beams[row.task].append(index)
-        outcomes += filter(None, (self._searched(task, scores[places]) for task, places in beams.items()))
+        for task, places in beams.items():
+            try:
+                outcome = self._searched(task, scores[places])
+            except NothingLeft:
+                outcome = _nothing_left(task)
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                outcome = _failed(task, error)
+            outcomes += [outcome] if outcome else []
         return outcomes
 
     def _searched(self, task: Task, scores: Tensor) -> Outcome | None:
@@ -93,18 +102,51 @@ class Continuing:
         return None
 
     def _sampled(self, rows: Sequence[Row], scores: Tensor) -> list[Outcome]:
-        choices = [self._choice(row.task) for row in rows]
-        told = scores
-        if not all(plain(choice.sampling) for choice in choices):
-            told = scores.clone() if any(choice.sampling.logprobs is not None for choice in choices) else scores
-            change(scores, choices, ends=self._ends)
-        picked = pick(scores, choices)
-        outcomes = []
-        for row, choice, token in zip(rows, choices, tokens_of(told, picked, choices), strict=True):
-            choice.output.append(token.id)
-            row.tokens.append(token.id)
-            outcomes.append(Outcome(row.task, (token,), self._finish(row, choice, token.id)))
+        """Give each sequence its next token; what cannot be done for one of them ends that one alone."""
+        ways = [row.task.request.sampling for row in rows]
+        told = scores  # as the model gave them
+        if not all(map(plain, ways)) and any(way.logprobs is not None for way in ways):
+            told = scores.clone()
+        outcomes, drawn = [], []
+        for index, row in enumerate(rows):
+            try:
+                choice = self._choice(row.task)
+                if not plain(ways[index]):
+                    change(scores[index : index + 1], [choice], ends=self._ends)
+                drawn.append(_Drawn(index, row, choice, choice.draw() if ways[index].temperature > 0 else 0.0))
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                outcomes.append(_failed(row.task, error))
+        for each, token in self._picked(drawn, scores, told):
+            if isinstance(token, Exception):
+                outcomes.append(_failed(each.row.task, token))
+            elif token.id == NOTHING_LEFT:
+                outcomes.append(_nothing_left(each.row.task))
+            else:
+                each.choice.output.append(token.id)
+                each.row.tokens.append(token.id)
+                finish = self._finish(each.row, each.choice, token.id)
+                outcomes.append(Outcome(each.row.task, (token,), finish))
         return outcomes
+
+    def _picked(
+        self, drawn: Sequence[_Drawn], scores: Tensor, told: Tensor
+    ) -> Iterator[tuple[_Drawn, Token | Exception]]:
+        """Yield each with its token, or why it has none: where all together fail, one by one."""
+        if not drawn:
+            return
+        indexes, choices = [each.index for each in drawn], [each.choice for each in drawn]
+        is_whole = len(drawn) == len(scores)
+        try:
+            picked = pick(scores if is_whole else scores[indexes], choices, [each.number for each in drawn])
+            tokens = tokens_of(told if is_whole else told[indexes], picked, choices)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+            if len(drawn) == 1:
+                yield drawn[0], error
+                return
+            for each in drawn:
+                yield from self._picked([each], scores, told)
+        else:
+            yield from zip(drawn, tokens, strict=True)
 
     def _choice(self, task: Task) -> Choice:
         if task not in self._choices:
@@ -116,3 +158,25 @@ class Continuing:
         if token in way.stop_ids or (token in self._ends and not way.ignore_end):
             return "stop"
         return "length" if len(choice.output) >= way.max_tokens or len(row.tokens) >= self._context else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """A sequence of a step, with its random number: drawn once, however often its token is looked for."""
+
+    index: int
+    """Of its scores."""
+    row: Row
+    choice: Choice
+    number: float
+
+
+def _failed(task: Task, error: Exception) -> Outcome:
+    return Outcome(task, finish="error", problem=f"{type(error).__name__}: {error}")
+
+
+def _nothing_left(task: Task) -> Outcome:
+    """Return the end of a request that rules every token out."""
+    way = task.request.sampling
+    field = "no_repeat_ngram" if way.no_repeat_ngram else "min_tokens" if way.min_tokens else ""
+    return Outcome(task, finish="error", problem="no token is left that the sequence could go on with", field=field)

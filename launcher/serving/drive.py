@@ -8,7 +8,7 @@ from collections.abc import Callable
 from launcher.serving.base import Generator
 from launcher.serving.frames import Message, request_from_wire, stats_to_wire, update_to_wire
 from launcher.serving.link import EngineLink
-from launcher.serving.values import Refused
+from launcher.serving.values import Refused, Update
 
 _IDLE_S = 0.5
 """Longest time without a word to the front, when there is nothing to do."""
@@ -52,6 +52,12 @@ def _obey(generator: Generator, link: EngineLink, message: Message) -> None:
                 generator.add(request)
             except Refused as refusal:
                 link.send({"kind": "refused", "request": request.id, "field": refusal.field, "why": str(refusal)})
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                lost = Update(request=request.id, finish="error", problem=f"{type(error).__name__}: {error}")
+                generator.cancel(request.id)
+                link.send(
+                    {"kind": "step", "updates": [update_to_wire(lost)], "stats": stats_to_wire(generator.stats())}
+                )
         case "cancel":
             generator.cancel(message["request"])
         case kind:

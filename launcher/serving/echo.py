@@ -7,11 +7,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from launcher.serving.admission import check
 from launcher.serving.base import Generator
 from launcher.serving.limits import Limits
-from launcher.serving.values import Refused, Request, Stats, Token, Update
+from launcher.serving.values import Request, Stats, Token, Update
 
 _LOGPROB = -0.5
+_ENOUGH_PAGES = 1 << 40
 
 
 @dataclass
@@ -58,10 +60,14 @@ class Echo(Generator):
 
     def add(self, request: Request) -> None:
         """Queue a request."""
-        if len(request.prompt) >= self._context:
-            raise Refused("prompt", f"has {len(request.prompt)} tokens, and the context of {self._context} needs room")
-        if wrong := next((token for token in request.prompt if not 0 <= token < self._vocab_size), None):
-            raise Refused("prompt", f"token {wrong} is not in the vocabulary of {self._vocab_size}")
+        check(
+            request,
+            known=self._all,
+            context=self._context,
+            vocab_size=self._vocab_size,
+            num_pages=_ENOUGH_PAGES,
+            max_requests=self._limits.max_requests,
+        )
         generator = random.Random(request.sampling.seed)
         self._all[request.id] = _Sequence(request, time.monotonic(), generator)
 
@@ -78,7 +84,7 @@ class Echo(Generator):
         running = self._admitted()
         if running and self._step_s:
             time.sleep(self._step_s)
-        updates += [update for sequence in running if (update := self._advance(sequence)) is not None]
+        updates += filter(None, map(self._advanced, running))
         if running:
             self._steps += 1
         self._stepped_at = time.monotonic()
@@ -130,6 +136,14 @@ class Echo(Generator):
             running.append(sequence)
         return running
 
+    def _advanced(self, sequence: _Sequence) -> Update | None:
+        """Return what a step brings one request; what goes wrong ends that one alone."""
+        try:
+            return self._advance(sequence)
+        except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+            self._all.pop(sequence.request.id, None)
+            return Update(request=sequence.request.id, finish="error", problem=f"{type(error).__name__}: {error}")
+
     def _advance(self, sequence: _Sequence) -> Update | None:
         sampling, token = sequence.request.sampling, sequence.next_token()
         sequence.output.append(token)
@@ -144,18 +158,18 @@ class Echo(Generator):
         if sampling.beams > 1 and not finish:
             return None
         new = sequence.output if sampling.beams > 1 else [token]
-        tokens = tuple(_token(each, sampling.logprobs) for each in new)
+        tokens = tuple(self._token(each, sampling.logprobs) for each in new)
         return Update(request=sequence.request.id, tokens=tokens, finish=finish)  # type: ignore[arg-type]
+
+    def _token(self, number: int, logprobs: int | None) -> Token:
+        if logprobs is None:
+            return Token(id=number)
+        count = min(logprobs, self._vocab_size)
+        top = tuple(((number + more) % self._vocab_size, _LOGPROB - more) for more in range(count))
+        return Token(id=number, logprob=_LOGPROB, top=top)
 
 
 def _is_late(sequence: _Sequence, now: float) -> bool:
     waited, request = now - sequence.arrived, sequence.request
     queued_too_long = request.queue_deadline_s is not None and not sequence.begun and waited > request.queue_deadline_s
     return queued_too_long or (request.deadline_s is not None and waited > request.deadline_s)
-
-
-def _token(number: int, logprobs: int | None) -> Token:
-    if logprobs is None:
-        return Token(id=number)
-    top = tuple((number + more, _LOGPROB - more) for more in range(logprobs))
-    return Token(id=number, logprob=_LOGPROB, top=top)

@@ -168,32 +168,27 @@ class Slots(Generator):
                 return [self._end(tasks[0], "error", f"{type(error).__name__}: {error}")]
             return [update for task in tasks for update in self._compute(_part(step, task))]
         self._scheduler.computed(step)
-        try:
-            outcomes = self._continuing.go_on(step, scores)
-        except Exception as error:  # noqa: BLE001  (to try again would change results: random numbers have been drawn)
-            tasks = list(dict.fromkeys(row.task for row in step.wanted))
-            return [self._end(task, "error", f"{type(error).__name__}: {error}") for task in tasks]
-        return [self._report(outcome) for outcome in outcomes]
+        return [self._report(outcome) for outcome in self._continuing.go_on(step, scores)]
 
     def _report(self, outcome: Outcome) -> Update:
         task = outcome.task
         self._generated += len(outcome.tokens)
         if outcome.finish is not None:
-            return self._end(task, outcome.finish, outcome.problem, tokens=outcome.tokens)
+            return self._end(task, outcome.finish, outcome.problem, field=outcome.field, tokens=outcome.tokens)
         return self._update(task, tokens=outcome.tokens)
 
-    def _end(self, task: Task, finish: Finish, problem: str = "", tokens: tuple[Token, ...] = ()) -> Update:
+    def _end(
+        self, task: Task, finish: Finish, problem: str = "", *, field: str = "", tokens: tuple[Token, ...] = ()
+    ) -> Update:
         self._scheduler.finish(task)
         self._continuing.forget(task)
         del self._tasks[task.request.id]
-        return self._update(task, tokens=tokens, finish=finish, problem=problem)
+        return self._update(task, tokens=tokens, finish=finish, problem=problem, field=field)
 
-    def _update(
-        self, task: Task, *, tokens: tuple[Token, ...], finish: Finish | None = None, problem: str = ""
-    ) -> Update:
+    def _update(self, task: Task, *, tokens: tuple[Token, ...], finish: Finish | None = None, **why: str) -> Update:
         cached = 0 if task.told else task.cached_tokens
         task.told = True
-        return Update(request=task.request.id, tokens=tokens, finish=finish, problem=problem, cached_tokens=cached)
+        return Update(request=task.request.id, tokens=tokens, finish=finish, cached_tokens=cached, **why)
 
 
 def _part(step: Step, task: Task) -> Step:

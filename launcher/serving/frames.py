@@ -46,17 +46,18 @@ def update_to_wire(update: Update) -> list[Any]:
     """Return an update as a short list: there is one for each running request and step."""
     plain = all(token.logprob is None and not token.top for token in update.tokens)
     tokens = [token.id if plain else [token.id, token.logprob, token.top] for token in update.tokens]
-    return [update.request, tokens, update.finish, update.problem, update.cached_tokens]
+    return [update.request, tokens, update.finish, update.problem, update.field, update.cached_tokens]
 
 
 def update_from_wire(row: list[Any]) -> Update:
     """Return the update that ``update_to_wire`` took apart."""
-    request, tokens, finish, problem, cached = row
+    request, tokens, finish, problem, field, cached = row
     return Update(
         request=request,
         tokens=tuple(map(_token, tokens)),
         finish=finish,
         problem=problem,
+        field=field,
         cached_tokens=cached,
     )
 

@@ -148,8 +148,12 @@ def _nucleus(scores: Tensor, shares: Tensor) -> Tensor:
     return kept.scatter(1, ids, scores.gather(1, ids).masked_fill(drop, _MASKED))
 
 
-def pick(scores: Tensor, choices: Sequence[Choice]) -> list[int]:
-    """Return the next token of each sequence.
+NOTHING_LEFT = -1
+"""In place of a token: no score of its row is a number that can be compared, or all are ruled out."""
+
+
+def pick(scores: Tensor, choices: Sequence[Choice], numbers: Sequence[float] | None = None) -> list[int]:
+    """Return the next token of each sequence, ``NOTHING_LEFT`` where there is none.
 
     A random choice takes one number of the sequence's own and looks it up in the cumulated probabilities: what is
     chosen depends on nothing but the scores of this sequence.
@@ -157,17 +161,26 @@ def pick(scores: Tensor, choices: Sequence[Choice]) -> list[int]:
     Args:
         scores: (sequences, vocabulary), fp32, already changed.
         choices: one for each.
+        numbers: one of each, from ``Choice.draw``; drawn here where they are left out.
     """
-    chosen: list[int] = scores.argmax(-1).tolist()
+    best = scores.argmax(-1)
+    finite = scores.gather(1, best[:, None])[:, 0].isfinite()
+    chosen: list[int] = best.where(finite, NOTHING_LEFT).tolist()
     rows = [index for index, choice in enumerate(choices) if choice.sampling.temperature > 0]
     if rows:
         left = filtered(scores if len(rows) == len(choices) else scores[rows], [choices[i].sampling for i in rows])
         sums = left.softmax(-1, dtype=torch.float64).cumsum(-1)
-        numbers = torch.tensor([choices[i].draw() for i in rows], dtype=torch.float64, device=scores.device)
-        found = torch.searchsorted(sums, numbers[:, None] * sums[:, -1:] * _BELOW_ONE, right=True)[:, 0]
+        drawn = [choices[i].draw() for i in rows] if numbers is None else [numbers[i] for i in rows]
+        places = torch.tensor(drawn, dtype=torch.float64, device=scores.device)[:, None]
+        found = torch.searchsorted(sums, places * sums[:, -1:] * _BELOW_ONE, right=True)[:, 0]
+        found = found.clamp(max=scores.shape[-1] - 1).where(sums[:, -1].isfinite(), NOTHING_LEFT)
         for row, token in zip(rows, found.tolist(), strict=True):
             chosen[row] = token
     return chosen
+
+
+LEAST_LOGPROB = -9999.0
+"""Shown instead of less, minus infinity above all, which JSON cannot write; OpenAI's number for it."""
 
 
 def tokens_of(scores: Tensor, chosen: Sequence[int], choices: Sequence[Choice]) -> list[Token]:
@@ -182,7 +195,7 @@ def tokens_of(scores: Tensor, chosen: Sequence[int], choices: Sequence[Choice]) 
     rows = [index for index, choice in enumerate(choices) if choice.sampling.logprobs is not None]
     if not rows:
         return tokens
-    logs = scores[rows].log_softmax(-1)
+    logs = scores[rows].log_softmax(-1).clamp(min=LEAST_LOGPROB)
     most = max(choices[row].sampling.logprobs or 0 for row in rows)
     values, ids = torch.topk(logs, min(most, logs.shape[-1]), dim=-1)
     for place, row in enumerate(rows):

@@ -116,7 +116,7 @@ class Theirs(Generator):
         self._find_late()
         updates = [self._end(request, finish) for request, finish in self._over if request in self._tasks]
         self._over.clear()
-        self._begin()
+        updates += self._begin()
         if not any(task.begun for task in self._tasks.values()):
             return updates
         wait_s = _POLL_S
@@ -124,8 +124,13 @@ class Theirs(Generator):
             wait_s = _NO_WAIT_S
             self._stepped_s = time.monotonic()
             self._steps += 1
-            if (update := self._took(result)) is not None:
-                updates.append(update)
+            try:
+                update = self._took(result)
+            except JobError:
+                raise
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                update = self._failed(self._ids.get(result.request_id), error)
+            updates += [update] if update else []
         if not updates:
             self._check_alive()
         return updates
@@ -176,8 +181,13 @@ class Theirs(Generator):
             self._manager.cancel_request(task.name)
         return Update(request=request, finish=finish)
 
-    def _begin(self) -> None:
-        """Hand over the most due requests, as long as they fit at their full length: nothing is ever put back."""
+    def _begin(self) -> list[Update]:
+        """Hand over the most due requests, as long as they fit at their full length: nothing is ever put back.
+
+        Returns:
+            Those that could not be handed over, with why.
+        """
+        failed: list[Update] = []
         begun = [task for task in self._tasks.values() if task.begun]
         free = self._num_pages - sum(self._pages(task) for task in begun)
         room = self._limits.max_requests - len(begun)
@@ -185,18 +195,34 @@ class Theirs(Generator):
         for task in sorted(waiting, key=self._rank):
             free, room = free - self._pages(task), room - 1
             if free < 0 or room < 0:
-                return
+                break
             sampling = task.request.sampling
             ends = [*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)]
-            self._manager.add_request(
-                list(task.request.prompt),
-                request_id=task.name,
-                max_new_tokens=self._most(task),
-                streaming=True,
-                eos_token_id=ends or _NO_END,
-            )
+            try:
+                self._manager.add_request(
+                    list(task.request.prompt),
+                    request_id=task.name,
+                    max_new_tokens=self._most(task),
+                    streaming=True,
+                    eos_token_id=ends or _NO_END,
+                )
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                update = self._failed(task.request.id, error)
+                failed += [update] if update else []
+                continue
             task.begun = True
             self._prompted += len(task.request.prompt)
+        return failed
+
+    def _failed(self, request: str | None, error: Exception) -> Update | None:
+        """End one request that something went wrong with; return its last update, if it is there still."""
+        task = self._tasks.pop(request, None) if request is not None else None
+        if task is None:
+            return None
+        self._ids.pop(task.name, None)
+        if task.begun:
+            self._manager.cancel_request(task.name)
+        return Update(request=task.request.id, finish="error", problem=f"{type(error).__name__}: {error}")
 
     def _rank(self, task: _Task) -> float:
         return self._limits.rank(arrived_s=task.arrived_s, priority=task.request.priority)

@@ -98,6 +98,8 @@ class Update:
     """Set in the last update of a request, of which there is exactly one, whatever happens."""
     problem: str = ""
     """What went wrong, for a person, where ``finish`` is ``error``."""
+    field: str = ""
+    """Of ``Sampling``: set where the request's own value is what went wrong, and not the engine."""
     cached_tokens: int = 0
     """Prompt tokens whose keys and values were there already; in the first update."""
 

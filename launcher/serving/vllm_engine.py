@@ -46,7 +46,7 @@ class _Answer:
 
     task: _Task
     status: int = 0
-    body: dict[str, Any] = field(default_factory=dict)
+    body: Any = field(default_factory=dict)
     trouble: str = ""
 
 
@@ -216,13 +216,18 @@ class VllmEngine(Generator):
         if answer.status != http.HTTPStatus.OK:
             if answer.trouble:
                 self._look_for_its_end()
-            why = answer.trouble or f"vLLM says {answer.status}: {answer.body.get('error', answer.body)}"
+            said = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
+            why = answer.trouble or f"vLLM says {answer.status}: {said}"
             return Update(request=request.id, finish="error", problem=why)
-        choice = answer.body["choices"][0]
-        tokens = tokens_of(choice)
+        try:
+            choice = answer.body["choices"][0]
+            tokens, reason = tokens_of(choice), choice["finish_reason"]
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            why = f"vLLM's answer is none: {type(error).__name__}: {error}"
+            return Update(request=request.id, finish="error", problem=why)
         self._prompted += len(request.prompt)
         self._generated += len(tokens)
-        finish: Finish = "stop" if choice["finish_reason"] == "stop" else "length"
+        finish: Finish = "stop" if reason == "stop" else "length"
         return Update(request=request.id, tokens=tokens, finish=finish)
 
 

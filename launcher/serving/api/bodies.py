@@ -7,16 +7,32 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from launcher.serving.api.problems import of_validation
+from launcher.serving.ranges import (
+    BIAS,
+    CHOICES,
+    LONGEST_STOP,
+    MOST_BIASES,
+    MOST_STOP_IDS,
+    MOST_STOPS,
+    PRIORITY,
+    RANGES,
+    Range,
+)
 
 B = TypeVar("B", bound="Body")
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Penalty = Annotated[float, Field(ge=-2.0, le=2.0)]
+
+def _within(limits: Range, *, least: int | None = None) -> Any:
+    """Return the bounds of a field; ``least`` is another lower one, for what is rewritten on the way to an engine."""
+    if limits.exclusive:
+        return Field(gt=limits.least, le=limits.most)
+    return Field(ge=least if least is not None else 0.0 if limits.or_zero else limits.least, le=limits.most)
+
+
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
-_MOST_TOKENS = 2**31 - 1
-_MOST_STOPS = 16
-Stop = Annotated[str, Field(min_length=1, max_length=256)]
+MaxTokens = Annotated[int, _within(RANGES["max_tokens"])]
+Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
 class Body(BaseModel):
@@ -56,32 +72,32 @@ class Generating(Body):
 
     model: str
     """As ``/v1/models`` lists it."""
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    temperature: Annotated[float, _within(RANGES["temperature"])] | None = None
     """0 is greedy; 1 where it is left out, as at OpenAI (0 with ``num_beams``)."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    n: Annotated[int, Field(ge=1, le=1024)] = 1
+    top_p: Annotated[float, _within(RANGES["top_p"])] = 1.0
+    n: Annotated[int, _within(CHOICES)] = 1
     """Choices for each prompt."""
     stream: bool = False
     stream_options: StreamOptions | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=_MOST_STOPS)] = []
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
-    logit_bias: dict[str, Annotated[float, Field(ge=-100.0, le=100.0)]] = {}
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)] = []
+    presence_penalty: Annotated[float, _within(RANGES["presence_penalty"])] = 0.0
+    frequency_penalty: Annotated[float, _within(RANGES["frequency_penalty"])] = 0.0
+    logit_bias: Annotated[dict[str, Annotated[float, _within(BIAS)]], Field(max_length=MOST_BIASES)] = {}
+    seed: Annotated[int, _within(RANGES["seed"], least=-(2**63))] | None = None
     """The same seed gives the same answer; choice number k has a seed made of this one and k."""
     user: str | None = None
     """Taken and not used: it names the end user to OpenAI."""
-    top_k: Annotated[int, Field(ge=-1, le=_MOST_TOKENS)] = 0
+    top_k: Annotated[int, _within(RANGES["top_k"], least=-1)] = 0
     """0 and -1 keep all."""
-    min_p: Probability = 0.0
-    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] = 1.0
-    no_repeat_ngram_size: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] = 0
-    num_beams: Annotated[int, Field(ge=1, le=64)] = 1
-    length_penalty: Annotated[float, Field(ge=-100.0, le=100.0)] = 1.0
-    min_tokens: Annotated[int, Field(ge=0, le=_MOST_TOKENS)] = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] = []
+    min_p: Annotated[float, _within(RANGES["min_p"])] = 0.0
+    repetition_penalty: Annotated[float, _within(RANGES["repetition_penalty"])] = 1.0
+    no_repeat_ngram_size: Annotated[int, _within(RANGES["no_repeat_ngram"])] = 0
+    num_beams: Annotated[int, _within(RANGES["beams"])] = 1
+    length_penalty: Annotated[float, _within(RANGES["length_penalty"])] = 1.0
+    min_tokens: Annotated[int, _within(RANGES["min_tokens"])] = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MOST_STOP_IDS)] = []
     ignore_eos: bool = False
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    priority: Annotated[int, _within(PRIORITY)] = 0
     """Higher is sooner."""
 
     @property
@@ -100,8 +116,8 @@ class CompletionBody(Generating):
 
     prompt: str | Ids | Annotated[list[str], Field(min_length=1)] | Annotated[list[Ids], Field(min_length=1)]
     """A text, tokens, or a list of either."""
-    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] = 16
-    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_tokens: MaxTokens = 16
+    logprobs: Annotated[int, _within(RANGES["logprobs"])] | None = None
     """Also return the likeliest tokens, so many of them."""
     echo: bool = False
     """Whether the prompt comes before its completion."""
@@ -140,12 +156,12 @@ class ChatBody(Generating):
     """``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    max_tokens: MaxTokens | None = None
     """Where it is left out, up to the end of the context."""
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_MOST_TOKENS)] | None = None
+    max_completion_tokens: MaxTokens | None = None
     """OpenAI's newer word for ``max_tokens``."""
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] = 0
+    top_logprobs: Annotated[int, _within(RANGES["logprobs"])] = 0
     response_format: ResponseFormat | None = None
 
 

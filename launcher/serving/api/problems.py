@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from launcher.serving.front.flight import Draining, Failed, TooLate
 from launcher.serving.values import Refused
 
-_FIELDS = {
+FIELDS = {
     "no_repeat_ngram": "no_repeat_ngram_size",
     "bias": "logit_bias",
     "ignore_end": "ignore_eos",
@@ -89,7 +89,7 @@ def of_trouble(trouble: Exception, *, prompt_field: str) -> ApiError:
         case ApiError():
             return trouble
         case Refused(field=field):
-            name = prompt_field if field == "prompt" else _FIELDS.get(field, field)
+            name = prompt_field if field == "prompt" else FIELDS.get(field, field)
             return invalid(str(trouble), name, code="unsupported_value")
         case TooLate(while_queued=True):
             return ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 
 from launcher.serving.api.bodies import ChatBody, CompletionBody, Generating
-from launcher.serving.api.problems import invalid
+from launcher.serving.api.problems import FIELDS, invalid
+from launcher.serving.ranges import out_of_range
 from launcher.serving.values import Sampling
 
 
@@ -20,7 +21,7 @@ def sampling_of(body: Generating, *, max_tokens: int, vocab_size: int) -> Sampli
     if body.min_tokens > max_tokens:
         raise invalid(f"is above max_tokens={max_tokens}", "min_tokens")
     temperature = body.temperature if body.temperature is not None else 0.0 if body.num_beams > 1 else 1.0
-    return Sampling(
+    sampling = Sampling(
         max_tokens=max_tokens,
         min_tokens=body.min_tokens,
         temperature=temperature,
@@ -39,6 +40,9 @@ def sampling_of(body: Generating, *, max_tokens: int, vocab_size: int) -> Sampli
         beams=body.num_beams,
         length_penalty=body.length_penalty,
     )
+    for field, why, _ in out_of_range(sampling):
+        raise invalid(why, FIELDS.get(field, field), code="invalid_value")
+    return sampling
 
 
 def seed_of(seed: int | None, choice: int) -> int | None:

@@ -102,6 +102,8 @@ class Flight:
             self.fail(Failed("an engine was lost, and the next one continued otherwise"))
             return
         match update.finish:
+            case "error" if update.field:
+                self.refuse(update.field, update.problem)
             case "error":
                 self.fail(Failed(update.problem or "the engine failed"))
             case "timeout":

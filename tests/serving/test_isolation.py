@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from functools import cache
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -19,31 +18,16 @@ from launcher.serving.echo import Echo
 from launcher.serving.engine import Slots
 from launcher.serving.limits import Limits
 from launcher.serving.link import EngineLink
-from launcher.serving.plan import StepPlan
 from launcher.serving.values import Refused, Request, Sampling
 
 from .models import finish, tokens
-from .values import FLOATS, INTEGERS
+from .values import FLOATS, INTEGERS, VOCABULARY, Table
 
-VOCABULARY, CONTEXT, END = 97, 40, 3
+CONTEXT, END = 40, 3
 CONTROLS = (
     Request(id="greedy", prompt=(5, 6, 7), sampling=Sampling(max_tokens=6, ignore_end=True, logprobs=2)),
     Request(id="seeded", prompt=(8, 9), sampling=Sampling(max_tokens=6, ignore_end=True, temperature=1.0, seed=4)),
 )
-
-
-class Table:
-    """Scores that depend on the last token alone."""
-
-    def __init__(self, *, isolates: bool) -> None:
-        self.isolates = isolates
-        self._scores = torch.randn(VOCABULARY, VOCABULARY, generator=torch.Generator().manual_seed(0)) * 3
-
-    def run(self, plan: StepPlan) -> torch.Tensor:
-        return self._scores[[part.tokens[-1] for part in plan.segments if part.wanted]]
-
-    def close(self) -> None:
-        pass
 
 
 @cache

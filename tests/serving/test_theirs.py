@@ -86,6 +86,21 @@ def test_what_it_cannot_do_is_refused_and_the_next_request_served(
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
+def test_a_request_that_cannot_be_handed_over_ends_alone(engine: Theirs, monkeypatch: pytest.MonkeyPatch) -> None:
+    hand_over = engine._manager.add_request
+
+    def fails(prompt: list[int], **options: object) -> object:
+        if len(prompt) == len(requests(2)[1].prompt):
+            raise ArithmeticError("unlucky")
+        return hand_over(prompt, **options)
+
+    monkeypatch.setattr(engine._manager, "add_request", fails)
+    found = finish(engine, requests(3, ignore_end=True))
+    assert [len(tokens(found[name])) for name in ("0", "1", "2")] == [16, 0, 16]
+    assert (found["1"][-1].finish, found["1"][-1].problem) == ("error", "ArithmeticError: unlucky")
+
+
+@pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: Theirs) -> None:
     for request in requests(2, max_tokens=100, ignore_end=True):
         engine.add(request)

@@ -1,12 +1,30 @@
-"""Values that sampling goes wrong with: subnormal, huge, at each boundary and beside it, and no numbers at all."""
+"""Values that sampling goes wrong with: subnormal, huge, at each boundary and beside it; and scores to try them on."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from hypothesis import strategies as st
 
+from launcher.serving.plan import StepPlan
 from launcher.serving.ranges import BIAS, CHOICES, PRIORITY, RANGES, Range
+
+VOCABULARY = 97
+
+
+class Table:
+    """Scores that depend on the last token alone."""
+
+    def __init__(self, *, isolates: bool, size: int = VOCABULARY) -> None:
+        self.isolates = isolates
+        self._scores = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 3
+
+    def run(self, plan: StepPlan) -> torch.Tensor:
+        return self._scores[[part.tokens[-1] for part in plan.segments if part.wanted]]
+
+    def close(self) -> None:
+        pass
 
 
 def around(limits: Range) -> list[float]:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.models.kernels import attention_of
-from launcher.models.lazy import After, Builder, Source, files_in, leave, skeleton
+from launcher.models.lazy import After, Builder, Source, causal_lm_class, leave, skeleton
 from launcher.models.recompute import apply_activation
-from launcher.models.weights import folder_problems, tensor_shapes, weight_files
+from launcher.models.stored import StoredTensors, untie_what_differs
+from launcher.models.weights import folder_problems, tensor_files, weight_files
 from launcher.quantization.convert import Converter, Restorer, metadata_of
 from launcher.quantization.manifest import read_manifest
 from launcher.quantization.methods import method_named
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from launcher.activation import Activation
     from launcher.attention import Attention
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from launcher.quantization.base import Quantization
 
 _SHOWN = 5
+_BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
+"""What constructors of models raise over configurations that make no sense to them."""
 
 
 def build_model(
@@ -109,8 +111,7 @@ def _lay_out(
         problems = list(folder_problems("model.weights", str(folder), architecture=None))
         if problems:
             raise ConfigErrors(problems)
-    kernel = attention_of(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], attention)
-    laid_out = skeleton(config, attention=kernel, dtype=dtype)
+    laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
     manifest = read_manifest(folder) if folder is not None else None
     method, option = quantization or method_named(model.quantization), "model.quantization"
     if quantization is not None:
@@ -120,14 +121,13 @@ def _lay_out(
         raise ConfigError(option, method.kind, why=why, fix="give the original weights")
     if manifest is not None and folder is not None:
         restorer = Restorer(laid_out, manifest, folder)
-        read, stored = files_in(folder, prefix=""), tensor_shapes(folder)
-        metadata = metadata_of(weight_files(folder))
-        source = _source(model, laid_out, folder, restorer)
+        files, metadata = tensor_files(folder), metadata_of(weight_files(folder))
+        source = _source(model, laid_out, folder, skip=restorer.owns)
 
         def tensor(name: str) -> torch.Tensor:
-            if name not in stored:
-                raise KeyError(name)
-            return read([name])
+            with safe_open(files[name], framework="pt") as opened:
+                found: torch.Tensor = opened.get_tensor(name)
+                return found
 
         def restore(part: str) -> None:
             restorer.restore(part, tensor, metadata)
@@ -140,59 +140,51 @@ def _lay_out(
     return laid_out, Builder(laid_out, seed=seed, source=known), None
 
 
-def _source(model: Model, laid_out: PreTrainedModel, folder: Path, restorer: Restorer | None = None) -> Source:
-    """Return where weights come from; names and shapes are compared first, so no rank fails while others wait."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:
+    """Return the model without storage.
 
-    if not get_model_conversion_mapping(laid_out, add_legacy=False):
-        _check_names(model, laid_out, folder, restorer)
-        return files_in(folder, prefix=f"{laid_out.base_model_prefix}.")
-    if restorer is not None:
-        why = f"Transformers rearranges weights of {model.name}, which it cannot once they are quantised"
-        raise ConfigError("model.weights", str(folder), why=why, fix="give the original, and set model.quantization")
-    print(f"weights: Transformers rearranges those of {model.name}, so each rank loads them whole at first", flush=True)
-    whole, report = AutoModelForCausalLM.from_pretrained(
-        folder, config=laid_out.config, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-    )
-    _refuse(model, folder, missing=report["missing_keys"], unexpected=report["unexpected_keys"])
-    tensors = whole.state_dict()
-    return lambda names: next(tensors[name] for name in names if name in tensors)
-
-
-def _check_names(model: Model, skeleton: PreTrainedModel, folder: Path, restorer: Restorer | None) -> None:
-    """Compare names and shapes with the files' headers; those of quantised layers are compared as they are restored."""
-    wanted = {name: tuple(value.shape) for name, value in skeleton.state_dict().items()}
-    prefix = f"{skeleton.base_model_prefix}."
-    found = {
-        f"{prefix}{name}" if name not in wanted and f"{prefix}{name}" in wanted else name: shape
-        for name, shape in tensor_shapes(folder).items()
-        if restorer is None or not restorer.owns(name)
-    }
-    ignored = re.compile("|".join(skeleton._keys_to_ignore_on_load_unexpected or ["$^"]))  # noqa: SLF001
-    _refuse(
-        model,
-        folder,
-        missing=wanted.keys() - found.keys() - skeleton.all_tied_weights_keys.keys(),
-        unexpected=[name for name in found.keys() - wanted.keys() if not ignored.search(name)],
-        mismatched=[
-            f"{name} is {found[name]} instead of {wanted[name]}"
-            for name in found.keys() & wanted.keys()
-            if found[name] != wanted[name]
-        ],
-    )
+    Raises:
+        ConfigError: Transformers has no causal language model of this configuration, or cannot build one from it.
+    """
+    option, value = ("model.name", model.name) if model.kind == "hf" else ("model", model.name)
+    fix = "choose a causal language model that the installed Transformers knows, or mend its config.json"
+    try:
+        family = causal_lm_class(config)
+    except KeyError:
+        why = f"the installed Transformers has no causal language model of type {config.model_type}"
+        raise ConfigError(option, value, why=why, fix=fix) from None
+    kernel = attention_of(family, attention)
+    try:
+        return skeleton(config, attention=kernel, dtype=dtype)
+    except _BAD_CONFIG as error:
+        first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        why = f"Transformers cannot build {family.__name__} from its config.json ({first})"
+        raise ConfigError(option, value, why=why, fix=fix) from error
 
 
-def _refuse(
-    model: Model, folder: Path, *, missing: Iterable[str], unexpected: Iterable[str], mismatched: Iterable[str] = ()
-) -> None:
+def _source(
+    model: Model, laid_out: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
+) -> Source:
+    """Return where weights come from; names and shapes are compared first, so no rank fails while others wait.
+
+    Raises:
+        ConfigError: the files do not hold exactly this model.
+    """
+    stored = StoredTensors(laid_out, folder, skip=skip)
+    misfits = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
+    misfits += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
     parts = [
         f"{what} {_listed(names)}"
-        for what, names in (("lacks", missing), ("has besides", unexpected), ("misfits:", mismatched))
-        if set(names)
+        for what, names in (("lacks", stored.missing), ("has besides", stored.unexpected), ("misfits:", misfits))
+        if names
     ]
     if parts:
         why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
         raise ConfigError("model.weights", model.weights, why=why, fix="choose the model that these weights are of")
+    if untied := untie_what_differs(laid_out, stored):
+        names = _listed(untied)
+        print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)
+    return stored.read
 
 
 def _listed(names: Iterable[str]) -> str:

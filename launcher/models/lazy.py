@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,47 +14,59 @@ from torch import nn
 
 from launcher.models.heap import give_back
 from launcher.models.units import initialise, units
-from launcher.models.weights import tensor_files
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def skeleton(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model without storage: parameters and buffers on the meta device, tied ones the same object."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    """Return the model without storage: parameters and buffers on the meta device, tied ones the same object.
 
+    Formats are those of ``from_pretrained(dtype=...)``: what a family computes in fp32 (rotary wavelengths, some
+    routers) stays in fp32.
+    """
     own = copy.deepcopy(config)
     own._attn_implementation = attention  # noqa: SLF001  (what from_config sets, which would partition under ZeRO-3)
     own.dtype = dtype
-    with torch.device("meta"):
-        built: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(own)](own)
-    built.to(dtype).tie_weights()
+    with torch.device("meta"), _default_dtype(dtype):
+        built = causal_lm_class(own)(own)
+    kept = built._get_dtype_plan(dtype)  # noqa: SLF001  (from_pretrained's own list)
+    if kept:
+        pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in kept))
+        for name, tensor in (*built.named_parameters(), *built.named_buffers()):
+            if pattern.search(name):
+                tensor.data = tensor.data.to(torch.float32)
+    built.tie_weights()
     return built
 
 
-Source = Callable[[Sequence[str]], torch.Tensor]
-"""Returns the tensor that has one of these names: a tied parameter has several, and files hold it under one."""
+def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the class that Transformers builds a causal language model of this configuration with.
 
-
-def files_in(folder: Path, *, prefix: str) -> Source:
-    """Return the source that reads a folder of safetensors, one tensor at a time.
-
-    Args:
-        folder: what ``save_pretrained`` writes.
-        prefix: of the names of a base model (``transformer.``), which files of it alone leave out.
+    Raises:
+        KeyError: it has none.
     """
-    from safetensors import safe_open
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    files = tensor_files(folder)
+    found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if not isinstance(found, tuple):
+        return found
+    names = config.architectures or ()
+    return next((each for each in found if each.__name__ in names), found[0])
 
-    def read(names: Sequence[str]) -> torch.Tensor:
-        known = next(n for name in names for n in (name, name.removeprefix(prefix)) if n in files)
-        with safe_open(files[known], framework="pt") as opened:
-            tensor: torch.Tensor = opened.get_tensor(known)
-            return tensor
 
-    return read
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+Source = Callable[[Sequence[str]], torch.Tensor | None]
+"""Returns the tensor that the model knows by one of these names (a tied parameter has several), ``None`` for none."""
 
 
 After = Callable[[str, nn.Module], None]
@@ -70,7 +83,7 @@ class Builder:
     Args:
         model: on the meta device; parts that this rank has no use for may have been taken out.
         seed: of random weights.
-        source: where to take weights from instead; known to fit the model.
+        source: where to take parameters and persistent buffers from instead; known to fit the model.
         then: called with the name of each part that is filled.
     """
 
@@ -86,6 +99,7 @@ class Builder:
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._names[id(parameter)].append(name)
+        self._paths = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
         self._tied: dict[int, nn.Parameter] = {}
         self._owner = _first_parts(model)
 
@@ -103,6 +117,8 @@ class Builder:
         for module in part.modules():
             fresh += self._materialise(module)
         self._fill(name, part, fresh)
+        for module in part.modules():
+            self._load_buffers(module)
         self._then(name)
 
     def finish(self) -> None:
@@ -113,6 +129,7 @@ class Builder:
                 shell = copy.copy(module)
                 shell._modules = {}  # noqa: SLF001  (its parts are filled already)
                 self._fill(name, shell, fresh)
+                self._load_buffers(module)
         everything = (*self._model.named_parameters(), *self._model.named_buffers())
         empty = [name for name, tensor in everything if tensor.is_meta]
         assert not empty, f"parts that nobody filled: {empty}"
@@ -138,9 +155,10 @@ class Builder:
     def _fill(self, name: str, part: nn.Module, fresh: Sequence[tuple[list[str], nn.Parameter]]) -> None:
         """Draw or load ``fresh``; Transformers leaves alone what is marked, and makes buffers anew in any case."""
         for names, parameter in fresh:
-            if self._source is not None:
+            stored = self._source(names) if self._source is not None else None
+            if stored is not None:
                 with torch.no_grad():
-                    parameter.copy_(self._source(names))
+                    parameter.copy_(stored)
                 _mark(parameter)
             elif names[0] in self._owner and self._owner[names[0]][0] != name:
                 self._draw_as_owner(names[0], parameter)
@@ -148,6 +166,17 @@ class Builder:
         initialise(self._model, name, part, seed=self._seed)
         for _, parameter in fresh:
             _mark(parameter)
+
+    def _load_buffers(self, module: nn.Module) -> None:
+        """Load the persistent buffers of one module, which initialisation has filled by now."""
+        if self._source is None:
+            return
+        for key, buffer in module._buffers.items():  # noqa: SLF001
+            if buffer is None or key in module._non_persistent_buffers_set:  # noqa: SLF001
+                continue
+            stored = self._source([f"{self._paths[id(module)]}{key}"])
+            if stored is not None:
+                buffer.copy_(stored)
 
     def _draw_as_owner(self, owned: str, parameter: nn.Parameter) -> None:
         """Draw a tied parameter whose first part is not on this rank, as that part would have."""

@@ -1,0 +1,224 @@
+"""The tensors of a folder of safetensors under the names and shapes that a model of Transformers gives them.
+
+Families rename, stack, split and transpose what their published files hold (Mixtral's experts, GPT-NeoX's rotary
+angles). The rules are Transformers' own, the ones ``from_pretrained`` follows; here they are applied to one tensor at a
+time, when it is asked for, so that no rank ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    SkipParameters,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from launcher.models.weights import tensor_files, tensor_shapes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_ROWS = 4096
+"""Rows of two tensors that are compared at a time."""
+
+
+@dataclass(kw_only=True)
+class _Group:
+    """Tensors of the files from which one conversion makes one or more tensors of the model."""
+
+    rule: WeightRenaming | WeightConverter
+    dtype: torch.dtype
+    """What each is cast to before it is converted, as Transformers does."""
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """Names in the files, each with the pattern of the rule that it matched."""
+
+
+class StoredTensors:
+    """Finds and converts tensors of a folder.
+
+    Args:
+        model: without storage; its names, shapes and conversion rules decide.
+        folder: config and safetensors.
+        skip: whether a tensor of the files is somebody else's to read, by its name there.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is damaged.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self._model, self._files = model, tensor_files(folder)
+        self._stored = {name: shape for name, shape in tensor_shapes(folder).items() if not skip(name)}
+        self._wanted = model.state_dict()
+        self._converted: dict[str, Tensor] = {}
+        """Tensors that came out of a conversion beside the one asked for."""
+        self._group_of: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Shape of everything that the files hold for this model, by its name in the model."""
+        self.unexpected: set[str] = set()
+        """What the files hold besides, and Transformers does not know as a leftover of older versions."""
+        self.unconverted: dict[str, str] = {}
+        """What conversions failed on, by the name in the model, with the reason."""
+        self._groups = self._grouped()
+        for first, group in self._groups.items():
+            self._try_out(first, group)
+
+    @property
+    def missing(self) -> set[str]:
+        """Names that the model needs and the files lack, one of several tied ones sufficing."""
+        missing = self._wanted.keys() - self.shapes.keys() - self.unconverted.keys()
+        for tied in self._ties():
+            if tied & self.shapes.keys():
+                missing -= tied
+        return self._known_to_transformers(missing_keys=missing).missing_keys
+
+    def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the names whose shapes differ, with that of the files and that of the model."""
+        pairs = ((name, shape, tuple(self._wanted[name].shape)) for name, shape in self.shapes.items())
+        return {name: (found, wanted) for name, found, wanted in pairs if found != wanted}
+
+    def read(self, names: Sequence[str]) -> Tensor | None:
+        """Return the tensor that the model knows by any of ``names``; ``None`` where the files hold none of them."""
+        name = next((name for name in names if name in self.shapes), None)
+        if name is None:
+            return None
+        if name in self._converted:
+            return self._converted.pop(name)
+        group = self._groups[self._group_of[name]]
+        made = _convert(group, self._group_of[name], self._model, lambda stored: self._load(stored).to(group.dtype))
+        wanted = made.pop(name)
+        self._converted |= made
+        return wanted
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Return whether the files hold equal values under two names of the model, without holding either whole."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        groups = [self._groups[self._group_of[name]] for name in (one, other)]
+        if any(isinstance(group.rule, WeightConverter) for group in groups) or not self.shapes[one]:
+            return torch.equal(*(self.read([name]) for name in (one, other)))
+        dtype = groups[0].dtype
+        first, second = (self._opened(group.parts[0][0]) for group in groups)
+        for start in range(0, self.shapes[one][0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            if not torch.equal(first[rows].to(dtype), second[rows].to(dtype)):
+                return False
+        return True
+
+    def _grouped(self) -> dict[str, _Group]:
+        """Return what is made of the files' tensors, by the first name of the model that each conversion makes."""
+        rules = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        prefix, wanted = self._model.base_model_prefix, self._wanted
+        groups: dict[str, _Group] = {}
+        for name in sorted(self._stored, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+            if target not in wanted and name in wanted:  # a file of ours, or of a version that did not rearrange it
+                target, pattern = rename_source_key(name, [], [], prefix, wanted)
+            if target not in wanted:
+                self.unexpected.add(name)
+                continue
+            rule = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(target, _Group(rule=rule, dtype=wanted[target].dtype))
+            group.parts.append((name, pattern or name))
+        self.unexpected = self._known_to_transformers(unexpected_keys=self.unexpected).unexpected_keys
+        return groups
+
+    def _try_out(self, first: str, group: _Group) -> None:
+        """Convert tensors without storage: which names and shapes come of it, and whether it can be done."""
+        info = _no_findings()
+
+        def empty(name: str) -> Tensor:
+            return torch.empty(self._stored[name], dtype=group.dtype, device="meta")
+
+        try:
+            made = _convert(group, first, self._model, empty, info)
+        except SkipParameters:
+            said = info.conversion_errors[first].strip().splitlines()
+            self.unconverted[first] = next((line for line in reversed(said) if not line.startswith("Error")), said[-1])
+            return
+        self.shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+        self._group_of |= dict.fromkeys(made, first)
+
+    def _ties(self) -> list[set[str]]:
+        by_source: dict[str, set[str]] = {}
+        for target, source in self._model.all_tied_weights_keys.items():
+            by_source.setdefault(source, {source}).add(target)
+        return list(by_source.values())
+
+    def _known_to_transformers(self, **found: set[str]) -> LoadStateDictInfo:
+        """Return findings without what Transformers passes over in silence."""
+        info = _no_findings()
+        for name, keys in found.items():
+            setattr(info, name, keys)
+        self._model._adjust_missing_and_unexpected_keys(info)  # noqa: SLF001  (the rules are nowhere else)
+        return info
+
+    def _load(self, name: str) -> Tensor:
+        return self._opened(name)[...]
+
+    def _opened(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as opened:
+            return opened.get_slice(name)
+
+
+def untie_what_differs(model: PreTrainedModel, stored: StoredTensors) -> list[str]:
+    """Give tied parameters that the files hold with different values storage of their own, as ``from_pretrained`` does.
+
+    Returns:
+        The names that are not tied any more.
+    """
+    untied = []
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if {target, source} <= stored.shapes.keys() and not stored.are_equal(target, source):
+            parent, _, key = target.rpartition(".")
+            old = model.get_parameter(target)
+            setattr(model.get_submodule(parent), key, torch.nn.Parameter(torch.empty_like(old)))
+            del model.all_tied_weights_keys[target]
+            untied.append(target)
+    if untied and not model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False  # whatever saves or rebuilds it must not tie them again
+    return untied
+
+
+def _convert(
+    group: _Group,
+    first: str,
+    model: PreTrainedModel,
+    read: Callable[[str], Tensor],
+    info: LoadStateDictInfo | None = None,
+) -> dict[str, Tensor]:
+    rule = copy.deepcopy(group.rule)
+    for name, pattern in group.parts:
+        rule.add_tensor(first, name, pattern, lambda name=name: read(name))
+    made = rule.convert(first, model=model, config=model.config, loading_info=info)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
+
+
+def _no_findings() -> LoadStateDictInfo:
+    return LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )

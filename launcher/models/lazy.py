@@ -49,10 +49,9 @@ def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     found = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    if not isinstance(found, tuple):
-        return found
+    classes: tuple[type[PreTrainedModel], ...] = found if isinstance(found, tuple) else (found,)
     names = config.architectures or ()
-    return next((each for each in found if each.__name__ in names), found[0])
+    return next((each for each in classes if each.__name__ in names), classes[0])
 
 
 @contextmanager

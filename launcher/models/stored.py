@@ -84,7 +84,7 @@ class StoredTensors:
         for tied in self._ties():
             if tied & self.shapes.keys():
                 missing -= tied
-        return self._known_to_transformers(missing_keys=missing).missing_keys
+        return set(self._known_to_transformers(missing_keys=missing).missing_keys)
 
     def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """Return the names whose shapes differ, with that of the files and that of the model."""
@@ -110,7 +110,7 @@ class StoredTensors:
             return False
         groups = [self._groups[self._group_of[name]] for name in (one, other)]
         if any(isinstance(group.rule, WeightConverter) for group in groups) or not self.shapes[one]:
-            return torch.equal(*(self.read([name]) for name in (one, other)))
+            return bool(torch.equal(*(self.read([name]) for name in (one, other))))
         dtype = groups[0].dtype
         first, second = (self._opened(group.parts[0][0]) for group in groups)
         for start in range(0, self.shapes[one][0], _ROWS):

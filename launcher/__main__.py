@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+import launcher
 from launcher.errors import ConfigError, LauncherError
 from launcher.secrecy import hide_secrets
 from launcher.suggest import did_you_mean
@@ -27,6 +28,7 @@ VERBS = {
     "logs": "what its ranks print, as it comes",
     "cancel": "end a run, from any shell",
     "benchmark": "compare two runs of a benchmark",
+    "completion": "completion of verbs, groups, options and keys for bash, zsh and fish",
 }
 """Each is ``launcher.commands.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
 
@@ -50,6 +52,7 @@ overrides (Hydra's grammar)
   dry_run=true      print the plan instead of running
   -m, --multirun    run every combination of the values given as a,b,c
   --config-dir DIR  a folder of your own options and experiments beside the shipped ones
+  --version         print the version
 
 A run writes runs/<name>/<time>-<letters>/: run.yaml, plan.json, metrics.jsonl, logs, checkpoints, result.json.
 Exit codes: 0 done, 2 your mistake and nothing started, 65 data or weights found bad after the start, 69 a host is not
@@ -78,10 +81,11 @@ def _dispatch(words: list[str]) -> int:
     if first in ("-h", "--help", "help"):
         print(_help_text())
         return 0
+    if first in ("-V", "--version", "version"):
+        print(f"launch {launcher.__version__}")
+        return 0
     if first in ("-sc", "--shell-completion"):
-        from launcher.commands.completion import run
-
-        return run(words)
+        raise ConfigError(first, why="is Hydra's, which knows no verb of ours", fix="see launch completion --help")
     is_verb = first and "=" not in first and first[0] not in "-+~"
     if is_verb and first not in VERBS:
         raise ConfigError(first, why="is neither a verb nor option=value", fix=did_you_mean(first, VERBS))
@@ -96,7 +100,7 @@ def _help_text() -> str:
     options = groups()
     exps = ", ".join(options.get("exp", []))
     names = " ".join(group for group in options if group not in ("exp", "sweep"))
-    verbs = "\n".join(f"  {verb:9} {meaning}" for verb, meaning in VERBS.items())
+    verbs = "\n".join(f"  {verb:10} {meaning}" for verb, meaning in VERBS.items())
     return HELP.format(verbs=verbs, groups=names, exps=exps)
 
 

@@ -44,16 +44,6 @@ class Arguments:
             raise ConfigError(name, text, why="is not a whole number", fix=f"write {name} 3")
         return int(text)
 
-    def no_words(self, verb: str) -> None:
-        """Check that no word stands where none is wanted.
-
-        Raises:
-            ConfigError: there is one.
-        """
-        if self.words:
-            fix = f"see launch {verb} --help"
-            raise ConfigError(verb, " ".join(self.words), why="takes flags only", fix=fix)
-
     def one_word(self, verb: str) -> str | None:
         """Return the only word; ``None`` when there is none.
 

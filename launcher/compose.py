@@ -64,7 +64,8 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     if tree is not None:
         sweep = tree.pop("sweep", None)
         found: list[ConfigError] = []
-        run = build_run(_resolve(with_defaults(tree), found.append), found.append)
+        typed = {override.key: override.value for override in fixed}
+        run = build_run(_resolve(with_defaults(tree), found.append), found.append, typed=typed)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
     if mistakes:
         sources = _source_files(fixed, config_dir) if tree is not None else []

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from launcher.activation import Activation
@@ -25,7 +28,7 @@ from launcher.precision import Precision
 from launcher.profile import Profile
 from launcher.quantization.base import NoQuantization, Quantization
 from launcher.quantization.methods import METHODS
-from launcher.schema import Report, build, defaults, to_tree
+from launcher.schema import NO_SUCH_OPTION, Report, build, defaults, field_types, to_tree
 from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
 
@@ -186,16 +189,83 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     return full
 
 
-def build_run(tree: Mapping[str, Any], report: Report) -> Run | None:
-    """Return the typed run, or ``None`` after reporting every mistake in ``tree``."""
+def build_run(
+    tree: Mapping[str, Any], report: Report, *, typed: Mapping[str, str] = MappingProxyType({})
+) -> Run | None:
+    """Return the typed run, or ``None`` after reporting every mistake in ``tree``.
+
+    Args:
+        tree: the composition, resolved.
+        report: called once per mistake.
+        typed: what the user typed behind each key, for messages.
+    """
     parts: dict[str, Any] = {}
     for key in tree:
         if key not in KINDS and key != "run":
-            report(ConfigError(key, why="no such option", fix=did_you_mean(key, [*KINDS, "run", "exp", "sweep"])))
+            report(ConfigError(key, why=NO_SUCH_OPTION, fix=suggestion(key, tree, typed=typed)))
     for group, kinds in KINDS.items():
-        parts[group] = _build_group(group, kinds, tree.get(group), report)
+        parts[group] = _build_group(group, kinds, tree.get(group), partial(_report_elsewhere, tree, typed, report))
     parts["run"] = build(RunOptions, tree.get("run") or {}, path="run", report=report)
     return None if any(part is None for part in parts.values()) else Run(**parts)
+
+
+def suggestion(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the phrase that ends an error about an option that does not exist.
+
+    Args:
+        key: a bare name (``lr``), or one below a group (``job.lr``).
+        tree: the composition; options of its components come before those of others.
+        typed: what the user typed behind each key; the phrase repeats it.
+    """
+    found = options_named(key.rpartition(".")[2], tree)
+    groups = did_you_mean(key, [*KINDS, "run", "exp", "sweep"])
+    if not found and not groups.startswith("did you mean"):
+        names = {name for cls in _classes(_chosen(tree)) for name in field_types(cls)}
+        close = difflib.get_close_matches(key.rpartition(".")[2], sorted(names), n=2, cutoff=0.75)
+        found = [option for name in close for option in options_named(name, tree)]
+    if not found:
+        return groups
+    value = f"={typed[key]}" if key in typed else ""
+    return f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+
+
+def options_named(name: str, tree: Mapping[str, Any]) -> list[str]:
+    """Return the options whose last part is ``name`` (``optimizer.lr``) or ends so (``batch``: ``job.micro_batch``).
+
+    Those of the components in ``tree`` come first; the others are only named where there is none.
+    """
+    for kinds in (_chosen(tree), KINDS):
+        for fits in (name.__eq__, lambda field: field.endswith(f"_{name}")):
+            found = [
+                f"{group}.{field}"
+                for group, names in {**kinds, "run": ("run",)}.items()
+                for field in dict.fromkeys(field for cls in _classes({group: names}) for field in field_types(cls))
+                if fits(field)
+            ]
+            if found:
+                return found
+    return []
+
+
+def _chosen(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the kind of each component in ``tree``."""
+    kinds = {group: tree[group].get("kind") for group in KINDS if isinstance(tree.get(group), Mapping)}
+    return {group: (kind,) for group, kind in kinds.items() if kind in KINDS[group]}
+
+
+def _classes(kinds: Mapping[str, Iterable[str]]) -> Iterator[type]:
+    """Yield the classes of these kinds, by group."""
+    for group, names in kinds.items():
+        yield from [RunOptions] if group == "run" else (component_class(group, kind) for kind in names)
+
+
+def _report_elsewhere(tree: Mapping[str, Any], typed: Mapping[str, str], report: Report, error: ConfigError) -> None:
+    """Report a mistake; of an option that belongs to another group, name that group."""
+    if error.why == NO_SUCH_OPTION and "did you mean" not in error.fix:
+        elsewhere = suggestion(error.option, tree, typed=typed)
+        if options_named(error.option.rpartition(".")[2], tree) and error.option.count(".") == 1:
+            error = ConfigError(error.option, error.value, why=error.why, fix=elsewhere, source=error.source)
+    report(error)
 
 
 def _build_group(group: str, kinds: Mapping[str, str], given: Any, report: Report) -> Component | None:

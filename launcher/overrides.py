@@ -31,6 +31,11 @@ class Override:
     choices: tuple[str, ...] | None = None
     """The values to try, when the word is a sweep (``job.seed=1,2,3``)."""
 
+    @property
+    def value(self) -> str:
+        """What stands behind the key, as the user typed it."""
+        return self.word.partition("=")[2]
+
 
 def parse_overrides(
     words: Sequence[str], groups: Mapping[str, Sequence[str]], *, sweeping: bool, report: Report

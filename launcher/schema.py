@@ -19,6 +19,7 @@ from launcher.suggest import did_you_mean
 T = TypeVar("T")
 Report = Callable[[ConfigError], None]
 
+NO_SUCH_OPTION = "no such option"
 _INVALID = object()
 _WORDS: dict[Any, str] = {
     int: "a whole number",
@@ -63,7 +64,7 @@ def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: Report) -
     values, sound = {}, True
     for key in tree:
         if key not in wanted:
-            report(ConfigError(f"{path}.{key}".lstrip("."), why="no such option", fix=did_you_mean(str(key), wanted)))
+            report(ConfigError(f"{path}.{key}".lstrip("."), why=NO_SUCH_OPTION, fix=did_you_mean(str(key), wanted)))
             sound = False
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         option = f"{path}.{field.name}".lstrip(".")

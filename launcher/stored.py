@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.commandline import CommandLine
 from launcher.compose import Composed
-from launcher.config import Run, build_run, run_to_tree
+from launcher.config import KINDS, Run, build_run, run_to_tree, suggestion
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.launching import start
 from launcher.overrides import parse_overrides
 from launcher.prepare import prepare
 from launcher.render import render
 from launcher.rundir import RunDir
-from launcher.schema import to_tree
+from launcher.runs import look
+from launcher.schema import NO_SUCH_OPTION, to_tree
+from launcher.secrecy import is_secret_name
 from launcher.snapshot import load_run
 
 
@@ -36,8 +40,13 @@ def stored_run(folder: Path, words: Sequence[str]) -> Run:
     return run
 
 
-def start_stored(run: Run, line: CommandLine) -> int:
+def start_stored(run: Run, line: CommandLine, *, folder: Path) -> int:
     """Start ``run`` and return its exit code, or print its plan where ``line`` asks for that.
+
+    Args:
+        run: the stored run, changed.
+        line: what the user typed.
+        folder: the run directory that it was stored in.
 
     Raises:
         ConfigErrors: what stands against it.
@@ -47,6 +56,9 @@ def start_stored(run: Run, line: CommandLine) -> int:
         raise ConfigError(flag, why="has no meaning for a stored run, which is composed already", fix="leave it out")
     if line.json and not line.dry_run:
         raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
+    for name in _missing_secrets(folder):
+        why = f"the run had {name} from its shell, and this shell does not set it"
+        print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
     prepared = prepare(Composed(run=run, tree=run_to_tree(run), sweep=None, overrides=line.words[1:]))
     if not line.dry_run:
         return start(prepared)
@@ -55,12 +67,22 @@ def start_stored(run: Run, line: CommandLine) -> int:
     return 0
 
 
+def _missing_secrets(folder: Path) -> list[str]:
+    """Return the secret variables that the run was sent and that this process does not have: no file holds them."""
+    forward = look(RunDir(folder)).plan.get("forward", [])
+    return [name for name in forward if is_secret_name(name) and name not in os.environ]
+
+
 def _set(tree: dict[str, Any], key: str, word: str, mistakes: list[ConfigError]) -> None:
     from omegaconf import OmegaConf
 
     if "." not in key:
-        fix = "change single values (job.steps=400), or start a new run with checkpoint.resume=DIR"
-        mistakes.append(ConfigError(key, why="would change the kind of run", fix=fix))
+        if key in (*KINDS, "run", "exp", "sweep"):
+            fix = "change single values (job.steps=400), or start a new run with checkpoint.resume=DIR"
+            mistakes.append(ConfigError(key, why="would change the kind of run", fix=fix))
+        else:
+            fix = suggestion(key, tree, typed={key: word.partition("=")[2]})
+            mistakes.append(ConfigError(key, why=NO_SUCH_OPTION, fix=fix))
         return
     changed = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist([word.lstrip("+")]))
     tree.clear()

@@ -14,11 +14,12 @@ from launcher.terminal import json_text
 from launcher.wording import flat
 
 HELP = """\
-launch diff A B [--json]: print the options in which two configurations differ.
+launch diff A B [--json] [--root DIR]: print the options in which two configurations differ.
 
   launch diff zero1_gpt2 zero2_gpt2_large                    two experiments
   launch diff default "default model=gpt2 job.steps=20"      with overrides: quote them
   launch diff runs/a/20260101-… runs/a/20260102-…            two runs
+  launch diff 20260101 20260102                              the same, by how their ids begin
   launch diff zero3_gpt2xl runs/zero3_gpt2xl/20260101-…      an experiment and a run
 
 The exit code is 0 whether or not they differ.
@@ -28,7 +29,7 @@ _ABSENT = "-"
 
 def run(arguments: Sequence[str]) -> int:
     """Print the differing options of two configurations."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help:
         print(HELP)
         return 0
@@ -55,7 +56,8 @@ def _both(line: CommandLine) -> list[dict[str, str]]:
     mistakes: list[ConfigError] = []
     for word in line.words:
         try:
-            sides.append(dict(flat(redact(resolved_tree(word, config_dir=line.config_dir), os.environ))))
+            tree = resolved_tree(word, config_dir=line.config_dir, root=line.root)
+            sides.append(dict(flat(redact(tree, os.environ))))
         except ConfigErrors as several:
             mistakes += several.errors
         except ConfigError as error:

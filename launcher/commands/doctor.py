@@ -12,16 +12,19 @@ from launcher.doctor.examine import examine, usual_deadline_s
 from launcher.doctor.facts import Request
 from launcher.doctor.show import show
 from launcher.errors import EXIT_UNFIT
+from launcher.runs import find_run
 from launcher.schema import to_tree
+from launcher.stored import stored_run
 from launcher.terminal import json_text, printable
 
 HELP = """\
-launch doctor [OVERRIDES] [--json]: examine the hosts of a run, and start nothing.
+launch doctor [RUN] [OVERRIDES] [--json] [--root DIR]: examine the hosts of a run, and start nothing.
 
   launch doctor                                              this machine
   launch doctor backend=ssh backend.hostfile=hostfile        every host of a hostfile, all at once
   launch doctor +exp=zero3_gpt2xl backend=ssh backend.hostfile=hostfile run.root=/shared/runs
   launch doctor backend=ssh backend.hostfile=hostfile --json everything, for programs
+  launch doctor 20260101                                     the hosts of a run that was started before
 
 It finds: hosts that cannot be reached and why, clocks that differ, other versions of python, torch, deepspeed,
 transformers, CUDA, NCCL or of this program, a run directory that cannot be written or is not shared, more slots than
@@ -35,11 +38,14 @@ Exit codes: 0 fit for a run, if with warnings; 69 unfit; 2 your mistake.
 
 def run(arguments: Sequence[str]) -> int:
     """Print a report."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help:
         print(HELP)
         return 0
-    wanted = compose(line.words, config_dir=line.config_dir).run
+    if line.words and "=" not in line.words[0]:
+        wanted = stored_run(find_run(line.words[0], line.root).path, line.words[1:])
+    else:
+        wanted = compose(line.words, config_dir=line.config_dir).run
     hosts = wanted.backend.hosts(max_ranks=wanted.parallel.max_ranks)
     report = examine(
         hosts,

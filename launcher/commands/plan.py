@@ -12,12 +12,13 @@ from launcher.render import render
 from launcher.schema import to_tree
 
 HELP = """\
-launch plan [OVERRIDES] [--json]: print what a run would do, and start nothing.
+launch plan [OVERRIDES] [--json] [--root DIR]: print what a run would do, and start nothing.
 
   launch plan                                   the default run
   launch plan +exp=zero3_gpt2xl                 an experiment; the same as launch +exp=zero3_gpt2xl dry_run=true
   launch plan +exp=zero3_gpt2xl backend.ranks=1 with an option changed
   launch plan +exp=zero3_gpt2xl --json          everything, as plan.json holds it
+  launch plan 20260101                          what the run whose id begins so would do if it were started anew
 
 Every check is made that a run makes before it starts. Nothing is written.
 """
@@ -25,10 +26,14 @@ Every check is made that a run makes before it starts. Nothing is written.
 
 def run(arguments: Sequence[str]) -> int:
     """Print a plan, or the runs of a sweep."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help:
         print(HELP)
         return 0
+    if line.words and "=" not in line.words[0]:
+        from launcher.commands.rerun import run as rerun
+
+        return rerun([*arguments, "dry_run=true"])
     composed = compose(line.words, config_dir=line.config_dir, sweeping=line.multirun)
     if line.multirun or composed.sweep is not None:
         from launcher.commands.sweep import run as sweep

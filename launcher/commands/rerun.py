@@ -12,7 +12,7 @@ from launcher.runs import find_run
 from launcher.stored import start_stored, stored_run
 
 HELP = """\
-launch rerun RUN [OVERRIDES]: start a run with the configuration of RUN, in a new run directory.
+launch rerun RUN [OVERRIDES] [--root DIR]: start a run with the configuration of RUN, in a new run directory.
 
   launch rerun runs/gpt2_tiny/20260101-120000-abcd
   launch rerun 20260101-120000-abcd optimizer.lr=1e-4    the same, but for one value; an id is looked up in ./runs
@@ -24,12 +24,12 @@ It begins anew: the checkpoints of RUN are left alone. launch resume continues i
 
 def run(arguments: Sequence[str]) -> int:
     """Run what the first argument describes, changed by the others."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help or not line.words:
         print(HELP)
         return 0 if line.help else 2
-    folder = find_run(line.words[0], Path("runs")).path
-    return start_stored(_anew(folder, line.words[1:]), line)
+    folder = find_run(line.words[0], line.root).path
+    return start_stored(_anew(folder, line.words[1:]), line, folder=folder)
 
 
 def _anew(folder: Path, words: Sequence[str]) -> Run:

@@ -1,4 +1,4 @@
-"""``launch resume DIR``: continue a run in its own directory, from its newest complete checkpoint."""
+"""``launch resume RUN``: continue a run in its own directory, from its newest complete checkpoint."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 from launcher.commandline import parse_command_line
 from launcher.config import Run
-from launcher.errors import ConfigError
-from launcher.rundir import RunDir
+from launcher.runs import find_run
 from launcher.stored import start_stored, stored_run
 
 HELP = """\
-launch resume DIR [OVERRIDES]: continue the run in DIR from its newest complete checkpoint.
+launch resume RUN [OVERRIDES] [--root DIR]: continue RUN from its newest complete checkpoint.
 
   launch resume runs/gpt2_tiny/20260101-120000-abcd
-  launch resume runs/gpt2_tiny/20260101-120000-abcd job.steps=400    train on, further than planned
-  launch resume runs/gpt2_tiny/20260101-120000-abcd dry_run=true     print the plan, start nothing
+  launch resume 20260101-120000-abcd                   the same; an id, or how it begins, is looked up in ./runs
+  launch resume 20260101-120000-abcd job.steps=400     train on, further than planned
+  launch resume 20260101-120000-abcd dry_run=true      print the plan, start nothing
 
 The run keeps its directory and its W&B id. At the same number of ranks it continues exactly.
 """
@@ -25,14 +25,12 @@ The run keeps its directory and its W&B id. At the same number of ranks it conti
 
 def run(arguments: Sequence[str]) -> int:
     """Resume the run whose directory is the first argument."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help or not line.words:
         print(HELP)
         return 0 if line.help else 2
-    folder, words = Path(line.words[0]), line.words[1:]
-    if not RunDir(folder).snapshot.is_file():
-        raise ConfigError("resume", folder, why="holds no run.yaml", fix="name a run directory (runs/<name>/<id>)")
-    return start_stored(_continued(folder, words), line)
+    folder, words = find_run(line.words[0], line.root).path, line.words[1:]
+    return start_stored(_continued(folder, words), line, folder=folder)
 
 
 def _continued(folder: Path, words: Sequence[str]) -> Run:

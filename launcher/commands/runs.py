@@ -8,17 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.arguments import parse_arguments
-from launcher.runs import RunState, look, runs_below
+from launcher.arguments import Arguments, parse_arguments
+from launcher.rundir import RunDir
+from launcher.runs import RunState, find_run, look, runs_below
 from launcher.table import table
 from launcher.terminal import json_text, one_line
 from launcher.wording import duration_text
 
 HELP = """\
-launch runs [--root DIR] [--json]: list runs, the last started first.
+launch runs [RUN…] [--root DIR] [--json]: list runs, the last started first.
 
   launch runs                those in ./runs
-  launch runs --root DIR     those in another folder (run.root)
+  launch runs DIR            those in another folder (run.root); the same as --root DIR
+  launch runs 20260101       the one whose id begins so
   launch runs --json         with all digits
 
 status      running, or how it ended: completed, failed, preempted (launch resume continues it), cancelled;
@@ -36,8 +38,7 @@ def run(arguments: Sequence[str]) -> int:
     if line.help:
         print(HELP)
         return 0
-    line.no_words("runs")
-    states = [look(run_dir) for run_dir in runs_below(line.root)]
+    states = [look(run_dir) for run_dir in _wanted(line)]
     if "--json" in line.flags:
         print(json_text([_tree(state) for state in states]))
         return 0
@@ -52,11 +53,20 @@ def run(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _wanted(line: Arguments) -> list[RunDir]:
+    """Return the runs to list: all, or those that the words name, a folder of runs among them."""
+    found: list[RunDir] = []
+    for word in line.words:
+        inside = runs_below(Path(word)) if Path(word).is_dir() else []
+        found += inside or [find_run(word, line.root)]
+    return list(dict.fromkeys(found)) if line.words else runs_below(line.root)
+
+
 def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
     loss = state.metrics.get("train/loss")
     until = now if state.ended_at is None else state.ended_at
     return (
-        state.run_dir.path.relative_to(root.absolute()).as_posix().partition("/")[2],
+        _id_below(state.run_dir.path, root.absolute()),
         state.name,
         state.status,
         f"{state.step or 0}/{state.num_steps if state.num_steps is not None else '?'}",
@@ -66,6 +76,11 @@ def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
         duration_text(now - state.started_at),
         "-" if state.status == "lost" else duration_text(until - state.started_at),
     )
+
+
+def _id_below(path: Path, root: Path) -> str:
+    """Return the run's id, with the sweep it belongs to; the directory of a run that is elsewhere."""
+    return path.relative_to(root).as_posix().partition("/")[2] if path.is_relative_to(root) else str(path)
 
 
 def _ranks(state: RunState) -> str:

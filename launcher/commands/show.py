@@ -14,22 +14,23 @@ from launcher.subject import resolved_tree
 from launcher.terminal import json_text, printable
 
 HELP = """\
-launch show EXP [OVERRIDES] [--json]: print the whole configuration, every value resolved.
+launch show EXP|RUN [OVERRIDES] [--json] [--root DIR]: print the whole configuration, every value resolved.
 
   launch show zero3_gpt2xl                an experiment
   launch show default model=gpt2          the default run with another model
   launch show runs/gpt2_tiny/20260101-…   what a run was started with
+  launch show 20260101                    the run whose id begins so, in ./runs
 """
 
 
 def run(arguments: Sequence[str]) -> int:
     """Print a resolved configuration as YAML or JSON."""
-    line = parse_command_line(arguments)
+    line = parse_command_line(arguments, takes_runs=True)
     if line.help or not line.words:
         print(HELP)
         return 0 if line.help else 2
     subject = line.words[0] if len(line.words) == 1 else shlex.join(line.words)
-    tree = redact(resolved_tree(subject, config_dir=line.config_dir), os.environ)
+    tree = redact(resolved_tree(subject, config_dir=line.config_dir, root=line.root), os.environ)
     if line.json:
         print(json_text(tree))
     else:

@@ -153,7 +153,7 @@ def test_without_runs_there_is_no_newest(tmp_path) -> None:
         (["--jason"], "did you mean --json"),
         (["--root"], "lacks its value"),
         (["--root="], "lacks its value"),
-        (["gpt2"], "takes flags only"),
+        (["gpt2"], "is no run directory, and no run in runs"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:
@@ -163,7 +163,7 @@ def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:
 
 def test_help(capsys) -> None:
     assert run(["--help"]) == 0
-    assert "launch runs --root DIR" in capsys.readouterr().out
+    assert "launch runs [RUN…] [--root DIR]" in capsys.readouterr().out
 
 
 def test_a_machine_started_anew_runs_nothing_of_before(make_run, alive) -> None:

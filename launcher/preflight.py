@@ -13,6 +13,7 @@ from launcher.checkpoint.resume import changed_rate, find, misfits
 from launcher.checkpoint.store import quiet
 from launcher.checks import refuse_few_bits
 from launcher.config import Run
+from launcher.data.base import Corpus
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
 from launcher.jobs.generating import GeneratingJob
@@ -33,7 +34,7 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
         yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()
-        yield from run.data.preflight()
+        yield from _refuse_data(run, run.job)
         if run.job.resumes:
             yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
@@ -54,6 +55,13 @@ def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
             why = "its weights are quantised already"
             yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
         yield from refuse_few_bits(run, "model.weights", folder, instead="give weights that are not quantised")
+
+
+def _refuse_data(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    problems = list(run.data.preflight())
+    yield from problems
+    if not problems and isinstance(run.data, Corpus):
+        yield from run.data.refuse_short(job.sequence_length)
 
 
 def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -23,6 +24,13 @@ class Data(Component):
     def preflight(self) -> Iterator[ConfigError]:
         """Yield what the file system says against this data, without importing heavy packages."""
         yield from ()
+
+
+_MOST_TOKENS_OF_A_BYTE = 11
+"""Normalisation (NFKC) makes at most eleven bytes of one, and no tokenizer has tokens below bytes."""
+_SHORTEST_SEQUENCE = 2
+SMALL_CHARS = 1 << 18
+"""A corpus up to this size is read whole before anything starts."""
 
 
 class Piece(NamedTuple):
@@ -67,6 +75,67 @@ class Corpus(Data):
         if self.tokenizer.startswith(("/", "./", "../", "~")) and not Path(self.tokenizer).expanduser().is_dir():
             fix = "give a folder that save_pretrained wrote, or data.tokenizer=bpe"
             yield self.refuse("tokenizer", "there is no such folder", fix)
+
+    def refuse_short(self, sequence_length: int) -> Iterator[ConfigError]:
+        """Yield why a small corpus holds no sequence to learn from or none to evaluate; larger ones ranks count.
+
+        The BPE is trained as a rank would, so the number is exact; another tokenizer is not loaded here, and makes at
+        most eleven tokens of a byte.
+        """
+        try:
+            pieces = self.small_pieces()
+        except ConfigError as error:
+            yield error
+            return
+        if pieces is None:
+            return
+        documents = sum(piece.ends for piece in pieces)
+        if self.tokenizer == "bpe":
+            from launcher.data.bpe import count_tokens
+
+            num_tokens = count_tokens(pieces, vocab_size=self.vocab_size) + documents
+        else:
+            num_tokens = _MOST_TOKENS_OF_A_BYTE * sum(len(piece.text.encode()) for piece in pieces) + documents
+        if problem := self.split_problem(num_tokens, sequence_length):
+            yield problem
+
+    def split_problem(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
+        """Return why a corpus of ``num_tokens`` leaves a split without a sequence; ``None`` if both have one."""
+        needed, held_out = sequence_length + 1, round(num_tokens * self.held_out)
+        train = num_tokens - held_out
+        if min(train, held_out) >= needed:
+            return None
+        takes = f"and one sequence takes {sequence_length} + 1"
+        shares = (
+            (math.ceil(needed / num_tokens * 10**digits) / 10**digits for digits in (2, 3, 4)) if num_tokens else ()
+        )
+        fitting = [share for share in shares if needed <= round(num_tokens * share) <= num_tokens - needed]
+        longest, halves = min(train, held_out) - 1, num_tokens // 2 - 1
+        if fitting:
+            fix = f"set data.held_out={fitting[0]:g}, or give more text"
+        elif longest >= _SHORTEST_SEQUENCE:
+            fix = f"give more text, or set job.sequence_length={longest}"
+        elif halves >= _SHORTEST_SEQUENCE:
+            fix = f"give more text, or set job.sequence_length={halves} data.held_out=0.5"
+        else:
+            fix = "give more text"
+        if fitting and train >= needed:
+            return self.refuse("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
+        why = f"has {num_tokens} tokens, {train} to learn from and {held_out} to evaluate, {takes}"
+        return ConfigError(self.source_option, why=why, fix=fix)
+
+    @property
+    def source_option(self) -> str:
+        """The option that names the text."""
+        return "data.path"
+
+    def small_pieces(self) -> list[Piece] | None:
+        """Return the whole text of a small local corpus; ``None`` of others.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None
 
     @property
     def cache_folder(self) -> Path:

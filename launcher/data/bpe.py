@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from launcher.data.base import Piece
 from launcher.models.tokenizer import Tokenizer
 
 END = "<|endoftext|>"
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 _TRAINED_ON_CHARS = 64 << 20
 """Merges hardly change beyond this much text, and training would take minutes."""
 
@@ -42,6 +44,23 @@ def read_bpe(file: Path) -> Tokenizer:
 
     inner = Inner.from_file(str(file))
     return Tokenizer(inner=inner, end_id=inner.token_to_id(END))
+
+
+def count_tokens(pieces: Sequence[Piece], *, vocab_size: int) -> int:
+    """Return how many tokens the BPE trained on ``pieces`` makes of them, without ends of documents.
+
+    It leaves no threads behind, which a process that forks later would warn about.
+    """
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        tokenizer = train_bpe(pieces, vocab_size=vocab_size)
+        return sum(len(tokenizer.encode(piece.text)) for piece in pieces)
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before
 
 
 def _beginning(pieces: Iterable[Piece]) -> Iterator[str]:

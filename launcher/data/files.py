@@ -1,19 +1,34 @@
-"""Local files: globs, what keeps them from being text, fingerprints and reading in pieces. Standard library only."""
+"""Local files: globs, fingerprints, and text in pieces."""
 
 from __future__ import annotations
 
 import codecs
 import glob
 import hashlib
+import io
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from launcher.data.base import Piece
+from launcher.data.formats import (
+    FORMAT_OF,
+    FileFormat,
+    full_ending,
+    has_nul,
+    kind_of_ending,
+    not_utf8,
+    open_bytes,
+    override_word,
+)
 from launcher.errors import ConfigError
 
-_LOOKED_AT_BYTES = 1 << 20
+_END_BYTES = 1 << 20
 _HASHED_WHOLE_BYTES = 256 << 20
-_PIECE_CHARS = 1 << 16
+_PIECE_BYTES = 1 << 16
+_MOST_FILES = 10_000
+_ERRORS_SHOWN = 8
 
 
 def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[ConfigError]]:
@@ -31,37 +46,41 @@ def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[Co
         elif Path(full).is_file():
             files.add(Path(full))
         elif Path(full).is_dir():
-            fix = f"name its files: {option}='{pattern.rstrip('/')}/**/*.txt'"
-            errors.append(ConfigError(option, pattern, why="is a folder", fix=fix))
+            errors.append(_refuse_folder(Path(full), pattern, option))
         else:
             why = f"there is no such file (seen from {Path.cwd()})"
             errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give it whole"))
     return sorted(files), errors
 
 
-def text_problem(file: Path, *, option: str) -> ConfigError | None:
-    """Return why ``file`` is not text, judging by its size and first mebibyte; ``None`` when it looks fine."""
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(_LOOKED_AT_BYTES)
-    except OSError as error:
-        return ConfigError(option, file, why=f"cannot be read: {error.strerror}", fix="check its permissions")
-    if not start.strip():
-        return ConfigError(option, file, why="is empty", fix="give a file with text in it")
-    if b"\0" in start:
-        fix = "give UTF-8 text; data=hf reads parquet, JSON and CSV"
-        return ConfigError(option, file, why="is not text: it has NUL bytes", fix=fix)
-    try:
-        codecs.getincrementaldecoder("utf-8")().decode(start, final=len(start) < _LOOKED_AT_BYTES)
-    except UnicodeDecodeError as error:
-        return _not_utf8(file, option, position=error.start, byte=start[error.start])
-    return None
+def first_errors(errors: Iterator[ConfigError], *, option: str) -> Iterator[ConfigError]:
+    """Yield the first few errors about files, and in one more how many there are besides."""
+    yield from itertools.islice(errors, _ERRORS_SHOWN)
+    if left := sum(1 for _ in errors):
+        yield ConfigError(option, why=f"{left:,} more files are refused", fix="mend the ones above first")
 
 
-def _not_utf8(file: Path, option: str, *, position: int, byte: int) -> ConfigError:
-    why = f"is not UTF-8: byte 0x{byte:02x} at position {position}"
-    fix = f"convert it: iconv -f latin1 -t utf-8 '{file}' > text.txt"
-    return ConfigError(option, file, why=why, fix=fix)
+def endings(folder: Path) -> Counter[str]:
+    """Return how many files of each ending a folder holds, hidden ones left out; ``.jsonl.gz`` counts as one."""
+    found: Counter[str] = Counter()
+    for file in itertools.islice(folder.rglob("*"), _MOST_FILES):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            found[full_ending(file)] += 1
+    return found
+
+
+def _refuse_folder(folder: Path, pattern: str, option: str) -> ConfigError:
+    """Return the error for a folder in place of files, with the pattern for what most of its files are."""
+    found = endings(folder)
+    if not found:
+        return ConfigError(option, pattern, why="is a folder without files", fix="give a folder that holds some")
+    ending = max(found, key=lambda ending: (found[ending], kind_of_ending(ending) == "text", ending == ".txt"))
+    kind = kind_of_ending(ending)
+    files = f"{pattern.rstrip('/')}/**/*{ending}"
+    words = override_word(option, files if option == "data.path" else [files])
+    if option == "data.path" and kind in FORMAT_OF:
+        words = f"data=hf data.path={FORMAT_OF[kind]} {override_word('data.files', [files])}"
+    return ConfigError(option, pattern, why="is a folder", fix=f"name its files: {words}")
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -77,28 +96,53 @@ def fingerprint(files: Iterable[Path]) -> str:
             if status.st_size <= _HASHED_WHOLE_BYTES:
                 content = hashlib.file_digest(stream, "sha256").digest()
             else:
-                ends = stream.read(_LOOKED_AT_BYTES)
-                stream.seek(-_LOOKED_AT_BYTES, 2)
+                ends = stream.read(_END_BYTES)
+                stream.seek(-_END_BYTES, 2)
                 ends += stream.read()
                 content = f"{status.st_size} {status.st_mtime_ns}".encode() + hashlib.sha256(ends).digest()
         digest.update(content)
     return digest.hexdigest()
 
 
-def read_pieces(file: Path, *, option: str) -> Iterator[Piece]:
+def read_pieces(file: Path, found: FileFormat) -> Iterator[Piece]:
     """Yield a text file as one document, cut at line ends into pieces of about 64 thousand characters.
 
     Raises:
-        ConfigError: a byte further in than the preflight looked is not UTF-8.
+        BadFile: a byte further in than the preflight looked is NUL or not UTF-8, or the file is damaged.
     """
-    rest = ""
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            while block := stream.read(_PIECE_CHARS):
-                text = rest + block
-                cut = text.rfind("\n") + 1 or len(text)
+    rest, position = "", 0
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    with open_bytes(file, found.compression) as stream:
+        while True:
+            block = stream.read(_PIECE_BYTES)
+            start = position - len(decoder.getstate()[0])  # of a letter whose first bytes the last block ended with
+            try:
+                decoded = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at, byte = start + error.start, error.object[error.start]
+                raise not_utf8(file, position=at, byte=byte, compression=found.compression) from error
+            if "\0" in decoded:
+                raise has_nul(file, position=position + block.index(0), compression=found.compression)
+            if start == 0:
+                decoded = decoded.removeprefix("\ufeff")
+            text = rest + newlines.decode(decoded, final=not block)
+            position += len(block)
+            if not block:
+                break
+            cut = text.rfind("\n") + 1 or len(text)
+            if cut:
                 yield Piece(text[:cut], ends=False)
-                rest = text[cut:]
-    except UnicodeDecodeError as error:
-        raise _not_utf8(file, option, position=error.start, byte=error.object[error.start]) from error
-    yield Piece(rest, ends=True)
+            rest = text[cut:]
+    yield Piece(text, ends=True)
+
+
+def beginning(pieces: Iterable[Piece], most: int) -> list[Piece] | None:
+    """Return all pieces of a corpus of at most ``most`` characters, ``None`` of a larger one."""
+    found, left = [], most
+    for piece in pieces:
+        found.append(piece)
+        left -= len(piece.text)
+        if left < 0:
+            return None
+    return found

@@ -82,12 +82,8 @@ def _open_corpus(data: Corpus, model: Model, *, context: int, sequence_length: i
     cut = len(stream) - round(len(stream) * data.held_out)
     train = Windows(stream=stream, first=0, last=cut, length=sequence_length)
     held_out = Windows(stream=stream, first=cut, last=len(stream), length=sequence_length)
-    for option, value, windows in (("data.path", None, train), ("data.held_out", data.held_out, held_out)):
-        if not windows.num_sequences:
-            size = windows.last - windows.first
-            why = f"leaves {size} of {len(stream)} tokens, and one sequence takes {sequence_length} + 1"
-            fix = f"give more text, or set job.sequence_length below {max(size, 2)}"
-            raise ConfigError(option, value, why=why, fix=fix)
+    if problem := data.split_problem(len(stream), sequence_length):
+        raise problem
     beat()
     known, asked = (stream.read(part.first, min(part.last, part.first + _COUNTED_TOKENS)) for part in (train, held_out))
     vocab_size = tokenizer.vocab_size

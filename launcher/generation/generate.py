@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import time
 from typing import TYPE_CHECKING
 
 import torch
 
+from launcher.data.formats import BadFile
 from launcher.engines.distributed import disconnect
-from launcher.errors import EXIT_PREEMPTED, ConfigErrors
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
+from launcher.files import read_json, write_json
 from launcher.generation.merge import merge
 from launcher.generation.parts import Index, PartWriter
-from launcher.generation.source import BadSource
 from launcher.generation.task import claim_output, keep_task, stored_task, task_of
 from launcher.generation.work import Worker
 from launcher.serving.choose import chosen_generator
@@ -19,9 +22,11 @@ from launcher.serving.ranks import engine_of_ranks
 from launcher.serving.words import open_words
 from launcher.training.memory import peak_bytes
 from launcher.training.metrics import MetricsWriter
+from launcher.wording import times
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from launcher.context import Context
     from launcher.jobs.generate import Generate
@@ -36,6 +41,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
 
     Raises:
         ConfigError: the input cannot be read, or the run directory holds answers to something else.
+        JobError: lines were bad; the answers to the others are written first.
         SystemExit: with the code that means "resume me", when the run was asked to make room.
     """
 
@@ -46,14 +52,17 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     try:
         size = source.count(beat=beat)
         task = task_of(context.run, job, source, digest=source.digest(beat=beat))
-    except (BadSource, OSError) as error:
-        raise job.refuse("input", str(error), "mend the file, or set job.format") from error
+    except BadFile as bad:
+        raise job.refuse("input", bad.why, bad.fix) from bad
+    except OSError as error:
+        raise job.refuse("input", str(error), "check the disk it is on") from error
     folder.mkdir(exist_ok=True)
     stored = stored_task(folder)
     if stored is not None and (problems := list(task.problems(stored, job))):
         raise ConfigErrors(problems)
     if (folder / "done").exists() and output.exists():
         print(f"all {size:,} lines are in {output} already", flush=True)
+        _refuse_bad_lines(job, context, folder / "done", output=output, size=size)
         return
     if stored is None:
         keep_task(folder, task)
@@ -102,10 +111,35 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     claim_output(folder, output)
     merge(index, output, beat=lambda: context.heartbeat.beat("merge", size))
     _conclude(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
-    (folder / "done").touch()
+    write_json(folder / "done", {"bad": index.num_errors, "first": _line_of(output, index.first_error)})
     for part in folder.glob("*.part"):
         part.unlink()
     print(f"answers: {output}", flush=True)
+    _refuse_bad_lines(job, context, folder / "done", output=output, size=size)
+
+
+def _line_of(output: Path, number: int | None) -> str:
+    """Return what the output says of a bad line."""
+    if number is None:
+        return ""
+    with output.open("rb") as file:
+        found = json.loads(next(itertools.islice(file, number, None)))
+    return f"line {found['line']:,}: {found['error']}"
+
+
+def _refuse_bad_lines(job: Generate, context: Context, done: Path, *, output: Path, size: int) -> None:
+    """End the run on the first rank as one with bad input if a line had no answer; the output is there all the same.
+
+    Raises:
+        JobError: with the code for bad input.
+    """
+    if not context.is_main or not done.stat().st_size:  # runs of earlier versions left an empty file
+        return
+    ended = read_json(done)
+    if ended["bad"]:
+        why = f"{ended['bad']:,} of {times(size, 'line')} {'is' if ended['bad'] == 1 else 'are'} bad"
+        where = f"{output} holds the answers to the others, and each bad line's reason in its field error"
+        raise JobError(f"job.input={job.input}: {why}; {ended['first']}. {where}", exit_code=EXIT_BAD_INPUT)
 
 
 def _engine_of_ranks(

@@ -83,6 +83,8 @@ class Index:
         self._files: list[Path] = []
         self._read: dict[Path, int] = {}
         self.num_done = self.num_errors = self.num_tokens = 0
+        self.first_error: int | None = None
+        """Number of the first bad record."""
 
     def __contains__(self, number: int) -> bool:
         return self._places[number] != _MISSING
@@ -114,7 +116,9 @@ class Index:
         self._places[number] = self._files.index(path) << _OFFSET_BITS | offset
         self.num_done += 1
         self.num_tokens += tokens
-        self.num_errors += is_error
+        if is_error:
+            self.num_errors += 1
+            self.first_error = min(number, number if self.first_error is None else self.first_error)
 
     def answers(self) -> Iterator[bytes]:
         """Yield the answers in the order of records, each with its end of line."""

@@ -1,40 +1,58 @@
-"""A file of prompts, read a line at a time: JSON lines, CSV or plain text, of any length."""
+"""A file of prompts, read a line at a time: JSON lines, a JSON list, a table or plain text, of any length."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import shlex
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, Literal
 
-Format = Literal["jsonl", "csv", "text"]
+from launcher.data.formats import NAMES, BadFile, FileFormat, has_lone_returns, inspect
+from launcher.data.rows import Record as Record
+from launcher.data.rows import read_rows, table_header
+from launcher.suggest import did_you_mean
+
+Format = Literal["jsonl", "json", "csv", "text"]
 
 LONGEST_LINE_BYTES = 16 * 2**20
 """A longer line is refused: a file without line breaks must not fill the memory."""
 
 _BLOCK = 1 << 20
-_BOM = b"\xef\xbb\xbf"
 _TEXT_COLUMNS = ("prompt", "id")
-"""Of a CSV file; what stands in others is read as JSON where it is some."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """What one line asks for, or why it cannot be read."""
-
-    number: int
-    """Its place among the lines that are not blank, from 0."""
-    line: int
-    """Its line in the file, from 1; where it begins, if it takes several."""
-    fields: dict[str, Any]
-    problem: str = ""
-
-
-class BadSource(Exception):
-    """The file as a whole is none of its kind."""
+"""Of a table; what stands in others is read as JSON where it is some."""
+_PLAIN = "job.format=text"
+_TO_LINES = "import datasets, sys; datasets.Dataset.from_{kind}(sys.argv[1]).to_json(sys.argv[2])"
+_MEANT = {
+    **dict.fromkeys(
+        (
+            "text",
+            "input",
+            "inputs",
+            "question",
+            "query",
+            "instruction",
+            "content",
+            "prompts",
+            "user",
+            "request",
+            "body",
+        ),
+        "prompt",
+    ),
+    **dict.fromkeys(("conversation", "conversations", "chat", "dialog", "dialogue", "history"), "messages"),
+    **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "n_predict"), "max_tokens"),
+    "num_beams": "beams",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "stop_token_ids": "stop_ids",
+    "ignore_eos": "ignore_end",
+    "logit_bias": "bias",
+    "no_repeat_ngram_size": "no_repeat_ngram",
+}
+"""Names that other programs and data sets have for a field."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,20 +60,33 @@ class Source:
     """The file, and how it is written."""
 
     path: Path
-    format: Format
+    written: FileFormat
+
+    @property
+    def format(self) -> str:
+        """How it is written, as ``job.format`` says it."""
+        return self.written.kind
 
     def records(self, wanted: Callable[[int], bool]) -> Iterator[Record]:
         """Yield the records whose number is ``wanted``; blank lines are none.
 
         Raises:
-            BadSource: a CSV file without a header that names prompts.
+            BadFile: a table without a header that names prompts, or a file that is damaged.
             OSError: it cannot be read.
         """
-        with self.path.open("rb") as file:
-            if self.format == "csv":
-                yield from _csv(file, wanted)
-            else:
-                yield from _lines(file, wanted, _json_fields if self.format == "jsonl" else _text_fields)
+        is_table = self.written.kind == "csv"
+        if is_table:
+            _check_header(table_header(self.path, self.written, longest_line=LONGEST_LINE_BYTES))
+        found = read_rows(
+            self.path,
+            self.written,
+            wanted,
+            longest_line=LONGEST_LINE_BYTES,
+            text_field="prompt",
+            takes_nan=False,
+        )
+        for record in found:
+            yield replace(record, fields=_fields_of(record.fields)) if is_table else record
 
     def count(self, *, beat: Callable[[], None]) -> int:
         """Return how many records there are."""
@@ -82,95 +113,56 @@ class Source:
         return found.hexdigest()
 
 
-def _raw_lines(file: BinaryIO) -> Iterator[tuple[int, bytes | None]]:
-    """Yield number and bytes of each line; ``None`` for one that is too long."""
-    number = 0
-    while line := file.readline(LONGEST_LINE_BYTES + 1):
-        number += 1
-        if len(line) > LONGEST_LINE_BYTES and not line.endswith(b"\n"):
-            while (more := file.readline(_BLOCK)) and not more.endswith(b"\n"):
-                pass
-            yield number, None
-        else:
-            yield number, line.removeprefix(_BOM) if number == 1 else line
+def open_source(path: Path, format_: Literal[Format, "auto"] = "auto") -> Source:
+    """Return the file of prompts at ``path``, with its compression found by itself.
+
+    Args:
+        path: the file.
+        format_: how it is written; ``auto`` goes by content and ending.
+
+    Raises:
+        BadFile: it is empty, damaged, or neither UTF-8 text nor of a format that holds prompts.
+    """
+    found = inspect(path, plain=_PLAIN, as_text=format_ == "text", by_row=True)
+    if found.kind in ("parquet", "arrow"):
+        code = _TO_LINES.format(kind="parquet" if found.kind == "parquet" else "file")
+        command = shlex.join(["python", "-c", code, str(path), str(path.with_suffix(".jsonl"))])
+        raise BadFile(f"is {NAMES[found.kind]}, which is not read for prompts", f"write JSON lines: {command}")
+    if found.kind == "markup":
+        raise BadFile(f"holds {NAMES[found.kind]}", f"extract its text, or set {_PLAIN} for a prompt a line")
+    if found.lone_returns and found.kind != "json":
+        raise has_lone_returns(path, found.compression)
+    if format_ != "auto" and found.kind == "text":
+        found = replace(found, kind=format_)
+    if format_ not in ("auto", found.kind):
+        why = f"holds {NAMES[found.kind]}, and job.format is {format_}"
+        raise BadFile(why, f"set job.format=auto, or {_PLAIN} for a prompt a line")
+    return Source(path=path, written=found)
 
 
-def _lines(
-    file: BinaryIO, wanted: Callable[[int], bool], fields_of: Callable[[str], dict[str, Any]]
-) -> Iterator[Record]:
-    number = -1
-    for line, raw in _raw_lines(file):
-        if raw is not None and not raw.strip():
-            continue
-        number += 1
-        if not wanted(number):
-            continue
-        if raw is None:
-            yield Record(number, line, {}, f"is longer than {LONGEST_LINE_BYTES:,} bytes")
-            continue
-        try:
-            yield Record(number, line, fields_of(raw.rstrip(b"\r\n").decode()))
-        except UnicodeDecodeError as error:
-            yield Record(number, line, {}, f"is not UTF-8: byte {error.start + 1}")
-        except (ValueError, RecursionError) as error:
-            yield Record(number, line, {}, f"is no JSON object: {error}")
+def unknown_field(name: str, known: Iterable[str], *, beside: Iterable[str]) -> str:
+    """Return what is wrong with a field that no line has, and which one may be meant.
+
+    Args:
+        name: of the field.
+        known: all fields there are.
+        beside: the other fields of the line, which are not meant by this one.
+    """
+    meant = _MEANT.get(name.lower())
+    if meant is None or meant in beside:
+        return f"{name}: no such field; {did_you_mean(name, known)}"
+    return f"{name}: no such field; did you mean {meant}?"
 
 
-def _json_fields(text: str) -> dict[str, Any]:
-    found = json.loads(text, parse_constant=_no_constant)
-    if not isinstance(found, dict):
-        raise ValueError("it is something else")  # noqa: TRY004 (of the file, not of the program)
-    return found
+def _check_header(header: list[str]) -> None:
+    if not {"prompt", "messages"} & set(header):
+        near = [name for name in header if _MEANT.get(name.lower()) in ("prompt", "messages")]
+        fix = f"did you mean {_MEANT[near[0].lower()]} by {near[0]}?" if near else "rename the one that holds it"
+        raise BadFile(f"its header needs a column prompt; it has {', '.join(header)}", fix)
 
 
-def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
-
-
-def _text_fields(text: str) -> dict[str, Any]:
-    return {"prompt": text}
-
-
-def _csv(file: BinaryIO, wanted: Callable[[int], bool]) -> Iterator[Record]:
-    csv.field_size_limit(LONGEST_LINE_BYTES)
-    rows = csv.reader(_decoded(file), strict=True)
-    try:
-        header = next(rows, [])
-    except csv.Error as error:
-        raise BadSource(f"its header cannot be read: {error}") from error
-    if len(set(header)) < len(header) or not {"prompt", "messages"} & set(header):
-        raise BadSource(f"its header needs a column prompt, each column once; it has {', '.join(header) or 'none'}")
-    number = -1
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            number += 1
-            if wanted(number):
-                yield Record(number, line, {}, f"is no CSV: {error}")
-            continue
-        if row is None:
-            return
-        if row:
-            number += 1
-            if wanted(number):
-                yield _record(number, line, header, row)
-
-
-def _decoded(file: BinaryIO) -> Iterator[str]:
-    """Yield lines as text; bytes that are not UTF-8 stay visible, so that only their row is refused."""
-    for _, raw in _raw_lines(file):
-        yield "\udcff\n" if raw is None else raw.decode(errors="surrogateescape")
-
-
-def _record(number: int, line: int, header: list[str], row: list[str]) -> Record:
-    if len(row) != len(header):
-        return Record(number, line, {}, f"has {len(row)} cells, and the header names {len(header)} columns")
-    if any("\udc80" <= character <= "\udcff" for cell in row for character in cell):
-        return Record(number, line, {}, f"is not UTF-8, or longer than {LONGEST_LINE_BYTES:,} bytes")
-    cells = zip(header, row, strict=True)
-    return Record(number, line, {name: _value(name, cell) for name, cell in cells if cell or name == "prompt"})
+def _fields_of(cells: dict[str, Any]) -> dict[str, Any]:
+    return {name: _value(name, cell) for name, cell in cells.items() if cell or name == "prompt"}
 
 
 def _value(name: str, cell: str) -> Any:

@@ -8,12 +8,11 @@ from dataclasses import dataclass, fields
 from typing import Any, cast
 
 from launcher.errors import ConfigError
-from launcher.generation.source import Record
+from launcher.generation.source import Record, unknown_field
 from launcher.schema import build
 from launcher.serving.ranges import out_of_range, stops_problem
 from launcher.serving.values import Sampling
 from launcher.serving.words import NoTemplate, Words
-from launcher.suggest import did_you_mean
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
 FIELDS = ("prompt", "messages", "id", "stop", *SAMPLING_FIELDS)
@@ -48,11 +47,7 @@ def wish_of(record: Record, usual: Mapping[str, Any], words: Words, *, seed: int
     Raises:
         BadLine: it cannot be done.
     """
-    if record.problem:
-        raise BadLine(record.problem)
-    for name in record.fields:
-        if name not in FIELDS:
-            raise BadLine(f"{name}: no such field; {did_you_mean(name, FIELDS)}")
+    check_fields(record)
     given = {name: value for name, value in record.fields.items() if value is not None}
     asked = {**usual, **given}
     sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
@@ -60,6 +55,22 @@ def wish_of(record: Record, usual: Mapping[str, Any], words: Words, *, seed: int
         asked["seed"] = seed_of(seed, record.line)
         sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
     return Wish(prompt=_prompt(given, words), sampling=sampling, stop=_stop(asked.get("stop", ())))
+
+
+def check_fields(record: Record) -> None:
+    """Refuse a line that cannot be read, has fields that do not exist, or no prompt: what can be said without a model.
+
+    Raises:
+        BadLine: says what is wrong.
+    """
+    if record.problem:
+        raise BadLine(record.problem)
+    for name in record.fields:
+        if name not in FIELDS:
+            raise BadLine(unknown_field(name, FIELDS, beside=record.fields))
+    given = {name for name, value in record.fields.items() if value is not None}
+    if ("prompt" in given) == ("messages" in given):
+        raise BadLine("needs prompt or messages, and not both")
 
 
 def seed_of(seed: int, line: int) -> int:
@@ -79,8 +90,6 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
 
 
 def _prompt(given: Mapping[str, Any], words: Words) -> tuple[int, ...]:
-    if ("prompt" in given) == ("messages" in given):
-        raise BadLine("needs prompt or messages, and not both")
     ids = _chat(given["messages"], words) if "messages" in given else _text_or_ids(given["prompt"], words)
     if not ids:
         raise BadLine("prompt: is empty")

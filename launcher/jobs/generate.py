@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from launcher.data.formats import BadFile
 from launcher.errors import ConfigError
-from launcher.generation.source import Format, Source
+from launcher.generation.source import Source, open_source
 from launcher.generation.task import owns_output, stored_task, task_of
 from launcher.jobs.generating import GeneratingJob
 
@@ -23,7 +25,8 @@ _USUAL = (
     *("repetition_penalty", "no_repeat_ngram", "beams"),
 )
 """Options that are fields of a line, too."""
-_FORMATS: Mapping[str, Format] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".txt": "text"}
+_ROWS_TRIED = 1000
+"""If all of the first so many lines are bad, nothing is started."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +42,9 @@ class Generate(GeneratingJob):
     """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
     numbers) or ``messages`` (a chat), and whatever of ``id``, ``stop`` and the ways to sample it wants otherwise."""
 
-    format: Literal["auto", "jsonl", "csv", "text"] = "auto"
-    """How it is written; ``auto`` goes by the ending: .jsonl, .csv with a header, .txt with a prompt a line."""
+    format: Literal["auto", "jsonl", "json", "csv", "text"] = "auto"
+    """How it is written; ``auto`` goes by content and ending: JSON lines, a JSON list, a table with a header, or text
+    with a prompt a line. It may be compressed (gzip, bz2, xz, zstd)."""
 
     output: str | None = None
     """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
@@ -89,10 +93,6 @@ class Generate(GeneratingJob):
             yield self.refuse("stop", why, "give fewer or shorter ones")
         if "" in self.stop:
             yield self.refuse("stop", "an empty text would end every answer", "leave it out")
-        if self.format == "auto" and self.input != SAMPLE and Path(self.input).suffix.lower() not in _FORMATS:
-            yield self.refuse(
-                "input", f"its ending is none of {', '.join(_FORMATS)}", "set job.format=jsonl, csv or text"
-            )
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -105,12 +105,17 @@ class Generate(GeneratingJob):
         return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
 
     def source(self) -> Source:
-        """Return the input."""
+        """Return the input.
+
+        Raises:
+            ConfigError: it holds no prompts.
+        """
         if self.input == SAMPLE:
-            return Source(path=Path(__file__).parent.parent / "generation" / "sample.jsonl", format="jsonl")
-        path = Path(self.input).expanduser()
-        format_: Format = _FORMATS[path.suffix.lower()] if self.format == "auto" else self.format
-        return Source(path=path, format=format_)
+            return open_source(Path(__file__).parent.parent / "generation" / "sample.jsonl")
+        try:
+            return open_source(Path(self.input).expanduser(), self.format)
+        except BadFile as bad:
+            raise self.refuse("input", bad.why, bad.fix) from bad
 
     def output_path(self, run_dir: RunDir) -> Path:
         """Return the file of answers."""
@@ -134,9 +139,15 @@ class Generate(GeneratingJob):
     def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
         yield from super().preflight(run, run_dir)
-        source, output = self.source(), self.output_path(run_dir)
-        if not source.path.is_file():
-            yield self.refuse("input", "there is no such file", "give a file of prompts, or job.input=sample")
+        output = self.output_path(run_dir)
+        if self.input != SAMPLE and not Path(self.input).expanduser().is_file():
+            yield self._refuse_missing()
+            return
+        try:
+            source = self.source()
+            yield from self.refuse_lines(source)
+        except ConfigError as error:
+            yield error
             return
         if not output.parent.is_dir() and self.output is not None:
             yield self.refuse("output", f"there is no folder {output.parent}", "make it, or choose another")
@@ -146,9 +157,37 @@ class Generate(GeneratingJob):
         if output.exists() and not owns_output(run_dir.generated, output):
             yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
 
+    def _refuse_missing(self) -> ConfigError:
+        if Path(self.input).expanduser().is_dir():
+            return self.refuse("input", "is a folder", "give one file of prompts: cat FOLDER/*.jsonl > prompts.jsonl")
+        return self.refuse("input", "there is no such file", "give a file of prompts, or job.input=sample")
+
+    def refuse_lines(self, source: Source) -> Iterator[ConfigError]:
+        """Yield why no line at the beginning can be answered, if that is so."""
+        from launcher.generation.wish import BadLine, check_fields
+
+        first, tried = "", 0
+        try:
+            for record in itertools.islice(source.records(lambda number: True), _ROWS_TRIED):
+                tried += 1
+                try:
+                    check_fields(record)
+                except BadLine as bad:
+                    first = first or f"line {record.line:,}: {bad}"
+                else:
+                    return
+        except BadFile as bad:
+            yield self.refuse("input", bad.why, bad.fix)
+            return
+        why = f"{first} ({'its only line' if tried == 1 else f'all {tried:,} lines that were read are bad'})"
+        yield self.refuse("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
+
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield from where to where, and how requests are put together."""
-        yield "input", f"{self.input} ({self.source().format})"
+        try:
+            yield "input", f"{self.input} ({self.source().format})"
+        except ConfigError:  # which the preflight reports
+            yield "input", self.input
         yield "output", self.output or "generated.jsonl"
         several = "of all" if self.spreads(run) else "on each of"
         yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine

@@ -61,14 +61,16 @@ def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
 
 def test_wrong_columns_splits_and_files_are_the_users_mistakes(rows: MakeRows, tmp_path: Path) -> None:
     file = json_file(tmp_path)
-    with pytest.raises(ConfigError, match=r"data.column=body: json has no such column; set .* one of text, n"):
+    with pytest.raises(
+        ConfigError, match=r"data.column=body: .*x.jsonl has no such column; it has text, n; choose from: text"
+    ):
         next(rows("json", file, column="body").pieces())
-    with pytest.raises(ConfigError, match=r"data.column=n: row 0 holds int, not text"):
+    with pytest.raises(ConfigError, match=r"data.column=n: line 1 of .* has no text in column n: it is a number"):
         next(rows("json", file, column="n").pieces())
     with pytest.raises(ConfigError, match=r"data.path=json: datasets cannot read it: Unknown split"):
         next(rows("json", file, split="test").pieces())
     file.write_text("{not json")
-    with pytest.raises(ConfigError, match=r"data.path=json: datasets cannot read it"):
+    with pytest.raises(ConfigError, match=r"data.files=.*x.jsonl: ends in .jsonl and holds no JSON lines"):
         next(rows("json", file).pieces())
 
 

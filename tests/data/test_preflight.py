@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from launcher.data.base import Data
-from launcher.data.files import expand, read_pieces
+from launcher.data.files import expand
 from launcher.data.hf import HfData
+from launcher.data.open import open_splits
 from launcher.data.text import Text
 from launcher.errors import ConfigError
+from launcher.models.gpt2 import Gpt2
 
 
 def problems(data: Data) -> list[str]:
@@ -27,10 +31,10 @@ def written(path: Path, content: bytes) -> str:
     [
         (b"", "is empty"),
         (b" \n\n ", "is empty"),
-        (b"text\0more", "is not text: it has NUL bytes"),
+        (b"text\0more", "has NUL bytes, the first at position 4; take them out: tr -d "),
         ("été".encode("latin1"), "is not UTF-8: byte 0xe9 at position 0; convert it: iconv -f latin1 -t utf-8"),
-        ("text".encode("utf-16"), "is not text: it has NUL bytes"),
-        (b"\x89PNG\r\n\x1a\n", "is not UTF-8: byte 0x89 at position 0"),
+        ("text".encode("utf-16"), "is UTF-16, not UTF-8; convert it: iconv -f utf-16"),
+        (b"\x89PNG\r\n\x1a\n", "is a picture"),
         (b"cut short \xc3", "is not UTF-8: byte 0xc3 at position 10"),
     ],
 )
@@ -55,7 +59,7 @@ def test_every_bad_path_is_named_at_once(tmp_path: Path) -> None:
         f"data.path={empty}: is empty",
         f"data.path={tmp_path}/*.rst: matches no file",
         "data.path=missing.txt: there is no such file",
-        f"data.path={tmp_path}: is a folder; name its files: data.path='{tmp_path}/**/*.txt'",
+        f"data.path={tmp_path}: is a folder; name its files: 'data.path={tmp_path}/**/*.txt'",
     ):
         assert any(problem.startswith(expected) for problem in found), expected
 
@@ -66,13 +70,6 @@ def test_globs_cross_folders_and_names_come_once_and_sorted(tmp_path: Path) -> N
     found, errors = expand([f"{tmp_path}/**/*.txt", names[0], names[2]], option="data.path")
     assert not errors
     assert [str(file) for file in found] == sorted(names)
-
-
-def test_a_bad_byte_far_into_a_file_is_found_on_reading(tmp_path: Path) -> None:
-    name = written(tmp_path / "file.txt", b"line\n" * 300_000 + b"\xff")
-    assert not problems(Text(path=name))
-    with pytest.raises(ConfigError, match="is not UTF-8: byte 0xff"):
-        list(read_pieces(Path(name), option="data.path"))
 
 
 def test_values_that_cannot_work_are_refused() -> None:
@@ -88,7 +85,7 @@ def test_values_that_cannot_work_are_refused() -> None:
 def test_local_data_sets(tmp_path: Path) -> None:
     assert "there is no such file" in problems(HfData(path="json", files=("nowhere.jsonl",)))[0]
     assert "is empty" in problems(HfData(path="csv", files=(written(tmp_path / "x.csv", b""),)))[0]
-    assert not problems(HfData(path="parquet", files=(written(tmp_path / "x.parquet", b"PAR1\0"),)))
+    assert "is damaged" in problems(HfData(path="parquet", files=(written(tmp_path / "x.parquet", b"PAR1\0"),)))[0]
     assert "no such folder" in problems(HfData(path="./nowhere"))[0]
     assert not problems(HfData(path="org/name"))
 
@@ -99,3 +96,49 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert problem.startswith(f"data.cache={blocked}/cache: {blocked} is not a folder that this user can write")
     assert not problems(Text(cache=str(tmp_path / "not" / "yet" / "there")))
     assert "data.tokenizer=./nowhere" in problems(Text(tokenizer="./nowhere"))[0]
+
+
+LENGTH = 32
+
+
+def short(data: Text | HfData) -> str:
+    (problem,) = data.refuse_short(LENGTH)
+    return str(problem)
+
+
+def test_a_corpus_below_one_sequence_is_refused_with_numbers_that_work(tmp_path: Path) -> None:
+    """The BPE is trained as a rank would, so that what the message says is so."""
+    words = "".join(f"Word {number} of {number * number}. " for number in range(400))
+    file = tmp_path / "x.txt"
+    for size, fixes in ((700, "data.held_out=0.1"), (150, "job.sequence_length="), (30, "job.sequence_length=")):
+        file.write_text(words[:size])
+        data = Text(path=str(file), vocab_size=300)
+        message = short(data)
+        assert fixes in message, message
+        found = dict(re.findall(r"(data.held_out|job.sequence_length)=([\d.]+)", message.partition("; ")[2]))
+        share, length = float(found.get("data.held_out", 0.05)), int(found.get("job.sequence_length", LENGTH))
+        changed = replace(data, held_out=share)
+        assert not list(changed.refuse_short(length)), message
+        assert list(changed.refuse_short(length + 1)) or share != 0.05
+    file.write_text("a")
+    assert short(Text(path=str(file))).endswith("; give more text")
+    file.write_text(words)
+    assert not list(Text(path=str(file), vocab_size=300).refuse_short(LENGTH))
+
+
+def test_the_plan_counts_as_the_rank_does(tmp_path: Path, model: Gpt2) -> None:
+    (tmp_path / "x.csv").write_text("text\n" + "".join(f"some words of row {row}\n" for row in range(30)))
+    data = HfData(path="csv", files=(f"{tmp_path}/x.csv",), vocab_size=300, cache=str(tmp_path / "cache"))
+    message = short(data)
+    with pytest.raises(ConfigError) as refused:
+        open_splits(data, model, sequence_length=LENGTH, seed=0)
+    assert str(refused.value) == message
+    assert message.startswith("data.held_out=0.05: leaves ")
+
+
+def test_with_another_tokenizer_only_what_no_tokenizer_could_mend_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("tiny")
+    assert "has 45 tokens" in short(Text(path=f"{tmp_path}/x.txt", tokenizer="model"))
+    (tmp_path / "x.txt").write_text("large enough perhaps" * 4)
+    assert not list(Text(path=f"{tmp_path}/x.txt", tokenizer="model").refuse_short(LENGTH))
+    assert not list(Text().refuse_short(LENGTH))

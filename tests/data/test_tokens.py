@@ -49,7 +49,7 @@ def test_segments_join_without_a_seam(text: MakeText, model: Gpt2, monkeypatch: 
     whole = open_stream(token_folder(text(), model, beat=quiet)[0])
     monkeypatch.setattr("launcher.data.tokens._ROWS_AT_ONCE", 1)
     monkeypatch.setattr("launcher.data.tokens._PIECES_AT_ONCE", 1)
-    monkeypatch.setattr("launcher.data.files._PIECE_CHARS", 64)
+    monkeypatch.setattr("launcher.data.files._PIECE_BYTES", 64)
     data = text(cache=text().cache + "2")
     cut = open_stream(token_folder(data, model, beat=quiet)[0])
     assert len(cut._segments) > 50
@@ -137,7 +137,7 @@ def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: 
 def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"sequence_length=65: small takes at most 64 tokens; set .*=64"):
         open_splits(text(), model, sequence_length=65, seed=0)
-    with pytest.raises(ConfigError, match=r"data.path: leaves \d+ of \d+ tokens, and one sequence takes 60 \+ 1"):
+    with pytest.raises(ConfigError, match=r"data.path: has \d+ tokens, \d+ to learn from and 0 to .* takes 60 \+ 1"):
         open_splits(text("short text"), model, sequence_length=60, seed=0)
     with pytest.raises(ConfigError, match=r"data.held_out=0.001: leaves \d+ of \d+ tokens"):
         open_splits(text(held_out=0.001), model, sequence_length=60, seed=0)

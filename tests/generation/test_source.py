@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from launcher.data.formats import BadFile
 from launcher.generation import source as module
-from launcher.generation.source import BadSource, Source
+from launcher.generation.source import open_source
 
 
 def read(path: Path, kind: str, content: bytes) -> list[tuple[int, int, dict, str]]:
     path.write_bytes(content)
-    source = Source(path=path, format=kind)
+    source = open_source(path, kind)
     found = [(r.number, r.line, r.fields, r.problem) for r in source.records(lambda number: True)]
     assert source.count(beat=lambda: None) == len(found)
     return found
@@ -34,7 +35,8 @@ def test_json_lines(tmp_path) -> None:
         (b'{"prompt": ', "is no JSON object"),
         (b"[1]", "is no JSON object"),
         (b'{"temperature": NaN}', "NaN"),
-        (b'{"prompt": "\xff"}', "is not UTF-8: byte 13"),
+        (b'{"prompt": "\xff"}', "is not UTF-8: byte 0xff at position 12"),
+        (b'{"prompt": "a\0b"}', "has a NUL byte at position 13"),
         (b"[" * 100_000, "is no JSON object"),
     ],
 )
@@ -76,11 +78,11 @@ def test_a_bad_row_of_csv_is_told_and_the_next_one_read(tmp_path) -> None:
 
 @pytest.mark.parametrize("header", [b"", b"text,id\n1,2\n", b"prompt,prompt\n1,2\n"])
 def test_csv_needs_a_header_that_names_prompts(tmp_path, header) -> None:
-    with pytest.raises(BadSource, match="prompt"):
+    with pytest.raises(BadFile):
         read(tmp_path / "x", "csv", header)
 
 
 def test_only_what_is_wanted_is_parsed(tmp_path) -> None:
     (tmp_path / "x").write_bytes(b"not JSON\n" + json.dumps({"prompt": "a"}).encode())
-    source = Source(path=tmp_path / "x", format="jsonl")
+    source = open_source(tmp_path / "x", "jsonl")
     assert [record.number for record in source.records(lambda number: number == 1)] == [1]

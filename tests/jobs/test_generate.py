@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
+import shlex
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 
-from launcher.errors import EXIT_PREEMPTED, ConfigErrors
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigError, ConfigErrors
 from launcher.files import read_json
+from launcher.jobs.generate import Generate
 from launcher.plan import Host
 from launcher.render import render
 
@@ -47,7 +56,11 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
     launch, launch_in_background, prompts, tmp_path
 ) -> None:
     words = (*ECHO, f"job.input={prompts}")
-    launch(*words, "backend.ranks=1", "parallel=single", "run.dir=one").expect(0)
+    ended = launch(*words, "backend.ranks=1", "parallel=single", "run.dir=one").expect(EXIT_BAD_INPUT)
+    said = f"job.input={prompts}: 1 of 300 lines is bad; line 8: promt: no such field; did you mean prompt?"
+    assert said in ended.output
+    result = read_json(tmp_path / "one" / "result.json")
+    assert (result["status"], result["exit_code"]) == ("failed", EXIT_BAD_INPUT)
     expected = (tmp_path / "one" / "generated.jsonl").read_bytes()
     found = answers(tmp_path / "one" / "generated.jsonl")
     assert [answer["line"] for answer in found] == list(range(1, NUM_LINES + 1))
@@ -74,10 +87,12 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
     other = launch("resume", "two", "job.temperature=0.5").expect(2)
     assert "job.temperature=0.5: the answers that are there were made with 0.0" in other.output
     assert [part.read_bytes() for part in sorted((tmp_path / "two" / "generated").glob("*.part"))] == kept
-    launch("resume", "two", "backend.ranks=1", "job.echo_step_s=0").expect(0)
+    launch("resume", "two", "backend.ranks=1", "job.echo_step_s=0").expect(EXIT_BAD_INPUT)
     assert (tmp_path / "two" / "generated.jsonl").read_bytes() == expected
     assert not list((tmp_path / "two" / "generated").glob("*.part"))
-    assert "are in" in launch("resume", "two").expect(0).output
+    again = launch("resume", "two").expect(EXIT_BAD_INPUT).output
+    assert "are in" in again
+    assert said in again
 
 
 def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(
@@ -90,7 +105,7 @@ def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(
         rank.send_signal(signal.SIGUSR1)
     assert running.wait() == EXIT_PREEMPTED
     assert read_json(tmp_path / "asked" / "result.json")["status"] == "preempted"
-    launch("resume", "asked").expect(0)
+    launch("resume", "asked").expect(EXIT_BAD_INPUT)
     assert [answer["line"] for answer in answers(tmp_path / "out.jsonl")] == list(range(1, NUM_LINES + 1))
     refused = launch(*words, "run.dir=another").expect(2)
     assert "out.jsonl: is there already" in refused.output
@@ -131,7 +146,6 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("job.input=x.json",), r"job\.input=x\.json.*: its ending is none of .jsonl"),
         (("job.top_p=0",), r"job\.top_p=0.*: must be above 0"),
         (("job.engine=vllm",), "job.vllm_python does not say where"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
@@ -144,6 +158,94 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
 def test_what_cannot_be_done_is_refused(plan_of, words, message) -> None:
     with pytest.raises(ConfigErrors, match=message):
         plan_of("job=generate", *words)
+
+
+def refusal(path: Path, **options: str) -> str:
+    """Return what the plan says against a file of prompts; empty if nothing."""
+    job = Generate(input=str(path), **options)
+    try:
+        source = job.source()
+    except ConfigError as error:
+        return str(error)
+    return "".join(map(str, job.refuse_lines(source)))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "x.jsonl",
+            b'{"text": "a"}\n{"text": "b"}\n',
+            "line 1: text: no such field; did you mean prompt? (all 2 lines",
+        ),
+        ("x.jsonl", b'{"Question": "a"}\n', "line 1: Question: no such field; did you mean prompt? (its only line)"),
+        ("x.jsonl", b'{"conversations": []}\n', "did you mean messages?"),
+        ("x.jsonl", b'{"prompt": "a", "text": "b"}\n', "text: no such field; choose from"),
+        ("x.jsonl", b'{"prompt": "a", "max_new_tokens": 3}\n', "did you mean max_tokens?"),
+        ("x.jsonl", b'{"id": 1}\n', "needs prompt or messages"),
+        ("x.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', ""),
+        ("x.jsonl", b"plain prose\n", "ends in .jsonl and holds no JSON lines; mend it, or set job.format=text"),
+        ("x.txt", b'{"prompt": "a"}\n', ""),
+        ("x.csv", b"text,id\na,1\n", "its header needs a column prompt; it has text, id; did you mean prompt by text?"),
+        ("x.csv", b"a\rb\r", "its lines end in a carriage return without a newline"),
+        ("x.txt", b"a\rb\r", "its lines end in a carriage return without a newline"),
+        ("x.json", b'{"data":\n [{"prompt": "a"}]}', "holds one JSON object and no list of rows"),
+        ("x.html", b"<p>a</p>", "extract its text, or set job.format=text"),
+        ("x.txt", b"%PDF-1.4", "is a PDF document"),
+        ("x.jsonl", b" \n", "is empty"),
+        ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "is UTF-16, not UTF-8; convert it: iconv"),
+        ("x.jsonl", b"\xff\xfe\xfd" * 99, "is UTF-16, not UTF-8"),
+        ("x.jsonl", gzip.compress(b'{"prompt": "a"}\n' * 99)[:-9], "is damaged or cut off"),
+    ],
+)
+def test_what_the_plan_sees_in_a_file_of_prompts(tmp_path, name, content, said) -> None:
+    (tmp_path / name).write_bytes(content)
+    found = refusal(tmp_path / name)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format_"),
+    [
+        ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n'), "jsonl"),
+        ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n'), "auto"),
+        ("x.jsonl", lzma.compress(b'{"prompt": "a"}\n{"prompt": "b"}\n'), "jsonl"),
+        ("x.txt.zst", b"", "auto"),
+        ("x.json", b'[{"prompt": "a"},\n {"prompt": "b"}]', "auto"),
+        ("x.json", b'["a", "b"]', "auto"),
+        ("no_ending", b'{"prompt": "a"}\n{"prompt": "b"}\n', "auto"),
+        ("x.tsv", b"id\tprompt\n1\ta\n2\tb\n", "auto"),
+        ("x.csv", b"\xef\xbb\xbfprompt;id\r\na;1\r\nb;2\r\n", "auto"),
+        ("x.txt", b"prompt\na\nb\n", "csv"),
+        ("x.csv.bz2", bz2.compress(b"prompt\na\nb\n"), "csv"),
+        ("x.txt", b"\xef\xbb\xbfa\r\n\r\nb", "auto"),
+        ("x.md", b"a\nb\n", "auto"),
+        ("x.jsonl", b"a\nb\n", "text"),
+    ],
+)
+def test_prompts_are_read_by_content_and_ending(tmp_path, name, content, format_) -> None:
+    if name.endswith(".zst"):
+        with pa.output_stream(str(tmp_path / name), compression="zstd") as file:
+            file.write(b"a\nb\n")
+    else:
+        (tmp_path / name).write_bytes(content)
+    assert refusal(tmp_path / name, format=format_) == ""
+    records = Generate(input=str(tmp_path / name), format=format_).source().records(lambda number: True)
+    assert [record.fields["prompt"] for record in records] == ["a", "b"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_columns_of_prompts_are_written_as_lines_by_the_command_named(tmp_path, kind) -> None:
+    path, made = tmp_path / f"x.{kind}", pa.table({"prompt": ["a", "b"]})
+    if kind == "parquet":
+        pyarrow.parquet.write_table(made, path)
+    else:
+        with pa.ipc.new_stream(str(path), made.schema) as writer:
+            writer.write_table(made)
+    command = shlex.split(refusal(path).partition("write JSON lines: ")[2])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    assert refusal(tmp_path / "x.jsonl") == ""
 
 
 def test_the_plan_shows_model_and_files_and_nothing_of_learning(plan_of) -> None:

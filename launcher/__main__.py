@@ -6,8 +6,10 @@ import importlib
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import launcher
+from launcher.disk import full_disk, says_full
 from launcher.errors import ConfigError, LauncherError
 from launcher.secrecy import hide_secrets
 from launcher.suggest import did_you_mean
@@ -74,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `launch list | head`: the reader has gone, nothing is left to say
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if not says_full(error):
+            raise
+        folder = Path(error.filename or ".").absolute().parent
+        print(f"error: {full_disk(folder) or error}: free some of it, then type the command again", file=sys.stderr)
+        return 1
 
 
 def _dispatch(words: list[str]) -> int:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.backends.base import Backend
-from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError
+from launcher.disk import full_disk
+from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
 from launcher.files import write_atomic, write_json
 from launcher.plan import Host
 from launcher.ports import free_port
@@ -16,7 +17,7 @@ from launcher.prepare import Prepared, replan
 from launcher.results import write_result
 from launcher.schema import to_tree
 from launcher.secrecy import redact
-from launcher.supervise.conclude import conclude, last_words
+from launcher.supervise.conclude import conclude, last_words, try_to_write
 from launcher.supervise.outcome import Outcome
 
 _PORT_TRIES = 3
@@ -31,16 +32,18 @@ def carry_out(prepared: Prepared) -> int:
     """
     backend = prepared.run.backend
     restarts, tries = 0 if backend.restarts_itself else backend.restarts, _PORT_TRIES
+    _write(prepared)
     while True:
-        _write(prepared)
         outcome = backend.submit(prepared.plan)
         if outcome.port_taken and backend.port == "auto" and tries > 1:
             tries -= 1
             prepared = _on_another_port(prepared)
+            if not _is_written(prepared):
+                break
         elif restarts and _may_be_restarted(outcome):
             restarts -= 1
             again = _restarted(prepared, outcome, backend, left=restarts)
-            if again is None:
+            if again is None or not _is_written(again):
                 break
             prepared = again
         else:
@@ -50,8 +53,28 @@ def carry_out(prepared: Prepared) -> int:
 
 
 def _write(prepared: Prepared) -> None:
-    write_atomic(prepared.directory.snapshot, prepared.snapshot)
-    write_json(prepared.directory.plan, to_tree(prepared.plan))
+    """Write run.yaml and plan.json.
+
+    Raises:
+        EnvironmentProblem: the disk does not take them.
+    """
+    directory = prepared.directory
+    try:
+        write_atomic(directory.snapshot, prepared.snapshot)
+        write_json(directory.plan, to_tree(prepared.plan))
+    except OSError as error:
+        why = full_disk(directory.path) or error.strerror or str(error)
+        raise EnvironmentProblem(f"run.dir={directory.path} cannot be written: {why}; choose another disk") from error
+
+
+def _is_written(prepared: Prepared) -> bool:
+    """Write what another attempt needs; where the disk does not take it, say so."""
+    try:
+        _write(prepared)
+    except EnvironmentProblem as problem:
+        print(f"not started again: {problem}", flush=True)
+        return False
+    return True
 
 
 def _on_another_port(prepared: Prepared) -> Prepared:
@@ -71,8 +94,10 @@ def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: 
     directory = prepared.directory
     print(last_words(outcome, directory), flush=True)
     if outcome.failure is not None:
-        write_json(directory.failure, redact(outcome.failure.tree(), os.environ))
-        directory.failure.replace(directory.path / f"failure.before_restart_{backend.restarts - left}.json")
+        kept = directory.path / f"failure.before_restart_{backend.restarts - left}.json"
+        tree = redact(outcome.failure.tree(), os.environ)
+        for line in try_to_write(kept, lambda: write_json(kept, tree)):
+            print(line, flush=True)
     time.sleep(_PAUSE_S)
     hosts, port = _answering(prepared, backend)
     if len(hosts) < backend.fewest_hosts(len(prepared.hosts)):
@@ -93,7 +118,10 @@ def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: 
         return None
     names = ", ".join(host.name for host in hosts)
     print(f"restarting on {names} ({left} restart{'s' if left != 1 else ''} left)", flush=True)
-    write_result(directory, status="failed", exit_code=outcome.exit_code, run_id=prepared.plan.run_id)
+    try_to_write(
+        directory.result,
+        lambda: write_result(directory, status="failed", exit_code=outcome.exit_code, run_id=prepared.plan.run_id),
+    )
     return again
 
 

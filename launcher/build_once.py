@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from launcher.disk import name_full_disk
 from launcher.errors import EnvironmentProblem
 from launcher.files import fsync_folder
 
@@ -65,11 +66,14 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
     for stale in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is working on it
         shutil.rmtree(stale, ignore_errors=True)
     temporary = folder.with_name(f"{prefix}{os.getpid()}")
-    temporary.mkdir()
     try:
+        temporary.mkdir()
         build(temporary)
-    except BaseException:
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    except BaseException as error:
+        trouble = name_full_disk(error, {"XDG_CACHE_HOME": folder.parent})  # before there is room again
         shutil.rmtree(temporary, ignore_errors=True)
+        if trouble:
+            raise EnvironmentProblem(trouble) from error
         raise
-    temporary.rename(folder)
-    fsync_folder(folder.parent)

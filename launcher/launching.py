@@ -8,9 +8,10 @@ from pathlib import Path
 from launcher.announce import closing, opening
 from launcher.attempts import carry_out
 from launcher.checkpoint.lock import RunLock
+from launcher.disk import full_disk
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.files import read_json
-from launcher.preflight import refuse_occupied
+from launcher.preflight import refuse_occupied, refuse_small_nvme
 from launcher.prepare import Prepared
 from launcher.rundir import RunDir, StagedFiles
 
@@ -27,8 +28,9 @@ def start(prepared: Prepared) -> int:
         session = _stamp(directory.session)
         started = time.monotonic()
         try:
-            if occupied := list(refuse_occupied(prepared.run, directory, is_locked=True)):
-                raise ConfigErrors(occupied)
+            occupied = list(refuse_occupied(prepared.run, directory, is_locked=True))
+            if mistakes := [*occupied, *refuse_small_nvme(prepared.run, prepared.hosts)]:
+                raise ConfigErrors(mistakes)
             backend.validate_submission(prepared.plan)
             print("\n".join(opening(prepared.plan)), flush=True)
             code = carry_out(prepared)
@@ -62,7 +64,8 @@ def _locked(directory: RunDir, staged: StagedFiles, *, hands_over: bool) -> RunL
         staged.undo()
         if isinstance(error, ConfigError):
             raise
-        why, fix = error.strerror or str(error), "choose a folder you can write to"
+        why = full_disk(directory.path) or error.strerror or str(error)
+        fix = "choose a folder you can write to"
         raise ConfigError("run.dir", directory.path, why=why, fix=fix) from error
     lock.remove()
     return submission

@@ -19,9 +19,11 @@ from launcher.jobs.base import BatchedJob
 from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.quantize import Quantize
 from launcher.jobs.train import Train
+from launcher.memory import model_state
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
 from launcher.rundir import RunDir
+from launcher.wording import bytes_text
 
 
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -116,6 +118,24 @@ def _refuse_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
         yield ConfigError(option, folder, why=f"{existing} is a file", fix=f"set {option} to a folder")
     elif not os.access(existing, os.W_OK | os.X_OK) or _is_read_only(existing):
         yield ConfigError(option, folder, why=f"{existing} is not writable", fix=f"set {option} to a folder of yours")
+
+
+def refuse_small_nvme(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Refuse to start where a disk of this machine has no room for the optimiser state. Plans are for later, too."""
+    if not isinstance(run.parallel, Zero) or run.parallel.offload_optimizer != "nvme" or not run.parallel.nvme_path:
+        return
+    folder = Path(run.parallel.nvme_path).expanduser()
+    state = model_state(run, hosts)
+    local = [host for host in hosts if host.is_known and not host.login]
+    if state is None or not local:
+        return
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    disk = os.statvfs(there)
+    free, least = disk.f_bavail * disk.f_frsize, state.per_rank.optimizer * max(host.slots for host in local)
+    if free < least:
+        why = f"its disk has {bytes_text(free)} free, and optimiser state alone takes {bytes_text(least)}"
+        fix = f"set parallel.nvme_path to a disk with {bytes_text(state.per_host_nvme)} free"
+        yield ConfigError("parallel.nvme_path", folder, why=why, fix=fix)
 
 
 def _is_read_only(folder: Path) -> bool:

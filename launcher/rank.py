@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from launcher.errors import LauncherError, exit_code_of_rank
+from launcher.disk import name_full_disk
+from launcher.errors import JobError, LauncherError, exit_code_of_rank
 from launcher.supervise.entry import enter_rank
 from launcher.supervise.heartbeat import Heartbeat
 from launcher.supervise.rank_env import RankEnv, read_rank_env
+
+if TYPE_CHECKING:
+    from launcher.config import Run
 
 
 def main() -> None:
@@ -45,7 +51,23 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
             run_id=env.run_id,
             profiler=profiler,
         )
-        run.job.run(context)
+        try:
+            run.job.run(context)
+        except Exception as error:
+            if trouble := name_full_disk(error, _folders(run, env)):
+                raise JobError(trouble) from error
+            raise
+
+
+def _folders(run: Run, env: RankEnv) -> dict[str, Path]:
+    """Return where a run writes, by the option that says so."""
+    nvme, output = getattr(run.parallel, "nvme_path", None), getattr(run.job, "output", None)
+    return {
+        "run.root": env.run_dir.path,
+        **({"parallel.nvme_path": Path(nvme).expanduser()} if nvme else {}),
+        **({"job.output": Path(output).expanduser().parent} if output else {}),
+        "TMPDIR": Path(tempfile.gettempdir()),
+    }
 
 
 if __name__ == "__main__":

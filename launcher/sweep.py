@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from launcher.compose import Composed, compose, groups
-from launcher.errors import ConfigError, ConfigErrors
+from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.files import read_json, write_json
 from launcher.launching import start
 from launcher.overrides import parse_overrides
 from launcher.prepare import Prepared, prepare
 from launcher.rundir import RunDir, mint_run_id
 from launcher.schema import build
+from launcher.supervise.conclude import try_to_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +110,26 @@ def run_sweep(sweep: Sweep, trials: Sequence[Trial]) -> int:
     folder = trials[0].prepared.directory.path.parent
     for number, trial in enumerate(trials, start=1):
         print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
-        code = start(trial.prepared)
+        try:
+            code = start(trial.prepared)
+        except LauncherError as problem:  # found at its start: the others may still work
+            print(problem, file=sys.stderr, flush=True)
+            code = problem.exit_code
         first_failure = first_failure or code
         rows.append(_row(trial, code, sweep.metric))
-        write_json(folder / "sweep.json", {"metric": sweep.metric, "goal": sweep.goal, "trials": rows})
+        table = {"metric": sweep.metric, "goal": sweep.goal, "trials": rows}
+        for line in try_to_write(folder / "sweep.json", partial(_keep, folder / "sweep.json", table)):
+            print(line, file=sys.stderr, flush=True)
         if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGQUIT):
             print(f"sweep interrupted after {number} of {len(trials)} trials", flush=True)
             break
     print(render_sweep(sweep, rows, folder))
     return first_failure
+
+
+def _keep(file: Path, table: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)  # not there when nothing of the first trial could be started
+    write_json(file, table)
 
 
 def _row(trial: Trial, code: int, metric: str) -> dict[str, Any]:

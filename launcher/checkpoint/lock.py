@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -54,8 +55,9 @@ class RunLock:
         if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.lstat()):
             os.close(descriptor)
             return False
-        os.truncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the note of its holder
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         self._descriptor, self._is_new = descriptor, is_new
         return True
 

@@ -126,13 +126,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a crash left: call it once, before the first ``begin``."""
-        for leftover in sorted(self._folder.glob(".step_*")):
-            if _HIDDEN.fullmatch(leftover.name):
-                final = self._folder / leftover.name.split(".")[1]
-                if leftover.suffix == ".old" and not final.exists():
-                    leftover.rename(final)  # the crash fell between the two renames of a commit
-                else:
-                    shutil.rmtree(leftover, ignore_errors=True)
+        remove_unfinished(self._folder)
 
     def set_aside(self, saved: Saved) -> Path:
         """Rename a damaged checkpoint of this run, so that it counts as none; return its new name."""
@@ -175,6 +169,17 @@ def folders_in(folder: Path) -> list[Path]:
         return []
     numbered = [(int(found[1]), entry) for entry in folder.iterdir() if (found := _NAME.fullmatch(entry.name))]
     return [entry for _, entry in sorted(numbered, reverse=True)]
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what saves that did not end left in a folder of checkpoints; no process may be writing there."""
+    for leftover in sorted(folder.glob(".step_*")):
+        if _HIDDEN.fullmatch(leftover.name):
+            final = folder / leftover.name.split(".")[1]
+            if leftover.suffix == ".old" and not final.exists():
+                leftover.rename(final)  # the crash fell between the two renames of a commit
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def complete_in(folder: Path, *, say: Say) -> Iterator[Saved]:

@@ -59,6 +59,7 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
         self.module = self._engine.module
+        self._check_swap()
 
     def _swap_folder(self) -> SwapFolder | None:
         if not self._zero.uses_nvme:
@@ -70,6 +71,10 @@ class DeepSpeedEngine(Engine):
         except OSError as error:
             why = f"{error.filename or self._zero.nvme_path}: {error.strerror}"
             raise EnvironmentProblem(f"parallel.nvme_path={self._zero.nvme_path}: {why}") from error
+
+    def _check_swap(self) -> None:
+        if self._swap is not None:
+            self._swap.check_room()
 
     def _config(self) -> dict[str, Any]:
         run = self._context.run
@@ -109,11 +114,13 @@ class DeepSpeedEngine(Engine):
                 own_sum += loss.detach()
                 # DeepSpeed divides by the number of ranks and of micro-batches
                 self._engine.backward(loss * (self._gain / count.total()))
+                self._check_swap()
             if number < last:
                 self._engine.step()
         with self._clock.phase("optimizer"):
             norm = self._unwrapped_norm()
             self._engine.step()
+            self._check_swap()
             return step_result(
                 self._engine,
                 own_sum.item(),

@@ -12,6 +12,8 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 
+from launcher.disk import full_disk
+
 _IN_USE = "in_use"
 _UNSAFE = re.compile(r"[^\w.-]")
 _SHARED = 0o1777
@@ -43,6 +45,15 @@ class SwapFolder:
         for other in path.glob(f"{mine}*"):
             if other != self.path:
                 _remove_unused(other)
+
+    def check_room(self) -> None:
+        """Raise where the disk is full: DeepSpeed does not notice writes that were cut, and aborts when it reads them.
+
+        Raises:
+            OSError: no space is left.
+        """
+        if full_disk(self.path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
     def release(self) -> None:
         """Remove the folder unless another rank of the run still uses it; doing so twice is fine."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from launcher.disk import full_disk
 from launcher.files import write_atomic, write_json
 from launcher.results import write_result
 from launcher.rundir import RunDir
@@ -23,15 +25,29 @@ def conclude(outcome: Outcome, run_dir: RunDir, *, run_id: str) -> None:
 
     A run that was only submitted has not ended: nothing is written.
     """
-    if outcome.status == "submitted":
+    failure, status = outcome.failure, outcome.status
+    if status == "submitted":
         return
-    if outcome.failure is not None:
-        write_json(run_dir.failure, redact(outcome.failure.tree(), os.environ))
-        _write_stacks(outcome.failure, run_dir)
-    write_result(run_dir, status=outcome.status, exit_code=outcome.exit_code, run_id=run_id)
-    text = last_words(outcome, run_dir)
+    lines: list[str] = []
+    if failure is not None:
+        lines += try_to_write(run_dir.failure, lambda: write_json(run_dir.failure, redact(failure.tree(), os.environ)))
+        lines += try_to_write(run_dir.stacks, lambda: _write_stacks(failure, run_dir))
+    lines += try_to_write(
+        run_dir.result,
+        lambda: write_result(run_dir, status=status, exit_code=outcome.exit_code, run_id=run_id),
+    )
+    text = "\n".join([*lines, *filter(None, [last_words(outcome, run_dir)])])
     with contextlib.suppress(OSError):  # the terminal is gone; the files tell the same
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+
+
+def try_to_write(file: Path, write: Callable[[], None]) -> list[str]:
+    """Write a file about the end of a run; return a line for the user where the disk does not take it."""
+    try:
+        write()
+    except OSError as error:
+        return [f"{file} cannot be written: {full_disk(file.parent) or error.strerror or error}"]
+    return []
 
 
 def forget_last_end(run_dir: RunDir) -> None:

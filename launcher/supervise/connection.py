@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from launcher.remote.command import Remote
+from launcher.supervise.lines import open_log
 from launcher.supervise.messages import FROM_AGENT, Message
 from launcher.supervise.wire import Inbox
 
@@ -68,7 +69,7 @@ class PipeConnection(Connection):
 
     def __init__(self, host: str, remote: Remote, *, log: Path) -> None:
         self.host, self.program = host, Path(remote.argv[0]).name
-        with log.open("ab") as errors:
+        with open_log(log) as errors:
             self._popen = subprocess.Popen(
                 remote.argv,
                 stdin=subprocess.PIPE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import signal
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, NoReturn
 
+from launcher.disk import says_full
 from launcher.errors import EXIT_PREEMPTED, LauncherError, exit_code_of_rank
 from launcher.files import write_json
 from launcher.supervise.board import BoardLink
@@ -45,13 +47,19 @@ def enter_rank(work: Work, env: RankEnv, *, board: BoardLink | None = None) -> N
         code = _code_of(work, env, heartbeat)
     except KeyboardInterrupt:
         _die_by(signal.SIGINT)
+    _drop_what_no_log_takes()
     sys.exit(code)
 
 
 def redirect_output(log: Path) -> None:
     """Append everything this process and its children print to ``log``, line by line."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        if not says_full(error):
+            raise
+        descriptor = os.dup(2)  # of what starts the ranks: the agent's log, or nothing
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     for target in (1, 2):
@@ -73,19 +81,19 @@ def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
         if ending.code in (None, 0, EXIT_PREEMPTED):
             return int(ending.code or 0)
         if isinstance(ending.code, int):
-            return _write_down(ending, env, code=ending.code)
+            return _write_down(ending, env, heartbeat, code=ending.code)
         _say(str(ending.code))
-        return _write_down(ending, env, code=1)
+        return _write_down(ending, env, heartbeat, code=1)
     except LauncherError as error:
         _say(str(error))
-        return _write_down(error, env, code=exit_code_of_rank(error))
+        return _write_down(error, env, heartbeat, code=exit_code_of_rank(error))
     except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
         _say("".join(_traceback(error)).rstrip())
-        return _write_down(error, env, code=1)
+        return _write_down(error, env, heartbeat, code=1)
     return 0
 
 
-def _write_down(error: BaseException, env: RankEnv, *, code: int) -> int:
+def _write_down(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, code: int) -> int:
     """Record what ends this rank and return ``code``; its end itself may take long, or come from others."""
     known = isinstance(error, LauncherError)
     record = {
@@ -100,7 +108,8 @@ def _write_down(error: BaseException, env: RankEnv, *, code: int) -> int:
     }
     try:
         write_json(env.record, record)
-    except OSError as trouble:  # the disk is full: the log may still take it
+    except OSError as trouble:  # the disk is full
+        heartbeat.leave_record(record)
         _say(f"the failure could not be recorded: {trouble}")
     return code
 
@@ -112,7 +121,19 @@ def _traceback(error: BaseException) -> list[str]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # the disk of the log is full: the record says the same
+        print(text, file=sys.stderr, flush=True)
+
+
+def _drop_what_no_log_takes() -> None:
+    """Leave nothing in buffers that cannot be written: Python would exit with 120 instead of the rank's code."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)
 
 
 def _die_by(number: int) -> NoReturn:

@@ -12,14 +12,16 @@ import mmap
 import struct
 import time
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launcher.supervise.messages import require_fields
 
-BEATS_BYTES = 4096
-"""Of the shared memory that one rank beats into."""
+_BEAT_BYTES, _RECORD_BYTES = 4096, 8192
+BEATS_BYTES = _BEAT_BYTES + _RECORD_BYTES
+"""Of the shared memory of one rank: its newest beat, then the exception that ended it where no file could take that."""
 _HEADER = struct.Struct("<II")
 """CRC-32 and length of the JSON that follows: a state read while it is written does not match."""
 
@@ -68,8 +70,20 @@ class Heartbeat:
             return
         state = {"phase": phase, "step": self._step, "at": time.monotonic(), "numbers": self._numbers}
         payload = json.dumps(state).encode()
-        assert _HEADER.size + len(payload) <= BEATS_BYTES, "a beat holds a handful of numbers"
+        assert _HEADER.size + len(payload) <= _BEAT_BYTES, "a beat holds a handful of numbers"
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
+
+    def leave_record(self, record: Mapping[str, Any]) -> None:
+        """Leave the record of an exception where the agent finds it though no disk takes a file; cut to what fits."""
+        if self._memory is None:
+            return
+        most = _RECORD_BYTES // 3
+        short = {name: value[-most:] if isinstance(value, str) else value for name, value in record.items()}
+        payload = json.dumps(short).encode()
+        if _HEADER.size + len(payload) > _RECORD_BYTES:  # of letters that JSON escapes
+            payload = json.dumps({**short, "traceback": "", "error": short["error"][-500:]}).encode()
+        header = _HEADER.pack(zlib.crc32(payload), len(payload))
+        self._memory[_BEAT_BYTES : _BEAT_BYTES + _HEADER.size + len(payload)] = header + payload
 
 
 def make_beats(path: Path) -> None:
@@ -85,9 +99,8 @@ def map_beats(path: Path) -> mmap.mmap:
 
 def read_beat(memory: mmap.mmap) -> Beat | None:
     """Return the newest state; ``None`` before the first, or when caught while it is being written."""
-    checksum, length = _HEADER.unpack(memory[: _HEADER.size])
-    payload = memory[_HEADER.size : _HEADER.size + length]
-    if not length or zlib.crc32(payload) != checksum:
+    payload = _payload_at(memory, 0)
+    if payload is None:
         return None
     try:
         state = json.loads(payload)
@@ -95,3 +108,15 @@ def read_beat(memory: mmap.mmap) -> Beat | None:
         return Beat(**state)
     except (ValueError, TypeError, RecursionError):  # the rank's own code has written into its memory
         return None
+
+
+def read_record(memory: mmap.mmap) -> bytes | None:
+    """Return the JSON that ``leave_record`` left; ``None`` where there is none."""
+    return _payload_at(memory, _BEAT_BYTES)
+
+
+def _payload_at(memory: mmap.mmap, offset: int) -> bytes | None:
+    start = offset + _HEADER.size
+    checksum, length = _HEADER.unpack(memory[offset:start])
+    payload = memory[start : start + length]
+    return payload if length and zlib.crc32(payload) == checksum else None

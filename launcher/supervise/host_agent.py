@@ -13,10 +13,12 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
+from launcher.checkpoint.store import remove_unfinished
 from launcher.ops.folder import ops_folder
 from launcher.plan import Command
 from launcher.rundir import RunDir
 from launcher.supervise.child import Child
+from launcher.supervise.lines import open_log
 from launcher.supervise.link import listen
 from launcher.supervise.messages import (
     AgentSignalled,
@@ -57,7 +59,7 @@ class HostAgent:
         self._plan = host_plan_of(assignment)
         self._run_dir = RunDir(Path(assignment.run_dir))
         self._mirror = None if shares_disk(assignment) else Mirror(self._run_dir, self._plan, uplink=uplink)
-        self._log = self._run_dir.log_of(self._plan.host.name, "agent").open("a", encoding="utf-8", buffering=1)
+        self._log = open_log(self._run_dir.log_of(self._plan.host.name, "agent"))
         self._env = {**os.environ, **assignment.env, "LAUNCHER_AGENT_SCRATCH": str(scratch)}
         if "DS_ACCELERATOR" in self._plan.start.env:
             self._env.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
@@ -166,6 +168,8 @@ class HostAgent:
         self._wait(lambda: self._exit_code is not None or self._uplink.lost)
         if self._exit_code is None:
             self._exit_code = conclude_alone(self._assignment, is_first=self._plan.first_rank == 0)
+        if self._exit_code and (self._mirror is not None or self._uplink.lost):  # else the session sees to it
+            remove_unfinished(self._run_dir.checkpoints)
         self._sidecars.finish(self._exit_code, turn=self._turn, killed=self._is_over)
         self._report_left(end_descendants(os.getpid()))
         return self._exit_code
@@ -292,7 +296,7 @@ class HostAgent:
 
     def _write_down(self, line: str) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
-            self._log.write(line + "\n")
+            self._log.write(line.encode(errors="backslashreplace") + b"\n")
 
     def _note_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import IO
+
+from launcher.disk import says_full
 
 _LONGEST = 1 << 20
 """Bytes after which a line without an end is handed on in pieces."""
@@ -33,6 +36,16 @@ class LineSplitter:
         """Return the line that never ended, if there is one."""
         partial, self._partial = self._partial, b""
         return [_text(partial)] if partial else []
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """Open a log to append to it; where a full disk cannot take a new file, what is written goes nowhere."""
+    try:
+        return path.open("ab", buffering=0)
+    except OSError as error:
+        if not says_full(error):
+            raise
+        return Path(os.devnull).open("ab", buffering=0)
 
 
 class Tail:

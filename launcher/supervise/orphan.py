@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from pathlib import Path
 
@@ -17,5 +18,6 @@ def conclude_alone(assignment: Assignment, *, is_first: bool) -> int:
     """Write ``result.json`` unless there is one, on the first host only; return the exit code of the run."""
     run_dir = RunDir(Path(assignment.run_dir))
     if is_first and not run_dir.result.exists():
-        write_result(run_dir, status="cancelled", exit_code=_EXIT_CODE, run_id=assignment.run_id)
+        with contextlib.suppress(OSError):  # a full disk: nothing is left that could be told of it
+            write_result(run_dir, status="cancelled", exit_code=_EXIT_CODE, run_id=assignment.run_id)
     return _EXIT_CODE

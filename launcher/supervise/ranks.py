@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from launcher.files import read_json
 from launcher.plan import HostPlan
 from launcher.rundir import RunDir
 from launcher.supervise.dumps import StackDump
-from launcher.supervise.heartbeat import make_beats, map_beats, read_beat
+from launcher.supervise.heartbeat import make_beats, map_beats, read_beat, read_record
 from launcher.supervise.lines import Tail
 from launcher.supervise.link import beats_in, receive
 from launcher.supervise.messages import (
@@ -192,10 +193,13 @@ class Ranks:
         self._emit(RankStack(rank=rank.number, text=dump.take(), is_stopped=dump.is_stopped))
 
     def _pass_on_exception(self, rank: _Rank) -> None:
-        if rank.raised or rank.process is None or not rank.record.exists():
+        if rank.raised or rank.process is None:
+            return
+        left = read_record(rank.beats)
+        if left is None and not rank.record.exists():
             return
         try:
-            record = read_json(rank.record)
+            record = read_json(rank.record) if left is None else json.loads(left)
             if not isinstance(record, dict):
                 raise MalformedMessage("a record that is not an object")
             require_fields(record, _RECORD_FIELDS)

@@ -8,8 +8,11 @@ import signal
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from launcher.checkpoint.store import remove_unfinished
+from launcher.disk import full_disk
 from launcher.errors import EXIT_PREEMPTED
 from launcher.open_files import room_for_files
 from launcher.plan import Plan
@@ -112,13 +115,28 @@ class Session:
             self._crew.close()
             if self._crew.lost:
                 end_descendants(os.getpid(), spare=strangers)
+        outcome = self._with_full_disk(outcome)
+        if outcome.status != "completed":
+            remove_unfinished(self._run_dir.checkpoints)  # no rank is left that could go on writing them
         return outcome
+
+    def _with_full_disk(self, outcome: Outcome) -> Outcome:
+        """Name a disk that is full in the reason of a failure, where the rank that failed could not."""
+        failure, full = outcome.failure, full_disk(self._run_dir.path)
+        if failure is None or full is None or "the disk of" in failure.reason:
+            return outcome
+        first, _, rest = failure.reason.partition("\n")
+        return replace(outcome, failure=replace(failure, reason="\n".join(filter(None, [f"{first}; {full}", rest]))))
 
     def _record(self) -> None:
         """Write down who runs this run."""
         me = place_of_this_process()
         told = Whereabouts(backend=self._plan.backend, session=me, agents=self._crew.places, job=self._job)
-        write_whereabouts(self._run_dir, told)
+        try:
+            write_whereabouts(self._run_dir, told)
+        except OSError as error:
+            why = full_disk(self._run_dir.path) or error.strerror
+            self._console.line(f"session.json cannot be written, so other shells cannot follow this run: {why}")
 
     def _take(self, agent: str, message: Message) -> None:
         host = self._host_of(agent, message)

@@ -1,0 +1,71 @@
+"""Full disks: whether one is, whether an error came of one, and how to say so."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from launcher.wording import bytes_text
+
+_CODES = frozenset({errno.ENOSPC, errno.EDQUOT})
+_WORDS = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
+"""Errors of libraries that carry no errno: safetensors is Rust."""
+_WRITERS = re.compile(r"inline_container|PytorchStreamWriter|iostream error|requested and \d+ written|[Ss]hort write")
+"""What torch's and NumPy's writers say where the system said "No space left": they drop that."""
+_LEAST_BYTES = 1 << 16
+"""Less than this counts as nothing: file systems hand out blocks, and the first that does not fit is lost."""
+
+
+def full_disk(folder: Path) -> str | None:
+    """Return which disk is full, in words, where that of ``folder`` is; ``None`` where it has room."""
+    try:
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        disk = os.statvfs(there)
+    except (OSError, StopIteration):
+        return None
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    if disk.f_blocks and free < _LEAST_BYTES:
+        return f"the disk of {folder} is full ({bytes_text(free)} of {bytes_text(total)} free)"
+    if disk.f_files and not disk.f_favail:
+        return f"the disk of {folder} is full (0 of {disk.f_files:,} files free)"
+    return None
+
+
+def says_full(error: BaseException) -> bool:
+    """Return whether an error, or one that it came of, says that a disk is full."""
+    return any(
+        (isinstance(one, OSError) and one.errno in _CODES) or _WORDS.search(str(one)) for one in _chain_of(error)
+    )
+
+
+def name_full_disk(error: BaseException, folders: Mapping[str, Path]) -> str | None:
+    """Return a message that names the full disk that ``error`` came of; ``None`` where it came of something else.
+
+    Args:
+        error: what a write raised.
+        folders: where the run writes, each by the option that says so (``run.root``). The first that is full counts.
+    """
+    is_sure = says_full(error)
+    if not is_sure and not any(_WRITERS.search(str(one)) for one in _chain_of(error)):
+        return None
+    full = {option: words for option, folder in folders.items() if (words := full_disk(folder))}
+    if not full and not is_sure:
+        return None
+    option = next(iter(full), next(iter(folders)))
+    named = next((one.filename for one in _chain_of(error) if isinstance(one, OSError) and one.filename), None)
+    words = full.get(option) or f"the disk of {named or folders[option]} was full, or its quota used up"
+    said = " ".join(str(error).split())
+    return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"
+
+
+def _chain_of(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those it came of."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__

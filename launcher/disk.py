@@ -54,8 +54,9 @@ def name_full_disk(error: BaseException, folders: Mapping[str, Path]) -> str | N
     full = {option: words for option, folder in folders.items() if (words := full_disk(folder))}
     if not full and not is_sure:
         return None
-    option = next(iter(full), next(iter(folders)))
     named = next((one.filename for one in _chain_of(error) if isinstance(one, OSError) and one.filename), None)
+    own = (option for option, folder in folders.items() if named and Path(str(named)).is_relative_to(folder.absolute()))
+    option = next(iter(full), next(own, next(iter(folders))))
     words = full.get(option) or f"the disk of {named or folders[option]} was full, or its quota used up"
     said = " ".join(str(error).split())
     return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"

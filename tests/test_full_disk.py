@@ -16,7 +16,7 @@ from launcher.build_once import build_once
 from launcher.commands.report import run as report
 from launcher.disk import full_disk, name_full_disk
 from launcher.engines.nvme import SwapFolder
-from launcher.errors import EnvironmentProblem
+from launcher.errors import EnvironmentProblem, JobError
 from launcher.files import read_json, write_atomic
 from launcher.rundir import RunDir
 from launcher.supervise.conclude import conclude
@@ -146,15 +146,6 @@ def metrics(disk: Path) -> None:
             writer.record(step, loss=1.0)
 
 
-def swap(disk: Path) -> None:
-    folder = SwapFolder(disk / "nvme", run_id="x")
-    try:
-        (folder.path / "optimizer.swp").touch()
-        folder.check_room()
-    finally:
-        folder.release()
-
-
 def torchs_writer(disk: Path) -> None:
     import torch
 
@@ -167,7 +158,7 @@ def safetensors_writer(disk: Path) -> None:
     save_file({"x": __import__("numpy").zeros(1 << 20)}, disk / "model.safetensors")
 
 
-@pytest.mark.parametrize("write", [metrics, swap, torchs_writer, safetensors_writer])
+@pytest.mark.parametrize("write", [metrics, torchs_writer, safetensors_writer])
 def test_what_a_rank_cannot_write_names_the_disk(small: Path, write: Callable[[Path], None]) -> None:
     fill(small, leave=1 << 14)
     with pytest.raises(Exception) as caught:  # noqa: PT011 (each library has an error of its own)
@@ -176,6 +167,17 @@ def test_what_a_rank_cannot_write_names_the_disk(small: Path, write: Callable[[P
     assert said is not None
     assert NAMED.match(said)
     assert said.endswith("Free some of it, or set run.root to a folder on another disk")
+
+
+def test_a_swap_folder_without_room_is_named_before_deepspeed_aborts(small: Path) -> None:
+    folder = SwapFolder(small / "nvme", run_id="x")
+    folder.check_room()
+    fill(small)
+    with pytest.raises(JobError, match=NAMED) as refused:
+        folder.check_room()
+    assert "set parallel.nvme_path to a folder on another disk" in str(refused.value)
+    folder.release()
+    assert not folder.path.exists()
 
 
 def test_other_errors_are_no_full_disk(small: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launcher.disk import full_disk
+from launcher.errors import JobError
 
 _IN_USE = "in_use"
 _UNSAFE = re.compile(r"[^\w.-]")
@@ -50,10 +51,10 @@ class SwapFolder:
         """Raise where the disk is full: DeepSpeed does not notice writes that were cut, and aborts when it reads them.
 
         Raises:
-            OSError: no space is left.
+            JobError: no space is left.
         """
-        if full_disk(self.path):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        if full := full_disk(self.path):
+            raise JobError(f"{full}. Free some of it, or set parallel.nvme_path to a folder on another disk")
 
     def release(self) -> None:
         """Remove the folder unless another rank of the run still uses it; doing so twice is fine."""

@@ -25,7 +25,8 @@ def settle(assignment: Assignment) -> None:
     staged = StagedFiles()
     staged.make_folder(run_dir.logs)
     run_dir.logs.mkdir(exist_ok=True)  # asks the server of a shared disk, which a look alone may not
-    if foreign := run_dir.foreign():
+    foreign = run_dir.foreign()
+    if foreign and not shares_disk(assignment):
         staged.undo()
         shown = ", ".join(foreign[:3])
         why = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host['host']['name']}"

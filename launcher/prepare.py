@@ -104,7 +104,10 @@ def _run_id_in(folder: str) -> str | None:
     Raises:
         ConfigError: its plan cannot be read, or names no id.
     """
-    plan = RunDir(Path(folder)).plan
+    run_dir = RunDir(Path(folder))
+    plan = run_dir.plan
+    if not run_dir.is_run:  # files of others, which the preflight refuses
+        return None
     try:
         run_id = read_object(plan).get("run_id")
     except (FileNotFoundError, NotADirectoryError):

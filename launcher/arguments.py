@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ConfigError
+from launcher.paths import refuse_unreachable
 from launcher.suggest import did_you_mean
 
 HELP = ("-h", "--help")
@@ -28,8 +29,24 @@ class Arguments:
 
     @property
     def root(self) -> Path:
-        """The folder of all runs."""
-        return Path(self.values.get(ROOT, "runs"))
+        """The folder of all runs.
+
+        Raises:
+            ConfigError: it cannot be looked at.
+        """
+        return self.path(ROOT, Path("runs"))
+
+    def path(self, name: str, default: Path) -> Path:
+        """Return the path that follows the flag ``name``.
+
+        Raises:
+            ConfigError: it cannot be looked at.
+        """
+        if name not in self.values:
+            return default
+        if problem := refuse_unreachable(name, self.values[name]):
+            raise problem
+        return Path(self.values[name]).expanduser()
 
     def number(self, name: str) -> int | None:
         """Return the value of ``name`` as a count; ``None`` when it was not given.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.errors import ConfigError
+from launcher.paths import refuse_unreachable
 from launcher.suggest import did_you_mean
 
 _FLAGS = ("-m", "--multirun", "--config-dir", "--json", "--help", "-h")
@@ -78,7 +79,9 @@ def _no_flag(name: str, value: str) -> str:
 
 
 def _folder(value: str) -> Path:
-    folder = Path(value)
+    if problem := refuse_unreachable("--config-dir", value) if value else None:
+        raise problem
+    folder = Path(value).expanduser()
     if not value or not folder.is_dir():
         raise ConfigError("--config-dir", value, why="is not a folder", fix="name a folder that holds exp/, model/, …")
     return folder

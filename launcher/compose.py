@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from launcher.config import Run, build_run, run_to_tree, with_defaults
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.origin import find_origin
-from launcher.overrides import Override, parse_overrides
+from launcher.origin import find_origin, written_in
+from launcher.overrides import (
+    COMMAND_LINE,
+    Override,
+    parse_overrides,
+    quoted_word,
+    takes_only_text,
+    takes_texts,
+    types_of_option,
+)
 from launcher.schema import Report
+
+_GLOBAL = "# @package _global_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,9 +73,13 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     run = None
     if tree is not None:
         sweep = tree.pop("sweep", None)
+        if tree.pop("exp", None) is not None:
+            mistakes += _without_package(_source_files(fixed, config_dir))
         found: list[ConfigError] = []
-        typed = {override.key: override.value for override in fixed}
-        run = build_run(_resolve(with_defaults(tree), found.append), found.append, typed=typed)
+        typed = {override.key: override.typed for override in fixed}
+        resolved = _resolve(with_defaults(tree), found.append)
+        _restore_text(resolved, lambda: _source_files(fixed, config_dir))
+        run = build_run(resolved, found.append, typed=typed)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
     if mistakes:
         sources = _source_files(fixed, config_dir) if tree is not None else []
@@ -141,8 +155,42 @@ def _resolve(tree: dict[str, Any], report: Report) -> dict[str, Any]:
     return answer
 
 
+def _without_package(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:
+    """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
+    for package, file in sources:
+        if package.partition(".")[0] == "exp":
+            why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
+            yield ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
+
+
+def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:
+    """Put what stands in YAML files in the place of numbers and truth values that YAML made of text."""
+    for option, parent, key in list(_misread(tree)):
+        written = written_in(option, sources())
+        if isinstance(parent[key], list):
+            if isinstance(written, list) and len(written) == len(parent[key]):
+                pairs = zip(parent[key], written, strict=True)
+                parent[key] = [value if isinstance(value, str | None) else text for value, text in pairs]
+        elif isinstance(written, str) and "${" not in written:
+            parent[key] = written
+
+
+def _misread(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield option, mapping and key of each number and truth value where only text may stand."""
+    for group, values in tree.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            is_list = isinstance(value, list) and any(isinstance(each, int | float) for each in value)
+            if not is_list and not isinstance(value, int | float):
+                continue
+            types_of = types_of_option(f"{group}.{name}", kind=values.get("kind"))
+            if takes_texts(types_of) if is_list else takes_only_text(types_of):
+                yield f"{group}.{name}", values, name
+
+
 def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Sequence[tuple[str, Path]]) -> ConfigError:
     if error.source is not None:
         return error
-    source = find_origin(error.option, overrides, sources)
-    return ConfigError(error.option, error.value, why=error.why, fix=error.fix, source=source)
+    source, fix = find_origin(error.option, overrides, sources), error.fix
+    if source == COMMAND_LINE and isinstance(error.value, str) and "${" in error.value:
+        fix = f"{fix}; to give this text itself: {quoted_word(error.option, error.value)}"
+    return ConfigError(error.option, error.value, why=error.why, fix=fix, source=source)

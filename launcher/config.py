@@ -24,6 +24,7 @@ from launcher.models.base import Model
 from launcher.optim.adamw import AdamW
 from launcher.optim.schedule import Schedule
 from launcher.parallel.base import Parallel
+from launcher.paths import PathText, expand_homes, named_paths
 from launcher.precision import Precision
 from launcher.profile import Profile
 from launcher.quantization.base import NoQuantization, Quantization
@@ -134,13 +135,13 @@ def component_class(group: str, kind: str) -> type[Component]:
 class RunOptions:
     """Where a run is kept."""
 
-    root: str = "runs"
+    root: PathText = "runs"
     """Folder of all runs."""
 
     name: str = "run"
     """What kind of run this is: the folder below ``root``, and the W&B group."""
 
-    dir: str | None = None
+    dir: PathText | None = None
     """The run directory itself, instead of ``<root>/<name>/<time>-<letters>``."""
 
 
@@ -177,6 +178,11 @@ class Run:
         for group in KINDS:
             yield getattr(self, group)
 
+    def paths(self) -> Iterator[tuple[str, str]]:
+        """Yield option and value of every path that this run names."""
+        for group in (*KINDS, "run"):
+            yield from named_paths(group, getattr(self, group))
+
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``tree`` with the defaults of every group's class filled in, unchecked."""
@@ -203,9 +209,13 @@ def build_run(
     for key in tree:
         if key not in KINDS and key != "run":
             report(ConfigError(key, why=NO_SUCH_OPTION, fix=suggestion(key, tree, typed=typed)))
+    backend = tree.get("backend")
+    is_here = not (isinstance(backend, Mapping) and backend.get("kind") == "kubernetes")
+    elsewhere = partial(_report_elsewhere, tree, typed, report)
     for group, kinds in KINDS.items():
-        parts[group] = _build_group(group, kinds, tree.get(group), partial(_report_elsewhere, tree, typed, report))
-    parts["run"] = build(RunOptions, tree.get("run") or {}, path="run", report=report)
+        # a pod has another home
+        parts[group] = _build_group(group, kinds, tree.get(group), elsewhere, expands_home=is_here)
+    parts["run"] = build(RunOptions, expand_homes(RunOptions, tree.get("run") or {}), path="run", report=report)
     return None if any(part is None for part in parts.values()) else Run(**parts)
 
 
@@ -268,7 +278,9 @@ def _report_elsewhere(tree: Mapping[str, Any], typed: Mapping[str, str], report:
     report(error)
 
 
-def _build_group(group: str, kinds: Mapping[str, str], given: Any, report: Report) -> Component | None:
+def _build_group(
+    group: str, kinds: Mapping[str, str], given: Any, report: Report, *, expands_home: bool
+) -> Component | None:
     if not isinstance(given, Mapping):
         report(ConfigError(group, given, why="is not a set of options", fix=f"choose one: {group}=<option>"))
         return None
@@ -277,7 +289,8 @@ def _build_group(group: str, kinds: Mapping[str, str], given: Any, report: Repor
     if kind not in kinds:
         report(ConfigError(f"{group}.kind", kind, why="is not known", fix=did_you_mean(str(kind), kinds)))
         return None
-    return build(component_class(group, kind), values, path=group, report=report)
+    cls = component_class(group, kind)
+    return build(cls, expand_homes(cls, values) if expands_home else values, path=group, report=report)
 
 
 def run_to_tree(run: Run) -> dict[str, Any]:

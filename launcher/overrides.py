@@ -3,20 +3,40 @@
 Hydra stops at the first mistake, accepts any key behind ``+`` and has no did-you-mean. So each word is parsed by
 Hydra's own parser, group choices are checked here, and values are passed on as forced (``++``): whether their key
 exists is decided once, for all of them, against the schema.
+
+An option that takes text takes it as typed: Hydra's parser refuses many characters that paths and names hold, and
+reads ``1e5`` and ``007`` as numbers. Only what its grammar gives another meaning (several values, a list, an
+interpolation) is not text, and then the message shows the word that is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Union
 
+from launcher.config import KINDS, RunOptions, component_class
 from launcher.errors import ConfigError
-from launcher.schema import Report
+from launcher.schema import Report, field_types
 from launcher.suggest import did_you_mean
+
+COMMAND_LINE = "command line"
+"""Source of a value, in errors."""
 
 ADDED_GROUPS = ("exp", "sweep")
 """Groups that are not in the defaults list, so Hydra wants ``+`` before them; we do not mind without."""
+
+_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w.@:/-]*")
+"""What may stand before ``=``."""
+_WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
+"""Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
+_OPENING, _CLOSING = "[{(", "]})"
+_INTERPOLATION = "${"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +47,13 @@ class Override:
     """Group or dotted option, without ``+``."""
     word: str
     """What Hydra is given."""
+    typed: str = ""
+    """What stands behind the key, as the user typed it."""
+    value: Any = None
+    """The value as plain data, of an option that has one."""
     is_group: bool
     choices: tuple[str, ...] | None = None
-    """The values to try, when the word is a sweep (``job.seed=1,2,3``)."""
-
-    @property
-    def value(self) -> str:
-        """What stands behind the key, as the user typed it."""
-        return self.word.partition("=")[2]
+    """The values to try, when the word is a sweep (``job.seed=1,2,3``), as words that parse again."""
 
 
 def parse_overrides(
@@ -53,24 +72,206 @@ def parse_overrides(
 
     parser, accepted = OverridesParser.create(), []
     for word in words:
-        try:
-            parsed = parser.parse_override(word)
-        except HydraException:
-            report(_not_an_override(word))
+        if problem := _undecodable(word):
+            report(problem)
             continue
-        override = _classify(word, parsed, groups, sweeping=sweeping, report=report)
+        read = _as_typed(word)
+        try:
+            parsed = parser.parse_override(read)
+        except HydraException:
+            literal = _literal(word)
+            if literal is None:
+                report(_not_an_override(word))
+                continue
+            read, parsed = literal, parser.parse_override(literal)
+        override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
         if override is not None:
             accepted.append(override)
     return accepted
 
 
+def quoted_word(key: str, text: str) -> str:
+    """Return the word that sets ``key`` to exactly ``text``, as it can be pasted into a shell."""
+    if not re.search(r"""['"$`\\!]""", text):
+        return f"\"{key}='{text}'\""
+    return shlex.quote(f"{key}={_quoted(text, escape=True)}")
+
+
+def _undecodable(word: str) -> ConfigError | None:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        fix = "rename the file, or make a link to it with a name in UTF-8"
+        return ConfigError(shown, why="holds bytes that are not UTF-8, which run.yaml cannot keep", fix=fix)
+    return None
+
+
 def _not_an_override(word: str) -> ConfigError:
-    fix = "write it as option=value, in quotes when the value holds spaces: \"job.sample_prompt='a b'\""
-    return ConfigError(word, why="is not an override of the form option=value", fix=fix)
+    return ConfigError(word, why="is not an override of the form option=value", fix="write it as option=value")
+
+
+def _as_typed(word: str) -> str:
+    """Return ``word`` with its value quoted for Hydra where the option takes text and the value can only be that."""
+    head, equals, value = word.partition("=")
+    key, types_of = head.lstrip("+"), types_of_option(head.lstrip("+"))
+    if not equals:
+        return word
+    if _is_quoted(value):
+        inner = value.strip()[1:-1]
+        return f"{head}={_quoted(inner)}" if _INTERPOLATION in inner and not _interpolates(inner) else word
+    if takes_only_text(types_of):
+        is_null = value.strip().lower() == "null" and type(None) in types_of
+        several = "," in value and key not in _WITH_COMMAS
+        if not is_null and not several and not _is_call(value) and not (_is_list(value) or _is_mapping(value)):
+            return f"{head}={_quoted(value)}"
+        return word
+    if _takes_mapping_of_texts(types_of) and _is_mapping(value) and (mapping := _mapping(value)):
+        return f"{head}={mapping}"
+    if takes_texts(types_of) and _is_list(value) and not _is_several(value):
+        return f"{head}=[{','.join(_element(each) for each in _split(value.strip()[1:-1]))}]"
+    return word
+
+
+def _literal(word: str) -> str | None:
+    """Return ``word`` with its value as text, or as elements that are text; ``None`` for what is no override."""
+    head, equals, value = word.partition("=")
+    if not equals or not _OPTION.fullmatch(head):
+        return None
+    types_of = types_of_option(head.lstrip("+"))
+    if _is_mapping(value) and not takes_only_text(types_of) and (mapping := _mapping(value)):
+        return f"{head}={mapping}"
+    if _is_list(value) and takes_texts(types_of):
+        return f"{head}=[{','.join(_element(each) for each in _split(value.strip()[1:-1]))}]"
+    if len(pieces := _split(value)) > 1 and head.lstrip("+") not in _WITH_COMMAS:
+        return f"{head}={','.join(_element(each) for each in pieces)}"
+    return f"{head}={_quoted(value)}"
+
+
+def _mapping(value: str) -> str | None:
+    """Return a mapping for Hydra with its values as text; ``None`` where a name in it is none that Hydra takes."""
+    pairs = [each.partition(":") for each in _split(value.strip()[1:-1])]
+    if not all(colon and re.fullmatch(r"[A-Za-z_][\w.-]*", name.strip()) for name, colon, _ in pairs):
+        return None
+    return f"{{{','.join(f'{name.strip()}:{_element(text)}' for name, _, text in pairs)}}}"
+
+
+def _element(text: str) -> str:
+    """Return one element of a list, a mapping or a sweep for Hydra: as text, unless it is quoted or nested already."""
+    stripped = text.strip()
+    if _is_quoted(stripped) or _is_list(stripped) or _is_mapping(stripped):
+        return stripped
+    return _quoted(stripped)
+
+
+def _quoted(text: str, *, escape: bool = False) -> str:
+    """Return ``text`` in Hydra's quotes; ``${`` stays an interpolation where it is one, unless ``escape``."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if _INTERPOLATION in text and (escape or not _interpolates(text)):
+        text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
+
+
+def _interpolates(text: str) -> bool:
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    with contextlib.suppress(GrammarParseError):
+        parse(text)
+        return True
+    return False
+
+
+def _split(text: str) -> list[str]:
+    """Return the pieces of ``text`` between commas that stand in no brackets and no quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and not pieces[-1].strip():
+            quote = character
+        elif character in _OPENING:
+            depth += 1
+        elif character in _CLOSING:
+            depth -= 1
+        if character == "," and not quote and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces if any(piece.strip() for piece in pieces) else []
+
+
+def _is_several(value: str) -> bool:
+    return len(_split(value)) > 1
+
+
+def _is_quoted(value: str) -> bool:
+    text = value.strip()
+    return len(text) > 1 and text[0] in "'\"" and text[-1] == text[0] and not _is_several(value)
+
+
+def _is_list(value: str) -> bool:
+    text = value.strip()
+    return text.startswith("[") and text.endswith("]") and text.count("[") == text.count("]")
+
+
+def _is_mapping(value: str) -> bool:
+    text = value.strip()
+    return text.startswith("{") and text.endswith("}") and text.count("{") == text.count("}")
+
+
+def _is_call(value: str) -> bool:
+    """Whether it is one of Hydra's functions that give several values."""
+    return re.fullmatch(r"(choice|range|glob|sort|shuffle|tag|interval|extend_list)\(.*\)", value.strip()) is not None
+
+
+def types_of_option(key: str, *, kind: str | None = None) -> tuple[Any, ...]:
+    """Return every type that the option ``key`` has in the classes of its group; none for an unknown option.
+
+    Args:
+        key: dotted.
+        kind: of the class, where it is known; else all of them count.
+    """
+    group, _, rest = key.partition(".")
+    kinds = KINDS.get(group, {}) if rest else {}
+    classes = [component_class(group, each) for each in kinds if kind in (None, each)]
+    wanted = [RunOptions] if group == "run" else classes
+    return tuple(dict.fromkeys(found for cls in wanted for found in _types_in(cls, rest.split("."))))
+
+
+def _types_in(hint: Any, keys: Sequence[str]) -> Iterator[Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            yield from _types_in(choice, keys)
+    elif not keys:
+        yield hint
+    elif is_dataclass(hint):
+        fields: dict[str, Any] = field_types(typing.cast("Any", hint))
+        if keys[0] in fields:
+            yield from _types_in(fields[keys[0]], keys[1:])
+    elif origin is dict:
+        yield from _types_in(arguments[1], ())
+
+
+def takes_only_text(types_of: Sequence[Any]) -> bool:
+    """Whether text is the only scalar that an option takes."""
+    return str in types_of and not {int, float, bool, Any} & set(types_of)
+
+
+def takes_texts(types_of: Sequence[Any]) -> bool:
+    """Whether an option takes a list of texts."""
+    lists = [hint for hint in types_of if typing.get_origin(hint) is tuple]
+    return any(str in typing.get_args(hint) for hint in lists)
+
+
+def _takes_mapping_of_texts(types_of: Sequence[Any]) -> bool:
+    return any(typing.get_origin(hint) is dict and typing.get_args(hint)[1] is str for hint in types_of)
 
 
 def _classify(
-    word: str, parsed: Any, groups: Mapping[str, Sequence[str]], *, sweeping: bool, report: Report
+    word: str, read: str, parsed: Any, groups: Mapping[str, Sequence[str]], *, sweeping: bool, report: Report
 ) -> Override | None:
     key = parsed.key_or_group
     if parsed.is_delete():
@@ -79,9 +280,10 @@ def _classify(
     if key.startswith("hydra.") and key != "hydra.searchpath":
         report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
         return None
-    choices = _choices(parsed)
+    typed, types_of = word.partition("=")[2], types_of_option(key)
+    choices = _choices(parsed, typed, types_of)
     if choices is not None and not sweeping:
-        report(ConfigError(key, ",".join(choices), why="is several values", fix="add -m to run them all, or [a,b]"))
+        report(_several_values(key, typed, types_of, groups))
         return None
     if key.partition("@")[0] in groups:
         return _group_choice(key, parsed, choices, groups, report)
@@ -89,13 +291,37 @@ def _classify(
         group = key.partition(".")[0]
         report(ConfigError(key, why="follows from the option chosen", fix=f"set {group}=<option>"))
         return None
-    bare = word.lstrip("+")
-    return Override(key=key, word=bare if key == "hydra.searchpath" else f"++{bare}", is_group=False, choices=choices)
+    value = None if choices is not None else parsed.value()
+    if isinstance(value, list | dict) and takes_only_text(types_of) and not (takes_texts(types_of)):
+        kind = "a list" if isinstance(value, list) else "a mapping"
+        fix = f"to give this text, quote it: {quoted_word(key, typed)}"
+        why = f"is {kind} in Hydra's grammar, and this option takes text"
+        report(ConfigError(key, typed, why=why, fix=fix, source=COMMAND_LINE))
+        return None
+    bare = read.lstrip("+")
+    given = bare if key == "hydra.searchpath" else f"++{bare}"
+    return Override(key=key, word=given, typed=typed, value=value, is_group=False, choices=choices)
 
 
-def _choices(parsed: Any) -> tuple[str, ...] | None:
+def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mapping[str, Sequence[str]]) -> ConfigError:
+    """Return the error of a word that is a sweep where none is wanted, with every way to say what was meant."""
+    ways = ["add -m to run them all"]
+    if any(typing.get_origin(hint) is tuple for hint in types_of):
+        ways.append(f"write {shlex.quote(f'{key}=[{typed}]')} for a list")
+    if takes_only_text(types_of):
+        ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
+    if key.partition("@")[0] in groups:
+        ways.append(f"choose one, {key}={_split(typed)[0].strip()}")
+    return ConfigError(
+        key, typed, why="is several values in Hydra's grammar", fix=", or ".join(ways), source=COMMAND_LINE
+    )
+
+
+def _choices(parsed: Any, typed: str, types_of: Sequence[Any]) -> tuple[str, ...] | None:
     if not parsed.is_sweep_override():
         return None
+    if takes_only_text(types_of) and not _is_call(typed):  # Hydra would make 100000.0 of 1e5
+        return tuple(piece.strip() for piece in _split(typed))
     return tuple(str(item) for item in parsed.sweep_string_iterator())
 
 

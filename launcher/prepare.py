@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from launcher.config import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import gather
 from launcher.files import sha256_of
+from launcher.paths import refuse_unreachable
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 from launcher.ports import free_port
@@ -22,6 +23,8 @@ from launcher.saved_weights import with_saved_weights
 from launcher.snapshot import dump_run
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,127}", re.ASCII)
+_PATHS_OF_HOSTS = ("backend.python",)
+_LONGEST_ID = "20260101-120000-abcd"
 
 USUAL_PORT = 29500
 """Torch's own; shown by dry runs that cannot know what is free on another machine."""
@@ -53,6 +56,8 @@ def prepare(composed: Composed) -> Prepared:
     Raises:
         ConfigErrors: everything that stands against it, found in one pass.
     """
+    if unreachable := list(_unreachable(composed.run)):
+        raise ConfigErrors(unreachable)
     run = with_saved_weights(composed)
     continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
     run_id = continued or mint_run_id()
@@ -60,6 +65,18 @@ def prepare(composed: Composed) -> Prepared:
     hosts = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     port = _first_port(run)
     return replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
+
+
+def _unreachable(run: Run) -> Iterator[ConfigError]:
+    """Yield every path of ``run`` that cannot be looked at; all other checks ask only whether it is there."""
+    for option, value in run.paths():
+        is_here = run.backend.shares_paths or option in ("run.root", "run.dir")
+        if is_here and option not in _PATHS_OF_HOSTS and (problem := refuse_unreachable(option, value)):
+            yield problem
+    if not run.run.dir and not refuse_unreachable("run.root", run.run.root):
+        problem = refuse_unreachable("run.name", str(Path(run.run.root) / run.run.name / _LONGEST_ID))
+        if problem is not None:
+            yield ConfigError("run.name", run.run.name, why=problem.why, fix="set run.name to another name")
 
 
 def replan(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from launcher.errors import ConfigError
+from launcher.paths import is_named_path
 from launcher.results import Status, parse_line
 from launcher.rundir import RunDir
 from launcher.runfiles import is_regular, open_regular, read_object
@@ -112,8 +113,8 @@ def find_run(word: str | None, root: Path) -> RunDir:
     Raises:
         ConfigError: nothing is meant by it, or several runs are.
     """
-    if word is not None and _is_run(Path(word)):
-        return RunDir(Path(word).absolute())
+    if word is not None and is_named_path("run", word) and _is_run(Path(word).expanduser()):
+        return RunDir(Path(word).expanduser().absolute())
     known = runs_below(root)
     if word is None:
         if not known:

@@ -14,7 +14,7 @@ from launcher.compose import Composed
 from launcher.config import KINDS, Run, build_run, run_to_tree, suggestion
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.launching import start
-from launcher.overrides import parse_overrides
+from launcher.overrides import Override, parse_overrides
 from launcher.prepare import prepare
 from launcher.render import render
 from launcher.rundir import RunDir
@@ -33,7 +33,7 @@ def stored_run(folder: Path, words: Sequence[str]) -> Run:
     mistakes: list[ConfigError] = []
     tree = run_to_tree(load_run(RunDir(folder).snapshot))
     for override in parse_overrides(words, {}, sweeping=False, report=mistakes.append):
-        _set(tree, override.key, override.word, mistakes)
+        _set(tree, override, mistakes)
     run = build_run(tree, mistakes.append)
     if run is None or mistakes:
         raise ConfigErrors(mistakes)
@@ -73,17 +73,37 @@ def _missing_secrets(folder: Path) -> list[str]:
     return [name for name in forward if is_secret_name(name) and name not in os.environ]
 
 
-def _set(tree: dict[str, Any], key: str, word: str, mistakes: list[ConfigError]) -> None:
-    from omegaconf import OmegaConf
-
+def _set(tree: dict[str, Any], override: Override, mistakes: list[ConfigError]) -> None:
+    key, given = override.key, override.value
     if "." not in key:
         if key in (*KINDS, "run", "exp", "sweep"):
             fix = "change single values (job.steps=400), or start a new run with checkpoint.resume=DIR"
             mistakes.append(ConfigError(key, why="would change the kind of run", fix=fix))
         else:
-            fix = suggestion(key, tree, typed={key: word.partition("=")[2]})
+            fix = suggestion(key, tree, typed={key: override.typed})
             mistakes.append(ConfigError(key, why=NO_SUCH_OPTION, fix=fix))
         return
-    changed = OmegaConf.merge(OmegaConf.create(tree), OmegaConf.from_dotlist([word.lstrip("+")]))
-    tree.clear()
-    tree.update(OmegaConf.to_container(changed))
+    from omegaconf.errors import OmegaConfBaseException
+
+    *path, name = key.split(".")
+    node = tree
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            mistakes.append(ConfigError(key, why=f"{part} is a single value", fix=f"set {key.rpartition('.')[0]}"))
+            return
+    try:
+        value = _resolved(given)
+    except OmegaConfBaseException as error:
+        why = str(error).splitlines()[0]
+        mistakes.append(ConfigError(key, given, why=why, fix="name a variable that exists"))
+        return
+    old = node.get(name)
+    node[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+
+
+def _resolved(value: Any) -> Any:
+    """Return ``value`` with its ``${oc.env:…}`` replaced; options of the stored run are values, not names."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=True)["value"]

@@ -9,6 +9,7 @@ from typing import Any
 from launcher.compose import compose, groups
 from launcher.config import run_to_tree
 from launcher.errors import ConfigError
+from launcher.paths import exists
 from launcher.rundir import RunDir
 from launcher.runs import find_run
 from launcher.snapshot import load_run
@@ -29,7 +30,7 @@ def resolved_tree(text: str, *, config_dir: Path | None, root: Path = Path("runs
     Raises:
         ConfigError: there is no such thing, or it does not compose.
     """
-    if RunDir(Path(text)).snapshot.is_file():
+    if exists(RunDir(Path(text)).snapshot):
         return run_to_tree(load_run(RunDir(Path(text)).snapshot))
     words = shlex.split(text)
     if words and "=" not in words[0]:

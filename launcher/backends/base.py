@@ -31,6 +31,9 @@ class Backend(Component):
     restarts_itself: ClassVar[bool] = False
     """Whether a cluster sees to ``restarts``; whoever submits then does not."""
 
+    shares_paths: ClassVar[bool] = True
+    """Whether a path of an option means the same file on the hosts as on the machine that starts the run."""
+
     ranks: int | Literal["auto"] = "auto"
     """Ranks on each host; ``auto`` is what the hostfile says, else one per visible GPU, else 2 where there are two
     cores."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from launcher.backends.on_hosts import OnHosts
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 from launcher.secrecy import is_secret
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class Deepspeed(OnHosts):
     runner: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
     """What deepspeed reaches the hosts with."""
 
-    ssh_config: str | None = None
+    ssh_config: PathText | None = None
     """Configuration file for ssh instead of ``~/.ssh/config``."""
 
     def problems(self) -> Iterator[ConfigError]:
@@ -62,9 +63,7 @@ class Deepspeed(OnHosts):
             yield self.refuse("python", "deepspeed uses on every host the interpreter that it runs with here", fix)
         if self.min_hosts is not None:
             yield self.refuse("min_hosts", "works with agents on the hosts", "leave it out, or set backend=ssh")
-        if self.ssh_config is not None and not Path(self.ssh_config).is_file():
-            yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
-        elif self.ssh_config is not None and not _SAFE.fullmatch(str(Path(self.ssh_config).absolute())):
+        if self.ssh_config is not None and not _SAFE.fullmatch(str(Path(self.ssh_config).absolute())):
             yield self.refuse("ssh_config", "pdsh takes its path apart at spaces", "use a path of plain letters")
 
     def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -72,6 +71,8 @@ class Deepspeed(OnHosts):
         from launcher.remote.bundle import code_root
 
         yield from super().refusals(hosts)
+        if self.ssh_config is not None and not Path(self.ssh_config).is_file():
+            yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
         program, package = _PROGRAMS[self.runner]
         if shutil.which(program) is None:
             fix = f"install it (Debian: apt install {package}) or set backend=ssh"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from launcher.backends.base import Backend
 from launcher.errors import ConfigError
 from launcher.forward import DEFAULT_GLOBS, names
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from launcher.plan import Host
@@ -22,7 +23,7 @@ class OnHosts(Backend):
 
     asks_hosts: ClassVar[bool] = True
 
-    hostfile: str = "hostfile"
+    hostfile: PathText = "hostfile"
     """File that names the machines: ``host slots=N``, one a line, as hostfile.example explains."""
 
     include: str | None = None
@@ -31,7 +32,7 @@ class OnHosts(Backend):
     exclude: str | None = None
     """All but these hosts or slots."""
 
-    python: str | None = None
+    python: PathText | None = None
     """Interpreter on the hosts; the path of the one that runs this command, when not set."""
 
     forward: tuple[str, ...] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from launcher.backends.on_hosts import Code, OnHosts
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from launcher.plan import Host, HostPlan, Plan
@@ -31,15 +32,15 @@ class Ssh(OnHosts):
     code: Code = "shared"
     """Where hosts find this program: ``shared`` is the same path as here, ``sent`` sends the working tree."""
 
-    ssh_config: str | None = None
+    ssh_config: PathText | None = None
     """Configuration file for ssh instead of ``~/.ssh/config``."""
 
     ssh_options: tuple[str, ...] = ()
     """More arguments for ssh, one word each."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Refuse a configuration file that is not there: ssh would go on without it."""
-        yield from super().problems()
+        yield from super().refusals(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
             yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.benchmarks.base import Benchmark
 from launcher.benchmarks.load.lengths import parse_lengths
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 from launcher.serving.limits import Batching, Limits
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class BatchingBenchmark(Benchmark):
     prefix_cache: bool = False
     """Whether equal beginnings are computed once: it would spare most of the work where texts repeat."""
 
-    tokenizer: str = "model"
+    tokenizer: PathText = "model"
     """Of the article's texts: ``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
 
     def problems(self) -> Iterator[ConfigError]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.benchmarks.base import Benchmark
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 from launcher.profile import TorchProfile
 from launcher.serving.limits import Limits
 from launcher.serving.values import Request, Sampling
@@ -54,7 +55,7 @@ class ResultCacheBenchmark(Benchmark):
     max_bytes: int = 64 * 2**20
     """Room for results."""
 
-    tokenizer: str = "model"
+    tokenizer: PathText = "model"
     """``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
 
     warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))

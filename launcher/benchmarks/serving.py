@@ -14,6 +14,7 @@ from launcher.benchmarks.load.figures import Slo
 from launcher.benchmarks.load.http import parse_address
 from launcher.benchmarks.load.lengths import parse_lengths
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from launcher.benchmarks.results import Case, Results
@@ -61,7 +62,7 @@ class ServingBenchmark(Benchmark):
     seconds: float = 30.0
     """How long each level lasts; requests that are under way at its end are broken off."""
 
-    trace: str | None = None
+    trace: PathText | None = None
     """File of requests: JSON lines of what goes into each body (``prompt`` or ``messages``, ``max_tokens``, …), again
     from its beginning where it ends; ``null`` draws words from ``job.seed``."""
 

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Checkpoint(Component):
     keep_best: bool = True
     """Also keep the one with the lowest held-out loss."""
 
-    resume: str = "none"
+    resume: PathText = "none"
     """``none``; ``auto`` continues this run directory where it stopped; or a run id, run folder or checkpoint folder to
     start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
 

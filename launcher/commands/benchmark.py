@@ -12,6 +12,7 @@ from launcher.benchmarks.comparison import Comparison, Difference, compare
 from launcher.benchmarks.units import label, spread
 from launcher.errors import ConfigError
 from launcher.measurements import Measurements, read_measurements
+from launcher.paths import is_named_path
 from launcher.runs import find_run
 from launcher.suggest import did_you_mean
 from launcher.table import table
@@ -83,7 +84,11 @@ def _measured(name: str, root: Path) -> Measurements:
     Raises:
         ConfigError: there is no such thing, or it is not of a benchmark.
     """
-    path = Path(name).resolve() if Path(name).is_file() else find_run(name, root).benchmark("json")
+    path = (
+        Path(name).resolve()
+        if is_named_path("run", name) and Path(name).is_file()
+        else find_run(name, root).benchmark("json")
+    )
     try:
         return read_measurements(path)
     except FileNotFoundError as error:

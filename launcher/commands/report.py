@@ -35,7 +35,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     folder, text = _page(line)
-    file = Path(line.values.get("--output", folder / _FILE))
+    file = line.path("--output", folder / _FILE)
     _refuse(file)
     try:
         write_atomic(file, text)

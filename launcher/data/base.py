@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple
 from launcher.build_once import default_cache
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Piece(NamedTuple):
 class Corpus(Data):
     """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
 
-    tokenizer: str = "bpe"
+    tokenizer: PathText = "bpe"
     """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder."""
 
     vocab_size: int = 4096
@@ -54,7 +55,7 @@ class Corpus(Data):
     held_out: float = 0.05
     """Share of the tokens kept out of training for evaluation: the end of the stream, so the last documents."""
 
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
 
     def problems(self) -> Iterator[ConfigError]:

@@ -24,6 +24,7 @@ from launcher.data.formats import (
 )
 from launcher.data.rows import FirstRows, Record, first_rows, json_type, read_rows
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.paths import PathText
 from launcher.suggest import did_you_mean
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class HfData(Corpus):
     kind: ClassVar[str] = "hf"
     headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
-    path: str
+    path: PathText
     """A hub name (``wikitext``), a local folder, or a format name (``json``, ``csv``, ``parquet``) with ``files``."""
 
     name: str | None = None
@@ -56,7 +57,7 @@ class HfData(Corpus):
     column: str = "text"
     """The column that holds the text."""
 
-    files: tuple[str, ...] = ()
+    files: tuple[PathText, ...] = ()
     """Local files or globs, when ``path`` is a format name; compressed (gzip, bz2, xz, zstd) or not."""
 
     skip_bad_rows: bool = False

@@ -14,6 +14,7 @@ from launcher.data.base import SMALL_CHARS, Corpus, Piece
 from launcher.data.formats import NAMES, BadFile, FileFormat, Kind, inspect
 from launcher.data.hf import COLUMNAR, HfData, rows_command
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 from launcher.schema import defaults
 
 _PYTHON_DOCS = "python-docs"
@@ -27,7 +28,7 @@ class Text(Corpus):
     kind: ClassVar[str] = "text"
     headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer", "vocab_size")
 
-    path: tuple[str, ...] | str = _PYTHON_DOCS
+    path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
     """Files or globs, one document a file, compressed (gzip, bz2, xz, zstd) or not; ``python-docs`` is
     ``pydoc_data.topics``, 465 kB of English."""
 

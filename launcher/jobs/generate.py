@@ -13,6 +13,7 @@ from launcher.errors import ConfigError
 from launcher.generation.source import Source, open_source
 from launcher.generation.task import owns_output, stored_task, task_of
 from launcher.jobs.generating import GeneratingJob
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from launcher.config import Run
@@ -38,7 +39,7 @@ class Generate(GeneratingJob):
 
     kind: ClassVar[str] = "generate"
 
-    input: str = SAMPLE
+    input: PathText = SAMPLE
     """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
     numbers) or ``messages`` (a chat), and whatever of ``id``, ``stop`` and the ways to sample it wants otherwise."""
 
@@ -46,10 +47,10 @@ class Generate(GeneratingJob):
     """How it is written; ``auto`` goes by content and ending: JSON lines, a JSON list, a table with a header, or text
     with a prompt a line. It may be compressed (gzip, bz2, xz, zstd)."""
 
-    output: str | None = None
+    output: PathText | None = None
     """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
 
-    tokenizer: str = "model"
+    tokenizer: PathText = "model"
     """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
     byte, else a local folder that holds one."""
 

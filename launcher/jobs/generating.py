@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
+from launcher.paths import PathText
 from launcher.profile import ProfiledBy
 from launcher.serving.limits import Batching, Limits
 from launcher.serving.refusals import refusals
@@ -57,7 +58,7 @@ class GeneratingJob(Job):
     ageing_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
 
-    vllm_python: str | None = None
+    vllm_python: PathText | None = None
     """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
 
     echo_step_s: float = 0.0

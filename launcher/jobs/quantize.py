@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.data.base import Corpus
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
+from launcher.paths import PathText
 from launcher.quantization.base import Quantization
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Quantize(BatchedJob):
     kind: ClassVar[str] = "quantize"
     learns: ClassVar[bool] = False
 
-    output: str | None = None
+    output: PathText | None = None
     """Folder of the weights; ``null`` is ``model`` in the run directory. One that has files in it is left alone."""
 
     eval_sequences: int = 64
@@ -39,7 +40,7 @@ class Quantize(BatchedJob):
     sample_tokens: int = 32
     """Tokens of that."""
 
-    tokenizer: str = "model"
+    tokenizer: PathText = "model"
     """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each byte,
     else a local folder that holds one."""
 

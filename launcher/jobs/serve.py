@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from launcher.errors import ConfigError
 from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.serving_checks import address_problems, keys_problems, missing_packages
+from launcher.paths import PathText
 from launcher.wording import bytes_text, times
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class Serve(GeneratingJob):
     served_name: str | None = None
     """What clients call the model; ``null`` takes model.name."""
 
-    tokenizer: str = "model"
+    tokenizer: PathText = "model"
     """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
     byte, else a local folder that holds one."""
 
@@ -47,7 +48,7 @@ class Serve(GeneratingJob):
     warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
     """Shapes (sequences, tokens) that an engine runs through before it is given requests."""
 
-    api_keys_file: str | None = None
+    api_keys_file: PathText | None = None
     """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
     to them. Without any, everybody who reaches the address is served."""
 

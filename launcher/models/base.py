@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.paths import PathText
 from launcher.quantization.manifest import Manifest, read_manifest
 from launcher.quantization.methods import METHODS, Name
 
@@ -57,7 +58,7 @@ class Model(Component):
     name: str
     """What the model is called in plans, results and W&B; for ``hf``, the hub name or local folder."""
 
-    weights: str = "random"
+    weights: PathText = "random"
     """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
 
     quantization: Name = "none"

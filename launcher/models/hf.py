@@ -13,6 +13,7 @@ from launcher.models.base import Model, Shape
 from launcher.models.families import Sizes, sizes_of
 from launcher.models.hub import cached_folder
 from launcher.models.weights import folder_problems, read_config
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -26,7 +27,10 @@ class Hf(Model):
 
     kind: ClassVar[str] = "hf"
 
-    weights: str = "pretrained"
+    name: PathText
+    """A hub name (``org/model``), or a local folder."""
+
+    weights: PathText = "pretrained"
     """``pretrained``, ``random`` for the same architecture untrained, or another local folder of safetensors."""
 
     def shape(self) -> Shape | None:

@@ -12,6 +12,7 @@ from launcher.build_once import build_once, default_cache
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.models.base import Model, Shape
 from launcher.models.llama import LlamaSizes
+from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from transformers import LlamaConfig
@@ -40,7 +41,7 @@ class SmolLm2(Model):
     name: str = "smollm2_135m"
     """What the model is called in plans, results and W&B."""
 
-    weights: str = "pretrained"
+    weights: PathText = "pretrained"
     """``pretrained`` (4-bit in the package, dequantised to fp32 once), ``random``, or a local folder of safetensors."""
 
     def shape(self) -> Shape:

@@ -13,6 +13,7 @@ from launcher.optim.adamw import AdamW
 from launcher.parallel import ds_config, zero_memory
 from launcher.parallel.base import Engine, NativeOps, Parallel, StateBytes
 from launcher.parallel.ds_keys import raw_key_problems
+from launcher.paths import PathText
 from launcher.precision import Fp16, Precision
 
 Place = Literal["none", "cpu", "nvme"]
@@ -42,7 +43,7 @@ class Zero(Parallel):
     offload_parameters: Place = "none"
     """Where partitioned parameters live; stage 3 only."""
 
-    nvme_path: str | None = None
+    nvme_path: PathText | None = None
     """Folder on a fast local disk; needed as soon as anything is offloaded to NVMe. Users and runs can share it: each
     run has a folder ``launcher-<user id>-<run id>`` in it, removed when the run ends."""
 

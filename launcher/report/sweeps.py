@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
+from launcher.paths import is_named_path
 from launcher.report.markup import Html, element, rows_of, section
 from launcher.report.parts import number_text
 from launcher.rundir import RunDir
@@ -60,7 +61,7 @@ def find_sweep(word: str, root: Path) -> Path | None:
     Raises:
         ConfigError: several are meant.
     """
-    if (Path(word) / _FILE).is_file():
+    if is_named_path("run", word) and (Path(word) / _FILE).is_file():
         return Path(word).absolute()
     known = [path.parent for path in root.glob(f"*/sweep-*/{_FILE}") if is_regular(path)]
     meant = [path for path in known if path.name.startswith(word) or f"{path.parent.name}/{path.name}".startswith(word)]

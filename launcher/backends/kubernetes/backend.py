@@ -27,6 +27,7 @@ class Kubernetes(Backend):
     headline: ClassVar[tuple[str, ...]] = ("workload", "nodes", "gpus_per_node")
 
     restarts_itself: ClassVar[bool] = True
+    shares_paths: ClassVar[bool] = False
 
     image: str
     """Container image with this program in it, and everything ranks need."""

@@ -1,0 +1,210 @@
+"""Words of the command line: text as typed, and messages whose advice works in a real shell."""
+
+import shlex
+import subprocess
+
+import pytest
+
+from launcher.compose import compose
+from launcher.errors import ConfigErrors
+from launcher.overrides import quoted_word
+from launcher.snapshot import dump_run, load_run
+from launcher.stored import stored_run
+from launcher.sweep import expand
+
+
+def mistakes(*words, **options):
+    with pytest.raises(ConfigErrors) as caught:
+        compose(words, **options)
+    return [str(error) for error in caught.value.errors]
+
+
+AS_TYPED = [
+    "epoch=3-step=87.ckpt",
+    "we#ird%d@x",
+    "ünï/日本/😀",
+    "a b  c",
+    " spaces at both ends ",
+    "gpu[01-03]",
+    "[unbalanced",
+    "unbalanced]",
+    "{a}",
+    "}{",
+    "a$b",
+    "$HOME",
+    "${unclosed",
+    "$(id)",
+    "`id`",
+    "it's",
+    'say "hello"',
+    "'begun",
+    r"back\slash",
+    r"two\\slashes",
+    "ends with\\",
+    "C:\\x\\",
+    "a:b:c",
+    "http://u:p@h:1/x?y=z&w",
+    "a~b",
+    "(x)",
+    "x(1)",
+    "a;b|c>d<e*f?g!h^i",
+    "1e5",
+    "007",
+    "1_000",
+    "0x10",
+    "3.10",
+    "true",
+    "False",
+    "null",
+    "NaN",
+    "-inf",
+    "-x",
+    "--x",
+    "",
+    "tab\there",
+]
+
+
+def variables(run):
+    return [run.backend.env[f"K{number}"] for number in range(len(run.backend.env))]
+
+
+def words_of(texts):
+    """Return an override that takes text for each of ``texts``; one composition then checks all."""
+    return [f"backend.env.K{number}={text}" for number, text in enumerate(texts)]
+
+
+def test_text_is_taken_as_typed_and_kept(tmp_path):
+    """In a composition, in run.yaml, and in a stored run that is changed."""
+    words = words_of(AS_TYPED)
+    run = compose(words).run
+    assert variables(run) == AS_TYPED
+    stored = tmp_path / "run.yaml"
+    stored.write_text(dump_run(run), encoding="utf-8")
+    assert load_run(stored) == run
+    assert variables(stored_run(tmp_path, ["job.seed=1"])) == AS_TYPED
+    assert variables(stored_run(tmp_path, words[::-1])) == AS_TYPED
+
+
+def test_quoted_words_pasted_into_a_shell_set_the_text():
+    texts = [*AS_TYPED, *OTHER_MEANINGS]
+    words = [quoted_word(f"backend.env.K{number}", text) for number, text in enumerate(texts)]
+    shell = ["sh", "-c", f"printf '%s\\0' {' '.join(words)}"]
+    told = subprocess.run(shell, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")[:-1]
+    assert variables(compose(told).run) == texts
+
+
+OTHER_MEANINGS = {
+    "a,b": "several values",
+    "it's, well": "several values",
+    "range(1,3)": "several values",
+    "choice(a,b)": "several values",
+    "[a]": "a list",
+    "[a,b]": "a list",
+    "{a:b}": "a mapping",
+    "${job.nothing}": "not found",
+    "${oc.env:NO_SUCH_VARIABLE_HERE}": "not found",
+}
+
+
+def test_what_means_something_else_is_refused_with_a_word_that_works():
+    told = mistakes(*words_of(OTHER_MEANINGS))
+    assert len(told) == len(OTHER_MEANINGS)
+    advised = []
+    for text, meaning in OTHER_MEANINGS.items():
+        number = list(OTHER_MEANINGS).index(text)
+        said = next(said for said in told if said.startswith(f"backend.env.K{number}={text} (command line): "))
+        assert meaning in said
+        advised.append(shlex.split(said[said.index(quoted_word(f"backend.env.K{number}", text)) :])[0])
+    assert variables(compose(advised).run) == list(OTHER_MEANINGS)
+
+
+def test_interpolations_are_resolved_where_they_lead_somewhere(monkeypatch, tmp_path):
+    monkeypatch.setenv("SOME_FOLDER", "/data")
+    words = ["data.path=${oc.env:SOME_FOLDER}/ünï=1.txt", "job.sample_prompt=${job.seed}"]
+    run = compose(words).run
+    assert (run.data.path, run.job.sample_prompt) == ("/data/ünï=1.txt", "0")
+    (tmp_path / "run.yaml").write_text(dump_run(run), encoding="utf-8")
+    assert stored_run(tmp_path, words[:1]).data.path == "/data/ünï=1.txt"
+    with pytest.raises(ConfigErrors, match=r"job\.sample_prompt=.*name a variable that exists"):
+        stored_run(tmp_path, words[1:])
+
+
+def test_the_forms_that_the_options_name_work():
+    slurm = compose(["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,'--comment=a,b',--x=007]"]).run.backend
+    assert slurm.sbatch_options == ("--mail-type=FAIL", "--comment=a,b", "--x=007")
+    nodes = compose(["backend=slurm", "backend.nodelist=gpu[01-03,07]", "backend.exclude=n1,n2"]).run.backend
+    assert (nodes.nodelist, nodes.exclude) == ("gpu[01-03,07]", "n1,n2")
+    hosts = compose(["backend=ssh", "backend.include=work1:0,1", "backend.exclude=work2@work3:0"]).run.backend
+    assert (hosts.include, hosts.exclude) == ("work1:0,1", "work2@work3:0")
+    run = compose(["backend.env={PROXY: http://u=p#x%y, N: 007}", "data.path=[a=b.txt, ü.txt,1e5]", "run.dir=null"]).run
+    assert run.backend.env == {"PROXY": "http://u=p#x%y", "N": "007"}
+    assert run.data.path == ("a=b.txt", "ü.txt", "1e5")
+    assert run.run.dir is None
+    assert compose(["backend.env={N: 007}"]).run.backend.env == {"N": "007"}
+
+
+def test_values_that_are_no_text_keep_their_types():
+    run = compose(["optimizer.lr=1e-4", "job.steps=1e3", "optimizer.betas=[0.9,0.99]", "backend.ranks=auto"]).run
+    assert (run.optimizer.lr, run.job.steps, run.optimizer.betas, run.backend.ranks) == (
+        1e-4,
+        1000,
+        (0.9, 0.99),
+        "auto",
+    )
+    assert mistakes("job.seed=1,2") == [
+        "job.seed=1,2 (command line): is several values in Hydra's grammar; add -m to run them all"
+    ]
+
+
+def test_a_list_is_suggested_where_one_is_taken():
+    (said,) = mistakes("data.path=a.txt,b.txt")
+    assert "write 'data.path=[a.txt,b.txt]' for a list" in said
+    assert compose(["data.path=[a.txt,b.txt]"]).run.data.path == ("a.txt", "b.txt")
+
+
+def test_a_sweep_takes_each_text_as_typed():
+    words = ["job.sample_prompt=1e5,007,'a,b',ünï=1,x[1,2]", "job.seed=1,2"]
+    combinations = expand(words, {}, None)
+    assert len(combinations) == 10
+    prompts = [compose([*combination]).run.job.sample_prompt for combination in combinations[::2]]
+    assert prompts == ["1e5", "007", "a,b", "ünï=1", "x[1,2]"]
+
+
+def test_what_is_no_override_says_how_one_looks():
+    assert mistakes("nothing") == ["nothing: is not an override of the form option=value; write it as option=value"]
+    (said,) = mistakes("data.path=/tmp/\udcff")
+    assert "holds bytes that are not UTF-8" in said
+
+
+def test_a_yaml_file_gives_text_as_it_is_written(tmp_path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "mine.yaml").write_text(
+        "# @package _global_\nrun:\n  name: 007\njob:\n  sample_prompt: 1e5\n"
+        "data:\n  path: [1e5, 0x10, a.txt]\nbackend:\n  env: {}\ntracker:\n  project: true\n",
+        encoding="utf-8",
+    )
+    run = compose(["+exp=mine"], config_dir=tmp_path).run
+    assert (run.run.name, run.job.sample_prompt, run.tracker.project) == ("007", "1e5", "true")
+    assert run.data.path == ("1e5", "0x10", "a.txt")
+    assert compose(["+exp=mine", "run.name=8e1"], config_dir=tmp_path).run.run.name == "8e1"
+
+
+def test_an_experiment_without_its_package_is_named_with_the_line_it_lacks(tmp_path):
+    file = tmp_path / "exp" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text("job:\n  steps: 3\n", encoding="utf-8")
+    (said,) = mistakes("+exp=mine", config_dir=tmp_path)
+    assert said.startswith("exp=mine")
+    advised = said.split("`")[-2]
+    file.write_text(f"{advised}\n{file.read_text()}", encoding="utf-8")
+    assert compose(["+exp=mine"], config_dir=tmp_path).run.job.steps == 3
+
+
+def test_home_is_expanded_in_every_option_that_holds_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    run = compose(["run.root=~/runs", "data.path=['~/a.txt',b~c]", "data.cache='~/c'", "run.name=a~b"]).run
+    assert (run.run.root, run.data.path, run.data.cache) == ("/home/me/runs", ("/home/me/a.txt", "b~c"), "/home/me/c")
+    assert run.run.name == "a~b"
+    pods = compose(["backend=kubernetes", "backend.image=x", "run.root=~/runs", "data.path=~/a.txt"]).run
+    assert (pods.run.root, pods.data.path) == ("/home/me/runs", "~/a.txt"), "a pod has a home of its own"

@@ -1,0 +1,185 @@
+"""Paths that cannot be looked at: one message that names the option, exit 2, whatever the option."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from launcher.commandline import parse_command_line
+from launcher.compose import compose
+from launcher.config import KINDS, component_class
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.paths import path_fields
+from launcher.prepare import prepare
+from launcher.schema import defaults
+
+OPTIONS = {
+    "data.path": ["data.path="],
+    "data.cache": ["data.cache="],
+    "data.tokenizer": ["data.tokenizer="],
+    "data.files": ["data=hf", "data.path=json", "data.files=[{}]"],
+    "model.weights": ["model.weights="],
+    "model.name": ["model=hf", "run.name=x", "model.name="],
+    "checkpoint.resume": ["checkpoint.resume="],
+    "run.root": ["run.root="],
+    "run.dir": ["run.dir="],
+    "parallel.nvme_path": ["parallel=zero_infinity", "parallel.nvme_path="],
+    "job.input": ["job=generate", "job.format=text", "job.input="],
+    "job.output": ["job=generate", "job.output="],
+    "job.tokenizer": ["job=serve", "job.tokenizer="],
+    "job.api_keys_file": ["job=serve", "job.api_keys_file="],
+    "job.vllm_python": ["job=serve", "job.engine=vllm", "job.vllm_python="],
+    "backend.hostfile": ["backend=ssh", "backend.hostfile="],
+    "backend.ssh_config": ["backend=ssh", "backend.ssh_config="],
+    "benchmark.tokenizer": ["job=benchmark", "benchmark=batching", "benchmark.tokenizer="],
+    "benchmark.trace": ["job=benchmark", "benchmark=serving", "benchmark.trace="],
+}
+"""Words before the one that takes the path. ``backend.python`` is a path of the hosts."""
+
+
+def words_for(option, value):
+    *before, last = OPTIONS[option]
+    return [*before, last.format(f"'{value}'") if "{}" in last else last + value]
+
+
+def refused(words):
+    with pytest.raises(ConfigErrors) as caught:
+        prepare(compose(words))
+    return [str(error) for error in caught.value.errors]
+
+
+def test_every_option_that_holds_a_path_is_tried_here():
+    marked = {
+        f"{group}.{name}"
+        for group, kinds in KINDS.items()
+        for kind in kinds
+        for name in path_fields(component_class(group, kind))
+    }
+    assert {*marked, "run.root", "run.dir"} - {"backend.python"} == OPTIONS.keys()
+
+
+def test_options_whose_names_speak_of_files_are_marked():
+    """A new option is marked as a path, or its name says otherwise."""
+    named = re.compile("path|file|folder|dir$|output$|input$|trace$|tokenizer")
+    for group, kinds in KINDS.items():
+        for kind in kinds:
+            cls = component_class(group, kind)
+            texts = {name for name, value in defaults(cls).items() if value is None or isinstance(value, str)}
+            found = {f"{group}.{name}" for name in texts - path_fields(cls) if named.search(name)}
+            assert not found
+
+
+TOO_LONG = "y" * 300
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_name_that_no_file_system_takes(option):
+    (said,) = refused(words_for(option, f"/tmp/{TOO_LONG}"))
+    assert said == f"{option}=/tmp/{TOO_LONG}: a name in it has 300 bytes, and file systems take 255; " + (
+        f"set {option} to another path"
+    )
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """Return a folder of paths that lead nowhere, below folders that every user may enter, unlike pytest's own."""
+    made = Path(tempfile.mkdtemp(prefix="paths-"))
+    made.chmod(0o755)
+    (made / "loop").symlink_to("loop")
+    (made / "dangling").symlink_to("nowhere")
+    (made / "file").touch()
+    os.mkfifo(made / "pipe")
+    (made / "closed").mkdir()
+    (made / "closed" / "text.txt").touch()
+    (made / "secret.txt").touch()
+    for private in (made / "closed", made / "secret.txt"):
+        private.chmod(0)
+    yield made
+    (made / "closed").chmod(0o700)
+    shutil.rmtree(made)
+
+
+NOWHERE = {
+    "loop/x": "it leads through a link that leads back to itself",
+    "dangling": "dangling is a link to nowhere, which does not exist",
+    "dangling/below": "dangling is a link to nowhere, which does not exist",
+    "file/below": "file is a file, not a folder",
+    "pipe": "pipe is neither a file nor a folder",
+    "a/" * 2100: "bytes, and the system takes 4095",
+}
+
+
+@pytest.mark.parametrize("path", NOWHERE, ids=lambda path: path[:20])
+def test_other_paths_that_lead_nowhere(folder, path):
+    (said,) = refused([f"model.weights={folder}/{path}"])
+    assert said.startswith(f"model.weights={folder}/{path}: ")
+    assert NOWHERE[path] in said
+
+
+def test_all_are_reported_at_once_and_patterns_by_their_folder(folder):
+    told = refused([f"data.path=['{folder}/file/*.txt','{folder}/loop/**/a.txt']", f"run.root={folder}/pipe"])
+    assert [said.partition("=")[0] for said in told] == ["data.path", "data.path", "run.root"]
+
+
+def test_an_empty_path_and_a_name_that_is_too_long():
+    assert refused(["data.cache="])[0].startswith("data.cache='': is empty, not a path; ")
+    (said,) = refused([f"run.name={TOO_LONG}"])
+    assert said.startswith(f"run.name={TOO_LONG}: a name in it has 300 bytes")
+
+
+def test_a_nul_character_from_a_file(tmp_path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "mine.yaml").write_text('# @package _global_\ndata:\n  path: "a\\0b"\n', encoding="utf-8")
+    with pytest.raises(ConfigErrors, match=r"data\.path='a\\x00b': holds a NUL character"):
+        prepare(compose(["+exp=mine"], config_dir=tmp_path))
+
+
+@contextlib.contextmanager
+def as_somebody_else():
+    """Give up root's privileges for a while; any other user has none to give up."""
+    if os.geteuid():
+        yield
+        return
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("closed/text.txt", "closed is closed to this user (permission denied)"),
+        ("closed/x/y/z.txt", "closed is closed to this user (permission denied)"),
+        ("closed/*.txt", "closed cannot be read by this user (permission denied)"),
+        ("secret.txt", "secret.txt cannot be read by this user (permission denied)"),
+    ],
+)
+def test_paths_without_permission(folder, path, why):
+    composed = compose([f"data.path={folder}/{path}"])
+    with pytest.raises(ConfigErrors) as caught, as_somebody_else():
+        prepare(composed)
+    (said,) = map(str, caught.value.errors)
+    assert said.startswith(f"data.path={folder}/{path}: {folder}/")
+    assert why in said
+
+
+@pytest.mark.parametrize("verb", ["status", "logs", "report", "cancel", "benchmark", "resume", "rerun"])
+def test_verbs_that_take_a_run(launch_in_process, verb):
+    words = ["compare", f"/tmp/{TOO_LONG}", "x"] if verb == "benchmark" else [f"/tmp/{TOO_LONG}"]
+    ended = launch_in_process(verb, *words)
+    assert ended.returncode == 2
+    assert "a name in it has 300 bytes" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_flags_that_take_a_folder(launch_in_process):
+    with pytest.raises(ConfigError, match=r"^--config-dir=/tmp/y+: a name in it has 300 bytes"):
+        parse_command_line(["--config-dir", f"/tmp/{TOO_LONG}"])
+    assert launch_in_process("runs", "--root", f"/tmp/{TOO_LONG}").returncode == 2
+    assert launch_in_process("show", f"data.path=/tmp/{TOO_LONG}").returncode == 0  # no path, but overrides

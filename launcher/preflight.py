@@ -33,6 +33,8 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
     yield from _refuse_few_bits(run)
     if isinstance(run.job, GeneratingJob):
         yield from run.model.preflight()
+        if run.job.reads_data:
+            yield from run.data.preflight()
         yield from _refuse_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
         yield from run.model.preflight()

@@ -73,6 +73,27 @@ def test_data_that_is_empty_or_not_text(refused, tmp_path):
     assert "binary.txt" in refused("data.path=binary.txt")
 
 
+def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
+    """What the plan can know of local data it says, in one message that names what works."""
+    rows = "".join(f'{{"body": "some words of row {row}"}}\n' for row in range(900))
+    (tmp_path / "x.jsonl").write_text(rows)
+    (tmp_path / "short.txt").write_text("one short line\n")
+    (tmp_path / "part.jsonl").write_text('{"body": "a"}\n' * 3)
+    overrides = "data=hf data.path=json 'data.files=[x.jsonl]' data.column=body data.vocab_size=2048"
+    for words, expected in (
+        (("data.path=x.jsonl",), f"x.jsonl: holds JSON lines, not plain text; set {overrides}, or data.format=text"),
+        (("data.path=short.txt",), "data.path: has 5 tokens, 5 to learn from and 0 to evaluate"),
+        (("data=hf", "data.path=x.jsonl", "data.vocab_size=400"), "is a file, not a folder or a data set of the hub"),
+        (
+            ("data=hf", "data.path=json", "data.files=[x.jsonl]", "data.vocab_size=400"),
+            "data.column=text: x.jsonl has no such column; it has body; choose from: body",
+        ),
+        (("job=generate", "job.input=part.jsonl"), "line 1: body: no such field; did you mean prompt? (all 3 lines"),
+        (("job=generate", "job.tokenizer=data", "data.path=x.jsonl"), "x.jsonl: holds JSON lines, not plain text"),
+    ):
+        assert expected in refused(*words)
+
+
 def test_a_port_in_use(refused):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

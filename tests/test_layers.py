@@ -5,6 +5,7 @@ from __future__ import annotations
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import launcher.commands
 from launcher.config import KINDS
@@ -55,6 +56,21 @@ def test_planning_the_main_experiment_imports_nothing_heavy() -> None:
     ended = python("from launcher.__main__ import main\nsys.exit(main(['+exp=zero3_gpt2xl', 'dry_run=true']))")
     assert ended.returncode == 0, ended.stderr
     assert "1,557,611,200" in ended.stdout
+
+
+def test_looking_into_local_data_imports_no_package_of_the_ranks(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    with pa.output_stream(str(tmp_path / "x.jsonl.zst"), compression="zstd") as file:
+        file.write(b'{"text": "some words of a row"}\n' * 900)
+    pyarrow.parquet.write_table(pa.table({"text": ["some words of a row"] * 900}), tmp_path / "x.parquet")
+    refused = tuple(name for name in HEAVY if name not in ("numpy", "tokenizers"))
+    words = ["dry_run=true", "data=hf", "data.vocab_size=300", "job.sequence_length=16"]
+    for files, path in (("x.jsonl.zst", "json"), ("x.parquet", "parquet")):
+        given = [*words, f"data.path={path}", f"data.files=[{tmp_path / files}]"]
+        ended = python(f"from launcher.__main__ import main\nsys.exit(main({given!r}))", refused=refused)
+        assert ended.returncode == 0, ended.stderr
 
 
 def test_the_refusal_refuses() -> None:

@@ -139,7 +139,7 @@ def _refuse_bad_lines(job: Generate, context: Context, done: Path, *, output: Pa
     if ended["bad"]:
         why = f"{ended['bad']:,} of {times(size, 'line')} {'is' if ended['bad'] == 1 else 'are'} bad"
         where = f"{output} holds the answers to the others, and each bad line's reason in its field error"
-        raise JobError(f"job.input={job.input}: {why}; {ended['first']}. {where}", exit_code=EXIT_BAD_INPUT)
+        raise JobError(f"job.input={job.input}: {why}. {where}. First, {ended['first']}", exit_code=EXIT_BAD_INPUT)
 
 
 def _engine_of_ranks(

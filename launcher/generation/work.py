@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _AHEAD = 4
 """Times the requests that are worked on: as many lines are in memory, for a scheduler to choose among."""
 _SCAN_S = 1.0
+_REFUSALS_PRINTED = 20
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,7 @@ class Worker:
 
     _answers: dict[str, Answer] = field(default_factory=dict)
     _tokens: int = 0
+    _refused: int = 0
     _scanned_at: float = 0.0
     _started: float = field(default_factory=time.monotonic)
 
@@ -103,7 +105,11 @@ class Worker:
         return taken < room
 
     def _refuse(self, record: Record, why: str) -> None:
-        print(f"line {record.line}: {why}", flush=True)
+        self._refused += 1
+        if self._refused <= _REFUSALS_PRINTED:
+            print(f"line {record.line}: {why}", flush=True)
+        elif self._refused == _REFUSALS_PRINTED + 1:
+            print("more lines are bad: only the answers say which", flush=True)
         self.parts.append(record.number, error_line(record, why), is_error=True)
 
     def _write(self, update: Update, answer: Answer, finish: str) -> None:

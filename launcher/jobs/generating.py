@@ -80,6 +80,11 @@ class GeneratingJob(Job):
         return self.engine == "slots"
 
     @property
+    def reads_data(self) -> bool:
+        """Whether its tokenizer is the one that the group data trains or names."""
+        return getattr(self, "tokenizer", "") == "data"
+
+    @property
     def copies(self) -> int:
         """How many engines a rank keeps, each with the whole of the rank's weights."""
         return 1

@@ -86,13 +86,23 @@ def test_bad_lines_are_told_and_the_others_done(tmp_path) -> None:
     found = work(tmp_path, records)
     assert [answer.get("error", "")[:16] for answer in found] == [
         "",
-        "prompt: has 64 t",
+        "prompt: the prom",
         "",
         "prompt: is empty",
-        "prompt: token 30",
+        "prompt: 300 is n",
         "is no JSON objec",
     ]
     assert found[4]["id"] == 7
+
+
+def test_of_many_bad_lines_the_first_few_are_printed(tmp_path, capsys) -> None:
+    assert len(work(tmp_path, [Record(number, number + 1, {"text": "a"}) for number in range(50)])) == 50
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "line 1: text: no such field; did you mean prompt?"
+    assert printed[19:] == [
+        "line 20: text: no such field; did you mean prompt?",
+        "more lines are bad: only the answers say which",
+    ]
 
 
 def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(tmp_path) -> None:

@@ -57,8 +57,9 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
 ) -> None:
     words = (*ECHO, f"job.input={prompts}")
     ended = launch(*words, "backend.ranks=1", "parallel=single", "run.dir=one").expect(EXIT_BAD_INPUT)
-    said = f"job.input={prompts}: 1 of 300 lines is bad; line 8: promt: no such field; did you mean prompt?"
+    said = f"job.input={prompts}: 1 of 300 lines is bad. "
     assert said in ended.output
+    assert "First, line 8: promt: no such field; did you mean prompt?" in ended.output
     result = read_json(tmp_path / "one" / "result.json")
     assert (result["status"], result["exit_code"]) == ("failed", EXIT_BAD_INPUT)
     expected = (tmp_path / "one" / "generated.jsonl").read_bytes()

@@ -127,13 +127,14 @@ def misfits(
 def changed_rate(saved: Saved, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
     """Return one line on a learning rate that another schedule makes jump where a run continues, ``None`` if none."""
     before, done = saved.manifest.lr, saved.manifest.step
-    if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-6):
+    if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-3):
         return None
     after = optimizer.lr * schedule.factor(done, steps)
     return (
-        f"the learning rate jumps from {before:.3g} (step {done}, in {saved.folder.name}) to {after:.3g} (step "
+        f"the learning rate jumps from {before:.4g} (step {done}, in {saved.folder.name}) to {after:.4g} (step "
         f"{done + 1}): job.steps={steps}, optimizer.lr={optimizer.lr:g} or schedule={schedule.kind} is not what the "
-        f"checkpoint was trained with; schedule=constant optimizer.lr={before:.3g} keeps the rate"
+        f"checkpoint was trained with. To keep the rate, start a new run with checkpoint.resume={saved.folder} "
+        f"schedule=constant optimizer.lr={before:.4g}"
     )
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from launcher.engines.base import StepResult
 from launcher.engines.distributed import ranks_with_nonfinite, sum_over_ranks
 from launcher.engines.rng import load_rng, save_rng
-from launcher.errors import JobError
+from launcher.engines.unpickling import deepspeed_tensors_only, named
+from launcher.errors import EXIT_BAD_INPUT, JobError
 
 if TYPE_CHECKING:
     import torch
@@ -57,9 +58,10 @@ def load_checkpoint(engine: Any, folder: Path, *, context: Context, device: torc
     """Read what ``save_checkpoint`` wrote at the same world size, stage and cut.
 
     Raises:
-        JobError: the folder holds no checkpoint of DeepSpeed.
+        JobError: the folder holds no checkpoint of DeepSpeed, or objects that could run code; exit code 65.
     """
-    loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+    with named(folder / _TAG), deepspeed_tensors_only():
+        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
     if loaded is None:
-        raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads")
+        raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
     load_rng(folder, rank=context.rank, device=device)

@@ -27,6 +27,7 @@ from launcher.engines.pipelining.state import copy_to_twins, named_state
 from launcher.engines.pipelining.tied import Tied
 from launcher.engines.rng import load_rng, save_rng
 from launcher.engines.sharded_state import load_tensors, save_tensors
+from launcher.engines.unpickling import named
 from launcher.engines.update import Update
 from launcher.engines.weights import whole_parameters
 from launcher.files import read_json, write_json
@@ -157,7 +158,8 @@ class PipelineEngine(Engine):
         tensors, twins = self._tensors()
         load_tensors(folder / "shards", tensors)
         copy_to_twins(tensors, twins)
-        self._update.scale.restore(read_json(folder / "loss_scale.json"))
+        with named(folder / "loss_scale.json"):
+            self._update.scale.restore(read_json(folder / "loss_scale.json"))
         load_rng(folder, rank=self._rank, device=self.device)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

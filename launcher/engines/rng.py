@@ -6,6 +6,8 @@ from pathlib import Path
 
 import torch
 
+from launcher.engines.unpickling import load_file, named
+
 
 def _file(folder: Path, rank: int) -> Path:
     return folder / f"rng_{rank:05d}.pt"
@@ -24,7 +26,8 @@ def load_rng(folder: Path, *, rank: int, device: torch.device) -> None:
     path = _file(folder, rank)
     if not path.exists():
         return
-    state = torch.load(path, weights_only=True)
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
+    state = load_file(path)
+    with named(path):
+        torch.set_rng_state(state["cpu"])
+        if device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], device)

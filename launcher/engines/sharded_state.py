@@ -14,7 +14,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from launcher.errors import JobError
+from launcher.errors import EXIT_BAD_INPUT, JobError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,7 +38,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         reader = HuggingFaceStorageReader(str(folder))
         dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-        raise JobError(f"{folder} does not hold this model and optimiser: {error}") from error
+        raise JobError(f"{folder} does not hold this model and optimiser: {error}", exit_code=EXIT_BAD_INPUT) from error
 
 
 def optimiser_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:

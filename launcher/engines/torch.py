@@ -19,8 +19,9 @@ from launcher.engines.layouts import Layout, Replicated, Sharded
 from launcher.engines.loss import token_loss_sum
 from launcher.engines.rng import load_rng, save_rng
 from launcher.engines.sharded_state import load_tensors, optimiser_tensors, save_tensors
+from launcher.engines.unpickling import load_file, named
 from launcher.engines.update import Update
-from launcher.errors import JobError
+from launcher.errors import EXIT_BAD_INPUT, JobError
 from launcher.files import read_json, write_json
 from launcher.models.weights import save_model_folder
 from launcher.parallel.fsdp import Fsdp
@@ -119,7 +120,8 @@ class TorchEngine(Engine):
         """
         if self._layout.is_sharded:
             load_tensors(folder / "shards", self.tensors())
-            self._update.scale.restore(read_json(folder / "loss_scale.json"))
+            with named(folder / "loss_scale.json"):
+                self._update.scale.restore(read_json(folder / "loss_scale.json"))
         else:
             self._load_whole(folder)
         load_rng(folder, rank=self._rank, device=self.device)
@@ -133,13 +135,16 @@ class TorchEngine(Engine):
         }
 
     def _load_whole(self, folder: Path) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import load_model
 
         try:
             load_model(self.module, folder / "model" / "model.safetensors", device=str(self.device))
-        except (OSError, RuntimeError) as error:
-            raise JobError(f"{folder} does not hold this model: {error}") from error
-        self._update.restore(torch.load(folder / "optimizer.pt", weights_only=True, map_location=self.device))
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise JobError(f"{folder} does not hold this model: {error}", exit_code=EXIT_BAD_INPUT) from error
+        state = load_file(folder / "optimizer.pt", device=self.device)
+        with named(folder / "optimizer.pt"):
+            self._update.restore(state)
 
     def close(self) -> None:
         """Leave the process group.

@@ -1,0 +1,127 @@
+"""What ranks load when a run continues: the newest checkpoint whose files hold what was written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from launcher.checkpoint.manifest import Manifest
+from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.store import CheckpointStore
+from launcher.errors import ConfigError, exit_code_of_rank
+from launcher.files import read_json, write_json
+from launcher.optim.adamw import AdamW
+from launcher.optim.schedule import Cosine
+from launcher.rundir import RunDir
+from launcher.supervise.heartbeat import Heartbeat
+from launcher.training.resume import restore
+
+ABOUT: dict[str, Any] = {"created": 0.0, "run_id": "a", "run_hash": "b", "engine": "torch", "precision": "fp32"}
+
+
+@dataclass
+class Loader:
+    """Stands for an engine that loads."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    loaded: list[Path] = field(default_factory=list)
+
+    def load(self, folder: Path) -> None:
+        self.loaded.append(folder)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> CheckpointStore:
+    """The checkpoints of steps 10, 20 and 30."""
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(keep=0))
+    for step in (10, 20, 30):
+        pending = store.begin(step)
+        (pending / "optimizer.pt").write_bytes(bytes(step))
+        (pending / "model").mkdir()
+        (pending / "model" / "model.safetensors").write_bytes(bytes(step))
+        store.commit(Manifest(step=step, architecture={}, parallel={}, world_size=1, lr=1e-3, **ABOUT))
+    return store
+
+
+@pytest.fixture
+def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int, list[Path]]]:
+    """Restore a run of one rank; return its step and what the engine loaded."""
+
+    def run(resume: str = "auto", *, folder: Path = tmp_path) -> tuple[int, list[Path]]:
+        job = SimpleNamespace(optimizer_steps=100)
+        checkpoint = Checkpoint(resume=resume)
+        described = SimpleNamespace(checkpoint=checkpoint, job=job, optimizer=AdamW(lr=1e-3), schedule=Cosine())
+        context: Any = SimpleNamespace(
+            run=described,
+            run_dir=RunDir(folder),
+            is_main=True,
+            rank=0,
+            world_size=1,
+            heartbeat=Heartbeat(None),
+        )
+        engine: Any = Loader()
+        own = CheckpointStore(folder / "checkpoints", checkpoint)
+        return restore(own, context, engine), engine.loaded
+
+    return run
+
+
+def damage(saved: Path, name: str = "model/model.safetensors") -> None:
+    content = bytearray((saved / name).read_bytes())
+    content[0] ^= 1
+    (saved / name).write_bytes(content)
+
+
+def folder_of(tmp_path: Path, step: int) -> Path:
+    return tmp_path / "checkpoints" / f"step_{step:08d}"
+
+
+def test_the_newest_is_loaded_and_a_rate_that_jumps_is_said(continued, tmp_path, capsys):
+    assert continued() == (30, [folder_of(tmp_path, 30)])
+    said = capsys.readouterr().out
+    assert "continuing after step 30" in said
+    assert "the learning rate jumps from 0.001 (step 30" in said
+
+
+def test_damaged_ones_are_named_set_aside_and_the_one_before_is_loaded(continued, tmp_path, capsys):
+    damage(folder_of(tmp_path, 30))
+    damage(folder_of(tmp_path, 20), "optimizer.pt")
+    assert continued() == (10, [folder_of(tmp_path, 10)])
+    said = capsys.readouterr().out
+    assert f"{folder_of(tmp_path, 30)} is damaged: the content of model/model.safetensors is not" in said
+    assert f"{folder_of(tmp_path, 20)} is damaged: the content of optimizer.pt is not" in said
+    kept = sorted(entry.name for entry in (tmp_path / "checkpoints").iterdir())
+    assert kept == ["step_00000010", "step_00000020.damaged", "step_00000030.damaged"]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(continued, tmp_path):
+    for step in (10, 20, 30):
+        damage(folder_of(tmp_path, step))
+    for _ in range(2):  # nothing is set aside, so the next try does not begin anew either
+        with pytest.raises(ConfigError, match="no checkpoint is intact") as refused:
+            continued()
+    assert exit_code_of_rank(refused.value) == 65
+
+
+def test_checkpoints_of_another_run_are_left_as_they_are(continued, tmp_path):
+    damage(folder_of(tmp_path, 30))
+    assert continued(str(tmp_path), folder=tmp_path / "new") == (20, [folder_of(tmp_path, 20)])
+    with pytest.raises(ConfigError, match=r"step_00000030 is damaged.*model\.safetensors"):
+        continued(str(folder_of(tmp_path, 30)), folder=tmp_path / "new")
+    assert folder_of(tmp_path, 30).is_dir()
+
+
+def test_one_without_checksums_is_loaded_and_that_is_said_in_one_line(continued, tmp_path, capsys):
+    manifest = folder_of(tmp_path, 30) / "manifest.json"
+    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key not in ("sha256", "lr")})
+    damage(folder_of(tmp_path, 30))
+    assert continued() == (30, [folder_of(tmp_path, 30)])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "has no checksums" in lines[0]

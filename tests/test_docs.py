@@ -38,6 +38,12 @@ SLOW = {
     """'{"model": "smollm2_135m", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""": (
         "serving/api/test_openai.py::test_a_chat"
     ),
+    "launch job=generate model.weights=20260101-120000-abcd@best": (
+        "test_train.py::test_a_run_is_continued_in_its_own_directory"
+    ),
+    "launch job=serve model.weights=20260101-120000-abcd": (
+        "test_saved_weights.py::test_every_job_takes_the_model_and_the_tokenizer_of_the_run"
+    ),
     "python scripts/bench/faults.py --out faults.json": (
         "hosts/test_faults.py::test_a_run_ends_everywhere_and_tells_why"
     ),

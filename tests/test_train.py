@@ -67,6 +67,11 @@ def test_a_run_is_continued_in_its_own_directory(launch, tmp_path):
     assert read_json(tmp_path / "mine" / "result.json")["run_id"] == run_id
     kept = sorted(folder.name for folder in (tmp_path / "mine" / "checkpoints").iterdir())
     assert kept[-2:] == ["step_00000006", "step_00000009"]
+    (tmp_path / "one.txt").write_text("The")
+    answered = ("job=generate", "job.input=one.txt", "job.output=one.jsonl", "job.max_tokens=3", "tracker=local")
+    launch(*answered, "model.weights=mine@best", "backend.ranks=1").expect(0)
+    answer = json.loads((tmp_path / "one.jsonl").read_text())
+    assert answer["text"], "the model and the tokenizer of the run"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_its_step_and_rank(launch):

@@ -19,10 +19,10 @@ from launcher.files import write_json
 from launcher.models.base import Model
 from launcher.parallel.base import Parallel
 from launcher.precision import Precision
+from launcher.runfiles import read_regular
 from launcher.schema import build, to_tree
 
 MANIFEST = "manifest.json"
-_LARGEST_MANIFEST_BYTES = 64 * 2**20
 _BLOCK_BYTES = 1 << 20
 _THREADS = 4
 """That hash files side by side: hashlib releases the GIL."""
@@ -99,7 +99,7 @@ def read_manifest(folder: Path) -> Manifest:
         ValueError: there is none, or it is damaged or of another format; the message says which.
     """
     try:
-        tree = json.loads(_content(folder / MANIFEST))
+        tree = json.loads(read_regular(folder / MANIFEST))
     except FileNotFoundError:
         raise ValueError(f"it has no {MANIFEST}, so it was not finished") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -112,15 +112,6 @@ def read_manifest(folder: Path) -> Manifest:
     if problem := next(_problems(folder, manifest), None):
         raise ValueError(f"its {MANIFEST} is damaged ({problem})")
     return manifest
-
-
-def _content(file: Path) -> bytes:
-    status = file.stat()
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for its writer
-        raise ValueError("not a regular file")
-    if status.st_size > _LARGEST_MANIFEST_BYTES:
-        raise ValueError(f"{status.st_size} bytes, and at most {_LARGEST_MANIFEST_BYTES} are read")
-    return file.read_bytes()
 
 
 def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,9 +17,12 @@ from launcher.data.bpe import train_bpe
 from launcher.data.open import open_splits
 from launcher.data.stream import open_stream
 from launcher.data.text import Text
-from launcher.data.tokens import token_folder
+from launcher.data.tokens import save_tokenizer, token_folder
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.files import read_json
 from launcher.models.gpt2 import Gpt2
+from launcher.models.tokenizer import load_tokenizer
+from launcher.serving.words import load_words
 
 MakeText = Callable[..., Text]
 
@@ -149,3 +153,32 @@ def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gp
         open_splits(text(tokenizer=str(folder)), model, sequence_length=16, seed=0)
     with pytest.raises(EnvironmentProblem, match="some/tokenizer is not in the local cache"):
         open_splits(text(tokenizer="some/tokenizer"), model, sequence_length=16, seed=0)
+
+
+def test_a_tokenizer_trained_here_is_saved_as_others_load_it(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
+    data = text()
+    tokenizer = token_folder(data, model, beat=lambda: None)[1]
+    save_tokenizer(data, model, tokenizer, tmp_path / "saved", beat=lambda: None)
+    loaded, served = load_tokenizer(tmp_path / "saved", option="x"), load_words(tmp_path / "saved")
+    assert loaded.end_id == tokenizer.end_id == read_json(tmp_path / "saved" / "generation_config.json")["eos_token_id"]
+    for ids in (tokenizer.encode("the 漢 cat"), loaded.encode("the 漢 cat"), served.encode("the 漢 cat")):
+        assert tokenizer.decode(ids) == "the 漢 cat"
+    assert not served.has_template
+
+
+def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
+    source, saved = tmp_path / "source", tmp_path / "saved"
+    data = text()
+    tokenizer = token_folder(data, model, beat=lambda: None)[1]
+    save_tokenizer(data, model, tokenizer, source, beat=lambda: None)
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tools.jinja").write_text("{{ 1 }}")
+    (source / "pytorch_model.bin").write_bytes(b"not a part of it")
+    save_tokenizer(replace(data, tokenizer=str(source)), model, tokenizer, saved, beat=lambda: None)
+    copied = {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()}
+    assert copied == {
+        *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),
+        *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
+    }
+    assert load_tokenizer(saved, option="x").encode("the cat") == tokenizer.encode("the cat")

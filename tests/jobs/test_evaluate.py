@@ -66,7 +66,7 @@ def test_a_checkpoint_and_its_weights_measure_what_training_did(launch, tmp_path
     trained = metrics_of(tmp_path / "trained")
     saved = tmp_path / "trained" / "checkpoints" / "step_00000004"
     launch(*EVALUATE, *alone, f"checkpoint.resume={saved}", "run.dir=resumed").expect(0)
-    launch(*EVALUATE, *alone, f"model.weights={saved}/model", "run.dir=loaded").expect(0)
+    launch(*EVALUATE, *alone, "model.weights=trained@step_4", "run.dir=loaded").expect(0)
     launch(*EVALUATE, *alone, "run.dir=fresh").expect(0)
     resumed, loaded, fresh = (metrics_of(tmp_path / name) for name in ("resumed", "loaded", "fresh"))
     assert resumed["train/step"] == 4

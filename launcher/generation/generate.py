@@ -69,7 +69,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     index = Index(folder, size)
     index.scan()
     before = index.num_tokens
-    words = open_words(job.tokenizer, context.run, beat=beat)
+    words = open_words(job.tokenizer, context.run, beat=beat, template=job.chat_template)
     if job.spreads(context.run):
         ranks = 1
         generator = _engine_of_ranks(job, context, preemption, beat=beat)

@@ -21,7 +21,7 @@ LONGEST_LINE_BYTES = 16 * 2**20
 """A longer line is refused: a file without line breaks must not fill the memory."""
 
 _BLOCK = 1 << 20
-_TEXT_COLUMNS = ("prompt", "id")
+_TEXT_COLUMNS = ("prompt", "id", "chat_template")
 """Of a table; what stands in others is read as JSON where it is some."""
 _PLAIN = "job.format=text"
 _TO_LINES = "import datasets, sys; datasets.Dataset.from_{kind}(sys.argv[1]).to_json(sys.argv[2])"

@@ -10,12 +10,13 @@ from typing import Any, cast
 from launcher.errors import ConfigError
 from launcher.generation.source import Record, unknown_field
 from launcher.schema import build
+from launcher.serving.chat import BadMessages, NoTemplate, plain_messages
 from launcher.serving.ranges import out_of_range, stops_problem
 from launcher.serving.values import Sampling
-from launcher.serving.words import NoTemplate, Words
+from launcher.serving.words import Words
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(Sampling))
-FIELDS = ("prompt", "messages", "id", "stop", *SAMPLING_FIELDS)
+FIELDS = ("prompt", "messages", "chat_template", "id", "stop", *SAMPLING_FIELDS)
 """All that a line may say."""
 
 _SEED_BYTES = 6
@@ -71,6 +72,8 @@ def check_fields(record: Record) -> None:
     given = {name for name, value in record.fields.items() if value is not None}
     if ("prompt" in given) == ("messages" in given):
         raise BadLine("needs prompt or messages, and not both")
+    if "chat_template" in given and "messages" not in given:
+        raise BadLine("chat_template: is for messages, and this line has prompt")
 
 
 def seed_of(seed: int, line: int) -> int:
@@ -90,7 +93,7 @@ def _sampling(values: Mapping[str, Any]) -> Sampling:
 
 
 def _prompt(given: Mapping[str, Any], words: Words) -> tuple[int, ...]:
-    ids = _chat(given["messages"], words) if "messages" in given else _text_or_ids(given["prompt"], words)
+    ids = _chat(given, words) if "messages" in given else _text_or_ids(given["prompt"], words)
     if not ids:
         raise BadLine("prompt: is empty")
     return tuple(ids)
@@ -104,25 +107,22 @@ def _text_or_ids(prompt: Any, words: Words) -> list[int]:
     raise BadLine("prompt: takes text, or a list of token numbers")
 
 
-def _chat(messages: Any, words: Words) -> list[int]:
-    if not isinstance(messages, list) or not all(_is_message(message) for message in messages):
-        raise BadLine("messages: takes a list of objects with role and content, both text")
-    for message in messages:
-        _sound(message["content"], "messages")
+def _chat(given: Mapping[str, Any], words: Words) -> list[int]:
+    template = given.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise BadLine("chat_template: takes the name of one of the tokenizer's templates")
     try:
-        return words.encode(words.render(messages), special=False)
+        messages = plain_messages(given["messages"])
+        for message in messages:
+            _sound(message["content"], "messages")
+        return words.encode(words.render(messages, template), special=False)
+    except BadMessages as error:
+        raise BadLine(f"messages: {error}{f' ({error.field})' if error.field != 'messages' else ''}") from error
     except NoTemplate as error:
-        raise BadLine("messages: this tokenizer has no chat template; give prompt instead") from error
+        field, instead = ("chat_template", "") if template else ("messages", "; give prompt instead")
+        raise BadLine(f"{field}: {error}{instead}") from error
     except ValueError as error:
         raise BadLine(f"messages: {error}") from error
-
-
-def _is_message(message: Any) -> bool:
-    return (
-        isinstance(message, dict)
-        and message.keys() == {"role", "content"}
-        and all(isinstance(value, str) for value in message.values())
-    )
 
 
 def _stop(stop: Any) -> tuple[str, ...]:

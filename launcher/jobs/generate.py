@@ -50,10 +50,6 @@ class Generate(GeneratingJob):
     output: PathText | None = None
     """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
 
-    tokenizer: PathText = "model"
-    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
-    byte, else a local folder that holds one."""
-
     max_tokens: int = 128
     """Tokens of an answer at most."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launcher.errors import ConfigError
@@ -11,8 +12,10 @@ from launcher.jobs.base import Job
 from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
 from launcher.paths import PathText
 from launcher.profile import ProfiledBy
+from launcher.serving.chat import template_names
 from launcher.serving.limits import Batching, Limits
 from launcher.serving.refusals import refusals
+from launcher.suggest import did_you_mean
 from launcher.wording import times
 
 if TYPE_CHECKING:
@@ -28,6 +31,13 @@ class GeneratingJob(Job):
     """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
     batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a
     model."""
+
+    tokenizer: PathText = "model"
+    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
+    byte, else a local folder that holds one."""
+
+    chat_template: str | None = None
+    """Name of the tokenizer's chat template for chats that name none; ``null`` takes the one named default."""
 
     batching: Batching = "continuous"
     """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
@@ -129,6 +139,21 @@ class GeneratingJob(Job):
         """Yield an interpreter that has no vLLM, where it is asked for."""
         yield from super().preflight(run, run_dir)
         yield from vllm_problems(self)
+        yield from self._template_problems(run)
+
+    def _template_problems(self, run: Run) -> Iterator[ConfigError]:
+        """Yield a chat template that the tokenizer does not have, where its folder is here to look at."""
+        if self.chat_template is None or self.tokenizer in ("bytes", "data"):
+            return
+        for name in (run.model.weights, run.model.name) if self.tokenizer == "model" else (self.tokenizer,):
+            folder = Path(name).expanduser()
+            if not (folder / "tokenizer.json").is_file():
+                continue
+            names = template_names(folder)
+            if self.chat_template not in names:
+                why = f"the tokenizer in {folder} has no such chat template"
+                yield self.refuse("chat_template", why, did_you_mean(self.chat_template, names))
+            return
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""
@@ -137,5 +162,10 @@ class GeneratingJob(Job):
         yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
         if self.engine in ("transformers", "vllm") and self.batching != "continuous":
             yield self.refuse("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
+        if self.chat_template is not None and self.tokenizer in ("bytes", "data"):
+            yield self.refuse("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
+        if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
+            why = "vLLM's server takes its own, and this option would have no effect"
+            yield self.refuse("chat_template", why, "set job.engine=slots, or leave it out")
         if self.ageing_s <= 0:
             yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")

@@ -38,10 +38,6 @@ class Serve(GeneratingJob):
     served_name: str | None = None
     """What clients call the model; ``null`` takes model.name."""
 
-    tokenizer: PathText = "model"
-    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
-    byte, else a local folder that holds one."""
-
     replicas: int = 1
     """Engines side by side, each with all weights and its share of the cores. One where several ranks are an engine."""
 

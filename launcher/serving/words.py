@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,20 +11,18 @@ from typing import TYPE_CHECKING
 from launcher.errors import ConfigError
 from launcher.files import sha256_of
 from launcher.models.detokenize import decoder_of, fallback_byte, has_decoder
+from launcher.serving.chat import NoTemplate, chosen_template, templates_of
+from launcher.suggest import did_you_mean
 
 if TYPE_CHECKING:
     import tokenizers
 
     from launcher.config import Run
 
-Chat = Callable[[Sequence[Mapping[str, str]]], str]
-"""Text of a conversation, ready for the answer."""
+Chat = Callable[[Sequence[Mapping[str, str]], str | None], str]
+"""Text of a conversation, ready for the answer, by the template of a name or the default one."""
 
 END = "<|endoftext|>"
-
-
-class NoTemplate(Exception):
-    """The tokenizer does not say how a chat becomes text."""
 
 
 class Words:
@@ -44,11 +43,6 @@ class Words:
         self._decode = decoder_of(inner)
         self._is_bytes, self._falls_back = has_decoder(inner, "ByteLevel"), has_decoder(inner, "ByteFallback")
 
-    @property
-    def has_template(self) -> bool:
-        """Whether it knows chats."""
-        return self._chat is not None
-
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text; ``special`` adds what the tokenizer puts around one (a beginning)."""
         ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
@@ -58,16 +52,20 @@ class Words:
         """Return the text of tokens, without special ones."""
         return self._decode(ids)
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
         """Return a conversation as its model wants it, up to where the answer begins.
 
+        Args:
+            messages: with a role and a text each.
+            template: name of one of the tokenizer's chat templates; ``None`` is the default.
+
         Raises:
-            NoTemplate: nobody said how.
+            NoTemplate: the tokenizer has none, or none of this name.
             ValueError: the template refuses these messages, and why.
         """
         if self._chat is None:
-            raise NoTemplate
-        return self._chat(messages)
+            raise NoTemplate("this tokenizer has no chat template")
+        return self._chat(messages, template)
 
     def bytes_of(self, token: int, *, first: bool = False) -> bytes:
         """Return what a token adds to a text, which need not be whole characters.
@@ -123,11 +121,17 @@ class Words:
         return self._decode([*before, token])[length:].encode()
 
 
-def open_words(choice: str, run: Run, *, beat: Callable[[], None]) -> Words:
+def open_words(choice: str, run: Run, *, beat: Callable[[], None], template: str | None = None) -> Words:
     """Return the tokenizer that ``job.tokenizer`` names.
 
+    Args:
+        choice: the name.
+        run: whose model and data may have it.
+        beat: called while it is fetched or made.
+        template: ``job.chat_template``: the chat template that is used where none is named.
+
     Raises:
-        ConfigError: there is none, or the group data has none.
+        ConfigError: there is none, or the group data has none; it has no such template.
         EnvironmentProblem: it has to be fetched and cannot be.
     """
     if choice == "bytes":
@@ -141,11 +145,19 @@ def open_words(choice: str, run: Run, *, beat: Callable[[], None]) -> Words:
             raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
         return Words(token_folder(run.data, run.model, beat=beat)[1].inner)
     folder = run.model.tokenizer_folder(beat=beat) if choice == "model" else Path(choice).expanduser()
-    return load_words(folder)
+    return load_words(folder, template=template)
 
 
-def load_words(folder: Path) -> Words:
-    """Return the tokenizer of a folder, with its chat template. Imports Transformers."""
+def load_words(folder: Path, *, template: str | None = None) -> Words:
+    """Return the tokenizer of a folder, with its chat templates. Imports Transformers.
+
+    Args:
+        folder: of the tokenizer.
+        template: name of the chat template that is used where none is named.
+
+    Raises:
+        ConfigError: there is no fast one, or it has no such template.
+    """
     from transformers import AutoTokenizer
 
     fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
@@ -159,19 +171,27 @@ def load_words(folder: Path) -> Words:
     inner = loaded.backend_tokenizer
     inner.no_truncation()
     inner.no_padding()
-    if not isinstance(loaded.chat_template, str):
+    templates = templates_of(loaded.chat_template)
+    if template is not None and template not in templates:
+        why = f"the tokenizer in {folder} has no such chat template"
+        raise ConfigError("job.chat_template", template, why=why, fix=did_you_mean(template, templates))
+    if not templates:
         return Words(inner)
 
-    def chat(messages: Sequence[Mapping[str, str]]) -> str:
-        from jinja2.exceptions import TemplateError
-
+    def chat(messages: Sequence[Mapping[str, str]], name: str | None) -> str:
+        text = chosen_template(templates, name or template)  # never what a client writes as a template
         try:
-            text = loaded.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        except (TemplateError, TypeError) as error:
+            return str(
+                loaded.apply_chat_template(
+                    list(messages), chat_template=text, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program, which may fail as any does on some messages
             raise ValueError(str(error)) from error
-        return str(text)
 
-    return Words(inner, chat=chat, template=loaded.chat_template)
+    return Words(inner, chat=chat, template=json.dumps([template, templates], sort_keys=True))
 
 
 def byte_words() -> Words:

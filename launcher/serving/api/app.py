@@ -66,8 +66,10 @@ def _tokens(app: FastAPI, service: Service) -> None:
         words = service.opened(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
+        if body.chat_template is not None and body.messages is None:
+            raise invalid("is for messages", "chat_template")
         if body.messages is not None:
-            ids = await encode_chat(words, body.messages)
+            ids = await encode_chat(words, body.messages, template=body.chat_template)
         else:
             assert body.prompt is not None
             ids = await encode(words, body.prompt, special=body.add_special_tokens)

@@ -32,6 +32,7 @@ def _within(limits: Range, *, least: int | None = None) -> Any:
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
 MaxTokens = Annotated[int, _within(RANGES["max_tokens"])]
+TemplateName = Annotated[str, Field(min_length=1, max_length=256)]
 Stop = Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]
 
 
@@ -137,13 +138,15 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is OpenAI's newer word for ``system``."""
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None
+    """``null`` for an assistant that said nothing."""
 
-    @property
-    def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {name: value for name, value in values.items() if value is not None or name == "content"}
+        return values
 
 
 class ResponseFormat(Body):
@@ -156,6 +159,8 @@ class ChatBody(Generating):
     """``/v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    chat_template: TemplateName | None = None
+    """Name of one of the tokenizer's chat templates; where it is left out, ``job.chat_template``."""
     max_tokens: MaxTokens | None = None
     """Where it is left out, up to the end of the context."""
     max_completion_tokens: MaxTokens | None = None
@@ -171,6 +176,7 @@ class TokenizeBody(Body):
     model: str | None = None
     prompt: str | None = None
     messages: list[Message] | None = None
+    chat_template: TemplateName | None = None
     add_special_tokens: bool = True
 
 

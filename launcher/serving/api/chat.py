@@ -65,7 +65,7 @@ async def chat(service: Service, request: Request) -> Response:
     words = service.opened(body.model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")
-    prompt = await encode_chat(words, body.messages)
+    prompt = await encode_chat(words, body.messages, template=body.chat_template)
     service.check_room([prompt], choices=body.n, field="messages")
     context = service.pool.context
     assert context is not None

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from launcher.serving.api.bodies import Message
 from launcher.serving.api.problems import invalid
-from launcher.serving.words import NoTemplate, Words
+from launcher.serving.chat import BadMessages, NoTemplate, plain_messages
+from launcher.serving.words import Words
 
 T = TypeVar("T")
 _AT_ONCE = 2000
@@ -41,19 +42,30 @@ async def encode(words: Words, text: str, *, special: bool = True) -> list[int]:
     return await _where_it_fits(len(text), lambda: words.encode(text, special=special))
 
 
-async def encode_chat(words: Words, messages: Sequence[Message], *, field: str = "messages") -> list[int]:
+async def encode_chat(
+    words: Words, messages: Sequence[Message], *, template: str | None = None, field: str = "messages"
+) -> list[int]:
     """Return the tokens of a conversation, up to where its answer begins.
 
+    Args:
+        words: the tokenizer.
+        messages: the conversation.
+        template: name of the chat template; ``None`` is the default.
+        field: where the messages stand.
+
     Raises:
-        ApiError: the model has no chat template, or its template refuses the messages.
+        ApiError: the model has no such chat template, or its template refuses the messages.
     """
-    plain = [message.plain for message in messages]
-    size = sum(len(message["content"]) for message in plain)
     try:
-        return await _where_it_fits(size, lambda: words.encode(words.render(plain), special=False))
-    except NoTemplate:
-        said = "this model has no chat template; use /v1/completions"
-        raise invalid(said, field, code="no_chat_template") from None
+        plain = plain_messages([message.model_dump() for message in messages], field=field)
+        size = sum(len(message["content"]) for message in plain)
+        return await _where_it_fits(size, lambda: words.encode(words.render(plain, template), special=False))
+    except BadMessages as bad:
+        raise invalid(str(bad), bad.field, code="invalid_value") from None
+    except NoTemplate as error:
+        if template:
+            raise invalid(str(error), "chat_template", code="no_chat_template") from None
+        raise invalid(f"{error}; use /v1/completions", field, code="no_chat_template") from None
     except ValueError as refusal:
         raise invalid(f"the model's template refuses them: {refusal}", field) from None
 

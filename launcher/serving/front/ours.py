@@ -53,7 +53,7 @@ class Ours(Backing):
     async def get_ready(self) -> None:
         """Load the tokenizer while the engines are built."""
         job, run, service = self._job, self._run, self._service
-        words = await asyncio.to_thread(open_words, job.tokenizer, run, beat=lambda: None)
+        words = await asyncio.to_thread(open_words, job.tokenizer, run, beat=lambda: None, template=job.chat_template)
         shape = run.model.shape()
         if shape is not None and words.vocab_size > shape.vocab_size:
             why = f"it has {words.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.json_schema import SkipJsonSchema
 
 from launcher.serving.api.problems import of_validation
 from launcher.serving.ranges import (
@@ -138,7 +139,7 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is OpenAI's newer word for ``system``."""
-    content: str | list[TextPart] | None
+    content: str | list[TextPart] | SkipJsonSchema[None]  # the schema cannot say that only an assistant's may be null
     """``null`` for an assistant that said nothing."""
 
     @model_validator(mode="before")

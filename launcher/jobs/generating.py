@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from launcher.errors import ConfigError
 from launcher.jobs.base import Job
 from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
-from launcher.paths import PathText
+from launcher.paths import PathText, exists
 from launcher.profile import ProfiledBy
 from launcher.serving.chat import template_names
 from launcher.serving.limits import Batching, Limits
@@ -147,7 +147,7 @@ class GeneratingJob(Job):
             return
         for name in (run.model.weights, run.model.name) if self.tokenizer == "model" else (self.tokenizer,):
             folder = Path(name).expanduser()
-            if not (folder / "tokenizer.json").is_file():
+            if not exists(folder / "tokenizer.json"):
                 continue
             names = template_names(folder)
             if self.chat_template not in names:

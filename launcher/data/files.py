@@ -13,7 +13,9 @@ from pathlib import Path
 
 from launcher.data.base import Piece
 from launcher.data.formats import (
+    EMPTY,
     FORMAT_OF,
+    BadFile,
     FileFormat,
     full_ending,
     has_nul,
@@ -108,9 +110,9 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[Piece]:
     """Yield a text file as one document, cut at line ends into pieces of about 64 thousand characters.
 
     Raises:
-        BadFile: a byte further in than the preflight looked is NUL or not UTF-8, or the file is damaged.
+        BadFile: a byte further in than the preflight looked is NUL or not UTF-8, or the file is damaged or blank.
     """
-    rest, position = "", 0
+    rest, position, is_empty = "", 0, True
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     with open_bytes(file, found.compression) as stream:
@@ -126,6 +128,7 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[Piece]:
                 raise has_nul(file, position=position + block.index(0), compression=found.compression)
             if start == 0:
                 decoded = decoded.removeprefix("\ufeff")
+            is_empty = is_empty and not decoded.strip()
             text = rest + newlines.decode(decoded, final=not block)
             position += len(block)
             if not block:
@@ -134,6 +137,8 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[Piece]:
             if cut:
                 yield Piece(text[:cut], ends=False)
             rest = text[cut:]
+    if is_empty:
+        raise BadFile(*EMPTY)
     yield Piece(text, ends=True)
 
 

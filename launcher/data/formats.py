@@ -40,7 +40,10 @@ FORMAT_OF: dict[Kind, str] = {"jsonl": "json", "json": "json", "csv": "csv", "pa
 
 LOOKED_AT_BYTES = 1 << 20
 """Of the unpacked content: enough to know a format, little enough for thousands of files."""
+EMPTY = ("is empty", "give a file with text in it")
 _ROWS_TRIED = 20
+_MANY_FILES = 64
+_FEWEST_BYTES = 1 << 14
 _STRAY_BYTES = 8
 """More, and more than one byte in fifty, are no accident: the file is not text."""
 _DELIMITERS = (",", "\t", ";", "|")
@@ -120,14 +123,17 @@ class FileFormat:
     """The part that was looked at is all there is."""
 
 
-def inspect(file: Path, *, plain: str, as_text: bool = False, by_row: bool = False) -> FileFormat:
-    """Return how ``file`` is written, judging by its first mebibyte and its ending.
+def inspect(
+    file: Path, *, plain: str, as_text: bool = False, by_row: bool = False, look_bytes: int = LOOKED_AT_BYTES
+) -> FileFormat:
+    """Return how ``file`` is written, judging by its beginning and its ending.
 
     Args:
         file: what to look at.
         plain: the option that makes the caller take any text as it stands, for messages.
         as_text: that option is set: any UTF-8 text is plain text.
         by_row: stray bytes that are no text are left to the reader, which refuses their rows alone.
+        look_bytes: of the unpacked content that are looked at.
 
     Raises:
         BadFile: it is empty, damaged, or neither UTF-8 text nor a format that the program reads.
@@ -136,10 +142,10 @@ def inspect(file: Path, *, plain: str, as_text: bool = False, by_row: bool = Fal
         with file.open("rb") as stream:
             compression = _compression(stream.read(8))
         with open_bytes(file, compression) as stream:
-            start = stream.read(LOOKED_AT_BYTES)
+            start = stream.read(look_bytes)
     except OSError as error:
         raise BadFile(f"cannot be read: {error.strerror}", "check its permissions") from error
-    whole, ending = len(start) < LOOKED_AT_BYTES, _ending(file)
+    whole, ending = len(start) < look_bytes, _ending(file)
     columnar = _columnar(start, ending)
     if columnar and compression:
         target = shlex.quote(str(_without_compression(file)))
@@ -160,6 +166,11 @@ def inspect(file: Path, *, plain: str, as_text: bool = False, by_row: bool = Fal
         lone_returns="\r" in text.strip() and "\n" not in text,
         whole=whole,
     )
+
+
+def look_bytes_of_each(num_files: int) -> int:
+    """Return how much of each of many files is looked at, so that all together take seconds."""
+    return max(_FEWEST_BYTES, LOOKED_AT_BYTES // max(1, num_files // _MANY_FILES))
 
 
 def open_bytes(file: Path, compression: Compression) -> BinaryIO:
@@ -286,7 +297,7 @@ def _decoded(file: Path, start: bytes, compression: Compression, *, whole: bool,
         raise has_nul(file, position=start.index(0), compression=compression)
     text = text.removeprefix("\ufeff")
     if whole and not text.strip():
-        raise BadFile("is empty", "give a file with text in it")
+        raise BadFile(*EMPTY)
     return text
 
 

@@ -14,12 +14,14 @@ from launcher.data import files
 from launcher.data.base import SMALL_CHARS, Corpus, Piece
 from launcher.data.formats import (
     FORMAT_OF,
+    LOOKED_AT_BYTES,
     NAMES,
     BadFile,
     FileFormat,
     full_ending,
     inspect,
     kind_of_ending,
+    look_bytes_of_each,
     override_word,
 )
 from launcher.data.rows import FirstRows, Record, first_rows, json_type, read_rows
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 COLUMNAR = ("parquet", "arrow")
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
 _LONGEST_LINE_BYTES = 256 << 20
+_FILES_READ = 64
+"""Files whose first rows are read before anything starts."""
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files of JSON in the folder of a data set that hold no rows."""
@@ -78,6 +82,8 @@ class HfData(Corpus):
         """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
         yield from super().preflight()
         if self.files:
+            if not self.split.startswith("train"):
+                yield self.refuse("split", "local files have one split", "set data.split=train, or train[:50%]")
             found, errors = files.expand(self.files, option="data.files")
             yield from errors
             yield from files.first_errors(self._refuse_files(found), option="data.files")
@@ -112,16 +118,19 @@ class HfData(Corpus):
     def pieces(self) -> Iterator[Piece]:
         """Yield each row's text."""
         num_rows = num_bad = 0
+        is_empty = True
         for where, record in self._file_rows() if self._reads_files else self._dataset_rows():
             num_rows += 1
             problem = self._problem_of(record)
             if not problem:
-                yield Piece(record.fields[self.column], ends=True)
+                text = record.fields[self.column]
+                is_empty = is_empty and not text.strip()
+                yield Piece(text, ends=True)
             elif self.skip_bad_rows:
                 num_bad += 1
             else:
                 raise self._refuse_row(record, problem, where)
-        if num_rows == num_bad:
+        if is_empty:
             why = f"none of {num_rows:,} rows holds text" if num_rows else "there are no rows"
             raise ConfigError("data.column", self.column, why=why, fix="choose a column of text, or give other files")
         if num_bad:
@@ -178,14 +187,14 @@ class HfData(Corpus):
             return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=f"mend it, or {_SKIP}")
         return self.refuse("column", f"{where} {problem}", _SKIP)
 
-    def _inspect(self, file: Path) -> FileFormat:
+    def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
         """Return how a file is written.
 
         Raises:
             BadFile: it cannot be read, or is of another format than ``path`` says.
         """
         plain = f"data=text {override_word('data.path', str(file))} data.format=text"
-        found = inspect(file, plain=plain, by_row=self.skip_bad_rows)
+        found = inspect(file, plain=plain, by_row=self.skip_bad_rows, look_bytes=look_bytes)
         if self.path != FORMAT_OF.get(found.kind, found.kind):
             fix = f"set data.path={FORMAT_OF[found.kind]}" if found.kind in FORMAT_OF else f"set {plain}"
             raise BadFile(f"holds {NAMES[found.kind]}, and data.path is {self.path}", fix)
@@ -195,9 +204,17 @@ class HfData(Corpus):
         return first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
 
     def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
-        for file in found:
+        """Yield what cannot be read of the files, and what the rows of the first ones show."""
+        look_bytes = look_bytes_of_each(len(found))
+        for number, file in enumerate(found):
             try:
-                written = self._inspect(file)
+                written = self._inspect(file, look_bytes=look_bytes)
+                if written.compression == "zstd" and not self._reads_files:
+                    why = f"datasets takes slices, and does not unpack zstd ({file})"
+                    yield self.refuse("split", why, "set data.split=train, or unpack the files")
+                    return
+                if number >= _FILES_READ:
+                    continue
                 first = self._first_rows(file, written)
             except BadFile as bad:
                 yield ConfigError("data.files", file, why=bad.why, fix=bad.fix)
@@ -299,7 +316,9 @@ class HfData(Corpus):
         import datasets
 
         found = [str(file) for file in files.expand(self.files, option="data.files")[0]]
-        keywords: dict[str, Any] = {"keep_default_na": False} if self.path == "csv" else {}
+        keywords: dict[str, Any] = {}
+        if self.path == "csv" and found:
+            keywords = {"keep_default_na": False, "sep": self._inspect(Path(found[0])).delimiter}
         datasets.disable_progress_bars()
         try:
             return datasets.load_dataset(

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 from launcher.data import files
 from launcher.data.base import SMALL_CHARS, Corpus, Piece
-from launcher.data.formats import NAMES, BadFile, FileFormat, Kind, inspect
+from launcher.data.formats import LOOKED_AT_BYTES, NAMES, BadFile, FileFormat, Kind, inspect, look_bytes_of_each
 from launcher.data.hf import COLUMNAR, HfData, rows_command
 from launcher.errors import ConfigError
 from launcher.paths import PathText
@@ -57,9 +57,10 @@ class Text(Corpus):
     def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
         """Yield what cannot be read, and what is no plain text, all files of one format together."""
         others: dict[Kind, list[Path]] = {}
+        look_bytes = look_bytes_of_each(len(found))
         for file in found:
             try:
-                kind = self._inspect(file).kind
+                kind = self._inspect(file, look_bytes=look_bytes).kind
             except BadFile as bad:
                 yield ConfigError("data.path", file, why=bad.why, fix=bad.fix)
                 continue
@@ -86,8 +87,8 @@ class Text(Corpus):
             return ConfigError("data.path", first, why=bad.why, fix=f"{bad.fix}{_AS_IT_STANDS}")
         return ConfigError("data.path", first, why=why, fix=fix + ("" if kind in COLUMNAR else _AS_IT_STANDS))
 
-    def _inspect(self, file: Path) -> FileFormat:
-        return inspect(file, plain="data.format=text", as_text=self.format == "text")
+    def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
+        return inspect(file, plain="data.format=text", as_text=self.format == "text", look_bytes=look_bytes)
 
     def fingerprint(self) -> str:
         """Return a hash of the contents."""

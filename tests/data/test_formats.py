@@ -15,6 +15,7 @@ import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launcher.compose import compose
 from launcher.data import rows as rows_module
 from launcher.data.base import Data
-from launcher.data.formats import BadFile, inspect, override_word
+from launcher.data.formats import BadFile, inspect, look_bytes_of_each, override_word
 from launcher.data.hf import HfData
 from launcher.data.text import Text
 from launcher.errors import ConfigError
@@ -510,3 +511,36 @@ def test_damage_of_columns_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadFile, match="damaged or cut off"):
             rows_module.first_rows(tmp_path / name, inspect(tmp_path / name, plain=""), longest_line=99)
+
+
+def test_slices_of_local_files(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(table(";"))
+    half = HfData(path="csv", files=(f"{tmp_path}/x.csv",), split="train[:50%]")
+    assert (problems(half), texts(half)) == ([], ROWS[:30])
+    assert "data.split=test: local files have one split" in problems(replace(half, split="test"))[0]
+    with pa.output_stream(f"{tmp_path}/x.csv.zst", compression="zstd") as file:
+        file.write(table())
+    (message,) = problems(HfData(path="csv", files=(f"{tmp_path}/x.csv.zst",), split="train[:50%]"))
+    assert "does not unpack zstd" in message
+
+
+def test_blank_text_is_no_text(tmp_path: Path) -> None:
+    """Where the blank goes on further than the plan looks, the rank says so."""
+    blank = tmp_path / "x.txt"
+    blank.write_bytes(b" \n" * (1 << 20))
+    assert not problems(Text(path=str(blank)))
+    with pytest.raises(ConfigError, match="is empty"):
+        texts(Text(path=str(blank)))
+    (tmp_path / "x.jsonl").write_text('{"text": ""}\n{"text": " "}\n')
+    with pytest.raises(ConfigError, match="none of 2 rows holds text"):
+        texts(HfData(path="json", files=(f"{tmp_path}/x.jsonl",)))
+
+
+def test_of_many_files_each_is_looked_at_a_little(tmp_path: Path) -> None:
+    for number in range(70):
+        (tmp_path / f"{number:02}.jsonl").write_bytes(json_lines(ROWS[:2]))
+    (tmp_path / "99.jsonl").write_text(PROSE)
+    (message,) = problems(HfData(path="json", files=(f"{tmp_path}/*.jsonl",)))
+    assert "99.jsonl: ends in .jsonl and holds no JSON lines" in message
+    assert look_bytes_of_each(1) == look_bytes_of_each(100) == 1 << 20
+    assert look_bytes_of_each(100_000) == 1 << 14

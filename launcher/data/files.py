@@ -76,7 +76,8 @@ def _refuse_folder(folder: Path, pattern: str, option: str) -> ConfigError:
     found = endings(folder)
     if not found:
         return ConfigError(option, pattern, why="is a folder without files", fix="give a folder that holds some")
-    ending = max(found, key=lambda ending: (found[ending], kind_of_ending(ending) == "text", ending == ".txt"))
+    is_text = option == "data.path"
+    ending = max(found, key=lambda it: (found[it], (kind_of_ending(it) == "text") == is_text, it == ".txt"))
     kind = kind_of_ending(ending)
     files = f"{pattern.rstrip('/')}/**/*{ending}"
     words = override_word(option, files if option == "data.path" else [files])

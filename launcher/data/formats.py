@@ -323,8 +323,8 @@ def _json_kind(text: str, ending: Kind, *, whole: bool) -> Kind | None:
     """Return which JSON a text that begins with a bracket is; ``None`` for one that only begins so."""
     lines = _lines(text, whole=whole)
     objects = sum(map(_is_object, lines))
-    if objects == len(lines) == 1 and ending == "json" and not any(map(_is_string, json.loads(lines[0]).values())):
-        return "json"  # rows may be within it, but it is none
+    if objects == len(lines) == 1 and ending == "json" and not _is_row(json.loads(lines[0])):
+        return "json"
     if objects and 2 * objects >= len(lines):
         return "jsonl"
     body = text.lstrip()
@@ -344,8 +344,9 @@ def _lines(text: str, *, whole: bool) -> list[str]:
     return (lines if whole else lines[:-1])[:_ROWS_TRIED]
 
 
-def _is_string(value: object) -> bool:
-    return isinstance(value, str)
+def _is_row(found: dict[str, Any]) -> bool:
+    """Return whether the only object of a file is a row, and not what rows are in (``{"data": […]}``)."""
+    return "messages" in found or any(isinstance(value, str) for value in found.values())
 
 
 def _is_object(line: str) -> bool:

@@ -61,8 +61,9 @@ class HfData(Corpus):
     column: str = "text"
     """The column that holds the text."""
 
-    files: tuple[PathText, ...] = ()
-    """Local files or globs, when ``path`` is a format name; compressed (gzip, bz2, xz, zstd) or not."""
+    files: tuple[PathText, ...] | PathText = ()
+    """A local file or glob, or a list of them, when ``path`` is a format name; compressed (gzip, bz2, xz, zstd) or
+    not."""
 
     skip_bad_rows: bool = False
     """Leave out rows without text in ``column`` (null, a number, a list) or that cannot be read, and print how many
@@ -76,7 +77,9 @@ class HfData(Corpus):
             yield ConfigError("data.files", "[]", why=f"data.path={self.path} is a format and needs files", fix=fix)
         if self.path not in _FORMATS and self.files:
             why = f"files need a format as data.path, which is {self.path}"
-            yield ConfigError("data.files", list(self.files), why=why, fix=f"set data.path to {' or '.join(_FORMATS)}")
+            yield ConfigError(
+                "data.files", list(self.patterns), why=why, fix=f"data.path: {did_you_mean(self.path, _FORMATS)}"
+            )
 
     def preflight(self) -> Iterator[ConfigError]:
         """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
@@ -84,7 +87,7 @@ class HfData(Corpus):
         if self.files:
             if not self.split.startswith("train"):
                 yield self.refuse("split", "local files have one split", "set data.split=train, or train[:50%]")
-            found, errors = files.expand(self.files, option="data.files")
+            found, errors = files.expand(self.patterns, option="data.files")
             yield from errors
             yield from files.first_errors(self._refuse_files(found), option="data.files")
         elif given := self._files_as_path():
@@ -98,10 +101,15 @@ class HfData(Corpus):
         if self.skip_bad_rows:
             where.append("skip_bad_rows")
         if self.files:
-            where.append(files.fingerprint(files.expand(self.files, option="data.files")[0]))
+            where.append(files.fingerprint(files.expand(self.patterns, option="data.files")[0]))
         elif self._is_local():
             where.append(files.fingerprint(sorted(file for file in self._local_folder().rglob("*") if file.is_file())))
         return json.dumps(where)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The names and globs of ``files``."""
+        return (self.files,) if isinstance(self.files, str) else self.files
 
     @property
     def source_option(self) -> str:
@@ -110,7 +118,7 @@ class HfData(Corpus):
 
     def small_pieces(self) -> list[Piece] | None:
         """Return the whole text of small local files."""
-        found = files.expand(self.files, option="data.files")[0] if self._reads_files else []
+        found = files.expand(self.patterns, option="data.files")[0] if self._reads_files else []
         if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
             return None
         return files.beginning(self.pieces(), SMALL_CHARS)
@@ -134,7 +142,7 @@ class HfData(Corpus):
             why = f"none of {num_rows:,} rows holds text" if num_rows else "there are no rows"
             raise ConfigError("data.column", self.column, why=why, fix="choose a column of text, or give other files")
         if num_bad:
-            source = ", ".join(self.files) or self.path
+            source = ", ".join(self.patterns) or self.path
             _print_once(
                 f"{num_bad:,} of {num_rows:,} rows of {source} hold no text: left out (data.skip_bad_rows=true)"
             )
@@ -146,7 +154,7 @@ class HfData(Corpus):
 
     def _file_rows(self) -> Iterator[tuple[str, Record]]:
         """Yield the rows of all files, each with where it stands."""
-        found, errors = files.expand(self.files, option="data.files")
+        found, errors = files.expand(self.patterns, option="data.files")
         if errors:
             raise errors[0]
         for file in found:
@@ -276,7 +284,9 @@ class HfData(Corpus):
     def _refuse_folder(self, folder: Path) -> Iterator[ConfigError]:
         """Yield what keeps ``datasets`` from reading a local folder, or its files from having the column."""
         if not folder.is_dir():
-            yield self.refuse("path", "there is no such folder or file", "give a folder of data files")
+            yield self.refuse(
+                "path", "there is no such folder or file", "give a folder of data files, or a data set of the hub"
+            )
             return
         found = files.endings(folder)
         if not found:
@@ -315,7 +325,7 @@ class HfData(Corpus):
     def _load(self) -> datasets.Dataset:
         import datasets
 
-        found = [str(file) for file in files.expand(self.files, option="data.files")[0]]
+        found = [str(file) for file in files.expand(self.patterns, option="data.files")[0]]
         keywords: dict[str, Any] = {}
         if self.path == "csv" and found:
             keywords = {"keep_default_na": False, "sep": self._inspect(Path(found[0])).delimiter}

@@ -296,7 +296,7 @@ def _item(number: int, item: object, text_field: str) -> Record:
 
 def _rows_of_object(file: Path, found: object) -> str:
     """Return the command that writes the rows that an object holds as JSON lines."""
-    values = found if isinstance(found, dict) else {}
+    values = found if isinstance(found, dict) and not {"prompt", "messages"} & found.keys() else {}
     tables = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
     name, target = shlex.quote(str(file)), _as_lines(file)
     if tables:

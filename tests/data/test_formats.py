@@ -251,6 +251,7 @@ def test_what_must_be_converted_is_refused_with_the_command_that_does(
         ({"version": 1, "data": [{"text": row} for row in ROWS]}, ROWS),
         ({"text": ROWS, "n": list(range(60))}, ROWS),
         ({"text": "One row alone."}, ["One row alone."]),
+        ({"messages": [{"content": "hi"}], "text": "One row alone."}, ["One row alone."]),
     ],
 )
 def test_a_json_object_becomes_rows_by_the_command_named(tmp_path: Path, content: object, expected: list[str]) -> None:
@@ -494,8 +495,11 @@ def test_formats_that_do_not_agree_are_refused(tmp_path: Path) -> None:
     ):
         (message,) = problems(HfData(path=path, files=(f"{tmp_path}/{name}",)))
         assert fix in message
-    data = HfData(path="text", files=(f"{tmp_path}/x.txt",))
-    assert (problems(data), texts(data)) == ([], PROSE.splitlines())
+    for given in (f"{tmp_path}/x.txt", (f"{tmp_path}/x.txt",)):
+        data = HfData(path="text", files=given)
+        assert (problems(data), texts(data)) == ([], PROSE.splitlines())
+    with pytest.raises(ConfigError, match=r"files need a format as data.path, .*did you mean json"):
+        HfData(path="jsonl", files="x.jsonl")
 
 
 def test_long_lists_are_looked_at_and_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -187,6 +187,7 @@ def refusal(path: Path, **options: str) -> str:
         ("x.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', ""),
         ("x.jsonl", b"plain prose\n", "ends in .jsonl and holds no JSON lines; mend it, or set job.format=text"),
         ("x.txt", b'{"prompt": "a"}\n', ""),
+        ("x.json", b'{"messages": [{"role": "user", "content": "a"}]}', ""),
         ("x.csv", b"text,id\na,1\n", "its header needs a column prompt; it has text, id; did you mean prompt by text?"),
         ("x.csv", b"a\rb\r", "its lines end in a carriage return without a newline"),
         ("x.txt", b"a\rb\r", "its lines end in a carriage return without a newline"),

@@ -17,6 +17,9 @@ from launcher.secrecy import is_secret_value
 from launcher.topology import first_ranks
 from launcher.wording import flat
 
+_MOST_NAME_BYTES = 200
+"""Of a folder's name; file systems allow 255."""
+
 
 def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything that keeps ``run`` from working on ``hosts``, except the batch equation."""
@@ -29,6 +32,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from numerics.refusals(run, run.job, hosts)
         yield from _refuse_long_sequences(run, run.job)
         yield from _refuse_vocabulary(run)
+    yield from _refuse_name(run)
     yield from _refuse_too_many_ranks(hosts)
     yield from _refuse_uneven_hosts(run, hosts)
     yield from env.refusals(run.backend.env, forward=getattr(run.backend, "forward", None))
@@ -48,6 +52,20 @@ def _refuse_secrets(run: Run) -> Iterator[ConfigError]:
             why = "holds a secret (a password in an address, a token or a key), and run.yaml is written to disk"
             fix = "leave the secret out; export it in your shell under the name that the library reads (HF_TOKEN, …)"
             yield ConfigError(option, why=why, fix=fix)
+
+
+def _refuse_name(run: Run) -> Iterator[ConfigError]:
+    """Refuse a name that is a path, or none: it is one folder below ``run.root``."""
+    name = run.run.name
+    if not name or name in (".", "..") or "/" in name:
+        last = name.rstrip("/").rpartition("/")[2]
+        example = last if last not in ("", ".", "..") else "mine"
+        why = "is empty" if not name else "is a path, and the name of a run is one folder below run.root"
+        fix = f"set run.name={example}; run.root names the folder of all runs, run.dir that of this one"
+        yield ConfigError("run.name", name, why=why, fix=fix)
+    elif not name.isprintable() or len(name.encode()) > _MOST_NAME_BYTES:
+        why = f"holds a control character, or more than {_MOST_NAME_BYTES} bytes"
+        yield ConfigError("run.name", name, why=why, fix="set a shorter one of printable characters")
 
 
 def _refuse_profile(run: Run, world_size: int) -> Iterator[ConfigError]:

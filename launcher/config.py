@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +30,7 @@ from launcher.precision import Precision
 from launcher.profile import Profile
 from launcher.quantization.base import NoQuantization, Quantization
 from launcher.quantization.methods import METHODS
+from launcher.rundir import run_name_of
 from launcher.schema import NO_SUCH_OPTION, Report, build, defaults, field_types, to_tree
 from launcher.suggest import did_you_mean
 from launcher.trackers.base import Tracker
@@ -139,7 +141,8 @@ class RunOptions:
     """Folder of all runs."""
 
     name: str = "run"
-    """What kind of run this is: the folder below ``root``, and the W&B group."""
+    """What kind of run this is: the folder below ``root``, and the W&B group. The model's name by default, of a path or
+    a hub name its last part; never a path."""
 
     dir: PathText | None = None
     """The run directory itself, instead of ``<root>/<name>/<time>-<letters>``."""
@@ -216,7 +219,13 @@ def build_run(
         # a pod has another home
         parts[group] = _build_group(group, kinds, tree.get(group), elsewhere, expands_home=is_here)
     parts["run"] = build(RunOptions, expand_homes(RunOptions, tree.get("run") or {}), path="run", report=report)
-    return None if any(part is None for part in parts.values()) else Run(**parts)
+    if any(part is None for part in parts.values()):
+        return None
+    options, model = parts["run"], parts["model"]
+    if os.path.expanduser(options.name) == os.path.expanduser(model.name):  # noqa: PTH111 (hub names are no paths)
+        # the default; a path would put the run into the model's folder
+        parts["run"] = replace(options, name=run_name_of(model.name))
+    return Run(**parts)
 
 
 def suggestion(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.files import read_json
 from launcher.preflight import refuse_occupied, refuse_small_nvme
 from launcher.prepare import Prepared
+from launcher.run_index import INDEX, add_run, forget_run, is_below
 from launcher.rundir import RunDir, StagedFiles
 
 
@@ -25,6 +27,7 @@ def start(prepared: Prepared) -> int:
     directory, backend, staged = prepared.directory, prepared.run.backend, StagedFiles()
     with _locked(directory, staged, hands_over=backend.hands_over) as lock:
         staged.remember(directory.snapshot, directory.plan)
+        is_indexed = False
         session = _stamp(directory.session)
         started = time.monotonic()
         try:
@@ -32,16 +35,35 @@ def start(prepared: Prepared) -> int:
             if mistakes := [*occupied, *refuse_small_nvme(prepared.run, prepared.hosts)]:
                 raise ConfigErrors(mistakes)
             backend.validate_submission(prepared.plan)
+            is_indexed = _index(prepared, staged)
             print("\n".join(opening(prepared.plan)), flush=True)
             code = carry_out(prepared)
         except LauncherError:
             if _stamp(directory.session) == session:  # nothing was started
+                if is_indexed:
+                    forget_run(Path(prepared.run.run.root), directory)
                 lock.remove()
                 staged.undo()
             raise
         if code == 0 and not backend.hands_over and directory.result.exists():
             print(closing(read_json(directory.result), elapsed_s=time.monotonic() - started), flush=True)
         return code
+
+
+def _index(prepared: Prepared, staged: StagedFiles) -> bool:
+    """Let ``launch runs`` find a run outside of ``run.root``; return whether this is new there.
+
+    A run that cannot be noted there runs all the same.
+    """
+    root, plan, directory = Path(prepared.run.run.root), prepared.plan, prepared.directory
+    if is_below(directory, root):
+        return False
+    try:
+        staged.make_folder(root)
+        return add_run(root, directory, run_id=plan.run_id, name=plan.name)
+    except OSError as error:
+        print(f"note: launch runs will not list this run: {root / INDEX}: {error.strerror}", file=sys.stderr)
+        return False
 
 
 def _locked(directory: RunDir, staged: StagedFiles, *, hands_over: bool) -> RunLock:

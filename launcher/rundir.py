@@ -27,6 +27,13 @@ def mint_run_id(now: float | None = None) -> str:
     return f"{stamp}-{''.join(secrets.choice(string.ascii_lowercase) for _ in range(4))}"
 
 
+def run_name_of(model_name: str) -> str:
+    """Return the name of a run of a model: the last part of a local folder's path or of a hub name."""
+    if "/" not in model_name and model_name not in (".", ".."):
+        return model_name
+    return Path(os.path.abspath(os.path.expanduser(model_name))).name or "model"  # noqa: PTH100, PTH111 (links stay)
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths inside one run directory."""

@@ -12,6 +12,7 @@ from typing import Any, get_args
 from launcher.errors import ConfigError
 from launcher.paths import is_named_path
 from launcher.results import Status, parse_line
+from launcher.run_index import indexed_runs
 from launcher.rundir import RunDir
 from launcher.runfiles import is_regular, open_regular, read_object
 from launcher.suggest import did_you_mean
@@ -115,12 +116,12 @@ def find_run(word: str | None, root: Path) -> RunDir:
     """
     if word is not None and is_named_path("run", word) and _is_run(Path(word).expanduser()):
         return RunDir(Path(word).expanduser().absolute())
-    known = runs_below(root)
+    known = _known(root)
     if word is None:
         if not known:
             raise ConfigError("--root", root, why="holds no run", fix="name a run directory, or --root DIR")
-        return known[0]
-    ids = {run_dir.path.relative_to(root.absolute()).as_posix(): run_dir for run_dir in known}
+        return next(iter(known.values()))
+    ids = known
     meant = [full for full in ids if full.startswith(word) or _without_name(full).startswith(word)]
     exact = [full for full in meant if word in (full, _without_name(full))]
     if len(exact or meant) == 1:
@@ -135,9 +136,20 @@ def find_run(word: str | None, root: Path) -> RunDir:
 
 
 def runs_below(root: Path) -> list[RunDir]:
-    """Return every run in ``<root>/<name>/<id>`` and in the sweeps there, the last started first."""
+    """Return every run of ``root``, the last started first: those below it, and those its index names (``run.dir``)."""
+    return list(_known(root).values())
+
+
+def _known(root: Path) -> dict[str, RunDir]:
+    """Return the runs of ``root`` by their full ids, the last started first."""
     snapshots = [*root.glob("*/*/run.yaml"), *root.glob("*/sweep-*/*/run.yaml")]
-    return [RunDir(path.parent.absolute()) for path in sorted(snapshots, key=_written_at, reverse=True)]
+    below = (RunDir(path.parent.absolute()) for path in snapshots)
+    found = {run_dir.path.relative_to(root.absolute()).as_posix(): run_dir for run_dir in below}
+    for indexed in indexed_runs(root):
+        # two directories may hold one run, copied: then the path tells them apart
+        full_id = indexed.full_id if indexed.full_id not in found else str(indexed.run_dir.path)
+        found[full_id] = indexed.run_dir
+    return dict(sorted(found.items(), key=lambda item: _written_at(item[1].snapshot), reverse=True))
 
 
 def look(run_dir: RunDir) -> RunState:

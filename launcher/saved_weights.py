@@ -21,7 +21,7 @@ from launcher.data.base import Corpus
 from launcher.errors import ConfigError
 from launcher.models.base import Model
 from launcher.models.weights import SINGLE
-from launcher.rundir import RunDir
+from launcher.rundir import RunDir, run_name_of
 from launcher.runs import find_run
 from launcher.snapshot import load_run
 from launcher.wording import times
@@ -53,8 +53,8 @@ def with_saved_weights(composed: Composed) -> Run:
         return run
     weights = _weights_in(folder, run)
     run = replace(run, model=_model_of(weights, composed))
-    if run.run.name == composed.run.model.name:  # the default
-        run = replace(run, run=replace(run.run, name=run.model.name))
+    if run.run.name == run_name_of(composed.run.model.name):  # the default
+        run = replace(run, run=replace(run.run, name=run_name_of(run.model.name)))
     if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
         run = replace(run, data=replace(run.data, tokenizer="model"))
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from launcher import launching
 from launcher.backends.slurm import submit
 from launcher.backends.slurm.client import Partition
 from launcher.checkpoint.lock import RunLock
+from launcher.compose import compose
+from launcher.config import build_run, run_to_tree
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.files import atomic_file, write_atomic, write_json
 from launcher.generation.task import claim_output
@@ -47,6 +50,11 @@ def tree_of(folder: Path) -> dict[str, bytes | None]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
         for path in sorted(folder.rglob("*"))
     }
+
+
+def write_json_at(file: Path, value: object) -> None:
+    file.parent.mkdir(parents=True)
+    write_json(file, value)
 
 
 def fill(folder: Path, files: dict[str, str]) -> None:
@@ -124,7 +132,7 @@ def test_what_slurm_refuses_leaves_an_empty_folder_and_a_link_to_it(
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to("empty")
     launch_in_process(*SLURM, "checkpoint.resume=auto", "run.dir=link").expect(2)
-    assert tree_of(tmp_path) == {"empty": None, "link": None}
+    assert tree_of(tmp_path) == {"empty": None, "link": None}, "not even a line in the index of runs"
 
 
 def test_what_slurm_refuses_leaves_a_run_as_it_was(
@@ -246,3 +254,44 @@ def test_only_files_of_the_end_are_forgotten(tmp_path: Path) -> None:
     (run_dir.logs / "failure.rank3.json").touch()
     expected = ["failure.json", "failure.rank3.json", "result.json", "stacks.txt"]
     assert sorted(path.name for path in files_of_end(run_dir)) == expected
+
+
+@pytest.mark.parametrize("name", ["{tmp}/model", "./model", "~/model", "hub/org/model"])
+def test_a_models_path_is_no_part_of_a_runs_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = compose(["model=hf", f"model.name='{name.format(tmp=tmp_path)}'"]).run
+    assert run.run.name == "model"
+    assert build_run(run_to_tree(run), pytest.fail) == run
+
+
+def test_a_run_of_a_models_folder_leaves_that_alone_and_is_listed(
+    launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None]
+) -> None:
+    model = tmp_path / "models" / "mine"
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 64, "vocab_size": 300}
+    write_json_at(model / "config.json", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **sizes})
+    before = tree_of(model)
+    slurm(lambda _file: "7")
+    words = ("model=hf", f"model.name={model}", "model.weights=random", "tracker=local", "data=synthetic")
+    launch_in_process("backend=slurm", *words, "job.sequence_length=32").expect(0)
+    assert tree_of(model) == before
+    assert len(list((tmp_path / "runs" / "mine").iterdir())) == 1
+    launch_in_process("backend=slurm", *words, "job.sequence_length=32", "run.dir=own").expect(0)
+    listed = launch_in_process("runs").expect(0).stdout
+    assert listed.count("mine") == 2
+    assert "own " in listed
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("/data/model", "is a path, .*set run.name=model; run.root names"),
+        ("a/b", "is a path, .*set run.name=b"),
+        ("..", "is a path, .*set run.name=mine"),
+        ("''", "is empty"),
+        ("n" * 201, "more than 200 bytes"),
+    ],
+)
+def test_a_runs_name_is_one_folder(launch_in_process: Launch, name: str, why: str) -> None:
+    refused = launch_in_process("plan", *SMALL, f"run.name={name}").expect(2)
+    assert re.search(f"run.name=.*{why}", refused.stderr)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union
 from launcher.compose import groups
 from launcher.config import KINDS, RunOptions, component_class
 from launcher.errors import ConfigError
+from launcher.run_index import is_below
 from launcher.runs import runs_below
 from launcher.schema import field_types
 from launcher.suggest import did_you_mean
@@ -150,7 +151,7 @@ def _run_ids() -> Iterator[str]:
     """Yield ids of runs, and of those in sweeps, below ``./runs``."""
     root = Path("runs").absolute()
     for run_dir in runs_below(Path("runs")):
-        if run_dir.path.is_relative_to(root):
+        if is_below(run_dir, root):
             run_id = run_dir.path.relative_to(root).as_posix().partition("/")[2]
             if _TYPEABLE.fullmatch(run_id):
                 yield run_id

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.arguments import Arguments, parse_arguments
+from launcher.run_index import is_below
 from launcher.rundir import RunDir
 from launcher.runs import RunState, find_run, look, runs_below
 from launcher.table import table
@@ -66,7 +67,7 @@ def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
     loss = state.metrics.get("train/loss")
     until = now if state.ended_at is None else state.ended_at
     return (
-        _id_below(state.run_dir.path, root.absolute()),
+        _id_below(state.run_dir, root),
         state.name,
         state.status,
         f"{state.step or 0}/{state.num_steps if state.num_steps is not None else '?'}",
@@ -78,9 +79,12 @@ def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
     )
 
 
-def _id_below(path: Path, root: Path) -> str:
+def _id_below(run_dir: RunDir, root: Path) -> str:
     """Return the run's id, with the sweep it belongs to; the directory of a run that is elsewhere."""
-    return path.relative_to(root).as_posix().partition("/")[2] if path.is_relative_to(root) else str(path)
+    if is_below(run_dir, root):
+        return run_dir.path.relative_to(root.absolute()).as_posix().partition("/")[2]
+    here = Path.cwd()
+    return str(run_dir.path.relative_to(here) if run_dir.path.is_relative_to(here) else run_dir.path)
 
 
 def _ranks(state: RunState) -> str:

@@ -279,6 +279,7 @@ def test_what_is_read_is_a_regular_file_of_a_bounded_size(tmp_path: Path) -> Non
 def test_a_run_is_continued_under_an_id_only(tmp_path: Path) -> None:
     from launcher.prepare import _run_id_in
 
+    (tmp_path / "run.yaml").write_text("job:\nmodel:\nbackend:\nrun:\n")
     (tmp_path / "plan.json").write_text('{"run_id": "../../etc/--x"}')
     with pytest.raises(ConfigError, match="names no run id"):
         _run_id_in(str(tmp_path))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from launcher.commands.runs import run
 from launcher.errors import ConfigError
-from launcher.runs import find_run, last_metrics, look
+from launcher.run_index import INDEX, add_run, forget_run
+from launcher.rundir import RunDir
+from launcher.runs import find_run, last_metrics, look, runs_below
 from launcher.supervise.whereabouts import AgentPlace
 
 ROOT = Path("runs")
@@ -168,3 +171,66 @@ def test_help(capsys) -> None:
 
 def test_a_machine_started_anew_runs_nothing_of_before(make_run, alive) -> None:
     assert look(make_run(session=replace(alive, boot="the last one"))).status == "lost"
+
+
+def test_a_run_with_a_directory_of_its_own_is_listed_and_named(capsys, make_run, tmp_path) -> None:
+    make_run(age_s=99)
+    own = RunDir(tmp_path / "elsewhere" / "mine")
+    shutil.copytree(make_run("20260102-120000-efgh").path, own.path)
+    deep = RunDir(tmp_path / "runs" / "deep")
+    shutil.copytree(own.path, deep.path)
+    for run_dir, run_id in ((own, "20260103-120000-ijkl"), (deep, "20260104-120000-mnop")):
+        assert add_run(ROOT, run_dir, run_id=run_id, name="tiny")
+        assert not add_run(ROOT, run_dir, run_id=run_id, name="tiny"), "a run that goes on is noted once"
+    assert not add_run(ROOT, RunDir(tmp_path / "runs" / "tiny" / "x"), run_id="x", name="tiny"), "found without"
+    assert {row[0] for row in listed(capsys)} == {
+        *("20260101-120000-abcd", "20260102-120000-efgh", "elsewhere/mine", "runs/deep")
+    }
+    for word in ("20260103", "tiny/20260103-120000-ijkl", "elsewhere/mine"):
+        assert find_run(word, ROOT) == own
+    forget_run(ROOT, deep)
+    assert find_run("20260103", ROOT) == own
+    shutil.rmtree(own.path)
+    assert len(listed(capsys)) == 2
+
+
+def test_runs_that_moved_together_with_their_root_are_found(make_run, tmp_path, monkeypatch) -> None:
+    make_run()
+    (tmp_path / "project").mkdir()
+    (tmp_path / "runs").rename(tmp_path / "project" / "runs")
+    own = tmp_path / "project" / "out"
+    shutil.copytree(tmp_path / "project" / "runs" / "tiny" / "20260101-120000-abcd", own)
+    add_run(tmp_path / "project" / "runs", RunDir(own), run_id="20260105-120000-qrst", name="tiny")
+    (tmp_path / "project").rename(tmp_path / "moved")
+    assert find_run("20260105", tmp_path / "moved" / "runs").path == tmp_path / "moved" / "out"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[1]",
+        b'{"run_dir": 3}',
+        b"\xff\n",
+        b'{"run_dir": "relative", "relative": "x", "run_id": "a", "name": "b"}',
+        b'{"run_dir": "/a\\u0000b", "relative": "\\u0000", "run_id": "a", "name": "b"}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_damaged_index_hides_no_run(make_run, tmp_path, content) -> None:
+    one = make_run()
+    (tmp_path / "runs" / INDEX).write_bytes(content)
+    assert runs_below(ROOT) == [one]
+    own = RunDir(tmp_path / "own")
+    shutil.copytree(one.path, own.path)
+    assert add_run(ROOT, own, run_id="z", name="tiny")
+    assert own in runs_below(ROOT)
+
+
+def test_an_index_that_is_a_link_is_not_followed(make_run, tmp_path) -> None:
+    one = make_run()
+    (tmp_path / "private").write_text('{"run_dir": "/", "relative": ".", "run_id": "a", "name": "b"}\n')
+    (tmp_path / "runs" / INDEX).symlink_to(tmp_path / "private")
+    assert runs_below(ROOT) == [one]
+    with pytest.raises(OSError, match="symbolic links"):
+        add_run(ROOT, RunDir(tmp_path / "own"), run_id="z", name="tiny")

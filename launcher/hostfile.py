@@ -20,6 +20,9 @@ _MAX_SLOTS = 4096
 
 _OPTION = "backend.hostfile"
 _PORT_FIX = "give a whole number from 1 to 65535, or none for port 22"
+_AS = "write the line as: "
+_MOST_PROCESSES = 512
+"""A port below is more likely a number of processes: ssh's is 22 or above 1023."""
 _FORM = "write [user@]host[:port] slots=N, as in hostfile.example"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LOGIN = re.compile(r"(?:(?P<user>[^@]*)@)?(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:\[\]]*))(?::(?P<port>.*))?")
@@ -125,18 +128,35 @@ def _entry(words: Sequence[str], line: int) -> Entry:
     login, *settings = words
     user, name, port = _login(login)
     slots = None
+    known = [word for word in settings if word.startswith("slots=")]
     for word in settings:
         key, equals, value = word.partition("=")
         if key != "slots" or not equals:
-            raise _Wrong(f"{word!r} means nothing here", did_you_mean(word, ["slots=" + (value or "N")]))
+            raise _Wrong(f"{word!r} means nothing here", _without(login, known, settings, word))
         if slots is not None:
             raise _Wrong(f"{name} has slots twice")
         fix = f"give a whole number from 1 to {_MAX_SLOTS}, or put # before the host to leave it out"
         slots = _number(value, "slots", range(1, _MAX_SLOTS + 1), fix)
+    if slots is None and port is not None and port <= _MOST_PROCESSES:
+        host = login.rpartition(":")[0]
+        fix = f"{_AS}{host} slots={port} (here the number after the colon is ssh's port: {login} slots=N)"
+        raise _Wrong(f"{name} has no slots; if this is a hostfile of MPICH, {port} is its number of processes", fix)
     if slots is None:
         raise _Wrong(f"{name} has no slots", f"write {login} slots=N")
     devices = tuple(range(slots))
     return Entry(name=name, slots=slots, devices=devices, line=line, login=login, user=user, port=port)
+
+
+def _without(login: str, known: Sequence[str], settings: Sequence[str], word: str) -> str:
+    """Return how to write a line that has a setting of another program (``max_slots=8`` of Open MPI)."""
+    if len(known) == 1:
+        return f"{_AS}{login} {known[0]}"
+    joined = "".join(settings)  # "slots = 4"
+    if not known and re.fullmatch(r"slots=[0-9]+", joined):
+        return f"{_AS}{login} {joined}"
+    value = word.partition("=")[2]
+    number = value if value.isascii() and value.isdigit() else "N"
+    return f"did you mean slots={number}? {_AS}{login} slots={number}"
 
 
 def _login(word: str) -> tuple[str | None, str, int | None]:

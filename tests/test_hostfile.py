@@ -88,8 +88,8 @@ def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
     ("line", "why", "fix"),
     [
         ("worker slot=4", "'slot=4' means nothing here", "did you mean slots=4?"),
-        ("worker slots=4 max=5", "'max=5' means nothing here", "slots"),
-        ("worker slots = 4", "'slots' means nothing here", "slots=N"),
+        ("worker slots=4 max=5", "'max=5' means nothing here", "write the line as: worker slots=4"),
+        ("worker slots = 4", "'slots' means nothing here", "write the line as: worker slots=4"),
         ("worker", "worker has no slots", "write worker slots=N"),
         ("worker slots=", "slots is '', not a number", "from 1"),
         ("worker slots=two", "slots is 'two', not a number", "from 1"),
@@ -124,6 +124,29 @@ def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, line: str, why:
     assert (error.option, error.value, error.source) == ("backend.hostfile", path, f"{path}:3")
     assert why in error.why
     assert fix in error.fix
+
+
+@pytest.mark.parametrize(
+    ("line", "slots"),
+    [
+        ("worker-2 slots=4 max_slots=8", 4),  # Open MPI
+        ("worker-2 slots=4 max-slots=8", 4),
+        ("worker-2 max_slots=8 slots=4", 4),
+        ("worker-2 cpu=2 slots=4 max_slots=8", 4),
+        ("worker-2:4", 4),  # MPICH
+        ("worker-2:16 slots=2 ifname=eth0", 2),
+        ("me@10.0.0.7:2", 2),
+        ("worker-2 slots = 4", 4),
+        ("worker-2 np=3", 3),
+    ],
+)
+def test_advice_for_other_programs_hostfiles_works_when_followed(tmp_path: Path, line: str, slots: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(written(tmp_path, f"{line}\n"))
+    (error,) = refusals(caught)
+    advised = error.fix.partition("write the line as: ")[2].partition(" (")[0]
+    (entry,) = read_hostfile(written(tmp_path, f"{advised}\n"))
+    assert entry.slots == slots
 
 
 def test_all_wrong_lines_are_told_together(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ class Facts:
     """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 
 
-def gather(run: Run) -> Facts:
-    """Return the facts of this machine."""
+def gather(run: Run, *, run_dir: str) -> Facts:
+    """Return the facts of this machine for a run in ``run_dir``."""
     environ, home = dict(os.environ), Path.home()
     if "deepspeed" not in (run.parallel.engine, run.backend.agent):
         return Facts(environ=environ, home=home)
@@ -33,5 +33,6 @@ def gather(run: Run) -> Facts:
 
     ops = run.parallel.native_ops(run.optimizer)
     # other machines are not looked into: there, the command that builds finds out by itself
-    missing_ops = arguments(ops) if run.backend.asks_hosts else missing(ops)
+    is_elsewhere = run.backend.asks_hosts or not run.backend.sees_files_of_hosts(run_dir)
+    missing_ops = arguments(ops) if is_elsewhere else missing(ops)
     return Facts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing_ops)

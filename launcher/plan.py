@@ -150,6 +150,8 @@ class Plan:
     run_id: str
     name: str
     run_dir: str
+    run_dir_on_hosts: str = ""
+    """Where hosts keep the run, if that is another folder than on the machine that plans."""
     run_hash: str
     """SHA-256 of run.yaml, checked by every rank."""
     job: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from launcher import checks
@@ -42,11 +43,13 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
     if tracker is None or mistakes:
         raise ConfigErrors(mistakes)
+    there = replace(identity, run_dir=run.backend.run_dir_on_hosts(identity.run_dir))
     memory = model_state(run, hosts) if batch is not None or isinstance(run.job, GeneratingJob) else None
     return Plan(
         run_id=identity.run_id,
         name=run.run.name,
         run_dir=identity.run_dir,
+        run_dir_on_hosts="" if there == identity else there.run_dir,
         run_hash=identity.run_hash,
         job=run.job.kind,
         backend=run.backend.kind,
@@ -56,7 +59,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: Identity, facts: Facts)
         outline={**dict(run.job.outline(run, world_size=world_size)), **dict(run.profile.outline(run.job.profiled_by))},
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
-        hosts=tuple(_host_plans(run, hosts, identity, facts, tracker)),
+        hosts=tuple(_host_plans(run, hosts, there, facts, tracker)),
         work=_work(run, batch, world_size=world_size),
         memory=memory,
         engine_config=_engine_config(run, batch),

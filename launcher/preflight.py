@@ -27,7 +27,18 @@ from launcher.wording import bytes_text
 
 
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield everything on this machine that stands against ``run`` on ``hosts``."""
+    """Yield everything on this machine that stands against ``run`` on ``hosts``.
+
+    Of a run whose paths, packages and ports are those of pods, only the run directory is this machine's; the first pod
+    checks the rest before any rank starts.
+    """
+    yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
+    yield from refuse_occupied(run, RunDir(run_dir))
+    if run.backend.sees_files_of_hosts(str(run_dir)):
+        yield from _refuse_on_host(run, run_dir, hosts=hosts)
+
+
+def _refuse_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     world_size = sum(host.slots for host in hosts)
     yield from run.job.preflight(run, RunDir(run_dir))
     yield from _refuse_few_bits(run)
@@ -42,8 +53,6 @@ def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[Con
         if run.job.resumes:
             yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
-    yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
-    yield from refuse_occupied(run, RunDir(run_dir))
     yield from _refuse_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))

@@ -99,7 +99,7 @@ def replan(
     mistakes = list(preflight(run, folder, hosts=hosts)) if is_fresh else []
     identity = Identity(run_id=run_id, run_dir=str(folder), run_hash=sha256_of(snapshot.encode()), port=port)
     try:
-        plan = make_plan(run, hosts, identity, gather(run))
+        plan = make_plan(run, hosts, identity, gather(run, run_dir=str(folder)))
     except ConfigErrors as several:
         raise ConfigErrors([*mistakes, *several.errors]) from several
     if mistakes:

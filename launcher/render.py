@@ -31,7 +31,7 @@ def render(plan: Plan, *, submission: str = "") -> str:
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
         f"Submission by {plan.backend}": submission.splitlines(),
-        f"Files in {plan.run_dir}": plan.files,
+        f"Files in {plan.run_dir_on_hosts or plan.run_dir}": plan.files,
         f"Configuration of {plan.what.engine}": _engine_config(plan),
         "Tracker": _tracker(plan),
         "Warnings": plan.warnings,

@@ -65,6 +65,14 @@ class Backend(Component):
     restarts: int = 0
     """Times a run that failed is started again from its newest checkpoint."""
 
+    def sees_files_of_hosts(self, run_dir: str) -> bool:
+        """Return whether this process sees the files that hosts see: it shares their paths, or runs on one of them."""
+        return self.shares_paths or self.run_dir_on_hosts(run_dir) == run_dir
+
+    def run_dir_on_hosts(self, run_dir: str) -> str:
+        """Return where hosts keep a run that this machine keeps in ``run_dir``."""
+        return run_dir
+
     @property
     def heartbeat_timeout_s(self) -> float:
         """Silence after which a host counts as lost; 0 where its end is always noticed."""

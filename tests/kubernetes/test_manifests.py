@@ -13,7 +13,9 @@ import yaml
 from launcher.backends.kubernetes.manifests import submission_of
 from launcher.compose import compose
 from launcher.files import sha256_of
+from launcher.preflight import preflight
 from launcher.prepare import replan
+from launcher.render import render
 from launcher.snapshot import dump_run, load_run
 
 from .schemas import problems
@@ -156,3 +158,22 @@ def test_size_and_time_do_not_grow_with_pods(workload):
     assert time.monotonic() - started < 10  # 2 s where nothing else runs
     assert len(many) < len(few) + 100
     assert len(re.findall("\n", many)) == len(re.findall("\n", few))
+
+
+def test_a_plan_shows_the_folders_of_the_pods_alone(monkeypatch):
+    words = (*SMALL, "backend.claim=runs", "backend.nodes=2", "parallel=zero2", "tracker=wandb")
+    prepared, submission = rendered(*words, monkeypatch=monkeypatch)
+    text = render(prepared.plan, submission=submission)
+    assert "/home/me" not in text
+    assert str(Path.home()) not in text
+    assert "Files in /runs/x/20260101-120000-abcd" in text
+    assert prepared.plan.run_dir == "/home/me/runs/x/20260101-120000-abcd"
+    assert prepared.plan.hosts[0].start.argv[-1] == "/runs/x/20260101-120000-abcd"
+
+
+def test_files_of_pods_are_looked_for_in_the_first_pod(tmp_path):
+    words = (*SMALL, "backend.claim=runs", f"backend.mount={tmp_path}/mnt", "data.path=/data/of-pods.txt")
+    run = compose(words).run
+    assert not list(preflight(run, tmp_path / "here" / "x", hosts=()))
+    (found,) = preflight(run, tmp_path / "mnt" / "x" / "y", hosts=())
+    assert str(found).startswith("data.path=/data/of-pods.txt: there is no such file")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.backends.base import Backend
@@ -153,6 +154,13 @@ class Kubernetes(Backend):
             )
             for number in range(self.nodes)
         )
+
+    def run_dir_on_hosts(self, run_dir: str) -> str:
+        """Return where pods keep the run: the same folder where it lies on the mount, else one of the same name."""
+        folder = PurePosixPath(run_dir)
+        if folder.is_relative_to(self.mount):
+            return str(folder)
+        return str(PurePosixPath(self.mount, folder.parent.name, folder.name))
 
     def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
         """Return the names of the variables that pods get from ``environ``.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.backends.kubernetes.names import job_name
@@ -21,19 +20,12 @@ def submission_of(backend: Kubernetes, plan: Plan) -> Submission:
     """Return what the manifests of ``plan`` are made from."""
     identity = Identity(
         run_id=plan.run_id,
-        run_dir=run_dir_in_pods(backend, Path(plan.run_dir)),
+        run_dir=backend.run_dir_on_hosts(plan.run_dir),
         run_hash=plan.run_hash,
         port=plan.port,
     )
     orders = PodOrders(job=job_name(plan.name, plan.run_id), identity=identity)
     return Submission(backend=backend, plan=plan, orders=orders)
-
-
-def run_dir_in_pods(backend: Kubernetes, run_dir: Path) -> str:
-    """Return where pods keep the run: in the same folder where it lies on the mount, else in one of the same name."""
-    if run_dir.is_relative_to(backend.mount):
-        return str(run_dir)
-    return str(Path(backend.mount, run_dir.parent.name, run_dir.name))
 
 
 def render_manifests(submission: Submission, *, snapshot: str) -> str:

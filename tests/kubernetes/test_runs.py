@@ -171,6 +171,6 @@ def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubect
     ended = launch(*small_run(*LONG, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
     told = launch("status", str(ended.run_dir), env=kubectl).expect(0)
-    assert f"kubectl --namespace=default get jobs.batch {name}" in told.stdout
+    assert f"kubectl --namespace=default get -- jobs.batch {name}" in told.stdout
     launch("cancel", str(ended.run_dir), env=kubectl).expect(0)
     assert not cluster.objects

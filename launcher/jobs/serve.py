@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from launcher.errors import ConfigError
 from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.serving_checks import address_problems, keys_problems, missing_packages
 from launcher.paths import PathText
+from launcher.ports import is_loopback
 from launcher.wording import bytes_text, times
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.rundir import RunDir
 
+_MOST_BODY_BYTES = 16 * 2**20
 _ENDING_S = 20.0
 """Beyond the drain: to tell who still waits, close connections and let engines go; an overloaded machine needs it."""
 
@@ -48,11 +51,16 @@ class Serve(GeneratingJob):
     """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
     to them. Without any, everybody who reaches the address is served."""
 
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which clients may call a server without keys, besides ``localhost``, job.host and, unless it listens on
+    this machine alone, IP addresses and the machine's name; ``*`` allows all. Other Host headers are refused, because a
+    web page could otherwise use the server through its reader's browser."""
+
     rate_per_minute: int | None = None
     """Requests that each key, or without keys each client address, may make a minute; ``null`` sets no limit."""
 
     max_body_bytes: int = 2 * 2**20
-    """Largest request body."""
+    """Largest request body, at most 16 MiB."""
 
     read_timeout_s: float = 30.0
     """How long the headers of a request, and then its body, may take to arrive."""
@@ -104,6 +112,16 @@ class Serve(GeneratingJob):
         ):
             if getattr(self, name) <= 0:
                 yield self.refuse(name, "must be above 0", f"leave job.{name} out")
+        if self.max_body_bytes > _MOST_BODY_BYTES:
+            why = f"is more than {_MOST_BODY_BYTES}: reading a body so large would hold up other requests"
+            yield self.refuse("max_body_bytes", why, f"set job.max_body_bytes={_MOST_BODY_BYTES} or less")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
+                fix = "give names or addresses alone: job.allowed_hosts=[models.example.org]"
+                yield ConfigError("job.allowed_hosts", name, why="is no name of a host", fix=fix)
+        if self.allowed_hosts and self.api_keys_file is not None:
+            why = "clients show keys (job.api_keys_file), so Host headers are not checked"
+            yield self.refuse("allowed_hosts", why, "leave job.allowed_hosts out")
         if not 0 < self.port < 65536:
             yield self.refuse("port", "must lie between 1 and 65535", "set job.port=8000")
         for at, shape in enumerate(self.warm_up):
@@ -178,10 +196,13 @@ class Serve(GeneratingJob):
             yield self.refuse("tokenizer", "there is no such folder", fix)
 
     def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
-        """Say where strangers would be served."""
+        """Warn of a server that other machines reach without keys."""
         yield from super().notes(run, world_size=world_size)
-        if self.host not in ("127.0.0.1", "localhost", "::1") and self.api_keys_file is None:
-            yield f"whoever reaches {self.address} is served, unless LAUNCHER_API_KEYS is set or job.api_keys_file"
+        if not is_loopback(self.host) and self.api_keys_file is None:
+            yield (
+                f"no authentication: anyone who can connect to {self.address} can use the server, unless "
+                "LAUNCHER_API_KEYS or job.api_keys_file is set"
+            )
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield what is served, where, by how many engines, and how requests are put together."""
@@ -192,7 +213,7 @@ class Serve(GeneratingJob):
         yield "batching", f"{self.batching}, {self.capacity} sequences at once, {self.max_queue} may wait"
         shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
         yield "warm-up", shapes or "none"
-        keys = self.api_keys_file or "whatever LAUNCHER_API_KEYS holds, else none are asked for"
+        keys = self.api_keys_file or "those in LAUNCHER_API_KEYS, else no authentication"
         yield "keys", keys
         room = f"{bytes_text(self.result_cache_bytes)} for {self.result_cache_ttl_s:g} s"
         yield "results", f"kept in {room}" if self.result_cache_bytes else "not kept"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
+from launcher.serving.api.keys import VARIABLE, variable_problems
 
 if TYPE_CHECKING:
     from launcher.jobs.serve import Serve
@@ -55,7 +57,11 @@ def _trouble(host: str, port: int) -> OSError | None:
 
 
 def keys_problems(job: Serve) -> Iterator[ConfigError]:
-    """Yield a file of keys that cannot be read or holds none."""
+    """Yield a variable that is set and holds no key, and a file of keys that cannot be read or holds none."""
+    yield from variable_problems(os.environ)
+    if VARIABLE in os.environ and job.allowed_hosts:
+        why = f"clients show keys ({VARIABLE}), so Host headers are not checked"
+        yield job.refuse("allowed_hosts", why, f"leave job.allowed_hosts out, or unset {VARIABLE}")
     if job.api_keys_file is None:
         return
     try:

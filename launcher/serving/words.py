@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,11 +43,24 @@ class Words:
         """One more than the largest token; here once, because going through a vocabulary takes as long as a token."""
         self._decode = decoder_of(inner)
         self._is_bytes, self._falls_back = has_decoder(inner, "ByteLevel"), has_decoder(inner, "ByteFallback")
+        self._longest = max(map(len, inner.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Return the tokens of a text; ``special`` adds what the tokenizer puts around one (a beginning)."""
         ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
         return ids
+
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Return the tokens of several texts, which other threads can run beside: ``encode`` keeps Python's lock."""
+        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [each.ids for each in found]
+
+    def most_characters(self, tokens: int) -> int:
+        """Return the characters that no text of so many tokens can exceed."""
+        if not (self._is_bytes or self._falls_back):  # one token for an unknown word, however long it is
+            return sys.maxsize
+        shrinks = self._inner.normalizer is not None  # it may drop characters, so take a generous bound
+        return tokens * self._longest * (8 if shrinks else 1)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of tokens, without special ones."""

@@ -122,7 +122,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_strangers_are_warned_of(plan_of) -> None:
-    assert any("whoever reaches" in warning for warning in plan_of(*SERVE, "job.host=0.0.0.0", hosts=[ONE]).warnings)
+    warnings = plan_of(*SERVE, "job.host=0.0.0.0", hosts=[ONE]).warnings
+    assert any("anyone who can connect" in warning for warning in warnings)
     assert not plan_of(*SERVE, "job.host=0.0.0.0", "job.api_keys_file=/x", hosts=[ONE]).warnings
 
 

@@ -12,11 +12,12 @@ from starlette.exceptions import HTTPException
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
 import launcher
-from launcher.serving.api.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody, parse
+from launcher.serving.api.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from launcher.serving.api.chat import chat
 from launcher.serving.api.completions import complete
+from launcher.serving.api.parsing import parse
 from launcher.serving.api.problems import ApiError, invalid
-from launcher.serving.api.prompts import encode, encode_chat
+from launcher.serving.api.prompts import decode, encode, encode_chat
 from launcher.serving.api.service import Service
 
 _BODIES: dict[str, type[Body]] = {
@@ -30,7 +31,7 @@ _REFS = "#/components/schemas/{model}"
 
 def make_app(service: Service) -> FastAPI:
     """Return the application for one model."""
-    app = FastAPI(title="launcher", version=launcher.__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="launcher", version=launcher.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     _generating(app, service)
     _tokens(app, service)
     _about(app, service)
@@ -62,7 +63,7 @@ def _generating(app: FastAPI, service: Service) -> None:
 def _tokens(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize", summary="Tokens of a text or a conversation", response_model=None)
     async def tokenize(request: Request) -> Response:
-        body = parse(TokenizeBody, await request.body())
+        body = await parse(TokenizeBody, await request.body(), service.bounds())
         words = service.opened(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
@@ -77,11 +78,11 @@ def _tokens(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize", summary="Text of tokens", response_model=None)
     async def detokenize(request: Request) -> Response:
-        body = parse(DetokenizeBody, await request.body())
+        body = await parse(DetokenizeBody, await request.body(), service.bounds())
         words = service.opened(body.model)
         if body.tokens and max(body.tokens) >= words.vocab_size:
             raise invalid(f"a token is not in the vocabulary of {words.vocab_size}", "tokens")
-        return JSONResponse({"prompt": words.decode(body.tokens)})
+        return JSONResponse({"prompt": await decode(words, body.tokens)})
 
 
 def _about(app: FastAPI, service: Service) -> None:

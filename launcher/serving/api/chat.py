@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from launcher.serving.api.answer import Answer
-from launcher.serving.api.bodies import ChatBody, parse
+from launcher.serving.api.bodies import ChatBody
+from launcher.serving.api.parsing import parse
 from launcher.serving.api.problems import invalid
 from launcher.serving.api.prompts import encode_chat
 from launcher.serving.api.sampling import sampling_of
@@ -61,7 +62,7 @@ class Chat(Answer):
 
 async def chat(service: Service, request: Request) -> Response:
     """Answer one request."""
-    body = parse(ChatBody, await request.body())
+    body = await parse(ChatBody, await request.body(), service.bounds())
     words = service.opened(body.model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")

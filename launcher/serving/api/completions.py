@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from launcher.serving.api.answer import Answer
-from launcher.serving.api.bodies import CompletionBody, parse
+from launcher.serving.api.bodies import CompletionBody
+from launcher.serving.api.parsing import parse
 from launcher.serving.api.problems import invalid
 from launcher.serving.api.prompts import encode_all
 from launcher.serving.api.sampling import sampling_of
@@ -63,14 +64,15 @@ class Completion(Answer):
 
 async def complete(service: Service, request: Request) -> Response:
     """Answer one request."""
-    body = parse(CompletionBody, await request.body())
+    body = await parse(CompletionBody, await request.body(), service.bounds())
     words = service.opened(body.model)
     if body.best_of not in (None, body.n):
         raise invalid("only n itself is supported", "best_of", code="unsupported_value")
     if body.echo and body.logprobs is not None:
         raise invalid("log-probabilities of prompts are not supported; leave echo or logprobs out", "echo")
     sampling = sampling_of(body, max_tokens=body.max_tokens, vocab_size=words.vocab_size)
-    prompts = await encode_all(words, body.prompt)
+    assert service.pool.context is not None
+    prompts = await encode_all(words, body.prompt, context=service.pool.context)
     service.check_room(prompts, choices=body.n, field="prompt")
     choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority, echo=body.echo)
     return await Completion(service, body, choices=choices, prompts=prompts, words=words).respond(request)

@@ -1,15 +1,42 @@
-"""HTTP/1.1 connections of uvicorn, with limits to their number and to how long nothing may come or be taken."""
+"""HTTP/1.1 connections of uvicorn, with limits to their number, their heads and the time that clients may take."""
 
 from __future__ import annotations
 
 import asyncio
+import http
 import json
+import logging
+from collections import Counter
 from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from launcher.serving.api.http_checks import MAX_HEAD_BYTES, check_head, network_of
 from launcher.serving.api.problems import ApiError
+
+_MOST_CHUNKS, _SMALL_CHUNK = 1024, 256
+"""Chunks that any body may have; further ones must have so many bytes on average, for each takes time to read."""
+_OF_ONE_ADDRESS = 0.75
+"""Share of all connections that one address may hold."""
+
+
+class _Reader(h11.Connection):
+    """One client's requests; refuses a body that consists of tiny chunks."""
+
+    _chunks = _received = 0
+
+    def next_event(self) -> Any:
+        """Return what comes next."""
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._chunks = self._received = 0
+        elif isinstance(event, h11.Data):
+            self._chunks += event.chunk_start
+            self._received += len(event.data)
+            if self._chunks > _MOST_CHUNKS and self._received < _SMALL_CHUNK * self._chunks:
+                raise h11.RemoteProtocolError(f"more than {_MOST_CHUNKS} chunks of less than {_SMALL_CHUNK} bytes")
+        return event
 
 
 def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> type[H11Protocol]:
@@ -20,24 +47,33 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
         headers_s: from a connection, or the first byte of a further request, to the end of its headers.
         reading_s: that a client may take nothing while there is more than the system holds for it; then it is gone.
     """
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what strangers send wrongly is no news
+    of_one_address = max(1, int(_OF_ONE_ADDRESS * max_connections))
+    open_by: Counter[str] = Counter()
 
     class Limited(H11Protocol):
         """One connection."""
 
         _deadline: asyncio.TimerHandle | None = None
         _reading: asyncio.TimerHandle | None = None
+        _address = ""
 
         def connection_made(self, transport: Any) -> None:
             """Take a connection, or say that there are too many."""
             super().connection_made(transport)
-            if len(self.connections) > max_connections:
-                problem = ApiError(503, "too many connections", code="too_many_connections", retry_s=2)
-                self._say_and_close(b"503 Service Unavailable", problem)
+            self.conn = _Reader(h11.SERVER, MAX_HEAD_BYTES)
+            self._address = network_of(self.client[0]) if self.client else ""
+            open_by[self._address] += 1
+            if len(self.connections) > max_connections or open_by[self._address] > of_one_address:
+                self._refuse(ApiError(503, "too many connections", code="too_many_connections", retry_s=2))
                 return
             self._expect()
 
         def connection_lost(self, exc: Exception | None) -> None:
             """Forget the connection."""
+            open_by[self._address] -= 1
+            if not open_by[self._address]:
+                del open_by[self._address]
             self._calm()
             self._stop_waiting()
             super().connection_lost(exc)
@@ -49,6 +85,25 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
                 self._calm()
             elif self.conn.trailing_data[0]:
                 self._expect()
+
+        def handle_events(self) -> None:
+            """Go on with what has come, unless it begins with the head of a request that can be read in two ways."""
+            if self.conn.their_state is h11.IDLE:
+                problem = check_head(self.conn.trailing_data[0])
+                if problem is not None:
+                    self._refuse(problem)
+                    return
+            super().handle_events()
+
+        def send_400_response(self, msg: str) -> None:
+            """Say that this is no HTTP, unless an answer has begun already."""
+            self._refuse(ApiError(400, f"this is no valid HTTP request: {msg}", code="invalid_http"))
+
+        def on_response_complete(self) -> None:
+            """Go on, unless the answer came before the body: nothing waits for that any more."""
+            if self.conn.their_state is h11.SEND_BODY:
+                self.transport.close()
+            super().on_response_complete()
 
         def pause_writing(self) -> None:
             """Wait for the client to take what is there, but not for ever: closing would wait as long."""
@@ -77,14 +132,22 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
         def _give_up(self) -> None:
             self._deadline = None
             if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
-                problem = ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout")
-                self._say_and_close(b"408 Request Timeout", problem)
+                self._refuse(ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout"))
 
-        def _say_and_close(self, status: bytes, problem: ApiError) -> None:
-            body = json.dumps(problem.body()).encode()
-            head = b"HTTP/1.1 " + status + b"\r\ncontent-type: application/json\r\nconnection: close\r\n"
-            head += b"".join(f"{name}: {value}\r\n".encode() for name, value in problem.headers.items())
-            self.transport.write(head + f"content-length: {len(body)}\r\n\r\n".encode() + body)
+        def _refuse(self, problem: ApiError) -> None:
+            """Answer outside of any request, and close; a request that has begun counts as gone."""
+            has_begun = False
+            if self.cycle is not None and not self.cycle.response_complete:
+                has_begun = self.cycle.response_started
+                self.cycle.disconnected = True
+                self.cycle.message_event.set()
+            if not has_begun:
+                body = json.dumps(problem.body()).encode()
+                reason = http.HTTPStatus(problem.status).phrase
+                headers = {**problem.headers, "content-type": "application/json", "connection": "close"}
+                head = f"HTTP/1.1 {problem.status} {reason}\r\ncontent-length: {len(body)}\r\n"
+                head += "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+                self.transport.write(f"{head}\r\n".encode() + body)
             self.transport.close()
 
     return Limited

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from launcher.errors import ConfigError
 
 VARIABLE = "LAUNCHER_API_KEYS"
 _MOST_CALLERS = 10_000
@@ -38,11 +41,29 @@ class Keys:
 
 
 def read_keys(file: str | None, environ: Mapping[str, str]) -> Keys:
-    """Return the keys of a file, one a line, and of the environment, with commas between."""
+    """Return the keys of a file, one a line, and of the environment, with commas between.
+
+    Raises:
+        ConfigError: the variable is set and holds no key, which must not mean that everyone is served.
+    """
+    for problem in variable_problems(environ):
+        raise problem
     lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines() if file else []
     words = [line.strip() for line in lines if not line.lstrip().startswith("#")]
-    words += [word.strip() for word in environ.get(VARIABLE, "").replace("\n", ",").split(",")]
-    return Keys(tuple(word for word in words if word))
+    return Keys(tuple(word for word in words if word) + _keys_of_variable(environ))
+
+
+def variable_problems(environ: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield a variable of keys that is set and holds none."""
+    if VARIABLE in environ and not _keys_of_variable(environ):
+        why = "the variable is set but holds no key, so anyone could use the server"
+        fix = f"set {VARIABLE}=KEY1,KEY2 or unset {VARIABLE}"
+        yield ConfigError(VARIABLE, f'"{environ[VARIABLE].strip()}"', why=why, fix=fix)
+
+
+def _keys_of_variable(environ: Mapping[str, str]) -> tuple[str, ...]:
+    words = re.split(r"[,\n]", environ.get(VARIABLE, ""))
+    return tuple(word.strip() for word in words if word.strip())
 
 
 class Rates:

@@ -73,14 +73,18 @@ def invalid(message: str, param: str, *, code: str | None = None) -> ApiError:
 
 def of_validation(error: ValidationError) -> ApiError:
     """Return the answer to a body that is not one, naming the first thing that is wrong."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    path = [str(part) for part in first["loc"] if not _is_of_union(part)]
-    name = ".".join(path)
-    if first["type"] == "extra_forbidden":
+    first = error.errors(include_url=False, include_context=False)[0]
+    name, kind = ".".join(map(str, first["loc"])), first["type"]
+    if kind == "extra_forbidden":
+        name = name[:100]
         return ApiError(400, f"{name}: this server has no such field", param=name, code="unsupported_field")
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first['msg']}", code="invalid_json")
-    return ApiError(400, f"{name}: {first['msg']}" if name else first["msg"], param=name or None, code="invalid_value")
+    said = (
+        "is null, and this field must have a value"
+        if first["input"] is None and name
+        else first["msg"].replace(" after validation", "")
+    )
+    code = kind if kind == "context_length_exceeded" else "invalid_value"
+    return ApiError(400, f"{name}: {said}" if name else f"the body {said}", param=name or None, code=code)
 
 
 def of_trouble(trouble: Exception, *, prompt_field: str) -> ApiError:
@@ -100,11 +104,6 @@ def of_trouble(trouble: Exception, *, prompt_field: str) -> ApiError:
         case Failed():
             return ApiError(500, str(trouble), code="engine_failed")
     raise trouble
-
-
-def _is_of_union(part: Any) -> bool:
-    """Whether pydantic put it into a path to say which of several types it tried."""
-    return isinstance(part, str) and (part in ("str", "int", "float", "list") or "[" in part)
 
 
 def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:

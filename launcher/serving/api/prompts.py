@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from launcher.serving.api.bodies import Message
@@ -14,22 +15,32 @@ from launcher.serving.words import Words
 T = TypeVar("T")
 _AT_ONCE = 2000
 """Characters that are tokenised in well under a millisecond."""
+_LARGE = 1 << 16
+"""Characters whose tokens take tens of megabytes meanwhile; texts of more are tokenised one after the other."""
+_OF_MESSAGE = 100
+"""Characters that a template spends on a message, by the time that this takes."""
+
+_pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
+_pool_of_large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 
 Prompts = str | list[int] | list[str] | list[list[int]]
 
 
-async def encode_all(words: Words, prompt: Prompts) -> list[list[int]]:
+async def encode_all(words: Words, prompt: Prompts, *, context: int) -> list[list[int]]:
     """Return the tokens of every prompt.
 
     Raises:
-        ApiError: a token that the tokenizer does not have.
+        ApiError: a token that the tokenizer does not have, or a text that is too long whatever its tokens are.
     """
     if isinstance(prompt, str):
-        return [await encode(words, prompt)]
+        prompt = [prompt]
     texts = [each for each in prompt if isinstance(each, str)]
     if texts:
-        size = sum(map(len, texts))
-        return await _where_it_fits(size, lambda: [words.encode(text) for text in texts])
+        most = words.most_characters(context)
+        if (longest := max(map(len, texts))) > most:
+            said = f"has {longest:,} characters, and no text of more than {most:,} fits into {context:,} tokens"
+            raise invalid(said, "prompt", code="context_length_exceeded")
+        return await _where_it_fits(sum(map(len, texts)), lambda: words.encode_all(texts))
     lists = [each for each in prompt if isinstance(each, list)] or [[each for each in prompt if isinstance(each, int)]]
     for ids in lists:
         if (largest := max(ids)) >= words.vocab_size:
@@ -39,7 +50,12 @@ async def encode_all(words: Words, prompt: Prompts) -> list[list[int]]:
 
 async def encode(words: Words, text: str, *, special: bool = True) -> list[int]:
     """Return the tokens of a text."""
-    return await _where_it_fits(len(text), lambda: words.encode(text, special=special))
+    return (await _where_it_fits(len(text), lambda: words.encode_all([text], special=special)))[0]
+
+
+async def decode(words: Words, ids: Sequence[int]) -> str:
+    """Return the text of tokens."""
+    return await _where_it_fits(len(ids), lambda: words.decode(ids))
 
 
 async def encode_chat(
@@ -58,8 +74,8 @@ async def encode_chat(
     """
     try:
         plain = plain_messages([message.model_dump() for message in messages], field=field)
-        size = sum(len(message["content"]) for message in plain)
-        return await _where_it_fits(size, lambda: words.encode(words.render(plain, template), special=False))
+        size = sum(len(message["content"]) for message in plain) + _OF_MESSAGE * len(plain)
+        return await _where_it_fits(size, lambda: words.encode_all([words.render(plain, template)], special=False)[0])
     except BadMessages as bad:
         raise invalid(str(bad), bad.field, code="invalid_value") from None
     except NoTemplate as error:
@@ -71,4 +87,8 @@ async def encode_chat(
 
 
 async def _where_it_fits(size: int, work: Callable[[], T]) -> T:
-    return work() if size <= _AT_ONCE else await asyncio.to_thread(work)
+    """Return what ``work`` returns, done by a thread where it takes long; it should let go of the interpreter."""
+    if size <= _AT_ONCE:
+        return work()
+    pool = _pool if size <= _LARGE else _pool_of_large
+    return await asyncio.get_running_loop().run_in_executor(pool, work)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from launcher.serving.api.bodies import Bounds
 from launcher.serving.api.choice import Choice
 from launcher.serving.api.problems import ApiError, invalid, of_trouble
 from launcher.serving.api.sampling import seed_of
@@ -71,6 +72,20 @@ class Service:
             return f"the server is starting ({', '.join(phases) or 'tokenizer'})"
         return "" if self.pool.ready else "no engine makes progress"
 
+    def bounds(self) -> Bounds:
+        """Return the lengths that bodies may have.
+
+        Raises:
+            ApiError: the server takes no requests now.
+        """
+        if self.draining:
+            self.reject("draining")
+            raise ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
+        if self.words is None or self.pool.context is None:
+            self.reject("starting")
+            raise ApiError(503, self.not_ready(), code="starting", retry_s=2)
+        return Bounds(context=self.pool.context, prompts=self.policy.max_choices)
+
     def opened(self, model: str | None) -> Words:
         """Return the words, if requests for ``model`` are taken.
 
@@ -80,12 +95,8 @@ class Service:
         if model is not None and model != self.policy.name:
             message = f"there is no model {model[:100]!r} here; this server has {self.policy.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        if self.draining:
-            self.reject("draining")
-            raise ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
-        if self.words is None or self.pool.context is None:
-            self.reject("starting")
-            raise ApiError(503, self.not_ready(), code="starting", retry_s=2)
+        self.bounds()  # it may have begun to end while a large body was looked at
+        assert self.words is not None
         return self.words
 
     def reject(self, reason: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import socket
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import EXIT_PREEMPTED
 from launcher.rundir import RunDir
 from launcher.serving.api.gate import Gate
+from launcher.serving.api.http_checks import AllowedHosts
 from launcher.serving.api.keys import Rates, read_keys
 from launcher.serving.api.server import Server, listen, make_server
 from launcher.serving.front.backing import Backing
@@ -89,6 +91,7 @@ class Front:
         return Gate(
             backing.app,
             keys=read_keys(job.api_keys_file, os.environ),
+            hosts=AllowedHosts(job.host, job.allowed_hosts),
             rates=Rates(job.rate_per_minute),
             max_body_bytes=job.max_body_bytes,
             body_s=job.read_timeout_s,
@@ -116,6 +119,8 @@ class Front:
         started = time.monotonic()
         await backing.get_ready()
         took_s = time.monotonic() - started
+        gc.collect()
+        gc.freeze()  # else each full collection looks at all modules again, for a tenth of a second
         job = self._job
         print(
             f"serving {job.name_of(self._run)} at {job.address} after {took_s:.1f} s; {job.address}/ shows how it does",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launcher.errors import JobError
-from launcher.serving.api.proxy import Proxy
+from launcher.serving.api.proxy import Proxy, ProxyLimits
 from launcher.serving.front.backing import Backing
 from launcher.serving.vllm_server import VllmServer
 
@@ -31,7 +31,14 @@ class Vllm(Backing):
 
     def __init__(self, run: Run, job: Serve) -> None:
         self._run, self._server = run, VllmServer(run, job, name=job.name_of(run))
-        self._proxy = Proxy("127.0.0.1", self._server.port, most=job.capacity + job.max_queue)
+        limits = ProxyLimits(
+            capacity=job.capacity,
+            max_queue=job.max_queue,
+            max_choices=job.max_choices,
+            queue_timeout_s=job.queue_timeout_s,
+            request_timeout_s=job.request_timeout_s,
+        )
+        self._proxy = Proxy("127.0.0.1", self._server.port, limits=limits)
         self.app = self._proxy
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Task[None] | None = None

@@ -158,10 +158,10 @@ def read_all(connection: socket.socket) -> bytes:
     "head",
     [
         b"\x00\x01\x02\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\n",
-        b"GET / HTTP/1.1\r\nhost: x\r\nx: " + b"a" * 5_000_000 + b"\r\n\r\n",
-        b"GET /\xff\xfe HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: -5\r\n\r\n",
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: x\r\n\r\n",
+        b"GET / HTTP/1.1\r\nhost: localhost\r\nx: " + b"a" * 5_000_000 + b"\r\n\r\n",
+        b"GET /\xff\xfe HTTP/1.1\r\nhost: localhost\r\n\r\n",
     ],
 )
 def test_what_is_no_http(served: Served, head: bytes) -> None:
@@ -178,7 +178,7 @@ def test_slow_headers_and_slow_bodies_are_given_up(served: Served) -> None:
             stack.enter_context(socket.create_connection(("127.0.0.1", served.port), timeout=60)) for _ in range(3)
         )
         half.sendall(b"GET / HTTP/1.1\r\nhost:")
-        body.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 50\r\n\r\n{")
+        body.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 50\r\n\r\n{")
         assert served.complete().status_code == 200  # meanwhile
         for connection, code in ((silent, "header_timeout"), (half, "header_timeout"), (body, "body_timeout")):
             said = read_all(connection)

@@ -28,7 +28,7 @@ def raw(port: int, body: dict[str, Any]) -> socket.socket:
     """Send a request as bytes; return the connection."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=30)
     payload = json.dumps(body).encode()
-    head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n\r\n"
     connection.sendall(head.encode() + payload)
     return connection
 

@@ -26,7 +26,7 @@ def test_those_that_are_gone_are_not_waited_for(serve: Start) -> None:
         connection = socket.create_connection(("127.0.0.1", slow.port), timeout=30)
         body = {"model": MODEL, "prompt": f"gone {number}", "max_tokens": 240, "stream": True}
         payload = json.dumps(body).encode()
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(payload)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n\r\n"
         connection.sendall(head.encode() + payload)
         connections.append(connection)
     eventually(lambda: slow.metric("num_requests_running") + slow.metric("num_requests_waiting") == 9)

@@ -35,6 +35,36 @@ run_dir = RunDir(Path(sys.argv[1]))
 run = load_run(run_dir.snapshot)
 run.job.run(Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None)))
 """
+_VLLM = """
+import json, os, sys, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+words = sys.argv
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    def log_message(self, *rest): print("asked", self.requestline, flush=True)
+    def answer(self, body, kind="application/json"):
+        self.send_response(200)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def do_GET(self):
+        self.answer(json.dumps(dict(path=self.path, words=words, names=sorted(os.environ))).encode())
+    def do_POST(self):
+        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if given.get("die"): os._exit(7)
+        self.send_response(200)
+        self.send_header("content-type", "text/event-stream")
+        self.send_header("transfer-encoding", "chunked")
+        self.end_headers()
+        for piece in [*[bytes(1 << 16)] * given.get("pour", 0), b"data: 1\\n\\n", b"data: 2\\n\\n",
+                      b"data: [DONE]\\n\\n"]:
+            time.sleep(given.get("sleep", 0))
+            self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(piece), piece))
+        self.wfile.write(b"0\\r\\n\\r\\n")
+ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+"""A program that talks like vLLM, and prints what it is asked."""
 WORDS = ("job=serve", "model=gpt2_tiny", "tracker=local", "backend.ranks=1", "job.engine=echo", "job.tokenizer=bytes")
 MODEL = "gpt2_tiny"
 _START_S = 120
@@ -160,6 +190,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     begin = next(starter)
     yield begin(f"job.tokenizer={folder}", "job.max_requests=64", "job.read_timeout_s=3")
     next(starter, None)
+
+
+def fake_vllm(folder: Path) -> Path:
+    """Write an interpreter whose vLLM is ours; return its path."""
+    folder = folder / "env" / "bin"
+    folder.mkdir(parents=True)
+    (folder / "server.py").write_text(_VLLM)
+    script = f'[ "$1" = -m ] || exit 0\nexec {sys.executable} {folder}/server.py "$@"\n'
+    (folder / "python").write_text(f"#!/bin/sh\n{script}")
+    (folder / "python").chmod(0o755)
+    return folder / "python"
 
 
 def chat_tokenizer(folder: Path) -> None:

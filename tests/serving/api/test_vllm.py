@@ -15,48 +15,13 @@ from launcher.ports import free_port
 from launcher.rundir import RunDir
 from launcher.serving.api import keys
 
-from .conftest import MARK, Served, Start, eventually
-
-_PROGRAM = """
-import json, os, sys, time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-words = sys.argv
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    def log_message(self, *rest): pass
-    def answer(self, body, kind="application/json"):
-        self.send_response(200)
-        self.send_header("content-type", kind)
-        self.send_header("content-length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-    def do_GET(self):
-        self.answer(json.dumps(dict(path=self.path, words=words, names=sorted(os.environ))).encode())
-    def do_POST(self):
-        given = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if given.get("die"): os._exit(7)
-        self.send_response(200)
-        self.send_header("content-type", "text/event-stream")
-        self.send_header("transfer-encoding", "chunked")
-        self.end_headers()
-        for piece in [b"data: 1\\n\\n", b"data: 2\\n\\n", b"data: [DONE]\\n\\n"]:
-            time.sleep(given.get("sleep", 0))
-            self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(piece), piece))
-        self.wfile.write(b"0\\r\\n\\r\\n")
-ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
-"""
+from .conftest import MARK, Served, Start, eventually, fake_vllm
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Path:
     """An interpreter whose vLLM is ours."""
-    folder = tmp_path / "env" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "server.py").write_text(_PROGRAM)
-    script = f'[ "$1" = -m ] || exit 0\nexec {sys.executable} {folder}/server.py "$@"\n'
-    (folder / "python").write_text(f"#!/bin/sh\n{script}")
-    (folder / "python").chmod(0o755)
-    return folder / "python"
+    return fake_vllm(tmp_path)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -10,11 +11,12 @@ from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from launcher.serving.api.bodies import Generating
 from launcher.serving.api.choice import Choice
 from launcher.serving.api.events import Data, EventStream, until_gone
+from launcher.serving.api.parsing import SLICE, encode_json
 from launcher.serving.api.sequence import Piece, merged
 from launcher.serving.api.service import Service, explained
 from launcher.serving.values import Token
@@ -58,8 +60,12 @@ class Answer(ABC):
         service.open_requests += 1
 
     @abstractmethod
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> Data:
+    def choice(self, index: int, text: str, logprobs: Data | None, finish: str | None) -> Data:
         """Return a whole choice."""
+
+    @abstractmethod
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> Data | None:
+        """Return lists that have an element for each token; ``None`` where they are not asked for."""
 
     @abstractmethod
     def delta(self, index: int, piece: Piece) -> Data:
@@ -102,9 +108,26 @@ class Answer(ABC):
                     finishes[index] = piece.finish or finishes[index]
         except Exception as trouble:  # noqa: BLE001  (every one is told to the client)
             return explained(trouble, self.service, field=self.prompt_field).response()
-        rows = zip(texts, tokens, finishes, strict=True)
-        choices = [self.choice(index, "".join(text), toks, finish) for index, (text, toks, finish) in enumerate(rows)]
-        return JSONResponse(self._object(self.whole, choices, usage=self._usage()), headers=self._headers())
+        choices = []
+        for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
+            logprobs = await self._all_logprobs(index, tokens[index])
+            choices.append(self.choice(index, "".join(text), logprobs, finish))
+        content = await encode_json(self._object(self.whole, choices, usage=self._usage()))
+        return Response(content, headers=self._headers(), media_type="application/json")
+
+    async def _all_logprobs(self, index: int, tokens: Sequence[Token]) -> Data | None:
+        """Return the lists of a whole choice, with turns for other requests."""
+        whole = self.logprobs(index, tokens[:SLICE])
+        if whole is None:
+            return None
+        for start in range(SLICE, len(tokens), SLICE):
+            await asyncio.sleep(0)
+            more = self.logprobs(index, tokens[start : start + SLICE])
+            assert more is not None
+            for name, values in more.items():
+                if isinstance(values, list):
+                    whole[name] += values
+        return whole
 
     async def _events(self) -> AsyncGenerator[Data]:
         async with aclosing(merged([choice.pieces() for choice in self.choices])) as pieces:

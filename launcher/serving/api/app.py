@@ -15,7 +15,7 @@ import launcher
 from launcher.serving.api.bodies import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from launcher.serving.api.chat import chat
 from launcher.serving.api.completions import complete
-from launcher.serving.api.parsing import parse
+from launcher.serving.api.parsing import encode_json, parse
 from launcher.serving.api.problems import ApiError, invalid
 from launcher.serving.api.prompts import decode, encode, encode_chat
 from launcher.serving.api.service import Service
@@ -74,7 +74,8 @@ def _tokens(app: FastAPI, service: Service) -> None:
         else:
             assert body.prompt is not None
             ids = await encode(words, body.prompt, special=body.add_special_tokens)
-        return JSONResponse({"count": len(ids), "max_model_len": service.pool.context, "tokens": ids})
+        content = await encode_json({"count": len(ids), "max_model_len": service.pool.context, "tokens": ids})
+        return Response(content, media_type="application/json")
 
     @app.post("/detokenize", summary="Text of tokens", response_model=None)
     async def detokenize(request: Request) -> Response:

@@ -25,10 +25,10 @@ class Chat(Answer):
     prefix, whole, part, prompt_field = "chatcmpl", "chat.completion", "chat.completion.chunk", "messages"
     body: ChatBody
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
+    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
         """Return a whole choice."""
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "message": message, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def openings(self) -> list[dict[str, Any]]:
         """Return who speaks, for each choice."""
@@ -41,10 +41,10 @@ class Chat(Answer):
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return more text of a choice."""
         delta = {"content": piece.text} if piece.text else {}
-        logprobs = self._logprobs(index, piece.tokens) if piece.tokens else None
+        logprobs = self.logprobs(index, piece.tokens) if piece.tokens else None
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return the newer of OpenAI's two shapes: a list of objects."""
         if not self.body.logprobs:
             return None

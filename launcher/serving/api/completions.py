@@ -32,16 +32,16 @@ class Completion(Answer):
         """Characters of each choice that are out."""
         self._texts: dict[int, Detokenizer] = {}
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
+    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
         """Return a whole choice."""
-        return {"text": text, "index": index, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
 
     def delta(self, index: int, piece: Piece) -> dict[str, Any]:
         """Return more text of a choice."""
-        logprobs = self._logprobs(index, piece.tokens)
+        logprobs = self.logprobs(index, piece.tokens)
         return {"text": piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
 
-    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         """Return the older of OpenAI's two shapes: lists side by side."""
         if self.body.logprobs is None:
             return None

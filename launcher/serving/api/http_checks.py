@@ -25,6 +25,9 @@ _VERSION = re.compile(rb"HTTP/1\.[01]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
 _HIDDEN = re.compile(rb"%(?:00|2e|2f|5c|0[ad]|25)|[\\#]", re.IGNORECASE)
 """In a path: an encoded NUL, dot, slash, backslash, line end or percent sign, and what no path holds unencoded."""
+_ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
+_MODELS = b"/v1/models/"
+"""What follows is a name, in which OpenAI's client encodes slashes."""
 _TAKES_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -80,14 +83,16 @@ def check_target(raw_path: bytes) -> None:
     Raises:
         ApiError: it does not begin with one slash, has a segment of dots or holds encoded characters of paths.
     """
-    why = ""
-    if not raw_path.startswith(b"/") or raw_path.startswith(b"//"):
+    why, path = "", raw_path
+    if path.startswith(_MODELS):
+        path = _ENCODED_SLASH.sub(b"/", path)
+    if not path.startswith(b"/") or path.startswith(b"//"):
         why = "it does not begin with one slash"
-    elif _HIDDEN.search(raw_path):
+    elif _HIDDEN.search(path):
         why = "it holds an encoded slash, dot, percent sign or control character"
-    elif any(segment.partition(b";")[0] in (b".", b"..") for segment in raw_path.split(b"/")):
+    elif any(segment.partition(b";")[0] in (b".", b"..") for segment in path.split(b"/")):
         why = "it has a segment of dots"
-    elif b"//" in raw_path:
+    elif b"//" in path:
         why = "it has an empty segment"
     if why:
         raise ApiError(400, f"the request target cannot be used: {why}", code="invalid_target", closes=True)

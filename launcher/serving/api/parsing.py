@@ -1,4 +1,4 @@
-"""JSON bodies, parsed and validated with bounded work: no body may hold up other requests.
+"""JSON bodies, parsed, validated and written with bounded work: none may hold up other requests.
 
 The time that a parser takes depends on the number of values, not on the number of bytes: two megabytes of brackets take
 a second, two megabytes of text two milliseconds. So values are counted before they are parsed, and lists are limited
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import json
 import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -28,6 +29,10 @@ MAX_CONTAINERS = 1 << 14
 """Lists and objects in a body."""
 MAX_NAMES = 1 << 14
 """Fields of all objects in a body."""
+SLICE = 64
+"""Elements of a long list that are written before other requests have their turn."""
+_DEPTH = 4
+"""Where answers have their long lists: choices, choice, logprobs, list."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,:]', re.DOTALL)
 """A string, with an end or without one, or a character that begins or separates values. It never backtracks."""
 
@@ -107,3 +112,34 @@ def _without_collections() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+async def encode_json(value: Any) -> bytes:
+    """Return the JSON of an answer, written with turns for other requests."""
+    parts: list[str] = []
+    await _encode(value, parts, depth=0)
+    return "".join(parts).encode()
+
+
+async def _encode(value: Any, parts: list[str], *, depth: int) -> None:
+    if isinstance(value, dict) and value and depth < _DEPTH:
+        for at, (name, each) in enumerate(value.items()):
+            parts.append(f"{',' if at else '{'}{_dumps(name)}:")
+            await _encode(each, parts, depth=depth + 1)
+        parts.append("}")
+    elif isinstance(value, list) and value and depth < _DEPTH and len(value) <= SLICE:
+        for at, each in enumerate(value):
+            parts.append("," if at else "[")
+            await _encode(each, parts, depth=depth + 1)
+        parts.append("]")
+    elif isinstance(value, list) and len(value) > SLICE:
+        for start in range(0, len(value), SLICE):
+            parts.append(("," if start else "[") + _dumps(value[start : start + SLICE])[1:-1])
+            await asyncio.sleep(0)
+        parts.append("]")
+    else:
+        parts.append(_dumps(value))
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))

@@ -258,6 +258,7 @@ class _Relayed:
             await self._send({"type": "http.response.start", "status": event.status_code, "headers": headers})
         elif isinstance(event, h11.Data):
             await self._send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
+            await asyncio.sleep(0)  # others have their turn, and a client that is gone is noticed
 
     async def end(self) -> None:
         """Hand back the end."""

@@ -9,6 +9,9 @@ from dataclasses import dataclass, replace
 
 from launcher.serving.values import Finish, Refused, Request, Token, Update
 
+_AT_ONCE = 16
+"""Tokens that are made text of before other requests go on."""
+
 
 class Failed(Exception):
     """A sequence that got no result; the message is for who asked.
@@ -149,6 +152,8 @@ class Flight:
             if at < len(self.tokens):
                 yield self.tokens[at]
                 at += 1
+                if at % _AT_ONCE == 0:  # a result that was kept, or came all at once: others have their turn
+                    await asyncio.sleep(0)
             elif self.trouble is not None:
                 raise self.trouble
             elif self.finish is not None:

@@ -62,6 +62,7 @@ class Handler(BaseHTTPRequestHandler):
             time.sleep(given.get("sleep", 0))
             self.wfile.write(b"%x\\r\\n%s\\r\\n" % (len(piece), piece))
         self.wfile.write(b"0\\r\\n\\r\\n")
+ThreadingHTTPServer.handle_error = lambda *rest: None
 ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
 """
 """A program that talks like vLLM, and prints what it is asked."""

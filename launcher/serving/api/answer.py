@@ -111,9 +111,11 @@ class Answer(ABC):
         choices = []
         for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
             logprobs = await self._all_logprobs(index, tokens[index])
-            choices.append(self.choice(index, "".join(text), logprobs, finish))
-        content = await encode_json(self._object(self.whole, choices, usage=self._usage()))
-        return Response(content, headers=self._headers(), media_type="application/json")
+            choices.append(await encode_json(self.choice(index, "".join(text), logprobs, finish)))
+        around = await encode_json(self._object(self.whole, [], usage=self._usage()))
+        before, empty, after = around.partition(b'"choices":[]')
+        content = [before, empty[:-1], b",".join(choices), b"]", after]
+        return Response(b"".join(content), headers=self._headers(), media_type="application/json")
 
     async def _all_logprobs(self, index: int, tokens: Sequence[Token]) -> Data | None:
         """Return the lists of a whole choice, with turns for other requests."""

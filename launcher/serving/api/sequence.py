@@ -12,6 +12,9 @@ from launcher.serving.text import TextOf
 from launcher.serving.values import Token
 from launcher.serving.words import Words
 
+_AHEAD = 64
+"""Pieces that are there before their reader asks for them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Piece:
@@ -71,15 +74,15 @@ async def merged(sources: Sequence[AsyncGenerator[Piece]]) -> AsyncGenerator[tup
             async for piece in only:
                 yield 0, piece
         return
-    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, Piece | Exception | None]] = asyncio.Queue(_AHEAD)
 
     async def carry(number: int, source: AsyncGenerator[Piece]) -> None:
         try:
             async for piece in source:
-                queue.put_nowait((number, piece))
-            queue.put_nowait((number, None))
+                await queue.put((number, piece))
+            await queue.put((number, None))
         except Exception as trouble:  # noqa: BLE001  (raised again by whoever reads)
-            queue.put_nowait((number, trouble))
+            await queue.put((number, trouble))
 
     tasks = [asyncio.create_task(carry(number, source)) for number, source in enumerate(sources)]
     try:

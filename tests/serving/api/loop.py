@@ -1,8 +1,9 @@
-"""The interface without HTTP and without engines, in the test's own process: what the event loop does can be measured."""
+"""The interface without HTTP and without engines, in an event loop whose pauses are measured."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import time
 from contextlib import suppress
@@ -34,10 +35,16 @@ class InstantPool(Pool):
     def submit(self, flight: Flight) -> None:
         sampling, prompt = flight.request.sampling, flight.request.prompt
         length = min(sampling.max_tokens, (self.context or 0) - len(prompt))
-        top = () if sampling.logprobs is None else tuple((number, -0.5) for number in range(sampling.logprobs))
-        tokens = tuple(Token(id=prompt[at % len(prompt)], logprob=-0.5, top=top) for at in range(length))
-        update = Update(request=flight.request.id, tokens=tokens, finish="length")
+        update = Update(
+            request=flight.request.id, tokens=_tokens(prompt, length, sampling.logprobs or 0), finish="length"
+        )
         asyncio.get_running_loop().call_soon(flight.hear, update)
+
+
+@functools.cache
+def _tokens(prompt: tuple[int, ...], length: int, alternatives: int) -> tuple[Token, ...]:
+    top = tuple((number, -0.5) for number in range(alternatives))
+    return tuple(Token(id=prompt[at % len(prompt)], logprob=-0.5, top=top) for at in range(length))
 
 
 class LoopProbe:

@@ -49,7 +49,7 @@ class Serve(GeneratingJob):
 
     api_keys_file: PathText | None = None
     """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
-    to them. Without any, everybody who reaches the address is served."""
+    to them, and must hold one where it is set. Without any key anyone who can connect can use the server."""
 
     allowed_hosts: tuple[str, ...] = ()
     """Names by which clients may call a server without keys, besides ``localhost``, job.host and, unless it listens on

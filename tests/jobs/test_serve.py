@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 from pathlib import Path
@@ -17,6 +18,7 @@ from launcher.plan import Host
 from launcher.ports import free_port
 from launcher.render import render
 from launcher.rundir import RunDir
+from launcher.serving.api.keys import read_keys
 
 ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 SERVE = ("job=serve", "backend.ranks=1", "tracker=local")
@@ -113,6 +115,36 @@ def test_a_taken_port_is_refused_with_a_free_one() -> None:
 )
 def test_what_this_machine_lacks_is_said_before_anything_starts(words: list[str], option: str) -> None:
     assert [problem.option for problem in problems_of(f"job.port={free_port()}", *words)] == [option]
+
+
+@pytest.mark.parametrize("value", ["", "  ", ",", " , \n,"])
+def test_a_variable_of_keys_that_holds_none_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not mean that anyone may use the server, with a file of keys beside it or not."""
+    monkeypatch.setenv("LAUNCHER_API_KEYS", value)
+    (problem,) = problems_of(f"job.port={free_port()}")
+    assert (problem.option, problem.fix) == (
+        "LAUNCHER_API_KEYS",
+        "set LAUNCHER_API_KEYS=KEY1,KEY2 or unset LAUNCHER_API_KEYS",
+    )
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_keys(None, os.environ)
+
+
+def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
+    monkeypatch: pytest.MonkeyPatch, plan_of, tmp_path: Path
+) -> None:
+    names = "job.allowed_hosts=[models.example.org]"
+    assert not list(problems_of(f"job.port={free_port()}", names))
+    for wrong in ("http://models.example.org", "a b", "a:80", "a/b"):
+        with pytest.raises(ConfigErrors, match=r"is no name of a host"):
+            plan_of(*SERVE, f"job.allowed_hosts=['{wrong}']", hosts=[ONE])
+    with pytest.raises(ConfigErrors, match=r"Host headers are not checked"):
+        plan_of(*SERVE, names, "job.api_keys_file=/x", hosts=[ONE])
+    monkeypatch.setenv("LAUNCHER_API_KEYS", "a")
+    (problem,) = problems_of(f"job.port={free_port()}", names)
+    assert problem.option == "job.allowed_hosts"
+    with pytest.raises(ConfigErrors, match=r"job.max_body_bytes=16777216 or less"):
+        plan_of(*SERVE, "job.max_body_bytes=16777217", hosts=[ONE])
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import json
 from typing import Any
 
 import pytest
@@ -15,10 +15,10 @@ from .conftest import MODEL, Served
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the tool's own dependencies
 
 ENDPOINTS = {
-    ("/v1/completions", "post"): 80,
-    ("/v1/chat/completions", "post"): 60,
-    ("/tokenize", "post"): 25,
-    ("/detokenize", "post"): 25,
+    ("/v1/completions", "post"): 40,
+    ("/v1/chat/completions", "post"): 30,
+    ("/tokenize", "post"): 12,
+    ("/detokenize", "post"): 12,
     ("/v1/models", "get"): 2,
     ("/v1/models/{name}", "get"): 10,
     ("/health/live", "get"): 1,
@@ -36,8 +36,8 @@ def test_every_endpoint_is_described(served: Served) -> None:
 
 @pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
 def test_no_request_is_the_servers_fault(served: Served, mode: GenerationMode) -> None:
+    """Which examples come depends on what else this process has imported, so none is counted: each is judged alone."""
     schema = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    seen: Counter[int] = Counter()
     for (path, method), examples in ENDPOINTS.items():
         if mode is GenerationMode.NEGATIVE and method == "get":
             continue  # there is nothing in it that could be wrong
@@ -52,13 +52,33 @@ def test_no_request_is_the_servers_fault(served: Served, mode: GenerationMode) -
         )
         @given(case=schema[path][method.upper()].as_strategy(generation_mode=mode))
         def ask(case: Any) -> None:
-            if isinstance(case.body, dict) and "model" in case.body and mode is GenerationMode.POSITIVE:
-                case.body["model"] = MODEL  # else every one of them is a 404
             response = case.call()
-            seen[response.status_code] += 1
             assert response.status_code < 500, response.text
+            if isinstance(case.body, dict) and mode is GenerationMode.POSITIVE:
+                becomes_right(served, case.path, {**case.body, "model": MODEL})
 
         ask()
-    assert seen[400] > 20
-    if mode is GenerationMode.POSITIVE:
-        assert seen[200] > 40
+
+
+NEEDED: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "abc"},
+    "/v1/chat/completions": {"messages": [{"role": "user", "content": "abc"}]},
+    "/tokenize": {"prompt": "abc", "messages": None},  # either
+    "/detokenize": {"tokens": [1]},
+}
+
+
+def becomes_right(served: Served, path: str, body: dict[str, Any]) -> None:
+    """Mend each field that the server refuses, as its error names it, until it has nothing against the body."""
+    for _ in range(len(body) + 2):
+        response = served.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
+        if response.status_code == 200:
+            return
+        assert response.status_code == 400, response.text
+        name = response.json()["error"]["param"].split(".")[0]
+        if name in NEEDED[path]:
+            body = {**body, **NEEDED[path]}
+        else:
+            assert name in body, response.text
+            del body[name]
+    raise AssertionError(f"{path} refuses {body}: {response.text}")

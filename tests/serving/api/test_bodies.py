@@ -78,9 +78,8 @@ def test_the_field_of_a_stop_string_is_stop(stop: Any) -> None:
     assert problem.param == "stop"
 
 
-@pytest.mark.parametrize("role", ["user", "assistant"])
-def test_content_that_is_null_is_said_to_be_null(role: str) -> None:
-    problem = problem_of(ChatBody, {"model": MODEL, "messages": [*MESSAGES, {"role": role, "content": None}]})
+def test_content_that_is_null_is_said_to_be_null() -> None:
+    problem = problem_of(ChatBody, {"model": MODEL, "messages": [*MESSAGES, {"role": "user", "content": None}]})
     assert problem is not None
     assert problem.param == "messages.1.content"
     assert "is null" in problem.message

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import selectors
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from launcher.supervise import lost
 from launcher.supervise.connection import Connection
 from launcher.supervise.failure import Failure
 from launcher.supervise.lines import Tail
-from launcher.supervise.link import is_scratch_folder
+from launcher.supervise.link import is_scratch_folder, remove_scratch
 from launcher.supervise.messages import (
     AgentGone,
     Assignment,
@@ -243,7 +242,7 @@ class Crew:
         if code == 0 and (agent.is_finishing or not agent.is_working) and not malformed:
             return
         if agent.scratch is not None:
-            shutil.rmtree(agent.scratch, ignore_errors=True)
+            remove_scratch(agent.scratch)
         self.lost.append(connection.host)
         self._on_lost(connection.host, self._why(connection, agent, code=code, silent_s=silent_s, malformed=malformed))
 

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from launcher.files import write_json
+from launcher.runfiles import read_object
+from launcher.schema import to_tree
 from launcher.supervise.messages import MalformedMessage, require_fields
+from launcher.supervise.whereabouts import ProcessPlace, place_from_tree, place_of_this_process
 
 _SHORT = Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
-_PREFIX = "launcher-"
+_PREFIX, _OWNER = "launcher-", "owner.json"
 _SEND_S = 2.0
 GUARD_FIELDS: dict[str, dict[str, type]] = {
     "hello": {"rank": int, "guard": int, "pid": int},
@@ -27,14 +33,38 @@ _BYTES = 4096
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make a private folder for the socket; in /tmp when the usual place is too deep for a socket's name."""
+    """Make a private folder for the socket; in /tmp when the usual place is too deep for a socket's name.
+
+    Folders of process trees that were killed as a whole are removed: nothing of those was left to do it.
+    """
     usual = Path(tempfile.gettempdir())
     parent = usual if len(str(usual)) < 60 else _SHORT
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    write_json(folder / _OWNER, to_tree(place_of_this_process()))
+    for left in parent.glob(f"{_PREFIX}*"):
+        if (owner := _owner_of(left)) is not None and owner.is_running() is False:
+            remove_scratch(left)
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove the folder of an agent that could not do so itself; any other folder is left alone."""
+    if _owner_of(folder) is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _owner_of(folder: Path) -> ProcessPlace | None:
+    """Return the process that made a scratch folder of this user; ``None`` where it is no such folder."""
+    try:
+        found = folder.lstat()
+        if not (folder.name.startswith(_PREFIX) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
+            return None
+        return place_from_tree(read_object(folder / _OWNER))
+    except (OSError, ValueError):  # gone, or made by another program
+        return None
 
 
 def is_scratch_folder(path: str) -> bool:
@@ -133,7 +163,7 @@ class Link:
     def clean_up_after_agent(self) -> None:
         """Remove the folder of an agent that is gone, because it could not do so itself."""
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            remove_scratch(self._scratch)
 
     def close(self) -> None:
         """Hang up."""

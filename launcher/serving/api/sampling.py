@@ -41,7 +41,9 @@ def sampling_of(body: Generating, *, max_tokens: int, vocab_size: int) -> Sampli
         length_penalty=body.length_penalty,
     )
     for field, why, _ in out_of_range(sampling):
-        raise invalid(why, FIELDS.get(field, field), code="invalid_value")
+        value = getattr(sampling, field)
+        said = why if isinstance(value, tuple) else f"is {value}: {why}"
+        raise invalid(said, FIELDS.get(field, field), code="invalid_value")
     return sampling
 
 

@@ -10,8 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from launcher.errors import ConfigErrors
 from launcher.generation.source import Record
 from launcher.generation.wish import BadLine, wish_of
+from launcher.jobs.generate import Generate
 from launcher.serving.admission import check
 from launcher.serving.api.problems import FIELDS as NAMES
 from launcher.serving.engine import Slots
@@ -24,6 +26,7 @@ from tests.serving.values import FLOATS, INTEGERS, Table, around
 from .in_process import MODEL, InProcess, in_process
 
 WORDS = byte_words()
+_OPTIONS = Generate().usual.keys()
 CONTROL = {"model": MODEL, "prompt": "abc", "max_tokens": 5, "temperature": 0.9, "seed": 3}
 _NUMBERS = st.one_of(FLOATS, INTEGERS)
 _SHARED = {
@@ -89,6 +92,8 @@ def test_one_table_says_what_server_files_and_engines_take(server: InProcess, na
         request = Request(id="a", prompt=(1,), sampling=Sampling(**{"max_tokens": 5, **way}))
         assert refused(request) is not taken, value
         assert (bad_line(way) == "") is taken, value
+        if name in _OPTIONS:
+            assert bad_options(way) == ([] if taken else [f"job.{name}"]), value
         if name in ("seed", "top_k") and value == -1:
             continue  # only the server has a meaning for it
         most = value if name == "min_tokens" and taken else 5
@@ -104,6 +109,14 @@ def refused(request: Request) -> bool:
     except Refused:
         return True
     return False
+
+
+def bad_options(way: dict[str, Any]) -> list[str]:
+    try:
+        Generate(**way)
+    except ConfigErrors as bad:
+        return [error.option for error in bad.errors]
+    return []
 
 
 def bad_line(way: dict[str, Any]) -> str:

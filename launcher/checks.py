@@ -19,6 +19,8 @@ from launcher.wording import flat
 
 _MOST_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
+_NO_CHECKPOINTS = ("0", "false", "default")
+"""Values of the group checkpoint that ask for none."""
 
 
 def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -74,6 +76,28 @@ def _refuse_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
     except ConfigError:
         return  # the batch does not come out even, which the plan refuses
     yield from run.profile.refusals(run.job.profiled_by, num_steps)
+
+
+def refuse_unused(run: Run, words: Sequence[str]) -> Iterator[ConfigError]:
+    """Yield each option on the command line that has no effect on the job; those of experiments may serve other jobs.
+
+    Args:
+        run: what they compose to.
+        words: the overrides that the user typed.
+    """
+    groups = run.job.unused_groups(run)
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        group, _, option = key.partition(".")
+        if group == "benchmark" and group in groups and value != "none":
+            why = f"job={run.job.kind} measures no benchmark"
+            yield ConfigError(key, value, why=why, fix=f"add job=benchmark, or leave {key} out")
+        elif group in groups and group != "benchmark":
+            why = f"job={run.job.kind} does not use the group {group}"
+            yield ConfigError(key, value, why=why, fix=f"leave {key} out")
+        elif group == "checkpoint" and option != "resume" and not run.job.saves and value not in _NO_CHECKPOINTS:
+            why = f"job={run.job.kind} writes no checkpoints"
+            yield ConfigError(key, value, why=why, fix=f"leave {key} out")
 
 
 def _refuse_resume(run: Run) -> Iterator[ConfigError]:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from launcher.checks import refuse_unused
 from launcher.compose import Composed
 from launcher.config import Run
 from launcher.errors import ConfigError, ConfigErrors
@@ -64,7 +65,14 @@ def prepare(composed: Composed) -> Prepared:
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
     hosts = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     port = _first_port(run)
-    return replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
+    unused = list(refuse_unused(run, composed.overrides))
+    try:
+        prepared = replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
+    except ConfigErrors as several:
+        raise ConfigErrors([*unused, *several.errors]) from several
+    if unused:
+        raise ConfigErrors(unused)
+    return prepared
 
 
 def _unreachable(run: Run) -> Iterator[ConfigError]:

@@ -79,6 +79,12 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
     """
     reference = reference_of(word)
     folder = Path(reference.of).expanduser()
+    if not run.backend.shares_paths:
+        if folder.is_absolute() and reference.which is None:
+            return None
+        why = f"backend={run.backend.kind} runs where this machine's runs are not to be seen"
+        where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
+        raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
     if not _exists(folder):
         if reference.of.startswith(("/", "./", "../", "~")):
             return None

@@ -94,6 +94,33 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
         assert expected in refused(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "messages"),
+    [
+        (
+            ["job=generate", "optimizer.lr=1", "schedule=constant", "data=synthetic", "checkpoint.every=5"],
+            [
+                "optimizer.lr=1: job=generate does not use the group optimizer; leave optimizer.lr out",
+                "schedule=constant: job=generate does not use",
+                "data=synthetic: job=generate does not use",
+                "checkpoint.every=5: job=generate writes no checkpoints",
+            ],
+        ),
+        (["job=evaluate", "activation=full", "checkpoint.at_end=true"], ["activation=full", "checkpoint.at_end=true"]),
+        (["benchmark=activation"], ["benchmark=activation: job=train measures no benchmark; add job=benchmark"]),
+        (
+            ["job=benchmark", "benchmark=attention", "model.layers=1", "data.path=y", "backend.ranks=1"],
+            ["model.layers=1", "data.path=y"],
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(refused, words, messages):
+    said = refused(*words).strip().splitlines()
+    assert len(said) == len(messages)
+    for line, message in zip(said, messages, strict=True):
+        assert message in line
+
+
 def test_a_port_in_use(refused):
     with socket.create_server(("", 0)) as server:
         port = server.getsockname()[1]

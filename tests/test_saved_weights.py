@@ -275,6 +275,14 @@ def test_resume_takes_a_run_id_and_keeps_the_run_so_that_ranks_can_take_the_one_
         assert resolved(f"checkpoint.resume={word}").checkpoint.resume == str(found)
 
 
+def test_runs_of_this_machine_are_not_sent_to_a_cluster_that_does_not_see_them(write: Write) -> None:
+    write(10)
+    there = ("job=train", "backend=kubernetes", "backend.image=x", "backend.claim=y")
+    for option, value in (("model.weights", ID), ("checkpoint.resume", f"{ID}@best"), ("model.weights", "runs/x")):
+        assert "as its ranks see it" in refused(*there, f"{option}={value}")
+    assert resolved(*there, "model.weights=/pods/see/this").model.weights == "/pods/see/this"
+
+
 @pytest.mark.parametrize(
     "words",
     [

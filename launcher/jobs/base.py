@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from launcher.context import Context
     from launcher.rundir import RunDir
 
+LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
+"""Groups that only optimiser steps use."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Component):
@@ -72,6 +75,10 @@ class Job(Component):
         """Return the batch of a step; ``None`` where there is none."""
         return None
 
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Return the groups whose options have no effect on this job; one that a user types is refused."""
+        return frozenset({"benchmark"})
+
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield why this job cannot be done with the rest of the run."""
         yield from ()
@@ -116,6 +123,10 @@ class BatchedJob(Job):
     def clip_norm(self) -> float:
         """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
         return 0.0
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Add what only optimiser steps use, where none are taken."""
+        return super().unused_groups(run) | (frozenset() if self.learns else LEARNING_GROUPS)
 
     def problems(self) -> Iterator[ConfigError]:
         """Refuse counts that make no batch."""

@@ -38,6 +38,14 @@ class Measure(Job):
         """Return the measurements."""
         return run.benchmark.num_measurements if isinstance(run.benchmark, Benchmark) else 0
 
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Return the model and the data where the benchmark is about neither."""
+        benchmark = run.benchmark
+        if not isinstance(benchmark, Benchmark):
+            return frozenset()  # refused by itself
+        used = {"model": benchmark.needs_model, "data": benchmark.needs_data}
+        return frozenset(group for group, is_used in used.items() if not is_used)
+
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
         benchmark = run.benchmark

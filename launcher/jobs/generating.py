@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launcher.errors import ConfigError
-from launcher.jobs.base import Job
+from launcher.jobs.base import LEARNING_GROUPS, Job
 from launcher.jobs.vllm_checks import VLLM_REMEDY, vllm_problems
 from launcher.paths import PathText, exists
 from launcher.profile import ProfiledBy
@@ -103,6 +103,11 @@ class GeneratingJob(Job):
         """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
         degrees = run.parallel.degrees(1)
         return degrees.tensor > 1 or degrees.pipeline > 1
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
+        data = set() if self.reads_data else {"data"}
+        return super().unused_groups(run) | LEARNING_GROUPS | data
 
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse what the engine cannot compute, and other ranks than one engine is made of."""

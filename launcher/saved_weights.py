@@ -20,6 +20,8 @@ from launcher.config import Run
 from launcher.data.base import Corpus
 from launcher.errors import ConfigError
 from launcher.models.base import Model
+from launcher.models.hf import Hf
+from launcher.models.hub import cached_folder
 from launcher.models.weights import SINGLE
 from launcher.rundir import RunDir, run_name_of
 from launcher.runs import find_run
@@ -55,6 +57,7 @@ def with_saved_weights(composed: Composed) -> Run:
     run = replace(run, model=_model_of(weights, composed))
     if run.run.name == run_name_of(composed.run.model.name):  # the default
         run = replace(run, run=replace(run.run, name=run_name_of(run.model.name)))
+    run = replace(run, model=_self_contained(run.model, weights))
     if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
         run = replace(run, data=replace(run.data, tokenizer="model"))
     return run
@@ -206,6 +209,13 @@ def _model_of(weights: Path, composed: Composed) -> Model:
             raise ConfigError(WEIGHTS, ours.weights, why=f"is of another model: {different}", fix=fix)
         return replace(ours, weights=str(weights))
     return replace(theirs, weights=str(weights), quantization=ours.quantization)
+
+
+def _self_contained(model: Model, weights: Path) -> Model:
+    """Return ``model``, of ``weights`` alone where the folder or hub model it was made from is not on this machine."""
+    if not isinstance(model, Hf) or Path(model.name).is_dir() or cached_folder(model.name) is not None:
+        return model
+    return replace(model, name=str(weights), weights="pretrained")
 
 
 def _model_of_run(weights: Path) -> Model | None:

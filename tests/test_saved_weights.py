@@ -161,6 +161,16 @@ def test_every_job_takes_the_model_and_the_tokenizer_of_the_run(write: Write, wo
     assert to_tree(run.data)["tokenizer"] == "model"
 
 
+def test_a_model_whose_folder_is_gone_is_that_of_the_checkpoint(write: Write) -> None:
+    saved = write(10)
+    save_run(composed("model=hf", "model.name=./gone/base").run, saved.folder.parent.parent / "run.yaml")
+    run = resolved("job=generate", f"model.weights={ID}")
+    assert (run.model.kind, run.model.name, run.model.weights) == ("hf", f"{saved.folder}/model", "pretrained")
+    assert run.model.shape() == composed(*TRAINED).run.model.shape()
+    assert run.run.name == "base"
+    assert to_tree(run.data)["tokenizer"] == "model"
+
+
 def test_what_the_user_chose_stays(write: Write) -> None:
     saved = write(10)
     given = (*TRAINED, "model.name=other", "data.tokenizer=bpe", "run.name=named", f"model.weights={ID}")

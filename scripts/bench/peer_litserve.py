@@ -29,7 +29,9 @@ class Api(litserve.LitAPI):  # type: ignore[misc]
 
         self._torch = torch
         self._tokenizer = AutoTokenizer.from_pretrained(self._folder, padding_side="left")
-        self._model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.bfloat16).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            self._folder, use_safetensors=True, dtype=torch.bfloat16
+        ).eval()
 
     def decode_request(self, request) -> tuple[str, int]:  # type: ignore[no-untyped-def]  # LitServe reads the type
         """Return prompt and ``max_tokens``."""

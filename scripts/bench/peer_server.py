@@ -74,7 +74,9 @@ class Generate:
 
         self._torch = torch
         self.tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
-        self._model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            model, use_safetensors=True, dtype=getattr(torch, dtype)
+        ).eval()
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Generate as many tokens as the longest job wants."""

@@ -54,7 +54,7 @@ def save_model(folder: Path) -> None:
 
     source = SmolLm2().pretrained_folder(with_weights=True, beat=lambda: None)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     for name in ("config.json", "generation_config.json"):
         file = folder / name

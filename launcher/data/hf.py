@@ -176,8 +176,15 @@ class HfData(Corpus):
         rows = self._load()
         if self.column not in rows.column_names:
             raise self._refuse_column(self.path, FirstRows(tuple(rows.column_names), ()))
-        for number, value in enumerate(rows[self.column]):
-            yield f"row {number + 1:,}", Record(number, number + 1, {self.column: value})
+        number = 0
+        try:
+            for number, value in enumerate(rows[self.column], 1):
+                yield f"row {number:,}", Record(number - 1, number, {self.column: value})
+        except UnicodeDecodeError as error:  # datasets checks no text as it loads it
+            self._refuse_bad_row_of_folder()
+            byte = error.object[error.start]
+            why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
+            raise ConfigError("data.path", self.path, why=why, fix="mend the row, or take another data set") from error
 
     def _problem_of(self, record: Record) -> str:
         """Return why a row gives no text; empty if it does."""

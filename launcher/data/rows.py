@@ -393,10 +393,23 @@ def _columnar_rows(
         else:
             batches = _ipc_batches(_open_ipc(source))
         for batch in batches:
-            for row in (batch if column is None else batch.select([column])).to_pylist():
+            for row, problem in _rows_of(batch if column is None else batch.select([column])):
                 if wanted(number):
-                    yield Record(number, number + 1, row)
+                    yield Record(number, number + 1, row, problem)
                 number += 1
+
+
+def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield each row of a batch, with what is wrong with it: text in it need not be UTF-8."""
+    try:
+        yield from ((row, "") for row in batch.to_pylist())
+    except UnicodeDecodeError:
+        for at in range(batch.num_rows):
+            try:
+                yield batch.slice(at, 1).to_pylist()[0], ""
+            except UnicodeDecodeError as error:
+                byte = error.object[error.start]
+                yield {}, f"is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
 
 
 def _open_ipc(source: Any) -> Any:

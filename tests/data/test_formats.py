@@ -548,3 +548,18 @@ def test_of_many_files_each_is_looked_at_a_little(tmp_path: Path) -> None:
     assert "99.jsonl: ends in .jsonl and holds no JSON lines" in message
     assert look_bytes_of_each(1) == look_bytes_of_each(100) == 1 << 20
     assert look_bytes_of_each(100_000) == 1 << 14
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_text_in_columns_that_is_not_utf8_is_a_bad_row(tmp_path: Path, kind: str) -> None:
+    made = pa.table({"text": pa.array([b"good", b"caf\xe9", b"last"], pa.binary()).view(pa.string())})
+    file = tmp_path / f"x.{kind}"
+    if kind == "parquet":
+        pyarrow.parquet.write_table(made, file)
+    else:
+        with pa.ipc.new_file(str(file), made.schema) as writer:
+            writer.write_table(made)
+    data = HfData(path=kind, files=str(file))
+    with pytest.raises(ConfigError, match=r"row 2 of .* is not UTF-8: byte 0xe9 at position 3 of its text"):
+        texts(data)
+    assert texts(replace(data, skip_bad_rows=True)) == ["good", "last"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -57,6 +58,26 @@ def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
     before = data.fingerprint()
     (tmp_path / "set" / "x.jsonl").write_text('{"text": "changed"}\n')
     assert data.fingerprint() != before
+
+
+def test_a_bad_row_far_into_a_folder_is_named_by_its_file_and_place(rows: MakeRows, tmp_path: Path) -> None:
+    """``datasets`` says where in one of its blocks something is wrong, and in no file."""
+    folder = tmp_path / "set"
+    folder.mkdir()
+    line = json.dumps({"text": "words " * 200}).encode() + b"\n"
+    count = (2 << 20) // len(line)
+    (folder / "a.jsonl").write_bytes(line * count + b'{"text": null}\n')
+    data = rows(str(folder))
+    assert not list(data.preflight())
+    with pytest.raises(
+        ConfigError, match=rf"data.column=text: row {count + 1:,} has no text in column text: it is null"
+    ):
+        list(data.pieces())
+    assert len(list(replace(data, skip_bad_rows=True).pieces())) == count
+    (folder / "a.jsonl").write_bytes(line * count + b'{"text": "\xe9"}\n')
+    place = f"line {count + 1:,} is not UTF-8: byte 0xe9 at position {len(line) * count + 10}"
+    with pytest.raises(ConfigError, match=f"data.path={folder}/a.jsonl: {place}"):
+        list(data.pieces())
 
 
 def test_wrong_columns_splits_and_files_are_the_users_mistakes(rows: MakeRows, tmp_path: Path) -> None:

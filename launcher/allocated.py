@@ -116,7 +116,7 @@ def run_here(run: Run, run_dir: RunDir) -> int:
     code = carry_out(prepared)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: nothing is left to be saved
     if code == 0:
-        print(closing(read_json(run_dir.result), elapsed_s=time.monotonic() - started), flush=True)
+        print(closing(read_json(run_dir.result), run_dir, elapsed_s=time.monotonic() - started), flush=True)
     return code
 
 

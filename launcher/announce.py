@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from launcher.alike import groups_of
 from launcher.plan import Plan
 from launcher.render import places
+from launcher.rundir import RunDir
+from launcher.wording import short_path
+
+_PLUMBING = frozenset(
+    {"run.yaml", "plan.json", "session.json", "result.json", "timeline.jsonl", "environment.json", "board", "hostfile"}
+)
 
 
 def opening(plan: Plan) -> Iterator[str]:
@@ -33,8 +41,14 @@ def _amount(plan: Plan) -> str:
     return f"{work.steps} {'requests' if plan.what.model else 'measurements'}"
 
 
-def closing(result: Mapping[str, Any], *, elapsed_s: float) -> str:
-    """Return how a completed run went, from its ``result.json``."""
+def closing(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:
+    """Return how a completed run went, what it left, and what to type next.
+
+    Args:
+        result: its ``result.json``.
+        directory: of the run.
+        elapsed_s: time it took.
+    """
     metrics = result["metrics"]
     loss = metrics.get("eval/loss")
     told = [f"{result['status']} in {elapsed_s:.0f} s"]
@@ -45,4 +59,21 @@ def closing(result: Mapping[str, Any], *, elapsed_s: float) -> str:
             if name.startswith("baseline/") and value is not None
         )
         told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
-    return "; ".join(told)
+    where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
+    verbs = ["report", "status", *(["resume"] if steps else [])]
+    return "\n".join(
+        [
+            "; ".join(told),
+            f"left in {where}: {', '.join(_left(directory, steps))}",
+            "next: " + "\n      ".join(shlex.join(["launch", verb, where]) for verb in verbs),
+        ]
+    )
+
+
+def _left(directory: RunDir, steps: Sequence[Path]) -> Iterator[str]:
+    """Yield what a user may want of the files of a run; not those that only this program reads."""
+    for entry in sorted(directory.path.iterdir()):
+        if entry == directory.checkpoints and steps:
+            yield f"checkpoints/{steps[-1].parent.name}"
+        elif not entry.name.startswith(".") and entry.name not in _PLUMBING and entry != directory.checkpoints:
+            yield f"{entry.name}/" if entry.is_dir() else entry.name

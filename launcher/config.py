@@ -280,10 +280,14 @@ def _classes(kinds: Mapping[str, Iterable[str]]) -> Iterator[type]:
 
 def _report_elsewhere(tree: Mapping[str, Any], typed: Mapping[str, str], report: Report, error: ConfigError) -> None:
     """Report a mistake; of an option that belongs to another group, name that group."""
-    if error.why == NO_SUCH_OPTION and "did you mean" not in error.fix:
-        elsewhere = suggestion(error.option, tree, typed=typed)
-        if options_named(error.option.rpartition(".")[2], tree) and error.option.count(".") == 1:
-            error = ConfigError(error.option, error.value, why=error.why, fix=elsewhere, source=error.source)
+    group, _, name = error.option.partition(".")
+    if error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
+        own = any(name in field_types(cls) for cls in _classes({group: KINDS[group]}))  # of another kind of the group
+        found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
+        if found:
+            value = f"={typed[error.option]}" if error.option in typed else ""
+            fix = f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+            error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
     report(error)
 
 

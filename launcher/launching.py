@@ -46,7 +46,7 @@ def start(prepared: Prepared) -> int:
                 staged.undo()
             raise
         if code == 0 and not backend.hands_over and directory.result.exists():
-            print(closing(read_json(directory.result), elapsed_s=time.monotonic() - started), flush=True)
+            print(closing(read_json(directory.result), directory, elapsed_s=time.monotonic() - started), flush=True)
         return code
 
 

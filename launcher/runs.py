@@ -97,8 +97,22 @@ class RunState:
         return None if step is None else int(step)
 
     @property
+    def steps_text(self) -> str:
+        """How far it is (``20/300``); of an evaluation the checkpoint it measures; ``-`` for work without steps."""
+        if self.plan.get("job") == "evaluate":
+            return f"of step {self.step}" if self.step else "-"
+        if self.num_steps == 0:
+            return "-"
+        return f"{self.step or 0}/{'?' if self.num_steps is None else self.num_steps}"
+
+    @property
     def num_steps(self) -> int | None:
-        """Steps planned."""
+        """Steps planned; ``None`` too where they are not those that ``step`` counts.
+
+        An evaluation works through batches, and its ``step`` is that of the checkpoint it measures.
+        """
+        if self.plan.get("job") == "evaluate":
+            return None
         steps: int | None = self.plan.get("work", {}).get("steps")
         return steps
 

@@ -20,8 +20,9 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     assert [line["train/step"] for line in lines if "train/loss" in line] == list(range(1, steps + 1))
     assert len([line for line in lines if "eval/loss" in line]) == steps // 50
     assert metrics["train/tokens"] == steps * 16 * 128
-    for name in ("train/lr", "train/grad_norm", "perf/tokens_per_s", "perf/mfu", "memory/peak_bytes"):
+    for name in ("train/lr", "train/grad_norm", "perf/tokens_per_s", "memory/peak_bytes"):
         assert metrics[name] > 0
+    assert "perf/mfu" not in metrics, "a CPU has no stated peak"
     for part in ("data", "forward", "backward", "optimizer", "evaluate"):
         assert metrics[f"time/{part}_s"] > 0
     assert run_dir.curve.read_bytes().startswith(b"\x89PNG")

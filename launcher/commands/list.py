@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from launcher.errors import ConfigError
 from launcher.schema import defaults, describe, field_types
 from launcher.suggest import did_you_mean
 from launcher.table import table
+from launcher.terminal import width as terminal_width
 from launcher.wording import value_text
 
 HELP = """\
@@ -37,7 +38,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     known = groups(line.config_dir)
-    width = shutil.get_terminal_size((120, 24)).columns
+    width = terminal_width()
     if not line.words:
         print("\n".join(_overview(known, width)))
     for word in line.words:
@@ -67,13 +68,13 @@ def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width
         if rows or number:
             yield ""
         kind = f"kind {cls.kind}: " if issubclass(cls, Component) and len(classes) > 1 else ""
-        yield kind + title_of(cls)
+        yield from textwrap.wrap(kind + title_of(cls), width, break_long_words=False)
         yield from _keys(group, cls, {name: value_text(value) for name, value in defaults(cls).items()}, width)
 
 
 def _one(group: str, option: str, folders: Sequence[Path], width: int) -> Iterator[str]:
     file = _file(group, option, folders)
-    yield f"{group}/{option}: {_comment(file)}"
+    yield from textwrap.wrap(f"{group}/{option}: {_comment(file)}", width, break_long_words=False)
     given: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     if given.get("kind") not in KINDS.get(group, {}) or "defaults" in given:  # exp, sweep, or built on other options
         yield file.read_text(encoding="utf-8").rstrip()

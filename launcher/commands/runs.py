@@ -70,7 +70,7 @@ def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
         _id_below(state.run_dir, root),
         state.name,
         state.status,
-        f"{state.step or 0}/{state.num_steps if state.num_steps is not None else '?'}",
+        state.steps_text,
         "-" if loss is None else f"{loss:.4f}",
         _ranks(state),
         state.backend or "-",

@@ -17,7 +17,7 @@ from launcher.runs import ELSEWHERE, LOST, RUNNING, RunState, find_run, look, ta
 from launcher.supervise.whereabouts import ProcessPlace, Whereabouts
 from launcher.table import table
 from launcher.terminal import json_text
-from launcher.wording import duration_text, times
+from launcher.wording import duration_text, short_path, times
 
 HELP = """\
 launch status [RUN] [--root DIR] [--json]: one run in detail: who runs it, how far it is, what each rank said last.
@@ -76,8 +76,9 @@ def _how_far(state: RunState) -> Iterator[tuple[str, str]]:
     if state.step is None:
         yield "progress", "no step yet"
         return
-    told = [f"step {state.step}/{state.num_steps}"]
+    told = [f"evaluation {state.steps_text}" if state.num_steps is None else f"step {state.steps_text}"]
     told += [f"loss {metrics['train/loss']:.4f}"] if metrics.get("train/loss") is not None else []
+    told += [f"held-out loss {metrics['eval/loss']:.4f}"] if metrics.get("eval/loss") is not None else []
     told += [f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"] if metrics.get("perf/tokens_per_s") is not None else []
     if state.status == RUNNING and metrics.get("time"):
         told.append(f"{duration_text(time.time() - metrics['time'])} ago")
@@ -106,7 +107,7 @@ def _end(state: RunState) -> Iterator[tuple[str, str]]:
 
 def _next(state: RunState) -> Iterator[tuple[str, str]]:
     """Yield what one may type now."""
-    folder = shlex.quote(_short(state.run_dir.path))
+    folder = shlex.quote(short_path(state.run_dir.path))
     yield "next", f"launch logs {folder}" + ("" if state.is_over else " -f")
     if not state.is_over:
         yield "", f"launch cancel {folder}"
@@ -169,8 +170,3 @@ def _process(place: ProcessPlace) -> str:
 
 def _clock(at: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
-
-
-def _short(path: Path) -> str:
-    """Return a path as one would type it here."""
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -35,6 +35,10 @@ class Train(LearningJob):
     log_every: int = 10
     """Optimiser steps between printed lines; metrics are recorded at every step."""
 
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one rank's device, for the share of it that is used (perf/mfu); null takes it from a table of
+    GPUs, and has none for CPUs and for GPUs that are not in it."""
+
     sample_prompt: str = "The"
     """Text that the sample at the end of the run continues."""
 
@@ -51,6 +55,8 @@ class Train(LearningJob):
         yield from super().problems()
         yield from self.below(1, "log_every", "eval_sequences")
         yield from self.below(0, "eval_every", "sample_tokens")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            yield self.refuse("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the optimiser steps."""

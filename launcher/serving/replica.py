@@ -18,6 +18,7 @@ from launcher.rundir import RunDir
 from launcher.serving.drive import drive
 from launcher.serving.link import EngineLink, Gone
 from launcher.snapshot import load_run
+from launcher.supervise.entry import quiet_libraries
 from launcher.supervise.linux import die_with_parent
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ def main(run_dir: RunDir, link: EngineLink) -> int:
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[4]))
     faulthandler.enable()
+    quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # the front hears of it, and tells when there is nothing left to do
     sys.exit(main(RunDir(Path(sys.argv[1])), EngineLink(socket.socket(fileno=int(sys.argv[3])))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from launcher.secrecy import redact
 from launcher.supervise.failure import Failure, Progress, Victim, name_of_signal
 from launcher.supervise.outcome import Outcome
 from launcher.terminal import printable
+from launcher.wording import short_path
 
 _MOST_RANKS = 32
 
@@ -58,30 +60,40 @@ def forget_last_end(run_dir: RunDir) -> None:
 
 def files_of_end(run_dir: RunDir) -> list[Path]:
     """Return the files that say how a run ended."""
-    return [run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.json")]
+    return [run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.*")]
 
 
 def last_words(outcome: Outcome, run_dir: RunDir) -> str:
     """Return what the user reads last; nothing after a run that went well."""
     if outcome.failure is not None:
-        return printable(redact(_block(outcome.failure), os.environ))
+        return printable(redact(_block(outcome.failure, run_dir), os.environ))
     if outcome.status == "cancelled":
-        return f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
+        again = "resume" if any(run_dir.checkpoints.glob("step_*/manifest.json")) else "rerun"
+        how = f"cancelled by {name_of_signal(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
+        return f"{how}\nnext: {_command(again, run_dir)}"
     if outcome.status == "preempted":
-        return f"preempted: continue with `launch resume {run_dir.path}`"
+        return f"preempted: continue with `{_command('resume', run_dir)}`"
     return ""
 
 
-def _block(failure: Failure) -> str:
-    lines = ["", f"── the run failed: {failure.reason} ──"]
+def _block(failure: Failure, run_dir: RunDir) -> str:
+    """Return all that is shown of a failure; its last line says what failed and why."""
+    lines = ["", "── the run failed ──"]
+    lines += [failure.reason] if "\n" in failure.reason else []
     lines += [failure.traceback.rstrip()] if failure.traceback else []
     lines += [f"   {_place(place)}" for place in failure.ranks[:_MOST_RANKS]]
     if len(failure.ranks) > _MOST_RANKS:
         lines.append(f"   and {len(failure.ranks) - _MOST_RANKS} more in failure.json")
+    logs = _command("logs", run_dir) + ("" if failure.rank is None else f" --rank {failure.rank}")
+    lines += [f"next: {logs}", f"      {_command('report', run_dir)}", f"      {_command('rerun', run_dir)}"]
     if failure.victims:
         lines.append(f"ended with it: {', '.join(map(_name, failure.victims))}")
     lines.append(f"log: {failure.log}")
     return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
+
+
+def _command(verb: str, run_dir: RunDir) -> str:
+    return shlex.join(["launch", verb, short_path(run_dir.path)])
 
 
 def _place(place: Progress) -> str:

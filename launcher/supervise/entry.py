@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import signal
 import socket
@@ -21,7 +22,12 @@ from launcher.supervise.board import BoardLink
 from launcher.supervise.guard import guard_rank
 from launcher.supervise.heartbeat import Heartbeat
 from launcher.supervise.link import Link, beats_in
-from launcher.supervise.rank_env import RankEnv
+from launcher.supervise.rank_env import RankEnv, last_words_of
+
+_SAID_AT_IMPORT = {
+    "torchao": "Failed to load ",
+    "torch.utils._pytree": " is an Enum subclass and is now natively supported",
+}
 
 Work = Callable[[RankEnv, Heartbeat], None]
 
@@ -37,6 +43,7 @@ def enter_rank(work: Work, env: RankEnv, *, board: BoardLink | None = None) -> N
         board: leads to an agent on another machine, where the rank's own has none.
     """
     redirect_output(env.log)
+    quiet_libraries()
     faulthandler.enable(file=2)
     faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # before the fork: never a moment without it
     guard_rank(env.rank, board or Link(env.scratch))
@@ -49,6 +56,28 @@ def enter_rank(work: Work, env: RankEnv, *, board: BoardLink | None = None) -> N
         _die_by(signal.SIGINT)
     _drop_what_no_log_takes()
     sys.exit(code)
+
+
+def quiet_libraries() -> None:
+    """Drop what libraries say at their import about themselves, which no user of this program can change.
+
+    torchao names each of its compiled files that is for another machine, and torch that torchao registers its enums in
+    a deprecated way, in every process.
+    """
+    for logger, saying in _SAID_AT_IMPORT.items():
+        logging.getLogger(logger).addFilter(_Without(saying))
+
+
+class _Without(logging.Filter):
+    """Drops records that hold a text."""
+
+    def __init__(self, saying: str) -> None:
+        super().__init__()
+        self._saying = saying
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether to keep it."""
+        return self._saying not in str(record.msg)
 
 
 def redirect_output(log: Path) -> None:
@@ -82,13 +111,13 @@ def _code_of(work: Work, env: RankEnv, heartbeat: Heartbeat) -> int:
             return int(ending.code or 0)
         if isinstance(ending.code, int):
             return _write_down(ending, env, heartbeat, code=ending.code)
-        _say(str(ending.code))
+        _say(str(ending.code), env)
         return _write_down(ending, env, heartbeat, code=1)
     except LauncherError as error:
-        _say(str(error))
+        _say(str(error), env)
         return _write_down(error, env, heartbeat, code=exit_code_of_rank(error))
     except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
-        _say("".join(_traceback(error)).rstrip())
+        _say("".join(_traceback(error)).rstrip(), env)
         return _write_down(error, env, heartbeat, code=1)
     return 0
 
@@ -110,7 +139,7 @@ def _write_down(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, cod
         write_json(env.record, record)
     except OSError as trouble:  # the disk is full
         heartbeat.leave_record(record)
-        _say(f"the failure could not be recorded: {trouble}")
+        print(f"the failure could not be recorded: {trouble}", file=sys.stderr, flush=True)
     return code
 
 
@@ -120,7 +149,10 @@ def _traceback(error: BaseException) -> list[str]:
     return traceback.format_exception(type(error), error, frames)
 
 
-def _say(text: str) -> None:
+def _say(text: str, env: RankEnv) -> None:
+    """Print what ends this rank; before, write it down for the agent: the end of the run shows it, once."""
+    with contextlib.suppress(OSError):  # it is shown twice then
+        last_words_of(env.run_dir, env.rank).write_text(text, encoding="utf-8", errors="backslashreplace")
     with contextlib.suppress(OSError):  # the disk of the log is full: the record says the same
         print(text, file=sys.stderr, flush=True)
 

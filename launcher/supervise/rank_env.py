@@ -38,6 +38,11 @@ class RankEnv:
         return record_of(self.run_dir, self.rank)
 
 
+def last_words_of(run_dir: RunDir, rank: int) -> Path:
+    """Return the file of what a rank prints when it fails."""
+    return record_of(run_dir, rank).with_suffix(".txt")
+
+
 def record_of(run_dir: RunDir, rank: int) -> Path:
     """Return the file that holds the exception of ``rank``."""
     return run_dir.logs / f"failure.rank{rank}.json"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
@@ -33,7 +35,7 @@ from launcher.supervise.messages import (
     require_fields,
 )
 from launcher.supervise.processes import Process, identify
-from launcher.supervise.rank_env import record_of
+from launcher.supervise.rank_env import last_words_of, record_of
 
 _TAIL_LINES = 60
 _BEAT_EVERY_S = 0.2
@@ -62,6 +64,7 @@ class _Rank:
     log: Tail
     beats: mmap
     record: Path
+    last_words: LastWords
     guard: Process | None = None
     process: Process | None = None
     has_ended: bool = False
@@ -74,6 +77,40 @@ class _Rank:
     @property
     def is_alive(self) -> bool:
         return self.guard is not None and not self.has_ended
+
+
+class LastWords:
+    """What a rank prints when it fails, which the end of the run shows: left out of what is shown as it comes.
+
+    Args:
+        path: the file into which the rank writes it before it prints it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._expected = path, deque[str]()
+        self._read_at = self._written_at()  # of an earlier attempt in this run directory
+
+    def left_out(self, lines: list[str]) -> list[str]:
+        """Return new lines of the log without those that the rank wrote into the file."""
+        written_at = self._written_at()
+        if written_at != self._read_at:
+            self._read_at = written_at
+            with contextlib.suppress(OSError):
+                text = self._path.read_text(encoding="utf-8", errors="replace")
+                self._expected = deque(line.rpartition("\r")[2] for line in text.split("\n"))
+        return [line for line in lines if not self._is_expected(line)]
+
+    def _is_expected(self, line: str) -> bool:
+        if not self._expected or line != self._expected[0]:
+            return False
+        self._expected.popleft()
+        return True
+
+    def _written_at(self) -> int:
+        try:
+            return self._path.stat().st_mtime_ns
+        except OSError:
+            return 0
 
 
 class Ranks:
@@ -89,7 +126,8 @@ class Ranks:
             beats = beats_in(scratch, number)
             make_beats(beats)
             log = Tail(run_dir.log_of(plan.host.name, number))
-            self._ranks[number] = _Rank(number, log, map_beats(beats), record_of(run_dir, number))
+            last_words = LastWords(last_words_of(run_dir, number))
+            self._ranks[number] = _Rank(number, log, map_beats(beats), record_of(run_dir, number), last_words)
 
     def any_alive(self) -> bool:
         """Return whether a rank has begun and not ended."""
@@ -176,7 +214,7 @@ class Ranks:
             self.dump(within_s=_DUMP_S)
 
     def _pass_on_lines(self, rank: _Rank, lines: list[str]) -> int:
-        for line in lines:
+        for line in rank.last_words.left_out(lines) if lines else ():
             self._emit(Line(who=rank.number, text=line))
         return len(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Final
 
 PEAK_TFLOPS: Final = {
@@ -23,34 +22,18 @@ PEAK_TFLOPS: Final = {
 
 _COLUMNS: Final = {"bf16": 0, "fp16": 0, "fp32": 1, "tf32": 2, "fp8": 3}
 
-_SIDE = 1024
 
+def peak_flops(device_name: str, *, precision: str) -> float | None:
+    """Return the stated peak FLOP/s of a GPU, or ``None`` for one, or a format, that is not in the table.
 
-def peak_flops(device_name: str | None, *, precision: str) -> float | None:
-    """Return the peak FLOP/s of one rank's device, or ``None`` for a GPU or a format that is not in the table.
+    A CPU has none: what a probe measures depends on what else runs, and shares of it have been over 100%.
 
     Args:
-        device_name: the GPU's name; ``None`` for a CPU, whose rate is measured, not looked up.
+        device_name: the GPU's name.
         precision: the option of the group; under fp8 the share of the products that stay in 16 bits is not counted.
     """
-    if device_name is None:
-        return measured_matmul_flops(precision)
     for part, peaks in PEAK_TFLOPS.items():
         if part in device_name:
             peak = peaks[_COLUMNS[precision]]
             return None if peak is None else 1e12 * peak
     return None
-
-
-def measured_matmul_flops(precision: str) -> float:
-    """Return the best FLOP/s of a square matrix product on this rank's CPU threads, all ranks measuring at once."""
-    import torch
-
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    left = torch.full((_SIDE, _SIDE), 0.5, dtype=dtype)  # not random: that would shift the dropout of a resumed run
-    best = float("inf")
-    for _ in range(4):  # the first one also warms up
-        started = time.perf_counter()
-        torch.mm(left, left)
-        best = min(best, time.perf_counter() - started)
-    return 2.0 * _SIDE**3 / best

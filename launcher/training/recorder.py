@@ -38,10 +38,14 @@ class Recorder:
         self._since_line: list[tuple[int, float]] = []
 
     def _peak(self) -> float | None:
+        """Return the peak FLOP/s of this rank's device, where one is stated."""
         import torch
 
-        name = torch.cuda.get_device_name(self._device) if self._cuda else None
-        return peak_flops(name, precision=self._context.run.precision.kind)
+        if self._job.peak_tflops is not None:
+            return 1e12 * self._job.peak_tflops
+        if not self._cuda:
+            return None
+        return peak_flops(torch.cuda.get_device_name(self._device), precision=self._context.run.precision.kind)
 
     def step(self, done: int, result: StepResult, *, lr: float, elapsed_s: float, parts: Mapping[str, float]) -> None:
         """Record one optimiser step.

@@ -79,13 +79,16 @@ def test_the_traceback_is_the_last_thing_printed(ended):
     assert 'raise ValueError("a planted mistake, grüße")' in block
     assert 'raise ValueError("a planted mistake, grüße")' in run.failure["traceback"]
     assert "launcher/supervise" not in run.failure["traceback"]
+    assert run.text.count('raise ValueError("a planted mistake') == 1, "not as it came, and then again"
+    assert f"next: launch logs {run.run_dir.path} --rank 1" in block
     assert "Traceback" in run.run_dir.log_of("box", 1).read_text()
 
 
 def test_a_message_for_the_user_has_no_traceback(ended):
     run, _ = ended["config_error"]
     assert "Traceback" not in run.text
-    assert "box:1 | run.yaml: its hash differs; start the run again\n" in run.stdout
+    assert run.text.count("its hash differs; start the run again") == 1, "once, at the end"
+    assert "its hash differs" in run.run_dir.log_of("box", 1).read_text()
 
 
 def test_death_without_python_shows_the_end_of_the_log(ended):

@@ -1,0 +1,110 @@
+"""What is printed once, not at all, or within the terminal's width; what the end of a run names."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import main
+from launcher.announce import closing
+from launcher.compose import compose, groups
+from launcher.errors import ConfigErrors
+from launcher.rundir import RunDir
+from launcher.runs import look
+from launcher.supervise.conclude import last_words
+from launcher.supervise.entry import quiet_libraries
+from launcher.supervise.outcome import Outcome
+from launcher.supervise.ranks import LastWords
+from launcher.table import table
+
+
+def test_no_table_of_list_is_wider_than_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for columns in (None, "140"):  # 100 where nothing says how wide it is
+        monkeypatch.delenv("COLUMNS", raising=False) if columns is None else monkeypatch.setenv("COLUMNS", columns)
+        assert main(["list"]) == 0
+        assert main(["list", *groups(), "run"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        width = int(columns or 100)
+        assert [line for line in lines if len(line) > width and len(line.split()) > 1 and "http" not in line] == []
+
+
+def test_one_long_cell_makes_no_table_wide() -> None:
+    rows = [
+        ("key", "z" * 300, "a list of text", "What it means, in a sentence of several words."),
+        ("b", "1", "c", "d"),
+    ]
+    lines = list(table(rows, indent="  ", width=80))
+    assert max(map(len, lines)) <= 80
+    assert "".join("".join(lines).split()).count("z") == 300, "nothing is cut off"
+    assert list(table([("a", "b c")])) == ["a  b c"]
+
+
+def test_libraries_are_quiet_about_themselves(caplog: pytest.LogCaptureFixture) -> None:
+    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    before = [list(logger.filters) for logger in loggers]
+    quiet_libraries()
+    try:
+        loggers[0].warning("Failed to load /x.so: Could not load this library")
+        loggers[1].warning("%s is an Enum subclass and is now natively supported by torch.compile", "E")
+        loggers[0].warning("something else")
+        loggers[1].warning("something else")
+        assert [record.getMessage() for record in caplog.records] == ["something else", "something else"]
+    finally:
+        for logger, filters in zip(loggers, before, strict=True):
+            logger.filters[:] = filters
+
+
+def test_what_a_rank_says_when_it_fails_is_left_out_of_what_is_shown(tmp_path: Path) -> None:
+    file = tmp_path / "failure.rank0.txt"
+    file.write_text("of an earlier attempt")
+    words = LastWords(file)
+    assert words.left_out(["of an earlier attempt", "step 1"]) == ["of an earlier attempt", "step 1"]
+    file.write_text("Traceback:\n  line 1\nValueError: x")
+    shown = ["step 2", "Traceback:", "  line 1"]
+    assert words.left_out(shown) == ["step 2"]
+    assert words.left_out(["step 3", "ValueError: x", "ValueError: x"]) == ["step 3", "ValueError: x"]
+
+
+def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = RunDir(tmp_path / "runs" / "a b" / "x")
+    (run_dir.checkpoints / "step_00000010").mkdir(parents=True)
+    for name in ("run.yaml", "plan.json", "loss.png", "metrics.jsonl", ".lock"):
+        (run_dir.path / name).touch()
+    result = {"status": "completed", "metrics": {"eval/loss": 1.0}}
+    said = closing(result, run_dir, elapsed_s=3.0).splitlines()
+    assert said[:2] == ["completed in 3 s; held-out loss 1.0000", "left in runs/a b/x: loss.png, metrics.jsonl"]
+    assert [line.removeprefix("next:").strip() for line in said[2:]] == [
+        "launch report 'runs/a b/x'",
+        "launch status 'runs/a b/x'",
+    ]
+    assert "launch rerun 'runs/a b/x'" in last_words(Outcome(status="cancelled", exit_code=130), run_dir)
+    (run_dir.checkpoints / "step_00000010" / "manifest.json").touch()
+    assert "checkpoints/step_00000010" in closing(result, run_dir, elapsed_s=3.0)
+    assert "launch resume 'runs/a b/x'" in closing(result, run_dir, elapsed_s=3.0)
+    for status, code in (("cancelled", 130), ("preempted", 75)):
+        assert "launch resume 'runs/a b/x'" in last_words(Outcome(status=status, exit_code=code), run_dir)
+
+
+@pytest.mark.parametrize(
+    ("job", "planned", "step", "shown"),
+    [("train", 10, 6, "6/10"), ("evaluate", 2, 6, "of step 6"), ("evaluate", 2, 0, "-"), ("serve", 0, None, "-")],
+)
+def test_steps_are_set_against_what_counts_them(
+    tmp_path: Path, job: str, planned: int, step: int | None, shown: str
+) -> None:
+    (tmp_path / "plan.json").write_text(json.dumps({"job": job, "work": {"steps": planned}}))
+    if step is not None:
+        (tmp_path / "metrics.jsonl").write_text(json.dumps({"train/step": step}) + "\n")
+    assert look(RunDir(tmp_path)).steps_text == shown
+
+
+def test_a_stated_peak_is_a_positive_number() -> None:
+    assert compose(["job.peak_tflops=1.5"]).run.job.peak_tflops == 1.5  # type: ignore[attr-defined]
+    with pytest.raises(ConfigErrors, match=r"job\.peak_tflops=0 .*above 0"):
+        compose(["job.peak_tflops=0"])

@@ -129,7 +129,7 @@ def continued(run: Run, run_dir: RunDir) -> Run:
 
 def stand_in(run: Run, run_dir: RunDir, *, run_id: str) -> Prepared:
     """Return ``run`` planned on the nodes of this job, which have not been asked yet for what they are."""
-    assumed = run.backend.hosts(max_ranks=run.parallel.max_ranks)
+    assumed = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     names, addresses = node_names(), node_addresses()
     if len(names) != len(assumed):
         raise EnvironmentProblem(f"Slurm gave {len(names)} nodes for backend.nodes={len(assumed)}")

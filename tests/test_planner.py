@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.benchmarks.base import NoBenchmark
 from launcher.compose import compose, groups
 from launcher.errors import ConfigErrors
 from launcher.facts import Facts
@@ -28,13 +29,32 @@ NUM_PARAMS = 1_557_611_200
 @pytest.mark.parametrize("exp", groups()["exp"])
 def test_every_experiment_is_planned_and_survives_json(plan_of, exp, host):
     run = compose([f"+exp={exp}"]).run
-    most = min(host.slots, run.parallel.max_ranks or host.slots)  # what the local backend makes of auto
+    most = min(host.slots, run.job.max_ranks(run) or host.slots)  # what the local backend makes of auto
     slots = most if run.backend.ranks == "auto" else run.backend.ranks
     plan = plan_of(f"+exp={exp}", hosts=[replace(host, slots=slots)])
     assert plan.world_size == slots
     if plan.work.batch is not None:
         assert plan.work.batch.global_ % plan.work.batch.data_parallel == 0
     assert plan_from_json(json.loads(json.dumps(to_tree(plan)))) == plan
+
+
+ONE_RANK = [
+    *(["job=benchmark", f"benchmark={name}"] for name in groups()["benchmark"] if name != "none"),
+    ["job=quantize", "quantization=int8_weight", "parallel=ddp"],
+    ["job=serve", "parallel=ddp"],
+    ["job=generate", "job.engine=vllm", "parallel=ddp"],
+]
+
+
+@pytest.mark.parametrize("words", ONE_RANK, ids=" ".join)
+def test_ranks_auto_is_no_more_than_the_job_has_work_for(words, monkeypatch):
+    """On a machine of two cores, the smallest on which ``auto`` would take two."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    run = compose(words).run
+    (host,) = run.backend.hosts(max_ranks=run.job.max_ranks(run))
+    if isinstance(run.benchmark, NoBenchmark) or run.benchmark.max_ranks == 1:
+        assert host.slots == 1
+    assert not [error for error in run.job.refusals(run, world_size=host.slots) if error.option == "backend.ranks"]
 
 
 def test_batch_and_tokens_multiply_out(plan_of):

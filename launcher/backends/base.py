@@ -36,7 +36,7 @@ class Backend(Component):
 
     ranks: int | Literal["auto"] = "auto"
     """Ranks on each host; ``auto`` is what the hostfile says, else one per visible GPU, else 2 where there are two
-    cores."""
+    cores; never more than the job has work for."""
 
     agent: Literal["torchrun", "deepspeed"] = "torchrun"
     """Which launcher starts the ranks of one host."""

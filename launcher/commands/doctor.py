@@ -46,7 +46,7 @@ def run(arguments: Sequence[str]) -> int:
         wanted = stored_run(find_run(line.words[0], line.root).path, line.words[1:])
     else:
         wanted = compose(line.words, config_dir=line.config_dir).run
-    hosts = wanted.backend.hosts(max_ranks=wanted.parallel.max_ranks)
+    hosts = wanted.backend.hosts(max_ranks=wanted.job.max_ranks(wanted))
     report = examine(
         hosts,
         wanted.backend.remote,

@@ -46,6 +46,11 @@ class Measure(Job):
         used = {"model": benchmark.needs_model, "data": benchmark.needs_data}
         return frozenset(group for group, is_used in used.items() if not is_used)
 
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the most ranks that the benchmark and the strategy have work for."""
+        limits = (super().max_ranks(run), run.benchmark.max_ranks if isinstance(run.benchmark, Benchmark) else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
     def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
         benchmark = run.benchmark
@@ -56,8 +61,9 @@ class Measure(Job):
         yield from benchmark.refusals(self._measured(run), world_size=world_size)
         if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
-            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}")
-
+            yield ConfigError(
+                "backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}, on one host"
+            )
         elif benchmark.server_options is not None:
             from launcher.jobs.serve import Serve
 

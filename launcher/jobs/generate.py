@@ -130,7 +130,9 @@ class Generate(GeneratingJob):
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
 
     def max_ranks(self, run: Run) -> int | None:
-        """Return the ranks of one engine where several are one, else as many as the strategy takes."""
+        """Return the ranks of one engine where several are one, else as many as the strategy takes; 1 beside a vLLM."""
+        if self.engine == "vllm":
+            return 1
         return run.parallel.degrees(1).product if self.spreads(run) else super().max_ranks(run)
 
     def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:

@@ -197,16 +197,21 @@ def _refuse_sharded(saved: Saved, word: str) -> None:
 
 
 def _model_of(weights: Path, composed: Composed) -> Model:
-    """Return the model to load ``weights`` into: that of their run, or the one chosen, which is then checked.
+    """Return the model to load ``weights`` into: that of their run, or the one chosen, where the two are equal.
 
-    A checkpoint without its run.yaml says what it is of in its ``config.json``; the model's preflight compares that.
+    Weights without a run.yaml around them say what they are of in their ``config.json``.
+
+    Raises:
+        ConfigError: they are of another model than the one chosen.
     """
     ours = composed.run.model
-    theirs = _model_of_run(weights)
-    if theirs is None or theirs.architecture() == ours.architecture() or _is_chosen(composed):
-        if theirs is not None and (different := _differences(theirs, ours)):
-            fix = f"leave the model out, and that of the run is taken ({theirs.name})"
-            raise ConfigError(WEIGHTS, ours.weights, why=f"is of another model: {different}", fix=fix)
+    theirs = _model_of_run(weights) or Hf(name=str(weights))
+    is_equal = theirs.architecture() == ours.architecture()
+    if _is_chosen(composed) and not is_equal:
+        fix = f"leave the model out, and that of the run is taken ({run_name_of(theirs.name)})"
+        why = f"is of another model: {_differences(theirs, ours)}"
+        raise ConfigError(WEIGHTS, ours.weights, why=why, fix=fix)
+    if is_equal and (_is_chosen(composed) or isinstance(theirs, Hf)):
         return replace(ours, weights=str(weights))
     return replace(theirs, weights=str(weights), quantization=ours.quantization)
 
@@ -226,7 +231,7 @@ def _model_of_run(weights: Path) -> Model | None:
             try:
                 return load_run(snapshot).model
             except ConfigError as error:
-                _warn(f"{snapshot} cannot be read, so the model is the one given: {error}")
+                _warn(f"{snapshot} cannot be read, so the model is that of {weights / 'config.json'}: {error}")
                 return None
     return None
 

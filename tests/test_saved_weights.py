@@ -161,6 +161,13 @@ def test_every_job_takes_the_model_and_the_tokenizer_of_the_run(write: Write, wo
     assert to_tree(run.data)["tokenizer"] == "model"
 
 
+def test_options_that_leave_the_architecture_alone_come_from_the_run_too(write: Write) -> None:
+    saved = write(10)
+    save_run(composed("model.dropout=0.1").run, saved.folder.parent.parent / "run.yaml")
+    assert to_tree(resolved("job=train", f"model.weights={ID}").model)["dropout"] == 0.1
+    assert to_tree(resolved("job=train", "model=gpt2_tiny", f"model.weights={ID}").model)["dropout"] == 0.0
+
+
 def test_a_model_whose_folder_is_gone_is_that_of_the_checkpoint(write: Write) -> None:
     saved = write(10)
     save_run(composed("model=hf", "model.name=./gone/base").run, saved.folder.parent.parent / "run.yaml")
@@ -169,6 +176,21 @@ def test_a_model_whose_folder_is_gone_is_that_of_the_checkpoint(write: Write) ->
     assert run.model.shape() == composed(*TRAINED).run.model.shape()
     assert run.run.name == "base"
     assert to_tree(run.data)["tokenizer"] == "model"
+
+
+@pytest.mark.parametrize("snapshot", [None, b"{", b"- 1", b"\xff", b"!!python/object:os.system x"])
+def test_a_checkpoint_without_its_run_says_itself_what_it_is_of(
+    write: Write, snapshot: bytes | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = write(10)
+    file = saved.folder.parent.parent / "run.yaml"
+    file.unlink()
+    if snapshot is not None:
+        file.write_bytes(snapshot)
+    run = resolved("job=generate", f"model.weights={saved.folder}")
+    assert run.model.architecture() == composed(*TRAINED).run.model.architecture()
+    assert ("run.yaml cannot be read" in capsys.readouterr().err) is (snapshot is not None)
+    assert "its layers is 2, this run's is 12" in refused("model=gpt2", f"model.weights={saved.folder}")
 
 
 def test_what_the_user_chose_stays(write: Write) -> None:

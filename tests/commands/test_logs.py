@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def test_a_reader_that_goes_away_ends_the_following(make_run, alive) -> None:
     run_dir = make_run(session=alive)
     with run_dir.log_of("box", 0).open("w", buffering=1) as log:
         log.write("one\n")
-        command = f"{sys.executable} -m launcher logs -f | head -n 1"
+        command = f"{shlex.quote(sys.executable)} -m launcher logs -f | head -n 1"
         with subprocess.Popen(["bash", "-c", command], stdout=subprocess.PIPE, text=True) as shell:
             assert shell.stdout is not None
             assert shell.stdout.readline() == "box:0 | one\n"

@@ -25,9 +25,10 @@ def test_nothing_is_written(capsys, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_sweep_lists_its_runs(capsys):
+def test_a_sweep_lists_its_runs(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert run(["-m", "job.seed=1,2"]) == 0
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["job.seed=1", "job.seed=2"]
+    assert [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()] == ["job.seed=1", "job.seed=2"]
 
 
 def test_mistakes_of_several_groups_are_told_together():

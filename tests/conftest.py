@@ -36,6 +36,27 @@ _INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 
+_LONGEST_FIRST = (
+    *("backends/test_ssh.py", "backends/test_deepspeed.py", "kubernetes/test_runs.py", "slurm/test_runs.py"),
+    *("engines/test_sharding.py", "engines/test_deepspeed_pipeline.py", "quantization/test_layers.py"),
+    *("jobs/test_generate.py", "jobs/test_quantize.py", "test_train.py", "hosts/test_faults.py", "jobs/test_verify.py"),
+    *("engines/test_parity.py", "benchmarks/test_attention.py", "engines/test_half_precision.py"),
+    *("training/test_preemption.py", "engines/test_offload.py", "engines/test_nvme.py", "engines/test_pipeline.py"),
+    *("jobs/test_serve.py", "backends/test_unshared.py", "benchmarks/test_serving.py", "benchmarks/test_memory.py"),
+    *("benchmarks/test_quantization.py", "jobs/test_evaluate.py", "bench/test_serving_soak.py", "test_main_job.py"),
+    *("benchmarks/test_batching.py", "benchmarks/test_checkpoint.py", "doctor/test_faults.py"),
+    *("backends/test_local.py", "profiling/test_profiling.py", "commands/test_cancel.py", "serving/api/test_real.py"),
+    "test_full_disk.py",
+)
+"""Files of tests that take longest, by the time of ``pytest --durations 0``."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the longest files first, so that no worker is left with one of them when the others have finished."""
+    order = {REPOSITORY / "tests" / name: number for number, name in enumerate(_LONGEST_FIRST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hide the user's keys and settings; keep what is slow to make (converted weights) from run to run.

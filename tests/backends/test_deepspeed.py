@@ -105,9 +105,18 @@ def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pyte
 
 def test_what_deepspeed_has_no_way_to_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors) as caught:
-        Deepspeed(agent="torchrun", python="/other/python", min_hosts=1, ssh_config=str(tmp_path / "none"))
+        Deepspeed(agent="torchrun", python="/other/python", min_hosts=1, ssh_config=str(tmp_path / "a b"))
     options = {error.option for error in caught.value.errors}
     assert options == {"backend.agent", "backend.python", "backend.min_hosts", "backend.ssh_config"}
+
+
+def test_a_configuration_of_ssh_that_is_not_there_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_path: Any
+) -> None:
+    on_path("pdsh")
+    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/code"))
+    (said,) = refusals(Deepspeed(ssh_config=str(tmp_path / "none")))
+    assert said.endswith("none: no such file; leave it out to use ~/.ssh/config")
 
 
 def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:

@@ -202,6 +202,10 @@ def test_ten_thousand_connections(served: Served) -> None:
             open_ones.append(connection)
         said = read_all(open_ones[-1])
         assert said.startswith((b"HTTP/1.1 503 ", b"HTTP/1.1 408 ")), said[:100]
+        other = socket.create_connection(("127.0.0.1", served.port), timeout=60, source_address=("127.0.0.2", 0))
+        with other:  # one address cannot hold all connections
+            other.sendall(b"GET /health/live HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n")
+            assert read_all(other).startswith(b"HTTP/1.1 200 ")
         assert front.memory_info().rss - before < 300 * 2**20
     finally:
         for connection in open_ones:

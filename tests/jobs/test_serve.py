@@ -124,7 +124,7 @@ def test_a_variable_of_keys_that_holds_none_is_refused(value: str, monkeypatch: 
     (problem,) = problems_of(f"job.port={free_port()}")
     assert (problem.option, problem.fix) == (
         "LAUNCHER_API_KEYS",
-        "set LAUNCHER_API_KEYS=KEY1,KEY2 or unset LAUNCHER_API_KEYS",
+        "write keys into it, with commas between, or type: unset LAUNCHER_API_KEYS",
     )
     with pytest.raises(ConfigError, match="holds no key"):
         read_keys(None, os.environ)

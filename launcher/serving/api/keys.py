@@ -57,8 +57,8 @@ def variable_problems(environ: Mapping[str, str]) -> Iterator[ConfigError]:
     """Yield a variable of keys that is set and holds none."""
     if VARIABLE in environ and not _keys_of_variable(environ):
         why = "the variable is set but holds no key, so anyone could use the server"
-        fix = f"set {VARIABLE}=KEY1,KEY2 or unset {VARIABLE}"
-        yield ConfigError(VARIABLE, f'"{environ[VARIABLE].strip()}"', why=why, fix=fix)
+        fix = f"write keys into it, with commas between, or type: unset {VARIABLE}"
+        yield ConfigError(VARIABLE, why=why, fix=fix)
 
 
 def _keys_of_variable(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ from launcher.plan import Host
 from launcher.ports import free_port
 from launcher.render import render
 from launcher.rundir import RunDir
+from launcher.secrecy import hide_secrets
 from launcher.serving.api.keys import read_keys
 
 ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
@@ -122,10 +123,8 @@ def test_a_variable_of_keys_that_holds_none_is_refused(value: str, monkeypatch: 
     """It must not mean that anyone may use the server, with a file of keys beside it or not."""
     monkeypatch.setenv("LAUNCHER_API_KEYS", value)
     (problem,) = problems_of(f"job.port={free_port()}")
-    assert (problem.option, problem.fix) == (
-        "LAUNCHER_API_KEYS",
-        "write keys into it, with commas between, or type: unset LAUNCHER_API_KEYS",
-    )
+    assert "unset LAUNCHER_API_KEYS" in hide_secrets(str(problem))
+    assert "holds no key" in hide_secrets(str(problem))
     with pytest.raises(ConfigError, match="holds no key"):
         read_keys(None, os.environ)
 

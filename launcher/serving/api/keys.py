@@ -56,9 +56,10 @@ def read_keys(file: str | None, environ: Mapping[str, str]) -> Keys:
 def variable_problems(environ: Mapping[str, str]) -> Iterator[ConfigError]:
     """Yield a variable of keys that is set and holds none."""
     if VARIABLE in environ and not _keys_of_variable(environ):
-        why = "the variable is set but holds no key, so anyone could use the server"
+        why = "it is set but holds no key, so anyone could use the server"
         fix = f"write keys into it, with commas between, or type: unset {VARIABLE}"
-        yield ConfigError(VARIABLE, why=why, fix=fix)
+        # not the name alone: what follows a name of keys and a colon is hidden as a secret
+        yield ConfigError(f"the variable {VARIABLE} of the environment", why=why, fix=fix)
 
 
 def _keys_of_variable(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from launcher import numerics
 from launcher.config import Run
+from launcher.data.base import Corpus
+from launcher.data.synthetic import Synthetic
 from launcher.jobs.base import BatchedJob, LearningJob
 from launcher.jobs.generating import GeneratingJob
 from launcher.memory import host_ram
@@ -21,6 +23,7 @@ def warnings_of(run: Run, hosts: Sequence[Host], memory: Memory | None) -> Itera
         yield from numerics.notes(run, hosts)
         yield from _processors(run, hosts)
         yield from _schedule(run)
+        yield from _given_weights(run)
     if isinstance(run.job, GeneratingJob):
         yield from _memory(hosts, memory)
         yield from _formats(run, [host for host in hosts if host.is_known and not host.devices])
@@ -66,6 +69,27 @@ def _formats(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
         yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"
     if run.precision.compute == "bf16" and better == "fp32" and not run.job.widens_bf16:
         yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
+
+
+_FINE_TUNING_LR = 2e-4
+"""Above this, AdamW at a full model's weights undoes what pretraining taught (SmolLM2, Llama: 1e-5 to 1e-4)."""
+
+
+def _given_weights(run: Run) -> Iterator[str]:
+    """Warn of a tokenizer that the given weights do not know, and of a learning rate for random ones."""
+    if run.model.weights == "random":
+        return
+    if isinstance(run.data, Corpus) and run.data.tokenizer != "model":
+        own = "set data.tokenizer=model" if run.model.has_own_tokenizer else "name the one that they were trained with"
+        said = f"the weights of {run.model.name} know the token numbers of their own tokenizer alone"
+        yield f"data.tokenizer={run.data.tokenizer}: {said}: {own}"
+    elif isinstance(run.data, Synthetic):
+        yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
+    if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
+        yield (
+            f"optimizer.lr={run.optimizer.lr:g} is a rate for random weights, and those of {run.model.name} are given: "
+            "set optimizer.lr=2e-5 to fine-tune"
+        )
 
 
 def _schedule(run: Run) -> Iterator[str]:

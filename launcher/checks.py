@@ -11,7 +11,11 @@ from launcher.data.base import Corpus
 from launcher.data.synthetic import Synthetic
 from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
+from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.quantize import Quantize
+from launcher.models.installed import parallel_plans
+from launcher.parallel.deepspeed_pipeline import FAMILIES, unknown_family
+from launcher.parallel.fsdp import TENSOR_STYLES
 from launcher.plan import Host
 from launcher.secrecy import is_secret_value
 from launcher.topology import first_ranks
@@ -35,6 +39,8 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from _refuse_long_sequences(run, run.job)
         yield from _refuse_vocabulary(run)
     yield from _refuse_name(run)
+    if isinstance(run.job, BatchedJob | GeneratingJob):
+        yield from _refuse_unplanned_family(run, world_size)
     yield from _refuse_too_many_ranks(hosts)
     yield from _refuse_uneven_hosts(run, hosts)
     yield from env.refusals(run.backend.env, forward=getattr(run.backend, "forward", None))
@@ -163,6 +169,26 @@ def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:
     yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
 
 
+def _refuse_unplanned_family(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse to slice or cut models that Transformers has no plan for; ``parallel.refusals`` knows GPT-2 itself."""
+    degrees, family = run.parallel.degrees(world_size), run.model.family()
+    plans = parallel_plans(family) if family not in (None, "gpt2") else None
+    if plans is None:
+        return
+    strange = sorted(plans.tensor_styles - TENSOR_STYLES)
+    if degrees.tensor > 1 and (strange or not plans.tensor_styles):
+        lacks = f"one with styles {', '.join(strange)} that are not carried out here" if strange else "none"
+        why = f"Transformers' tensor plan for {family} is {lacks}"
+        fix = "set parallel=fsdp or parallel=zero3, which shard any model"
+        yield ConfigError("parallel.tensor", degrees.tensor, why=why, fix=fix)
+    if degrees.pipeline > 1 and run.parallel.kind == "pipeline" and not plans.has_stages:
+        why = f"Transformers has no pipeline plan for {family}"
+        fix = "set parallel=fsdp or parallel=zero3, which shard any model"
+        yield ConfigError("parallel.stages", degrees.pipeline, why=why, fix=fix)
+    if run.parallel.kind == "deepspeed_pipeline" and run.model.shape() is None and family not in FAMILIES:
+        yield unknown_family(str(family))
+
+
 def _refuse_long_sequences(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     shape = run.model.shape()
     if shape is not None and job.sequence_length > shape.context:
@@ -192,7 +218,7 @@ def _refuse_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Itera
 
 def _refuse_vocabulary(run: Run) -> Iterator[ConfigError]:
     shape, data = run.model.shape(), run.data
-    trained_here = isinstance(data, Corpus) and data.tokenizer == "bpe"
+    trained_here = isinstance(data, Corpus) and data.trains_tokenizer
     if shape is None or not (trained_here or isinstance(data, Synthetic)):
         return  # other tokenizers are only known once they are loaded: the rank checks them
     assert isinstance(data, Corpus | Synthetic)

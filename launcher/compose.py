@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +80,32 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         resolved = _resolve(with_defaults(tree), found.append)
         _restore_text(resolved, lambda: _source_files(fixed, config_dir))
         run = build_run(resolved, found.append, typed=typed)
+        if run is not None:
+            run = _with_tokenizer(run, typed, found.append)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
     if mistakes:
         sources = _source_files(fixed, config_dir) if tree is not None else []
         raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
     assert run is not None, "no run and no reason"
     return Composed(run=run, tree=run_to_tree(run), sweep=sweep, overrides=tuple(words))
+
+
+def _with_tokenizer(run: Run, typed: Mapping[str, object], report: Report) -> Run:
+    """Return ``run`` with ``data.tokenizer=auto`` decided, so that plan and snapshot say which one it is."""
+    from launcher.data.base import Corpus
+
+    if not isinstance(run.data, Corpus):
+        return run
+    data = run.data
+    if data.tokenizer == "auto":
+        data = replace(data, tokenizer="model" if run.model.has_own_tokenizer else "bpe")
+    if not data.trains_tokenizer:
+        if "data.vocab_size" in typed:
+            why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
+            fix = "leave it out, or set data.tokenizer=bpe"
+            report(ConfigError("data.vocab_size", data.vocab_size, why=why, fix=fix))
+        data = replace(data, vocab_size=Corpus.vocab_size)  # what the group's option says of a BPE would mislead
+    return replace(run, data=data)
 
 
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:

@@ -20,6 +20,8 @@ from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.quantize import Quantize
 from launcher.jobs.train import Train
 from launcher.memory import model_state
+from launcher.models.hub import HUB_NAME, fetch_problems
+from launcher.models.tokenizer import instead_of, tokenizer_problems
 from launcher.parallel.zero import Zero
 from launcher.plan import Host
 from launcher.rundir import RunDir
@@ -53,6 +55,7 @@ def _refuse_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterat
         if run.job.resumes:
             yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
         yield from _refuse_missing_tools(run, hosts)
+    yield from _refuse_tokenizers(run, hosts)
     yield from _refuse_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
@@ -111,6 +114,46 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
 
 def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
+
+
+def _refuse_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Look for the tokenizers and weights that ranks will load, and for the hub where they are to be fetched from."""
+    fetches_here = not any(host.login or not host.is_known for host in hosts)
+    shape = run.model.shape()
+    num_rows = None if shape is None else shape.vocab_size
+    for option, choice in _tokenizers_of(run):
+        source: Path | str | None = Path(choice).expanduser()
+        if choice == "model":
+            try:
+                source = run.model.tokenizer_source()
+            except ConfigError as error:
+                yield ConfigError(option, choice, why=error.why, fix=f"set {instead_of(option)}")
+                continue
+        elif not Path(choice).expanduser().is_dir():
+            source = choice
+        if isinstance(source, Path):
+            if source.is_dir():  # a folder that is not there is refused where it is named
+                yield from tokenizer_problems(option, choice, source, num_rows=num_rows)
+        elif source is not None and fetches_here and HUB_NAME.fullmatch(source):
+            instead = f"set {instead_of(option)}"
+            yield from fetch_problems(option, choice, name=source, pattern="*token*", instead=instead)
+    source = run.model.published_source() if run.model.weights == "pretrained" else None
+    if isinstance(source, str) and fetches_here and isinstance(run.job, BatchedJob | GeneratingJob):
+        option, value, instead = "model.weights", run.model.weights, "set model.weights=random"
+        if run.model.kind == "hf":
+            option, value, instead = "model.name", source, "choose a model that is here (model=smollm2_135m)"
+        yield from fetch_problems(option, value, name=source, pattern="*.safetensors", instead=instead)
+
+
+def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield the options that name a tokenizer for ranks to load, each with its value."""
+    choice = getattr(run.job, "tokenizer", None)
+    uses_data = isinstance(run.job, BatchedJob) or choice == "data"
+    if uses_data and isinstance(run.data, Corpus) and not run.data.trains_tokenizer:
+        yield "data.tokenizer", run.data.tokenizer
+    computes = not isinstance(run.job, GeneratingJob) or run.job.engine != "echo"
+    if choice is not None and choice not in ("data", "bytes") and computes:
+        yield "job.tokenizer", choice
 
 
 def _refuse_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:

@@ -258,7 +258,7 @@ def _is_chosen(composed: Composed) -> bool:
 
 def _uses_default_tokenizer(composed: Composed) -> bool:
     data = composed.run.data
-    return isinstance(data, Corpus) and data.tokenizer == "bpe" and "data.tokenizer" not in _keys(composed.overrides)
+    return isinstance(data, Corpus) and data.trains_tokenizer and "data.tokenizer" not in _keys(composed.overrides)
 
 
 def _keys(words: Sequence[str]) -> set[str]:

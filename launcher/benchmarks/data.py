@@ -68,7 +68,7 @@ class DataBenchmark(Benchmark):
         if self.sequence_length > shape.context:
             why = f"{run.model.name} takes at most {shape.context} tokens"
             yield self.refuse("sequence_length", why, f"set benchmark.sequence_length={shape.context}")
-        if run.data.tokenizer == "bpe" and run.data.vocab_size > shape.vocab_size:
+        if run.data.trains_tokenizer and run.data.vocab_size > shape.vocab_size:
             why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
             yield run.data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
 

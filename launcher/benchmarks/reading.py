@@ -75,7 +75,7 @@ def tokenise(data: Corpus, model: Model, folder: Path, *, warmup: int, progress:
 
     text_bytes = _text_bytes(data)
     started = time.perf_counter()
-    own = data.tokenizer == "bpe"
+    own = data.trains_tokenizer
     tokenizer = (
         train_bpe(data.pieces(), vocab_size=data.vocab_size) if own else given_tokenizer(data, model, beat=progress)
     )

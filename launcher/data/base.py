@@ -46,8 +46,9 @@ class Piece(NamedTuple):
 class Corpus(Data):
     """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
 
-    tokenizer: PathText = "bpe"
-    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder."""
+    tokenizer: PathText = "auto"
+    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder.
+    ``auto`` is ``model`` where the model's weights came with a tokenizer, else ``bpe``."""
 
     vocab_size: int = 4096
     """Size of the BPE that is trained here; other tokenizers bring their own."""
@@ -91,7 +92,7 @@ class Corpus(Data):
         if pieces is None:
             return
         documents = sum(piece.ends for piece in pieces)
-        if self.tokenizer == "bpe":
+        if self.trains_tokenizer:
             from launcher.data.bpe import count_tokens
 
             num_tokens = count_tokens(pieces, vocab_size=self.vocab_size) + documents
@@ -137,6 +138,11 @@ class Corpus(Data):
             ConfigError: it cannot be read.
         """
         return None
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the tokenizer is trained on the text; composing replaces ``auto`` where the model has its own."""
+        return self.tokenizer in ("auto", "bpe")
 
     @property
     def cache_folder(self) -> Path:

@@ -32,7 +32,7 @@ def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tup
 
     Any number of processes may call this at once: one builds, the others wait. ``beat`` is called meanwhile.
     """
-    given = None if data.tokenizer == "bpe" else given_tokenizer(data, model, beat=beat)
+    given = None if data.trains_tokenizer else given_tokenizer(data, model, beat=beat)
     spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
     key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
 
@@ -71,7 +71,7 @@ def save_tokenizer(data: Corpus, model: Model, tokenizer: Tokenizer, folder: Pat
         beat: called meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if data.tokenizer != "bpe":
+    if not data.trains_tokenizer:
         copy_tokenizer(_given_folder(data, model, beat=beat), folder)
     if not (folder / _TOKENIZER).exists():
         end = {} if tokenizer.end_id is None else {"eos_token": tokenizer.inner.id_to_token(tokenizer.end_id)}

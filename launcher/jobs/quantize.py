@@ -82,7 +82,7 @@ class Quantize(BatchedJob):
         if world_size > 1:
             why = "one rank holds the original and the quantised model"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1 parallel=single")
-        if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.tokenizer == "bpe":
+        if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.trains_tokenizer:
             why = f"perplexity of {run.model.name} means something for its own tokens only"
             yield ConfigError("data.tokenizer", "bpe", why=why, fix="set data.tokenizer=model")
         if run.precision.kind in ("fp8", "fp16", "tf32"):

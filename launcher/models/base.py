@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.component import Component
 from launcher.errors import ConfigError
+from launcher.models.tokenizer import has_tokenizer
 from launcher.paths import PathText
 from launcher.quantization.manifest import Manifest, read_manifest
 from launcher.quantization.methods import METHODS, Name
@@ -42,10 +43,12 @@ class Shape:
     """The output projection is the token embedding."""
     family: str
     """Name of the architecture in Transformers (``gpt2``, ``llama``)."""
+    active_params: int | None = None
+    """Parameters that one token uses, where a router leaves experts out; ``None`` means all."""
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""
-        return 6.0 * self.num_params + 12.0 * self.layers * self.width * sequence_length
+        return 6.0 * (self.active_params or self.num_params) + 12.0 * self.layers * self.width * sequence_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,11 @@ class Model(Component):
     @abstractmethod
     def shape(self) -> Shape | None:
         """Return the sizes, or ``None`` when they are only known once files are downloaded."""
+
+    def family(self) -> str | None:
+        """Return the name of the architecture in Transformers, ``None`` where it is not known on this machine."""
+        shape = self.shape()
+        return None if shape is None else shape.family
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
@@ -127,9 +135,28 @@ class Model(Component):
             return self.pretrained_folder(with_weights=True, beat=beat)
         return Path(self.weights).expanduser()
 
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether a tokenizer belongs to the weights: published with them, or beside them in their folder."""
+        return self.weights == "pretrained" if self.local_weights is None else has_tokenizer(self.local_weights)
+
+    def tokenizer_source(self) -> Path | str | None:
+        """Return the folder or hub name that ``tokenizer_folder`` loads from; ``None`` where a rank makes the folder.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
+        if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
+            return Path(self.weights).expanduser()
+        return self.published_source()
+
+    def published_source(self) -> Path | str | None:
+        """Return the folder or hub name of ``pretrained_folder``; ``None`` where a rank makes the folder."""
+        return None
+
     def tokenizer_folder(self, *, beat: Callable[[], None]) -> Path:
         """Return the folder that holds the model's own tokenizer: the given weights', else the published one's."""
         own = Path(self.weights).expanduser()
-        if self.weights not in ("random", "pretrained") and (own / "tokenizer.json").is_file():
+        if self.weights not in ("random", "pretrained") and has_tokenizer(own):
             return own
         return self.pretrained_folder(with_weights=False, beat=beat)

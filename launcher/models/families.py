@@ -1,11 +1,13 @@
 """What a ``config.json`` says about a model's sizes, read without Transformers.
 
-Only families whose parameter count is known exactly are here; any other loads just as well, its sizes are merely
-unknown until a rank has built it.
+Families whose parameter count follows from it exactly are here; that of others is counted in the headers of their
+weights, where those are on this machine, and else is unknown until a rank has built the model.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -35,6 +37,54 @@ def sizes_of(config: Config) -> Sizes | None:
         return family(config)
     except (KeyError, TypeError):  # an older or hand-written file that leaves out a size
         return None
+
+
+def measured_shape(config: Config, tensors: Mapping[str, tuple[int, ...]]) -> Shape | None:
+    """Return the sizes of a model of any family from its configuration and the shapes of its stored tensors.
+
+    ``None`` where the configuration names its sizes in words that are not known here.
+    """
+    layers, width, heads, vocab_size, context = (_number(config, *names) for names in _NAMES)
+    if None in (layers, width, heads, vocab_size, context) or not tensors:
+        return None
+    sizes = {name: math.prod(shape) for name, shape in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    blocks = sum(size for name, size in sizes.items() if _IN_BLOCK.search(name))
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    all_experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts")
+    used = _number(config, "num_experts_per_tok", "moe_topk")
+    total = sum(sizes.values())
+    return Shape(
+        layers=layers,
+        heads=heads,
+        width=width,
+        vocab_size=vocab_size,
+        context=context,
+        num_params=total,
+        active_params=total - experts + experts * used // all_experts if experts and used and all_experts else total,
+        largest_param=max(sizes.values()),
+        kv_heads=_number(config, "num_key_value_heads", "num_kv_heads") or heads,
+        mlp_width=_number(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * width,
+        block_params=blocks // layers,
+        tied=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
+        family=str(config.get("model_type")),
+    )
+
+
+_IN_BLOCK = re.compile(r"\.\d+\.|^\d+\.")
+_NAMES = (
+    ("num_hidden_layers", "n_layer", "n_layers"),
+    ("hidden_size", "n_embd", "d_model"),
+    ("num_attention_heads", "n_head", "n_heads"),
+    ("vocab_size",),
+    ("max_position_embeddings", "n_positions", "max_seq_len"),
+)
+"""Words of families for layers, width, heads, tokens and longest sequence."""
+
+
+def _number(config: Config, *names: str) -> Any:
+    """Return the first of these that is a positive number."""
+    values = (config.get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), None)
 
 
 def _gpt2(config: Config) -> Sizes | None:

@@ -107,9 +107,13 @@ class Gpt2(Model):
         from launcher.models.hub import fetch
 
         beat()
-        name = self._hub_name() or _PUBLISHED[12, 12, 768]  # every size has the same tokenizer
+        name = self.published_source()
         option, instead = ("model.weights", "random") if with_weights else ("data.tokenizer", "bpe")
         return fetch(name, with_weights=with_weights, option=option, instead=f"set {option}={instead}")
+
+    def published_source(self) -> str:
+        """Return the hub name of the published model of this size; every size has the same tokenizer."""
+        return self._hub_name() or _PUBLISHED[12, 12, 768]
 
     def _hub_name(self) -> str | None:
         if (self.context, self.vocab_size) != (1024, _VOCAB_SIZE):

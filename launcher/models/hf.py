@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.errors import ConfigError
 from launcher.models.base import Model, Shape
-from launcher.models.families import Sizes, sizes_of
-from launcher.models.hub import cached_folder
-from launcher.models.weights import folder_problems, read_config
+from launcher.models.families import Sizes, measured_shape, sizes_of
+from launcher.models.hub import HUB_NAME, cached_folder
+from launcher.models.tokenizer import has_tokenizer
+from launcher.models.weights import config_problems, folder_problems, read_config, tensor_shapes
 from launcher.paths import PathText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
-
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +35,15 @@ class Hf(Model):
     def shape(self) -> Shape | None:
         """Return the sizes where a config is on this machine and of a family that is known exactly."""
         sizes = self._sizes()
-        return sizes.shape() if sizes else None
+        if sizes:
+            return sizes.shape()
+        folder = self.local_weights or (cached_folder(self.name) if self.weights == "pretrained" else None)
+        return _measured(folder, _stamp(folder)) if folder is not None else None
+
+    def family(self) -> str | None:
+        """Return the ``model_type`` of the config where it is on this machine."""
+        config = self._config()
+        return None if config is None else str(config.get("model_type"))
 
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide every parameter's shape, or the name where they are not known."""
@@ -53,7 +60,7 @@ class Hf(Model):
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
         if self._is_local():
             yield from self._local_problems()
-        elif not _HUB_NAME.fullmatch(self.name):
+        elif not HUB_NAME.fullmatch(self.name):
             fix = "set model.name=org/model, or an existing local folder"
             yield self.refuse("name", "is neither a local folder nor a hub name", fix)
         if self.weights not in ("random", "pretrained"):
@@ -72,10 +79,10 @@ class Hf(Model):
         folder = self.pretrained_folder(with_weights=False, beat=lambda: None)
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, KeyError, OSError) as error:
-            first = str(error).strip().split("\n")[0]
-            fix = "choose a model whose code is part of the installed Transformers"
-            raise self.refuse("name", f"Transformers cannot read its configuration: {first}", fix) from error
+        except Exception as error:  # a broken file raises whatever the class's own checks raise
+            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            fix = "mend it, or choose a model whose code is part of the installed Transformers"
+            raise self.refuse("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
 
     def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
         """Return the local folder, or the hub's, fetched where need be."""
@@ -87,24 +94,57 @@ class Hf(Model):
         instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
         return fetch(self.name, with_weights=with_weights, option="model.name", instead=instead)
 
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether the folder of the weights or of the model holds a tokenizer; models of the hub are taken to."""
+        if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
+            return True
+        return has_tokenizer(Path(self.name).expanduser()) if self._is_local() else True
+
+    def published_source(self) -> Path | str:
+        """Return the local folder, or the name on the hub."""
+        return Path(self.name).expanduser() if self._is_local() else self.name
+
     def _is_local(self) -> bool:
         return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or Path(self.name).is_dir()
 
-    def _sizes(self) -> Sizes | None:
+    def _config(self) -> dict[str, Any] | None:
         folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)
         if folder is None:
             return None
         try:
-            return sizes_of(read_config(folder))
+            return read_config(folder)
         except (OSError, ValueError):  # preflight says so
             return None
 
+    def _sizes(self) -> Sizes | None:
+        config = self._config()
+        return None if config is None else sizes_of(config)
+
     def _local_problems(self) -> Iterator[ConfigError]:
         if self.weights == "pretrained":
-            for problem in folder_problems("model.name", self.name, architecture=None):
-                yield self.refuse("name", problem.why, "give a folder that save_pretrained wrote, or a hub name")
+            yield from folder_problems("model.name", self.name, architecture=None)
             return
         try:
-            read_config(Path(self.name).expanduser())
+            config = read_config(Path(self.name).expanduser())
         except (OSError, ValueError) as error:
             yield self.refuse("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
+            return
+        yield from config_problems("model.name", self.name, config)
+
+
+@functools.cache
+def _measured(folder: Path, stamp: int) -> Shape | None:
+    """Return the sizes that config and weights in a folder have; ``stamp`` changes when the weights do."""
+    try:
+        return measured_shape(read_config(folder), tensor_shapes(folder))
+    except (OSError, ValueError):  # preflight says so
+        return None
+
+
+def _stamp(folder: Path) -> int:
+    """Return when the newest file of a folder was written."""
+    try:
+        return max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0)
+    except OSError:  # preflight says so
+        return 0

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.errors import ConfigError, EnvironmentProblem
 
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+"""``org/model`` or, for the oldest, ``model``."""
+_CONNECT_S = 3.0
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
 
@@ -22,6 +31,43 @@ def cached_folder(name: str) -> Path | None:
         return None
     folder = repository / "snapshots" / commit
     return folder if folder.is_dir() else None
+
+
+def fetch_problems(option: str, value: str, *, name: str, pattern: str, instead: str) -> Iterator[ConfigError]:
+    """Yield why a rank on this machine could not fetch a model: it is not in the cache and the hub cannot be reached.
+
+    Args:
+        option: the option that asks for it.
+        value: of that option.
+        name: ``org/model``.
+        pattern: of the files that are needed; one in the cache is enough.
+        instead: what works without a network.
+    """
+    folder = cached_folder(name)
+    if folder is not None and any(folder.glob(pattern)):
+        return
+    why = _unreachable()
+    if why is not None:
+        said = f"{name} is not in the local cache, and {why}"
+        fix = f"run `hf download {name}` where there is a network and copy the cache, or {instead}"
+        yield ConfigError(option, value, why=said, fix=fix)
+
+
+@functools.cache
+def _unreachable() -> str | None:
+    """Return why the hub cannot be asked from this machine, ``None`` if it can, or if only a proxy could say."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
+            return f"{variable} is set"
+    if urllib.request.getproxies():
+        return None
+    address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        with socket.create_connection((address.hostname or "", port), timeout=_CONNECT_S):
+            return None
+    except (OSError, ValueError) as error:
+        return f"{address.hostname} cannot be reached ({getattr(error, 'strerror', None) or error})"
 
 
 def fetch(name: str, *, with_weights: bool, option: str, instead: str) -> Path:

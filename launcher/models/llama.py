@@ -167,3 +167,7 @@ class Llama(Model):
         """
         why = "this architecture is of no published model, so it has no tokenizer of its own"
         raise ConfigError("data.tokenizer", "model", why=why, fix="set data.tokenizer=bpe")
+
+    def published_source(self) -> Path:
+        """Refuse, as ``pretrained_folder`` does."""
+        return self.pretrained_folder(with_weights=False, beat=lambda: None)

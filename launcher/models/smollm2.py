@@ -81,6 +81,15 @@ class SmolLm2(Model):
             pad_token_id=2,
         )
 
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether weights are given: all of this architecture share its tokenizer."""
+        return self.weights != "random"
+
+    def published_source(self) -> Path | None:
+        """Return the converted folder, ``None`` before the first rank has made it."""
+        return _cache() if _cache().is_dir() else None
+
     def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
         """Return the converted weights and tokenizer, made together by the first call on a machine."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,13 @@ _FILES = (
     *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
 )
 """Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
+
+_VOCABULARIES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+"""Files of which a tokenizer needs one."""
+_INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +62,63 @@ class Tokenizer:
         return text
 
 
+def instead_of(option: str) -> str:
+    """Return what to set where a model has no tokenizer of its own."""
+    return _INSTEAD[option]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder holds the vocabulary of a tokenizer."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """Return one more than the largest token number of a folder's tokenizer; ``None`` where only a rank can count.
+
+    Raises:
+        OSError: ``tokenizer.json`` cannot be read.
+        ValueError: it is damaged; the message names it.
+    """
+    file = folder / _VOCABULARIES[0]
+    if not file.is_file():
+        return None
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary, added = tree["model"]["vocab"], tree.get("added_tokens") or []
+        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max((*numbers, *(token["id"] for token in added)), default=-1) + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file.name} holds no vocabulary of a tokenizer") from None
+
+
+def tokenizer_problems(option: str, value: object, folder: Path, *, num_rows: int | None) -> Iterator[ConfigError]:
+    """Yield why the tokenizer of ``folder`` cannot be used, as far as its files say without loading it.
+
+    Args:
+        option: the option that chose it.
+        value: of that option.
+        folder: a model folder, or one that a tokenizer was saved into.
+        num_rows: of the model's embedding, one a token; ``None`` where they are not known.
+    """
+    instead = f"set {option}=FOLDER to one that holds the tokenizer of these weights, or {_INSTEAD[option]}"
+    if not has_tokenizer(folder):
+        why = f"{folder} holds no tokenizer (none of {', '.join(_VOCABULARIES)})"
+        yield ConfigError(option, value, why=why, fix=instead)
+        return
+    try:
+        size = tokenizer_size(folder)
+    except (OSError, ValueError) as error:
+        yield ConfigError(option, value, why=f"the tokenizer in {folder} cannot be read: {error}", fix=instead)
+        return
+    if size is not None and num_rows is not None and size > num_rows:
+        why = f"the tokenizer in {folder} has {size} tokens, and the model {num_rows} rows of embedding, one a token"
+        yield ConfigError(option, value, why=why, fix=instead)
+
+
 def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
     """Return the tokenizer of a model folder. Imports Transformers.
 
@@ -68,8 +133,10 @@ def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
 
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().split("\n")[0]
+    except Exception as error:  # damaged files raise whatever the library of their format raises
+        first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        if not has_tokenizer(folder):
+            first = f"{folder} holds none of {', '.join(_VOCABULARIES)}"
         fix = "set data.tokenizer=bpe to train one on the text"
         raise ConfigError(option, folder, why=f"no tokenizer can be loaded: {first}", fix=fix) from error
     if not loaded.is_fast:

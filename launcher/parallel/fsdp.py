@@ -14,6 +14,9 @@ from launcher.parallel.base import Engine, Parallel, StateBytes
 from launcher.parallel.divisible import refuse_heads
 from launcher.precision import Precision
 
+TENSOR_STYLES = frozenset({"colwise", "rowwise"})
+"""Ways of slicing a matrix, in the words of Transformers' tensor plans, that the engine carries out."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Fsdp(Parallel):

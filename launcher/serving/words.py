@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from launcher.errors import ConfigError
 from launcher.files import sha256_of
 from launcher.models.detokenize import decoder_of, fallback_byte, has_decoder
+from launcher.models.tokenizer import has_tokenizer
 from launcher.serving.chat import NoTemplate, chosen_template, templates_of
 from launcher.suggest import did_you_mean
 
@@ -177,8 +178,9 @@ def load_words(folder: Path, *, template: str | None = None) -> Words:
     fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
     try:
         loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        why = f"no tokenizer can be loaded: {str(error).strip().splitlines()[0]}"
+    except Exception as error:  # damaged files raise whatever the library of their format raises
+        first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        why = f"no tokenizer can be loaded: {first if has_tokenizer(folder) else 'the folder holds none'}"
         raise ConfigError("job.tokenizer", folder, why=why, fix=fix) from error
     if not loaded.is_fast:
         raise ConfigError("job.tokenizer", folder, why="has only a slow tokenizer written in Python", fix=fix)

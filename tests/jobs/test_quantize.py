@@ -69,7 +69,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
         (("model.quantization=nf4",), "layers in few bits do not learn"),
         (("job=quantize", "quantization=nf4", "backend.ranks=2"), "set backend.ranks=1 parallel=single"),
         (
-            ("job=quantize", "quantization=nf4", "model=smollm2_135m"),
+            ("job=quantize", "quantization=nf4", "model=smollm2_135m", "data.tokenizer=bpe"),
             "perplexity of smollm2_135m means something for its own tokens only; set data.tokenizer=model",
         ),
         (

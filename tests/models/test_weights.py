@@ -39,7 +39,7 @@ def test_pickles_nothing_and_half_a_file(saved: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-10])
     assert "bytes where its header promises" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     weights.write_text("version https://git-lfs.github.com/spec/v1")
-    assert "is not a safetensors file" in only_problem(Gpt2(**SIZES, weights=str(folder)))
+    assert "is a Git LFS pointer" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     weights.unlink()
     assert "holds no safetensors" in only_problem(Gpt2(**SIZES, weights=str(folder)))
     (folder / "pytorch_model.bin").touch()

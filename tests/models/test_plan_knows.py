@@ -1,0 +1,308 @@
+"""What the parent says of a model, its tokenizer and its learning rate before anything starts."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.advice import warnings_of
+from launcher.compose import compose
+from launcher.engines.tensor_plan import _STYLES
+from launcher.errors import ConfigErrors
+from launcher.models import hub
+from launcher.models.hf import Hf
+from launcher.models.installed import causal_lm_types, parallel_plans, rope_types
+from launcher.parallel.fsdp import TENSOR_STYLES
+from launcher.preflight import preflight
+from launcher.prepare import prepare
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 67,
+    "max_position_embeddings": 64,
+}
+MIXTRAL = {**LLAMA, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+TENSORS = {
+    "model.embed_tokens.weight": [67, 32],
+    "model.layers.0.mlp.experts.0.w1.weight": [48, 32],
+    "model.layers.1.mlp.experts.0.w1.weight": [48, 32],
+    "lm_head.weight": [67, 32],
+}
+LOCAL = ("backend.ranks=1", "tracker=local")
+
+
+def header_of(tensors: dict[str, list[int]]) -> dict[str, Any]:
+    header, place = {}, 0
+    for name, (rows, columns) in tensors.items():
+        end = place + 4 * rows * columns
+        header[name] = {"dtype": "F32", "shape": [rows, columns], "data_offsets": [place, end]}
+        place = end
+    return header
+
+
+def write_safetensors(file: Path, header: object, *, num_bytes: int | None = None) -> None:
+    text = json.dumps(header).encode()
+    if num_bytes is None:
+        num_bytes = max(entry["data_offsets"][1] for entry in header.values())  # type: ignore[attr-defined]
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(num_bytes))
+
+
+def model_folder(folder: Path, config: object = LLAMA, *, num_tokens: int | None = 60) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    write_safetensors(folder / "model.safetensors", header_of(TENSORS))
+    if num_tokens is not None:
+        vocabulary = {f"t{number}": number for number in range(num_tokens)}
+        (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": []}))
+    return folder
+
+
+def refused(*words: str, length: str | None = "job.sequence_length=32") -> list[str]:
+    """Return what stands against a run, as the command line shows it."""
+    with pytest.raises(ConfigErrors) as errors:
+        prepare(compose([*LOCAL, *filter(None, [length]), *words]))
+    return str(errors.value).splitlines()
+
+
+def tokenizer_of(*words: str) -> str:
+    return compose(list(words)).run.data.tokenizer  # type: ignore[attr-defined,no-any-return]
+
+
+def test_the_tokenizer_of_given_weights_is_the_default(tmp_path: Path) -> None:
+    own, bare = model_folder(tmp_path / "own"), model_folder(tmp_path / "bare", num_tokens=None)
+    assert tokenizer_of() == "bpe"
+    assert tokenizer_of("model=smollm2_135m") == "model"
+    assert tokenizer_of("model=smollm2_135m", "model.weights=random") == "bpe"
+    assert tokenizer_of("model=hf", "model.name=org/model") == "model"
+    assert tokenizer_of("model=hf", f"model.name={own}") == "model"
+    assert tokenizer_of("model=hf", f"model.name={bare}", f"model.weights={own}") == "model"
+    assert tokenizer_of("model=hf", f"model.name={bare}") == "bpe"
+    assert tokenizer_of("model=gpt2", f"model.weights={own}") == "model"
+    assert tokenizer_of("model=gpt2", f"model.weights={bare}") == "bpe"
+    assert tokenizer_of("model=smollm2_135m", "data.tokenizer=bpe") == "bpe"
+    with pytest.raises(ConfigErrors, match=r"data.vocab_size=999.*: data.tokenizer=model brings its own vocabulary"):
+        compose(["model=smollm2_135m", "data.vocab_size=999"])
+
+
+def warned(*words: str) -> str:
+    return "\n".join(warnings_of(compose(["backend.ranks=1", *words]).run, [], None))
+
+
+def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_warned_of() -> None:
+    assert "optimizer.lr=0.001 is a rate for random weights" in warned("model=smollm2_135m")
+    assert "set optimizer.lr=2e-5" in warned("model=smollm2_135m")
+    assert "data.tokenizer" not in warned("model=smollm2_135m")
+    foreign = warned("model=smollm2_135m", "data.tokenizer=bpe", "optimizer.lr=2e-5")
+    assert "data.tokenizer=bpe: the weights of smollm2_135m" in foreign
+    assert "set data.tokenizer=model" in foreign
+    assert "optimizer.lr" not in foreign
+    assert "mean nothing to the weights" in warned("model=smollm2_135m", "data=synthetic")
+    assert "optimizer.lr" not in warned("job=evaluate", "model=smollm2_135m")
+    assert "weights" not in warned("model=gpt2_tiny", "data.tokenizer=bpe")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rope_scaling": {"type": "mystery", "factor": 4.0}}, "rotary positions of type 'mystery'"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "riddle"}}}, "rotary positions of type 'riddle'"),
+        ({"model_type": "llama17"}, "no causal language model of type llama17"),
+        ({"model_type": "t17", "auto_map": {}}, "code that a model ships is never run"),
+        ({"model_type": None}, "names no model_type"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
+    ],
+)
+def test_a_configuration_that_transformers_does_not_know(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    folder = model_folder(tmp_path, {**LLAMA, **changes})
+    for words in (("model=hf", f"model.name={folder}"), ("model=gpt2_tiny", f"model.weights={folder}")):
+        assert any(said in line for line in refused(*words)), words
+
+
+@pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "mrope"])
+def test_rotary_positions_that_it_knows(tmp_path: Path, kind: str) -> None:
+    folder = model_folder(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 4.0}})
+    assert not list(Hf(name=str(folder)).preflight())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "nonsense", '{"model_type": "llama"', "[" * 100_000, "\x00"])
+def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
+    folder = model_folder(tmp_path, text)
+    (line,) = refused("model=hf", f"model.name={folder}")
+    assert line.startswith(f"model.name={folder}")
+    assert "config.json is not" in line
+
+
+HEADER = header_of(TENSORS)
+FIRST = "model.embed_tokens.weight"
+
+
+def damaged(**changes: object) -> dict[str, Any]:
+    return {**HEADER, FIRST: {**HEADER[FIRST], **changes}}
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        [],
+        "text",
+        {**HEADER, FIRST: 3},
+        {**HEADER, FIRST: {}},
+        damaged(shape="67"),
+        damaged(shape=[67, -32]),
+        damaged(shape=[67, 31]),
+        damaged(data_offsets=[0]),
+        damaged(data_offsets=[4, 8580]),
+        damaged(data_offsets=[0, "8576"]),
+        damaged(shape=[True, 32]),
+        damaged(dtype=None),
+        damaged(dtype=["F32"]),
+        {"model.norm.weight": HEADER[FIRST], **HEADER},
+    ],
+)
+def test_a_damaged_header_names_the_file(tmp_path: Path, header: object) -> None:
+    folder = model_folder(tmp_path)
+    write_safetensors(folder / "model.safetensors", header, num_bytes=HEADER["lm_head.weight"]["data_offsets"][1])
+    (line,) = refused("model=hf", f"model.name={folder}")
+    assert line.startswith(f"model.name={folder}: cannot be read: model.safetensors ")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda content: content[:5], "is not a safetensors file, or is cut short"),
+        (lambda content: content[:100], "is cut short within its header"),
+        (lambda content: content[:-1], "bytes where its header promises"),
+        (lambda content: content + b"x", "bytes where its header promises"),
+        (lambda content: b"", "is not a safetensors file"),
+        (lambda content: b"\xff" * 100, "is not a safetensors file"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
+    ],
+)
+def test_a_truncated_file_is_named(tmp_path: Path, spoil: Callable[[bytes], bytes], said: str) -> None:
+    file = model_folder(tmp_path) / "model.safetensors"
+    file.write_bytes(spoil(file.read_bytes()))
+    (line,) = refused("model=hf", f"model.name={tmp_path}")
+    assert "model.safetensors" in line
+    assert said in line
+
+
+@pytest.mark.parametrize(
+    ("index", "said"),
+    [
+        ("[]", "is not a JSON object"),
+        ("{}", "has no weight_map"),
+        ('{"weight_map": {"a": 3}}', "has no weight_map"),
+        ('{"weight_map": {"a": "../a.safetensors"}}', "is not a file of the folder"),
+        ('{"weight_map": {"a": "a.safetensors"}}', "a.safetensors is missing"),
+    ],
+)
+def test_a_broken_index_is_named(tmp_path: Path, index: str, said: str) -> None:
+    folder = model_folder(tmp_path)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(index)
+    (line,) = refused("model=hf", f"model.name={folder}")
+    assert said in line
+
+
+def test_a_tokenizer_that_is_not_there_is_damaged_or_is_larger_than_the_model(tmp_path: Path) -> None:
+    bare = model_folder(tmp_path / "bare", num_tokens=None)
+    words = ("model=hf", f"model.name={bare}")
+    assert "data.tokenizer=model" in refused(*words, "data.tokenizer=model")[0]
+    assert "holds no tokenizer (none of tokenizer.json" in refused(*words, "data.tokenizer=model")[0]
+    for job in ("generate", "serve"):
+        lines = refused(*words, f"job={job}", *(["job.input=x.jsonl"] if job == "generate" else []), length=None)
+        assert any(line.startswith("job.tokenizer=model") and "holds no tokenizer" in line for line in lines)
+    large = model_folder(tmp_path / "large", num_tokens=68)
+    (line,) = refused("model=hf", f"model.name={large}")
+    assert "has 68 tokens, and the model 67 rows of embedding" in line
+    (large / "tokenizer.json").write_text("{")
+    (line,) = refused("model=hf", f"model.name={large}")
+    assert "tokenizer.json is not JSON" in line
+    (large / "tokenizer.json").write_text('{"model": {}}')
+    (line,) = refused("model=hf", f"model.name={large}")
+    assert "tokenizer.json holds no vocabulary" in line
+
+
+def test_what_would_be_fetched_without_a_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    hub._unreachable.cache_clear()
+    (line,) = refused("job=quantize", "model=gpt2", "quantization=int8_weight")
+    assert line.startswith("job.tokenizer=model: openai-community/gpt2 is not in the local cache, and HF_HUB_OFFLINE")
+    assert "set job.tokenizer=bytes" in line
+    lines = refused("model=hf", "model.name=org/model")
+    assert [line.partition("=")[0] for line in lines] == ["data.tokenizer", "model.name"]
+    fetched = tmp_path / "hub" / "models--org--model"
+    model_folder(fetched.parent / "snapshot")
+    (fetched / "refs").mkdir(parents=True)
+    (fetched / "refs" / "main").write_text("abc")
+    (fetched / "snapshots").mkdir()
+    (fetched.parent / "snapshot").rename(fetched / "snapshots" / "abc")
+    run = compose([*LOCAL, "job.sequence_length=32", "model=hf", "model.name=org/model"]).run
+    assert not list(preflight(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
+    hub._unreachable.cache_clear()
+
+
+def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> None:
+    shape = Hf(name=str(model_folder(tmp_path, MIXTRAL))).shape()
+    assert shape is not None
+    assert shape.num_params == 2 * 67 * 32 + 2 * 48 * 32
+    assert shape.active_params == 2 * 67 * 32 + 48 * 32  # two experts of four
+    assert shape.flops_per_token(8) == 6 * shape.active_params + 12 * 2 * 32 * 8
+    assert (shape.layers, shape.block_params, shape.largest_param) == (2, 48 * 32, 67 * 32)
+    assert (shape.family, shape.vocab_size, shape.context, shape.tied) == ("mixtral", 67, 64, False)
+    assert Hf(name=str(tmp_path), weights="random").shape() is None
+
+
+@pytest.mark.parametrize(
+    ("config", "parallel", "said"),
+    [
+        (MIXTRAL, "tensor", "parallel.tensor=2: Transformers' tensor plan for mixtral is one with styles moe_tp"),
+        ({**MIXTRAL, "model_type": "opt"}, "tensor", "parallel.tensor=2: Transformers' tensor plan for opt is none"),
+        ({**MIXTRAL, "model_type": "opt"}, "pipeline", "parallel.stages=2: Transformers has no pipeline plan for opt"),
+        (MIXTRAL, "deepspeed_pipeline", "the layers of mixtral are not known to work as a chain"),
+        (LLAMA, "tensor", None),
+        (LLAMA, "pipeline", None),
+        (MIXTRAL, "pipeline", None),
+        (MIXTRAL, "fsdp", None),
+    ],
+)
+def test_a_folder_that_cannot_be_sliced_or_cut_is_refused(
+    plan_of: Callable[..., object], tmp_path: Path, config: dict[str, Any], parallel: str, said: str | None
+) -> None:
+    folder = model_folder(tmp_path, config)
+    degree = {"tensor": ["parallel.tensor=2"], "fsdp": []}.get(parallel, ["parallel.stages=2"])
+    words = ["model=hf", f"model.name={folder}", f"parallel={parallel}", *degree, "job.sequence_length=32"]
+    if said is None:
+        plan_of(*words)
+        return
+    with pytest.raises(ConfigErrors) as errors:
+        plan_of(*words)
+    assert said in str(errors.value)
+
+
+def test_the_installed_transformers_is_read_without_importing_it() -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert causal_lm_types() == frozenset(known)
+    assert rope_types() == frozenset(ROPE_INIT_FUNCTIONS)
+    for family in ("llama", "mixtral", "gemma3_text", "gpt_neox", "opt", "phi3"):
+        config = transformers.CONFIG_MAPPING[family]
+        plans = parallel_plans(family)
+        assert plans is not None
+        assert plans.tensor_styles == frozenset((config.base_model_tp_plan or {}).values())
+        assert plans.has_stages == bool(config.base_model_pp_plan)
+    assert parallel_plans("no_such_family") is None
+    assert set(_STYLES) == TENSOR_STYLES

@@ -231,3 +231,27 @@ def test_heads_that_a_configuration_ties(made: tuple[PreTrainedModel, Path], tmp
         assert is_tied(loaded) == loaded.config.tie_word_embeddings == (change is not both_differ)
     with pytest.raises(ConfigError, match="lacks"):
         built(rewritten(folder, tmp_path, without(head), tie_word_embeddings=False), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "mixtral", "qwen3_moe"])
+def test_rearranged_weights_load_part_by_part_and_never_whole(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ZeRO-3 needs it, which takes the values of each part away before the next one is filled."""
+    model = random_model(config_of(family, tie_word_embeddings=False))
+    model.save_pretrained(tmp_path)
+    taken: Stored = {}
+
+    def take(name: str, part: torch.nn.Module) -> None:
+        for key, parameter in part.named_parameters():
+            taken[f"{name}.{key}"] = parameter.data
+            parameter.data = torch.empty(0)
+
+    def whole(*_: object, **__: object) -> None:
+        raise AssertionError("the whole model is loaded at once")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", whole)
+    build_model(Hf(name=str(tmp_path)), seed=3, attention=Sdpa(), activation=Keep(), after=take)
+    wanted = dict(model.named_parameters())
+    assert taken.keys() == wanted.keys()
+    assert all(torch.equal(taken[name], parameter) for name, parameter in wanted.items())

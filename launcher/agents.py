@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 
 from launcher.plan import Host, Identity
+from launcher.ports import LOOPBACK
 
 RANK_MODULE = "launcher.rank"
 Agent = Callable[[Sequence[Host], Identity], list[tuple[str, ...]]]
@@ -24,12 +25,12 @@ def torchrun(hosts: Sequence[Host], identity: Identity) -> list[tuple[str, ...]]
     """
     return [
         (
-            *(host.python, "-m", "torch.distributed.run"),
+            *(host.python, "-m", "torch.distributed.run" if len(hosts) > 1 else "launcher.torchrun"),
             *("--nnodes", str(len(hosts))),
             *("--nproc-per-node", str(host.slots)),
             *("--node-rank", str(number)),
             *("--rdzv-backend", "static"),
-            *("--master-addr", hosts[0].address),
+            *("--master-addr", master_address(hosts)),
             *("--master-port", str(identity.port)),
             *("--max-restarts", "0"),
             *("--log-dir", f"{identity.run_dir}/logs/torchrun"),  # else it leaves a folder in /tmp
@@ -54,13 +55,18 @@ def deepspeed(hosts: Sequence[Host], identity: Identity) -> list[tuple[str, ...]
             *(host.python, "-m", "deepspeed.launcher.launch"),
             f"--world_info={encoded}",
             f"--node_rank={number}",
-            f"--master_addr={hosts[0].address}",
+            f"--master_addr={master_address(hosts)}",
             f"--master_port={identity.port}",
             *("--no_local_rank", "--log_level=warning"),
             *("--module", RANK_MODULE, identity.run_dir),
         )
         for number, host in enumerate(hosts)
     ]
+
+
+def master_address(hosts: Sequence[Host]) -> str:
+    """Return where rank 0 is found by the others: on the loopback interface where all are on one host."""
+    return hosts[0].address if len(hosts) > 1 else LOOPBACK
 
 
 def device_words(host: Host) -> list[int | str]:

@@ -18,6 +18,7 @@ from launcher.errors import EnvironmentProblem, LauncherError, exit_code_of_rank
 from launcher.files import read_json
 from launcher.ops.folder import ops_folder
 from launcher.plan import Command, HostPlan, Plan, plan_from_json
+from launcher.ports import LOOPBACK
 from launcher.rank import run_job
 from launcher.rundir import RunDir
 from launcher.supervise.board import AGENT_FIELDS, START_FIELDS, BoardLink, agent_file, board_of, look, run_dir_of
@@ -80,7 +81,7 @@ def _identity(plan: Plan, rank: int) -> dict[str, str]:
         "RANK": str(rank),
         "LOCAL_RANK": str(plan.ranks[rank].local_rank),
         "WORLD_SIZE": str(plan.world_size),
-        "MASTER_ADDR": plan.hosts[0].host.address,
+        "MASTER_ADDR": plan.hosts[0].host.address if len(plan.hosts) > 1 else LOOPBACK,
         "MASTER_PORT": str(plan.port),
     }
 

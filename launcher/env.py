@@ -61,8 +61,9 @@ def environment(
             added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
     if host.slots < len(host.devices) or (host.devices and host.slot_ids):
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, device_words(host)))
-    if host.interface:
-        added |= {name: host.interface for name in _INTERFACES if name not in inherited}
+    interface = host.interface if place.num_hosts > 1 else "lo"  # ranks of one host are reached by no other machine
+    if interface:
+        added |= {name: interface for name in _INTERFACES if name not in inherited}
     return {**added, **run.backend.env}
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ipaddress
 import socket
 
+LOOPBACK = "127.0.0.1"
+"""Where the ranks of one machine meet: nothing else reaches it."""
+
 
 def free_port() -> int:
     """Return a port that nobody listens on at this moment."""

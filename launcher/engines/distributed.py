@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from launcher.data.loader import IGNORED
+from launcher.engines.loopback import store_of_ranks
 
 if TYPE_CHECKING:
     from launcher.context import Context
@@ -51,8 +52,20 @@ def meet_at(port: int, *, world_size: int) -> None:
 def connect(context: Context, device: torch.device) -> None:
     """Join the process group of the run: NCCL between GPUs, Gloo between CPUs; a single rank joins none."""
     if context.world_size > 1:
-        backend, device_id = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-        dist.init_process_group(backend, timeout=group_timeout(context), device_id=device_id)
+        join_group(context, device, device_id=device if device.type == "cuda" else None)
+
+
+def join_group(context: Context, device: torch.device, *, device_id: torch.device | None) -> None:
+    """Join torch's process group, on one machine by a store that other machines do not reach."""
+    rank, world_size, timeout = context.rank, context.world_size, group_timeout(context)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = store_of_ranks(rank=rank, world_size=world_size, timeout=timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=device_id
+        )
 
 
 def disconnect() -> None:

@@ -7,7 +7,7 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
-from launcher.engines.distributed import all_ranks_agree, group_timeout
+from launcher.engines.distributed import all_ranks_agree, group_timeout, join_group
 from launcher.errors import EnvironmentProblem
 from launcher.ops.build import path_with_ninja
 from launcher.ops.folder import is_built, ops_folder
@@ -45,6 +45,7 @@ def connect_deepspeed(context: Context, *, device: torch.device) -> None:
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
+    join_group(context, device, device_id=None)  # DeepSpeed takes a group that is there
     deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
 
 

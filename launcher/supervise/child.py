@@ -114,6 +114,7 @@ def name_of(command: Command) -> str:
     module = argv[2] if argv[1:2] == ("-m",) and len(argv) > 2 else ""
     known = {
         "torch.distributed.run": "torchrun",
+        "launcher.torchrun": "torchrun",
         "deepspeed.launcher.launch": "deepspeed",
         "deepspeed.launcher.runner": "deepspeed",
         "launcher.trackers.sidecar": "tracker",

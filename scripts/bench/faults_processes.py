@@ -12,7 +12,7 @@ from pathlib import Path
 
 MARK = "LC_FAULTS"
 """An environment variable that sshd lets through: its default configuration accepts LC_*."""
-_STARTERS = ("torch.distributed.run", "bin/torchrun", "deepspeed.launcher.launch")
+_STARTERS = ("torch.distributed.run", "launcher.torchrun", "bin/torchrun", "deepspeed.launcher.launch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -62,7 +62,7 @@ def test_a_real_run_in_a_browser(capsys, completed, monkeypatch, open_page) -> N
     for word in ("completed", "3 of 3", f"launch rerun {folder}", "loss, nats a token", "sample_tokens: 4"):
         assert word in text
     assert f"{result['metrics']['train/loss']:,.6g}" in text
-    assert "torch.distributed.run" in text, "the plan"
+    assert "launcher.torchrun" in text, "the plan"
     assert json.loads((folder / "environment.json").read_text())["torch"] in text
     drawings = page.find_elements("tag name", "svg")
     assert len(drawings) >= 5

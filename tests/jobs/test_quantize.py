@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.benchmarks import quantised
 from launcher.errors import ConfigErrors
 from launcher.files import read_json
 
@@ -122,3 +123,19 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantised_a
     ):
         found = [str(problem) for problem in preflight(compose(words).run, tmp_path / "run", hosts=[])]
         assert any(problem.startswith(weights) and said in problem for problem in found), found
+
+
+def test_weights_that_cannot_be_written_leave_every_neighbour_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_model: object, _method: object, folder: Path, *, beside: object) -> None:
+        (folder / "half").touch()
+        raise OSError(28, "No space left on device")
+
+    mine = tmp_path / "model.incomplete"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    monkeypatch.setattr(quantised, "save_quantised", full)
+    with pytest.raises(OSError, match="No space"):
+        quantised._save(None, None, tmp_path / "model", source=tmp_path, context=None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["model.incomplete", "thesis.tex"]

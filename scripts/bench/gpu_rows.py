@@ -132,7 +132,7 @@ def table(found: Mapping[str, Found], work: Workload, *, device_name: str | None
     shape = compose(work.overrides()).run.model.shape()
     assert shape is not None, "GPT-2's sizes are known"
     flops = shape.flops_per_token(work.sequence_length)
-    peak = peak_flops(device_name, precision=work.precision)
+    peak = None if device_name is None else peak_flops(device_name, precision=work.precision)
     plain = (
         statistics.median(found["launcher"].tokens_per_s)
         if "launcher" in found and found["launcher"].tokens_per_s

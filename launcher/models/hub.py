@@ -7,7 +7,6 @@ import os
 import re
 import socket
 import urllib.parse
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,7 +58,9 @@ def _unreachable() -> str | None:
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
-    if urllib.request.getproxies():
+    from urllib.request import getproxies  # a tenth of a plan's time, and most plans need no hub
+
+    if getproxies():
         return None
     address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     try:

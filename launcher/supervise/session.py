@@ -181,7 +181,7 @@ class Session:
             case Line(who=int(rank)):
                 return self._host_of_rank(rank)
             case Started(host=host) if host:
-                if all(host != plan.host.name for plan in self._plan.hosts):
+                if all(host != rank.host for rank in self._plan.ranks):  # one agent may stand for several hosts
                     raise MalformedMessage("a message about a host that the run does not have")
                 return host
         return agent

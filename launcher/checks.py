@@ -65,10 +65,10 @@ def _refuse_secrets(run: Run) -> Iterator[ConfigError]:
 def _refuse_name(run: Run) -> Iterator[ConfigError]:
     """Refuse a name that is a path, or none: it is one folder below ``run.root``."""
     name = run.run.name
-    if not name or name in (".", "..") or "/" in name:
+    if not name.strip() or name in (".", "..") or "/" in name:
         last = name.rstrip("/").rpartition("/")[2]
-        example = last if last not in ("", ".", "..") else "mine"
-        why = "is empty" if not name else "is a path, and the name of a run is one folder below run.root"
+        example = last if last.strip() not in ("", ".", "..") else "mine"
+        why = "is empty" if not name.strip() else "is a path, and the name of a run is one folder below run.root"
         fix = f"set run.name={example}; run.root names the folder of all runs, run.dir that of this one"
         yield ConfigError("run.name", name, why=why, fix=fix)
     elif not name.isprintable() or len(name.encode()) > _MOST_NAME_BYTES:

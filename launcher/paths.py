@@ -62,9 +62,10 @@ def refuse_unreachable(option: str, value: str) -> ConfigError | None:
         option: by which the user named it.
         value: the path, or a pattern of paths.
     """
+    if not value.strip():
+        fix = f"set {option} to a path, or leave it out"
+        return ConfigError(option, repr(value), why="is empty, not a path", fix=fix)
     fix = f"set {option} to another path"
-    if not value:
-        return ConfigError(option, "''", why="is empty, not a path", fix=f"set {option} to a path, or leave it out")
     if "\0" in value:
         return ConfigError(option, repr(value), why="holds a NUL character, which no path can", fix=fix)
     whole = Path(expand_home(value))
@@ -146,6 +147,11 @@ def exists(path: Path) -> bool:
     except (OSError, ValueError):  # the latter for a NUL character
         return False
     return True
+
+
+def is_folder(path: Path) -> bool:
+    """Return whether ``path`` is a folder, as far as this process can look."""
+    return exists(path) and path.is_dir()
 
 
 def _is_closed(path: Path) -> bool:

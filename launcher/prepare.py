@@ -13,7 +13,7 @@ from launcher.config import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.facts import gather
 from launcher.files import sha256_of
-from launcher.paths import refuse_unreachable
+from launcher.paths import exists, is_folder, refuse_unreachable
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 from launcher.ports import free_port
@@ -83,7 +83,10 @@ def _unreachable(run: Run) -> Iterator[ConfigError]:
             yield problem
     if not run.run.dir and not refuse_unreachable("run.root", run.run.root):
         problem = refuse_unreachable("run.name", str(Path(run.run.root) / run.run.name / _LONGEST_ID))
-        if problem is not None:
+        root = Path(run.run.root)
+        if exists(root) and not is_folder(root):
+            yield ConfigError("run.root", root, why=f"{root} is a file, not a folder", fix="set run.root to a folder")
+        elif problem is not None:
             yield ConfigError("run.name", run.run.name, why=problem.why, fix="set run.name to another name")
 
 

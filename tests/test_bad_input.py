@@ -98,7 +98,10 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
     ("words", "messages"),
     [
         (
-            ["job=generate", "optimizer.lr=1", "schedule=constant", "data=synthetic", "checkpoint.every=5"],
+            [
+                *("job=generate", "job.tokenizer=bytes", "optimizer.lr=1"),
+                *("schedule=constant", "data=synthetic", "checkpoint.every=5"),
+            ],
             [
                 "optimizer.lr=1: job=generate does not use the group optimizer; leave optimizer.lr out",
                 "schedule=constant: job=generate does not use",

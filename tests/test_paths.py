@@ -84,6 +84,11 @@ def test_a_name_that_no_file_system_takes(option):
     )
 
 
+def test_a_long_name_without_a_folder():
+    (said,) = refused(["model=hf", "run.name=x", f"model.name={TOO_LONG}"])
+    assert said.startswith(f"model.name={TOO_LONG}: a name in it has 300 bytes")
+
+
 @pytest.fixture(scope="module")
 def folder():
     """Return a folder of paths that lead nowhere, below folders that every user may enter, unlike pytest's own."""
@@ -126,9 +131,23 @@ def test_all_are_reported_at_once_and_patterns_by_their_folder(folder):
 
 
 def test_an_empty_path_and_a_name_that_is_too_long():
+    assert refused(["job=generate", "job.tokenizer=  "])[0].startswith("job.tokenizer='  ': is empty, not a path; ")
     assert refused(["data.cache="])[0].startswith("data.cache='': is empty, not a path; ")
     (said,) = refused([f"run.name={TOO_LONG}"])
     assert said.startswith(f"run.name={TOO_LONG}: a name in it has 300 bytes")
+    assert refused(["run.name= "])[0].startswith("run.name= : is empty; set run.name=mine")
+
+
+def test_a_file_as_the_folder_of_all_runs(folder):
+    (said,) = refused([f"run.root={folder}/file"])
+    assert said == f"run.root={folder}/file: {folder}/file is a file, not a folder; set run.root to a folder"
+
+
+def test_advice_for_a_model_folder_names_words_that_the_option_takes(folder):
+    (said,) = refused(["model=hf", f"model.name={folder}/file"])
+    assert said.endswith("or a name on the hub (org/model)")
+    (said,) = refused([f"model.weights={folder}/file"])
+    assert said.endswith("or model.weights=random")
 
 
 def test_a_nul_character_from_a_file(tmp_path):
@@ -161,12 +180,12 @@ def as_somebody_else():
     ],
 )
 def test_paths_without_permission(folder, path, why):
-    composed = compose([f"data.path={folder}/{path}"])
-    with pytest.raises(ConfigErrors) as caught, as_somebody_else():
-        prepare(composed)
-    (said,) = map(str, caught.value.errors)
-    assert said.startswith(f"data.path={folder}/{path}: {folder}/")
-    assert why in said
+    for option in ("data.path", "model.weights"):
+        with pytest.raises(ConfigErrors) as caught, as_somebody_else():
+            prepare(compose([f"{option}={folder}/{path}"]))
+        (said,) = map(str, caught.value.errors)
+        assert said.startswith(f"{option}={folder}/{path}: {folder}/")
+        assert why in said
 
 
 @pytest.mark.parametrize("verb", ["status", "logs", "report", "cancel", "benchmark", "resume", "rerun"])

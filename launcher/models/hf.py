@@ -14,7 +14,7 @@ from launcher.models.families import Sizes, measured_shape, sizes_of
 from launcher.models.hub import HUB_NAME, cached_folder
 from launcher.models.tokenizer import has_tokenizer
 from launcher.models.weights import config_problems, folder_problems, read_config, tensor_shapes
-from launcher.paths import PathText
+from launcher.paths import PathText, is_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -106,7 +106,7 @@ class Hf(Model):
         return Path(self.name).expanduser() if self._is_local() else self.name
 
     def _is_local(self) -> bool:
-        return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or Path(self.name).is_dir()
+        return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or is_folder(Path(self.name))
 
     def _config(self) -> dict[str, Any] | None:
         folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
 from launcher.models.detokenize import decoder_of
+from launcher.paths import exists
 
 if TYPE_CHECKING:
     import tokenizers
@@ -68,8 +69,8 @@ def instead_of(option: str) -> str:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder holds the vocabulary of a tokenizer."""
-    return any((folder / name).is_file() for name in _VOCABULARIES)
+    """Return whether a folder that this process can look into holds the vocabulary of a tokenizer."""
+    return any(exists(folder / name) for name in _VOCABULARIES)
 
 
 def tokenizer_size(folder: Path) -> int | None:

@@ -147,7 +147,8 @@ def folder_problems(option: str, value: str, *, architecture: Mapping[str, Any] 
         architecture: what the folder must hold; ``None`` accepts any.
     """
     folder = Path(value).expanduser()
-    fix = f"give a folder with config.json and {SINGLE} (as save_pretrained writes), or {option}=random"
+    instead = f"or {option}=random" if option.endswith(".weights") else "or a name on the hub (org/model)"
+    fix = f"give a folder with config.json and {SINGLE} (as save_pretrained writes), {instead}"
     if not folder.is_dir():
         why = "is a file, not a folder" if folder.exists() else "there is no such folder"
         yield ConfigError(option, value, why=why, fix=fix)

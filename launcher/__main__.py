@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 import launcher
 from launcher.disk import full_disk, says_full
 from launcher.errors import ConfigError, LauncherError
-from launcher.secrecy import hide_secrets
+from launcher.secrecy import redact
 from launcher.suggest import did_you_mean
 from launcher.terminal import printable
 
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except LauncherError as error:
-        print(f"error: {printable(hide_secrets(str(error)))}".replace("\n", "\nerror: "), file=sys.stderr)
+        print(f"error: {printable(redact(str(error), os.environ))}".replace("\n", "\nerror: "), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:  # while a run lasts, its session takes it
         print("interrupted: nothing is running", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 from launcher import env, numerics
@@ -17,7 +18,7 @@ from launcher.models.installed import parallel_plans
 from launcher.parallel.deepspeed_pipeline import FAMILIES, unknown_family
 from launcher.parallel.fsdp import TENSOR_STYLES
 from launcher.plan import Host
-from launcher.secrecy import is_secret_value
+from launcher.secrecy import is_secret_value, secret_variable_in
 from launcher.topology import first_ranks
 from launcher.wording import flat
 
@@ -56,7 +57,10 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
 def _refuse_secrets(run: Run) -> Iterator[ConfigError]:
     """Refuse secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
     for option, value in flat(run_to_tree(run)):
-        if not option.startswith("backend.env.") and is_secret_value(value):
+        if name := secret_variable_in(value, os.environ):
+            why = f"holds the value of the variable {name}, and run.yaml is written to disk"
+            yield ConfigError(option, why=why, fix=f"leave it out: ranks on this machine have {name} of your shell")
+        elif not option.startswith("backend.env.") and is_secret_value(value):
             why = "holds a secret (a password in an address, a token or a key), and run.yaml is written to disk"
             fix = "leave the secret out; export it in your shell under the name that the library reads (HF_TOKEN, …)"
             yield ConfigError(option, why=why, fix=fix)

@@ -81,7 +81,7 @@ def refusals(env: Mapping[str, str], *, forward: Sequence[str] | None = None) ->
     """
     for name, value in env.items():
         if is_secret(name, value):
-            fix = f"leave it out and `export {name}=…` in your shell: ranks inherit it, and nothing writes it down"
+            fix = f"leave it out and export the variable {name} in your shell: ranks inherit it, and no file holds it"
             if forward is not None and not names({name: value}, (*DEFAULT_GLOBS, *forward)):
                 fix += f"; add backend.forward=[{','.join((*forward, name))}], which sends it to the hosts"
             yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)

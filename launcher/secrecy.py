@@ -17,7 +17,7 @@ _SHORTEST = 8
 _WORDS = frozenset(
     {
         *("KEY", "KEYS", "APIKEY", "APIKEYS", "TOKEN", "PAT", "JWT", "OTP", "BEARER", "AUTH", "DSN", "WEBHOOK"),
-        *("PASS", "PASSCODE", "PASSWRD", "PWD", "PW", "CRED", "CREDS"),
+        *("PASS", "PASSCODE", "PASSWRD", "PWD", "PW", "CRED", "CREDS", "COOKIE", "COOKIES"),
     }
 )
 """Words that make a name secret: ``HF_TOKEN``, ``GITHUB_PAT``, ``SENTRY_DSN``."""
@@ -75,6 +75,8 @@ _SHAPES = (
 _ASSIGNED = re.compile(
     r"(?<![\w$])(?P<name>[A-Za-z][\w.-]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']*[^\s,;}\]\"':])"
 )
+_BARE_PROXY = re.compile(r"[^\s/:@]*:[^\s/@]+@[^\s/@]+/?")
+"""``user:password@host:port``, which curl and requests take as a proxy without a scheme."""
 _ENTRY = re.compile(
     r"(?P<name>(?:^|[{,])[ \t]*[\"']?(?P<word>[A-Za-z]\w*)[\"']?: ?)"
     r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,}\]\"'][^,}\]\n\"']*)",
@@ -105,8 +107,20 @@ def is_secret_value(value: str) -> bool:
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Return whether a variable or option holds a secret, by its name or by its value."""
-    return is_secret_name(name) or is_secret_value(value)
+    """Return whether a variable holds a secret, by its name or by its value (``AccountKey=…`` inside it, too)."""
+    has_assigned = _ASSIGNED.sub(_hide_assigned, value) != value
+    return is_secret_name(name) or is_secret_value(value) or has_assigned or _is_proxy_with_password(name, value)
+
+
+def secret_variable_in(text: str, environ: Mapping[str, str]) -> str | None:
+    """Return the name of a secret variable whose value stands in ``text``; ``None`` where there is none."""
+    found = (name for name, value in _secrets_of(environ).items() if value in text and not _is_path(value))
+    return next(found, None)
+
+
+def _is_path(value: str) -> bool:
+    """Return whether a value names a file (``SSH_KEY=~/.ssh/id``), as options may do too."""
+    return value.startswith(("/", "~", "./", "../"))
 
 
 def hide_secrets(text: str) -> str:
@@ -121,8 +135,20 @@ def redact(tree: Any, environ: Mapping[str, str]) -> Any:
         tree: plain data. Text under a key that names a secret is hidden whole.
         environ: values of its secret variables are hidden wherever they occur.
     """
-    known = {value for name, value in environ.items() if len(value) >= _SHORTEST and is_secret_name(name)}
-    return _redacted(tree, sorted(known, key=len, reverse=True))
+    return _redacted(tree, sorted(set(_secrets_of(environ).values()), key=len, reverse=True))
+
+
+def _secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose whole value is a secret."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if len(value) >= _SHORTEST and (is_secret_name(name) or _is_proxy_with_password(name, value))
+    }
+
+
+def _is_proxy_with_password(name: str, value: str) -> bool:
+    return name.upper().endswith("PROXY") and _BARE_PROXY.fullmatch(value) is not None
 
 
 def _redacted(tree: Any, known: list[str]) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher import env
+from launcher.__main__ import main
 from launcher.config import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.plan import Plan
@@ -26,7 +27,7 @@ SECRET_NAMES = (
     *("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DBPASSWORD", "client_secret"),
     *("HTTP_AUTH", "MY_CREDENTIALS", "GITHUB_PAT", "HFTOKEN", "SSH_PASSPHRASE", "SSHPASS", "SENTRY_DSN", "DB_PWD"),
     *("S3_ACCESSKEY", "NPM_AUTHTOKEN", "API_TOKENS", "LAUNCHER_API_KEYS", "accountKey", "SLACK_WEBHOOK_URL"),
-    *("AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_APIKEY", "ghToken", "MY_JWT"),
+    *("AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_APIKEY", "ghToken", "MY_JWT", "SESSION_COOKIE"),
 )
 HARMLESS_NAMES = (
     *("TOKENIZERS_PARALLELISM", "PWD", "OLDPWD", "max_tokens", "job.max_tokens", "KEYBOARD", "MONKEY", "HF_HOME"),
@@ -86,6 +87,25 @@ def test_a_secret_is_known_by_its_value_and_hidden_in_any_text(value: str) -> No
     hidden = hide_secrets(value)
     assert HIDDEN in hidden
     assert not is_secret_value(hidden)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("AZURE", "AccountName=me;AccountKey=hunter2;x"),
+        ("OPTIONS", "--x=1 API_KEY=hunter2"),
+        ("HTTPS_PROXY", "user:hunter2@proxy:3128"),
+        ("all_proxy", "user:hunter2@proxy:3128/"),
+    ],
+)
+def test_a_variable_is_secret_by_what_its_value_assigns_or_logs_in_with(name: str, value: str) -> None:
+    assert is_secret(name, value)
+    assert "hunter2" not in redact(f"failed: {value}", {name: value})
+
+
+def test_a_proxy_or_a_pair_of_words_without_a_password_is_no_secret() -> None:
+    pairs = {"HTTPS_PROXY": "proxy:3128", "NO_PROXY": "localhost,127.0.0.1", "HOSTS": "a:0,1@b:2", "OPTIONS": "--key=1"}
+    assert not any(is_secret(name, value) for name, value in pairs.items())
 
 
 @pytest.mark.parametrize("value", HARMLESS_VALUES)
@@ -151,6 +171,39 @@ def test_no_plan_is_made_of_a_secret(plan_of: Callable[..., Plan], word: str, op
     assert option in [error.option for error in caught.value.errors]
     assert "hunter2" not in str(caught.value)
     assert "export" in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["backend.env.X", "job.sample_prompt", "data.path", "model.name"])
+def test_no_plan_is_made_of_the_value_of_a_secret_variable(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2 and more")
+    words = ["model=hf"] if option == "model.name" else []
+    with pytest.raises(ConfigErrors) as caught:
+        plan_of(*words, f"{option}=${{oc.env:MY_TOKEN}}")
+    assert f"{option}: holds the value of the variable MY_TOKEN" in str(caught.value)
+
+
+def test_an_option_may_name_the_file_that_a_secret_variable_names(
+    plan_of: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSH_KEY", "/home/me/.ssh/id")
+    assert plan_of("backend.env.X=/home/me/.ssh/id")
+
+
+def test_the_last_words_show_no_value_of_a_secret_variable(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_TOKEN", "hunter2 and more")
+    assert main(["plan", "job.steps=hunter2 and more"]) == 2
+    said = capsys.readouterr().err
+    assert HIDDEN in said
+    assert "hunter2" not in said
+
+
+def test_the_advice_about_a_variable_can_be_read_whole() -> None:
+    (error,) = env.refusals({"GITHUB_PAT": "x"})
+    assert "leave it out and export the variable GITHUB_PAT in your shell: ranks inherit it" in str(error)
 
 
 def test_the_advice_names_what_sends_the_variable_to_other_hosts() -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.errors import ConfigError
 from launcher.models.families import sizes_of
 from launcher.models.installed import causal_lm_types, rope_types
+from launcher.quantization.manifest import FILE as QUANTIZATION_FILE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -165,15 +166,24 @@ def folder_problems(option: str, value: str, *, architecture: Mapping[str, Any] 
     elif (folder / "adapter_config.json").is_file():
         why = "holds a PEFT adapter beside the weights, which would not be applied"
         yield ConfigError(option, value, why=why, fix="merge it into the weights, or take adapter_config.json away")
-    yield from config_problems(option, value, config)
+    yield from config_problems(option, value, config, is_quantised_here=(folder / QUANTIZATION_FILE).is_file())
     sizes = sizes_of(config)
     found = sizes.architecture() if sizes else {"family": config.get("model_type")}
     if architecture is not None and (different := _differences(found, architecture)):
         yield ConfigError(option, value, why=f"holds another model: {different}", fix="choose the model that fits it")
 
 
-def config_problems(option: str, value: object, config: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have."""
+def config_problems(
+    option: str, value: object, config: Mapping[str, Any], *, is_quantised_here: bool = False
+) -> Iterator[ConfigError]:
+    """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have.
+
+    Args:
+        option: the option as the user types it.
+        value: what it is set to.
+        config: the content of the file.
+        is_quantised_here: job=quantize wrote the folder, and its own file says how to read the weights.
+    """
     family, known = config.get("model_type"), causal_lm_types()
     if not isinstance(family, str):
         fix = "give a folder that save_pretrained wrote"
@@ -189,7 +199,7 @@ def config_problems(option: str, value: object, config: Mapping[str, Any]) -> It
             why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
             fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
             yield ConfigError(option, value, why=why, fix=fix)
-    if quantised := config.get("quantization_config"):
+    if (quantised := config.get("quantization_config")) and not is_quantised_here:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
         why = f"its weights are quantised by {method or 'an unnamed method'}, which the launcher does not read"
         fix = "give the original weights, and set model.quantization to quantise them"

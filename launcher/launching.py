@@ -16,6 +16,7 @@ from launcher.preflight import refuse_occupied, refuse_small_nvme
 from launcher.prepare import Prepared
 from launcher.run_index import INDEX, add_run, forget_run, is_below
 from launcher.rundir import RunDir, StagedFiles
+from launcher.terminal import printable
 
 
 def start(prepared: Prepared) -> int:
@@ -36,7 +37,7 @@ def start(prepared: Prepared) -> int:
                 raise ConfigErrors(mistakes)
             backend.validate_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
-            print("\n".join(opening(prepared.plan)), flush=True)
+            print(printable("\n".join(opening(prepared.plan))), flush=True)
             code = carry_out(prepared)
         except LauncherError:
             if _stamp(directory.session) == session:  # nothing was started
@@ -46,7 +47,8 @@ def start(prepared: Prepared) -> int:
                 staged.undo()
             raise
         if code == 0 and not backend.hands_over and directory.result.exists():
-            print(closing(read_json(directory.result), directory, elapsed_s=time.monotonic() - started), flush=True)
+            last = closing(read_json(directory.result), directory, elapsed_s=time.monotonic() - started)
+            print(printable(last), flush=True)
         return code
 
 

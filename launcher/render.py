@@ -10,6 +10,7 @@ from launcher.alike import Group, groups_of
 from launcher.plan import Host, HostPlan, Memory, Plan
 from launcher.shell import paste
 from launcher.table import table
+from launcher.terminal import printable
 from launcher.wording import bytes_text, times
 
 _LABEL = 12
@@ -41,7 +42,7 @@ def render(plan: Plan, *, submission: str = "") -> str:
         body = [f"  {line}".rstrip() for line in lines]
         if body:
             blocks.append("\n".join([title, *body]))
-    return "\n\n".join(blocks) + "\n"
+    return printable("\n\n".join(blocks)) + "\n"
 
 
 def _row(label: str, value: str) -> str:

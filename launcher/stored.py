@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from launcher.runs import look
 from launcher.schema import NO_SUCH_OPTION, to_tree
 from launcher.secrecy import is_secret_name
 from launcher.snapshot import load_run
+from launcher.terminal import json_text
 
 
 def stored_run(folder: Path, words: Sequence[str]) -> Run:
@@ -63,7 +63,7 @@ def start_stored(run: Run, line: CommandLine, *, folder: Path) -> int:
     if not line.dry_run:
         return start(prepared)
     plan = prepared.plan
-    print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False) if line.json else render(plan), end="")
+    print(json_text(to_tree(plan)) if line.json else render(plan), end="")
     return 0
 
 

@@ -16,6 +16,7 @@ from launcher.errors import EnvironmentProblem
 from launcher.runs import RunState, find_run, look
 from launcher.supervise.processes import Process
 from launcher.supervise.whereabouts import AgentPlace, Whereabouts
+from launcher.terminal import printable
 
 HELP = """\
 launch cancel [RUN] [--now] [--root DIR]: end a run; return once nothing of it is left.
@@ -50,10 +51,9 @@ def run(arguments: Sequence[str]) -> int:
     where = state.whereabouts
     if state.is_over:
         left = _far_agents(where) if where and not state.result else []
-        print(f"{state.run_id} is over already: {state.status}")
-        print(
-            "\n".join(f"  should {agent.host} still work on it: {_type_there(agent, state)}" for agent in left), end=""
-        )
+        _say(f"{state.run_id} is over already: {state.status}")
+        for agent in left:
+            _say(f"  should {agent.host} still work on it: {_type_there(agent, state)}")
         return 0
     if where is None:
         raise EnvironmentProblem(f"{state.run_id} has not yet said who runs it: try again in a moment")
@@ -66,6 +66,11 @@ def run(arguments: Sequence[str]) -> int:
         command = shlex.join(["ssh", far.machine, shlex.join(["launch", "cancel", str(state.run_dir.path)])])
         raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
     return _end(processes, state, now="--now" in line.flags)
+
+
+def _say(text: str) -> None:
+    """Print a line, whatever the files of the run say in it."""
+    print(printable(text), flush=True)
 
 
 def _refuse_foreign(state: RunState) -> None:
@@ -89,7 +94,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
     where = state.whereabouts
     assert where is not None, "they were found in it"
     signalled = ", ".join(str(process.pid) for process in processes)
-    print(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end", flush=True)
+    _say(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end")
     agents = [agent.place.process for agent in where.agents if agent.place.is_running()]
     for process in processes:
         process.send(signal.SIGINT if now else signal.SIGTERM)
@@ -106,11 +111,11 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
             raise EnvironmentProblem(f"{state.run_id}: process {pids} is still there: try launch cancel --now")
         time.sleep(_POLL_S)
     state = look(state.run_dir)
-    print(f"{state.run_id}: nothing of it is left on this machine; it is {state.status}")
+    _say(f"{state.run_id}: nothing of it is left on this machine; it is {state.status}")
     if state.status == "preempted":
-        print(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
+        _say(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
     for agent in _far_agents(where):
-        print(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
+        _say(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
     return 0
 
 
@@ -120,11 +125,11 @@ def _cancel_job(where: Whereabouts, state: RunState) -> int:
     program = shutil.which(argv[0])
     if program is None:
         raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shlex.join(argv)}")
-    print(f"{state.run_id}: {shlex.join(argv)}", flush=True)
+    _say(f"{state.run_id}: {shlex.join(argv)}")
     ended = subprocess.run([program, *argv[1:]], check=False)
     if ended.returncode:
         raise EnvironmentProblem(f"{argv[0]} ended with exit code {ended.returncode}: the job may still run")
-    print(f"{state.run_id}: the scheduler was told; launch status follows it")
+    _say(f"{state.run_id}: the scheduler was told; launch status follows it")
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
 from launcher.commandline import parse_command_line
@@ -10,6 +9,7 @@ from launcher.compose import compose
 from launcher.prepare import prepare
 from launcher.render import render
 from launcher.schema import to_tree
+from launcher.terminal import json_text
 
 HELP = """\
 launch plan [OVERRIDES] [--json] [--root DIR]: print what a run would do, and start nothing.
@@ -42,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
     prepared = prepare(composed)
     plan = prepared.plan
     if line.json:
-        print(json.dumps(to_tree(plan), indent=2, ensure_ascii=False))
+        print(json_text(to_tree(plan)))
     else:
         print(render(plan, submission=prepared.run.backend.render(plan, snapshot=prepared.snapshot)), end="")
     return 0

@@ -12,6 +12,7 @@ from launcher.report.pages import is_report, page_of_run, page_of_runs, page_of_
 from launcher.report.sweeps import find_sweep, read_sweep
 from launcher.rundir import RunDir
 from launcher.runs import find_run, look
+from launcher.terminal import printable
 
 HELP = """\
 launch report [RUN…] [--output FILE] [--root DIR]: one HTML file that shows a run and needs nothing besides itself.
@@ -41,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         write_atomic(file, text)
     except OSError as error:
         raise EnvironmentProblem(f"{file} cannot be written: {error.strerror}; name another with --output") from error
-    print(f"report: {file}")
+    print(printable(f"report: {file}"))
     return 0
 
 

@@ -218,8 +218,10 @@ def is_clean(text: str) -> bool:
     return not any(char in plain for char in "\x07\x00\x9b\x90\x9d\x1b")
 
 
-def test_no_escape_of_a_file_reaches_the_terminal(capsys, make_run: Make) -> None:
+def test_no_escape_of_a_file_reaches_the_terminal(capsys, make_run: Make, tmp_path: Path) -> None:
     one, other = make_run("one", status="failed", exit_code=1), make_run("other", status="completed")
+    strange = tmp_path / f"folder{HOSTILE}".replace("/", "").replace("\0", "") / "run"
+    shutil.copytree(other.path, strange)
     for run_dir in (one, other):
         plan = {"run_id": f"{HOSTILE}{run_dir.path.name}", "name": HOSTILE, "backend": HOSTILE}
         run_dir.plan.write_text(json.dumps(plan, ensure_ascii=False))
@@ -238,6 +240,11 @@ def test_no_escape_of_a_file_reaches_the_terminal(capsys, make_run: Make) -> Non
         ["show", str(one.path)],
         ["diff", str(one.path), str(other.path)],
         ["rerun", str(one.path)],
+        ["cancel", "one"],
+        ["cancel", str(strange)],
+        ["report", str(strange)],
+        ["plan", f"run.root={strange.parent}"],
+        ["plan", f"run.root={strange.parent}", "--json"],
     ):
         said = said_by(capsys, *words)
         assert is_clean(said), (words, said)

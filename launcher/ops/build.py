@@ -34,12 +34,19 @@ def build(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> li
         limit_s: time for one operator.
 
     Returns:
-        What came of each.
+        What came of each; empty where the folder is another user's, and those in it are taken as they are.
 
     Raises:
         EnvironmentProblem: one that the run needs cannot be built; the message says what to type.
     """
     folder, outcomes = ops_folder(), []
+    if (why := _not_writable(folder)) is not None:
+        lacking = [argument for argument in arguments if not is_built(argument.removesuffix(OPTIONAL_MARK))]
+        if any(not argument.endswith(OPTIONAL_MARK) for argument in lacking):
+            raise EnvironmentProblem(f"DeepSpeed's operators cannot be built: {why}")
+        if lacking:
+            say(f"cannot build {', '.join(lacking)}, so the run goes on without: {why}".replace(OPTIONAL_MARK, ""))
+        return []
     with only_builder(folder, say=say):
         for argument in arguments:
             name = argument.removesuffix(OPTIONAL_MARK)
@@ -53,6 +60,17 @@ def build(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> li
                 raise EnvironmentProblem(f"DeepSpeed's {name} cannot be built: {outcome.why}; {outcome.remedy}")
             say(f"cannot build {name}, so the run goes on without it: {outcome.why} ({outcome.remedy})")
     return outcomes
+
+
+def _not_writable(folder: Path) -> str | None:
+    """Return why nothing can be built in ``folder``, with what to set, or ``None``."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "building").open("a").close()
+    except OSError as error:
+        variable = "TORCH_EXTENSIONS_DIR" if os.environ.get("TORCH_EXTENSIONS_DIR") else "XDG_CACHE_HOME"
+        return f"{folder} cannot be written ({error.strerror}). Set {variable} to a folder of yours"
+    return None
 
 
 def _outcome(name: str, folder: Path, *, say: Say, limit_s: float) -> Outcome:

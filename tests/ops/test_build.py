@@ -131,3 +131,15 @@ def test_a_library_links_where_torch_has_a_path_with_a_space(folder: Path, tmp_p
     command = [sys.executable, "-c", script, str(link), str(tmp_path / "empty.cpp")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "ops"))
+    said: list[str] = []
+    assert build(["cpu_adam?"], say=said.append) == []
+    assert said[0].endswith("(Not a directory). Set TORCH_EXTENSIONS_DIR to a folder of yours")
+    with pytest.raises(EnvironmentProblem, match="Set TORCH_EXTENSIONS_DIR to a folder of yours"):
+        build(["cpu_adam"], say=said.append)

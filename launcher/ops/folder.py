@@ -56,7 +56,7 @@ def is_built(name: str) -> bool:
     """
     try:
         built = library(name).stat().st_mtime_ns
-    except FileNotFoundError:
+    except OSError:  # it is not there, or the folder is another user's
         return False
     return built >= _sources_changed_ns()
 

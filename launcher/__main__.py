@@ -97,10 +97,19 @@ def _dispatch(words: list[str]) -> int:
         raise ConfigError(first, why="is Hydra's, which knows no verb of ours", fix="see launch completion --help")
     is_verb = first and "=" not in first and first[0] not in "-+~"
     if is_verb and first not in VERBS:
-        raise ConfigError(first, why="is neither a verb nor option=value", fix=did_you_mean(first, VERBS))
+        raise ConfigError(first, why="is neither a verb nor option=value", fix=_meant(first))
     verb, arguments = (first, words[1:]) if is_verb else ("run", words)
     code: int = importlib.import_module(f"launcher.commands.{verb}").run(arguments)
     return code
+
+
+def _meant(word: str) -> str:
+    """Return what to write instead of a first word that is neither a verb nor an override."""
+    from launcher.compose import groups
+    from launcher.overrides import ways_to_write
+
+    meant = ways_to_write(word, groups())
+    return f"write {' or '.join(meant)}" if meant else did_you_mean(word, VERBS)
 
 
 def _help_text() -> str:

@@ -31,8 +31,8 @@ COMMAND_LINE = "command line"
 ADDED_GROUPS = ("exp", "sweep")
 """Groups that are not in the defaults list, so Hydra wants ``+`` before them; we do not mind without."""
 
-_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w.@:/-]*")
-"""What may stand before ``=``."""
+_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+")
+"""What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
 _OPENING, _CLOSING = "[{(", "]})"
@@ -75,15 +75,15 @@ def parse_overrides(
         if problem := _undecodable(word):
             report(problem)
             continue
+        if not _OPTION.fullmatch(word.partition("=")[0]) or not (word.startswith("~") or "=" in word):
+            report(_not_an_override(word, groups))
+            continue
         read = _as_typed(word)
         try:
             parsed = parser.parse_override(read)
         except HydraException:
-            literal = _literal(word)
-            if literal is None:
-                report(_not_an_override(word))
-                continue
-            read, parsed = literal, parser.parse_override(literal)
+            read = _literal(word)
+            parsed = parser.parse_override(read)
         override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
         if override is not None:
             accepted.append(override)
@@ -107,8 +107,31 @@ def _undecodable(word: str) -> ConfigError | None:
     return None
 
 
-def _not_an_override(word: str) -> ConfigError:
-    return ConfigError(word, why="is not an override of the form option=value", fix="write it as option=value")
+def _not_an_override(word: str, groups: Mapping[str, Sequence[str]]) -> ConfigError:
+    meant = ways_to_write(word, groups)
+    fix = f"write {' or '.join(meant)}" if meant else "write it as option=value"
+    return ConfigError(word or "''", why="is not an override of the form option=value", fix=fix)
+
+
+def ways_to_write(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the overrides that a word which is none may stand for: ``model=gpt2`` for ``gpt2``."""
+    head, equals, value = word.partition("=")
+    if equals:
+        key = re.sub(r"[.\s]+", ".", head).strip(".")
+        return [f"{key}={value}"] if types_of_option(key) or key in groups else []
+    name = word.lstrip("+~-")
+    if name in groups:
+        return [f"{name}=<option>"]
+    chosen = [f"{'+' if group in ADDED_GROUPS else ''}{group}={name}" for group in groups if name in groups[group]]
+    if chosen:
+        return chosen[:3]
+    if types_of_option(name):
+        return [f"{name}=<value>"]
+    for separator in (":", "/", "."):
+        key, _, value = name.partition(separator)
+        if value in groups.get(key, ()) or (value and types_of_option(key)):
+            return [f"{key}={value}"]
+    return []
 
 
 def _as_typed(word: str) -> str:
@@ -133,11 +156,9 @@ def _as_typed(word: str) -> str:
     return word
 
 
-def _literal(word: str) -> str | None:
-    """Return ``word`` with its value as text, or as elements that are text; ``None`` for what is no override."""
-    head, equals, value = word.partition("=")
-    if not equals or not _OPTION.fullmatch(head):
-        return None
+def _literal(word: str) -> str:
+    """Return ``word`` with its value as text, or as elements that are text."""
+    head, _, value = word.partition("=")
     types_of = types_of_option(head.lstrip("+"))
     if _is_mapping(value) and not takes_only_text(types_of) and (mapping := _mapping(value)):
         return f"{head}={mapping}"
@@ -277,14 +298,17 @@ def _classify(
     if parsed.is_delete():
         report(ConfigError(word, why="takes an option away, and every option is needed", fix=f"set {key}=<value>"))
         return None
-    if key.startswith("hydra.") and key != "hydra.searchpath":
+    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
         report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
         return None
     typed, types_of = word.partition("=")[2], types_of_option(key)
-    choices = _choices(parsed, typed, types_of)
-    if choices is not None and not sweeping:
+    if problem := _unlisted(key, parsed, typed, groups):
+        report(problem)
+        return None
+    if parsed.is_sweep_override() and not sweeping:
         report(_several_values(key, typed, types_of, groups))
         return None
+    choices = _choices(parsed, typed, types_of, groups.get(key, ()))
     if key.partition("@")[0] in groups:
         return _group_choice(key, parsed, choices, groups, report)
     if key.endswith(".kind") or key == "kind":
@@ -311,15 +335,40 @@ def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mappi
     if takes_only_text(types_of):
         ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
     if key.partition("@")[0] in groups:
-        ways.append(f"choose one, {key}={_split(typed)[0].strip()}")
+        ways.append("choose one" if _is_call(typed) else f"choose one, {key}={_split(typed)[0].strip()}")
     return ConfigError(
         key, typed, why="is several values in Hydra's grammar", fix=", or ".join(ways), source=COMMAND_LINE
     )
 
 
-def _choices(parsed: Any, typed: str, types_of: Sequence[Any]) -> tuple[str, ...] | None:
+def _unlisted(key: str, parsed: Any, typed: str, groups: Mapping[str, Sequence[str]]) -> ConfigError | None:
+    """Return why the values of a sweep cannot be listed; ``None`` where they can."""
+    if parsed.is_interval_sweep():
+        why, fix = "is an interval, which holds no list of values", "write them: a,b,c or range(START,STOP,STEP)"
+    elif not _is_glob(parsed):
+        return None
+    elif key not in groups:
+        why, fix = "is a pattern of a group's options, and this is no group", "write the values: a,b,c"
+    elif not parsed.value().filter(list(groups[key])):
+        why, fix = "matches no option", did_you_mean(typed, groups[key])
+    else:
+        return None
+    if takes_only_text(types_of_option(key)):
+        fix = f"{fix}; or quote it if it is one text: {quoted_word(key, typed)}"
+    return ConfigError(key, typed, why=why, fix=fix, source=COMMAND_LINE)
+
+
+def _is_glob(parsed: Any) -> bool:
+    from hydra.core.override_parser.types import Glob
+
+    return isinstance(parsed.value(), Glob)
+
+
+def _choices(parsed: Any, typed: str, types_of: Sequence[Any], options: Sequence[str]) -> tuple[str, ...] | None:
     if not parsed.is_sweep_override():
         return None
+    if _is_glob(parsed):
+        return tuple(parsed.value().filter(list(options)))
     if takes_only_text(types_of) and not _is_call(typed):  # Hydra would make 100000.0 of 1e5
         return tuple(piece.strip() for piece in _split(typed))
     return tuple(str(item) for item in parsed.sweep_string_iterator())

@@ -9,19 +9,35 @@ from pathlib import Path
 from typing import Any
 
 from launcher.commandline import CommandLine
-from launcher.compose import Composed
+from launcher.compose import Composed, groups
 from launcher.config import KINDS, Run, build_run, run_to_tree, suggestion
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.launching import start
-from launcher.overrides import Override, parse_overrides
+from launcher.overrides import Override, parse_overrides, ways_to_write
 from launcher.prepare import prepare
 from launcher.render import render
 from launcher.rundir import RunDir
-from launcher.runs import look
+from launcher.runs import find_run, look
 from launcher.schema import NO_SUCH_OPTION, to_tree
 from launcher.secrecy import is_secret_name
 from launcher.snapshot import load_run
 from launcher.terminal import json_text
+
+
+def find_run_or_option(word: str, line: CommandLine) -> Path:
+    """Return the folder of the run that ``word`` names, of a verb that takes options there too.
+
+    Raises:
+        ConfigError: there is no such run; the message says how an option of that name is written.
+    """
+    try:
+        return find_run(word, line.root).path
+    except ConfigError as error:
+        meant = ways_to_write(word, groups(line.config_dir))
+        if not meant:
+            raise
+        why = "is no run, and not of the form option=value"
+        raise ConfigError(word, why=why, fix=f"write {' or '.join(meant)}") from error
 
 
 def stored_run(folder: Path, words: Sequence[str]) -> Run:

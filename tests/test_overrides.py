@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
-from launcher.compose import compose
+from launcher.compose import compose, groups
 from launcher.errors import ConfigErrors
-from launcher.overrides import quoted_word
+from launcher.overrides import quoted_word, ways_to_write
 from launcher.snapshot import dump_run, load_run
 from launcher.stored import stored_run
 from launcher.sweep import expand
@@ -208,3 +208,49 @@ def test_home_is_expanded_in_every_option_that_holds_a_path(monkeypatch):
     assert run.run.name == "a~b"
     pods = compose(["backend=kubernetes", "backend.image=x", "run.root=~/runs", "data.path=~/a.txt"]).run
     assert (pods.run.root, pods.data.path) == ("/home/me/runs", "~/a.txt"), "a pod has a home of its own"
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        (
+            "optimizer.lr=interval(0,1)",
+            "optimizer.lr=interval(0,1) (command line): is an interval, which holds no list",
+        ),
+        ("job.steps=glob(*)", "is a pattern of a group's options, and this is no group; write the values: a,b,c"),
+        ("job.sample_prompt=glob(*)", "or quote it if it is one text: \"job.sample_prompt='glob(*)'\""),
+        ("parallel=glob(x*)", "parallel=glob(x*) (command line): matches no option; choose from: ddp"),
+        ("job..steps=5", "job..steps=5: is not an override of the form option=value; write job.steps=5"),
+        ("job.steps =5", "write job.steps=5"),
+        ("=5", "=5: is not an override of the form option=value"),
+        ("", "'': is not an override of the form option=value"),
+        ("hydra/launcher=x", "hydra/launcher: does nothing here"),
+        ("zero2", "zero2: is not an override of the form option=value; write parallel=zero2"),
+    ],
+)
+@pytest.mark.parametrize("sweeping", [False, True])
+def test_words_that_hydra_would_end_at_are_one_message(word, message, sweeping):
+    (said,) = mistakes(word, sweeping=sweeping)
+    assert message in said
+
+
+def test_a_pattern_is_a_sweep_over_the_options_that_match():
+    assert expand(["parallel=glob(zero?)"], {}, None) == [(f"parallel=zero{stage}",) for stage in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("word", "written"),
+    {
+        "gpt2": "model=gpt2",
+        "zero1_gpt2": "+exp=zero1_gpt2",
+        "job": "job=<option>",
+        "job.steps": "job.steps=<value>",
+        "job.steps:5": "job.steps=5",
+        "model/gpt2": "model=gpt2",
+        "model.gpt2": "model=gpt2",
+        "~job": "job=<option>",
+    }.items(),
+)
+def test_a_word_without_an_equals_sign_is_written_out(word, written):
+    assert ways_to_write(word, groups()) == [written]
+    compose([written.replace("<option>", "train").replace("<value>", "5").replace("~", "")])

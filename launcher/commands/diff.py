@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from launcher.commandline import CommandLine, parse_command_line
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.secrecy import redact
-from launcher.subject import resolved_tree
+from launcher.subject import resolved_tree, words_in
 from launcher.table import table
 from launcher.terminal import json_text
 from launcher.wording import flat
@@ -56,7 +56,7 @@ def _both(line: CommandLine) -> list[dict[str, str]]:
     mistakes: list[ConfigError] = []
     for word in line.words:
         try:
-            tree = resolved_tree(word, config_dir=line.config_dir, root=line.root)
+            tree = resolved_tree(words_in(word), config_dir=line.config_dir, root=line.root)
             sides.append(dict(flat(redact(tree, os.environ))))
         except ConfigErrors as several:
             mistakes += several.errors

@@ -12,9 +12,8 @@ from launcher.doctor.examine import examine, usual_deadline_s
 from launcher.doctor.facts import Request
 from launcher.doctor.show import show
 from launcher.errors import EXIT_UNFIT
-from launcher.runs import find_run
 from launcher.schema import to_tree
-from launcher.stored import stored_run
+from launcher.stored import find_run_or_option, stored_run
 from launcher.terminal import json_text, printable
 
 HELP = """\
@@ -43,7 +42,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     if line.words and "=" not in line.words[0]:
-        wanted = stored_run(find_run(line.words[0], line.root).path, line.words[1:])
+        wanted = stored_run(find_run_or_option(line.words[0], line), line.words[1:])
     else:
         wanted = compose(line.words, config_dir=line.config_dir).run
     hosts = wanted.backend.hosts(max_ranks=wanted.job.max_ranks(wanted))

@@ -32,7 +32,9 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     if line.words and "=" not in line.words[0]:
         from launcher.commands.rerun import run as rerun
+        from launcher.stored import find_run_or_option
 
+        find_run_or_option(line.words[0], line)
         return rerun([*arguments, "dry_run=true"])
     composed = compose(line.words, config_dir=line.config_dir, sweeping=line.multirun)
     if line.multirun or composed.sweep is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 
 import yaml
@@ -29,8 +28,7 @@ def run(arguments: Sequence[str]) -> int:
     if line.help or not line.words:
         print(HELP)
         return 0 if line.help else 2
-    subject = line.words[0] if len(line.words) == 1 else shlex.join(line.words)
-    tree = redact(resolved_tree(subject, config_dir=line.config_dir, root=line.root), os.environ)
+    tree = redact(resolved_tree(line.words, config_dir=line.config_dir, root=line.root), os.environ)
     if line.json:
         print(json_text(tree))
     else:

@@ -61,3 +61,8 @@ def test_one_name_is_not_enough():
 
 def test_help(capsys):
     assert "launch diff A B" in differences(capsys, "--help")
+
+
+def test_a_quote_that_does_not_end():
+    with pytest.raises(ConfigErrors, match="cannot be taken apart: No closing quotation; quote each override"):
+        run(["default", "default job.sample_prompt=it's"])

@@ -136,3 +136,12 @@ def test_the_version(capsys: pytest.CaptureFixture[str], word: str) -> None:
 def test_plan_of_a_run_as_json(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(stored.path), "job.steps=7", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["work"]["steps"] == 7
+
+
+@pytest.mark.parametrize("words", [["zero2"], ["plan", "zero2"], ["doctor", "zero2"]], ids=" ".join)
+def test_an_option_of_a_group_alone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith("; write parallel=zero2\n")

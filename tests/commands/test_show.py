@@ -24,6 +24,21 @@ def test_with_overrides(capsys):
     assert tree["backend"]["env"] == {"A": "b c"}
 
 
+@pytest.mark.parametrize("text", ["a b", "it's b", r"C:\x", 'a "b'])
+def test_one_override_alone_is_one_word(capsys, text):
+    assert yaml.safe_load(shown(capsys, f"job.sample_prompt={text}"))["job"]["sample_prompt"] == text
+
+
+def test_a_run_with_values_changed(capsys, tmp_path):
+    save_run(compose(["job.steps=7"]).run, tmp_path / "run.yaml")
+    assert yaml.safe_load(shown(capsys, str(tmp_path), "job.steps=8"))["job"]["steps"] == 8
+
+
+def test_an_option_of_a_group_is_written_out():
+    with pytest.raises(ConfigError, match="is neither an experiment nor a run; write model=gpt2"):
+        run(["gpt2"])
+
+
 def test_as_json(capsys):
     assert json.loads(shown(capsys, "ddp_gpt2", "--json")) == compose(["+exp=ddp_gpt2"]).tree
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from launcher.component import Component
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.models.installed import AttentionMarks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,3 +53,18 @@ class Flex(Attention):
 
     kind: ClassVar[str] = "flex"
     implementation: ClassVar[str] = "flex_attention"
+
+
+def unsupported(attention: Attention, family: str, marks: AttentionMarks) -> ConfigError | None:
+    """Return the refusal of a kernel that models of a family do not take, ``None`` where they do."""
+    supports = {
+        Eager.kind: True,
+        Sdpa.kind: marks.sdpa,
+        Flash.kind: marks.sdpa and marks.attention_backend,  # others would not find a kernel that is registered
+        Flex.kind: marks.flex_attn,
+    }
+    if supports[attention.kind]:
+        return None
+    others = ", ".join(f"attention={kind}" for kind, supported in supports.items() if supported)
+    why = f"{family} has no such attention in the installed Transformers"
+    return ConfigError("attention", attention.kind, why=why, fix=f"set {others.replace(', ', ' or ')}")

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from launcher import env, numerics
+from launcher.attention import unsupported
 from launcher.benchmarks.base import Benchmark
 from launcher.config import Run, run_to_tree
 from launcher.data.base import Corpus
@@ -14,9 +15,8 @@ from launcher.errors import ConfigError
 from launcher.jobs.base import BatchedJob
 from launcher.jobs.generating import GeneratingJob
 from launcher.jobs.quantize import Quantize
-from launcher.models.installed import parallel_plans
-from launcher.parallel.deepspeed_pipeline import FAMILIES, unknown_family
-from launcher.parallel.fsdp import TENSOR_STYLES
+from launcher.models.installed import attention_marks
+from launcher.parallel.family import family_refusals
 from launcher.plan import Host
 from launcher.secrecy import is_secret_value, secret_variable_in
 from launcher.topology import first_ranks
@@ -40,8 +40,7 @@ def refusals(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from _refuse_long_sequences(run, run.job)
         yield from _refuse_vocabulary(run)
     yield from _refuse_name(run)
-    if isinstance(run.job, BatchedJob | GeneratingJob):
-        yield from _refuse_unplanned_family(run, world_size)
+    yield from _refuse_family(run, world_size)
     yield from _refuse_too_many_ranks(hosts)
     yield from _refuse_uneven_hosts(run, hosts)
     yield from env.refusals(run.backend.env, forward=getattr(run.backend, "forward", None))
@@ -173,24 +172,18 @@ def _refuse_degrees(run: Run, world_size: int) -> Iterator[ConfigError]:
     yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
 
 
-def _refuse_unplanned_family(run: Run, world_size: int) -> Iterator[ConfigError]:
-    """Refuse to slice or cut models that Transformers has no plan for; ``parallel.refusals`` knows GPT-2 itself."""
-    degrees, family = run.parallel.degrees(world_size), run.model.family()
-    plans = parallel_plans(family) if family not in (None, "gpt2") else None
-    if plans is None:
+def _refuse_family(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse to spread models that the strategy cannot spread, and kernels that their family does not have."""
+    if not isinstance(run.job, BatchedJob | GeneratingJob):
         return
-    strange = sorted(plans.tensor_styles - TENSOR_STYLES)
-    if degrees.tensor > 1 and (strange or not plans.tensor_styles):
-        lacks = f"one with styles {', '.join(strange)} that are not carried out here" if strange else "none"
-        why = f"Transformers' tensor plan for {family} is {lacks}"
-        fix = "set parallel=fsdp or parallel=zero3, which shard any model"
-        yield ConfigError("parallel.tensor", degrees.tensor, why=why, fix=fix)
-    if degrees.pipeline > 1 and run.parallel.kind == "pipeline" and not plans.has_stages:
-        why = f"Transformers has no pipeline plan for {family}"
-        fix = "set parallel=fsdp or parallel=zero3, which shard any model"
-        yield ConfigError("parallel.stages", degrees.pipeline, why=why, fix=fix)
-    if run.parallel.kind == "deepspeed_pipeline" and run.model.shape() is None and family not in FAMILIES:
-        yield unknown_family(str(family))
+    length = run.job.sequence_length if isinstance(run.job, BatchedJob) else 0
+    yield from family_refusals(run.parallel, run.model, run.attention, world_size=world_size, length=length)
+    if isinstance(run.job, GeneratingJob) and run.job.engine != "transformers":
+        return  # engines with kernels of their own
+    config = run.model.stored_config()
+    marks = attention_marks(str(config.get("model_type"))) if config is not None else None
+    if marks is not None and (refusal := unsupported(run.attention, str(run.model.family()), marks)) is not None:
+        yield refusal
 
 
 def _refuse_long_sequences(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
@@ -208,16 +201,13 @@ def _refuse_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
 
 
 def _refuse_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
-    """Refuse sequences that do not divide over their ranks, and kernels that want a mask of whole ones."""
+    """Refuse sequences that do not divide over their ranks."""
     degree, length = run.parallel.degrees(world_size).sequence, job.sequence_length
     if degree == 1:
         return
     if length % degree:
         why = f"it does not divide by parallel.sequence={degree}"
         yield job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
-    if run.attention.kind not in ("sdpa", "flash"):
-        why = "only kernels that are causal without a mask compute attention over ranks"
-        yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
 
 
 def _refuse_vocabulary(run: Run) -> Iterator[ConfigError]:

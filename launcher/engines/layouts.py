@@ -16,7 +16,7 @@ from launcher.engines.distributed import DTYPES
 from launcher.engines.mesh import dimensions, mesh_of
 from launcher.engines.model import model_of
 from launcher.engines.tensor_plan import TensorPlan
-from launcher.engines.ulysses import SequenceParallel
+from launcher.engines.ulysses import SequenceParallel, check_cut
 from launcher.models.units import blocks
 from launcher.parallel.fsdp import Fsdp
 from launcher.parallel.replicated import Ddp
@@ -89,6 +89,7 @@ class Sharded:
         parallel = context.run.parallel
         assert isinstance(parallel, Fsdp), "the strategy that this lays out"
         self._parallel, self._device, self._precision = parallel, device, context.run.precision.compute
+        self._length = context.run.batched_job.sequence_length
         self._mesh = mesh_of(context.degrees, device=device) if context.world_size > 1 else None
         self._shards = self._shard_mesh()
         self.averaged_over = self._shards.size() if self._shards is not None else 1
@@ -105,7 +106,9 @@ class Sharded:
 
     def _look(self, model: PreTrainedModel) -> None:
         """Read the tensor plan off the model, and note which parts are blocks, before it has storage."""
-        tensor = self._over("tensor")
+        tensor, sequence = self._over("tensor"), self._over("sequence")
+        if sequence is not None:
+            check_cut(model, degree=sequence.size(), length=self._length)
         self._plan = TensorPlan(model, tensor) if tensor is not None else None
         self._blocks = set(map(id, blocks(model)))
 

@@ -17,6 +17,9 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from launcher.data.loader import MicroBatch
+from launcher.models.attending import cut_problem
+from launcher.models.kernels import marks_of
+from launcher.parallel.family import uncut
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +48,17 @@ def _swap(tensor: Tensor, group: ProcessGroup, *, cut: int, join: int) -> Tensor
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
     return torch.cat(received.unbind(), dim=join)
+
+
+def check_cut(model: PreTrainedModel, *, degree: int, length: int) -> None:
+    """Raise unless ranks can share the sequences of a model, which the plan knows only of models on its machine.
+
+    Raises:
+        ConfigError: some layers do more than attend to whole sequences.
+    """
+    why = cut_problem(model.config.to_dict(), marks_of(type(model)), length=length)
+    if why is not None:
+        raise uncut(degree, why)
 
 
 class SequenceParallel:

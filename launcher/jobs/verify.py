@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from launcher.errors import ConfigError
 from launcher.jobs.base import LearningJob
+from launcher.models.attending import dropouts
 from launcher.precision import Fp32
 from launcher.suggest import did_you_mean
 from launcher.verification.case import REFERENCE
@@ -69,6 +70,10 @@ class Verify(LearningJob):
         if getattr(run.model, "dropout", 0.0):
             why = "ranks draw dropout each for itself, so no two strategies agree"
             yield ConfigError("model.dropout", run.model.dropout, why=why, fix="set model.dropout=0")  # type: ignore[attr-defined]
+        for key, value in dropouts(run.model.stored_config() or {}).items():
+            why = f"its config.json sets {key}={value:g}, and ranks draw dropout each for itself"
+            fix = f"set {key} to 0 in a copy of the folder"
+            yield ConfigError("model.name", run.model.name, why=why, fix=fix)
         if run.profile.kind == "true":
             why = "job=verify computes in processes that end after a few steps"
             yield ConfigError("profile", "true", why=why, fix="profile job=train with the strategy in question")

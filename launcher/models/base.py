@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -75,6 +75,10 @@ class Model(Component):
         """Return the name of the architecture in Transformers, ``None`` where it is not known on this machine."""
         shape = self.shape()
         return None if shape is None else shape.family
+
+    def stored_config(self) -> Mapping[str, Any] | None:
+        """Return what the model's own ``config.json`` holds, ``None`` where there is none on this machine."""
+        return None
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:

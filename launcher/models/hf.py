@@ -42,7 +42,7 @@ class Hf(Model):
 
     def family(self) -> str | None:
         """Return the ``model_type`` of the config where it is on this machine."""
-        config = self._config()
+        config = self.stored_config()
         return None if config is None else str(config.get("model_type"))
 
     def architecture(self) -> dict[str, Any]:
@@ -108,7 +108,8 @@ class Hf(Model):
     def _is_local(self) -> bool:
         return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or is_folder(Path(self.name))
 
-    def _config(self) -> dict[str, Any] | None:
+    def stored_config(self) -> dict[str, Any] | None:
+        """Return the config of the folder or of the hub's cache, where it can be read."""
         folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)
         if folder is None:
             return None
@@ -118,7 +119,7 @@ class Hf(Model):
             return None
 
     def _sizes(self) -> Sizes | None:
-        config = self._config()
+        config = self.stored_config()
         return None if config is None else sizes_of(config)
 
     def _local_problems(self) -> Iterator[ConfigError]:

@@ -12,6 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+_ROOTS = frozenset({"PreTrainedModel", "GenerationMixin"})
+"""Classes without marks that those of families inherit from."""
+_NO = ast.Constant(value=False)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelPlans:
@@ -23,13 +27,62 @@ class ParallelPlans:
     """Whether there is a plan for pipeline stages."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionMarks:
+    """What the class of a causal language model says of its attention, under the names that Transformers has for it."""
+
+    sdpa: bool
+    flex_attn: bool
+    attention_backend: bool
+    """Whether its layers take any attention function that is registered, rather than code of their own."""
+    is_stateful: bool
+    """Whether some layers carry a state from token to token instead of attending."""
+
+
 @functools.cache
 def causal_lm_types() -> frozenset[str] | None:
     """Return every ``model_type`` that has a causal language model."""
-    table = _assigned(_module("models/auto/modeling_auto.py")).get("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
-    if not isinstance(table, ast.Call):
+    classes = _causal_lm_classes()
+    return None if classes is None else frozenset(classes)
+
+
+@functools.cache
+def attention_marks(model_type: str) -> AttentionMarks | None:
+    """Return what the causal language model of a family says of its attention."""
+    name = (_causal_lm_classes() or {}).get(model_type)
+    for folder in {file.parent for file in _configuration_files(model_type)}:
+        for file in folder.glob("modeling_*.py"):
+            text = file.read_text(encoding="utf-8")
+            if f"class {name}(" in text:
+                classes = {node.name: node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)}
+                return _marks(str(name), classes)
+    return None
+
+
+def _marks(name: str, classes: Mapping[str, ast.ClassDef]) -> AttentionMarks | None:
+    """Return the marks of a class by those of its bases, as far as these are in the same file."""
+    found: dict[str, ast.expr] = {}
+    pending = [name]
+    while pending:
+        node = classes.get(name := pending.pop())
+        if node is not None:
+            found = _assigned(node.body) | found
+            pending += [base.id for base in reversed(node.bases) if isinstance(base, ast.Name)]
+        elif name not in _ROOTS:
+            return None  # it may inherit marks
+    marks = {"sdpa": "_supports_sdpa", "flex_attn": "_supports_flex_attn"}
+    marks |= {"attention_backend": "_supports_attention_backend", "is_stateful": "_is_stateful"}
+    values = {field: found.get(mark, _NO) for field, mark in marks.items()}
+    if not all(isinstance(value, ast.Constant) for value in values.values()):
         return None
-    return frozenset(name for name, _ in ast.literal_eval(table.args[0]))
+    return AttentionMarks(**{field: bool(ast.literal_eval(value)) for field, value in values.items()})
+
+
+@functools.cache
+def _causal_lm_classes() -> Mapping[str, str] | None:
+    """Return the name of the class by ``model_type``."""
+    table = _assigned(_module("models/auto/modeling_auto.py")).get("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES")
+    return dict(ast.literal_eval(table.args[0])) if isinstance(table, ast.Call) else None
 
 
 @functools.cache

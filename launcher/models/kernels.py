@@ -9,13 +9,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from launcher.attention import Flash
+from launcher.attention import Flash, unsupported
 from launcher.errors import ConfigError
+from launcher.models.installed import AttentionMarks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from launcher.attention import Attention
+
+
+def marks_of(family: type[PreTrainedModel]) -> AttentionMarks:
+    """Return what a class of models says of its attention."""
+    return AttentionMarks(
+        sdpa=family._supports_sdpa,  # noqa: SLF001
+        flex_attn=family._supports_flex_attn,  # noqa: SLF001
+        attention_backend=family._supports_attention_backend,  # noqa: SLF001
+        is_stateful=family._is_stateful,  # noqa: SLF001
+    )
 
 
 def attention_of(family: type[PreTrainedModel], attention: Attention) -> str:
@@ -24,17 +35,8 @@ def attention_of(family: type[PreTrainedModel], attention: Attention) -> str:
     Raises:
         ConfigError: Transformers has no such attention for this family.
     """
-    supports = {
-        "eager": True,
-        "sdpa": family._supports_sdpa,  # noqa: SLF001
-        # families of before the interface would not find a kernel of ours
-        "flash": family._supports_sdpa and family._supports_attention_backend,  # noqa: SLF001
-        "flex": family._supports_flex_attn,  # noqa: SLF001
-    }
-    if not supports[attention.kind]:
-        others = ", ".join(f"attention={kind}" for kind, supported in supports.items() if supported)
-        why = f"{family.__name__} has no such attention in the installed Transformers"
-        raise ConfigError("attention", attention.kind, why=why, fix=f"it takes {others}")
+    if (refusal := unsupported(attention, family.__name__, marks_of(family))) is not None:
+        raise refusal
     if isinstance(attention, Flash):
         ALL_ATTENTION_FUNCTIONS.register(attention.implementation, flash_forward)
         ALL_MASK_ATTENTION_FUNCTIONS.register(attention.implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

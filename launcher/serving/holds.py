@@ -11,6 +11,7 @@ from launcher.errors import ConfigError
 from launcher.quantization.codecs import rounds_activations
 from launcher.serving.kv import ATTENTION, PagedCache, register
 from launcher.serving.plan import Segment, StepPlan
+from launcher.serving.refusals import unheld
 from launcher.serving.runner import Runner, cache_name
 from launcher.serving.shapes import Shapes
 from launcher.serving.stage import WHOLE, Stage
@@ -107,6 +108,4 @@ class Sample:
 
 def refusal(model: PreTrainedModel, why: str) -> ConfigError:
     """Return the refusal of a model."""
-    why = f"{model.config.model_type} {why}, which pages cannot hold exactly"
-    fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
-    return ConfigError("job.engine", "slots", why=why, fix=fix)
+    return unheld(model.config.model_type, why)

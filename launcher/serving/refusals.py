@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
+from launcher.models.attending import other_layers, windows
+from launcher.models.installed import attention_marks
 from launcher.parallel.pipeline import Pipeline
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ def refusals(run: Run, *, world_size: int, engine: str = "slots") -> Iterator[Co
     if engine == "slots" and run.attention.kind != "sdpa":
         why = "job.engine=slots computes attention over pages by kernels of its own"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
+    if engine == "slots" and (why_not := _unheld(run)) is not None:
+        yield unheld(str(run.model.family()), why_not)
     if engine == "transformers" and run.attention.kind == "flex":
         why = "Transformers' continuous batching knows eager, sdpa and flash"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
@@ -40,6 +44,28 @@ def refusals(run: Run, *, world_size: int, engine: str = "slots") -> Iterator[Co
         yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
     if isinstance(run.parallel, Pipeline):
         yield from _unused_of_pipelines(run.parallel)
+
+
+def _unheld(run: Run) -> str | None:
+    """Return why pages cannot hold a model, as far as files tell; the rank compares results besides."""
+    config = run.model.stored_config()
+    marks = attention_marks(str(config.get("model_type"))) if config is not None else None
+    if config is None or marks is None:
+        return None
+    if others := [*other_layers(config), *(key for key, _ in windows(config))]:
+        return f"keeps other things than keys and values of all tokens ({', '.join(others)})"
+    if marks.is_stateful:
+        return "keeps other things than keys and values of all tokens (a state)"
+    return (
+        None if marks.attention_backend and marks.sdpa else "computes attention by code that the engine cannot replace"
+    )
+
+
+def unheld(family: str, why: str) -> ConfigError:
+    """Return the refusal of a model of that family."""
+    why = f"{family} {why}, which pages cannot hold exactly"
+    fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
+    return ConfigError("job.engine", "slots", why=why, fix=fix)
 
 
 def _unused_of_pipelines(parallel: Pipeline) -> Iterator[ConfigError]:

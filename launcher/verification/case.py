@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher.batch import Batch, solve_batch
 from launcher.errors import ConfigError
+from launcher.parallel.family import family_refusals
 from launcher.parallel.replicated import Single
 from launcher.wording import component_text, times
 
@@ -62,6 +63,8 @@ class Case:
             return f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
         shape = run.model.shape()
         for refusal in self.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=shape):
+            return refusal.why
+        for refusal in family_refusals(self.parallel, run.model, run.attention, world_size=world_size, length=length):
             return refusal.why
         try:
             batch = self.batch(run, world_size=world_size, sequences=sequences)

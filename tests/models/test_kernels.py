@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from launcher.activation import Keep
 from launcher.attention import Attention, Eager, Flash, Flex, Sdpa
+from launcher.engines.ulysses import check_cut
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
 from launcher.models.gpt2 import Gpt2
@@ -87,3 +88,23 @@ def test_a_family_without_the_kernel_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"attention=flex: GPT2LMHeadModel has no such attention .*attention=flash"):
         gpt2(Flex())
     assert attention_of(transformers.LlamaForCausalLM, Flex()) == "flex_attention"
+
+
+def test_ranks_share_the_sequences_of_attention_over_all_tokens_alone() -> None:
+    sizes = {
+        "num_hidden_layers": 1,
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+        "vocab_size": 9,
+    }
+    with torch.device("meta"):
+        windowed = transformers.MistralForCausalLM(transformers.MistralConfig(**sizes, sliding_window=16))
+        own_code = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
+    check_cut(windowed, degree=2, length=16)
+    with pytest.raises(
+        ConfigError, match=r"parallel\.sequence=2: mistral has layers that see 16 tokens .* have 32; set"
+    ):
+        check_cut(windowed, degree=2, length=32)
+    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: falcon computes attention in its own code"):
+        check_cut(own_code, degree=2, length=16)

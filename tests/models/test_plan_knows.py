@@ -14,12 +14,14 @@ from launcher.advice import warnings_of
 from launcher.compose import compose
 from launcher.engines.tensor_plan import _STYLES
 from launcher.errors import ConfigErrors
+from launcher.jobs.verify import Verify
 from launcher.models import hub
 from launcher.models.hf import Hf
-from launcher.models.installed import causal_lm_types, parallel_plans, rope_types
+from launcher.models.installed import attention_marks, causal_lm_types, parallel_plans, rope_types
 from launcher.parallel.fsdp import TENSOR_STYLES
 from launcher.preflight import preflight
 from launcher.prepare import prepare
+from launcher.verification.choose import Choice, choose
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -289,6 +291,90 @@ def test_a_folder_that_cannot_be_sliced_or_cut_is_refused(
     with pytest.raises(ConfigErrors) as errors:
         plan_of(*words)
     assert said in str(errors.value)
+
+
+WINDOWED = {**LLAMA, "model_type": "mistral", "sliding_window": 16}
+GEMMA2 = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (LLAMA, None),
+        ({**WINDOWED, "sliding_window": 32}, None),
+        ({**WINDOWED, "model_type": "qwen2", "use_sliding_window": False}, None),
+        ({**WINDOWED, "sliding_window": None}, None),
+        (WINDOWED, "mistral has layers that see 16 tokens (sliding_window), and sequences have 32"),
+        (
+            {**LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
+            "layers (conv) that carry a state",
+        ),
+        ({**LLAMA, "model_type": "qwen3_next"}, "qwen3_next has layers that carry a state from token to token"),
+        ({**LLAMA, "model_type": "falcon"}, "falcon computes attention in its own code"),
+    ],
+)
+def test_sequences_are_shared_only_where_attention_alone_sees_other_tokens(
+    plan_of: Callable[..., object], tmp_path: Path, config: dict[str, Any], said: str | None
+) -> None:
+    folder = f"model.name={model_folder(tmp_path, config)}"
+    words = ["model=hf", folder, "parallel=sequence", "parallel.sequence=2", "job.sequence_length=32"]
+    if said is None:
+        plan_of(*words)
+        return
+    with pytest.raises(ConfigErrors, match="set parallel=fsdp or parallel=zero3") as errors:
+        plan_of(*words)
+    assert said in str(errors.value)
+
+
+def test_a_kernel_that_a_family_lacks_is_refused(plan_of: Callable[..., object], tmp_path: Path) -> None:
+    model = ["model=hf", f"model.name={model_folder(tmp_path, GEMMA2)}"]
+    with pytest.raises(ConfigErrors, match=r"attention=sdpa: gemma2 has no such .*; set attention=eager or attention="):
+        plan_of(*model, "job.sequence_length=32")
+    plan_of(*model, "job.sequence_length=32", "attention=eager")
+    (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
+    assert line.startswith("job.engine=slots: gemma2 keeps other things than keys and values of all tokens (sliding_")
+    model_folder(tmp_path, {**LLAMA, "model_type": "bloom"})
+    (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
+    assert line.startswith("job.engine=slots: bloom computes attention by code that the engine cannot replace")
+    model_folder(tmp_path, {**LLAMA, "model_type": "mamba"})
+    (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
+    assert line.startswith("job.engine=slots: mamba keeps other things than keys and values of all tokens (a state)")
+    plan_of(*model, "job=generate", "job.input=sample", "job.engine=echo", "job.tokenizer=bytes")
+
+
+def test_verify_takes_the_strategies_that_can_spread_the_model(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    words = ["model=hf", f"model.name={folder}", "job=verify", "schedule=constant", "backend.ranks=2"]
+    words += ["tracker=local", "job.sequence_length=32"]
+
+    def taken(config: dict[str, Any], *more: str) -> Choice:
+        model_folder(folder, config)
+        run = compose([*words, *more]).run
+        assert isinstance(run.job, Verify)
+        return choose(run.job, run, world_size=2)
+
+    assert "tensor plan for mixtral" in taken(MIXTRAL).left_out["tensor"]
+    falcon = taken({**LLAMA, "model_type": "falcon"})
+    assert {"pipeline2_gpipe", "tensor", "sequence"} <= set(falcon.left_out)
+    assert {"ddp", "fsdp", "zero3", "zero3_offload"} <= set(falcon.cases)
+    assert "sliding_window" in taken(WINDOWED).left_out["sequence"]
+    assert "causal without a mask" in taken(LLAMA, "attention=eager").left_out["sequence"]
+    model_folder(folder, {**LLAMA, "model_type": "opt", "dropout": 0.1, "classifier_dropout": 0.1, "layerdrop": 0.0})
+    (line,) = refused(*words, length=None)
+    assert line.endswith(
+        "sets dropout=0.1, and ranks draw dropout each for itself; set dropout to 0 in a copy of the folder"
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "falcon", "qwen3_next", "mamba", "opt", "bloom"])
+def test_marks_of_attention_are_those_of_the_class(family: str) -> None:
+    import transformers
+
+    from launcher.models.kernels import marks_of
+
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    assert attention_marks(family) == marks_of(getattr(transformers, known[family]))
+    assert attention_marks("no_such_family") is None
 
 
 def test_the_installed_transformers_is_read_without_importing_it() -> None:

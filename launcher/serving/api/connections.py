@@ -6,6 +6,7 @@ import asyncio
 import http
 import json
 import logging
+import sys
 from collections import Counter
 from typing import Any
 
@@ -17,8 +18,15 @@ from launcher.serving.api.problems import ApiError
 
 _MOST_CHUNKS, _SMALL_CHUNK = 1024, 256
 """Chunks that any body may have; further ones must have so many bytes on average, for each takes time to read."""
+_LINGER_S, _LINGER_BYTES = 10.0, 1 << 25
+"""How long, and for how much, a client is listened to that sends on after its answer: closing at once would reset the
+connection, and then the answer is lost before the client reads it."""
 _OF_ONE_ADDRESS = 0.75
 """Share of all connections that one address may hold."""
+
+
+class TinyChunks(h11.RemoteProtocolError):
+    """A body that takes more time to put together than to send."""
 
 
 class _Reader(h11.Connection):
@@ -35,8 +43,50 @@ class _Reader(h11.Connection):
             self._chunks += event.chunk_start
             self._received += len(event.data)
             if self._chunks > _MOST_CHUNKS and self._received < _SMALL_CHUNK * self._chunks:
-                raise h11.RemoteProtocolError(f"more than {_MOST_CHUNKS} chunks of less than {_SMALL_CHUNK} bytes")
+                raise TinyChunks(
+                    f"the body has more than {_MOST_CHUNKS:,} chunks with less than {_SMALL_CHUNK} bytes on average; "
+                    "send it with Content-Length, or in larger chunks"
+                )
         return event
+
+
+class _Transport:
+    """A connection that, closed before a request has come whole, waits a little for the client to read its answer."""
+
+    def __init__(self, transport: Any, owner: Any) -> None:
+        self._transport, self._owner = transport, owner
+        self.left: int | None = None
+        """Bytes that are still passed over; ``None`` before the end."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+    def is_closing(self) -> bool:
+        """Whether nothing more will be read or written."""
+        return self.left is not None or bool(self._transport.is_closing())
+
+    def close(self) -> None:
+        """Close, once the client has stopped to send or has had time to."""
+        if self.left is not None:
+            return
+        if self._transport.is_closing() or self._owner.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
+            self._transport.close()
+            return
+        try:
+            self._transport.write_eof()
+        except OSError:  # the client is gone already
+            self._transport.close()
+            return
+        self.left = _LINGER_BYTES
+        self._transport.resume_reading()
+        self._owner.loop.call_later(_LINGER_S, self._transport.abort)
+
+    def pass_over(self, data: bytes) -> None:
+        """Count what the client still sends, and end the connection where it is too much."""
+        assert self.left is not None
+        self.left -= len(data)
+        if self.left <= 0:
+            self._transport.abort()
 
 
 def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> type[H11Protocol]:
@@ -54,13 +104,14 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
     class Limited(H11Protocol):
         """One connection."""
 
+        transport: Any
         _deadline: asyncio.TimerHandle | None = None
         _reading: asyncio.TimerHandle | None = None
         _address = ""
 
         def connection_made(self, transport: Any) -> None:
             """Take a connection, or say that there are too many."""
-            super().connection_made(transport)
+            super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
             self.conn = _Reader(h11.SERVER, MAX_HEAD_BYTES)
             self._address = network_of(self.client[0]) if self.client else ""
             open_by[self._address] += 1
@@ -80,6 +131,9 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
 
         def data_received(self, data: bytes) -> None:
             """Read; whoever begins a request must also end its headers."""
+            if self.transport.left is not None:
+                self.transport.pass_over(data)
+                return
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
                 self._calm()
@@ -88,6 +142,8 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
 
         def handle_events(self) -> None:
             """Go on with what has come, unless it begins with the head of a request that can be read in two ways."""
+            if self.transport.left is not None:
+                return
             if self.conn.their_state is h11.IDLE:
                 problem = check_head(self.conn.trailing_data[0])
                 if problem is not None:
@@ -96,8 +152,10 @@ def protocol(max_connections: int, *, headers_s: float, reading_s: float) -> typ
             super().handle_events()
 
         def send_400_response(self, msg: str) -> None:
-            """Say that this is no HTTP, unless an answer has begun already."""
-            self._refuse(ApiError(400, f"this is no valid HTTP request: {msg}", code="invalid_http"))
+            """Say that this is no HTTP, unless an answer has begun already; called while h11's error is handled."""
+            why = sys.exception()
+            said = str(why) if isinstance(why, TinyChunks) else f"this is no valid HTTP request: {msg}"
+            self._refuse(ApiError(400, said, code="invalid_http"))
 
         def on_response_complete(self) -> None:
             """Go on, unless the answer came before the body: nothing waits for that any more."""

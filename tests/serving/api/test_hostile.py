@@ -256,6 +256,26 @@ def test_a_client_that_waits_to_be_asked_for_its_body(target: Target) -> None:
         assert read_all(connection).startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize(
+    ("payload", "status", "word"),
+    [
+        (head("content-length: 12000000") + b"a" * 12_000_000, 413, b"larger than"),
+        (head(CHUNKED) + b"8\r\naaaaaaaa\r\n" * 500_000 + b"0\r\n\r\n", 400, b"in larger chunks"),
+        (head("content-length: 12000000", key="wrong", host=b"host: x\r\n") + b"a" * 12_000_000, None, b"key"),
+    ],
+    ids=["too large", "tiny chunks", "not let in"],
+)
+def test_a_client_that_sends_on_reads_why_it_is_refused(
+    target: Target, payload: bytes, status: int | None, word: bytes
+) -> None:
+    """Closing at once would reset the connection, and the answer be lost."""
+    with target.connect() as connection:
+        connection.sendall(payload)
+        said = connection.recv(1 << 16)
+    assert said.split()[1] == str(status or (401 if target.is_proxy else 403)).encode()
+    assert word in said
+
+
 def test_idle_clients_take_no_room(target: Target) -> None:
     """More of them than largest bodies fit into memory, and none has said how much will come."""
     with ExitStack() as stack:

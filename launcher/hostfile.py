@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,8 @@ _MOST_PROCESSES = 512
 _FORM = "write [user@]host[:port] slots=N, as in hostfile.example"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _LOGIN = re.compile(r"(?:(?P<user>[^@]*)@)?(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:\[\]]*))(?::(?P<port>.*))?")
+_RANGE = re.compile(r"([^\[\]]+)\[(\w+)[-,][\w,-]*\].*")
+"""``node[1-3]``: its hosts begin with the two groups put together."""
 _NODE = re.compile(r"(?:\[(?P<ipv6>[^\]]*)\]|(?P<name>[^:\[\]]*))(?::(?P<slots>.*))?")
 
 
@@ -65,11 +68,17 @@ def read_hostfile(path: str | Path) -> tuple[Entry, ...]:
     lines = _text(Path(path).expanduser()).splitlines()
     entries: dict[str, Entry] = {}
     mistakes: list[ConfigError] = []
-    for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].split()
-        if not words:
+    parsed = [line.partition("#")[0].split() for line in lines]
+    alone = Counter(words[0] for words in parsed if len(words) == 1)  # a line for each slot, as PBS writes them
+    repeated = {word: times for word, times in alone.items() if times > 1}
+    for number, words in enumerate(parsed, start=1):
+        if not words or (len(words) == 1 and repeated.get(words[0]) == 0):
             continue
         try:
+            if len(words) == 1 and (times := repeated.get(words[0])):
+                repeated[words[0]] = 0  # said once
+                fix = f"write one line instead of them: {words[0]} slots={times}"
+                raise _Wrong(f"{words[0]} has no slots, and a line for each of {times}", fix)
             entry = _entry(words, number)
             if known := entries.get(entry.name.lower()):
                 fix = "give it one line with all of its slots; for two machines behind one name, ssh aliases"
@@ -132,6 +141,9 @@ def _entry(words: Sequence[str], line: int) -> Entry:
     for word in settings:
         key, equals, value = word.partition("=")
         if key != "slots" or not equals:
+            of_mpich = port is not None and port <= _MOST_PROCESSES and "slots" not in "".join(settings)
+            if of_mpich:  # its number of processes, which is no port here
+                known, login = [f"slots={port}"], login.rpartition(":")[0]
             raise _Wrong(f"{word!r} means nothing here", _without(login, known, settings, word))
         if slots is not None:
             raise _Wrong(f"{name} has slots twice")
@@ -164,6 +176,9 @@ def _login(word: str) -> tuple[str | None, str, int | None]:
     if "=" in word:
         raise _Wrong(f"the line begins with {word!r} instead of a host")
     found = _LOGIN.fullmatch(word)
+    if ranged := _RANGE.fullmatch(word):
+        fix = f"write a line for each of its hosts: {ranged[1]}{ranged[2]} slots=N, …"
+        raise _Wrong(f"{word!r} stands for several hosts, as in Slurm and pdsh", fix)
     if found is None:
         raise _Wrong(f"{word!r} is not a host", "write IPv6 addresses in brackets: [fd00::1]:22")
     user, port = found["user"], found["port"]

@@ -134,6 +134,7 @@ def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, line: str, why:
         ("worker-2 max_slots=8 slots=4", 4),
         ("worker-2 cpu=2 slots=4 max_slots=8", 4),
         ("worker-2:4", 4),  # MPICH
+        ("worker-2:4 binding=user:0,1", 4),
         ("worker-2:16 slots=2 ifname=eth0", 2),
         ("me@10.0.0.7:2", 2),
         ("worker-2 slots = 4", 4),
@@ -147,6 +148,25 @@ def test_advice_for_other_programs_hostfiles_works_when_followed(tmp_path: Path,
     advised = error.fix.partition("write the line as: ")[2].partition(" (")[0]
     (entry,) = read_hostfile(written(tmp_path, f"{advised}\n"))
     assert entry.slots == slots
+
+
+def test_a_line_for_each_slot_is_one_message(tmp_path: Path) -> None:
+    """As PBS and Open MPI write them."""
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(written(tmp_path, "a\nb slots=1\na\na\n"))
+    (error,) = refusals(caught)
+    assert error.why == "a has no slots, and a line for each of 3"
+    (entry,) = read_hostfile(written(tmp_path, error.fix.partition("instead of them: ")[2]))
+    assert (entry.name, entry.slots) == ("a", 3)
+
+
+@pytest.mark.parametrize("line", ["node[1-3] slots=4", "node[1,3]", "node[01-04]:22"])
+def test_names_of_several_hosts_are_named_as_such(tmp_path: Path, line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(written(tmp_path, f"{line}\n"))
+    (error,) = refusals(caught)
+    assert "stands for several hosts" in error.why
+    assert f"write a line for each of its hosts: node{line[5:6] if line[5] != '0' else '01'} slots=N, …" == error.fix
 
 
 def test_all_wrong_lines_are_told_together(tmp_path: Path) -> None:

@@ -74,6 +74,7 @@ _launch() {
   local -a found
   found=("${(@f)$(launch completion --words "${(@)words[2,CURRENT]}" 2> /dev/null)}")
   if [[ -z ${found[1]} ]]; then
+    compset -P '*='
     _files
     return
   fi
@@ -85,7 +86,16 @@ compdef _launch launch
 _FISH = r"""
 function __launch_words
   set -l typed (commandline -opc)
-  launch completion --words $typed[2..] (commandline -ct) 2> /dev/null
+  set -l word (commandline -ct)
+  set -l found (launch completion --words $typed[2..] $word 2> /dev/null)
+  if set -q found[1]
+    printf '%s\n' $found
+  else if string match -q '*=*' -- $word
+    set -l parts (string split -m 1 = -- $word)
+    printf '%s\n' "$parts[1]="(__fish_complete_path $parts[2])
+  else
+    __fish_complete_path $word
+  end
 end
 complete -c launch -f -a '(__launch_words)'
 """
@@ -96,7 +106,8 @@ def run(arguments: Sequence[str]) -> int:
     """Print the script of a shell, or, for that script, the words that may stand where the last one is."""
     words = list(arguments)
     if words[:1] == ["--words"]:
-        print("\n".join(candidates(words[1:])))
+        for candidate in candidates(words[1:]):
+            print(candidate)
         return 0
     if not words or words[0] in ("-h", "--help"):
         print(HELP)

@@ -29,6 +29,8 @@ launch list [GROUP[/OPTION]]: what can be configured.
   launch list parallel          options of a group, then its keys with type, default and meaning
   launch list parallel/zero3    one option: its keys with the values it gives them
 """
+_LEAST_BESIDE = 64
+"""Columns that default, type and meaning of a key need beside its name; in a narrower terminal they stand below it."""
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -89,7 +91,14 @@ def _one(group: str, option: str, folders: Sequence[Path], width: int) -> Iterat
 def _keys(group: str, cls: type, values: dict[str, str], width: int) -> Iterator[str]:
     docs, types = field_docs(cls), field_types(cls)
     rows = [(f"{group}.{name}", values.get(name, "needed"), describe(types[name]), docs[name]) for name in types]
-    yield from table(rows, indent="  ", width=width)
+    if max((len(row[0]) for row in rows), default=0) > width - _LEAST_BESIDE:
+        for name, value, kind, meaning in rows:
+            for text, indent in ((f"{name}: {value} ({kind})", "  "), (meaning, "    ")):
+                yield from textwrap.wrap(
+                    text, width, initial_indent=indent, subsequent_indent=" " * 4, break_long_words=False
+                )
+        return
+    yield from table(rows, indent="  ", width=width, whole=(0,))
 
 
 def _file(group: str, option: str, folders: Sequence[Path]) -> Path:

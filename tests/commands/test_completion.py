@@ -78,11 +78,29 @@ def test_a_shell_asks(tmp_path: Path, shell: str, capsys: pytest.CaptureFixture[
     program = tmp_path / "launch"
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
     program.chmod(0o755)
-    line = "launch plan parallel=zero3_"
+    assert "zero3_offload" in _completed(shell, script, "launch plan parallel=zero3_")[-1]
+
+
+@pytest.mark.parametrize("shell", [name for name in SCRIPTS if shutil.which(name)])
+def test_a_shell_completes_files_where_nothing_else_fits(tmp_path: Path, shell: str) -> None:
+    """Bash and zsh do it themselves where they are offered nothing: not even one empty word."""
+    script = tmp_path / "script"
+    script.write_text(SCRIPTS[shell])
+    program = tmp_path / "launch"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "epoch=3.txt").touch()
+    expected = {"bash": ["0"], "zsh": ["-P *=", "files"], "fish": ["data.path=epoch=3.txt"]}
+    assert _completed(shell, script, "launch plan data.path=epo") == expected[shell]
+
+
+def _completed(shell: str, script: Path, line: str) -> list[str]:
+    """Return what a shell would insert, or what its script asks the shell for."""
     ask = {
         "bash": f". {script}; COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; _launch 2> /dev/null; "
-        'printf "%s\\n" "${COMPREPLY[@]}"',
-        "zsh": f"compdef() {{ :; }}; compadd() {{ print -l -- $@; }}; words=({line}); CURRENT=3; . {script}; _launch",
+        'printf "%s\\n" "${COMPREPLY[@]:-${#COMPREPLY[@]}}"',
+        "zsh": f"compdef() {{ :; }}; compadd() {{ print -l -- $@; }}; compset() {{ print -- $@; }}; "
+        f"_files() {{ print files; }}; words=({line}); CURRENT=3; . {script}; _launch",
         "fish": f"source {script}; complete -C '{line}'",
     }
     answer = subprocess.run(
@@ -90,11 +108,11 @@ def test_a_shell_asks(tmp_path: Path, shell: str, capsys: pytest.CaptureFixture[
         capture_output=True,
         text=True,
         check=True,
-        cwd=tmp_path,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=script.parent,
+        env={"PATH": f"{script.parent}:/usr/bin:/bin", "HOME": str(script.parent)},
         timeout=60,
     )
-    assert "zero3_offload" in answer.stdout.split()[-1]
+    return answer.stdout.splitlines()
 
 
 def test_a_shell_that_is_none() -> None:

@@ -32,6 +32,19 @@ def test_keys_with_type_default_and_meaning(capsys):
     assert "backend.ranks auto a whole number or auto Ranks on each host; auto is what the hostfile says" in text
 
 
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_names_are_whole_and_lines_fit(capsys, monkeypatch, width):
+    monkeypatch.setenv("COLUMNS", str(width))
+    names = {f"{group}.{name}" for group in KINDS for cls in _classes(group) for name in field_docs(cls)}
+    words = [word for group in KINDS for word in listed(capsys, group).split()]
+    assert names <= {word.rstrip(":") for word in words}
+    assert max(len(line) for line in listed(capsys, "backend", "parallel", "job").splitlines()) <= width
+
+
+def _classes(group):
+    return [component_class(group, kind) for kind in KINDS[group]]
+
+
 def test_every_kind_of_a_group(capsys):
     text = listed(capsys, "parallel")
     assert all(f"\nkind {kind}: " in text for kind in KINDS["parallel"])

@@ -19,6 +19,10 @@ _LEAST_BYTES = 1 << 16
 """Less than this counts as nothing: file systems hand out blocks, and the first that does not fit is lost."""
 
 
+_NAMED = "the disk of "
+"""What messages about a full disk say."""
+
+
 def full_disk(folder: Path) -> str | None:
     """Return which disk is full, in words, where that of ``folder`` is; ``None`` where it has room."""
     try:
@@ -28,9 +32,9 @@ def full_disk(folder: Path) -> str | None:
         return None
     free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
     if disk.f_blocks and free < _LEAST_BYTES:
-        return f"the disk of {folder} is full ({bytes_text(free)} of {bytes_text(total)} free)"
+        return f"{_NAMED}{folder} is full ({bytes_text(free)} of {bytes_text(total)} free)"
     if disk.f_files and not disk.f_favail:
-        return f"the disk of {folder} is full (0 of {disk.f_files:,} files free)"
+        return f"{_NAMED}{folder} is full (0 of {disk.f_files:,} files free)"
     return None
 
 
@@ -48,6 +52,8 @@ def name_full_disk(error: BaseException, folders: Mapping[str, Path]) -> str | N
         error: what a write raised.
         folders: where the run writes, each by the option that says so (``run.root``). The first that is full counts.
     """
+    if _NAMED in str(error):  # with the option that helps
+        return str(error)
     is_sure = says_full(error)
     if not is_sure and not any(_WRITERS.search(str(one)) for one in _chain_of(error)):
         return None
@@ -57,7 +63,7 @@ def name_full_disk(error: BaseException, folders: Mapping[str, Path]) -> str | N
     named = next((one.filename for one in _chain_of(error) if isinstance(one, OSError) and one.filename), None)
     own = (option for option, folder in folders.items() if named and Path(str(named)).is_relative_to(folder.absolute()))
     option = next(iter(full), next(own, next(iter(folders))))
-    words = full.get(option) or f"the disk of {named or folders[option]} was full, or its quota used up"
+    words = full.get(option) or f"{_NAMED}{named or folders[option]} was full, or its quota used up"
     said = " ".join(str(error).split())
     return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"
 

@@ -63,7 +63,7 @@ def _folders(run: Run, env: RankEnv) -> dict[str, Path]:
     """Return where a run writes, by the option that says so."""
     nvme, output = getattr(run.parallel, "nvme_path", None), getattr(run.job, "output", None)
     return {
-        "run.root": env.run_dir.path,
+        "run.dir" if run.run.dir else "run.root": env.run_dir.path,
         **({"parallel.nvme_path": Path(nvme).expanduser()} if nvme else {}),
         **({"job.output": Path(output).expanduser().parent} if output else {}),
         "TMPDIR": Path(tempfile.gettempdir()),

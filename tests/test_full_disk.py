@@ -71,7 +71,7 @@ def test_a_run_whose_checkpoints_fill_the_disk_says_so_restarts_and_leaves_room(
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("exit code 1: rank 0 on ")
     assert NAMED.search(last)
-    assert "set run.root to a folder on another disk" in last
+    assert "set run.dir to a folder on another disk" in last
     assert "Traceback" not in ended.output
     assert "restarting on" in ended.stdout
     assert NAMED.search(read_json(run_dir.path / "failure.before_restart_1.json")["reason"])
@@ -200,6 +200,7 @@ def test_a_cache_that_does_not_fit_is_removed_and_its_disk_named(small: Path) ->
     with pytest.raises(EnvironmentProblem, match=NAMED) as refused:
         build_once(small / "cache" / "key", tokenise, beat=lambda: None)
     assert "set XDG_CACHE_HOME to a folder on another disk" in str(refused.value)
+    assert name_full_disk(refused.value, {"run.root": small}) == str(refused.value), "named twice, with two remedies"
     assert [path.name for path in (small / "cache").iterdir()] == ["key.lock"]
     assert full_disk(small) is None
 

@@ -35,6 +35,8 @@ _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+")
 """What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
+_PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
+"""Text that means itself in Hydra's grammar, and in a list there."""
 _OPENING, _CLOSING = "[{(", "]})"
 _INTERPOLATION = "${"
 
@@ -90,11 +92,15 @@ def parse_overrides(
     return accepted
 
 
-def quoted_word(key: str, text: str) -> str:
-    """Return the word that sets ``key`` to exactly ``text``, as it can be pasted into a shell."""
-    if not re.search(r"""['"$`\\!]""", text):
-        return f"\"{key}='{text}'\""
-    return shlex.quote(f"{key}={_quoted(text, escape=True)}")
+def quoted_word(key: str, value: str | Sequence[str]) -> str:
+    """Return the word that sets ``key`` to exactly a text or a list of texts, to be pasted into a shell."""
+    texts = [value] if isinstance(value, str) else value
+    plain = all(_PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null") for text in texts)
+    quoted = [text if plain else _quoted(text, escape=True) for text in texts]
+    word = f"{key}={quoted[0]}" if isinstance(value, str) else f"{key}=[{','.join(quoted)}]"
+    if plain or any(re.search(r"""['"$`\\!]""", text) for text in texts):
+        return shlex.quote(word)
+    return f'"{word}"'
 
 
 def _undecodable(word: str) -> ConfigError | None:

@@ -22,9 +22,9 @@ from launcher.data.formats import (
     kind_of_ending,
     not_utf8,
     open_bytes,
-    override_word,
 )
 from launcher.errors import ConfigError
+from launcher.overrides import quoted_word
 
 _END_BYTES = 1 << 20
 _HASHED_WHOLE_BYTES = 256 << 20
@@ -80,9 +80,9 @@ def _refuse_folder(folder: Path, pattern: str, option: str) -> ConfigError:
     ending = max(found, key=lambda it: (found[it], (kind_of_ending(it) == "text") == is_text, it == ".txt"))
     kind = kind_of_ending(ending)
     files = f"{pattern.rstrip('/')}/**/*{ending}"
-    words = override_word(option, files if option == "data.path" else [files])
+    words = quoted_word(option, files if option == "data.path" else [files])
     if option == "data.path" and kind in FORMAT_OF:
-        words = f"data=hf data.path={FORMAT_OF[kind]} {override_word('data.files', [files])}"
+        words = f"data=hf data.path={FORMAT_OF[kind]} {quoted_word('data.files', [files])}"
     return ConfigError(option, pattern, why="is a folder", fix=f"name its files: {words}")
 
 

@@ -236,19 +236,6 @@ def has_lone_returns(file: Path, compression: Compression) -> BadFile:
     return BadFile(why, f"convert it: {_through(file, command, compression)}")
 
 
-def override_word(option: str, value: str | list[str]) -> str:
-    """Return ``option=value`` as a shell and Hydra's grammar take it."""
-    text = _hydra_word(value) if isinstance(value, str) else f"[{','.join(map(_hydra_word, value))}]"
-    return shlex.quote(f"{option}={text}")
-
-
-def _hydra_word(value: str) -> str:
-    if re.fullmatch(r"[A-Za-z./][A-Za-z0-9_/.+*?@|-]*", value) and value.lower() not in ("true", "false", "null"):
-        return value
-    escaped = value.replace('"', '\\"')
-    return f'"{escaped}"'
-
-
 def _compression(head: bytes) -> Compression:
     if head.startswith(b"BZh") and head[4:7] == b"1AY":
         return "bz2"

@@ -22,10 +22,10 @@ from launcher.data.formats import (
     inspect,
     kind_of_ending,
     look_bytes_of_each,
-    override_word,
 )
 from launcher.data.rows import FirstRows, Record, first_rows, json_type, read_rows
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.overrides import quoted_word
 from launcher.paths import PathText
 from launcher.suggest import did_you_mean
 
@@ -208,7 +208,7 @@ class HfData(Corpus):
         Raises:
             BadFile: it cannot be read, or is of another format than ``path`` says.
         """
-        plain = f"data=text {override_word('data.path', str(file))} data.format=text"
+        plain = f"data=text {quoted_word('data.path', str(file))} data.format=text"
         found = inspect(file, plain=plain, by_row=self.skip_bad_rows, look_bytes=look_bytes)
         if self.path != FORMAT_OF.get(found.kind, found.kind):
             fix = f"set data.path={FORMAT_OF[found.kind]}" if found.kind in FORMAT_OF else f"set {plain}"
@@ -277,7 +277,7 @@ class HfData(Corpus):
     def _refuse_files_as_path(self, found: Sequence[Path]) -> ConfigError:
         """Return the error for files given as ``path``, with the command that reads them."""
         why = "is a file" if len(found) == 1 else f"matches {len(found):,} files"
-        plain = f"data=text {override_word('data.path', self.path)}"
+        plain = f"data=text {quoted_word('data.path', self.path)}"
         try:
             written = inspect(found[0], plain=f"{plain} data.format=text")
             if written.kind in FORMAT_OF:
@@ -303,11 +303,11 @@ class HfData(Corpus):
         packed = [ending for ending in found if ending.endswith((".zst", ".zstd"))]
         saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
         if saved and ".arrow" in found:  # what save_to_disk wrote, which load_dataset refuses
-            words = override_word("data.files", [f"{self.path.rstrip('/')}/**/*.arrow"])
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*.arrow"])
             yield self.refuse("path", "was written by save_to_disk", f"set data.path=arrow {words}")
         elif packed:
             kind = FORMAT_OF.get(kind_of_ending(packed[0]), "text")
-            words = override_word("data.files", [f"{self.path.rstrip('/')}/**/*{packed[0]}"])
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{packed[0]}"])
             yield self.refuse(
                 "path", "holds zstd files, which datasets does not unpack", f"set data.path={kind} {words}"
             )
@@ -397,9 +397,9 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
     if first.is_empty or (error is not None and data.column not in first.text_columns):
         columns = f" (its columns: {', '.join(first.columns)})" if first.columns else ""
         raise BadFile(f"holds {NAMES[found.kind]} and no column of text{columns}", "write one, a string a row")
-    words = ["data=hf", f"data.path={data.path}", override_word("data.files", list(names))]
+    words = ["data=hf", f"data.path={data.path}", quoted_word("data.files", list(names))]
     if data.column != "text":
-        words.append(override_word("data.column", data.column))
+        words.append(quoted_word("data.column", data.column))
     if error is not None:
         words.append("data.skip_bad_rows=true")
     return " ".join(words)

@@ -26,10 +26,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from launcher.compose import compose
 from launcher.data import rows as rows_module
 from launcher.data.base import Data
-from launcher.data.formats import BadFile, inspect, look_bytes_of_each, override_word
+from launcher.data.formats import BadFile, inspect, look_bytes_of_each
 from launcher.data.hf import HfData
 from launcher.data.text import Text
 from launcher.errors import ConfigError
+from launcher.overrides import quoted_word
 
 ROWS = [f"Row {i} holds, äsh, some words and a quote: {chr(34)}." for i in range(60)]
 PROSE = "\n".join(f"Line {i} of plain prose, which is what is learnt." for i in range(60)) + "\n"
@@ -326,10 +327,24 @@ def test_many_bad_files_are_counted_not_listed(tmp_path: Path) -> None:
 
 
 def test_an_override_in_a_message_can_be_pasted() -> None:
-    names = ["a b.jsonl", "it's, [odd] {x}.jsonl", 'quo"te.txt', "ä.txt", "007", "true", "-x", "a=b.txt", "plain.txt"]
+    names = [
+        "a b.jsonl",
+        "it's, [odd] {x}.jsonl",
+        'quo"te.txt',
+        "ä.txt",
+        "007",
+        "true",
+        "-x",
+        "a=b.txt",
+        "plain.txt",
+        "a*.txt",
+        "${x}.txt",
+        "$HOME",
+        "!x",
+    ]
     (many,), (one,) = (
-        shlex.split(override_word("data.files", names)),
-        shlex.split(override_word("data.column", names[1])),
+        shlex.split(quoted_word("data.files", names)),
+        shlex.split(quoted_word("data.column", names[1])),
     )
     data = compose(["data=hf", "data.path=json", many, one]).run.data
     assert isinstance(data, HfData)

@@ -14,12 +14,12 @@ from launcher.overrides import (
     COMMAND_LINE,
     Override,
     parse_overrides,
-    quoted_word,
     takes_only_text,
     takes_texts,
     types_of_option,
 )
 from launcher.schema import Report
+from launcher.wording import quoted_word
 
 _GLOBAL = "# @package _global_"
 

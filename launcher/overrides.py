@@ -11,7 +11,6 @@ interpolation) is not text, and then the message shows the word that is.
 
 from __future__ import annotations
 
-import contextlib
 import re
 import shlex
 import types
@@ -24,6 +23,7 @@ from launcher.config import KINDS, RunOptions, component_class
 from launcher.errors import ConfigError
 from launcher.schema import Report, field_types
 from launcher.suggest import did_you_mean
+from launcher.wording import INTERPOLATION, interpolates, quoted_text, quoted_word
 
 COMMAND_LINE = "command line"
 """Source of a value, in errors."""
@@ -35,10 +35,7 @@ _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+")
 """What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
-_PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
-"""Text that means itself in Hydra's grammar, and in a list there."""
 _OPENING, _CLOSING = "[{(", "]})"
-_INTERPOLATION = "${"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,17 +89,6 @@ def parse_overrides(
     return accepted
 
 
-def quoted_word(key: str, value: str | Sequence[str]) -> str:
-    """Return the word that sets ``key`` to exactly a text or a list of texts, to be pasted into a shell."""
-    texts = [value] if isinstance(value, str) else value
-    plain = all(_PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null") for text in texts)
-    quoted = [text if plain else _quoted(text, escape=True) for text in texts]
-    word = f"{key}={quoted[0]}" if isinstance(value, str) else f"{key}=[{','.join(quoted)}]"
-    if plain or any(re.search(r"""['"$`\\!]""", text) for text in texts):
-        return shlex.quote(word)
-    return f'"{word}"'
-
-
 def _undecodable(word: str) -> ConfigError | None:
     try:
         word.encode()
@@ -148,12 +134,12 @@ def _as_typed(word: str) -> str:
         return word
     if _is_quoted(value):
         inner = value.strip()[1:-1]
-        return f"{head}={_quoted(inner)}" if _INTERPOLATION in inner and not _interpolates(inner) else word
+        return f"{head}={quoted_text(inner)}" if INTERPOLATION in inner and not interpolates(inner) else word
     if takes_only_text(types_of):
         is_null = value.strip().lower() == "null" and type(None) in types_of
         several = "," in value and key not in _WITH_COMMAS
         if not is_null and not several and not _is_call(value) and not (_is_list(value) or _is_mapping(value)):
-            return f"{head}={_quoted(value)}"
+            return f"{head}={quoted_text(value)}"
         return word
     if _takes_mapping_of_texts(types_of) and _is_mapping(value) and (mapping := _mapping(value)):
         return f"{head}={mapping}"
@@ -172,7 +158,7 @@ def _literal(word: str) -> str:
         return f"{head}=[{','.join(_element(each) for each in _split(value.strip()[1:-1]))}]"
     if len(pieces := _split(value)) > 1 and head.lstrip("+") not in _WITH_COMMAS:
         return f"{head}={','.join(_element(each) for each in pieces)}"
-    return f"{head}={_quoted(value)}"
+    return f"{head}={quoted_text(value)}"
 
 
 def _mapping(value: str) -> str | None:
@@ -188,26 +174,7 @@ def _element(text: str) -> str:
     stripped = text.strip()
     if _is_quoted(stripped) or _is_list(stripped) or _is_mapping(stripped):
         return stripped
-    return _quoted(stripped)
-
-
-def _quoted(text: str, *, escape: bool = False) -> str:
-    """Return ``text`` in Hydra's quotes; ``${`` stays an interpolation where it is one, unless ``escape``."""
-    from hydra.core.override_parser.types import Quote, QuotedString
-
-    if _INTERPOLATION in text and (escape or not _interpolates(text)):
-        text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
-    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
-
-
-def _interpolates(text: str) -> bool:
-    from omegaconf.errors import GrammarParseError
-    from omegaconf.grammar_parser import parse
-
-    with contextlib.suppress(GrammarParseError):
-        parse(text)
-        return True
-    return False
+    return quoted_text(stripped)
 
 
 def _split(text: str) -> list[str]:

@@ -1,15 +1,24 @@
-"""Numbers and components in words."""
+"""Numbers, components and overrides in words."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from launcher.component import Component
 from launcher.schema import defaults, to_tree
+
+INTERPOLATION = "${"
+"""What begins a variable in Hydra's grammar."""
+_PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
+"""Text that means itself in Hydra's grammar, and in a list there."""
+
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -75,3 +84,34 @@ def flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:
             yield from flat(value, option)
         else:
             yield option, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def quoted_word(key: str, value: str | Sequence[str]) -> str:
+    """Return the word that sets ``key`` to exactly a text or a list of texts, to be pasted into a shell."""
+    texts = [value] if isinstance(value, str) else value
+    plain = all(_PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null") for text in texts)
+    quoted = [text if plain else quoted_text(text, escape=True) for text in texts]
+    word = f"{key}={quoted[0]}" if isinstance(value, str) else f"{key}=[{','.join(quoted)}]"
+    if plain or any(re.search(r"""['"$`\\!]""", text) for text in texts):
+        return shlex.quote(word)
+    return f'"{word}"'
+
+
+def quoted_text(text: str, *, escape: bool = False) -> str:
+    """Return ``text`` in Hydra's quotes; ``${`` stays an interpolation where it is one, unless ``escape``."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    if INTERPOLATION in text and (escape or not interpolates(text)):
+        text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
+    return str(QuotedString(text=text, quote=Quote.single).with_quotes())
+
+
+def interpolates(text: str) -> bool:
+    """Return whether Hydra takes ``text`` for one with variables in it."""
+    from omegaconf.errors import GrammarParseError
+    from omegaconf.grammar_parser import parse
+
+    with contextlib.suppress(GrammarParseError):
+        parse(text)
+        return True
+    return False

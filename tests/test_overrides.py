@@ -7,10 +7,11 @@ import pytest
 
 from launcher.compose import compose, groups
 from launcher.errors import ConfigErrors
-from launcher.overrides import quoted_word, ways_to_write
+from launcher.overrides import ways_to_write
 from launcher.snapshot import dump_run, load_run
 from launcher.stored import stored_run
 from launcher.sweep import expand
+from launcher.wording import quoted_word
 
 
 def mistakes(*words, **options):

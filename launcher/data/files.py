@@ -24,7 +24,7 @@ from launcher.data.formats import (
     open_bytes,
 )
 from launcher.errors import ConfigError
-from launcher.overrides import quoted_word
+from launcher.wording import quoted_word
 
 _END_BYTES = 1 << 20
 _HASHED_WHOLE_BYTES = 256 << 20

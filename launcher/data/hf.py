@@ -25,9 +25,9 @@ from launcher.data.formats import (
 )
 from launcher.data.rows import FirstRows, Record, first_rows, json_type, read_rows
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.overrides import quoted_word
 from launcher.paths import PathText
 from launcher.suggest import did_you_mean
+from launcher.wording import quoted_word
 
 if TYPE_CHECKING:
     import datasets

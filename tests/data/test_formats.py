@@ -30,7 +30,7 @@ from launcher.data.formats import BadFile, inspect, look_bytes_of_each
 from launcher.data.hf import HfData
 from launcher.data.text import Text
 from launcher.errors import ConfigError
-from launcher.overrides import quoted_word
+from launcher.wording import quoted_word
 
 ROWS = [f"Row {i} holds, äsh, some words and a quote: {chr(34)}." for i in range(60)]
 PROSE = "\n".join(f"Line {i} of plain prose, which is what is learnt." for i in range(60)) + "\n"

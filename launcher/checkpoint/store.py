@@ -205,9 +205,13 @@ def open_checkpoint(folder: Path) -> Saved:
 
 
 def _payload(pending: Path) -> list[str]:
-    """Return the files of a pending payload by their path below it."""
-    files = (file.relative_to(pending).as_posix() for file in pending.rglob("*") if file.is_file())
-    return sorted(name for name in files if not name.startswith(_CHECKSUMS.partition("{")[0]))
+    """Return the files of a pending payload by their path below it.
+
+    Other ranks may be writing their checksums there, under temporary names that begin with one more dot.
+    """
+    names = (file.relative_to(pending).as_posix() for file in pending.rglob("*"))
+    payload = (name for name in names if not name.lstrip(".").startswith(_CHECKSUMS.partition("{")[0].lstrip(".")))
+    return sorted(name for name in payload if (pending / name).is_file())
 
 
 def _taken_checksums(pending: Path) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pytest
 from launcher.checkpoint.manifest import checksums, damaged_files, read_manifest, share_of
 from launcher.checkpoint.policy import Checkpoint
 from launcher.checkpoint.store import CheckpointStore
-from launcher.files import read_json, sha256_of, write_json
+from launcher.files import atomic_file, read_json, sha256_of, write_json
 
 from .conftest import Save, manifest_of
 
@@ -103,6 +103,17 @@ def test_ranks_hash_their_shares_and_rank_0_what_is_left(tmp_path: Path) -> None
     saved = store.commit(manifest_of(3))
     assert names(saved.folder) == ["0.bin", "1.bin", "2.bin", "3.bin", "4.bin", "manifest.json"]
     assert saved.manifest.sha256 == checksums(saved.folder, saved.manifest.files)
+
+
+def test_checksums_that_another_rank_is_writing_are_no_payload(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path, Checkpoint())
+    pending = store.begin(1)
+    (pending / "0.bin").write_bytes(b"0" * 10)
+    (pending / ".metadata").write_bytes(b"payload")  # torch's distributed checkpoints hold one
+    with atomic_file(pending / ".sha256.1.json"):
+        store.checksum(1, rank=0, world_size=1)
+    hashed = read_json(pending / ".sha256.0.json")
+    assert set(hashed) == {".metadata", "0.bin"}
 
 
 def test_every_file_is_in_one_share_and_shares_are_alike() -> None:

@@ -98,7 +98,7 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     for file in run_dir.glob("*"):  # values that came from the shell may be secrets
         if file.is_file():
             assert "HF_NASTY_7=" not in file.read_text(errors="replace")
-    assert f"squeue --jobs {cluster.job(run_dir)}" in launch("status", "nasty", env=cluster.env).expect(0).stdout
+    assert f"squeue --jobs={cluster.job(run_dir)}" in launch("status", "nasty", env=cluster.env).expect(0).stdout
     launch("cancel", "nasty", env=cluster.env).expect(0)
     wait_for(lambda: is_over(cluster, run_dir))
     wait_for(lambda: not cluster.working(), seconds=30)

@@ -163,7 +163,16 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
         "world_size": 2,
     }
     write_json(folder / "manifest.json", manifest)
-    assert "layers is 2, this run's is 4" in refused("checkpoint.resume=old")
+    line = refused("checkpoint.resume=old")
+    assert "layers is 2, this run's is 4" in line
+    launch_in_process("checkpoint.resume=old", line.rpartition("; set ")[2].strip(), "dry_run=true").expect(0)
+    line = refused("checkpoint.resume=old", "model=llama_tiny")
+    assert "its family is gpt2, this run's is llama" in line
+    assert "choose the model it was trained with, as " in line
+    assert "step_00000010/model/config.json describes it" in line
+    assert "set parallel=ddp, or model.weights=" in refused(
+        "checkpoint.resume=old", "parallel=single", "backend.ranks=1"
+    )
     manifest["architecture"]["layers"] = 4
     write_json(folder / "manifest.json", manifest)
     assert "step 10" in refused("checkpoint.resume=old", "job.steps=10")

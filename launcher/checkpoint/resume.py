@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,17 +141,26 @@ def changed_rate(saved: Saved, optimizer: AdamW, schedule: Schedule, steps: int)
 
 def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:
     theirs, ours = saved.manifest.architecture, to_tree(model.architecture())
-    for name in sorted(theirs.keys() | ours.keys()):
-        if theirs.get(name) != ours.get(name):
-            why = f"is of another model: its {name} is {theirs.get(name)}, this run's is {ours.get(name)}"
-            yield _refuse(saved, why, "choose the model it was trained with: the run.yaml of its run names it")
+    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    if not names:
+        return
+    differences = ", ".join(f"its {name} is {theirs.get(name)}, this run's is {ours.get(name)}" for name in names)
+    run = saved.folder.parent.parent
+    if "family" not in names and all(name in theirs and hasattr(model, name) for name in names):
+        fix = f"set {' '.join(f'model.{name}={theirs[name]}' for name in names)}"
+    elif RunDir(run).snapshot.is_file():
+        fix = f"choose the model it was trained with, which this prints: launch show {shlex.quote(str(run))}"
+    else:
+        fix = f"choose the model it was trained with, as {saved.folder / 'model/config.json'} describes it"
+    yield _refuse(saved, f"is of another model: {differences}", fix)
 
 
 def _other_strategy(saved: Saved, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
     theirs, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
     if theirs.get("kind") != ours["kind"]:
         why = f"was written with parallel of kind {theirs.get('kind')}, this run's is {ours['kind']}"
-        yield _refuse(saved, why, f"choose a parallel option of kind {theirs.get('kind')}")
+        option = f"zero{theirs.get('stage')}" if theirs.get("kind") == "zero" else theirs.get("kind")
+        yield _refuse(saved, why, f"set parallel={option}{_or_weights(saved)}")
         return
     for name in parallel.payload_options:
         if theirs.get(name) != ours[name]:
@@ -159,6 +169,13 @@ def _other_strategy(saved: Saved, parallel: Parallel, world_size: int) -> Iterat
     if written_on != world_size and not parallel.resizable:
         why = f"is partitioned over {written_on} ranks, this run has {world_size}"
         yield _refuse(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
+
+
+def _or_weights(saved: Saved) -> str:
+    """Return what starts a run of any strategy from a checkpoint, where its weights are in one piece."""
+    if saved.manifest.parallel.get("kind") not in ("single", "ddp"):
+        return ""
+    return f", or model.weights={saved.folder} checkpoint.resume=none to start anew from its weights"
 
 
 def _refuse(saved: Saved, why: str, fix: str) -> ConfigError:

@@ -11,7 +11,9 @@ import json
 import os
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +35,8 @@ ORPHAN_S = 5.0
 
 _POLL_S = 0.5
 _NICENESS = 10
+_LONGEST_SCRATCH = 56
+"""Characters: W&B's socket in it has about 45 more, and the name of a socket at most 107."""
 
 
 def main(folder: Path) -> None:
@@ -47,6 +51,7 @@ def main(folder: Path) -> None:
     started = min(run_dir.plan.stat().st_mtime, time.time())  # the plan is written anew for each life of a run
     wait_for_metrics(run_dir, orders, since=started)
     os.environ.update(WANDB_DIR=str(folder), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
+    use_scratch_folder(os.environ)
     import wandb
 
     try:
@@ -54,6 +59,13 @@ def main(folder: Path) -> None:
     except (wandb.Error, OSError) as error:  # its service is gone, or the disk full
         print(f"W&B gave up ({_first_line(error)}): metrics.jsonl goes on", flush=True)
         os._exit(1)  # its exit hooks would fail the same way, at length
+
+
+def use_scratch_folder(environ: MutableMapping[str, str]) -> None:
+    """Have W&B put its temporary files into the agent's folder, which is removed even after SIGKILL of everything."""
+    scratch = environ.get("LAUNCHER_AGENT_SCRATCH")
+    if scratch is not None and len(scratch) <= _LONGEST_SCRATCH:
+        environ["TMPDIR"] = tempfile.tempdir = scratch
 
 
 def wait_for_metrics(run_dir: RunDir, orders: Orders, *, since: float) -> None:

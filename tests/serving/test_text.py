@@ -109,6 +109,14 @@ def test_no_half_character(text: str) -> None:
     assert not any("\ufffd" in tokens.feed(token) for token in WORDS.encode(text))
 
 
+@pytest.mark.parametrize("before", range(20, 40))
+def test_replacement_characters_of_the_text_itself_outlive_the_window(before: int) -> None:
+    text = "a" * before + "\ufffd" * 4 + "b"
+    ids = list(text.encode())
+    tokens = Detokenizer(lambda some: bytes(some).decode(errors="replace"))
+    assert "".join(tokens.feed(token) for token in ids) + tokens.rest() == text
+
+
 def test_bytes_that_are_no_characters_come_out_and_cost_no_more_with_time() -> None:
     lengths: list[int] = []
 

@@ -7,6 +7,7 @@ import math
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +38,13 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
         yield stub
 
 
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """Return a folder with a short name, as the agent has one."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets have short names
+        yield Path(folder)
+
+
 def wait_until(true: Callable[[], bool], *, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
@@ -49,15 +57,20 @@ def tracked_steps(sidecar: Sidecar) -> int:
 
 
 def test_an_offline_run_holds_what_the_run_left_behind(
-    tmp_path: Path, planned: Planned, start: Start, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, planned: Planned, start: Start, monkeypatch: pytest.MonkeyPatch, scratch: Path
 ) -> None:
     monkeypatch.setenv("WANDB_API_KEY", KEY)
-    monkeypatch.setenv("HF_TOKEN", SECRET)
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("LAUNCHER_AGENT_SCRATCH", str(scratch))
     run = planned("tracker.mode=offline", "tracker.tags=[a,b]", f"job.sample_prompt={SECRET}", "job.steps=7")
+    monkeypatch.setenv("HF_TOKEN", SECRET)  # set since: a plan of its value is refused
     sidecar = start(run)
     with MetricsWriter(run.run_dir.metrics) as writer:
         writer.record(1, **{"train/loss": 5.0})
         assert "wandb sync" in sidecar.read_line()
+        assert list(scratch.iterdir()), "the agent's folder holds W&B's temporary files"
+        assert list(temporary.iterdir()) == [], "nothing is left there once the agent's folder is swept"
         writer.record(2, **{"train/loss": float("nan"), "train/lr": 0.25})
         writer.record(2, **{"eval/loss": 4.0})
     run.run_dir.sample.write_text("The end\n")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.backends.base import Backend
+from launcher.checkpoint.resume import continued_from
 from launcher.disk import full_disk
 from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
 from launcher.files import write_atomic, write_json
@@ -106,13 +107,15 @@ def _restarted(prepared: Prepared, outcome: Outcome, backend: Backend, *, left: 
         print(told + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
         return None
     run = prepared.run
+    resume = continued_from(run.checkpoint.resume, directory)
     run = replace(
         run,
         run=replace(run.run, dir=prepared.plan.run_dir),
-        checkpoint=replace(run.checkpoint, resume="auto"),
+        checkpoint=replace(run.checkpoint, resume=resume),
     )
+    is_fresh = resume == "auto"  # else the directory is looked at as that of a new run, which must be empty
     try:
-        again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=True)
+        again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=is_fresh)
     except ConfigError as problem:
         print(f"not restarted on {len(hosts)} hosts: {problem}", flush=True)
         return None

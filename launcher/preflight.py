@@ -23,6 +23,7 @@ from launcher.memory import model_state
 from launcher.models.hub import HUB_NAME, fetch_problems
 from launcher.models.tokenizer import instead_of, tokenizer_problems
 from launcher.parallel.zero import Zero
+from launcher.paths import exists
 from launcher.plan import Host
 from launcher.rundir import RunDir
 from launcher.wording import bytes_text
@@ -104,6 +105,8 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
     except ConfigError:
         return  # the preflight refuses it
     if saved is None:
+        if run.checkpoint.resume == "auto" and RunDir(run_dir).is_run:
+            yield f"{run_dir} holds no checkpoint to continue from: the run begins anew"
         return
     steps = run.job.optimizer_steps
     if steps is not None and (line := changed_rate(saved, run.optimizer, run.schedule, steps)):
@@ -137,6 +140,10 @@ def _refuse_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]
         elif source is not None and fetches_here and HUB_NAME.fullmatch(source):
             instead = f"set {instead_of(option)}"
             yield from fetch_problems(option, choice, name=source, pattern="*token*", instead=instead)
+        elif source is not None and fetches_here and option == "job.tokenizer":
+            why = "is a file, not a folder" if exists(Path(source).expanduser()) else "there is no such folder"
+            fix = f"give a folder that save_pretrained wrote, or set {instead_of(option)}"
+            yield ConfigError(option, choice, why=why, fix=fix)
     source = run.model.published_source() if run.model.weights == "pretrained" else None
     if isinstance(source, str) and fetches_here and isinstance(run.job, BatchedJob | GeneratingJob):
         option, value, instead = "model.weights", run.model.weights, "set model.weights=random"

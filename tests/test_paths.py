@@ -143,6 +143,13 @@ def test_a_file_as_the_folder_of_all_runs(folder):
     assert said == f"run.root={folder}/file: {folder}/file is a file, not a folder; set run.root to a folder"
 
 
+@pytest.mark.parametrize("path", ["file", "missing"])
+def test_a_tokenizer_that_is_no_folder(folder, path):
+    (said,) = refused(["job=generate", f"job.tokenizer={folder}/{path}"])
+    assert said.startswith(f"job.tokenizer={folder}/{path}: ")
+    assert said.endswith("give a folder that save_pretrained wrote, or set job.tokenizer=bytes")
+
+
 def test_advice_for_a_model_folder_names_words_that_the_option_takes(folder):
     (said,) = refused(["model=hf", f"model.name={folder}/file"])
     assert said.endswith("or a name on the hub (org/model)")

@@ -3,13 +3,15 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
-from launcher.attempts import _may_be_restarted
+from launcher.attempts import _may_be_restarted, _restarted, _write
 from launcher.compose import compose
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, JobError, Unfit, exit_code_of_rank
 from launcher.files import read_json
+from launcher.prepare import prepare
 from launcher.snapshot import dump_run
 from launcher.supervise.outcome import Outcome
 
@@ -62,3 +64,26 @@ def test_a_rank_never_ends_with_the_code_that_means_nothing_was_started(error, c
 @pytest.mark.parametrize(("code", "is_restarted"), [(1, True), (137, True), (2, False), (65, False), (69, False)])
 def test_a_run_is_not_restarted_to_fail_the_same_way(code, is_restarted):
     assert _may_be_restarted(Outcome(status="failed", exit_code=code)) == is_restarted
+
+
+@pytest.mark.parametrize(
+    ("began_from", "has_own", "resumed_from"),
+    [("none", False, "auto"), ("/other", False, "/other"), ("/other", True, "auto"), ("auto", False, "auto")],
+)
+def test_a_restart_keeps_the_checkpoint_that_the_run_began_from(
+    tmp_path, monkeypatch, capsys, began_from, has_own, resumed_from
+):
+    """Until it has one of its own: it would begin with random weights."""
+    monkeypatch.setattr("launcher.attempts._PAUSE_S", 0)
+    prepared = prepare(compose(["tracker=local", "backend.ranks=1", f"run.dir={tmp_path}/run", "backend.restarts=1"]))
+    checkpoint = replace(prepared.run.checkpoint, resume=began_from)
+    prepared = replace(prepared, run=replace(prepared.run, checkpoint=checkpoint))
+    prepared.directory.checkpoints.mkdir(parents=True)
+    _write(prepared)
+    if has_own:
+        (prepared.directory.checkpoints / "step_00000001").mkdir()
+        (prepared.directory.checkpoints / "step_00000001" / "manifest.json").touch()
+        monkeypatch.setattr("launcher.attempts.replan", lambda run, *_, **__: replace(prepared, run=run))
+    again = _restarted(prepared, Outcome(status="failed", exit_code=1), prepared.run.backend, left=0)
+    assert again is not None, capsys.readouterr().out
+    assert again.run.checkpoint.resume == resumed_from

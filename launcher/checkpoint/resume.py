@@ -83,6 +83,15 @@ def candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[Sa
         yield from find_all(Path(resume).expanduser(), say=say)
 
 
+def continued_from(resume: str, run_dir: RunDir) -> str:
+    """Return what a run that starts again in ``run_dir`` sets ``checkpoint.resume`` to.
+
+    ``auto``, but for a run that began from another's checkpoint and has none of its own yet: that begins there again.
+    """
+    has_own = any(run_dir.checkpoints.glob("step_*/manifest.json"))
+    return "auto" if has_own or resume == "none" else resume
+
+
 def none_intact(resume: str, why: str) -> ConfigError:
     """Return the error of a run whose checkpoints are all damaged: beginning anew would replace them."""
     fix = "copy an intact one there, or name one by checkpoint.resume=DIR in a new run"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from launcher.checkpoint.resume import continued_from
 from launcher.commandline import parse_command_line
 from launcher.config import Run
-from launcher.runs import find_run
+from launcher.errors import ConfigError
+from launcher.rundir import RunDir
+from launcher.runs import find_run, look
 from launcher.stored import start_stored, stored_run
 
 HELP = """\
@@ -34,8 +38,21 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _continued(folder: Path, words: Sequence[str]) -> Run:
-    """Return the run of ``folder`` with values changed by ``words``, set to continue where it stopped."""
-    run = stored_run(folder, words)
+    """Return the run of ``folder`` with values changed by ``words``, set to continue where it stopped.
+
+    Raises:
+        ConfigError: beginning anew would replace what it has, or lose the checkpoint that it began from.
+    """
+    run, state = stored_run(folder, words), look(RunDir(folder))
+    if run.job.resumes and not state.has_checkpoint:
+        if state.status == "completed":
+            why = "has completed and kept no checkpoint, so there is nothing to continue from"
+            fix = f"launch rerun {shlex.quote(str(folder))} starts it anew; checkpoint.at_end=true keeps a checkpoint"
+            raise ConfigError("run", folder, why=why, fix=fix)
+        if continued_from(run.checkpoint.resume, RunDir(folder)) != "auto":
+            why = f"has no checkpoint of its own yet; it began from checkpoint.resume={run.checkpoint.resume}"
+            fix = f"launch rerun {shlex.quote(str(folder))} begins there again, in a new directory"
+            raise ConfigError("run", folder, why=why, fix=fix)
     return replace(
         run,
         run=replace(run.run, dir=str(folder)),

@@ -27,7 +27,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     run_dir.logs.mkdir(parents=True)
     save_run(compose(["model=gpt2", "run.name=tiny", "tracker=local", "backend.ranks=1"]).run, run_dir.snapshot)
     write_json(run_dir.plan, {"run_id": RUN, "name": "tiny", "hosts": [], "forward": ["HF_HOME", "GITHUB_PAT"]})
-    write_json(run_dir.result, {"status": "completed", "exit_code": 0, "run_id": RUN, "metrics": {}})
+    write_json(run_dir.result, {"status": "failed", "exit_code": 1, "run_id": RUN, "metrics": {}})
     return run_dir
 
 
@@ -145,3 +145,23 @@ def test_an_option_of_a_group_alone(
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     assert capsys.readouterr().err.endswith("; write parallel=zero2\n")
+
+
+@pytest.mark.parametrize("began_from", ["none", "/other/checkpoints"])
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_resume_never_begins_anew_in_silence(
+    stored: RunDir, status: str, began_from: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A completed run would lose its results; one that began from another's checkpoint would lose that."""
+    write_json(stored.result, {"status": status, "exit_code": 0, "run_id": RUN, "metrics": {}})
+    words = ["run.name=tiny", "tracker=local", "backend.ranks=1", f"checkpoint.resume={began_from}"]
+    save_run(compose(words).run, stored.snapshot)
+    code = main(["resume", str(stored.path), "dry_run=true"])
+    printed = capsys.readouterr()
+    if (status, began_from) == ("failed", "none"):
+        assert code == 0
+        assert f"{stored.path} holds no checkpoint to continue from: the run begins anew" in printed.out
+    else:
+        assert code == 2
+        assert f"launch rerun {stored.path} " in printed.err
+        assert ("has completed" if status == "completed" else f"resume={began_from}") in printed.err

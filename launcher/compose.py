@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from launcher.config import Run, build_run, run_to_tree, with_defaults
 from launcher.errors import ConfigError, ConfigErrors
@@ -18,8 +21,9 @@ from launcher.overrides import (
     takes_texts,
     types_of_option,
 )
+from launcher.paths import exists
 from launcher.schema import Report
-from launcher.wording import quoted_word
+from launcher.wording import INTERPOLATION, interpolates, quoted_word
 
 _GLOBAL = "# @package _global_"
 
@@ -69,7 +73,9 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
     fixed = [override for override in overrides if override.choices is None]
     misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
-    tree = _compose_tree(fixed, config_dir, mistakes.append)
+    unusable = list(_unusable_files(fixed, config_dir))
+    mistakes += unusable
+    tree = None if unusable else _compose_tree(fixed, config_dir, mistakes.append)
     run = None
     if tree is not None:
         sweep = tree.pop("sweep", None)
@@ -111,6 +117,59 @@ def _with_tokenizer(run: Run, typed: Mapping[str, object], report: Report) -> Ru
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
     words = [override.word for override in overrides]
     return words if config_dir is None else [*words, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+
+
+def _unusable_files(overrides: Sequence[Override], config_dir: Path | None) -> Iterator[ConfigError]:
+    """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option."""
+    for override in overrides if config_dir is not None else ():
+        option = override.word.partition("=")[2].strip("'")
+        file = Path(config_dir or "") / override.key / f"{option}.yaml"
+        if not override.is_group or not exists(file):
+            continue
+        try:
+            raw = file.read_bytes()
+            tree = yaml.safe_load(raw.decode())
+        except OSError as error:
+            why, fix = f"{file} cannot be read: {error.strerror}", "check its permissions"
+        except UnicodeDecodeError as error:
+            why = f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
+            fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
+        except RecursionError:
+            why, fix = f"{file} is nested too deeply", "take brackets out"
+        except yaml.YAMLError:
+            continue  # Hydra's message names line and column
+        else:
+            if raw.startswith(codecs.BOM_UTF8):
+                why, fix = (
+                    f"{file} begins with a byte order mark",
+                    f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
+                )
+            elif tree is not None and not isinstance(tree, dict):
+                why, fix = f"{file} holds no options, each `name: value`", "see docs/configuration.md"
+            elif not isinstance((tree or {}).get("defaults", []), list):
+                why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
+            else:
+                yield from _unusable_options(tree or {}, "", file)
+                continue
+        yield ConfigError(override.key, option, why=why, fix=fix)
+
+
+def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterator[ConfigError]:
+    for key, value in tree.items():
+        option = f"{path}{key}"
+        if not isinstance(key, str):
+            yield ConfigError(
+                option, why="is no name of an option", fix="write text before the colon", source=str(file)
+            )
+        elif not path and "." in key and types_of_option(key):
+            group, _, name = key.partition(".")
+            why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
+            yield ConfigError(option, why=why, fix=fix, source=str(file))
+        elif isinstance(value, dict):
+            yield from _unusable_options(value, f"{option}.", file)
+        elif isinstance(value, str) and INTERPOLATION in value and not interpolates(value):
+            why, fix = "holds ${ without the name and } of a variable", "close it, or write \\${ for the text itself"
+            yield ConfigError(option, value, why=why, fix=fix, source=str(file))
 
 
 def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: Report) -> dict[str, Any] | None:

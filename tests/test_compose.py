@@ -1,3 +1,5 @@
+import subprocess
+
 import pytest
 
 from launcher.compose import compose, conf_folder, groups
@@ -147,3 +149,42 @@ def test_such_an_option_in_an_experiment(tmp_path):
     assert compose(["+exp=quoted", "compile=false"], config_dir=tmp_path).run.compile.kind == "false"
     (said,) = mistakes("+exp=bare", config_dir=tmp_path)
     assert 'in quotes (override /compile: "true")' in said
+
+
+_GLOBAL = b"# @package _global_\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    {
+        b"job:\n  sample_prompt: caf\xe9\n": "mine.yaml is not UTF-8: byte 0xe9 at position",
+        b"\xef\xbb\xbf": "mine.yaml begins with a byte order mark; take it out: sed -i",
+        b"defaults: gpt2\n": "mine.yaml: defaults is no list; write `- override /model: gpt2`",
+        b"- a\n": "mine.yaml holds no options",
+        b"hello\n": "mine.yaml holds no options",
+        b"job:\n  steps: " + b"[" * 2000: "mine.yaml is nested too deeply",
+        b"5: 6\n": "5 (FOLDER/exp/mine.yaml): is no name of an option",
+        b"job.steps: 5\n": "is written with a dot, which YAML does not take apart; write job: {steps: …}",
+        b"data:\n  path: ${nope/x\n": "data.path=${nope/x (FOLDER/exp/mine.yaml): holds ${ without the name and }",
+    }.items(),
+    ids=lambda value: value[:20] if isinstance(value, bytes) else "",
+)
+def test_a_file_of_the_user_that_cannot_be_used_is_named(tmp_path, content, message):
+    (tmp_path / "exp").mkdir()
+    file = tmp_path / "exp" / "mine.yaml"
+    file.write_bytes(content + _GLOBAL if content.startswith(b"\xef") else _GLOBAL + content)
+    with pytest.raises(ConfigErrors) as caught:
+        compose(["+exp=mine"], config_dir=tmp_path)
+    (said,) = map(str, caught.value.errors)
+    assert message.replace("FOLDER", str(tmp_path)) in said
+
+
+def test_the_advice_for_such_a_file_works(tmp_path):
+    (tmp_path / "exp").mkdir()
+    file = tmp_path / "exp" / "mine.yaml"
+    file.write_bytes(b"\xef\xbb\xbf" + _GLOBAL + b"job: {steps: 5}\ndata:\n  path: \\${nope/x\n")
+    with pytest.raises(ConfigErrors) as caught:
+        compose(["+exp=mine"], config_dir=tmp_path)
+    subprocess.run(caught.value.errors[0].fix.partition(": ")[2], shell=True, check=True)
+    run = compose(["+exp=mine"], config_dir=tmp_path).run
+    assert (run.job.steps, run.data.path) == (5, "${nope/x")

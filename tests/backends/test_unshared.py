@@ -99,7 +99,8 @@ def test_a_run_told_to_end_claims_no_checkpoint(lab, launch_in_background, tmp_p
     running.wait_for_output("step 2/")
     running.send_signal(signal.SIGTERM)
     assert running.wait() == 128 + signal.SIGTERM
-    assert "rank 1 does not see" in running.output
+    logs = "".join(log.read_text() for log in (tmp_path / "told" / "logs").glob("node*.log"))
+    assert "rank 1 does not see" in logs
     assert "resume" not in running.output
     assert read_json(tmp_path / "told" / "result.json")["status"] == "cancelled"
 

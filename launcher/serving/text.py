@@ -9,8 +9,9 @@ from launcher.models.detokenize import REPLACEMENT
 
 _LONGEST = 3
 """Replacement characters at the end of a text that may still become one character: it has four bytes at most."""
-_WINDOW, _CONTEXT = 32, 6
-"""Tokens that are decoded together at most, and how many of them stay when the window moves on."""
+_WINDOW, _CONTEXT = 36, 4 * _LONGEST
+"""Tokens that are decoded together at most, and how many of them stay when the window moves on: of one byte each, they
+must hold every character at the end that is not certain yet, and the end of one that is cut."""
 
 
 class Detokenizer:

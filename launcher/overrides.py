@@ -62,7 +62,7 @@ def parse_overrides(
 
     Args:
         words: what the user typed.
-        groups: the options of every config group.
+        groups: the options of every config group; none for the changes of a stored run.
         sweeping: whether several values for one option are wanted (``-m`` or a sweep).
         report: called once per mistake.
     """
@@ -302,16 +302,15 @@ def _classify(
 
 def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mapping[str, Sequence[str]]) -> ConfigError:
     """Return the error of a word that is a sweep where none is wanted, with every way to say what was meant."""
-    ways = ["add -m to run them all"]
+    ways = ["add -m to run them all"] if groups else []  # a stored run has none, and is no grid
     if any(typing.get_origin(hint) is tuple for hint in types_of):
         ways.append(f"write {shlex.quote(f'{key}=[{typed}]')} for a list")
     if takes_only_text(types_of):
         ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
     if key.partition("@")[0] in groups:
         ways.append("choose one" if _is_call(typed) else f"choose one, {key}={_split(typed)[0].strip()}")
-    return ConfigError(
-        key, typed, why="is several values in Hydra's grammar", fix=", or ".join(ways), source=COMMAND_LINE
-    )
+    fix = ", or ".join(ways) or "give one: launch sweep makes grids, of new runs"
+    return ConfigError(key, typed, why="is several values in Hydra's grammar", fix=fix, source=COMMAND_LINE)
 
 
 def _unlisted(key: str, parsed: Any, typed: str, groups: Mapping[str, Sequence[str]]) -> ConfigError | None:

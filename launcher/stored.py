@@ -22,6 +22,7 @@ from launcher.schema import NO_SUCH_OPTION, to_tree
 from launcher.secrecy import is_secret_name
 from launcher.snapshot import load_run
 from launcher.terminal import json_text
+from launcher.wording import quoted_word
 
 
 def find_run_or_option(word: str, line: CommandLine) -> Path:
@@ -112,7 +113,8 @@ def _set(tree: dict[str, Any], override: Override, mistakes: list[ConfigError]) 
         value = _resolved(given)
     except OmegaConfBaseException as error:
         why = str(error).splitlines()[0]
-        mistakes.append(ConfigError(key, given, why=why, fix="name a variable that exists"))
+        fix = f"name a variable that exists; to give this text itself: {quoted_word(key, override.typed)}"
+        mistakes.append(ConfigError(key, given, why=why, fix=fix))
         return
     old = node.get(name)
     node[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value

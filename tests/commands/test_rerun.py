@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from launcher.commands.rerun import run
 from launcher.compose import compose
 from launcher.errors import ConfigError
 from launcher.snapshot import load_run, save_run
+from launcher.stored import stored_run
 
 RUN = "20260101-120000-abcd"
 
@@ -72,6 +74,22 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
 def test_mistakes(stored, words: list[str], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         run(words)
+
+
+@pytest.mark.parametrize("text", ["a,b", "[a]", "${x}", "it's ${x}, [y]", "range(1,3)"])
+def test_the_word_that_a_message_shows_works(stored, text: str, capsys) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run([RUN, f"job.sample_prompt={text}", "dry_run=true"])
+    assert "-m" not in str(caught.value)
+    (word,) = shlex.split(str(caught.value).rpartition(": ")[2])
+    assert run([RUN, word, "dry_run=true"]) == 0
+    changed = stored_run(stored, [word])
+    assert changed.job.sample_prompt == text
+
+
+def test_several_numbers_are_one_message(stored) -> None:
+    with pytest.raises(ConfigError, match="give one: launch sweep makes grids, of new runs"):
+        run([RUN, "job.steps=1,2"])
 
 
 def test_a_real_run_again(launch, completed) -> None:

@@ -115,6 +115,17 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
         yield f"checkpoint.resume={run.checkpoint.resume} replaces the weights of model.weights={run.model.weights}"
 
 
+def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
+    """Yield folders of this machine that hosts reached by ssh look for on disks of their own."""
+    if run.backend.kind != "ssh" or not any(host.login for host in hosts):
+        return
+    if (folder := run.model.local_weights) is not None:
+        yield f"model.weights={folder} is a folder of this machine: every host needs it at the same path"
+    if run.job.resumes and run.checkpoint.resume not in ("none", "auto"):
+        folder = Path(run.checkpoint.resume)
+        yield f"checkpoint.resume={folder} is a folder of this machine: every host needs it at the same path"
+
+
 def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 

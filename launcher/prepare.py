@@ -17,7 +17,7 @@ from launcher.paths import exists, is_folder, refuse_unreachable
 from launcher.plan import Host, Identity, Plan
 from launcher.planner import make_plan
 from launcher.ports import free_port
-from launcher.preflight import preflight, resume_warnings
+from launcher.preflight import path_warnings, preflight, resume_warnings
 from launcher.rundir import RunDir, mint_run_id
 from launcher.runfiles import read_object
 from launcher.saved_weights import with_saved_weights
@@ -116,7 +116,7 @@ def replan(
     if mistakes:
         raise ConfigErrors(mistakes)
     if is_fresh:
-        plan = replace(plan, warnings=(*plan.warnings, *resume_warnings(run, folder)))
+        plan = replace(plan, warnings=(*plan.warnings, *resume_warnings(run, folder), *path_warnings(run, hosts)))
     return Prepared(run=run, plan=plan, snapshot=snapshot)
 
 

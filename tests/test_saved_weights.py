@@ -17,6 +17,8 @@ from launcher.compose import Composed, compose
 from launcher.config import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.files import read_json, write_json
+from launcher.plan import Host
+from launcher.preflight import path_warnings
 from launcher.saved_weights import with_saved_weights
 from launcher.schema import to_tree
 from launcher.snapshot import save_run
@@ -339,3 +341,14 @@ def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_proce
     write_json(manifest, {**read_json(manifest), "lr": 1e-4})
     words = ("resume", str(saved.folder.parent.parent), "job.steps=500", "dry_run=true")
     assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout
+
+
+def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own() -> None:
+    run = composed("backend=ssh").run
+    run = replace(run, model=replace(run.model, weights="/here/model"))
+    remote = Host(name="node1", slots=1, cores=1, memory_bytes=1, login="node1")
+    assert list(path_warnings(run, [remote])) == [
+        "model.weights=/here/model is a folder of this machine: every host needs it at the same path"
+    ]
+    assert not list(path_warnings(replace(run, model=composed("backend=ssh").run.model), [remote]))
+    assert not list(path_warnings(replace(run, backend=composed().run.backend), [replace(remote, login="")]))

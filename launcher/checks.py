@@ -18,6 +18,7 @@ from launcher.jobs.quantize import Quantize
 from launcher.models.installed import attention_marks
 from launcher.parallel.family import family_refusals
 from launcher.plan import Host
+from launcher.run_index import INDEX
 from launcher.secrecy import is_secret_value, secret_variable_in
 from launcher.topology import first_ranks
 from launcher.wording import flat
@@ -74,6 +75,9 @@ def _refuse_name(run: Run) -> Iterator[ConfigError]:
         why = "is empty" if not name.strip() else "is a path, and the name of a run is one folder below run.root"
         fix = f"set run.name={example}; run.root names the folder of all runs, run.dir that of this one"
         yield ConfigError("run.name", name, why=why, fix=fix)
+    elif name == INDEX:
+        why = "is the file that lists runs with directories of their own"
+        yield ConfigError("run.name", name, why=why, fix="set another name")
     elif not name.isprintable() or len(name.encode()) > _MOST_NAME_BYTES:
         why = f"holds a control character, or more than {_MOST_NAME_BYTES} bytes"
         yield ConfigError("run.name", name, why=why, fix="set a shorter one of printable characters")

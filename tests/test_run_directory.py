@@ -288,6 +288,7 @@ def test_a_run_of_a_models_folder_leaves_that_alone_and_is_listed(
         ("/data/model", "is a path, .*set run.name=model; run.root names"),
         ("a/b", "is a path, .*set run.name=b"),
         ("..", "is a path, .*set run.name=mine"),
+        (".index.jsonl", "is the file that lists runs .*; set another name"),
         ("''", "is empty"),
         ("n" * 201, "more than 200 bytes"),
     ],

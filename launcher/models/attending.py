@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from launcher.models.installed import AttentionMarks
 
-_FULL = "full_attention"
+_FULL = frozenset({"full_attention", "attention"})
+"""Kinds of layers that attend to all earlier tokens; the second is the name in older files."""
+STATES = frozenset({"linear_attention", "conv", "mamba"})
+"""Kinds of layers that attend to none, and carry a state from token to token."""
 _WINDOWS: Mapping[str, str] = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that attend to some tokens only, and the key of ``config.json`` that says to how many."""
 
@@ -34,7 +37,7 @@ def other_layers(config: Mapping[str, Any]) -> list[str]:
     kinds = _text_part(config).get("layer_types")
     if not isinstance(kinds, list):
         return []
-    return sorted({str(kind) for kind in kinds} - {_FULL, *_WINDOWS})
+    return sorted({str(kind) for kind in kinds} - {*_FULL, *_WINDOWS})
 
 
 def cut_problem(config: Mapping[str, Any], marks: AttentionMarks | None, *, length: int) -> str | None:
@@ -52,7 +55,7 @@ def cut_problem(config: Mapping[str, Any], marks: AttentionMarks | None, *, leng
     others = other_layers(config)
     if others or (marks is not None and marks.is_stateful):
         kinds = f" ({', '.join(others)})" if others else ""
-        return f"{family} has layers{kinds} that carry a state from token to token, which stays on each rank"
+        return f"{family} has layers{kinds} that join tokens by more than attention, and would join those of one rank"
     if marks is not None and not marks.attention_backend:
         return f"{family} computes attention in its own code, which sees the tokens of one rank alone"
     for key, size in windows(config):

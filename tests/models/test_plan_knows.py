@@ -307,9 +307,10 @@ GEMMA2 = {**LLAMA, "model_type": "gemma2", "head_dim": 16, "sliding_window": 16}
         (WINDOWED, "mistral has layers that see 16 tokens (sliding_window), and sequences have 32"),
         (
             {**LLAMA, "model_type": "lfm2", "layer_types": ["conv", "full_attention"]},
-            "layers (conv) that carry a state",
+            "lfm2 has layers (conv) that join tokens by more",
         ),
-        ({**LLAMA, "model_type": "qwen3_next"}, "qwen3_next has layers that carry a state from token to token"),
+        ({**LLAMA, "layer_types": ["attention", "full_attention"]}, None),
+        ({**LLAMA, "model_type": "qwen3_next"}, "qwen3_next has layers that join tokens by more than"),
         ({**LLAMA, "model_type": "falcon"}, "falcon computes attention in its own code"),
     ],
 )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import ConfigError
+from launcher.models.attending import STATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +69,11 @@ def cut(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None
         keep: numbers of the blocks that stay.
         first: whether this stretch begins the model, and takes tokens.
         last: whether it ends the model, and has norm and output head.
+
+    Raises:
+        ConfigError: none of the blocks attends, so Transformers cannot say how many tokens the stretch has seen.
     """
+    _check_attends(model, keep)
     anatomy, base = anatomy_of(model), model.base_model
     blocks = getattr(base, anatomy.blocks)
     for key in [key for number, key in enumerate(blocks._modules) if number not in keep]:  # noqa: SLF001
@@ -83,6 +88,16 @@ def cut(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None
         setattr(base, anatomy.norm, nn.Identity())
         for name in [name for name, child in model.named_children() if child is not base]:
             setattr(model, name, None)
+
+
+def _check_attends(model: PreTrainedModel, keep: range) -> None:
+    kinds = getattr(model.config, "layer_types", None)
+    kept = set() if kinds is None else {kinds[number] for number in keep}
+    if kept and kept <= STATES:
+        family = model.config.model_type
+        why = f"layers {keep.start} to {keep.stop - 1} of {family} would be a stretch without attention "
+        why += f"({', '.join(sorted(kept))})"
+        raise ConfigError("parallel", "pipeline", why=why, fix="set fewer parallel.stages, or parallel=fsdp")
 
 
 def count_own_blocks(model: PreTrainedModel, keep: range) -> None:

@@ -40,6 +40,14 @@ def other_layers(config: Mapping[str, Any]) -> list[str]:
     return sorted({str(kind) for kind in kinds} - {*_FULL, *_WINDOWS})
 
 
+def carried_state(config: Mapping[str, Any], marks: AttentionMarks | None) -> str | None:
+    """Return which layers carry a state from token to token, in words, ``None`` where none is known to."""
+    states = sorted(set(other_layers(config)) & STATES)
+    if states:
+        return f"layers ({', '.join(states)}) that carry a state from token to token"
+    return "layers that carry a state from token to token" if marks is not None and marks.is_stateful else None
+
+
 def cut_problem(config: Mapping[str, Any], marks: AttentionMarks | None, *, length: int) -> str | None:
     """Return why ranks cannot share sequences of ``length`` tokens of a model, ``None`` where they can.
 

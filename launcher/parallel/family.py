@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from launcher.errors import ConfigError
-from launcher.models.attending import cut_problem
+from launcher.models.attending import carried_state, cut_problem
 from launcher.models.installed import attention_marks, parallel_plans
 from launcher.parallel.deepspeed_pipeline import FAMILIES, unknown_family
 from launcher.parallel.fsdp import TENSOR_STYLES
@@ -34,6 +34,8 @@ def family_refusals(
     degrees = parallel.degrees(world_size)
     if degrees.sequence > 1:
         yield from _sequence_refusals(model, attention, degree=degrees.sequence, length=length)
+    if degrees.pipeline > 1 and parallel.kind == "pipeline":
+        yield from _state_refusals(model)
     family = model.family()
     plans = parallel_plans(family) if family not in (None, "gpt2") else None
     if plans is None:
@@ -48,6 +50,21 @@ def family_refusals(
         yield ConfigError("parallel.stages", degrees.pipeline, why=why, fix=_INSTEAD)
     if parallel.kind == "deepspeed_pipeline" and model.shape() is None and family not in FAMILIES:
         yield unknown_family(str(family))
+
+
+def _state_refusals(model: Model) -> Iterator[ConfigError]:
+    config = model.stored_config()
+    if config is not None:
+        family = str(config.get("model_type"))
+        states = carried_state(config, attention_marks(family))
+        if states is not None:
+            yield stateful(family, states)
+
+
+def stateful(family: str, states: str) -> ConfigError:
+    """Return the refusal of a model that a pipeline cannot continue texts with."""
+    why = f"{family} has {states}, which stages do not keep"
+    return ConfigError("parallel", "pipeline", why=why, fix=_INSTEAD)
 
 
 def _sequence_refusals(model: Model, attention: Attention, *, degree: int, length: int) -> Iterator[ConfigError]:

@@ -273,6 +273,11 @@ def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> Non
         ({**MIXTRAL, "model_type": "opt"}, "tensor", "parallel.tensor=2: Transformers' tensor plan for opt is none"),
         ({**MIXTRAL, "model_type": "opt"}, "pipeline", "parallel.stages=2: Transformers has no pipeline plan for opt"),
         (MIXTRAL, "deepspeed_pipeline", "the layers of mixtral are not known to work as a chain"),
+        (
+            {**LLAMA, "model_type": "qwen3_next"},
+            "pipeline",
+            "parallel=pipeline: qwen3_next has layers that carry a state",
+        ),
         (LLAMA, "tensor", None),
         (LLAMA, "pipeline", None),
         (MIXTRAL, "pipeline", None),

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from launcher.errors import ConfigError
-from launcher.models.attending import STATES
+from launcher.models.attending import carried_state
+from launcher.models.kernels import marks_of
+from launcher.parallel.family import stateful
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,9 +73,11 @@ def cut(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None
         last: whether it ends the model, and has norm and output head.
 
     Raises:
-        ConfigError: none of the blocks attends, so Transformers cannot say how many tokens the stretch has seen.
+        ConfigError: some blocks keep states, which Transformers' cache of a stretch does not find.
     """
-    _check_attends(model, keep)
+    states = carried_state(model.config.to_dict(), marks_of(type(model)))
+    if states is not None:
+        raise stateful(str(model.config.model_type), states)
     anatomy, base = anatomy_of(model), model.base_model
     blocks = getattr(base, anatomy.blocks)
     for key in [key for number, key in enumerate(blocks._modules) if number not in keep]:  # noqa: SLF001
@@ -88,16 +92,6 @@ def cut(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None
         setattr(base, anatomy.norm, nn.Identity())
         for name in [name for name, child in model.named_children() if child is not base]:
             setattr(model, name, None)
-
-
-def _check_attends(model: PreTrainedModel, keep: range) -> None:
-    kinds = getattr(model.config, "layer_types", None)
-    kept = set() if kinds is None else {kinds[number] for number in keep}
-    if kept and kept <= STATES:
-        family = model.config.model_type
-        why = f"layers {keep.start} to {keep.stop - 1} of {family} would be a stretch without attention "
-        why += f"({', '.join(sorted(kept))})"
-        raise ConfigError("parallel", "pipeline", why=why, fix="set fewer parallel.stages, or parallel=fsdp")
 
 
 def count_own_blocks(model: PreTrainedModel, keep: range) -> None:

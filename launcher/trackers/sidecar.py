@@ -56,7 +56,9 @@ def main(folder: Path) -> None:
 
     try:
         follow(run_dir, run, plan, orders)
-    except (wandb.Error, OSError) as error:  # its service is gone, or the disk full
+    except Exception as error:  # its service is gone, or the disk full
+        if not (isinstance(error, wandb.Error | OSError) or type(error).__module__.startswith("wandb.")):
+            raise  # not W&B's: its errors have no one class (HandleAbandonedError of a service that died meanwhile)
         print(f"W&B gave up ({_first_line(error)}): metrics.jsonl goes on", flush=True)
         os._exit(1)  # its exit hooks would fail the same way, at length
 

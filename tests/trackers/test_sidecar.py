@@ -14,12 +14,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
 
 from launcher.benchmarks.activation import ActivationBenchmark
 from launcher.benchmarks.picture import draw_bars
 from launcher.benchmarks.results import Case, Results
 from launcher.files import write_json
 from launcher.results import fold_metrics
+from launcher.trackers import sidecar as sidecar_program
+from launcher.trackers.orders import Orders
 from launcher.training.metrics import MetricsWriter
 
 from .conftest import PlannedRun, Sidecar, Start, shown
@@ -177,6 +180,28 @@ def test_a_service_that_dies_is_one_line_and_no_hang(planned: Planned, start: St
     assert output.startswith("W&B gave up (")
     assert output.count("\n") == 1
     assert fold_metrics(run.run_dir.metrics)["train/step"] == 6
+
+
+def test_any_error_of_wandb_is_one_line(
+    planned: Planned, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise HandleAbandonedError("no answer will come")
+
+    def end(code: int) -> None:
+        raise SystemExit(code)
+
+    for name, double in {"nice": lambda _: 0, "_exit": end}.items():
+        monkeypatch.setattr(os, name, double)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(Orders, "start", lambda _: None)
+    monkeypatch.setattr(sidecar_program, "wait_for_metrics", lambda *_, **__: None)
+    monkeypatch.setattr(sidecar_program, "follow", fail)
+    for name in ("WANDB_DIR", "WANDB_SILENT", "WANDB_ERROR_REPORTING"):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(SystemExit):
+        sidecar_program.main(planned().run_dir.path)
+    assert capsys.readouterr().out == "W&B gave up (no answer will come): metrics.jsonl goes on\n"
 
 
 def test_the_offline_folder_of_a_resumed_run_is_the_whole_run(planned: Planned, start: Start) -> None:

@@ -57,6 +57,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """Name every bytes value alike: what holds a time (gzip) would name a test otherwise in each worker."""
+    return "bytes" if isinstance(val, bytes) else None
+
+
 @pytest.fixture(scope="session", autouse=True)
 def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Hide the user's keys and settings; keep what is slow to make (converted weights) from run to run.

@@ -6,6 +6,7 @@ user, so every one is read with ``weights_only``: tensors, plain values, and the
 
 from __future__ import annotations
 
+import enum
 import pickle
 import re
 from collections.abc import Iterator
@@ -51,6 +52,17 @@ def named(place: Path) -> Iterator[None]:
         raise JobError(f"{place} cannot be read: {first}", exit_code=EXIT_BAD_INPUT) from error
 
 
+def _enum_member(kind: Any, name: Any) -> enum.Enum:
+    """Return a member of an enumeration: stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members.
+
+    Raises:
+        pickle.UnpicklingError: an attribute of anything else is asked for.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError("Unsupported GLOBAL getattr of what is no enumeration")
+    return kind[name]
+
+
 @contextmanager
 def deepspeed_tensors_only() -> Iterator[None]:
     """Within this block DeepSpeed's own loader, which asks torch for full unpickling, gets ``weights_only`` loading."""
@@ -63,7 +75,8 @@ def deepspeed_tensors_only() -> Iterator[None]:
     def load(*arguments: Any, **options: Any) -> Any:
         return full(*arguments, **{**options, "weights_only": True})
 
-    with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_enum_member, "builtins.getattr")]
+    with torch.serialization.safe_globals(allowed):
         torch.load = load
         try:
             yield

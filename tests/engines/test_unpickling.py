@@ -76,3 +76,27 @@ def test_deepspeeds_loader_takes_its_own_classes_and_runs_no_code(tmp_path, host
     assert error.value.exit_code == EXIT_BAD_INPUT
     torch.save(state, tmp_path / "states.pt")
     assert loader.load(str(tmp_path / "states.pt"))["address"] == address, "outside of the block nothing is changed"
+
+
+class Attribute:
+    """Is pickled as ``getattr(owner, name)``, as Python 3.11.2 does it with members of enumerations."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+def test_members_of_enumerations_are_read_from_every_python_and_no_other_attribute(tmp_path):
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    torch.save({"stage": Attribute(ZeroStageEnum, "weights")}, tmp_path / "member.pt")
+    torch.save({"stage": Attribute(LossScaler, "__init__")}, tmp_path / "function.pt")
+    torch.save({"stage": Attribute(ZeroStageEnum, "__init__")}, tmp_path / "dunder.pt")
+    with deepspeed_tensors_only():
+        assert load_file(tmp_path / "member.pt") == {"stage": ZeroStageEnum.weights}
+        for name in ("function.pt", "dunder.pt"):
+            with pytest.raises(JobError, match="getattr, which could run code"):
+                load_file(tmp_path / name)

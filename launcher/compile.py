@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar
 
 from launcher.component import Component
@@ -45,6 +47,20 @@ class CompiledBlocks(Compile):
         """Return the refusal of a machine without a C++ compiler."""
         why = "torch compiles for the CPU with a C++ compiler, and there is none"
         return ConfigError("compile", self.kind, why=why, fix="apt-get install g++, or set CXX, or compile=false")
+
+
+def quote_torch_libraries() -> None:
+    """Let torch link what it compiles where its own path holds a space: it writes ``-L`` of that path without quotes.
+
+    Every process calls this before it compiles or loads: with another command ninja would link again.
+    """
+    found = find_spec("torch")
+    if found is None or not found.origin or shlex.quote(found.origin) == found.origin:
+        return
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.TORCH_LIB_PATH.startswith("'"):
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
 
 
 def lacks_compiler(environ: Mapping[str, str], *, which: Callable[[str], str | None]) -> bool:

@@ -12,7 +12,7 @@ from launcher.checkpoint.lock import RunLock
 from launcher.disk import full_disk
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.files import read_json
-from launcher.preflight import refuse_occupied, refuse_small_nvme
+from launcher.preflight import refuse_occupied, refuse_small_memlock, refuse_small_nvme
 from launcher.prepare import Prepared
 from launcher.run_index import INDEX, add_run, forget_run, is_below
 from launcher.rundir import RunDir, StagedFiles
@@ -33,7 +33,11 @@ def start(prepared: Prepared) -> int:
         started = time.monotonic()
         try:
             occupied = list(refuse_occupied(prepared.run, directory, is_locked=True))
-            if mistakes := [*occupied, *refuse_small_nvme(prepared.run, prepared.hosts)]:
+            unfit = (
+                *refuse_small_nvme(prepared.run, prepared.hosts),
+                *refuse_small_memlock(prepared.run, prepared.hosts),
+            )
+            if mistakes := [*occupied, *unfit]:
                 raise ConfigErrors(mistakes)
             backend.validate_submission(prepared.plan)
             is_indexed = _index(prepared, staged)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import sys
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,9 @@ from launcher.paths import exists
 from launcher.plan import Host
 from launcher.rundir import RunDir
 from launcher.wording import bytes_text
+
+_CAP_IPC_LOCK = 14
+"""Number of Linux' capability to lock any amount of memory."""
 
 
 def preflight(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -208,6 +212,33 @@ def refuse_small_nvme(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         why = f"its disk has {bytes_text(free)} free, and optimiser state alone takes {bytes_text(least)}"
         fix = f"set parallel.nvme_path to a disk with {bytes_text(state.per_host_nvme)} free"
         yield ConfigError("parallel.nvme_path", folder, why=why, fix=fix)
+
+
+def refuse_small_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Refuse to start where this user may not page-lock the buffers through which DeepSpeed reads NVMe.
+
+    It aborts where it cannot lock them, whatever ``parallel.pin_memory`` is. Plans are for other users, too.
+    """
+    zero = run.parallel
+    if not isinstance(zero, Zero) or zero.offload_parameters != "nvme":
+        return
+    limit = lockable_bytes()
+    needed = zero.nvme_buffer_count * zero.nvme_buffer_size * run.precision.compute_bytes
+    if limit is None or needed <= limit or all(host.login for host in hosts):
+        return
+    buffers = f"parallel.nvme_buffer_count={zero.nvme_buffer_count} buffers of nvme_buffer_size={zero.nvme_buffer_size}"
+    why = f"its {buffers} are page-locked: {bytes_text(needed)} a rank, and this user may lock {bytes_text(limit)}"
+    fix = "raise the limit (`ulimit -l unlimited`, memlock in /etc/security/limits.conf), or set another place"
+    yield ConfigError("parallel.offload_parameters", "nvme", why=why, fix=fix)
+
+
+def lockable_bytes() -> int | None:
+    """Return how much memory a process of this user may page-lock; ``None`` where nothing limits it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if effective >> _CAP_IPC_LOCK & 1 or limit == resource.RLIM_INFINITY else limit
 
 
 def _is_read_only(folder: Path) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch._dynamo import config as dynamo
 from transformers import DynamicCache, StaticCache
 
+from launcher.compile import quote_torch_libraries
 from launcher.models.compiled import repeated_blocks
 from launcher.serving.limits import Limits
 from launcher.serving.make import slots_of
@@ -61,6 +62,7 @@ class Compiled(Eager):
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
         super().__init__(model, batch=batch, length=length)
         self._length = length
+        quote_torch_libraries()
         self._step = torch.compile(model.forward, dynamic=False)
 
     def _cache(self) -> Any:
@@ -88,6 +90,7 @@ class CompiledBlocks(Eager):
         return StaticCache(config=self._model.config, max_cache_len=self._length)
 
     def _compiled(self, number: int, block: Module) -> Callable[..., Any]:
+        quote_torch_libraries()
         plain, compiled = block.forward, torch.compile(block.forward, dynamic=False, fullgraph=True)
         signature = inspect.signature(plain)
 

@@ -7,10 +7,10 @@ import os
 import warnings
 from typing import TYPE_CHECKING
 
+from launcher.compile import quote_torch_libraries
 from launcher.engines.distributed import all_ranks_agree, group_timeout, join_group
 from launcher.errors import EnvironmentProblem
 from launcher.ops.build import path_with_ninja
-from launcher.ops.compile import quote_library_path
 from launcher.ops.folder import is_built, ops_folder
 from launcher.ops.record import read_outcome
 
@@ -44,7 +44,7 @@ def connect_deepspeed(context: Context, *, device: torch.device) -> None:
     """
     import deepspeed
 
-    quote_library_path()
+    quote_torch_libraries()
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     backend = "nccl" if device.type == "cuda" else "gloo"
     join_group(context, device, device_id=None)  # DeepSpeed takes a group that is there

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from launcher.compile import CompiledBlocks, lacks_compiler
+from launcher.compile import CompiledBlocks, lacks_compiler, quote_torch_libraries
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.compile import Compile
+    from launcher.compile import Compile, quote_torch_libraries
 
 
 def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device) -> None:
@@ -40,6 +40,7 @@ def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device)
     if not blocks:
         why = f"{type(module).__name__} has no blocks of the kind that Transformers repeats"
         raise ConfigError("compile", "true", why=why, fix="set compile=false")
+    quote_torch_libraries()
     for block in blocks:
         block.compile(fullgraph=True)
 

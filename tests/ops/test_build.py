@@ -119,17 +119,18 @@ def test_a_library_links_where_torch_has_a_path_with_a_space(folder: Path, tmp_p
     """torch is found through a link with a space in its name, as in an environment that lies in such a folder."""
     import torch
 
-    link = tmp_path / "my ünï libs"
-    link.symlink_to(Path(torch.__file__).parent / "lib")
+    (tmp_path / "my ünï libs").mkdir()
+    (tmp_path / "my ünï libs" / "torch").symlink_to(Path(torch.__file__).parent)
     (tmp_path / "empty.cpp").write_text('extern "C" int one() { return 1; }\n')
     script = (
-        "import sys; from torch.utils import cpp_extension; from launcher.ops.build import path_with_ninja; import os;"
-        "os.environ['PATH'] = path_with_ninja(); cpp_extension.TORCH_LIB_PATH = sys.argv[1];"
-        "from launcher.ops.compile import quote_library_path; quote_library_path(); quote_library_path();"
-        "cpp_extension.load('empty', [sys.argv[2]], is_python_module=False)"
+        "import os, sys; from launcher.compile import quote_torch_libraries; from launcher.ops.build import "
+        "path_with_ninja; os.environ['PATH'] = path_with_ninja(); quote_torch_libraries(); quote_torch_libraries();"
+        "from torch.utils import cpp_extension; assert ' ' in cpp_extension.TORCH_LIB_PATH;"
+        "cpp_extension.load('empty', [sys.argv[1]], is_python_module=False)"
     )
-    command = [sys.executable, "-c", script, str(link), str(tmp_path / "empty.cpp")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [sys.executable, "-c", script, str(tmp_path / "empty.cpp")]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "my ünï libs")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 
+from launcher import preflight
+from launcher.compose import compose
 from launcher.errors import ConfigErrors
 from launcher.models.base import Shape
 from launcher.optim.adamw import AdamW
 from launcher.parallel.base import NativeOps, StateBytes
 from launcher.parallel.zero import Zero
+from launcher.plan import Host
 from launcher.precision import Bf16, Fp16, Fp32
 
 PARAMS, RANKS = 1_000_000, 4
@@ -161,3 +164,15 @@ def test_notes(zero: Zero, precision: Any, on_gpu: bool, phrases: list[str]) -> 
     notes = list(zero.notes(precision, on_gpu=on_gpu))
     assert len(notes) == len(phrases)
     assert all(phrase in note for phrase, note in zip(phrases, notes, strict=True))
+
+
+def test_buffers_that_this_user_may_not_lock_are_refused_before_the_start(monkeypatch):
+    run = compose(["+exp=zero_infinity_gpt2xl", "precision=fp32"]).run
+    box = Host(name="box", slots=1)
+    monkeypatch.setattr(preflight, "lockable_bytes", lambda: 8 << 20)
+    (error,) = preflight.refuse_small_memlock(run, [box])
+    assert "1.86 GiB a rank, and this user may lock 8.00 MiB" in str(error)
+    assert list(preflight.refuse_small_memlock(run, [Host(name="far", slots=1, login="far")])) == []
+    for limit in (None, 2_000_000_000):
+        monkeypatch.setattr(preflight, "lockable_bytes", lambda limit=limit: limit)
+        assert list(preflight.refuse_small_memlock(run, [box])) == []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from launcher.compile import quote_torch_libraries
 from launcher.engines.distributed import DTYPES
 
 Attend = Callable[[nn.MultiheadAttention, Tensor], Tensor]
@@ -72,6 +73,7 @@ def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, backend: SDPBackend) -> 
 def _compiled_flex() -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
+    quote_torch_libraries()
     return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 

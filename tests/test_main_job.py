@@ -30,4 +30,6 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     assert len(list(run_dir.logs.glob("*.[01].log"))) == 2
     assert list(run_dir.tracker.glob("offline-run-*/*.wandb"))
     assert f":0 | step {steps}/{steps}" in ended.stdout
-    assert "held-out loss" in ended.stdout.strip().splitlines()[-1]
+    *_, last, opened = ended.stdout.partition("held-out loss")
+    assert last
+    assert "launch status" in opened.splitlines()[-1], "the end says what to type next"

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from launcher.data.formats import BadFile
+from launcher.data.rows import Record
 from launcher.engines.distributed import disconnect
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
 from launcher.files import read_json, write_json
@@ -19,7 +22,7 @@ from launcher.generation.task import claim_output, keep_task, stored_task, task_
 from launcher.generation.work import Worker
 from launcher.serving.choose import chosen_generator
 from launcher.serving.ranks import engine_of_ranks
-from launcher.serving.words import open_words
+from launcher.serving.words import Words, open_words
 from launcher.training.memory import peak_bytes
 from launcher.training.metrics import MetricsWriter
 from launcher.wording import times
@@ -34,6 +37,23 @@ if TYPE_CHECKING:
     from launcher.training.preemption import Preemption
 
 _POLL_S = 0.2
+
+
+def _records(job: Generate, records: Iterator[Record], words: Words, *, is_main: bool) -> Iterator[Record]:
+    """Return the lines of the input; chats of the shipped file become prompts where there is no chat template."""
+    if job.has_own_input or words.has_chat_template:
+        return records
+    if is_main:
+        print("job.input=sample: this tokenizer has no chat template, so chats are given as plain prompts", flush=True)
+    return map(_as_prompt, records)
+
+
+def _as_prompt(record: Record) -> Record:
+    chat = record.fields.get("messages")
+    if chat is None:
+        return record
+    fields = {name: value for name, value in record.fields.items() if name != "messages"}
+    return replace(record, fields={**fields, "prompt": chat[-1]["content"]})
 
 
 def generate(job: Generate, context: Context, preemption: Preemption) -> None:
@@ -84,7 +104,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     started = time.monotonic()
     with PartWriter(folder / f"rank{context.rank}.part") as parts:
         worker = Worker(
-            records=source.records(share),
+            records=_records(job, source.records(share), words, is_main=context.is_main),
             usual=job.usual,
             words=words,
             generator=generator,

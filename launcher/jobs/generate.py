@@ -101,13 +101,18 @@ class Generate(GeneratingJob):
         """Requests that an engine works on together."""
         return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
 
+    @property
+    def has_own_input(self) -> bool:
+        """Whether the prompts are a file of the user's, not the shipped one."""
+        return self.input != SAMPLE
+
     def source(self) -> Source:
         """Return the input.
 
         Raises:
             ConfigError: it holds no prompts.
         """
-        if self.input == SAMPLE:
+        if not self.has_own_input:
             return open_source(Path(__file__).parent.parent / "generation" / "sample.jsonl")
         try:
             return open_source(Path(self.input).expanduser(), self.format)

@@ -67,6 +67,11 @@ class Words:
         """Return the text of tokens, without special ones."""
         return self._decode(ids)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._chat is not None
+
     def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
         """Return a conversation as its model wants it, up to where the answer begins.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 import shutil
 import subprocess
 import sys
@@ -76,7 +77,7 @@ def test_a_shell_asks(tmp_path: Path, shell: str, capsys: pytest.CaptureFixture[
     script = tmp_path / "script"
     script.write_text(capsys.readouterr().out)
     program = tmp_path / "launch"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m launcher "$@"\n')
     program.chmod(0o755)
     assert "zero3_offload" in _completed(shell, script, "launch plan parallel=zero3_")[-1]
 
@@ -87,7 +88,7 @@ def test_a_shell_completes_files_where_nothing_else_fits(tmp_path: Path, shell: 
     script = tmp_path / "script"
     script.write_text(SCRIPTS[shell])
     program = tmp_path / "launch"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m launcher "$@"\n')
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m launcher "$@"\n')
     program.chmod(0o755)
     (tmp_path / "epoch=3.txt").touch()
     expected = {"bash": ["0"], "zsh": ["-P *=", "files"], "fish": ["data.path=epoch=3.txt"]}

@@ -33,6 +33,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MARK = "LAUNCHER_TEST_MARK"
 _INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 """Signals that a process passes on ignored to those it starts, where it ignores them."""
+_NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
+"""Variables that change what is printed; pytest-xdist sets the width of the terminal in its workers."""
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 
@@ -73,7 +75,7 @@ def isolated_machine(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
         patch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
         patch.setenv("XDG_CACHE_HOME", str(request.config.cache.mkdir("launcher")))
         for name in list(os.environ):
-            if name.startswith(("WANDB_", "LAUNCHER_", "HYDRA_")) or name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            if name.startswith(("WANDB_", "LAUNCHER_", "HYDRA_")) or name in _NOT_THE_TESTS:
                 patch.delenv(name)
         for number in _INHERITED:  # a shell ignores them for what it starts in the background
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)

@@ -163,7 +163,7 @@ def test_a_tokenizer_trained_here_is_saved_as_others_load_it(text: MakeText, mod
     assert loaded.end_id == tokenizer.end_id == read_json(tmp_path / "saved" / "generation_config.json")["eos_token_id"]
     for ids in (tokenizer.encode("the 漢 cat"), loaded.encode("the 漢 cat"), served.encode("the 漢 cat")):
         assert tokenizer.decode(ids) == "the 漢 cat"
-    assert not served.has_template
+    assert not served.has_chat_template
 
 
 def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText, model: Gpt2, tmp_path: Path) -> None:

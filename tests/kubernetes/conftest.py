@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
 import subprocess
 import sys
@@ -35,7 +36,9 @@ def kubectl(cluster: Cluster, tmp_path: Path) -> dict[str, str]:
     folder.mkdir()
     program = folder / "kubectl"
     source = Path(__file__).with_name("kubectl.py").read_text(encoding="utf-8")
-    program.write_text(f"#!{sys.executable}\n{source}", encoding="utf-8")
+    code = folder / "kubectl.py"
+    code.write_text(source, encoding="utf-8")
+    program.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, str(code)])} "$@"\n', encoding="utf-8")
     program.chmod(0o755)
     return {"PATH": f"{folder}:{os.environ['PATH']}", "TEST_CLUSTER": str(cluster.address)}
 

@@ -1,5 +1,6 @@
 """What kubectl says, and what we make of it."""
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,7 +32,8 @@ SAID = (
 @pytest.mark.parametrize(("said", "remedy"), SAID)
 def test_a_refusal_comes_with_a_remedy(tmp_path, monkeypatch, said, remedy):
     program = tmp_path / "kubectl"
-    program.write_text(f"#!{sys.executable}\nimport sys\nsys.exit({said!r})\n")
+    code = shlex.quote(f"import sys; sys.exit({said!r})")
+    program.write_text(f"#!/bin/sh\nexec {shlex.quote(sys.executable)} -c {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EnvironmentProblem) as raised:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -51,7 +52,8 @@ WAY = Sampling(max_tokens=3)
 def python(tmp_path: Path) -> Path:
     (tmp_path / "server.py").write_text(_PROGRAM)
     script = tmp_path / "python"
-    script.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nexec {sys.executable} {tmp_path}/server.py "$@"\n')
+    command = shlex.join([sys.executable, str(tmp_path / "server.py")])
+    script.write_text(f'#!/bin/sh\n[ "$1" = -m ] || exit 0\nexec {command} "$@"\n')
     script.chmod(0o755)
     return script
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def fake_vllm(folder: Path) -> Path:
     folder = folder / "env" / "bin"
     folder.mkdir(parents=True)
     (folder / "server.py").write_text(_VLLM)
-    script = f'[ "$1" = -m ] || exit 0\nexec {sys.executable} {folder}/server.py "$@"\n'
+    script = f'[ "$1" = -m ] || exit 0\nexec {shlex.join([sys.executable, str(folder / "server.py")])} "$@"\n'
     (folder / "python").write_text(f"#!/bin/sh\n{script}")
     (folder / "python").chmod(0o755)
     return folder / "python"

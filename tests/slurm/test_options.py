@@ -1,6 +1,7 @@
 """What the slurm backend refuses before anything is asked, and the script it makes: no Slurm needed."""
 
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_the_script(plan_of):
         sbatch_options=("--mail-type=FAIL", "--exclusive", '--comment=it\'s a "test" \\ # $HOME'),
     )
     plan = plan_of("tracker=local", "run.name=my run", "backend.ranks=8", hosts=backend.hosts(max_ranks=None))
-    text = script(backend, plan).replace(plan.hosts[0].host.python, "/venv/bin/python")
+    text = script(backend, plan).replace(shlex.quote(plan.hosts[0].host.python), "/venv/bin/python")
     file = GOLDEN / "job.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text, encoding="utf-8")

@@ -66,7 +66,7 @@ def test_what_the_user_adds_wins():
 def test_secrets_are_refused_without_being_repeated(name):
     (error,) = env.refusals({name: "hunter2"})
     assert error.option == f"backend.env.{name}"
-    assert f"export {name}=" in error.fix
+    assert f"export the variable {name}" in error.fix
     assert "hunter2" not in str(error)
 
 

@@ -129,7 +129,7 @@ def _cancel_job(where: Whereabouts, state: RunState) -> int:
     ended = subprocess.run([program, *argv[1:]], check=False)
     if ended.returncode:
         raise EnvironmentProblem(f"{argv[0]} ended with exit code {ended.returncode}: the job may still run")
-    _say(f"{state.run_id}: the scheduler was told; launch status follows it")
+    _say(f"{state.run_id}: the scheduler accepted the cancellation; see launch status")
     return 0
 
 

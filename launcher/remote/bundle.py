@@ -72,7 +72,9 @@ def _listed(folder: Path) -> Iterator[Path]:
 
 
 def _git_ls_files(folder: Path) -> Iterable[bytes]:
-    command = ["git", "-C", str(folder), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    # Bytecode, too, where no .gitignore names it: it differs from run to run, and with it the SHA-256 would.
+    others = ["--others", "--exclude-standard", "--exclude=__pycache__/"]
+    command = ["git", "-C", str(folder), "ls-files", "--cached", *others, "-z"]
     env = {name: value for name, value in os.environ.items() if name not in _REDIRECTS}
     try:
         ended = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, env=env, check=False)

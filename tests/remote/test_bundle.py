@@ -45,6 +45,8 @@ def tree(tmp_path: Path) -> Path:
     (root / "deleted").unlink()
     (root / "new 'file' é\n$HOME").write_text("new")
     (root / "ignored.bin").write_text("no")
+    (root / "pkg" / "__pycache__").mkdir()
+    (root / "pkg" / "__pycache__" / "module.cpython-311.pyc").write_text("bytecode, which .gitignore does not name")
     return root
 
 

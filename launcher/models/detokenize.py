@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 """What decoders put for bytes that make no character, or none yet."""
+_MANY = 1000
+"""Tokens that take so long that other threads should run meanwhile: ``decode`` keeps Python's lock."""
 
 
 def decoder_of(inner: tokenizers.Tokenizer) -> Callable[[Sequence[int]], str]:
     """Return what turns tokens into text, special tokens left out."""
 
     def decode(ids: Sequence[int]) -> str:
+        if len(ids) > _MANY:
+            return str(inner.decode_batch([list(ids)], skip_special_tokens=True)[0])
         return str(inner.decode(list(ids), skip_special_tokens=True))
 
     if not has_decoder(inner, "ByteFallback"):

@@ -96,6 +96,8 @@ def _check_ids(value: Sequence[Any], *, limit: int, hint: str = "") -> None:
     if len(value) > limit:
         said = f"has {len(value):,} tokens, and this server takes at most {limit:,}"
         raise _wrong(said, code="context_length_exceeded" if hint else "invalid_value")
+    if set(map(type, value)) <= {int} and min(value, default=0) >= 0 and max(value, default=0) < _TOKEN_LIMIT:
+        return  # a third of the time that the loop below takes, which finds the element to name
     for at, each in enumerate(value):
         if type(each) is not int or not 0 <= each < _TOKEN_LIMIT:
             raise _wrong(f"element {at} is {shown(each)}, which is not the number of a token{hint}")

@@ -12,7 +12,7 @@ import contextlib
 import gc
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
@@ -31,6 +31,10 @@ MAX_NAMES = 1 << 14
 """Fields of all objects in a body."""
 SLICE = 64
 """Elements of a long list that are written before other requests have their turn."""
+_AT_ONCE = 1 << 14
+"""Bytes of a body that is parsed in a millisecond, whatever it holds."""
+_num_waiting = 0
+"""Large bodies that have come and are not parsed."""
 _DEPTH = 4
 """Where answers have their long lists: choices, choice, logprobs, list."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,:]', re.DOTALL)
@@ -48,12 +52,13 @@ async def parse(body_type: type[B], data: bytes, bounds: Bounds) -> B:
     Raises:
         ApiError: it holds none; the message names the field.
     """
-    tree = await read_object(data)
-    try:
-        with _without_collections():
-            return body_type.model_validate(tree, context=bounds)
-    except ValidationError as error:
-        raise of_validation(error) from None
+    async with _in_turn(data):
+        tree = await _parse_object(data)
+        try:
+            with _without_collections():
+                return body_type.model_validate(tree, context=bounds)
+        except ValidationError as error:
+            raise of_validation(error) from None
 
 
 async def read_object(data: bytes) -> dict[str, Any]:
@@ -62,6 +67,25 @@ async def read_object(data: bytes) -> dict[str, Any]:
     Raises:
         ApiError: it holds none, or too many values.
     """
+    async with _in_turn(data):
+        return await _parse_object(data)
+
+
+@contextlib.asynccontextmanager
+async def _in_turn(data: bytes) -> AsyncIterator[None]:
+    """Let the event loop go round once for every large body that waits: it would parse all of them at a stretch."""
+    global _num_waiting
+    if len(data) > _AT_ONCE:
+        _num_waiting += 1
+        try:
+            for _ in range(_num_waiting):
+                await asyncio.sleep(0)
+        finally:
+            _num_waiting -= 1
+    yield
+
+
+async def _parse_object(data: bytes) -> dict[str, Any]:
     if _may_be_large(data):
         await asyncio.to_thread(_check_size, data)
     try:

@@ -42,7 +42,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 words = sys.argv
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    def log_message(self, *rest): os.write(1, f"asked {self.requestline}\\n".encode())  # in one write, beside other threads
+    def log_message(self, *rest): os.write(1, f"asked {self.requestline}\\n".encode())
     def answer(self, body, kind="application/json"):
         self.send_response(200)
         self.send_header("content-type", kind)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 from launcher.serving.api.bodies import Body, Bounds, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from launcher.serving.api.parsing import encode_json, parse
 from launcher.serving.api.problems import ApiError
-from launcher.serving.words import byte_words
+from launcher.serving.words import Words, byte_words
 
 from .loop import MODEL, LoopProbe, client, post
 
@@ -137,14 +138,43 @@ def test_no_body_holds_the_event_loop() -> None:
     assert {name: pause for name, pause in pauses.items() if pause > 0.1} == {}
 
 
-def test_tokenising_lets_other_threads_run() -> None:
+def test_large_bodies_that_come_together_are_parsed_in_turn() -> None:
+    """Each in another round of the event loop, which answers other requests in between."""
+    content, rounds = json.dumps({"tokens": [1] * 60_000}).encode(), 0
+
+    async def go_round() -> None:
+        nonlocal rounds
+        while True:
+            rounds += 1
+            await asyncio.sleep(0)
+
+    async def round_of_one() -> int:
+        await parse(DetokenizeBody, content, BOUNDS)
+        return rounds
+
+    async def all_at_once() -> list[int]:
+        going = asyncio.create_task(go_round())
+        found = await asyncio.gather(*(round_of_one() for _ in range(10)))
+        going.cancel()
+        return found
+
+    found = asyncio.run(all_at_once())
+    assert len(set(found)) == 10, found
+
+
+@pytest.mark.parametrize(
+    "work",
+    [lambda words: words.encode_all(["a b" * 80_000]), lambda words: words.decode([97] * 400_000)],
+    ids=["tokenising", "detokenising"],
+)
+def test_other_threads_run_meanwhile(work: Callable[[Words], Any]) -> None:
     """The event loop is another thread, and gets nowhere where a library keeps the interpreter's lock."""
     words, turns, ended = byte_words(), 0, threading.Event()
     with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(lambda: (words.encode_all(["a b" * 80_000]), ended.set()))
+        running = pool.submit(lambda: (work(words), ended.set()))
         while not ended.wait(0.001):
             turns += 1
-        work.result()
+        running.result()
     assert turns > 10
 
 

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import launcher
-from launcher.disk import full_disk, says_full
 from launcher.errors import ConfigError, LauncherError
-from launcher.secrecy import redact
-from launcher.suggest import did_you_mean
-from launcher.terminal import printable
+from launcher.utils.secrets import redact
+from launcher.utils.system import describe_full_disk, is_disk_full_error
+from launcher.utils.text import did_you_mean, printable
 
 VERBS = {
     "plan": "print what a run would do, and start nothing",
@@ -33,7 +32,7 @@ VERBS = {
     "benchmark": "compare two runs of a benchmark",
     "completion": "completion of verbs, groups, options and keys for bash, zsh and fish",
 }
-"""Each is ``launcher.commands.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
+"""Each is ``launcher.cli.<verb>`` with ``run(arguments) -> exit code``; bare overrides are the verb ``run``."""
 
 HELP = """\
 launch: compose, plan, launch and supervise language-model jobs.
@@ -78,10 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except OSError as error:
-        if not says_full(error):
+        if not is_disk_full_error(error):
             raise
         folder = Path(error.filename or ".").absolute().parent
-        print(f"error: {full_disk(folder) or error}: free some of it, then type the command again", file=sys.stderr)
+        print(
+            f"error: {describe_full_disk(folder) or error}: free some of it, then type the command again",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -99,21 +101,21 @@ def _dispatch(words: list[str]) -> int:
     if is_verb and first not in VERBS:
         raise ConfigError(first, why="is neither a verb nor option=value", fix=_meant(first))
     verb, arguments = (first, words[1:]) if is_verb else ("run", words)
-    code: int = importlib.import_module(f"launcher.commands.{verb}").run(arguments)
+    code: int = importlib.import_module(f"launcher.cli.{verb}").run(arguments)
     return code
 
 
 def _meant(word: str) -> str:
     """Return what to write instead of a first word that is neither a verb nor an override."""
-    from launcher.compose import groups
-    from launcher.overrides import ways_to_write
+    from launcher.config.compose import groups
+    from launcher.config.overrides import suggest_overrides
 
-    meant = ways_to_write(word, groups())
+    meant = suggest_overrides(word, groups())
     return f"write {' or '.join(meant)}" if meant else did_you_mean(word, VERBS)
 
 
 def _help_text() -> str:
-    from launcher.compose import groups
+    from launcher.config.compose import groups
 
     options = groups()
     exps = ", ".join(options.get("exp", []))

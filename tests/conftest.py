@@ -18,11 +18,11 @@ import psutil
 import pytest
 
 from launcher.__main__ import main
-from launcher.compose import compose
-from launcher.facts import Facts
-from launcher.ops.folder import ops_folder
-from launcher.plan import Host, Identity, Plan
-from launcher.planner import make_plan
+from launcher.config.compose import compose
+from launcher.planning.local_facts import LocalFacts
+from launcher.planning.planner import make_plan
+from launcher.protocol.native_ops import ops_folder
+from launcher.protocol.plan import Host, Plan, RunIdentity
 
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
@@ -47,7 +47,7 @@ _LONGEST_FIRST = (
     *("jobs/test_serve.py", "backends/test_unshared.py", "benchmarks/test_serving.py", "benchmarks/test_memory.py"),
     *("benchmarks/test_quantization.py", "jobs/test_evaluate.py", "bench/test_serving_soak.py", "test_main_job.py"),
     *("benchmarks/test_batching.py", "benchmarks/test_checkpoint.py", "doctor/test_faults.py"),
-    *("backends/test_local.py", "profiling/test_profiling.py", "commands/test_cancel.py", "serving/api/test_real.py"),
+    *("backends/test_local.py", "profiling/test_profiling.py", "cli/test_cancel.py", "inference/server/test_real.py"),
     "test_full_disk.py",
 )
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
@@ -202,7 +202,7 @@ def nasty_strings() -> tuple[str, ...]:
 
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
-IDENTITY = Identity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
+IDENTITY = RunIdentity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
 PlanOf = Callable[..., Plan]
 
 
@@ -211,7 +211,7 @@ def plan_of() -> PlanOf:
     """Compose overrides and plan them on hosts and with facts that are the same everywhere."""
 
     def plan(*words: str, hosts: Sequence[Host] = (BOX,), missing_ops: Sequence[str] = (), **environ: str) -> Plan:
-        facts = Facts(environ=environ, home=Path("/home/me"), ops_folder="/ops", missing_ops=tuple(missing_ops))
+        facts = LocalFacts(environ=environ, home=Path("/home/me"), ops_folder="/ops", missing_ops=tuple(missing_ops))
         return make_plan(compose(words).run, hosts, IDENTITY, facts)
 
     return plan

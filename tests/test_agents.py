@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.agents import AGENTS, RANK_MODULE, device_words
-from launcher.plan import Host, Identity
+from launcher.planning.commands import AGENTS, RANK_MODULE, cuda_visible_devices
+from launcher.protocol.plan import Host, RunIdentity
 
 STAND_IN = """
 import json, os, sys
@@ -39,7 +39,7 @@ def start(agent, folder, identity):
 def test_ranks_start_with_their_numbers_and_the_run_directory_alone(agent, tmp_path):
     port = free_port()
     run_dir = str(tmp_path / "--nnodes a b")  # looks like a flag of torchrun's, and holds spaces
-    done = start(agent, tmp_path, Identity(run_id="x", run_dir=run_dir, run_hash="ab", port=port))
+    done = start(agent, tmp_path, RunIdentity(run_id="x", run_dir=run_dir, run_hash="ab", port=port))
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     ranks = sorted(printed, key=lambda rank: rank["RANK"])
@@ -55,7 +55,7 @@ def test_torchrun_fails_at_once_when_the_port_is_taken(tmp_path):
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
-        identity = Identity(run_id="x", run_dir="/x", run_hash="ab", port=taken.getsockname()[1])
+        identity = RunIdentity(run_id="x", run_dir="/x", run_hash="ab", port=taken.getsockname()[1])
         done = start("torchrun", tmp_path, identity)
     assert done.returncode != 0
     assert "Address already in use" in done.stderr, "what supervision tries another port after"
@@ -64,7 +64,7 @@ def test_torchrun_fails_at_once_when_the_port_is_taken(tmp_path):
 
 def test_each_host_gets_its_number_and_the_address_of_the_first():
     hosts = [replace(HOST, name=name, address=address) for name, address in (("a", "10.0.0.1"), ("b", "10.0.0.2"))]
-    identity = Identity(run_id="x", run_dir="/x", run_hash="ab", port=29500)
+    identity = RunIdentity(run_id="x", run_dir="/x", run_hash="ab", port=29500)
     second = AGENTS["torchrun"](hosts, identity)[1]
     assert second[second.index("--node-rank") + 1] == "1"
     assert second[second.index("--nnodes") + 1] == "2"
@@ -75,5 +75,5 @@ def test_each_host_gets_its_number_and_the_address_of_the_first():
 
 def test_devices_keep_the_names_the_user_gave_them():
     host = Host(name="x", slots=2, devices=("a", "b", "c"), device_ids=("3", "GPU-ab", "5"))
-    assert device_words(host) == [3, "GPU-ab"]
-    assert device_words(Host(name="x", slots=2)) == []
+    assert cuda_visible_devices(host) == [3, "GPU-ab"]
+    assert cuda_visible_devices(Host(name="x", slots=2)) == []

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from launcher.__main__ import VERBS
-from launcher.files import write_json
+from launcher.utils.files import write_json
 
 
 @pytest.fixture

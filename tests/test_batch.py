@@ -1,6 +1,6 @@
 import pytest
 
-from launcher.batch import solve_batch
+from launcher.config.batch import solve_batch
 from launcher.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.build_once import build_once
 from launcher.errors import EnvironmentProblem
+from launcher.utils.build_cache import build_once
 
 
 def test_a_folder_is_built_once_and_then_found(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
 
 def test_a_killed_builder_is_cleaned_up_after(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys; from pathlib import Path; from launcher.build_once import build_once\n"
+        "import os, signal, sys; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
         "build_once(Path(sys.argv[1]), lambda folder: os.kill(os.getpid(), signal.SIGKILL), beat=lambda: None)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "it")], check=False).returncode == -9
@@ -49,7 +49,7 @@ def test_a_killed_builder_is_cleaned_up_after(tmp_path: Path) -> None:
 
 def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from launcher.build_once import build_once\n"
+        "import sys, time; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
         "def build(folder):\n"
         "    print('building', flush=True); sys.stdin.readline(); (folder / 'by-other').touch()\n"
         "build_once(Path(sys.argv[1]), build, beat=lambda: None)"

@@ -2,10 +2,10 @@ import subprocess
 
 import pytest
 
-from launcher.compose import compose, conf_folder, groups
-from launcher.config import KINDS
+from launcher.config.compose import compose, conf_folder, groups
+from launcher.config.registry import KINDS
+from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
-from launcher.snapshot import dump_run, load_run
 
 
 def mistakes(*words, **options):

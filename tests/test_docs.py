@@ -27,16 +27,16 @@ SLOW = {
     "job.sequence_length=64 job.eval_sequences=1 job.sample_tokens=2": (
         "test_train.py::test_the_readmes_command_for_gpt2_xl_on_a_small_model"
     ),
-    "launch runs": "commands/test_runs.py::test_a_real_run",
-    "launch status": "commands/test_status.py::test_a_real_run_that_is_over",
-    "launch logs -f --rank 0": "commands/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
-    "launch cancel": "commands/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
-    "launch rerun 20260101-120000-abcd job.steps=20": "commands/test_rerun.py::test_a_real_run_again",
-    "launch report": "commands/test_report.py::test_a_real_run_in_a_browser",
+    "launch runs": "cli/test_runs.py::test_a_real_run",
+    "launch status": "cli/test_status.py::test_a_real_run_that_is_over",
+    "launch logs -f --rank 0": "cli/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
+    "launch cancel": "cli/test_cancel.py::test_a_real_run_is_followed_cancelled_and_gone",
+    "launch rerun 20260101-120000-abcd job.steps=20": "cli/test_rerun.py::test_a_real_run_again",
+    "launch report": "cli/test_report.py::test_a_real_run_in_a_browser",
     "launch +exp=serve_smollm2": "jobs/test_serve.py::test_a_whole_run_serves_and_completes_when_told",
     "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' -d "
     """'{"model": "smollm2_135m", "messages": [{"role": "user", "content": "What is the capital of France?"}]}'""": (
-        "serving/api/test_openai.py::test_a_chat"
+        "inference/server/test_openai.py::test_a_chat"
     ),
     "launch job=generate model.weights=20260101-120000-abcd@best": (
         "test_train.py::test_a_run_is_continued_in_its_own_directory"

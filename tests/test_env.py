@@ -2,18 +2,18 @@ from dataclasses import replace
 
 import pytest
 
-from launcher import env
-from launcher.compose import compose
-from launcher.env import Place, environment
-from launcher.plan import Host, Identity
+from launcher.config.backend import base
+from launcher.config.compose import compose
+from launcher.planning.commands import HostPosition, rank_environment
+from launcher.protocol.plan import Host, RunIdentity
 
-IDENTITY = Identity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
+IDENTITY = RunIdentity(run_id="20260101-120000-abcd", run_dir="/runs/x", run_hash="ab" * 32, port=29500)
 GPUS = Host(name="big", slots=2, cores=64, devices=("a", "b", "c", "d"), device_ids=("4", "5", "6", "7"))
 
 
 def added(*words, host=GPUS, number=0):
-    place = Place(host=host, number=number, num_hosts=3)
-    return environment(compose(words).run, place, IDENTITY, ops_folder="/ops")
+    place = HostPosition(host=host, number=number, num_hosts=3)
+    return rank_environment(compose(words).run, place, IDENTITY, ops_folder="/ops")
 
 
 def test_what_identifies_the_run_and_the_host():
@@ -64,7 +64,7 @@ def test_what_the_user_adds_wins():
     ],
 )
 def test_secrets_are_refused_without_being_repeated(name):
-    (error,) = env.refusals({name: "hunter2"})
+    (error,) = base.validate_env({name: "hunter2"})
     assert error.option == f"backend.env.{name}"
     assert f"export the variable {name}" in error.fix
     assert "hunter2" not in str(error)
@@ -72,10 +72,10 @@ def test_secrets_are_refused_without_being_repeated(name):
 
 @pytest.mark.parametrize("name", ["RANK", "MASTER_PORT", "LAUNCHER_HOST", "CUDA_VISIBLE_DEVICES"])
 def test_what_the_launcher_sets_is_refused(name):
-    (error,) = env.refusals({name: "1"})
+    (error,) = base.validate_env({name: "1"})
     assert error.why == "is set by the launcher"
 
 
 @pytest.mark.parametrize("name", ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "MONKEY", "KEYBOARD", "HF_HOME"])
 def test_harmless_names_pass(name):
-    assert list(env.refusals({name: "1"})) == []
+    assert list(base.validate_env({name: "1"})) == []

@@ -1,6 +1,6 @@
 import pytest
 
-from launcher.forward import DEFAULT_GLOBS, forwarded, names
+from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_env, forwarded_names
 
 SENT = [
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "OMP_NUM_THREADS"),
@@ -15,25 +15,25 @@ KEPT = [
 
 @pytest.mark.parametrize("name", SENT)
 def test_sent(name: str) -> None:
-    assert forwarded({name: "x"}, DEFAULT_GLOBS) == {name: "x"}
+    assert forwarded_env({name: "x"}, DEFAULT_GLOBS) == {name: "x"}
 
 
 @pytest.mark.parametrize("name", KEPT)
 def test_kept(name: str) -> None:
-    assert forwarded({name: "x"}, DEFAULT_GLOBS) == {}
+    assert forwarded_env({name: "x"}, DEFAULT_GLOBS) == {}
 
 
 def test_what_would_break_a_host_stays_even_when_everything_is_asked_for() -> None:
     environ = dict.fromkeys([*SENT, *KEPT], "x")
     never = {"CUDA_VISIBLE_DEVICES", "PET_NNODES", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_HOST"}
-    assert set(names(environ, ["*"])) == set(environ) - never
+    assert set(forwarded_names(environ, ["*"])) == set(environ) - never
 
 
 def test_globs_of_the_user_add_to_the_others() -> None:
     environ = {"MY_FLAG": "a b", "NCCL_DEBUG": "INFO", "OTHER": "x"}
-    assert names(environ, [*DEFAULT_GLOBS, "MY_*"]) == ("MY_FLAG", "NCCL_DEBUG")
+    assert forwarded_names(environ, [*DEFAULT_GLOBS, "MY_*"]) == ("MY_FLAG", "NCCL_DEBUG")
 
 
 def test_values_are_not_touched(nasty_strings: tuple[str, ...]) -> None:
     environ = {f"HF_{number}": value for number, value in enumerate(nasty_strings)}
-    assert forwarded(environ, DEFAULT_GLOBS) == environ
+    assert forwarded_env(environ, DEFAULT_GLOBS) == environ

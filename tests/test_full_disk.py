@@ -12,19 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from launcher.build_once import build_once
-from launcher.commands.report import run as report
-from launcher.disk import full_disk, name_full_disk
-from launcher.engines.nvme import SwapFolder
+from launcher.cli.report import run as report
+from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.errors import EnvironmentProblem, JobError
-from launcher.files import read_json, write_atomic
-from launcher.rundir import RunDir
-from launcher.supervise.conclude import conclude
-from launcher.supervise.failure import Failure
-from launcher.supervise.heartbeat import make_beats, map_beats, read_record
-from launcher.supervise.link import beats_in
-from launcher.supervise.outcome import Outcome
-from launcher.training.metrics import MetricsWriter
+from launcher.protocol.heartbeat import create_heartbeat_file, heartbeat_file, map_heartbeat_file, read_exception_record
+from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.outcome import Failure, RunOutcome
+from launcher.protocol.rundir import RunDir
+from launcher.supervision.finalize import finalize_run
+from launcher.utils.build_cache import build_once
+from launcher.utils.files import read_json, write_atomic
+from launcher.utils.system import describe_full_disk, disk_full_message
 
 from .conftest import Launch
 
@@ -78,7 +76,7 @@ def test_a_run_whose_checkpoints_fill_the_disk_says_so_restarts_and_leaves_room(
     assert NAMED.search(read_json(run_dir.failure)["reason"])
     assert read_json(run_dir.result)["status"] == "failed"
     assert list(run_dir.checkpoints.iterdir()) == [], "what could not be saved fills the disk no longer"
-    assert full_disk(small) is None
+    assert describe_full_disk(small) is None
 
 
 def test_a_run_that_cannot_even_begin_starts_nothing(launch_in_process: Launch, small: Path) -> None:
@@ -97,12 +95,12 @@ def test_the_end_is_said_where_nothing_can_be_written(small: Path, capsys: pytes
     failure = Failure(
         host="a", rank=0, exit_code=7, signal=None, reason="rank 0 on a failed: why", log="a.0.log", time=0.0
     )
-    conclude(Outcome(status="failed", exit_code=7, failure=failure), run_dir, run_id="x")
+    finalize_run(RunOutcome(status="failed", exit_code=7, failure=failure), run_dir, run_id="x")
     said = capsys.readouterr().err.strip().splitlines()
     assert said[-1] == "exit code 7: rank 0 on a failed: why"
     assert said[0].startswith(f"{run_dir.failure} cannot be written: the disk of {run_dir.path} is full")
     assert said[1].startswith(f"{run_dir.result} cannot be written: ")
-    conclude(Outcome(status="completed", exit_code=0), run_dir, run_id="x")
+    finalize_run(RunOutcome(status="completed", exit_code=0), run_dir, run_id="x")
     assert f"{run_dir.result} cannot be written: " in capsys.readouterr().err
     assert sorted(path.name for path in run_dir.path.iterdir()) == ["logs"], "half a file fills the disk for nothing"
 
@@ -110,8 +108,8 @@ def test_the_end_is_said_where_nothing_can_be_written(small: Path, capsys: pytes
 RANK = """
 import os, sys
 from pathlib import Path
-from launcher.supervise.entry import enter_rank
-from launcher.supervise.rank_env import read_rank_env
+from launcher.supervision.rank_monitor import run_rank as enter_rank
+from launcher.protocol.rank_env import read_rank_env
 
 def work(env, heartbeat):
     with open(env.run_dir.path / "ballast", "wb") as file:
@@ -128,12 +126,12 @@ enter_rank(work, read_rank_env(Path(sys.argv[1]), os.environ))
 
 
 def test_a_rank_whose_log_fills_the_disk_ends_with_its_own_code_and_a_record(small: Path, tmp_path: Path) -> None:
-    beats = beats_in(tmp_path, 0)
-    make_beats(beats)
+    beats = heartbeat_file(tmp_path, 0)
+    create_heartbeat_file(beats)
     env = {**os.environ, "LAUNCHER_AGENT_SCRATCH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", RANK, small / "run"], env=env, check=False, timeout=120)
     assert done.returncode == 1, "Python ends with 120 where its buffers cannot be written"
-    payload = read_record(map_beats(beats))
+    payload = read_exception_record(map_heartbeat_file(beats))
     assert payload is not None, "no file took it"
     record = json.loads(payload)
     assert record["code"] == 1
@@ -163,7 +161,7 @@ def test_what_a_rank_cannot_write_names_the_disk(small: Path, write: Callable[[P
     fill(small, leave=1 << 14)
     with pytest.raises(Exception) as caught:  # noqa: PT011 (each library has an error of its own)
         write(small)
-    said = name_full_disk(caught.value, {"run.root": small, "TMPDIR": Path("/")})
+    said = disk_full_message(caught.value, {"run.root": small, "TMPDIR": Path("/")})
     assert said is not None
     assert NAMED.match(said)
     assert said.endswith("Free some of it, or set run.root to a folder on another disk")
@@ -182,13 +180,13 @@ def test_a_swap_folder_without_room_is_named_before_deepspeed_aborts(small: Path
 
 def test_other_errors_are_no_full_disk(small: Path) -> None:
     fill(small)
-    assert name_full_disk(ValueError("a shape"), {"run.root": small}) is None
-    assert name_full_disk(PermissionError(13, "Permission denied"), {"run.root": small}) is None
+    assert disk_full_message(ValueError("a shape"), {"run.root": small}) is None
+    assert disk_full_message(PermissionError(13, "Permission denied"), {"run.root": small}) is None
 
 
 def test_a_quota_that_is_used_up_names_the_file(tmp_path: Path) -> None:
     error = OSError(122, "Disk quota exceeded", str(tmp_path / "model.safetensors"))
-    said = name_full_disk(error, {"run.root": tmp_path})
+    said = disk_full_message(error, {"run.root": tmp_path})
     assert said is not None
     assert f"the disk of {tmp_path / 'model.safetensors'} was full, or its quota used up" in said
 
@@ -200,9 +198,9 @@ def test_a_cache_that_does_not_fit_is_removed_and_its_disk_named(small: Path) ->
     with pytest.raises(EnvironmentProblem, match=NAMED) as refused:
         build_once(small / "cache" / "key", tokenise, beat=lambda: None)
     assert "set XDG_CACHE_HOME to a folder on another disk" in str(refused.value)
-    assert name_full_disk(refused.value, {"run.root": small}) == str(refused.value), "named twice, with two remedies"
+    assert disk_full_message(refused.value, {"run.root": small}) == str(refused.value), "named twice, with two remedies"
     assert [path.name for path in (small / "cache").iterdir()] == ["key.lock"]
-    assert full_disk(small) is None
+    assert describe_full_disk(small) is None
 
 
 def test_a_report_that_does_not_fit_leaves_nothing(small: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.hostfile import Entry, choose, read_hostfile
+from launcher.planning.hostfile import HostfileEntry, filter_hosts, read_hostfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -24,13 +24,13 @@ def refusals(error: pytest.ExceptionInfo[ConfigError]) -> list[ConfigError]:
     return list(value.errors) if isinstance(value, ConfigErrors) else [value]
 
 
-def chosen(entries: tuple[Entry, ...]) -> dict[str, tuple[int, ...]]:
+def chosen(entries: tuple[HostfileEntry, ...]) -> dict[str, tuple[int, ...]]:
     assert all(entry.slots == len(entry.devices) for entry in entries)
     return {entry.name: entry.devices for entry in entries}
 
 
 @pytest.fixture
-def three(tmp_path: Path) -> tuple[Entry, ...]:
+def three(tmp_path: Path) -> tuple[HostfileEntry, ...]:
     return read_hostfile(written(tmp_path, "worker-0 slots=4\nworker-1 slots=4\nworker-2 slots=2\n"))
 
 
@@ -55,33 +55,33 @@ def test_comments_blank_lines_and_windows_line_ends(tmp_path: Path) -> None:
     assert [(entry.name, entry.slots, entry.line) for entry in read_hostfile(path)] == [("a", 2, 3), ("b", 1, 4)]
 
 
-def test_agrees_with_deepspeed(three: tuple[Entry, ...]) -> None:
+def test_agrees_with_deepspeed(three: tuple[HostfileEntry, ...]) -> None:
     runner = pytest.importorskip("deepspeed.launcher.runner")
     pool = collections.OrderedDict((entry.name, entry.slots) for entry in three)
     filters = ["worker-0", "worker-0@worker-1:0,2", "worker-2:1@worker-0:3,0", "worker-1:2@worker-1:0", "worker-1:1,1"]
     for text in filters:
         included = runner.parse_inclusion_exclusion(pool, text, "")
-        assert chosen(choose(three, include=text)) == {name: tuple(slots) for name, slots in included.items()}
+        assert chosen(filter_hosts(three, include=text)) == {name: tuple(slots) for name, slots in included.items()}
         excluded = runner.parse_inclusion_exclusion(pool, "", text)
-        assert chosen(choose(three, exclude=text)) == {name: tuple(slots) for name, slots in excluded.items()}
+        assert chosen(filter_hosts(three, exclude=text)) == {name: tuple(slots) for name, slots in excluded.items()}
 
 
-def test_no_filter_leaves_all(three: tuple[Entry, ...]) -> None:
-    assert choose(three) == three
+def test_no_filter_leaves_all(three: tuple[HostfileEntry, ...]) -> None:
+    assert filter_hosts(three) == three
 
 
-def test_a_host_named_twice_has_all_it_was_named_with(three: tuple[Entry, ...]) -> None:
+def test_a_host_named_twice_has_all_it_was_named_with(three: tuple[HostfileEntry, ...]) -> None:
     """DeepSpeed forgets "all of it" when single slots follow."""
-    assert chosen(choose(three, include="worker-0@worker-0:1")) == {"worker-0": (0, 1, 2, 3)}
+    assert chosen(filter_hosts(three, include="worker-0@worker-0:1")) == {"worker-0": (0, 1, 2, 3)}
 
 
-def test_an_excluded_host_is_gone(three: tuple[Entry, ...]) -> None:
-    assert chosen(choose(three, exclude="worker-1@worker-2:0,1")) == {"worker-0": (0, 1, 2, 3)}
+def test_an_excluded_host_is_gone(three: tuple[HostfileEntry, ...]) -> None:
+    assert chosen(filter_hosts(three, exclude="worker-1@worker-2:0,1")) == {"worker-0": (0, 1, 2, 3)}
 
 
 def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
     entries = read_hostfile(written(tmp_path, "me@[fd00::1]:22 slots=4\nother slots=1\n"))
-    assert chosen(choose(entries, include="[fd00:0::1]:2")) == {"fd00::1": (2,)}
+    assert chosen(filter_hosts(entries, include="[fd00:0::1]:2")) == {"fd00::1": (2,)}
 
 
 @pytest.mark.parametrize(
@@ -209,27 +209,27 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 )
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_filter_that_names_nothing_is_refused(
-    three: tuple[Entry, ...], option: str, text: str, why: str, fix: str
+    three: tuple[HostfileEntry, ...], option: str, text: str, why: str, fix: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        choose(three, **{option: text})
+        filter_hosts(three, **{option: text})
     (error,) = refusals(caught)
     assert (error.option, error.value) == (f"backend.{option}", text)
     assert why in error.why
     assert fix in error.fix
 
 
-def test_all_of_a_filter_is_told_together(three: tuple[Entry, ...]) -> None:
+def test_all_of_a_filter_is_told_together(three: tuple[HostfileEntry, ...]) -> None:
     with pytest.raises(ConfigErrors) as caught:
-        choose(three, include="worker-7@worker-0:9")
+        filter_hosts(three, include="worker-7@worker-0:9")
     assert len(refusals(caught)) == 2
 
 
-def test_a_filter_must_leave_somebody(three: tuple[Entry, ...]) -> None:
+def test_a_filter_must_leave_somebody(three: tuple[HostfileEntry, ...]) -> None:
     with pytest.raises(ConfigError, match="leaves no host"):
-        choose(three, exclude="worker-0@worker-1@worker-2")
+        filter_hosts(three, exclude="worker-0@worker-1@worker-2")
 
 
-def test_include_and_exclude_together_are_refused(three: tuple[Entry, ...]) -> None:
+def test_include_and_exclude_together_are_refused(three: tuple[HostfileEntry, ...]) -> None:
     with pytest.raises(ConfigError, match=r"cannot be used together with backend\.exclude=worker-1"):
-        choose(three, include="worker-0", exclude="worker-1")
+        filter_hosts(three, include="worker-0", exclude="worker-1")

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import launcher.commands
-from launcher.config import KINDS
+import launcher.cli
+from launcher.config.registry import KINDS
 
 HEAVY = ("accelerate", "datasets", "deepspeed", "matplotlib", "numpy", "tokenizers", "torch", "transformers", "wandb")
 COMPOSITION = ("hydra", "omegaconf", "rich", "yaml")
@@ -36,7 +36,7 @@ def importing(*modules: str) -> str:
 
 
 def test_verbs_and_components_import_nothing_heavy() -> None:
-    verbs = [module.name for module in pkgutil.iter_modules(launcher.commands.__path__, "launcher.commands.")]
+    verbs = [module.name for module in pkgutil.iter_modules(launcher.cli.__path__, "launcher.cli.")]
     components = [path.partition(":")[0] for kinds in KINDS.values() for path in kinds.values()]
     ended = python(importing("launcher.__main__", *verbs, *components))
     assert ended.returncode == 0, ended.stderr
@@ -48,7 +48,7 @@ def test_processes_beside_the_ranks_import_nothing_heavy() -> None:
 
 
 def test_the_host_agent_needs_neither_heavy_packages_nor_those_of_composition() -> None:
-    ended = python(importing("launcher.supervise.agent"), refused=(*HEAVY, *COMPOSITION))
+    ended = python(importing("launcher.supervision.agent_entry"), refused=(*HEAVY, *COMPOSITION))
     assert ended.returncode == 0, ended.stderr
 
 

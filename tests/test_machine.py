@@ -3,7 +3,8 @@ import stat
 
 import pytest
 
-from launcher.machine import Gpu, cpu_computes_bf16, list_gpus, memory_limit, this_machine, visible
+from launcher.planning.topology import local_host
+from launcher.utils.hardware import Gpu, cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
 
 GPUS = [
     Gpu(index=str(n), uuid=f"GPU-{letter * 8}-0000", name="NVIDIA L4", memory_bytes=24 * 2**30)
@@ -27,11 +28,11 @@ GPUS = [
     ],
 )
 def test_cuda_visible_devices_as_cuda_reads_it(setting, shown):
-    assert [word for word, _ in visible(GPUS, setting)] == shown
+    assert [word for word, _ in visible_gpus(GPUS, setting)] == shown
 
 
 def test_a_uuid_names_its_gpu():
-    assert visible(GPUS, "GPU-cccc") == [("GPU-cccc", GPUS[2])]
+    assert visible_gpus(GPUS, "GPU-cccc") == [("GPU-cccc", GPUS[2])]
 
 
 def nvidia_smi(folder, script):
@@ -63,22 +64,22 @@ def test_gpus_are_read_from_the_driver_when_nvidia_smi_fails(tmp_path, monkeypat
 def test_this_machine_takes_a_rank_for_each_gpu(tmp_path, monkeypatch):
     nvidia_smi(tmp_path, 'printf "0, GPU-aa, H100, 100\\n1, GPU-bb, H100, 90\\n2, GPU-cc, H100, 80\\n"')
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    host = this_machine("auto", environ={"CUDA_VISIBLE_DEVICES": "1,0"})
+    host = local_host("auto", environ={"CUDA_VISIBLE_DEVICES": "1,0"})
     assert (host.slots, host.device_ids, host.device_bytes) == (2, ("1", "0"), 90 * 2**20)
-    assert this_machine(1, environ={}).slots == 1
-    assert this_machine("auto", environ={}).slots == 3
+    assert local_host(1, environ={}).slots == 1
+    assert local_host("auto", environ={}).slots == 3
 
 
 def test_this_machine_as_it_is():
     cores = len(os.sched_getaffinity(0))
-    host = this_machine("auto", environ={"CUDA_VISIBLE_DEVICES": ""})
+    host = local_host("auto", environ={"CUDA_VISIBLE_DEVICES": ""})
     assert host.devices == ()
     assert host.slots == min(2, cores)
     assert host.cores == cores
     assert host.memory_bytes > 2**30
     assert host.name
     assert "." not in host.name
-    assert this_machine(5, environ={"CUDA_VISIBLE_DEVICES": ""}).slots == 5
+    assert local_host(5, environ={"CUDA_VISIBLE_DEVICES": ""}).slots == 5
 
 
 @pytest.mark.parametrize(("text", "limited"), [("1048576", True), ("max", False), (str(2**63), False)])

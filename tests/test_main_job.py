@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from launcher.rundir import RunDir
+from launcher.protocol.rundir import RunDir
 
 
 def test_the_default_run_learns_and_leaves_everything(launch) -> None:

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from launcher.__main__ import main
-from launcher.announce import closing
-from launcher.compose import compose, groups
+from launcher.config.compose import compose, groups
 from launcher.errors import ConfigErrors
-from launcher.rundir import RunDir
-from launcher.runs import look
-from launcher.supervise.conclude import last_words
-from launcher.supervise.entry import quiet_libraries
-from launcher.supervise.outcome import Outcome
-from launcher.supervise.ranks import LastWords
-from launcher.table import table
+from launcher.execution.lifecycle import closing_text
+from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.rundir import RunDir
+from launcher.runs.state import read_run_state
+from launcher.supervision.finalize import closing_message
+from launcher.supervision.host_ranks import ExceptionTextFilter
+from launcher.utils.logs import quiet_libraries
+from launcher.utils.text import format_table
 
 
 def test_no_table_of_list_is_wider_than_the_terminal(
@@ -38,10 +38,10 @@ def test_one_long_cell_makes_no_table_wide() -> None:
         ("key", "z" * 300, "a list of text", "What it means, in a sentence of several words."),
         ("b", "1", "c", "d"),
     ]
-    lines = list(table(rows, indent="  ", width=80))
+    lines = list(format_table(rows, indent="  ", width=80))
     assert max(map(len, lines)) <= 80
     assert "".join("".join(lines).split()).count("z") == 300, "nothing is cut off"
-    assert list(table([("a", "b c")])) == ["a  b c"]
+    assert list(format_table([("a", "b c")])) == ["a  b c"]
 
 
 def test_libraries_are_quiet_about_themselves(caplog: pytest.LogCaptureFixture) -> None:
@@ -62,7 +62,7 @@ def test_libraries_are_quiet_about_themselves(caplog: pytest.LogCaptureFixture) 
 def test_what_a_rank_says_when_it_fails_is_left_out_of_what_is_shown(tmp_path: Path) -> None:
     file = tmp_path / "failure.rank0.txt"
     file.write_text("of an earlier attempt")
-    words = LastWords(file)
+    words = ExceptionTextFilter(file)
     assert words.left_out(["of an earlier attempt", "step 1"]) == ["of an earlier attempt", "step 1"]
     file.write_text("Traceback:\n  line 1\nValueError: x")
     shown = ["step 2", "Traceback:", "  line 1"]
@@ -77,18 +77,18 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
     for name in ("run.yaml", "plan.json", "loss.png", "metrics.jsonl", ".lock"):
         (run_dir.path / name).touch()
     result = {"status": "completed", "metrics": {"eval/loss": 1.0}}
-    said = closing(result, run_dir, elapsed_s=3.0).splitlines()
+    said = closing_text(result, run_dir, elapsed_s=3.0).splitlines()
     assert said[:2] == ["completed in 3 s; held-out loss 1.0000", "left in runs/a b/x: loss.png, metrics.jsonl"]
     assert [line.removeprefix("next:").strip() for line in said[2:]] == [
         "launch report 'runs/a b/x'",
         "launch status 'runs/a b/x'",
     ]
-    assert "launch rerun 'runs/a b/x'" in last_words(Outcome(status="cancelled", exit_code=130), run_dir)
+    assert "launch rerun 'runs/a b/x'" in closing_message(RunOutcome(status="cancelled", exit_code=130), run_dir)
     (run_dir.checkpoints / "step_00000010" / "manifest.json").touch()
-    assert "checkpoints/step_00000010" in closing(result, run_dir, elapsed_s=3.0)
-    assert "launch resume 'runs/a b/x'" in closing(result, run_dir, elapsed_s=3.0)
+    assert "checkpoints/step_00000010" in closing_text(result, run_dir, elapsed_s=3.0)
+    assert "launch resume 'runs/a b/x'" in closing_text(result, run_dir, elapsed_s=3.0)
     for status, code in (("cancelled", 130), ("preempted", 75)):
-        assert "launch resume 'runs/a b/x'" in last_words(Outcome(status=status, exit_code=code), run_dir)
+        assert "launch resume 'runs/a b/x'" in closing_message(RunOutcome(status=status, exit_code=code), run_dir)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_steps_are_set_against_what_counts_them(
     (tmp_path / "plan.json").write_text(json.dumps({"job": job, "work": {"steps": planned}}))
     if step is not None:
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"train/step": step}) + "\n")
-    assert look(RunDir(tmp_path)).steps_text == shown
+    assert read_run_state(RunDir(tmp_path)).steps_text == shown
 
 
 def test_a_stated_peak_is_a_positive_number() -> None:

@@ -5,13 +5,13 @@ import subprocess
 
 import pytest
 
-from launcher.compose import compose, groups
+from launcher.config.compose import compose, groups
+from launcher.config.option_text import quoted_word
+from launcher.config.overrides import suggest_overrides
+from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
-from launcher.overrides import ways_to_write
-from launcher.snapshot import dump_run, load_run
-from launcher.stored import stored_run
-from launcher.sweep import expand
-from launcher.wording import quoted_word
+from launcher.execution.sweep import expand_grid
+from launcher.runs.config_source import load_saved_run
 
 
 def mistakes(*words, **options):
@@ -83,8 +83,8 @@ def test_text_is_taken_as_typed_and_kept(tmp_path):
     stored = tmp_path / "run.yaml"
     stored.write_text(dump_run(run), encoding="utf-8")
     assert load_run(stored) == run
-    assert variables(stored_run(tmp_path, ["job.seed=1"])) == AS_TYPED
-    assert variables(stored_run(tmp_path, words[::-1])) == AS_TYPED
+    assert variables(load_saved_run(tmp_path, ["job.seed=1"])) == AS_TYPED
+    assert variables(load_saved_run(tmp_path, words[::-1])) == AS_TYPED
 
 
 def test_quoted_words_pasted_into_a_shell_set_the_text():
@@ -126,9 +126,9 @@ def test_interpolations_are_resolved_where_they_lead_somewhere(monkeypatch, tmp_
     run = compose(words).run
     assert (run.data.path, run.job.sample_prompt) == ("/data/ünï=1.txt", "0")
     (tmp_path / "run.yaml").write_text(dump_run(run), encoding="utf-8")
-    assert stored_run(tmp_path, words[:1]).data.path == "/data/ünï=1.txt"
+    assert load_saved_run(tmp_path, words[:1]).data.path == "/data/ünï=1.txt"
     with pytest.raises(ConfigErrors, match=r"job\.sample_prompt=.*name a variable that exists"):
-        stored_run(tmp_path, words[1:])
+        load_saved_run(tmp_path, words[1:])
 
 
 def test_the_forms_that_the_options_name_work():
@@ -166,7 +166,7 @@ def test_a_list_is_suggested_where_one_is_taken():
 
 def test_a_sweep_takes_each_text_as_typed():
     words = ["job.sample_prompt=1e5,007,'a,b',ünï=1,x[1,2]", "job.seed=1,2"]
-    combinations = expand(words, {}, None)
+    combinations = expand_grid(words, {}, None)
     assert len(combinations) == 10
     prompts = [compose([*combination]).run.job.sample_prompt for combination in combinations[::2]]
     assert prompts == ["1e5", "007", "a,b", "ünï=1", "x[1,2]"]
@@ -236,7 +236,7 @@ def test_words_that_hydra_would_end_at_are_one_message(word, message, sweeping):
 
 
 def test_a_pattern_is_a_sweep_over_the_options_that_match():
-    assert expand(["parallel=glob(zero?)"], {}, None) == [(f"parallel=zero{stage}",) for stage in range(4)]
+    assert expand_grid(["parallel=glob(zero?)"], {}, None) == [(f"parallel=zero{stage}",) for stage in range(4)]
 
 
 @pytest.mark.parametrize(
@@ -253,5 +253,5 @@ def test_a_pattern_is_a_sweep_over_the_options_that_match():
     }.items(),
 )
 def test_a_word_without_an_equals_sign_is_written_out(word, written):
-    assert ways_to_write(word, groups()) == [written]
+    assert suggest_overrides(word, groups()) == [written]
     compose([written.replace("<option>", "train").replace("<value>", "5").replace("~", "")])

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.commandline import parse_command_line
-from launcher.compose import compose
-from launcher.config import KINDS, component_class
+from launcher.cli.command_line import parse_command_line
+from launcher.config.compose import compose
+from launcher.config.paths import path_fields
+from launcher.config.registry import KINDS, component_class
+from launcher.config.schema import defaults
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.paths import path_fields
-from launcher.prepare import prepare
-from launcher.schema import defaults
+from launcher.execution.prepare import prepare
 
 OPTIONS = {
     "data.path": ["data.path="],

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.benchmarks.base import NoBenchmark
-from launcher.compose import compose, groups
+from launcher.config.benchmark.base import NoBenchmark
+from launcher.config.compose import compose, groups
+from launcher.config.schema import to_tree
 from launcher.errors import ConfigErrors
-from launcher.facts import Facts
-from launcher.plan import Host, plan_from_json
-from launcher.schema import to_tree
+from launcher.planning.local_facts import LocalFacts
+from launcher.protocol.plan import Host, plan_from_json
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 GPUS = Host(
@@ -175,7 +175,7 @@ def test_no_secret_of_the_environment_reaches_the_plan(plan_of):
     plan = plan_of(WANDB_API_KEY=key)
     assert plan.tracker.mode == "online"
     assert key not in json.dumps(to_tree(plan))
-    assert key not in repr(Facts(environ={"WANDB_API_KEY": key}, home=Path("/home/me")))
+    assert key not in repr(LocalFacts(environ={"WANDB_API_KEY": key}, home=Path("/home/me")))
 
 
 def test_the_same_inputs_give_the_same_plan(plan_of):

@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.attempts import _may_be_restarted, _restarted, _write
-from launcher.compose import compose
+from launcher.config.compose import compose
+from launcher.config.snapshot import dump_run
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem, JobError, Unfit, exit_code_of_rank
-from launcher.files import read_json
-from launcher.prepare import prepare
-from launcher.snapshot import dump_run
-from launcher.supervise.outcome import Outcome
+from launcher.execution.prepare import prepare
+from launcher.execution.restart import _may_be_restarted, _restarted, _write
+from launcher.protocol.outcome import RunOutcome
+from launcher.utils.files import read_json
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def start_rank(tmp_path):
     (tmp_path / "run.yaml").write_text(dump_run(compose([]).run))
 
     def start(**env):
-        command = [sys.executable, "-m", "launcher.rank", tmp_path]
+        command = [sys.executable, "-m", "launcher.jobs.rank", tmp_path]
         return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=120)
 
     return start
@@ -63,7 +63,7 @@ def test_a_rank_never_ends_with_the_code_that_means_nothing_was_started(error, c
 
 @pytest.mark.parametrize(("code", "is_restarted"), [(1, True), (137, True), (2, False), (65, False), (69, False)])
 def test_a_run_is_not_restarted_to_fail_the_same_way(code, is_restarted):
-    assert _may_be_restarted(Outcome(status="failed", exit_code=code)) == is_restarted
+    assert _may_be_restarted(RunOutcome(status="failed", exit_code=code)) == is_restarted
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_restart_keeps_the_checkpoint_that_the_run_began_from(
     tmp_path, monkeypatch, capsys, began_from, has_own, resumed_from
 ):
     """Until it has one of its own: it would begin with random weights."""
-    monkeypatch.setattr("launcher.attempts._PAUSE_S", 0)
+    monkeypatch.setattr("launcher.execution.restart._PAUSE_S", 0)
     prepared = prepare(compose(["tracker=local", "backend.ranks=1", f"run.dir={tmp_path}/run", "backend.restarts=1"]))
     checkpoint = replace(prepared.run.checkpoint, resume=began_from)
     prepared = replace(prepared, run=replace(prepared.run, checkpoint=checkpoint))
@@ -83,7 +83,7 @@ def test_a_restart_keeps_the_checkpoint_that_the_run_began_from(
     if has_own:
         (prepared.directory.checkpoints / "step_00000001").mkdir()
         (prepared.directory.checkpoints / "step_00000001" / "manifest.json").touch()
-        monkeypatch.setattr("launcher.attempts.replan", lambda run, *_, **__: replace(prepared, run=run))
-    again = _restarted(prepared, Outcome(status="failed", exit_code=1), prepared.run.backend, left=0)
+        monkeypatch.setattr("launcher.execution.restart.replan", lambda run, *_, **__: replace(prepared, run=run))
+    again = _restarted(prepared, RunOutcome(status="failed", exit_code=1), prepared.run.backend, left=0)
     assert again is not None, capsys.readouterr().out
     assert again.run.checkpoint.resume == resumed_from

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.alike import groups_of
-from launcher.plan import Command, Host
-from launcher.render import render
-from launcher.schema import to_tree
-from launcher.shell import paste
+from launcher.config.schema import to_tree
+from launcher.planning.render import render_plan
+from launcher.planning.shell import shell_lines
+from launcher.planning.topology import group_hosts
+from launcher.protocol.plan import Command, Host
 
 GOLDEN = Path(__file__).parent / "golden"
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
@@ -57,19 +57,19 @@ def compare(name, text):
 def test_text_and_json(plan_of, name):
     words, arguments = PLANS[name]
     plan = plan_of(*words, **arguments)
-    compare(f"{name}.txt", render(plan))
+    compare(f"{name}.txt", render_plan(plan))
     compare(f"{name}.json", json.dumps(to_tree(plan), indent=2, ensure_ascii=False) + "\n")
 
 
 def test_a_thousand_hosts_are_shown_once(plan_of):
     plan = plan_of("+exp=zero2_gpt2_large", "job.global_batch=32768", hosts=cluster(1024))
-    compare("thousand_hosts.txt", render(plan))
+    compare("thousand_hosts.txt", render_plan(plan))
 
 
 @pytest.mark.parametrize("agent", ["torchrun", "deepspeed"])
 def test_the_text_does_not_grow_with_hosts_alike(plan_of, agent):
     words = ("+exp=zero2_gpt2_large", "job.global_batch=null", f"backend.agent={agent}")
-    few, many = (render(plan_of(*words, hosts=cluster(count))) for count in (4, 400))
+    few, many = (render_plan(plan_of(*words, hosts=cluster(count))) for count in (4, 400))
     assert len(few.splitlines()) == len(many.splitlines())
 
 
@@ -77,7 +77,7 @@ def test_the_text_does_not_grow_with_hosts_alike(plan_of, agent):
 def test_a_host_that_differs_is_shown_by_itself(plan_of, difference):
     hosts = cluster(6)
     hosts[3] = replace(hosts[3], **difference)
-    groups = groups_of(plan_of("tracker=local", hosts=hosts).hosts)
+    groups = group_hosts(plan_of("tracker=local", hosts=hosts).hosts)
     assert [(group.first.host.name, group.number, group.size) for group in groups] == [
         ("node0000", 0, 3),
         ("node0003", 3, 1),
@@ -90,21 +90,21 @@ def test_a_host_that_differs_is_shown_by_itself(plan_of, difference):
 def test_a_command_that_differs_in_more_than_name_and_number_is_shown_by_itself(plan_of):
     one, two, three = plan_of("tracker=local", hosts=cluster(3)).hosts
     changed = replace(two, start=replace(two.start, env={**two.start.env, "OMP_NUM_THREADS": "3"}))
-    assert [group.size for group in groups_of([one, changed, three])] == [1, 1, 1]
+    assert [group.size for group in group_hosts([one, changed, three])] == [1, 1, 1]
     longer = replace(two, start=replace(two.start, argv=(*two.start.argv, "x")))
-    assert [group.size for group in groups_of([one, longer, three])] == [1, 1, 1]
+    assert [group.size for group in group_hosts([one, longer, three])] == [1, 1, 1]
 
 
 def test_every_warning_and_the_reason_of_the_tracker_are_in_the_text(plan_of):
     plan = plan_of("+exp=zero3_gpt2xl", "schedule.warmup_steps=500")
     assert len(plan.warnings) >= 2
-    assert all(warning in render(plan) for warning in (*plan.warnings, plan.tracker.reason))
+    assert all(warning in render_plan(plan) for warning in (*plan.warnings, plan.tracker.reason))
 
 
 def test_a_pasted_command_is_the_command():
     script = "import json, os, sys; print(json.dumps([sys.argv[1:], os.environ['A'], os.environ['B']]))"
     words = ("--flag", "a b", "$HOME", "it's", "*", "", "\\", "--long=" + "x" * 150, "ü")
     command = Command(argv=(sys.executable, "-c", script, *words), env={"A": "1 $2 'x'", "B": "y" * 150})
-    text = "\n".join(f"    {line}" for line in paste(command))
+    text = "\n".join(f"    {line}" for line in shell_lines(command))
     done = subprocess.run(["/bin/sh", "-c", text], capture_output=True, text=True, check=True, timeout=60)
     assert json.loads(done.stdout) == [list(words), command.env["A"], command.env["B"]]

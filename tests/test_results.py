@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from launcher.results import fold_metrics, read_metrics, write_result
-from launcher.rundir import RunDir
+from launcher.protocol.results import last_metrics, read_metrics, write_result
+from launcher.protocol.rundir import RunDir
 
 METRICS = """\
 {"train/step": 1, "train/loss": 3.5, "time": 1.0}
@@ -19,11 +19,11 @@ def test_the_last_value_of_each_metric_is_kept(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(METRICS)
     assert len(list(read_metrics(path))) == 3
-    assert fold_metrics(path) == {"train/step": 2, "train/loss": None, "eval/loss": 4.5, "time": 3.0}
+    assert last_metrics(path) == {"train/step": 2, "train/loss": None, "eval/loss": 4.5, "time": 3.0}
 
 
 def test_a_run_that_never_started_has_no_metrics(tmp_path: Path) -> None:
-    assert fold_metrics(tmp_path / "metrics.jsonl") == {}
+    assert last_metrics(tmp_path / "metrics.jsonl") == {}
 
 
 def test_the_result_tells_how_the_run_ended(tmp_path: Path) -> None:

@@ -9,19 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from launcher import launching
 from launcher.backends.slurm import submit
-from launcher.backends.slurm.client import Partition
-from launcher.checkpoint.lock import RunLock
-from launcher.compose import compose
-from launcher.config import build_run, run_to_tree
+from launcher.backends.slurm.client import SlurmPartition
+from launcher.config.compose import compose
+from launcher.config.run import build_run, run_to_tree
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
-from launcher.files import atomic_file, write_atomic, write_json
-from launcher.generation.task import claim_output
-from launcher.rundir import RunDir
-from launcher.supervise.conclude import files_of_end
-from launcher.supervise.messages import Assignment
-from launcher.supervise.settle import settle
+from launcher.execution import lifecycle
+from launcher.inference.batch.output import claim_output
+from launcher.protocol.messages import Assignment
+from launcher.protocol.rundir import RunDir
+from launcher.runs.lock import RunLock
+from launcher.supervision.finalize import result_files
+from launcher.supervision.host_agent import stage_run_dir
+from launcher.utils.files import atomic_file, write_atomic, write_json
 
 from .conftest import Launch
 
@@ -68,7 +68,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], str]], 
     """Make this machine one with Slurm, whose sbatch is a function that gets the script."""
 
     def install(sbatch: Callable[[Path], str]) -> None:
-        queues = [Partition(name="main", is_default=True, limit="infinite", num_nodes=4)]
+        queues = [SlurmPartition(name="main", is_default=True, limit="infinite", num_nodes=4)]
         monkeypatch.setattr(submit, "partitions", lambda: queues)
         monkeypatch.setattr(submit, "_refuse_queued", lambda _run_dir: None)
         monkeypatch.setattr(submit, "_sbatch", lambda _backend, file: sbatch(file))
@@ -153,7 +153,7 @@ def test_what_was_queued_stays_when_slurm_then_falls_silent(
         raise EnvironmentProblem("Slurm does not answer any more")
 
     slurm(lambda _file: "7")
-    monkeypatch.setattr("launcher.backends.slurm.follow.follow", silent)
+    monkeypatch.setattr("launcher.backends.slurm.submit.follow", silent)
     launch_in_process(*SLURM, "backend.wait=true", "run.dir=run").expect(2)
     assert RunDir(tmp_path / "run").is_run
     assert (tmp_path / "run" / "job.sbatch").is_file()
@@ -186,7 +186,7 @@ def test_a_run_that_ends_while_this_one_waits_for_the_lock_is_kept(
             return super().acquire()
 
     before: dict[str, bytes | None] = {}
-    monkeypatch.setattr(launching, "RunLock", Late)
+    monkeypatch.setattr(lifecycle, "RunLock", Late)
     refused = launch_in_process(*SMALL, "run.dir=run").expect(2)
     assert "two runs never share a directory" in refused.stderr
     del before["run/logs"]  # made by the launcher that was late, and empty
@@ -209,7 +209,7 @@ def test_a_host_without_the_shared_disk_leaves_files_of_others(tmp_path: Path) -
         session={},
     )
     with pytest.raises(EnvironmentProblem, match=r"mine holds files that no run has put there .* on node2; choose"):
-        settle(sent)
+        stage_run_dir(sent)
     assert tree_of(tmp_path) == before
 
 
@@ -253,7 +253,7 @@ def test_only_files_of_the_end_are_forgotten(tmp_path: Path) -> None:
     run_dir.logs.mkdir()
     (run_dir.logs / "failure.rank3.json").touch()
     expected = ["failure.json", "failure.rank3.json", "result.json", "stacks.txt"]
-    assert sorted(path.name for path in files_of_end(run_dir)) == expected
+    assert sorted(path.name for path in result_files(run_dir)) == expected
 
 
 @pytest.mark.parametrize("name", ["{tmp}/model", "./model", "~/model", "hub/org/model"])

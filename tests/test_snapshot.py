@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from launcher.compose import compose
-from launcher.config import run_to_tree
+from launcher.config.compose import compose
+from launcher.config.run import run_to_tree
+from launcher.config.snapshot import load_run, save_run
 from launcher.errors import ConfigErrors
-from launcher.snapshot import load_run, save_run
 
 
 def test_every_text_reads_back_as_it_was(tmp_path, nasty_strings):

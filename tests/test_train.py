@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.files import read_json
-from launcher.ops.build import build
-from launcher.preflight import lockable_bytes
+from launcher.execution.validate import lockable_bytes
+from launcher.ops.build import build_ops
+from launcher.utils.files import read_json
 
 SMALL = (
     "model.layers=2",
@@ -112,7 +112,7 @@ def test_the_readmes_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
     )
     words = shlex.split(command.replace("\\\n", " "))
     try:
-        build(["cpu_adam", "pin_memory", "async_io"], say=print)
+        build_ops(["cpu_adam", "pin_memory", "async_io"], say=print)
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))
     swap = tmp_path / "swap"

@@ -1,1 +1,1 @@
-"""Where processes start: this machine now, clusters later."""
+"""Where processes start: submission, following, and entry points on the far side."""

@@ -1,201 +1,344 @@
-"""Kernels of attention at growing length of the sequence: peak memory, time, and how far each is from the formula."""
+"""The attention benchmark: measure each kernel at each length, and report."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
-from launcher.benchmarks.attending.point import KERNELS, NO_BACKWARD, Direction, Kernel, Point
-from launcher.benchmarks.base import Benchmark
-from launcher.errors import ConfigError, JobError
-from launcher.wording import bytes_text
+import torch
+from torch import Tensor, nn
+
+from launcher.benchmarks.attention_kernels import make_layer, run_kernel
+from launcher.benchmarks.instruments import PeakMemory, tensors_digest
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, SizeSweep, power_law_exponent
+from launcher.config.benchmark.attention import AttentionPoint
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import Results
-    from launcher.config import Run
-    from launcher.context import Context
-
-_FOLDER = "launcher.benchmarks.attending"
-_PROBE, _MEASURE, _EXACT = f"{_FOLDER}.step:probe", f"{_FOLDER}.step:measure", f"{_FOLDER}.exact:exact"
-
-TOLERANCES = {"fp32": 5e-6, "fp16": 4e-3, "bf16": 3e-2}
-"""Differences that rounding explains, as a share of the largest value: 42 times the precision of fp32, whose sums are
-as long as the sequence, and 4 times that of the short formats, whose sums are kept in fp32."""
+    from launcher.config.benchmark.attention import AttentionBenchmark
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionBenchmark(Benchmark):
-    """Self-attention between its projections, the same weights and inputs under every kernel, without a mask.
+_MAY_LACK = ("sdpa_flash", "flex")
+"""Kernels that are not for every device, number format and direction."""
 
-    ``mha_weights`` is nn.MultiheadAttention as called by default, ``mha`` with ``need_weights=False``, ``mha_eval`` the
-    same in evaluation, ``eager`` softmax(QK^T)V as written; ``sdpa_math``, ``sdpa_flash`` and ``flex`` are torch's.
+
+_SMALL = 128
+"""Tokens of the first, small pass: what is loaded at first use is no part of a step."""
+
+
+_ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
+"""Steps are repeated until they took so long together, or are so many."""
+
+
+def probe_kernels(
+    *, kernels: Sequence[str], passes: Sequence[str], progress: Callable[[], None], **sizes: Any
+) -> dict[str, Any]:
+    """Return how much memory is free, and why kernels cannot do some pass here, by ``kernel/pass``.
+
+    Args:
+        kernels: to look at.
+        passes: ``forward``, ``backward``.
+        progress: called from time to time.
+        sizes: as ``launcher.benchmarks.attention_kernels.make_layer`` takes them, but for the sequence.
     """
+    layer, inputs, incoming = make_layer(sequence=_SMALL, **{**sizes, "batch": 1})
+    lacking = {}
+    for kernel in (kernel for kernel in _MAY_LACK if kernel in kernels):
+        for name in passes:
+            progress()
+            why = _missing_support(kernel, layer, inputs, incoming if name == "backward" else None)
+            if why is not None:
+                lacking[f"{kernel}/{name}"] = why
+    return {"free_bytes": _free_bytes(inputs.device), "lacking": lacking}
 
-    kind: ClassVar[str] = "attention"
-    headline: ClassVar[tuple[str, ...]] = ("sequences", "batch", "width", "heads", "passes")
 
-    kernels: tuple[Kernel, ...] = KERNELS
-    """What is compared; nn.MultiheadAttention as called by default (mha_weights) is what memory saved refers to."""
+def _missing_support(kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None) -> str | None:
+    """Return torch's reason for not computing this at all; any other error is one of ours, and ends the process."""
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
-    sequences: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of a sequence, each measured; those that would not fit into memory are left out, and said to be."""
+    try:
+        run_kernel(kernel, layer, inputs, incoming)
+    except (NotImplementedError, BackendCompilerFailed, Unsupported) as error:
+        return _one_line(error)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return _one_line(error)
+    return None
 
-    batch: int = 1
-    """Sequences."""
 
-    width: int = 512
-    """Size of a token's vector."""
+def _one_line(error: Exception) -> str:
+    """Return what torch says; its compiler puts the reason of what it compiles far below its own first line."""
+    text = str(error).strip()
+    inner = re.search(r"NotImplementedError\((['\"])(.+?)\1\)", text)
+    return inner[2] if inner else text.splitlines()[0]
 
-    heads: int = 8
-    """Attention heads; they divide the width."""
 
-    passes: Literal["forward", "backward", "both"] = "both"
-    """``forward`` computes the output without gradients, ``backward`` both and all gradients; ``both`` measures each
-    of the two."""
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
 
-    tolerance: float | None = None
-    """Largest difference from fp64 that counts as rounding, as a share of the largest value there; ``null`` takes
-    5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
+    from launcher.utils.hardware import memory_limit
 
-    def problems(self) -> Iterator[ConfigError]:
-        """Refuse sizes that make no attention, and comparisons of nothing."""
-        yield from super().problems()
-        yield from self.below(1, "batch", "width", "heads")
-        if self.heads > 0 and self.width % self.heads:
-            fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
-            why = f"{self.heads} heads do not divide width {self.width}"
-            yield self.refuse("heads", why, f"set benchmark.heads={fitting}")
-        if not self.kernels or len(set(self.kernels)) < len(self.kernels):
-            yield self.refuse("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
-        if not self.sequences or len(set(self.sequences)) < len(self.sequences) or min(self.sequences) < 1:
-            yield self.refuse(
-                "sequences", "takes different lengths of at least 1", "set benchmark.sequences=[512,1024]"
-            )
-        if self.tolerance is not None and self.tolerance <= 0:
-            yield self.refuse("tolerance", "must be above 0", "leave benchmark.tolerance out")
-        if self.passes == "backward" and set(self.kernels) <= set(NO_BACKWARD):
-            why = f"benchmark.kernels={','.join(self.kernels)} has no backward pass"
-            yield self.refuse("passes", why, "set benchmark.passes=forward")
+    return min(memory_limit(), int(psutil.virtual_memory().available))
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse formats that the kernels do not compute in as a whole."""
-        if run.precision.kind not in TOLERANCES:
-            why = "the whole layer is computed in one format"
-            fix = f"set precision to {' or '.join(TOLERANCES)}"
-            yield ConfigError("precision", run.precision.kind, why=why, fix=fix)
 
-    @property
-    def chosen_passes(self) -> tuple[Direction, ...]:
-        """Each pass that is measured."""
-        return ("forward", "backward") if self.passes == "both" else (self.passes,)
+def measure_kernel(
+    *, kernel: str, backward: bool, warmup: int, reference: str, progress: Callable[[], None], **sizes: Any
+) -> dict[str, Any]:
+    """Return peak memory and time of one kernel at one length, and how far its numbers are from the reference.
 
-    @property
-    def points(self) -> list[Point]:
-        """What is to be measured, kernels next to each other."""
-        return [
-            Point(kernel=kernel, direction=direction, sequence=sequence)
-            for sequence in self.sequences
-            for direction in self.chosen_passes
-            for kernel in self.kernels
-            if direction == "forward" or kernel not in NO_BACKWARD
-        ]
+    Args:
+        kernel: name in ``launcher.benchmarks.attention_kernels.KERNEL_FUNCTIONS``.
+        backward: whether gradients are computed too.
+        warmup: whole passes before the one that is measured, and after one on a single short sequence.
+        reference: file that ``launcher.benchmarks.attention_kernels.write_reference`` wrote.
+        progress: called from time to time.
+        sizes: as ``launcher.benchmarks.attention_kernels.make_layer`` takes them.
+    """
+    layer, inputs, incoming = make_layer(**sizes)
+    step = _KernelStep(kernel, layer, inputs, incoming if backward else None)
+    if kernel != "flex":  # compiled anew for every length
+        step(count=1, tokens=_SMALL)
+        progress()
+    for _ in range(max(warmup, kernel == "flex")):
+        step()
+        progress()
+    step.forget()
+    peak = PeakMemory(inputs.device)
+    seconds = [step()]
+    above = peak.above_before()
+    while sum(seconds) < _ENOUGH_S and len(seconds) < _ENOUGH_STEPS:
+        seconds.append(step())
+    assert step.found is not None, "a step was taken"
+    return {
+        "peak_bytes": above,
+        "before_bytes": peak.before,
+        "step_s": statistics.median(seconds),
+        **_errors(reference, output=step.found[0], gradient=step.found[1]),
+        "weights": tensors_digest(layer.parameters()),
+        "inputs": tensors_digest((inputs, incoming)),
+    }
 
-    @property
-    def num_measurements(self) -> int:
-        """Each point in each round."""
-        return self.repeats * len(self.points)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the kernels, the lengths, and what they take."""
-        yield "compared", ", ".join(self.kernels)
-        yield "passes", " and ".join(self.chosen_passes)
-        yield "precision", run.precision.kind
-        largest = max(self.points, key=lambda point: self.bytes_needed(point, run))
-        yield (
-            "memory",
-            f"up to {bytes_text(self.bytes_needed(largest, run))} ({largest.name}); what lacks it is left out",
+class _KernelStep:
+    """One pass of a kernel; it keeps what the last one found."""
+
+    def __init__(self, kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None) -> None:
+        self._kernel, self._layer, self._inputs, self._incoming = kernel, layer, inputs, incoming
+        self.found: tuple[Tensor, Tensor | None] | None = None
+
+    def forget(self) -> None:
+        """Let go of what the last step found, so that it is no part of the next one's memory."""
+        self.found = None
+
+    def __call__(self, count: int | None = None, tokens: int | None = None) -> float:
+        """Take it, on the first sequences and tokens where that is asked for, and return its seconds."""
+        inputs, incoming = (
+            None if tensor is None else tensor[:count, :tokens].contiguous()
+            for tensor in (self._inputs, self._incoming)
+        )
+        assert inputs is not None, "there always is an input"
+        self.forget()
+        self._layer.zero_grad(set_to_none=False)
+        _synchronise(self._inputs.device)
+        started = time.perf_counter()
+        self.found = run_kernel(self._kernel, self._layer, inputs, incoming)
+        _synchronise(self._inputs.device)
+        return time.perf_counter() - started
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _errors(reference: str, **found: Tensor | None) -> dict[str, float]:
+    """Return the largest absolute difference of each tensor, and its share of the reference's largest value."""
+    from safetensors import safe_open
+
+    errors = {}
+    with safe_open(reference, framework="pt") as file:
+        for name, tensor in found.items():
+            if tensor is not None:
+                expected = file.get_tensor(name)
+                largest = (tensor.cpu().double() - expected).abs().max().item()
+                errors[f"{name}_error"] = largest
+                errors[f"{name}_relative"] = largest / expected.abs().max().item()
+    return errors
+
+
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+_AROUND_BYTES = 2**20
+"""What threads and matrix products keep for themselves, at most."""
+
+
+_TIMES_AROUND = 4
+"""Peaks are fitted that are at least so many times what does not depend on the length."""
+
+
+_BASELINE, _FLASH = "mha_weights", "sdpa_flash"
+
+
+class AttentionReport:
+    """Points that were measured, and what was found at each."""
+
+    def __init__(
+        self,
+        benchmark: AttentionBenchmark,
+        points: Sequence[AttentionPoint],
+        samples: Samples,
+        *,
+        tolerance: float,
+        value_bytes: int,
+        left_out: Sequence[str],
+    ) -> None:
+        self._benchmark, self._points, self._samples = benchmark, points, samples
+        self._tolerance, self._value_bytes, self._left_out = tolerance, value_bytes, left_out
+        self._cases = {point: _case(point, samples[point.name]) for point in points}
+
+    def results(self) -> BenchmarkResults:
+        """Return all of it."""
+        several = len({point.sequence for point in self._points}) > 1
+        return BenchmarkResults(
+            benchmark=self._benchmark,
+            cases=list(self._cases.values()),
+            facts={point.name: self._facts(point) for point in self._points},
+            said=tuple(self._said()),
+            metrics=dict(self._metrics()),
+            sweeps=list(self._sweeps()) if several else (),
         )
 
-    def bytes_needed(self, point: Point, run: Run) -> int:
-        """Return what the process of a point takes at most, by estimate."""
-        size = run.precision.compute_bytes
-        return point.bytes_needed(batch=self.batch, width=self.width, heads=self.heads, value_bytes=size)
+    def _lines(self) -> Iterator[tuple[str, str, dict[int, AttentionPoint]]]:
+        """Yield direction, kernel and points by length, in the order in which they were asked for."""
+        for direction in dict.fromkeys(point.direction for point in self._points):
+            for kernel in self._benchmark.kernels:
+                line = {p.sequence: p for p in self._points if (p.direction, p.kernel) == (direction, kernel)}
+                if line:
+                    yield direction, kernel, line
 
-    def choose(self, run: Run, *, free_bytes: int, lacking: Mapping[str, str]) -> tuple[list[Point], list[str]]:
-        """Return what can be measured, and a line for each kernel and pass that cannot.
-
-        Args:
-            run: this benchmark's.
-            free_bytes: memory that a process may take.
-            lacking: why a kernel has no such pass here, by ``kernel/pass``.
-        """
-        chosen: list[Point] = []
-        left_out: dict[str, None] = {}
-        for point in self.points:
-            needed = self.bytes_needed(point, run)
-            if why := lacking.get(f"{point.kernel}/{point.direction}"):
-                left_out[f"left out: {point.kernel}, {point.direction}: {why}"] = None
-            elif needed > free_bytes:
-                sizes = f"takes about {bytes_text(needed)}, and {bytes_text(free_bytes)} are free"
-                left_out[f"left out: {point.name}: {sizes}"] = None
-            else:
-                chosen.append(point)
-        return chosen, list(left_out)
-
-    def run(self, context: Context) -> Results:
-        """Measure every point in turn and compare it with the formula in fp64."""
-        from launcher.benchmarks.attending.report import Report
-        from launcher.benchmarks.isolated import run_isolated
-        from launcher.benchmarks.sampling import sample_in_turn
-
-        asked = {"kernels": self.kernels, "passes": self.chosen_passes, **self._sizes(context)}
-        here = run_isolated(_PROBE, asked, beat=lambda: context.heartbeat.beat("probe"))
-        points, left_out = self.choose(context.run, **here)
-        if not points:
-            raise JobError(f"there is nothing to measure; {'; '.join(left_out)}")
-        with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="references-") as folder:
-            files = self._references(context, points, Path(folder))
-            arguments = {
-                point.name: {
-                    **self._sizes(context),
-                    "kernel": point.kernel,
-                    "backward": point.direction == "backward",
-                    "sequence": point.sequence,
-                    "warmup": self.warmup,
-                    "reference": files[point.sequence],
-                }
-                for point in points
+    def _sweeps(self) -> Iterator[SizeSweep]:
+        for direction in dict.fromkeys(point.direction for point in self._points):
+            lines = {
+                kernel: {size: self._cases[point].samples for size, point in line.items()}
+                for name, kernel, line in self._lines()
+                if name == direction
             }
-            repeats = self.repeats
-            samples = sample_in_turn(_MEASURE, arguments, repeats=repeats, context=context, exact_peaks=True)
-        precision = context.run.precision
-        report = Report(
-            self,
-            points,
-            samples,
-            tolerance=self.tolerance or TOLERANCES[precision.kind],
-            value_bytes=precision.compute_bytes,
-            left_out=left_out,
-        )
-        return report.results()
+            yield SizeSweep(title=_pass_words(direction), along="sequence", lines=lines)
 
-    def _references(self, context: Context, points: Sequence[Point], folder: Path) -> dict[int, str]:
-        """Compute the formula at each length; return the files."""
-        from launcher.benchmarks.isolated import run_isolated
-
-        files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
-        backward = any(point.direction == "backward" for point in points)
-        asked = {**self._sizes(context), "keep": files, "backward": backward}
-        run_isolated(_EXACT, asked, beat=lambda: context.heartbeat.beat("reference"))
-        return files
-
-    def _sizes(self, context: Context) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("batch", "width", "heads")},
-            "precision": context.run.precision.kind,
-            "seed": context.run.job.seed,
-            "rank": context.local_rank,
+    def _facts(self, point: AttentionPoint) -> dict[str, Any]:
+        taken = self._samples[point.name]
+        errors = {
+            key: max(sample[key] for sample in taken) for key in taken[0] if key.endswith(("_error", "_relative"))
         }
+        return {
+            **errors,
+            "within_rounding": self._worst(point) <= self._tolerance,
+            **{key: sorted({sample[key] for sample in taken}) for key in ("weights", "inputs")},
+        }
+
+    def _worst(self, point: AttentionPoint) -> float:
+        samples = self._samples[point.name]
+        return max(float(value) for sample in samples for key, value in sample.items() if key.endswith("_relative"))
+
+    def _said(self) -> Iterator[str]:
+        """Yield what the article prints, how memory grows, errors, and what is not among the figures."""
+        yield from self._article()
+        for direction, kernel, line in self._lines():
+            fitted = self._above_floor(direction, line)
+            if len(fitted) > 1:
+                *_, before, last = fitted
+                between = power_law_exponent({size: fitted[size] for size in (before, last)})
+                sizes = ", ".join(f"{size:,}" for size in fitted)
+                yield (
+                    f"{kernel}, {_pass_words(direction)}: extra memory grows as "
+                    f"sequence^{power_law_exponent(fitted):.2f} (least squares over "
+                    f"{sizes}; {between:.2f} between the last two)"
+                )
+        for direction, kernel, line in self._lines():
+            yield self._error_line(direction, kernel, list(line.values()))
+        starts: dict[int, set[Any]] = {}
+        for point in self._points:
+            starts.setdefault(point.sequence, set()).update(
+                (sample["weights"], sample["inputs"]) for sample in self._samples[point.name]
+            )
+        same = "the same in every process" if all(len(found) == 1 for found in starts.values()) else "NOT the same"
+        yield f"weights and inputs: {same}"
+        yield from self._left_out
+
+    def _article(self) -> Iterator[str]:
+        by_name = {point.name: point for point in self._points}
+        for direction in dict.fromkeys(point.direction for point in self._points):
+            sizes = self._shared(direction, _FLASH)
+            if not sizes:
+                continue
+            size = max(sizes)
+            at = f"({_pass_words(direction)}, sequence {size:,}, batch {self._benchmark.batch})"
+            for kernel, words in ((_BASELINE, "nn.MultiheadAttention"), (_FLASH, "flash attention")):
+                peak = self._cases[by_name[f"{kernel}/{direction}/{size}"]].median("peak_mb")
+                yield f"peak of {words} {at}: {peak:,.2f} MB"
+            yield f"memory saved {at}: {self._saved(direction, _FLASH, size):.1%}"
+            if size in self._shared(direction, "mha"):
+                alone = self._saved(direction, "mha", size)
+                yield f"memory saved by need_weights=False alone {at}: {alone:.1%}"
+
+    def _shared(self, direction: str, kernel: str) -> list[int]:
+        """Return the lengths at which both a kernel and the baseline were measured."""
+        names = {point.name for point in self._points}
+        wanted = (kernel, _BASELINE)
+        return [size for size in self._benchmark.sequences if all(f"{k}/{direction}/{size}" in names for k in wanted)]
+
+    def _saved(self, direction: str, kernel: str, size: int) -> float:
+        by_name = {point.name: case for point, case in self._cases.items()}
+        peak, plain = (by_name[f"{name}/{direction}/{size}"].median("peak_mb") for name in (kernel, _BASELINE))
+        return 1 - peak / plain
+
+    def _above_floor(self, direction: str, line: Mapping[int, AttentionPoint]) -> dict[int, float]:
+        """Return peaks by length, where they say how memory grows.
+
+        A backward pass holds the gradient of the largest weight besides, until it is added to that weight's others.
+        """
+        weight_bytes = 3 * self._benchmark.width**2 * self._value_bytes if direction == "backward" else 0
+        floor = _TIMES_AROUND * (_AROUND_BYTES + weight_bytes)
+        peaks = {size: 1e6 * self._cases[point].median("peak_mb") for size, point in sorted(line.items())}
+        return {size: peak for size, peak in peaks.items() if peak >= floor}
+
+    def _error_line(self, direction: str, kernel: str, points: Sequence[AttentionPoint]) -> str:
+        facts = [self._facts(point) for point in points]
+        told = [
+            f"{words} {max(fact[f'{name}_error'] for fact in facts):.1e} "
+            f"({max(fact[f'{name}_relative'] for fact in facts):.1e} of the largest value)"
+            for name, words in (("output", "output"), ("gradient", "gradient of the input"))
+            if f"{name}_error" in facts[0]
+        ]
+        fine = all(fact["within_rounding"] for fact in facts)
+        judged = f"{'within' if fine else 'NOT within'} rounding (at most {self._tolerance:g} of it)"
+        return f"{kernel}, {_pass_words(direction)}: largest error of {' and of the '.join(told)}: {judged}"
+
+    def _metrics(self) -> Iterator[tuple[str, float]]:
+        for direction, kernel, line in self._lines():
+            fitted = self._above_floor(direction, line)
+            if len(fitted) > 1:
+                yield f"{kernel}/{direction}/memory_exponent", power_law_exponent(fitted)
+            if kernel != _BASELINE and (sizes := self._shared(direction, kernel)):
+                yield f"{kernel}/{direction}/memory_saved", self._saved(direction, kernel, max(sizes))
+            yield f"{kernel}/{direction}/largest_relative_error", max(self._worst(point) for point in line.values())
+
+
+def _pass_words(direction: str) -> str:
+    return {"forward": "forward", "backward": "forward and backward"}[direction]
+
+
+def _case(point: AttentionPoint, taken: Sequence[Mapping[str, Any]]) -> BenchmarkCase:
+    return BenchmarkCase(
+        name=point.name,
+        samples={
+            "peak_mb": tuple(sample["peak_bytes"] / 1e6 for sample in taken),
+            "step_ms": tuple(1e3 * sample["step_s"] for sample in taken),
+        },
+    )

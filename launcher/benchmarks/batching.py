@@ -1,136 +1,133 @@
-"""Ways of putting requests together, compared on the same queue: seconds, requests a second, padding."""
+"""The batching benchmark: a queue of requests answered by an engine in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+import hashlib
+import itertools
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from launcher.benchmarks.base import Benchmark
-from launcher.benchmarks.load.lengths import parse_lengths
-from launcher.errors import ConfigError
-from launcher.paths import PathText
-from launcher.serving.limits import Batching, Limits
+from launcher.benchmarks.harness import case_profiler
+from launcher.benchmarks.load_generator import percentile
+from launcher.config.benchmark.inference import EXAMPLE_TEXTS
+from launcher.config.benchmark.serving import parse_length_distribution
+from launcher.config.profile import TorchProfile
+from launcher.config.sampling import SamplingParams
+from launcher.inference.engine.base import EngineRequest
+from launcher.inference.engine.paged_engine import make_paged_engine
+from launcher.inference.tokenizer import open_tokenizer
+from launcher.protocol.metrics import MetricsWriter
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import Case, Results
-    from launcher.config import Run
-    from launcher.context import Context
-
-ARTICLE = ("人工智能的发展趋势", "机器学习的未来", "深度学习的挑战", "自然语言处理的进展", "计算机视觉应用")
-"""The five texts of the article's example."""
+    from launcher.config.benchmark.inference import BatchingBenchmark
+    from launcher.config.inference import BatchingMode
+    from launcher.engines.context import Context
+    from launcher.inference.engine.base import InferenceEngine
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchingBenchmark(Benchmark):
-    """The run's model answers a queue that is there at once, under each way in turn. The defaults are the article's."""
+def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
+    """Answer the same queue under each way in turn, A B A B; return what was found by way.
 
-    kind: ClassVar[str] = "batching"
-    headline: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
-    how: ClassVar[str] = "each with an engine of its own"
-    needs_model: ClassVar[bool] = True
-    takes_few_bits: ClassVar[bool] = True
-
-    ways: tuple[Batching, ...] = ("none", "static", "dynamic", "continuous")
-    """What is compared, as job.batching has it."""
-
-    requests: int = 50
-    """Requests in the queue."""
-
-    inputs: str = "article"
-    """``article`` takes its five texts in turn; else tokens of each prompt: 64, 16-256, lognormal:48:0.8:256."""
-
-    outputs: str = "32"
-    """Tokens of each answer, in the same grammar; the model's end-of-sequence token ends none."""
-
-    max_batch: int = 16
-    """Requests in a batch, and requests that are worked on at the same time under ``continuous``."""
-
-    max_wait_s: float = 0.1
-    """How long the first request of a batch waits for others."""
-
-    bucket: int = 32
-    """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
-
-    prefix_cache: bool = False
-    """Whether equal beginnings are computed once: it would spare most of the work where texts repeat."""
-
-    tokenizer: PathText = "model"
-    """Of the article's texts: ``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
-
-    def problems(self) -> Iterator[ConfigError]:
-        """Refuse an empty comparison and lengths that are none."""
-        yield from super().problems()
-        yield from self.below(1, "requests", "max_batch", "bucket")
-        yield from self.below(0, "max_wait_s")
-        if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
-        for name in ("inputs", "outputs"):
-            text = getattr(self, name)
-            if (name, text) == ("inputs", "article"):
-                continue
-            try:
-                parse_lengths(text)
-            except ValueError as error:
-                yield self.refuse(name, str(error), f"set benchmark.{name}=32")
-
-    @property
-    def num_measurements(self) -> int:
-        """Each way in each round."""
-        return self.repeats * len(self.ways)
-
-    def limits(self, way: Batching) -> Limits:
-        """Return what an engine is given."""
-        return Limits(
-            batching=way,
-            max_requests=self.max_batch,
-            max_batch=self.max_batch,
-            max_wait_s=self.max_wait_s,
-            bucket=self.bucket,
-            prefix_cache=self.prefix_cache,
-        )
-
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the model and the queue."""
-        yield "model", f"{run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
-        yield "queue", f"{self.requests} requests of {self.inputs}, answers of {self.outputs} tokens, all there at once"
-        yield "compared", ", ".join(self.ways)
-
-    def run(self, context: Context) -> Results:
-        """Answer the queue under each way in turn, ``repeats`` times."""
-        from launcher.benchmarks.queue import answer_in_turn
-        from launcher.benchmarks.results import Results, collect
-
-        found = answer_in_turn(self, context)
-        quantities = ("elapsed_s", "requests_per_s", "each_s", "whole_p50_s", "whole_p99_s", "padding_share")
-        cases = [collect(way, found[way], quantities) for way in self.ways]
-        digests = {sample["answers"] for samples in found.values() for sample in samples}
-        return Results(
-            benchmark=self,
-            cases=cases,
-            facts={way: found[way][-1] for way in self.ways},
-            said=tuple(self._said(cases, len(digests), context)),
-            metrics=_metrics(cases),
-        )
-
-    def _said(self, cases: Sequence[Case], num_answers: int, context: Context) -> Iterator[str]:
-        """Yield what the article prints, for each way."""
-        for case in cases:
-            yield (
-                f"{case.name}: {self.requests} requests in {case.median('elapsed_s'):.2f} s, "
-                f"{case.median('requests_per_s'):.2f} requests/s, "
-                f"mean {1000 * case.median('each_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
-            )
-        yield from (f"{name}: {value:.2f} times none" for name, value in _metrics(cases).items())
-        same = "the same under every way" if num_answers == 1 else f"{num_answers} different sets of them"
-        yield f"answers: {same} (precision={context.run.precision.kind})"
-        if context.run.model.weights == "random":
-            yield "weights: random, so the answers mean nothing; their speed is that of trained ones"
+    The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
+    """
+    run = context.run
+    found: dict[str, list[dict[str, Any]]] = {way: [] for way in benchmark.ways}
+    done, total = 0, benchmark.num_measurements
+    requests = list(make_queue(benchmark, context))
+    with MetricsWriter(context.run_dir.metrics) as metrics:
+        for round_ in range(benchmark.repeats):
+            for way in benchmark.ways:
+                tell = partial(context.heartbeat.beat, step=done, steps=total)
+                build = partial(tell, "build")
+                generator = make_paged_engine(run, limits=benchmark.limits(way), rank=0, world_size=1, beat=build)
+                try:
+                    for _ in range(benchmark.warmup if round_ == 0 else 0):
+                        answer_queue(generator, requests[: benchmark.max_batch], beat=partial(tell, "warm up"))
+                    sample = answer_queue(generator, requests, beat=partial(tell, "measure"))
+                finally:
+                    generator.close()
+                found[way].append(sample)
+                done += 1
+                numbers = {name: value for name, value in sample.items() if isinstance(value, int | float)}
+                metrics.record(done, **{f"benchmark/{way}/{name}": value for name, value in numbers.items()})
+                told = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
+                print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {told}", flush=True)
+    if isinstance(run.profile, TorchProfile):
+        for way in benchmark.ways:
+            _profile(benchmark, way, requests, context)
+    return found
 
 
-def _metrics(cases: Sequence[Case]) -> dict[str, float]:
-    """Return the throughput of each way as a multiple of that of one by one."""
-    speeds = {case.name: case.median("requests_per_s") for case in cases}
-    if "none" not in speeds:
-        return {}
-    return {f"{name}/speedup": speed / speeds["none"] for name, speed in speeds.items() if name != "none"}
+def _profile(benchmark: BatchingBenchmark, way: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
+    """Answer the queue once more under one way, recorded; no figure comes from it."""
+    beat = partial(context.heartbeat.beat, "profile")
+    generator = make_paged_engine(context.run, limits=benchmark.limits(way), rank=0, world_size=1, beat=beat)
+    try:
+        with case_profiler(way, context) as profiler:
+            generator.profiler = profiler
+            answer_queue(generator, requests, beat=beat)
+    finally:
+        generator.close()
+
+
+def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[EngineRequest]:
+    """Yield the requests, always the same for the same seed."""
+    random_ = random.Random(context.run.job.seed)
+    outputs = parse_length_distribution(benchmark.outputs)
+    prompts = itertools.islice(_prompts(benchmark, context, random_), benchmark.requests)
+    for number, prompt in enumerate(prompts):
+        sampling = SamplingParams(max_tokens=outputs.draw(random_), ignore_end=True)
+        yield EngineRequest(id=str(number), prompt=prompt, sampling=sampling)
+
+
+def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Random) -> Iterator[tuple[int, ...]]:
+    if benchmark.inputs == "article":
+        words = open_tokenizer(benchmark.tokenizer, context.run, beat=lambda: context.heartbeat.beat("load"))
+        yield from itertools.cycle([tuple(words.encode(text)) for text in EXAMPLE_TEXTS])
+    shape = context.run.model.shape()
+    vocabulary = shape.vocab_size if shape is not None else 256
+    lengths = parse_length_distribution(benchmark.inputs)
+    while True:
+        yield tuple(random_.choices(range(vocabulary), k=lengths.draw(random_)))
+
+
+def answer_queue(
+    generator: InferenceEngine, requests: list[EngineRequest], *, beat: Callable[[], None]
+) -> dict[str, Any]:
+    """Hand an engine all requests at once and return what it took.
+
+    ``each_s`` is the time of all divided by their number, as the article has it; ``whole`` is how long one of them took
+    from being handed over to its last token. ``padding_share`` is that of all positions that were computed.
+    """
+    before = generator.stats()
+    started = time.perf_counter()
+    for request in requests:
+        generator.add(request)
+    tokens: dict[str, list[int]] = {request.id: [] for request in requests}
+    ended: dict[str, float] = {}
+    while len(ended) < len(requests):
+        for update in generator.step():
+            tokens[update.request] += [token.id for token in update.tokens]
+            if update.finish is not None:
+                assert update.finish == "length", f"{update.request} ended as {update.finish}: {update.problem}"
+                ended[update.request] = time.perf_counter() - started
+        beat()
+    elapsed_s, after = time.perf_counter() - started, generator.stats()
+    padding = after.padding_tokens_total - before.padding_tokens_total
+    useful = after.prompt_tokens_total - before.prompt_tokens_total
+    useful += after.generated_tokens_total - before.generated_tokens_total
+    return {
+        "elapsed_s": elapsed_s,
+        "requests_per_s": len(requests) / elapsed_s,
+        "each_s": elapsed_s / len(requests),
+        "whole_mean_s": statistics.fmean(ended.values()),
+        "whole_p50_s": percentile(list(ended.values()), 50),
+        "whole_p99_s": percentile(list(ended.values()), 99),
+        "padding_share": padding / (padding + useful),
+        "tokens": sum(map(len, tokens.values())),
+        "answers": hashlib.sha256(repr([tokens[request.id] for request in requests]).encode()).hexdigest(),
+    }

@@ -1,113 +1,270 @@
-"""Saving: how long training stands still, until when a checkpoint is on the disk, and how fast it is restored."""
+"""The checkpoint benchmark: a training loop that saves in several ways, and its report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from launcher.benchmarks.base import Benchmark
-from launcher.errors import ConfigError
+import torch
+from torch import distributed as dist
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+from launcher.benchmarks.instruments import random_batches, tensors_digest
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+from launcher.checkpoint.store import CheckpointStore, silent
+from launcher.config.benchmark.io import NO_SAVING, CheckpointBenchmark
+from launcher.config.checkpoint import Checkpoint
+from launcher.engines.base import make_engine
+from launcher.engines.checkpoint_io import load_tensors
+from launcher.engines.distributed import barrier, group_timeout
+from launcher.engines.torch import TorchEngine
+from launcher.errors import JobError
+from launcher.profiling.performance import StepClock
+from launcher.protocol.quantities import spread
+from launcher.training.checkpointing import make_manifest, save_checkpoint
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import Results
-    from launcher.config import Run
-    from launcher.context import Context
-
-Way = Literal["none", "blocking", "asynchronous"]
-NONE: Final[Way] = "none"
-
-_COPIED = ("single", "ddp", "fsdp")
-"""Strategies whose state can be copied by name and written beside the steps."""
+    from launcher.benchmarks.harness import CaseRun, Numbers
+    from launcher.engines.base import Engine
+    from launcher.engines.context import Context
+    from launcher.verification.forked_ranks import CaseAnswer
 
 
-@dataclass(frozen=True, kw_only=True)
-class CheckpointBenchmark(Benchmark):
-    """The same training loop without saving, and with each way to save, by the run's model and strategy.
+_SHARDS = "shards"
 
-    ``blocking`` is how job=train saves. ``asynchronous`` is torch.distributed.checkpoint's async_save of the same
-    tensors: training stands still while they are copied, and a thread writes the copies.
+
+class Saver(Protocol):
+    """A way to save. Every method is called by all ranks together."""
+
+    durable_s: list[float]
+    """For each save on rank 0: seconds from its beginning until it was complete and on the disk."""
+
+    def save(self, step: int) -> None:
+        """Save, or begin to; training goes on when this returns."""
+
+    def wait(self) -> None:
+        """Return once everything that was begun is on the disk."""
+
+    def restore(self, folder: Path) -> None:
+        """Load what this way has written."""
+
+
+class BlockingSaver:
+    """What job=train does."""
+
+    def __init__(self, context: Context, engine: Engine, store: CheckpointStore) -> None:
+        self._context, self._engine, self._store = context, engine, store
+        self.durable_s: list[float] = []
+
+    def save(self, step: int) -> None:
+        """Write everything."""
+        started = time.perf_counter()
+        save_checkpoint(self._store, self._context, self._engine, step=step, held_out_loss=None)
+        self.durable_s.append(time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Nothing is left to be done."""
+
+    def restore(self, folder: Path) -> None:
+        """Load it as a run that resumes does."""
+        self._engine.load(folder)
+
+
+class AsynchronousSaver:
+    """Copies are written by a thread, one checkpoint at a time, in a process group of its own."""
+
+    def __init__(self, context: Context, engine: Engine, store: CheckpointStore) -> None:
+        assert isinstance(engine, TorchEngine), "others are refused before anything starts"
+        self._context, self._engine, self._store = context, engine, store
+        self._group = dist.new_group(backend="gloo", timeout=group_timeout(context)) if dist.is_initialized() else None
+        self._threads = ThreadPoolExecutor(1)
+        self._pending: Future[None] | None = None
+        self.durable_s: list[float] = []
+
+    def save(self, step: int) -> None:
+        """Copy everything, once the checkpoint before is written."""
+        started = time.perf_counter()
+        self.wait()
+        if self._context.is_main:
+            self._store.begin(step)
+        barrier()
+        writer = HuggingFaceStorageWriter(str(self._store.pending(step) / _SHARDS), save_distributed=True)
+        written: Any = dcp.async_save(
+            self._engine.tensors(), storage_writer=writer, process_group=self._group, no_dist=self._group is None
+        )
+        self._pending = self._threads.submit(self._commit, written, step, started)
+
+    def _commit(self, written: Any, step: int, started: float) -> None:
+        """Wait until all ranks have written; then the checkpoint exists."""
+        written.result()
+        if self._context.is_main:
+            self._store.commit(make_manifest(self._context, step=step, held_out_loss=None))
+            self.durable_s.append(time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Wait for the thread."""
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        barrier()
+
+    def restore(self, folder: Path) -> None:
+        """Load weights and moments."""
+        load_tensors(folder / _SHARDS, self._engine.tensors())
+
+
+SAVERS: dict[str, type[BlockingSaver | AsynchronousSaver]] = {
+    "blocking": BlockingSaver,
+    "asynchronous": AsynchronousSaver,
+}
+
+
+def train_and_save(context: Context, *, way: str, every: int, saves: int, warmup: int) -> CaseAnswer:
+    """Train and save, then save once more and restore that; return seconds and bytes.
+
+    Args:
+        context: of this rank.
+        way: of ``SAVERS``, or ``none``.
+        every: steps before each save and after the last.
+        saves: in the loop.
+        warmup: steps before it.
     """
+    folder = context.run_dir.path / "saved"
+    store = CheckpointStore(folder, Checkpoint(keep=1, keep_best=False), say=silent)
+    with make_engine(context, StepClock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
+        saver = SAVERS[way](context, engine, store) if way in SAVERS else None
+        batches = random_batches(context)
 
-    kind: ClassVar[str] = "checkpoint"
-    headline: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
-    max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "on forks of the run's ranks"
-    needs_model: ClassVar[bool] = True
+        def train() -> None:
+            result = engine.step(batches, lr=context.run.optimizer.lr)  # fetches the loss, so a GPU is done too
+            assert not result.skipped, "a step without an update"
 
-    ways: tuple[Way, ...] = ("none", "blocking", "asynchronous")
-    """What is compared; how many seconds saves add to the loop is known only beside ``none``."""
+        for _ in range(warmup):
+            train()
+        stalls: list[float] = []
+        barrier()
+        started = time.perf_counter()
+        for step in range(1, every * (saves + 1) + 1):
+            train()
+            if saver is not None and step % every == 0 and step <= every * saves:
+                before = time.perf_counter()
+                saver.save(step)
+                stalls.append(time.perf_counter() - before)
+        loop_s = time.perf_counter() - started
+        answer: CaseAnswer = {"loop_s": loop_s, "stalls_s": stalls}
+        if saver is not None:
+            saver.wait()
+            answer["durable_s"] = list(saver.durable_s)
+            saved_at = tensors_digest(tensor for _, tensor in engine.weights())
+            saver.save(step + 1)
+            for _ in range(every):
+                train()
+            saver.wait()
+            answer |= _restore(saver, store, engine, expected=saved_at)
+        barrier()
+        if context.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+    return answer
 
-    saves: int = 3
-    """Saves in a loop, and a further one that is restored."""
 
-    every: int = 4
-    """Optimiser steps before each save, and after the last."""
+def _restore(saver: Saver, store: CheckpointStore, engine: Engine, *, expected: str) -> CaseAnswer:
+    """Restore the newest checkpoint, from the disk and not from what the system remembers of it.
 
-    micro_batch: int = 2
-    """Sequences of each rank in a step."""
+    Raises:
+        JobError: the weights are not those that were there when it was saved.
+    """
+    saved = store.latest()
+    assert saved is not None, "a save that ended without an error"
+    drop_page_cache(saved.folder)
+    barrier()
+    started = time.perf_counter()
+    saver.restore(saved.folder)
+    restore_s = time.perf_counter() - started
+    if tensors_digest(tensor for _, tensor in engine.weights()) != expected:
+        raise JobError(f"{saved.folder} does not restore the weights that were there when it was saved")
+    return {"restore_s": restore_s, "checkpoint_bytes": sum(saved.manifest.files.values())}
 
-    sequence: int = 64
-    """Tokens in each of them."""
 
-    case_timeout_s: float = 600.0
-    """Time that one loop gets, from building the model to what is restored."""
+def drop_page_cache(folder: Path) -> None:
+    """Let the system drop what it keeps in memory of the files of a folder, which are on the disk already."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            descriptor = os.open(file, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(descriptor)
 
-    def problems(self) -> Iterator[ConfigError]:
-        """Refuse loops without saves, and ways that are none or twice there."""
-        yield from super().problems()
-        yield from self.below(1, "saves", "every", "micro_batch", "case_timeout_s")
-        yield from self.below(2, "sequence")
-        if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
-        elif self.ways == (NONE,):
-            yield self.refuse("ways", "saves nothing", "leave benchmark.ways out")
 
-    @property
-    def train_options(self) -> Mapping[str, Any]:
-        """The loop."""
-        steps = self.warmup + self.every * (self.saves + 2)
-        return {"micro_batch": self.micro_batch, "sequence_length": self.sequence, "steps": steps}
-
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
-        kind, shape = run.parallel.kind, run.model.shape()
-        if "asynchronous" in self.ways and kind not in _COPIED:
-            why = f"parallel={kind} has no tensors by name that could be copied while it trains"
-            yield self.refuse("ways", why, f"set benchmark.ways=[none,blocking], or parallel={' or '.join(_COPIED)}")
-        if shape is None:
-            why = "its sizes are known only once it is downloaded"
-            yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
-        elif self.sequence > shape.context:
-            why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
-        yield from run.parallel.batch_refusals(run.batched_job.batch(run, world_size=world_size))
-
-    @property
-    def num_measurements(self) -> int:
-        """Each way in each round."""
-        return self.repeats * len(self.ways)
-
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the model and the loop."""
-        yield "model", f"{run.model.name}, parallel={run.parallel.kind}, precision={run.precision.kind}"
-        steps = self.every * (self.saves + 1)
-        yield "loop", f"{steps} steps, a save after every {self.every} of them but the last"
-        yield "compared", ", ".join(self.ways)
-
-    def run(self, context: Context) -> Results | None:
-        """Train in each way in turn, on all ranks."""
-        from launcher.benchmarks.ranked import RankedCase, take_in_turn
-        from launcher.benchmarks.report_of_saving import fold, report
-        from launcher.benchmarks.saving import train_and_save
-        from launcher.verification.preload import preload
-
-        loop = partial(train_and_save, every=self.every, saves=self.saves, warmup=self.warmup)
-        cases: dict[str, RankedCase] = {
-            way: RankedCase(run=context.run, world_size=context.world_size, work=partial(loop, way=way), fold=fold)
-            for way in self.ways
+def fold_ranks(answers: Sequence[CaseAnswer]) -> Numbers:
+    """Return what the ranks of a loop found together; each second is that of the slowest rank."""
+    found = {"loop_s": max(answer["loop_s"] for answer in answers)}
+    if "restore_s" in answers[0]:
+        stalls = [max(by_rank) for by_rank in zip(*(answer["stalls_s"] for answer in answers), strict=True)]
+        num_bytes, durable_s = answers[0]["checkpoint_bytes"], statistics.median(answers[0]["durable_s"])
+        found |= {
+            "stall_s": statistics.median(stalls),
+            "durable_s": durable_s,
+            "checkpoint_bytes": num_bytes,
+            "written_mb_per_s": num_bytes / durable_s / 1e6,
+            "restore_s": max(answer["restore_s"] for answer in answers),
         }
-        preload(context, deepspeed=context.run.parallel.engine == "deepspeed")
-        found = take_in_turn(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
-        return report(self, found) if context.is_main else None
+    return found
+
+
+def checkpoint_report(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]]) -> BenchmarkResults:
+    """Return the findings of all ways."""
+    added = _added(benchmark, found)
+    cases = [
+        BenchmarkCase(
+            name=way,
+            samples={key: tuple(taken.numbers[key] for taken in rounds) for key in rounds[0].numbers}
+            | ({"added_per_save_s": added[way]} if way in added else {}),
+        )
+        for way, rounds in found.items()
+    ]
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={way: {"rounds": [list(taken.answers) for taken in rounds]} for way, rounds in found.items()},
+        said=tuple(_said(cases)),
+        metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
+    )
+
+
+def _added(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]]) -> dict[str, tuple[float, ...]]:
+    """Return by how much a save made the loop longer, in each round: standing still, and slower steps."""
+    if NO_SAVING not in found:
+        return {}
+    plain = [taken.numbers["loop_s"] for taken in found[NO_SAVING]]
+    return {
+        way: tuple(
+            (taken.numbers["loop_s"] - before) / benchmark.saves for taken, before in zip(rounds, plain, strict=True)
+        )
+        for way, rounds in found.items()
+        if way != NO_SAVING
+    }
+
+
+def _said(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
+    for case in cases:
+        of = case.samples
+        if case.name == NO_SAVING:
+            continue
+        yield f"{case.name}: training stands still for {spread('stall_s', of['stall_s'])} s a save"
+        if "added_per_save_s" in of:
+            yield f"{case.name}: the loop is longer by {spread('added_per_save_s', of['added_per_save_s'])} s a save"
+        yield (
+            f"{case.name}: {case.median('checkpoint_bytes'):,.0f} bytes on the disk after "
+            f"{case.median('durable_s'):.3f} s, {case.median('written_mb_per_s'):,.0f} MB/s; "
+            f"restored in {case.median('restore_s'):.3f} s, weights equal bit for bit"
+        )
+    if any(case.name == "asynchronous" for case in cases):
+        yield "asynchronous: by torch's async_save of the same tensors; job=train saves in the way of blocking"

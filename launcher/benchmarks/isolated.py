@@ -1,7 +1,8 @@
-"""A function in a process of its own, so that nothing it leaves behind is measured with the next one."""
+"""Run a function in a process of its own, so that it leaves nothing behind."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,10 +11,29 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import JobError
-from launcher.profile import TorchProfile
-from launcher.profiling.base import NO_PROFILER, Profiler
-from launcher.profiling.make import make_profiler
+from launcher.config.component import Component
+from launcher.config.profile import TorchProfile
+from launcher.config.schema import build, to_tree
+from launcher.errors import ConfigError, JobError
+from launcher.profiling.profiler import NO_PROFILER, Profiler, make_profiler
+
+
+def pack_component(component: Component) -> dict[str, Any]:
+    """Return what JSON can hold and ``unpacked`` turns into an equal component."""
+    cls = type(component)
+    values = {name: value for name, value in to_tree(component).items() if name != "kind"}
+    return {"class": f"{cls.__module__}:{cls.__qualname__}", "values": values}
+
+
+def unpack_component(tree: dict[str, Any]) -> Any:
+    """Return the component that ``packed`` was given."""
+    module, _, name = tree["class"].partition(":")
+    return build(getattr(importlib.import_module(module), name), tree["values"], path=name, report=_refuse)
+
+
+def _refuse(error: ConfigError) -> None:
+    raise error
+
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
 """glibc raises this limit by itself as large blocks are freed, and from then on keeps them: fixed, every tensor of

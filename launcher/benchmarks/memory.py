@@ -1,141 +1,150 @@
-"""Bytes of model state on each rank by strategy, measured beside the formula that plans print."""
+"""The memory benchmark: bytes of model state that a rank holds, and the report."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from launcher.benchmarks.base import Benchmark
-from launcher.errors import ConfigError
-from launcher.parallel.base import StateBytes
-from launcher.suggest import did_you_mean
-from launcher.verification.case import REFERENCE, Case
-from launcher.verification.catalogue import CATALOGUE
+import torch
+
+from launcher.benchmarks.instruments import PeakMemory, random_batches
+from launcher.benchmarks.results import BenchmarkResults, collect_case
+from launcher.config.benchmark.memory import STATE_PARTS, MemoryBenchmark
+from launcher.engines.base import make_engine
+from launcher.profiling.performance import StepClock
+from launcher.utils.heap import mmap_large_allocations
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.ranked import RankedCase
-    from launcher.benchmarks.results import Results
-    from launcher.config import Run
-    from launcher.context import Context
-
-SINGLE: Final = "single"
-STRATEGIES: Final[dict[str, Case]] = {
-    SINGLE: REFERENCE,
-    # DeepSpeed's pipeline takes a step in one call, with no moment at which all of the state is there to be seen
-    **{name: case for name, case in CATALOGUE.items() if case.parallel.kind != "deepspeed_pipeline"},
-}
-"""What can be measured: the strategies that job=verify compares, and one process."""
-
-PARTS: Final = ("parameters", "gradients", "optimizer")
+    from launcher.benchmarks.harness import CaseRun
+    from launcher.config.parallel.base import StateBytes
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+    from launcher.verification.forked_ranks import CaseAnswer
 
 
-@dataclass(frozen=True, kw_only=True)
-class MemoryBenchmark(Benchmark):
-    """Each strategy takes real steps on the run's ranks, with the run's model, and counts what its tensors take.
+def measure_state(context: Context, *, warmup: int) -> CaseAnswer:
+    """Build the run's model under its strategy, take steps, and return bytes by part, and those of the peak.
 
-    State is counted between the backward pass and the update of the last step, when all of it is there.
+    Args:
+        context: of this rank.
+        warmup: steps before the one that is looked at; the first makes the moments, so there is one at least.
     """
-
-    kind: ClassVar[str] = "memory"
-    headline: ClassVar[tuple[str, ...]] = ("strategies", "batch", "sequence")
-    max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "largest of all ranks, which are forks of the run's"
-    needs_model: ClassVar[bool] = True
-
-    repeats: int = 1
-    """Times each strategy is measured, all in turn; state takes the same each time, peaks vary a little."""
-
-    warmup: int = 1
-    """Optimiser steps before the one that is looked at, at least 1: the first one makes the moments."""
-
-    strategies: tuple[str, ...] = (SINGLE, "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
-    """What is measured: ``single`` on one rank, others on all; the names are those of job=verify."""
-
-    batch: int = 4
-    """Sequences in a step, over all ranks."""
-
-    sequence: int = 64
-    """Tokens in each of them."""
-
-    case_timeout_s: float = 600.0
-    """Time that one strategy gets, from building the model to its last step."""
-
-    def problems(self) -> Iterator[ConfigError]:
-        """Refuse names that are no strategy, and steps that are none."""
-        yield from super().problems()
-        yield from self.below(1, "warmup", "batch", "case_timeout_s")
-        yield from self.below(2, "sequence")
-        if not self.strategies or len(set(self.strategies)) < len(self.strategies):
-            yield self.refuse("strategies", "names nothing, or something twice", "leave benchmark.strategies out")
-        for name in self.strategies:
-            if name not in STRATEGIES:
-                why = f"there is no strategy {name} to measure"
-                yield self.refuse("strategies", why, did_you_mean(name, STRATEGIES))
-
-    @property
-    def train_options(self) -> Mapping[str, Any]:
-        """Steps of the whole batch; each strategy shares it out."""
-        sizes = {"micro_batch": self.batch, "global_batch": self.batch, "sequence_length": self.sequence}
-        return {**sizes, "steps": self.warmup + 1}
-
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse models without a formula, sequences they do not take, and strategies that do not fit."""
-        shape = run.model.shape()
-        if shape is None:
-            why = "its sizes, and so the formula, are known only once it is downloaded"
-            yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
-            return
-        if self.sequence > shape.context:
-            why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
-        for name in self.strategies:
-            why_not = STRATEGIES[name].misfit(run, world_size=_ranks(name, world_size), sequences=self.batch)
-            if why_not is not None:
-                yield self.refuse("strategies", f"{name}: {why_not}", "leave it out, or change what it names")
-
-    @property
-    def num_measurements(self) -> int:
-        """Each strategy in each round."""
-        return self.repeats * len(self.strategies)
-
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the model and the strategies."""
-        shape = run.model.shape()
-        count = f", {shape.num_params:,} parameters" if shape is not None else ""
-        yield "model", f"{run.model.name}{count}, precision={run.precision.kind}"
-        yield "strategies", ", ".join(self.strategies)
-
-    def run(self, context: Context) -> Results | None:
-        """Take the steps of each strategy in turn, on all ranks."""
-        from launcher.benchmarks.ranked import take_in_turn
-        from launcher.benchmarks.report_of_memory import report
-        from launcher.verification.preload import preload
-
-        cases = {name: self._case(name, context) for name in self.strategies}
-        preload(context, deepspeed=any(case.run.parallel.engine == "deepspeed" for case in cases.values()))
-        found = take_in_turn(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
-        return report(self, context.run, found, self._formulas(cases)) if context.is_main else None
-
-    def _case(self, name: str, context: Context) -> RankedCase:
-        from launcher.benchmarks.ranked import RankedCase, largest
-        from launcher.benchmarks.state import hold_state
-
-        world_size = _ranks(name, context.world_size)
-        run = STRATEGIES[name].apply(context.run, world_size=world_size, sequences=self.batch)
-        return RankedCase(run=run, world_size=world_size, work=partial(hold_state, warmup=self.warmup), fold=largest)
-
-    def _formulas(self, cases: Mapping[str, RankedCase]) -> dict[str, tuple[StateBytes, str]]:
-        """Return what plans print of each strategy: bytes of a rank, and how they come about."""
-        found = {}
-        for name, case in cases.items():
-            shape, parallel, precision = case.run.model.shape(), case.run.parallel, case.run.precision
-            assert shape is not None, "refused before anything starts"
-            words = parallel.formula(case.world_size, precision)
-            found[name] = (parallel.state_bytes(shape, case.world_size, precision), words)
-        return found
+    cuda = torch.cuda.is_available()
+    mmap_large_allocations()
+    peak = PeakMemory(torch.device("cuda", context.local_rank) if cuda else torch.device("cpu"))
+    held: list[StateBytes] = []
+    clock = UpdateClock(context, cuda=cuda)
+    with make_engine(context, clock) as engine:
+        clock.before_update = lambda: held.append(engine.held())
+        batches = random_batches(context)
+        for _ in range(warmup + 1):
+            result = engine.step(batches, lr=context.run.optimizer.lr)
+            assert not result.skipped, "a step without an update"
+        # parameters that DeepSpeed has partitioned are empty, and know their size
+        num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+        above = peak.above_before()
+    last = held[-1]
+    return {
+        "num_params": num_params,
+        "parameters_bytes": last.parameters,
+        "gradients_bytes": last.gradients,
+        "optimizer_bytes": last.optimizer,
+        "host_bytes": last.host,
+        "peak_bytes": above,
+    }
 
 
-def _ranks(name: str, world_size: int) -> int:
-    return 1 if name == SINGLE else world_size
+class UpdateClock(StepClock):
+    """A clock by which one looks in between the backward pass and the update."""
+
+    def __init__(self, context: Context, *, cuda: bool) -> None:
+        super().__init__(context.heartbeat, cuda=cuda)
+        self.before_update: Callable[[], None] = lambda: None
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a block; look first where it is the update."""
+        if name == "optimizer":
+            self.before_update()
+        with super().phase(name):
+            yield
+
+
+_NOTABLE = 0.05
+"""Share by which a part may be off the formula before it is told: padding and step counters are less."""
+
+
+Formulas = Mapping[str, tuple["StateBytes", str]]
+"""Bytes of a rank by strategy, and the sum in words."""
+
+
+def memory_report(
+    benchmark: MemoryBenchmark, run: Run, found: Mapping[str, Sequence[CaseRun]], formulas: Formulas
+) -> BenchmarkResults:
+    """Return what was measured beside what the formulas say."""
+    shape = run.model.shape()
+    assert shape is not None, "refused before anything starts"
+    quantities = [*(f"{part}_bytes" for part in STATE_PARTS), "peak_bytes"]
+    cases = [collect_case(name, [taken.numbers for taken in rounds], quantities) for name, rounds in found.items()]
+    last = {name: rounds[-1].answers for name, rounds in found.items()}
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={name: _facts(last[name], *formulas[name]) for name in found},
+        said=tuple(_said(shape.num_params, last, formulas)),
+        metrics={"num_params": float(shape.num_params), **_metrics(last, formulas)},
+        tables=tuple(_table(last, formulas)),
+    )
+
+
+def _facts(answers: Sequence[Mapping[str, Any]], state: StateBytes, words: str) -> dict[str, Any]:
+    return {
+        "formula": words,
+        "formula_bytes": {part: getattr(state, part) for part in STATE_PARTS},
+        "ranks": [dict(answer) for answer in answers],
+    }
+
+
+def _said(num_params: int, last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
+    """Yield what the article prints, and how far off the formula is."""
+    yield f"parameters: {num_params:,}"
+    for name, answers in last.items():
+        held, expected = max(answer["optimizer_bytes"] for answer in answers), formulas[name][0].optimizer
+        yield (
+            f"optimizer state memory ({name}): {held / 1e9:.4f} GB a rank, "
+            f"by the formula {expected / 1e9:.4f} GB, ratio {held / expected:.4f}"
+        )
+    for key, ratio in _metrics(last, formulas).items():
+        if key.endswith("_ratio") and abs(ratio - 1) > _NOTABLE:
+            strategy, _, part = key.removesuffix("_ratio").rpartition("/")
+            yield f"{strategy}: {part} are {ratio:.3f} times what the formula says"
+
+
+def _metrics(last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> dict[str, float]:
+    """Return the bytes of the rank that holds most, by strategy and part, and their ratio to the formula."""
+    found = {}
+    for name, answers in last.items():
+        for part in STATE_PARTS:
+            held = max(answer[f"{part}_bytes"] for answer in answers)
+            found[f"{name}/{part}_bytes"] = float(held)
+            found[f"{name}/{part}_ratio"] = held / getattr(formulas[name][0], part)
+    return found
+
+
+def _table(last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
+    """Yield a Markdown table: a row for each rank, and for each part measured, formula and their ratio."""
+    yield "MB on each rank, measured / by the formula (ratio):"
+    yield ""
+    yield f"| strategy | rank | {' | '.join(STATE_PARTS)} | all of it | peak above the start |"
+    yield "|---" * (len(STATE_PARTS) + 4) + "|"
+    for name, answers in last.items():
+        state = formulas[name][0]
+        for rank, answer in enumerate(answers):
+            cells = [_beside(answer[f"{part}_bytes"], getattr(state, part)) for part in STATE_PARTS]
+            whole = _beside(sum(answer[f"{part}_bytes"] for part in STATE_PARTS), state.total)
+            yield f"| {name} | {rank} | {' | '.join(cells)} | {whole} | {answer['peak_bytes'] / 1e6:,.1f} |"
+
+
+def _beside(held: int, expected: int) -> str:
+    return f"{held / 1e6:,.3f} / {expected / 1e6:,.3f} ({held / expected:.3f})"

@@ -1,1 +1,1 @@
-"""Saving a run so that it continues exactly: policy, store and manifest."""
+"""Checkpoints of a run on disk: manifest, store, and finding one to resume from. Torch-free."""

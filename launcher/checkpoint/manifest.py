@@ -1,4 +1,4 @@
-"""The manifest: what a checkpoint is of, written last, so that whatever has one is complete."""
+"""manifest.json of a checkpoint: what it holds, and checksums. Written last, so it marks completion."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from launcher.config.model.base import Model
+from launcher.config.parallel.base import Parallel
+from launcher.config.precision import Precision
+from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError
-from launcher.files import write_json
-from launcher.models.base import Model
-from launcher.parallel.base import Parallel
-from launcher.precision import Precision
-from launcher.runfiles import read_regular
-from launcher.schema import build, to_tree
+from launcher.utils.files import read_regular, write_json
 
 MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1 << 20
@@ -30,7 +29,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class CheckpointManifest:
     """One checkpoint, described."""
 
     version: Literal[1] = 1
@@ -59,7 +58,7 @@ class Manifest:
     """Learning rate of the last step; ``null`` where none was taken, or an earlier version wrote the manifest."""
 
 
-def describe(
+def describe_checkpoint(
     *,
     model: Model,
     parallel: Parallel,
@@ -70,9 +69,9 @@ def describe(
     run_id: str,
     run_hash: str,
     lr: float | None = None,
-) -> Manifest:
+) -> CheckpointManifest:
     """Return the manifest of a run at ``step``; the store adds the files."""
-    return Manifest(
+    return CheckpointManifest(
         step=step,
         created=time.time(),
         run_id=run_id,
@@ -87,12 +86,12 @@ def describe(
     )
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
     """Write the manifest of a finished payload, atomically."""
     write_json(folder / MANIFEST, to_tree(manifest))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_manifest(folder: Path) -> CheckpointManifest:
     """Return the manifest of a checkpoint.
 
     Raises:
@@ -105,7 +104,9 @@ def read_manifest(folder: Path) -> Manifest:
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
     mistakes: list[ConfigError] = []
-    manifest = build(Manifest, tree, path=MANIFEST, report=mistakes.append) if isinstance(tree, dict) else None
+    manifest = (
+        build(CheckpointManifest, tree, path=MANIFEST, report=mistakes.append) if isinstance(tree, dict) else None
+    )
     if manifest is None:
         why = mistakes[0] if mistakes else "not a mapping"
         raise ValueError(f"its {MANIFEST} is damaged, or of another version ({why})")
@@ -114,7 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _problems(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
     """Yield what no run writes: counts below their minimum, and paths that leave the checkpoint."""
     if manifest.step < 0 or manifest.world_size < 1:
         yield f"step={manifest.step} world_size={manifest.world_size}"
@@ -135,7 +136,7 @@ def _problems(folder: Path, manifest: Manifest) -> Iterator[str]:
             yield f"sha256: {digest!r} of {name} is not a SHA-256"
 
 
-def missing_payload(folder: Path, manifest: Manifest) -> str | None:
+def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
     """Return what a payload lacks compared with its manifest, or ``None`` when every file has its size."""
     for name, num_bytes in manifest.files.items():
         try:
@@ -150,7 +151,7 @@ def missing_payload(folder: Path, manifest: Manifest) -> str | None:
 
 
 def damaged_files(
-    folder: Path, manifest: Manifest, names: Iterable[str], *, beat: Callable[[], None] = lambda: None
+    folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, beat: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Return those of ``names`` whose content is not what was written; none where the manifest has no checksums."""
     expected = {name: manifest.sha256[name] for name in names if name in manifest.sha256}
@@ -178,7 +179,7 @@ def checksums(folder: Path, names: Iterable[str], *, beat: Callable[[], None] = 
         return {name: found for name, found in digests if found is not None}
 
 
-def share_of(sizes: Mapping[str, int], *, part: int, parts: int) -> list[str]:
+def files_of_part(sizes: Mapping[str, int], *, part: int, parts: int) -> list[str]:
     """Return the files that part ``part`` of ``parts`` hashes: about as many bytes as every other part."""
     loads, own = [0] * parts, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):

@@ -1,4 +1,4 @@
-"""Which checkpoint a run starts from, and whether it fits."""
+"""Find the checkpoint a run resumes from, and check that it fits the run."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.checkpoint.manifest import MANIFEST
-from launcher.checkpoint.store import Saved, Say, complete_in, open_checkpoint
+from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
+from launcher.config.model.base import Model
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import Parallel
+from launcher.config.precision import Precision
+from launcher.config.schedule import Schedule
+from launcher.config.schema import to_tree
 from launcher.errors import ConfigError
-from launcher.models.base import Model
-from launcher.optim.adamw import AdamW
-from launcher.optim.schedule import Schedule
-from launcher.parallel.base import Parallel
-from launcher.precision import Precision
-from launcher.rundir import RunDir
-from launcher.schema import to_tree
+from launcher.protocol.rundir import RunDir
 
 BEST = "best"
 _SELECTED = re.compile(r"(?P<of>.+)@(?P<which>best|step_(?P<step>\d+))", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reference:
+class CheckpointReference:
     """A checkpoint as a user names one: ``OF``, ``OF@best`` or ``OF@step_00000010``."""
 
     of: str
@@ -35,12 +35,12 @@ class Reference:
     step: int | None = None
 
 
-def reference_of(word: str) -> Reference:
+def parse_reference(word: str) -> CheckpointReference:
     """Return what ``word`` names; a folder whose own name ends in ``@best`` names that folder."""
     found = _SELECTED.fullmatch(word)
     if found is None or (Path(word).expanduser().exists() and not Path(found["of"]).expanduser().exists()):
-        return Reference(of=word)
-    return Reference(of=found["of"], which=found["which"], step=int(found["step"]) if found["step"] else None)
+        return CheckpointReference(of=word)
+    return CheckpointReference(of=found["of"], which=found["which"], step=int(found["step"]) if found["step"] else None)
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -48,7 +48,7 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / MANIFEST).exists() or folder.name.startswith("step_")
 
 
-def find(resume: str, run_dir: RunDir, *, say: Say = print) -> Saved | None:
+def find_checkpoint(resume: str, run_dir: RunDir, *, say: Say = print) -> SavedCheckpoint | None:
     """Return the checkpoint that ``checkpoint.resume`` names, or ``None`` to start from the beginning.
 
     Sizes are compared with the manifest, contents are not: ranks do that, see :func:`candidates`.
@@ -62,10 +62,10 @@ def find(resume: str, run_dir: RunDir, *, say: Say = print) -> Saved | None:
     Raises:
         ConfigError: the folder named is missing or holds no complete checkpoint, or ``run_dir`` only damaged ones.
     """
-    return next(candidates(resume, run_dir, say=say), None)
+    return next(resume_candidates(resume, run_dir, say=say), None)
 
 
-def candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[Saved]:
+def resume_candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[SavedCheckpoint]:
     """Yield the complete checkpoints that ``checkpoint.resume`` allows, the one to take first; as :func:`find`."""
     if resume == "auto":
         found, problems = False, list[str]()
@@ -74,16 +74,16 @@ def candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[Sa
             problems.append(line)
             say(line)
 
-        for saved in complete_in(run_dir.checkpoints, say=note):
+        for saved in complete_checkpoints(run_dir.checkpoints, say=note):
             found = True
             yield saved
         if not found and problems:
-            raise none_intact("auto", "; ".join(problems))
+            raise no_intact_checkpoint("auto", "; ".join(problems))
     elif resume != "none":
-        yield from find_all(Path(resume).expanduser(), say=say)
+        yield from find_checkpoints(Path(resume).expanduser(), say=say)
 
 
-def continued_from(resume: str, run_dir: RunDir) -> str:
+def resume_of_restart(resume: str, run_dir: RunDir) -> str:
     """Return what a run that starts again in ``run_dir`` sets ``checkpoint.resume`` to.
 
     ``auto``, but for a run that began from another's checkpoint and has none of its own yet: that begins there again.
@@ -92,13 +92,13 @@ def continued_from(resume: str, run_dir: RunDir) -> str:
     return "auto" if has_own or resume == "none" else resume
 
 
-def none_intact(resume: str, why: str) -> ConfigError:
+def no_intact_checkpoint(resume: str, why: str) -> ConfigError:
     """Return the error of a run whose checkpoints are all damaged: beginning anew would replace them."""
     fix = "copy an intact one there, or name one by checkpoint.resume=DIR in a new run"
     return ConfigError("checkpoint.resume", resume, why=f"no checkpoint is intact: {why}", fix=fix)
 
 
-def find_all(folder: Path, *, say: Say = print, option: str = "checkpoint.resume") -> Iterator[Saved]:
+def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoint.resume") -> Iterator[SavedCheckpoint]:
     """Yield the complete checkpoints in ``folder``, newest first: a checkpoint, a run or a run's ``checkpoints``.
 
     Raises:
@@ -115,15 +115,15 @@ def find_all(folder: Path, *, say: Say = print, option: str = "checkpoint.resume
             raise ConfigError(option, folder, why=f"is not complete: {error}", fix=fix) from error
         return
     below, found = RunDir(folder).checkpoints, False
-    for saved in complete_in(below if below.is_dir() else folder, say=say):
+    for saved in complete_checkpoints(below if below.is_dir() else folder, say=say):
         found = True
         yield saved
     if not found:
         raise ConfigError(option, folder, why="holds no complete checkpoint", fix=fix)
 
 
-def misfits(
-    saved: Saved, *, model: Model, parallel: Parallel, precision: Precision, world_size: int
+def validate_resume(
+    saved: SavedCheckpoint, *, model: Model, parallel: Parallel, precision: Precision, world_size: int
 ) -> Iterator[ConfigError]:
     """Yield each reason why a run of these components cannot continue from ``saved`` exactly."""
     manifest = saved.manifest
@@ -134,7 +134,7 @@ def misfits(
     yield from _other_strategy(saved, parallel, world_size)
 
 
-def changed_rate(saved: Saved, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
+def lr_jump_warning(saved: SavedCheckpoint, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
     """Return one line on a learning rate that another schedule makes jump where a run continues, ``None`` if none."""
     before, done = saved.manifest.lr, saved.manifest.step
     if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-3):
@@ -148,7 +148,7 @@ def changed_rate(saved: Saved, optimizer: AdamW, schedule: Schedule, steps: int)
     )
 
 
-def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:
+def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     theirs, ours = saved.manifest.architecture, to_tree(model.architecture())
     names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
     if not names:
@@ -164,7 +164,7 @@ def _other_model(saved: Saved, model: Model) -> Iterator[ConfigError]:
     yield _refuse(saved, f"is of another model: {differences}", fix)
 
 
-def _other_strategy(saved: Saved, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
+def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
     theirs, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
     if theirs.get("kind") != ours["kind"]:
         why = f"was written with parallel of kind {theirs.get('kind')}, this run's is {ours['kind']}"
@@ -180,12 +180,12 @@ def _other_strategy(saved: Saved, parallel: Parallel, world_size: int) -> Iterat
         yield _refuse(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
 
 
-def _or_weights(saved: Saved) -> str:
+def _or_weights(saved: SavedCheckpoint) -> str:
     """Return what starts a run of any strategy from a checkpoint, where its weights are in one piece."""
     if saved.manifest.parallel.get("kind") not in ("single", "ddp"):
         return ""
     return f", or model.weights={saved.folder} checkpoint.resume=none to start anew from its weights"
 
 
-def _refuse(saved: Saved, why: str, fix: str) -> ConfigError:
+def _refuse(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:
     return ConfigError("checkpoint.resume", saved.folder, why=why, fix=fix)

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.checkpoint.manifest import (
-    Manifest,
+    CheckpointManifest,
     checksums,
+    files_of_part,
     missing_payload,
     read_manifest,
-    share_of,
     write_manifest,
 )
-from launcher.checkpoint.policy import Checkpoint
-from launcher.files import fsync_folder, read_json, write_json
+from launcher.config.checkpoint import Checkpoint
+from launcher.utils.files import fsync_folder, read_json, write_json
 
 Say = Callable[[str], None]
 
@@ -34,16 +34,16 @@ _CHECKSUMS = ".sha256.{}.json"
 """In a pending folder: the checksums that one rank computed."""
 
 
-def quiet(line: str) -> None:
+def silent(line: str) -> None:
     """Say nothing: for looks whose outcome somebody else tells."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saved:
+class SavedCheckpoint:
     """A complete checkpoint."""
 
     folder: Path
-    manifest: Manifest
+    manifest: CheckpointManifest
 
 
 class CheckpointStore:
@@ -90,10 +90,10 @@ class CheckpointStore:
         """
         pending = self.pending(step)
         sizes = {name: (pending / name).stat().st_size for name in _payload(pending)}
-        own = share_of(sizes, part=rank, parts=world_size)
+        own = files_of_part(sizes, part=rank, parts=world_size)
         write_json(pending / _CHECKSUMS.format(rank), checksums(pending, own, beat=beat))
 
-    def commit(self, manifest: Manifest, *, beat: Callable[[], None] = lambda: None) -> Saved:
+    def commit(self, manifest: CheckpointManifest, *, beat: Callable[[], None] = lambda: None) -> SavedCheckpoint:
         """Make the pending payload of ``manifest.step`` the checkpoint of that step, then prune.
 
         Raises:
@@ -122,13 +122,13 @@ class CheckpointStore:
         fsync_folder(self._folder)
         shutil.rmtree(replaced, ignore_errors=True)
         self.prune(keeping=final)
-        return Saved(folder=final, manifest=complete)
+        return SavedCheckpoint(folder=final, manifest=complete)
 
     def clean(self) -> None:
         """Remove what a crash left: call it once, before the first ``begin``."""
         remove_unfinished(self._folder)
 
-    def set_aside(self, saved: Saved) -> Path:
+    def set_aside(self, saved: SavedCheckpoint) -> Path:
         """Rename a damaged checkpoint of this run, so that it counts as none; return its new name."""
         for number in itertools.count():
             aside = self._folder / f"{saved.folder.name}.damaged{number or ''}"
@@ -144,7 +144,7 @@ class CheckpointStore:
         Args:
             keeping: a checkpoint that stays in any case: the one just written, where others claim a later step.
         """
-        saved = list(complete_in(self._folder, say=quiet))
+        saved = list(complete_checkpoints(self._folder, say=silent))
         keep = self._policy.keep
         if keep == 0:
             return
@@ -158,12 +158,12 @@ class CheckpointStore:
                 entry.folder.rename(gone)  # first: a half deleted folder must not look like a checkpoint
                 shutil.rmtree(gone, ignore_errors=True)
 
-    def latest(self) -> Saved | None:
+    def latest(self) -> SavedCheckpoint | None:
         """Return the newest complete checkpoint, if there is one."""
-        return next(complete_in(self._folder, say=self._say), None)
+        return next(complete_checkpoints(self._folder, say=self._say), None)
 
 
-def folders_in(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
     """Return the folders of checkpoints in ``folder``, whole or not, newest first; none where it does not exist."""
     if not folder.is_dir():
         return []
@@ -182,16 +182,16 @@ def remove_unfinished(folder: Path) -> None:
                 shutil.rmtree(leftover, ignore_errors=True)
 
 
-def complete_in(folder: Path, *, say: Say) -> Iterator[Saved]:
+def complete_checkpoints(folder: Path, *, say: Say) -> Iterator[SavedCheckpoint]:
     """Yield the complete checkpoints in ``folder``, newest first, saying which ones are not."""
-    for entry in folders_in(folder):
+    for entry in checkpoint_folders(folder):
         try:
             yield open_checkpoint(entry)
         except ValueError as error:
             say(f"checkpoint {entry} is skipped: {error}")
 
 
-def open_checkpoint(folder: Path) -> Saved:
+def open_checkpoint(folder: Path) -> SavedCheckpoint:
     """Return the checkpoint in ``folder``.
 
     Raises:
@@ -201,7 +201,7 @@ def open_checkpoint(folder: Path) -> Saved:
     trouble = missing_payload(folder, manifest)
     if trouble:
         raise ValueError(trouble)
-    return Saved(folder=folder, manifest=manifest)
+    return SavedCheckpoint(folder=folder, manifest=manifest)
 
 
 def _payload(pending: Path) -> list[str]:

@@ -1,8 +1,9 @@
-"""All-reduces between hosts, as a process of its own on each of them: ``python -m launcher.doctor.collective PARENT``.
+"""Entry of all-reduces between hosts: ``python -m launcher.doctor.collective PARENT``.
 
 The probe starts it early, because importing torch takes seconds, and sends it one line of JSON once all hosts are
 known. It prints what it measures, a line each, and the kernel kills it when the probe ends. Every pair has a process
 group of its own: when one cannot connect, it is the one that is named, and the others are measured all the same.
+Pairs are measured in rounds that share no host, so that a round runs at once.
 """
 
 from __future__ import annotations
@@ -19,22 +20,120 @@ from datetime import timedelta
 from threading import Thread
 from typing import Any, TypeVar
 
-from launcher.doctor.facts import Everyone, Pair
-from launcher.doctor.group import Group
-from launcher.doctor.pairing import rounds
-from launcher.doctor.speech import say
-from launcher.supervise.linux import die_with_parent
+from launcher.doctor.protocol import GroupMeasurement, PairMeasurement, send_message
+from launcher.utils.processes import die_with_parent
+
+_SMALL, _MIDDLE, _LARGE = 64 * 2**10, 2**20, 16 * 2**20
+
+
+_DISTANT_S = 0.05
+"""A link with this latency is measured with little data."""
+
+
+_SLOW_S = 0.05
+"""A mebibyte that takes longer says enough about bandwidth."""
+
+
+_BUSY_S = 0.005
+"""An all-reduce of 8 bytes that takes longer is repeated less often."""
+
+
+ALL_PAIRS_UP_TO = 16
+"""Hosts among which every pair is measured (15 rounds); of more, each host measures its two neighbours on a ring."""
+
 
 T = TypeVar("T")
+
 
 PAIR_S = 5.0
 """Most time for one pair, once both have begun."""
 
+
 _PLACE = re.compile(r"\[/[^\]]*:\d+\] ")
 
 
+class AllReduceGroup:
+    """A process group of some hosts, which measures itself."""
+
+    def __init__(self, store: Any, *, rank: int, size: int, uses_gpus: bool, timeout_s: float) -> None:
+        import torch
+        from torch import distributed as dist
+
+        timeout = timedelta(seconds=timeout_s)
+        self._device = torch.device("cuda", 0) if uses_gpus else torch.device("cpu")
+        if uses_gpus:
+            options = dist.ProcessGroupNCCL.Options()
+            options._timeout = timeout  # noqa: SLF001 (as torch's own init_process_group does)
+            self._group = dist.ProcessGroupNCCL(store, rank, size, options)
+        else:
+            self._group = dist.ProcessGroupGloo(store, rank, size, timeout)
+
+    def latency_s(self) -> float:
+        """Return the fastest all-reduce of 8 bytes."""
+        self._time(8)  # connects
+        repeats = 20 if self._time(8) < _BUSY_S else 2
+        return min(self._time(8) for _ in range(repeats))
+
+    def bytes_per_s(self, *, latency_s: float) -> float:
+        """Return size over time of a large all-reduce, or of one as large as a slow link allows."""
+        if latency_s > _DISTANT_S:
+            return _SMALL / self._time(_SMALL)
+        taken = min(self._time(_MIDDLE) for _ in range(2))
+        return _MIDDLE / taken if taken > _SLOW_S else _LARGE / min(self._time(_LARGE) for _ in range(3))
+
+    def _time(self, num_bytes: int) -> float:
+        """Return the time of one all-reduce: the longest that any member saw, so that all decide alike what follows."""
+        import torch
+
+        values = torch.zeros(num_bytes // 4, dtype=torch.float32, device=self._device)
+        started = time.monotonic()
+        self._reduce(values, largest=False)
+        taken = torch.tensor([time.monotonic() - started], dtype=torch.float32, device=self._device)
+        self._reduce(taken, largest=True)
+        return float(taken.item())
+
+    def _reduce(self, values: Any, *, largest: bool) -> None:
+        import torch
+        from torch import distributed as dist
+
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM
+        self._group.allreduce([values], options).wait()
+        if values.is_cuda:
+            torch.cuda.synchronize()
+
+
+PairRound = list[tuple[int, int]]
+
+
+def pair_rounds(num_hosts: int) -> list[PairRound]:
+    """Return the rounds; hosts are numbers from 0, and the smaller number of a pair comes first."""
+    return _every_pair(num_hosts) if num_hosts <= ALL_PAIRS_UP_TO else _ring(num_hosts)
+
+
+def _every_pair(num_hosts: int) -> list[PairRound]:
+    """The circle method of tournaments: one seat stays, the others move on by one after each round."""
+    seats: list[int | None] = [*range(num_hosts)]
+    if num_hosts % 2:
+        seats.append(None)  # whoever meets it has a rest
+    plan = []
+    for _ in range(len(seats) - 1):
+        half = len(seats) // 2
+        met = zip(seats[:half], reversed(seats[half:]), strict=True)
+        plan.append([(min(a, b), max(a, b)) for a, b in met if a is not None and b is not None])
+        seats = [seats[0], seats[-1], *seats[1:-1]]
+    return plan
+
+
+def _ring(num_hosts: int) -> list[PairRound]:
+    even = [(host, host + 1) for host in range(0, num_hosts - 1, 2)]
+    odd = [(host, host + 1) for host in range(1, num_hosts - 1, 2)]
+    closing = (0, num_hosts - 1)
+    return [even, [closing, *odd]] if num_hosts % 2 == 0 else [even, odd, [closing]]
+
+
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class MeasurementOrder:
     """What the probe sends."""
 
     rank: int
@@ -56,12 +155,12 @@ def main() -> None:
     torch.set_num_threads(1)
     line = sys.stdin.readline()
     if line:
-        measure(Order(**json.loads(line)))
+        run_measurements(MeasurementOrder(**json.loads(line)))
     sys.stdout.flush()
     os._exit(0)  # groups with a broken connection would wait for it at a regular end
 
 
-def measure(order: Order) -> None:
+def run_measurements(order: MeasurementOrder) -> None:
     """Measure every pair this host belongs to, then all hosts together, and say each figure."""
     from torch import distributed as dist
 
@@ -74,29 +173,29 @@ def measure(order: Order) -> None:
             order.address, order.port, None, order.rank == 0, timeout, wait_for_workers=False, use_libuv=True
         )
     except RuntimeError as error:  # DistStoreError and its kin
-        say("everyone", everyone=Everyone(problem=f"cannot join the rendezvous: {_first_line(error)}"))
+        send_message("everyone", everyone=GroupMeasurement(problem=f"cannot join the rendezvous: {_first_line(error)}"))
         return
     fine = True
-    for pair in (pair for pairs in rounds(len(order.names)) for pair in pairs if order.rank in pair):
+    for pair in (pair for pairs in pair_rounds(len(order.names)) for pair in pairs if order.rank in pair):
         found = _measure_pair(order, pair, store, ends=ends)
         fine = fine and found.problem is None
         if found.problem is not None or order.rank == pair[0]:
-            say("pair", pair=found)
+            send_message("pair", pair=found)
     if _is_everyone_fine(store, order, fine=fine):
-        say("everyone", everyone=_measure_everyone(order, store, timeout_s=ends - time.monotonic()))
+        send_message("everyone", everyone=_measure_everyone(order, store, timeout_s=ends - time.monotonic()))
 
 
-def _measure_pair(order: Order, pair: tuple[int, int], store: Any, *, ends: float) -> Pair:
+def _measure_pair(order: MeasurementOrder, pair: tuple[int, int], store: Any, *, ends: float) -> PairMeasurement:
     from torch import distributed as dist
 
     hosts = (order.names[pair[0]], order.names[pair[1]])
     prefix = dist.PrefixStore(f"pair/{pair[0]}/{pair[1]}", store)
     place = pair.index(order.rank)
 
-    def figures() -> Pair:
-        group = Group(prefix, rank=place, size=2, uses_gpus=order.uses_gpus, timeout_s=PAIR_S)
+    def figures() -> PairMeasurement:
+        group = AllReduceGroup(prefix, rank=place, size=2, uses_gpus=order.uses_gpus, timeout_s=PAIR_S)
         latency = group.latency_s()
-        return Pair(hosts=hosts, latency_s=latency, bytes_per_s=group.bytes_per_s(latency_s=latency))
+        return PairMeasurement(hosts=hosts, latency_s=latency, bytes_per_s=group.bytes_per_s(latency_s=latency))
 
     try:
         # the other may still be busy with a pair that fails: not a fault of this one
@@ -104,7 +203,7 @@ def _measure_pair(order: Order, pair: tuple[int, int], store: Any, *, ends: floa
         prefix.wait([f"ready/{1 - place}"], timedelta(seconds=max(0.1, ends - time.monotonic())))
         return _within(PAIR_S, figures)
     except (RuntimeError, TimeoutError) as error:
-        return Pair(hosts=hosts, problem=_first_line(error))
+        return PairMeasurement(hosts=hosts, problem=_first_line(error))
 
 
 def _within(timeout_s: float, work: Callable[[], T]) -> T:
@@ -128,7 +227,7 @@ def _within(timeout_s: float, work: Callable[[], T]) -> T:
         raise TimeoutError(f"no result within {timeout_s:.0f} s") from None
 
 
-def _is_everyone_fine(store: Any, order: Order, *, fine: bool) -> bool:
+def _is_everyone_fine(store: Any, order: MeasurementOrder, *, fine: bool) -> bool:
     """Return whether every host could talk to all of its partners; without that, all together would only hang."""
     try:
         store.set(f"fine/{order.rank}", "yes" if fine else "no")
@@ -137,20 +236,20 @@ def _is_everyone_fine(store: Any, order: Order, *, fine: bool) -> bool:
         return False
 
 
-def _measure_everyone(order: Order, store: Any, *, timeout_s: float) -> Everyone:
+def _measure_everyone(order: MeasurementOrder, store: Any, *, timeout_s: float) -> GroupMeasurement:
     from torch import distributed as dist
 
     try:
-        group = Group(
+        group = AllReduceGroup(
             dist.PrefixStore("everyone", store),
             rank=order.rank,
             size=len(order.names),
             uses_gpus=order.uses_gpus,
             timeout_s=max(0.1, timeout_s),
         )
-        return Everyone(latency_s=group.latency_s())
+        return GroupMeasurement(latency_s=group.latency_s())
     except RuntimeError as error:
-        return Everyone(problem=_first_line(error))
+        return GroupMeasurement(problem=_first_line(error))
 
 
 def _first_line(error: Exception) -> str:

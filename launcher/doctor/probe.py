@@ -1,4 +1,4 @@
-"""What the doctor runs on a host: ``python -m launcher.doctor.probe``. It answers questions and starts nothing to stay.
+"""Entry of the probe on a host: ``python -m launcher.doctor.probe``. It answers questions.
 
     doctor → probe                                     probe → doctor
                                                        {"doctor": "hello"}                       at once
@@ -25,9 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launcher.doctor.network import contact, listen, owner_of, route
-from launcher.doctor.speech import say
-from launcher.doctor.survey import survey
+from launcher.doctor.host_facts import collect_host_facts, measure_contact, open_rendezvous_port, port_owner, route
+from launcher.doctor.protocol import send_message
 
 
 class Probe:
@@ -59,28 +58,28 @@ class Probe:
         if is_full:
             command = [sys.executable, "-m", "launcher.doctor.collective", str(os.getpid())]
             self._collective = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        facts = survey(Path(run_dir), token=token, environ=os.environ)
-        say("survey", clock=time.time(), facts=facts)
+        facts = collect_host_facts(Path(run_dir), token=token, environ=os.environ)
+        send_message("survey", clock=time.time(), facts=facts)
 
     def _listen(self, *, port: int | None) -> None:
         try:
-            self._listener = listen(port)
+            self._listener = open_rendezvous_port(port)
         except OSError as error:
-            owner = owner_of(port) if port is not None else None
+            owner = port_owner(port) if port is not None else None
             why = os.strerror(error.errno) if error.errno else str(error)  # its own words repeat the port
-            say("listen", port=None, problem=f"{why}, by {owner}" if owner else why)
+            send_message("listen", port=None, problem=f"{why}, by {owner}" if owner else why)
             return
-        say("listen", port=self._listener.getsockname()[1], problem=None)
+        send_message("listen", port=self._listener.getsockname()[1], problem=None)
 
     def _contact(self, *, address: str, port: int | None, timeout_s: float) -> None:
-        found = route(address) if port is None else contact(address, port, timeout_s=timeout_s)
-        say("contact", contact=found)
+        found = route(address) if port is None else measure_contact(address, port, timeout_s=timeout_s)
+        send_message("contact", contact=found)
 
     def _hush(self) -> None:
         """Free the port: others would take us for the rendezvous that is to listen there next."""
         if self._listener is not None:
             self._listener.close()
-        say("hush")
+        send_message("hush")
 
     def _measure(self, *, order: dict[str, Any]) -> None:
         threading.Thread(target=self._watch, args=(json.dumps(order),), daemon=True).start()
@@ -89,12 +88,12 @@ class Probe:
         """Hand the order on and wait for the end."""
         assert self._collective is not None
         self._collective.communicate(order + "\n")
-        say("collective", exit_code=self._collective.returncode)
+        send_message("collective", exit_code=self._collective.returncode)
 
 
 def main() -> None:
     """Serve stdin until it ends."""
-    say("hello")
+    send_message("hello")
     probe = Probe()
     try:
         for line in sys.stdin:

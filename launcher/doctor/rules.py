@@ -1,4 +1,4 @@
-"""What is wrong with hosts, judged from their facts: pure functions, each yielding findings."""
+"""Rules: what is wrong with hosts and between them. Pure functions, each yielding findings."""
 
 from __future__ import annotations
 
@@ -6,27 +6,61 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 
-from launcher.doctor.facts import PACKAGES, HostFacts
-from launcher.doctor.finding import Finding, error, warning
-from launcher.plan import Host
-from launcher.wording import bytes_text, times
+from launcher.config.run import Run
+from launcher.doctor.protocol import PACKAGES, Contact, GroupMeasurement, HostFacts, PairMeasurement
+from launcher.doctor.report import Finding, error, warning
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host
+from launcher.utils.text import bytes_text, counted
 
 CLOCK_SKEW_S = 2.0
 """Logs and timelines of several hosts cannot be read together beyond this."""
+
+
 LITTLE_MEMORY_BYTES = 2**30
 """Free RAM for each rank; Python with torch alone takes a third of it."""
+
+
 LITTLE_DISK_BYTES = 10 * 2**30
 """A few checkpoints of a small model."""
+
+
 NO_DISK_BYTES = 256 * 2**20
 """Logs, metrics and one write of a checkpoint do not fit."""
+
+
 LITTLE_SHM_BYTES = 2**30
 """Containers come with 64 MiB of /dev/shm, which NCCL and data loaders fill at once."""
+
+
+HIGH_LATENCY_S = 0.005
+"""Inside of a building a round trip takes well under a millisecond."""
+
+
+DISTANT_S = 0.05
+"""Over such a link an all-reduce of any size is hopeless, and measuring it takes longer than all else together."""
+
+
+LOW_BYTES_PER_S = 50 * 2**20
+"""Less than half of what gigabit Ethernet carries."""
+
+
+ODD_SHARE = 0.25
+"""A pair with less than this share of the usual bandwidth is named."""
+
+
+_SHOWN = 3
+"""Names of hosts in one sentence."""
+
 
 _Facts = Mapping[str, HostFacts]
 
 
-def rules(hosts: Sequence[Host], facts: _Facts, *, skews_s: Mapping[str, float], code_hash: str) -> Iterator[Finding]:
+def host_rules(
+    hosts: Sequence[Host], facts: _Facts, *, skews_s: Mapping[str, float], code_hash: str
+) -> Iterator[Finding]:
     """Yield everything that stands against a run on ``hosts``, as far as each can tell alone.
 
     Args:
@@ -122,13 +156,13 @@ def _clock(host: Host, skew_s: float) -> Iterator[Finding]:
 def _slots(host: Host, found: HostFacts) -> Iterator[Finding]:
     beyond = [str(slot) for slot in host.slot_ids if slot >= len(found.devices) > 0]
     if found.devices and host.slots > len(found.devices):
-        what = f"takes {times(host.slots, 'rank')} and shows {times(len(found.devices), 'GPU')}"
+        what = f"takes {counted(host.slots, 'rank')} and shows {counted(len(found.devices), 'GPU')}"
         yield error(host.name, what, f"write slots={len(found.devices)} in the hostfile")
     elif beyond:
-        what = f"shows {times(len(found.devices), 'GPU')}, and the filter chooses slot {', '.join(beyond)}"
+        what = f"shows {counted(len(found.devices), 'GPU')}, and the filter chooses slot {', '.join(beyond)}"
         yield error(host.name, what, f"choose from 0 to {len(found.devices) - 1}, counted among the visible GPUs")
     elif not found.devices and host.slots > found.cores:
-        what = f"takes {times(host.slots, 'rank')} and has {times(found.cores, 'core')}"
+        what = f"takes {counted(host.slots, 'rank')} and has {counted(found.cores, 'core')}"
         yield warning(host.name, what, f"write slots={found.cores} in the hostfile")
 
 
@@ -150,7 +184,7 @@ def _run_dir(host: Host, found: HostFacts) -> Iterator[Finding]:
 
 def _room(host: Host, found: HostFacts) -> Iterator[Finding]:
     if found.free_memory_bytes < LITTLE_MEMORY_BYTES * host.slots:
-        what = f"little memory is free: {bytes_text(found.free_memory_bytes)} for {times(host.slots, 'rank')}"
+        what = f"little memory is free: {bytes_text(found.free_memory_bytes)} for {counted(host.slots, 'rank')}"
         yield warning(host.name, what, "end what else runs there, or give it fewer slots")
     disk = found.storage
     if disk.shm_free_bytes < LITTLE_SHM_BYTES:
@@ -178,3 +212,127 @@ def _mixed_devices(facts: _Facts) -> Iterator[Finding]:
                 what = f"shows no GPU, and {having[0]} does"
                 remedy = "see whether nvidia-smi works there and CUDA_VISIBLE_DEVICES hides them, or leave the host out"
                 yield error(host, what, remedy)
+
+
+def port_rules(first: str, *, port: int | None, problem: str) -> Iterator[Finding]:
+    """Yield that the first host cannot open the port of the rendezvous; ``None`` means any."""
+    if port is None:
+        yield error(first, f"no port can be opened for the rendezvous: {problem}", "see why no port is free there")
+        return
+    what = f"port {port} cannot be opened for the rendezvous: {problem}"
+    yield error(first, what, "set backend.port=auto, or end what uses it")
+
+
+def contact_rules(contacts: Mapping[str, Contact], *, port: int) -> Iterator[Finding]:
+    """Yield what keeps hosts from the rendezvous, or slows them down.
+
+    Args:
+        contacts: by host; the first one is where the others meet.
+        port: of the rendezvous.
+    """
+    first, *others = contacts
+    unreached = [host for host in others if contacts[host].problem is not None]
+    slow = [host for host in others if (contacts[host].latency_s or 0.0) > HIGH_LATENCY_S]
+    yield from _unreached(first, unreached, contacts, port, is_everyone=len(unreached) == len(others) > 1)
+    yield from _slow(first, slow, contacts, is_everyone=len(slow) == len(others) > 1)
+    if contacts[first].problem is not None:
+        yield error(first, f"{contacts[first].problem}", "mend the routes there: ip route get ADDRESS")
+    for host, found in contacts.items():
+        if others and found.local_address is not None and found.interface in (None, "lo"):
+            what = f"its route to the other hosts begins at {found.local_address}, which no network interface has"
+            if found.interface == "lo":
+                what = f"its route to the other hosts leads to itself ({found.local_address})"
+            yield error(host, what, "mend /etc/hosts or the routes there: ip route get ADDRESS")
+
+
+def _unreached(
+    first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], port: int, *, is_everyone: bool
+) -> Iterator[Finding]:
+    remedy = f"open it in the firewall, or set backend.port to one that is open; try there: nc -vz {first} {port}"
+    if is_everyone:
+        what = f"no other host reaches its port {port}: {contacts[hosts[0]].problem}"
+        yield error(first, what, remedy)
+        return
+    for host in hosts:
+        yield error(host, f"cannot reach port {port} of {first}: {contacts[host].problem}", remedy)
+
+
+def _slow(first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], *, is_everyone: bool) -> Iterator[Finding]:
+    remedy = "see whether it is on the same network, and whether the route takes a slow interface or a tunnel"
+    if is_everyone:
+        fastest = min(contacts[host].latency_s or 0.0 for host in hosts)
+        yield warning(first, f"every other host needs {fastest * 1e3:.1f} ms or more for a round trip to it", remedy)
+        return
+    for host in hosts:
+        latency = contacts[host].latency_s or 0.0
+        via = f" over {contacts[host].interface}"
+        yield warning(host, f"a round trip to {first} takes {latency * 1e3:.1f} ms{via}", remedy)
+
+
+def pair_rules(pairs: Sequence[PairMeasurement]) -> Iterator[Finding]:
+    """Yield pairs that cannot talk or talk slowly."""
+    for pair in pairs:
+        if pair.problem is not None:
+            what = f"an all-reduce with {pair.hosts[0]} fails: {pair.problem}"
+            yield error(
+                pair.hosts[1], what, "open all TCP ports between the two hosts: ranks connect on ports of any number"
+            )
+    measured = [pair for pair in pairs if pair.problem is None]
+    speeds = [pair.bytes_per_s for pair in measured if pair.bytes_per_s is not None]
+    usual = median(speeds) if len(speeds) > 2 else 0.0
+    for pair in measured:
+        speed, latency = pair.bytes_per_s or 0.0, pair.latency_s or 0.0
+        if speed < LOW_BYTES_PER_S or speed < usual * ODD_SHARE:
+            known = f", the median of all pairs is {bytes_text(usual)}/s" if usual else ""
+            what = f"an all-reduce with {pair.hosts[0]} carries {bytes_text(speed)}/s{known}"
+            yield warning(
+                pair.hosts[1], what, "see link speed and cables of both (ethtool), and what else uses the network"
+            )
+        elif latency > HIGH_LATENCY_S:
+            what = f"an all-reduce with {pair.hosts[0]} takes {latency * 1e3:.1f} ms at least"
+            yield warning(pair.hosts[1], what, "see the route between the two hosts, and what else runs there")
+
+
+def everyone_rules(everyone: Mapping[str, GroupMeasurement], *, silent: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield hosts for which an all-reduce among all does not work.
+
+    Args:
+        everyone: what each host said, by name.
+        silent: why others said nothing, by name.
+    """
+    for host, found in everyone.items():
+        if found.problem is not None:
+            yield error(host, f"an all-reduce among all hosts fails: {found.problem}", "see what torch says there")
+    for host, why in silent.items():
+        yield error(host, f"measured nothing: {why}", "see whether `import torch` works there, and how long it takes")
+
+
+def validate_shared_run_dir(
+    run: Run, hosts: Sequence[Host], facts: Mapping[str, HostFacts], *, folder: str
+) -> Iterator[ConfigError]:
+    """Refuse checkpoints, and restarts from them, where every host would hold nothing but its own part of them.
+
+    A single host holds whole ones, wherever it keeps them; so do hosts with a file server that this machine is not on.
+
+    Args:
+        run: the configuration.
+        hosts: who takes part.
+        facts: of those that answered, by name.
+        folder: the run directory.
+    """
+    apart = [host.name for host in hosts if host.name in facts and not facts[host.name].storage.is_ours]
+    servers = {facts[host.name].storage.served_by for host in hosts if host.name in facts}
+    if len(hosts) < 2 or not apart or (len(servers) == 1 and "" not in servers):
+        return
+    more = f" and {len(apart) - _SHOWN} more" if len(apart) > _SHOWN else ""
+    why = f"not all hosts share {folder} ({', '.join(apart[:_SHOWN])}{more}), and "
+    shared = "set run.root to a folder that all of them share"
+    off = "checkpoint.every=0 checkpoint.at_end=false"
+    policy = run.checkpoint
+    for option, value in (("checkpoint.every", policy.every), ("checkpoint.at_end", policy.at_end or None)):
+        if value:
+            whose = "each would keep only its own part of a checkpoint"
+            yield ConfigError(option, value, why=why + whose, fix=f"{shared}, or {off}")
+    if run.backend.restarts:
+        needs = "a restart would find no whole checkpoint"
+        yield ConfigError("backend.restarts", run.backend.restarts, why=why + needs, fix=f"{shared}, or 0")

@@ -1,7 +1,8 @@
-"""What every engine does: take steps, measure loss, generate, save and load, on one rank among many."""
+"""The engine interface (step, loss, generate, save, load), and which engine runs a strategy."""
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from launcher.data.loader import MicroBatch
-    from launcher.parallel.base import StateBytes
+    from launcher.config.parallel.base import StateBytes
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+    from launcher.profiling.performance import StepClock
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +38,7 @@ class StepResult:
     """Some rank had been asked to leave by the end of the step."""
 
 
-def nobody_asks() -> bool:
+def never_preempted() -> bool:
     """Return False: no rank has been asked to leave."""
     return False
 
@@ -51,7 +54,7 @@ class Engine(ABC):
 
     @abstractmethod
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = nobody_asks
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
         """Take one optimiser step.
 
@@ -78,7 +81,7 @@ class Engine(ABC):
 
         Stages of a pipeline yield their own, under the names that the whole model has.
         """
-        from launcher.engines.weights import whole_parameters
+        from launcher.engines.model_state import whole_parameters
 
         return whole_parameters(self.module, device=self.device)
 
@@ -110,3 +113,21 @@ class Engine(ABC):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+ENGINES: dict[str, str] = {
+    "single": "launcher.engines.torch:TorchEngine",
+    "ddp": "launcher.engines.torch:TorchEngine",
+    "fsdp": "launcher.engines.torch:TorchEngine",
+    "zero": "launcher.engines.deepspeed.zero:DeepSpeedEngine",
+    "pipeline": "launcher.engines.pipeline.engine:PipelineEngine",
+    "deepspeed_pipeline": "launcher.engines.deepspeed.pipeline:DeepSpeedPipelineEngine",
+}
+"""The engine of each kind of strategy."""
+
+
+def make_engine(context: Context, clock: StepClock) -> Engine:
+    """Connect the ranks, build the model and return the engine that the run's strategy asks for."""
+    module, _, name = ENGINES[context.run.parallel.kind].partition(":")
+    engine: Engine = getattr(importlib.import_module(module), name)(context, clock)
+    return engine

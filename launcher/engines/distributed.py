@@ -1,4 +1,4 @@
-"""The ranks of a run talking to each other; with a single process every function here works without a group."""
+"""Process groups of a run and collectives on them; without a group, for one process."""
 
 from __future__ import annotations
 
@@ -10,18 +10,26 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
-from launcher.data.loader import IGNORED
-from launcher.engines.loopback import store_of_ranks
+from launcher.data.dataloader import IGNORE_INDEX
+from launcher.engines.loopback_store import join_store
 
 if TYPE_CHECKING:
-    from launcher.context import Context
-    from launcher.data.loader import MicroBatch
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from launcher.config.parallel.base import ParallelDims
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's names of the compute formats."""
 
+
 _DAY_S = 86400.0
+
+
 _AFTER_STALL_S = 300.0
 
 
@@ -40,7 +48,7 @@ def group_timeout(context: Context) -> timedelta:
     return timedelta(seconds=stall_s + _AFTER_STALL_S if stall_s else _DAY_S)
 
 
-def meet_at(port: int, *, world_size: int) -> None:
+def use_master_port(port: int, *, world_size: int) -> None:
     """Have this process, a fork of a rank, join its next process group at another port than the rank's own.
 
     Rank 0 listens there: torchrun's store, which serves the port it gave, knows nothing of it.
@@ -59,7 +67,7 @@ def join_group(context: Context, device: torch.device, *, device_id: torch.devic
     """Join torch's process group, on one machine by a store that other machines do not reach."""
     rank, world_size, timeout = context.rank, context.world_size, group_timeout(context)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = store_of_ranks(rank=rank, world_size=world_size, timeout=timeout)
+    store = join_store(rank=rank, world_size=world_size, timeout=timeout)
     if store is None:
         dist.init_process_group(backend, timeout=timeout, device_id=device_id)
     else:
@@ -110,7 +118,7 @@ def ranks_where(answer: bool, *, device: torch.device) -> tuple[int, ...]:
 
 def num_labels(micro_batches: Sequence[MicroBatch]) -> int:
     """Return how many tokens of these batches count."""
-    return sum(int((batch.labels != IGNORED).sum()) for batch in micro_batches)
+    return sum(int((batch.labels != IGNORE_INDEX).sum()) for batch in micro_batches)
 
 
 class TokenCount:
@@ -133,3 +141,20 @@ class TokenCount:
             self._work = None
             self._total //= self._copies
         return self._total
+
+
+def mesh_of(degrees: ParallelDims, *, device: torch.device) -> DeviceMesh:
+    """Return the mesh of all ranks whose dimensions are the degrees that divide something, named as they are.
+
+    Every rank of the run calls it, once, after it has joined the process group.
+    """
+    named = degrees.named()
+    return init_device_mesh(device.type, tuple(named.values()), mesh_dim_names=tuple(named))
+
+
+def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh | None:
+    """Return the part of ``mesh`` along ``names``, several flattened into one; ``None`` where none divides anything."""
+    there = tuple(name for name in names if name in (mesh.mesh_dim_names or ()))
+    if not there or math.prod(mesh[name].size() for name in there) == 1:
+        return None
+    return mesh[there[0]] if len(there) == 1 else mesh[there]._flatten("_".join(there))  # noqa: SLF001

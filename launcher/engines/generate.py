@@ -1,18 +1,20 @@
-"""Greedy generation, for the sample at the end of a run."""
+"""Greedy generation, for the sample at the end of a run and for verification."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import Tensor
 
-from launcher.models.compiled import interpreted
+from launcher.models.transforms import without_compile
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
-def greedy(module: nn.Module, input_ids: Tensor, *, max_new_tokens: int, synced: bool = False) -> Tensor:
+def generate_greedily(module: nn.Module, input_ids: Tensor, *, max_new_tokens: int, synced: bool = False) -> Tensor:
     """Return ``input_ids`` with the most likely continuation.
 
     Args:
@@ -21,7 +23,7 @@ def greedy(module: nn.Module, input_ids: Tensor, *, max_new_tokens: int, synced:
         max_new_tokens: length of the continuation.
         synced: all ranks take every forward pass together, as a partitioned model needs.
     """
-    with interpreted(module):
+    with without_compile(module):
         return cast(
             "Tensor",
             module.generate(
@@ -33,3 +35,29 @@ def greedy(module: nn.Module, input_ids: Tensor, *, max_new_tokens: int, synced:
                 synced_gpus=synced,
             ),
         )
+
+
+PADDING_ID = 0
+"""Id behind the end of a sequence that has ended before others."""
+
+
+def greedy_decode(
+    next_tokens: Callable[[Tensor], Tensor], input_ids: Tensor, *, max_new_tokens: int, ends: int | list[int] | None
+) -> Tensor:
+    """Return ``input_ids`` (sequences, tokens) with the continuation that Transformers' ``generate`` would give.
+
+    Args:
+        next_tokens: the most likely token behind each sequence it is given, of shape (sequences,).
+        input_ids: all of equal length.
+        max_new_tokens: length of the continuation; less where all sequences have ended.
+        ends: tokens that end a sequence.
+    """
+    ending = torch.tensor(ends if isinstance(ends, list) else [] if ends is None else [ends], device=input_ids.device)
+    ended = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    for _ in range(max_new_tokens):
+        tokens = next_tokens(input_ids).masked_fill(ended, PADDING_ID)
+        input_ids = torch.cat([input_ids, tokens[:, None]], dim=1)
+        ended |= torch.isin(tokens, ending)
+        if ended.all():
+            break
+    return input_ids

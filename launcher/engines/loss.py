@@ -1,16 +1,24 @@
-"""Next-token loss."""
+"""Next-token loss, chunk by chunk: no fp32 copy of all logits is ever held.
+
+Both cross-entropies equal ``cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")`` within
+rounding. The first replaces the output projection too, so that the logits never exist as a whole in any format (the
+idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-from launcher.engines.head import labels_at_head, loss_of
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from launcher.data.dataloader import IGNORE_INDEX
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor, nn
-
-    from launcher.data.loader import MicroBatch
+    from launcher.data.dataloader import MicroBatch
 
 
 def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.device) -> Tensor:
@@ -28,3 +36,166 @@ def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.
     with labels_at_head(module, labels):
         output = module(input_ids=input_ids, use_cache=False, **positions).logits
     return loss_of(output, labels)
+
+
+PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose logits are the output head of the last hidden state and nothing else: no cap, no scale."""
+
+
+@contextmanager
+def labels_at_head(module: nn.Module, labels: Tensor) -> Iterator[None]:
+    """Make the output head of ``module`` return the summed loss while this context lasts, where the family allows it.
+
+    The head's own ``forward`` does it, so that whatever gathers its weight around a forward pass (ZeRO-3, FSDP2) does.
+    Everything in between hands the scalar on as if it were logits; :func:`loss_of` takes it, and logits all the same.
+
+    Args:
+        module: a causal language model of Transformers, a pipeline stage made of one, or what wraps either.
+        labels: (sequences, tokens) of the forward pass taken in this context.
+    """
+    head = _plain_head(module)
+    if head is None:
+        yield
+        return
+    assert "forward" not in vars(head), "the head has been replaced already"
+    head.forward = lambda hidden: linear_cross_entropy(hidden, head.weight, labels)
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def loss_of(output: Tensor, labels: Tensor) -> Tensor:
+    """Return the summed loss, an fp32 scalar, from what a model returned in :func:`labels_at_head`."""
+    return output if output.ndim == 0 else cross_entropy(output, labels)
+
+
+def _plain_head(module: nn.Module) -> nn.Linear | None:
+    """Return the output head if logits are just its product with the hidden state, else ``None``."""
+    while not isinstance(module, PreTrainedModel):  # DistributedDataParallel, DeepSpeed's engine
+        module = module.module
+    head = module.get_output_embeddings()
+    plain = module.config.model_type in PLAIN_HEADS and type(head) is nn.Linear and head.bias is None
+    return head if plain else None
+
+
+CHUNK_BYTES = 2**27
+"""What the fp32 logits of one chunk may take: 667 tokens of GPT-2's vocabulary. Much less, and a product has too few
+rows to keep a GPU busy; much more, and the chunk is what fills the memory."""
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of the logits ``hidden @ weight.T``, summed over the labelled tokens, as an fp32 scalar.
+
+    Products are taken in autocast's format where that is on, else in the format of ``weight``.
+
+    Args:
+        hidden: (..., width), what the output head takes.
+        weight: (vocabulary, width), of the output head.
+        labels: (...), ``IGNORED`` where a token does not count.
+    """
+    on = weight.device.type
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else weight.dtype
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    with torch.autocast(on, enabled=False):
+        loss: Tensor = _LinearCrossEntropy.apply(flat, weight, labels.reshape(-1), dtype)
+    return loss
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the loss of given logits, summed over the labelled tokens, as an fp32 scalar.
+
+    Args:
+        logits: (..., vocabulary) in any format.
+        labels: (...), ``IGNORED`` where a token does not count.
+    """
+    loss: Tensor = _CrossEntropy.apply(logits.flatten(0, -2), labels.reshape(-1))
+    return loss
+
+
+def _chunks(num_tokens: int, vocab_size: int) -> Iterator[slice]:
+    size = max(1, CHUNK_BYTES // (4 * vocab_size))
+    return (slice(first, first + size) for first in range(0, num_tokens, size))
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    return torch.log_softmax(logits, dim=-1, dtype=torch.float32)  # converts inside the kernel where there is a GPU
+
+
+def _loss(log_probs: Tensor, labels: Tensor) -> Tensor:
+    return torch.nn.functional.nll_loss(log_probs, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _gradient_(log_probs: Tensor, labels: Tensor) -> Tensor:
+    """Turn log-probabilities in place into the gradient of the summed loss by the logits: softmax minus one-hot."""
+    counts = (labels != IGNORE_INDEX).unsqueeze(1)
+    one_hot_at = labels.unsqueeze(1).clamp(min=0)
+    gradient = log_probs.exp_()
+    gradient.scatter_add_(1, one_hot_at, gradient.new_full((1, 1), -1.0).expand_as(one_hot_at))
+    return gradient.mul_(counts)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """The gradients are made in the forward pass, while the logits of a chunk are there; backward only scales them.
+
+    So the weight is touched in the forward pass alone, where ZeRO-3 and FSDP2 have gathered it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        of_hidden, of_weight = ctx.needs_input_grad[:2]
+        grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if of_weight else None
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        matrix = weight.detach().to(dtype)
+        for chunk in _chunks(len(hidden), len(weight)):
+            rows = hidden[chunk].to(dtype)
+            log_probs = _log_softmax(rows @ matrix.T)
+            loss += _loss(log_probs, labels[chunk])
+            if of_hidden or of_weight:
+                gradient = _gradient_(log_probs, labels[chunk]).to(dtype)
+                if grad_hidden is not None:
+                    grad_hidden[chunk] = gradient @ matrix
+                if grad_weight is not None:
+                    _add_product_(grad_weight, gradient.T, rows)
+        ctx.gradients, ctx.weight_dtype = (grad_hidden, grad_weight), weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        assert ctx.gradients is not None, "the gradients were scaled in place: one backward pass only"
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if grad_hidden is not None:
+            grad_hidden.mul_(grad_output)
+        if grad_weight is not None:
+            grad_weight = grad_weight.mul_(grad_output).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add ``left @ right`` to the fp32 ``total``, whatever format the product is taken in."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
+
+
+class _CrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
+    """Keeps the logits it was given and makes their gradient, in their own format, in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, labels)
+        loss = torch.zeros((), dtype=torch.float32, device=logits.device)
+        for chunk in _chunks(*logits.shape):
+            loss += _loss(_log_softmax(logits[chunk]), labels[chunk])
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        logits, labels = ctx.saved_tensors
+        gradient = torch.empty_like(logits)
+        for chunk in _chunks(*logits.shape):
+            gradient[chunk] = _gradient_(_log_softmax(logits[chunk]), labels[chunk]).mul_(grad_output)
+        return gradient, None

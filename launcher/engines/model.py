@@ -1,29 +1,31 @@
-"""The model of a run, built on this rank."""
+"""Build the run's model on this rank, in the run's precision, compiled or not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launcher.engines.formats import prepare_formats
+import torch
+
+from launcher.config.precision import Tf32Precision
+from launcher.errors import ConfigError
 from launcher.models.build import build_model
-from launcher.models.compiled import apply_compile
-from launcher.models.float8 import apply_float8
-from launcher.models.lazy import After, leave
+from launcher.models.deferred_init import PartCallback, leave_part
+from launcher.models.transforms import apply_compile, apply_float8
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
-    from launcher.config import Run
-    from launcher.context import Context
+    from launcher.config.precision import Precision
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
 
 
-def model_of(
+def build_run_model(
     context: Context,
     *,
     device: torch.device,
-    after: After = leave,
+    after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
     """Return the run's model with fp32 weights; fetching, converting and drawing them counts as progress.
@@ -60,6 +62,38 @@ def prepare_model(model: PreTrainedModel, run: Run, *, device: torch.device) -> 
     Raises:
         ConfigError: the device, or the model's family, cannot do that.
     """
-    prepare_formats(run.precision, device=device)
+    prepare_precision(run.precision, device=device)
     apply_float8(model, run.precision)
     apply_compile(model, run.compile, device=device)  # after whatever changes what a block does
+
+
+def prepare_precision(precision: Precision, *, device: torch.device) -> None:
+    """Set what torch multiplies fp32 matrices in; before the model is built.
+
+    Raises:
+        ConfigError: the device has no units for the format, so that torch would compute in another one.
+    """
+    if precision.needs_capability is not None:
+        has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        check_capability(precision, has)
+    if isinstance(precision, Tf32Precision):
+        # the older of torch's two interfaces: its compiler refuses a process in which the newer one was used
+        torch.set_float32_matmul_precision("high")
+
+
+def check_capability(precision: Precision, capability: tuple[int, int] | None) -> None:
+    """Refuse a GPU that is older than the format, or none at all.
+
+    Args:
+        precision: of the run.
+        capability: CUDA compute capability of the device; ``None`` for a CPU.
+
+    Raises:
+        ConfigError: always says which capability would do.
+    """
+    needed = precision.needs_capability
+    if needed is None or (capability is not None and capability >= needed):
+        return
+    here = "this rank has no GPU" if capability is None else "this GPU has {}.{}".format(*capability)
+    why = "it takes a GPU of compute capability {}.{} or more, and ".format(*needed) + here
+    raise ConfigError("precision", precision.kind, why=why, fix=f"set precision={precision.compute}")

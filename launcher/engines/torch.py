@@ -1,4 +1,4 @@
-"""torch alone: one process, replicas under DistributedDataParallel, or shards under FSDP2."""
+"""The torch engine: one process, replicas under DDP, or shards under FSDP2."""
 
 from __future__ import annotations
 
@@ -11,44 +11,52 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from launcher.engines.base import Engine, StepResult, nobody_asks
+from launcher.config.parallel.data_parallel import Fsdp
+from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.checkpoint_io import (
+    explain_read_errors,
+    load_file,
+    load_rng,
+    load_tensors,
+    optimizer_tensors,
+    save_rng,
+    save_tensors,
+)
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
-from launcher.engines.generate import greedy
-from launcher.engines.held import torch_state
-from launcher.engines.layouts import Layout, Replicated, Sharded
+from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import token_loss_sum
-from launcher.engines.rng import load_rng, save_rng
-from launcher.engines.sharded_state import load_tensors, optimiser_tensors, save_tensors
-from launcher.engines.unpickling import load_file, named
-from launcher.engines.update import Update
+from launcher.engines.model_state import torch_state_bytes
+from launcher.engines.optimizer import OptimizerStep
+from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedModel
 from launcher.errors import EXIT_BAD_INPUT, JobError
-from launcher.files import read_json, write_json
 from launcher.models.weights import save_model_folder
-from launcher.parallel.fsdp import Fsdp
+from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from launcher.context import Context
-    from launcher.data.loader import MicroBatch
-    from launcher.parallel.base import StateBytes
-    from launcher.training.clock import Clock
+    from launcher.config.parallel.base import StateBytes
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+    from launcher.profiling.performance import StepClock
 
 
 class TorchEngine(Engine):
     """Master weights, gradients and moments in fp32; forward and backward passes in the run's precision."""
 
-    def __init__(self, context: Context, clock: Clock) -> None:
+    def __init__(self, context: Context, clock: StepClock) -> None:
         run = context.run
         self._clock, self._rank, self._copies = clock, context.rank, context.degrees.copies
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
         sharded = isinstance(run.parallel, Fsdp)
-        self._layout: Layout = Sharded(context, self.device) if sharded else Replicated(context, self.device)
+        self._layout: ModelLayout = (
+            ShardedModel(context, self.device) if sharded else ReplicatedModel(context, self.device)
+        )
         self.module = self._layout.module
         self._dtype = DTYPES[run.precision.compute]
-        self._update = Update([self.module], run, device=self.device)
+        self._update = OptimizerStep([self.module], run, device=self.device)
 
     def step(
-        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = nobody_asks
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
         """Accumulate gradients of the summed loss, weighed by the tokens of the global batch, then update."""
         own = self._own(micro_batches)
@@ -90,13 +98,13 @@ class TorchEngine(Engine):
         """Continue greedily; every rank does all of it, by itself where it holds the whole model."""
         self.module.eval()
         with torch.no_grad(), self._autocast():
-            ids = greedy(self.module, input_ids.to(self.device), max_new_tokens=max_new_tokens)
+            ids = generate_greedily(self.module, input_ids.to(self.device), max_new_tokens=max_new_tokens)
         self.module.train()
         return ids
 
     def held(self) -> StateBytes:
         """Count weights, gradients and moments, or this rank's shards of them."""
-        return torch_state(self.module, self._update.optimizer, device=self.device)
+        return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
     def save(self, folder: Path) -> None:
         """Write weights and optimiser, once or every rank its shards, and generators rank by rank.
@@ -120,7 +128,7 @@ class TorchEngine(Engine):
         """
         if self._layout.is_sharded:
             load_tensors(folder / "shards", self.tensors())
-            with named(folder / "loss_scale.json"):
+            with explain_read_errors(folder / "loss_scale.json"):
                 self._update.scale.restore(read_json(folder / "loss_scale.json"))
         else:
             self._load_whole(folder)
@@ -131,7 +139,7 @@ class TorchEngine(Engine):
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         return {
             **{name: parameter.detach() for parameter, name in names.items()},
-            **optimiser_tensors(self._update.optimizer, names),
+            **optimizer_tensors(self._update.optimizer, names),
         }
 
     def _load_whole(self, folder: Path) -> None:
@@ -143,7 +151,7 @@ class TorchEngine(Engine):
         except (OSError, RuntimeError, SafetensorError) as error:
             raise JobError(f"{folder} does not hold this model: {error}", exit_code=EXIT_BAD_INPUT) from error
         state = load_file(folder / "optimizer.pt", device=self.device)
-        with named(folder / "optimizer.pt"):
+        with explain_read_errors(folder / "optimizer.pt"):
             self._update.restore(state)
 
     def close(self) -> None:

@@ -16,10 +16,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from launcher.data.loader import MicroBatch
-from launcher.models.attending import cut_problem
-from launcher.models.kernels import marks_of
-from launcher.parallel.family import uncut
+from launcher.config.model.config_json import sequence_sharding_problem
+from launcher.config.supported_models import whole_sequence_error
+from launcher.data.dataloader import MicroBatch
+from launcher.models.attention import class_attention_support
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,9 +56,9 @@ def check_cut(model: PreTrainedModel, *, degree: int, length: int) -> None:
     Raises:
         ConfigError: some layers do more than attend to whole sequences.
     """
-    why = cut_problem(model.config.to_dict(), marks_of(type(model)), length=length)
+    why = sequence_sharding_problem(model.config.to_dict(), class_attention_support(type(model)), length=length)
     if why is not None:
-        raise uncut(degree, why)
+        raise whole_sequence_error(degree, why)
 
 
 class SequenceParallel:

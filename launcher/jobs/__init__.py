@@ -1,1 +1,1 @@
-"""What a rank does: one file a job."""
+"""What runs on every rank: entry, context, and which executor a job has."""

@@ -11,23 +11,29 @@ from safetensors import safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from launcher.config.model.folder import tensor_files, validate_model_folder, weight_files
+from launcher.config.quantization import method_named, read_manifest
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.models.kernels import attention_of
-from launcher.models.lazy import After, Builder, Source, causal_lm_class, leave, skeleton
-from launcher.models.recompute import apply_activation
-from launcher.models.stored import StoredTensors, untie_what_differs
-from launcher.models.weights import folder_problems, tensor_files, weight_files
+from launcher.models.attention import attention_implementation
+from launcher.models.deferred_init import (
+    ModelBuilder,
+    PartCallback,
+    TensorSource,
+    causal_lm_class,
+    leave_part,
+    meta_model,
+)
+from launcher.models.transforms import apply_activation_checkpointing
+from launcher.models.weights import StoredTensors, untie_differing_weights
 from launcher.quantization.convert import Converter, Restorer, metadata_of
-from launcher.quantization.manifest import read_manifest
-from launcher.quantization.methods import method_named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from launcher.activation import Activation
-    from launcher.attention import Attention
-    from launcher.models.base import Model
-    from launcher.quantization.base import Quantization
+    from launcher.config.activation import ActivationCheckpointing
+    from launcher.config.attention import Attention
+    from launcher.config.model.base import Model
+    from launcher.config.quantization import Quantization
 
 _SHOWN = 5
 _BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
@@ -39,10 +45,10 @@ def build_model(
     *,
     seed: int,
     attention: Attention,
-    activation: Activation,
+    activation: ActivationCheckpointing,
     dtype: torch.dtype = torch.float32,
     quantization: Quantization | None = None,
-    after: After = leave,
+    after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
     beat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
@@ -65,10 +71,10 @@ def build_model(
             lacks this attention, or blocks that can be recomputed.
         EnvironmentProblem: weights cannot be fetched.
     """
-    built, builder, layers = _lay_out(
+    built, builder, layers = _build_deferred(
         model, seed=seed, attention=attention, dtype=dtype, quantization=quantization, beat=beat
     )
-    apply_activation(built, activation)
+    apply_activation_checkpointing(built, activation)
     laid_out(built)
 
     def then(name: str, part: nn.Module) -> None:
@@ -83,19 +89,19 @@ def build_model(
     return built
 
 
-def lay_out(
+def build_deferred(
     model: Model,
     *,
     seed: int,
     attention: Attention,
     dtype: torch.dtype = torch.float32,
     beat: Callable[[], None] = lambda: None,
-) -> tuple[PreTrainedModel, Builder]:
+) -> tuple[PreTrainedModel, ModelBuilder]:
     """Return the model without storage, and what fills it part by part; arguments and errors are those above."""
-    return _lay_out(model, seed=seed, attention=attention, dtype=dtype, quantization=None, beat=beat)[:2]
+    return _build_deferred(model, seed=seed, attention=attention, dtype=dtype, quantization=None, beat=beat)[:2]
 
 
-def _lay_out(
+def _build_deferred(
     model: Model,
     *,
     seed: int,
@@ -103,12 +109,12 @@ def _lay_out(
     dtype: torch.dtype,
     quantization: Quantization | None,
     beat: Callable[[], None],
-) -> tuple[PreTrainedModel, Builder, Converter | Restorer | None]:
+) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
     transformers_logging.disable_progress_bar()
     folder = model.weights_folder(beat=beat)
     config = model.transformers_config()
     if folder is not None:
-        problems = list(folder_problems("model.weights", str(folder), architecture=None))
+        problems = list(validate_model_folder("model.weights", str(folder), architecture=None))
         if problems:
             raise ConfigErrors(problems)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
@@ -132,12 +138,12 @@ def _lay_out(
         def restore(part: str) -> None:
             restorer.restore(part, tensor, metadata)
 
-        return laid_out, Builder(laid_out, seed=seed, source=source, then=restore), restorer
+        return laid_out, ModelBuilder(laid_out, seed=seed, source=source, then=restore), restorer
     known = _source(model, laid_out, folder) if folder is not None else None
     if method is not None:
         converter = Converter(laid_out, method, option=option)
-        return laid_out, Builder(laid_out, seed=seed, source=known, then=converter.convert), converter
-    return laid_out, Builder(laid_out, seed=seed, source=known), None
+        return laid_out, ModelBuilder(laid_out, seed=seed, source=known, then=converter.convert), converter
+    return laid_out, ModelBuilder(laid_out, seed=seed, source=known), None
 
 
 def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, dtype: torch.dtype) -> PreTrainedModel:
@@ -153,9 +159,9 @@ def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, d
     except KeyError:
         why = f"the installed Transformers has no causal language model of type {config.model_type}"
         raise ConfigError(option, value, why=why, fix=fix) from None
-    kernel = attention_of(family, attention)
+    kernel = attention_implementation(family, attention)
     try:
-        return skeleton(config, attention=kernel, dtype=dtype)
+        return meta_model(config, attention=kernel, dtype=dtype)
     except _BAD_CONFIG as error:
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         why = f"Transformers cannot build {family.__name__} from its config.json ({first})"
@@ -164,7 +170,7 @@ def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, d
 
 def _source(
     model: Model, laid_out: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
-) -> Source:
+) -> TensorSource:
     """Return where weights come from; names and shapes are compared first, so no rank fails while others wait.
 
     Raises:
@@ -181,7 +187,7 @@ def _source(
     if parts:
         why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
         raise ConfigError("model.weights", model.weights, why=why, fix="choose the model that these weights are of")
-    if untied := untie_what_differs(laid_out, stored):
+    if untied := untie_differing_weights(laid_out, stored):
         names = _listed(untied)
         print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)
     return stored.read

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.models.weights import SINGLE
+from launcher.config.model.folder import SINGLE_FILE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -57,7 +57,7 @@ def convert_llama(source: Path, folder: Path, *, config: LlamaConfig, beat: Call
             values = _rotary_halves(values, config.num_key_value_heads)
         tensors[_name(tensor.name)] = np.ascontiguousarray(values, dtype=np.float32)
         beat()
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)

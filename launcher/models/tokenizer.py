@@ -1,38 +1,112 @@
-"""One small tokenizer for everything: text to token numbers and back, without padding, templates or special cases."""
+"""Tokenizers without padding or templates, and decoding that keeps invalid bytes apart.
+
+The decoder is exact: bytes that form no character never change the text of the tokens beside them.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from launcher.config.model.base import TOKENIZER_FILES, VOCABULARY_FILES, has_tokenizer
 from launcher.errors import ConfigError
-from launcher.models.detokenize import decoder_of
-from launcher.paths import exists
 
 if TYPE_CHECKING:
     import tokenizers
 
-_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
-    *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
-)
-"""Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
 
-_VOCABULARIES = (
-    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
-    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
-)
-"""Files of which a tokenizer needs one."""
-_INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
+REPLACEMENT = "\ufffd"
+"""What decoders put for bytes that make no character, or none yet."""
+
+
+_MANY = 1000
+"""Tokens that take so long that other threads should run meanwhile: ``decode`` keeps Python's lock."""
+
+
+def decoder_of(inner: tokenizers.Tokenizer) -> Callable[[Sequence[int]], str]:
+    """Return what turns tokens into text, special tokens left out."""
+
+    def decode(ids: Sequence[int]) -> str:
+        if len(ids) > _MANY:
+            return str(inner.decode_batch([list(ids)], skip_special_tokens=True)[0])
+        return str(inner.decode(list(ids), skip_special_tokens=True))
+
+    if not has_decoder(inner, "ByteFallback"):
+        return decode
+    special = {number for number, added in inner.get_added_tokens_decoder().items() if added.special}
+
+    def decode_with_bytes(ids: Sequence[int]) -> str:
+        text = decode(ids)
+        if REPLACEMENT not in text:
+            return text
+        written = (inner.id_to_token(number) for number in ids if number not in special)
+        return str(inner.decoder.decode(list(_apart(token for token in written if token is not None))))
+
+    return decode_with_bytes
+
+
+def has_decoder(inner: tokenizers.Tokenizer, kind: str) -> bool:
+    """Return whether a decoder of this kind is the tokenizer's, or a part of it."""
+    return inner.decoder is not None and _uses(json.loads(inner.decoder.__getstate__()), kind)
+
+
+def fallback_byte(token: str) -> int | None:
+    """Return the byte that ``<0xNN>`` stands for, ``None`` for any other token."""
+    if len(token) != 6 or not (token.startswith("<0x") and token.endswith(">")):
+        return None
+    try:
+        return int(token[3:5], 16)
+    except ValueError:
+        return None
+
+
+def _apart(tokens: Iterator[str]) -> Iterator[str]:
+    """Yield tokens, with an empty one between bytes that make characters and bytes that make none."""
+    run: list[str] = []
+    for token in tokens:
+        if fallback_byte(token) is not None:
+            run.append(token)
+            continue
+        yield from _run_apart(run)
+        run = []
+        yield token
+    yield from _run_apart(run)
+
+
+def _run_apart(run: list[str]) -> Iterator[str]:
+    raw = bytes(fallback_byte(token) or 0 for token in run)
+    at, was_valid = 0, True
+    while at < len(raw):
+        size = _size_of_character(raw, at)
+        if at and bool(size) is not was_valid:
+            yield ""
+        yield from run[at : at + max(1, size)]
+        at, was_valid = at + max(1, size), bool(size)
+
+
+def _size_of_character(raw: bytes, at: int) -> int:
+    """Return how many bytes the character that begins here has; 0 where none does."""
+    first = raw[at]
+    size = 1 if first < 0x80 else 2 if first < 0xE0 else 3 if first < 0xF0 else 4
+    try:
+        raw[at : at + size].decode()
+    except UnicodeDecodeError:
+        return 0
+    return size
+
+
+def _uses(tree: Any, kind: str) -> bool:
+    if isinstance(tree, dict):
+        return tree.get("type") == kind or any(_uses(part, kind) for part in tree.values())
+    return isinstance(tree, list) and any(_uses(part, kind) for part in tree)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class FastTokenizer:
     """A ``tokenizers.Tokenizer`` and the token that ends a document."""
 
     inner: tokenizers.Tokenizer
@@ -63,64 +137,7 @@ class Tokenizer:
         return text
 
 
-def instead_of(option: str) -> str:
-    """Return what to set where a model has no tokenizer of its own."""
-    return _INSTEAD[option]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder that this process can look into holds the vocabulary of a tokenizer."""
-    return any(exists(folder / name) for name in _VOCABULARIES)
-
-
-def tokenizer_size(folder: Path) -> int | None:
-    """Return one more than the largest token number of a folder's tokenizer; ``None`` where only a rank can count.
-
-    Raises:
-        OSError: ``tokenizer.json`` cannot be read.
-        ValueError: it is damaged; the message names it.
-    """
-    file = folder / _VOCABULARIES[0]
-    if not file.is_file():
-        return None
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary, added = tree["model"]["vocab"], tree.get("added_tokens") or []
-        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        return max((*numbers, *(token["id"] for token in added)), default=-1) + 1
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError(f"{file.name} holds no vocabulary of a tokenizer") from None
-
-
-def tokenizer_problems(option: str, value: object, folder: Path, *, num_rows: int | None) -> Iterator[ConfigError]:
-    """Yield why the tokenizer of ``folder`` cannot be used, as far as its files say without loading it.
-
-    Args:
-        option: the option that chose it.
-        value: of that option.
-        folder: a model folder, or one that a tokenizer was saved into.
-        num_rows: of the model's embedding, one a token; ``None`` where they are not known.
-    """
-    instead = f"set {option}=FOLDER to one that holds the tokenizer of these weights, or {_INSTEAD[option]}"
-    if not has_tokenizer(folder):
-        why = f"{folder} holds no tokenizer (none of {', '.join(_VOCABULARIES)})"
-        yield ConfigError(option, value, why=why, fix=instead)
-        return
-    try:
-        size = tokenizer_size(folder)
-    except (OSError, ValueError) as error:
-        yield ConfigError(option, value, why=f"the tokenizer in {folder} cannot be read: {error}", fix=instead)
-        return
-    if size is not None and num_rows is not None and size > num_rows:
-        why = f"the tokenizer in {folder} has {size} tokens, and the model {num_rows} rows of embedding, one a token"
-        yield ConfigError(option, value, why=why, fix=instead)
-
-
-def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
+def load_tokenizer(folder: Path, *, option: str) -> FastTokenizer:
     """Return the tokenizer of a model folder. Imports Transformers.
 
     Args:
@@ -137,7 +154,7 @@ def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
     except Exception as error:  # damaged files raise whatever the library of their format raises
         first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         if not has_tokenizer(folder):
-            first = f"{folder} holds none of {', '.join(_VOCABULARIES)}"
+            first = f"{folder} holds none of {', '.join(VOCABULARY_FILES)}"
         fix = "set data.tokenizer=bpe to train one on the text"
         raise ConfigError(option, folder, why=f"no tokenizer can be loaded: {first}", fix=fix) from error
     if not loaded.is_fast:
@@ -146,12 +163,12 @@ def load_tokenizer(folder: Path, *, option: str) -> Tokenizer:
     inner = loaded.backend_tokenizer
     inner.no_truncation()
     inner.no_padding()
-    return Tokenizer(inner=inner, end_id=loaded.eos_token_id)
+    return FastTokenizer(inner=inner, end_id=loaded.eos_token_id)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
     """Copy the tokenizer of a model folder, its chat templates and its generation config into another folder."""
-    for pattern in _FILES:
+    for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():
                 copy = folder / file.relative_to(source)

@@ -1,227 +1,223 @@
-"""Folders of safetensors: what is in them, read from their JSON headers alone."""
+"""Load and save a folder of safetensors under a Transformers model's names."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterator, Mapping
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launcher.errors import ConfigError
-from launcher.models.families import sizes_of
-from launcher.models.installed import causal_lm_types, rope_types
-from launcher.quantization.manifest import FILE as QUANTIZATION_FILE
+import torch
+from torch import Tensor
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    SkipParameters,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
+from transformers.utils.loading_report import LoadStateDictInfo
+
+from launcher.config.model.folder import SINGLE_FILE, tensor_files, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_BITS = {
-    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
-    **dict.fromkeys(("F32", "I32", "U32"), 32),
-    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
-}
-"""Size of an element by its name in safetensors; newer formats than these are only checked by their bytes."""
-_OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
-"""Kinds of rotary positions that no table of Transformers holds: unscaled ones, and old names of others."""
+
+_ROWS = 4096
+"""Rows of two tensors that are compared at a time."""
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """Return the content of ``config.json``.
+@dataclass(kw_only=True)
+class _TensorGroup:
+    """Tensors of the files from which one conversion makes one or more tensors of the model."""
 
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is not a JSON object; the message names the file.
-    """
-    return _json_object(folder / "config.json")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a model folder, empty when it has none.
-
-    Where a folder has both, the single file counts and the index does not, as for ``from_pretrained``.
-
-    Raises:
-        OSError: the index cannot be read.
-        ValueError: the index is malformed.
-    """
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
-    if not (folder / INDEX).is_file():
-        return []
-    names = _json_object(folder / INDEX).get("weight_map")
-    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
-        raise ValueError(f"{INDEX} has no weight_map from tensors to files")
-    outside = [name for name in names.values() if Path(name).name != name]
-    if outside:
-        raise ValueError(f"{INDEX} names {outside[0]!r}, which is not a file of the folder")
-    missing = sorted(name for name in set(names.values()) if not (folder / name).is_file())
-    if missing:
-        raise ValueError(f"{missing[0]} is missing, which {INDEX} names (of {len(set(names.values()))} files)")
-    return [folder / name for name in sorted(set(names.values()))]
+    rule: WeightRenaming | WeightConverter
+    dtype: torch.dtype
+    """What each is cast to before it is converted, as Transformers does."""
+    parts: list[tuple[str, str]] = field(default_factory=list)
+    """Names in the files, each with the pattern of the rule that it matched."""
 
 
-def _json_object(file: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file.name} is not JSON: {error}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{file.name} is not a JSON object")  # noqa: TRY004  (one error for all malformed files)
-    return tree
+class StoredTensors:
+    """Finds and converts tensors of a folder.
 
-
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a folder's safetensors, by name.
+    Args:
+        model: without storage; its names, shapes and conversion rules decide.
+        folder: config and safetensors.
+        skip: whether a tensor of the files is somebody else's to read, by its name there.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: a file is cut short or is not safetensors.
+        ValueError: a file is damaged.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in weight_files(folder):
-        shapes |= _header(file)
-    return shapes
 
+    def __init__(
+        self, model: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
+    ) -> None:
+        self._model, self._files = model, tensor_files(folder)
+        self._stored = {name: shape for name, shape in tensor_shapes(folder).items() if not skip(name)}
+        self._wanted = model.state_dict()
+        self._converted: dict[str, Tensor] = {}
+        """Tensors that came out of a conversion beside the one asked for."""
+        self._group_of: dict[str, str] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        """Shape of everything that the files hold for this model, by its name in the model."""
+        self.unexpected: set[str] = set()
+        """What the files hold besides, and Transformers does not know as a leftover of older versions."""
+        self.unconverted: dict[str, str] = {}
+        """What conversions failed on, by the name in the model, with the reason."""
+        self._groups = self._grouped()
+        for first, group in self._groups.items():
+            self._try_out(first, group)
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """Return the file that holds each tensor of a folder's safetensors, by the tensor's name."""
-    return {name: file for file in weight_files(folder) for name in _header(file)}
+    @property
+    def missing(self) -> set[str]:
+        """Names that the model needs and the files lack, one of several tied ones sufficing."""
+        missing = self._wanted.keys() - self.shapes.keys() - self.unconverted.keys()
+        for tied in self._ties():
+            if tied & self.shapes.keys():
+                missing -= tied
+        return set(self._known_to_transformers(missing_keys=missing).missing_keys)
 
+    def mismatched(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Return the names whose shapes differ, with that of the files and that of the model."""
+        pairs = ((name, shape, tuple(self._wanted[name].shape)) for name, shape in self.shapes.items())
+        return {name: (found, wanted) for name, found, wanted in pairs if found != wanted}
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in a safetensors file, after checking that the file holds all that its header promises."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        first = stream.read(8)
-        if first == b"version ":
-            raise ValueError(
-                f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
-            )
-        length = int.from_bytes(first, "little")
-        if len(first) < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
-            raise ValueError(f"{file.name} is not a safetensors file, or is cut short within its header")
+    def read(self, names: Sequence[str]) -> Tensor | None:
+        """Return the tensor that the model knows by any of ``names``; ``None`` where the files hold none of them."""
+        name = next((name for name in names if name in self.shapes), None)
+        if name is None:
+            return None
+        if name in self._converted:
+            return self._converted.pop(name)
+        group = self._groups[self._group_of[name]]
+        made = _convert(group, self._group_of[name], self._model, lambda stored: self._load(stored).to(group.dtype))
+        wanted = made.pop(name)
+        self._converted |= made
+        return wanted
+
+    def are_equal(self, one: str, other: str) -> bool:
+        """Return whether the files hold equal values under two names of the model, without holding either whole."""
+        if self.shapes[one] != self.shapes[other]:
+            return False
+        groups = [self._groups[self._group_of[name]] for name in (one, other)]
+        if any(isinstance(group.rule, WeightConverter) for group in groups) or not self.shapes[one]:
+            return bool(torch.equal(*(self.read([name]) for name in (one, other))))
+        dtype = groups[0].dtype
+        first, second = (self._opened(group.parts[0][0]) for group in groups)
+        for start in range(0, self.shapes[one][0], _ROWS):
+            rows = slice(start, start + _ROWS)
+            if not torch.equal(first[rows].to(dtype), second[rows].to(dtype)):
+                return False
+        return True
+
+    def _grouped(self) -> dict[str, _TensorGroup]:
+        """Return what is made of the files' tensors, by the first name of the model that each conversion makes."""
+        rules = get_model_conversion_mapping(self._model)
+        renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+        by_pattern = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+        prefix, wanted = self._model.base_model_prefix, self._wanted
+        groups: dict[str, _TensorGroup] = {}
+        for name in sorted(self._stored, key=dot_natural_key):
+            target, pattern = rename_source_key(name, renamings, converters, prefix, wanted)
+            if target not in wanted and name in wanted:  # a file of ours, or of a version that did not rearrange it
+                target, pattern = rename_source_key(name, [], [], prefix, wanted)
+            if target not in wanted:
+                self.unexpected.add(name)
+                continue
+            rule = WeightRenaming(name, target) if pattern is None else by_pattern[pattern]
+            group = groups.setdefault(target, _TensorGroup(rule=rule, dtype=wanted[target].dtype))
+            group.parts.append((name, pattern or name))
+        self.unexpected = self._known_to_transformers(unexpected_keys=self.unexpected).unexpected_keys
+        return groups
+
+    def _try_out(self, first: str, group: _TensorGroup) -> None:
+        """Convert tensors without storage: which names and shapes come of it, and whether it can be done."""
+        info = _no_findings()
+
+        def empty(name: str) -> Tensor:
+            return torch.empty(self._stored[name], dtype=group.dtype, device="meta")
+
         try:
-            header = json.loads(stream.read(length))
-        except (ValueError, RecursionError):
-            raise ValueError(f"{file.name} is not a safetensors file: its header is not JSON") from None
-    if not isinstance(header, dict):
-        why = "its header is not a JSON object"
-        raise ValueError(f"{file.name} is not a safetensors file: {why}")  # noqa: TRY004
-    header.pop("__metadata__", None)
-    spans = []
-    for name, entry in header.items():
-        try:
-            shape, (start, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
-            is_whole = isinstance(dtype, str) and all(
-                type(number) is int and number >= 0 for number in (*shape, start, end)
-            )
-        except (TypeError, KeyError, ValueError):
-            is_whole = False
-        if not is_whole:
-            raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
-        bits = _BITS.get(dtype)
-        if bits is not None and math.prod(shape) * bits != 8 * (end - start):
-            raise ValueError(f"{file.name} has a damaged header: {name} is {dtype} {shape} in {end - start} bytes")
-        spans.append((start, end, name))
-    place = 0
-    for start, end, name in sorted(spans):
-        if start != place:
-            raise ValueError(f"{file.name} has a damaged header: {name} begins at byte {start}, not {place}")
-        place = end
-    if size != 8 + length + place:
-        raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
-    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+            made = _convert(group, first, self._model, empty, info)
+        except SkipParameters:
+            said = info.conversion_errors[first].strip().splitlines()
+            self.unconverted[first] = next((line for line in reversed(said) if not line.startswith("Error")), said[-1])
+            return
+        self.shapes |= {name: tuple(tensor.shape) for name, tensor in made.items()}
+        self._group_of |= dict.fromkeys(made, first)
+
+    def _ties(self) -> list[set[str]]:
+        by_source: dict[str, set[str]] = {}
+        for target, source in self._model.all_tied_weights_keys.items():
+            by_source.setdefault(source, {source}).add(target)
+        return list(by_source.values())
+
+    def _known_to_transformers(self, **found: set[str]) -> LoadStateDictInfo:
+        """Return findings without what Transformers passes over in silence."""
+        info = _no_findings()
+        for name, keys in found.items():
+            setattr(info, name, keys)
+        self._model._adjust_missing_and_unexpected_keys(info)  # noqa: SLF001  (the rules are nowhere else)
+        return info
+
+    def _load(self, name: str) -> Tensor:
+        return self._opened(name)[...]
+
+    def _opened(self, name: str) -> Any:
+        from safetensors import safe_open
+
+        with safe_open(self._files[name], framework="pt") as opened:
+            return opened.get_slice(name)
 
 
-def folder_problems(option: str, value: str, *, architecture: Mapping[str, Any] | None) -> Iterator[ConfigError]:
-    """Yield why ``value`` is not a folder that weights of ``architecture`` can be loaded from.
+def untie_differing_weights(model: PreTrainedModel, stored: StoredTensors) -> list[str]:
+    """Give tied parameters that the files hold with different values storage of their own, as ``from_pretrained`` does.
 
-    Args:
-        option: the option as the user types it.
-        value: what it is set to.
-        architecture: what the folder must hold; ``None`` accepts any.
+    Returns:
+        The names that are not tied any more.
     """
-    folder = Path(value).expanduser()
-    instead = f"or {option}=random" if option.endswith(".weights") else "or a name on the hub (org/model)"
-    fix = f"give a folder with config.json and {SINGLE} (as save_pretrained writes), {instead}"
-    if not folder.is_dir():
-        why = "is a file, not a folder" if folder.exists() else "there is no such folder"
-        yield ConfigError(option, value, why=why, fix=fix)
-        return
-    try:
-        config, shapes = read_config(folder), tensor_shapes(folder)
-    except (OSError, ValueError) as error:
-        yield ConfigError(option, value, why=f"cannot be read: {error}", fix=fix)
-        return
-    if not shapes:
-        pickled = any(folder.glob("*.bin"))
-        why = "holds only pickled weights, which can run code when loaded" if pickled else "holds no safetensors"
-        yield ConfigError(option, value, why=why, fix=fix)
-    elif (folder / "adapter_config.json").is_file():
-        why = "holds a PEFT adapter beside the weights, which would not be applied"
-        yield ConfigError(option, value, why=why, fix="merge it into the weights, or take adapter_config.json away")
-    yield from config_problems(option, value, config, is_quantised_here=(folder / QUANTIZATION_FILE).is_file())
-    sizes = sizes_of(config)
-    found = sizes.architecture() if sizes else {"family": config.get("model_type")}
-    if architecture is not None and (different := _differences(found, architecture)):
-        yield ConfigError(option, value, why=f"holds another model: {different}", fix="choose the model that fits it")
+    untied = []
+    for target, source in list(model.all_tied_weights_keys.items()):
+        if {target, source} <= stored.shapes.keys() and not stored.are_equal(target, source):
+            parent, _, key = target.rpartition(".")
+            old = model.get_parameter(target)
+            setattr(model.get_submodule(parent), key, torch.nn.Parameter(torch.empty_like(old)))
+            del model.all_tied_weights_keys[target]
+            untied.append(target)
+    if untied and not model.all_tied_weights_keys:
+        model.config.tie_word_embeddings = False  # whatever saves or rebuilds it must not tie them again
+    return untied
 
 
-def config_problems(
-    option: str, value: object, config: Mapping[str, Any], *, is_quantised_here: bool = False
-) -> Iterator[ConfigError]:
-    """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have.
-
-    Args:
-        option: the option as the user types it.
-        value: what it is set to.
-        config: the content of the file.
-        is_quantised_here: job=quantize wrote the folder, and its own file says how to read the weights.
-    """
-    family, known = config.get("model_type"), causal_lm_types()
-    if not isinstance(family, str):
-        fix = "give a folder that save_pretrained wrote"
-        yield ConfigError(option, value, why="config.json names no model_type", fix=fix)
-    elif known is not None and family not in known:
-        why = f"the installed Transformers has no causal language model of type {family}"
-        fix = "choose another model, or install a Transformers that has it"
-        if "auto_map" in config:
-            why += ", and code that a model ships is never run"
-        yield ConfigError(option, value, why=why, fix=fix)
-    for kind in _rope_types(config):
-        if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
-            why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
-            fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
-            yield ConfigError(option, value, why=why, fix=fix)
-    if (quantised := config.get("quantization_config")) and not is_quantised_here:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
-        why = f"its weights are quantised by {method or 'an unnamed method'}, which the launcher does not read"
-        fix = "give the original weights, and set model.quantization to quantise them"
-        yield ConfigError(option, value, why=why, fix=fix)
+def _convert(
+    group: _TensorGroup,
+    first: str,
+    model: PreTrainedModel,
+    read: Callable[[str], Tensor],
+    info: LoadStateDictInfo | None = None,
+) -> dict[str, Tensor]:
+    rule = copy.deepcopy(group.rule)
+    for name, pattern in group.parts:
+        rule.add_tensor(first, name, pattern, lambda name=name: read(name))
+    made = rule.convert(first, model=model, config=model.config, loading_info=info)
+    return {name: tensor[0] if isinstance(tensor, list) else tensor for name, tensor in made.items()}
 
 
-def _rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the kinds of rotary positions that a configuration names, one for each kind of layer where they differ."""
-    found = set()
-    for key in ("rope_scaling", "rope_parameters"):
-        tree = config.get(key)
-        if isinstance(tree, Mapping):
-            for each in (tree, *(part for part in tree.values() if isinstance(part, Mapping))):
-                found |= {each[name] for name in ("rope_type", "type") if isinstance(each.get(name), str)}
-    return found
-
-
-def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    if found.get("family") != wanted.get("family"):
-        return f"its family is {found.get('family')}, not {wanted.get('family')}"
-    names = [name for name in wanted if name in found and found[name] != wanted[name]]
-    return ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in names)
+def _no_findings() -> LoadStateDictInfo:
+    return LoadStateDictInfo(
+        missing_keys=set(),
+        unexpected_keys=set(),
+        mismatched_keys=set(),
+        error_msgs=[],
+        conversion_errors={},
+        skipped_pp_keys=set(),
+    )
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
@@ -236,6 +232,6 @@ def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
     kept = set(model.state_dict())  # not buffers that are made anew
     named = (*model.named_parameters(), *model.named_buffers())
     tensors = {name: tensor.detach().contiguous() for name, tensor in named if name in kept}
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)

@@ -7,14 +7,14 @@ import sys
 from types import FrameType
 
 from launcher.errors import EXIT_USER_ERROR, EnvironmentProblem
-from launcher.ops.build import build
+from launcher.ops.build import build_ops
 
 
 def main(arguments: list[str]) -> int:
     """Build the operators named and return the exit status."""
     signal.signal(signal.SIGTERM, _leave)
     try:
-        build(arguments, say=_say)
+        build_ops(arguments, say=_say)
     except EnvironmentProblem as problem:
         print(problem, file=sys.stderr, flush=True)
         return EXIT_USER_ERROR

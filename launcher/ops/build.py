@@ -1,31 +1,111 @@
-"""Building operators with progress, a time limit, and no orphans."""
+"""Build operators with progress, a time limit and no orphan processes, under two locks.
+
+Our own lock is held around all building; torch's lock is one that a killed build leaves behind.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from launcher.errors import EnvironmentProblem
-from launcher.ops.folder import OPTIONAL_MARK, is_built, lock, mark_built, ops_folder
-from launcher.ops.locks import clear_stale_lock, only_builder
-from launcher.ops.record import Outcome, write_outcome
+from launcher.protocol.native_ops import (
+    OPTIONAL_MARK,
+    BuildOutcome,
+    is_built,
+    mark_built,
+    op_lock,
+    ops_folder,
+    path_with_ninja,
+    write_build_outcome,
+)
 
 Say = Callable[[str], None]
+
+
+_POLL_S = 0.5
+
+
+_SAY_EVERY_S = 10.0
+
+
+@contextmanager
+def only_builder(folder: Path, *, say: Say) -> Iterator[None]:
+    """Hold the folder's lock, waiting for another run that builds; the kernel drops it when its holder dies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "building").open("a") as file:
+        started, told = time.monotonic(), float("-inf")
+        while not _try_lock(file.fileno()):
+            waited = time.monotonic() - started
+            if waited - told >= _SAY_EVERY_S:
+                say(f"another run is building DeepSpeed's operators, waited {waited:.0f} s so far")
+                told = waited
+            time.sleep(_POLL_S)
+        yield
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def clear_stale_lock(path: Path, *, say: Say) -> None:
+    """Wait until no living process holds torch's lock at ``path``, then remove it if it is still there.
+
+    torch keeps the file open while it holds the lock, so a lock that no process has open belongs to a dead one. Only
+    processes of this machine are seen.
+    """
+    while path.exists():
+        owner = lock_owner(path)
+        if owner is None:
+            age_s = max(0.0, time.time() - path.stat().st_mtime) if path.exists() else 0.0
+            path.unlink(missing_ok=True)
+            say(f"cleared {path}: a build that was killed left it {age_s:.0f} s ago")
+            return
+        time.sleep(_POLL_S)
+
+
+def lock_owner(path: Path) -> int | None:
+    """Return the process that has ``path`` open, or ``None``. Linux only: elsewhere nothing can be told."""
+    target = str(path.resolve())
+    for descriptors in Path("/proc").glob("[0-9]*/fd"):
+        if target in _open_files(descriptors):
+            return int(descriptors.parent.name)
+    return None
+
+
+def _open_files(descriptors: Path) -> Iterator[str]:
+    """Yield what a process has open; nothing of one that ended meanwhile or belongs to another user."""
+    try:
+        links = list(descriptors.iterdir())
+    except OSError:
+        return
+    for link in links:
+        try:
+            yield str(link.readlink())
+        except OSError:  # closed meanwhile
+            continue
+
 
 LIMIT_S = 1800.0
 """Time one operator may take: minutes on a quiet machine, half an hour on a crowded one."""
 
-_SAY_EVERY_S = 10.0
+
 _JOB_BYTES = 2 * 1024**3
 """Memory one compiler process may take."""
 
 
-def build(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> list[Outcome]:
+def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> list[BuildOutcome]:
     """Build what is missing, one operator after the other.
 
     Args:
@@ -50,9 +130,9 @@ def build(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> li
     with only_builder(folder, say=say):
         for argument in arguments:
             name = argument.removesuffix(OPTIONAL_MARK)
-            clear_stale_lock(lock(name), say=say)
-            outcome = _outcome(name, folder, say=say, limit_s=limit_s)
-            write_outcome(folder, outcome)
+            clear_stale_lock(op_lock(name), say=say)
+            outcome = _build_one(name, folder, say=say, limit_s=limit_s)
+            write_build_outcome(folder, outcome)
             outcomes.append(outcome)
             if outcome.built:
                 continue
@@ -73,13 +153,13 @@ def _not_writable(folder: Path) -> str | None:
     return None
 
 
-def _outcome(name: str, folder: Path, *, say: Say, limit_s: float) -> Outcome:
+def _build_one(name: str, folder: Path, *, say: Say, limit_s: float) -> BuildOutcome:
     if is_built(name):
-        return Outcome(name=name, built=True, seconds=0.0)
+        return BuildOutcome(name=name, built=True, seconds=0.0)
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
         why, remedy = f"there is no C++ compiler ({compiler})", "apt-get install g++"
-        return Outcome(name=name, built=False, seconds=0.0, why=why, remedy=remedy)
+        return BuildOutcome(name=name, built=False, seconds=0.0, why=why, remedy=remedy)
     log, started = folder / f"{name}.log", time.monotonic()
     code = _compile(name, log, say=say, limit_s=limit_s)
     seconds = time.monotonic() - started
@@ -87,13 +167,13 @@ def _outcome(name: str, folder: Path, *, say: Say, limit_s: float) -> Outcome:
         mark_built(name)
     if code == 0 and is_built(name):
         say(f"built {name} in {seconds:.0f} s")
-        return Outcome(name=name, built=True, seconds=seconds)
+        return BuildOutcome(name=name, built=True, seconds=seconds)
     if code is None:
         why, remedy = f"it took longer than {limit_s:.0f} s", "start the run again on a quieter machine"
     else:
-        why, remedy = _reason(name, log.read_text(encoding="utf-8", errors="replace"))
+        why, remedy = _failure_reason(name, log.read_text(encoding="utf-8", errors="replace"))
         remedy = f"{remedy} (all of its output: {log})"
-    return Outcome(name=name, built=False, seconds=seconds, why=why, remedy=remedy)
+    return BuildOutcome(name=name, built=False, seconds=seconds, why=why, remedy=remedy)
 
 
 def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
@@ -114,7 +194,7 @@ def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
     finally:
         if process.poll() is None:
             _stop_tree(process)
-            clear_stale_lock(lock(name), say=say)
+            clear_stale_lock(op_lock(name), say=say)
 
 
 def _stop_tree(process: subprocess.Popen[bytes]) -> None:
@@ -142,15 +222,7 @@ def _environment() -> dict[str, str]:
     }
 
 
-def path_with_ninja() -> str:
-    """Return PATH with this interpreter's folder, where pip puts ninja even when the environment is not activated."""
-    path = os.environ.get("PATH", os.defpath)
-    if shutil.which("ninja", path=path):
-        return path
-    return os.pathsep.join([str(Path(sys.executable).parent), path])
-
-
-def _reason(name: str, output: str) -> tuple[str, str]:
+def _failure_reason(name: str, output: str) -> tuple[str, str]:
     """Return why a build failed and what would help."""
     if name == "async_io" and "not being compatible" in output:
         return "libaio's headers are not installed", "apt-get install libaio-dev"

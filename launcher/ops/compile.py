@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from launcher.compile import quote_torch_libraries
+from launcher.utils.build_cache import quote_torch_library_path
 
 BUILDERS = {
     "async_io": "AsyncIOBuilder",
@@ -19,7 +19,7 @@ def main(name: str) -> None:
     """Build ``name`` unless it is up to date, and load it."""
     from deepspeed.accelerator import get_accelerator
 
-    quote_torch_libraries()
+    quote_torch_library_path()
     get_accelerator().create_op_builder(BUILDERS[name]).load(verbose=False)
 
 

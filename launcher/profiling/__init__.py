@@ -1,1 +1,1 @@
-"""Recording a stretch of what a process computes, by torch's profiler; rank's side only."""
+"""Profiling and timing on ranks."""

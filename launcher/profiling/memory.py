@@ -1,4 +1,4 @@
-"""Memory over time, and what holds it at the peak, from the allocations that a trace holds."""
+"""Device memory over time, and the operators that hold it at the peak, from a trace."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-_MOST_POINTS = 300
-_MOST_HOLDERS = 12
+_MAX_POINTS = 300
+_MAX_HOLDERS = 12
 _ALLOCATION, _OPERATOR = "[memory]", "cpu_op"
 _CPU = 0
 """What torch calls the CPU among kinds of devices."""
@@ -17,7 +17,7 @@ _TOP_LEVEL = "outside of operators"
 Event = Mapping[str, Any]
 
 
-def memory_of(events: Iterable[Event]) -> dict[str, Any]:
+def memory_timeline(events: Iterable[Event]) -> dict[str, Any]:
     """Return by device the bytes in use over time and which operators had allocated those in use at the peak.
 
     Bytes are counted from the beginning of the recording: what was there before is not known to it.
@@ -61,7 +61,7 @@ def _holders(found: Iterable[tuple[Event, str]]) -> Iterator[dict[str, Any]]:
     held: dict[str, list[int]] = defaultdict(list)
     for operator, size in blocks.values():
         held[operator].append(size)
-    largest = sorted(held.items(), key=lambda pair: -sum(pair[1]))[:_MOST_HOLDERS]
+    largest = sorted(held.items(), key=lambda pair: -sum(pair[1]))[:_MAX_HOLDERS]
     for operator, sizes in largest:
         yield {"operator": operator, "bytes": sum(sizes), "blocks": len(sizes)}
 
@@ -100,7 +100,7 @@ def _outermost(events: Iterable[Event]) -> Iterator[Event]:
 
 def _thinned(points: Sequence[tuple[float, int]]) -> Iterator[tuple[float, int]]:
     """Yield points for a line that people look at: of each stretch the highest and the last one."""
-    size = -(-2 * len(points) // _MOST_POINTS)
+    size = -(-2 * len(points) // _MAX_POINTS)
     for start in range(0, len(points), size):
         stretch = points[start : start + size]
         highest = max(stretch, key=lambda point: point[1])

@@ -1,24 +1,18 @@
-"""From a method to what does it on a rank."""
+"""Codecs of quantized layers: int8 and fp8 by torchao, NF4 by bitsandbytes, and int4."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from launcher.quantization.ao import AoCodec
+from launcher.config.quantization import Int4Weight, Nf4, Quantization
 from launcher.quantization.int4 import Int4Codec, Int4Linear
-from launcher.quantization.methods import Int4Weight, Nf4
-from launcher.quantization.nf4 import Nf4Codec
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from launcher.quantization.base import Quantization
 
 
-class Codec(Protocol):
+class LayerCodec(Protocol):
     """Makes quantised layers, takes them apart for files and puts them together again."""
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
@@ -44,23 +38,151 @@ class Codec(Protocol):
         """Return the layer of ``size`` (outputs, inputs) that files keep; a KeyError names what they lack."""
 
 
-def codec_of(method: Quantization) -> Codec:
+class AoCodec:
+    """How the methods of torchao make, keep and restore a layer, in the format that Transformers loads, too."""
+
+    def __init__(self, method: Quantization) -> None:
+        self._kind = method.kind
+
+    def config(self) -> Any:
+        """Return torchao's own configuration of the method."""
+        from torchao.quantization import (
+            Float8WeightOnlyConfig,
+            Int8DynamicActivationInt8WeightConfig,
+            Int8WeightOnlyConfig,
+        )
+
+        made = {
+            "int8_dynamic": Int8DynamicActivationInt8WeightConfig,
+            "int8_weight": Int8WeightOnlyConfig,
+            "fp8": Float8WeightOnlyConfig,
+        }[self._kind]
+        return made(set_inductor_config=False)  # which would change the compiler for everything else
+
+    def check(self, name: str, in_features: int, *, option: str) -> None:
+        """Refuse nothing: a scale for each output fits any size."""
+
+    def quantise(self, layer: nn.Linear) -> nn.Module:
+        """Return the layer with its weight quantised."""
+        from torchao.quantization import quantize_
+
+        quantize_(layer, self.config())
+        return layer
+
+    def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
+
+        tensors, metadata = flatten_tensor_state_dict({f"{name}.weight": layer.weight.data})
+        metadata.pop("tensor_names")
+        return tensors, metadata
+
+    def owns(self, name: str, stored: str) -> bool:
+        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        return stored.startswith(f"{name}._weight_")
+
+    def restore(
+        self,
+        name: str,
+        size: tuple[int, int],
+        bias: nn.Parameter | None,
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> nn.Module:
+        """Return the layer that files keep."""
+        import json
+
+        from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
+
+        weight = f"{name}.weight"
+        about = metadata[weight]
+        parts = json.loads(about)["_tensor_data_names"]
+        tensors = {f"{name}._weight_{part}": read(f"{name}._weight_{part}") for part in parts}
+        whole, left = unflatten_tensor_state_dict(tensors, {weight: about, "tensor_names": json.dumps([weight])})
+        assert not left, f"torchao made nothing of {list(left)}"
+        layer = nn.Linear(size[1], size[0], bias=bias is not None, device="meta")
+        layer.weight = nn.Parameter(whole[weight], requires_grad=False)
+        layer.bias = bias
+        return layer
+
+
+_NF4_BLOCK = 64
+
+
+_NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+_NF4_TENSORS = ("weight", "weight.absmax", "weight.quant_map", _NF4_STATE)
+
+
+class Nf4Codec:
+    """How ``nf4`` makes, keeps and restores a layer, in the format that Transformers loads, too."""
+
+    def check(self, name: str, in_features: int, *, option: str) -> None:
+        """Refuse nothing: blocks run on from one output to the next."""
+
+    def quantise(self, layer: nn.Linear) -> nn.Module:
+        """Return the layer that takes the place of one in floats."""
+        from bitsandbytes.functional import quantize_4bit
+        from bitsandbytes.nn import Params4bit
+
+        packed, state = quantize_4bit(layer.weight.detach().contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
+        weight = Params4bit(packed, False, state, _NF4_BLOCK, False, "nf4", torch.uint8, None, True)
+        return _nf4_layer(weight, layer.bias, (layer.out_features, layer.in_features))
+
+    def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        state = layer.state_dict()  # bitsandbytes puts its tables, and the order of weights, back for it
+        return {f"{name}.{key}": value for key, value in state.items() if key != "bias"}, {}
+
+    def owns(self, name: str, stored: str) -> bool:
+        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        return stored in {f"{name}.{key}" for key in _NF4_TENSORS}
+
+    def restore(
+        self,
+        name: str,
+        size: tuple[int, int],
+        bias: nn.Parameter | None,
+        read: Callable[[str], Tensor],
+        metadata: Mapping[str, str],
+    ) -> nn.Module:
+        """Return the layer that files keep."""
+        from bitsandbytes.nn import Params4bit
+
+        tables = {key: read(f"{name}.{key}") for key in _NF4_TENSORS[1:]}
+        weight = Params4bit.from_prequantized(read(f"{name}.weight"), tables, requires_grad=False, device="cpu")
+        return _nf4_layer(weight, bias, size)
+
+
+def _nf4_layer(weight: Tensor, bias: nn.Parameter | None, size: tuple[int, int]) -> nn.Module:
+    from bitsandbytes.nn import Linear4bit
+
+    layer = Linear4bit(
+        size[1], size[0], bias=bias is not None, compress_statistics=False, quant_type="nf4", device="meta"
+    )
+    weight.module = layer
+    layer.weight, layer.bias, layer.quant_state = weight, bias, weight.quant_state
+    return layer
+
+
+def codec_of(method: Quantization) -> LayerCodec:
     """Return what does a method."""
     if isinstance(method, Int4Weight):
         return Int4Codec(method)
     return Nf4Codec() if isinstance(method, Nf4) else AoCodec(method)
 
 
-def is_quantised(layer: nn.Module) -> bool:
+def is_quantized(layer: nn.Module) -> bool:
     """Return whether a layer is one that a codec has made."""
     origin = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
     return isinstance(layer, Int4Linear) or origin in ("torchao", "bitsandbytes")
 
 
-def quantised(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the layers that are quantised, by name."""
     for name, layer in model.named_modules():
-        if is_quantised(layer):
+        if is_quantized(layer):
             yield name, layer
 
 

@@ -1,4 +1,4 @@
-"""Quantise a model part by part while it is built, or put the quantised layers of a folder into it."""
+"""Quantize a model while it is built, or restore quantized layers from a folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from launcher.config.quantization import QuantizationManifest
 from launcher.errors import ConfigError
-from launcher.quantization.codecs import codec_of, is_quantised
-from launcher.quantization.manifest import Manifest
-from launcher.quantization.targets import as_linear, replace, sizes, targets
+from launcher.quantization.codecs import codec_of, is_quantized
+from launcher.quantization.layers import as_linear, matrix_size, quantized_targets, replace_layer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from launcher.quantization.base import Quantization
+    from launcher.config.quantization import Quantization
 
 
 class Converter:
@@ -34,18 +34,18 @@ class Converter:
 
     def __init__(self, model: nn.Module, method: Quantization, *, option: str) -> None:
         self._model, self._codec = model, codec_of(method)
-        self.names = sorted(targets(model, method.skip, option=option))
+        self.names = sorted(quantized_targets(model, method.skip, option=option))
         for name in self.names:
-            self._codec.check(name, sizes(model.get_submodule(name))[1], option=option)
+            self._codec.check(name, matrix_size(model.get_submodule(name))[1], option=option)
 
     def convert(self, part: str) -> None:
         """Quantise the layers in one part of the model, which is filled."""
         for name in _within(self.names, part):
-            replace(self._model, name, self._codec.quantise(as_linear(self._model.get_submodule(name))))
+            replace_layer(self._model, name, self._codec.quantise(as_linear(self._model.get_submodule(name))))
 
     def check(self) -> None:
         """Make sure that no layer was left out; call it when all parts are there."""
-        check_all(self._model, self.names)
+        check_all_quantized(self._model, self.names)
 
 
 class Restorer:
@@ -57,13 +57,13 @@ class Restorer:
         folder: the folder.
     """
 
-    def __init__(self, model: nn.Module, manifest: Manifest, folder: Path) -> None:
+    def __init__(self, model: nn.Module, manifest: QuantizationManifest, folder: Path) -> None:
         self._model, self._codec = model, codec_of(manifest.method)
         self.names = sorted(manifest.layers)
         self._folder = folder
-        self._sizes = {name: sizes(model.get_submodule(name)) for name in self.names}
+        self._sizes = {name: matrix_size(model.get_submodule(name)) for name in self.names}
         for name in self.names:
-            replace(model, name, _Hollow(model.get_submodule(name)))
+            replace_layer(model, name, _Placeholder(model.get_submodule(name)))
 
     def owns(self, stored: str) -> bool:
         """Return whether what files keep under this name is part of a quantised layer."""
@@ -84,14 +84,14 @@ class Restorer:
                 why = f"{self._folder} does not hold {missing.args[0]} of the quantised layer {name}"
                 fix = "quantise the model again: job=quantize"
                 raise ConfigError("model.weights", str(self._folder), why=why, fix=fix) from missing
-            replace(self._model, name, layer)
+            replace_layer(self._model, name, layer)
 
     def check(self) -> None:
         """Make sure that no layer was left out; call it when all parts are there."""
-        check_all(self._model, self.names)
+        check_all_quantized(self._model, self.names)
 
 
-class _Hollow(nn.Module):  # type: ignore[misc]
+class _Placeholder(nn.Module):  # type: ignore[misc]
     """Keeps the place, and the bias, of a layer whose matrix comes from files."""
 
     def __init__(self, layer: nn.Module) -> None:
@@ -100,9 +100,9 @@ class _Hollow(nn.Module):  # type: ignore[misc]
         self.weight = torch.empty(0)  # some families' initialisation reaches for those of certain names
 
 
-def check_all(model: nn.Module, names: list[str]) -> None:
+def check_all_quantized(model: nn.Module, names: list[str]) -> None:
     """Raise where one of the layers named is not quantised."""
-    left = [name for name in names if not is_quantised(model.get_submodule(name))]
+    left = [name for name in names if not is_quantized(model.get_submodule(name))]
     assert not left, f"layers that nobody quantised: {left}"
 
 

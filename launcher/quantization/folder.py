@@ -1,4 +1,4 @@
-"""Write quantised weights as a folder that this program, and Transformers where it can, loads."""
+"""Save quantized weights as a folder that this program, or Transformers, can load."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from launcher.config.quantization import QuantizationManifest
 from launcher.models.tokenizer import copy_tokenizer
-from launcher.quantization.ao import AoCodec
-from launcher.quantization.codecs import codec_of, quantised
-from launcher.quantization.manifest import Manifest
-from launcher.quantization.nf4 import Nf4Codec
+from launcher.quantization.codecs import AoCodec, Nf4Codec, codec_of, quantized_layers
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from launcher.quantization.base import Quantization
+    from launcher.config.quantization import Quantization
 
 _SINGLE = "model.safetensors"
 
 
-def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *, beside: Path | None) -> None:
+def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path, *, beside: Path | None) -> None:
     """Write weights, configuration and what the layers are; before the first forward pass, which may reorder weights.
 
     Args:
@@ -38,10 +36,10 @@ def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *
     folder.mkdir(parents=True, exist_ok=True)
     tensors, header = stored_tensors(model, method)
     save_file(tensors, folder / _SINGLE, metadata={"format": "pt", **header})
-    Manifest(method=method, layers=tuple(name for name, _ in quantised(model))).write(folder)
+    QuantizationManifest(method=method, layers=tuple(name for name, _ in quantized_layers(model))).write(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if (theirs := transformers_way(model, method)) is not None:
+    if (theirs := transformers_quantization_config(model, method)) is not None:
         file = folder / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
         file.write_text(json.dumps({**config, "quantization_config": theirs}, indent=2) + "\n", encoding="utf-8")
@@ -51,7 +49,7 @@ def save_quantised(model: PreTrainedModel, method: Quantization, folder: Path, *
 
 def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return all that files keep of a model, tied weights once, and what their header says."""
-    codec, layers = codec_of(method), dict(quantised(model))
+    codec, layers = codec_of(method), dict(quantized_layers(model))
     tensors: dict[str, Tensor] = {}
     header: dict[str, str] = {}
     for name, layer in layers.items():
@@ -71,14 +69,14 @@ def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[s
     return {**tensors, **plain}, header
 
 
-def transformers_way(model: PreTrainedModel, method: Quantization) -> dict[str, Any] | None:
+def transformers_quantization_config(model: PreTrainedModel, method: Quantization) -> dict[str, Any] | None:
     """Return what Transformers must read to load the folder by itself; ``None`` where it cannot.
 
     It knows the formats of torchao and bitsandbytes, in models whose own layers are ``nn.Linear``: where ``Conv1D`` was
     turned round, it would look for a matrix that is not there.
     """
     codec = codec_of(method)
-    layers = {name for name, _ in quantised(model)}
+    layers = {name for name, _ in quantized_layers(model)}
     with torch.device("meta"):
         stock = type(model)(model.config)
     if not all(isinstance(stock.get_submodule(name), nn.Linear) for name in layers):

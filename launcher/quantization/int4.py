@@ -1,4 +1,7 @@
-"""4-bit matrices in groups: torchao has no stable format for them that a CPU computes with and that can be saved."""
+"""4-bit weights in groups: a layer that computes with them, and its codec.
+
+torchao has no stable format for them that a CPU computes with and that can be saved.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from launcher.config.quantization import Int4Weight
 from launcher.errors import ConfigError
-from launcher.quantization.methods import Int4Weight
 
 LEVELS = 15
 ZERO_STEPS = 16

@@ -1,1 +1,1 @@
-"""Reaching the hosts of a run: command lines, bootstrap, code."""
+"""Reaching a host: command lines, bootstrap, code bundle."""

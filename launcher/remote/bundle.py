@@ -13,7 +13,7 @@ from pathlib import Path
 
 import launcher
 from launcher.errors import EnvironmentProblem
-from launcher.files import sha256_of
+from launcher.utils.files import sha256_of
 
 LIMIT_BYTES = 64 * 2**20
 """Of all files together, before packing: the whole goes to every host."""

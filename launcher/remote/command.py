@@ -1,15 +1,117 @@
-"""A command that runs a module on a host, with its stdin and stdout on ours."""
+"""The command that runs a module on a host, and what its stdin begins with.
+
+A remote command line passes through the login shell of the host, whichever that is, and stands in its process list. So
+nothing travels there but the interpreter's path and a line of Python that never changes. It reads the first line of
+stdin, a JSON string with the source of ``on_host.py``, and runs it; that reads the second.
+
+    stdin:  "source of on_host.py" ⏎  {"module": …, "cwd": …, …} ⏎  code, if it is sent  what the module reads …
+
+The ssh command is OpenSSH with the user's own configuration.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host
+from launcher.remote.bundle import Bundle
 
 
 @dataclass(frozen=True, kw_only=True)
-class Remote:
+class RemoteCommand:
     """How to start it from here."""
 
     argv: tuple[str, ...]
     """Passed as it is, never through a shell of this machine."""
     prologue: bytes = b""
     """Written to its stdin before anything else."""
+
+
+ONE_LINER = "import json,os;exec(json.loads(bytes(iter(lambda:os.read(0,1)[0],10))))"
+"""Reads byte by byte, so that what follows the line is left for others. Holds nothing that sh, bash, csh, fish or zsh
+would touch between single quotes, where csh still minds ``!`` and fish the backslash."""
+
+
+_PLAIN_PATH = re.compile(r"(~/)?[A-Za-z0-9_@%+:,./-]+")
+
+
+_UNQUOTABLE = re.compile(r"['\\!\x00-\x1f\x7f]")
+
+
+def shell_command(python: str) -> str:
+    """Return the command that any login shell runs; ``python`` may begin with ``~/``.
+
+    ``-I`` keeps a ``json.py`` in the home directory from being imported instead of the real one.
+
+    Raises:
+        ConfigError: a path that cannot be quoted for every shell.
+    """
+    if _UNQUOTABLE.search(python) or python.startswith("-"):
+        fix = "use a path without quotes, backslashes and exclamation marks, or a link with such a path"
+        raise ConfigError("backend.python", python, why="cannot be written so that every login shell takes it", fix=fix)
+    word = python if _PLAIN_PATH.fullmatch(python) else f"'{python}'"
+    return f"exec {word} -I -c '{ONE_LINER}'"
+
+
+def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: Bundle | None = None) -> bytes:
+    """Return what stdin begins with, so that the host becomes ``python -m module``.
+
+    Args:
+        module: reads the rest of stdin.
+        cwd: entered where it exists; where it does not and the code is shared, the host says so and goes on.
+        pythonpath: folders on the host that come first in PYTHONPATH.
+        bundle: the code, for hosts that do not share it; it comes before ``pythonpath``.
+    """
+    source = Path(__file__).with_name("on_host.py").read_text(encoding="utf-8")
+    sent = None if bundle is None else {"sha256": bundle.sha256, "num_bytes": len(bundle.payload)}
+    header = {"module": module, "cwd": cwd, "pythonpath": list(pythonpath), "bundle": sent}
+    lines = f"{json.dumps(source)}\n{json.dumps(header)}\n"
+    return lines.encode("ascii") + (b"" if bundle is None else bundle.payload)
+
+
+_SSH_OPTIONS = (
+    "-T",  # a terminal would change bytes on their way
+    *("-o", "BatchMode=yes"),  # fail instead of asking for a password that nobody is there to type
+    *("-o", "ControlPath=none"),  # a connection of its own: a shared one outlives us, and takes all others with it
+    *("-o", "RemoteCommand=none"),
+    *("-o", "ClearAllForwardings=yes"),  # many connections at once cannot all bind the ports of a LocalForward
+)
+
+
+_LOGIN = re.compile(r"(?P<user>[^@]+@)?(?:\[(?P<ipv6>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d+))?")
+
+
+def ssh_command(
+    host: Host, *, prologue: bytes, config: str | None = None, options: Sequence[str] = ()
+) -> RemoteCommand:
+    """Return how to run on ``host`` what ``prologue`` says.
+
+    Of an option given twice, ssh takes the first: ours, then ``options``, then the user's configuration.
+
+    Args:
+        host: with a ``login``.
+        prologue: as ``bootstrap.prologue`` made it.
+        config: a file to be used instead of ``~/.ssh/config``.
+        options: more arguments of ssh, one word each (``-i``, ``~/.ssh/id_cluster``).
+    """
+    destination, port = split_login(host.login)
+    argv = (
+        *("ssh", *_SSH_OPTIONS),
+        *(("-F", config) if config else ()),
+        *options,
+        *(("-p", port) if port else ()),
+        *("--", destination, shell_command(host.python)),
+    )
+    return RemoteCommand(argv=argv, prologue=prologue)
+
+
+def split_login(login: str) -> tuple[str, str | None]:
+    """Return destination and port of ``user@name:port``; ssh takes an IPv6 address without its brackets."""
+    found = _LOGIN.fullmatch(login)
+    assert found is not None, f"the hostfile let {login!r} through"
+    return f"{found['user'] or ''}{found['ipv6'] or found['name']}", found["port"]

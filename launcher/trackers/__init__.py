@@ -1,1 +1,1 @@
-"""Where a run is recorded besides its own directory."""
+"""The tracker process beside rank 0, which sends metrics to W&B."""

@@ -1,10 +1,12 @@
-"""One W&B run: how it is opened, fed with lines of metrics.jsonl, and ended. Imports wandb: sidecar only."""
+"""One W&B run: open it, log lines of metrics.jsonl, finish it. Imports wandb: sidecar only."""
 
 from __future__ import annotations
 
 import os
 import socket
+import subprocess
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -12,17 +14,19 @@ from urllib.parse import urlsplit
 import wandb
 
 import launcher
-from launcher.config import Run, run_to_tree
-from launcher.measurements import read_measurements
-from launcher.plan import Plan
-from launcher.results import fold_metrics
-from launcher.rundir import RunDir
-from launcher.secrecy import redact
-from launcher.trackers.revision import find_revision
-from launcher.trackers.wandb_key import find_credentials
+from launcher.config.run import Run, run_to_tree
+from launcher.config.tracker import find_wandb_credentials
+from launcher.protocol.plan import Plan
+from launcher.protocol.results import last_metrics, read_benchmark_record
+from launcher.protocol.rundir import RunDir
+from launcher.utils.secrets import redact
 
 _FLUSH_S = 0.5
+
+
 _INIT_TIMEOUT_S = 10
+
+
 _CONNECT_TIMEOUT_S = 5.0
 
 
@@ -72,7 +76,7 @@ class WandbRun:
 
     def finish(self, exit_code: int) -> None:
         """Add what the run left behind and close with its exit code; online, wait until all is sent."""
-        last = fold_metrics(self._run_dir.metrics)
+        last = last_metrics(self._run_dir.metrics)
         finite = {name: value for name, value in last.items() if value is not None and name != "time"}
         self._wandb.summary.update({**finite, "exit_code": exit_code})
         if self._run_dir.sample.exists():
@@ -91,7 +95,7 @@ def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
     results, drawn = run_dir.benchmark("json"), run_dir.benchmark("png")
     if results.is_file():
         try:
-            found = read_measurements(results)
+            found = read_benchmark_record(results)
         except ValueError as error:
             print(f"W&B gets no table: {results} {error}", flush=True)
             return
@@ -105,7 +109,7 @@ def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
 
 def unreachable(environ: Mapping[str, str], home: Path) -> str | None:
     """Return why the W&B server cannot be reached, or ``None`` when it can or a proxy stands in between."""
-    server = urlsplit(find_credentials(environ, home).server)
+    server = urlsplit(find_wandb_credentials(environ, home).server)
     if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
         return None
     port = server.port or (80 if server.scheme == "http" else 443)
@@ -143,3 +147,36 @@ def _config(run: Run, plan: Plan) -> dict[str, Any]:
         "git_commit": revision.commit if revision else None,
         "git_dirty": revision.dirty if revision else None,
     }
+
+
+_TIMEOUT_S = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Revision:
+    """A git commit."""
+
+    commit: str
+    dirty: bool
+    """Whether tracked files differ from it."""
+
+
+def find_revision(*folders: Path) -> Revision | None:
+    """Return the revision of the first of ``folders`` that lies in a git repository, if git is there and answers."""
+    for folder in folders:
+        commit = _git(folder, "rev-parse", "HEAD")
+        if commit:
+            changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+            return Revision(commit=commit, dirty=changes != "")
+    return None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """Return what git prints, or ``None`` when it fails. It takes no locks that others would wait for."""
+    env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, env=env, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return ended.stdout.strip()

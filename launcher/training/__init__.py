@@ -1,1 +1,1 @@
-"""The training loop and what it measures."""
+"""Training and evaluation on ranks: trainer, recorder, checkpointing, preemption."""

@@ -1,20 +1,34 @@
-"""Held-out loss over all ranks."""
+"""Held-out loss over all ranks: during training, and as the job evaluate."""
 
 from __future__ import annotations
 
+import itertools
+import math
+import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from launcher.profiling.base import NO_PROFILER, Profiler
+import torch
+
+from launcher.checkpoint.store import CheckpointStore
+from launcher.data.dataloader import Loader
+from launcher.data.dataset import open_splits
+from launcher.engines.base import make_engine, never_preempted
+from launcher.profiling.performance import StepClock, peak_memory_bytes
+from launcher.profiling.profiler import NO_PROFILER, Profiler
+from launcher.protocol.metrics import MetricsWriter
+from launcher.training.checkpointing import restore_checkpoint
 
 if TYPE_CHECKING:
-    from launcher.data.loader import Loader
+    from launcher.config.job.train import Evaluate
     from launcher.engines.base import Engine
+    from launcher.engines.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeldOut:
+class EvaluationResult:
     """One evaluation, the same on every rank."""
 
     loss: float
@@ -31,7 +45,7 @@ def evaluate(
     preempted: Callable[[], bool],
     beat: Callable[[], None] = lambda: None,
     profiler: Profiler = NO_PROFILER,
-) -> HeldOut:
+) -> EvaluationResult:
     """Measure the loss over the first ``num_sequences`` held-out sequences.
 
     Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
@@ -48,4 +62,63 @@ def evaluate(
         tokens += batch_tokens
     total, count, num_preempted = sum_over_ranks([loss_sum, float(tokens), float(preempted())], device=engine.device)
     assert count, "an evaluation without a single token"
-    return HeldOut(loss=total / count, preempted=num_preempted > 0)
+    return EvaluationResult(loss=total / count, preempted=num_preempted > 0)
+
+
+def run_evaluation(job: Evaluate, context: Context) -> None:
+    """Go through the held-out sequences ``job.repeats`` times, on every rank; rank 0 records and prints each time."""
+    beat = context.heartbeat.beat
+    splits = open_splits(
+        context.run.data,
+        context.run.model,
+        sequence_length=job.sequence_length,
+        seed=job.seed,
+        beat=lambda: beat("load"),
+    )
+    num_sequences = min(job.eval_sequences, splits.held_out.num_sequences)
+    loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
+    num_steps = job.num_steps(context.run, world_size=context.world_size)
+    steps, fastest_s = itertools.count(1), math.inf
+    clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
+    with make_engine(context, clock) as engine:
+        done = restore_checkpoint(CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint), context, engine)
+        with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
+            if writer is not None:
+                writer.record(done, **{f"baseline/{name}": loss for name, loss in splits.baselines.items()})
+            for _ in range(job.repeats):
+                started = time.perf_counter()
+                loss = evaluate(
+                    engine,
+                    loader,
+                    num_sequences,
+                    preempted=never_preempted,
+                    beat=lambda: beat("evaluate", next(steps), steps=num_steps),
+                    profiler=context.profiler,
+                ).loss
+                elapsed_s = time.perf_counter() - started
+                fastest_s = min(fastest_s, elapsed_s)
+                if writer is not None:
+                    tokens = num_sequences * job.sequence_length  # engines may count one several times
+                    _record(writer, done, loss, tokens=tokens, elapsed_s=elapsed_s, fastest_s=fastest_s)
+    beat("done", num_steps)
+
+
+def _record(writer: MetricsWriter, done: int, loss: float, *, tokens: int, elapsed_s: float, fastest_s: float) -> None:
+    writer.record(
+        done,
+        **{
+            "eval/loss": loss,
+            "eval/perplexity": perplexity(loss),
+            "eval/tokens": tokens,
+            "perf/tokens_per_s": tokens / fastest_s,
+            "memory/peak_bytes": peak_memory_bytes(cuda=torch.cuda.is_available()),
+            "time/evaluate_s": elapsed_s,
+        },
+    )
+    told = f"held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
+    print(f"{told}  {tokens:,} tokens in {elapsed_s:.2f} s  {tokens / elapsed_s:,.0f} tokens/s", flush=True)
+
+
+def perplexity(loss: float) -> float:
+    """Return e to the loss, infinite where that is more than a float holds."""
+    return math.exp(loss) if loss < 700 else math.inf

@@ -1,1 +1,1 @@
-"""Every strategy against one process: which there are, how each takes its steps, and how far they are apart."""
+"""The job verify: each parallel strategy compared with one process."""

@@ -1,4 +1,4 @@
-"""The job ``verify`` on one rank: one process first, then each strategy, each in a fork of every rank."""
+"""The job verify on one rank: one process first, then each strategy in forks of all ranks."""
 
 from __future__ import annotations
 
@@ -7,20 +7,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from launcher.config.job.verify import SINGLE_PROCESS, SelectedStrategies, Strategy, select_strategies
 from launcher.errors import JobError
-from launcher.files import write_atomic, write_json
-from launcher.training.metrics import MetricsWriter
-from launcher.verification.case import REFERENCE, Case
-from launcher.verification.choose import Choice, choose
-from launcher.verification.fork import TROUBLE, Answer
-from launcher.verification.forked import ForkedRanks
-from launcher.verification.preload import preload
-from launcher.verification.report import as_json, lines, markdown
-from launcher.verification.row import Row, row_of
+from launcher.protocol.metrics import MetricsWriter
+from launcher.utils.files import write_atomic, write_json
+from launcher.verification.comparison import StrategyResult, as_json, as_markdown, compare, table_lines
+from launcher.verification.forked_ranks import ERROR_KEY, CaseAnswer, ForkedRanks, preload_modules
 
 if TYPE_CHECKING:
-    from launcher.context import Context
-    from launcher.jobs.verify import Verify
+    from launcher.config.job.verify import Verify
+    from launcher.engines.context import Context
 
 _REFERENCE = "reference"
 
@@ -31,8 +27,8 @@ def verify(job: Verify, context: Context) -> None:
     Raises:
         JobError: on rank 0, when a strategy is not equal to one process; names the worst.
     """
-    choice = choose(job, context.run, world_size=context.world_size)
-    preload(context, deepspeed=any(case.parallel.engine == "deepspeed" for case in choice.cases.values()))
+    choice = select_strategies(job, context.run, world_size=context.world_size)
+    preload_modules(context, deepspeed=any(case.parallel.engine == "deepspeed" for case in choice.cases.values()))
     Verification(job, context, choice).run()
 
 
@@ -42,7 +38,7 @@ class Verification:
 
     job: Verify
     context: Context
-    choice: Choice
+    choice: SelectedStrategies
 
     def __post_init__(self) -> None:
         self._phase, self._done = _REFERENCE, 0
@@ -50,7 +46,7 @@ class Verification:
 
     def run(self) -> None:
         """Take the reference on rank 0, then every case on all ranks."""
-        rows: list[Row] = []
+        rows: list[StrategyResult] = []
         with MetricsWriter(self.context.run_dir.metrics) if self.context.is_main else nullcontext() as writer:
             reference = self._take_reference()
             self._done += self.job.steps
@@ -67,34 +63,34 @@ class Verification:
         if self.context.is_main:
             self._report(rows)
 
-    def _take_reference(self) -> Answer:
+    def _take_reference(self) -> CaseAnswer:
         """Return, on rank 0, what one process does.
 
         Raises:
             JobError: it fails itself, so there is nothing to compare with.
         """
-        answers = self._answers(_REFERENCE, REFERENCE, world_size=1)
+        answers = self._answers(_REFERENCE, SINGLE_PROCESS, world_size=1)
         if not self.context.is_main:
             return {}
-        if TROUBLE in answers[0]:
-            raise JobError(f"one process, the reference, failed: {answers[0][TROUBLE]}")
+        if ERROR_KEY in answers[0]:
+            raise JobError(f"one process, the reference, failed: {answers[0][ERROR_KEY]}")
         return answers[0]
 
-    def _take(self, name: str, case: Case, reference: Answer) -> Row | None:
+    def _take(self, name: str, case: Strategy, reference: CaseAnswer) -> StrategyResult | None:
         """Take part in a case; rank 0 returns how far it is from the reference."""
         started = time.monotonic()
         answers = self._answers(name, case, world_size=self.context.world_size)
         if not self.context.is_main:
             return None
-        return row_of(name, answers, reference, seconds=time.monotonic() - started)
+        return compare(name, answers, reference, seconds=time.monotonic() - started)
 
-    def _answers(self, name: str, case: Case, *, world_size: int) -> dict[int, Answer]:
+    def _answers(self, name: str, case: Strategy, *, world_size: int) -> dict[int, CaseAnswer]:
         self._phase = f"verify {name}"
 
-        def work(context: Context) -> Answer:
-            from launcher.verification.take import take
+        def work(context: Context) -> CaseAnswer:
+            from launcher.verification.run_case import run_case
 
-            return take(self.job, context, self._ranks.board.reference, writes=name == _REFERENCE)
+            return run_case(self.job, context, self._ranks.board.reference, writes=name == _REFERENCE)
 
         run = case.apply(self.context.run, world_size=world_size, sequences=self.choice.sequences)
         return self._ranks.take(name, work, run=run, world_size=world_size)
@@ -102,11 +98,11 @@ class Verification:
     def _beat(self) -> None:
         self.context.heartbeat.beat(self._phase, self._done)
 
-    def _report(self, rows: list[Row]) -> None:
+    def _report(self, rows: list[StrategyResult]) -> None:
         job, folder, left_out = self.job, self.context.run_dir.path, self.choice.left_out
         write_json(folder / "verify.json", as_json(rows, job, left_out=left_out))
-        write_atomic(folder / "verify.md", markdown(rows, job, left_out=left_out))
-        print("\n".join(lines(rows, job)), flush=True)
+        write_atomic(folder / "verify.md", as_markdown(rows, job, left_out=left_out))
+        print("\n".join(table_lines(rows, job)), flush=True)
         failed = [row for row in rows if row.excess(job) > 1]
         if failed:
             worst = max(failed, key=lambda row: row.excess(job))
@@ -117,7 +113,7 @@ class Verification:
         print(f"all {len(rows)} strategies take the steps of one process: {folder / 'verify.md'}", flush=True)
 
 
-def _metrics(row: Row) -> dict[str, float]:
+def _metrics(row: StrategyResult) -> dict[str, float]:
     return {
         f"verify/{row.name}/loss_diff": row.loss_diff,
         f"verify/{row.name}/grad_norm_diff": row.grad_norm_diff,

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from workload import Workload, log_step
 
-from launcher.training.memory import peak_bytes
+from launcher.profiling.performance import peak_memory_bytes
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), work.clip_norm)
         optimizer.step()
         optimizer.zero_grad()
-        log_step(step, total.item(), grad_norm.item(), peak_bytes=peak_bytes(cuda=cuda))
+        log_step(step, total.item(), grad_norm.item(), peak_bytes=peak_memory_bytes(cuda=cuda))
 
 
 if __name__ == "__main__":

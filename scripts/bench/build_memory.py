@@ -17,7 +17,7 @@ from pathlib import Path
 
 from harness import BIN, print_machine
 
-from launcher.ports import free_port
+from launcher.utils.system import free_port
 
 GOAL = 1.2
 HERE = Path(__file__).resolve().parent
@@ -46,12 +46,12 @@ def rows(ranks: int) -> dict[str, Row]:
 
 def sizes(model: str) -> tuple[int, int]:
     """Return the bytes of the whole model and of its largest part, in fp32, without building it."""
-    from launcher.compose import compose
-    from launcher.models.build import lay_out
-    from launcher.models.units import units
+    from launcher.config.compose import compose
+    from launcher.models.build import build_deferred
+    from launcher.models.layers import units
 
     run = compose([f"model={model}"]).run
-    laid_out, _ = lay_out(run.model, seed=0, attention=run.attention)
+    laid_out, _ = build_deferred(run.model, seed=0, attention=run.attention)
     parts = [sum(parameter.numel() for parameter in part.parameters()) for _, part in units(laid_out)]
     return 4 * sum(parameter.numel() for parameter in laid_out.parameters()), 4 * max(parts)
 

@@ -10,30 +10,30 @@ from pathlib import Path
 
 import torch
 
-from launcher.benchmarks.peak import PeakMemory
-from launcher.compose import compose
-from launcher.context import Context
-from launcher.engines import make_engine
+from launcher.benchmarks.instruments import PeakMemory
+from launcher.config.compose import compose
+from launcher.engines.base import make_engine
+from launcher.engines.context import Context
 from launcher.engines.distributed import barrier, disconnect
-from launcher.engines.model import model_of
-from launcher.rundir import RunDir
-from launcher.supervise.heartbeat import Heartbeat
-from launcher.training.clock import Clock
+from launcher.engines.model import build_run_model
+from launcher.profiling.performance import StepClock
+from launcher.protocol.heartbeat import Heartbeat
+from launcher.protocol.rundir import RunDir
 
 CPU = torch.device("cpu")
 
 
 def engine(context: Context) -> Callable[[], None]:
     """Make the engine of the run: connect the ranks and build what this one holds; nothing is optimised yet."""
-    made = make_engine(context, Clock(context.heartbeat, cuda=False))
+    made = make_engine(context, StepClock(context.heartbeat, cuda=False))
     return made.close
 
 
 def zero3(context: Context) -> Callable[[], None]:
     """Partition each part as it is built: what the engine does before ``initialize``, which makes optimiser state."""
-    from launcher.engines.native import connect_deepspeed, prepare_environment
-    from launcher.engines.partition import Partitioning, assert_partitioned
-    from launcher.parallel.zero import Zero
+    from launcher.config.parallel.zero import Zero
+    from launcher.engines.deepspeed.common import connect_deepspeed, prepare_environment
+    from launcher.engines.deepspeed.zero import ZeroPartitioner, assert_partitioned
 
     run, zero = context.run, context.run.parallel
     assert isinstance(zero, Zero), "the row names the strategy"
@@ -46,8 +46,8 @@ def zero3(context: Context) -> Callable[[], None]:
     )
     prepare_environment(context)
     connect_deepspeed(context, device=CPU)
-    partitioning = Partitioning(config, dtype=torch.float32)
-    model = model_of(context, device=CPU, after=partitioning.partition)
+    partitioning = ZeroPartitioner(config, dtype=torch.float32)
+    model = build_run_model(context, device=CPU, after=partitioning.partition)
     assert_partitioned(model, small=zero.persistence_threshold)
 
     def release() -> None:

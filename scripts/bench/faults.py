@@ -34,7 +34,7 @@ from faults_table import table
 from faults_trial import Worker, tree_of
 from harness import describe_machine
 
-from launcher.files import write_json
+from launcher.utils.files import write_json
 
 
 class Book:

@@ -7,8 +7,8 @@ import re
 from faults_cells import Cell
 from faults_run import Run
 
-from launcher.files import read_json
-from launcher.rundir import RunDir
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
 
 _ROOT_CAUSE = re.compile(r"Root Cause \(first observed failure\):\s*\[0\]:.*?host\s*:\s*(\S+).*?rank\s*:\s*(\d+)", re.S)
 _DS_EXIT = re.compile(r"^(?:(\S+): )?.*--local_rank=(\d+).*exits with return code = (-?\d+)", re.M)

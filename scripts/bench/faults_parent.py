@@ -11,22 +11,21 @@ from pathlib import Path
 
 from faults_processes import MARK
 
-from launcher.backends.base import Backend
-from launcher.backends.local import Local
-from launcher.backends.ssh import Ssh
-from launcher.plan import plan_from_json
-from launcher.rundir import RunDir
-from launcher.supervise.conclude import conclude
+from launcher.config.backend.base import Backend, LocalBackend
+from launcher.config.backend.ssh import SshBackend
+from launcher.protocol.plan import plan_from_json
+from launcher.protocol.rundir import RunDir
+from launcher.supervision.finalize import finalize_run
 
 
 def main() -> None:
     """Submit the plan, say how it ended, and end like it."""
     plan = plan_from_json(json.loads(Path(sys.argv[1]).read_text()))
-    backend: Backend = Local()
+    backend: Backend = LocalBackend()
     if len(sys.argv) > 2:
-        backend = Ssh(ssh_config=sys.argv[2], ssh_options=("-o", f"SendEnv={MARK}"))
+        backend = SshBackend(ssh_config=sys.argv[2], ssh_options=("-o", f"SendEnv={MARK}"))
     outcome = backend.submit(plan)
-    conclude(outcome, RunDir(Path(plan.run_dir)), run_id=plan.run_id)
+    finalize_run(outcome, RunDir(Path(plan.run_dir)), run_id=plan.run_id)
     sys.exit(outcome.exit_code)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 MARK = "LC_FAULTS"
 """An environment variable that sshd lets through: its default configuration accepts LC_*."""
-_STARTERS = ("torch.distributed.run", "launcher.torchrun", "bin/torchrun", "deepspeed.launcher.launch")
+_STARTERS = ("torch.distributed.run", "launcher.jobs.torchrun", "bin/torchrun", "deepspeed.launcher.launch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def find(processes: Sequence[Seen], role: str, *, rank: int) -> Seen:
         parent = by_pid.get(seen.parent)
         is_forked = parent is not None and parent.command == seen.command  # by its warden, which looks the same
         if role == "agent" and (
-            "supervise.agent" in seen.command or ("supervise.warden" in seen.command and is_forked)
+            "supervision.agent_entry" in seen.command or ("supervision.agent_supervisor" in seen.command and is_forked)
         ):
             return seen
     raise LookupError(f"no {role} beside rank {rank}")

@@ -51,10 +51,10 @@ def main() -> None:
         work(arguments.folder, arguments.variant, lambda step: None)
         return
 
-    from launcher.supervise.entry import enter_rank
-    from launcher.supervise.rank_env import read_rank_env
+    from launcher.protocol.rank_env import read_rank_env
+    from launcher.supervision.rank_monitor import run_rank
 
-    enter_rank(
+    run_rank(
         lambda env, heartbeat: work(
             env.run_dir.path, arguments.variant, lambda step: heartbeat.beat("forward", step, steps=10**6)
         ),

@@ -13,14 +13,14 @@ from pathlib import Path
 from faults_lab import Lab
 from faults_processes import MARK
 
-from launcher.agents import RANK_MODULE
-from launcher.compose import compose
-from launcher.facts import Facts
-from launcher.files import write_json
-from launcher.plan import Host, HostPlan, Identity
-from launcher.planner import make_plan
-from launcher.rundir import RunDir
-from launcher.schema import to_tree
+from launcher.config.compose import compose
+from launcher.config.schema import to_tree
+from launcher.planning.commands import RANK_MODULE
+from launcher.planning.local_facts import LocalFacts
+from launcher.planning.planner import make_plan
+from launcher.protocol.plan import Host, HostPlan, RunIdentity
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import write_json
 
 _BIN = Path(sys.executable).parent
 _HERE = Path(__file__).parent
@@ -56,14 +56,14 @@ def ours(job: Job) -> tuple[Sequence[str], dict[str, str]]:
     """Return our parent's command; writes its plan."""
     run_dir = RunDir(job.folder)
     run_dir.logs.mkdir()
-    identity = Identity(run_id=job.folder.name, run_dir=str(job.folder), run_hash="0" * 64, port=job.port)
+    identity = RunIdentity(run_id=job.folder.name, run_dir=str(job.folder), run_hash="0" * 64, port=job.port)
     words = ["tracker=local"]
     if job.lab is not None:
         words += ["backend=ssh", f"backend.hostfile={job.lab.hostfile}", f"backend.ssh_config={job.lab.ssh_config}"]
     hosts = [_host(name, job) for name in job.hosts]
     with _COMPOSING:
         run = compose(words).run
-    plan = make_plan(run, hosts, identity, Facts(environ={}, home=job.folder))
+    plan = make_plan(run, hosts, identity, LocalFacts(environ={}, home=job.folder))
     plan = replace(plan, hosts=tuple(_with_program(host, job) for host in plan.hosts))
     write_json(run_dir.plan, to_tree(plan))
     config = () if job.lab is None else (str(job.lab.ssh_config),)

@@ -21,7 +21,7 @@ from gpu_rows import Row, measure, rows, table
 from harness import describe_machine
 from workload import Workload
 
-from launcher.machine import list_gpus
+from launcher.utils.hardware import list_gpus
 
 MODELS = {
     "gpt2_xl": Workload(

@@ -14,8 +14,8 @@ from pathlib import Path
 from harness import step_times
 from workload import Workload
 
-from launcher.compose import compose, groups
-from launcher.training.flops import peak_flops
+from launcher.config.compose import compose, groups
+from launcher.profiling.performance import peak_flops
 
 HERE = Path(__file__).resolve().parent
 

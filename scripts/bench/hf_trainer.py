@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from workload import Workload, log_step
 
-from launcher.training.memory import peak_bytes
+from launcher.profiling.performance import peak_memory_bytes
 
 
 class Sequences(Dataset):  # type: ignore[misc]
@@ -44,7 +44,10 @@ class Log(TrainerCallback):  # type: ignore[misc]
         if logs and "loss" in logs:
             norm = float(logs.get("grad_norm", math.nan))
             log_step(
-                state.global_step, float(logs["loss"]), norm, peak_bytes=peak_bytes(cuda=torch.cuda.is_available())
+                state.global_step,
+                float(logs["loss"]),
+                norm,
+                peak_bytes=peak_memory_bytes(cuda=torch.cuda.is_available()),
             )
 
 

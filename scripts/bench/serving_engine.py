@@ -21,11 +21,12 @@ from typing import Any
 import torch
 from harness import print_machine
 
-from launcher.compose import compose
-from launcher.serving.limits import Limits
-from launcher.serving.make import slots_of
-from launcher.serving.model import inference_model
-from launcher.serving.values import Request, Sampling
+from launcher.config.compose import compose
+from launcher.config.inference import EngineLimits
+from launcher.config.sampling import SamplingParams
+from launcher.inference.engine.base import EngineRequest
+from launcher.inference.engine.model_loader import load_model
+from launcher.inference.engine.paged_engine import paged_engine_for
 
 Work = Sequence[tuple[tuple[int, ...], int]]
 """Prompts, and how many tokens follow each."""
@@ -75,7 +76,9 @@ def continuous(model: Any, todo: Work) -> None:
 def slots(engine: Any, todo: Work) -> None:
     """The launcher's engine."""
     for index, (prompt, num) in enumerate(todo):
-        engine.add(Request(id=str(index), prompt=prompt, sampling=Sampling(max_tokens=num, ignore_end=True)))
+        engine.add(
+            EngineRequest(id=str(index), prompt=prompt, sampling=SamplingParams(max_tokens=num, ignore_end=True))
+        )
     while not engine.idle:
         engine.step()
 
@@ -94,8 +97,8 @@ def main() -> None:
     print_machine("torch", "transformers")
     torch.set_num_threads(options.threads)
     run = compose([*options.overrides, "job=evaluate", "data=synthetic"]).run
-    model = inference_model(run, device=torch.device("cpu"))
-    engine = slots_of(copy.deepcopy(model), limits=Limits(prefix_cache=False, kv_tokens=1 << 16), ends=())
+    model = load_model(run, device=torch.device("cpu"))
+    engine = paged_engine_for(copy.deepcopy(model), limits=EngineLimits(prefix_cache=False, kv_tokens=1 << 16), ends=())
     contenders: dict[str, Callable[[Work], None]] = {
         "slots": lambda todo: slots(engine, todo),
         "one by one": lambda todo: one_by_one(model, todo),

@@ -27,13 +27,10 @@ from harness import describe_machine
 from serving_peers_start import Peer, Server, peers, versions
 from serving_peers_table import table
 
-from launcher.benchmarks.load.calls import drawn_calls
-from launcher.benchmarks.load.client import Target
-from launcher.benchmarks.load.drive import closed_loop
-from launcher.benchmarks.load.figures import Slo, figures, tokens_between
-from launcher.benchmarks.load.http import parse_address
-from launcher.benchmarks.load.lengths import parse_lengths
-from launcher.files import read_json, write_json
+from launcher.benchmarks.load_client import LoadTarget
+from launcher.benchmarks.load_generator import closed_loop, random_requests, summarize_load, tokens_between
+from launcher.config.benchmark.serving import Slo, parse_length_distribution, parse_server_address
+from launcher.utils.files import read_json, write_json
 
 CONCURRENCY = (1, 4, 8, 16, 32)
 
@@ -85,12 +82,12 @@ def measure(cell: Cell, server: Server, *, most_s: float) -> dict[str, Any]:
     """Return the figures of one cell; ``tokens_per_s`` is over all of it, reading the prompts included."""
     server.ask("One two", max_tokens=1)  # answered once what the cell before has left behind is over
     context, peer = CONTEXTS[cell.context], server.peer
-    inputs, outputs = parse_lengths(context.inputs), parse_lengths(context.outputs)
-    target = Target(address=parse_address(server.url), model=peer.model, extra=peer.extra)
-    calls = drawn_calls(seed=1000 * cell.round_ + cell.concurrency, inputs=inputs, outputs=outputs)
+    inputs, outputs = parse_length_distribution(context.inputs), parse_length_distribution(context.outputs)
+    target = LoadTarget(address=parse_server_address(server.url), model=peer.model, extra=peer.extra)
+    calls = random_requests(seed=1000 * cell.round_ + cell.concurrency, inputs=inputs, outputs=outputs)
     some = itertools.islice(calls, max(FEWEST, context.turns * cell.concurrency))
     load = closed_loop(target, some, concurrency=cell.concurrency, seconds=most_s)
-    found: dict[str, Any] = figures(load, slo=Slo())
+    found: dict[str, Any] = summarize_load(load, slo=Slo())
     found["tokens_per_s"] = tokens_between(load.outcomes, 0.0, load.elapsed_s) / load.elapsed_s
     found["load_average"] = os.getloadavg()[0]
     found["why"] = sorted({outcome.why for outcome in load.outcomes if outcome.why})[:3]

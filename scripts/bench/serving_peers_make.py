@@ -50,7 +50,7 @@ def save_model(folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from launcher.models.smollm2 import SmolLm2
+    from launcher.config.model.llama import SmolLm2
 
     source = SmolLm2().pretrained_folder(with_weights=True, beat=lambda: None)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)

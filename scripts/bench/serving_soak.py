@@ -27,12 +27,14 @@ from harness import describe_machine
 from soak_server import REQUEST_TIMEOUT_S, SoakServer
 from soak_watch import Watch
 
-from launcher.benchmarks.load.calls import Call, arrivals, drawn_calls
-from launcher.benchmarks.load.client import Pool, Target, carry_out
-from launcher.benchmarks.load.drive import closed_loop
-from launcher.benchmarks.load.http import Connection, Trouble, parse_address
-from launcher.benchmarks.load.lengths import parse_lengths
-from launcher.benchmarks.load.outcome import Outcome
+from launcher.benchmarks.load_client import ConnectionPool, HttpConnection, LoadTarget, RequestError, send_request
+from launcher.benchmarks.load_generator import closed_loop, poisson_arrivals, random_requests
+from launcher.config.benchmark.serving import (
+    LoadRequest,
+    RequestOutcome,
+    parse_length_distribution,
+    parse_server_address,
+)
 
 NUM_PROMPTS = 40
 CANCELLED, MALFORMED = 0.10, 0.05
@@ -72,7 +74,7 @@ class Tally:
         if why:
             self.examples.setdefault(kind, why)
 
-    def note_outcome(self, outcome: Outcome, expected: str) -> None:
+    def note_outcome(self, outcome: RequestOutcome, expected: str) -> None:
         """Count a request that was to be answered."""
         if outcome.is_good:
             is_right = outcome.text == expected
@@ -92,7 +94,7 @@ class Tally:
         yield from (f"  {kind}: {why[:400]}" for kind, why in self.examples.items())
 
 
-def answers_alone(target: Target, calls: list[Call]) -> list[str]:
+def answers_alone(target: LoadTarget, calls: list[LoadRequest]) -> list[str]:
     """Return the answer to each call, asked one after the other.
 
     Raises:
@@ -109,10 +111,17 @@ def answers_alone(target: Target, calls: list[Call]) -> list[str]:
 
 
 async def storm(
-    target: Target, calls: list[Call], expected: list[str], *, rate: float, seconds: float, seed: int, tally: Tally
+    target: LoadTarget,
+    calls: list[LoadRequest],
+    expected: list[str],
+    *,
+    rate: float,
+    seconds: float,
+    seed: int,
+    tally: Tally,
 ) -> None:
     """Send requests at a rate, and see each to its end."""
-    random_, pool, start = random.Random(seed), Pool(target), time.perf_counter()
+    random_, pool, start = random.Random(seed), ConnectionPool(target), time.perf_counter()
 
     async def one(number: int) -> None:
         fate = random_.random()
@@ -120,8 +129,8 @@ async def storm(
         if fate < MALFORMED and not tally.ends:
             await _nonsense(target, random_.choice(NONSENSE), tally)
             return
-        outcome = Outcome(number, due_s=time.perf_counter() - start)
-        task = carry_out(calls[which], outcome, pool, start=start)
+        outcome = RequestOutcome(number, due_s=time.perf_counter() - start)
+        task = send_request(calls[which], outcome, pool, start=start)
         if fate < MALFORMED + CANCELLED:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(task, random_.expovariate(1 / 2.0))
@@ -131,7 +140,7 @@ async def storm(
         tally.note_outcome(outcome, expected[which])
 
     async with asyncio.TaskGroup() as group:
-        for number, at_s in enumerate(arrivals(seed=seed, rate=rate)):
+        for number, at_s in enumerate(poisson_arrivals(seed=seed, rate=rate)):
             if at_s > seconds:
                 break
             await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
@@ -139,9 +148,9 @@ async def storm(
     pool.close()
 
 
-async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
+async def _nonsense(target: LoadTarget, body: bytes, tally: Tally) -> None:
     """Send what must be refused with a status of the client's fault, in OpenAI's shape."""
-    connection = Connection(target.address, headers={})
+    connection = HttpConnection(target.address, headers={})
     try:
         answer = await connection.post("/v1/completions", body)
         text = await answer.body()
@@ -152,7 +161,7 @@ async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
             tally.note("nonsense refused")
         else:
             tally.note("NONSENSE ACCEPTED", f"{answer.status}: {text!r}")
-    except Trouble as trouble:
+    except RequestError as trouble:
         tally.note("NONSENSE LOST", f"{trouble} after {body[:60]!r}")
     except (ValueError, KeyError, TypeError) as error:
         tally.note("NONSENSE ACCEPTED", f"no error in OpenAI's shape after {body[:60]!r}: {error}")
@@ -161,7 +170,14 @@ async def _nonsense(target: Target, body: bytes, tally: Tally) -> None:
 
 
 async def storm_and_end(
-    server: SoakServer, target: Target, calls: list[Call], expected: list[str], *, rate: float, seed: int, tally: Tally
+    server: SoakServer,
+    target: LoadTarget,
+    calls: list[LoadRequest],
+    expected: list[str],
+    *,
+    rate: float,
+    seed: int,
+    tally: Tally,
 ) -> int | None:
     """Send SIGTERM in the middle of a short storm; return the exit code."""
 
@@ -199,15 +215,15 @@ def main() -> int:
 def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
     """Do it to a server that has just been started."""
     server.wait_until_ready()
-    target = Target(
-        address=parse_address(server.url),
+    target = LoadTarget(
+        address=parse_server_address(server.url),
         model=server.model(),
         extra={"ignore_eos": True},
         timeout_s=_TIMEOUT_S,
         keep_text=True,
     )
-    inputs, outputs = parse_lengths(arguments.inputs), parse_lengths(arguments.outputs)
-    calls = list(islice(drawn_calls(seed=arguments.seed, inputs=inputs, outputs=outputs), NUM_PROMPTS))
+    inputs, outputs = parse_length_distribution(arguments.inputs), parse_length_distribution(arguments.outputs)
+    calls = list(islice(random_requests(seed=arguments.seed, inputs=inputs, outputs=outputs), NUM_PROMPTS))
     expected = answers_alone(target, calls)
     calibrate_s = min(_CALIBRATE_S, 60 * arguments.minutes)
     many = (calls[number % len(calls)] for number in range(10**9))

@@ -21,7 +21,7 @@ import psutil
 REQUEST_TIMEOUT_S = 240.0
 """After which the server tells whoever still waits."""
 _READY_S, _END_S, _IDLE_S = 300.0, 90.0, 60.0
-_ENGINE = "launcher.serving.replica"
+_ENGINE = "launcher.inference.server.replica"
 _READY = re.compile(r"^\w+:engines_ready(?:\{.*\})? (\S+)$", re.MULTILINE)
 _UNDER_WAY = re.compile(r"^\w+:num_requests_(?:running|waiting)(?:\{.*\})? (\S+)$", re.MULTILINE)
 

@@ -28,9 +28,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.files import read_json, write_json
-from launcher.supervise.linux import become_subreaper
-from launcher.supervise.processes import Process, descendants, end_descendants, identify
+from launcher.utils.files import read_json, write_json
+from launcher.utils.processes import Process, become_subreaper, descendants, end_descendants, identify
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "scancel", "unshare")
 _START_S = 60.0

@@ -14,13 +14,13 @@ from typing import ClassVar
 
 import pytest
 
-from launcher.compose import compose
-from launcher.config import Run
+from launcher.config.compose import compose
+from launcher.config.run import Run
+from launcher.config.schema import to_tree
 from launcher.errors import ConfigErrors
-from launcher.files import read_json
-from launcher.plan import Host, Plan, plan_from_json
-from launcher.rundir import RunDir
-from launcher.schema import to_tree
+from launcher.protocol.plan import Host, Plan, plan_from_json
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
 
 Ended = tuple[int, str, RunDir]
 """Exit code, what was printed, and where the session wrote."""

@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.backends import deepspeed as backend
-from launcher.backends.deepspeed import Deepspeed
+from launcher.config.backend import deepspeed as backend
+from launcher.config.backend.deepspeed import DeepspeedBackend
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.plan import Host
+from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
 from launcher.remote.bundle import code_root
-from launcher.rundir import RunDir
-from launcher.supervise.board import run_dir_of, word_of
+from launcher.supervision.file_channel import decode_run_dir, encode_run_dir
 
 from .contract import SMALL, BackendContract, Ended
 
@@ -48,7 +48,7 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
     return put
 
 
-def refusals(made: Deepspeed, hosts: Sequence[Host] = HOSTS) -> list[str]:
+def refusals(made: DeepspeedBackend, hosts: Sequence[Host] = HOSTS) -> list[str]:
     return [str(error) for error in made.refusals(hosts)]
 
 
@@ -56,13 +56,13 @@ def test_the_submission_is_shown_whole(plan_of: Any, on_path: Any) -> None:
     on_path("pdsh")
     plan = plan_of(*TINY, hosts=HOSTS, HF_TOKEN="hf_secret", WANDB_API_KEY="key", NCCL_DEBUG="INFO")
     options = "-o BatchMode=yes -o ControlPath=none -o ClearAllForwardings=yes"
-    assert Deepspeed().render(plan, snapshot="").splitlines() == [
+    assert DeepspeedBackend().render(plan, snapshot="").splitlines() == [
         "export PYTHONPATH=/code",
         "export PDSH_RCMD_TYPE=ssh",
         f"export PDSH_SSH_ARGS_APPEND='{options}'",
         "cd /code",
         "/venv/bin/python -m deepspeed.launcher.runner --hostfile /runs/x/hostfile --launcher pdsh --force_multi "
-        "--no_ssh_check --no_local_rank --master_addr node1 --master_port 29500 --module launcher.board_rank "
+        "--no_ssh_check --no_local_rank --master_addr node1 --master_port 29500 --module launcher.jobs.external_rank "
         "dir.L3J1bnMveA==",
         "# /runs/x/hostfile:",
         "node1 slots=2",
@@ -82,7 +82,7 @@ def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
 ) -> None:
     on_path()
     hosts = (Host(name="node1", slots=1, login="node1"),)
-    (said,) = refusals(Deepspeed(runner=runner), hosts)
+    (said,) = refusals(DeepspeedBackend(runner=runner), hosts)
     assert said.startswith(f"backend.runner={runner}: ")
     assert f"apt install {package}" in said
 
@@ -93,40 +93,40 @@ def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
 )
 def test_logins_that_a_runner_has_no_word_for_are_refused(runner: Any, login: str, on_path: Any) -> None:
     on_path("pdsh", "mpirun", "srun")
-    (said,) = refusals(Deepspeed(runner=runner), (Host(name="node1", slots=1, login=login),))
+    (said,) = refusals(DeepspeedBackend(runner=runner), (Host(name="node1", slots=1, login=login),))
     assert f"{runner} cannot be told to reach {login}" in said
 
 
 def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pytest.MonkeyPatch, on_path: Any) -> None:
     on_path("pdsh")
     monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/my code"))
-    (said,) = refusals(Deepspeed())
+    (said,) = refusals(DeepspeedBackend())
     assert "(/my code) through the shells of hosts unquoted" in said
 
 
 def test_what_deepspeed_has_no_way_to_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors) as caught:
-        Deepspeed(agent="torchrun", python="/other/python", min_hosts=1, ssh_config=str(tmp_path / "a b"))
+        DeepspeedBackend(agent="torchrun", python="/other/python", min_hosts=1, ssh_config=str(tmp_path / "a b"))
     options = {error.option for error in caught.value.errors}
     assert options == {"backend.agent", "backend.python", "backend.min_hosts", "backend.ssh_config"}
 
 
 def test_a_configuration_of_ssh_that_is_not_there_is_refused(tmp_path: Path, on_path: Any) -> None:
     on_path("pdsh")
-    (said,) = refusals(Deepspeed(ssh_config=str(tmp_path / "none")))
+    (said,) = refusals(DeepspeedBackend(ssh_config=str(tmp_path / "none")))
     assert said.endswith("none: no such file; leave it out to use ~/.ssh/config")
 
 
 def test_a_missing_hostfile_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"backend\.hostfile"):
-        Deepspeed(hostfile=str(tmp_path / "none")).hosts(max_ranks=None)
+        DeepspeedBackend(hostfile=str(tmp_path / "none")).hosts(max_ranks=None)
 
 
 def test_any_run_directory_becomes_a_word_that_no_shell_minds(nasty_strings: tuple[str, ...]) -> None:
     for text in nasty_strings:
         folder = "/" + text.replace("\0", "")
-        assert str(run_dir_of(word_of(folder)).path) == str(Path(folder))
-        assert re.fullmatch(r"[A-Za-z0-9_.=-]+", word_of(folder))
+        assert str(decode_run_dir(encode_run_dir(folder)).path) == str(Path(folder))
+        assert re.fullmatch(r"[A-Za-z0-9_.=-]+", encode_run_dir(folder))
 
 
 class Run:
@@ -171,13 +171,13 @@ class Run:
 
     def of_hosts(self) -> dict[int, str]:
         """Return what runs for this run on the hosts: ranks, guards, and what started them."""
-        word = word_of(str(self.run_dir))
+        word = encode_run_dir(str(self.run_dir))
         found = {pid: line for name in self.lab.names for pid, line in self.lab.processes(name).items() if word in line}
         return {pid: line for pid, line in found.items() if "ssh" not in line.split()[0]}
 
     def survivors(self, seconds: float) -> list[str]:
         """Return what is still there once ``seconds`` have passed; empty as soon as nothing is."""
-        word, deadline = word_of(str(self.run_dir)), time.monotonic() + seconds
+        word, deadline = encode_run_dir(str(self.run_dir)), time.monotonic() + seconds
         while left := [line for line in map(_command, psutil.process_iter()) if word in line]:
             if time.monotonic() > deadline:
                 return left
@@ -275,13 +275,15 @@ def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(victim: str, l
     run.wait_for("step 1/")
     on_hosts = run.of_hosts()
     if victim == "rank":
-        os.kill(max(pid for pid, line in on_hosts.items() if "-m launcher.board_rank" in line), signal.SIGKILL)
+        os.kill(max(pid for pid, line in on_hosts.items() if "-m launcher.jobs.external_rank" in line), signal.SIGKILL)
     elif victim == "launcher of a host":
         os.kill(next(pid for pid, line in on_hosts.items() if "-m deepspeed.launcher.launch" in line), signal.SIGKILL)
     elif victim == "parent":
         run.process.kill()
     else:
-        text = {"pdsh": "pdsh -S", "deepspeed": "deepspeed.launcher.runner", "agent": "supervise.board_agent"}[victim]
+        text = {"pdsh": "pdsh -S", "deepspeed": "deepspeed.launcher.runner", "agent": "supervision.external_launcher"}[
+            victim
+        ]
         run.of_here(text).kill()
     code, reason = FAULTS[victim]
     assert run.end() == code, run.output

@@ -23,7 +23,7 @@ def memories(run_dir):
     Ranks behind pdsh read their variables from the run directory and set them themselves; what they have set is on the
     heap, as the C library keeps it: ``NAME=value`` and a zero byte.
     """
-    words, found = {"launcher.rank", "launcher.board_rank"}, {}
+    words, found = {"launcher.jobs.rank", "launcher.jobs.external_rank"}, {}
     for entry in Path("/proc").iterdir():
         try:
             if not entry.name.isdigit() or words.isdisjoint((entry / "cmdline").read_bytes().decode().split("\0")):

@@ -2,9 +2,9 @@
 
 import pytest
 
-from launcher.backends.local import Local
+from launcher.config.backend.base import LocalBackend
 from launcher.errors import ConfigErrors
-from launcher.rundir import RunDir
+from launcher.protocol.rundir import RunDir
 
 from .contract import SMALL, BackendContract
 
@@ -14,7 +14,7 @@ from .contract import SMALL, BackendContract
 )
 def test_impossible_values_are_refused(option, value):
     with pytest.raises(ConfigErrors, match=f"backend.{option}={value}"):
-        Local(**{option: value})
+        LocalBackend(**{option: value})
 
 
 class TestContract(BackendContract):

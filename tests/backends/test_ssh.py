@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.files import read_json
-from launcher.rundir import RunDir
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
 
 from .contract import SMALL as SMALL_FOR_ALL
 from .contract import BackendContract
@@ -40,7 +40,7 @@ def losses(run_dir, *, after=0):
 
 def ranks_of(run_dir):
     """Return number and environment of every rank process of a run, on whichever host."""
-    needle = f"launcher.rank\0{run_dir}".encode()
+    needle = f"launcher.jobs.rank\0{run_dir}".encode()
     found = {}
     for entry in Path("/proc").iterdir():
         try:
@@ -125,7 +125,7 @@ def test_500_strings_arrive_and_secrets_stand_nowhere(lab, launch_in_background,
     for file in (tmp_path / "nasty").rglob("*"):
         assert not file.is_file() or b"hunter2" not in file.read_bytes(), file
     assert "hunter2" not in running.output
-    from launcher.snapshot import load_run
+    from launcher.config.snapshot import load_run
 
     assert load_run(tmp_path / "nasty" / "run.yaml").job.sample_prompt == 'it\'s $HOME `id` "x" {a,b} ü'
     wait_until_nothing_is_left(lab)

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.plan import Host
-from launcher.schema import to_tree
+from launcher.config.compose import compose
+from launcher.config.schema import to_tree
+from launcher.protocol.plan import Host
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CLUSTERS = {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.files import read_json, sha256_of
+from launcher.utils.files import read_json, sha256_of
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SMALL = (
@@ -81,7 +81,7 @@ def test_a_killed_rank_is_named_and_the_logs_are_there(lab, launch_in_background
 def is_rank(pid, command):
     """Whether a process is the inner one of a guard and its rank."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    return "launcher.rank" in command and b"launcher.rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
+    return "launcher.jobs.rank" in command and b"launcher.jobs.rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
 
 
 def test_checkpoints_of_several_hosts_are_refused(lab, launch, tmp_path):
@@ -129,7 +129,7 @@ def test_the_working_tree_is_sent(lab, launch, tmp_path):
     git = ("git", "-C", tree, "-c", "user.name=x", "-c", "user.email=x@example.org")
     for words in (("init", "-q"), ("add", "."), ("commit", "-q", "-m", "all")):
         subprocess.run([*git, *words], check=True)
-    with (tree / "launcher" / "jobs" / "train.py").open("a") as file:
+    with (tree / "launcher" / "config" / "job" / "train.py").open("a") as file:
         file.write("\nprint('edited and not committed')\n")
     python = stranger(lab.folder / "stranger")
     words = ("backend.code=sent", f"backend.python={python}", "tracker=local", *WITHOUT_CHECKPOINTS)

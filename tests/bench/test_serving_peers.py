@@ -60,10 +60,8 @@ def test_the_small_server_gives_each_request_its_own_tokens_and_length(scripts) 
 
     from peer_server import Job, answer, serve_jobs
 
-    from launcher.benchmarks.load.calls import Call
-    from launcher.benchmarks.load.client import Pool, Target, carry_out
-    from launcher.benchmarks.load.http import parse_address
-    from launcher.benchmarks.load.outcome import Outcome
+    from launcher.benchmarks.load_client import ConnectionPool, LoadTarget, send_request
+    from launcher.config.benchmark.serving import LoadRequest, RequestOutcome, parse_server_address
 
     batches: list[int] = []
 
@@ -83,17 +81,20 @@ def test_the_small_server_gives_each_request_its_own_tokens_and_length(scripts) 
                 for job in jobs:
                     job.give(ord(job.prompt[job.made % len(job.prompt)]))
 
-    async def ask() -> list[Outcome]:
+    async def ask() -> list[RequestOutcome]:
         jobs: queue.Queue[Job] = queue.Queue()
         peer = Peer()
         threading.Thread(target=serve_jobs, args=(peer, jobs), kwargs={"batch": 3}, daemon=True).start()
         server = await asyncio.start_server(lambda r, w: answer(r, w, peer, jobs), "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
-        pool = Pool(Target(address=parse_address(f"http://127.0.0.1:{port}"), model="m", keep_text=True))
+        pool = ConnectionPool(
+            LoadTarget(address=parse_server_address(f"http://127.0.0.1:{port}"), model="m", keep_text=True)
+        )
         calls = [
-            Call({"prompt": text, "max_tokens": count}) for text, count in (("ab", 3), ("xyz", 7), ("q", 1), ("w", 2))
+            LoadRequest({"prompt": text, "max_tokens": count})
+            for text, count in (("ab", 3), ("xyz", 7), ("q", 1), ("w", 2))
         ]
-        outcomes = [carry_out(call, Outcome(n, due_s=0.0), pool, start=0.0) for n, call in enumerate(calls)]
+        outcomes = [send_request(call, RequestOutcome(n, due_s=0.0), pool, start=0.0) for n, call in enumerate(calls)]
         found = await asyncio.gather(*outcomes)
         pool.close()
         server.close()

@@ -26,7 +26,7 @@ def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SOAK.parent))
     from serving_soak import Tally
 
-    from launcher.benchmarks.load.outcome import Outcome
+    from launcher.config.benchmark.serving import RequestOutcome
 
     tally = Tally()
     for error, text in (
@@ -38,11 +38,11 @@ def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
         ("frame", ""),
         ("500", ""),
     ):
-        tally.note_outcome(Outcome(0, due_s=0.0, error=error, why=error, text=text), "right")
+        tally.note_outcome(RequestOutcome(0, due_s=0.0, error=error, why=error, text=text), "right")
     assert tally.counts == {"finished": 1, "MIXED": 1, "refused": 1, "LOST": 2, "failed explicitly": 2}
-    tally.note_outcome(Outcome(0, due_s=0.0, error="connect", why="connect"), "right")
+    tally.note_outcome(RequestOutcome(0, due_s=0.0, error="connect", why="connect"), "right")
     assert tally.counts["LOST"] == 3
     ending = Tally(ends=True)
-    ending.note_outcome(Outcome(0, due_s=0.0, error="connect", why="connect"), "right")
+    ending.note_outcome(RequestOutcome(0, due_s=0.0, error="connect", why="connect"), "right")
     assert ending.counts == {"nobody there any more": 1}
     assert tally.examples["MIXED"] == "'other', not 'right'"

@@ -7,9 +7,9 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from launcher.benchmarks.decoding_ways import CompiledBlocks, Eager
+from launcher.benchmarks.quantization import CompiledBlocksDecoding, EagerDecoding
+from launcher.config.quantization import METHODS
 from launcher.quantization.convert import Converter
-from launcher.quantization.methods import METHODS
 
 LENGTH, TOKENS = 32, 10
 COMMON = {
@@ -37,7 +37,7 @@ if weights in METHODS:
     for name in converter.names:
         converter.convert(name)
 ids = torch.arange(8).view(1, 8) * 7 + 11
-ways = {"eager": Eager, "blocks": CompiledBlocks}
+ways = {"eager": EagerDecoding, "blocks": CompiledBlocksDecoding}
 chosen = {
     name: way(model, batch=1, length=LENGTH).go(ids, TOKENS, lambda: None)["chosen"] for name, way in ways.items()
 }

@@ -35,7 +35,9 @@ def steps(tmp_path_factory) -> dict[int, dict]:
     found = {}
     for every in (0, 2, 1):
         arguments = {**sizes, "every": every, "warmup": 0, "seed": 3, "rank": 0, "keep": str(folder / f"{every}")}
-        found[every] = run_isolated("launcher.benchmarks.encoder:step", arguments, beat=lambda: None, exact_peaks=True)
+        found[every] = run_isolated(
+            "launcher.benchmarks.activation:encoder_step", arguments, beat=lambda: None, exact_peaks=True
+        )
         found[every]["file"] = arguments["keep"]
     return found
 
@@ -50,15 +52,15 @@ def test_recomputing_takes_less_memory_and_changes_no_bit_of_a_gradient(steps) -
 def test_files_of_gradients_are_compared_by_tensor_and_bit(steps, tmp_path) -> None:
     from safetensors.torch import load_file, save_file
 
-    from launcher.benchmarks.encoder import compare
+    from launcher.benchmarks.activation import compare_gradients
 
-    same = compare(one=steps[0]["file"], other=steps[1]["file"], progress=lambda: None)
+    same = compare_gradients(one=steps[0]["file"], other=steps[1]["file"], progress=lambda: None)
     assert same == {"tensors": 48, "equal_tensors": 48, "largest_difference": 0.0}
     gradients = load_file(steps[0]["file"])
     gradients["layers.2.linear1.bias"][5] += 0.25
     gradients["layers.3.norm2.bias"][0] = -gradients["layers.3.norm2.bias"][0]
     save_file(gradients, tmp_path / "other")
-    other = compare(one=steps[0]["file"], other=str(tmp_path / "other"), progress=lambda: None)
+    other = compare_gradients(one=steps[0]["file"], other=str(tmp_path / "other"), progress=lambda: None)
     assert (other["tensors"], other["equal_tensors"]) == (48, 46)
     assert other["largest_difference"] == pytest.approx(0.25, abs=1e-6)
 
@@ -89,7 +91,7 @@ def test_the_command_leaves_figures_table_picture_and_metrics(launch) -> None:
 def test_a_case_that_fails_ends_the_run_and_is_named(launch) -> None:
     ended = launch(*TINY, "benchmark.sequence=100000000", "benchmark.repeats=1").expect(1)
     failure = json.loads((ended.run_dir / "failure.json").read_text())
-    assert "launcher.benchmarks.encoder:step ended with 1" in failure["error"]
+    assert "launcher.benchmarks.activation:encoder_step ended with 1" in failure["error"]
     assert "'sequence': 100000000" in failure["error"]
 
 
@@ -112,10 +114,10 @@ def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:
 
 
 def test_the_plan_shows_what_is_measured_and_nothing_that_is_not(plan_of) -> None:
-    from launcher.plan import Host
-    from launcher.render import render
+    from launcher.planning.render import render_plan
+    from launcher.protocol.plan import Host
 
-    text = render(plan_of(*TINY, hosts=[Host(name="box", slots=1, cores=4)]))
+    text = render_plan(plan_of(*TINY, hosts=[Host(name="box", slots=1, cores=4)]))
     assert "benchmark   activation repeats=3 layers=4 width=32" in text
     assert "benchmark.json" in text
     for word in ("gpt2", "sequences", "Model state", "optimizer", "loss.png", "checkpoints/"):

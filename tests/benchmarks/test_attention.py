@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from launcher.benchmarks.fit import exponent
-from launcher.compose import compose
+from launcher.benchmarks.results import power_law_exponent
+from launcher.config.compose import compose
 from launcher.errors import ConfigErrors
 
 WORDS = ("job=benchmark", "benchmark=attention", "parallel=single", "tracker=local")
@@ -18,28 +18,30 @@ NO_FLEX = ("mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash")
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> str:
-    from launcher.benchmarks.attending.exact import exact
+    from launcher.benchmarks.attention_kernels import write_reference
 
     file = str(tmp_path_factory.mktemp("exact") / "160.safetensors")
-    exact(keep={"160": file}, backward=True, progress=lambda: None, **SIZES)
+    write_reference(keep={"160": file}, backward=True, progress=lambda: None, **SIZES)
     return file
 
 
 def measured(kernel: str, reference: str, *, backward: bool, **others) -> dict:
-    from launcher.benchmarks.attending.step import measure
+    from launcher.benchmarks.attention import measure_kernel
 
     sizes = {**SIZES, "sequence": 160, **others}
-    return measure(kernel=kernel, backward=backward, warmup=0, reference=reference, progress=lambda: None, **sizes)
+    return measure_kernel(
+        kernel=kernel, backward=backward, warmup=0, reference=reference, progress=lambda: None, **sizes
+    )
 
 
 def test_the_reference_is_what_torch_computes_in_fp64(reference, monkeypatch) -> None:
     import torch
     from safetensors.torch import load_file
 
-    from launcher.benchmarks.attending import exact as module
-    from launcher.benchmarks.attending.layer import start
+    from launcher.benchmarks import attention_kernels as module
+    from launcher.benchmarks.attention_kernels import make_layer
 
-    layer, inputs, incoming = start(sequence=160, **SIZES)
+    layer, inputs, incoming = make_layer(sequence=160, **SIZES)
     leaf = inputs.double().requires_grad_()
     output = layer.double()(leaf, leaf, leaf)[0]
     output.backward(incoming.double())
@@ -48,13 +50,13 @@ def test_the_reference_is_what_torch_computes_in_fp64(reference, monkeypatch) ->
     torch.testing.assert_close(found["gradient"], leaf.grad, rtol=1e-12, atol=1e-12)
     monkeypatch.setattr(module, "_SCORES_AT_ONCE", 4 * 160 * 30)  # blocks of 30 queries, the last one of 10
     in_blocks = reference + ".blocks"
-    module.exact(keep={"160": in_blocks}, backward=True, progress=lambda: None, **SIZES)
+    module.write_reference(keep={"160": in_blocks}, backward=True, progress=lambda: None, **SIZES)
     torch.testing.assert_close(load_file(in_blocks), found, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kernel", NO_FLEX)
 def test_every_kernel_is_within_rounding_of_the_formula(kernel: str, reference) -> None:
-    from launcher.benchmarks.attention import TOLERANCES
+    from launcher.config.benchmark.attention import TOLERANCES
 
     forward = measured(kernel, reference, backward=False)
     assert 0 < forward["output_relative"] < TOLERANCES["fp32"]
@@ -67,14 +69,16 @@ def test_every_kernel_is_within_rounding_of_the_formula(kernel: str, reference) 
 
 
 def test_another_format_or_another_formula_is_no_rounding_of_fp32(reference, monkeypatch) -> None:
-    from launcher.benchmarks.attending import layer
-    from launcher.benchmarks.attention import TOLERANCES
+    from launcher.benchmarks import attention_kernels
+    from launcher.config.benchmark.attention import TOLERANCES
 
     short = measured("sdpa_flash", reference, backward=True, precision="bf16")
     assert short["output_relative"] > 100 * TOLERANCES["fp32"]
     assert short["gradient_relative"] > 100 * TOLERANCES["fp32"]
-    unscaled = layer._between(lambda query, key, value: (query @ key.transpose(-2, -1)).softmax(-1) @ value)
-    monkeypatch.setitem(layer.ATTEND, "eager", unscaled)
+    unscaled = attention_kernels._between_projections(
+        lambda query, key, value: (query @ key.transpose(-2, -1)).softmax(-1) @ value
+    )
+    monkeypatch.setitem(attention_kernels.KERNEL_FUNCTIONS, "eager", unscaled)
     assert measured("eager", reference, backward=False)["output_relative"] > 1e-2
 
 
@@ -82,7 +86,7 @@ def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
     from launcher.benchmarks.isolated import run_isolated
 
     asked = {**SIZES, "kernels": ("mha", "sdpa_flash", "flex"), "passes": ("backward",)}
-    here = run_isolated("launcher.benchmarks.attending.step:probe", asked, beat=lambda: None)
+    here = run_isolated("launcher.benchmarks.attention:probe_kernels", asked, beat=lambda: None)
     assert here["free_bytes"] > 2**28
     assert list(here["lacking"]) == ["flex/backward"]
     assert here["lacking"]["flex/backward"].startswith("FlexAttention does not support backward on CPU")
@@ -132,8 +136,8 @@ def test_what_does_not_fit_into_memory_or_is_not_offered_is_left_out_with_a_line
 
 
 def test_an_exponent_is_that_of_the_power_law() -> None:
-    assert exponent({size: 7 * size**1.5 for size in (3, 50, 1000)}) == pytest.approx(1.5)
-    assert exponent({100: 1, 200: 4, 400: 16}) == pytest.approx(2)
+    assert power_law_exponent({size: 7 * size**1.5 for size in (3, 50, 1000)}) == pytest.approx(1.5)
+    assert power_law_exponent({100: 1, 200: 4, 400: 16}) == pytest.approx(2)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +157,7 @@ def test_an_exponent_is_that_of_the_power_law() -> None:
     ],
 )
 def test_nonsense_is_refused(plan_of, words, message) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
     with pytest.raises(ConfigErrors, match=message):
         plan_of(*WORDS, *words, hosts=[Host(name="box", slots=1, cores=4)])

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from launcher.errors import ConfigErrors
-from launcher.render import render
+from launcher.planning.render import render_plan
 
 TINY = (
     *("+exp=batching_gpt2", "tracker=local", "model.layers=2", "model.heads=2", "model.width=32", "model.context=64"),
@@ -55,8 +55,8 @@ def test_what_compares_nothing_is_refused(plan_of, word, message) -> None:
 
 
 def test_the_plan_names_model_and_queue(plan_of) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
-    text = render(plan_of("+exp=batching_gpt2", hosts=[Host(name="box", slots=1, cores=4)]))
+    text = render_plan(plan_of("+exp=batching_gpt2", hosts=[Host(name="box", slots=1, cores=4)]))
     assert "gpt2, weights=random, precision=fp32" in text
     assert "50 requests of article" in text

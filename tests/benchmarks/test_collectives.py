@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from launcher.benchmarks.collectives import bus_share
+from launcher.config.benchmark.distributed import bus_bandwidth_factor
 from launcher.errors import ConfigErrors
 
 WORDS = ("job=benchmark", "benchmark=collectives", "tracker=local")
@@ -41,10 +41,10 @@ PLANTED = """
 import sys
 from types import SimpleNamespace
 from torch import distributed as dist
-from launcher.benchmarks import exchange
-from launcher.benchmarks.collectives import CollectivesBenchmark
-from launcher.rundir import RunDir
-from launcher.supervise.heartbeat import Heartbeat
+from launcher.benchmarks import collectives as exchange
+from launcher.config.benchmark.distributed import CollectivesBenchmark
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.heartbeat import Heartbeat
 from pathlib import Path
 
 def lossy(tensor, *rest, **options):
@@ -86,7 +86,7 @@ def test_a_wrong_value_on_one_rank_ends_the_job_on_all(tmp_path) -> None:
 
 
 def test_bandwidths_are_those_of_nccl_tests() -> None:
-    assert [bus_share(name, 4) for name in NAMES] == [1.5, 0.75, 0.75, 1.0, 0.75]
+    assert [bus_bandwidth_factor(name, 4) for name in NAMES] == [1.5, 0.75, 0.75, 1.0, 0.75]
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
     ],
 )
 def test_nonsense_is_refused(plan_of, words, ranks, message) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
     with pytest.raises(ConfigErrors, match=message):
         plan_of(*WORDS, *words, hosts=[Host(name="box", slots=ranks, cores=4)])
 
 
 def test_the_plan_shows_sizes_and_counts_measurements(plan_of) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
     plan = plan_of(*WORDS, "benchmark.largest_bytes=20_000", hosts=[Host(name="box", slots=2, cores=4)])
     assert plan.outline["messages"] == "1.00 KiB, 4.00 KiB, 16.00 KiB"

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from launcher.benchmarks.carried import packed, unpacked
-from launcher.compose import compose
-from launcher.data.stream import open_stream
-from launcher.data.tokens import token_folder
+from launcher.benchmarks.isolated import pack_component, unpack_component
+from launcher.config.compose import compose
+from launcher.data.dataset import open_stream
+from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigErrors
 
 WORDS = ("job=benchmark", "benchmark=data", "parallel=single", "tracker=local")
@@ -47,10 +47,10 @@ def test_the_command_tokenises_into_an_empty_cache_and_loads_from_a_full_one(lau
 def test_batches_are_those_of_training(tmp_path) -> None:
     import hashlib
 
-    from launcher.batch import Batch
-    from launcher.benchmarks.reading import load_batches
-    from launcher.data.loader import Loader
-    from launcher.data.open import open_splits
+    from launcher.benchmarks.data import load_batches
+    from launcher.config.batch import Batch
+    from launcher.data.dataloader import Loader
+    from launcher.data.dataset import open_splits
 
     run = compose([*WORDS, "data.vocab_size=300", f"data.cache={tmp_path}"]).run
     asked = {"sequence_length": 16, "micro_batch": 4, "seconds": 0.05, "seed": 7, "warmup": 0}
@@ -70,7 +70,7 @@ def test_batches_are_those_of_training(tmp_path) -> None:
 def test_components_survive_the_way_into_another_process(words) -> None:
     run = compose([*WORDS, *words]).run
     for component in (run.data, run.model):
-        assert unpacked(json.loads(json.dumps(packed(component)))) == component
+        assert unpack_component(json.loads(json.dumps(pack_component(component)))) == component
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_components_survive_the_way_into_another_process(words) -> None:
     ],
 )
 def test_nonsense_is_refused(plan_of, words, message) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
     with pytest.raises(ConfigErrors, match=message):
         plan_of(*WORDS, *words, hosts=[Host(name="box", slots=1, cores=4)])

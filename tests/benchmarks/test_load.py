@@ -12,13 +12,25 @@ from typing import Any
 
 import pytest
 
-from launcher.benchmarks.load.calls import Call, arrivals, drawn_calls, read_trace
-from launcher.benchmarks.load.client import Target
-from launcher.benchmarks.load.drive import Load, closed_loop, open_loop
-from launcher.benchmarks.load.figures import Slo, figures, percentile, tokens_between
-from launcher.benchmarks.load.http import parse_address
-from launcher.benchmarks.load.lengths import parse_lengths
-from launcher.benchmarks.load.outcome import Outcome
+from launcher.benchmarks.load_client import LoadTarget
+from launcher.benchmarks.load_generator import (
+    LoadResult,
+    closed_loop,
+    open_loop,
+    percentile,
+    poisson_arrivals,
+    random_requests,
+    summarize_load,
+    tokens_between,
+)
+from launcher.config.benchmark.serving import (
+    LoadRequest,
+    RequestOutcome,
+    Slo,
+    parse_length_distribution,
+    parse_server_address,
+    read_trace,
+)
 
 Handler = Callable[[dict[str, Any], asyncio.StreamWriter], Coroutine[Any, Any, None]]
 
@@ -55,8 +67,8 @@ class Fake:
         finally:
             writer.transport.abort()
 
-    def target(self, **options: Any) -> Target:
-        return Target(address=parse_address(f"http://127.0.0.1:{self.port}"), model="m", **options)
+    def target(self, **options: Any) -> LoadTarget:
+        return LoadTarget(address=parse_server_address(f"http://127.0.0.1:{self.port}"), model="m", **options)
 
     def close(self) -> None:
         async def end() -> None:
@@ -108,8 +120,8 @@ async def stream(body: dict[str, Any], writer: asyncio.StreamWriter) -> None:
     writer.write(chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n")
 
 
-def calls(count: int, **fields: Any) -> list[Call]:
-    return [Call({"prompt": "a b c", "max_tokens": 4, **fields})] * count
+def calls(count: int, **fields: Any) -> list[LoadRequest]:
+    return [LoadRequest({"prompt": "a b c", "max_tokens": 4, **fields})] * count
 
 
 def test_a_closed_loop_keeps_as_many_calls_under_way_as_it_is_told(fake) -> None:
@@ -141,7 +153,7 @@ def test_the_end_of_the_time_breaks_off_what_is_under_way_and_its_tokens_count(f
     assert sum(outcome.error == "unfinished" for outcome in load.outcomes) == 2
     endless = closed_loop(server.target(), calls(2, max_tokens=10_000), concurrency=2, seconds=0.3)
     assert [outcome.error for outcome in endless.outcomes] == ["unfinished"] * 2
-    found = figures(endless, slo=Slo())
+    found = summarize_load(endless, slo=Slo())
     assert (found["errors"], found["unfinished"], found["requests"]) == (0, 2, 0)
     told = sum(len(outcome.chunks_s) for outcome in endless.outcomes)
     assert told > 4
@@ -157,7 +169,7 @@ def test_in_an_open_loop_a_stall_of_the_server_counts_from_when_calls_were_due(f
             await stream(body, writer)
 
     server = fake(one_after_the_other)
-    due = [Call({"prompt": "a", "max_tokens": 1}, at_s=0.01 * number) for number in range(8)]
+    due = [LoadRequest({"prompt": "a", "max_tokens": 1}, at_s=0.01 * number) for number in range(8)]
     load = open_loop(server.target(), due)
     assert [round(outcome.due_s, 6) for outcome in load.outcomes] == [call.at_s for call in due]
     assert server.connections == 8  # none waits for another one's answer before it is sent
@@ -193,7 +205,7 @@ def test_errors_are_counted_by_kind_and_the_next_call_goes_on(fake, answer, kind
     bad, good = calls(1, prompt="bad"), calls(1, prompt="good")
     load = closed_loop(fake(badly).target(timeout_s=1.0), bad + good, concurrency=1)
     assert [outcome.error for outcome in load.outcomes] == [kind, ""]
-    found = figures(load, slo=Slo())
+    found = summarize_load(load, slo=Slo())
     assert (found[f"error/{kind}"], found["errors"], found["requests"]) == (1, 1, 1)
 
 
@@ -208,20 +220,20 @@ def test_an_answer_that_is_no_stream_counts_too(fake) -> None:
 
 
 def test_nobody_there() -> None:
-    target = Target(address=parse_address("http://127.0.0.1:9"), model="m")
+    target = LoadTarget(address=parse_server_address("http://127.0.0.1:9"), model="m")
     (outcome,) = closed_loop(target, calls(1), concurrency=1).outcomes
     assert outcome.error == "connect"
 
 
 def test_the_same_seed_gives_the_same_load() -> None:
-    lengths = {"inputs": parse_lengths("lognormal:20:1.0:90"), "outputs": parse_lengths("3-9")}
-    one, two, other = (list(islice(drawn_calls(seed=seed, **lengths), 200)) for seed in (1, 1, 2))
+    lengths = {"inputs": parse_length_distribution("lognormal:20:1.0:90"), "outputs": parse_length_distribution("3-9")}
+    one, two, other = (list(islice(random_requests(seed=seed, **lengths), 200)) for seed in (1, 1, 2))
     assert one == two != other
     words = [len(call.fields["prompt"].split()) for call in one]
     assert max(words) <= 90
     assert 12 < percentile(words, 50) < 32
     assert {call.fields["max_tokens"] for call in one} == set(range(3, 10))
-    times = list(islice(arrivals(seed=1, rate=50.0), 5000))
+    times = list(islice(poisson_arrivals(seed=1, rate=50.0), 5000))
     assert times == sorted(times)
     assert times[-1] == pytest.approx(100, rel=0.05)
 
@@ -229,13 +241,13 @@ def test_the_same_seed_gives_the_same_load() -> None:
 @pytest.mark.parametrize("text", ["", "0", "9-3", "0-3", "x", "lognormal:0:1:5", "lognormal:4:1", "-1"])
 def test_what_is_no_distribution_of_lengths_is_refused(text) -> None:
     with pytest.raises(ValueError, match="length"):
-        parse_lengths(text)
+        parse_length_distribution(text)
 
 
 def test_a_trace_is_read_and_its_bad_lines_named(tmp_path) -> None:
     path = tmp_path / "trace.jsonl"
     path.write_text('{"prompt": "a", "max_tokens": 2, "at_s": 1.5}\n\n{"messages": []}\n')
-    assert read_trace(path) == [Call({"prompt": "a", "max_tokens": 2}, 1.5), Call({"messages": []}, 0.0)]
+    assert read_trace(path) == [LoadRequest({"prompt": "a", "max_tokens": 2}, 1.5), LoadRequest({"messages": []}, 0.0)]
     for line, message in (
         ("{}", "line 1 needs"),
         ("[", "line 1 is no call"),
@@ -250,18 +262,20 @@ def test_a_trace_is_read_and_its_bad_lines_named(tmp_path) -> None:
 @pytest.mark.parametrize("url", ["https://x", "x:1", "http://", "http://x/?a=1"])
 def test_what_is_no_address_is_refused(url) -> None:
     with pytest.raises(ValueError, match="address"):
-        parse_address(url)
+        parse_server_address(url)
 
 
-def outcome(due_s: float, chunks_s: list[float], tokens: int, error: str = "") -> Outcome:
-    return Outcome(
+def outcome(due_s: float, chunks_s: list[float], tokens: int, error: str = "") -> RequestOutcome:
+    return RequestOutcome(
         0, due_s=due_s, sent_s=due_s + 0.5, chunks_s=chunks_s, end_s=chunks_s[-1], tokens=tokens, error=error
     )
 
 
 def test_figures_of_known_outcomes() -> None:
     outcomes = [outcome(0, [1, 2, 4], 3), outcome(1, [4, 5], 4), outcome(2, [3.0], 1, error="cut")]
-    found = figures(Load(outcomes=outcomes, elapsed_s=5.0, cpu_s=0.1), slo=Slo(first_s=2.0, per_token_s=1.5))
+    found = summarize_load(
+        LoadResult(outcomes=outcomes, elapsed_s=5.0, cpu_s=0.1), slo=Slo(first_s=2.0, per_token_s=1.5)
+    )
     assert (found["requests"], found["errors"], found["error/cut"]) == (2, 1, 1)
     assert (found["first_p50_s"], found["first_mean_s"], found["whole_p99_s"]) == (2.0, 2.0, 4.0)
     assert found["gap_p50_s"] == 1.0

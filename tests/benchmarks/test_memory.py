@@ -7,8 +7,8 @@ import json
 import pytest
 
 from launcher.errors import ConfigErrors
-from launcher.plan import Host
-from launcher.render import render
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import Host
 
 TINY = (
     *("job=benchmark", "benchmark=memory", "tracker=local", "backend.ranks=2", "backend.threads=1"),
@@ -62,11 +62,11 @@ def test_a_strategy_that_is_late_ends_the_run_and_is_named(launch) -> None:
 def test_a_storage_counts_once_and_with_the_first_part_that_it_belongs_to() -> None:
     import torch
 
-    from launcher.engines.held import state_held
+    from launcher.engines.model_state import state_bytes
 
     flat = torch.zeros(100)
     weight, twin, gradient = flat[:40], flat[40:], torch.zeros(30, dtype=torch.bfloat16)
-    held = state_held(
+    held = state_bytes(
         parameters=[weight, twin, torch.empty(0)],
         gradients=[gradient, None],
         optimizer=[flat, torch.zeros(5)],
@@ -93,6 +93,6 @@ def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:
 
 
 def test_the_plan_counts_the_parameters(plan_of) -> None:
-    text = render(plan_of("+exp=memory_gpt2", hosts=[Host(name="box", slots=2, cores=4)]))
+    text = render_plan(plan_of("+exp=memory_gpt2", hosts=[Host(name="box", slots=2, cores=4)]))
     assert "gpt2, 124,439,808 parameters, precision=fp32" in text
     assert "single, ddp, zero1, zero2, zero3, zero3_offload, fsdp" in text

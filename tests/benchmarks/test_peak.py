@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import torch
-from launcher.benchmarks.peak import PeakMemory
+from launcher.benchmarks.instruments import PeakMemory
 held = [torch.ones({held} * 2**18) for _ in range(2)]   # MiB
 gone = torch.ones(64 * 2**18); del gone
 peak = PeakMemory(torch.device("cpu"))

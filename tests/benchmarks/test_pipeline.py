@@ -7,11 +7,11 @@ import time
 
 import pytest
 
-from launcher.benchmarks.bubble import formula, longest_path
-from launcher.benchmarks.pipelined import Pipelined
+from launcher.benchmarks.pipeline import longest_path
+from launcher.config.benchmark.distributed import PipelineCase, bubble_fraction
 from launcher.errors import ConfigErrors, JobError
-from launcher.plan import Host
-from launcher.render import render
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import Host
 
 TINY = (
     *("job=benchmark", "benchmark=pipeline", "tracker=local", "backend.ranks=2", "backend.threads=1"),
@@ -65,7 +65,7 @@ def test_passes_count_as_work_and_waiting_does_not(monkeypatch: pytest.MonkeyPat
     import torch
     from torch.distributed.pipelining import PipelineStage
 
-    from launcher.benchmarks.stages import BusyMeter
+    from launcher.benchmarks.pipeline import BusyMeter
 
     class Sleeper(torch.nn.Module):
         def forward(self) -> None:
@@ -90,7 +90,7 @@ def gpipe_order(ranks: int, micro_batches: int) -> dict[int, list[tuple[int, str
 @pytest.mark.parametrize(("ranks", "micro_batches"), [(2, 2), (2, 8), (4, 4), (4, 16)])
 def test_formula_and_longest_path_agree(ranks: int, micro_batches: int) -> None:
     expected = (ranks - 1) / (micro_batches + ranks - 1)
-    assert formula("gpipe", ranks=ranks, micro_batches=micro_batches, chunks=1) == expected
+    assert bubble_fraction("gpipe", ranks=ranks, micro_batches=micro_batches, chunks=1) == expected
     order = gpipe_order(ranks, micro_batches)
     assert longest_path(order, stretches=ranks) == pytest.approx(expected)
 
@@ -109,13 +109,13 @@ def test_formula_and_longest_path_agree(ranks: int, micro_batches: int) -> None:
 def test_formulas_give_what_the_papers_do(
     schedule: str, ranks: int, micro_batches: int, chunks: int, expected: float | None
 ) -> None:
-    assert formula(schedule, ranks=ranks, micro_batches=micro_batches, chunks=chunks) == expected
+    assert bubble_fraction(schedule, ranks=ranks, micro_batches=micro_batches, chunks=chunks) == expected
 
 
 def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
-    from launcher.benchmarks.report_of_pipeline import theory_of
+    from launcher.benchmarks.pipeline import theory_of
 
-    one = Pipelined(passes="sleep", work="train", schedule="gpipe", stages=2, micro_batches=4)
+    one = PipelineCase(passes="sleep", work="train", schedule="gpipe", stages=2, micro_batches=4)
     assert theory_of(one, gpipe_order(2, 4)) == pytest.approx(1 / 5)
     with pytest.raises(JobError, match=r"20\.00% by the formula, 33\.33% by the longest path"):
         theory_of(one, gpipe_order(2, 2))
@@ -149,7 +149,7 @@ def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:
 
 
 def test_the_plan_says_what_is_left_out(plan_of) -> None:
-    text = render(plan_of("+exp=pipeline_bubble", hosts=[Host(name="box", slots=4, cores=4)]))
+    text = render_plan(plan_of("+exp=pipeline_bubble", hosts=[Host(name="box", slots=4, cores=4)]))
     assert "200 ms for a forward pass" in text
     assert "39 in each of 3 rounds" in text
     assert "1f1b, 4 stages, 2 micro-batches: the schedule takes 4 micro-batches there" in text

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigErrors
-from launcher.files import read_json
+from launcher.utils.files import read_json
 
 WAYS = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
 WORDS = ("job=benchmark", "benchmark=quantization", "model=llama_tiny", "parallel=single", "tracker=local")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.context import Context
+from launcher.config.compose import compose
+from launcher.engines.context import Context
 from launcher.errors import ConfigErrors
-from launcher.rundir import RunDir
-from launcher.supervise.heartbeat import Heartbeat
+from launcher.protocol.heartbeat import Heartbeat
+from launcher.protocol.rundir import RunDir
 
 WORDS = (
     *("+exp=cache_gpt2", "tracker=local", "backend.ranks=1", "model=gpt2_tiny", "model.layers=2", "model.width=32"),

@@ -62,7 +62,7 @@ def test_a_server_that_is_not_there_ends_the_run(launch) -> None:
     ],
 )
 def test_what_measures_nothing_is_refused(plan_of, word, message) -> None:
-    from launcher.plan import Host
+    from launcher.protocol.plan import Host
 
     with pytest.raises(ConfigErrors, match=message):
         plan_of(

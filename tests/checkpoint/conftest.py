@@ -7,22 +7,22 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import Manifest, describe
-from launcher.checkpoint.policy import Checkpoint
-from launcher.checkpoint.store import CheckpointStore, Saved
-from launcher.models.gpt2 import Gpt2
-from launcher.parallel.zero import Zero
-from launcher.precision import Bf16
+from launcher.checkpoint.manifest import CheckpointManifest, describe_checkpoint
+from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
+from launcher.config.checkpoint import Checkpoint
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Bf16Precision
 
 MODEL = Gpt2(name="tiny", layers=2, heads=2, width=16)
 PARALLEL = Zero(stage=3)
-PRECISION = Bf16()
-Save = Callable[..., Saved]
+PRECISION = Bf16Precision()
+Save = Callable[..., SavedCheckpoint]
 
 
-def manifest_of(step: int, *, eval_loss: float | None = None) -> Manifest:
+def manifest_of(step: int, *, eval_loss: float | None = None) -> CheckpointManifest:
     """Return the manifest that a run of these components writes on 2 ranks."""
-    return describe(
+    return describe_checkpoint(
         model=MODEL,
         parallel=PARALLEL,
         precision=PRECISION,
@@ -38,7 +38,7 @@ def manifest_of(step: int, *, eval_loss: float | None = None) -> Manifest:
 def save(tmp_path: Path) -> Save:
     """Save a checkpoint of a step into ``tmp_path/checkpoints``: one file in the folder, one below it."""
 
-    def write(step: int, *, eval_loss: float | None = None, **policy: int | bool) -> Saved:
+    def write(step: int, *, eval_loss: float | None = None, **policy: int | bool) -> SavedCheckpoint:
         store = CheckpointStore(tmp_path / "checkpoints", Checkpoint(**policy))  # type: ignore[arg-type]
         pending = store.begin(step)
         (pending / "model.bin").write_bytes(bytes(step))

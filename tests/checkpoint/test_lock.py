@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.lock import RunLock
 from launcher.errors import ConfigError
+from launcher.runs.lock import RunLock
 
 HOLD = """
 import subprocess, sys, time
 from pathlib import Path
-from launcher.checkpoint.lock import RunLock
+from launcher.runs.lock import RunLock
 lock = RunLock(Path(sys.argv[1])).acquire()
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 print(child.pid, flush=True)

@@ -13,18 +13,18 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import checksums, damaged_files, read_manifest, share_of
-from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.manifest import checksums, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore
-from launcher.files import atomic_file, read_json, sha256_of, write_json
+from launcher.config.checkpoint import Checkpoint
+from launcher.utils.files import atomic_file, read_json, sha256_of, write_json
 
 from .conftest import Save, manifest_of
 
 WRITERS = """
 import os, sys
 from pathlib import Path
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.manifest import CheckpointManifest as Manifest
+from launcher.config.checkpoint import Checkpoint
 from launcher.checkpoint.store import CheckpointStore
 
 def write_for_ever():
@@ -118,7 +118,7 @@ def test_checksums_that_another_rank_is_writing_are_no_payload(tmp_path: Path) -
 
 def test_every_file_is_in_one_share_and_shares_are_alike() -> None:
     sizes = {f"{number}": 100 - number for number in range(40)} | {"large": 1000}
-    shares = [share_of(sizes, part=part, parts=4) for part in range(4)]
+    shares = [files_of_part(sizes, part=part, parts=4) for part in range(4)]
     assert sorted(itertools.chain(*shares)) == sorted(sizes)
     assert max(sum(sizes[name] for name in share) for share in shares) <= 1.1 * sum(sizes.values()) / 4
 

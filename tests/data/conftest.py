@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.data.hf import HfData
-from launcher.data.text import Text
-from launcher.models.gpt2 import Gpt2
+from launcher.config.data.hf import HfData
+from launcher.config.data.text import Text
+from launcher.config.model.gpt2 import Gpt2
 
 TEXT = "\n".join(f"Line {i} of the text says that {i} times {i} is {i * i}." for i in range(300))
 

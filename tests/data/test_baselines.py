@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from launcher.data.baselines import uniform_loss, unigram_loss
+from launcher.data.dataset import uniform_loss, unigram_loss
 
 
 def test_uniform_is_the_logarithm_of_the_vocabulary() -> None:

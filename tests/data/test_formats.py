@@ -23,14 +23,14 @@ import pyarrow.parquet
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from launcher.compose import compose
-from launcher.data import rows as rows_module
-from launcher.data.base import Data
-from launcher.data.formats import BadFile, inspect, look_bytes_of_each
-from launcher.data.hf import HfData
-from launcher.data.text import Text
+from launcher.config.compose import compose
+from launcher.config.data import rows as rows_module
+from launcher.config.data.base import Data
+from launcher.config.data.formats import BadFile, inspect_file, look_bytes_of_each
+from launcher.config.data.hf import HfData
+from launcher.config.data.text import Text
+from launcher.config.option_text import quoted_word
 from launcher.errors import ConfigError
-from launcher.wording import quoted_word
 
 ROWS = [f"Row {i} holds, äsh, some words and a quote: {chr(34)}." for i in range(60)]
 PROSE = "\n".join(f"Line {i} of plain prose, which is what is learnt." for i in range(60)) + "\n"
@@ -243,7 +243,7 @@ def test_what_must_be_converted_is_refused_with_the_command_that_does(
     assert why in message
     made = follow(message, tmp_path)
     assert made.read_bytes() == (inside.encode() if isinstance(inside, str) else inside)
-    inspect(made, plain="data.format=text")
+    inspect_file(made, plain="data.format=text")
 
 
 @pytest.mark.parametrize(
@@ -382,7 +382,7 @@ def test_line_ends_of_any_kind_are_newlines_over_the_ends_of_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for size in (1, 2, 3, 7):
-        monkeypatch.setattr("launcher.data.files._PIECE_BYTES", size)
+        monkeypatch.setattr("launcher.config.data.files._PIECE_BYTES", size)
         (tmp_path / "x.txt").write_bytes("\ufeffone\r\ntwo\rthree\nvier 文字\r".encode())
         assert "".join(texts(Text(path=f"{tmp_path}/x.txt"))) == "one\ntwo\nthree\nvier 文字\n"
 
@@ -472,7 +472,7 @@ def test_the_plan_knows_the_columns_of_local_files(tmp_path: Path, content: byte
     if content == b"text\n":
         file = file.rename(tmp_path / "x.csv")
         expected = "holds no rows"
-    kind = inspect(file, plain="").kind
+    kind = inspect_file(file, plain="").kind
     given = HfData(path="json" if kind == "jsonl" else kind, files=(str(file),), column=column)
     (message,) = problems(given)
     assert expected in message or "holds no rows" in message
@@ -529,7 +529,7 @@ def test_damage_of_columns_is_named(tmp_path: Path) -> None:
     for name, content in (("x.parquet", parquet()[:-20]), ("x.arrow", arrow(is_stream=False)[:40])):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadFile, match="damaged or cut off"):
-            rows_module.first_rows(tmp_path / name, inspect(tmp_path / name, plain=""), longest_line=99)
+            rows_module.first_rows(tmp_path / name, inspect_file(tmp_path / name, plain=""), longest_line=99)
 
 
 def test_slices_of_local_files(tmp_path: Path) -> None:

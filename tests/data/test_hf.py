@@ -12,10 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from launcher.data.hf import HfData
-from launcher.data.open import open_splits
+from launcher.config.data.hf import HfData
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data.dataset import open_splits
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.models.gpt2 import Gpt2
 
 ROWS = [f"Row number {i} holds some words." for i in range(200)]
 MakeRows = Callable[..., HfData]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.batch import Batch
-from launcher.data.loader import IGNORED, Loader, MicroBatch
-from launcher.data.open import Splits, open_splits
-from launcher.data.synthetic import Synthetic
+from launcher.config.batch import Batch
+from launcher.config.data.base import Synthetic
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data.dataloader import IGNORE_INDEX, Loader, MicroBatch
+from launcher.data.dataset import Splits, open_splits
 from launcher.errors import ConfigError
-from launcher.models.gpt2 import Gpt2
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,10 @@ def test_evaluation_counts_each_sequence_once_in_equally_many_batches(wanted: in
     assert len({len(share) for share in shares}) == 1
     assert all(part.labels.shape == (2, 4) for share in shares for part in share)
     labelled = [
-        row[0].item() - 1 for share in shares for part in share for row in part.labels if (row != IGNORED).all()
+        row[0].item() - 1 for share in shares for part in share for row in part.labels if (row != IGNORE_INDEX).all()
     ]
     assert sorted(labelled) == list(range(min(wanted, 11)))
-    assert all(((part.labels == IGNORED).sum(dim=1) % 4 == 0).all() for share in shares for part in share)
+    assert all(((part.labels == IGNORE_INDEX).sum(dim=1) % 4 == 0).all() for share in shares for part in share)
 
 
 def test_synthetic_walks_follow_the_table() -> None:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from launcher.batch import Batch
-from launcher.data.order import positions, sample_index
+from launcher.config.batch import Batch
+from launcher.data.dataloader import batch_positions, sample_index
 
 
 @pytest.mark.parametrize("num_sequences", [1, 2, 3, 4, 5, 7, 16, 17, 100, 833, 1024, 1025])
@@ -52,7 +52,7 @@ SPLITS = [
 
 @pytest.mark.parametrize("batch", SPLITS, ids=str)
 def test_a_step_holds_the_same_positions_however_it_is_divided(batch: Batch) -> None:
-    shares = [positions(rank, batch=batch) for rank in range(batch.data_parallel)]
+    shares = [batch_positions(rank, batch=batch) for rank in range(batch.data_parallel)]
     assert all(len(share) == batch.accumulation for share in shares)
     assert all(len(places) == batch.micro for share in shares for places in share)
     in_order = [at for part in range(batch.accumulation) for share in shares for at in share[part]]

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.data.base import Data
-from launcher.data.files import expand
-from launcher.data.hf import HfData
-from launcher.data.open import open_splits
-from launcher.data.text import Text
+from launcher.config.data.base import Data
+from launcher.config.data.files import expand
+from launcher.config.data.hf import HfData
+from launcher.config.data.text import Text
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data.dataset import open_splits
 from launcher.errors import ConfigError
-from launcher.models.gpt2 import Gpt2
 
 
 def problems(data: Data) -> list[str]:

@@ -13,16 +13,14 @@ import datasets
 import numpy as np
 import pytest
 
-from launcher.data.bpe import train_bpe
-from launcher.data.open import open_splits
-from launcher.data.stream import open_stream
-from launcher.data.text import Text
-from launcher.data.tokens import save_tokenizer, token_folder
+from launcher.config.data.text import Text
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data.dataset import open_splits, open_stream
+from launcher.data.token_cache import save_tokenizer, token_folder, train_bpe
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.files import read_json
-from launcher.models.gpt2 import Gpt2
+from launcher.inference.tokenizer import load_text_tokenizer
 from launcher.models.tokenizer import load_tokenizer
-from launcher.serving.words import load_words
+from launcher.utils.files import read_json
 
 MakeText = Callable[..., Text]
 
@@ -51,9 +49,9 @@ def test_datasets_reads_the_same_tokens(text: MakeText, model: Gpt2) -> None:
 
 def test_segments_join_without_a_seam(text: MakeText, model: Gpt2, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_stream(token_folder(text(), model, beat=quiet)[0])
-    monkeypatch.setattr("launcher.data.tokens._ROWS_AT_ONCE", 1)
-    monkeypatch.setattr("launcher.data.tokens._PIECES_AT_ONCE", 1)
-    monkeypatch.setattr("launcher.data.files._PIECE_BYTES", 64)
+    monkeypatch.setattr("launcher.data.token_cache._ROWS_AT_ONCE", 1)
+    monkeypatch.setattr("launcher.data.token_cache._PIECES_AT_ONCE", 1)
+    monkeypatch.setattr("launcher.config.data.files._PIECE_BYTES", 64)
     data = text(cache=text().cache + "2")
     cut = open_stream(token_folder(data, model, beat=quiet)[0])
     assert len(cut._segments) > 50
@@ -65,8 +63,8 @@ def test_segments_join_without_a_seam(text: MakeText, model: Gpt2, monkeypatch: 
 
 def test_four_processes_build_it_once(text: MakeText, tmp_path: Path) -> None:
     script = (
-        "import sys; from launcher.data.open import open_splits; from launcher.data.text import Text\n"
-        "from launcher.data import tokens; from launcher.models.gpt2 import Gpt2\n"
+        "import sys; from launcher.data.dataset import open_splits; from launcher.config.data.text import Text\n"
+        "from launcher.data import token_cache as tokens; from launcher.config.model.gpt2 import Gpt2\n"
         "model = Gpt2(name='small', layers=1, heads=2, width=8, context=64, vocab_size=400)\n"
         "train = tokens.train_bpe\n"
         "tokens.train_bpe = lambda *a, **k: print('built') or train(*a, **k)\n"
@@ -122,7 +120,7 @@ def test_other_text_or_another_vocabulary_is_another_cache(text: MakeText, model
 
 def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: Path) -> None:
     script = (
-        "import sys; from launcher.data.bpe import train_bpe; from launcher.data.text import Text\n"
+        "import sys; from launcher.data.token_cache import train_bpe; from launcher.config.data.text import Text\n"
         "print(train_bpe(Text().pieces(), vocab_size=900).to_json())"
     )
     jsons = {
@@ -159,7 +157,7 @@ def test_a_tokenizer_trained_here_is_saved_as_others_load_it(text: MakeText, mod
     data = text()
     tokenizer = token_folder(data, model, beat=lambda: None)[1]
     save_tokenizer(data, model, tokenizer, tmp_path / "saved", beat=lambda: None)
-    loaded, served = load_tokenizer(tmp_path / "saved", option="x"), load_words(tmp_path / "saved")
+    loaded, served = load_tokenizer(tmp_path / "saved", option="x"), load_text_tokenizer(tmp_path / "saved")
     assert loaded.end_id == tokenizer.end_id == read_json(tmp_path / "saved" / "generation_config.json")["eos_token_id"]
     for ids in (tokenizer.encode("the 漢 cat"), loaded.encode("the 漢 cat"), served.encode("the 漢 cat")):
         assert tokenizer.decode(ids) == "the 漢 cat"

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launcher.doctor.examine import examine
-from launcher.doctor.facts import HostFacts, Request, Software, Storage
-from launcher.doctor.report import Report
-from launcher.plan import Host
-from launcher.remote.command import Remote
+from launcher.doctor.examine import examine_hosts
+from launcher.doctor.protocol import HostFacts, ProbeRequest, Software, Storage
+from launcher.doctor.report import DoctorReport
+from launcher.protocol.plan import Host
+from launcher.remote.command import RemoteCommand
 
 _GIB = 2**30
 
@@ -75,7 +75,7 @@ NAMED_PROBE = (
 )
 """A probe that tells a host name of its own: without that, all would be found to be one machine."""
 
-Examine = Callable[..., Report]
+Examine = Callable[..., DoctorReport]
 
 
 @pytest.fixture
@@ -90,14 +90,14 @@ def examine_here(tmp_path: Path) -> Examine:
         port: int | None = None,
         run_dir: Path = tmp_path / "runs" / "x",
         deadline_s: float = 60.0,
-    ) -> Report:
+    ) -> DoctorReport:
         hosts = [Host(name=f"node{number}", slots=1, login=f"node{number}") for number in range(1, num_hosts + 1)]
 
-        def remote(host: Host, module: str) -> Remote:
+        def remote(host: Host, module: str) -> RemoteCommand:
             assert module == "launcher.doctor.probe"
-            return Remote(argv=(commands or {}).get(host.name, (*NAMED_PROBE, host.name)))
+            return RemoteCommand(argv=(commands or {}).get(host.name, (*NAMED_PROBE, host.name)))
 
-        request = Request(run_dir=str(run_dir), port=port)
-        return examine(hosts, remote, request, quick=quick, deadline_s=deadline_s)
+        request = ProbeRequest(run_dir=str(run_dir), port=port)
+        return examine_hosts(hosts, remote, request, quick=quick, deadline_s=deadline_s)
 
     return examined

@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.doctor.report import Report
+from launcher.doctor.report import DoctorReport
 
 from .conftest import NAMED_PROBE, Examine
 
@@ -23,7 +23,7 @@ PROBE = (sys.executable, "-m", "launcher.doctor.probe")
 SILENT = ("sleep", "1000")
 
 
-def errors_of(report: Report) -> dict[str, str]:
+def errors_of(report: DoctorReport) -> dict[str, str]:
     """Return what is wrong with each host."""
     return {found.host: found.what for found in report.errors}
 

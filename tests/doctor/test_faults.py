@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import launcher
-from launcher.backends.ssh import Ssh
-from launcher.doctor.examine import examine, usual_deadline_s
-from launcher.doctor.facts import Request
-from launcher.doctor.finding import Finding, Level
-from launcher.doctor.report import Report
-from launcher.ports import free_port
+from launcher.config.backend.ssh import SshBackend
+from launcher.doctor.examine import examine_hosts, usual_deadline_s
+from launcher.doctor.protocol import ProbeRequest
+from launcher.doctor.report import DoctorReport, Finding, Level
+from launcher.utils.system import free_port
 
 if TYPE_CHECKING:
     from hostlab.lab import Lab
@@ -61,19 +60,21 @@ def _wait_until_idle(lab: Lab, name: str) -> None:
         time.sleep(0.05)
 
 
-def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None, **options: Any) -> Report:
+def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None, **options: Any) -> DoctorReport:
     """Examine the hosts of ``lab`` with the ssh backend, and check that it takes no longer than it may."""
-    backend = Ssh(**{"hostfile": str(lab.hostfile), "ssh_config": str(lab.ssh_config), **options})
-    request = Request(run_dir=str(folder / "runs"), port=port)
+    backend = SshBackend(**{"hostfile": str(lab.hostfile), "ssh_config": str(lab.ssh_config), **options})
+    request = ProbeRequest(run_dir=str(folder / "runs"), port=port)
     hosts = backend.hosts(max_ranks=None)
-    report = examine(hosts, backend.remote, request, quick=quick, deadline_s=usual_deadline_s(len(hosts), quick=quick))
+    report = examine_hosts(
+        hosts, backend.remote, request, quick=quick, deadline_s=usual_deadline_s(len(hosts), quick=quick)
+    )
     assert quick or report.errors or report.pairs
     assert not quick or report.elapsed_s < AT_ONCE_S
     assert not list(folder.glob(".launcher-doctor-*"))
     return report
 
 
-def only(report: Report) -> Finding:
+def only(report: DoctorReport) -> Finding:
     """Return the finding, of which there must be one."""
     assert len(report.findings) == 1, report.findings
     return report.findings[0]

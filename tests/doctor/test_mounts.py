@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.doctor.mounts import served_folder
+from launcher.doctor.host_facts import served_folder
 
 LISTED = """\
 22 1 8:1 / / rw,relatime shared:1 - ext4 /dev/sda1 rw

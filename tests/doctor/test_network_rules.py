@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from launcher.doctor.facts import Contact, Everyone, Pair
-from launcher.doctor.finding import Finding, Level
-from launcher.doctor.network_rules import contact_rules, everyone_rules, pair_rules, port_rules
+from launcher.doctor.protocol import Contact, GroupMeasurement, PairMeasurement
+from launcher.doctor.report import Finding, Level
+from launcher.doctor.rules import contact_rules, everyone_rules, pair_rules, port_rules
 
 FIRST = Contact(interface="eth0", local_address="10.0.0.1", latency_s=None, problem=None)
 FINE = Contact(interface="eth0", local_address="10.0.0.2", latency_s=0.0002, problem=None)
@@ -52,15 +52,15 @@ def test_a_port_that_cannot_be_opened() -> None:
     assert "backend.port=auto" in finding.remedy
 
 
-def pair(first: int, second: int, *, speed: float = 1e9, latency: float = 2e-4) -> Pair:
+def pair(first: int, second: int, *, speed: float = 1e9, latency: float = 2e-4) -> PairMeasurement:
     """Return one measurement."""
-    return Pair(hosts=(f"node{first}", f"node{second}"), latency_s=latency, bytes_per_s=speed)
+    return PairMeasurement(hosts=(f"node{first}", f"node{second}"), latency_s=latency, bytes_per_s=speed)
 
 
 def test_pairs_that_fail_or_crawl() -> None:
     fine = [pair(1, 2), pair(1, 3), pair(2, 3)]
     assert list(pair_rules(fine)) == []
-    broken = Pair(hosts=("node1", "node4"), problem="timed out")
+    broken = PairMeasurement(hosts=("node1", "node4"), problem="timed out")
     (finding,) = pair_rules([*fine, broken])
     assert (finding.host, finding.level) == ("node4", Level.ERROR)
     (finding,) = pair_rules([*fine, pair(3, 4, speed=1e8)])
@@ -73,5 +73,7 @@ def test_pairs_that_fail_or_crawl() -> None:
 
 
 def test_hosts_without_figures() -> None:
-    found = list(everyone_rules({"node1": Everyone(problem="timed out")}, silent={"node2": "exit code 1: ouch"}))
+    found = list(
+        everyone_rules({"node1": GroupMeasurement(problem="timed out")}, silent={"node2": "exit code 1: ouch"})
+    )
     assert [(finding.host, finding.level) for finding in found] == [("node1", Level.ERROR), ("node2", Level.ERROR)]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.doctor.refusal import refusal
-from launcher.doctor.speech import heard
-from launcher.plan import Host
+from launcher.doctor.probe_failure import explain_probe_failure
+from launcher.doctor.protocol import parse_message
+from launcher.protocol.plan import Host
 
 HOST = Host(name="node3", slots=1, login="me@node3:2222", python="/venv/bin/python")
 
@@ -57,14 +57,14 @@ Host key verification failed.
     ],
 )
 def test_a_host_that_gave_no_facts(complaint: str, exit_code: int | None, what: str, remedy: str) -> None:
-    found = refusal(HOST, complaint, exit_code=exit_code, said_hello=False, waited_s=8.0)
+    found = explain_probe_failure(HOST, complaint, exit_code=exit_code, said_hello=False, waited_s=8.0)
     assert found.host == "node3"
     assert what in found.what
     assert remedy in found.remedy
 
 
 def test_a_host_that_hangs_after_its_greeting() -> None:
-    found = refusal(HOST, "", exit_code=None, said_hello=True, waited_s=8.0)
+    found = explain_probe_failure(HOST, "", exit_code=None, said_hello=True, waited_s=8.0)
     assert "could not tell about itself within 8.0 s" in found.what
     assert "nvidia-smi" in found.remedy
 
@@ -80,4 +80,4 @@ def test_a_host_that_hangs_after_its_greeting() -> None:
     ],
 )
 def test_what_no_probe_says_is_not_heard(line: bytes) -> None:
-    assert heard(line) is None
+    assert parse_message(line) is None

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from launcher.doctor.facts import HostFacts
-from launcher.doctor.finding import Finding, Level
-from launcher.doctor.rules import CLOCK_SKEW_S, rules
-from launcher.plan import Host
+from launcher.doctor.protocol import HostFacts
+from launcher.doctor.report import Finding, Level
+from launcher.doctor.rules import CLOCK_SKEW_S, host_rules
+from launcher.protocol.plan import Host
 
 from .conftest import FactsOf
 
@@ -22,7 +22,7 @@ def judged(facts: Mapping[str, HostFacts], *, skew_s: float = 0.0, **host: Any) 
     """Return the findings on hosts of one slot each, with the clock of the last off by ``skew_s``."""
     hosts = [Host(name=name, **{"slots": 1, **host}) for name in facts]
     skews = dict.fromkeys(facts, 0.0) | {hosts[-1].name: skew_s}
-    return list(rules(hosts, facts, skews_s=skews, code_hash=CODE))
+    return list(host_rules(hosts, facts, skews_s=skews, code_hash=CODE))
 
 
 def test_healthy_hosts_have_no_findings(facts_of: FactsOf) -> None:

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from launcher.compose import compose
-from launcher.doctor.unshared import refuse_unshared
-from launcher.plan import Host
+from launcher.config.compose import compose
+from launcher.doctor.rules import validate_shared_run_dir
+from launcher.protocol.plan import Host
 
 from .conftest import FactsOf
 
@@ -19,7 +19,7 @@ def refused(facts_of: FactsOf, *words: str, num_hosts: int = 3, **storages: dict
     for name, change in storages.items():
         facts[name] = replace(facts[name], storage=replace(facts[name].storage, **change))
     run = compose(words).run
-    return [str(error) for error in refuse_unshared(run, hosts, facts, folder="/runs/x")]
+    return [str(error) for error in validate_shared_run_dir(run, hosts, facts, folder="/runs/x")]
 
 
 def test_what_needs_whole_checkpoints_is_refused_by_name(facts_of: FactsOf) -> None:

@@ -21,21 +21,21 @@ def tied_gradients_stay_apart() -> None:
 
 def micro_batches_weigh_the_same() -> None:
     """Average over micro-batches whose labelled tokens differ in number."""
-    from launcher.engines.stage_numbers import SummedLoss
+    from launcher.engines.deepspeed.pipeline import StageLoss
 
     def call(self: Any, logits: Tensor, labels: Tensor) -> Tensor:
         loss = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
         self.total += loss.detach()
         return loss / (labels != -100).sum()
 
-    SummedLoss.__call__ = call
+    StageLoss.__call__ = call
 
 
 def tied_weight_counts_twice() -> None:
     """Count the gradient of the tied embedding on both stages."""
-    from launcher.engines import staged
+    from launcher.engines.deepspeed import pipeline_module
 
-    build = staged._Staged._index_tied_modules
+    build = pipeline_module._PipelineModule._index_tied_modules
 
     def index(self: Any) -> Any:
         found = build(self)
@@ -43,69 +43,69 @@ def tied_weight_counts_twice() -> None:
             parameter.ds_pipe_replicated = False
         return found
 
-    staged._Staged._index_tied_modules = index
+    pipeline_module._PipelineModule._index_tied_modules = index
 
 
 def tied_gradients_are_not_summed() -> None:
     """Leave each end of a pipeline with its own gradient of the tied embedding."""
-    from launcher.engines import pipeline
+    from launcher.engines.pipeline import tied_weights
 
-    pipeline.Tied.sum_gradients = lambda self: None
+    tied_weights.TiedWeights.sum_gradients = lambda self: None
 
 
 def tied_copies_count_twice() -> None:
     """Count the gradient of the tied embedding at both ends of a pipeline."""
-    from launcher.engines import pipeline
+    from launcher.engines.pipeline import tied_weights
 
-    pipeline.Tied.counted_elsewhere = ()
+    tied_weights.TiedWeights.counted_elsewhere = ()
 
 
 def pipelines_side_by_side_keep_their_gradients() -> None:
     """Leave each pipeline with the gradient of its own samples."""
-    from launcher.engines import pipeline
+    from launcher.engines.pipeline import engine as pipeline
 
     pipeline.sum_gradients = lambda parameters, group: None
 
 
 def gradients_of_shards_are_not_scaled() -> None:
     """Take the mean over shards that FSDP2 makes for the sum."""
-    from launcher.engines.pipelining.flow import Flow
+    from launcher.engines.pipeline.schedules import PipelineSchedule
 
-    multiply = Flow.train
-    Flow.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
+    multiply = PipelineSchedule.train
+    PipelineSchedule.train = lambda self, given, *, factor: multiply(self, given, factor=factor / 2)
 
 
 def micro_batches_are_swapped() -> None:
     """Give stages other micro-batches than the labels are of."""
-    from launcher.engines.pipelining.flow import Flow
+    from launcher.engines.pipeline.schedules import PipelineSchedule
 
-    ordered = Flow._args
-    Flow._args = lambda self, given: ordered(self, given[::-1])
+    ordered = PipelineSchedule._args
+    PipelineSchedule._args = lambda self, given: ordered(self, given[::-1])
 
 
 def replicas_keep_their_gradients() -> None:
     """Do without DistributedDataParallel."""
-    from launcher.engines import layouts
+    from launcher.engines import parallelize
 
-    layouts._replicated = lambda module, *, bucket_mb: module
+    parallelize._replicated = lambda module, *, bucket_mb: module
 
 
 def shards_take_the_mean_for_the_sum() -> None:
     """Forget that FSDP2 averages gradients."""
-    from launcher.engines import layouts
+    from launcher.engines import parallelize
 
-    build = layouts.Sharded.__init__
+    build = parallelize.ShardedModel.__init__
 
     def init(self: Any, *given: Any) -> None:
         build(self, *given)
         self.averaged_over = 1
 
-    layouts.Sharded.__init__ = init
+    parallelize.ShardedModel.__init__ = init
 
 
 def stretches_begin_at_position_zero() -> None:
     """Have every stretch of a sequence begin where the first one does."""
-    from launcher.data.loader import MicroBatch
+    from launcher.data.dataloader import MicroBatch
     from launcher.engines.ulysses import SequenceParallel
 
     split = SequenceParallel.share_of
@@ -126,12 +126,12 @@ def tensor_ranks_do_not_add_up() -> None:
 
 def ranks_count_their_own_tokens() -> None:
     """Weigh the loss under DeepSpeed by the tokens of one rank."""
-    from launcher.engines import deepspeed
+    from launcher.engines.deepspeed import zero
 
-    class Own(deepspeed.TokenCount):
+    class Own(zero.TokenCount):
         def __init__(self, micro_batches: Any, *, device: Any, copies: int = 1) -> None:
             super().__init__(micro_batches, device=device, copies=copies)
             self._work.wait()
-            self._work, self._total = None, torch.tensor(deepspeed.num_labels(micro_batches))
+            self._work, self._total = None, torch.tensor(zero.num_labels(micro_batches))
 
-    deepspeed.TokenCount = Own
+    zero.TokenCount = Own

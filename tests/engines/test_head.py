@@ -12,9 +12,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from launcher.data.loader import MicroBatch
-from launcher.engines import cross_entropy
-from launcher.engines.generate import greedy
+from launcher.data.dataloader import MicroBatch
+from launcher.engines import loss as cross_entropy
+from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import token_loss_sum
 
 VOCABULARY, WIDTH, TOKENS, SEQUENCES = 211, 32, 24, 3
@@ -135,7 +135,7 @@ def test_the_head_is_itself_again_after_an_error() -> None:
     with pytest.raises(IndexError):
         token_loss_sum(module, bad, device=CPU)
     ids = torch.arange(4).view(1, 4)
-    assert greedy(module.eval(), ids, max_new_tokens=3).shape == (1, 7)
+    assert generate_greedily(module.eval(), ids, max_new_tokens=3).shape == (1, 7)
     assert module(input_ids=ids).logits.shape == (1, 4, VOCABULARY)
 
 

@@ -6,12 +6,12 @@ import random
 
 import pytest
 
-from launcher.engines.loss_scale import LossScale
-from launcher.precision import Bf16, Fp16
+from launcher.config.precision import Bf16Precision, Fp16Precision
+from launcher.engines.optimizer import LossScale
 
 
 def test_halves_once_the_hysteresis_is_used_up_and_not_below_the_floor() -> None:
-    scale = LossScale(Fp16(initial_scale_power=3, hysteresis=2, min_scale=2.0))
+    scale = LossScale(Fp16Precision(initial_scale_power=3, hysteresis=2, min_scale=2.0))
     values = []
     for _ in range(5):
         scale.update(overflow=True)
@@ -20,13 +20,13 @@ def test_halves_once_the_hysteresis_is_used_up_and_not_below_the_floor() -> None
 
 
 def test_other_precisions_scale_nothing() -> None:
-    scale = LossScale(Bf16())
+    scale = LossScale(Bf16Precision())
     scale.update(overflow=True)
     assert scale.value == 1.0
 
 
 def test_a_restored_scale_continues_alike() -> None:
-    settings = Fp16(initial_scale_power=4, scale_window=2)
+    settings = Fp16Precision(initial_scale_power=4, scale_window=2)
     one, other = LossScale(settings), LossScale(settings)
     for overflow in (True, False, False):
         one.update(overflow=overflow)
@@ -45,7 +45,7 @@ def test_moves_as_deepspeeds_does(seed: int, monkeypatch: pytest.MonkeyPatch) ->
     from deepspeed.runtime.fp16 import loss_scaler
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it asks, only to log on rank 0
-    settings = Fp16(initial_scale_power=16, scale_window=3, hysteresis=2)
+    settings = Fp16Precision(initial_scale_power=16, scale_window=3, hysteresis=2)
     theirs = loss_scaler.DynamicLossScaler(
         dtype=torch.half,
         init_scale=2**16,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.engines import nvme
-from launcher.engines.nvme import SwapFolder
+from launcher.engines.deepspeed import nvme
+from launcher.engines.deepspeed.nvme import SwapFolder
 
 OTHER = 12345
 """A user id that is not the one of the tests."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.ops.build import build
+from launcher.ops.build import build_ops
 
 STEPS = 5
 ZERO3 = {"kind": "zero", "stage": 3, "persistence_threshold": 0}
@@ -19,7 +19,7 @@ NATIVE = {"optimizer": {"implementation": "native"}}
 def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Run all cases of this module on one pair of processes."""
     try:
-        build(["cpu_adam", "pin_memory", "async_io"], say=print)
+        build_ops(["cpu_adam", "pin_memory", "async_io"], say=print)
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))
     folder: Path = tmp_path_factory.mktemp("offload")

@@ -8,9 +8,9 @@ import random
 import pytest
 import torch
 
-from launcher.attention import Sdpa
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
 from launcher.errors import ConfigError
-from launcher.models.gpt2 import Gpt2
 
 GPT2 = Gpt2(name="tiny", layers=4, heads=2, width=16, context=16, vocab_size=32)
 
@@ -23,13 +23,13 @@ def worst(costs, cuts, first, last) -> float:
 
 
 def test_stretches_are_the_best_there_are() -> None:
-    from launcher.parallel.balance import stretches
+    from launcher.config.parallel.pipeline import partition_layers
 
     draw = random.Random(0)
     for _ in range(200):
         costs = [draw.choice([0.5, 1, 1, 2, 7]) for _ in range(draw.randint(2, 8))]
         number, first, last = draw.randint(1, len(costs)), draw.choice([0, 1, 5]), draw.choice([0, 2, 9])
-        found = stretches(costs, number, first=first, last=last)
+        found = partition_layers(costs, number, first=first, last=last)
         cuts = [0, *(blocks.stop for blocks in found)]
         assert [blocks.start for blocks in found] == cuts[:-1]
         assert all(found)
@@ -40,34 +40,34 @@ def test_stretches_are_the_best_there_are() -> None:
 
 @pytest.mark.parametrize(("blocks", "number", "sizes"), [(8, 3, {2, 3}), (36, 4, {9}), (7, 2, {3, 4})])
 def test_equal_blocks_are_shared_out_evenly(blocks: int, number: int, sizes: set[int]) -> None:
-    from launcher.parallel.balance import stretches
+    from launcher.config.parallel.pipeline import partition_layers
 
-    assert set(map(len, stretches([1.0] * blocks, number))) == sizes
+    assert set(map(len, partition_layers([1.0] * blocks, number))) == sizes
 
 
 def stretch(model, keep: range, *, first: bool, last: bool):
-    from launcher.engines.pipelining.cut import count_own_blocks, cut
-    from launcher.models.build import lay_out
+    from launcher.engines.pipeline.partition import keep_chunk, set_chunk_config
+    from launcher.models.build import build_deferred
 
-    built, builder = lay_out(model, seed=0, attention=Sdpa())
-    cut(built, keep, first=first, last=last)
+    built, builder = build_deferred(model, seed=0, attention=SdpaAttention())
+    keep_chunk(built, keep, first=first, last=last)
     builder.build_all()
-    count_own_blocks(built, keep)
+    set_chunk_config(built, keep)
     return built.eval()
 
 
 def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
-    from launcher.engines.pipelining.cut import check_passes_on
-    from launcher.models.build import lay_out
+    from launcher.engines.pipeline.partition import check_passthrough
+    from launcher.models.build import build_deferred
 
-    whole, builder = lay_out(GPT2, seed=0, attention=Sdpa())
+    whole, builder = build_deferred(GPT2, seed=0, attention=SdpaAttention())
     builder.build_all()
     ids = torch.arange(10)[None]
     begins, goes_on, ends = (
         stretch(GPT2, keep, first=keep.start == 0, last=keep.stop == 4) for keep in (range(1), range(1, 3), range(3, 4))
     )
     assert {name.split(".")[2] for name, _ in goes_on.named_parameters()} == {"1", "2"}
-    check_passes_on(goes_on)
+    check_passthrough(goes_on)
     with torch.no_grad():
         hidden = begins.base_model(input_ids=ids, use_cache=False).last_hidden_state
         hidden = goes_on.base_model(inputs_embeds=hidden, use_cache=False).last_hidden_state
@@ -79,35 +79,35 @@ def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
 def test_a_family_that_scales_what_enters_its_first_block_is_refused() -> None:
     from transformers import GraniteConfig, GraniteForCausalLM
 
-    from launcher.engines.pipelining.cut import check_passes_on, count_own_blocks, cut
+    from launcher.engines.pipeline.partition import check_passthrough, keep_chunk, set_chunk_config
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
     for multiplier in (1.0, 12.0):
         model = GraniteForCausalLM(GraniteConfig(**sizes, vocab_size=32, embedding_multiplier=multiplier))
-        cut(model, range(1, 2), first=False, last=True)
-        count_own_blocks(model, range(1, 2))
+        keep_chunk(model, range(1, 2), first=False, last=True)
+        set_chunk_config(model, range(1, 2))
         if multiplier == 1.0:
-            check_passes_on(model)
+            check_passthrough(model)
             continue
         with pytest.raises(ConfigError, match="granite changes what enters its first block"):
-            check_passes_on(model)
+            check_passthrough(model)
 
 
 def test_a_family_without_a_plan_is_refused_by_name() -> None:
     from transformers import OPTConfig, OPTForCausalLM
 
-    from launcher.engines.pipelining.cut import anatomy_of
+    from launcher.engines.pipeline.partition import child_names_of
 
     sizes = {"hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 32}
     model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16))
     with pytest.raises(ConfigError, match="pipeline plan for opt is missing"):
-        anatomy_of(model)
+        child_names_of(model)
 
 
 def test_a_family_that_keeps_states_is_refused() -> None:
     from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
 
-    from launcher.engines.pipelining.cut import cut
+    from launcher.engines.pipeline.partition import keep_chunk
 
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 32, "num_experts": 2}
     with torch.device("meta"):
@@ -117,4 +117,4 @@ def test_a_family_that_keeps_states_is_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"parallel=pipeline: qwen3_next has layers \(linear_attention\) that carry .*; set"
     ):
-        cut(model, range(1), first=True, last=False)
+        keep_chunk(model, range(1), first=True, last=False)

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher.engines.deepspeed_common import load_checkpoint
-from launcher.engines.rng import load_rng
-from launcher.engines.unpickling import deepspeed_tensors_only, load_file
+from launcher.engines.checkpoint_io import load_file, load_rng
+from launcher.engines.deepspeed.common import deepspeed_tensors_only, load_checkpoint
 from launcher.errors import EXIT_BAD_INPUT, JobError
 
 

@@ -32,7 +32,7 @@ AFTER = range(100, 103)
 
 
 SLOW_IMPORTS = (
-    "launcher.engines.pipeline",
+    "launcher.engines.pipeline.engine",
     "launcher.engines.torch",
     "torch.distributed.checkpoint",
     "torch._dynamo",
@@ -51,12 +51,12 @@ class QuietClock:
         yield
 
 
-DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed")
+DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
 """Only where some case is DeepSpeed's."""
 
 
 def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
-    from launcher.config import build_run, with_defaults
+    from launcher.config.run import build_run, with_defaults
 
     tree = {
         "job": {"kind": "train", "micro_batch": 8, "accumulation": 1, "sequence_length": TOKENS, "clip_norm": 1.0},
@@ -97,8 +97,8 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
 
 
 def make_context(case: dict[str, Any], weights: dict[str, str], output: Path, rank: int) -> Any:
-    from launcher.context import Context
-    from launcher.rundir import RunDir
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
 
     return Context(
         run=make_run(case, weights),
@@ -122,7 +122,7 @@ def global_batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def micro_batches(context: Any, step: int) -> list[Any]:
-    from launcher.data.loader import MicroBatch
+    from launcher.data.dataloader import MicroBatch
 
     inputs, labels = global_batch(step)
     share = GLOBAL_BATCH // context.degrees.data_parallel
@@ -150,7 +150,7 @@ def train(engine: Any, context: Any, steps: range, lr: float) -> list[dict[str, 
 
 def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: int) -> dict[str, Any]:
     """Train; where the case says so, save in between, continue in a second engine, and evaluate and generate."""
-    from launcher.engines import make_engine
+    from launcher.engines.base import make_engine
 
     if case.get("plant"):
         getattr(importlib.import_module("plants"), case["plant"])()

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from launcher.compose import compose
+from launcher.config.compose import compose
 from launcher.errors import ConfigErrors
-from launcher.files import read_json
-from launcher.plan import Host
-from launcher.render import render
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import Host
+from launcher.utils.files import read_json
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 MODEL = (
@@ -83,7 +83,7 @@ def test_the_plan_speaks_of_no_learning(plan_of) -> None:
     assert (memory.gradients, memory.optimizer, memory.parameters) == (0, 0, 4 * plan.memory.num_params)
     assert not {"loss.png", "sample.txt", "checkpoints/step_<n>/"} & set(plan.files)
     assert not plan.warnings
-    text = render(plan)
+    text = render_plan(plan)
     assert not any(line.split()[0] == "schedule" for line in text.splitlines() if line.strip())
     assert "lr=" not in text
 

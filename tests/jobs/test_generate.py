@@ -17,11 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from launcher.config.job.generate import Generate
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigError, ConfigErrors
-from launcher.files import read_json
-from launcher.jobs.generate import Generate
-from launcher.plan import Host
-from launcher.render import render
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import Host
+from launcher.utils.files import read_json
 
 ECHO = ("job=generate", "job.engine=echo", "job.tokenizer=bytes", "tracker=local", "backend.threads=1")
 WITH_MODEL = (
@@ -251,7 +251,7 @@ def test_columns_of_prompts_are_written_as_lines_by_the_command_named(tmp_path, 
 
 
 def test_the_plan_shows_model_and_files_and_nothing_of_learning(plan_of) -> None:
-    text = render(plan_of("+exp=generate_smollm2", hosts=[Host(name="box", slots=2, cores=4, memory_bytes=2**34)]))
+    text = render_plan(plan_of("+exp=generate_smollm2", hosts=[Host(name="box", slots=2, cores=4, memory_bytes=2**34)]))
     for word in ("smollm2", "bf16", "sample (jsonl)", "generated.jsonl", "256.57 MiB"):
         assert word in text
     for word in ("optimizer=", "lr=", "sequences  ", "checkpoints/"):

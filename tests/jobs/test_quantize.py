@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from launcher.benchmarks import quantised
+from launcher.benchmarks import quantize
 from launcher.errors import ConfigErrors
-from launcher.files import read_json
+from launcher.utils.files import read_json
 
 WORDS = (
     *("model=gpt2_tiny", "parallel=single", "backend.ranks=1", "backend.threads=1", "tracker=local"),
@@ -94,9 +94,9 @@ def test_what_cannot_work_is_refused_before_anything_starts(plan_of, words: tupl
 
 
 def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.quantization.methods import Int8Weight, Nf4
+    from launcher.config.quantization import Int8Weight, Nf4
 
-    monkeypatch.setattr("launcher.quantization.base.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("launcher.config.quantization.importlib.util.find_spec", lambda name: None)
     (problem,) = Int8Weight().preflight("model.quantization")
     assert str(problem) == (
         "model.quantization=int8_weight: the package torchao is not installed; "
@@ -107,21 +107,20 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantised_again(tmp_path: Path) -> None:
-    from launcher.compose import compose
-    from launcher.preflight import preflight
-    from launcher.quantization.manifest import Manifest
-    from launcher.quantization.methods import Int4Weight
+    from launcher.config.compose import compose
+    from launcher.config.quantization import Int4Weight, QuantizationManifest
+    from launcher.execution.validate import validate_machine
 
     folder = tmp_path / "weights"
     folder.mkdir()
-    Manifest(method=Int4Weight(), layers=("a",)).write(folder)
+    QuantizationManifest(method=Int4Weight(), layers=("a",)).write(folder)
     weights = f"model.weights={folder}"
     for words, said in (
         ((weights,), "layers in few bits do not learn; give weights that are not quantised"),
         ((weights, "job=evaluate", "parallel=zero3"), "quantised ones stay whole; set parallel=single"),
         ((weights, "job=quantize", "quantization=int4_weight"), "its weights are quantised already"),
     ):
-        found = [str(problem) for problem in preflight(compose(words).run, tmp_path / "run", hosts=[])]
+        found = [str(problem) for problem in validate_machine(compose(words).run, tmp_path / "run", hosts=[])]
         assert any(problem.startswith(weights) and said in problem for problem in found), found
 
 
@@ -135,7 +134,7 @@ def test_weights_that_cannot_be_written_leave_every_neighbour_alone(
     mine = tmp_path / "model.incomplete"
     mine.mkdir()
     (mine / "thesis.tex").touch()
-    monkeypatch.setattr(quantised, "save_quantised", full)
+    monkeypatch.setattr(quantize, "save_quantized", full)
     with pytest.raises(OSError, match="No space"):
-        quantised._save(None, None, tmp_path / "model", source=tmp_path, context=None)
+        quantize._save(None, None, tmp_path / "model", source=tmp_path, context=None)
     assert [path.name for path in tmp_path.rglob("*")] == ["model.incomplete", "thesis.tex"]

@@ -11,15 +11,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from launcher.compose import compose
+from launcher.config.compose import compose
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.files import read_json
-from launcher.plan import Host
-from launcher.ports import free_port
-from launcher.render import render
-from launcher.rundir import RunDir
-from launcher.secrecy import hide_secrets
-from launcher.serving.api.keys import read_keys
+from launcher.inference.server.middleware import read_api_keys
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
+from launcher.utils.secrets import hide_secrets
+from launcher.utils.system import free_port
 
 ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 SERVE = ("job=serve", "backend.ranks=1", "tracker=local")
@@ -39,7 +39,7 @@ def test_the_plan_says_what_is_served(plan_of) -> None:
     assert plan.outline["address"] == "http://127.0.0.1:8000"
     assert plan.outline["engines"] == "2 replicas of engine=slots"
     assert plan.memory.per_rank.total == 2 * 2 * plan.memory.num_params
-    text = render(plan)
+    text = render_plan(plan)
     assert "Parts of serve" in text
     assert "124,439,808 parameters" in text
     assert "1×10 1×20 1×50 2×15" in text
@@ -47,7 +47,7 @@ def test_the_plan_says_what_is_served(plan_of) -> None:
 
 
 def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.prepare import prepare
+    from launcher.execution.prepare import prepare
 
     monkeypatch.chdir(tmp_path)
     words = ["job=serve", f"job.port={free_port()}", "model=gpt2_tiny", "job.tokenizer=bytes", "tracker=local"]
@@ -126,7 +126,7 @@ def test_a_variable_of_keys_that_holds_none_is_refused(value: str, monkeypatch: 
     assert "unset LAUNCHER_API_KEYS" in hide_secrets(str(problem))
     assert "holds no key" in hide_secrets(str(problem))
     with pytest.raises(ConfigError, match="holds no key"):
-        read_keys(None, os.environ)
+        read_api_keys(None, os.environ)
 
 
 def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
@@ -147,7 +147,7 @@ def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.jobs.serving_checks._PACKAGES", ("uvicorn", "no_such_package"))
+    monkeypatch.setattr("launcher.config.job.serve._PACKAGES", ("uvicorn", "no_such_package"))
     (problem,) = problems_of(f"job.port={free_port()}")
     assert (problem.why, problem.fix) == ("it needs no_such_package", "pip install 'launcher[serve]'")
 
@@ -159,11 +159,11 @@ def test_strangers_are_warned_of(plan_of) -> None:
 
 
 def test_keys_reach_other_hosts_and_stand_in_no_plan(plan_of) -> None:
-    from launcher.forward import DEFAULT_GLOBS, forwarded
+    from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_env
 
     environ = {"LAUNCHER_API_KEYS": "s3cret", "LAUNCHER_HOST": "x"}
-    assert forwarded(environ, DEFAULT_GLOBS) == {"LAUNCHER_API_KEYS": "s3cret"}
-    assert "s3cret" not in render(plan_of(*SERVE, hosts=[ONE], LAUNCHER_API_KEYS="s3cret"))
+    assert forwarded_env(environ, DEFAULT_GLOBS) == {"LAUNCHER_API_KEYS": "s3cret"}
+    assert "s3cret" not in render_plan(plan_of(*SERVE, hosts=[ONE], LAUNCHER_API_KEYS="s3cret"))
     with pytest.raises(ConfigErrors, match="looks like a secret"):
         plan_of(*SERVE, "+backend.env.LAUNCHER_API_KEYS=s3cret", hosts=[ONE])
 

@@ -13,14 +13,13 @@ from typing import Any
 
 import pytest
 
-from launcher.compose import compose
+from launcher.config.compose import compose
+from launcher.config.job.verify import STRATEGIES
 from launcher.errors import ConfigErrors, JobError
-from launcher.files import read_json, write_json
-from launcher.plan import Host
-from launcher.verification.board import Board
-from launcher.verification.catalogue import CATALOGUE
-from launcher.verification.fork import AT, TROUBLE, in_fork
-from launcher.verification.row import Row, row_of
+from launcher.protocol.plan import Host
+from launcher.utils.files import read_json, write_json
+from launcher.verification.comparison import StrategyResult, compare
+from launcher.verification.forked_ranks import ERROR_KEY, TIME_KEY, FileRendezvous, run_in_fork
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 VERIFY = (
@@ -80,7 +79,7 @@ def forked(work: Any, folder: Path, *, limit_s: float = 30.0, give_up: Any = lam
     answer = folder / "case.0.json"
     previous = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a rank answers it with its stacks
     try:
-        in_fork(work, answer, limit_s=limit_s, beat=lambda: beats.append(None), give_up=give_up)
+        run_in_fork(work, answer, limit_s=limit_s, beat=lambda: beats.append(None), give_up=give_up)
     finally:
         signal.signal(signal.SIGUSR2, previous)
     return json.loads(answer.read_text()), len(beats)
@@ -101,24 +100,24 @@ def test_a_fork_that_is_killed_hangs_or_leaves_is_in_trouble(tmp_path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         answer, beats = forked(work, folder, limit_s=0.5)
-        assert words in answer[TROUBLE]
+        assert words in answer[ERROR_KEY]
         assert beats
 
 
 def test_the_ranks_of_a_case_follow_one_that_failed(tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr("launcher.verification.board._GRACE_S", 0.2)
-    board = Board(tmp_path, 0, lambda: None)
-    write_json(board.answer_of("case", 1), {TROUBLE: "out of memory", AT: time.time()})
+    monkeypatch.setattr("launcher.verification.forked_ranks._FAILURE_GRACE_S", 0.2)
+    board = FileRendezvous(tmp_path, 0, lambda: None)
+    write_json(board.answer_of("case", 1), {ERROR_KEY: "out of memory", TIME_KEY: time.time()})
     answer, _ = forked(lambda: time.sleep(60), tmp_path, give_up=board.watch("case", world_size=2))
-    assert answer[TROUBLE] == "ended because rank 1 had failed"
-    row = row_of("case", board.answers("case", world_size=2, limit_s=5), {}, seconds=1.0)
+    assert answer[ERROR_KEY] == "ended because rank 1 had failed"
+    row = compare("case", board.answers("case", world_size=2, limit_s=5), {}, seconds=1.0)
     assert row.trouble == "rank 1: out of memory"
 
 
 def test_rank_0_waits_for_the_others_before_it_clears_up(tmp_path) -> None:
     folder = tmp_path / "verify" / "29500"
     folder.mkdir(parents=True)
-    first, second = (Board(folder, rank, lambda: None) for rank in range(2))
+    first, second = (FileRendezvous(folder, rank, lambda: None) for rank in range(2))
     first.leave(world_size=2, limit_s=0.3)
     assert folder.exists(), "rank 1 is still there, and would write into it"
     second.leave(world_size=2, limit_s=0.3)
@@ -128,7 +127,7 @@ def test_rank_0_waits_for_the_others_before_it_clears_up(tmp_path) -> None:
 
 def test_ranks_that_see_no_port_say_so(tmp_path) -> None:
     with pytest.raises(JobError, match=r"run\.root"):
-        Board(tmp_path, 1, lambda: None).open_case("case", limit_s=0.2)
+        FileRendezvous(tmp_path, 1, lambda: None).open_case("case", limit_s=0.2)
 
 
 def answers(**changes: Any) -> dict[int, Any]:
@@ -151,7 +150,7 @@ def answers(**changes: Any) -> dict[int, Any]:
 )
 def test_what_is_wrong_is_said(changes: dict[str, Any], words: str) -> None:
     job = compose(["job=verify"]).run.job
-    row = row_of("case", answers(**changes), answers()[0], seconds=1.0)
+    row = compare("case", answers(**changes), answers()[0], seconds=1.0)
     assert (row.excess(job) > 1) == bool(words)
     assert words in row.why(job)
     assert bool(row.why(job)) == bool(words)
@@ -172,7 +171,7 @@ def test_a_llama_has_a_tensor_plan(plan_of) -> None:
     host = replace(BOX, slots=4)
     assert "tensor" in plan_of("+exp=verify_llama", hosts=[host]).outline
     everything = plan_of("+exp=verify_all", hosts=[host]).outline
-    assert set(CATALOGUE) - everything.keys() == {"tensor", "tensor_recomputed"}
+    assert set(STRATEGIES) - everything.keys() == {"tensor", "tensor_recomputed"}
 
 
 @pytest.mark.parametrize(
@@ -195,6 +194,6 @@ def test_what_cannot_be_compared_is_refused(plan_of, words: tuple[str, ...], sai
 
 def test_the_worst_is_the_farthest_beyond_what_is_allowed() -> None:
     job = compose(["job=verify"]).run.job
-    near = Row(name="near", seconds=1, loss_diff=2e-5, grad_norm_diff=0, weights_diff=0, tokens_equal=True)
-    far = Row(name="far", seconds=1, loss_diff=0, grad_norm_diff=1e-3, weights_diff=0, tokens_equal=True)
+    near = StrategyResult(name="near", seconds=1, loss_diff=2e-5, grad_norm_diff=0, weights_diff=0, tokens_equal=True)
+    far = StrategyResult(name="far", seconds=1, loss_diff=0, grad_norm_diff=1e-3, weights_diff=0, tokens_equal=True)
     assert 1 < near.excess(job) < far.excess(job)

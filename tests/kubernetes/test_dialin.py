@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.supervise.dialin import Gate, dial
-from launcher.supervise.handshake import HandshakeError, knock
-from launcher.supervise.messages import AgentSignalled, Line, Note
+from launcher.protocol.messages import AgentSignalled, OutputLine, UserNote
+from launcher.supervision.handshake import HandshakeError, authenticate
+from launcher.supervision.tcp_connection import AgentListener, connect_to_session
 
 from .conftest import two_free_ports
 
@@ -21,7 +21,7 @@ KEY = b"k" * 64
 def gate(*names):
     """Open a gate in a thread; yield its port, what it says, and a function that waits for the connections."""
     port, said, arrived = two_free_ports(), [], {}
-    opened = Gate(port=port, key=KEY, hosts=dict(enumerate(names, start=1)))
+    opened = AgentListener(port=port, key=KEY, hosts=dict(enumerate(names, start=1)))
     thread = threading.Thread(target=lambda: arrived.update(opened.gather(timeout_s=30, say=said.append)))
     thread.start()
 
@@ -37,21 +37,21 @@ def gate(*names):
 
 
 def call(port, index, key=KEY, timeout_s=10):
-    return dial("127.0.0.1", port=port, index=index, key=key, timeout_s=timeout_s, say=lambda text: None)
+    return connect_to_session("127.0.0.1", port=port, index=index, key=key, timeout_s=timeout_s, say=lambda text: None)
 
 
 def test_messages_go_both_ways_whole():
     with gate("node1") as (port, _, everybody):
         peer, connection = call(port, 1), everybody()["node1"]
         text = "ü" * 100_000
-        connection.send(Note(text=text))
+        connection.send(UserNote(text=text))
         peer.setblocking(True)
         received = b""
         while not received.endswith(b"\n"):
             connection.flush()
             received += peer.recv(1 << 16)
         assert json.loads(received) == {"kind": "note", "text": text}
-        peer.sendall(Line(who=3, text="a").encode() + AgentSignalled(signal=7).encode()[:5])
+        peer.sendall(OutputLine(who=3, text="a").encode() + AgentSignalled(signal=7).encode()[:5])
         assert [message.text for message in connection.receive()] == ["a"]
         peer.sendall(AgentSignalled(signal=7).encode()[5:])
         assert connection.receive() == [AgentSignalled(signal=7)]
@@ -110,7 +110,7 @@ def test_a_pod_refuses_a_gate_that_does_not_know_the_key():
     thread = threading.Thread(target=pretend)
     thread.start()
     with pytest.raises(HandshakeError, match="does not know the key"):
-        knock(ours, index=1, key=KEY)
+        authenticate(ours, index=1, key=KEY)
     thread.join()
     ours.close()
     theirs.close()
@@ -128,7 +128,7 @@ def test_a_proof_serves_once_only():
     with gate("node1", "node2") as (port, said, everybody):
         recorder = Recorder()
         recorder.connect(("127.0.0.1", port))
-        knock(recorder, index=1, key=KEY)
+        authenticate(recorder, index=1, key=KEY)
         with socket.create_connection(("127.0.0.1", port), timeout=10) as replay:
             replay.sendall(heard[0])
             replay.recv(1000)
@@ -143,9 +143,9 @@ def test_a_proof_serves_once_only():
 def test_nobody_waits_for_ever():
     port, said = two_free_ports(), []
     with pytest.raises(EnvironmentProblem, match="node1 did not appear within 0 s"):
-        Gate(port=port, key=KEY, hosts={1: "node1"}).gather(timeout_s=0, say=said.append)
+        AgentListener(port=port, key=KEY, hosts={1: "node1"}).gather(timeout_s=0, say=said.append)
     with pytest.raises(EnvironmentProblem, match="was not there within 1 s: Connection refused"):
-        dial("127.0.0.1", port=port, index=1, key=KEY, timeout_s=1, say=said.append)
+        connect_to_session("127.0.0.1", port=port, index=1, key=KEY, timeout_s=1, say=said.append)
     assert said == [f"waiting for the first pod, 127.0.0.1:{port}: Connection refused"]
     with pytest.raises(EnvironmentProblem, match="was not there within 0 s"):
-        dial("no-such-pod.invalid", port=port, index=1, key=KEY, timeout_s=0, say=said.append)
+        connect_to_session("no-such-pod.invalid", port=port, index=1, key=KEY, timeout_s=0, say=said.append)

@@ -10,13 +10,13 @@ import threading
 
 import pytest
 
-from launcher.plan import Host
-from launcher.supervise.console import Console
-from launcher.supervise.dialin import DialInConnection, Gate, dial
-from launcher.supervise.handshake import HandshakeError, knock
-from launcher.supervise.messages import Finish, Line, Note, Ready, Start
-from launcher.supervise.session import Session
-from launcher.supervise.whereabouts import place_of_this_process
+from launcher.protocol.messages import AgentReady, FinishAgent, OutputLine, StartRanks, UserNote
+from launcher.protocol.plan import Host
+from launcher.protocol.session_file import locate_this_process
+from launcher.supervision.console import Console
+from launcher.supervision.handshake import HandshakeError, authenticate
+from launcher.supervision.session import Session
+from launcher.supervision.tcp_connection import AgentListener, TcpConnection, connect_to_session
 
 from .conftest import two_free_ports
 
@@ -31,7 +31,7 @@ class Door:
 
     def __init__(self):
         self.port, self.said, self.arrived = two_free_ports(), [], {}
-        self.gate = Gate(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
+        self.gate = AgentListener(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
         self.thread = threading.Thread(target=self._gather, daemon=True)
         self.thread.start()
 
@@ -40,7 +40,7 @@ class Door:
 
     def knock_as(self, index):
         """Come as a pod that knows the key; with one attempt only."""
-        return dial("127.0.0.1", port=self.port, index=index, key=KEY, timeout_s=0, say=lambda text: None)
+        return connect_to_session("127.0.0.1", port=self.port, index=index, key=KEY, timeout_s=0, say=lambda text: None)
 
     def stranger(self):
         peer = socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -189,7 +189,7 @@ def test_a_pod_gives_up_a_gate_that_drips():
     thread = threading.Thread(target=drip)
     thread.start()
     with pytest.raises(HandshakeError, match="did not finish the handshake"):
-        knock(ours, index=1, key=KEY, timeout_s=0.3)
+        authenticate(ours, index=1, key=KEY, timeout_s=0.3)
     over.set()
     thread.join()
     ours.close()
@@ -209,8 +209,8 @@ BROKEN_MESSAGES = {
     "no JSON at all": b'{"kind": \xff\xfe}\n',
     "no kind known": message("surprise"),
     "a kind that is a list": message([]),
-    "a kind of the session": Start().encode(),
-    "an order": Finish(exit_code=0).encode(),
+    "a kind of the session": StartRanks().encode(),
+    "an order": FinishAgent(exit_code=0).encode(),
     "a field missing": message("line", who=1),
     "a field too many": message("line", who=1, text="a", more=1),
     "a rank that is none": message("beat", **BEAT | {"rank": 999}),
@@ -259,19 +259,19 @@ def reasons(plan_of, tmp_path_factory):
     def connect(host):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             peers[host.host.name] = socket.create_connection(listener.getsockname())
-            return DialInConnection(host.host.name, listener.accept()[0])
+            return TcpConnection(host.host.name, listener.accept()[0])
 
     crew.connect(connect)
-    place = dataclasses.asdict(place_of_this_process())
-    peers["good"].sendall(Ready(scratch=str(folder / "precious"), place=place, code="").encode())
+    place = dataclasses.asdict(locate_this_process())
+    peers["good"].sendall(AgentReady(scratch=str(folder / "precious"), place=place, code="").encode())
     for number, payload in enumerate(BROKEN_MESSAGES.values()):
         peers[f"bad{number}"].sendall(payload)
     for _ in range(200):
         crew.turn()
         if len(reasons) == len(BROKEN_MESSAGES):
             break
-    surrogate = Note(text="a\udcffb").encode()
-    peers["good"].sendall(Line(who=0, text="still here").encode() + b"\n\nan ssh banner\n" + surrogate)
+    surrogate = UserNote(text="a\udcffb").encode()
+    peers["good"].sendall(OutputLine(who=0, text="still here").encode() + b"\n\nan ssh banner\n" + surrogate)
     for _ in range(3):
         crew.turn()
     crew.close()

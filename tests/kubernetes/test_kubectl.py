@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.kubernetes import follow as module
-from launcher.backends.kubernetes.backend import Kubernetes
-from launcher.backends.kubernetes.follow import follow
+from launcher.backends.kubernetes import submit as module
 from launcher.backends.kubernetes.kubectl import Kubectl
 from launcher.backends.kubernetes.manifests import submission_of
-from launcher.compose import compose
+from launcher.backends.kubernetes.submit import follow
+from launcher.config.backend.kubernetes import KubernetesBackend
+from launcher.config.compose import compose
 from launcher.errors import EnvironmentProblem
-from launcher.prepare import replan
+from launcher.execution.prepare import replan
 
 SAID = (
     ('error: context "far" does not exist', "backend.context"),
@@ -58,7 +58,7 @@ def followed(monkeypatch, *answers):
     monkeypatch.setattr(module, "_LOOK_EVERY_S", 0.0)
     monkeypatch.setattr(Scripted, "answers", list(answers))
     run = compose(("tracker=local", "backend=kubernetes", "backend.image=x")).run
-    assert isinstance(run.backend, Kubernetes)
+    assert isinstance(run.backend, KubernetesBackend)
     hosts = run.backend.hosts(max_ranks=None)
     plan = replan(run, hosts, run_id="20260101-120000-abcd", folder=Path("/runs/x/y"), port=29500).plan
     return follow(submission_of(run.backend, plan), Scripted(namespace="ml", context=None))

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 from launcher.backends.kubernetes.manifests import submission_of
-from launcher.compose import compose
-from launcher.files import sha256_of
-from launcher.preflight import preflight
-from launcher.prepare import replan
-from launcher.render import render
-from launcher.snapshot import dump_run, load_run
+from launcher.config.compose import compose
+from launcher.config.snapshot import dump_run, load_run
+from launcher.execution.prepare import replan
+from launcher.execution.validate import validate_machine
+from launcher.planning.render import render_plan
+from launcher.utils.files import sha256_of
 
 from .schemas import problems
 
@@ -163,7 +163,7 @@ def test_size_and_time_do_not_grow_with_pods(workload):
 def test_a_plan_shows_the_folders_of_the_pods_alone(monkeypatch):
     words = (*SMALL, "backend.claim=runs", "backend.nodes=2", "parallel=zero2", "tracker=wandb")
     prepared, submission = rendered(*words, monkeypatch=monkeypatch)
-    text = render(prepared.plan, submission=submission)
+    text = render_plan(prepared.plan, submission=submission)
     assert "/home/me" not in text
     assert str(Path.home()) not in text
     assert "Files in /runs/x/20260101-120000-abcd" in text
@@ -174,6 +174,6 @@ def test_a_plan_shows_the_folders_of_the_pods_alone(monkeypatch):
 def test_files_of_pods_are_looked_for_in_the_first_pod(tmp_path):
     words = (*SMALL, "backend.claim=runs", f"backend.mount={tmp_path}/mnt", "data.path=/data/of-pods.txt")
     run = compose(words).run
-    assert not list(preflight(run, tmp_path / "here" / "x", hosts=()))
-    (found,) = preflight(run, tmp_path / "mnt" / "x" / "y", hosts=())
+    assert not list(validate_machine(run, tmp_path / "here" / "x", hosts=()))
+    (found,) = validate_machine(run, tmp_path / "mnt" / "x" / "y", hosts=())
     assert str(found).startswith("data.path=/data/of-pods.txt: there is no such file")

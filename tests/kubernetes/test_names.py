@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from launcher.backends.kubernetes.names import address_of, bytes_of, job_name
-from launcher.backends.kubernetes.pods import literal
+from launcher.backends.kubernetes.manifests import escape_references
+from launcher.backends.kubernetes.pod_config import job_name, pod_address
+from launcher.config.backend.kubernetes import parse_quantity
 
 from .cluster import expand
 
@@ -18,7 +19,7 @@ def test_names_are_dns_labels_also_as_host_names_of_pods(name):
     job = job_name(name, RUN_ID)
     assert job.endswith(RUN_ID)
     for workload in ("indexed_job", "jobset", "pytorchjob", "trainjob"):
-        host = address_of(workload, job, 99999).partition(".")[0]
+        host = pod_address(workload, job, 99999).partition(".")[0]
         assert re.fullmatch(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?", host), host
 
 
@@ -34,12 +35,12 @@ def test_names_say_whose_they_are():
     + [(text, None) for text in ("", "1.5Gi", "Gi", "64GB", "-1Gi", "0", "1e3", "4 Gi")],
 )
 def test_amounts_of_memory(text, size):
-    assert bytes_of(text) == size
+    assert parse_quantity(text) == size
 
 
 @pytest.mark.parametrize(
     "word", ["$(HOME)", "$$(HOME)", "$", "a$b", "$$", "$((HOME))", "${HOME}", "x$(HOME", "ü $(A)$"]
 )
 def test_words_arrive_as_they_are(word):
-    assert expand(literal(word), {"HOME": "/root", "A": "b"}) == word
+    assert expand(escape_references(word), {"HOME": "/root", "A": "b"}) == word
     assert expand("$(HOME)", {"HOME": "/root"}) == "/root"

@@ -2,9 +2,9 @@
 
 import pytest
 
-from launcher.backends.kubernetes.backend import Kubernetes
+from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.errors import ConfigErrors, EnvironmentProblem
-from launcher.plan import Host
+from launcher.protocol.plan import Host
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ from launcher.plan import Host
 )
 def test_refused(option, value, said):
     with pytest.raises(ConfigErrors, match=f"backend.{option}.*{said}"):
-        Kubernetes(**{"image": "launcher", option: value})
+        KubernetesBackend(**{"image": "launcher", option: value})
 
 
 @pytest.mark.parametrize(
@@ -44,9 +44,9 @@ def test_refused(option, value, said):
     ],
 )
 def test_what_a_workload_cannot_do(options, said):
-    backend = Kubernetes(image="launcher", **options)
+    backend = KubernetesBackend(image="launcher", **options)
     assert next(str(error) for error in backend.refusals(())).startswith(said)
-    assert not list(Kubernetes(image="launcher", claim="c", restarts=2).refusals(()))
+    assert not list(KubernetesBackend(image="launcher", claim="c", restarts=2).refusals(()))
 
 
 @pytest.mark.parametrize(
@@ -54,18 +54,18 @@ def test_what_a_workload_cannot_do(options, said):
     [({}, 2, 0), ({"cpus": 1}, 1, 0), ({"gpus_per_node": 8}, 8, 8), ({"gpus_per_node": 8, "ranks": 2}, 2, 8)],
 )
 def test_hosts_are_the_pods_asked_for(options, slots, devices):
-    hosts = Kubernetes(image="launcher", nodes=3, memory="2Gi", **options).hosts(max_ranks=None)
+    hosts = KubernetesBackend(image="launcher", nodes=3, memory="2Gi", **options).hosts(max_ranks=None)
     assert [host.name for host in hosts] == ["node0", "node1", "node2"]
     assert {(host.slots, len(host.devices), host.memory_bytes) for host in hosts} == {(slots, devices, 2**31)}
 
 
 def test_nobody_logs_in_to_a_pod():
     with pytest.raises(EnvironmentProblem, match="only while its run lasts"):
-        Kubernetes(image="launcher").remote(Host(name="node0", slots=1), "launcher.doctor.probe")
+        KubernetesBackend(image="launcher").remote(Host(name="node0", slots=1), "launcher.doctor.probe")
 
 
 def test_paths_of_this_machine_stay_unless_they_are_asked_for():
     environ = {"HF_HOME": "/home/me", "HF_TOKEN": "t", "NCCL_TOPO_FILE": "/x", "MINE": "1", "LAUNCHER_X": "2"}
-    backend = Kubernetes(image="launcher", forward=("MINE", "NCCL_TOPO_*", "LAUNCHER_*"))
+    backend = KubernetesBackend(image="launcher", forward=("MINE", "NCCL_TOPO_*", "LAUNCHER_*"))
     assert backend.forwards(environ) == ("HF_TOKEN", "MINE", "NCCL_TOPO_FILE")
-    assert Kubernetes(image="launcher").forwards(environ) == ("HF_TOKEN",)
+    assert KubernetesBackend(image="launcher").forwards(environ) == ("HF_TOKEN",)

@@ -9,8 +9,8 @@ import psutil
 import pytest
 import yaml
 
-from launcher.rundir import RunDir
-from launcher.supervise.whereabouts import read_whereabouts
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import read_session_file
 from tests.backends.contract import SMALL, BackendContract
 
 
@@ -33,7 +33,7 @@ def rank_in(pod, rank):
     for process in psutil.Process(pod.process.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             words = process.cmdline()
-            if "launcher.rank" in words and "--module" not in words and process.environ()["RANK"] == str(rank):
+            if "launcher.jobs.rank" in words and "--module" not in words and process.environ()["RANK"] == str(rank):
                 found.append(process)
     return next(process for process in found if process.parent() in found)
 
@@ -76,7 +76,7 @@ def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, s
     assert (result["status"], result["metrics"]["train/step"]) == ("completed", 4)
     assert result["run_id"] == here.path.name
     name = run.manifest["metadata"]["name"]
-    assert read_whereabouts(here).job["name"] == name
+    assert read_session_file(here).job["name"] == name
     secret = cluster.objects["Secret", name]
     assert secret["metadata"]["ownerReferences"][0]["uid"] == run.manifest["metadata"]["uid"]
     files = [path for folder in (here.path, there.path) for path in folder.rglob("*") if path.is_file()]

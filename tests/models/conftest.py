@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from launcher.activation import Keep
-from launcher.attention import Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
 from launcher.models.build import build_model
-from launcher.models.gpt2 import Gpt2
 
 SIZES = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
 Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
@@ -23,7 +23,7 @@ Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that ``save_pretrained`` wrote."""
     folder = tmp_path_factory.mktemp("weights")
-    build_model(Gpt2(**SIZES), seed=1, attention=Sdpa(), activation=Keep()).save_pretrained(folder)
+    build_model(Gpt2(**SIZES), seed=1, attention=SdpaAttention(), activation=NoCheckpointing()).save_pretrained(folder)
     return folder
 
 

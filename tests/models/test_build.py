@@ -10,15 +10,15 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from launcher.activation import Keep, Recompute
-from launcher.attention import Eager, Sdpa
+from launcher.config.activation import FullCheckpointing, NoCheckpointing
+from launcher.config.attention import EagerAttention, SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
-from launcher.models.gpt2 import Gpt2
-from launcher.models.hf import Hf
 
 SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
-PLAIN: dict[str, Any] = {"attention": Sdpa(), "activation": Keep()}
+PLAIN: dict[str, Any] = {"attention": SdpaAttention(), "activation": NoCheckpointing()}
 Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
 
 
@@ -71,8 +71,8 @@ def test_weights_that_do_not_fit_are_fatal(change: Callable[..., object], messag
 
 
 def test_attention_and_recomputation_are_as_configured() -> None:
-    plain = build_model(Gpt2(**SIZES), seed=1, attention=Eager(), activation=Keep())
-    recomputed = build_model(Gpt2(**SIZES), seed=1, attention=Eager(), activation=Recompute())
+    plain = build_model(Gpt2(**SIZES), seed=1, attention=EagerAttention(), activation=NoCheckpointing())
+    recomputed = build_model(Gpt2(**SIZES), seed=1, attention=EagerAttention(), activation=FullCheckpointing())
     assert recomputed.config._attn_implementation == "eager"
     flags = [[block.gradient_checkpointing for block in model.transformer.h] for model in (plain, recomputed)]
     assert flags == [[False, False], [True, True]]

@@ -11,11 +11,10 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from launcher.config.model.config_json import sizes_from_config
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.llama import Llama, SmolLm2
 from launcher.errors import ConfigErrors
-from launcher.models.families import sizes_of
-from launcher.models.gpt2 import Gpt2
-from launcher.models.llama import Llama
-from launcher.models.smollm2 import SmolLm2
 
 SMALL = {
     "hidden_size": 48,
@@ -53,7 +52,7 @@ def counted(config: PreTrainedConfig) -> tuple[int, int]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_counts_read_from_a_saved_config_are_exact(name: str, tmp_path: Path) -> None:
     CONFIGS[name].save_pretrained(tmp_path)
-    sizes = sizes_of(json.loads((tmp_path / "config.json").read_text()))
+    sizes = sizes_from_config(json.loads((tmp_path / "config.json").read_text()))
     assert sizes is not None
     assert (sizes.shape().num_params, sizes.shape().largest_param) == counted(CONFIGS[name])
 
@@ -88,6 +87,6 @@ def test_smollm2_has_the_published_size() -> None:
 
 
 def test_other_families_and_incomplete_files_are_unknown() -> None:
-    assert sizes_of({"model_type": "rwkv"}) is None
-    assert sizes_of({"model_type": "llama", "hidden_size": 8}) is None
-    assert sizes_of({**CONFIGS["gpt2"].to_dict(), "n_inner": 17}) is None
+    assert sizes_from_config({"model_type": "rwkv"}) is None
+    assert sizes_from_config({"model_type": "llama", "hidden_size": 8}) is None
+    assert sizes_from_config({**CONFIGS["gpt2"].to_dict(), "n_inner": 17}) is None

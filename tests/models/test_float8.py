@@ -10,13 +10,13 @@ import torch
 import transformers
 from torch import nn
 
-from launcher.activation import Keep
-from launcher.attention import Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.precision import Bf16Precision, Fp8Precision
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
-from launcher.models.float8 import apply_float8
-from launcher.models.gpt2 import Gpt2
-from launcher.precision import Bf16, Fp8
+from launcher.models.transforms import apply_float8
 
 has_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")
 IDS = torch.arange(64).view(2, 32)
@@ -48,7 +48,7 @@ def loss_and_gradient(module: Any) -> tuple[float, torch.Tensor]:
 def test_the_linear_layers_of_blocks_multiply_in_8_bits() -> None:
     module, plain = llama(), llama()
     names = list(module.state_dict())
-    apply_float8(module, Fp8())
+    apply_float8(module, Fp8Precision())
     converted = {name for name, layer in module.named_modules() if type(layer).__name__ == "Float8Linear"}
     assert len(converted) == 2 * 7
     assert "lm_head" not in converted
@@ -61,20 +61,20 @@ def test_the_linear_layers_of_blocks_multiply_in_8_bits() -> None:
 @has_torchao
 def test_models_that_torchao_cannot_convert_are_refused() -> None:
     sizes: dict[str, Any] = {"name": "s", "layers": 1, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
-    gpt2 = build_model(Gpt2(**sizes), seed=1, attention=Sdpa(), activation=Keep())
+    gpt2 = build_model(Gpt2(**sizes), seed=1, attention=SdpaAttention(), activation=NoCheckpointing())
     with pytest.raises(ConfigError, match=r"precision=fp8: the blocks of GPT2LMHeadModel hold no torch\.nn\.Linear"):
-        apply_float8(gpt2, Fp8())
+        apply_float8(gpt2, Fp8Precision())
     with pytest.raises(ConfigError, match="a layer of 24 × 24 is not made of multiples of 16"):
-        apply_float8(llama(24), Fp8())
+        apply_float8(llama(24), Fp8Precision())
 
 
 def test_without_torchao_it_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.precision.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("launcher.config.precision.importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"precision=fp8: the package torchao .*; pip install 'launcher\[fp8\]'"):
-        apply_float8(llama(), Fp8())
+        apply_float8(llama(), Fp8Precision())
 
 
 def test_other_precisions_convert_nothing() -> None:
     module = llama()
-    apply_float8(module, Bf16())
+    apply_float8(module, Bf16Precision())
     assert {type(layer) for layer in module.modules() if isinstance(layer, nn.Linear)} == {nn.Linear}

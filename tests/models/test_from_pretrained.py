@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from launcher.activation import Keep
-from launcher.attention import Eager, Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import EagerAttention, SdpaAttention
+from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
-from launcher.models.hf import Hf
 
 LLAMA: dict[str, Any] = {
     "num_hidden_layers": 2,
@@ -142,8 +142,10 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def built(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     reference = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(transformers.AutoConfig.from_pretrained(folder))]
-    attention = Sdpa() if reference._supports_sdpa else Eager()
-    return build_model(Hf(name=str(folder)), seed=3, attention=attention, activation=Keep(), dtype=dtype).eval()
+    attention = SdpaAttention() if reference._supports_sdpa else EagerAttention()
+    return build_model(
+        Hf(name=str(folder)), seed=3, attention=attention, activation=NoCheckpointing(), dtype=dtype
+    ).eval()
 
 
 def compare(folder: Path, dtype: torch.dtype = torch.float32, *, logits: bool = False) -> PreTrainedModel:
@@ -251,7 +253,7 @@ def test_rearranged_weights_load_part_by_part_and_never_whole(
         raise AssertionError("the whole model is loaded at once")
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", whole)
-    build_model(Hf(name=str(tmp_path)), seed=3, attention=Sdpa(), activation=Keep(), after=take)
+    build_model(Hf(name=str(tmp_path)), seed=3, attention=SdpaAttention(), activation=NoCheckpointing(), after=take)
     wanted = dict(model.named_parameters())
     assert taken.keys() == wanted.keys()
     assert all(torch.equal(taken[name], parameter) for name, parameter in wanted.items())

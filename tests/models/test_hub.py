@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.models.gpt2 import Gpt2
-from launcher.models.hf import Hf
-from launcher.models.hub import cached_folder, fetch
+from launcher.utils.hub import cached_folder, fetch_model
 
 
 def test_a_cached_model_is_found_without_the_hub(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,4 +36,4 @@ def test_without_the_hub_the_message_says_what_to_type() -> None:
 
 def test_an_impossible_name_is_the_users_mistake() -> None:
     with pytest.raises(ConfigError, match=r"data.tokenizer=a b: the hub shows no such model"):
-        fetch("a b", with_weights=False, option="data.tokenizer", instead="")
+        fetch_model("a b", with_weights=False, option="data.tokenizer", instead="")

@@ -9,20 +9,20 @@ import torch
 import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from launcher.activation import Keep
-from launcher.attention import Attention, Eager, Flash, Flex, Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import Attention, EagerAttention, FlashAttention, FlexAttention, SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
 from launcher.engines.ulysses import check_cut
 from launcher.errors import ConfigError
+from launcher.models.attention import attention_implementation, flash_forward
 from launcher.models.build import build_model
-from launcher.models.gpt2 import Gpt2
-from launcher.models.kernels import attention_of, flash_forward
 
 SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
 IDS = torch.arange(24).view(2, 12)
 
 
 def gpt2(attention: Attention, **changes: Any) -> Any:
-    return build_model(Gpt2(**SIZES, **changes), seed=1, attention=attention, activation=Keep())
+    return build_model(Gpt2(**SIZES, **changes), seed=1, attention=attention, activation=NoCheckpointing())
 
 
 def llama(attention: Attention) -> Any:
@@ -35,16 +35,16 @@ def llama(attention: Attention) -> Any:
         vocab_size=99,
         max_position_embeddings=32,
     )
-    name = attention_of(transformers.LlamaForCausalLM, attention)
+    name = attention_implementation(transformers.LlamaForCausalLM, attention)
     torch.manual_seed(1)
     return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=name)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])
-@pytest.mark.parametrize("attention", [Flash(), Eager()], ids=lambda attention: attention.kind)
+@pytest.mark.parametrize("attention", [FlashAttention(), EagerAttention()], ids=lambda attention: attention.kind)
 def test_every_kernel_computes_the_same(make: Any, attention: Attention) -> None:
     found = []
-    for one in (attention, Sdpa()):
+    for one in (attention, SdpaAttention()):
         module = make(one)
         module(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         found.append([parameter.grad for parameter in module.parameters()])
@@ -54,7 +54,7 @@ def test_every_kernel_computes_the_same(make: Any, attention: Attention) -> None
 
 @pytest.mark.parametrize("make", [gpt2, llama])
 def test_flash_runs_the_flash_kernel_forward_and_backward_whatever_is_allowed_around_it(make: Any) -> None:
-    module = make(Flash())
+    module = make(FlashAttention())
     with (
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
         sdpa_kernel(SDPBackend.MATH),
@@ -67,13 +67,15 @@ def test_flash_runs_the_flash_kernel_forward_and_backward_whatever_is_allowed_ar
 
 def test_flash_generates() -> None:
     prompt = {"attention_mask": torch.ones(1, 3), "max_new_tokens": 6, "do_sample": False}
-    answers = [gpt2(attention).eval().generate(IDS[:1, :3], **prompt) for attention in (Flash(), Sdpa())]
+    answers = [
+        gpt2(attention).eval().generate(IDS[:1, :3], **prompt) for attention in (FlashAttention(), SdpaAttention())
+    ]
     assert torch.equal(*answers)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch says there, kernel by kernel, why not
 def test_flash_never_falls_back() -> None:
-    module = gpt2(Flash(), dropout=0.1)
+    module = gpt2(FlashAttention(), dropout=0.1)
     with pytest.raises(ConfigError, match=r"attention=flash: .*no mask and dropout 0\.1 on cpu; set attention=sdpa"):
         module(input_ids=IDS, use_cache=False)
 
@@ -86,8 +88,8 @@ def test_other_errors_pass_through() -> None:
 
 def test_a_family_without_the_kernel_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"attention=flex: GPT2LMHeadModel has no such attention .*attention=flash"):
-        gpt2(Flex())
-    assert attention_of(transformers.LlamaForCausalLM, Flex()) == "flex_attention"
+        gpt2(FlexAttention())
+    assert attention_implementation(transformers.LlamaForCausalLM, FlexAttention()) == "flex_attention"
 
 
 def test_ranks_share_the_sequences_of_attention_over_all_tokens_alone() -> None:

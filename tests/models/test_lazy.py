@@ -4,17 +4,17 @@ import pytest
 import torch
 from torch import nn
 
-from launcher.attention import Sdpa
-from launcher.models.build import lay_out
-from launcher.models.gpt2 import Gpt2
-from launcher.models.units import blocks, units
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
+from launcher.models.build import build_deferred
+from launcher.models.layers import blocks, units
 
 MODEL = Gpt2(name="small", layers=3, heads=2, width=32, context=16, vocab_size=64)
 
 
 def built(seed=0, weights="random", without=()):
     model = Gpt2(name="small", layers=3, heads=2, width=32, context=16, vocab_size=64, weights=weights)
-    laid_out, builder = lay_out(model, seed=seed, attention=Sdpa())
+    laid_out, builder = build_deferred(model, seed=seed, attention=SdpaAttention())
     for name in without:
         parent, _, key = name.rpartition(".")
         laid_out.get_submodule(parent)._modules[key] = nn.Identity()
@@ -28,7 +28,7 @@ def equal(one, other):
 
 
 def test_parts_are_embeddings_blocks_norm_and_head():
-    laid_out, _ = lay_out(MODEL, seed=0, attention=Sdpa())
+    laid_out, _ = build_deferred(MODEL, seed=0, attention=SdpaAttention())
     names = [name for name, _ in units(laid_out)]
     inside = ["wte", "wpe", "drop", "h.0", "h.1", "h.2", "ln_f"]
     assert names == [*(f"transformer.{name}" for name in inside), "lm_head"]

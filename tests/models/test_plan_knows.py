@@ -10,18 +10,17 @@ from typing import Any
 
 import pytest
 
-from launcher.advice import warnings_of
-from launcher.compose import compose
-from launcher.engines.tensor_plan import _STYLES
+from launcher.config.compose import compose
+from launcher.config.job.verify import SelectedStrategies, Verify, select_strategies
+from launcher.config.model.hf import Hf
+from launcher.config.model.transformers_support import attention_support, causal_lm_types, parallel_plans, rope_types
+from launcher.config.parallel.data_parallel import TENSOR_STYLES
+from launcher.engines.tensor_parallel import _STYLES
 from launcher.errors import ConfigErrors
-from launcher.jobs.verify import Verify
-from launcher.models import hub
-from launcher.models.hf import Hf
-from launcher.models.installed import attention_marks, causal_lm_types, parallel_plans, rope_types
-from launcher.parallel.fsdp import TENSOR_STYLES
-from launcher.preflight import preflight
-from launcher.prepare import prepare
-from launcher.verification.choose import Choice, choose
+from launcher.execution.prepare import prepare
+from launcher.execution.validate import validate_machine
+from launcher.planning.warnings import warnings_of_run
+from launcher.utils import hub
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -97,7 +96,7 @@ def test_the_tokenizer_of_given_weights_is_the_default(tmp_path: Path) -> None:
 
 
 def warned(*words: str) -> str:
-    return "\n".join(warnings_of(compose(["backend.ranks=1", *words]).run, [], None))
+    return "\n".join(warnings_of_run(compose(["backend.ranks=1", *words]).run, [], None))
 
 
 def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_warned_of() -> None:
@@ -251,7 +250,7 @@ def test_what_would_be_fetched_without_a_network_is_refused(tmp_path: Path, monk
     (fetched / "snapshots").mkdir()
     (fetched.parent / "snapshot").rename(fetched / "snapshots" / "abc")
     run = compose([*LOCAL, "job.sequence_length=32", "model=hf", "model.name=org/model"]).run
-    assert not list(preflight(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
+    assert not list(validate_machine(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
     hub._unreachable.cache_clear()
 
 
@@ -353,11 +352,11 @@ def test_verify_takes_the_strategies_that_can_spread_the_model(tmp_path: Path) -
     words = ["model=hf", f"model.name={folder}", "job=verify", "schedule=constant", "backend.ranks=2"]
     words += ["tracker=local", "job.sequence_length=32"]
 
-    def taken(config: dict[str, Any], *more: str) -> Choice:
+    def taken(config: dict[str, Any], *more: str) -> SelectedStrategies:
         model_folder(folder, config)
         run = compose([*words, *more]).run
         assert isinstance(run.job, Verify)
-        return choose(run.job, run, world_size=2)
+        return select_strategies(run.job, run, world_size=2)
 
     assert "tensor plan for mixtral" in taken(MIXTRAL).left_out["tensor"]
     falcon = taken({**LLAMA, "model_type": "falcon"})
@@ -376,11 +375,11 @@ def test_verify_takes_the_strategies_that_can_spread_the_model(tmp_path: Path) -
 def test_marks_of_attention_are_those_of_the_class(family: str) -> None:
     import transformers
 
-    from launcher.models.kernels import marks_of
+    from launcher.models.attention import class_attention_support
 
     known = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    assert attention_marks(family) == marks_of(getattr(transformers, known[family]))
-    assert attention_marks("no_such_family") is None
+    assert attention_support(family) == class_attention_support(getattr(transformers, known[family]))
+    assert attention_support("no_such_family") is None
 
 
 def test_the_installed_transformers_is_read_without_importing_it() -> None:

@@ -10,28 +10,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from launcher.activation import Activation, Keep, Offload, Recompute, RecomputeEvery
-from launcher.attention import Sdpa
+from launcher.config.activation import (
+    ActivationCheckpointing,
+    FullCheckpointing,
+    NoCheckpointing,
+    OffloadCheckpointing,
+    SelectiveCheckpointing,
+)
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.gpt2 import Gpt2
 from launcher.errors import ConfigError
-from launcher.models import recompute
+from launcher.models import transforms
 from launcher.models.build import build_model
-from launcher.models.gpt2 import Gpt2
-from launcher.models.recompute import apply_activation
+from launcher.models.transforms import apply_activation_checkpointing
 
 LAYERS, WIDTH = 5, 16
 SIZES: dict[str, Any] = {"name": "small", "layers": LAYERS, "heads": 2, "width": WIDTH, "context": 32, "vocab_size": 99}
 IDS = torch.arange(24).view(2, 12)
 POLICIES = {
-    "full": (Recompute(), {0, 1, 2, 3, 4}),
-    "every second": (RecomputeEvery(), {0, 2, 4}),
-    "every third": (RecomputeEvery(k=3), {0, 3}),
-    "every": (RecomputeEvery(k=1), {0, 1, 2, 3, 4}),
-    "offload": (Offload(), {0, 1, 2, 3, 4}),
+    "full": (FullCheckpointing(), {0, 1, 2, 3, 4}),
+    "every second": (SelectiveCheckpointing(), {0, 2, 4}),
+    "every third": (SelectiveCheckpointing(k=3), {0, 3}),
+    "every": (SelectiveCheckpointing(k=1), {0, 1, 2, 3, 4}),
+    "offload": (OffloadCheckpointing(), {0, 1, 2, 3, 4}),
 }
 
 
-def built(activation: Activation) -> Any:
-    return build_model(Gpt2(**SIZES), seed=1, attention=Sdpa(), activation=activation)
+def built(activation: ActivationCheckpointing) -> Any:
+    return build_model(Gpt2(**SIZES), seed=1, attention=SdpaAttention(), activation=activation)
 
 
 @contextmanager
@@ -62,14 +68,14 @@ def test_the_right_blocks_run_twice_and_gradients_are_equal_to_the_bit(name: str
     with forward_passes(module) as counts:
         ours = gradients(module)
     assert counts == [2 if number in twice else 1 for number in range(LAYERS)]
-    for mine, theirs in zip(ours, gradients(built(Keep())), strict=True):
+    for mine, theirs in zip(ours, gradients(built(NoCheckpointing())), strict=True):
         assert torch.equal(mine, theirs)
 
 
 def test_dropout_is_drawn_alike_when_it_is_recomputed() -> None:
     found = []
-    for activation in (Keep(), RecomputeEvery(), Offload()):
-        module = build_model(Gpt2(**SIZES, dropout=0.2), seed=1, attention=Sdpa(), activation=activation)
+    for activation in (NoCheckpointing(), SelectiveCheckpointing(), OffloadCheckpointing()):
+        module = build_model(Gpt2(**SIZES, dropout=0.2), seed=1, attention=SdpaAttention(), activation=activation)
         torch.manual_seed(5)
         found.append(gradients(module))
     for others in found[1:]:
@@ -98,19 +104,21 @@ def test_offload_moves_the_inputs_of_blocks_and_nothing_else(monkeypatch: pytest
             moved.append(tuple(tensor.shape))
             return tensor.clone()
 
-    monkeypatch.setattr(recompute.torch.autograd.graph, "save_on_cpu", Recorded)
-    ours = gradients(built(Offload()))
+    monkeypatch.setattr(transforms.torch.autograd.graph, "save_on_cpu", Recorded)
+    ours = gradients(built(OffloadCheckpointing()))
     assert moved == [(2, 12, WIDTH)] * LAYERS
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(ours, gradients(built(Keep())), strict=True))
+    assert all(
+        torch.equal(mine, theirs) for mine, theirs in zip(ours, gradients(built(NoCheckpointing())), strict=True)
+    )
 
 
 def test_a_pipeline_stage_takes_it_too() -> None:
-    stage = nn.ModuleList(built(Keep()).transformer.h[2:])
-    apply_activation(stage, RecomputeEvery())
+    stage = nn.ModuleList(built(NoCheckpointing()).transformer.h[2:])
+    apply_activation_checkpointing(stage, SelectiveCheckpointing())
     assert [block.gradient_checkpointing for block in stage] == [True, False, True]
 
 
 def test_a_module_without_blocks_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"activation=every_k: the blocks of Linear cannot .* set activation=none"):
-        apply_activation(nn.Linear(2, 2), RecomputeEvery())
-    apply_activation(nn.Linear(2, 2), Keep())
+        apply_activation_checkpointing(nn.Linear(2, 2), SelectiveCheckpointing())
+    apply_activation_checkpointing(nn.Linear(2, 2), NoCheckpointing())

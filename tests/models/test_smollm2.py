@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.activation import Keep
-from launcher.attention import Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.folder import read_config
+from launcher.config.model.llama import SMOLLM2_SIZES, SmolLm2
 from launcher.errors import EnvironmentProblem
 from launcher.models.build import build_model
-from launcher.models.smollm2 import SIZES, SmolLm2
 from launcher.models.tokenizer import load_tokenizer
-from launcher.models.weights import read_config
 
 
 def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,8 +38,8 @@ def test_it_continues_a_sentence() -> None:
     assert folder is not None
     assert not list(SmolLm2(weights=str(folder)).preflight())
     assert read_config(folder)["rope_parameters"]["rope_theta"] == 100_000.0
-    model = build_model(SmolLm2(), seed=0, attention=Sdpa(), activation=Keep()).eval()
-    assert sum(parameter.numel() for parameter in model.parameters()) == SIZES.shape().num_params
+    model = build_model(SmolLm2(), seed=0, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
+    assert sum(parameter.numel() for parameter in model.parameters()) == SMOLLM2_SIZES.shape().num_params
     tokenizer = load_tokenizer(folder, option="data.tokenizer")
     prompt = torch.tensor([tokenizer.encode("The capital of France is")])
     answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=4, do_sample=False)

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from launcher.models.gpt2 import Gpt2
-from launcher.models.hf import Hf
-from launcher.models.smollm2 import SmolLm2
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
+from launcher.config.model.llama import SmolLm2
 
 SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
 

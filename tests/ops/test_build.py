@@ -14,9 +14,8 @@ import psutil
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.ops.build import build
-from launcher.ops.folder import library, lock
-from launcher.ops.record import read_outcome
+from launcher.ops.build import build_ops
+from launcher.protocol.native_ops import op_library, op_lock, read_build_outcome
 
 
 @pytest.fixture
@@ -36,20 +35,20 @@ def endless_compiler(tmp_path: Path) -> Path:
 
 
 def test_what_is_built_is_left_alone(folder: Path) -> None:
-    library("cpu_adam").parent.mkdir(parents=True)
-    library("cpu_adam").touch()
+    op_library("cpu_adam").parent.mkdir(parents=True)
+    op_library("cpu_adam").touch()
     said: list[str] = []
-    (outcome,) = build(["cpu_adam"], say=said.append)
+    (outcome,) = build_ops(["cpu_adam"], say=said.append)
     assert (outcome.built, outcome.seconds, said) == (True, 0.0, [])
 
 
 def test_a_stale_lock_is_cleared_first(folder: Path) -> None:
-    library("cpu_adam").parent.mkdir(parents=True)
-    library("cpu_adam").touch()
-    lock("cpu_adam").touch()
+    op_library("cpu_adam").parent.mkdir(parents=True)
+    op_library("cpu_adam").touch()
+    op_lock("cpu_adam").touch()
     said: list[str] = []
-    build(["cpu_adam"], say=said.append)
-    assert not lock("cpu_adam").exists()
+    build_ops(["cpu_adam"], say=said.append)
+    assert not op_lock("cpu_adam").exists()
     assert len(said) == 1
 
 
@@ -65,8 +64,8 @@ def test_without_a_compiler_what_is_needed_ends_the_run(folder: Path) -> None:
 def test_without_a_compiler_what_is_optional_is_recorded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     said: list[str] = []
-    build(["cpu_adam?", "fused_adam?"], say=said.append)
-    outcome = read_outcome(folder, "cpu_adam")
+    build_ops(["cpu_adam?", "fused_adam?"], say=said.append)
+    outcome = read_build_outcome(folder, "cpu_adam")
     assert outcome is not None
     assert not outcome.built
     assert "no C++ compiler" in outcome.why
@@ -85,9 +84,9 @@ def test_the_limit_ends_a_build_and_its_compilers(
     said: list[str] = []
     before = set(psutil.Process().children(recursive=True))  # of earlier tests in this process
     with pytest.raises(EnvironmentProblem, match="took longer than 8 s"):
-        build(["pin_memory"], say=say, limit_s=8.0)
+        build_ops(["pin_memory"], say=say, limit_s=8.0)
     assert any(line.startswith("building pin_memory, ") and line.endswith("limit 8 s") for line in said)
-    assert not lock("pin_memory").exists()
+    assert not op_lock("pin_memory").exists()
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
@@ -106,12 +105,12 @@ def test_being_asked_to_end_leaves_no_compiler_and_no_lock(
     while psutil.pid_exists(compiler) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not psutil.pid_exists(compiler)
-    assert not lock("pin_memory").exists()
+    assert not op_lock("pin_memory").exists()
 
 
 def test_an_outcome_is_plain_json(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    build(["cpu_adam?"], say=lambda line: None)
+    build_ops(["cpu_adam?"], say=lambda line: None)
     assert json.loads((folder / "cpu_adam.json").read_text())["built"] is False
 
 
@@ -123,8 +122,9 @@ def test_a_library_links_where_torch_has_a_path_with_a_space(folder: Path, tmp_p
     (tmp_path / "my ünï libs" / "torch").symlink_to(Path(torch.__file__).parent)
     (tmp_path / "empty.cpp").write_text('extern "C" int one() { return 1; }\n')
     script = (
-        "import os, sys; from launcher.compile import quote_torch_libraries; from launcher.ops.build import "
-        "path_with_ninja; os.environ['PATH'] = path_with_ninja(); quote_torch_libraries(); quote_torch_libraries();"
+        "import os, sys; from launcher.utils.build_cache import quote_torch_library_path; "
+        "from launcher.ops.build import path_with_ninja; os.environ['PATH'] = path_with_ninja(); "
+        "quote_torch_library_path(); quote_torch_library_path();"
         "from torch.utils import cpp_extension; assert ' ' in cpp_extension.TORCH_LIB_PATH;"
         "cpp_extension.load('empty', [sys.argv[1]], is_python_module=False)"
     )
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_set(
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "ops"))
     said: list[str] = []
-    assert build(["cpu_adam?"], say=said.append) == []
+    assert build_ops(["cpu_adam?"], say=said.append) == []
     assert said[0].endswith("(Not a directory). Set TORCH_EXTENSIONS_DIR to a folder of yours")
     with pytest.raises(EnvironmentProblem, match="Set TORCH_EXTENSIONS_DIR to a folder of yours"):
-        build(["cpu_adam"], say=said.append)
+        build_ops(["cpu_adam"], say=said.append)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.ops.folder import is_built, library, lock, mark_built, missing, ops_folder
-from launcher.parallel.base import NativeOps
+from launcher.config.parallel.base import NativeOps
+from launcher.protocol.native_ops import is_built, mark_built, op_library, op_lock, ops_folder, ops_to_build
 
 
 def test_a_folder_that_is_set_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -34,32 +34,34 @@ def test_each_environment_has_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path:
 def test_missing_names_what_is_not_built_or_locked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     ops = NativeOps(needed=("async_io", "pin_memory"), optional=("cpu_adam",))
-    assert missing(ops) == ("async_io", "pin_memory", "cpu_adam?")
+    assert ops_to_build(ops) == ("async_io", "pin_memory", "cpu_adam?")
     for name in ("async_io", "cpu_adam"):
-        library(name).parent.mkdir()
-        library(name).touch()
+        op_library(name).parent.mkdir()
+        op_library(name).touch()
     assert is_built("async_io")
-    assert missing(ops) == ("pin_memory",)
-    lock("cpu_adam").touch()
-    assert missing(ops) == ("pin_memory", "cpu_adam?")
+    assert ops_to_build(ops) == ("pin_memory",)
+    op_lock("cpu_adam").touch()
+    assert ops_to_build(ops) == ("pin_memory", "cpu_adam?")
 
 
 def test_one_older_than_its_sources_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    library("async_io").parent.mkdir()
-    library("async_io").touch()
+    op_library("async_io").parent.mkdir()
+    op_library("async_io").touch()
     assert is_built("async_io")
     folder = Path(importlib.util.find_spec("deepspeed").origin).parent / "ops" / "csrc"
     sources = [file for file in folder.rglob("*") if file.is_file()]
     installed = max(file.stat().st_mtime for file in sources)
-    os.utime(library("async_io"), (installed - 1, installed - 1))  # as when DeepSpeed is installed again
+    os.utime(op_library("async_io"), (installed - 1, installed - 1))  # as when DeepSpeed is installed again
     assert not is_built("async_io")
-    assert missing(NativeOps(needed=("async_io",))) == ("async_io",)
+    assert ops_to_build(NativeOps(needed=("async_io",))) == ("async_io",)
     mark_built("async_io")
     assert is_built("async_io")
 
 
 def test_it_is_answered_without_torch() -> None:
-    code = "import sys, launcher.ops.folder as f; f.ops_folder(); print({'torch', 'deepspeed'} & {*sys.modules})"
+    code = (
+        "import sys, launcher.protocol.native_ops as f; f.ops_folder(); print({'torch', 'deepspeed'} & {*sys.modules})"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "set()"

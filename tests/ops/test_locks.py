@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.ops import locks
-from launcher.ops.locks import clear_stale_lock, lock_owner, only_builder
+from launcher.ops import build
+from launcher.ops.build import clear_stale_lock, lock_owner, only_builder
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="owners of a lock are read from /proc")
 
@@ -48,7 +48,7 @@ def test_a_lock_that_is_held_is_waited_for(tmp_path: Path) -> None:
     with holder(path) as process:
         waiter = threading.Thread(target=clear_stale_lock, args=(path,), kwargs={"say": said.append})
         waiter.start()
-        waiter.join(timeout=3 * locks._POLL_S)
+        waiter.join(timeout=3 * build._POLL_S)
         assert waiter.is_alive()
         assert path.exists()
         path.unlink()  # what torch does when it is done

@@ -1,14 +1,14 @@
 import pytest
 
-from launcher.optim.schedule import Constant, Cosine, Linear
+from launcher.config.schedule import ConstantSchedule, CosineSchedule, LinearSchedule
 
 
 def test_warm_up_rises_to_the_peak_without_reaching_zero_or_one():
-    factors = [Constant(warmup_steps=4).factor(step, 10) for step in range(6)]
+    factors = [ConstantSchedule(warmup_steps=4).factor(step, 10) for step in range(6)]
     assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 1.0])
 
 
-@pytest.mark.parametrize("schedule", [Linear(final_factor=0.1), Cosine(final_factor=0.1)])
+@pytest.mark.parametrize("schedule", [LinearSchedule(final_factor=0.1), CosineSchedule(final_factor=0.1)])
 def test_decay_goes_from_one_to_the_final_factor(schedule):
     factors = [schedule.factor(step, 100) for step in range(101)]
     assert factors[0] == 1.0
@@ -18,11 +18,11 @@ def test_decay_goes_from_one_to_the_final_factor(schedule):
 
 
 def test_cosine_is_a_cosine():
-    assert Cosine(final_factor=0.0).factor(25, 100) == pytest.approx(0.8535533905932737)
+    assert CosineSchedule(final_factor=0.0).factor(25, 100) == pytest.approx(0.8535533905932737)
 
 
 def test_a_factor_depends_on_the_step_alone():
-    schedule = Cosine(warmup_steps=3)
+    schedule = CosineSchedule(warmup_steps=3)
     forwards = [schedule.factor(step, 20) for step in range(20)]
     backwards = [schedule.factor(step, 20) for step in reversed(range(20))]
     assert forwards == backwards[::-1]

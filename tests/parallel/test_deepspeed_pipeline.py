@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from launcher.batch import Batch
-from launcher.degrees import Degrees
+from launcher.config.batch import Batch
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import ParallelDims
+from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
-from launcher.models.base import Shape
-from launcher.optim.adamw import AdamW
-from launcher.parallel.deepspeed_pipeline import DeepSpeedPipeline
-from launcher.parallel.zero import Zero
-from launcher.precision import Bf16, Fp16, Fp32
 
 SHAPE = Shape(
     layers=4,
@@ -57,10 +57,10 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], option: str | No
 @pytest.mark.parametrize(
     ("pipeline", "precision", "shape", "phrase"),
     [
-        (DeepSpeedPipeline(stages=5), Fp32(), SHAPE, "set parallel.stages=4"),
-        (DeepSpeedPipeline(), Fp32(), replace(SHAPE, family="mamba"), "mamba"),
-        (DeepSpeedPipeline(stage=0), Bf16(), SHAPE, "set parallel.stage=1"),
-        (DeepSpeedPipeline(), Fp16(min_scale=1.5), SHAPE, "set precision.min_scale=1"),
+        (DeepSpeedPipeline(stages=5), Fp32Precision(), SHAPE, "set parallel.stages=4"),
+        (DeepSpeedPipeline(), Fp32Precision(), replace(SHAPE, family="mamba"), "mamba"),
+        (DeepSpeedPipeline(stage=0), Bf16Precision(), SHAPE, "set parallel.stage=1"),
+        (DeepSpeedPipeline(), Fp16Precision(min_scale=1.5), SHAPE, "set precision.min_scale=1"),
     ],
 )
 def test_what_other_groups_rule_out(pipeline: Any, precision: Any, shape: Shape, phrase: str) -> None:
@@ -70,18 +70,18 @@ def test_what_other_groups_rule_out(pipeline: Any, precision: Any, shape: Shape,
 
 def test_nothing_is_refused_without_reason() -> None:
     for shape in (SHAPE, replace(SHAPE, family="llama"), None):
-        assert not list(DeepSpeedPipeline(stages=4).refusals(8, Bf16(), optimizer=AdamW(), shape=shape))
-    assert not list(DeepSpeedPipeline(stage=0).refusals(2, Fp32(), optimizer=AdamW(), shape=SHAPE))
+        assert not list(DeepSpeedPipeline(stages=4).refusals(8, Bf16Precision(), optimizer=AdamW(), shape=shape))
+    assert not list(DeepSpeedPipeline(stage=0).refusals(2, Fp32Precision(), optimizer=AdamW(), shape=SHAPE))
 
 
 def test_pipelines_side_by_side_take_the_ranks_that_one_leaves() -> None:
-    assert DeepSpeedPipeline(stages=2).degrees(6) == Degrees(pipeline=2, data=3)
+    assert DeepSpeedPipeline(stages=2).degrees(6) == ParallelDims(pipeline=2, data=3)
     assert DeepSpeedPipeline(stages=4).degrees(2).product == 4  # does not fill the world: checks.py says so
     assert DeepSpeedPipeline(micro_batches=8).accumulation == 8
 
 
 def test_deepspeed_is_told_what_it_is_told_of_zero() -> None:
-    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16()}
+    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16Precision()}
     expected = Zero(stage=1, overlap_comm=False, contiguous_gradients=False).engine_config(**numbers)
     assert DeepSpeedPipeline().engine_config(**numbers) == expected
     assert expected["gradient_clipping"] == 1.0
@@ -89,11 +89,11 @@ def test_deepspeed_is_told_what_it_is_told_of_zero() -> None:
 
 def test_without_zero_the_engine_clips() -> None:
     """DeepSpeed's own norm would be that of the first stage."""
-    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Fp32()}
+    numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Fp32Precision()}
     assert DeepSpeedPipeline(stage=0).engine_config(**numbers)["gradient_clipping"] == 0.0
 
 
 def test_a_stage_holds_its_share() -> None:
-    four = DeepSpeedPipeline(stages=2).state_bytes(replace(SHAPE, num_params=1_000_000), 4, Bf16())
-    assert four == Zero(stage=1).state_bytes(replace(SHAPE, num_params=500_000), 2, Bf16())
-    assert "2 stages" in DeepSpeedPipeline(stages=2).formula(4, Bf16())
+    four = DeepSpeedPipeline(stages=2).state_bytes(replace(SHAPE, num_params=1_000_000), 4, Bf16Precision())
+    assert four == Zero(stage=1).state_bytes(replace(SHAPE, num_params=500_000), 2, Bf16Precision())
+    assert "2 stages" in DeepSpeedPipeline(stages=2).formula(4, Bf16Precision())

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launcher.batch import Batch
-from launcher.compose import compose
-from launcher.config import Run
-from launcher.optim.adamw import AdamW
-from launcher.parallel.zero import Zero
-from launcher.precision import Bf16, Fp16, Fp32
+from launcher.config.batch import Batch
+from launcher.config.compose import compose
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
+from launcher.config.run import Run
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "deepspeed"
@@ -69,7 +69,7 @@ def test_deepspeed_takes_it(option: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def config(zero: Zero, **changes: Any) -> dict[str, Any]:
-    values = {"clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16(), "native_adam": False, **changes}
+    values = {"clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16Precision(), "native_adam": False, **changes}
     return zero.ds_config(batch=BATCH, **values)
 
 
@@ -78,7 +78,9 @@ def test_clipping_that_is_off_is_written_out() -> None:
 
 
 def test_both_half_formats_are_written_out() -> None:
-    half = config(Zero(stage=1), precision=Fp16(initial_scale_power=10, scale_window=50, hysteresis=3, min_scale=2.0))
+    half = config(
+        Zero(stage=1), precision=Fp16Precision(initial_scale_power=10, scale_window=50, hysteresis=3, min_scale=2.0)
+    )
     assert half["bf16"]["enabled"] is False
     assert half["fp16"] == {
         "enabled": True,
@@ -90,7 +92,7 @@ def test_both_half_formats_are_written_out() -> None:
         "consecutive_hysteresis": False,
         "min_loss_scale": 2.0,
     }
-    full = config(Zero(stage=1), precision=Fp32())
+    full = config(Zero(stage=1), precision=Fp32Precision())
     assert (full["bf16"]["enabled"], full["fp16"]) == (False, {"enabled": False})
     assert full["communication_data_type"] == "fp32"
 

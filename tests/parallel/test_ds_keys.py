@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from launcher.parallel import ds_keys
-from launcher.parallel.ds_keys import merged, raw_key_problems
+from launcher.config.parallel import deepspeed_keys
+from launcher.config.parallel.deepspeed_keys import merge_raw_keys, validate_raw_keys
 
 
 class Spy(dict[str, Any]):
@@ -61,7 +61,7 @@ def test_top_level_keys_are_those_deepspeed_reads() -> None:
 
     asked: set[str] = set()
     config.DeepSpeedConfig(Spy({"train_batch_size": 1}, asked))
-    known = ds_keys.FREE_KEYS | ds_keys.OWNED_KEYS.keys() | ds_keys.FIXED_KEYS
+    known = deepspeed_keys.FREE_KEYS | deepspeed_keys.OWNED_KEYS.keys() | deepspeed_keys.FIXED_KEYS
     assert asked - config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() == known
 
 
@@ -70,7 +70,9 @@ def test_zero_keys_are_those_of_deepspeeds_model() -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
-    assert names == ds_keys.FREE_ZERO_KEYS | ds_keys.OWNED_ZERO_KEYS.keys() | ds_keys.FIXED_ZERO_KEYS
+    assert (
+        names == deepspeed_keys.FREE_ZERO_KEYS | deepspeed_keys.OWNED_ZERO_KEYS.keys() | deepspeed_keys.FIXED_ZERO_KEYS
+    )
 
 
 @pytest.mark.parametrize(
@@ -94,19 +96,19 @@ def test_zero_keys_are_those_of_deepspeeds_model() -> None:
     ],
 )
 def test_a_wrong_raw_key_is_named_with_what_would_work(raw: dict[str, Any], option: str, phrase: str) -> None:
-    (problem,) = raw_key_problems(raw)
+    (problem,) = validate_raw_keys(raw)
     assert problem.option == option
     assert phrase in str(problem)
 
 
 def test_free_keys_pass() -> None:
     raw = {"aio": {"queue_depth": 16}, "zero_optimization": {"round_robin_gradients": True}, "comms_logger": {}}
-    assert not list(raw_key_problems(raw))
+    assert not list(validate_raw_keys(raw))
 
 
 def test_merging_goes_mapping_by_mapping_and_leaves_its_arguments() -> None:
     ours = {"aio": {"block_size": 1, "queue_depth": 8}, "steps_per_print": None}
-    assert merged(ours, {"aio": {"queue_depth": 16}, "dump_state": True}) == {
+    assert merge_raw_keys(ours, {"aio": {"queue_depth": 16}, "dump_state": True}) == {
         "aio": {"block_size": 1, "queue_depth": 16},
         "steps_per_print": None,
         "dump_state": True,

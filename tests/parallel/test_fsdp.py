@@ -1,18 +1,18 @@
 import pytest
 
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.llama import SMOLLM2_SIZES
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.data_parallel import Fsdp
+from launcher.config.precision import Bf16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
-from launcher.models.gpt2 import Gpt2
-from launcher.models.smollm2 import SIZES
-from launcher.optim.adamw import AdamW
-from launcher.parallel.fsdp import Fsdp
-from launcher.precision import Bf16, Fp32
 
 GPT2 = Gpt2(name="small", layers=4, heads=6, width=96, context=64, vocab_size=512).shape()
-SMOLLM2 = SIZES.shape()
+SMOLLM2 = SMOLLM2_SIZES.shape()
 
 
 def refusals(strategy, shape, world_size):
-    return [str(error) for error in strategy.refusals(world_size, Fp32(), optimizer=AdamW(), shape=shape)]
+    return [str(error) for error in strategy.refusals(world_size, Fp32Precision(), optimizer=AdamW(), shape=shape)]
 
 
 def test_shards_take_what_other_degrees_leave():
@@ -22,14 +22,16 @@ def test_shards_take_what_other_degrees_leave():
 
 def test_state_is_spread_over_all_that_hold_shares():
     quarter, half = -(-GPT2.num_params // 4), GPT2.num_params // 2
-    state = Fsdp(sequence=2).state_bytes(GPT2, 4, Bf16())
+    state = Fsdp(sequence=2).state_bytes(GPT2, 4, Bf16Precision())
     assert (state.total, state.host) == (pytest.approx(16 * quarter, rel=1e-4), 0)
-    assert Fsdp(replicate=2, offload="cpu").state_bytes(GPT2, 4, Bf16()).host == pytest.approx(16 * half, rel=1e-4)
+    assert Fsdp(replicate=2, offload="cpu").state_bytes(GPT2, 4, Bf16Precision()).host == pytest.approx(
+        16 * half, rel=1e-4
+    )
 
 
 def test_tensor_ranks_hold_embeddings_whole():
     blocks = SMOLLM2.layers * SMOLLM2.block_params
-    held = Fsdp(tensor=3).state_bytes(SMOLLM2, 3, Bf16()).total / 16
+    held = Fsdp(tensor=3).state_bytes(SMOLLM2, 3, Bf16Precision()).total / 16
     assert held == pytest.approx(blocks / 3 + SMOLLM2.num_params - blocks, rel=1e-6)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.batch import Batch
+from launcher.config.batch import Batch
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.pipeline import Pipeline, micro_batch_choices
+from launcher.config.precision import Fp32Precision
 from launcher.errors import ConfigErrors
-from launcher.models.gpt2 import Gpt2
-from launcher.optim.adamw import AdamW
-from launcher.parallel.pipeline import Pipeline, micro_batch_choices
-from launcher.precision import Fp32
 
 SHAPE = Gpt2(name="tiny", layers=6, heads=2, width=64).shape()
 
@@ -46,7 +46,7 @@ def test_a_refused_batch_names_the_nearest_that_works() -> None:
     ],
 )
 def test_more_stretches_than_layers_are_refused(values, fix) -> None:
-    (refusal,) = Pipeline(**values).refusals(8, Fp32(), optimizer=AdamW(), shape=SHAPE)
+    (refusal,) = Pipeline(**values).refusals(8, Fp32Precision(), optimizer=AdamW(), shape=SHAPE)
     assert fix in str(refusal)
 
 

@@ -6,15 +6,15 @@ from typing import Any
 
 import pytest
 
-from launcher import preflight
-from launcher.compose import compose
+from launcher.config.compose import compose
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import NativeOps, StateBytes
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
-from launcher.models.base import Shape
-from launcher.optim.adamw import AdamW
-from launcher.parallel.base import NativeOps, StateBytes
-from launcher.parallel.zero import Zero
-from launcher.plan import Host
-from launcher.precision import Bf16, Fp16, Fp32
+from launcher.execution import validate
+from launcher.protocol.plan import Host
 
 PARAMS, RANKS = 1_000_000, 4
 NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}
@@ -66,16 +66,21 @@ def test_all_mistakes_come_at_once() -> None:
 @pytest.mark.parametrize(
     ("zero", "precision", "optimizer", "option"),
     [
-        (Zero(low_memory_bf16=True), Fp16(), AdamW(), "parallel.low_memory_bf16"),
-        (Zero(**NVME, nvme_buffer_size=10**9), Bf16(), AdamW(implementation="torch"), "optimizer.implementation"),
+        (Zero(low_memory_bf16=True), Fp16Precision(), AdamW(), "parallel.low_memory_bf16"),
         (
-            Zero(low_memory_bf16=True, offload_optimizer="cpu"),
-            Bf16(),
+            Zero(**NVME, nvme_buffer_size=10**9),
+            Bf16Precision(),
             AdamW(implementation="torch"),
             "optimizer.implementation",
         ),
-        (Zero(**NVME), Bf16(), AdamW(), "parallel.nvme_buffer_size"),
-        (Zero(), Fp16(min_scale=1.5), AdamW(), "precision.min_scale"),
+        (
+            Zero(low_memory_bf16=True, offload_optimizer="cpu"),
+            Bf16Precision(),
+            AdamW(implementation="torch"),
+            "optimizer.implementation",
+        ),
+        (Zero(**NVME), Bf16Precision(), AdamW(), "parallel.nvme_buffer_size"),
+        (Zero(), Fp16Precision(min_scale=1.5), AdamW(), "precision.min_scale"),
     ],
 )
 def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW, option: str) -> None:
@@ -84,44 +89,46 @@ def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW
 
 
 def test_nothing_is_refused_without_reason() -> None:
-    assert not list(Zero(stage=2).refusals(1, Fp16(), optimizer=AdamW(), shape=SHAPE))
-    assert not list(Zero(**NVME, nvme_buffer_size=2 * 10**8).refusals(2, Bf16(), optimizer=AdamW(), shape=SHAPE))
+    assert not list(Zero(stage=2).refusals(1, Fp16Precision(), optimizer=AdamW(), shape=SHAPE))
+    assert not list(
+        Zero(**NVME, nvme_buffer_size=2 * 10**8).refusals(2, Bf16Precision(), optimizer=AdamW(), shape=SHAPE)
+    )
 
 
 @pytest.mark.parametrize(
     ("zero", "precision", "expected"),
     [
         # the paper's table 1: 16 bytes, 4 + 12/N, 2 + 14/N, 16/N
-        (Zero(stage=0), Bf16(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=12_000_000)),
-        (Zero(stage=1), Bf16(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=3_000_000)),
-        (Zero(stage=2), Bf16(), StateBytes(parameters=2_000_000, gradients=500_000, optimizer=3_000_000)),
-        (Zero(stage=3), Bf16(), StateBytes(parameters=500_000, gradients=500_000, optimizer=3_000_000)),
-        (Zero(stage=0), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=8_000_000)),
-        (Zero(stage=1), Fp32(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=3_000_000)),
-        (Zero(stage=3), Fp32(), StateBytes(parameters=1_000_000, gradients=1_000_000, optimizer=3_000_000)),
+        (Zero(stage=0), Bf16Precision(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=12_000_000)),
+        (Zero(stage=1), Bf16Precision(), StateBytes(parameters=2_000_000, gradients=2_000_000, optimizer=3_000_000)),
+        (Zero(stage=2), Bf16Precision(), StateBytes(parameters=2_000_000, gradients=500_000, optimizer=3_000_000)),
+        (Zero(stage=3), Bf16Precision(), StateBytes(parameters=500_000, gradients=500_000, optimizer=3_000_000)),
+        (Zero(stage=0), Fp32Precision(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=8_000_000)),
+        (Zero(stage=1), Fp32Precision(), StateBytes(parameters=4_000_000, gradients=4_000_000, optimizer=3_000_000)),
+        (Zero(stage=3), Fp32Precision(), StateBytes(parameters=1_000_000, gradients=1_000_000, optimizer=3_000_000)),
         (
             Zero(stage=3, low_memory_bf16=True),
-            Bf16(),
+            Bf16Precision(),
             StateBytes(parameters=500_000, gradients=500_000, optimizer=1_500_000),
         ),
         (
             Zero(stage=2, offload_optimizer="cpu"),
-            Bf16(),
+            Bf16Precision(),
             StateBytes(parameters=2_000_000, gradients=1_500_000, optimizer=3_000_000, host=4_000_000),
         ),
         (
             Zero(stage=3, offload_optimizer="cpu", offload_parameters="cpu"),
-            Bf16(),
+            Bf16Precision(),
             StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=5_000_000),
         ),
         (
             Zero(**NVME),
-            Bf16(),
+            Bf16Precision(),
             StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=500_000, nvme=4_500_000),
         ),
         (
             Zero(**NVME, max_parameters_in_ram=100_000),
-            Bf16(),
+            Bf16Precision(),
             StateBytes(parameters=500_000, gradients=1_500_000, optimizer=3_000_000, host=700_000, nvme=4_300_000),
         ),
     ],
@@ -131,8 +138,10 @@ def test_state_bytes(zero: Zero, precision: Any, expected: StateBytes) -> None:
 
 
 def test_the_formula_says_what_was_reckoned() -> None:
-    assert Zero(stage=2).formula(4, Bf16()).startswith("2N weights + 2N gradients / 4 + 12N optimiser / 4 bytes")
-    assert "4N gradients / 4 beside" in Zero(stage=2, offload_optimizer="cpu").formula(4, Bf16())
+    assert (
+        Zero(stage=2).formula(4, Bf16Precision()).startswith("2N weights + 2N gradients / 4 + 12N optimiser / 4 bytes")
+    )
+    assert "4N gradients / 4 beside" in Zero(stage=2, offload_optimizer="cpu").formula(4, Bf16Precision())
 
 
 @pytest.mark.parametrize(
@@ -153,11 +162,11 @@ def test_native_ops(zero: Zero, optimizer: AdamW, expected: NativeOps) -> None:
 @pytest.mark.parametrize(
     ("zero", "precision", "on_gpu", "phrases"),
     [
-        (Zero(), Bf16(), False, []),
-        (Zero(stage=0), Bf16(), True, ["stage 0 in bf16"]),
-        (Zero(offload_optimizer="cpu"), Bf16(), True, []),
-        (Zero(offload_optimizer="cpu"), Bf16(), False, ["only adds copies", "pin_memory has no effect"]),
-        (Zero(**NVME, pin_memory=False), Bf16(), False, []),
+        (Zero(), Bf16Precision(), False, []),
+        (Zero(stage=0), Bf16Precision(), True, ["stage 0 in bf16"]),
+        (Zero(offload_optimizer="cpu"), Bf16Precision(), True, []),
+        (Zero(offload_optimizer="cpu"), Bf16Precision(), False, ["only adds copies", "pin_memory has no effect"]),
+        (Zero(**NVME, pin_memory=False), Bf16Precision(), False, []),
     ],
 )
 def test_notes(zero: Zero, precision: Any, on_gpu: bool, phrases: list[str]) -> None:
@@ -169,10 +178,10 @@ def test_notes(zero: Zero, precision: Any, on_gpu: bool, phrases: list[str]) -> 
 def test_buffers_that_this_user_may_not_lock_are_refused_before_the_start(monkeypatch):
     run = compose(["+exp=zero_infinity_gpt2xl", "precision=fp32"]).run
     box = Host(name="box", slots=1)
-    monkeypatch.setattr(preflight, "lockable_bytes", lambda: 8 << 20)
-    (error,) = preflight.refuse_small_memlock(run, [box])
+    monkeypatch.setattr(validate, "lockable_bytes", lambda: 8 << 20)
+    (error,) = validate.validate_memlock(run, [box])
     assert "1.86 GiB a rank, and this user may lock 8.00 MiB" in str(error)
-    assert list(preflight.refuse_small_memlock(run, [Host(name="far", slots=1, login="far")])) == []
+    assert list(validate.validate_memlock(run, [Host(name="far", slots=1, login="far")])) == []
     for limit in (None, 2_000_000_000):
-        monkeypatch.setattr(preflight, "lockable_bytes", lambda limit=limit: limit)
-        assert list(preflight.refuse_small_memlock(run, [box])) == []
+        monkeypatch.setattr(validate, "lockable_bytes", lambda limit=limit: limit)
+        assert list(validate.validate_memlock(run, [box])) == []

@@ -15,26 +15,23 @@ from typing import Any
 
 import pytest
 
-from launcher.benchmarks.base import Benchmark
-from launcher.benchmarks.sampling import sample_in_turn
-from launcher.compose import compose
-from launcher.context import Context
+from launcher.benchmarks.harness import sample_interleaved
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.compose import compose
+from launcher.config.profile import Profile, ProfileWindow, TorchProfile
+from launcher.config.sampling import SamplingParams
+from launcher.config.snapshot import save_run
+from launcher.engines.context import Context
 from launcher.errors import ConfigErrors
-from launcher.files import read_json
-from launcher.plan import Host
-from launcher.profile import Profile, TorchProfile, Window
-from launcher.profiling.base import NO_PROFILER
-from launcher.profiling.make import make_profiler
-from launcher.profiling.memory import memory_of
+from launcher.inference.engine.base import EngineRequest
+from launcher.inference.engine.loop import EngineConnection, request_to_wire
+from launcher.profiling.memory import memory_timeline
+from launcher.profiling.profiler import NO_PROFILER, TimedProfiler, WindowProfiler, make_profiler
 from launcher.profiling.recording import Recording
-from launcher.profiling.stretch import StretchProfiler
-from launcher.profiling.windowed import WindowProfiler
-from launcher.rundir import RunDir
-from launcher.serving.frames import request_to_wire
-from launcher.serving.link import EngineLink
-from launcher.serving.values import Request, Sampling
-from launcher.snapshot import save_run
-from launcher.supervise.heartbeat import Heartbeat
+from launcher.protocol.heartbeat import Heartbeat
+from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
 
 BOX = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 ONE_RANK = ("tracker=local", "backend.ranks=1", "parallel=single", "backend.threads=1")
@@ -67,7 +64,7 @@ def recording(tmp_path: Path) -> Recording:
 def test_just_the_window_is_recorded(recording: Recording, capsys) -> None:
     import torch
 
-    profiler = WindowProfiler(recording, Window(wait=2, warmup=1, active=2), what="step")
+    profiler = WindowProfiler(recording, ProfileWindow(wait=2, warmup=1, active=2), what="step")
     kept = []
     for step in range(1, 10):
         with profiler.step(), profiler.mark("forward"):
@@ -99,7 +96,7 @@ def test_just_the_window_is_recorded(recording: Recording, capsys) -> None:
 def test_work_that_is_over_early_leaves_what_there_is(recording, capsys, steps: int, recorded: int, said: str) -> None:
     import torch
 
-    with WindowProfiler(recording, Window(wait=1, warmup=1, active=4), what="step") as profiler:
+    with WindowProfiler(recording, ProfileWindow(wait=1, warmup=1, active=4), what="step") as profiler:
         for _ in range(steps):
             with profiler.step():
                 torch.ones(10).exp()
@@ -112,7 +109,7 @@ def test_work_that_is_over_early_leaves_what_there_is(recording, capsys, steps: 
 
 
 def test_a_failure_is_not_hidden_by_a_profile(recording) -> None:
-    profiler = WindowProfiler(recording, Window(wait=0, warmup=0, active=2), what="step")
+    profiler = WindowProfiler(recording, ProfileWindow(wait=0, warmup=0, active=2), what="step")
     with pytest.raises(ZeroDivisionError), profiler, profiler.step():
         raise ZeroDivisionError
     assert not recording.folder.exists()
@@ -122,7 +119,7 @@ def test_a_failure_is_not_hidden_by_a_profile(recording) -> None:
 def test_work_without_steps_is_recorded_until_time_is_up(recording, capsys) -> None:
     import torch
 
-    with StretchProfiler(recording, seconds=0.3):
+    with TimedProfiler(recording, seconds=0.3):
         while not recording.folder.exists():
             torch.ones(10).exp()
             time.sleep(0.01)
@@ -141,7 +138,7 @@ def test_memory_is_told_by_who_holds_it_at_the_peak() -> None:
     def operator(name: str, at: float, dur: float) -> dict[str, Any]:
         return {"ph": "X", "cat": "cpu_op", "name": name, "ts": at, "dur": dur, "pid": 1, "tid": 1}
 
-    found = memory_of(
+    found = memory_timeline(
         [
             *(operator("outer", 0.0, 10.0), operator("inner", 1.0, 2.0), operator("next", 20.0, 5.0)),
             *(block(2.0, 100, 1), block(15.0, 7, 2), block(21.0, 50, 3), block(22.0, -100, 1), block(23.0, 30, 1)),
@@ -153,7 +150,7 @@ def test_memory_is_told_by_who_holds_it_at_the_peak() -> None:
     held = {row["operator"]: (row["bytes"], row["blocks"]) for row in cpu["held_at_peak"]}
     assert held == {"outer": (100, 1), "next": (50, 1), "outside of operators": (7, 1)}
     assert found["gpu 0"]["held_at_peak"] == [{"operator": "outer", "bytes": 8, "blocks": 1}]
-    assert memory_of([]) == {}
+    assert memory_timeline([]) == {}
 
 
 def test_nothing_happens_without_it(tmp_path) -> None:
@@ -213,8 +210,8 @@ def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
     sizes = {"layers": 2, "width": 32, "heads": 2, "feedforward": 64, "batch": 4, "sequence": 16, "every": 1}
     case = {**sizes, "warmup": 0, "seed": 0, "rank": 0, "keep": str(tmp_path / "gradients")}
     context = context_of(tmp_path, "job=benchmark", "benchmark=activation")
-    step = "launcher.benchmarks.encoder:step"
-    answers = sample_in_turn(step, {"every layer / all": case}, repeats=1, context=context)
+    step = "launcher.benchmarks.activation:encoder_step"
+    answers = sample_interleaved(step, {"every layer / all": case}, repeats=1, context=context)
     assert len(answers["every layer / all"]) == 1, "no figure comes from the profiler"
     assert names(tmp_path / "profile") == files_of("every_layer_all")
     found = events(tmp_path / "profile" / "every_layer_all.trace.json.gz")
@@ -246,11 +243,11 @@ def test_the_engine_of_a_server(tmp_path) -> None:
     save_run(compose([*ONE_RANK, *TINY, *job, "profile=true", "profile.active=4"]).run, tmp_path / "run.yaml")
     ours, theirs = socket.socketpair()
     words = (str(tmp_path), "7", str(theirs.fileno()), str(os.getpid()))
-    command = [sys.executable, "-m", "launcher.serving.replica", *words]
+    command = [sys.executable, "-m", "launcher.inference.server.replica", *words]
     with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as engine, ours:
         theirs.close()
-        link, heard = EngineLink(ours), []
-        request = Request(id="one", prompt=(1, 2, 3), sampling=Sampling(max_tokens=9, ignore_end=True))
+        link, heard = EngineConnection(ours), []
+        request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_end=True))
         link.send({"kind": "add", "request": request_to_wire(request)})
         while not any(row[2] for message in heard for row in message.get("updates", [])):
             heard += link.receive(wait_s=100)

@@ -21,12 +21,12 @@ def load(loader: str, folder: str) -> torch.nn.Module:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    from launcher.activation import Keep
-    from launcher.attention import Sdpa
+    from launcher.config.activation import NoCheckpointing
+    from launcher.config.attention import SdpaAttention
+    from launcher.config.model.hf import Hf
     from launcher.models.build import build_model
-    from launcher.models.hf import Hf
 
-    return build_model(Hf(name=folder), seed=0, attention=Sdpa(), activation=Keep())
+    return build_model(Hf(name=folder), seed=0, attention=SdpaAttention(), activation=NoCheckpointing())
 
 
 if __name__ == "__main__":

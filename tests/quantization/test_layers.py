@@ -13,19 +13,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from launcher.activation import Keep
-from launcher.attention import Sdpa
+from launcher.config.activation import NoCheckpointing
+from launcher.config.attention import SdpaAttention
+from launcher.config.model.hf import Hf
+from launcher.config.quantization import METHODS, Int4Weight, Int8Weight, Quantization
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.models.build import build_model
-from launcher.models.hf import Hf
 from launcher.models.weights import save_model_folder
-from launcher.quantization.base import Quantization
-from launcher.quantization.bytes import LAYERS, bf16_bytes, bytes_by_group
-from launcher.quantization.codecs import codec_of, is_quantised, quantised
-from launcher.quantization.folder import save_quantised
+from launcher.quantization.codecs import codec_of, is_quantized, quantized_layers
+from launcher.quantization.folder import save_quantized
 from launcher.quantization.int4 import Int4Codec, Int4Linear
-from launcher.quantization.methods import METHODS, Int4Weight, Int8Weight
-from launcher.quantization.targets import matrices
+from launcher.quantization.layers import LAYERS, bf16_bytes, bytes_by_group, matrices
 
 from .reload import digest_of
 
@@ -58,7 +56,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def load(folder: Path, method: Quantization | None = None) -> nn.Module:
-    model = build_model(Hf(name=str(folder)), seed=0, attention=Sdpa(), activation=Keep(), quantization=method)
+    model = build_model(
+        Hf(name=str(folder)), seed=0, attention=SdpaAttention(), activation=NoCheckpointing(), quantization=method
+    )
     return model.eval().requires_grad_(False)
 
 
@@ -67,10 +67,10 @@ def load(folder: Path, method: Quantization | None = None) -> nn.Module:
 def test_all_matrices_of_blocks_are_quantised(kind: str, family: str, folders: dict[str, Path]) -> None:
     method = METHODS[kind]()
     stock, model = load(folders[family]), load(folders[family], method)
-    names = {name for name, _ in quantised(model)}
+    names = {name for name, _ in quantized_layers(model)}
     assert names == set(matrices(stock))
     assert len(names) == 2 * PER_BLOCK[family]
-    left = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and not is_quantised(layer)]
+    left = [layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D) and not is_quantized(layer)]
     assert left == [model.lm_head]
 
     assert bytes_by_group(model, names)[LAYERS] <= SHARE_OF_BF16[kind] * bf16_bytes(stock, names)
@@ -88,7 +88,7 @@ def test_all_come_back_bit_for_bit_in_another_process_and_in_transformers_where_
     for kind, family in itertools.product(METHODS, FAMILIES):
         method, folder = METHODS[kind](), tmp_path / f"{kind}-{family}"
         model = load(folders[family], method)
-        save_quantised(model, method, folder, beside=None)
+        save_quantized(model, method, folder, beside=None)
         ways = ["launcher", "transformers"] if family == "llama" and kind != "int4_weight" else ["launcher"]
         digest = digest_of(model)
         expected += [(way, folder.name, digest) for way in ways]
@@ -109,7 +109,7 @@ def test_a_width_that_groups_do_not_fill_is_refused_by_name(folders: dict[str, P
 
 def test_skipped_layers_stay_and_patterns_that_match_nothing_are_refused(folders: dict[str, Path]) -> None:
     model = load(folders["llama"], Int8Weight(skip=("*.mlp.down_proj", "model.layers.0.*")))
-    assert {name.partition("layers.")[2] for name, _ in quantised(model)} == {
+    assert {name.partition("layers.")[2] for name, _ in quantized_layers(model)} == {
         *(f"1.self_attn.{name}_proj" for name in "qkvo"),
         *("1.mlp.gate_proj", "1.mlp.up_proj"),
     }
@@ -124,9 +124,9 @@ def test_a_folder_says_how_it_is_quantised_and_another_method_is_refused(
 ) -> None:
     method = Int4Weight(group_size=64, skip=("*.down_proj",))
     folder = tmp_path / "kept"
-    save_quantised(load(folders["llama"], method), method, folder, beside=None)
+    save_quantized(load(folders["llama"], method), method, folder, beside=None)
     model = load(folder)
-    assert {layer.group_size for _, layer in quantised(model)} == {64}
+    assert {layer.group_size for _, layer in quantized_layers(model)} == {64}
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
     with pytest.raises(ConfigError, match="are int4_weight already"):
         load(folder, Int8Weight())
@@ -139,7 +139,7 @@ def test_a_folder_that_lacks_a_part_of_a_layer_is_refused_by_name(folders: dict[
     from safetensors.torch import load_file, save_file
 
     method, folder = Int4Weight(), tmp_path / "kept"
-    save_quantised(load(folders["llama"], method), method, folder, beside=None)
+    save_quantized(load(folders["llama"], method), method, folder, beside=None)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scale"]
     save_file(tensors, folder / "model.safetensors")

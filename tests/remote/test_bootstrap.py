@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import ConfigError
-from launcher.remote import bootstrap
-from launcher.remote.bootstrap import prologue, shell_command
+from launcher.remote import command as bootstrap
 from launcher.remote.bundle import Bundle, make_bundle
+from launcher.remote.command import prologue, shell_command
 
 ECHO = """
 import json, os, sys

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from launcher.errors import EnvironmentProblem
-from launcher.files import sha256_of
 from launcher.remote import bundle
 from launcher.remote.bundle import Bundle, code_root, make_bundle
 from launcher.remote.on_host import _unpack
+from launcher.utils.files import sha256_of
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.files import read_json
-from launcher.supervise.processes import descendants
+from launcher.utils.files import read_json
+from launcher.utils.processes import descendants
 
 LAB = Path(__file__).resolve().parent.parent.parent / "scripts" / "lab" / "slurm.py"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")

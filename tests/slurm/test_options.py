@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from launcher.backends.slurm.backend import Slurm
-from launcher.backends.slurm.client import Partition, words_of
-from launcher.backends.slurm.script import script
-from launcher.backends.slurm.submit import refusal, refusals, submission_env
+from launcher.backends.slurm.client import SlurmPartition, error_text
+from launcher.backends.slurm.sbatch import render_sbatch
+from launcher.backends.slurm.submit import sbatch_error, submission_env, validate_partitions
+from launcher.config.backend.slurm import SlurmBackend
 from launcher.errors import ConfigErrors
 
 GOLDEN = Path(__file__).parent.parent / "golden"
-MAIN = Partition(name="main", is_default=True, limit="infinite", num_nodes=4)
-SHORT = Partition(name="short", is_default=False, limit="5:00", num_nodes=2)
+MAIN = SlurmPartition(name="main", is_default=True, limit="infinite", num_nodes=4)
+SHORT = SlurmPartition(name="short", is_default=False, limit="5:00", num_nodes=2)
 
 
 @pytest.mark.parametrize(
@@ -38,54 +38,56 @@ SHORT = Partition(name="short", is_default=False, limit="5:00", num_nodes=2)
 )
 def test_what_cannot_be_is_refused_by_name(options, named):
     with pytest.raises(ConfigErrors) as refused:
-        Slurm(**options)
+        SlurmBackend(**options)
     assert named in str(refused.value)
 
 
 def test_times():
-    assert Slurm(time="01:30:00").time_s() == 5400
-    assert Slurm(time="2-00:00:00").time_s() == 172800
-    assert Slurm().time_s() is None
+    assert SlurmBackend(time="01:30:00").time_s() == 5400
+    assert SlurmBackend(time="2-00:00:00").time_s() == 172800
+    assert SlurmBackend().time_s() is None
 
 
 @pytest.mark.parametrize(
     ("limit", "seconds"), [("5:00", 300), ("1:00:00", 3600), ("2-00:00:01", 172801), ("infinite", float("inf"))]
 )
 def test_limits_of_partitions(limit, seconds):
-    assert Partition(name="p", is_default=False, limit=limit, num_nodes=1).limit_s == seconds
+    assert SlurmPartition(name="p", is_default=False, limit=limit, num_nodes=1).limit_s == seconds
 
 
 def test_the_nodes_are_stand_ins_with_a_rank_a_gpu():
-    hosts = Slurm(nodes=2, gpus_per_node=4).hosts(max_ranks=None)
+    hosts = SlurmBackend(nodes=2, gpus_per_node=4).hosts(max_ranks=None)
     assert [(host.name, host.slots, len(host.devices), host.is_known) for host in hosts] == [
         ("node0", 4, 4, False),
         ("node1", 4, 4, False),
     ]
-    assert [host.slots for host in Slurm().hosts(max_ranks=1)] == [1]
-    assert [host.slots for host in Slurm(ranks=3, gpus_per_node=4).hosts(max_ranks=None)] == [3]
+    assert [host.slots for host in SlurmBackend().hosts(max_ranks=1)] == [1]
+    assert [host.slots for host in SlurmBackend(ranks=3, gpus_per_node=4).hosts(max_ranks=None)] == [3]
 
 
 def test_what_no_partition_can_give_is_refused_with_what_there_is(monkeypatch):
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
-    asked = Slurm(partition="short", time="01:00:00", nodes=3)
-    told = "\n".join(map(str, refusals(asked, [MAIN, SHORT])))
+    asked = SlurmBackend(partition="short", time="01:00:00", nodes=3)
+    told = "\n".join(map(str, validate_partitions(asked, [MAIN, SHORT])))
     assert "backend.time=01:00:00: partition short allows 5:00" in told
     assert "backend.nodes=3: partition short has 2" in told
     assert "main (up to infinite, 4 nodes), short (up to 5:00, 2 nodes)" in told
-    assert [error.option for error in refusals(Slurm(partition="nope"), [MAIN])] == ["backend.partition"]
-    assert [error.option for error in refusals(Slurm(), [SHORT])] == ["backend.partition"]
-    assert not list(refusals(Slurm(nodes=4, time="9-00:00:00"), [MAIN, SHORT]))
-    assert not list(refusals(Slurm(partition="short,main", nodes=4), [MAIN, SHORT]))
+    assert [error.option for error in validate_partitions(SlurmBackend(partition="nope"), [MAIN])] == [
+        "backend.partition"
+    ]
+    assert [error.option for error in validate_partitions(SlurmBackend(), [SHORT])] == ["backend.partition"]
+    assert not list(validate_partitions(SlurmBackend(nodes=4, time="9-00:00:00"), [MAIN, SHORT]))
+    assert not list(validate_partitions(SlurmBackend(partition="short,main", nodes=4), [MAIN, SHORT]))
 
 
 def test_no_variable_of_the_shell_changes_what_the_script_says():
     words = "SBATCH_EXPORT SBATCH_ARRAY_INX SBATCH_PARTITION SBATCH_ACCOUNT SLURM_JOB_ID SLURM_CONF HOME"
-    kept = submission_env(Slurm(partition="mine"), dict.fromkeys(words.split(), "x"))
+    kept = submission_env(SlurmBackend(partition="mine"), dict.fromkeys(words.split(), "x"))
     assert list(kept) == ["SBATCH_ACCOUNT", "SLURM_CONF", "HOME"]
 
 
 def test_slurms_words_become_one_line():
-    assert words_of("sbatch: error: one.\nsbatch: error: two\n\n") == "one; two"
+    assert error_text("sbatch: error: one.\nsbatch: error: two\n\n") == "one; two"
 
 
 @pytest.mark.parametrize(
@@ -100,11 +102,11 @@ def test_slurms_words_become_one_line():
     ],
 )
 def test_slurms_words_name_an_option(words, option):
-    assert f"{option}: Slurm says: {words}" in str(refusal(Slurm(qos="gold", account="me"), words))
+    assert f"{option}: Slurm says: {words}" in str(sbatch_error(SlurmBackend(qos="gold", account="me"), words))
 
 
 def test_the_script(plan_of):
-    backend = Slurm(
+    backend = SlurmBackend(
         nodes=2,
         partition="main",
         time="1-00:00:00",
@@ -117,7 +119,7 @@ def test_the_script(plan_of):
         sbatch_options=("--mail-type=FAIL", "--exclusive", '--comment=it\'s a "test" \\ # $HOME'),
     )
     plan = plan_of("tracker=local", "run.name=my run", "backend.ranks=8", hosts=backend.hosts(max_ranks=None))
-    text = script(backend, plan).replace(shlex.quote(plan.hosts[0].host.python), "/venv/bin/python")
+    text = render_sbatch(backend, plan).replace(shlex.quote(plan.hosts[0].host.python), "/venv/bin/python")
     file = GOLDEN / "job.sbatch"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text, encoding="utf-8")

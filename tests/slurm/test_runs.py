@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.compose import compose
-from launcher.files import read_json
-from launcher.launching import start
-from launcher.prepare import prepare
-from launcher.rundir import RunDir
+from launcher.config.compose import compose
+from launcher.execution.lifecycle import start
+from launcher.execution.prepare import prepare
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json
 from tests.backends import contract
 
 from .conftest import SMALL, wait_for
@@ -165,7 +165,7 @@ def test_a_queued_run_is_not_queued_twice(cluster, launch, tmp_path):
 
 
 def test_every_character_of_an_option_reaches_slurm(cluster, tmp_path, nasty_strings):
-    from launcher.backends.slurm.script import _set
+    from launcher.backends.slurm.sbatch import _set
 
     texts = ["".join(letter for letter in text if letter.isprintable()) for text in nasty_strings]
     for text in filter(None, texts[:60]):

@@ -14,14 +14,14 @@ from typing import Any
 import psutil
 import pytest
 
-from launcher.compose import compose
-from launcher.files import write_json
-from launcher.plan import Plan
-from launcher.prepare import prepare
-from launcher.results import read_metrics
-from launcher.rundir import RunDir
-from launcher.schema import to_tree
-from launcher.training.metrics import MetricsWriter
+from launcher.config.compose import compose
+from launcher.config.schema import to_tree
+from launcher.execution.prepare import prepare
+from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.plan import Plan
+from launcher.protocol.results import read_metrics
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import write_json
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 
 FOLLOW = """
 import threading
-from launcher.trackers.orders import Orders
+from launcher.trackers.sidecar import RunEndListener as Orders
 
 orders = Orders(finish_s={finish_s}, orphan_s={orphan_s})
 orders.start()

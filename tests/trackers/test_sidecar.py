@@ -16,14 +16,13 @@ import psutil
 import pytest
 from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
 
-from launcher.benchmarks.activation import ActivationBenchmark
-from launcher.benchmarks.picture import draw_bars
-from launcher.benchmarks.results import Case, Results
-from launcher.files import write_json
-from launcher.results import fold_metrics
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, draw_bars
+from launcher.config.benchmark.memory import ActivationBenchmark
+from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.results import last_metrics
 from launcher.trackers import sidecar as sidecar_program
-from launcher.trackers.orders import Orders
-from launcher.training.metrics import MetricsWriter
+from launcher.trackers.sidecar import RunEndListener
+from launcher.utils.files import write_json
 
 from .conftest import PlannedRun, Sidecar, Start, shown
 from .wandb_file import read_offline_run
@@ -107,9 +106,9 @@ def test_what_a_benchmark_found_is_tables_and_a_picture(planned: Planned, start:
     run = planned("tracker.mode=offline", "job=benchmark", "benchmark=activation", "parallel=single", "backend.ranks=1")
     sidecar = start(run)
     samples = {"step_s": (3.0, 1.0, 2.0), "peak_bytes": (5.0,)}
-    found = Results(
+    found = BenchmarkResults(
         benchmark=ActivationBenchmark(),
-        cases=[Case(name="none", samples=samples), Case(name="full", samples={"step_s": (4.0,)})],
+        cases=[BenchmarkCase(name="none", samples=samples), BenchmarkCase(name="full", samples={"step_s": (4.0,)})],
         said=(f"it is so, says {SECRET}",),
         metrics={},
         facts={},
@@ -179,7 +178,7 @@ def test_a_service_that_dies_is_one_line_and_no_hang(planned: Planned, start: St
     output = sidecar.finish(0)
     assert output.startswith("W&B gave up (")
     assert output.count("\n") == 1
-    assert fold_metrics(run.run_dir.metrics)["train/step"] == 6
+    assert last_metrics(run.run_dir.metrics)["train/step"] == 6
 
 
 def test_any_error_of_wandb_is_one_line(
@@ -194,7 +193,7 @@ def test_any_error_of_wandb_is_one_line(
     for name, double in {"nice": lambda _: 0, "_exit": end}.items():
         monkeypatch.setattr(os, name, double)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(Orders, "start", lambda _: None)
+    monkeypatch.setattr(RunEndListener, "start", lambda _: None)
     monkeypatch.setattr(sidecar_program, "wait_for_metrics", lambda *_, **__: None)
     monkeypatch.setattr(sidecar_program, "follow", fail)
     for name in ("WANDB_DIR", "WANDB_SILENT", "WANDB_ERROR_REPORTING"):

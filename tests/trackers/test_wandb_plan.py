@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.tracker import LocalTracker, Wandb
 from launcher.errors import ConfigError
-from launcher.plan import TrackerPlan
-from launcher.trackers.base import Local
-from launcher.trackers.wandb import Wandb
+from launcher.protocol.plan import TrackerPlan
 
 KEY = "5ec2e7" * 7
 PREFIXED = f"local-{KEY}"
@@ -123,5 +122,5 @@ def test_in_a_sweep_the_run_is_the_one_the_agent_asked_for(tmp_path: Path) -> No
 
 
 def test_the_local_tracker_has_nothing_to_start(tmp_path: Path) -> None:
-    planned = Local().plan("a-run", environ={"WANDB_API_KEY": KEY}, home=tmp_path, run_name="gpt2")
+    planned = LocalTracker().plan("a-run", environ={"WANDB_API_KEY": KEY}, home=tmp_path, run_name="gpt2")
     assert (planned.kind, planned.mode, planned.reason) == ("local", "offline", "metrics.jsonl only")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config import KINDS
-from launcher.training.flops import peak_flops
+from launcher.config.registry import KINDS
+from launcher.profiling.performance import peak_flops
 
 
 @pytest.mark.parametrize(

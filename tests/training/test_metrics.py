@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.results import read_metrics
-from launcher.training.metrics import MetricsWriter
+from launcher.protocol.metrics import MetricsWriter
+from launcher.protocol.results import read_metrics
 
 ENDLESS = """
 import sys
 from pathlib import Path
-from launcher.training.metrics import MetricsWriter
+from launcher.protocol.metrics import MetricsWriter
 writer, step = MetricsWriter(Path(sys.argv[1])), 0
 while True:
     step += 1

@@ -10,17 +10,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from launcher.compose import compose
-from launcher.context import Context
-from launcher.data.open import open_splits
+from launcher.config.compose import compose
+from launcher.data.dataset import open_splits
 from launcher.engines.base import StepResult
-from launcher.files import read_json, write_json
-from launcher.results import read_metrics
-from launcher.rundir import RunDir
-from launcher.supervise.heartbeat import Heartbeat
-from launcher.training.clock import Clock
-from launcher.training.loop import Trainer
-from launcher.training.preemption import Preemption
+from launcher.engines.context import Context
+from launcher.engines.preemption import Preemption
+from launcher.profiling.performance import StepClock
+from launcher.protocol.heartbeat import Heartbeat
+from launcher.protocol.results import read_metrics
+from launcher.protocol.rundir import RunDir
+from launcher.training.trainer import Trainer
+from launcher.utils.files import read_json, write_json
 
 STEPS = 150
 SMALL = (
@@ -109,7 +109,7 @@ def leave(preemption, tmp_path):
         write_json(run_dir.plan, {"run_id": "x", "run_hash": "y"})
         context = Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
         splits = open_splits(run.data, run.model, sequence_length=32, seed=0, beat=lambda: None)
-        clock = Clock(context.heartbeat, cuda=False)
+        clock = StepClock(context.heartbeat, cuda=False)
         code = 0
         try:
             Trainer(run.job, context, splits, FakeEngine(at), clock, preemption).run()

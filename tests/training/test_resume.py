@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from launcher.checkpoint.manifest import Manifest
-from launcher.checkpoint.policy import Checkpoint
+from launcher.checkpoint.manifest import CheckpointManifest
 from launcher.checkpoint.store import CheckpointStore
+from launcher.config.checkpoint import Checkpoint
+from launcher.config.optimizer import AdamW
+from launcher.config.schedule import CosineSchedule
 from launcher.errors import ConfigError, exit_code_of_rank
-from launcher.files import read_json, write_json
-from launcher.optim.adamw import AdamW
-from launcher.optim.schedule import Cosine
-from launcher.rundir import RunDir
-from launcher.supervise.heartbeat import Heartbeat
-from launcher.training.resume import restore
+from launcher.protocol.heartbeat import Heartbeat
+from launcher.protocol.rundir import RunDir
+from launcher.training.checkpointing import restore_checkpoint
+from launcher.utils.files import read_json, write_json
 
 ABOUT: dict[str, Any] = {"created": 0.0, "run_id": "a", "run_hash": "b", "engine": "torch", "precision": "fp32"}
 
@@ -45,7 +45,7 @@ def store(tmp_path: Path) -> CheckpointStore:
         (pending / "optimizer.pt").write_bytes(bytes(step))
         (pending / "model").mkdir()
         (pending / "model" / "model.safetensors").write_bytes(bytes(step))
-        store.commit(Manifest(step=step, architecture={}, parallel={}, world_size=1, lr=1e-3, **ABOUT))
+        store.commit(CheckpointManifest(step=step, architecture={}, parallel={}, world_size=1, lr=1e-3, **ABOUT))
     return store
 
 
@@ -56,7 +56,7 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
     def run(resume: str = "auto", *, folder: Path = tmp_path) -> tuple[int, list[Path]]:
         job = SimpleNamespace(optimizer_steps=100)
         checkpoint = Checkpoint(resume=resume)
-        described = SimpleNamespace(checkpoint=checkpoint, job=job, optimizer=AdamW(lr=1e-3), schedule=Cosine())
+        described = SimpleNamespace(checkpoint=checkpoint, job=job, optimizer=AdamW(lr=1e-3), schedule=CosineSchedule())
         context: Any = SimpleNamespace(
             run=described,
             run_dir=RunDir(folder),
@@ -67,7 +67,7 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
         )
         engine: Any = Loader()
         own = CheckpointStore(folder / "checkpoints", checkpoint)
-        return restore(own, context, engine), engine.loaded
+        return restore_checkpoint(own, context, engine), engine.loaded
 
     return run
 

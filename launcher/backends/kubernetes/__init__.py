@@ -1,1 +1,1 @@
-"""Pods of a Kubernetes cluster: names, manifests, kubectl."""
+"""Kubernetes: manifests, kubectl, and the entry point of every pod."""

@@ -1,4 +1,4 @@
-"""Running kubectl: argument lists, documents over stdin, and its refusals with what to do about them."""
+"""Run kubectl: argument lists, documents over stdin, and errors with their remedy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Kubectl:
         try:
             done = subprocess.run(argv, input=document, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except FileNotFoundError as error:
-            raise missing() from error
+            raise kubectl_missing() from error
         except subprocess.TimeoutExpired as error:
             raise EnvironmentProblem(f"`{_shown(argv)}` did not end within {_TIMEOUT_S:.0f} s") from error
         if done.returncode:
@@ -72,7 +72,7 @@ class Kubectl:
             raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
 
 
-def missing() -> EnvironmentProblem:
+def kubectl_missing() -> EnvironmentProblem:
     """Return the error to raise where kubectl is not installed."""
     return EnvironmentProblem(
         "kubectl is not installed, and backend=kubernetes starts everything with it: see "

@@ -1,30 +1,333 @@
-"""The submission as text: what ``kubectl apply`` gets, whole, with what a reader must know above it."""
+"""Manifests of a run: pod, workload (Job, JobSet, TrainJob, PyTorchJob) and ConfigMap."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from launcher.backends.kubernetes.names import job_name
-from launcher.backends.kubernetes.orders import KEY, ORDERS, SNAPSHOT, PodOrders
-from launcher.backends.kubernetes.pods import Manifest, Submission
-from launcher.backends.kubernetes.workloads import WORKLOADS
-from launcher.plan import Identity
+from launcher.backends.kubernetes.pod_config import (
+    CONFIG_FILE,
+    KEY_FILE,
+    MOUNT_PATH,
+    REPLICATED_JOB,
+    SNAPSHOT_FILE,
+    PodConfig,
+    job_name,
+)
+from launcher.config.backend.kubernetes import Workload
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.protocol.plan import RunIdentity
 
 if TYPE_CHECKING:
-    from launcher.backends.kubernetes.backend import Kubernetes
-    from launcher.plan import Plan
+    from launcher.config.backend.kubernetes import KubernetesBackend
+    from launcher.protocol.plan import Plan
 
 
-def submission_of(backend: Kubernetes, plan: Plan) -> Submission:
+Manifest = dict[str, Any]
+
+
+GPU = "nvidia.com/gpu"
+
+
+_SLACK_S = 15.0
+"""Beyond what ranks get to save: time to write down how the run ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What manifests are made from."""
+
+    backend: KubernetesBackend
+    plan: Plan
+    orders: PodConfig
+
+    @property
+    def job(self) -> str:
+        """Name of everything that belongs to the run."""
+        return self.orders.job
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """By which everything of the run is found."""
+        return {"app.kubernetes.io/name": "launcher", "app.kubernetes.io/instance": self.job}
+
+    def metadata(self) -> Manifest:
+        """Return the metadata of an object of the run."""
+        return {"name": self.job, "namespace": self.backend.namespace, "labels": self.labels}
+
+
+def pod_spec(submission: Submission, *, container: str, subdomain: str | None = None) -> Manifest:
+    """Return the ``spec`` of the pods.
+
+    Args:
+        submission: the run.
+        container: name of the container; some controllers look for a certain one.
+        subdomain: name of the headless Service, where the controller does not set it.
+    """
+    backend, plan = submission.backend, submission.plan
+    optional: Manifest = {
+        "subdomain": subdomain,
+        "serviceAccountName": backend.service_account,
+        "nodeSelector": backend.node_selector,
+        "tolerations": list(backend.tolerations),
+        "imagePullSecrets": [{"name": name} for name in backend.image_pull_secrets],
+    }
+    return {
+        "restartPolicy": "Never",  # a pod is replaced, never patched up: then its controller counts
+        "terminationGracePeriodSeconds": math.ceil(max(plan.grace_s, plan.preempt_grace_s) + _SLACK_S),
+        "enableServiceLinks": False,  # variables of other people's services
+        **{key: value for key, value in optional.items() if value},
+        "containers": [_container(submission, container)],
+        "volumes": _volumes(submission),
+    }
+
+
+def _container(submission: Submission, name: str) -> Manifest:
+    backend = submission.backend
+    resources = {"cpu": str(backend.cpus), "memory": backend.memory}
+    if backend.gpus_per_node:
+        resources[GPU] = str(backend.gpus_per_node)
+    return {
+        "name": name,
+        "image": backend.image,
+        "command": [
+            escape_references(word)
+            for word in (backend.python, "-m", "launcher.backends.kubernetes.entrypoint", MOUNT_PATH)
+        ],
+        **({"envFrom": [{"secretRef": {"name": backend.secret}}]} if backend.secret else {}),
+        **({"env": env} if (env := _forwarded(submission)) else {}),
+        # requests like limits: neither the cores of the plan nor its memory are promised to anybody else
+        "resources": {"requests": resources, "limits": resources.copy()},
+        "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
+        "volumeMounts": [
+            {"name": "launcher", "mountPath": MOUNT_PATH, "readOnly": True},
+            {"name": "runs", "mountPath": backend.mount},
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 (where ranks of one host meet)
+            *({"name": f"data-{n}", "mountPath": path} for n, path in enumerate(backend.volumes.values())),
+        ],
+    }
+
+
+def _forwarded(submission: Submission) -> list[Manifest]:
+    """Return the variables of the launching environment: by name alone, their values are in the run's Secret."""
+    return [
+        {"name": name, "valueFrom": {"secretKeyRef": {"name": submission.job, "key": name}}}
+        for name in submission.plan.forward
+    ]
+
+
+def _volumes(submission: Submission) -> list[Manifest]:
+    backend, job = submission.backend, submission.job
+    told = {"name": job, "items": [{"key": name, "path": name} for name in (SNAPSHOT_FILE, CONFIG_FILE)]}
+    key = {"name": job, "items": [{"key": KEY_FILE, "path": KEY_FILE}]}
+    runs: Manifest = {"persistentVolumeClaim": {"claimName": backend.claim}} if backend.claim else {"emptyDir": {}}
+    return [
+        {"name": "launcher", "projected": {"sources": [{"configMap": told}, {"secret": key}]}},
+        {"name": "runs", **runs},
+        {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": backend.shared_memory}},
+        *(
+            {"name": f"data-{n}", "persistentVolumeClaim": {"claimName": claim}}
+            for n, claim in enumerate(backend.volumes)
+        ),
+    ]
+
+
+def escape_references(word: str) -> str:
+    """Return ``word`` so that it arrives unchanged: Kubernetes replaces ``$(NAME)`` and turns ``$$`` into ``$``."""
+    return word.replace("$", "$$")
+
+
+_INDEX_LABEL = "batch.kubernetes.io/job-completion-index"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadKind:
+    """One kind of controller."""
+
+    manifests: Callable[[Submission], list[Manifest]]
+    resource: str
+    """What kubectl calls it, with its group, so that a namesake of another group is not meant."""
+    others: tuple[str, ...] = ()
+    """Further resources that ``manifests`` makes."""
+    first_pod: str = f"{_INDEX_LABEL}=0"
+    """Label of the pod that speaks for the run."""
+    conditions: tuple[str, str] = ("Complete", "Failed")
+    """Its condition after success, and after failure."""
+
+
+def indexed_job(submission: Submission) -> list[Manifest]:
+    """Return an Indexed Job and the headless Service that gives its pods their names."""
+    service = {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": submission.metadata(),
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # the pods look for each other before anything else
+            "selector": {"app.kubernetes.io/instance": submission.job},
+        },
+    }
+    job = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": submission.metadata(),
+        "spec": {
+            **_time_to_live(submission),
+            **_job_spec(submission, container="launcher", subdomain=submission.job),
+        },
+    }
+    return [service, job]
+
+
+def jobset(submission: Submission) -> list[Manifest]:
+    """Return a JobSet with one Indexed Job in it; its controller makes the Service."""
+    return [
+        {
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
+            "metadata": submission.metadata(),
+            "spec": _jobset_spec(submission, labels={}),
+        }
+    ]
+
+
+def trainjob(submission: Submission) -> list[Manifest]:
+    """Return a TrainJob of Kubeflow's Trainer and the runtime, of this run alone, that it refers to.
+
+    The runtime leaves out the policy for torch: torchrun is started by us, with our own rendezvous.
+    """
+    num_nodes = submission.backend.nodes
+    runtime = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": submission.metadata(),
+        "spec": {
+            "mlPolicy": {"numNodes": num_nodes},
+            "template": {
+                "spec": _jobset_spec(submission, labels={"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"})
+            },
+        },
+    }
+    job = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": submission.metadata(),
+        "spec": {
+            "runtimeRef": {"apiGroup": "trainer.kubeflow.org", "kind": "TrainingRuntime", "name": submission.job},
+            "trainer": {"numNodes": num_nodes},
+        },
+    }
+    return [runtime, job]
+
+
+def pytorchjob(submission: Submission) -> list[Manifest]:
+    """Return a PyTorchJob of Kubeflow's training operator; the first pod is its master."""
+
+    def replicas(count: int) -> Manifest:
+        template = {
+            "metadata": {"labels": submission.labels},
+            "spec": pod_spec(submission, container="pytorch"),
+        }
+        return {"replicas": count, "restartPolicy": "Never", "template": template}
+
+    num_workers = submission.backend.nodes - 1
+    specs = {"Master": replicas(1), **({"Worker": replicas(num_workers)} if num_workers else {})}
+    return [
+        {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "metadata": submission.metadata(),
+            "spec": {
+                "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 0, **_time_to_live(submission)},
+                "pytorchReplicaSpecs": specs,
+            },
+        }
+    ]
+
+
+def _time_to_live(submission: Submission) -> Manifest:
+    seconds = submission.backend.ttl_s
+    return {} if seconds is None else {"ttlSecondsAfterFinished": seconds}
+
+
+def _jobset_spec(submission: Submission, *, labels: dict[str, str]) -> Manifest:
+    group = {
+        "name": REPLICATED_JOB,
+        "replicas": 1,
+        "template": {
+            **({"metadata": {"labels": labels}} if labels else {}),
+            "spec": _job_spec(submission, container=REPLICATED_JOB),
+        },
+    }
+    return {
+        **_time_to_live(submission),
+        "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True, "subdomain": submission.job},
+        "replicatedJobs": [group],
+    }
+
+
+def _job_spec(submission: Submission, *, container: str, subdomain: str | None = None) -> Manifest:
+    """Return an Indexed Job's spec.
+
+    The first pod speaks for the run; the others end with 75 whenever it did not end well. So 75 starts a pod again and
+    counts for nothing, and every other code counts once a run.
+    """
+    num_nodes = submission.backend.nodes
+    return {
+        "completionMode": "Indexed",
+        "completions": num_nodes,
+        "parallelism": num_nodes,
+        "backoffLimit": submission.backend.restarts,
+        "podReplacementPolicy": "Failed",  # never two pods of one index
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT]}},
+                {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_PREEMPTED]}},
+                {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        "template": {
+            "metadata": {"labels": submission.labels},
+            "spec": pod_spec(submission, container=container, subdomain=subdomain),
+        },
+    }
+
+
+WORKLOADS: dict[Workload, WorkloadKind] = {
+    "indexed_job": WorkloadKind(manifests=indexed_job, resource="jobs.batch", others=("services",)),
+    "jobset": WorkloadKind(manifests=jobset, resource="jobsets.jobset.x-k8s.io", conditions=("Completed", "Failed")),
+    "trainjob": WorkloadKind(
+        manifests=trainjob,
+        resource="trainjobs.trainer.kubeflow.org",
+        others=("trainingruntimes.trainer.kubeflow.org",),
+    ),
+    "pytorchjob": WorkloadKind(
+        manifests=pytorchjob,
+        resource="pytorchjobs.kubeflow.org",
+        first_pod="training.kubeflow.org/replica-type=master",
+        conditions=("Succeeded", "Failed"),
+    ),
+}
+"""Every value of ``backend.workload``."""
+
+
+def job_reference(backend: KubernetesBackend, job: str) -> dict[str, str]:
+    """Return what the cluster calls a run, for ``session.json``."""
+    context = {"context": backend.context} if backend.context else {}
+    return {"kind": WORKLOADS[backend.workload].resource, "name": job, "namespace": backend.namespace, **context}
+
+
+def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
     """Return what the manifests of ``plan`` are made from."""
-    identity = Identity(
+    identity = RunIdentity(
         run_id=plan.run_id,
         run_dir=backend.run_dir_on_hosts(plan.run_dir),
         run_hash=plan.run_hash,
         port=plan.port,
     )
-    orders = PodOrders(job=job_name(plan.name, plan.run_id), identity=identity)
+    orders = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity)
     return Submission(backend=backend, plan=plan, orders=orders)
 
 
@@ -40,7 +343,7 @@ def render_manifests(submission: Submission, *, snapshot: str) -> str:
         "kind": "ConfigMap",
         "metadata": submission.metadata(),
         "immutable": True,
-        "data": {SNAPSHOT: snapshot, ORDERS: submission.orders.dump()},
+        "data": {SNAPSHOT_FILE: snapshot, CONFIG_FILE: submission.orders.dump()},
     }
     objects = [config, *WORKLOADS[submission.backend.workload].manifests(submission)]
     head = "".join(f"# {line}\n" for line in _remarks(submission))
@@ -52,7 +355,7 @@ def _remarks(submission: Submission) -> Iterator[str]:
     yield f"Run {submission.plan.name} · {submission.plan.run_id} is called {job} in the cluster."
     where = f"on the claim {backend.claim}" if backend.claim else "gone with the pods (backend.claim): only logs remain"
     yield f"Run directory in the pods: {submission.orders.identity.run_dir}, {where}."
-    keys = ", ".join((KEY, *submission.plan.forward))
+    keys = ", ".join((KEY_FILE, *submission.plan.forward))
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 
 

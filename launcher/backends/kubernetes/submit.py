@@ -1,4 +1,4 @@
-"""Putting a run into the cluster, and taking it out again."""
+"""Submit a run to the cluster, follow it until it ends, delete it."""
 
 from __future__ import annotations
 
@@ -8,22 +8,28 @@ import json
 import os
 import secrets
 import shlex
-from collections.abc import Mapping
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from launcher.backends.kubernetes.kubectl import Kubectl
-from launcher.backends.kubernetes.manifests import render_manifests
-from launcher.backends.kubernetes.orders import KEY
-from launcher.backends.kubernetes.pods import Submission
-from launcher.backends.kubernetes.workloads import WORKLOADS, job_reference
-from launcher.errors import EnvironmentProblem
-from launcher.rundir import RunDir
-from launcher.supervise.whereabouts import Whereabouts, place_of_this_process, write_whereabouts
+from launcher.backends.kubernetes.kubectl import Kubectl, kubectl_missing
+from launcher.backends.kubernetes.manifests import WORKLOADS, Submission, job_reference, render_manifests
+from launcher.backends.kubernetes.pod_config import KEY_FILE
+from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem
+from launcher.protocol.outcome import Failure, RunOutcome
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import SessionRecord, locate_this_process, write_session_file
+from launcher.utils.processes import collect_signals
 
 _KEY_BYTES = 32
 
 
-def put(submission: Submission, kubectl: Kubectl, *, snapshot: str, environ: Mapping[str, str] = os.environ) -> None:
+def create_run(
+    submission: Submission, kubectl: Kubectl, *, snapshot: str, environ: Mapping[str, str] = os.environ
+) -> None:
     """Create the Secret and apply the manifests.
 
     Raises:
@@ -34,16 +40,16 @@ def put(submission: Submission, kubectl: Kubectl, *, snapshot: str, environ: Map
     is_there = False
     try:
         kubectl.run("apply", "--filename=-", document=manifests)
-        _tie(submission, kubectl)
+        _set_owner(submission, kubectl)
         _record(submission)
         is_there = True
     finally:
         if not is_there:
             with contextlib.suppress(EnvironmentProblem):  # what went wrong first is what counts
-                take_out(submission, kubectl)
+                delete_run(submission, kubectl)
 
 
-def take_out(submission: Submission, kubectl: Kubectl) -> None:
+def delete_run(submission: Submission, kubectl: Kubectl) -> None:
     """Delete everything of the run; its pods get their time to save.
 
     Raises:
@@ -63,7 +69,7 @@ def take_out(submission: Submission, kubectl: Kubectl) -> None:
 def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
     """Return the document that holds what nobody may read: it goes to kubectl's stdin and nowhere else."""
     forwarded = {name: environ[name] for name in submission.plan.forward if name in environ}
-    values = {KEY: secrets.token_hex(_KEY_BYTES), **forwarded}
+    values = {KEY_FILE: secrets.token_hex(_KEY_BYTES), **forwarded}
     document = {
         "apiVersion": "v1",
         "kind": "Secret",
@@ -74,7 +80,7 @@ def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
     return json.dumps(document)
 
 
-def _tie(submission: Submission, kubectl: Kubectl) -> None:
+def _set_owner(submission: Submission, kubectl: Kubectl) -> None:
     """Make the run the owner of what was made for it: when it goes, by whoever's hand, that goes too."""
     kind = WORKLOADS[submission.backend.workload]
     run = kubectl.get(f"{kind.resource}/{submission.job}")
@@ -92,8 +98,8 @@ def _tie(submission: Submission, kubectl: Kubectl) -> None:
 def _record(submission: Submission) -> None:
     """Write down here who runs the run, for ``status`` and ``cancel``."""
     job = job_reference(submission.backend, submission.job)
-    whereabouts = Whereabouts(backend=submission.plan.backend, session=place_of_this_process(), job=job)
-    write_whereabouts(RunDir(Path(submission.plan.run_dir)), whereabouts)
+    whereabouts = SessionRecord(backend=submission.plan.backend, session=locate_this_process(), job=job)
+    write_session_file(RunDir(Path(submission.plan.run_dir)), whereabouts)
 
 
 def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
@@ -109,3 +115,167 @@ def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
         f"submitted {kind.resource}/{submission.job} to the namespace {submission.backend.namespace}",
         *(f"  {what:8}{shlex.join(argv)}" for what, argv in commands.items()),
     ]
+
+
+_LOOK_EVERY_S = 2.0
+
+
+_TICK_S = 0.1
+
+
+_PATIENCE_S = 300.0
+"""Time that the cluster may leave us without an answer."""
+
+
+_LOST = 255
+"""Exit code of a run whose first pod left none."""
+
+
+def follow(submission: Submission, kubectl: Kubectl) -> RunOutcome:
+    """Show the output of the first pod, of each that takes its place too, until the run ends.
+
+    A signal deletes the run: its ranks get their time to save.
+
+    Raises:
+        EnvironmentProblem: kubectl is missing, or the cluster has not answered for minutes.
+    """
+    with collect_signals() as arrived:
+        return _Follower(submission, kubectl, arrived=arrived).run()
+
+
+class _Follower:
+    def __init__(self, submission: Submission, kubectl: Kubectl, *, arrived: Sequence[int]) -> None:
+        self._submission, self._kubectl, self._arrived = submission, kubectl, arrived
+        self._kind = WORKLOADS[submission.backend.workload]
+        self._shown: set[str] = set()
+        self._said = ""
+        self._answered_at = time.monotonic()
+
+    def run(self) -> RunOutcome:
+        while not self._arrived:
+            try:
+                outcome = self._look()
+                self._answered_at = time.monotonic()
+            except EnvironmentProblem as problem:  # the run goes on without us: no reason to give up at once
+                if time.monotonic() - self._answered_at > _PATIENCE_S:
+                    raise
+                self._say(str(problem))
+            else:
+                if outcome is not None and not self._arrived:
+                    return outcome
+            self._wait(_LOOK_EVERY_S)
+        delete_run(self._submission, self._kubectl)
+        return RunOutcome(status="cancelled", exit_code=128 + self._arrived[0])
+
+    def _look(self) -> RunOutcome | None:
+        """Show what is new; return the end of the run once there is one."""
+        for pod in self._pods(all_pods=False):
+            self._show(pod)
+        succeeded = self._ended()
+        return None if succeeded is None else self._outcome(succeeded=succeeded)
+
+    def _pods(self, *, all_pods: bool) -> list[Any]:
+        """Return every first pod there has been, the oldest first; or every pod of the run."""
+        labels = f"app.kubernetes.io/instance={self._submission.job}"
+        labels += "" if all_pods else f",{self._kind.first_pod}"
+        found: list[Any] = self._kubectl.get("pods", f"--selector={labels}")["items"]
+        return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
+
+    def _show(self, pod: Any) -> None:
+        """Print a pod's output until it ends; while it has not begun, say once what it waits for."""
+        name = pod["metadata"]["name"]
+        if name in self._shown:
+            return
+        if pod["status"].get("phase", "Pending") == "Pending":
+            self._say(f"{name}: {_waiting_reason(pod)}")
+            return
+        self._shown.add(name)
+        try:
+            logs = subprocess.Popen(self._kubectl.argv("logs", "--follow", f"pod/{name}"), start_new_session=True)
+        except FileNotFoundError as error:
+            raise kubectl_missing() from error
+        try:
+            while logs.poll() is None and not self._arrived:
+                time.sleep(_TICK_S)
+        finally:
+            logs.kill()
+            logs.wait()
+
+    def _ended(self) -> bool | None:
+        """Return whether the run went well; ``None`` while it has not ended."""
+        run = self._kubectl.get(f"{self._kind.resource}/{self._submission.job}")
+        true = {told["type"] for told in run.get("status", {}).get("conditions", ()) if told["status"] == "True"}
+        succeeded, failed = (condition in true for condition in self._kind.conditions)
+        return succeeded if succeeded or failed else None
+
+    def _outcome(self, *, succeeded: bool) -> RunOutcome:
+        """Return the end of the run: what its first pod said, or else the end of the pod that took it along."""
+        if succeeded:
+            return RunOutcome(status="completed", exit_code=0)
+        first = self._ends(all_pods=False)
+        causes = [end for end in (*self._ends(all_pods=True), *first) if end.code not in (0, EXIT_PREEMPTED)]
+        if causes:
+            return self._failed(causes[-1])
+        if first:
+            return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
+        job = self._submission.job
+        return self._failed(_ContainerEnd(pod=job, code=_LOST, said=f"{job} failed, and no pod is left to say why"))
+
+    def _ends(self, *, all_pods: bool) -> list[_ContainerEnd]:
+        return [end for pod in self._pods(all_pods=all_pods) if (end := _container_end(pod))]
+
+    def _failed(self, end: _ContainerEnd) -> RunOutcome:
+        job, namespace = self._submission.job, self._submission.backend.namespace
+        failure = Failure(
+            host=end.pod,
+            rank=None,
+            exit_code=end.code,
+            signal=None,
+            reason=end.said,
+            log=f"`kubectl describe {self._kind.resource} {job} --namespace={namespace}`",
+            time=time.time(),
+        )
+        return RunOutcome(status="failed", exit_code=end.code, failure=failure)
+
+    def _say(self, text: str) -> None:
+        if text != self._said:
+            self._said = text
+            print(text, flush=True)
+
+    def _wait(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and not self._arrived:
+            time.sleep(_TICK_S)
+
+
+def _waiting_reason(pod: Any) -> str:
+    """Return why a pod has not begun: the cluster has no room, or an image cannot be had."""
+    for told in pod["status"].get("containerStatuses", ()):
+        if waiting := told["state"].get("waiting"):
+            return ": ".join(filter(None, (waiting.get("reason"), waiting.get("message"))))
+    for told in pod["status"].get("conditions", ()):
+        if told["status"] == "False" and told.get("message"):
+            return f"{told.get('reason', told['type'])}: {told['message']}"
+    return "waits to be placed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ContainerEnd:
+    """How the container of a pod ended."""
+
+    pod: str
+    code: int
+    said: str
+    """The cause that its last line names; where it had no time to write one, what the cluster knows."""
+
+
+def _container_end(pod: Any) -> _ContainerEnd | None:
+    for told in pod["status"].get("containerStatuses", ()):
+        if ended := told["state"].get("terminated"):
+            name, code = str(pod["metadata"]["name"]), int(ended["exitCode"])
+            last = str(ended.get("message", "")).strip().rpartition("\n")[2]
+            beginning = f"exit code {code}: "
+            known = f"the pod {name} ended with exit code {code} ({ended.get('reason', 'Error')})"
+            said = last.removeprefix(beginning) if last.startswith(beginning) else known
+            return _ContainerEnd(pod=name, code=code, said=said)
+    return None

@@ -1,1 +1,1 @@
-"""A run as a job of Slurm."""
+"""Slurm: batch script, submission, and the entry point of the job."""

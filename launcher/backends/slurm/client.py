@@ -1,20 +1,23 @@
-"""Asking Slurm: its own programs, and what they say about the cluster."""
+"""Slurm's own programs: what they say about the cluster and about a job."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launcher.errors import EnvironmentProblem
 
 _TIMEOUT_S = 60.0
+
+
 _UNLIMITED = ("infinite", "n/a")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Partition:
+class SlurmPartition:
     """A queue, as sinfo shows it."""
 
     name: str
@@ -38,25 +41,25 @@ class Partition:
         return f"{self.name} (up to {self.limit}, {nodes})"
 
 
-def partitions() -> list[Partition]:
+def partitions() -> list[SlurmPartition]:
     """Return the queues of the cluster.
 
     Raises:
         EnvironmentProblem: there is no Slurm here, or it does not answer.
     """
-    answer = ask(["sinfo", "--noheader", "--format=%P|%l|%D"])
+    answer = run_slurm(["sinfo", "--noheader", "--format=%P|%l|%D"])
     if answer.returncode:
-        raise EnvironmentProblem(f"Slurm does not answer: {words_of(answer.stderr)}")
-    found: dict[str, Partition] = {}
+        raise EnvironmentProblem(f"Slurm does not answer: {error_text(answer.stderr)}")
+    found: dict[str, SlurmPartition] = {}
     for line in answer.stdout.splitlines():  # a partition has one line for each time limit and state
         name, limit, num_nodes = line.strip().split("|")
         own, so_far = name.rstrip("*"), found.get(name)
         count = int(num_nodes) + (so_far.num_nodes if so_far else 0)
-        found[name] = Partition(name=own, is_default=name.endswith("*"), limit=limit, num_nodes=count)
+        found[name] = SlurmPartition(name=own, is_default=name.endswith("*"), limit=limit, num_nodes=count)
     return list(found.values())
 
 
-def ask(
+def run_slurm(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = _TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
     """Run one of Slurm's programs and return its answer.
@@ -83,7 +86,43 @@ def ask(
         raise EnvironmentProblem(f"Slurm does not answer: {command[0]} was silent for {timeout_s:g} s") from error
 
 
-def words_of(stderr: str) -> str:
+def error_text(stderr: str) -> str:
     """Return what a program of Slurm complained about, in one line."""
     lines = [line.partition("error: ")[2] or line for line in stderr.splitlines()]
     return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) or "nothing"
+
+
+_OVER = (
+    *("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL"),
+    *("DEADLINE", "REVOKED"),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobState:
+    """What Slurm knows of a job."""
+
+    name: str
+    """``RUNNING``, ``PENDING``, …; empty once Slurm has forgotten the job."""
+    reason: str = ""
+    """Why it waits."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self.name in _OVER or not self.name
+
+
+def job_state(job_id: str) -> JobState:
+    """Return what Slurm says of a job; its controller may be away for a while, and then it is asked again.
+
+    Raises:
+        EnvironmentProblem: it stays away.
+    """
+    for pause_s in (1.0, 5.0, 20.0, 60.0, 0.0):
+        answer = run_slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r"])
+        if answer.returncode == 0 or "Invalid job id" in answer.stderr:
+            name, _, reason = answer.stdout.strip().partition("|")
+            return JobState(name=name, reason=reason.replace("None", ""))
+        time.sleep(pause_s)
+    raise EnvironmentProblem(f"Slurm does not answer any more, and job {job_id} goes on: {error_text(answer.stderr)}")

@@ -1,27 +1,35 @@
-"""Queueing a run: sbatch, and what it refuses in words of ours."""
+"""Submit a run with sbatch, and follow its job: its output is shown, its end becomes ours."""
 
 from __future__ import annotations
 
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launcher.backends.slurm.client import Partition, ask, partitions, words_of
-from launcher.backends.slurm.script import script
-from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
-from launcher.rundir import RunDir, StagedFiles
-from launcher.supervise.conclude import files_of_end
-from launcher.supervise.whereabouts import Whereabouts, place_of_this_process, read_whereabouts, write_whereabouts
+from launcher.backends.slurm.client import JobState, SlurmPartition, error_text, job_state, partitions, run_slurm
+from launcher.backends.slurm.sbatch import render_sbatch, slurm_log_path
+from launcher.errors import EXIT_PREEMPTED, EXIT_STALLED, ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import SessionRecord, locate_this_process, read_session_file, write_session_file
+from launcher.supervision.finalize import result_files
+from launcher.utils.files import StagedFiles, read_json
+from launcher.utils.processes import collect_signals
+from launcher.utils.text import printable
 
 if TYPE_CHECKING:
-    from launcher.backends.slurm.backend import Slurm
-    from launcher.plan import Plan
+    from launcher.config.backend.slurm import SlurmBackend
+    from launcher.protocol.plan import Plan
+
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
 """SBATCH_… variables that stand for options of ours which are not set. All others would change the script unseen."""
 
-_OPTION_BY_WORDS = {
+
+_OPTION_BY_MESSAGE = {
     "account": "account",
     "partition": "partition",
     "qos": "qos",
@@ -41,7 +49,7 @@ _OPTION_BY_WORDS = {
 """What Slurm's own words are about; the first that occurs counts."""
 
 
-def queue(backend: Slurm, plan: Plan) -> str:
+def queue(backend: SlurmBackend, plan: Plan) -> str:
     """Write the batch script into the run directory, submit it, and return the number of the job.
 
     Raises:
@@ -51,8 +59,8 @@ def queue(backend: Slurm, plan: Plan) -> str:
     run_dir, staged = RunDir(Path(plan.run_dir)), StagedFiles()
     file = run_dir.path / "job.sbatch"
     try:
-        staged.write(file, script(backend, plan))
-        for ended in files_of_end(run_dir):  # before the job may write its own
+        staged.write(file, render_sbatch(backend, plan))
+        for ended in result_files(run_dir):  # before the job may write its own
             staged.remove(ended)
         job_id = _sbatch(backend, file)
     except (ConfigError, EnvironmentProblem):
@@ -66,7 +74,7 @@ def queue(backend: Slurm, plan: Plan) -> str:
     return job_id
 
 
-def validate(backend: Slurm, plan: Plan) -> None:
+def validate(backend: SlurmBackend, plan: Plan) -> None:
     """Refuse a run that is queued already, and what no partition can give.
 
     Raises:
@@ -74,7 +82,7 @@ def validate(backend: Slurm, plan: Plan) -> None:
         EnvironmentProblem: there is no Slurm here, or it does not answer.
     """
     _refuse_queued(RunDir(Path(plan.run_dir)))
-    if mistakes := list(refusals(backend, partitions())):
+    if mistakes := list(validate_partitions(backend, partitions())):
         raise ConfigErrors(mistakes)
 
 
@@ -83,36 +91,36 @@ def _record(run_dir: RunDir, job_id: str) -> None:
 
     A full disk does not change that it is queued.
     """
-    written = read_whereabouts(run_dir)
+    written = read_session_file(run_dir)
     if written is not None and written.job.get("id") == job_id:
         return
     try:
-        write_whereabouts(run_dir, Whereabouts(backend="slurm", session=place_of_this_process(), job={"id": job_id}))
+        write_session_file(run_dir, SessionRecord(backend="slurm", session=locate_this_process(), job={"id": job_id}))
     except OSError as error:
         print(f"{run_dir.session} cannot be written ({error.strerror}): end the job with scancel {job_id}", flush=True)
 
 
-def refusals(backend: Slurm, known: Sequence[Partition]) -> Iterator[ConfigError]:
+def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) -> Iterator[ConfigError]:
     """Yield what no partition can give: left to itself, Slurm may keep such a job waiting without a word."""
     wanted = backend.partition or os.environ.get("SBATCH_PARTITION")
     named = wanted.split(",") if wanted else [queue.name for queue in known if queue.is_default]
     chosen = [queue for queue in known if queue.name in named]
     for name in named:
         if name not in [queue.name for queue in known]:
-            yield backend.refuse("partition", f"there is no partition {name}", _choose(known))
+            yield backend.refuse("partition", f"there is no partition {name}", _known_partitions(known))
     if not named:
-        yield ConfigError("backend.partition", why="Slurm has no default here", fix=_choose(known))
+        yield ConfigError("backend.partition", why="Slurm has no default here", fix=_known_partitions(known))
     if not chosen:
         return
     time_s, longest = backend.time_s(), max(chosen, key=lambda queue: queue.limit_s)
     if time_s is not None and time_s > longest.limit_s:
-        yield backend.refuse("time", f"partition {longest.name} allows {longest.limit}", _choose(known))
+        yield backend.refuse("time", f"partition {longest.name} allows {longest.limit}", _known_partitions(known))
     largest = max(chosen, key=lambda queue: queue.num_nodes)
     if backend.nodes > largest.num_nodes:
-        yield backend.refuse("nodes", f"partition {largest.name} has {largest.num_nodes}", _choose(known))
+        yield backend.refuse("nodes", f"partition {largest.name} has {largest.num_nodes}", _known_partitions(known))
 
 
-def submission_env(backend: Slurm, environ: Mapping[str, str]) -> dict[str, str]:
+def submission_env(backend: SlurmBackend, environ: Mapping[str, str]) -> dict[str, str]:
     """Return the environment for sbatch: nothing in it may change what the script says.
 
     SBATCH_… variables win over a script, and SLURM_… of a job that we may be in go along into the new one.
@@ -124,20 +132,22 @@ def submission_env(backend: Slurm, environ: Mapping[str, str]) -> dict[str, str]
     }
 
 
-def _sbatch(backend: Slurm, file: Path) -> str:
-    answer = ask(["sbatch", "--parsable", str(file)], env=submission_env(backend, os.environ))
+def _sbatch(backend: SlurmBackend, file: Path) -> str:
+    answer = run_slurm(["sbatch", "--parsable", str(file)], env=submission_env(backend, os.environ))
     if answer.returncode:
-        raise refusal(backend, words_of(answer.stderr))
+        raise sbatch_error(backend, error_text(answer.stderr))
     return answer.stdout.strip().partition(";")[0]
 
 
-def refusal(backend: Slurm, words: str) -> ConfigError:
+def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
     """Return what sbatch said as a mistake in one option, where its words tell which."""
     lower = words.lower()
-    for about, option in _OPTION_BY_WORDS.items():
+    for about, option in _OPTION_BY_MESSAGE.items():
         if about in lower:
             fix = (
-                _choose(partitions()) if option in ("partition", "time", "nodes") else "`scontrol show node` tells more"
+                _known_partitions(partitions())
+                if option in ("partition", "time", "nodes")
+                else "`scontrol show node` tells more"
             )
             return ConfigError(f"backend.{option}", getattr(backend, option), why=f"Slurm says: {words}", fix=fix)
     return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it can give")
@@ -145,14 +155,89 @@ def refusal(backend: Slurm, words: str) -> ConfigError:
 
 def _refuse_queued(run_dir: RunDir) -> None:
     """Refuse to queue a run twice: both jobs would write into its directory."""
-    before = read_whereabouts(run_dir)
+    before = read_session_file(run_dir)
     if before is None or before.backend != "slurm" or "id" not in before.job:
         return
     job_id = before.job["id"]
-    if ask(["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"]).stdout.strip():
+    if run_slurm(["squeue", "--noheader", f"--jobs={job_id}", "--format=%T"]).stdout.strip():
         fix = f"wait for it, or type: launch cancel {run_dir.path}"
         raise ConfigError("run.dir", run_dir.path, why=f"job {job_id} of this run is still queued or running", fix=fix)
 
 
-def _choose(known: Sequence[Partition]) -> str:
+def _known_partitions(known: Sequence[SlurmPartition]) -> str:
     return f"the partitions are {', '.join(map(str, known))}"
+
+
+_TICK_S = 0.2
+
+
+_ASK_S = 5.0
+"""Between two questions to the scheduler: it serves everybody."""
+
+
+_WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
+
+
+_CODES = {"TIMEOUT": EXIT_STALLED, "CANCELLED": 128 + signal.SIGTERM, "PREEMPTED": EXIT_PREEMPTED}
+"""For jobs that were killed before the run could say how it ended; 1 for the others."""
+
+
+def follow(plan: Plan, job_id: str) -> int:
+    """Show what the job prints until it has ended, through requeues; return the exit code of the run.
+
+    The first signal that comes cancels the job; its end is waited for all the same.
+    """
+    run_dir, printed = RunDir(Path(plan.run_dir)), _LogTail(slurm_log_path(plan, job_id))
+    shown = cancelled_by = None
+    with collect_signals() as arrived:
+        while True:
+            state = job_state(job_id)
+            if state.is_over:
+                break
+            if state.name in _WAITING and state.reason and state != shown:
+                print(f"job {job_id} is waiting: {state.reason}", flush=True)
+                shown = state
+            again_at = time.monotonic() + _ASK_S
+            while time.monotonic() < again_at and not (run_dir.result.exists() and state.name == "RUNNING"):
+                printed.show()
+                if arrived and cancelled_by is None:
+                    cancelled_by = arrived[0]
+                    print(f"cancelling job {job_id}", flush=True)
+                    run_slurm(["scancel", "--", job_id])
+                    break
+                time.sleep(_TICK_S)
+            time.sleep(_TICK_S)
+    printed.show()
+    return _exit_code(run_dir, state, cancelled_by)
+
+
+def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> int:
+    """Return the code that the session wrote down; where it could not, what Slurm says, and say so."""
+    if run_dir.result.exists():
+        return int(read_json(run_dir.result)["exit_code"])
+    if cancelled_by is not None:
+        return 128 + cancelled_by
+    if state.name == "COMPLETED":
+        return 0
+    print(f"the job ended before the run could say how: Slurm calls it {state.name or 'forgotten'}", file=sys.stderr)
+    return _CODES.get(state.name, 1)
+
+
+class _LogTail:
+    """Prints what is appended to a file that may not be there yet."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._seen = path, 0
+
+    def show(self) -> None:
+        """Print what is new."""
+        try:
+            with self._path.open("rb") as file:
+                file.seek(self._seen)
+                text = file.read()
+        except FileNotFoundError:
+            return
+        self._seen += len(text)
+        if text:
+            sys.stdout.write(printable(text.decode(errors="replace")))
+            sys.stdout.flush()

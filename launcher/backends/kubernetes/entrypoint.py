@@ -1,0 +1,111 @@
+"""Entry point of every pod: ``python -m launcher.backends.kubernetes.entrypoint FOLDER``.
+
+The folder holds snapshot, config and key. The first pod runs the session and the agent of its own ranks. The others
+dial in to it and are agents.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
+
+if TYPE_CHECKING:
+    from launcher.backends.kubernetes.pod_config import PodConfig
+    from launcher.config.backend.kubernetes import KubernetesBackend
+
+_INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", "RANK")
+"""Who tells a pod its number: Indexed Jobs and what is made of them; PyTorchJobs."""
+
+_CONTROLLER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_")
+"""Beginnings of variables that controllers set for torchrun; ours come from the plan."""
+
+
+def main() -> None:
+    """Do this pod's part of the run and exit as its controller must see it."""
+    # The first process of a container has no default action: what is imported before this line leaves it deaf so long.
+    signal.signal(signal.SIGTERM, _end_as_preempted)
+    try:
+        sys.exit(_code_of_pod(Path(sys.argv[1])))
+    except LauncherError as problem:
+        say(str(problem))
+        sys.exit(EXIT_USER_ERROR if isinstance(problem, ConfigError) else 1)
+
+
+def _end_as_preempted(_number: int, _frame: FrameType | None) -> None:
+    sys.exit(EXIT_PREEMPTED)
+
+
+def _code_of_pod(folder: Path) -> int:
+    from launcher.backends.kubernetes.leader import run_leader
+    from launcher.backends.kubernetes.pod_config import SNAPSHOT_FILE, load_key, load_pod_config
+    from launcher.config.backend.kubernetes import KubernetesBackend
+    from launcher.config.snapshot import load_run
+
+    index = index_of(os.environ)
+    for name in [name for name in os.environ if name.startswith(_CONTROLLER_VARIABLES)]:
+        del os.environ[name]
+    orders = load_pod_config(folder)
+    run = load_run(folder / SNAPSHOT_FILE, expected_hash=orders.identity.run_hash)
+    backend, key = run.backend, load_key(folder)
+    if not isinstance(backend, KubernetesBackend):
+        raise ConfigError("backend", backend.kind, why="runs in no pod", fix="set backend=kubernetes")
+    if index == 0:
+        return run_leader(run, backend, orders, key=key, say=say)
+    return run_agent(backend, orders, index=index, key=key)
+
+
+def index_of(environ: Mapping[str, str]) -> int:
+    """Return the number of this pod.
+
+    Raises:
+        EnvironmentProblem: no controller told it.
+    """
+    for name in _INDEX_VARIABLES:
+        if environ.get(name, "").isdigit():
+            return int(environ[name])
+    raise EnvironmentProblem(
+        f"none of {', '.join(_INDEX_VARIABLES)} is a number: pods are made by `backend=kubernetes`"
+    )
+
+
+def run_agent(backend: KubernetesBackend, orders: PodConfig, *, index: int, key: bytes) -> int:
+    """Be the agent of this pod and return what its controller must hear.
+
+    That is 0 after a run that went well. After any other it is 75, "start me again": the first pod alone says whether
+    the run failed, so that one failure counts once, however many pods it ends.
+    """
+    from launcher.backends.kubernetes.pod_config import pod_address
+    from launcher.supervision.agent_entry import serve_assignment
+    from launcher.supervision.socket_channel import scratch_folder
+    from launcher.supervision.tcp_connection import connect_to_session
+    from launcher.utils.processes import become_subreaper
+
+    become_subreaper()
+    address, port = pod_address(backend.workload, orders.job, 0), orders.session_port
+    try:
+        peer = connect_to_session(address, port=port, index=index, key=key, timeout_s=backend.gather_timeout_s, say=say)
+    except EnvironmentProblem as problem:
+        say(str(problem))
+        return EXIT_PREEMPTED
+    with peer, scratch_folder() as scratch:
+        try:
+            code = serve_assignment(inbox=peer.fileno(), outbox=peer.fileno(), scratch=scratch)
+        except EOFError:  # the first pod went before the run began
+            code = EXIT_PREEMPTED
+    return 0 if code == 0 else EXIT_PREEMPTED
+
+
+def say(text: str) -> None:
+    """Print one line to the pod's log."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

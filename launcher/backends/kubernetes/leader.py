@@ -1,0 +1,132 @@
+"""What the first pod of a run does: plan, wait for the other pods, run the session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.backends.kubernetes.manifests import job_reference
+from launcher.backends.kubernetes.pod_config import PodConfig, pod_address
+from launcher.config.backend.kubernetes import KubernetesBackend
+from launcher.config.run import Run
+from launcher.config.schema import to_tree
+from launcher.errors import EXIT_PREEMPTED, ConfigError, ConfigErrors
+from launcher.execution.prepare import PreparedRun, replan
+from launcher.execution.validate import validate_run_dir
+from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.plan import Host, HostPlan, Plan
+from launcher.protocol.rundir import RunDir
+from launcher.remote.command import RemoteCommand
+from launcher.runs.lock import RunLock
+from launcher.supervision.connection import AgentConnection, PipeConnection
+from launcher.supervision.finalize import finalize_run
+from launcher.supervision.session import run_session
+from launcher.supervision.tcp_connection import AgentListener, Say, TcpConnection
+from launcher.utils.files import read_json, write_atomic, write_json
+
+
+def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: bytes, say: Say) -> int:
+    """Run the session and return the exit code for the pod's controller.
+
+    Args:
+        run: as it was submitted.
+        backend: its options of the cluster.
+        orders: what else was submitted.
+        key: that the other pods know too.
+        say: prints a line.
+
+    Raises:
+        ConfigError: the run cannot work here.
+        EnvironmentProblem: the other pods never came.
+    """
+    prepared = prepare_in_cluster(run, backend, orders)
+    run_dir, plan = prepared.directory, prepared.plan
+    run_dir.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = RunLock(run_dir.path).acquire()
+    except ConfigError as problem:  # the pod before this one is still ending, or its node is out of reach
+        say(str(problem))
+        return EXIT_PREEMPTED
+    with lock:
+        write_atomic(run_dir.snapshot, prepared.snapshot)
+        write_json(run_dir.plan, to_tree(plan))
+        others = {number: host.host.name for number, host in enumerate(plan.hosts) if number}
+        gate = AgentListener(port=orders.session_port, key=key, hosts=others)
+        arrived = gate.gather(timeout_s=backend.gather_timeout_s, say=say)
+
+        def connect(host: HostPlan) -> AgentConnection:
+            name = host.host.name
+            if name in arrived:
+                return arrived[name]
+            remote = RemoteCommand(argv=(sys.executable, "-m", "launcher.supervision.agent_entry"))
+            return PipeConnection(name, remote, log=run_dir.log_of(name, "agent"))
+
+        outcome = run_session(plan, connect, job=job_reference(backend, orders.job))
+        finalize_run(outcome, run_dir, run_id=plan.run_id)
+    return _code_for_controller(outcome, arrived)
+
+
+def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:
+    """Return the exit code of this pod: 75, "start me again", wherever the end is not this pod's to answer for.
+
+    Whoever ends a pod wants its run to go on elsewhere, also where nothing was there to be saved yet. And of a pod that
+    died its controller knows more: it counts a crash, and forgives a node that was taken away.
+    """
+    failure = outcome.failure
+    if failure is not None and failure.rank is None and failure.host in others and others[failure.host].has_hung_up:
+        return EXIT_PREEMPTED
+    return EXIT_PREEMPTED if outcome.status == "cancelled" else outcome.exit_code
+
+
+def prepare_in_cluster(run: Run, backend: KubernetesBackend, orders: PodConfig) -> PreparedRun:
+    """Return the run with the addresses that this cluster gives its pods.
+
+    Raises:
+        ConfigErrors: everything that stands against it.
+    """
+    identity = orders.identity
+    folder = Path(identity.run_dir)
+    is_first_life = not folder.is_dir() or not any(folder.iterdir())
+    prepared = replan(
+        run if is_first_life else _continued(run, RunDir(folder), run_id=identity.run_id),
+        _hosts_here(backend, orders, max_ranks=run.job.max_ranks(run)),
+        run_id=identity.run_id,
+        folder=folder,
+        port=identity.port,
+        is_fresh=is_first_life,
+    )
+    return replace(prepared, plan=_in_cluster(prepared.plan))
+
+
+def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
+    """Return the run, told to go on from the newest checkpoint that an earlier pod of it has left, if one has."""
+    if foreign := list(validate_run_dir(replace(run, checkpoint=replace(run.checkpoint, resume="auto")), run_dir)):
+        raise ConfigErrors(foreign)
+    found = read_json(run_dir.plan)["run_id"] if run_dir.plan.is_file() else run_id
+    if found != run_id:
+        why = f"holds the run {found}, and two runs never share a directory"
+        raise ConfigError("run.dir", run_dir.path, why=why, fix="choose another")
+    if not any(run_dir.checkpoints.glob("step_*/manifest.json")):
+        return run
+    return replace(run, checkpoint=replace(run.checkpoint, resume="auto"))
+
+
+def _hosts_here(backend: KubernetesBackend, orders: PodConfig, *, max_ranks: int | None) -> Sequence[Host]:
+    hosts = []
+    for number, host in enumerate(backend.hosts(max_ranks=max_ranks)):
+        address = pod_address(backend.workload, orders.job, number)
+        login = address if number else ""  # the first one is where this is
+        hosts.append(replace(host, address=address, login=login, python=sys.executable))
+    return hosts
+
+
+def _in_cluster(plan: Plan) -> Plan:
+    return replace(
+        plan,
+        # a cluster knows one signal: SIGTERM means "save, you will continue" here, as SIGUSR1 does elsewhere
+        grace_s=max(plan.grace_s, plan.preempt_grace_s),
+        # every pod has them from the Secret; on the network between pods they would travel for all to see
+        forward=(),
+    )

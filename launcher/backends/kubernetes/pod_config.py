@@ -1,0 +1,110 @@
+"""The folder mounted into every pod (snapshot, pod config, key), and names in the cluster."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.config.backend.kubernetes import Workload
+from launcher.config.schema import build, to_tree
+from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.protocol.plan import RunIdentity
+from launcher.utils.files import read_json
+
+REPLICATED_JOB = "node"
+"""Name of the only group of pods inside of a JobSet; Kubeflow's Trainer looks for it."""
+
+
+_MAX_LABEL = 63
+
+
+_LONGEST_SUFFIX = len(f"-{REPLICATED_JOB}-0-99999")
+
+
+def job_name(run_name: str, run_id: str) -> str:
+    """Return the name of everything that belongs to one run: a DNS label that begins with a letter.
+
+    What the cluster does not take is replaced by dashes, and so long a name is cut that the host name of every pod
+    remains a DNS label too. The run id keeps apart runs whose names become alike.
+    """
+    tail = _dashed(run_id)
+    room = _MAX_LABEL - _LONGEST_SUFFIX - len(tail) - 1
+    head = _dashed(run_name)[:room].strip("-")
+    if not head or not head[0].isalpha():
+        head = f"run-{head}"[:room].strip("-")
+    return f"{head}-{tail}"
+
+
+def _dashed(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def pod_address(workload: Workload, job: str, index: int) -> str:
+    """Return the DNS name of the pod with ``index``, as its controller arranges it.
+
+    Of a PyTorchJob only the first pod has one; the others are never dialled.
+    """
+    match workload:
+        case "indexed_job":
+            return f"{job}-{index}.{job}"
+        case "jobset" | "trainjob":
+            return f"{job}-{REPLICATED_JOB}-0-{index}.{job}"
+        case "pytorchjob":
+            return f"{job}-master-0" if index == 0 else f"{job}-worker-{index - 1}"
+
+
+MOUNT_PATH = "/run/launcher"
+"""Where the folder is mounted."""
+
+
+SNAPSHOT_FILE = "run.yaml"
+
+
+CONFIG_FILE = "orders.json"
+
+
+KEY_FILE = "key"
+"""Name of the file, and of the entry in the Secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PodConfig:
+    """All that the pods cannot find in the snapshot. From both they make the plan themselves, so it need not travel."""
+
+    job: str
+    """Name of the run in the cluster; addresses follow from it."""
+    identity: RunIdentity
+
+    @property
+    def session_port(self) -> int:
+        """Where the first pod waits for the others: beside the port of the rendezvous."""
+        port = self.identity.port
+        return port + 1 if port < 65535 else port - 1
+
+    def dump(self) -> str:
+        """Return the text of ``orders.json``."""
+        return json.dumps(to_tree(self), separators=(",", ":"))
+
+
+def load_pod_config(folder: Path) -> PodConfig:
+    """Return the orders in ``folder``.
+
+    Raises:
+        EnvironmentProblem: there are none.
+        ConfigErrors: they were not written by this version.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise EnvironmentProblem(f"{path} does not exist: this is the entry of a pod that `backend=kubernetes` makes")
+    mistakes: list[ConfigError] = []
+    orders = build(PodConfig, read_json(path), path="orders", report=mistakes.append)
+    if orders is None:
+        raise ConfigErrors(mistakes)
+    return orders
+
+
+def load_key(folder: Path) -> bytes:
+    """Return the key of the run."""
+    return (folder / KEY_FILE).read_bytes()

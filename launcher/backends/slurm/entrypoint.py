@@ -1,0 +1,188 @@
+"""Entry point of a Slurm job: the batch process on the first node.
+
+``python -m launcher.backends.slurm.entrypoint RUN_DIR``. It asks Slurm which nodes it got, plans the run
+on them and executes it, with an agent on each node behind srun. A run that was preempted is queued again, and then
+continues in the same directory under the same id.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.backends.slurm.client import error_text, run_slurm
+from launcher.checkpoint.resume import find_checkpoint
+from launcher.checkpoint.store import silent
+from launcher.config.backend.slurm import SlurmBackend
+from launcher.config.run import Run
+from launcher.config.snapshot import load_run
+from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem, LauncherError
+from launcher.execution.lifecycle import closing_text, opening_lines
+from launcher.execution.prepare import PreparedRun, replan
+from launcher.execution.probe import probe_and_replan
+from launcher.execution.restart import submit_with_restarts
+from launcher.protocol.plan import Host
+from launcher.protocol.results import write_result
+from launcher.protocol.rundir import RunDir
+from launcher.remote.command import RemoteCommand
+from launcher.runs.lock import RunLock
+from launcher.supervision.finalize import remove_previous_result
+from launcher.utils.files import read_json
+
+if TYPE_CHECKING:
+    from launcher.protocol.outcome import RunOutcome
+    from launcher.protocol.plan import HostPlan, Plan
+
+_AGENT_SUPERVISOR = "launcher.supervision.agent_supervisor"
+_REQUEUE_S = 60.0
+"""Time Slurm gets to end a job that is queued again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmAllocation(SlurmBackend):
+    """The nodes of the job that this process is in."""
+
+    asks_hosts: ClassVar[bool] = True
+
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Return the srun command that runs ``module`` on a node of this job.
+
+        A job step of its own, which shares what the job holds. Not ``--unbuffered``: it would put a terminal between,
+        which changes bytes. No binding: the ranks together use every core of the node.
+        """
+        step = ("--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--mpi=none")
+        return RemoteCommand(argv=("srun", "--quiet", *step, "--export=ALL", host.python, "-m", module))
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Start ``plan`` under an agent on every node."""
+        from launcher.supervision.connection import PipeConnection
+        from launcher.supervision.session import run_session
+
+        run_dir = RunDir(Path(plan.run_dir))
+
+        def connect(host: HostPlan) -> PipeConnection:
+            name = host.host.name
+            return PipeConnection(name, self.remote(host.host, _AGENT_SUPERVISOR), log=run_dir.log_of(name, "agent"))
+
+        return run_session(plan, connect, job={"id": job_id()})
+
+
+class _PreemptedBeforeStart(Exception):
+    """Slurm wants the nodes back before any rank has started."""
+
+
+def main() -> None:
+    """Carry out the run whose directory is the first argument."""
+    run_dir = RunDir(Path(sys.argv[1]))
+    # programs that came with this interpreter (ninja) are found as in an activated environment
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    signal.signal(signal.SIGUSR1, _raise_preempted)
+    try:
+        with RunLock(run_dir.path).acquire():
+            run = with_auto_resume(load_run(run_dir.snapshot), run_dir)
+            code = run_on_nodes(run, run_dir)
+    except _PreemptedBeforeStart:
+        code = EXIT_PREEMPTED
+    except LauncherError as problem:
+        print(problem, file=sys.stderr, flush=True)
+        sys.exit(problem.exit_code)
+    if code == EXIT_PREEMPTED and getattr(run.backend, "requeue", False):
+        requeue()
+    sys.exit(code)
+
+
+def run_on_nodes(run: Run, run_dir: RunDir) -> int:
+    """Carry out ``run`` on the nodes of this job and return its exit code.
+
+    Raises:
+        LauncherError: something stands against it; nothing was started.
+    """
+    assert isinstance(run.backend, SlurmBackend), "its batch script started this"
+    run = replace(run, backend=SlurmAllocation(**vars(run.backend)))
+    remove_previous_result(run_dir)
+    run_id = str(read_json(run_dir.plan)["run_id"])
+    try:
+        prepared = probe_and_replan(plan_on_nodes(run, run_dir, run_id=run_id), is_fresh=False)
+    except LauncherError as problem:
+        write_result(run_dir, status="failed", exit_code=problem.exit_code, run_id=run_id)
+        raise
+    print("\n".join(opening_lines(prepared.plan)), flush=True)
+    started = time.monotonic()
+    code = submit_with_restarts(prepared)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: nothing is left to be saved
+    if code == 0:
+        print(closing_text(read_json(run_dir.result), run_dir, elapsed_s=time.monotonic() - started), flush=True)
+    return code
+
+
+def with_auto_resume(run: Run, run_dir: RunDir) -> Run:
+    """Return ``run``, set to go on from its own newest checkpoint where it has one: then it has been here before."""
+    if find_checkpoint("auto", run_dir, say=silent) is None:
+        return run
+    return replace(run, run=replace(run.run, dir=str(run_dir.path)), checkpoint=replace(run.checkpoint, resume="auto"))
+
+
+def plan_on_nodes(run: Run, run_dir: RunDir, *, run_id: str) -> PreparedRun:
+    """Return ``run`` planned on the nodes of this job, which have not been asked yet for what they are."""
+    assumed = run.backend.hosts(max_ranks=run.job.max_ranks(run))
+    names, addresses = node_names(), node_addresses()
+    if len(names) != len(assumed):
+        raise EnvironmentProblem(f"Slurm gave {len(names)} nodes for backend.nodes={len(assumed)}")
+    hosts: list[Host] = [
+        replace(host, name=name, address=addresses.get(name, name), login=name)
+        for host, name in zip(assumed, names, strict=True)
+    ]
+    return replan(run, hosts, run_id=run_id, folder=run_dir.path, port=0)
+
+
+def node_names() -> list[str]:
+    """Return the nodes of this job; the first is the one that this process is on."""
+    listed = run_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
+    if listed.returncode:
+        raise EnvironmentProblem(f"Slurm does not say which nodes it gave: {error_text(listed.stderr)}")
+    return listed.stdout.split()
+
+
+def node_addresses() -> dict[str, str]:
+    """Return where Slurm reaches the nodes of this job, which is not always their name."""
+    shown = run_slurm(["scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"]])
+    addresses = {}
+    for line in shown.stdout.splitlines():
+        facts = dict(word.partition("=")[::2] for word in line.split())
+        if "NodeName" in facts and "NodeAddr" in facts:
+            addresses[facts["NodeName"]] = facts["NodeAddr"]
+    return addresses
+
+
+def job_id() -> str:
+    """Return the number of the job that this process is in."""
+    return os.environ["SLURM_JOB_ID"]
+
+
+def requeue() -> None:
+    """Queue this job again, unless somebody has cancelled it; what ends this process then is Slurm."""
+    state = run_slurm(["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]).stdout.strip()
+    if state != "RUNNING":
+        print(f"not queued again: the job is {state.lower() or 'gone'}", flush=True)
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's way to end a job that it queues again
+    answer = run_slurm(["scontrol", "requeue", job_id()])
+    if answer.returncode:
+        print(f"cannot be queued again: {error_text(answer.stderr)}", file=sys.stderr, flush=True)
+        return
+    print(f"job {job_id()} is queued again and will go on from there", flush=True)
+    time.sleep(_REQUEUE_S)
+
+
+def _raise_preempted(_number: int, _frame: FrameType | None) -> None:
+    raise _PreemptedBeforeStart
+
+
+if __name__ == "__main__":
+    main()

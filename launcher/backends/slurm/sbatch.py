@@ -1,0 +1,66 @@
+"""The batch script of a run: every option of sbatch, as text."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.protocol.rundir import RunDir
+
+if TYPE_CHECKING:
+    from launcher.config.backend.slurm import SlurmBackend
+    from launcher.protocol.plan import Plan
+
+_PLAIN = re.compile(r"[\w./:,=+@%^~\[\]-]*", re.ASCII)
+
+
+def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
+    """Return the script: options of sbatch, then the session, which takes the place of the shell.
+
+    So Slurm's signals, which go to the batch process, reach the session itself.
+    """
+    directives = [f"#SBATCH --{line}" for line in _directives(backend, plan)]
+    command = shlex.join([plan.hosts[0].host.python, "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
+    return "\n".join(["#!/bin/sh", *directives, "", f"exec {command}", ""])
+
+
+def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:
+    yield _set("job-name", plan.name)
+    yield _set("nodes", backend.nodes)
+    yield "ntasks-per-node=1"  # the agent of that node
+    for option in ("cpus_per_task", "gpus_per_node", "mem", "time"):
+        yield from _set_if_given(backend, option)
+    for option in ("partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude"):
+        yield from _set_if_given(backend, option)
+    yield "requeue" if backend.requeue else "no-requeue"
+    yield f"signal=B:USR1@{backend.signal_lead_s}"
+    yield "open-mode=append"  # a job that is queued again goes on in the same file
+    yield _set("output", str(slurm_log_path(plan, "%j")))
+    yield _set("export", ",".join(plan.forward) or "NONE")
+    for word in backend.sbatch_options:
+        name, _, value = word.removeprefix("--").partition("=")
+        yield _set(name, value) if value else name
+
+
+def slurm_log_path(plan: Plan, job_id: str) -> Path:
+    """Return the file that takes what the session prints; Slurm puts the job's number for ``%j``."""
+    folder = RunDir(Path(plan.run_dir.replace("%", "%%") if job_id == "%j" else plan.run_dir)).logs
+    return folder / f"slurm.{job_id}.log"
+
+
+def _set_if_given(backend: SlurmBackend, option: str) -> Iterator[str]:
+    value = getattr(backend, option)
+    if value is not None:
+        yield _set(option.replace("_", "-"), value)
+
+
+def _set(name: str, value: object) -> str:
+    """Return one option; sbatch reads quotes and backslashes much as a shell does, and # as a comment."""
+    text = str(value)
+    if _PLAIN.fullmatch(text):
+        return f"{name}={text}"
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'{name}="{escaped}"'

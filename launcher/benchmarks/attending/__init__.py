@@ -1,1 +1,0 @@
-"""Parts of the benchmark of attention: its points, its processes, its report."""

@@ -1,0 +1,161 @@
+"""Self-attention under every kernel with the same weights, and its reference in fp64."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from launcher.engines.distributed import DTYPES
+from launcher.utils.build_cache import quote_torch_library_path
+
+KernelFunction = Callable[[nn.MultiheadAttention, Tensor], Tensor]
+"""From hidden states (sequences, tokens, width) to the layer's output, of the same shape."""
+
+
+def make_layer(
+    *, batch: int, sequence: int, width: int, heads: int, precision: str, seed: int, rank: int
+) -> tuple[nn.MultiheadAttention, Tensor, Tensor]:
+    """Return the layer, its input and the gradient that comes in at its output: the same numbers in every process."""
+    device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(seed)
+    layer = nn.MultiheadAttention(width, heads, batch_first=True)
+    for bias in (layer.in_proj_bias, layer.out_proj.bias):
+        nn.init.uniform_(bias, -0.1, 0.1)  # zeros would hide one that is left out
+    inputs, incoming = (torch.randn(batch, sequence, width) for _ in range(2))
+    to = {"device": device, "dtype": DTYPES[precision]}
+    return layer.to(**to), inputs.to(**to), incoming.to(**to)
+
+
+def split_heads(layer: nn.MultiheadAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values as views of one projection, each (sequences, heads, tokens, head width)."""
+    together = functional.linear(hidden, layer.in_proj_weight, layer.in_proj_bias)
+    query, key, value = together.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    return query, key, value
+
+
+def merge_heads(values: Tensor) -> Tensor:
+    """Return (sequences, heads, tokens, head width) as (sequences, tokens, width)."""
+    return values.transpose(1, 2).flatten(2)
+
+
+def _torch_mha(layer: nn.MultiheadAttention, hidden: Tensor, *, need_weights: bool, training: bool) -> Tensor:
+    layer.train(training)  # there is no dropout: this only decides which code torch takes
+    output: Tensor = layer(hidden, hidden, hidden, need_weights=need_weights)[0]
+    return output
+
+
+def _between_projections(kernel: Callable[[Tensor, Tensor, Tensor], Tensor]) -> KernelFunction:
+    def attend(layer: nn.MultiheadAttention, hidden: Tensor) -> Tensor:
+        output: Tensor = layer.out_proj(merge_heads(kernel(*split_heads(layer, hidden))))
+        return output
+
+    return attend
+
+
+def _eager(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scale = 1 / math.sqrt(query.shape[-1])
+    return ((query * scale) @ key.transpose(-2, -1)).softmax(-1) @ value
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, *, backend: SDPBackend) -> Tensor:
+    with sdpa_kernel(backend):
+        return functional.scaled_dot_product_attention(query, key, value)
+
+
+@functools.cache
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    quote_torch_library_path()
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    output: Tensor = _compiled_flex()(query, key, value)
+    return output
+
+
+KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
+    "mha_weights": functools.partial(_torch_mha, need_weights=True, training=True),
+    "mha": functools.partial(_torch_mha, need_weights=False, training=True),
+    "mha_eval": functools.partial(_torch_mha, need_weights=False, training=False),
+    "eager": _between_projections(_eager),
+    "sdpa_math": _between_projections(functools.partial(_sdpa, backend=SDPBackend.MATH)),
+    "sdpa_flash": _between_projections(functools.partial(_sdpa, backend=SDPBackend.FLASH_ATTENTION)),
+    "flex": _between_projections(_flex),
+}
+"""By name of the kernel."""
+
+
+def run_kernel(
+    kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Compute the output and, where a gradient comes in, the gradients of the input and of all weights.
+
+    Gradients of weights are added to what is there: cleared, but not given back, they are no part of a peak.
+    """
+    if incoming is None:
+        with torch.no_grad():
+            return KERNEL_FUNCTIONS[kernel](layer, inputs), None
+    leaf = inputs.detach().requires_grad_()
+    output = KERNEL_FUNCTIONS[kernel](layer, leaf)
+    output.backward(incoming)
+    return output.detach(), leaf.grad
+
+
+_SCORES_AT_ONCE = 2**24
+"""128 MiB of fp64."""
+
+
+def write_reference(
+    *, keep: Mapping[str, str], backward: bool, progress: Callable[[], None], **sizes: Any
+) -> dict[str, Any]:
+    """Write output and gradient of the input, computed in fp64 from the numbers that kernels start from, into files.
+
+    Args:
+        keep: file by tokens of a sequence, whose number is text as JSON has it.
+        backward: whether there is a gradient.
+        progress: called from time to time.
+        sizes: as ``launcher.benchmarks.attention_kernels.make_layer`` takes them, but for the sequence.
+    """
+    from safetensors.torch import save_file
+
+    for tokens, file in keep.items():
+        layer, inputs, incoming = make_layer(sequence=int(tokens), **sizes)
+        layer, inputs = layer.double().requires_grad_(False), inputs.double().requires_grad_(backward)
+        output = layer.out_proj(merge_heads(_exact_attention(*split_heads(layer, inputs), progress)))
+        found = {"output": output.detach().cpu()}
+        if backward:
+            output.backward(incoming.double())
+            assert inputs.grad is not None, "the output depends on the input"
+            found["gradient"] = inputs.grad.cpu()
+        save_file(found, file)
+    return {}
+
+
+def _exact_attention(query: Tensor, key: Tensor, value: Tensor, progress: Callable[[], None]) -> Tensor:
+    """Return softmax(QK^T / sqrt(d))V for tensors of shape (sequences, heads, tokens, head width)."""
+    _, heads, tokens, _ = query.shape
+    rows = max(1, _SCORES_AT_ONCE // (heads * tokens))
+    items = []
+    for number in range(len(query)):
+        one = slice(number, number + 1)
+        blocks = [
+            checkpoint(_exact_block, part, key[one], value[one], progress, use_reentrant=False)
+            for part in query[one].split(rows, dim=2)
+        ]
+        items.append(torch.cat(blocks, dim=2))
+    return torch.cat(items)
+
+
+def _exact_block(query: Tensor, key: Tensor, value: Tensor, progress: Callable[[], None]) -> Tensor:
+    progress()
+    return ((query @ key.transpose(-2, -1)) / math.sqrt(query.shape[-1])).softmax(-1) @ value

@@ -1,1 +1,0 @@
-"""A load generator for OpenAI-compatible servers: standard library alone, so that it runs beside what it measures."""

@@ -1,0 +1,267 @@
+"""Client of OpenAI-compatible servers on asyncio: one request, one stream.
+
+A client library would take a multiple of the processor time, on the very cores whose work is measured.
+
+Standard library alone, so that it runs beside what it measures.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.config.benchmark.serving import LoadRequest, RequestOutcome, ServerAddress
+
+_LIMIT = 1 << 20
+"""Longest line and header, in bytes."""
+
+
+class RequestError(Exception):
+    """The server could not be reached, or broke off; ``kind`` is one word to count by."""
+
+    def __init__(self, kind: str, why: str) -> None:
+        super().__init__(f"{kind}: {why}")
+        self.kind = kind
+
+
+class HttpResponse:
+    """Status and headers of an answer, and its body piece by piece."""
+
+    def __init__(self, reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> None:
+        self._reader, self.status, self._headers = reader, status, headers
+        self.is_whole = False
+        """Whether the body came to its end, so that the connection can be used again."""
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the connection may be used again."""
+        return self.is_whole and self._headers.get("connection", "").lower() != "close"
+
+    async def body(self) -> bytes:
+        """Return all of it."""
+        return b"".join([piece async for piece in self.pieces()])
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Yield what comes, as it comes.
+
+        Raises:
+            Trouble: it broke off.
+        """
+        try:
+            if self._headers.get("transfer-encoding", "").lower() == "chunked":
+                while size := int((await self._reader.readline()).split(b";")[0].strip() or b"-1", 16):
+                    if size < 0:
+                        raise RequestError("cut", "the connection ended inside an answer")
+                    yield (await self._reader.readexactly(size + 2))[:-2]
+                await self._reader.readline()
+            elif "content-length" in self._headers:
+                yield await self._reader.readexactly(int(self._headers["content-length"]))
+            else:
+                while piece := await self._reader.read(_LIMIT):
+                    yield piece
+        except (asyncio.IncompleteReadError, ConnectionError, ValueError) as error:
+            raise RequestError("cut", str(error)) from error
+        self.is_whole = True
+
+
+class HttpConnection:
+    """One connection, opened at the first request and again after a server that closed it."""
+
+    def __init__(self, address: ServerAddress, *, headers: Mapping[str, str]) -> None:
+        self._address = address
+        lines = {"Host": f"{address.host}:{address.port}", "Content-Type": "application/json", **headers}
+        self._headers = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+        self._reader: asyncio.StreamReader | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    async def get(self, path: str) -> HttpResponse:
+        """Ask for what is at a path; otherwise like ``post``."""
+        return await self._ask("GET", path, b"")
+
+    async def post(self, path: str, body: bytes) -> HttpResponse:
+        """Send a request and return the answer once its headers are there.
+
+        Raises:
+            Trouble: nobody answers.
+        """
+        return await self._ask("POST", path, body)
+
+    async def _ask(self, method: str, path: str, body: bytes) -> HttpResponse:
+        is_kept = self._writer is not None
+        try:
+            return await self._once(method, path, body)
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            self.close()
+            if not is_kept:
+                raise RequestError("connect", str(error) or type(error).__name__) from error
+        try:  # the server may close a connection that rested
+            return await self._once(method, path, body)
+        except (OSError, asyncio.IncompleteReadError, ValueError) as error:
+            self.close()
+            raise RequestError("connect", str(error) or type(error).__name__) from error
+
+    async def _once(self, method: str, path: str, body: bytes) -> HttpResponse:
+        if self._writer is None or self._reader is None:
+            host, port = self._address.host, self._address.port
+            self._reader, self._writer = await asyncio.open_connection(host, port, limit=_LIMIT)
+        head = f"{method} {self._address.prefix}{path} HTTP/1.1\r\n{self._headers}Content-Length: {len(body)}\r\n\r\n"
+        self._writer.write(head.encode() + body)
+        lines = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin1").split("\r\n")
+        fields = (line.partition(":") for line in lines[1:] if line)
+        headers = {name.strip().lower(): value.strip() for name, _, value in fields}
+        return HttpResponse(self._reader, int(lines[0].split()[1]), headers)
+
+    def close(self) -> None:
+        """Break off, whatever is under way: so a client vanishes."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+        self._reader = self._writer = None
+
+
+_SHOWN = 300
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadTarget:
+    """Whom to ask, and how."""
+
+    address: ServerAddress
+    model: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    """Fields that every body gets, unless the call has its own."""
+    key: str = ""
+    """API key; empty sends none."""
+    timeout_s: float = 600.0
+    """Of a whole call."""
+    keep_text: bool = False
+    """Whether outcomes hold what was answered."""
+
+    def connection(self) -> HttpConnection:
+        """Return a new one, not open yet."""
+        return HttpConnection(self.address, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
+
+    def request(self, call: LoadRequest) -> tuple[str, bytes]:
+        """Return the path and the body of a call."""
+        path = "/v1/chat/completions" if "messages" in call.fields else "/v1/completions"
+        body = {
+            "model": self.model,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            "temperature": 0,
+            **self.extra,
+            **call.fields,
+        }
+        return path, json.dumps({name: value for name, value in body.items() if value is not None}).encode()
+
+
+class ConnectionPool:
+    """Connections that rest between calls: as many are open as calls are under way."""
+
+    def __init__(self, target: LoadTarget) -> None:
+        self.target = target
+        self._resting: list[HttpConnection] = []
+
+    def take(self) -> HttpConnection:
+        """Return one that rests, or a new one."""
+        return self._resting.pop() if self._resting else self.target.connection()
+
+    def give(self, connection: HttpConnection) -> None:
+        """Let one rest."""
+        self._resting.append(connection)
+
+    def close(self) -> None:
+        """Close those that rest."""
+        for connection in self._resting:
+            connection.close()
+
+
+async def send_request(
+    call: LoadRequest, outcome: RequestOutcome, pool: ConnectionPool, *, start: float
+) -> RequestOutcome:
+    """Send a call and fill in its outcome; a call that is cancelled ends like one whose client is gone.
+
+    Args:
+        call: what to ask.
+        outcome: with its number and when it was due.
+        pool: of connections.
+        start: ``time.perf_counter()`` at the start of the load.
+    """
+    connection, answer = pool.take(), None
+    path, body = pool.target.request(call)
+    outcome.sent_s = time.perf_counter() - start
+    try:
+        async with asyncio.timeout(pool.target.timeout_s):
+            answer = await connection.post(path, body)
+            await _read(answer, outcome, start=start, keep_text=pool.target.keep_text)
+    except RequestError as trouble:
+        outcome.error, outcome.why = trouble.kind, str(trouble)
+    except TimeoutError:
+        outcome.error, outcome.why = "timeout", f"no whole answer after {pool.target.timeout_s:g} s"
+    except asyncio.CancelledError:
+        outcome.error = "unfinished"
+        raise
+    finally:
+        outcome.end_s = time.perf_counter() - start
+        if answer is not None and answer.keeps:
+            pool.give(connection)
+        else:
+            connection.close()
+    return outcome
+
+
+async def _read(answer: HttpResponse, outcome: RequestOutcome, *, start: float, keep_text: bool) -> None:
+    if answer.status != 200:
+        raise RequestError(str(answer.status), (await answer.body())[:_SHOWN].decode(errors="replace"))
+    async for event in _events(answer):
+        _take(event, outcome, now=time.perf_counter() - start, keep_text=keep_text)
+    if not outcome.finish:
+        raise RequestError("cut", "the answer ended without a reason to finish")
+
+
+async def _events(answer: HttpResponse) -> AsyncIterator[dict[str, Any]]:
+    """Yield the JSON of each event of a stream, or of an answer that is none: some servers name the wrong type.
+
+    Comments, and the word that ends a stream, are passed over.
+    """
+    rest, plain, streams = b"", b"", False
+    async for piece in answer.pieces():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:"):
+                streams = True
+                if not (data := line[5:].strip()).startswith(b"[DONE]"):
+                    yield _object(data)
+            elif not streams:
+                plain += line + b"\n"
+    if not streams:
+        yield _object(plain + rest)
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise RequestError("frame", f"no JSON: {data[:_SHOWN]!r}") from error
+    if not isinstance(found, dict) or "error" in found:
+        raise RequestError("frame", data[:_SHOWN].decode(errors="replace"))
+    return found
+
+
+def _take(event: dict[str, Any], outcome: RequestOutcome, *, now: float, keep_text: bool) -> None:
+    """Note what an event, or a whole answer, says."""
+    for choice in event.get("choices") or ():
+        said = choice.get("delta") or choice.get("message") or choice
+        text = said.get("content") or said.get("text") or ""
+        if text:
+            outcome.chunks_s.append(now)
+            outcome.tokens += 1
+            if keep_text:
+                outcome.text += text
+        outcome.finish = choice.get("finish_reason") or outcome.finish
+    if usage := event.get("usage"):
+        outcome.prompt_tokens = usage.get("prompt_tokens", 0)
+        outcome.tokens = usage.get("completion_tokens", outcome.tokens)

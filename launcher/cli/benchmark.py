@@ -1,0 +1,156 @@
+"""``launch benchmark compare``: whether anything has become worse between two runs of a benchmark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.config.paths import is_named_path
+from launcher.errors import ConfigError
+from launcher.protocol.quantities import label, spread
+from launcher.protocol.results import BenchmarkRecord, read_benchmark_record
+from launcher.runs.benchmark_comparison import BenchmarkComparison, Difference, compare_measurements
+from launcher.runs.index import find_run
+from launcher.utils.text import did_you_mean, format_table, json_text, printable
+
+HELP = """\
+launch benchmark compare A B [--threshold 5%] [--agree] [--json] [--root DIR]: B against A, two runs of a benchmark.
+
+  launch benchmark compare 20260101 20260102              two runs, by id, by how it begins, or by directory
+  launch benchmark compare main.json runs/activation/2026…  a benchmark.json that was kept, and a run
+  launch benchmark compare A B --threshold 10%            let pass what changes by a tenth
+  launch benchmark compare A B --agree                    is each median within the other's range?
+
+A quantity is worse, or better, when its median has changed by more than the threshold (5%) and neither median lies
+within the range of the other side. Of what ends in _per_s more is better, of seconds and bytes less; what has another
+unit is told as changed, and fails nothing.
+
+Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 your mistake.
+"""
+_USUAL = "5%"
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Compare two runs of a benchmark."""
+    line = parse_arguments(arguments, flags=("--json", "--agree"), values=("--threshold",))
+    if line.help or not line.words:
+        print(HELP)
+        return 0 if line.help else 2
+    action, *names = line.words
+    if action != "compare":
+        raise ConfigError("benchmark", action, why="is nothing it can do", fix=did_you_mean(action, ["compare"]))
+    if len(names) != 2:
+        raise ConfigError("benchmark compare", " ".join(names), why=f"takes two runs, not {len(names)}", fix="name A B")
+    agree, threshold = "--agree" in line.flags, _threshold(line)
+    before, after = (_measured(name, line.root) for name in names)
+    found = _comparable(names, before, after)
+    failed = [one for one in found.differences if (not one.agrees if agree else one.verdict(threshold) == "worse")]
+    if "--json" in line.flags:
+        print(json_text(_tree(found, threshold)))
+    else:
+        print(printable("\n".join(_lines(found, threshold, agree=agree, num_failed=len(failed)))))
+    return 1 if failed else 0
+
+
+def _threshold(line: Arguments) -> float:
+    """Return what is let pass, as a share.
+
+    Raises:
+        ConfigError: it is no share, or has no part in what is asked.
+    """
+    given = line.values.get("--threshold")
+    if given is not None and "--agree" in line.flags:
+        raise ConfigError(
+            "--threshold", given, why="has no part in --agree, which asks for ranges", fix="leave one out"
+        )
+    text = given or _USUAL
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = math.nan
+    if not 0 <= share < math.inf:
+        raise ConfigError("--threshold", text, why="is no share", fix="write --threshold 5% or 0.05")
+    return share
+
+
+def _measured(name: str, root: Path) -> BenchmarkRecord:
+    """Return what a run, or a file of results, holds.
+
+    Raises:
+        ConfigError: there is no such thing, or it is not of a benchmark.
+    """
+    path = (
+        Path(name).resolve()
+        if is_named_path("run", name) and Path(name).is_file()
+        else find_run(name, root).benchmark("json")
+    )
+    try:
+        return read_benchmark_record(path)
+    except FileNotFoundError as error:
+        why, fix = "left no benchmark.json: it is no job=benchmark, or did not get to its end", "name another run"
+        raise ConfigError("run", name, why=why, fix=fix) from error
+    except (OSError, ValueError) as error:
+        raise ConfigError("benchmark.json", path, why=str(error), fix="name the results of a benchmark") from error
+
+
+def _comparable(names: Sequence[str], before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkComparison:
+    """Return the comparison.
+
+    Raises:
+        ConfigError: the two have nothing in common.
+    """
+    shown = " ".join(names)
+    if before.kind != after.kind:
+        why = f"one is of benchmark={before.kind}, the other of benchmark={after.kind}"
+        raise ConfigError("benchmark compare", shown, why=why, fix="name two runs of the same benchmark")
+    found = compare_measurements(before, after)
+    if not found.differences:
+        why = f"no case is in both: {', '.join(before.cases)} in one, {', '.join(after.cases)} in the other"
+        raise ConfigError("benchmark compare", shown, why=why, fix="name two runs with the same cases")
+    return found
+
+
+def _lines(found: BenchmarkComparison, threshold: float, *, agree: bool, num_failed: int) -> Iterator[str]:
+    rows: list[tuple[str, ...]] = [("case", "quantity", "A", "B", "B / A", "")]
+    for one in found.differences:
+        verdict = ("agrees" if one.agrees else "apart") if agree else one.verdict(threshold)
+        sides = [spread(one.quantity, side) for side in (one.before, one.after)]
+        rows.append((one.case, label(one.quantity), *sides, f"{one.ratio:.3f}", verdict))
+    yield from format_table(rows)
+    for where, names in (("A", found.only_before), ("B", found.only_after)):
+        if names:
+            yield f"only in {where}: {', '.join(names)}"
+    for what, apart in (("other options", found.options), ("another machine", found.machine)):
+        if apart:
+            yield f"{what}: {'; '.join(f'{name} {one} → {other}' for name, one, other in apart)}"
+    number = f"{num_failed} of {len(found.differences)}"
+    if agree:
+        yield f"{number} lie outside the other's range" if num_failed else "each median lies within the other's range"
+    else:
+        yield f"{number} worse by more than {threshold:.3g} and both spreads"
+
+
+def _tree(found: BenchmarkComparison, threshold: float) -> dict[str, Any]:
+    return {
+        "threshold": threshold,
+        "differences": [_difference(one, threshold) for one in found.differences],
+        "only_in_a": list(found.only_before),
+        "only_in_b": list(found.only_after),
+        "options": {name: [one, other] for name, one, other in found.options},
+        "machine": {name: [one, other] for name, one, other in found.machine},
+    }
+
+
+def _difference(one: Difference, threshold: float) -> dict[str, Any]:
+    return {
+        "case": one.case,
+        "quantity": one.quantity,
+        "a": list(one.before),
+        "b": list(one.after),
+        "ratio": one.ratio if math.isfinite(one.ratio) else None,
+        "verdict": one.verdict(threshold),
+        "agrees": one.agrees,
+    }

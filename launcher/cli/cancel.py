@@ -1,0 +1,166 @@
+"""``launch cancel``: end a run from any shell, and nothing but this run."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+
+from launcher.cli.arguments import parse_arguments
+from launcher.errors import EnvironmentProblem
+from launcher.protocol.session_file import AgentLocation, SessionRecord
+from launcher.runs.index import find_run
+from launcher.runs.state import RunState, read_run_state
+from launcher.utils.processes import Process
+from launcher.utils.text import printable
+
+HELP = """\
+launch cancel [RUN] [--now] [--root DIR]: end a run; return once nothing of it is left.
+
+  launch cancel                       the newest run in ./runs
+  launch cancel 20260101              the one whose id begins so
+  launch cancel runs/gpt2_tiny/2026…  the one in this directory
+  launch cancel --now                 without time to save
+
+It asks as SIGTERM does: ranks may save before they end. --now is Ctrl-C twice.
+It signals only processes that the run wrote down, known by number and start time, on the machine they run on; a job of
+Slurm or Kubernetes is cancelled by its id. A run on another machine is left alone, and what to type is said. A run
+whose session.json belongs to another user is refused: the file could name your own processes and jobs.
+"""
+_POLL_S = 0.1
+_SLURM_ID = re.compile(r"\d+(?:_\d+)?(?:\+\d+)?", re.ASCII)
+"""A job, a task of an array, a part of a heterogeneous job."""
+_KUBERNETES_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
+_BETWEEN_S = 1.0
+"""Time between two interrupts: two at once arrive as one."""
+_PATIENCE_S = 60.0
+"""Time, beyond the run's own grace, after which a process counts as stuck."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """End one run."""
+    line = parse_arguments(arguments, flags=("--now",))
+    if line.help:
+        print(HELP)
+        return 0
+    state = read_run_state(find_run(line.one_word("cancel"), line.root))
+    where = state.whereabouts
+    if state.is_over:
+        left = _far_agents(where) if where and not state.result else []
+        _say(f"{state.run_id} is over already: {state.status}")
+        for agent in left:
+            _say(f"  should {agent.host} still work on it: {_type_there(agent, state)}")
+        return 0
+    if where is None:
+        raise EnvironmentProblem(f"{state.run_id} has not yet said who runs it: try again in a moment")
+    _refuse_foreign(state)
+    if where.job:
+        return _cancel_job(where, state)
+    processes = _here(where)
+    if not processes:
+        far = where.session
+        command = shlex.join(["ssh", far.machine, shlex.join(["launch", "cancel", str(state.run_dir.path)])])
+        raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
+    return _end(processes, state, now="--now" in line.flags)
+
+
+def _say(text: str) -> None:
+    """Print a line, whatever the files of the run say in it."""
+    print(printable(text), flush=True)
+
+
+def _refuse_foreign(state: RunState) -> None:
+    """Refuse what another user wrote down: it may name processes and jobs of the user who types ``launch cancel``."""
+    owner = state.run_dir.session.lstat().st_uid
+    if owner != os.geteuid():
+        file = state.run_dir.session
+        why = f"{file} is of user {owner}, and you are {os.geteuid()}"
+        raise EnvironmentProblem(f"{why}: it may name processes and jobs of others. Cancel the run as that user")
+
+
+def _here(where: SessionRecord) -> list[Process]:
+    """Return whom to ask: the session, which tells everybody; without it the agents, each for its host."""
+    if where.session.is_running():
+        return [where.session.process]
+    return [agent.place.process for agent in where.agents if agent.place.is_running()]
+
+
+def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
+    """Signal ``processes`` and wait until they, and the agents of this machine, are gone."""
+    where = state.whereabouts
+    assert where is not None, "they were found in it"
+    signalled = ", ".join(str(process.pid) for process in processes)
+    _say(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end")
+    agents = [agent.place.process for agent in where.agents if agent.place.is_running()]
+    for process in processes:
+        process.send(signal.SIGINT if now else signal.SIGTERM)
+    grace_s = float(state.plan.get("grace_s", 0.0))
+    started = time.monotonic()
+    again_at = started + _BETWEEN_S if now else None
+    while left := [process for process in {*processes, *agents} if process.is_alive()]:
+        if again_at is not None and time.monotonic() >= again_at:
+            again_at = None
+            for process in processes:
+                process.send(signal.SIGINT)
+        if time.monotonic() > started + grace_s + _PATIENCE_S:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise EnvironmentProblem(f"{state.run_id}: process {pids} is still there: try launch cancel --now")
+        time.sleep(_POLL_S)
+    state = read_run_state(state.run_dir)
+    _say(f"{state.run_id}: nothing of it is left on this machine; it is {state.status}")
+    if state.status == "preempted":
+        _say(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
+    for agent in _far_agents(where):
+        _say(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
+    return 0
+
+
+def _cancel_job(where: SessionRecord, state: RunState) -> int:
+    """Have the scheduler end its job."""
+    argv = list(_cancelling(where, state))
+    program = shutil.which(argv[0])
+    if program is None:
+        raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shlex.join(argv)}")
+    _say(f"{state.run_id}: {shlex.join(argv)}")
+    ended = subprocess.run([program, *argv[1:]], check=False)
+    if ended.returncode:
+        raise EnvironmentProblem(f"{argv[0]} ended with exit code {ended.returncode}: the job may still run")
+    _say(f"{state.run_id}: the scheduler accepted the cancellation; see launch status")
+    return 0
+
+
+def _cancelling(where: SessionRecord, state: RunState) -> Iterator[str]:
+    """Yield the command that cancels the job.
+
+    Raises:
+        EnvironmentProblem: what ``session.json`` calls it is not what the scheduler calls jobs.
+    """
+    job = where.job
+    if where.backend == "slurm":
+        _check_names(state, {"id": _SLURM_ID}, job)
+        yield from ("scancel", "--", job["id"])
+    else:
+        _check_names(state, dict.fromkeys(("kind", "name", "namespace"), _KUBERNETES_NAME), job)
+        context = (f"--context={job['context']}",) if "context" in job else ()
+        yield from ("kubectl", *context, f"--namespace={job['namespace']}", "delete", "--", job["kind"], job["name"])
+
+
+def _check_names(state: RunState, wanted: dict[str, re.Pattern[str]], job: dict[str, str]) -> None:
+    for key, pattern in wanted.items():
+        if not pattern.fullmatch(job.get(key, "")):
+            said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
+            raise EnvironmentProblem(f"{said} is no name that the scheduler gives; cancel the job with its own command")
+
+
+def _far_agents(where: SessionRecord) -> list[AgentLocation]:
+    return [agent for agent in where.agents if agent.place.is_running() is None]
+
+
+def _type_there(agent: AgentLocation, state: RunState) -> str:
+    command = shlex.join(["launch", "cancel", str(state.run_dir.path)])
+    return shlex.join(["ssh", f"ssh://{agent.login}" if agent.login else agent.place.machine, command])

@@ -1,0 +1,216 @@
+"""``launch completion``: completion of verbs, groups, options, keys and runs for bash, zsh and fish."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+from launcher.config.compose import groups
+from launcher.config.registry import KINDS, component_class
+from launcher.config.run import RunOptions
+from launcher.config.schema import field_types
+from launcher.errors import ConfigError
+from launcher.runs.index import is_below, list_runs
+from launcher.utils.text import did_you_mean
+
+HELP = """\
+launch completion SHELL: print what makes a shell complete launch's verbs, groups, options, keys, values and runs.
+
+  eval "$(launch completion bash)"                                    in ~/.bashrc
+  eval "$(launch completion zsh)"                                     in ~/.zshrc, after compinit
+  launch completion fish > ~/.config/fish/completions/launch.fish     once
+
+Then launch job.st<Tab> becomes launch job.steps=, launch parallel=<Tab> shows its options, launch logs <Tab> the runs.
+"""
+_FLAGS: dict[str, tuple[str, ...]] = {
+    "": ("--help", "--version", "--multirun", "--config-dir"),
+    "plan": ("--json", "--config-dir", "--root", "--help"),
+    "list": ("--config-dir", "--help"),
+    "show": ("--json", "--config-dir", "--root", "--help"),
+    "diff": ("--json", "--config-dir", "--root", "--help"),
+    "doctor": ("--json", "--config-dir", "--root", "--help"),
+    "resume": ("--root", "--help"),
+    "rerun": ("--root", "--help"),
+    "sweep": ("--config-dir", "--help"),
+    "runs": ("--json", "--root", "--help"),
+    "status": ("--json", "--root", "--help"),
+    "report": ("--output", "--root", "--help"),
+    "logs": ("--follow", "--rank", "--host", "--agents", "--root", "--help"),
+    "cancel": ("--now", "--root", "--help"),
+    "benchmark": ("--threshold", "--agree", "--json", "--root", "--help"),
+    "completion": ("--help",),
+}
+_RUNS = frozenset(
+    {"runs", "status", "logs", "cancel", "report", "rerun", "resume", "plan", "show", "diff", "benchmark", "doctor"}
+)
+"""Verbs that take runs."""
+_TYPEABLE = re.compile(r"[\w./@+-]+")
+"""A shell inserts what is offered as it is: a folder may be called ``$(…)``."""
+_OVERRIDES = frozenset({"", "plan", "show", "doctor", "sweep", "rerun", "resume"})
+"""Verbs that take overrides; the empty one is a run."""
+
+_BASH = r"""
+_launch() {
+  local line=${COMP_LINE:0:COMP_POINT} found
+  local -a words
+  read -r -a words <<< "$line"
+  [[ $line == *[[:space:]] ]] && words+=("")
+  local word=${words[${#words[@]}-1]}
+  mapfile -t found < <(launch completion --words "${words[@]:1}" 2> /dev/null)
+  local before=""
+  [[ $COMP_WORDBREAKS == *=* && $word == *=* ]] && before=${word%"${word##*=}"}
+  COMPREPLY=("${found[@]#"$before"}")
+  [[ ${#found[@]} -gt 0 && ${found[0]} == *[=/] ]] && compopt -o nospace
+}
+complete -o default -F _launch launch
+"""
+_ZSH = r"""
+#compdef launch
+_launch() {
+  local -a found
+  found=("${(@f)$(launch completion --words "${(@)words[2,CURRENT]}" 2> /dev/null)}")
+  if [[ -z ${found[1]} ]]; then
+    compset -P '*='
+    _files
+    return
+  fi
+  compadd -S '' -- ${(M)found:#*[=/]}
+  compadd -- ${found:#*[=/]}
+}
+compdef _launch launch
+"""
+_FISH = r"""
+function __launch_words
+  set -l typed (commandline -opc)
+  set -l word (commandline -ct)
+  set -l found (launch completion --words $typed[2..] $word 2> /dev/null)
+  if set -q found[1]
+    printf '%s\n' $found
+  else if string match -q '*=*' -- $word
+    set -l parts (string split -m 1 = -- $word)
+    printf '%s\n' "$parts[1]="(__fish_complete_path $parts[2])
+  else
+    __fish_complete_path $word
+  end
+end
+complete -c launch -f -a '(__launch_words)'
+"""
+SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the script of a shell, or, for that script, the words that may stand where the last one is."""
+    words = list(arguments)
+    if words[:1] == ["--words"]:
+        for candidate in candidates(words[1:]):
+            print(candidate)
+        return 0
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0 if words else 2
+    if words[0] not in SCRIPTS or len(words) > 1:
+        raise ConfigError("completion", " ".join(words), why="is no shell", fix=did_you_mean(words[0], SCRIPTS))
+    print(SCRIPTS[words[0]].strip())
+    return 0
+
+
+def candidates(words: Sequence[str]) -> list[str]:
+    """Return what the last of ``words`` may become.
+
+    Args:
+        words: what was typed after ``launch``, the last one perhaps empty or half a word.
+    """
+    *before, word = words or [""]
+    verb = before[0] if before and before[0] in _FLAGS else ""
+    if before[-1:] == ["--config-dir"] or before[-1:] == ["--root"] or before[-1:] == ["--output"]:
+        return []  # the shell completes files
+    return sorted({found for found in _offered(verb, word, place=len(before)) if found.startswith(word)})
+
+
+def _offered(verb: str, word: str, *, place: int) -> Iterator[str]:
+    """Yield what may stand at ``place`` behind a verb, counted from the verb's own place."""
+    if word.startswith("-"):
+        yield from _FLAGS[verb]
+        return
+    if place == 0:
+        yield from (name for name in _FLAGS if name)
+    if verb == "completion":
+        yield from SCRIPTS
+    elif verb == "benchmark" and place == 1:
+        yield "compare"
+    elif verb == "list":
+        yield from _listed(word)
+    if verb in _RUNS and "=" not in word:
+        yield from _run_ids()
+    if verb in ("show", "diff"):
+        yield from groups().get("exp", [])
+    if verb in _OVERRIDES:
+        yield from _overrides(word)
+
+
+def _listed(word: str) -> Iterator[str]:
+    """Yield groups, and the options of the group before a slash."""
+    group, slash, _ = word.partition("/")
+    yield from (f"{group}/{option}" for option in groups().get(group, [])) if slash else groups()
+
+
+def _run_ids() -> Iterator[str]:
+    """Yield ids of runs, and of those in sweeps, below ``./runs``."""
+    root = Path("runs").absolute()
+    for run_dir in list_runs(Path("runs")):
+        if is_below(run_dir, root):
+            run_id = run_dir.path.relative_to(root).as_posix().partition("/")[2]
+            if _TYPEABLE.fullmatch(run_id):
+                yield run_id
+
+
+def _overrides(word: str) -> Iterator[str]:
+    """Yield groups and keys, or the values of the one before the equals sign."""
+    plus = word[: len(word) - len(word.lstrip("+"))]
+    key, equals, _ = word.removeprefix(plus).partition("=")
+    if equals:
+        values = groups().get(key) or _values(key)
+        yield from (f"{plus}{key}={value}" for value in values)
+        return
+    yield from (f"{plus}{group}=" for group in groups())
+    if "." in key:
+        group = key.partition(".")[0]
+        yield from (f"{plus}{group}.{name}=" for name in _keys(group))
+    elif len(key) > 1:
+        yield from (
+            f"{plus}{group}.{name}=" for group in (*KINDS, "run") if group.startswith(key) for name in _keys(group)
+        )
+    yield f"{plus}dry_run="
+
+
+def _keys(group: str) -> dict[str, Any]:
+    """Return the type of each key of a group, of whatever kind."""
+    if group == "run":
+        return field_types(RunOptions)
+    found: dict[str, Any] = {}
+    for kind in KINDS.get(group, {}):
+        cls: type = component_class(group, kind)
+        found.update(field_types(cls))
+    return found
+
+
+def _values(key: str) -> list[str]:
+    """Return the values of a key, where it takes one of a few."""
+    group, _, name = key.partition(".")
+    wanted: Any = bool if key == "dry_run" else _keys(group).get(name)
+    return list(_choices(wanted))
+
+
+def _choices(wanted: Any) -> Iterator[str]:
+    origin = typing.get_origin(wanted)
+    if wanted is bool:
+        yield from ("true", "false")
+    elif origin is Literal:
+        yield from map(str, typing.get_args(wanted))
+    elif origin in (Union, types.UnionType):
+        for choice in typing.get_args(wanted):
+            yield from _choices(choice)

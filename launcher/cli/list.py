@@ -1,0 +1,111 @@
+"""``launch list``: groups, their options, and what each key means."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.cli.command_line import parse_command_line
+from launcher.config.component import Component, class_title, field_docs
+from launcher.config.compose import conf_folder, groups
+from launcher.config.option_text import value_text
+from launcher.config.registry import KINDS, component_class
+from launcher.config.run import RunOptions
+from launcher.config.schema import defaults, describe_type, field_types
+from launcher.errors import ConfigError
+from launcher.utils.text import did_you_mean, format_table, terminal_width
+
+HELP = """\
+launch list [GROUP[/OPTION]]: what can be configured.
+
+  launch list                   groups and their options
+  launch list exp               experiments, one line each
+  launch list parallel          options of a group, then its keys with type, default and meaning
+  launch list parallel/zero3    one option: its keys with the values it gives them
+"""
+_LEAST_BESIDE = 64
+"""Columns that default, type and meaning of a key need beside its name; in a narrower terminal they stand below it."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print groups, options or keys."""
+    line = parse_command_line(arguments)
+    if line.help:
+        print(HELP)
+        return 0
+    known = groups(line.config_dir)
+    width = terminal_width()
+    if not line.words:
+        print("\n".join(_overview(known, width)))
+    for word in line.words:
+        group, _, option = word.partition("/")
+        if group not in (*known, "run"):
+            raise ConfigError(group, why="no such group", fix=did_you_mean(group, [*known, "run"]))
+        if option and option not in known.get(group, []):
+            raise ConfigError(word, why="no such option", fix=did_you_mean(option, known.get(group, [])))
+        folders = [folder for folder in (line.config_dir, conf_folder()) if folder is not None]
+        lines = _one(group, option, folders, width) if option else _all(group, known, folders, width)
+        print("\n".join(lines))
+    return 0
+
+
+def _overview(known: dict[str, list[str]], width: int) -> Iterator[str]:
+    yield from format_table([(group, ", ".join(options)) for group, options in known.items()], width=width)
+    yield ""
+    yield "launch list GROUP explains one; launch list GROUP/OPTION shows its values"
+
+
+def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width: int) -> Iterator[str]:
+    rows = [(option, _comment(_file(group, option, folders))) for option in known.get(group, [])]
+    yield from format_table(rows, width=width)
+    kinds = KINDS.get(group, {})
+    classes: list[type] = [RunOptions] if group == "run" else [component_class(group, kind) for kind in kinds]
+    for number, cls in enumerate(classes):
+        if rows or number:
+            yield ""
+        kind = f"kind {cls.kind}: " if issubclass(cls, Component) and len(classes) > 1 else ""
+        yield from textwrap.wrap(kind + class_title(cls), width, break_long_words=False)
+        yield from _keys(group, cls, {name: value_text(value) for name, value in defaults(cls).items()}, width)
+
+
+def _one(group: str, option: str, folders: Sequence[Path], width: int) -> Iterator[str]:
+    file = _file(group, option, folders)
+    yield from textwrap.wrap(f"{group}/{option}: {_comment(file)}", width, break_long_words=False)
+    given: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+    if given.get("kind") not in KINDS.get(group, {}) or "defaults" in given:  # exp, sweep, or built on other options
+        yield file.read_text(encoding="utf-8").rstrip()
+        return
+    cls = component_class(group, given.pop("kind"))
+    shown = {name: value_text(value) for name, value in defaults(cls).items()}
+    shown |= {name: f"{value_text(value)} *" for name, value in given.items()}
+    yield from _keys(group, cls, shown, width)
+    yield "* set by this option; everything else is a default"
+
+
+def _keys(group: str, cls: type, values: dict[str, str], width: int) -> Iterator[str]:
+    docs, types = field_docs(cls), field_types(cls)
+    rows = [(f"{group}.{name}", values.get(name, "needed"), describe_type(types[name]), docs[name]) for name in types]
+    if max((len(row[0]) for row in rows), default=0) > width - _LEAST_BESIDE:
+        for name, value, kind, meaning in rows:
+            for text, indent in ((f"{name}: {value} ({kind})", "  "), (meaning, "    ")):
+                yield from textwrap.wrap(
+                    text, width, initial_indent=indent, subsequent_indent=" " * 4, break_long_words=False
+                )
+        return
+    yield from format_table(rows, indent="  ", width=width, whole=(0,))
+
+
+def _file(group: str, option: str, folders: Sequence[Path]) -> Path:
+    return next(file for folder in folders if (file := folder / group / f"{option}.yaml").is_file())
+
+
+def _comment(file: Path) -> str:
+    """Return the first comment of a YAML file that is not a directive of Hydra's."""
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if line.startswith("#") and "@package" not in line:
+            return line.lstrip("# ").rstrip()
+    return ""

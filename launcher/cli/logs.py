@@ -1,0 +1,91 @@
+"""``launch logs``: what the ranks of a run print."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
+
+from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.errors import ConfigError
+from launcher.runs.index import find_run
+from launcher.runs.logs import RunLogs
+from launcher.runs.state import RunState, read_run_state
+from launcher.utils.text import did_you_mean, printable
+
+HELP = """\
+launch logs [RUN] [-f] [--rank K] [--host H] [-n LINES] [--agents] [--root DIR]: what the ranks print.
+
+  launch logs                  all that the newest run has printed, rank after rank
+  launch logs -f               follow it until it ends; the exit code is then the run's own
+  launch logs 2026 --rank 3    one rank of the run whose id begins so
+  launch logs -f -n 5          begin with the last 5 lines of each log
+  launch logs --agents         what torchrun, deepspeed and the host agents said
+
+Each line begins with host:rank. What was there before comes log by log, what is added meanwhile in order of arrival.
+Ctrl-C ends the following, not the run.
+"""
+_POLL_S = 0.2
+_EXIT_LOST = 1
+_EXIT_INTERRUPTED = 130
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print the logs of a run."""
+    line = parse_arguments(arguments, flags=("-f", "--follow", "--agents"), values=("--rank", "--host", "-n"))
+    if line.help:
+        print(HELP)
+        return 0
+    run_dir = find_run(line.one_word("logs"), line.root)
+    state = read_run_state(run_dir)
+    _check(line, state)
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a rank prints what this terminal may not know
+    logs = RunLogs(
+        run_dir,
+        rank=line.number("--rank"),
+        host=line.values.get("--host"),
+        agents="--agents" in line.flags,
+        last=line.number("-n"),
+    )
+    if line.flags.isdisjoint({"-f", "--follow"}):
+        _print(logs.read())
+        _print(logs.rest())
+        return 0
+    try:
+        return _follow(logs, state)
+    except KeyboardInterrupt:
+        return _EXIT_INTERRUPTED
+
+
+def _check(line: Arguments, state: RunState) -> None:
+    """Refuse a rank or host that the run does not have."""
+    hosts = [host["name"] for host in state.hosts]
+    host, rank = line.values.get("--host"), line.number("--rank")
+    if hosts and host is not None and host not in hosts:
+        raise ConfigError("--host", host, why="takes no part in this run", fix=did_you_mean(host, hosts))
+    if rank is not None and "--agents" in line.flags:
+        raise ConfigError("--rank", rank, why="has no meaning beside --agents", fix="use --host to choose an agent")
+    if state.slots and rank is not None and rank >= sum(state.slots):
+        raise ConfigError("--rank", rank, why="is not in this run", fix=f"choose from 0 to {sum(state.slots) - 1}")
+
+
+def _follow(logs: RunLogs, state: RunState) -> int:
+    while True:
+        is_over = state.is_over  # asked before reading: what was written before the end is all read
+        _print(logs.read())
+        if is_over:
+            break
+        time.sleep(_POLL_S)
+        state = read_run_state(state.run_dir)
+    _print(logs.rest())
+    code = _EXIT_LOST if state.exit_code is None else state.exit_code
+    print(f"the run is {state.status} (exit code {code})" if code else f"the run is {state.status}", file=sys.stderr)
+    return code
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(printable(line))
+    sys.stdout.flush()

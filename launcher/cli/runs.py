@@ -1,0 +1,110 @@
+"""``launch runs``: every run below a folder, and how it is doing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.protocol.rundir import RunDir
+from launcher.runs.index import find_run, is_below, list_runs
+from launcher.runs.state import RunState, read_run_state
+from launcher.utils.text import duration_text, format_table, json_text, one_line
+
+HELP = """\
+launch runs [RUN…] [--root DIR] [--json]: list runs, the last started first.
+
+  launch runs                those in ./runs
+  launch runs DIR            those in another folder (run.root); the same as --root DIR
+  launch runs 20260101       the one whose id begins so
+  launch runs --json         with all digits
+
+status      running, or how it ended: completed, failed, preempted (launch resume continues it), cancelled;
+            lost: it left no result and nobody works on it; elsewhere: another machine or a scheduler has it
+ranks       hosts × ranks on each
+age         since it was started, or last resumed; took: how long that lasted
+
+Every verb that takes a RUN takes an id, or how it begins, or a run directory; without one it takes the newest.
+"""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print a table of runs."""
+    line = parse_arguments(arguments, flags=("--json",))
+    if line.help:
+        print(HELP)
+        return 0
+    states = [read_run_state(run_dir) for run_dir in _wanted(line)]
+    if "--json" in line.flags:
+        print(json_text([_tree(state) for state in states]))
+        return 0
+    if not states:
+        print(f"no runs in {line.root}: start one with launch, or name another folder with --root DIR")
+        return 0
+    head, now = ("id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"), time.time()
+    print("\n".join(format_table([head, *(_row(state, line.root, now) for state in states)])))
+    for state in states:
+        for why in state.damage:
+            print(one_line(f"{state.run_dir.path}: {why}, and is left out"), file=sys.stderr)
+    return 0
+
+
+def _wanted(line: Arguments) -> list[RunDir]:
+    """Return the runs to list: all, or those that the words name, a folder of runs among them."""
+    found: list[RunDir] = []
+    for word in line.words:
+        inside = list_runs(Path(word)) if Path(word).is_dir() else []
+        found += inside or [find_run(word, line.root)]
+    return list(dict.fromkeys(found)) if line.words else list_runs(line.root)
+
+
+def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
+    loss = state.metrics.get("train/loss")
+    until = now if state.ended_at is None else state.ended_at
+    return (
+        _id_below(state.run_dir, root),
+        state.name,
+        state.status,
+        state.steps_text,
+        "-" if loss is None else f"{loss:.4f}",
+        _ranks(state),
+        state.backend or "-",
+        duration_text(now - state.started_at),
+        "-" if state.status == "lost" else duration_text(until - state.started_at),
+    )
+
+
+def _id_below(run_dir: RunDir, root: Path) -> str:
+    """Return the run's id, with the sweep it belongs to; the directory of a run that is elsewhere."""
+    if is_below(run_dir, root):
+        return run_dir.path.relative_to(root.absolute()).as_posix().partition("/")[2]
+    here = Path.cwd()
+    return str(run_dir.path.relative_to(here) if run_dir.path.is_relative_to(here) else run_dir.path)
+
+
+def _ranks(state: RunState) -> str:
+    """Return ``2×8``, or each host's number where they differ."""
+    slots = state.slots
+    if not slots:
+        return "-"
+    return f"{len(slots)}×{slots[0]}" if len(set(slots)) == 1 else "+".join(map(str, slots))
+
+
+def _tree(state: RunState) -> dict[str, Any]:
+    return {
+        "run_id": state.run_id,
+        "name": state.name,
+        "run_dir": str(state.run_dir.path),
+        "status": state.status,
+        "exit_code": state.exit_code,
+        "step": state.step,
+        "num_steps": state.num_steps,
+        "loss": state.metrics.get("train/loss"),
+        "slots": state.slots,
+        "backend": state.backend,
+        "started_at": state.started_at,
+        "ended_at": state.ended_at,
+    }

@@ -1,0 +1,71 @@
+"""Start a saved run again with values changed."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from launcher.cli.command_line import CommandLine
+from launcher.config.compose import Composition, groups
+from launcher.config.overrides import suggest_overrides
+from launcher.config.run import Run, run_to_tree
+from launcher.config.schema import to_tree
+from launcher.errors import ConfigError
+from launcher.execution.lifecycle import start
+from launcher.execution.prepare import prepare
+from launcher.planning.render import render_plan
+from launcher.protocol.rundir import RunDir
+from launcher.runs.index import find_run
+from launcher.runs.state import read_run_state
+from launcher.utils.secrets import is_secret_name
+from launcher.utils.text import json_text
+
+
+def find_run_or_option(word: str, line: CommandLine) -> Path:
+    """Return the folder of the run that ``word`` names, of a verb that takes options there too.
+
+    Raises:
+        ConfigError: there is no such run; the message says how an option of that name is written.
+    """
+    try:
+        return find_run(word, line.root).path
+    except ConfigError as error:
+        meant = suggest_overrides(word, groups(line.config_dir))
+        if not meant:
+            raise
+        why = "is no run, and not of the form option=value"
+        raise ConfigError(word, why=why, fix=f"write {' or '.join(meant)}") from error
+
+
+def start_saved_run(run: Run, line: CommandLine, *, folder: Path) -> int:
+    """Start ``run`` and return its exit code, or print its plan where ``line`` asks for that.
+
+    Args:
+        run: the stored run, changed.
+        line: what the user typed.
+        folder: the run directory that it was stored in.
+
+    Raises:
+        ConfigErrors: what stands against it.
+    """
+    if line.multirun or line.config_dir:
+        flag = "-m" if line.multirun else "--config-dir"
+        raise ConfigError(flag, why="has no meaning for a stored run, which is composed already", fix="leave it out")
+    if line.json and not line.dry_run:
+        raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
+    for name in _missing_secrets(folder):
+        why = f"the run had {name} from its shell, and this shell does not set it"
+        print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
+    prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=line.words[1:]))
+    if not line.dry_run:
+        return start(prepared)
+    plan = prepared.plan
+    print(json_text(to_tree(plan)) if line.json else render_plan(plan), end="")
+    return 0
+
+
+def _missing_secrets(folder: Path) -> list[str]:
+    """Return the secret variables that the run was sent and that this process does not have: no file holds them."""
+    forward = read_run_state(RunDir(folder)).plan.get("forward", [])
+    return [name for name in forward if is_secret_name(name) and name not in os.environ]

@@ -1,0 +1,171 @@
+"""``launch status``: one run in detail."""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from launcher.cli.arguments import parse_arguments
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import ProcessLocation, SessionRecord
+from launcher.runs.index import find_run
+from launcher.runs.logs import host_and_who, tail_lines
+from launcher.runs.state import ELSEWHERE, LOST, RUNNING, RunState, read_run_state
+from launcher.utils.text import counted, duration_text, format_table, json_text, short_path
+
+HELP = """\
+launch status [RUN] [--root DIR] [--json]: one run in detail: who runs it, how far it is, what each rank said last.
+
+  launch status                        the newest run in ./runs
+  launch status 20260101               the one whose id begins so
+  launch status runs/gpt2_tiny/2026…   the one in this directory
+
+The exit code is 0 for every run there is; launch logs -f has the run's own.
+"""
+_LIFE = {True: "alive", False: "gone", None: "not to be seen from here"}
+_MANY = 16
+"""Of more ranks or agents than these the text does not show each."""
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Print what is known of one run."""
+    line = parse_arguments(arguments, flags=("--json",))
+    if line.help:
+        print(HELP)
+        return 0
+    state = read_run_state(find_run(line.one_word("status"), line.root))
+    if "--json" in line.flags:
+        print(json_text(_tree(state)))
+        return 0
+    print("\n".join(format_table([*_who(state), *_how_far(state), *_ranks(state), *_end(state), *_next(state)])))
+    return 0
+
+
+def _who(state: RunState) -> Iterator[tuple[str, str]]:
+    yield "run", f"{state.name} {state.run_id}"
+    yield "status", state.status
+    yield "directory", str(state.run_dir.path)
+    yield from (("damaged", why) for why in state.damage)
+    yield "started", f"{_clock(state.started_at)}, {duration_text(time.time() - state.started_at)} ago"
+    where = state.whereabouts
+    if where is None:
+        yield "run by", "nobody wrote it down"
+        return
+    if where.job:
+        yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"
+    yield "run by", _process(where.session)
+    if len(where.agents) > _MANY:
+        counts = Counter(_LIFE[agent.place.is_running()] for agent in where.agents)
+        yield "agents", ", ".join(f"{count} {life}" for life, count in counts.items())
+        return
+    for agent in where.agents:
+        login = f" ({agent.login})" if agent.login else ""
+        yield "agent", f"{agent.host}{login}: {_process(agent.place)}"
+
+
+def _how_far(state: RunState) -> Iterator[tuple[str, str]]:
+    slots = state.slots
+    yield "ranks", f"{sum(slots)} on {counted(len(slots), 'host')}" if slots else "not known"
+    metrics = state.metrics
+    if state.step is None:
+        yield "progress", "no step yet"
+        return
+    told = [f"evaluation {state.steps_text}" if state.num_steps is None else f"step {state.steps_text}"]
+    told += [f"loss {metrics['train/loss']:.4f}"] if metrics.get("train/loss") is not None else []
+    told += [f"held-out loss {metrics['eval/loss']:.4f}"] if metrics.get("eval/loss") is not None else []
+    told += [f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"] if metrics.get("perf/tokens_per_s") is not None else []
+    if state.status == RUNNING and metrics.get("time"):
+        told.append(f"{duration_text(time.time() - metrics['time'])} ago")
+    yield "progress", ", ".join(told)
+
+
+def _ranks(state: RunState) -> Iterator[tuple[str, str]]:
+    last = _last_words(state)
+    for said in last[:_MANY]:
+        age = duration_text(time.time() - said["written_at"])
+        yield f"{said['host']}:{said['rank']}", f"{said['line'] or 'nothing printed'}  ({age} ago)"
+    if len(last) > _MANY:
+        yield "…", f"and {len(last) - _MANY} more: launch status --json"
+
+
+def _end(state: RunState) -> Iterator[tuple[str, str]]:
+    if state.ended_at is None:
+        return
+    took = duration_text(state.ended_at - state.started_at)
+    yield "ended", f"{_clock(state.ended_at)}, after {took}, exit code {state.exit_code}"
+    failure = state.failure
+    if failure:
+        yield "cause", (str(failure.get("reason", "")).splitlines() or [""])[0]
+        yield "log", str(failure.get("log", ""))
+
+
+def _next(state: RunState) -> Iterator[tuple[str, str]]:
+    """Yield what one may type now."""
+    folder = shlex.quote(short_path(state.run_dir.path))
+    yield "next", f"launch logs {folder}" + ("" if state.is_over else " -f")
+    if not state.is_over:
+        yield "", f"launch cancel {folder}"
+    job = state.whereabouts.job if state.whereabouts else {}
+    if state.status == ELSEWHERE and "id" in job:
+        yield "", shlex.join(["squeue", f"--jobs={job['id']}"])
+    elif state.status == ELSEWHERE and "name" in job:
+        context = [f"--context={job['context']}"] if "context" in job else []
+        space = f"--namespace={job.get('namespace', '')}"
+        yield "", shlex.join(["kubectl", *context, space, "get", "--", job.get("kind", ""), job["name"]])
+    if state.is_over and (state.status in (LOST, "preempted") or state.has_checkpoint):
+        yield "", f"launch resume {folder}"
+    if state.is_over:
+        yield "", f"launch rerun {folder}"
+
+
+def _last_words(state: RunState) -> list[dict[str, Any]]:
+    """Return the last line of each rank's log and when it was written, by rank."""
+    found = []
+    for path in state.run_dir.logs.glob("*.log"):
+        host, who = host_and_who(path)
+        if isinstance(who, int):
+            text, written_at = _last_line(path, state.run_dir)
+            found.append({"host": host, "rank": who, "line": text, "written_at": written_at})
+    return sorted(found, key=lambda said: said["rank"])
+
+
+def _last_line(path: Path, run_dir: RunDir) -> tuple[str, float]:
+    """Return the last line of a log and when it was written; why there is none, where the file is not read."""
+    try:
+        *_, line = [b"", *(line for line in tail_lines(path, inside=run_dir.path) if line.strip())]
+        return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2], path.lstat().st_mtime
+    except OSError as error:
+        return f"({path.name} {error.strerror})", 0.0
+
+
+def _tree(state: RunState) -> dict[str, Any]:
+    where: SessionRecord | None = state.whereabouts
+    return {
+        "run_id": state.run_id,
+        "name": state.name,
+        "run_dir": str(state.run_dir.path),
+        "status": state.status,
+        "exit_code": state.exit_code,
+        "started_at": state.started_at,
+        "ended_at": state.ended_at,
+        "num_steps": state.num_steps,
+        "slots": state.slots,
+        "metrics": state.metrics,
+        "whereabouts": asdict(where) if where else None,
+        "ranks": _last_words(state),
+        "failure": state.failure,
+        "damage": state.damage,
+    }
+
+
+def _process(place: ProcessLocation) -> str:
+    return f"process {place.pid} on {place.machine}, {_LIFE[place.is_running()]}"
+
+
+def _clock(at: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))

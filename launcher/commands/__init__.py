@@ -1,1 +1,0 @@
-"""One file a verb, each with ``run(arguments) -> exit code``."""

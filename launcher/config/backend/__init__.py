@@ -1,0 +1,1 @@
+"""Options of the backends: where the processes of a run start."""

@@ -1,0 +1,255 @@
+"""Options of every backend, ``backend=local``, and forwarding of environment variables.
+
+Forwarding is an allow-list: a variable that no pattern names is not sent. A host has an environment of its own, and
+most of what a shell holds (PATH, HOME, DISPLAY, SSH_AUTH_SOCK) is right on one machine only. Left out on purpose:
+
+- CUDA_VISIBLE_DEVICES: counts the devices of one machine; the plan sets it for each host.
+- PET_*: torchrun takes each as one of its own options, whatever the plan says.
+- WANDB_SERVICE: the socket of a W&B service on this machine.
+- DS_ENV_FILE: where the deepspeed command finds a file on this machine.
+- LANG, LC_*: a locale that is not installed on the host costs warnings; ssh has SendEnv for those who want theirs.
+- LD_LIBRARY_PATH: other machines have other libraries; ``backend.forward`` takes it where they are alike.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from launcher.config.component import Component
+from launcher.errors import ConfigError
+from launcher.utils.secrets import is_secret
+
+if TYPE_CHECKING:
+    from launcher.protocol.outcome import RunOutcome
+    from launcher.protocol.plan import Host, HostPlan, Plan, RunIdentity
+    from launcher.remote.command import RemoteCommand
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(Component):
+    """A way to start a plan and to stay with it until it ends."""
+
+    group: ClassVar[str] = "backend"
+
+    asks_hosts: ClassVar[bool] = False
+    """Whether its hosts are other machines, to be examined before a start; a dry run knows only their names."""
+
+    hands_over: ClassVar[bool] = False
+    """Whether another process, started elsewhere, carries the run out and writes to its directory from then on."""
+
+    restarts_itself: ClassVar[bool] = False
+    """Whether a cluster sees to ``restarts``; whoever submits then does not."""
+
+    shares_paths: ClassVar[bool] = True
+    """Whether a path of an option means the same file on the hosts as on the machine that starts the run."""
+
+    ranks: int | Literal["auto"] = "auto"
+    """Ranks on each host; ``auto`` is what the hostfile says, else one per visible GPU, else 2 where there are two
+    cores; never more than the job has work for."""
+
+    agent: Literal["torchrun", "deepspeed"] = "torchrun"
+    """Which launcher starts the ranks of one host."""
+
+    port: int | Literal["auto"] = "auto"
+    """Port of the rendezvous; ``auto`` finds a free one for each run and another if it is taken meanwhile."""
+
+    threads: int | Literal["auto"] = "auto"
+    """OMP_NUM_THREADS of each rank; ``auto`` shares the cores of the host among its ranks."""
+
+    env: dict[str, str] = field(default_factory=dict)
+    """Environment variables added to every rank."""
+
+    show_ranks: tuple[int, ...] | Literal["all"] = "all"
+    """Ranks whose output is shown; logs hold every rank's."""
+
+    stall_timeout_s: float = 600.0
+    """A rank that reports no progress for this long gets every stack dumped and ends the run; 0 waits for ever."""
+
+    grace_s: float = 7.0
+    """Time between asking the ranks to end (Ctrl-C, SIGTERM) and killing what is left."""
+
+    preempt_grace_s: float = 60.0
+    """The same after SIGUSR1, the schedulers' way to say: save what you need, you will continue later."""
+
+    restarts: int = 0
+    """Times a run that failed is started again from its newest checkpoint."""
+
+    def sees_files_of_hosts(self, run_dir: str) -> bool:
+        """Return whether this process sees the files that hosts see: it shares their paths, or runs on one of them."""
+        return self.shares_paths or self.run_dir_on_hosts(run_dir) == run_dir
+
+    def run_dir_on_hosts(self, run_dir: str) -> str:
+        """Return where hosts keep a run that this machine keeps in ``run_dir``."""
+        return run_dir
+
+    @property
+    def heartbeat_timeout_s(self) -> float:
+        """Silence after which a host counts as lost; 0 where its end is always noticed."""
+        return 0.0
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of the variables in ``environ`` that hosts get; ranks of this machine inherit all."""
+        return ()
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts and times that cannot be."""
+        yield from self.below(1, "ranks", "threads")
+        yield from self.below(0, "stall_timeout_s", "grace_s", "preempt_grace_s", "restarts")
+        if self.port != "auto" and not 1024 <= self.port <= 65535:
+            yield self.refuse("port", "must lie between 1024 and 65535", "set backend.port=auto")
+
+    @abstractmethod
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return who takes part, in the order of ranks, without asking the network.
+
+        Args:
+            max_ranks: most ranks that the strategy can use, where it has a limit.
+
+        Raises:
+            ConfigErrors: the hosts cannot be told (a bad hostfile).
+        """
+
+    @abstractmethod
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Return the command that runs ``python -m module`` on ``host`` with its stdin and stdout on ours."""
+
+    def fewest_hosts(self, begun: int) -> int:
+        """Return with how few hosts a run that began on ``begun`` may be restarted."""
+        return begun
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Yield what this backend cannot do on ``hosts``, by option."""
+        yield from ()
+
+    def rank_commands(self, hosts: Sequence[Host], identity: RunIdentity) -> Sequence[tuple[str, ...]] | None:
+        """Return the argv that becomes a rank on each host, where the backend starts ranks itself.
+
+        ``None`` leaves it to ``backend.agent``.
+        """
+        return None
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the submission as text: what is started or applied beyond the commands of the plan itself.
+
+        Args:
+            plan: what to run.
+            snapshot: the text of run.yaml.
+        """
+        return ""
+
+    def validate_submission(self, plan: Plan) -> None:
+        """Refuse what only the cluster can tell, before the run directory is written.
+
+        Raises:
+            ConfigErrors: the cluster would not take the run.
+            EnvironmentProblem: the cluster cannot be asked.
+        """
+        return
+
+    @abstractmethod
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Start ``plan``, stay until nothing of it is left, and return how it ended.
+
+        Writes nothing about the end: whoever tries again on another port, or gives up, calls ``conclude``.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalBackend(Backend):
+    """Ranks are processes of this machine."""
+
+    kind: ClassVar[str] = "local"
+
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return this machine."""
+        from launcher.planning.topology import local_host
+
+        return (local_host(self.ranks, max_ranks=max_ranks),)
+
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Return a command without a network in it."""
+        from launcher.remote.command import RemoteCommand
+
+        return RemoteCommand(argv=(host.python, "-m", module))
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Start ``plan`` under an agent that is a child of this process."""
+        from pathlib import Path
+
+        from launcher.protocol.rundir import RunDir
+        from launcher.supervision.connection import PipeConnection
+        from launcher.supervision.session import run_session
+
+        run_dir = RunDir(Path(plan.run_dir))
+
+        def connect(host: HostPlan) -> PipeConnection:
+            remote = self.remote(host.host, "launcher.supervision.agent_entry")
+            return PipeConnection(host.host.name, remote, log=run_dir.log_of(host.host.name, "agent"))
+
+        return run_session(plan, connect)
+
+
+DEFAULT_GLOBS = (
+    *("NCCL_*", "GLOO_*", "UCX_*", "FI_*"),  # networks
+    *("CUDA_*", "PYTORCH_*", "TORCH_*", "TORCHDYNAMO_*", "TORCHINDUCTOR_*", "TRITON_*", "DS_*"),
+    *("OMP_*", "MKL_*", "KMP_*", "GOMP_*", "OPENBLAS_*"),
+    *("HF_*", "HUGGING_FACE_*", "HUGGINGFACE_*", "TRANSFORMERS_*", "TOKENIZERS_*", "WANDB_*"),
+    *("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"),
+    *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
+)
+
+
+_NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
+
+
+_BUT = ("LAUNCHER_API_KEYS",)
+"""What of ``_NEVER`` is the user's after all: the keys that clients of ``job=serve`` show."""
+
+
+def forwarded_env(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str, str]:
+    """Return the variables that hosts get, secrets among them: they may travel over stdin and stand nowhere else.
+
+    Args:
+        environ: of the process that launches.
+        globs: as for file names, case-sensitive; ``DEFAULT_GLOBS`` and what the user adds.
+    """
+    patterns = tuple(globs)
+    return {
+        name: value
+        for name, value in sorted(environ.items())
+        if name in _BUT or (_matches(name, patterns) and not _matches(name, _NEVER))
+    }
+
+
+def forwarded_names(environ: Mapping[str, str], globs: Iterable[str]) -> tuple[str, ...]:
+    """Return the names alone, for plans."""
+    return tuple(forwarded_env(environ, globs))
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+_RESERVED_ENV = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
+
+
+def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None) -> Iterator[ConfigError]:
+    """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set.
+
+    Args:
+        env: the variables.
+        forward: globs of ``backend.forward``, where the backend has other hosts than this machine.
+    """
+    for name, value in env.items():
+        if is_secret(name, value):
+            fix = f"leave it out and export the variable {name} in your shell: ranks inherit it, and no file holds it"
+            if forward is not None and not forwarded_names({name: value}, (*DEFAULT_GLOBS, *forward)):
+                fix += f"; add backend.forward=[{','.join((*forward, name))}], which sends it to the hosts"
+            yield ConfigError(f"backend.env.{name}", why="looks like a secret, and plans are written to disk", fix=fix)
+        elif name in _RESERVED_ENV or name.startswith("LAUNCHER_"):
+            fix = "leave it out" if name != "CUDA_VISIBLE_DEVICES" else "set it in your shell; the plan follows it"
+            yield ConfigError(f"backend.env.{name}", why="is set by the launcher", fix=fix)

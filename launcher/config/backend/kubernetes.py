@@ -1,0 +1,246 @@
+"""Options of ``backend=kubernetes``: a pod for each host; the first pod runs the session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from launcher.config.backend.base import Backend
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.utils.text import did_you_mean
+
+if TYPE_CHECKING:
+    from launcher.protocol.outcome import RunOutcome
+    from launcher.protocol.plan import Host, Plan
+    from launcher.remote.command import RemoteCommand
+
+
+Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
+
+
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+
+
+_SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
+
+
+_QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
+
+
+_UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+def is_label(text: str) -> bool:
+    """Whether ``text`` may name a namespace."""
+    return _LABEL.fullmatch(text) is not None
+
+
+def is_subdomain(text: str) -> bool:
+    """Whether ``text`` may name most other things: a claim, a Secret, a service account."""
+    return _SUBDOMAIN.fullmatch(text) is not None
+
+
+def parse_quantity(quantity: str) -> int | None:
+    """Return the bytes of ``64Gi``; ``None`` for what is not a whole number with a unit."""
+    found = _QUANTITY.fullmatch(quantity)
+    return int(found["number"]) * _UNITS.get(found["unit"] or "", 1) if found else None
+
+
+_TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KubernetesBackend(Backend):
+    """Ranks are processes of pods, one pod for each host; the first pod runs the session."""
+
+    kind: ClassVar[str] = "kubernetes"
+    headline: ClassVar[tuple[str, ...]] = ("workload", "nodes", "gpus_per_node")
+
+    restarts_itself: ClassVar[bool] = True
+    shares_paths: ClassVar[bool] = False
+
+    image: str
+    """Container image with this program in it, and everything ranks need."""
+
+    workload: Workload = "indexed_job"
+    """What makes the pods: a plain Indexed Job, a JobSet, or a PyTorchJob or TrainJob of Kubeflow."""
+
+    nodes: int = 1
+    """Pods, each of which is a host of the plan."""
+
+    gpus_per_node: int = 0
+    """GPUs of each pod; 0 computes on the CPU."""
+
+    cpus: int = 4
+    """Cores of each pod, reserved for it alone."""
+
+    memory: str = "16Gi"
+    """RAM of each pod, shared memory included."""
+
+    shared_memory: str = "2Gi"
+    """Size of /dev/shm, through which the ranks of one pod talk to each other."""
+
+    claim: str | None = None
+    """PersistentVolumeClaim for run directories; with several nodes it must allow ReadWriteMany. Without one, each pod
+    writes to storage of its own, which is gone with it: only logs remain."""
+
+    mount: str = "/runs"
+    """Where pods see ``claim``. A run directory outside of it is kept there under its own last two names."""
+
+    volumes: dict[str, str] = field(default_factory=dict)
+    """More claims and where pods see them: ``{datasets: /data}``."""
+
+    namespace: str = "default"
+    """Namespace of everything."""
+
+    context: str | None = None
+    """Context of kubectl, and so the cluster; ``null`` is the current one."""
+
+    service_account: str | None = None
+    """Service account of the pods."""
+
+    node_selector: dict[str, str] = field(default_factory=dict)
+    """Labels that a node must have."""
+
+    tolerations: tuple[dict[str, Any], ...] = ()
+    """Taints that pods put up with, as in a pod's specification."""
+
+    image_pull_secrets: tuple[str, ...] = ()
+    """Secrets with which the image is pulled."""
+
+    secret: str | None = None
+    """A Secret that is there already; its entries become variables of the ranks."""
+
+    forward: tuple[str, ...] = ()
+    """Further variables of your environment that ranks get, besides NCCL_*, HF_*, WANDB_* and their like; names or
+    globs."""
+
+    python: str = "python"
+    """The interpreter in the image."""
+
+    ttl_s: int | None = None
+    """Seconds after which the cluster deletes a run that has ended; ``null`` keeps it until you do."""
+
+    gather_timeout_s: float = 1800.0
+    """Time that pods wait for each other while nodes are added and images pulled."""
+
+    heartbeat_timeout_s: float = 4.0
+    """Silence after which a pod counts as lost, and ends its own part of the run."""
+
+    wait: bool = False
+    """Stay, show the output and end with the run's exit code; Ctrl-C deletes the run."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse what the cluster would refuse later, and less clearly."""
+        yield from super().problems()
+        yield from self.below(1, "nodes", "cpus", "heartbeat_timeout_s")
+        yield from self.below(0, "gpus_per_node", "ttl_s", "gather_timeout_s")
+        yield from self._bad_names()
+        for name in ("memory", "shared_memory"):
+            if parse_quantity(getattr(self, name)) is None:
+                yield self.refuse(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
+        for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
+            if not path.startswith("/") or ":" in path or path == "/":
+                yield ConfigError(f"backend.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
+        for toleration in self.tolerations:
+            for key in toleration:
+                if key not in _TOLERATION_KEYS:
+                    fix = did_you_mean(key, _TOLERATION_KEYS)
+                    yield ConfigError("backend.tolerations", key, why="is no part of a toleration", fix=fix)
+
+    def _bad_names(self) -> Iterator[ConfigError]:
+        rule = "small letters, digits and dashes, with a letter or digit at both ends"
+        if not is_label(self.namespace):
+            yield self.refuse("namespace", "cannot name a namespace", f"use at most 63 {rule}")
+        named = {name: getattr(self, name) for name in ("claim", "service_account", "secret")}
+        many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
+        for name, values in {**{key: (value,) for key, value in named.items() if value is not None}, **many}.items():
+            for value in values:
+                if not is_subdomain(value):
+                    why = "cannot be a name in Kubernetes"
+                    yield ConfigError(f"backend.{name}", value, why=why, fix=f"names there are {rule}, and dots")
+        if not self.image.strip() or any(letter.isspace() for letter in self.image):
+            yield self.refuse("image", "cannot name an image", "write it like registry/team/launcher:tag")
+
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return the pods as they are asked for; where they will be is known once the run has a name there."""
+        from launcher.protocol.plan import Host
+
+        automatic = self.gpus_per_node or min(2, self.cpus)
+        slots = min(automatic, max_ranks or automatic) if self.ranks == "auto" else self.ranks
+        num_gpus = self.gpus_per_node
+        return tuple(
+            Host(
+                name=f"node{number}",
+                address=f"node{number}",
+                login=f"node{number}",
+                slots=slots,
+                devices=("GPU",) * num_gpus,
+                device_ids=tuple(map(str, range(num_gpus))),
+                cores=self.cpus,
+                memory_bytes=parse_quantity(self.memory) or 0,
+                python=self.python,
+            )
+            for number in range(self.nodes)
+        )
+
+    def run_dir_on_hosts(self, run_dir: str) -> str:
+        """Return where pods keep the run: the same folder where it lies on the mount, else one of the same name."""
+        folder = PurePosixPath(run_dir)
+        if folder.is_relative_to(self.mount):
+            return str(folder)
+        return str(PurePosixPath(self.mount, folder.parent.name, folder.name))
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of the variables that pods get from ``environ``.
+
+        An image has a file system of its own: a path of this machine goes along only where ``forward`` names it.
+        """
+        from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_names
+
+        usual = {name for name in forwarded_names(environ, DEFAULT_GLOBS) if not environ[name].startswith(("/", "~"))}
+        return tuple(sorted(usual.union(forwarded_names(environ, self.forward))))
+
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Refuse: pods come and go with their run, and their agents dial in by themselves."""
+        raise EnvironmentProblem(f"{host.name} is a pod: it exists only while its run lasts, and nothing logs in to it")
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Yield what the chosen workload cannot do."""
+        if self.workload == "pytorchjob" and self.restarts:
+            why = "a PyTorchJob cannot tell a failure from preemption or a mistake of yours"
+            yield self.refuse("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")
+        if self.workload == "trainjob" and self.ttl_s is not None:
+            yield self.refuse("ttl_s", "a TrainJob is never deleted by itself", "set backend.ttl_s=null")
+        if self.restarts and self.claim is None:
+            why = "without backend.claim nothing of a run is left to continue from"
+            yield self.refuse("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the manifests."""
+        from launcher.backends.kubernetes.manifests import render_manifests, submission_of
+
+        return render_manifests(submission_of(self, plan), snapshot=snapshot)
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Apply the manifests; stay with the run where ``wait`` is set.
+
+        Raises:
+            EnvironmentProblem: kubectl is missing, or the cluster refuses.
+        """
+        from pathlib import Path
+
+        from launcher.backends.kubernetes.kubectl import Kubectl
+        from launcher.backends.kubernetes.manifests import submission_of
+        from launcher.backends.kubernetes.submit import create_run, follow, next_steps
+        from launcher.protocol.outcome import RunOutcome
+        from launcher.protocol.rundir import RunDir
+
+        submission, kubectl = submission_of(self, plan), Kubectl(namespace=self.namespace, context=self.context)
+        snapshot = RunDir(Path(plan.run_dir)).snapshot.read_text(encoding="utf-8")
+        create_run(submission, kubectl, snapshot=snapshot)
+        print("\n".join(next_steps(submission, kubectl)), flush=True)
+        return follow(submission, kubectl) if self.wait else RunOutcome(status="submitted", exit_code=0)

@@ -1,0 +1,224 @@
+"""Options of ``backend=slurm``: a batch job whose session runs on the first of its nodes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.errors import ConfigError, EnvironmentProblem
+
+if TYPE_CHECKING:
+    from launcher.protocol.outcome import RunOutcome
+    from launcher.protocol.plan import Host, Plan
+    from launcher.remote.command import RemoteCommand
+
+_SHARED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
+"""Right on the nodes too: a cluster shares its software and its homes."""
+_TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
+_MEMORY = re.compile(r"\d+[KMGT]?")
+_WORD = re.compile(r"--([a-z][a-z-]*)(?:=.*)?", re.DOTALL)
+_MARGIN_S = 10
+"""Beyond the time to save: for what the launcher itself does until the job is queued again."""
+
+_OWNED = {
+    **dict.fromkeys(("nodes", "ntasks"), "backend.nodes"),
+    **dict.fromkeys(("gpus-per-node", "gpus", "gres"), "backend.gpus_per_node"),
+    **dict.fromkeys(("requeue", "no-requeue"), "backend.requeue"),
+    **dict.fromkeys(("export", "export-file", "get-user-env"), "backend.forward"),
+    **dict.fromkeys(("output", "error", "open-mode"), "run.dir"),
+    **dict.fromkeys(("wait", "parsable"), "backend.wait"),
+    **{name: f"backend.{name}" for name in ("partition", "account", "qos", "time", "mem", "constraint")},
+    **{name: f"backend.{name}" for name in ("reservation", "exclude", "nodelist")},
+    "cpus-per-task": "backend.cpus_per_task",
+    "signal": "backend.signal_lead_s",
+    "job-name": "run.name",
+    "ntasks-per-node": "backend.ranks",
+    "array": "a sweep (-m)",
+    "wrap": "job",
+    "input": "job",
+    "test-only": "dry_run",
+}
+"""Options of sbatch that follow from options of ours, which are to be set instead."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmBackend(Backend):
+    """Ranks are processes of a Slurm job; nothing stays behind on the login node."""
+
+    kind: ClassVar[str] = "slurm"
+    headline: ClassVar[tuple[str, ...]] = ("nodes", "partition", "time")
+    hands_over: ClassVar[bool] = True
+
+    nodes: int = 1
+    """Nodes of the job; each gets the same number of ranks."""
+
+    partition: str | None = None
+    """Where to queue; Slurm's default where it is not set. `sinfo` lists them."""
+
+    account: str | None = None
+    """Who is charged."""
+
+    qos: str | None = None
+    """Quality of service."""
+
+    time: str | None = None
+    """Time limit, ``HH:MM:SS`` or ``D-HH:MM:SS``; the partition's own where it is not set."""
+
+    gpus_per_node: int | None = None
+    """GPUs to ask for on each node; also the number of ranks there, unless ``ranks`` says otherwise."""
+
+    cpus_per_task: int | None = None
+    """Cores to ask for on each node, for all of its ranks together."""
+
+    mem: str | None = None
+    """Memory to ask for on each node (``64G``); 0 asks for all of it."""
+
+    constraint: str | None = None
+    """Features that the nodes must have."""
+
+    reservation: str | None = None
+    """A reservation to run in."""
+
+    exclude: str | None = None
+    """Nodes to avoid (``n[3,7-9]``)."""
+
+    nodelist: str | None = None
+    """Nodes that must be among those of the job."""
+
+    requeue: bool = True
+    """Queue the job again after it was told to save and end; it continues where it stopped, as the same run."""
+
+    signal_lead_s: int = 120
+    """Time before the limit at which the ranks are told to save and end. Slurm may be up to a minute early."""
+
+    wait: bool = False
+    """Stay and show what the job prints until it ends; Ctrl-C cancels it. Otherwise return once it is queued."""
+
+    forward: tuple[str, ...] = ()
+    """More variables of this shell that the job gets, as globs (``MY_*``), besides the usual ones."""
+
+    heartbeat_timeout_s: float = 4.0
+    """Silence after which a node counts as lost."""
+
+    sbatch_options: tuple[str, ...] = ()
+    """More options of sbatch, one word each (``--mail-type=FAIL``)."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse what sbatch would refuse or misread, and times that do not fit together."""
+        yield from super().problems()
+        yield from self.below(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s")
+        yield from self.below(2, "heartbeat_timeout_s")  # signs of life are a second apart
+        yield from self._refuse_control_characters()
+        yield from self._refuse_times()
+        if self.mem is not None and not _MEMORY.fullmatch(self.mem):
+            yield self.refuse("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
+        for word in self.sbatch_options:
+            yield from self._refuse_word(word)
+
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return one stand-in for each node: which ones they are is known once Slurm has chosen them."""
+        import sys
+
+        from launcher.protocol.plan import Host
+
+        gpus = self.gpus_per_node or 0
+        automatic = min(gpus or 1, max_ranks or gpus or 1)
+        slots = automatic if self.ranks == "auto" else self.ranks
+        return tuple(
+            Host(
+                name=f"node{number}",
+                slots=slots,
+                address=f"node{number}",
+                is_known=False,
+                devices=("GPU",) * gpus,
+                device_ids=tuple(map(str, range(gpus))),
+                cores=self.cpus_per_task or 1,
+                python=sys.executable,
+            )
+            for number in range(self.nodes)
+        )
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names that sbatch is told to take along."""
+        return forwarded_names(environ, (*DEFAULT_GLOBS, *_SHARED, *self.forward))
+
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Refuse: which nodes take part is known once Slurm has chosen them, and then the job itself reaches them.
+
+        Raises:
+            EnvironmentProblem: always.
+        """
+        told = "its job examines the nodes that it is given before anything starts there"
+        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {told}")
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the batch script."""
+        from launcher.backends.slurm.sbatch import render_sbatch
+
+        return render_sbatch(self, plan)
+
+    def validate_submission(self, plan: Plan) -> None:
+        """Ask Slurm for what no partition can give, and whether the run is queued already.
+
+        Raises:
+            ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+            EnvironmentProblem: there is no Slurm here, or it does not answer.
+        """
+        from launcher.backends.slurm.submit import validate
+
+        validate(self, plan)
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Queue the job; where ``wait`` is set, stay until it has ended.
+
+        Raises:
+            ConfigError: Slurm refuses it, and why.
+            EnvironmentProblem: there is no Slurm here, or it does not answer.
+        """
+        from launcher.backends.slurm.submit import follow, queue
+        from launcher.protocol.outcome import RunOutcome
+
+        job_id = queue(self, plan)
+        return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.wait else 0)
+
+    def time_s(self) -> int | None:
+        """Return the time limit in seconds; ``None`` where the partition's own holds."""
+        found = _TIME.fullmatch(self.time or "")
+        if found is None:
+            return None
+        days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+        return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+    def _refuse_control_characters(self) -> Iterator[ConfigError]:
+        for field in ("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist"):
+            value = getattr(self, field)
+            if value is not None and (not value or not value.isprintable()):
+                why = "is empty" if not value else "holds a line break or another control character"
+                yield self.refuse(field, why, "name one, or leave it out")
+
+    def _refuse_times(self) -> Iterator[ConfigError]:
+        if self.time is not None and self.time_s() is None:
+            fix = "set backend.time=01:30:00 (in a YAML file within quotes: '01:30:00')"
+            yield self.refuse("time", "is no time", fix)
+        needed = self.preempt_grace_s + _MARGIN_S
+        if self.signal_lead_s < needed:
+            why = f"ranks have backend.preempt_grace_s={self.preempt_grace_s:g} to save, and ending takes {_MARGIN_S} s"
+            yield self.refuse("signal_lead_s", why, f"set backend.signal_lead_s={needed:g} or more")
+        limit = self.time_s()
+        if limit is not None and limit <= self.signal_lead_s:
+            why = f"the ranks are told to end {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
+            yield self.refuse("time", why, "ask for more time")
+
+    def _refuse_word(self, word: str) -> Iterator[ConfigError]:
+        found = _WORD.fullmatch(word)
+        option = "backend.sbatch_options"
+        if found is None or not word.isprintable():
+            yield ConfigError(option, repr(word), why="is not one word of the form --name=value", fix="write it so")
+            return
+        for name, ours in _OWNED.items():
+            if name.startswith(found[1]):  # sbatch takes the beginning of a name for the name
+                yield ConfigError(option, word, why=f"--{name} follows from {ours}", fix=f"set {ours} instead")
+                return

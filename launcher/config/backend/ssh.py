@@ -1,0 +1,179 @@
+"""Options of ``backend=ssh``, and those of every backend that has a hostfile."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.protocol.outcome import RunOutcome
+    from launcher.protocol.plan import Host, HostPlan, Plan
+    from launcher.remote.bundle import Bundle
+    from launcher.remote.command import RemoteCommand
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostfileBackend(Backend):
+    """Ranks are processes of the machines that a hostfile names."""
+
+    asks_hosts: ClassVar[bool] = True
+
+    hostfile: PathText = "hostfile"
+    """File that names the machines: ``host slots=N``, one a line, as hostfile.example explains."""
+
+    include: str | None = None
+    """Only these hosts or slots: ``node1@node2:0,2``."""
+
+    exclude: str | None = None
+    """All but these hosts or slots."""
+
+    python: PathText | None = None
+    """Interpreter on the hosts; the path of the one that runs this command, when not set."""
+
+    forward: tuple[str, ...] = ()
+    """More environment variables that hosts get from here, as globs, beside those of NCCL, HF, WANDB and the like."""
+
+    heartbeat_timeout_s: float = 5.0
+    """Silence after which a host counts as lost here, and this machine there."""
+
+    min_hosts: int | None = None
+    """Restarts go on with fewer hosts, down to this number; all of them, when not set."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse times and counts that cannot be."""
+        yield from super().problems()
+        yield from self.below(1, "min_hosts")
+        yield from self.below(2, "heartbeat_timeout_s")  # signs of life are a second apart
+
+    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
+        """Return the hosts of the file that the filters leave."""
+        from launcher.planning.hostfile import filter_hosts, read_hostfile
+        from launcher.protocol.plan import Host
+
+        entries = filter_hosts(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
+        return tuple(
+            Host(
+                name=entry.name,
+                slots=entry.slots if self.ranks == "auto" else self.ranks,
+                slot_ids=() if self.ranks != "auto" or entry.devices == tuple(range(entry.slots)) else entry.devices,
+                address=entry.name,
+                login=entry.login,
+                is_known=False,
+                cores=0,
+                python=self.python or sys.executable,
+            )
+            for entry in entries
+        )
+
+    def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
+        """Return the names of what the allow-list lets through."""
+        return forwarded_names(environ, (*DEFAULT_GLOBS, *self.forward))
+
+    def fewest_hosts(self, begun: int) -> int:
+        """Return ``min_hosts``, where it is set."""
+        return self.min_hosts or begun
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Refuse more ranks than slots, and to go on with more hosts than there are."""
+        from launcher.planning.hostfile import filter_hosts, read_hostfile
+
+        if self.min_hosts is not None and self.min_hosts > len(hosts):
+            yield self.refuse("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
+        if self.ranks == "auto" or not Path(self.hostfile).is_file():
+            return
+        for entry in filter_hosts(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude):
+            if self.ranks > entry.slots:
+                why = f"{entry.name} has {entry.slots} slots"
+                yield ConfigError(
+                    "backend.ranks",
+                    self.ranks,
+                    why=why,
+                    fix="leave backend.ranks out to use every slot, or raise slots= in the file",
+                    source=f"{self.hostfile}:{entry.line}",
+                )
+                return
+
+
+CodeSource = Literal["shared", "sent"]
+"""Where hosts get this program from: a path they share with us, or the working tree, sent to them."""
+
+
+_AGENT_SUPERVISOR = "launcher.supervision.agent_supervisor"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SshBackend(HostfileBackend):
+    """Ranks are processes of machines that OpenSSH reaches without a password."""
+
+    kind: ClassVar[str] = "ssh"
+
+    code: CodeSource = "shared"
+    """Where hosts find this program: ``shared`` is the same path as here, ``sent`` sends the working tree."""
+
+    ssh_config: PathText | None = None
+    """Configuration file for ssh instead of ``~/.ssh/config``."""
+
+    ssh_options: tuple[str, ...] = ()
+    """More arguments for ssh, one word each."""
+
+    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+        """Refuse a configuration file that is not there: ssh would go on without it."""
+        yield from super().refusals(hosts)
+        if self.ssh_config is not None and not Path(self.ssh_config).is_file():
+            yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
+
+    def remote(self, host: Host, module: str) -> RemoteCommand:
+        """Return the ssh command; what it runs there comes over its stdin."""
+        from launcher.remote.bundle import code_root
+        from launcher.remote.command import prologue, ssh_command
+
+        shared = (str(code_root()),) if self.code == "shared" else ()
+        text = prologue(module, cwd=os.getcwd(), pythonpath=shared, bundle=self._bundle)  # noqa: PTH109
+        return ssh_command(host, prologue=text, config=self.ssh_config, options=self.ssh_options)
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the ssh command of every host; hosts differ in nothing but the destination."""
+        lines = [shlex.join(self.remote(host.host, _AGENT_SUPERVISOR).argv) for host in plan.hosts[:_SHOWN]]
+        if len(plan.hosts) > _SHOWN:
+            lines.append(f"# and {len(plan.hosts) - _SHOWN:,} more, which differ in the destination only")
+        lines.append("# over its stdin: the bootstrap, the plan of the host, run.yaml and the variables forwarded")
+        if self._bundle is not None:
+            lines.append(f"# and the working tree: {len(self._bundle.payload):,} bytes, SHA-256 {self._bundle.sha256}")
+        if plan.forward:
+            lines.append(f"# forwarded: {' '.join(plan.forward)}")
+        return "\n".join(lines) + "\n"
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Start ``plan`` under an agent on every host, each behind an ssh of its own."""
+        from launcher.protocol.rundir import RunDir
+        from launcher.supervision.connection import PipeConnection
+        from launcher.supervision.session import run_session
+
+        run_dir = RunDir(Path(plan.run_dir))
+
+        def connect(host: HostPlan) -> PipeConnection:
+            name = host.host.name
+            return PipeConnection(name, self.remote(host.host, _AGENT_SUPERVISOR), log=run_dir.log_of(name, "agent"))
+
+        return run_session(plan, connect)
+
+    @cached_property
+    def _bundle(self) -> Bundle | None:
+        """The working tree, packed once for all hosts."""
+        from launcher.remote.bundle import code_root, make_bundle
+
+        return make_bundle(code_root()) if self.code == "sent" else None
+
+
+_SHOWN = 3
+"""Hosts whose command a plan shows."""

@@ -1,0 +1,1 @@
+"""The benchmark group: what is measured, in plain Python."""

@@ -1,0 +1,259 @@
+"""Benchmark of attention kernels at growing sequence length: peak memory, time and error."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from launcher.config.benchmark.base import Benchmark
+from launcher.errors import ConfigError, JobError
+from launcher.utils.text import bytes_text
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import BenchmarkResults
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+Kernel = Literal["mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash", "flex"]
+
+
+Direction = Literal["forward", "backward"]
+
+
+KERNELS: tuple[Kernel, ...] = get_args(Kernel)
+
+
+NO_BACKWARD: tuple[Kernel, ...] = ("mha_eval",)
+"""torch takes its fast path of evaluation where no gradient is wanted, and there only."""
+
+
+_HIDDEN = {"forward": 12, "backward": 22}
+"""Arrays of the size of the input (sequences x tokens x width) that live at the peak, at most: measured, rounded up."""
+
+
+_SCORES = {"forward": 3, "backward": 4}
+"""The same for arrays of scores (sequences x heads x tokens x tokens), in kernels that write them out."""
+
+
+_WRITES_NO_SCORES = {
+    "forward": ("mha", "sdpa_flash", "flex"),
+    "backward": ("mha", "sdpa_flash", "flex"),
+}
+
+
+_PROCESS_BYTES = 10**9
+"""The interpreter, torch, and what a comparison with the reference takes besides."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionPoint:
+    """One process of each round."""
+
+    kernel: Kernel
+    direction: Direction
+    sequence: int
+
+    @property
+    def name(self) -> str:
+        """Return what it is called in results and metrics."""
+        return f"{self.kernel}/{self.direction}/{self.sequence}"
+
+    def bytes_needed(self, *, batch: int, width: int, heads: int, value_bytes: int) -> int:
+        """Return how much memory its process takes at most: an estimate that errs on the large side."""
+        hidden, scores = batch * self.sequence * width, batch * heads * self.sequence**2
+        num_scores = 0 if self.kernel in _WRITES_NO_SCORES[self.direction] else _SCORES[self.direction]
+        compared = 4 * 8 * hidden  # output and gradient against a reference in fp64
+        return value_bytes * (_HIDDEN[self.direction] * hidden + num_scores * scores) + compared + _PROCESS_BYTES
+
+
+_PROBE, _MEASURE, _EXACT = (
+    "launcher.benchmarks.attention:probe_kernels",
+    "launcher.benchmarks.attention:measure_kernel",
+    "launcher.benchmarks.attention_kernels:write_reference",
+)
+
+
+TOLERANCES = {"fp32": 5e-6, "fp16": 4e-3, "bf16": 3e-2}
+"""Differences that rounding explains, as a share of the largest value: 42 times the precision of fp32, whose sums are
+as long as the sequence, and 4 times that of the short formats, whose sums are kept in fp32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionBenchmark(Benchmark):
+    """Self-attention between its projections, the same weights and inputs under every kernel, without a mask.
+
+    ``mha_weights`` is nn.MultiheadAttention as called by default, ``mha`` with ``need_weights=False``, ``mha_eval`` the
+    same in evaluation, ``eager`` softmax(QK^T)V as written; ``sdpa_math``, ``sdpa_flash`` and ``flex`` are torch's.
+    """
+
+    kind: ClassVar[str] = "attention"
+    headline: ClassVar[tuple[str, ...]] = ("sequences", "batch", "width", "heads", "passes")
+
+    kernels: tuple[Kernel, ...] = KERNELS
+    """What is compared; nn.MultiheadAttention as called by default (mha_weights) is what memory saved refers to."""
+
+    sequences: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    """Tokens of a sequence, each measured; those that would not fit into memory are left out, and said to be."""
+
+    batch: int = 1
+    """Sequences."""
+
+    width: int = 512
+    """Size of a token's vector."""
+
+    heads: int = 8
+    """Attention heads; they divide the width."""
+
+    passes: Literal["forward", "backward", "both"] = "both"
+    """``forward`` computes the output without gradients, ``backward`` both and all gradients; ``both`` measures each
+    of the two."""
+
+    tolerance: float | None = None
+    """Largest difference from fp64 that counts as rounding, as a share of the largest value there; ``null`` takes
+    5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes that make no attention, and comparisons of nothing."""
+        yield from super().problems()
+        yield from self.below(1, "batch", "width", "heads")
+        if self.heads > 0 and self.width % self.heads:
+            fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
+            why = f"{self.heads} heads do not divide width {self.width}"
+            yield self.refuse("heads", why, f"set benchmark.heads={fitting}")
+        if not self.kernels or len(set(self.kernels)) < len(self.kernels):
+            yield self.refuse("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
+        if not self.sequences or len(set(self.sequences)) < len(self.sequences) or min(self.sequences) < 1:
+            yield self.refuse(
+                "sequences", "takes different lengths of at least 1", "set benchmark.sequences=[512,1024]"
+            )
+        if self.tolerance is not None and self.tolerance <= 0:
+            yield self.refuse("tolerance", "must be above 0", "leave benchmark.tolerance out")
+        if self.passes == "backward" and set(self.kernels) <= set(NO_BACKWARD):
+            why = f"benchmark.kernels={','.join(self.kernels)} has no backward pass"
+            yield self.refuse("passes", why, "set benchmark.passes=forward")
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse formats that the kernels do not compute in as a whole."""
+        if run.precision.kind not in TOLERANCES:
+            why = "the whole layer is computed in one format"
+            fix = f"set precision to {' or '.join(TOLERANCES)}"
+            yield ConfigError("precision", run.precision.kind, why=why, fix=fix)
+
+    @property
+    def chosen_passes(self) -> tuple[Direction, ...]:
+        """Each pass that is measured."""
+        return ("forward", "backward") if self.passes == "both" else (self.passes,)
+
+    @property
+    def points(self) -> list[AttentionPoint]:
+        """What is to be measured, kernels next to each other."""
+        return [
+            AttentionPoint(kernel=kernel, direction=direction, sequence=sequence)
+            for sequence in self.sequences
+            for direction in self.chosen_passes
+            for kernel in self.kernels
+            if direction == "forward" or kernel not in NO_BACKWARD
+        ]
+
+    @property
+    def num_measurements(self) -> int:
+        """Each point in each round."""
+        return self.repeats * len(self.points)
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the kernels, the lengths, and what they take."""
+        yield "compared", ", ".join(self.kernels)
+        yield "passes", " and ".join(self.chosen_passes)
+        yield "precision", run.precision.kind
+        largest = max(self.points, key=lambda point: self.bytes_needed(point, run))
+        yield (
+            "memory",
+            f"up to {bytes_text(self.bytes_needed(largest, run))} ({largest.name}); what lacks it is left out",
+        )
+
+    def bytes_needed(self, point: AttentionPoint, run: Run) -> int:
+        """Return what the process of a point takes at most, by estimate."""
+        size = run.precision.compute_bytes
+        return point.bytes_needed(batch=self.batch, width=self.width, heads=self.heads, value_bytes=size)
+
+    def choose(
+        self, run: Run, *, free_bytes: int, lacking: Mapping[str, str]
+    ) -> tuple[list[AttentionPoint], list[str]]:
+        """Return what can be measured, and a line for each kernel and pass that cannot.
+
+        Args:
+            run: this benchmark's.
+            free_bytes: memory that a process may take.
+            lacking: why a kernel has no such pass here, by ``kernel/pass``.
+        """
+        chosen: list[AttentionPoint] = []
+        left_out: dict[str, None] = {}
+        for point in self.points:
+            needed = self.bytes_needed(point, run)
+            if why := lacking.get(f"{point.kernel}/{point.direction}"):
+                left_out[f"left out: {point.kernel}, {point.direction}: {why}"] = None
+            elif needed > free_bytes:
+                sizes = f"takes about {bytes_text(needed)}, and {bytes_text(free_bytes)} are free"
+                left_out[f"left out: {point.name}: {sizes}"] = None
+            else:
+                chosen.append(point)
+        return chosen, list(left_out)
+
+    def run(self, context: Context) -> BenchmarkResults:
+        """Measure every point in turn and compare it with the formula in fp64."""
+        from launcher.benchmarks.attention import AttentionReport
+        from launcher.benchmarks.harness import sample_interleaved
+        from launcher.benchmarks.isolated import run_isolated
+
+        asked = {"kernels": self.kernels, "passes": self.chosen_passes, **self._sizes(context)}
+        here = run_isolated(_PROBE, asked, beat=lambda: context.heartbeat.beat("probe"))
+        points, left_out = self.choose(context.run, **here)
+        if not points:
+            raise JobError(f"there is nothing to measure; {'; '.join(left_out)}")
+        with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="references-") as folder:
+            files = self._references(context, points, Path(folder))
+            arguments = {
+                point.name: {
+                    **self._sizes(context),
+                    "kernel": point.kernel,
+                    "backward": point.direction == "backward",
+                    "sequence": point.sequence,
+                    "warmup": self.warmup,
+                    "reference": files[point.sequence],
+                }
+                for point in points
+            }
+            repeats = self.repeats
+            samples = sample_interleaved(_MEASURE, arguments, repeats=repeats, context=context, exact_peaks=True)
+        precision = context.run.precision
+        report = AttentionReport(
+            self,
+            points,
+            samples,
+            tolerance=self.tolerance or TOLERANCES[precision.kind],
+            value_bytes=precision.compute_bytes,
+            left_out=left_out,
+        )
+        return report.results()
+
+    def _references(self, context: Context, points: Sequence[AttentionPoint], folder: Path) -> dict[int, str]:
+        """Compute the formula at each length; return the files."""
+        from launcher.benchmarks.isolated import run_isolated
+
+        files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
+        backward = any(point.direction == "backward" for point in points)
+        asked = {**self._sizes(context), "keep": files, "backward": backward}
+        run_isolated(_EXACT, asked, beat=lambda: context.heartbeat.beat("reference"))
+        return files
+
+    def _sizes(self, context: Context) -> dict[str, Any]:
+        return {
+            **{name: getattr(self, name) for name in ("batch", "width", "heads")},
+            "precision": context.run.precision.kind,
+            "seed": context.run.job.seed,
+            "rank": context.local_rank,
+        }

@@ -1,0 +1,419 @@
+"""Benchmarks of several ranks: collectives, and pipelines with the theory of their bubble.
+
+Idle share of a pipeline; forward pass and gradients of input and of weight take equally long.
+
+With p ranks, m micro-batches and v stretches on each rank:
+
+- GPipe (arXiv:1811.06965, sec. 2) and 1F1B (arXiv:2104.04473, sec. 2.2.1): (p - 1) / (m + p - 1)
+- interleaved 1F1B (arXiv:2104.04473, sec. 2.2.2), m >= p: (p - 1) / (v m + p - 1)
+- zero bubble: a rank waits (p - 1) (T_F + T_B - T_W), T_B being that of the input (ZB-H1, arXiv:2401.10241, sec. 2
+and
+  table 2). With equal times and v stretches this is (p - 1) / (3 v m + p - 1), interleaved for m >= p, in a V for
+  m >= 2p - 1. The zero of the title needs an optimiser step that does not wait for all ranks, which is not how steps
+  are taken here.
+
+With fewer micro-batches a pipeline is never full and no formula holds; there it is the longest path through the
+schedule's own order of passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.parallel.data_parallel import Single
+from launcher.config.parallel.pipeline import Pipeline, PipelineScheduleName, micro_batch_choices
+from launcher.errors import ConfigError
+from launcher.utils.text import bytes_text, counted
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.collectives import CollectiveTimings
+    from launcher.benchmarks.harness import DistributedCase
+    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: int) -> float | None:
+    """Return the idle share by the formula, ``None`` where too few micro-batches fill the pipeline."""
+    ramp = ranks - 1
+    if schedule in ("gpipe", "1f1b"):
+        return ramp / (micro_batches + ramp)
+    if micro_batches < (2 * ranks - 1 if schedule == "zbv" else ranks):
+        return None
+    return ramp / ((1 if schedule == "interleaved_1f1b" else 3) * chunks * micro_batches + ramp)
+
+
+CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
+
+
+VALUE_BYTES = 4
+"""Messages are made of fp32."""
+
+
+def bus_bandwidth_factor(name: str, world_size: int) -> float:
+    """Return the bus bandwidth per algorithm bandwidth: what hardware alone limits, at any number of ranks.
+
+    From nccl-tests (doc/PERFORMANCE.md). The size of an all-gather is that of what comes out, of a reduce-scatter and
+    an all-to-all that of what goes in, each on one rank.
+    """
+    others = (world_size - 1) / world_size
+    return {"all_reduce": 2 * others, "broadcast": 1.0}.get(name, others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectivesBenchmark(Benchmark):
+    """Every collective at every size on all ranks of the run: NCCL between GPUs, Gloo between CPUs; results checked."""
+
+    kind: ClassVar[str] = "collectives"
+    headline: ClassVar[tuple[str, ...]] = ("smallest_bytes", "largest_bytes", "factor")
+    max_ranks: ClassVar[int | None] = None
+    how: ClassVar[str] = "all in turn, in the run's own ranks; a time is that of the slowest rank"
+
+    collectives: tuple[CollectiveName, ...] = get_args(CollectiveName)
+    """What is measured, on fp32 values."""
+
+    smallest_bytes: int = 1024
+    """Size of the smallest message; nccl-tests' definition of size."""
+
+    largest_bytes: int = 64 * 2**20
+    """Size of the largest message."""
+
+    factor: int = 4
+    """From one size to the next."""
+
+    seconds: float = 0.2
+    """About how long each collective is repeated at each size in each round, but 3 times at least."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes and times that measure nothing."""
+        yield from super().problems()
+        yield from self.below(VALUE_BYTES, "smallest_bytes")
+        yield from self.below(2, "factor")
+        if self.largest_bytes < self.smallest_bytes:
+            why = f"is below benchmark.smallest_bytes={self.smallest_bytes}"
+            yield self.refuse("largest_bytes", why, f"set benchmark.largest_bytes={self.smallest_bytes}")
+        if self.seconds <= 0:
+            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=0.2")
+        if not self.collectives or len(set(self.collectives)) < len(self.collectives):
+            yield self.refuse("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse one rank, and messages that have no value for each rank."""
+        if world_size < 2:
+            why = "a collective takes at least 2 ranks"
+            also = " parallel=ddp" if run.parallel.max_ranks == 1 else ""
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks=2{also}")
+        elif self.smallest_bytes < VALUE_BYTES * world_size:
+            least = VALUE_BYTES * world_size
+            why = f"{world_size} ranks x {VALUE_BYTES} bytes = {least}"
+            yield self.refuse("smallest_bytes", why, f"set benchmark.smallest_bytes={least}")
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes of messages in bytes, from the smallest on."""
+        sizes = [self.smallest_bytes]
+        while sizes[-1] * self.factor <= self.largest_bytes:
+            sizes.append(sizes[-1] * self.factor)
+        return sizes
+
+    @property
+    def num_measurements(self) -> int:
+        """Each collective at each size in each round."""
+        return self.repeats * len(self.sizes) * len(self.collectives)
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the collectives and the sizes."""
+        yield "collectives", ", ".join(self.collectives)
+        yield "messages", ", ".join(map(bytes_text, self.sizes))
+
+    def run(self, context: Context) -> BenchmarkResults:
+        """Check and time every collective at every size, on every rank."""
+        from launcher.benchmarks.collectives import measure_collectives
+        from launcher.benchmarks.results import BenchmarkResults, SizeSweep
+
+        found = measure_collectives(self, context)
+        cases = {key: _collective_case(*key, samples, context.world_size) for key, samples in found.seconds.items()}
+        names = dict.fromkeys(name for name, _ in cases)
+        lines = {name: {size: cases[name, size].samples for size in self.sizes} for name in names}
+        ranks = f"{context.world_size} ranks on {counted(len(found.hosts), 'host')}"
+        return BenchmarkResults(
+            benchmark=self,
+            cases=list(cases.values()),
+            facts={case.name: {"bytes": _whole_values(size, context.world_size)} for (_, size), case in cases.items()},
+            said=tuple(self._said(found, cases)),
+            metrics=_collective_metrics(cases, largest=self.sizes[-1]),
+            sweeps=[SizeSweep(title=f"{ranks}, {found.backend}", along="message, bytes", lines=lines)],
+        )
+
+    def _said(self, found: CollectiveTimings, cases: Mapping[tuple[str, int], BenchmarkCase]) -> Iterator[str]:
+        smallest, largest = self.sizes[0], self.sizes[-1]
+        for name in dict.fromkeys(name for name, _ in cases):
+            algorithm, bus = (
+                cases[name, largest].median(key) for key in ("algorithm_bandwidth_gb_per_s", "bus_bandwidth_gb_per_s")
+            )
+            yield (
+                f"{name}: {cases[name, smallest].median('call_us'):,.1f} µs for {bytes_text(smallest)}; "
+                f"bus bandwidth {bus:.3f} GB/s (algorithm {algorithm:.3f}) at {bytes_text(largest)}"
+            )
+        yield from (f"left out: {name}: {why}" for name, why in found.lacking.items())
+        yield f"values: every result was checked on every rank {found.checks:,} times, and was right"
+        places = ", ".join(f"{count} on {host}" for host, count in found.hosts.items())
+        yield f"ranks: {places}; backend {found.backend}"
+
+
+def _whole_values(size: int, world_size: int) -> int:
+    """Return the bytes of a message that has as many whole values for each rank."""
+    return size // (VALUE_BYTES * world_size) * VALUE_BYTES * world_size
+
+
+def _collective_case(name: str, size: int, seconds: Sequence[float], world_size: int) -> BenchmarkCase:
+    from launcher.benchmarks.results import BenchmarkCase
+
+    speeds = [_whole_values(size, world_size) / taken / 1e9 for taken in seconds]
+    share = bus_bandwidth_factor(name, world_size)
+    samples: dict[str, Any] = {
+        "call_us": tuple(1e6 * taken for taken in seconds),
+        "algorithm_bandwidth_gb_per_s": tuple(speeds),
+        "bus_bandwidth_gb_per_s": tuple(speed * share for speed in speeds),
+    }
+    return BenchmarkCase(name=f"{name}/{size}", samples=samples)
+
+
+def _collective_metrics(cases: Mapping[tuple[str, int], BenchmarkCase], *, largest: int) -> dict[str, float]:
+    metrics = {}
+    for (name, size), case in cases.items():
+        metrics[f"{name}/{size}/call_us"] = case.median("call_us")
+        if size == largest:
+            metrics[f"{name}/bus_bandwidth_gb_per_s"] = case.median("bus_bandwidth_gb_per_s")
+    return metrics
+
+
+PassKind = Literal["sleep", "model"]
+
+
+WorkKind = Literal["train", "infer"]
+
+
+FORWARD_SCHEDULE: PipelineScheduleName = "gpipe"
+"""Forward passes alone go through stages in one order whatever the schedule: stretches are laid out as under GPipe."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineCase:
+    """One pipeline at one kind of work; one stage is the process that it is compared with."""
+
+    passes: PassKind
+    work: WorkKind
+    schedule: PipelineScheduleName
+    stages: int
+    micro_batches: int
+
+    @property
+    def name(self) -> str:
+        """What the case is called: in metrics, tables and files."""
+        parts = [self.passes, self.work, *([self.schedule] if self.schedules else [])]
+        return "_".join([*parts, f"{self.stages}_stages" if self.stages > 1 else "one_stage", f"{self.micro_batches}"])
+
+    @property
+    def schedules(self) -> bool:
+        """Whether its schedule has a say."""
+        return self.work == "train" and self.stages > 1
+
+    @property
+    def in_words(self) -> str:
+        """What it is, for people."""
+        what = self.schedule if self.schedules else ("forward passes" if self.work == "infer" else "training")
+        stages = f"{self.stages} stages" if self.stages > 1 else "one stage"
+        return f"{what}, {stages}, {self.micro_batches} micro-batches"
+
+    @property
+    def chunks(self) -> int:
+        """Stretches of layers on each rank."""
+        return Pipeline(schedule=self.schedule).num_chunks
+
+    @property
+    def formula(self) -> float | None:
+        """Idle share by the formula; ``None`` where too few micro-batches fill the pipeline for it to hold."""
+        return bubble_fraction(self.schedule, ranks=self.stages, micro_batches=self.micro_batches, chunks=self.chunks)
+
+    @property
+    def misfit(self) -> str | None:
+        """Why the schedule does not take so many micro-batches, or ``None`` where it does."""
+        fitting = micro_batch_choices(self.schedule, stages=self.stages, wanted=self.micro_batches)
+        if self.micro_batches in fitting:
+            return None
+        return f"the schedule takes {' or '.join(map(str, fitting))} micro-batches there"
+
+
+def single_stage_cases(work: WorkKind, micro_batches: tuple[int, ...]) -> Iterator[PipelineCase]:
+    """Yield one process at the same work, in as many micro-batches."""
+    for number in micro_batches:
+        yield PipelineCase(passes="model", work=work, schedule=FORWARD_SCHEDULE, stages=1, micro_batches=number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineBenchmark(Benchmark):
+    """Micro-batches through stages on the run's ranks, in training and in forward passes alone.
+
+    Stages that sleep take a known time on any machine, so they show the schedule; stages of the run's model show what
+    it brings on this one.
+    """
+
+    kind: ClassVar[str] = "pipeline"
+    headline: ClassVar[tuple[str, ...]] = ("stages", "micro_batches", "schedules", "passes", "work")
+    max_ranks: ClassVar[int | None] = None
+    how: ClassVar[str] = "on forks of the run's ranks"
+
+    passes: tuple[PassKind, ...] = ("sleep", "model")
+    """What a pass through a stage is: ``sleep`` takes a known time, ``model`` computes layers of the run's model."""
+
+    work: tuple[WorkKind, ...] = ("train", "infer")
+    """Whole optimiser steps, and forward passes alone."""
+
+    stages: tuple[int, ...] = (2,)
+    """Ranks that a pipeline is made of; the run has as many as the longest takes."""
+
+    micro_batches: tuple[int, ...] = (2, 4, 8)
+    """Parts that a step's sequences go through the pipeline in."""
+
+    schedules: tuple[PipelineScheduleName, ...] = ("gpipe", "1f1b")
+    """Orders of forward and backward passes in training, as parallel.schedule has them."""
+
+    unit_ms: float = 100.0
+    """How long a rank that sleeps takes for a micro-batch's forward pass; the gradients of its input and of its weight
+    take as long each. A busy machine wakes a sleeper late: give it a longer unit."""
+
+    batch: int = 16
+    """Sequences in a step of the model, all micro-batches together."""
+
+    sequence: int = 64
+    """Tokens in each of them."""
+
+    case_timeout_s: float = 600.0
+    """Time that one case gets, from building its stages to their last pass."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse pipelines that are none, and micro-batches that are not alike."""
+        yield from super().problems()
+        yield from self.below(1, "batch", "case_timeout_s")
+        yield from self.below(2, "sequence")
+        for name, least in (("stages", 2), ("micro_batches", 1), ("schedules", ""), ("passes", ""), ("work", "")):
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values):
+                yield self.refuse(name, "names nothing, or something twice", f"leave benchmark.{name} out")
+            elif isinstance(least, int) and min(values) < least:
+                yield self.refuse(name, f"must each be at least {least}", f"leave benchmark.{name} out")
+        if self.unit_ms <= 0:
+            yield self.refuse("unit_ms", "must be above 0", "set benchmark.unit_ms=100")
+        uneven = [number for number in self.micro_batches if number > 0 and self.batch % number]
+        if uneven and "model" in self.passes:
+            why = f"{self.batch} sequences do not make {uneven[0]} micro-batches of one size"
+            yield self.refuse("batch", why, f"set benchmark.batch={-(-self.batch // uneven[0]) * uneven[0]}")
+
+    @property
+    def needs_model(self) -> bool:  # type: ignore[override]
+        """Whether some stages are the model's."""
+        return "model" in self.passes
+
+    @property
+    def train_options(self) -> Mapping[str, Any]:
+        """Steps of the whole batch; each case cuts it up."""
+        sizes = {"micro_batch": self.batch, "global_batch": self.batch, "sequence_length": self.sequence}
+        return {**sizes, "steps": self.warmup + 1}
+
+    @property
+    def _all(self) -> list[PipelineCase]:
+        """Every combination that was asked for, one stage of the model first in each kind of work."""
+        found: list[PipelineCase] = []
+        for passes in self.passes:
+            for work in self.work:
+                found += single_stage_cases(work, self.micro_batches) if passes == "model" else ()
+                found += [
+                    PipelineCase(passes=passes, work=work, schedule=schedule, stages=stages, micro_batches=number)
+                    for stages in self.stages
+                    for schedule in (self.schedules if work == "train" else (FORWARD_SCHEDULE,))
+                    for number in self.micro_batches
+                ]
+        return found
+
+    @property
+    def pipelines(self) -> list[PipelineCase]:
+        """What is measured."""
+        return [one for one in self._all if one.misfit is None]
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        """What cannot be, each with the reason."""
+        return {one.in_words: one.misfit for one in self._all if one.misfit is not None}
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse another number of ranks than stages, and models that cannot be cut so."""
+        if world_size != max(self.stages):
+            why = f"benchmark.stages={max(self.stages)} takes as many ranks"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={max(self.stages)}")
+        if not any(one.stages > 1 for one in self.pipelines):
+            reason = next(iter(self.left_out.items()))
+            yield self.refuse("micro_batches", f"{reason[0]}: {reason[1]}", "set benchmark.schedules=[gpipe]")
+        if not self.needs_model:
+            return
+        shape = run.model.shape()
+        if shape is None:
+            why = "its sizes are known only once it is downloaded"
+            yield ConfigError("model", run.model.kind, why=why, fix="choose another model, or benchmark.passes=[sleep]")
+            return
+        if self.sequence > shape.context:
+            why = f"{run.model.name} takes at most {shape.context} tokens"
+            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
+        wanted = {(one.schedule, one.stages) for one in self.pipelines if one.passes == "model" and one.stages > 1}
+        for schedule, stages in sorted(wanted):
+            pipeline = Pipeline(schedule=schedule, stages=stages)
+            for error in pipeline.refusals(stages, run.precision, optimizer=run.optimizer, shape=shape):
+                yield self.refuse("stages", f"{schedule}: {error.why}", "take fewer, or benchmark.passes=[sleep]")
+
+    @property
+    def num_measurements(self) -> int:
+        """Each pipeline in each round."""
+        return self.repeats * len(self.pipelines)
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield what stages do, the pipelines, and what cannot be."""
+        if "sleep" in self.passes:
+            yield "stages that sleep", f"{self.unit_ms:g} ms for a forward pass, twice that for a backward pass"
+        if "model" in self.passes:
+            size = f"{self.batch} sequences of {self.sequence} tokens"
+            yield "stages of", f"{run.model.name}, precision={run.precision.kind}: {size}, compared with one stage"
+        yield "pipelines", f"{len(self.pipelines)} in each of {self.repeats} rounds"
+        if self.left_out:
+            yield "left out", "; ".join(f"{what}: {why}" for what, why in self.left_out.items())
+
+    def run(self, context: Context) -> BenchmarkResults | None:
+        """Measure all pipelines in turn, on as many ranks as each has stages."""
+        from launcher.benchmarks.harness import run_interleaved
+        from launcher.benchmarks.pipeline import pipeline_report
+        from launcher.verification.forked_ranks import preload_modules
+
+        cases = {one.name: self._case(one, context.run) for one in self.pipelines}
+        if self.needs_model:
+            preload_modules(context, deepspeed=False)
+        found = run_interleaved(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
+        return pipeline_report(self, found) if context.is_main else None
+
+    def _case(self, one: PipelineCase, run: Run) -> DistributedCase:
+        from launcher.benchmarks.harness import DistributedCase
+        from launcher.benchmarks.pipeline import fold_ranks, run_model_stages, run_sleeping_stages
+
+        if one.passes == "sleep":
+            work = partial(run_sleeping_stages, pipelined=one, unit_s=self.unit_ms / 1000, warmup=self.warmup)
+            return DistributedCase(run=run, world_size=one.stages, work=work, fold=partial(fold_ranks, tokens=0))
+        job = replace(run.batched_job, micro_batch=self.batch // one.micro_batches)
+        parallel = Pipeline(stages=one.stages, schedule=one.schedule) if one.stages > 1 else Single()
+        return DistributedCase(
+            run=replace(run, job=job, parallel=parallel),
+            world_size=one.stages,
+            work=partial(run_model_stages, learns=one.work == "train", warmup=self.warmup),
+            fold=partial(fold_ranks, tokens=self.batch * self.sequence),
+        )

@@ -1,0 +1,264 @@
+"""Benchmarks of reading and writing: the run's data, and checkpoints."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.data.base import Corpus
+from launcher.config.option_text import component_text
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+_MEASURE, _PREPARE = "launcher.benchmarks.data:measure_reading", "launcher.benchmarks.data:prepare_cache"
+
+
+_LOAD = "load"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataBenchmark(Benchmark):
+    """The corpus of the run with its tokenizer: text into an empty cache, and the cache into batches as training does.
+
+    Batches are made in the rank's own thread when a step asks for them: ``load`` says how many it gets a second.
+    """
+
+    kind: ClassVar[str] = "data"
+    headline: ClassVar[tuple[str, ...]] = ("threads", "sequence_length", "micro_batch")
+    needs_model: ClassVar[bool] = True
+    needs_data: ClassVar[bool] = True
+
+    threads: tuple[int, ...] = (1, 0)
+    """Threads that tokenise, each a case; 0 is one for each core that the process may use, as in every run."""
+
+    sequence_length: int = 128
+    """Tokens of a sequence that is loaded."""
+
+    micro_batch: int = 8
+    """Sequences of a batch."""
+
+    seconds: float = 1.0
+    """How long batches are loaded, in each round."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that measure nothing."""
+        yield from super().problems()
+        yield from self.below(1, "micro_batch")
+        yield from self.below(2, "sequence_length")
+        if self.seconds <= 0:
+            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=1")
+        if not self.threads or len(set(self.threads)) < len(self.threads) or min(self.threads) < 0:
+            yield self.refuse("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse data without text, and what its model would refuse of it."""
+        if not isinstance(run.data, Corpus):
+            why = "its tokens are made up, and no text is read"
+            yield ConfigError("data", run.data.kind, why=why, fix="set data=text or data=hf")
+            return
+        shape = run.model.shape()
+        if shape is None:
+            return
+        if self.sequence_length > shape.context:
+            why = f"{run.model.name} takes at most {shape.context} tokens"
+            yield self.refuse("sequence_length", why, f"set benchmark.sequence_length={shape.context}")
+        if run.data.trains_tokenizer and run.data.vocab_size > shape.vocab_size:
+            why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
+            yield run.data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
+
+    @property
+    def num_measurements(self) -> int:
+        """Each number of threads, and loading, in each round."""
+        return self.repeats * (len(self.threads) + 1)
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the data and what is done with it."""
+        yield "data", component_text(run.data)
+        yield "tokenised", f"whole, into an empty cache, by {', '.join(map(_thread_words, self.threads))}"
+        yield "loaded", f"batches of {self.micro_batch} x {self.sequence_length} tokens for {self.seconds:g} s"
+
+    def run(self, context: Context) -> BenchmarkResults:
+        """Tokenise under each number of threads and load, in turn."""
+        from launcher.benchmarks.harness import sample_interleaved
+        from launcher.benchmarks.isolated import pack_component, run_isolated
+        from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+
+        with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="tokens-") as folder:
+            about = {"data": pack_component(context.run.data), "model": pack_component(context.run.model)}
+            cold, full = ({**about, "folder": str(Path(folder) / name)} for name in ("cold", "full"))
+            prepared = run_isolated(_PREPARE, full, beat=lambda: context.heartbeat.beat("prepare"))
+            asked = {
+                **{_tokenize_case(count): {**cold, "warmup": self.warmup, "threads": count} for count in self.threads},
+                _LOAD: {**full, "warmup": self.warmup, "load": self._load(context)},
+            }
+            samples = sample_interleaved(_MEASURE, asked, repeats=self.repeats, context=context)
+        cases = [
+            BenchmarkCase(
+                name=name, samples={key: tuple(one[key] for one in taken) for key in taken[0] if key.endswith("_per_s")}
+            )
+            for name, taken in samples.items()
+        ]
+        return BenchmarkResults(
+            benchmark=self,
+            cases=cases,
+            facts={"cold start": prepared, **{name: _tokenization_facts(taken) for name, taken in samples.items()}},
+            said=tuple(self._said(prepared, samples, cases)),
+            metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
+        )
+
+    def _load(self, context: Context) -> dict[str, Any]:
+        names = ("sequence_length", "micro_batch", "seconds")
+        return {**{name: getattr(self, name) for name in names}, "seed": context.run.job.seed}
+
+    def _said(
+        self,
+        prepared: Mapping[str, Any],
+        samples: Mapping[str, Sequence[Mapping[str, Any]]],
+        cases: Sequence[BenchmarkCase],
+    ) -> Iterator[str]:
+        by_name = {case.name: case for case in cases}
+        yield (
+            f"corpus: {prepared['text_bytes'] / 1e6:,.2f} MB of text are {prepared['tokens']:,} tokens "
+            f"of a vocabulary of {prepared['vocab_size']:,}"
+        )
+        yield f"first run: {prepared['cold_s']:.2f} s from an empty cache to tokens, its tokenizer included"
+        for count in self.threads:
+            case = by_name[_tokenize_case(count)]
+            rate = f"{case.median('tokens_per_s'):,.0f} tokens/s, {case.median('text_mb_per_s'):.2f} MB/s of text"
+            yield f"tokenise by {_thread_words(count)}: {rate}"
+        first, *others = (by_name[_tokenize_case(count)].median("tokens_per_s") for count in self.threads)
+        for count, speed in zip(self.threads[1:], others, strict=True):
+            yield f"{_thread_words(count)}: {speed / first:.2f} times {_thread_words(self.threads[0])}"
+        case = by_name[_LOAD]
+        rate = f"{case.median('sequences_per_s'):,.0f} sequences/s, {case.median('tokens_per_s'):,.0f} tokens/s"
+        yield f"load: {rate}, in one thread"
+        for names, what in (([_tokenize_case(n) for n in self.threads], "tokens"), ([_LOAD], "first batches")):
+            digests = {sample["digest"] for name in names for sample in samples[name]}
+            same = "the same every time" if len(digests) == 1 else f"NOT the same: {len(digests)} different ones"
+            yield f"{what}: {same}"
+
+
+def _tokenize_case(threads: int) -> str:
+    return f"tokenise/{threads or 'all'}"
+
+
+def _thread_words(count: int) -> str:
+    return {0: "a thread a core", 1: "1 thread"}.get(count, f"{count} threads")
+
+
+def _tokenization_facts(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is not a rate: digests once each, times and counts of every round."""
+    names = [name for name in taken[0] if not name.endswith("_per_s")]
+    return {name: sorted({one[name] for one in taken}) for name in names}
+
+
+SavingMode = Literal["none", "blocking", "asynchronous"]
+
+
+NO_SAVING: Final[SavingMode] = "none"
+
+
+_COPIED = ("single", "ddp", "fsdp")
+"""Strategies whose state can be copied by name and written beside the steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointBenchmark(Benchmark):
+    """The same training loop without saving, and with each way to save, by the run's model and strategy.
+
+    ``blocking`` is how job=train saves. ``asynchronous`` is torch.distributed.checkpoint's async_save of the same
+    tensors: training stands still while they are copied, and a thread writes the copies.
+    """
+
+    kind: ClassVar[str] = "checkpoint"
+    headline: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
+    max_ranks: ClassVar[int | None] = None
+    how: ClassVar[str] = "on forks of the run's ranks"
+    needs_model: ClassVar[bool] = True
+
+    ways: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
+    """What is compared; how many seconds saves add to the loop is known only beside ``none``."""
+
+    saves: int = 3
+    """Saves in a loop, and a further one that is restored."""
+
+    every: int = 4
+    """Optimiser steps before each save, and after the last."""
+
+    micro_batch: int = 2
+    """Sequences of each rank in a step."""
+
+    sequence: int = 64
+    """Tokens in each of them."""
+
+    case_timeout_s: float = 600.0
+    """Time that one loop gets, from building the model to what is restored."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse loops without saves, and ways that are none or twice there."""
+        yield from super().problems()
+        yield from self.below(1, "saves", "every", "micro_batch", "case_timeout_s")
+        yield from self.below(2, "sequence")
+        if not self.ways or len(set(self.ways)) < len(self.ways):
+            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
+        elif self.ways == (NO_SAVING,):
+            yield self.refuse("ways", "saves nothing", "leave benchmark.ways out")
+
+    @property
+    def train_options(self) -> Mapping[str, Any]:
+        """The loop."""
+        steps = self.warmup + self.every * (self.saves + 2)
+        return {"micro_batch": self.micro_batch, "sequence_length": self.sequence, "steps": steps}
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
+        kind, shape = run.parallel.kind, run.model.shape()
+        if "asynchronous" in self.ways and kind not in _COPIED:
+            why = f"parallel={kind} has no tensors by name that could be copied while it trains"
+            yield self.refuse("ways", why, f"set benchmark.ways=[none,blocking], or parallel={' or '.join(_COPIED)}")
+        if shape is None:
+            why = "its sizes are known only once it is downloaded"
+            yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
+        elif self.sequence > shape.context:
+            why = f"{run.model.name} takes at most {shape.context} tokens"
+            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
+        yield from run.parallel.batch_refusals(run.batched_job.batch(run, world_size=world_size))
+
+    @property
+    def num_measurements(self) -> int:
+        """Each way in each round."""
+        return self.repeats * len(self.ways)
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the model and the loop."""
+        yield "model", f"{run.model.name}, parallel={run.parallel.kind}, precision={run.precision.kind}"
+        steps = self.every * (self.saves + 1)
+        yield "loop", f"{steps} steps, a save after every {self.every} of them but the last"
+        yield "compared", ", ".join(self.ways)
+
+    def run(self, context: Context) -> BenchmarkResults | None:
+        """Train in each way in turn, on all ranks."""
+        from launcher.benchmarks.checkpoint import checkpoint_report, fold_ranks, train_and_save
+        from launcher.benchmarks.harness import DistributedCase, run_interleaved
+        from launcher.verification.forked_ranks import preload_modules
+
+        loop = partial(train_and_save, every=self.every, saves=self.saves, warmup=self.warmup)
+        cases: dict[str, DistributedCase] = {
+            way: DistributedCase(
+                run=context.run, world_size=context.world_size, work=partial(loop, way=way), fold=fold_ranks
+            )
+            for way in self.ways
+        }
+        preload_modules(context, deepspeed=context.run.parallel.engine == "deepspeed")
+        found = run_interleaved(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
+        return checkpoint_report(self, found) if context.is_main else None

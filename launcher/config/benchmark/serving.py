@@ -1,0 +1,371 @@
+"""Benchmark of a server under load, and the values that describe a load."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from urllib.parse import urlsplit
+
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+LENGTHS_GRAMMAR = "64, 16-256 (even over that range), or lognormal:96:0.8:1024 (median, sigma, most)"
+
+
+_NUMBER, _RANGE = re.compile(r"\d+"), re.compile(r"(\d+)-(\d+)")
+
+
+_LOGNORMAL = re.compile(r"lognormal:(\d+):(\d*\.?\d+):(\d+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthDistribution:
+    """A distribution of whole numbers from ``least`` to ``most``."""
+
+    least: int
+    most: int
+    median: float | None = None
+    """Of the log-normal distribution; ``None`` is an even one."""
+    sigma: float = 0.0
+
+    def draw(self, random_: random.Random) -> int:
+        """Return one length."""
+        if self.median is None:
+            return random_.randint(self.least, self.most)
+        drawn = random_.lognormvariate(math.log(self.median), self.sigma)
+        return min(self.most, max(self.least, round(drawn)))
+
+
+def parse_length_distribution(text: str) -> LengthDistribution:
+    """Return the distribution that ``text`` writes.
+
+    Raises:
+        ValueError: it is not of the grammar, or no length is left; the message says so.
+    """
+    if _NUMBER.fullmatch(text):
+        found = LengthDistribution(least=int(text), most=int(text))
+    elif match := _RANGE.fullmatch(text):
+        found = LengthDistribution(least=int(match[1]), most=int(match[2]))
+    elif match := _LOGNORMAL.fullmatch(text):
+        found = LengthDistribution(least=1, most=int(match[3]), median=float(match[1]), sigma=float(match[2]))
+    else:
+        raise ValueError(f"is no distribution of lengths ({LENGTHS_GRAMMAR})")
+    if not 1 <= found.least <= found.most or found.median == 0:
+        raise ValueError("leaves no length: they begin at 1 and rise")
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LoadRequest:
+    """One request."""
+
+    fields: dict[str, Any]
+    """``prompt`` or ``messages``, ``max_tokens``, and whatever else goes into its body."""
+    at_s: float = 0.0
+    """When it is due, in seconds after the start; only where calls come at given times."""
+
+
+def read_trace(path: Path) -> list[LoadRequest]:
+    """Return the calls of a file: JSON lines with the fields of each body and, where there is one, ``at_s``.
+
+    Raises:
+        ValueError: a line is no such object; the message names its number.
+        OSError: the file cannot be read.
+    """
+    calls = []
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                calls.append(_parse_trace_line(number, line))
+    if not calls:
+        raise ValueError("holds no line")
+    return calls
+
+
+def _parse_trace_line(number: int, line: str) -> LoadRequest:
+    try:
+        fields = json.loads(line)
+        at_s = float(fields.pop("at_s", 0.0))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"line {number} is no call: {error}") from error
+    if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
+        raise ValueError(f"line {number} needs prompt or messages")
+    return LoadRequest(fields, at_s)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerAddress:
+    """Where a server is: ``http://host:port/prefix``."""
+
+    host: str
+    port: int
+    prefix: str
+
+    @property
+    def base(self) -> str:
+        """The address as one writes it."""
+        return f"http://{self.host}:{self.port}{self.prefix}"
+
+
+def parse_server_address(url: str) -> ServerAddress:
+    """Return the address in ``url``.
+
+    Raises:
+        ValueError: it is none, or asks for encryption, which this client lacks.
+    """
+    parts = urlsplit(url)
+    if parts.scheme != "http" or not parts.hostname or parts.query:
+        raise ValueError("is no address like http://127.0.0.1:8000 (without TLS)")
+    prefix = parts.path.rstrip("/").removesuffix("/v1")
+    return ServerAddress(host=parts.hostname, port=parts.port or 80, prefix=prefix)
+
+
+@dataclass(slots=True)
+class RequestOutcome:
+    """Times are ``time.perf_counter()`` less that of the start of the load."""
+
+    number: int
+    """Of the call, from 0, in the order in which calls were due."""
+    due_s: float
+    """When it should have been sent: latencies count from here, or a server that stalls would hide how long."""
+    sent_s: float = 0.0
+    chunks_s: list[float] = field(default_factory=list)
+    """When each piece with text came."""
+    end_s: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    """Of the answer, as the server counts them; where it does not, one a piece."""
+    error: str = ""
+    """Empty, or one word: ``connect``, ``cut``, ``timeout``, ``frame``, ``unfinished``, a status (``429``)."""
+    why: str = ""
+    text: str = ""
+    """The answer, where it is to be kept."""
+    finish: str = ""
+
+    @property
+    def is_good(self) -> bool:
+        """Whether a whole answer came."""
+        return not self.error
+
+    @property
+    def first_s(self) -> float:
+        """Seconds to the first token."""
+        return self.chunks_s[0] - self.due_s
+
+    @property
+    def whole_s(self) -> float:
+        """Seconds to the end."""
+        return self.end_s - self.due_s
+
+    @property
+    def per_token_s(self) -> float | None:
+        """Mean seconds a token after the first; ``None`` where there is only one."""
+        return (self.chunks_s[-1] - self.chunks_s[0]) / (self.tokens - 1) if self.tokens > 1 else None
+
+    @property
+    def gaps_s(self) -> list[float]:
+        """Seconds between one piece and the next."""
+        return [after - before for before, after in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slo:
+    """What an answer must keep to be a good one; ``None`` asks for nothing."""
+
+    first_s: float | None = None
+    """Time to the first token."""
+    per_token_s: float | None = None
+    """Mean time a token after it."""
+    whole_s: float | None = None
+    """Time to the end."""
+
+    def is_kept_by(self, outcome: RequestOutcome) -> bool:
+        """Return whether a whole answer came, in time."""
+        if not outcome.is_good or not outcome.chunks_s:
+            return False
+        found = (
+            (self.first_s, outcome.first_s),
+            (self.per_token_s, outcome.per_token_s or 0.0),
+            (self.whole_s, outcome.whole_s),
+        )
+        return all(most is None or value <= most for most, value in found)
+
+
+QUANTITIES = (
+    *("tokens_per_s", "requests_per_s", "goodput_per_s", "first_p50_s", "first_p99_s"),
+    *("per_token_p50_s", "gap_p99_s", "whole_p50_s", "whole_p99_s"),
+)
+"""Figures that the table shows; the JSON holds all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingBenchmark(Benchmark):
+    """Load on an OpenAI-compatible server: any that runs, or one that is started here with the run's model."""
+
+    kind: ClassVar[str] = "serving"
+    headline: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
+    how: ClassVar[str] = "all levels in turn, on one server"
+    takes_few_bits: ClassVar[bool] = True
+
+    repeats: int = 1
+    """Rounds; each goes through all levels, with prompts of its own, so that no cache of prompts helps."""
+
+    url: str | None = None
+    """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one with the run's model and ends it again."""
+
+    served_name: str | None = None
+    """What requests call the model; ``null`` takes the first that the server names."""
+
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the API key, where the server wants one."""
+
+    serve: dict[str, Any] = field(default_factory=dict)
+    """Options of job=serve for the server that is started here: ``{batching: dynamic, max_requests: 16}``."""
+
+    mode: Literal["closed", "open"] = "closed"
+    """``closed`` keeps so many requests under way; in ``open`` they come when they come, and latencies count from the
+    time at which a request was due, so that a server that stalls cannot hide it (coordinated omission)."""
+
+    levels: tuple[float, ...] = (1, 4, 8, 16)
+    """Requests at a time where ``mode`` is ``closed``, requests a second (Poisson) where it is ``open``."""
+
+    seconds: float = 30.0
+    """How long each level lasts; requests that are under way at its end are broken off."""
+
+    trace: PathText | None = None
+    """File of requests: JSON lines of what goes into each body (``prompt`` or ``messages``, ``max_tokens``, …), again
+    from its beginning where it ends; ``null`` draws words from ``job.seed``."""
+
+    inputs: str = "16-256"
+    """Words of a prompt, about a token each: 64, 16-256, or lognormal:96:0.8:1024 (median, sigma, most)."""
+
+    outputs: str = "16-128"
+    """``max_tokens``, in the same grammar."""
+
+    extra: dict[str, Any] = field(default_factory=dict)
+    """Fields that every body gets: ``{ignore_eos: true}`` where a server knows it."""
+
+    slo_first_s: float | None = 2.0
+    """A good answer's time to the first token; ``null`` asks for nothing."""
+
+    slo_per_token_s: float | None = 0.2
+    """A good answer's mean time a token after it."""
+
+    slo_whole_s: float | None = None
+    """A good answer's time to its end."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse addresses, lengths and levels that are none."""
+        yield from super().problems()
+        for name, parse in (
+            ("inputs", parse_length_distribution),
+            ("outputs", parse_length_distribution),
+            ("url", parse_server_address),
+        ):
+            text = getattr(self, name)
+            try:
+                if text is not None:
+                    parse(text)
+            except ValueError as error:
+                yield self.refuse(name, str(error), f"leave benchmark.{name} out, or write it so")
+        if self.seconds <= 0:
+            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=30")
+        wrong = [level for level in self.levels if level <= 0 or (self.mode == "closed" and level != int(level))]
+        if wrong or not self.levels or len(set(self.levels)) < len(self.levels):
+            kind = "whole numbers above 0" if self.mode == "closed" else "numbers above 0"
+            yield self.refuse("levels", f"takes different {kind}", "set benchmark.levels=[1,4,8,16]")
+        if self.url is not None and self.serve:
+            yield self.refuse("serve", "belongs to a server that is started here", "leave it or benchmark.url out")
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a trace that cannot be read."""
+        if self.trace is not None:
+            try:
+                read_trace(Path(self.trace).expanduser())
+            except (OSError, ValueError) as error:
+                yield self.refuse("trace", str(error), "mend it, or leave benchmark.trace out")
+
+    @property
+    def needs_model(self) -> bool:  # type: ignore[override]
+        """Whether it starts a server."""
+        return self.url is None
+
+    @property
+    def server_options(self) -> Mapping[str, Any] | None:
+        """Options of the job=serve that it starts, if it does."""
+        return self.serve if self.url is None else None
+
+    @property
+    def slo(self) -> Slo:
+        """What makes an answer a good one."""
+        return Slo(first_s=self.slo_first_s, per_token_s=self.slo_per_token_s, whole_s=self.slo_whole_s)
+
+    @property
+    def num_measurements(self) -> int:
+        """Each level in each round."""
+        return self.repeats * len(self.levels)
+
+    def name_of(self, level: float) -> str:
+        """Return what a level is called."""
+        return f"{level:g} at a time" if self.mode == "closed" else f"{level:g} a second"
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the server and the load."""
+        own = f"job=serve with {run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
+        yield "server", self.url or own
+        yield "requests", self.trace or f"{self.inputs} words, {self.outputs} tokens"
+        yield "load", f"{self.mode}: {', '.join(map(self.name_of, self.levels))}; {self.seconds:g} s each"
+
+    def run(self, context: Context) -> BenchmarkResults:
+        """Put the server under each level of load in turn."""
+        from launcher.benchmarks.results import BenchmarkResults, collect_case
+        from launcher.benchmarks.serving import measure_levels
+
+        found = measure_levels(self, context)
+        cases = [collect_case(name, answers, QUANTITIES) for name, answers in found.items()]
+        return BenchmarkResults(
+            benchmark=self,
+            cases=cases,
+            facts={name: {"rounds": answers} for name, answers in found.items()},
+            said=tuple(self._said(found, cases)),
+            metrics={f"{case.name}/{name}": case.median(name) for case in cases for name in QUANTITIES},
+        )
+
+    def _said(self, found: Mapping[str, Sequence[Mapping[str, Any]]], cases: Sequence[BenchmarkCase]) -> Iterator[str]:
+        for case in cases:
+            yield (
+                f"{case.name}: {case.median('tokens_per_s'):.1f} tokens/s; first token after "
+                f"{case.median('first_p50_s'):.3f} s (99 %: {case.median('first_p99_s'):.3f} s), "
+                f"{case.median('goodput_per_s'):.2f} good answers/s"
+            )
+        for name, answers in found.items():
+            bad: Counter[str] = Counter()
+            for answer in answers:
+                bad.update({key: int(count) for key, count in answer.items() if _is_error(key)})
+            if bad:
+                yield f"{name}: errors {', '.join(f'{key[6:]} {count}' for key, count in bad.items())}"
+        most = max(answer["client_share"] for answers in found.values() for answer in answers)
+        late = max(answer["late_p99_s"] for answers in found.values() for answer in answers)
+        yield f"load generator: at most {most:.1%} of a core; requests sent at most {1000 * late:.1f} ms late (99 %)"
+        slo = {"first token": self.slo_first_s, "a token": self.slo_per_token_s, "end": self.slo_whole_s}
+        asked = ", ".join(f"{name} within {value:g} s" for name, value in slo.items() if value is not None)
+        yield f"good answers: {asked or 'all whole ones'}"
+
+
+def _is_error(name: str) -> bool:
+    """Whether a figure counts answers that went wrong; those that the end of a level broke off did not."""
+    return name.startswith("error/") and name != "error/unfinished"

@@ -1,0 +1,40 @@
+"""Group checkpoint: when checkpoints are written, which are kept, and what a run resumes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.config.component import Component
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint(Component):
+    """The policy of a run."""
+
+    group: ClassVar[str] = "checkpoint"
+    kind: ClassVar[str] = "policy"
+    headline: ClassVar[tuple[str, ...]] = ("every", "resume")
+
+    every: int = 0
+    """Optimiser steps between checkpoints; 0 writes none."""
+
+    at_end: bool = False
+    """Also write one after the last step."""
+
+    keep: int = 2
+    """Newest checkpoints kept; older ones are deleted once a newer one is complete. 0 keeps all."""
+
+    keep_best: bool = True
+    """Also keep the one with the lowest held-out loss."""
+
+    resume: PathText = "none"
+    """``none``; ``auto`` continues this run directory where it stopped; or a run id, run folder or checkpoint folder to
+    start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse negative counts."""
+        yield from self.below(0, "every", "keep")

@@ -1,0 +1,48 @@
+"""torch.compile: which parts of a model are compiled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+from launcher.config.component import Component
+from launcher.errors import ConfigError
+from launcher.utils.build_cache import lacks_compiler
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compile(Component):
+    """Whether the repeated blocks of a model are compiled; typed ``compile=true`` or ``compile=false``."""
+
+    group: ClassVar[str] = "compile"
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what this machine, where ranks compute on the CPU, lacks to compile."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompile(Compile):
+    """Run every operation as Python calls it."""
+
+    kind: ClassVar[str] = "false"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionalCompile(Compile):
+    """Compile each block in place at its first use; the blocks of a model share what is compiled."""
+
+    kind: ClassVar[str] = "true"
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a missing C++ compiler."""
+        if lacks_compiler(os.environ, which=shutil.which):
+            yield self.no_compiler()
+
+    def no_compiler(self) -> ConfigError:
+        """Return the refusal of a machine without a C++ compiler."""
+        why = "torch compiles for the CPU with a C++ compiler, and there is none"
+        return ConfigError("compile", self.kind, why=why, fix="apt-get install g++, or set CXX, or compile=false")

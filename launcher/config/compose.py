@@ -1,0 +1,336 @@
+"""Overrides to a typed Run: Hydra composes, the schema checks, every mistake is reported at once."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.config.option_text import INTERPOLATION, interpolates, quoted_word
+from launcher.config.overrides import (
+    COMMAND_LINE,
+    Override,
+    parse_overrides,
+    takes_only_text,
+    takes_texts,
+    types_of_option,
+)
+from launcher.config.run import Run, build_run, run_to_tree, with_defaults
+from launcher.config.schema import ReportError
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.utils.files import exists
+
+_GLOBAL = "# @package _global_"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Composition:
+    """A composition that stood every check that needs no file system."""
+
+    run: Run
+    tree: dict[str, Any]
+    """The resolved configuration as plain data; ``build_run`` gives ``run`` back."""
+    sweep: dict[str, Any] | None
+    """What ``+sweep=…`` asked for, untyped; ``None`` for a single run."""
+    overrides: tuple[str, ...]
+    """The words it was composed from."""
+
+
+def conf_folder() -> Path:
+    """Return the shipped ``conf/``: inside the package when installed from a wheel, beside it in a checkout."""
+    package = Path(__file__).parent.parent
+    installed = package / "conf"
+    return installed if installed.is_dir() else package.parent / "conf"
+
+
+def groups(extra: Path | None = None) -> dict[str, list[str]]:
+    """Return the options of every config group, those of the user's own folder included."""
+    found: dict[str, set[str]] = {}
+    for folder in filter(None, (conf_folder(), extra)):
+        for file in folder.glob("*/*.yaml"):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return {group: sorted(options) for group, options in sorted(found.items())}
+
+
+def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: bool = False) -> Composition:
+    """Compose and check a run.
+
+    Args:
+        words: Hydra overrides.
+        config_dir: a folder of the user's own options, searched beside the shipped ones.
+        sweeping: whether several values for one option are welcome; they are left out of the composition.
+
+    Raises:
+        ConfigErrors: everything that is wrong, each with the file and line it came from.
+    """
+    mistakes: list[ConfigError] = []
+    known = groups(config_dir)
+    overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
+    fixed = [override for override in overrides if override.choices is None]
+    misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
+    unusable = list(_unusable_files(fixed, config_dir))
+    mistakes += unusable
+    tree = None if unusable else _compose_tree(fixed, config_dir, mistakes.append)
+    run = None
+    if tree is not None:
+        sweep = tree.pop("sweep", None)
+        if tree.pop("exp", None) is not None:
+            mistakes += _without_package(_source_files(fixed, config_dir))
+        found: list[ConfigError] = []
+        typed = {override.key: override.typed for override in fixed}
+        resolved = _resolve(with_defaults(tree), found.append)
+        _restore_text(resolved, lambda: _source_files(fixed, config_dir))
+        run = build_run(resolved, found.append, typed=typed)
+        if run is not None:
+            run = _with_tokenizer(run, typed, found.append)
+        mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
+    if mistakes:
+        sources = _source_files(fixed, config_dir) if tree is not None else []
+        raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
+    assert run is not None, "no run and no reason"
+    return Composition(run=run, tree=run_to_tree(run), sweep=sweep, overrides=tuple(words))
+
+
+def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) -> Run:
+    """Return ``run`` with ``data.tokenizer=auto`` decided, so that plan and snapshot say which one it is."""
+    from launcher.config.data.base import Corpus
+
+    if not isinstance(run.data, Corpus):
+        return run
+    data = run.data
+    if data.tokenizer == "auto":
+        data = replace(data, tokenizer="model" if run.model.has_own_tokenizer else "bpe")
+    if not data.trains_tokenizer:
+        if "data.vocab_size" in typed:
+            why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
+            fix = "leave it out, or set data.tokenizer=bpe"
+            report(ConfigError("data.vocab_size", data.vocab_size, why=why, fix=fix))
+        data = replace(data, vocab_size=Corpus.vocab_size)  # what the group's option says of a BPE would mislead
+    return replace(run, data=data)
+
+
+def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
+    words = [override.word for override in overrides]
+    return words if config_dir is None else [*words, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+
+
+def _unusable_files(overrides: Sequence[Override], config_dir: Path | None) -> Iterator[ConfigError]:
+    """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option."""
+    for override in overrides if config_dir is not None else ():
+        option = override.word.partition("=")[2].strip("'")
+        file = Path(config_dir or "") / override.key / f"{option}.yaml"
+        if not override.is_group or not exists(file):
+            continue
+        try:
+            raw = file.read_bytes()
+            tree = yaml.safe_load(raw.decode())
+        except OSError as error:
+            why, fix = f"{file} cannot be read: {error.strerror}", "check its permissions"
+        except UnicodeDecodeError as error:
+            why = f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
+            fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
+        except RecursionError:
+            why, fix = f"{file} is nested too deeply", "take brackets out"
+        except yaml.YAMLError:
+            continue  # Hydra's message names line and column
+        else:
+            if raw.startswith(codecs.BOM_UTF8):
+                why, fix = (
+                    f"{file} begins with a byte order mark",
+                    f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
+                )
+            elif tree is not None and not isinstance(tree, dict):
+                why, fix = f"{file} holds no options, each `name: value`", "see docs/configuration.md"
+            elif not isinstance((tree or {}).get("defaults", []), list):
+                why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
+            else:
+                yield from _unusable_options(tree or {}, "", file)
+                continue
+        yield ConfigError(override.key, option, why=why, fix=fix)
+
+
+def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterator[ConfigError]:
+    for key, value in tree.items():
+        option = f"{path}{key}"
+        if not isinstance(key, str):
+            yield ConfigError(
+                option, why="is no name of an option", fix="write text before the colon", source=str(file)
+            )
+        elif not path and "." in key and types_of_option(key):
+            group, _, name = key.partition(".")
+            why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
+            yield ConfigError(option, why=why, fix=fix, source=str(file))
+        elif isinstance(value, dict):
+            yield from _unusable_options(value, f"{option}.", file)
+        elif isinstance(value, str) and INTERPOLATION in value and not interpolates(value):
+            why, fix = "holds ${ without the name and } of a variable", "close it, or write \\${ for the text itself"
+            yield ConfigError(option, value, why=why, fix=fix, source=str(file))
+
+
+def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: ReportError) -> dict[str, Any] | None:
+    """Run Hydra and return the unresolved tree, or ``None`` after reporting why there is none."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
+        try:
+            tree = OmegaConf.to_container(hydra.compose("config", _hydra_words(overrides, config_dir)))
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            fix = "mend it there (`launch list` shows what exists)"
+            report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
+            return None
+        except ValueError as error:  # Hydra's, of an experiment that says `override /compile: true`
+            fix = 'put an option that YAML reads as a truth value in quotes (override /compile: "true")'
+            report(ConfigError("the configuration", why=str(error), fix=fix))
+            return None
+    assert isinstance(tree, dict)
+    return tree
+
+
+def _source_files(overrides: Sequence[Override], config_dir: Path | None) -> list[tuple[str, Path]]:
+    """Return the (package, file) of every YAML that a composition used, later ones winning."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.types import RunMode
+
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
+        words = _hydra_words(overrides, config_dir)
+        listed = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
+    folders = [folder for folder in (conf_folder(), config_dir) if folder is not None]
+    candidates = [(entry.package or "", folder / f"{entry.config_path}.yaml") for entry in listed for folder in folders]
+    return [(package, file) for package, file in candidates if file.is_file()]
+
+
+def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
+    """Return ``tree`` with every ``${…}`` replaced, reporting the ones that lead nowhere."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    def resolved(node: Any, path: str) -> Any:
+        keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
+        result: dict[Any, Any] = {}
+        for key in keys:
+            option = f"{path}.{key}".lstrip(".")
+            try:
+                value = "???" if OmegaConf.is_missing(node, key) else node[key]
+            except OmegaConfBaseException as error:
+                written = OmegaConf.to_container(node)[key]
+                why = str(error).splitlines()[0]
+                report(ConfigError(option, written, why=why, fix="name an option or a variable that exists"))
+                continue
+            result[key] = resolved(value, option) if isinstance(value, DictConfig | ListConfig) else value
+        return list(result.values()) if isinstance(node, ListConfig) else result
+
+    answer: dict[str, Any] = resolved(OmegaConf.create(tree), "")
+    return answer
+
+
+def _without_package(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:
+    """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
+    for package, file in sources:
+        if package.partition(".")[0] == "exp":
+            why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
+            yield ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
+
+
+def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:
+    """Put what stands in YAML files in the place of numbers and truth values that YAML made of text."""
+    for option, parent, key in list(_misread(tree)):
+        written = text_in_yaml(option, sources())
+        if isinstance(parent[key], list):
+            if isinstance(written, list) and len(written) == len(parent[key]):
+                pairs = zip(parent[key], written, strict=True)
+                parent[key] = [value if isinstance(value, str | None) else text for value, text in pairs]
+        elif isinstance(written, str) and "${" not in written:
+            parent[key] = written
+
+
+def _misread(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield option, mapping and key of each number and truth value where only text may stand."""
+    for group, values in tree.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            is_list = isinstance(value, list) and any(isinstance(each, int | float) for each in value)
+            if not is_list and not isinstance(value, int | float):
+                continue
+            types_of = types_of_option(f"{group}.{name}", kind=values.get("kind"))
+            if takes_texts(types_of) if is_list else takes_only_text(types_of):
+                yield f"{group}.{name}", values, name
+
+
+def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Sequence[tuple[str, Path]]) -> ConfigError:
+    if error.source is not None:
+        return error
+    source, fix = find_origin(error.option, overrides, sources), error.fix
+    if source == COMMAND_LINE and isinstance(error.value, str) and "${" in error.value:
+        fix = f"{fix}; to give this text itself: {quoted_word(error.option, error.value)}"
+    return ConfigError(error.option, error.value, why=error.why, fix=fix, source=source)
+
+
+def find_origin(option: str, overrides: Sequence[Override], sources: Iterable[tuple[str, Path]]) -> str | None:
+    """Return who set ``option`` last.
+
+    Args:
+        option: dotted, as in errors (``job.steps``; list positions are ignored).
+        overrides: what the command line said.
+        sources: (package, file) of every composed YAML, in the order in which later ones win.
+    """
+    keys = option.partition("[")[0].split(".")
+    for override in overrides:
+        if not override.is_group and override.key.split(".") == keys[: override.key.count(".") + 1]:
+            return COMMAND_LINE
+    found = None
+    for package, file in sources:
+        prefix = package.split(".") if package else []
+        if keys[: len(prefix)] == prefix and (line := _line_of(file, keys[len(prefix) :])):
+            found = f"{'/'.join(file.parts[-3:])}:{line}"
+    return found
+
+
+def text_in_yaml(option: str, sources: Iterable[tuple[str, Path]]) -> str | list[str] | None:
+    """Return the text that stands for a scalar, or for each scalar of a list, in the YAML that sets ``option`` last.
+
+    YAML reads ``007`` as 7 and ``1e5`` as 100000.0; this is what the user wrote.
+
+    Args:
+        option: dotted.
+        sources: as of ``find_origin``.
+    """
+    keys, found = option.split("."), None
+    for package, file in sources:
+        prefix = package.split(".") if package else []
+        if keys[: len(prefix)] == prefix:
+            found = _find(file, keys[len(prefix) :])[1] or found
+    if isinstance(found, yaml.ScalarNode):
+        return str(found.value)
+    if isinstance(found, yaml.SequenceNode) and all(isinstance(item, yaml.ScalarNode) for item in found.value):
+        return [str(item.value) for item in found.value]
+    return None
+
+
+def _line_of(file: Path, keys: Sequence[str]) -> int | None:
+    """Return the 1-based line on which ``keys`` is set in a YAML file, if it is."""
+    return _find(file, keys)[0]
+
+
+def _find(file: Path, keys: Sequence[str]) -> tuple[int | None, yaml.Node | None]:
+    """Return the 1-based line on which ``keys`` is set in a YAML file and its value, if it is."""
+    node = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    line = None
+    for key in keys:
+        if not isinstance(node, yaml.MappingNode):
+            return None, None
+        for name, value in node.value:
+            if name.value == key:
+                node, line = value, name.start_mark.line + 1
+                break
+        else:
+            return None, None
+    return line, node

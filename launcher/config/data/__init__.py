@@ -1,0 +1,1 @@
+"""The data group: where text comes from, and its file formats."""

@@ -1,0 +1,190 @@
+"""The data group: fields and checks of every data set and corpus, and synthetic tokens."""
+
+from __future__ import annotations
+
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from launcher.config.component import Component
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+from launcher.utils.build_cache import default_cache_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data(Component):
+    """A source of token sequences with a training and a held-out split."""
+
+    group: ClassVar[str] = "data"
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what the file system says against this data, without importing heavy packages."""
+        yield from ()
+
+
+_MOST_TOKENS_OF_A_BYTE = 11
+"""Normalisation (NFKC) makes at most eleven bytes of one, and no tokenizer has tokens below bytes."""
+
+
+_SHORTEST_SEQUENCE = 2
+
+
+SMALL_CHARS = 1 << 18
+"""A corpus up to this size is read whole before anything starts."""
+
+
+class TextChunk(NamedTuple):
+    """A stretch of text, small enough to tokenise at once."""
+
+    text: str
+    ends: bool
+    """Whether a document ends here; the tokenizer's end-of-text token follows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus(Data):
+    """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
+
+    tokenizer: PathText = "auto"
+    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder.
+    ``auto`` is ``model`` where the model's weights came with a tokenizer, else ``bpe``."""
+
+    vocab_size: int = 4096
+    """Size of the BPE that is trained here; other tokenizers bring their own."""
+
+    held_out: float = 0.05
+    """Share of the tokens kept out of training for evaluation: the end of the stream, so the last documents."""
+
+    cache: PathText | None = None
+    """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a split or vocabulary that leaves nothing."""
+        if not 0 < self.held_out < 1:
+            yield self.refuse("held_out", "must lie between 0 and 1", "set data.held_out=0.05")
+        yield from self.below(257, "vocab_size")
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a cache that cannot be written and a tokenizer folder that is not there."""
+        there = self.cache_folder
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            why = f"{there} is not a folder that this user can write"
+            fix = "set data.cache to one, or XDG_CACHE_HOME"
+            yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
+        if self.tokenizer.startswith(("/", "./", "../", "~")) and not Path(self.tokenizer).expanduser().is_dir():
+            fix = "give a folder that save_pretrained wrote, or data.tokenizer=bpe"
+            yield self.refuse("tokenizer", "there is no such folder", fix)
+
+    def refuse_short(self, sequence_length: int) -> Iterator[ConfigError]:
+        """Yield why a small corpus holds no sequence to learn from or none to evaluate; larger ones ranks count.
+
+        The BPE is trained as a rank would, so the number is exact; another tokenizer is not loaded here, and makes at
+        most eleven tokens of a byte.
+        """
+        try:
+            pieces = self.small_pieces()
+        except ConfigError as error:
+            yield error
+            return
+        if pieces is None:
+            return
+        documents = sum(piece.ends for piece in pieces)
+        if self.trains_tokenizer:
+            from launcher.data.token_cache import count_tokens
+
+            num_tokens = count_tokens(pieces, vocab_size=self.vocab_size) + documents
+        else:
+            num_tokens = _MOST_TOKENS_OF_A_BYTE * sum(len(piece.text.encode()) for piece in pieces) + documents
+        if problem := self.split_problem(num_tokens, sequence_length):
+            yield problem
+
+    def split_problem(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
+        """Return why a corpus of ``num_tokens`` leaves a split without a sequence; ``None`` if both have one."""
+        needed, held_out = sequence_length + 1, round(num_tokens * self.held_out)
+        train = num_tokens - held_out
+        if min(train, held_out) >= needed:
+            return None
+        takes = f"and one sequence takes {sequence_length} + 1"
+        shares = (
+            (math.ceil(needed / num_tokens * 10**digits) / 10**digits for digits in (2, 3, 4)) if num_tokens else ()
+        )
+        fitting = [share for share in shares if needed <= round(num_tokens * share) <= num_tokens - needed]
+        longest, halves = min(train, held_out) - 1, num_tokens // 2 - 1
+        if fitting:
+            fix = f"set data.held_out={fitting[0]:g}, or give more text"
+        elif longest >= _SHORTEST_SEQUENCE:
+            fix = f"give more text, or set job.sequence_length={longest}"
+        elif halves >= _SHORTEST_SEQUENCE:
+            fix = f"give more text, or set job.sequence_length={halves} data.held_out=0.5"
+        else:
+            fix = "give more text"
+        if fitting and train >= needed:
+            return self.refuse("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
+        why = f"has {num_tokens} tokens, {train} to learn from and {held_out} to evaluate, {takes}"
+        return ConfigError(self.source_option, why=why, fix=fix)
+
+    @property
+    def source_option(self) -> str:
+        """The option that names the text."""
+        return "data.path"
+
+    def small_pieces(self) -> list[TextChunk] | None:
+        """Return the whole text of a small local corpus; ``None`` of others.
+
+        Raises:
+            ConfigError: it cannot be read.
+        """
+        return None
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether the tokenizer is trained on the text; composing replaces ``auto`` where the model has its own."""
+        return self.tokenizer in ("auto", "bpe")
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where tokenised data is kept."""
+        return Path(self.cache).expanduser() if self.cache else default_cache_folder("data")
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Return a string that changes when the text does. Cheap: every rank of every run asks for it."""
+
+    @abstractmethod
+    def pieces(self) -> Iterator[TextChunk]:
+        """Yield the text in a fixed order. Rank side.
+
+        Raises:
+            ConfigError: a source turns out not to be text.
+            EnvironmentProblem: a source cannot be reached.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthetic(Data):
+    """Sequences from a fixed random bigram table: a loss floor that is known, no files, any vocabulary."""
+
+    kind: ClassVar[str] = "synthetic"
+
+    vocab_size: int = 256
+    """Distinct tokens."""
+
+    branching: int = 4
+    """Equally likely successors of each token, so the best possible loss is ln(branching)."""
+
+    num_sequences: int = 65536
+    """Distinct training sequences before the data repeats."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a table that cannot be drawn."""
+        yield from self.below(2, "vocab_size")
+        yield from self.below(1, "branching", "num_sequences")
+        if self.branching > self.vocab_size:
+            yield self.refuse("branching", f"exceeds data.vocab_size={self.vocab_size}", "set data.branching=4")

@@ -1,0 +1,154 @@
+"""Local files: globs, fingerprints, and text in chunks."""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import io
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from launcher.config.data.base import TextChunk
+from launcher.config.data.formats import (
+    EMPTY_FILE,
+    FORMAT_OF,
+    BadFile,
+    FileFormat,
+    full_ending,
+    has_nul,
+    kind_of_ending,
+    not_utf8,
+    open_bytes,
+)
+from launcher.config.option_text import quoted_word
+from launcher.errors import ConfigError
+
+_END_BYTES = 1 << 20
+_HASHED_WHOLE_BYTES = 256 << 20
+_PIECE_BYTES = 1 << 16
+_MOST_FILES = 10_000
+_ERRORS_SHOWN = 8
+
+
+def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[ConfigError]]:
+    """Return the files that names and globs stand for, each once and sorted, and an error for each that has none."""
+    files: set[Path] = set()
+    errors = []
+    for pattern in patterns:
+        full = str(Path(pattern).expanduser())
+        if glob.has_magic(full) and not Path(full).exists():
+            found = [Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file()]  # noqa: PTH207
+            files.update(found)
+            if not found:
+                fix = "check the pattern; ** crosses folders, and quote it in a shell"
+                errors.append(ConfigError(option, pattern, why="matches no file", fix=fix))
+        elif Path(full).is_file():
+            files.add(Path(full))
+        elif Path(full).is_dir():
+            errors.append(_refuse_folder(Path(full), pattern, option))
+        else:
+            why = f"there is no such file (seen from {Path.cwd()})"
+            errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give it whole"))
+    return sorted(files), errors
+
+
+def first_errors(errors: Iterator[ConfigError], *, option: str) -> Iterator[ConfigError]:
+    """Yield the first few errors about files, and in one more how many there are besides."""
+    yield from itertools.islice(errors, _ERRORS_SHOWN)
+    if left := sum(1 for _ in errors):
+        yield ConfigError(option, why=f"{left:,} more files are refused", fix="mend the ones above first")
+
+
+def endings(folder: Path) -> Counter[str]:
+    """Return how many files of each ending a folder holds, hidden ones left out; ``.jsonl.gz`` counts as one."""
+    found: Counter[str] = Counter()
+    for file in itertools.islice(folder.rglob("*"), _MOST_FILES):
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
+            found[full_ending(file)] += 1
+    return found
+
+
+def _refuse_folder(folder: Path, pattern: str, option: str) -> ConfigError:
+    """Return the error for a folder in place of files, with the pattern for what most of its files are."""
+    found = endings(folder)
+    if not found:
+        return ConfigError(option, pattern, why="is a folder without files", fix="give a folder that holds some")
+    is_text = option == "data.path"
+    ending = max(found, key=lambda it: (found[it], (kind_of_ending(it) == "text") == is_text, it == ".txt"))
+    kind = kind_of_ending(ending)
+    files = f"{pattern.rstrip('/')}/**/*{ending}"
+    words = quoted_word(option, files if option == "data.path" else [files])
+    if option == "data.path" and kind in FORMAT_OF:
+        words = f"data=hf data.path={FORMAT_OF[kind]} {quoted_word('data.files', [files])}"
+    return ConfigError(option, pattern, why="is a folder", fix=f"name its files: {words}")
+
+
+def fingerprint(files: Iterable[Path]) -> str:
+    """Return a hash of the files' contents, in their order.
+
+    Of a file over 256 MiB only size, modification time and both ends count: reading it whole would take longer than
+    opening its tokens.
+    """
+    digest = hashlib.sha256()
+    for file in files:
+        status = file.stat()
+        with file.open("rb") as stream:
+            if status.st_size <= _HASHED_WHOLE_BYTES:
+                content = hashlib.file_digest(stream, "sha256").digest()
+            else:
+                ends = stream.read(_END_BYTES)
+                stream.seek(-_END_BYTES, 2)
+                ends += stream.read()
+                content = f"{status.st_size} {status.st_mtime_ns}".encode() + hashlib.sha256(ends).digest()
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
+    """Yield a text file as one document, cut at line ends into pieces of about 64 thousand characters.
+
+    Raises:
+        BadFile: a byte further in than the preflight looked is NUL or not UTF-8, or the file is damaged or blank.
+    """
+    rest, position, is_empty = "", 0, True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    newlines = io.IncrementalNewlineDecoder(None, translate=True)
+    with open_bytes(file, found.compression) as stream:
+        while True:
+            block = stream.read(_PIECE_BYTES)
+            start = position - len(decoder.getstate()[0])  # of a letter whose first bytes the last block ended with
+            try:
+                decoded = decoder.decode(block, final=not block)
+            except UnicodeDecodeError as error:
+                at, byte = start + error.start, error.object[error.start]
+                raise not_utf8(file, position=at, byte=byte, compression=found.compression) from error
+            if "\0" in decoded:
+                raise has_nul(file, position=position + block.index(0), compression=found.compression)
+            if start == 0:
+                decoded = decoded.removeprefix("\ufeff")
+            is_empty = is_empty and not decoded.strip()
+            text = rest + newlines.decode(decoded, final=not block)
+            position += len(block)
+            if not block:
+                break
+            cut = text.rfind("\n") + 1 or len(text)
+            if cut:
+                yield TextChunk(text[:cut], ends=False)
+            rest = text[cut:]
+    if is_empty:
+        raise BadFile(*EMPTY_FILE)
+    yield TextChunk(text, ends=True)
+
+
+def beginning(pieces: Iterable[TextChunk], most: int) -> list[TextChunk] | None:
+    """Return all pieces of a corpus of at most ``most`` characters, ``None`` of a larger one."""
+    found, left = [], most
+    for piece in pieces:
+        found.append(piece)
+        left -= len(piece.text)
+        if left < 0:
+            return None
+    return found

@@ -1,0 +1,405 @@
+"""File formats by first bytes and ending, and how to open them.
+
+Imports pyarrow for zstd alone.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import re
+import shlex
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+Kind = Literal["text", "jsonl", "json", "csv", "parquet", "arrow", "markup"]
+Compression = Literal["", "gzip", "bz2", "xz", "zstd"]
+
+KIND_NAMES: dict[Kind, str] = {
+    "text": "plain text",
+    "jsonl": "JSON lines",
+    "json": "one JSON document",
+    "csv": "a table (CSV)",
+    "parquet": "Parquet",
+    "arrow": "Arrow",
+    "markup": "HTML or XML",
+}
+
+FORMAT_OF: dict[Kind, str] = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
+"""What ``data=hf`` calls a format, as ``data.path``."""
+
+LOOKED_AT_BYTES = 1 << 20
+"""Of the unpacked content: enough to know a format, little enough for thousands of files."""
+EMPTY_FILE = ("is empty", "give a file with text in it")
+_ROWS_TRIED = 20
+_MANY_FILES = 64
+_FEWEST_BYTES = 1 << 14
+_STRAY_BYTES = 8
+"""More, and more than one byte in fifty, are no accident: the file is not text."""
+_DELIMITERS = (",", "\t", ";", "|")
+TEXT_COLUMNS = frozenset(
+    ("text", "content", "prompt", "sentence", "document", "body", "message", "question", "answer", "instruction")
+)
+"""Names that make the first line of a file without a telling ending the header of a table."""
+
+_ENDINGS: dict[str, Kind] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".jsonlines": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".html": "markup",
+    ".htm": "markup",
+    ".xhtml": "markup",
+    ".xml": "markup",
+}
+_COMPRESSED_ENDINGS = (".gz", ".gzip", ".bz2", ".xz", ".zst", ".zstd")
+_COMPRESSED: dict[bytes, Compression] = {
+    b"\x1f\x8b": "gzip",
+    b"\xfd7zXZ\0": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+}
+_UNPACKERS: dict[Compression, str] = {"gzip": "gzip -dc", "bz2": "bzip2 -dc", "xz": "xz -dc", "zstd": "zstd -dc"}
+_PICKLES = (b"\2", b"\3", b"\4", b"\5")
+_BINARY = (
+    (b"\x04\x22\x4d\x18", "lz4-compressed", "unpack it: lz4 -dc {file} > {unpacked}"),
+    (b"PK\x03\x04", "a zip archive (or an Office document)", "unpack it: python -m zipfile -e {file} {unpacked}"),
+    (b"PK\x05\x06", "an empty zip archive", "give a file with text in it"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "unpack it: 7z x {file}"),
+    (b"Rar!\x1a\x07", "a RAR archive", "unpack it: unrar x {file}"),
+    (b"%PDF-", "a PDF document", "extract its text: pdftotext {file} {text}"),
+    (b"{\\rtf", "an RTF document", "save it as plain text"),
+    (b"\xd0\xcf\x11\xe0", "an old Office document", "save it as plain text, or a table as CSV"),
+    (b"SQLite format 3\0", "an SQLite database", "export a table: sqlite3 -csv -header {file} 'select * from TABLE'"),
+    (b"\x89HDF", "HDF5", "export its rows as JSON lines or Parquet"),
+    (b"Obj\x01", "Avro", "export its rows as JSON lines or Parquet"),
+    (b"\x93NUMPY", "a NumPy array", "give the text itself: numbers of tokens are not read"),
+    *((b"\x80" + version, "a pickle, which can run code", "export its rows as JSON lines") for version in _PICKLES),
+    *((magic, "weights of a model (GGUF)", "give text") for magic in (b"GGUF\2\0", b"GGUF\3\0")),
+    *((magic, "a picture", "give text") for magic in (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")),
+    (b"\x7fELF", "a program", "give text"),
+)
+_BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF32_LE, "utf-32"),  # first: UTF-16's is its beginning
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+
+
+class BadFile(Exception):
+    """A file that the program cannot read; ``why`` and ``fix`` are the halves of one message."""
+
+    def __init__(self, why: str, fix: str) -> None:
+        self.why, self.fix = why, fix
+        super().__init__(f"{why}; {fix}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileFormat:
+    """How a file is written."""
+
+    kind: Kind
+    compression: Compression = ""
+    delimiter: str = ","
+    """Between the cells of a table."""
+    lone_returns: bool = False
+    """Its lines end in a carriage return and no newline."""
+    whole: bool = False
+    """The part that was looked at is all there is."""
+
+
+def inspect_file(
+    file: Path, *, plain: str, as_text: bool = False, by_row: bool = False, look_bytes: int = LOOKED_AT_BYTES
+) -> FileFormat:
+    """Return how ``file`` is written, judging by its beginning and its ending.
+
+    Args:
+        file: what to look at.
+        plain: the option that makes the caller take any text as it stands, for messages.
+        as_text: that option is set: any UTF-8 text is plain text.
+        by_row: stray bytes that are no text are left to the reader, which refuses their rows alone.
+        look_bytes: of the unpacked content that are looked at.
+
+    Raises:
+        BadFile: it is empty, damaged, or neither UTF-8 text nor a format that the program reads.
+    """
+    try:
+        with file.open("rb") as stream:
+            compression = _compression(stream.read(8))
+        with open_bytes(file, compression) as stream:
+            start = stream.read(look_bytes)
+    except OSError as error:
+        raise BadFile(f"cannot be read: {error.strerror}", "check its permissions") from error
+    whole, ending = len(start) < look_bytes, _ending(file)
+    columnar = _columnar(start, ending)
+    if columnar and compression:
+        target = shlex.quote(str(_without_compression(file)))
+        why, fix = (
+            f"is {KIND_NAMES[columnar]} inside {compression}",
+            f"{_UNPACKERS[compression]} {_quoted(file)} > {target}",
+        )
+        raise BadFile(why, f"unpack it (it is compressed inside): {fix}")
+    if columnar:
+        return FileFormat(columnar)
+    _refuse_binary(file, start)
+    text = _decoded(file, start, compression, whole=whole, by_row=by_row)
+    kind = "text" if as_text else _kind_of(text, ending, whole=whole)
+    if kind == "text" and ending in ("jsonl", "json", "parquet", "arrow") and not as_text:
+        name = _without_compression(file).suffix
+        raise BadFile(
+            f"ends in {name} and holds no {KIND_NAMES[ending]}", f"mend it, or set {plain} to take it as text"
+        )
+    return FileFormat(
+        kind,
+        compression,
+        delimiter=_delimiter(text),
+        lone_returns="\r" in text.strip() and "\n" not in text,
+        whole=whole,
+    )
+
+
+def look_bytes_of_each(num_files: int) -> int:
+    """Return how much of each of many files is looked at, so that all together take seconds."""
+    return max(_FEWEST_BYTES, LOOKED_AT_BYTES // max(1, num_files // _MANY_FILES))
+
+
+def open_bytes(file: Path, compression: Compression) -> BinaryIO:
+    """Open ``file`` for reading, unpacked as it is read; damage raises :exc:`BadFile`."""
+    if not compression:
+        return file.open("rb")
+    openers: dict[str, Callable[[Path], Any]] = {
+        "gzip": gzip.GzipFile,
+        "bz2": bz2.BZ2File,
+        "xz": lzma.LZMAFile,
+        "zstd": _open_zstd,
+    }
+    return io.BufferedReader(_Unpacked(file, openers[compression](file), compression), 1 << 18)
+
+
+def _open_zstd(file: Path) -> Any:
+    import pyarrow as pa
+
+    return pa.CompressedInputStream(pa.OSFile(str(file)), "zstd")
+
+
+class _Unpacked(io.RawIOBase):
+    """The unpacked bytes of a compressed file; whatever a library says of damage becomes one error."""
+
+    def __init__(self, file: Path, inner: Any, compression: Compression) -> None:
+        self._file, self._inner, self._compression = file, inner, compression
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            found = self._inner.read(len(buffer))
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            tool = _UNPACKERS[self._compression].split()[0]
+            fix = f"copy it again, until this ends without an error: {tool} -t {_quoted(self._file)}"
+            raise BadFile(f"is damaged or cut off ({self._compression}: {error})", fix) from error
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._inner.close()
+        super().close()
+
+
+def not_utf8(file: Path, *, position: int, byte: int, compression: Compression) -> BadFile:
+    """Return the error for a byte that is no part of UTF-8 text, at ``position`` of the unpacked content."""
+    why = f"is not UTF-8: byte 0x{byte:02x} at position {position}"
+    return BadFile(why, f"convert it: {_through(file, 'iconv -f latin1 -t utf-8', compression)}")
+
+
+def has_nul(file: Path, *, position: int, compression: Compression) -> BadFile:
+    """Return the error for a NUL in what is text otherwise."""
+    why = f"has NUL bytes, the first at position {position}"
+    command = "tr -d '\\000'"
+    return BadFile(why, f"take them out: {_through(file, command, compression)}")
+
+
+def has_lone_returns(file: Path, compression: Compression) -> BadFile:
+    """Return the error for lines that no newline ends."""
+    command = "tr '\\r' '\\n'"
+    why = "its lines end in a carriage return without a newline"
+    return BadFile(why, f"convert it: {_through(file, command, compression)}")
+
+
+def _compression(head: bytes) -> Compression:
+    if head.startswith(b"BZh") and head[4:7] == b"1AY":
+        return "bz2"
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] >> 4 == 5:
+        return "zstd"  # a frame that unpackers skip: seekable files begin with one
+    return next((name for magic, name in _COMPRESSED.items() if head.startswith(magic)), "")
+
+
+def _columnar(start: bytes, ending: Kind) -> Kind | None:
+    if start.startswith(b"PAR1"):
+        return "parquet"
+    is_stream = ending == "arrow" and start.startswith(b"\xff\xff\xff\xff")
+    return "arrow" if is_stream or start.startswith(b"ARROW1") else None
+
+
+def _refuse_binary(file: Path, start: bytes) -> None:
+    plain = _without_compression(file)
+    unpacked = plain.with_suffix("") if plain.suffix else plain.with_name(f"{plain.name}.unpacked")
+    text = shlex.quote(str(plain.with_suffix(".txt")))
+    for magic, what, fix in _BINARY:
+        if start.startswith(magic):
+            words = fix.format(file=_quoted(file), unpacked=shlex.quote(str(unpacked)), text=text)
+            raise BadFile(f"is {what}", words)
+    if start[257:262] == b"ustar":
+        raise BadFile("is a tar archive", f"unpack it: tar -xf {_quoted(file)}")
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20:
+        raise BadFile("is weights of a model (safetensors)", "give text")
+
+
+def _decoded(file: Path, start: bytes, compression: Compression, *, whole: bool, by_row: bool) -> str:
+    encoding = next((name for mark, name in _BYTE_ORDER_MARKS if start.startswith(mark)), _wide_encoding(start))
+    if encoding:
+        command = f"iconv -f {encoding} -t utf-8"
+        raise BadFile(f"is {encoding.upper()}, not UTF-8", f"convert it: {_through(file, command, compression)}")
+    nuls = start.count(0)
+    if nuls > max(_STRAY_BYTES, len(start) // 50):
+        raise BadFile(f"is not text: it has NUL bytes ({nuls:,} of {len(start):,})", "give UTF-8 text")
+    decoder = codecs.getincrementaldecoder("utf-8")
+    try:
+        text = decoder().decode(start, final=whole)
+    except UnicodeDecodeError as error:
+        text = decoder("replace").decode(start, final=whole)
+        if not by_row or text.count("\ufffd") > max(_STRAY_BYTES, len(text) // 50):
+            raise not_utf8(file, position=error.start, byte=start[error.start], compression=compression) from error
+    if nuls and not by_row:
+        raise has_nul(file, position=start.index(0), compression=compression)
+    text = text.removeprefix("\ufeff")
+    if whole and not text.strip():
+        raise BadFile(*EMPTY_FILE)
+    return text
+
+
+def _wide_encoding(start: bytes) -> str:
+    """Return the encoding of UTF-16 text that has no byte order mark: every other byte of ASCII in it is NUL."""
+    even, odd, pairs = start[:4096:2].count(0), start[1:4096:2].count(0), len(start[:4096]) // 2
+    if pairs < 4 or max(even, odd) < 0.6 * pairs or min(even, odd) > 0.02 * pairs:
+        return ""
+    return "utf-16le" if odd > even else "utf-16be"
+
+
+def _kind_of(text: str, ending: Kind, *, whole: bool) -> Kind:
+    if text.lstrip().startswith(("{", "[")) and (found := _json_kind(text, ending, whole=whole)):
+        return found
+    if ending == "jsonl" and any(map(_is_object, _lines(text, whole=whole))):
+        return "jsonl"  # whose first line is bad: reading it names the line
+    if ending == "markup" or re.match(r"\s*<(!doctype|html|\?xml)\b", text[:200], re.IGNORECASE):
+        return "markup"
+    return "csv" if ending == "csv" or _is_table(text) else "text"
+
+
+def _json_kind(text: str, ending: Kind, *, whole: bool) -> Kind | None:
+    """Return which JSON a text that begins with a bracket is; ``None`` for one that only begins so."""
+    lines = _lines(text, whole=whole)
+    objects = sum(map(_is_object, lines))
+    if objects == len(lines) == 1 and ending == "json" and not _is_row(json.loads(lines[0])):
+        return "json"
+    if objects and 2 * objects >= len(lines):
+        return "jsonl"
+    body = text.lstrip()
+    try:
+        first, end = json.JSONDecoder().raw_decode(body)
+    except (ValueError, RecursionError):  # cut off, or damaged
+        if not re.match(r'(\[\s*)?\{\s*"(\\.|[^"\\])*"\s*:', body):
+            return None
+        return "jsonl" if body.startswith("{") and "\n" not in body.rstrip() else "json"
+    rest = body[end:].lstrip()
+    return "json" if first and (not rest or rest[0] == body[0]) else None
+
+
+def _lines(text: str, *, whole: bool) -> list[str]:
+    """Return the first lines that are not blank, without one that was cut off."""
+    lines = [line for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    return (lines if whole else lines[:-1])[:_ROWS_TRIED]
+
+
+def _is_row(found: dict[str, Any]) -> bool:
+    """Return whether the only object of a file is a row, and not what rows are in (``{"data": […]}``)."""
+    return "messages" in found or any(isinstance(value, str) for value in found.values())
+
+
+def _is_object(line: str) -> bool:
+    if not line.lstrip().startswith("{"):
+        return False
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _is_table(text: str) -> bool:
+    """Return whether text without a telling ending is a table: a header that names text, and rows of its length."""
+    delimiter = _delimiter(text)
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header, *others = itertools.islice(filter(None, rows), _ROWS_TRIED)
+    except (csv.Error, ValueError):
+        return False
+    names = [name.lower() for name in header]
+    return (
+        len(names) > 1
+        and bool(TEXT_COLUMNS.intersection(names))
+        and len(set(names)) == len(names)
+        and all(re.fullmatch(r"[\w.-]+( [\w.-]+)?", name) for name in names)
+        and len(others) > 1
+        and all(len(row) == len(names) for row in others)
+    )
+
+
+def _delimiter(text: str) -> str:
+    header = re.sub(r'"[^"]*"', "", re.split(r"[\r\n]", text, maxsplit=1)[0])
+    return max(_DELIMITERS, key=header.count)
+
+
+def full_ending(file: Path) -> str:
+    """Return the ending of a file's name, with that of its compression (``.jsonl.gz``)."""
+    plain = _without_compression(file)
+    return plain.suffix + (file.suffix if plain != file else "")
+
+
+def kind_of_ending(ending: str) -> Kind:
+    """Return what an ending says of a file; ``text`` if nothing."""
+    return _ending(Path(f"x{ending}"))
+
+
+def _ending(file: Path) -> Kind:
+    return _ENDINGS.get(_without_compression(file).suffix.lower(), "text")
+
+
+def _without_compression(file: Path) -> Path:
+    return file.with_suffix("") if file.suffix.lower() in _COMPRESSED_ENDINGS else file
+
+
+def _quoted(file: Path) -> str:
+    return shlex.quote(str(file))
+
+
+def _through(file: Path, command: str, compression: Compression) -> str:
+    """Return the command line that writes what ``command`` makes of the unpacked content, beside the file."""
+    plain = _without_compression(file)
+    target = shlex.quote(str(plain.with_name(f"{plain.stem}.utf8{plain.suffix}")))
+    if compression:
+        return f"{_UNPACKERS[compression]} {_quoted(file)} | {command} > {target}"
+    return f"{command} < {_quoted(file)} > {target}"

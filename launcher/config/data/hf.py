@@ -1,0 +1,430 @@
+"""Data sets of the Hugging Face hub, folders of ``datasets``, and local files of rows."""
+
+from __future__ import annotations
+
+import functools
+import glob
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.config.data import files
+from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
+from launcher.config.data.formats import (
+    FORMAT_OF,
+    KIND_NAMES,
+    LOOKED_AT_BYTES,
+    BadFile,
+    FileFormat,
+    full_ending,
+    inspect_file,
+    kind_of_ending,
+    look_bytes_of_each,
+)
+from launcher.config.data.rows import FirstRows, Record, first_rows, json_type, read_rows
+from launcher.config.option_text import quoted_word
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.utils.text import did_you_mean
+
+if TYPE_CHECKING:
+    import datasets
+
+COLUMNAR = ("parquet", "arrow")
+_FORMATS = ("arrow", "csv", "json", "parquet", "text")
+_LONGEST_LINE_BYTES = 256 << 20
+_FILES_READ = 64
+"""Files whose first rows are read before anything starts."""
+_SKIP = "set data.skip_bad_rows=true to leave such rows out"
+_DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
+"""Files of JSON in the folder of a data set that hold no rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfData(Corpus):
+    """Anything ``datasets.load_dataset`` opens, one document a row."""
+
+    kind: ClassVar[str] = "hf"
+    headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+
+    path: PathText
+    """A hub name (``wikitext``), a local folder, or a format name (``json``, ``csv``, ``parquet``) with ``files``."""
+
+    name: str | None = None
+    """The configuration of the data set, where it has several."""
+
+    split: str = "train"
+    """The split to read; ``held_out`` is cut from its end."""
+
+    column: str = "text"
+    """The column that holds the text."""
+
+    files: tuple[PathText, ...] | PathText = ()
+    """A local file or glob, or a list of them, when ``path`` is a format name; compressed (gzip, bz2, xz, zstd) or
+    not."""
+
+    skip_bad_rows: bool = False
+    """Leave out rows without text in ``column`` (null, a number, a list) or that cannot be read, and print how many
+    there were; otherwise the first one ends the run."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a format without files, and files without a format."""
+        yield from super().problems()
+        if self.path in _FORMATS and not self.files:
+            fix = f"set data.files=[file.{self.path}]"
+            yield ConfigError("data.files", "[]", why=f"data.path={self.path} is a format and needs files", fix=fix)
+        if self.path not in _FORMATS and self.files:
+            why = f"files need a format as data.path, which is {self.path}"
+            yield ConfigError(
+                "data.files", list(self.patterns), why=why, fix=f"data.path: {did_you_mean(self.path, _FORMATS)}"
+            )
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
+        yield from super().preflight()
+        if self.files:
+            if not self.split.startswith("train"):
+                yield self.refuse("split", "local files have one split", "set data.split=train, or train[:50%]")
+            found, errors = files.expand(self.patterns, option="data.files")
+            yield from errors
+            yield from files.first_errors(self._refuse_files(found), option="data.files")
+        elif given := self._files_as_path():
+            yield self._refuse_files_as_path(given)
+        elif self._is_local():
+            yield from self._refuse_folder(self._local_folder())
+
+    def fingerprint(self) -> str:
+        """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
+        where = [self.name, self.split, self.column, self.path]
+        if self.skip_bad_rows:
+            where.append("skip_bad_rows")
+        if self.files:
+            where.append(files.fingerprint(files.expand(self.patterns, option="data.files")[0]))
+        elif self._is_local():
+            where.append(files.fingerprint(sorted(file for file in self._local_folder().rglob("*") if file.is_file())))
+        return json.dumps(where)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The names and globs of ``files``."""
+        return (self.files,) if isinstance(self.files, str) else self.files
+
+    @property
+    def source_option(self) -> str:
+        """The option that names the text."""
+        return "data.files" if self.files else "data.path"
+
+    def small_pieces(self) -> list[TextChunk] | None:
+        """Return the whole text of small local files."""
+        found = files.expand(self.patterns, option="data.files")[0] if self._reads_files else []
+        if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
+            return None
+        return files.beginning(self.pieces(), SMALL_CHARS)
+
+    def pieces(self) -> Iterator[TextChunk]:
+        """Yield each row's text."""
+        num_rows = num_bad = 0
+        is_empty = True
+        for where, record in self._file_rows() if self._reads_files else self._dataset_rows():
+            num_rows += 1
+            problem = self._problem_of(record)
+            if not problem:
+                text = record.fields[self.column]
+                is_empty = is_empty and not text.strip()
+                yield TextChunk(text, ends=True)
+            elif self.skip_bad_rows:
+                num_bad += 1
+            else:
+                raise self._refuse_row(record, problem, where)
+        if is_empty:
+            why = f"none of {num_rows:,} rows holds text" if num_rows else "there are no rows"
+            raise ConfigError("data.column", self.column, why=why, fix="choose a column of text, or give other files")
+        if num_bad:
+            source = ", ".join(self.patterns) or self.path
+            _print_once(
+                f"{num_bad:,} of {num_rows:,} rows of {source} hold no text: left out (data.skip_bad_rows=true)"
+            )
+
+    @property
+    def _reads_files(self) -> bool:
+        """Whether rows come from local files, which have one split; slices of it are left to ``datasets``."""
+        return bool(self.files) and self.split == "train"
+
+    def _file_rows(self) -> Iterator[tuple[str, Record]]:
+        """Yield the rows of all files, each with where it stands."""
+        found, errors = files.expand(self.patterns, option="data.files")
+        if errors:
+            raise errors[0]
+        for file in found:
+            try:
+                written = self._inspect(file)
+                unit = "row" if written.kind in ("json", *COLUMNAR) else "line"
+                first = self._first_rows(file, written)
+                if first.columns and self.column not in first.columns:
+                    raise self._refuse_column(file, first)
+                for record in read_rows(file, written, longest_line=_LONGEST_LINE_BYTES, column=self.column):
+                    yield f"{unit} {record.line:,} of {file}", record
+            except BadFile as bad:
+                raise ConfigError("data.files", file, why=bad.why, fix=bad.fix) from bad
+            except OSError as error:
+                why = f"cannot be read: {error.strerror or error}"
+                raise ConfigError("data.files", file, why=why, fix="check the disk it is on") from error
+
+    def _dataset_rows(self) -> Iterator[tuple[str, Record]]:
+        rows = self._load()
+        if self.column not in rows.column_names:
+            raise self._refuse_column(self.path, FirstRows(tuple(rows.column_names), ()))
+        number = 0
+        try:
+            for number, value in enumerate(rows[self.column], 1):
+                yield f"row {number:,}", Record(number - 1, number, {self.column: value})
+        except UnicodeDecodeError as error:  # datasets checks no text as it loads it
+            self._refuse_bad_row_of_folder()
+            byte = error.object[error.start]
+            why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
+            raise ConfigError("data.path", self.path, why=why, fix="mend the row, or take another data set") from error
+
+    def _problem_of(self, record: Record) -> str:
+        """Return why a row gives no text; empty if it does."""
+        if record.problem:
+            return record.problem
+        value = record.fields.get(self.column)
+        if value is None:
+            return f"has no text in column {self.column}: it is {'null' if self.column in record.fields else 'missing'}"
+        if isinstance(value, str):
+            return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no character"
+        return f"has no text in column {self.column}: it is {_type_of(value)}"
+
+    def _refuse_row(self, record: Record, problem: str, where: str) -> ConfigError:
+        if record.problem:
+            return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=f"mend it, or {_SKIP}")
+        return self.refuse("column", f"{where} {problem}", _SKIP)
+
+    def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
+        """Return how a file is written.
+
+        Raises:
+            BadFile: it cannot be read, or is of another format than ``path`` says.
+        """
+        plain = f"data=text {quoted_word('data.path', str(file))} data.format=text"
+        found = inspect_file(file, plain=plain, by_row=self.skip_bad_rows, look_bytes=look_bytes)
+        if self.path != FORMAT_OF.get(found.kind, found.kind):
+            fix = f"set data.path={FORMAT_OF[found.kind]}" if found.kind in FORMAT_OF else f"set {plain}"
+            raise BadFile(f"holds {KIND_NAMES[found.kind]}, and data.path is {self.path}", fix)
+        return found
+
+    def _first_rows(self, file: Path, found: FileFormat) -> FirstRows:
+        return first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
+
+    def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
+        """Yield what cannot be read of the files, and what the rows of the first ones show."""
+        look_bytes = look_bytes_of_each(len(found))
+        for number, file in enumerate(found):
+            try:
+                written = self._inspect(file, look_bytes=look_bytes)
+                if written.compression == "zstd" and not self._reads_files:
+                    why = f"datasets takes slices, and does not unpack zstd ({file})"
+                    yield self.refuse("split", why, "set data.split=train, or unpack the files")
+                    return
+                if number >= _FILES_READ:
+                    continue
+                first = self._first_rows(file, written)
+            except BadFile as bad:
+                yield ConfigError("data.files", file, why=bad.why, fix=bad.fix)
+                continue
+            if first.is_empty:
+                yield ConfigError("data.files", file, why="holds no rows", fix="give a file that does")
+            elif error := self.refuse_first_rows(file, first):
+                yield error
+
+    def refuse_first_rows(self, file: Path, first: FirstRows) -> ConfigError | None:
+        """Return what the first rows of a file show against it."""
+        if first.columns and self.column not in first.text_columns:
+            return self._refuse_column(file, first)
+        if self.skip_bad_rows:
+            return None
+        bad = ((record, problem) for record in first.records if (problem := self._problem_of(record)))
+        record, problem = next(bad, (None, ""))
+        return self._refuse_row(record, problem, f"line {record.line:,} of {file}") if record else None
+
+    def _refuse_column(self, where: object, first: FirstRows) -> ConfigError:
+        """Return the error for a column that is not there or holds no text, with those that do."""
+        others = first.text_columns or first.columns
+        names = ", ".join(first.columns)
+        if self.column in first.columns:
+            values = (record.fields.get(self.column) for record in first.records)
+            held = next((_type_of(value) for value in values if value is not None), "null, or of another type")
+            why = f"holds no text in {where} ({held})"
+        else:
+            why = f"{where} has no such column; it has {names or 'none'}"
+        if not first.text_columns and (first.records or self.column in first.columns):
+            fix = "no column holds text: write one that does, a string a row"
+        else:
+            fix = did_you_mean(self.column, others)
+        return self.refuse("column", why, fix)
+
+    def _files_as_path(self) -> list[Path]:
+        """Return the files that ``path`` names, where it should name a folder, a format or the hub."""
+        full = str(Path(self.path).expanduser())
+        if self.path in _FORMATS or Path(full).is_dir():
+            return []
+        if Path(full).is_file():
+            return [Path(full)]
+        return sorted(Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file())  # noqa: PTH207
+
+    def _refuse_files_as_path(self, found: Sequence[Path]) -> ConfigError:
+        """Return the error for files given as ``path``, with the command that reads them."""
+        why = "is a file" if len(found) == 1 else f"matches {len(found):,} files"
+        plain = f"data=text {quoted_word('data.path', self.path)}"
+        try:
+            written = inspect_file(found[0], plain=f"{plain} data.format=text")
+            if written.kind in FORMAT_OF:
+                fix = rows_command(found[0], written, [self.path], column=self.column)
+            else:
+                fix = plain if written.kind == "text" else f"{plain} data.format=text"
+        except BadFile as bad:
+            return self.refuse("path", f"{why} that {bad.why}" if len(found) == 1 else f"{found[0]} {bad.why}", bad.fix)
+        return self.refuse("path", f"{why}, not a folder or a data set of the hub", f"set {fix}")
+
+    def _refuse_folder(self, folder: Path) -> Iterator[ConfigError]:
+        """Yield what keeps ``datasets`` from reading a local folder, or its files from having the column."""
+        if not folder.is_dir():
+            yield self.refuse(
+                "path", "there is no such folder or file", "give a folder of data files, or a data set of the hub"
+            )
+            return
+        found = files.endings(folder)
+        if not found:
+            yield self.refuse("path", "is a folder without files", "give a folder of data files")
+            return
+        known = [ending for ending in found if kind_of_ending(ending) in FORMAT_OF]
+        packed = [ending for ending in found if ending.endswith((".zst", ".zstd"))]
+        saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+        if saved and ".arrow" in found:  # what save_to_disk wrote, which load_dataset refuses
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*.arrow"])
+            yield self.refuse("path", "was written by save_to_disk", f"set data.path=arrow {words}")
+        elif packed:
+            kind = FORMAT_OF.get(kind_of_ending(packed[0]), "text")
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{packed[0]}"])
+            yield self.refuse(
+                "path", "holds zstd files, which datasets does not unpack", f"set data.path={kind} {words}"
+            )
+        elif len(known) == 1 and self.split == "train":
+            yield from self._refuse_folder_column(folder, known[0])
+
+    def _refuse_folder_column(self, folder: Path, ending: str) -> Iterator[ConfigError]:
+        file = min(
+            (file for file in _data_files(folder) if full_ending(file) == ending),
+            default=None,
+        )
+        if file is None:
+            return
+        try:
+            first = self._first_rows(file, inspect_file(file, plain="data=text data.format=text"))
+        except BadFile as bad:
+            yield ConfigError("data.path", file, why=bad.why, fix=bad.fix)
+            return
+        if first.columns and (error := self.refuse_first_rows(file, first)):
+            yield error
+
+    def _load(self) -> datasets.Dataset:
+        import datasets
+
+        found = [str(file) for file in files.expand(self.patterns, option="data.files")[0]]
+        keywords: dict[str, Any] = {}
+        if self.path == "csv" and found:
+            keywords = {"keep_default_na": False, "sep": self._inspect(Path(found[0])).delimiter}
+        datasets.disable_progress_bars()
+        try:
+            return datasets.load_dataset(
+                str(self._local_folder()) if self._is_local() else self.path,
+                self.name,
+                split=self.split,
+                data_files=found or None,
+                **keywords,
+            )
+        except (ConnectionError, TimeoutError) as error:
+            raise EnvironmentProblem(
+                f"data.path={self.path} is not in the local cache and the hub cannot be reached; fetch it where there "
+                f"is a network with `hf download --repo-type dataset {self.path}` and give that folder, or use "
+                "data=text"
+            ) from error
+        except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
+            self._refuse_bad_row_of_folder()
+            first = str(error.__cause__ or error).strip().split("\n")[0]
+            fix = "check data.path, data.name, data.split and data.files"
+            raise self.refuse("path", f"datasets cannot read it: {first}", fix) from error
+
+    def _refuse_bad_row_of_folder(self) -> None:
+        """Raise the error for the first row of a local folder that cannot be read: ``datasets`` names no place."""
+        if not self._is_local():
+            return
+        for file in _data_files(self._local_folder()):
+            if kind_of_ending(full_ending(file)) not in FORMAT_OF:
+                continue
+            try:
+                found = inspect_file(file, plain="data=text data.format=text")
+                bad = (record for record in read_rows(file, found, longest_line=_LONGEST_LINE_BYTES) if record.problem)
+                record = next(bad, None)
+            except BadFile as problem:
+                raise ConfigError("data.path", file, why=problem.why, fix=problem.fix) from problem
+            if record is not None:
+                raise ConfigError("data.path", file, why=f"line {record.line:,} {record.problem}", fix="mend the line")
+
+    def _is_local(self) -> bool:
+        return self.path.startswith(("/", "./", "../", "~")) or (
+            self.path not in _FORMATS
+            and (self._local_folder().is_dir() or kind_of_ending(full_ending(Path(self.path))) in FORMAT_OF)
+        )
+
+    def _local_folder(self) -> Path:
+        return Path(self.path).expanduser()
+
+
+def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column: str = "text") -> str:
+    """Return the overrides with which rows are read: those of ``names``, of which ``file`` is the first.
+
+    Raises:
+        BadFile: it has no column of text.
+    """
+    data = HfData(path=FORMAT_OF[found.kind], files=tuple(names), column=column)
+    first = first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
+    if first.text_columns and column not in first.text_columns:
+        data = replace(data, column=first.text_columns[0])
+    error = data.refuse_first_rows(file, first)
+    if first.is_empty or (error is not None and data.column not in first.text_columns):
+        columns = f" (its columns: {', '.join(first.columns)})" if first.columns else ""
+        raise BadFile(f"holds {KIND_NAMES[found.kind]} and no column of text{columns}", "write one, a string a row")
+    words = ["data=hf", f"data.path={data.path}", quoted_word("data.files", list(names))]
+    if data.column != "text":
+        words.append(quoted_word("data.column", data.column))
+    if error is not None:
+        words.append("data.skip_bad_rows=true")
+    return " ".join(words)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """Return the files of a folder in the order of their names, without hidden ones and descriptions."""
+    found = (file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
+    return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _type_of(value: object) -> str:
+    if isinstance(value, list) and value and isinstance(value[0], dict) and "role" in value[0]:
+        return "a chat (a list of messages)"
+    return json_type(value)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+@functools.cache
+def _print_once(message: str) -> None:
+    print(message, flush=True)

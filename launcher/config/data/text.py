@@ -1,0 +1,135 @@
+"""Text files as training data."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from launcher.config.data import files
+from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
+from launcher.config.data.formats import (
+    KIND_NAMES,
+    LOOKED_AT_BYTES,
+    BadFile,
+    FileFormat,
+    Kind,
+    inspect_file,
+    look_bytes_of_each,
+)
+from launcher.config.data.hf import COLUMNAR, HfData, rows_command
+from launcher.config.paths import PathText
+from launcher.config.schema import defaults
+from launcher.errors import ConfigError
+
+_PYTHON_DOCS = "python-docs"
+_AS_IT_STANDS = ", or data.format=text to train on it as it stands"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Text(Corpus):
+    """Text files, or Python's own documentation, which every CPython carries."""
+
+    kind: ClassVar[str] = "text"
+    headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+
+    path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
+    """Files or globs, one document a file, compressed (gzip, bz2, xz, zstd) or not; ``python-docs`` is
+    ``pydoc_data.topics``, 465 kB of English."""
+
+    format: Literal["auto", "text"] = "auto"
+    """``auto`` refuses files that hold rows or markup (JSON, CSV, HTML), by content and ending; ``text`` trains on any
+    UTF-8 text as it stands."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse an empty list of files besides what every corpus refuses."""
+        yield from super().problems()
+        if not self.path:
+            yield ConfigError("data.path", "[]", why="names no file", fix=f"set data.path={_PYTHON_DOCS}")
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield every file that is missing, empty or not text."""
+        yield from super().preflight()
+        if self.path == _PYTHON_DOCS:
+            if importlib.util.find_spec("pydoc_data") is None:
+                fix = "install Python's standard library whole, or set data.path to text files"
+                yield self.refuse("path", "this Python lacks the module pydoc_data", fix)
+            return
+        found, errors = self._files()
+        yield from errors
+        yield from files.first_errors(self._refuse_files(found), option="data.path")
+
+    def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
+        """Yield what cannot be read, and what is no plain text, all files of one format together."""
+        others: dict[Kind, list[Path]] = {}
+        look_bytes = look_bytes_of_each(len(found))
+        for file in found:
+            try:
+                kind = self._inspect(file, look_bytes=look_bytes).kind
+            except BadFile as bad:
+                yield ConfigError("data.path", file, why=bad.why, fix=bad.fix)
+                continue
+            if kind != "text":
+                others.setdefault(kind, []).append(file)
+        given = [self.path] if isinstance(self.path, str) else list(self.path)
+        for kind, files_of_kind in others.items():
+            names = given if len(files_of_kind) == len(found) else list(map(str, files_of_kind))
+            yield self._refuse_kind(kind, files_of_kind, names)
+
+    def _refuse_kind(self, kind: Kind, files_of_kind: Sequence[Path], names: list[str]) -> ConfigError:
+        first = files_of_kind[0]
+        why = f"holds {KIND_NAMES[kind]}, not plain text"
+        if len(files_of_kind) > 1:
+            why += f", and so do {len(files_of_kind) - 1:,} more"
+        if kind == "markup":
+            fix = "extract its text, or set data.format=text to learn the tags too"
+            return ConfigError("data.path", first, why=why, fix=fix)
+        try:
+            fix = f"set {rows_command(first, self._inspect(first), names)}"
+            if self.vocab_size != defaults(HfData)["vocab_size"]:
+                fix += f" data.vocab_size={self.vocab_size}"
+        except BadFile as bad:
+            return ConfigError("data.path", first, why=bad.why, fix=f"{bad.fix}{_AS_IT_STANDS}")
+        return ConfigError("data.path", first, why=why, fix=fix + ("" if kind in COLUMNAR else _AS_IT_STANDS))
+
+    def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
+        return inspect_file(file, plain="data.format=text", as_text=self.format == "text", look_bytes=look_bytes)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the contents."""
+        if self.path == _PYTHON_DOCS:
+            return hashlib.sha256("\0".join(_python_docs()).encode()).hexdigest()
+        return files.fingerprint(self._files()[0])
+
+    def pieces(self) -> Iterator[TextChunk]:
+        """Yield Python's topics by name, or the files by path."""
+        if self.path == _PYTHON_DOCS:
+            yield from (TextChunk(text, ends=True) for text in _python_docs())
+            return
+        for file in self._files()[0]:
+            try:
+                found = self._inspect(file)
+                if found.kind != "text" and self.format == "auto":
+                    raise self._refuse_kind(found.kind, [file], [str(file)])
+                yield from files.read_pieces(file, found)
+            except BadFile as bad:
+                raise ConfigError("data.path", file, why=bad.why, fix=bad.fix) from bad
+
+    def small_pieces(self) -> list[TextChunk] | None:
+        """Return the whole text of a small corpus."""
+        found = [] if self.path == _PYTHON_DOCS else self._files()[0]
+        if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
+            return None
+        return files.beginning(self.pieces(), SMALL_CHARS)
+
+    def _files(self) -> tuple[list[Path], list[ConfigError]]:
+        return files.expand([self.path] if isinstance(self.path, str) else self.path, option="data.path")
+
+
+def _python_docs() -> list[str]:
+    from pydoc_data.topics import topics
+
+    return [topics[name] for name in sorted(topics)]

@@ -1,0 +1,144 @@
+"""What generating jobs share: engine limits, API keys, templates, unsupported combinations."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launcher.config.model.config_json import attention_windows, non_attention_layers
+from launcher.config.model.transformers_support import attention_support
+from launcher.config.parallel.pipeline import Pipeline
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+
+
+BatchingMode = Literal["continuous", "dynamic", "static", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineLimits:
+    """Room and rhythm of an engine; fields mean what those of ``GeneratingJob`` of the same name do."""
+
+    batching: BatchingMode = "continuous"
+    max_requests: int = 32
+    kv_tokens: int | None = None
+    prefill_chunk: int = 256
+    prefix_cache: bool = True
+    max_batch: int = 16
+    max_wait_s: float = 0.1
+    bucket: int = 32
+    ageing_s: float = 10.0
+
+    def rank(self, *, arrived_s: float, priority: int) -> float:
+        """Return a request's place in line, the smallest first: waiting for ``ageing_s`` makes up for one priority."""
+        return arrived_s / self.ageing_s - priority
+
+
+API_KEYS_VARIABLE = "LAUNCHER_API_KEYS"
+
+
+def validate_api_keys_variable(environ: Mapping[str, str]) -> Iterator[ConfigError]:
+    """Yield a variable of keys that is set and holds none."""
+    if API_KEYS_VARIABLE in environ and not api_keys_from_environ(environ):
+        why = "it is set but holds no key, so anyone could use the server"
+        fix = f"write keys into it, with commas between, or type: unset {API_KEYS_VARIABLE}"
+        # not the name alone: what follows a name of keys and a colon is hidden as a secret
+        yield ConfigError(f"the variable {API_KEYS_VARIABLE} of the environment", why=why, fix=fix)
+
+
+def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the API keys of the environment: separated by commas or line ends."""
+    words = re.split(r"[,\n]", environ.get(API_KEYS_VARIABLE, ""))
+    return tuple(word.strip() for word in words if word.strip())
+
+
+DEFAULT_TEMPLATE = "default"
+"""The template that is used where none is named, as Transformers has it."""
+
+
+def template_names(folder: Path) -> Sequence[str]:
+    """Return the names of the templates in a tokenizer's folder, without loading it; what cannot be read has none."""
+    found = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")}
+    if (folder / "chat_template.jinja").is_file():
+        found.add(DEFAULT_TEMPLATE)
+    if found:  # with files of templates, Transformers does not look at those in the settings
+        return sorted(found)
+    try:
+        given = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        given = None
+    if isinstance(given, str):
+        found.add(DEFAULT_TEMPLATE)
+    elif isinstance(given, list):
+        found |= {str(entry["name"]) for entry in given if isinstance(entry, dict) and "name" in entry}
+    return sorted(found)
+
+
+def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iterator[ConfigError]:
+    """Yield why an engine cannot compute what a run asks for.
+
+    Args:
+        run: of a job that generates.
+        world_size: ranks that hold one model between them.
+        engine: ``slots`` or ``transformers``.
+    """
+    if engine == "slots" and run.attention.kind != "sdpa":
+        why = "job.engine=slots computes attention over pages by kernels of its own"
+        yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
+    if engine == "slots" and (why_not := _unsupported_reason(run)) is not None:
+        yield unsupported_model(str(run.model.family()), why_not)
+    if engine == "transformers" and run.attention.kind == "flex":
+        why = "Transformers' continuous batching knows eager, sdpa and flash"
+        yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
+    if run.compile.kind != "false":
+        why = f"shapes change with every step of job.engine={engine}"
+        yield ConfigError("compile", run.compile.kind, why=why, fix="set compile=false")
+    if run.precision.kind == "fp8":
+        why = f"job.engine={engine} has no 8-bit products"
+        yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
+    degrees = run.parallel.degrees(world_size)
+    spread = {"fsdp": degrees.tensor, "pipeline": degrees.pipeline}.get(run.parallel.kind)
+    if world_size > 1 and spread != world_size:
+        why = f"job.engine=slots spreads a model over {world_size} ranks as slices of its matrices, or as stages"
+        fix = f"set parallel=tensor parallel.tensor={world_size}, or parallel=pipeline parallel.stages={world_size}"
+        yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
+    if isinstance(run.parallel, Pipeline):
+        yield from _unused_pipeline_options(run.parallel)
+
+
+def _unsupported_reason(run: Run) -> str | None:
+    """Return why pages cannot hold a model, as far as files tell; the rank compares results besides."""
+    config = run.model.stored_config()
+    marks = attention_support(str(config.get("model_type"))) if config is not None else None
+    if config is None or marks is None:
+        return None
+    if others := [*non_attention_layers(config), *(key for key, _ in attention_windows(config))]:
+        return f"keeps other things than keys and values of all tokens ({', '.join(others)})"
+    if marks.is_stateful:
+        return "keeps other things than keys and values of all tokens (a state)"
+    return (
+        None if marks.attention_backend and marks.sdpa else "computes attention by code that the engine cannot replace"
+    )
+
+
+def unsupported_model(family: str, why: str) -> ConfigError:
+    """Return the refusal of a model of that family."""
+    why = f"{family} {why}, which pages cannot hold exactly"
+    fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
+    return ConfigError("job.engine", "slots", why=why, fix=fix)
+
+
+def _unused_pipeline_options(parallel: Pipeline) -> Iterator[ConfigError]:
+    """Yield options that say how a pipeline trains, and are not what they are by default."""
+    usual = Pipeline(stages=parallel.stages)
+    for name in ("schedule", "micro_batches", "chunks", "balance", "data"):
+        value = getattr(parallel, name)
+        if value != getattr(usual, name):
+            why = "an engine sends the parts of a step through its stages as they come; this is about training"
+            yield parallel.refuse(name, why, f"leave parallel.{name} out")

@@ -1,0 +1,112 @@
+"""Job benchmark: run the benchmark that the group `benchmark` selects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.job.base import Job
+from launcher.config.job.train import Train
+from launcher.config.profile import ProfileUnit
+from launcher.config.schema import build
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkJob(Job):
+    """Run one benchmark and leave its results as JSON, Markdown and a picture."""
+
+    kind: ClassVar[str] = "benchmark"
+
+    @property
+    def profiled_by(self) -> ProfileUnit:
+        """Its cases, each once more."""
+        return "cases"
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse a seed that is none."""
+        yield from self.below(0, "seed")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the measurements."""
+        return run.benchmark.num_measurements if isinstance(run.benchmark, Benchmark) else 0
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Return the model and the data where the benchmark is about neither."""
+        benchmark = run.benchmark
+        if not isinstance(benchmark, Benchmark):
+            return frozenset()  # refused by itself
+        used = {"model": benchmark.needs_model, "data": benchmark.needs_data}
+        return frozenset(group for group, is_used in used.items() if not is_used)
+
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the most ranks that the benchmark and the strategy have work for."""
+        limits = (super().max_ranks(run), run.benchmark.max_ranks if isinstance(run.benchmark, Benchmark) else None)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
+        benchmark = run.benchmark
+        if not isinstance(benchmark, Benchmark):
+            why = "job=benchmark measures what the group benchmark names"
+            yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
+            return
+        yield from benchmark.refusals(self._measured(run), world_size=world_size)
+        if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
+            why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
+            yield ConfigError(
+                "backend.ranks", world_size, why=why, fix=f"set backend.ranks={benchmark.max_ranks}, on one host"
+            )
+        elif benchmark.server_options is not None:
+            from launcher.config.job.serve import Serve
+
+            mistakes: list[ConfigError] = []
+            build(Serve, benchmark.server_options, path="benchmark.serve", report=mistakes.append)
+            yield from mistakes
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield what this machine says against the benchmark, and against the model it is about."""
+        yield from super().preflight(run, run_dir)
+        if isinstance(run.benchmark, Benchmark):
+            yield from run.benchmark.preflight()
+            if run.benchmark.needs_model:
+                yield from run.model.preflight()
+            if run.benchmark.needs_data:
+                yield from run.data.preflight()
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the parts of the benchmark."""
+        if isinstance(run.benchmark, Benchmark):
+            yield from run.benchmark.outline(self._measured(run))
+
+    def _measured(self, run: Run) -> Run:
+        """Return the run that the benchmark is about: one that trains, where its cases take steps."""
+        options = run.benchmark.train_options if isinstance(run.benchmark, Benchmark) else None
+        return run if options is None else replace(run, job=Train(seed=self.seed, **options))
+
+    def files(self) -> Iterator[str]:
+        """Yield the results, for programs and for people."""
+        yield from ("benchmark.json", "benchmark.md", "benchmark.png")
+
+    def run(self, context: Context) -> None:
+        """Measure on this rank; rank 0 keeps what was found."""
+        from launcher.protocol.metrics import MetricsWriter
+
+        benchmark = context.run.benchmark
+        assert isinstance(benchmark, Benchmark), "refused before anything starts"
+        results = benchmark.run(replace(context, run=self._measured(context.run)))
+        if results is not None and context.is_main:
+            done = benchmark.num_measurements
+            with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:
+                metrics.record(done, **{f"benchmark/{name}": value for name, value in results.metrics.items()})
+            results.publish(context.run_dir)
+            if context.run.profile.kind == "true" and not any(context.run_dir.path.glob("**/profile/*.trace.json.gz")):
+                print(f"profile: benchmark={benchmark.kind} has nothing that could be recorded", flush=True)
+        context.heartbeat.beat("done", benchmark.num_measurements)

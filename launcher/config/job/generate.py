@@ -1,0 +1,214 @@
+"""Job generate: continue a file of prompts, one answer a line, in the order of the input."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import launcher
+from launcher.config.data.formats import BadFile
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+from launcher.inference.batch.output import fingerprint_of, owns_output, stored_fingerprint
+from launcher.inference.batch.prompt_file import PromptFile, open_prompt_file
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
+
+SAMPLE_INPUT = "sample"
+_LINE_OPTIONS = (
+    *("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p"),
+    *("repetition_penalty", "no_repeat_ngram", "beams"),
+)
+"""Options that are fields of a line, too."""
+_LINES_CHECKED = 1000
+"""If all of the first so many lines are bad, nothing is started."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate(GeneratingJob):
+    """Every rank has the model and does its share of the lines, or all ranks hold one model between them.
+
+    What a line says itself wins over the options here.
+    """
+
+    kind: ClassVar[str] = "generate"
+
+    input: PathText = SAMPLE_INPUT
+    """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
+    numbers) or ``messages`` (a chat), and whatever of ``id``, ``stop`` and the ways to sample it wants otherwise."""
+
+    format: Literal["auto", "jsonl", "json", "csv", "text"] = "auto"
+    """How it is written; ``auto`` goes by content and ending: JSON lines, a JSON list, a table with a header, or text
+    with a prompt a line. It may be compressed (gzip, bz2, xz, zstd)."""
+
+    output: PathText | None = None
+    """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
+
+    max_tokens: int = 128
+    """Tokens of an answer at most."""
+
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer and are no part of it."""
+
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+
+    top_k: int = 0
+    """Draw from this many of the most likely tokens; 0 draws from all."""
+
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens whose probabilities add up to this."""
+
+    min_p: float = 0.0
+    """Draw from tokens at least this times as likely as the most likely one."""
+
+    repetition_penalty: float = 1.0
+    """Divide scores of tokens that are in prompt or answer by this."""
+
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens occurs twice; 0 allows all."""
+
+    beams: int = 1
+    """Sequences that beam search keeps; 1 is no beam search."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sampling that is none, and endings that say nothing of the format."""
+        from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
+
+        yield from super().problems()
+        sampling = {name: value for name, value in self.usual.items() if name != "stop"}
+        for name, why, better in validate_sampling(SamplingParams(**sampling)):
+            yield self.refuse(name, why, f"set job.{name}={better:g}")
+        if why := validate_stop_strings(self.stop):
+            yield self.refuse("stop", why, "give fewer or shorter ones")
+        if "" in self.stop:
+            yield self.refuse("stop", "an empty text would end every answer", "leave it out")
+
+    @property
+    def usual(self) -> dict[str, Any]:
+        """Values of a line's fields where it says nothing."""
+        return {name: getattr(self, name) for name in _LINE_OPTIONS}
+
+    @property
+    def at_once(self) -> int:
+        """Requests that an engine works on together."""
+        return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+
+    @property
+    def has_own_input(self) -> bool:
+        """Whether the prompts are a file of the user's, not the shipped one."""
+        return self.input != SAMPLE_INPUT
+
+    def source(self) -> PromptFile:
+        """Return the input.
+
+        Raises:
+            ConfigError: it holds no prompts.
+        """
+        if not self.has_own_input:
+            return open_prompt_file(Path(launcher.__file__).parent / "inference" / "batch" / "sample.jsonl")
+        try:
+            return open_prompt_file(Path(self.input).expanduser(), self.format)
+        except BadFile as bad:
+            raise self.refuse("input", bad.why, bad.fix) from bad
+
+    def output_path(self, run_dir: RunDir) -> Path:
+        """Return the file of answers."""
+        return Path(self.output).expanduser() if self.output else run_dir.path / "generated.jsonl"
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return 0: the lines are counted by the ranks, who read the file."""
+        return 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse several ranks with a vLLM each."""
+        yield from super().refusals(run, world_size=world_size)
+        if self.engine == "vllm" and world_size > 1:
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
+
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the ranks of one engine where several are one, else as many as the strategy takes; 1 beside a vLLM."""
+        if self.engine == "vllm":
+            return 1
+        return run.parallel.degrees(1).product if self.spreads(run) else super().max_ranks(run)
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
+        yield from super().preflight(run, run_dir)
+        output = self.output_path(run_dir)
+        if self.input != SAMPLE_INPUT and not Path(self.input).expanduser().is_file():
+            yield self._refuse_missing()
+            return
+        try:
+            source = self.source()
+            yield from self.refuse_lines(source)
+        except ConfigError as error:
+            yield error
+            return
+        if not output.parent.is_dir() and self.output is not None:
+            yield self.refuse("output", f"there is no folder {output.parent}", "make it, or choose another")
+        stored = stored_fingerprint(run_dir.generated)
+        if stored is not None:
+            yield from fingerprint_of(run, self, source, digest=source.digest()).problems(stored, self)
+        if output.exists() and not owns_output(run_dir.generated, output):
+            yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
+
+    def _refuse_missing(self) -> ConfigError:
+        if Path(self.input).expanduser().is_dir():
+            return self.refuse("input", "is a folder", "give one file of prompts: cat FOLDER/*.jsonl > prompts.jsonl")
+        return self.refuse("input", "there is no such file", "give a file of prompts, or job.input=sample")
+
+    def refuse_lines(self, source: PromptFile) -> Iterator[ConfigError]:
+        """Yield why no line at the beginning can be answered, if that is so."""
+        from launcher.inference.batch.prompt_file import BadLine, check_fields
+
+        first, tried = "", 0
+        try:
+            for record in itertools.islice(source.records(lambda number: True), _LINES_CHECKED):
+                tried += 1
+                try:
+                    check_fields(record)
+                except BadLine as bad:
+                    first = first or f"line {record.line:,}: {bad}"
+                else:
+                    return
+        except BadFile as bad:
+            yield self.refuse("input", bad.why, bad.fix)
+            return
+        why = f"{first} ({'its only line' if tried == 1 else f'all {tried:,} lines that were read are bad'})"
+        yield self.refuse("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield from where to where, and how requests are put together."""
+        try:
+            yield "input", f"{self.input} ({self.source().format})"
+        except ConfigError:  # which the preflight reports
+            yield "input", self.input
+        yield "output", self.output or "generated.jsonl"
+        several = "of all" if self.spreads(run) else "on each of"
+        yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
+        yield "batching", f"{self.batching}, {self.at_once} sequences at once"
+
+    def files(self) -> Iterator[str]:
+        """Yield the answers, unless they go elsewhere, and where they are until all are there."""
+        if self.output is None:
+            yield "generated.jsonl"
+        yield "generated/ (until all lines are done)"
+
+    def run(self, context: Context) -> None:
+        """Do this rank's share."""
+        from launcher.engines.preemption import Preemption
+
+        preemption = Preemption()
+        preemption.listen()  # before the slow imports: until there is an answer to keep, whoever is asked leaves
+        from launcher.inference.batch.generate import generate
+
+        generate(self, context, preemption)

@@ -1,0 +1,201 @@
+"""Options that the jobs generate and serve share: engine, batching, limits, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
+from launcher.config.job.base import LEARNING_GROUPS, Job
+from launcher.config.paths import PathText
+from launcher.config.profile import ProfileUnit
+from launcher.errors import ConfigError
+from launcher.utils.files import exists
+from launcher.utils.text import counted, did_you_mean
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.protocol.rundir import RunDir
+
+
+_VLLM_PROBE_TIMEOUT_S = 30.0
+
+
+VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm_python=ENV/bin/python"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeneratingJob(Job):
+    """A job whose ranks generate text for many requests."""
+
+    engine: Literal["slots", "transformers", "vllm", "echo"] = "slots"
+    """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
+    batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a
+    model."""
+
+    tokenizer: PathText = "model"
+    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
+    byte, else a local folder that holds one."""
+
+    chat_template: str | None = None
+    """Name of the tokenizer's chat template for chats that name none; ``null`` takes the one named default."""
+
+    batching: BatchingMode = "continuous"
+    """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
+    ends with the longest; ``static`` does so in order of arrival, unsorted; ``none`` is one request after the other."""
+
+    max_requests: int = 32
+    """Requests that are worked on at the same time under ``continuous``."""
+
+    kv_tokens: int | None = None
+    """Tokens whose keys and values may be held at a time; ``null`` takes what max_requests of full length need, but
+    no more than a quarter of the memory that is free at the start."""
+
+    prefill_chunk: int = 256
+    """Prompt tokens in one step: what longest keeps others waiting for their next token."""
+
+    prefix_cache: bool = True
+    """Whether keys and values of equal beginnings are computed once and shared."""
+
+    max_batch: int = 16
+    """Requests in a batch under ``dynamic`` and ``static``."""
+
+    max_wait_s: float = 0.1
+    """How long the first request of a batch waits for others under ``dynamic`` and ``static``."""
+
+    bucket: int = 32
+    """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
+
+    ageing_s: float = 10.0
+    """Waiting for this long makes up for one step of priority."""
+
+    vllm_python: PathText | None = None
+    """The interpreter of an environment that has vLLM, for ``engine=vllm``."""
+
+    echo_step_s: float = 0.0
+    """Seconds that a step of ``engine=echo`` takes."""
+
+    @property
+    def profiled_by(self) -> ProfileUnit:
+        """Steps of the engine, in the process that computes them."""
+        return "engine steps"
+
+    @property
+    def limits(self) -> EngineLimits:
+        """What the engine is given of this."""
+        return EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)})
+
+    @property
+    def widens_bf16(self) -> bool:
+        """Whether the engine is the launcher's own."""
+        return self.engine == "slots"
+
+    @property
+    def reads_data(self) -> bool:
+        """Whether its tokenizer is the one that the group data trains or names."""
+        return getattr(self, "tokenizer", "") == "data"
+
+    @property
+    def copies(self) -> int:
+        """How many engines a rank keeps, each with the whole of the rank's weights."""
+        return 1
+
+    def spreads(self, run: Run) -> bool:
+        """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
+        degrees = run.parallel.degrees(1)
+        return degrees.tensor > 1 or degrees.pipeline > 1
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
+        data = set() if self.reads_data else {"data"}
+        return super().unused_groups(run) | LEARNING_GROUPS | data
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
+        yield from super().refusals(run, world_size=world_size)
+        most = run.parallel.degrees(1).product
+        if self.spreads(run) and self.engine != "slots":
+            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
+            yield self.refuse("engine", why, "set job.engine=slots or parallel=single")
+        if self.spreads(run) and world_size != most:
+            why = f"parallel={run.parallel.kind} makes an engine of {counted(most, 'rank')}"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
+        if self.engine == "vllm":
+            yield from self._refuse_for_vllm(run)
+        if run.profile.kind == "true" and self.engine != "slots":
+            why = f"engine={self.engine} computes nothing where torch's profiler would listen"
+            yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=slots")
+        if self.engine in ("slots", "transformers"):
+            together = most if self.spreads(run) and self.engine == "slots" else 1
+            yield from validate_engine(run, world_size=together, engine=self.engine)
+
+    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
+        if self.vllm_python is None:
+            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
+            yield self.refuse("engine", why, VLLM_REMEDY)
+        if run.model.quantization != "none":
+            why = "vLLM loads the weights as they are in the folder"
+            yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=slots")
+        if run.model.weights == "random":
+            why = "vLLM loads weights from a folder, and random ones are in none"
+            fix = "set model.weights=pretrained or a folder"
+            yield ConfigError("model.weights", run.model.weights, why=why, fix=fix)
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield an interpreter that has no vLLM, where it is asked for."""
+        yield from super().preflight(run, run_dir)
+        yield from validate_vllm(self)
+        yield from self._template_problems(run)
+
+    def _template_problems(self, run: Run) -> Iterator[ConfigError]:
+        """Yield a chat template that the tokenizer does not have, where its folder is here to look at."""
+        if self.chat_template is None or self.tokenizer in ("bytes", "data"):
+            return
+        for name in (run.model.weights, run.model.name) if self.tokenizer == "model" else (self.tokenizer,):
+            folder = Path(name).expanduser()
+            if not exists(folder / "tokenizer.json"):
+                continue
+            names = template_names(folder)
+            if self.chat_template not in names:
+                why = f"the tokenizer in {folder} has no such chat template"
+                yield self.refuse("chat_template", why, did_you_mean(self.chat_template, names))
+            return
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes that nothing fits in."""
+        yield from super().problems()
+        yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
+        yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
+        if self.engine in ("transformers", "vllm") and self.batching != "continuous":
+            yield self.refuse("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
+        if self.chat_template is not None and self.tokenizer in ("bytes", "data"):
+            yield self.refuse("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
+        if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
+            why = "vLLM's server takes its own, and this option would have no effect"
+            yield self.refuse("chat_template", why, "set job.engine=slots, or leave it out")
+        if self.ageing_s <= 0:
+            yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")
+
+
+def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
+    """Yield an interpreter that is none, or whose environment has no vLLM."""
+    if job.engine != "vllm" or job.vllm_python is None:
+        return
+    python = Path(job.vllm_python).expanduser()
+    if not os.access(python, os.X_OK) or python.is_dir():
+        yield job.refuse("vllm_python", "is no program", VLLM_REMEDY)
+        return
+    question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        answer = subprocess.run(
+            [python, "-c", question], capture_output=True, timeout=_VLLM_PROBE_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        yield job.refuse("vllm_python", f"does not run: {error}", VLLM_REMEDY)
+        return
+    if answer.returncode:
+        yield job.refuse("vllm_python", "its environment has no vLLM", VLLM_REMEDY)

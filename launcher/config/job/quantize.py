@@ -1,0 +1,122 @@
+"""Job quantize: store a model's weights in fewer bits and report what that saves and costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.data.base import Corpus
+from launcher.config.job.base import BatchedJob
+from launcher.config.paths import PathText
+from launcher.config.quantization import Quantization
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
+
+QUANTIZE_STAGES = ("build", "save", "compare", "measure", "sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(BatchedJob):
+    """The group ``quantization`` says how. Compares with the original: bytes, held-out text, speed, a sample."""
+
+    kind: ClassVar[str] = "quantize"
+    learns: ClassVar[bool] = False
+
+    output: PathText | None = None
+    """Folder of the weights; ``null`` is ``model`` in the run directory. One that has files in it is left alone."""
+
+    eval_sequences: int = 64
+    """Held-out sequences that both models are compared on."""
+
+    prompt: str = "The capital of France is"
+    """Text that both continue, greedily."""
+
+    sample_tokens: int = 32
+    """Tokens of that."""
+
+    tokenizer: PathText = "model"
+    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each byte,
+    else a local folder that holds one."""
+
+    rate_batches: tuple[int, ...] = (1, 8)
+    """Sequences at a time that speed is measured with; ``[]`` leaves speed out."""
+
+    rate_prompt: int = 128
+    """Tokens that each of these sequences begins with."""
+
+    rate_tokens: int = 32
+    """Tokens that each is continued by."""
+
+    repeats: int = 3
+    """Times that speed is measured, original and quantised in turn."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that measure nothing."""
+        yield from super().problems()
+        yield from self.below(1, "eval_sequences", "sample_tokens", "rate_prompt", "rate_tokens", "repeats")
+        if any(batch < 1 for batch in self.rate_batches):
+            yield self.refuse("rate_batches", "each must be at least 1", "set job.rate_batches=[1,8]")
+        if not self.prompt:
+            yield self.refuse("prompt", "there is nothing to continue", "leave it out")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the stages of the work."""
+        return len(QUANTIZE_STAGES)
+
+    def max_ranks(self, run: Run) -> int | None:
+        """One rank holds both models."""
+        return 1
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse a run that names no method, or has ranks that would have nothing to do."""
+        yield from super().refusals(run, world_size=world_size)
+        if not isinstance(run.quantization, Quantization):
+            why = "job=quantize does what the group quantization says"
+            yield ConfigError("quantization", "none", why=why, fix="set quantization=int8_weight")
+        if world_size > 1:
+            why = "one rank holds the original and the quantised model"
+            yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1 parallel=single")
+        if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.trains_tokenizer:
+            why = f"perplexity of {run.model.name} means something for its own tokens only"
+            yield ConfigError("data.tokenizer", "bpe", why=why, fix="set data.tokenizer=model")
+        if run.precision.kind in ("fp8", "fp16", "tf32"):
+            why = "what is not quantised stays in fp32 or bf16"
+            yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
+
+    def folder(self, run_dir: RunDir) -> Path:
+        """Return where the weights go."""
+        return Path(self.output).expanduser() if self.output else run_dir.path / "model"
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield a package that is missing, and an output that would be overwritten."""
+        yield from super().preflight(run, run_dir)
+        if isinstance(run.quantization, Quantization):
+            yield from run.quantization.preflight("quantization")
+        folder = self.folder(run_dir)
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            yield self.refuse("output", "is not an empty folder, and nothing is overwritten", "name another one")
+
+    def files(self) -> Iterator[str]:
+        """Yield the weights and the report."""
+        yield from ("quantize.json", "quantize.md")
+        if self.output is None:
+            yield "model/"
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield method and what is compared."""
+        if isinstance(run.quantization, Quantization):
+            doc = type(run.quantization).__doc__ or ""
+            yield "method", f"{run.quantization.kind}: {doc.strip().splitlines()[0].rstrip('.')}"
+        yield "compared on", f"{self.eval_sequences} held-out sequences of {self.sequence_length} tokens"
+
+    def run(self, context: Context) -> None:
+        """Do all of it on this rank."""
+        from launcher.benchmarks.quantize import quantize_model
+
+        quantize_model(self, context)

@@ -1,0 +1,295 @@
+"""Job serve: an OpenAI-compatible HTTP server, and the checks of packages, port and API keys."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.inference import API_KEYS_VARIABLE, validate_api_keys_variable
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+from launcher.utils.system import is_loopback
+from launcher.utils.text import bytes_text, counted
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
+
+
+_MAX_BODY_BYTES = 16 * 2**20
+
+
+_SHUTDOWN_SLACK_S = 20.0
+"""Beyond the drain: to tell who still waits, close connections and let engines go; an overloaded machine needs it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve(GeneratingJob):
+    """An OpenAI-compatible server: one process speaks HTTP, each engine is a process of its own."""
+
+    kind: ClassVar[str] = "serve"
+    ends_when_told: ClassVar[bool] = True
+
+    host: str = "127.0.0.1"
+    """Address to listen on; ``0.0.0.0`` is every network of the machine."""
+
+    port: int = 8000
+    """Port to listen on."""
+
+    served_name: str | None = None
+    """What clients call the model; ``null`` takes model.name."""
+
+    replicas: int = 1
+    """Engines side by side, each with all weights and its share of the cores. One where several ranks are an engine."""
+
+    warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
+    """Shapes (sequences, tokens) that an engine runs through before it is given requests."""
+
+    api_keys_file: PathText | None = None
+    """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
+    to them, and must hold one where it is set. Without any key anyone who can connect can use the server."""
+
+    allowed_hosts: tuple[str, ...] = ()
+    """Names by which clients may call a server without keys, besides ``localhost``, job.host and, unless it listens on
+    this machine alone, IP addresses and the machine's name; ``*`` allows all. Other Host headers are refused, because a
+    web page could otherwise use the server through its reader's browser."""
+
+    rate_per_minute: int | None = None
+    """Requests that each key, or without keys each client address, may make a minute; ``null`` sets no limit."""
+
+    max_body_bytes: int = 2 * 2**20
+    """Largest request body, at most 16 MiB."""
+
+    read_timeout_s: float = 30.0
+    """How long the headers of a request, and then its body, may take to arrive."""
+
+    max_connections: int = 2048
+    """Connections that are open at the same time; further ones are told to come back."""
+
+    max_queue: int = 256
+    """Sequences that may wait for an engine; further requests are refused with 429."""
+
+    max_choices: int = 64
+    """Sequences that one request may ask for: prompts times ``n``."""
+
+    queue_timeout_s: float = 60.0
+    """How long a request may wait before an engine begins it."""
+
+    request_timeout_s: float = 600.0
+    """How long a request may take as a whole."""
+
+    stall_s: float = 30.0
+    """An engine with work that finishes no step for so long makes the server not ready; after twice as long it is
+    ended and started anew."""
+
+    drain_s: float = 30.0
+    """Once told to end, how long the server finishes what it has accepted; what is left then gets an error."""
+
+    result_cache_bytes: int = 64 * 2**20
+    """Room for results of greedy and seeded requests, which are computed once; 0 keeps none."""
+
+    result_cache_ttl_s: float = 3600.0
+    """How long a result is kept."""
+
+    metrics_every_s: float = 5.0
+    """Seconds between lines of metrics.jsonl."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes and times that leave no server."""
+        yield from super().problems()
+        yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
+        yield from self.below(1024, "max_body_bytes")
+        yield from self.below(0, "result_cache_bytes", "drain_s")
+        for name in (
+            "read_timeout_s",
+            "queue_timeout_s",
+            "request_timeout_s",
+            "stall_s",
+            "result_cache_ttl_s",
+            "metrics_every_s",
+        ):
+            if getattr(self, name) <= 0:
+                yield self.refuse(name, "must be above 0", f"leave job.{name} out")
+        if self.max_body_bytes > _MAX_BODY_BYTES:
+            why = f"is more than {_MAX_BODY_BYTES}: reading a body so large would hold up other requests"
+            yield self.refuse("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
+        for name in self.allowed_hosts:
+            if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
+                fix = "give names or addresses alone: job.allowed_hosts=[models.example.org]"
+                yield ConfigError("job.allowed_hosts", name, why="is no name of a host", fix=fix)
+        if self.allowed_hosts and self.api_keys_file is not None:
+            why = "clients show keys (job.api_keys_file), so Host headers are not checked"
+            yield self.refuse("allowed_hosts", why, "leave job.allowed_hosts out")
+        if not 0 < self.port < 65536:
+            yield self.refuse("port", "must lie between 1 and 65535", "set job.port=8000")
+        for at, shape in enumerate(self.warm_up):
+            if len(shape) != 2 or min(shape) < 1:
+                why = "a shape is a number of sequences and a number of tokens, each at least 1"
+                yield ConfigError(f"job.warm_up[{at}]", list(shape), why=why, fix="set job.warm_up=[[1,10]]")
+
+    @property
+    def copies(self) -> int:
+        """One set of weights in each replica."""
+        return self.replicas
+
+    @property
+    def grace_s(self) -> float:
+        """The drain and what comes after it."""
+        return self.drain_s + _SHUTDOWN_SLACK_S
+
+    @property
+    def capacity(self) -> int:
+        """Sequences that all engines work on at the same time."""
+        at_once = {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+        return self.replicas * at_once
+
+    @property
+    def address(self) -> str:
+        """Where it is found from this machine."""
+        name = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{name}:{self.port}"
+
+    def name_of(self, run: Run) -> str:
+        """Return what clients call the model."""
+        return self.served_name or run.model.name
+
+    def max_ranks(self, run: Run) -> int:
+        """Return the ranks of one engine: replicas are no ranks."""
+        return run.parallel.degrees(1).product if self.spreads(run) else 1
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return 0: it ends when it is told to."""
+        return 0
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
+        yield from super().refusals(run, world_size=world_size)
+        if world_size > 1 and not self.spreads(run):
+            why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
+            fix = f"set backend.ranks=1 job.replicas={world_size}"
+            yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
+        if self.spreads(run) and self.replicas > 1:
+            why = f"the {self.max_ranks(run)} ranks together are one engine"
+            yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
+        if self.engine == "vllm" and (self.replicas > 1 or self.spreads(run)):
+            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
+        shape = run.model.shape()
+        for at, (_, tokens) in enumerate(self.warm_up):
+            if shape is not None and tokens > shape.context:
+                why = f"{run.model.name} takes at most {shape.context} tokens"
+                yield ConfigError(f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.context}]]")
+        if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
+            why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+            yield self.refuse("tokenizer", why, "set model.vocab_size=257 or more")
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield missing packages, a port that is taken, keys that cannot be read."""
+        yield from super().preflight(run, run_dir)
+        yield from validate_packages(self)
+        yield from validate_address(self)
+        yield from validate_api_keys(self)
+        if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
+            fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
+            yield self.refuse("tokenizer", "there is no such folder", fix)
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Warn of a server that other machines reach without keys."""
+        yield from super().notes(run, world_size=world_size)
+        if not is_loopback(self.host) and self.api_keys_file is None:
+            yield (
+                f"no authentication: anyone who can connect to {self.address} can use the server, unless "
+                "LAUNCHER_API_KEYS or job.api_keys_file is set"
+            )
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield what is served, where, by how many engines, and how requests are put together."""
+        yield "model", self.name_of(run)
+        yield "address", self.address
+        ranks = f" of {world_size} ranks" if world_size > 1 else ""
+        yield "engines", f"{counted(self.replicas, 'replica')} of engine={self.engine}{ranks}"
+        yield "batching", f"{self.batching}, {self.capacity} sequences at once, {self.max_queue} may wait"
+        shapes = " ".join(f"{sequences}×{tokens}" for sequences, tokens in self.warm_up)
+        yield "warm-up", shapes or "none"
+        keys = self.api_keys_file or "those in LAUNCHER_API_KEYS, else no authentication"
+        yield "keys", keys
+        room = f"{bytes_text(self.result_cache_bytes)} for {self.result_cache_ttl_s:g} s"
+        yield "results", f"kept in {room}" if self.result_cache_bytes else "not kept"
+        yield "to end", f"SIGTERM or Ctrl-C; {self.drain_s:g} s to finish what was accepted"
+
+    def run(self, context: Context) -> None:
+        """Serve from this rank until told to end."""
+        from launcher.inference.server.api_server import serve
+
+        serve(self, context)
+
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
+
+
+_PORTS_TRIED = 50
+
+
+def validate_packages(job: Serve) -> Iterator[ConfigError]:
+    """Yield what has to be installed first, in one line."""
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        why = f"it needs {', '.join(missing)}"
+        yield ConfigError("job", job.kind, why=why, fix="pip install 'launcher[serve]'")
+
+
+def validate_address(job: Serve) -> Iterator[ConfigError]:
+    """Yield an address that this machine does not have, or a port that cannot be listened on."""
+    trouble = _bind_error(job.host, job.port)
+    if trouble is None:
+        return
+    if isinstance(trouble, socket.gaierror) or trouble.errno == 99:  # EADDRNOTAVAIL
+        yield job.refuse("host", f"is no address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
+        return
+    if isinstance(trouble, PermissionError):
+        yield job.refuse("port", "only root may listen there", "set job.port=8000 or another above 1023")
+        return
+    free = next(
+        (port for port in range(job.port + 1, job.port + _PORTS_TRIED) if _bind_error(job.host, port) is None), None
+    )
+    fix = f"set job.port={free}, which is free" if free else "set job.port to a free one"
+    yield job.refuse("port", f"somebody listens on {job.host}:{job.port} already", fix)
+
+
+def _bind_error(host: str, port: int) -> OSError | None:
+    """Return why nobody can listen there."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except (OSError, OverflowError, UnicodeError) as error:
+        return error if isinstance(error, OSError) else OSError(22, str(error))
+    return None
+
+
+def validate_api_keys(job: Serve) -> Iterator[ConfigError]:
+    """Yield a variable that is set and holds no key, and a file of keys that cannot be read or holds none."""
+    yield from validate_api_keys_variable(os.environ)
+    if API_KEYS_VARIABLE in os.environ and job.allowed_hosts:
+        why = f"clients show keys ({API_KEYS_VARIABLE}), so Host headers are not checked"
+        yield job.refuse("allowed_hosts", why, f"leave job.allowed_hosts out, or unset {API_KEYS_VARIABLE}")
+    if job.api_keys_file is None:
+        return
+    try:
+        text = Path(job.api_keys_file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        yield job.refuse("api_keys_file", why, "give a text file with one key a line")
+        return
+    if not any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
+        yield job.refuse("api_keys_file", "holds no key", "write one key a line into it")

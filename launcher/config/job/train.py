@@ -1,0 +1,117 @@
+"""Jobs train and evaluate: next-token training, and the loss of a model on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from launcher.config.job.base import BatchedJob, LearningJob
+from launcher.config.profile import ProfileUnit
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(LearningJob):
+    """Next-token training with evaluation on a held-out split."""
+
+    kind: ClassVar[str] = "train"
+    saves: ClassVar[bool] = True
+    resumes: ClassVar[bool] = True
+
+    steps: int = 300
+    """Optimiser steps in the whole run; a resumed run continues up to this number."""
+
+    eval_every: int = 50
+    """Optimiser steps between evaluations; 0 evaluates only at the end."""
+
+    eval_sequences: int = 64
+    """Held-out sequences in one evaluation, over all ranks."""
+
+    log_every: int = 10
+    """Optimiser steps between printed lines; metrics are recorded at every step."""
+
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one rank's device, for the share of it that is used (perf/mfu); null takes it from a table of
+    GPUs, and has none for CPUs and for GPUs that are not in it."""
+
+    sample_prompt: str = "The"
+    """Text that the sample at the end of the run continues."""
+
+    sample_tokens: int = 48
+    """Length of that sample in tokens; 0 takes none."""
+
+    @property
+    def profiled_by(self) -> ProfileUnit:
+        """Its own steps."""
+        return "steps"
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no training run."""
+        yield from super().problems()
+        yield from self.below(1, "log_every", "eval_sequences")
+        yield from self.below(0, "eval_every", "sample_tokens")
+        if self.peak_tflops is not None and self.peak_tflops <= 0:
+            yield self.refuse("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the optimiser steps."""
+        return self.steps
+
+    def files(self) -> Iterator[str]:
+        """Yield the picture of the losses and the sample."""
+        yield "loss.png"
+        if self.sample_tokens:
+            yield "sample.txt"
+
+    def run(self, context: Context) -> None:
+        """Train on this rank."""
+        from launcher.engines.preemption import Preemption
+
+        preemption = Preemption()
+        preemption.listen()  # first: importing torch alone takes seconds
+        from launcher.training.trainer import train
+
+        train(self, context, preemption)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(BatchedJob):
+    """Forward passes over the held-out split, under any strategy; nothing is learnt."""
+
+    kind: ClassVar[str] = "evaluate"
+    learns: ClassVar[bool] = False
+    resumes: ClassVar[bool] = True
+
+    eval_sequences: int = 64
+    """Held-out sequences, over all ranks; fewer where the data has fewer."""
+
+    repeats: int = 1
+    """How often they are gone through; the first time also warms up, so speed is that of the fastest."""
+
+    @property
+    def profiled_by(self) -> ProfileUnit:
+        """Its own steps."""
+        return "steps"
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that measure nothing."""
+        yield from super().problems()
+        yield from self.below(1, "eval_sequences", "repeats")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the global batches of all repeats, the last of each perhaps not full."""
+        return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_)
+
+    def run(self, context: Context) -> None:
+        """Measure on this rank."""
+        from launcher.engines.preemption import Preemption
+
+        Preemption().listen()  # there is nothing to save: whoever is asked leaves at once
+        from launcher.training.evaluation import run_evaluation
+
+        run_evaluation(self, context)

@@ -1,0 +1,298 @@
+"""Job verify: compare parallel strategies with one process; the list of these strategies."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Final, Literal
+
+from launcher.config.activation import FullCheckpointing, OffloadCheckpointing, SelectiveCheckpointing
+from launcher.config.batch import Batch, solve_batch
+from launcher.config.job.base import LearningJob
+from launcher.config.model.config_json import dropout_rates
+from launcher.config.option_text import component_text
+from launcher.config.parallel.data_parallel import Ddp, Fsdp, Single
+from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
+from launcher.config.parallel.pipeline import Pipeline
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Fp32Precision
+from launcher.config.supported_models import validate_family
+from launcher.errors import ConfigError
+from launcher.utils.text import counted, did_you_mean
+
+if TYPE_CHECKING:
+    from launcher.config.activation import ActivationCheckpointing
+    from launcher.config.parallel.base import Parallel
+    from launcher.config.run import Run
+    from launcher.engines.context import Context
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """What differs from the user's run; model, data, optimiser, steps and global batch never do."""
+
+    parallel: Parallel
+    _: KW_ONLY
+    activation: ActivationCheckpointing | None = None
+    """Policy for activations; the run's own by default."""
+    micro_batch: int | None = None
+    """Sequences in one forward pass; by default as many as the run has, or as divide a rank's share."""
+    ranks: int = 1
+    """Fewest ranks that make it what its name says."""
+
+    def batch(self, run: Run, *, world_size: int, sequences: int) -> Batch:
+        """Return how ``world_size`` ranks go through a global batch of ``sequences``.
+
+        Raises:
+            ConfigError: they cannot share it out.
+        """
+        beside = self.parallel.data_parallel(world_size)
+        wanted, share = self.micro_batch or run.batched_job.micro_batch, max(1, sequences // beside)
+        return solve_batch(
+            micro=max(size for size in range(1, min(wanted, share) + 1) if share % size == 0),
+            global_=sequences,
+            accumulation=self.parallel.accumulation,
+            data_parallel=beside,
+        )
+
+    def apply(self, run: Run, *, world_size: int, sequences: int) -> Run:
+        """Return the run that this case makes of ``run`` on that many ranks with that global batch."""
+        batch = self.batch(run, world_size=world_size, sequences=sequences)
+        job = replace(run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, accumulation=None)
+        return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
+
+    def misfit(self, run: Run, *, world_size: int, sequences: int) -> str | None:
+        """Return why this case cannot be taken, or ``None`` when it can."""
+        degrees = self.parallel.degrees(world_size)
+        if world_size < self.ranks:
+            return f"needs {counted(self.ranks, 'rank')}"
+        if degrees.product != world_size:
+            return f"{degrees} does not fill {counted(world_size, 'rank')}"
+        length = run.batched_job.sequence_length
+        if length % degrees.sequence:
+            return f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
+        shape = run.model.shape()
+        for refusal in self.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=shape):
+            return refusal.why
+        for refusal in validate_family(self.parallel, run.model, run.attention, world_size=world_size, length=length):
+            return refusal.why
+        try:
+            batch = self.batch(run, world_size=world_size, sequences=sequences)
+        except ConfigError as error:
+            return error.why
+        return next((refusal.why for refusal in self.parallel.batch_refusals(batch)), None)
+
+    def describe(self, run: Run, *, world_size: int, sequences: int) -> str:
+        """Return strategy, degrees and batch in words."""
+        words = [component_text(self.parallel)]
+        if not isinstance(self.parallel, Single):
+            words.append(str(self.parallel.degrees(world_size)))
+        if self.activation is not None:
+            words.append(f"activation {component_text(self.activation)}")
+        return ", ".join([*words, str(self.batch(run, world_size=world_size, sequences=sequences))])
+
+
+SINGLE_PROCESS = Strategy(Single())
+"""One process, which all others are compared with."""
+
+
+_ZERO3: Final = Zero(stage=3, persistence_threshold=0)  # models are small here: partition all of it
+
+
+_FULL_CHECKPOINTING: Final = FullCheckpointing()
+
+
+_CHECKPOINT_EVERY_2: Final = SelectiveCheckpointing(k=2)
+
+
+STRATEGIES: Final[dict[str, Strategy]] = {
+    # the whole model on every rank
+    "ddp": Strategy(Ddp()),
+    "ddp_micro1": Strategy(Ddp(), micro_batch=1),
+    "ddp_recomputed": Strategy(Ddp(), activation=_FULL_CHECKPOINTING),
+    "ddp_every_2": Strategy(Ddp(), activation=_CHECKPOINT_EVERY_2),
+    "ddp_activations_offloaded": Strategy(Ddp(), activation=OffloadCheckpointing()),
+    # shards of FSDP2
+    "fsdp": Strategy(Fsdp()),
+    "fsdp_micro1": Strategy(Fsdp(), micro_batch=1),
+    "fsdp_recomputed": Strategy(Fsdp(), activation=_FULL_CHECKPOINTING),
+    "fsdp_every_2": Strategy(Fsdp(), activation=_CHECKPOINT_EVERY_2),
+    "fsdp_kept": Strategy(Fsdp(reshard_after_forward=False)),
+    "fsdp_offload": Strategy(Fsdp(offload="cpu")),
+    "hsdp": Strategy(Fsdp(replicate=2), ranks=4),
+    # shards of DeepSpeed
+    "zero0": Strategy(Zero(stage=0)),
+    "zero1": Strategy(Zero(stage=1)),
+    "zero2": Strategy(Zero(stage=2)),
+    "zero3": Strategy(_ZERO3),
+    "zero3_micro1": Strategy(_ZERO3, micro_batch=1),
+    "zero3_recomputed": Strategy(_ZERO3, activation=_FULL_CHECKPOINTING),
+    "zero3_every_2": Strategy(_ZERO3, activation=_CHECKPOINT_EVERY_2),
+    "zero3_offload": Strategy(
+        Zero(stage=3, persistence_threshold=0, offload_optimizer="cpu", offload_parameters="cpu", pin_memory=False)
+    ),
+    # slices of matrices and of sequences
+    "tensor": Strategy(Fsdp(tensor=2), ranks=2),
+    "tensor_recomputed": Strategy(Fsdp(tensor=2), activation=_FULL_CHECKPOINTING, ranks=2),
+    "sequence": Strategy(Fsdp(sequence=2), ranks=2),
+    "sequence_recomputed": Strategy(Fsdp(sequence=2), activation=_FULL_CHECKPOINTING, ranks=2),
+    # stages on ranks of their own; where there are more, pipelines side by side
+    "pipeline2_gpipe": Strategy(Pipeline(stages=2, schedule="gpipe"), ranks=2),
+    "pipeline2_1f1b": Strategy(Pipeline(stages=2, schedule="1f1b"), ranks=2),
+    "pipeline2_1f1b_micro1": Strategy(Pipeline(stages=2, schedule="1f1b"), micro_batch=1, ranks=2),
+    "pipeline2_1f1b_recomputed": Strategy(Pipeline(stages=2, schedule="1f1b"), activation=_FULL_CHECKPOINTING, ranks=2),
+    "pipeline2_1f1b_every_2": Strategy(Pipeline(stages=2, schedule="1f1b"), activation=_CHECKPOINT_EVERY_2, ranks=2),
+    "pipeline2_interleaved": Strategy(Pipeline(stages=2, schedule="interleaved_1f1b"), ranks=2),
+    "pipeline2_zero_bubble": Strategy(Pipeline(stages=2, schedule="interleaved_zero_bubble"), ranks=2),
+    "pipeline2_zbv": Strategy(Pipeline(stages=2, schedule="zbv"), ranks=2),
+    "pipeline2_fsdp": Strategy(Pipeline(stages=2, schedule="1f1b", data="shard"), ranks=4),
+    "pipeline4_gpipe": Strategy(Pipeline(stages=4, schedule="gpipe"), ranks=4),
+    "pipeline4_1f1b": Strategy(Pipeline(stages=4, schedule="1f1b"), ranks=4),
+    "pipeline4_interleaved": Strategy(Pipeline(stages=4, schedule="interleaved_1f1b"), ranks=4),
+    "pipeline4_zero_bubble": Strategy(Pipeline(stages=4, schedule="interleaved_zero_bubble"), ranks=4),
+    "pipeline4_zbv": Strategy(Pipeline(stages=4, schedule="zbv"), ranks=4),
+    "deepspeed_pipeline2": Strategy(DeepSpeedPipeline(stages=2), ranks=2),
+    "deepspeed_pipeline4": Strategy(DeepSpeedPipeline(stages=4), ranks=4),
+}
+"""Name to strategy, in the order in which they are taken."""
+
+
+OWN_STRATEGY = "run"
+"""Name of the strategy that the run itself has: ``parallel`` and ``activation``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectedStrategies:
+    """What is verified."""
+
+    sequences: int
+    """The global batch of all."""
+    cases: dict[str, Strategy] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Name to the reason why it cannot be taken."""
+
+
+def select_strategies(job: Verify, run: Run, *, world_size: int) -> SelectedStrategies:
+    """Return the strategies that ``job.strategies`` names, sorted into those that fit and those that do not.
+
+    Raises:
+        ConfigError: the batch of the run does not come out even.
+    """
+    sequences = job.batch(run, world_size=world_size).global_
+    choice = SelectedStrategies(sequences=sequences)
+    for name, case in _candidates(job, run).items():
+        why = case.misfit(run, world_size=world_size, sequences=sequences)
+        if why is None:
+            choice.cases[name] = case
+        else:
+            choice.left_out[name] = why
+    return choice
+
+
+def _candidates(job: Verify, run: Run) -> dict[str, Strategy]:
+    """Return what was asked for by name, or all there is, with the run's own strategy where it is another."""
+    own = Strategy(run.parallel, activation=run.activation)
+    if job.strategies == "auto":
+        known = isinstance(run.parallel, Single) or any(
+            case.parallel == own.parallel and case.activation in (None, own.activation) for case in STRATEGIES.values()
+        )
+        return STRATEGIES if known else {OWN_STRATEGY: own, **STRATEGIES}
+    everything = {OWN_STRATEGY: own, **STRATEGIES}
+    return {name: everything[name] for name in job.strategies}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verify(LearningJob):
+    """The same few optimiser steps under many strategies, and how far each strays from one process."""
+
+    kind: ClassVar[str] = "verify"
+
+    steps: int = 10
+    """Optimiser steps that every strategy takes."""
+
+    strategies: Literal["auto"] | tuple[str, ...] = "auto"
+    """Names from the catalogue that the plan prints, ``run`` for the run's own; ``auto`` takes all that fit."""
+
+    loss_tolerance: float = 1e-5
+    """Largest relative difference in loss, at any step: sums in another order round differently."""
+
+    grad_norm_tolerance: float = 1e-4
+    """Largest relative difference in gradient norm, at any step: there Adam has magnified those of the weights."""
+
+    generated_tokens: int = 8
+    """Tokens that each strategy generates greedily after its steps; all must be equal."""
+
+    case_timeout_s: float = 300.0
+    """Time that one strategy gets, from building the model to its last token."""
+
+    perturb: float = 0.0
+    """Multiply the learning rate of all but one process by 1 + this, to see the comparison fail."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse names that are in no catalogue, and counts that compare nothing."""
+        yield from super().problems()
+        yield from self.below(1, "generated_tokens", "case_timeout_s")
+        yield from self.below(0, "loss_tolerance", "grad_norm_tolerance")
+        if self.strategies == "auto":
+            return
+        if not self.strategies:
+            yield self.refuse("strategies", "names nothing to compare", "set job.strategies=auto")
+        for name in self.strategies:
+            if name not in (OWN_STRATEGY, *STRATEGIES):
+                why, fix = f"there is no strategy {name} here", did_you_mean(name, (OWN_STRATEGY, *STRATEGIES))
+                yield self.refuse("strategies", why, fix)
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Refuse what makes equal strategies differ, and strategies asked for by name that cannot be taken."""
+        if not isinstance(run.precision, Fp32Precision):
+            why = "only fp32 agrees to the tolerances of job=verify"
+            yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=fp32")
+        if getattr(run.model, "dropout", 0.0):
+            why = "ranks draw dropout each for itself, so no two strategies agree"
+            yield ConfigError("model.dropout", run.model.dropout, why=why, fix="set model.dropout=0")  # type: ignore[attr-defined]
+        for key, value in dropout_rates(run.model.stored_config() or {}).items():
+            why = f"its config.json sets {key}={value:g}, and ranks draw dropout each for itself"
+            fix = f"set {key} to 0 in a copy of the folder"
+            yield ConfigError("model.name", run.model.name, why=why, fix=fix)
+        if run.profile.kind == "true":
+            why = "job=verify computes in processes that end after a few steps"
+            yield ConfigError("profile", "true", why=why, fix="profile job=train with the strategy in question")
+        try:
+            choice = select_strategies(self, run, world_size=world_size)
+        except ConfigError:
+            return  # the batch does not come out even, which the plan refuses
+        left_out = choice.left_out if self.strategies != "auto" or not choice.cases else {}
+        for name, why in left_out.items():
+            yield self.refuse("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
+
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the steps of one process and of all strategies."""
+        return self.steps * (1 + len(select_strategies(self, run, world_size=world_size).cases))
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield one process and the strategies that are compared with it."""
+        choice = select_strategies(self, run, world_size=world_size)
+        yield "reference", SINGLE_PROCESS.describe(run, world_size=1, sequences=choice.sequences)
+        for name, case in choice.cases.items():
+            yield name, case.describe(run, world_size=world_size, sequences=choice.sequences)
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Say what is left out and why."""
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for name, why in select_strategies(self, run, world_size=world_size).left_out.items():
+            by_reason[why].append(name)
+        for why, names in by_reason.items():
+            yield f"not verified: {', '.join(names)}: {why}"
+        if self.perturb:
+            yield f"job.perturb={self.perturb:g}: every comparison is meant to fail"
+
+    def files(self) -> Iterator[str]:
+        """Yield the comparison, for programs and for people."""
+        yield from ("verify.json", "verify.md")
+
+    def run(self, context: Context) -> None:
+        """Take part in every strategy on this rank."""
+        from launcher.verification.verify import verify
+
+        verify(self, context)

@@ -1,0 +1,1 @@
+"""The model group: what a model is, in plain Python."""

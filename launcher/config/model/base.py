@@ -1,0 +1,212 @@
+"""The model group: fields and checks of every model, and what its tokenizer's files say."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.config.component import Component
+from launcher.config.model.shape import Shape
+from launcher.config.paths import PathText
+from launcher.config.quantization import METHODS, QuantizationManifest, QuantizationName, read_manifest
+from launcher.errors import ConfigError
+from launcher.utils.files import exists
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
+    *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
+)
+"""Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
+
+
+VOCABULARY_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+"""Files of which a tokenizer needs one."""
+
+
+_INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
+
+
+def tokenizer_alternative(option: str) -> str:
+    """Return what to set where a model has no tokenizer of its own."""
+    return _INSTEAD[option]
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder that this process can look into holds the vocabulary of a tokenizer."""
+    return any(exists(folder / name) for name in VOCABULARY_FILES)
+
+
+def tokenizer_size(folder: Path) -> int | None:
+    """Return one more than the largest token number of a folder's tokenizer; ``None`` where only a rank can count.
+
+    Raises:
+        OSError: ``tokenizer.json`` cannot be read.
+        ValueError: it is damaged; the message names it.
+    """
+    file = folder / VOCABULARY_FILES[0]
+    if not file.is_file():
+        return None
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary, added = tree["model"]["vocab"], tree.get("added_tokens") or []
+        numbers = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max((*numbers, *(token["id"] for token in added)), default=-1) + 1
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file.name} holds no vocabulary of a tokenizer") from None
+
+
+def validate_tokenizer_folder(
+    option: str, value: object, folder: Path, *, num_rows: int | None
+) -> Iterator[ConfigError]:
+    """Yield why the tokenizer of ``folder`` cannot be used, as far as its files say without loading it.
+
+    Args:
+        option: the option that chose it.
+        value: of that option.
+        folder: a model folder, or one that a tokenizer was saved into.
+        num_rows: of the model's embedding, one a token; ``None`` where they are not known.
+    """
+    instead = f"set {option}=FOLDER to one that holds the tokenizer of these weights, or {_INSTEAD[option]}"
+    if not has_tokenizer(folder):
+        why = f"{folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)})"
+        yield ConfigError(option, value, why=why, fix=instead)
+        return
+    try:
+        size = tokenizer_size(folder)
+    except (OSError, ValueError) as error:
+        yield ConfigError(option, value, why=f"the tokenizer in {folder} cannot be read: {error}", fix=instead)
+        return
+    if size is not None and num_rows is not None and size > num_rows:
+        why = f"the tokenizer in {folder} has {size} tokens, and the model {num_rows} rows of embedding, one a token"
+        yield ConfigError(option, value, why=why, fix=instead)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Component):
+    """A causal language model, built from a configuration or loaded from weights."""
+
+    group: ClassVar[str] = "model"
+    headline: ClassVar[tuple[str, ...]] = ("weights",)
+
+    name: str
+    """What the model is called in plans, results and W&B; for ``hf``, the hub name or local folder."""
+
+    weights: PathText = "random"
+    """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
+
+    quantization: QuantizationName = "none"
+    """Quantise the weights as they are loaded; a folder that ``job=quantize`` wrote says by itself how it is."""
+
+    @abstractmethod
+    def shape(self) -> Shape | None:
+        """Return the sizes, or ``None`` when they are only known once files are downloaded."""
+
+    def family(self) -> str | None:
+        """Return the name of the architecture in Transformers, ``None`` where it is not known on this machine."""
+        shape = self.shape()
+        return None if shape is None else shape.family
+
+    def stored_config(self) -> Mapping[str, Any] | None:
+        """Return what the model's own ``config.json`` holds, ``None`` where there is none on this machine."""
+        return None
+
+    @abstractmethod
+    def architecture(self) -> dict[str, Any]:
+        """Return what must be equal for a checkpoint of one run to fit another."""
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what the file system says against this model, without importing torch."""
+        if self.weights not in ("random", "pretrained"):
+            from launcher.config.model.folder import validate_model_folder
+
+            yield from validate_model_folder("model.weights", self.weights, architecture=self.architecture())
+
+    @abstractmethod
+    def transformers_config(self) -> PreTrainedConfig:
+        """Return the configuration to build from. Rank side: imports Transformers."""
+
+    @abstractmethod
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
+
+        Rank side. Downloads or converts what is missing, once per machine; ``beat`` is called meanwhile.
+
+        Raises:
+            EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
+        """
+
+    @property
+    def local_weights(self) -> Path | None:
+        """The folder of weights that the user named."""
+        return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
+
+    def kept_as(self) -> QuantizationManifest | None:
+        """Return how the weights in the folder that the user named are quantised, if they are.
+
+        Raises:
+            ConfigError: the folder says so in a way that cannot be read.
+        """
+        return None if self.local_weights is None else read_manifest(self.local_weights)
+
+    def quantization_problems(self) -> Iterator[ConfigError]:
+        """Yield packages that are missing for the way the weights are, or will be, quantised."""
+        if self.quantization != "none":
+            yield from METHODS[self.quantization]().preflight("model.quantization")
+            return
+        try:
+            manifest = self.kept_as()
+        except ConfigError as problem:
+            yield problem
+            return
+        if manifest is not None:
+            yield from manifest.method.preflight("model.weights")
+
+    def weights_folder(self, *, beat: Callable[[], None]) -> Path | None:
+        """Return the folder to load weights from, ``None`` for random ones. Rank side."""
+        if self.weights == "random":
+            return None
+        if self.weights == "pretrained":
+            return self.pretrained_folder(with_weights=True, beat=beat)
+        return Path(self.weights).expanduser()
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether a tokenizer belongs to the weights: published with them, or beside them in their folder."""
+        return self.weights == "pretrained" if self.local_weights is None else has_tokenizer(self.local_weights)
+
+    def tokenizer_source(self) -> Path | str | None:
+        """Return the folder or hub name that ``tokenizer_folder`` loads from; ``None`` where a rank makes the folder.
+
+        Raises:
+            ConfigError: the model has no tokenizer.
+        """
+        if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
+            return Path(self.weights).expanduser()
+        return self.published_source()
+
+    def published_source(self) -> Path | str | None:
+        """Return the folder or hub name of ``pretrained_folder``; ``None`` where a rank makes the folder."""
+        return None
+
+    def tokenizer_folder(self, *, beat: Callable[[], None]) -> Path:
+        """Return the folder that holds the model's own tokenizer: the given weights', else the published one's."""
+        own = Path(self.weights).expanduser()
+        if self.weights not in ("random", "pretrained") and has_tokenizer(own):
+            return own
+        return self.pretrained_folder(with_weights=False, beat=beat)

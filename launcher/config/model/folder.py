@@ -1,0 +1,227 @@
+"""Model folders: config.json and safetensors, checked by their JSON headers alone."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.config.model.config_json import sizes_from_config
+from launcher.config.model.transformers_support import causal_lm_types, rope_types
+from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
+from launcher.errors import ConfigError
+
+SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+
+
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+
+_BITS = {
+    **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
+    **dict.fromkeys(("F32", "I32", "U32"), 32),
+    **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+}
+"""Size of an element by its name in safetensors; newer formats than these are only checked by their bytes."""
+
+
+_OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
+"""Kinds of rotary positions that no table of Transformers holds: unscaled ones, and old names of others."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the content of ``config.json``.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is not a JSON object; the message names the file.
+    """
+    return _json_object(folder / "config.json")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the safetensors files of a model folder, empty when it has none.
+
+    Where a folder has both, the single file counts and the index does not, as for ``from_pretrained``.
+
+    Raises:
+        OSError: the index cannot be read.
+        ValueError: the index is malformed.
+    """
+    if (folder / SINGLE_FILE).is_file():
+        return [folder / SINGLE_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        return []
+    names = _json_object(folder / INDEX_FILE).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+        raise ValueError(f"{INDEX_FILE} has no weight_map from tensors to files")
+    outside = [name for name in names.values() if Path(name).name != name]
+    if outside:
+        raise ValueError(f"{INDEX_FILE} names {outside[0]!r}, which is not a file of the folder")
+    missing = sorted(name for name in set(names.values()) if not (folder / name).is_file())
+    if missing:
+        raise ValueError(f"{missing[0]} is missing, which {INDEX_FILE} names (of {len(set(names.values()))} files)")
+    return [folder / name for name in sorted(set(names.values()))]
+
+
+def _json_object(file: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file.name} is not JSON: {error}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{file.name} is not a JSON object")  # noqa: TRY004  (one error for all malformed files)
+    return tree
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a folder's safetensors, by name.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is cut short or is not safetensors.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in weight_files(folder):
+        shapes |= _header(file)
+    return shapes
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """Return the file that holds each tensor of a folder's safetensors, by the tensor's name."""
+    return {name: file for file in weight_files(folder) for name in _header(file)}
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes in a safetensors file, after checking that the file holds all that its header promises."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        first = stream.read(8)
+        if first == b"version ":
+            raise ValueError(
+                f"{file.name} is a Git LFS pointer, not the file itself: run git lfs pull in its repository"
+            )
+        length = int.from_bytes(first, "little")
+        if len(first) < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
+            raise ValueError(f"{file.name} is not a safetensors file, or is cut short within its header")
+        try:
+            header = json.loads(stream.read(length))
+        except (ValueError, RecursionError):
+            raise ValueError(f"{file.name} is not a safetensors file: its header is not JSON") from None
+    if not isinstance(header, dict):
+        why = "its header is not a JSON object"
+        raise ValueError(f"{file.name} is not a safetensors file: {why}")  # noqa: TRY004
+    header.pop("__metadata__", None)
+    spans = []
+    for name, entry in header.items():
+        try:
+            shape, (start, end), dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
+            is_whole = isinstance(dtype, str) and all(
+                type(number) is int and number >= 0 for number in (*shape, start, end)
+            )
+        except (TypeError, KeyError, ValueError):
+            is_whole = False
+        if not is_whole:
+            raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
+        bits = _BITS.get(dtype)
+        if bits is not None and math.prod(shape) * bits != 8 * (end - start):
+            raise ValueError(f"{file.name} has a damaged header: {name} is {dtype} {shape} in {end - start} bytes")
+        spans.append((start, end, name))
+    place = 0
+    for start, end, name in sorted(spans):
+        if start != place:
+            raise ValueError(f"{file.name} has a damaged header: {name} begins at byte {start}, not {place}")
+        place = end
+    if size != 8 + length + place:
+        raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
+    return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def validate_model_folder(option: str, value: str, *, architecture: Mapping[str, Any] | None) -> Iterator[ConfigError]:
+    """Yield why ``value`` is not a folder that weights of ``architecture`` can be loaded from.
+
+    Args:
+        option: the option as the user types it.
+        value: what it is set to.
+        architecture: what the folder must hold; ``None`` accepts any.
+    """
+    folder = Path(value).expanduser()
+    instead = f"or {option}=random" if option.endswith(".weights") else "or a name on the hub (org/model)"
+    fix = f"give a folder with config.json and {SINGLE_FILE} (as save_pretrained writes), {instead}"
+    if not folder.is_dir():
+        why = "is a file, not a folder" if folder.exists() else "there is no such folder"
+        yield ConfigError(option, value, why=why, fix=fix)
+        return
+    try:
+        config, shapes = read_config(folder), tensor_shapes(folder)
+    except (OSError, ValueError) as error:
+        yield ConfigError(option, value, why=f"cannot be read: {error}", fix=fix)
+        return
+    if not shapes:
+        pickled = any(folder.glob("*.bin"))
+        why = "holds only pickled weights, which can run code when loaded" if pickled else "holds no safetensors"
+        yield ConfigError(option, value, why=why, fix=fix)
+    elif (folder / "adapter_config.json").is_file():
+        why = "holds a PEFT adapter beside the weights, which would not be applied"
+        yield ConfigError(option, value, why=why, fix="merge it into the weights, or take adapter_config.json away")
+    yield from validate_config_json(option, value, config, is_quantised_here=(folder / QUANTIZATION_FILE).is_file())
+    sizes = sizes_from_config(config)
+    found = sizes.architecture() if sizes else {"family": config.get("model_type")}
+    if architecture is not None and (different := _differences(found, architecture)):
+        yield ConfigError(option, value, why=f"holds another model: {different}", fix="choose the model that fits it")
+
+
+def validate_config_json(
+    option: str, value: object, config: Mapping[str, Any], *, is_quantised_here: bool = False
+) -> Iterator[ConfigError]:
+    """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have.
+
+    Args:
+        option: the option as the user types it.
+        value: what it is set to.
+        config: the content of the file.
+        is_quantised_here: job=quantize wrote the folder, and its own file says how to read the weights.
+    """
+    family, known = config.get("model_type"), causal_lm_types()
+    if not isinstance(family, str):
+        fix = "give a folder that save_pretrained wrote"
+        yield ConfigError(option, value, why="config.json names no model_type", fix=fix)
+    elif known is not None and family not in known:
+        why = f"the installed Transformers has no causal language model of type {family}"
+        fix = "choose another model, or install a Transformers that has it"
+        if "auto_map" in config:
+            why += ", and code that a model ships is never run"
+        yield ConfigError(option, value, why=why, fix=fix)
+    for kind in _rope_types(config):
+        if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
+            why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
+            fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
+            yield ConfigError(option, value, why=why, fix=fix)
+    if (quantised := config.get("quantization_config")) and not is_quantised_here:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
+        why = f"its weights are quantised by {method or 'an unnamed method'}, which the launcher does not read"
+        fix = "give the original weights, and set model.quantization to quantise them"
+        yield ConfigError(option, value, why=why, fix=fix)
+
+
+def _rope_types(config: Mapping[str, Any]) -> set[str]:
+    """Return the kinds of rotary positions that a configuration names, one for each kind of layer where they differ."""
+    found = set()
+    for key in ("rope_scaling", "rope_parameters"):
+        tree = config.get(key)
+        if isinstance(tree, Mapping):
+            for each in (tree, *(part for part in tree.values() if isinstance(part, Mapping))):
+                found |= {each[name] for name in ("rope_type", "type") if isinstance(each.get(name), str)}
+    return found
+
+
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    if found.get("family") != wanted.get("family"):
+        return f"its family is {found.get('family')}, not {wanted.get('family')}"
+    names = [name for name in wanted if name in found and found[name] != wanted[name]]
+    return ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in names)

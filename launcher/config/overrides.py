@@ -1,0 +1,354 @@
+"""Override words of the command line: Hydra's grammar, checked before Hydra sees them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Union
+
+from launcher.config.option_text import INTERPOLATION, interpolates, quoted_text, quoted_word
+from launcher.config.registry import KINDS, component_class
+from launcher.config.run import RunOptions
+from launcher.config.schema import ReportError, field_types
+from launcher.errors import ConfigError
+from launcher.utils.text import did_you_mean
+
+COMMAND_LINE = "command line"
+"""Source of a value, in errors."""
+
+ADDED_GROUPS = ("exp", "sweep")
+"""Groups that are not in the defaults list, so Hydra wants ``+`` before them; we do not mind without."""
+
+_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+")
+"""What may stand before ``=``; ``~`` takes an option away."""
+_WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
+"""Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
+_OPENING, _CLOSING = "[{(", "]})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Override:
+    """One accepted word."""
+
+    key: str
+    """Group or dotted option, without ``+``."""
+    word: str
+    """What Hydra is given."""
+    typed: str = ""
+    """What stands behind the key, as the user typed it."""
+    value: Any = None
+    """The value as plain data, of an option that has one."""
+    is_group: bool
+    choices: tuple[str, ...] | None = None
+    """The values to try, when the word is a sweep (``job.seed=1,2,3``), as words that parse again."""
+
+
+def parse_overrides(
+    words: Sequence[str], groups: Mapping[str, Sequence[str]], *, sweeping: bool, report: ReportError
+) -> list[Override]:
+    """Return the words that make sense; report each of the others.
+
+    Args:
+        words: what the user typed.
+        groups: the options of every config group; none for the changes of a stored run.
+        sweeping: whether several values for one option are wanted (``-m`` or a sweep).
+        report: called once per mistake.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, accepted = OverridesParser.create(), []
+    for word in words:
+        if problem := _undecodable(word):
+            report(problem)
+            continue
+        if not _OPTION.fullmatch(word.partition("=")[0]) or not (word.startswith("~") or "=" in word):
+            report(_not_an_override(word, groups))
+            continue
+        read = _as_typed(word)
+        try:
+            parsed = parser.parse_override(read)
+        except HydraException:
+            read = _literal(word)
+            parsed = parser.parse_override(read)
+        override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
+        if override is not None:
+            accepted.append(override)
+    return accepted
+
+
+def _undecodable(word: str) -> ConfigError | None:
+    try:
+        word.encode()
+    except UnicodeEncodeError:
+        shown = word.encode("utf-8", "backslashreplace").decode()
+        fix = "rename the file, or make a link to it with a name in UTF-8"
+        return ConfigError(shown, why="holds bytes that are not UTF-8, which run.yaml cannot keep", fix=fix)
+    return None
+
+
+def _not_an_override(word: str, groups: Mapping[str, Sequence[str]]) -> ConfigError:
+    meant = suggest_overrides(word, groups)
+    fix = f"write {' or '.join(meant)}" if meant else "write it as option=value"
+    return ConfigError(word or "''", why="is not an override of the form option=value", fix=fix)
+
+
+def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
+    """Return the overrides that a word which is none may stand for: ``model=gpt2`` for ``gpt2``."""
+    head, equals, value = word.partition("=")
+    if equals:
+        key = re.sub(r"[.\s]+", ".", head).strip(".")
+        return [f"{key}={value}"] if types_of_option(key) or key in groups else []
+    name = word.lstrip("+~-")
+    if name in groups:
+        return [f"{name}=<option>"]
+    chosen = [f"{'+' if group in ADDED_GROUPS else ''}{group}={name}" for group in groups if name in groups[group]]
+    if chosen:
+        return chosen[:3]
+    if types_of_option(name):
+        return [f"{name}=<value>"]
+    for separator in (":", "/", "."):
+        key, _, value = name.partition(separator)
+        if value in groups.get(key, ()) or (value and types_of_option(key)):
+            return [f"{key}={value}"]
+    return []
+
+
+def _as_typed(word: str) -> str:
+    """Return ``word`` with its value quoted for Hydra where the option takes text and the value can only be that."""
+    head, equals, value = word.partition("=")
+    key, types_of = head.lstrip("+"), types_of_option(head.lstrip("+"))
+    if not equals:
+        return word
+    if _is_quoted(value):
+        inner = value.strip()[1:-1]
+        return f"{head}={quoted_text(inner)}" if INTERPOLATION in inner and not interpolates(inner) else word
+    if takes_only_text(types_of):
+        is_null = value.strip().lower() == "null" and type(None) in types_of
+        several = "," in value and key not in _WITH_COMMAS
+        if not is_null and not several and not _is_call(value) and not (_is_list(value) or _is_mapping(value)):
+            return f"{head}={quoted_text(value)}"
+        return word
+    if _takes_mapping_of_texts(types_of) and _is_mapping(value) and (mapping := _mapping(value)):
+        return f"{head}={mapping}"
+    if takes_texts(types_of) and _is_list(value) and not _is_several(value):
+        return f"{head}=[{','.join(_element(each) for each in _split(value.strip()[1:-1]))}]"
+    return word
+
+
+def _literal(word: str) -> str:
+    """Return ``word`` with its value as text, or as elements that are text."""
+    head, _, value = word.partition("=")
+    types_of = types_of_option(head.lstrip("+"))
+    if _is_mapping(value) and not takes_only_text(types_of) and (mapping := _mapping(value)):
+        return f"{head}={mapping}"
+    if _is_list(value) and takes_texts(types_of):
+        return f"{head}=[{','.join(_element(each) for each in _split(value.strip()[1:-1]))}]"
+    if len(pieces := _split(value)) > 1 and head.lstrip("+") not in _WITH_COMMAS:
+        return f"{head}={','.join(_element(each) for each in pieces)}"
+    return f"{head}={quoted_text(value)}"
+
+
+def _mapping(value: str) -> str | None:
+    """Return a mapping for Hydra with its values as text; ``None`` where a name in it is none that Hydra takes."""
+    pairs = [each.partition(":") for each in _split(value.strip()[1:-1])]
+    if not all(colon and re.fullmatch(r"[A-Za-z_][\w.-]*", name.strip()) for name, colon, _ in pairs):
+        return None
+    return f"{{{','.join(f'{name.strip()}:{_element(text)}' for name, _, text in pairs)}}}"
+
+
+def _element(text: str) -> str:
+    """Return one element of a list, a mapping or a sweep for Hydra: as text, unless it is quoted or nested already."""
+    stripped = text.strip()
+    if _is_quoted(stripped) or _is_list(stripped) or _is_mapping(stripped):
+        return stripped
+    return quoted_text(stripped)
+
+
+def _split(text: str) -> list[str]:
+    """Return the pieces of ``text`` between commas that stand in no brackets and no quotes."""
+    pieces, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "'\"" and not pieces[-1].strip():
+            quote = character
+        elif character in _OPENING:
+            depth += 1
+        elif character in _CLOSING:
+            depth -= 1
+        if character == "," and not quote and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += character
+    return pieces if any(piece.strip() for piece in pieces) else []
+
+
+def _is_several(value: str) -> bool:
+    return len(_split(value)) > 1
+
+
+def _is_quoted(value: str) -> bool:
+    text = value.strip()
+    return len(text) > 1 and text[0] in "'\"" and text[-1] == text[0] and not _is_several(value)
+
+
+def _is_list(value: str) -> bool:
+    text = value.strip()
+    return text.startswith("[") and text.endswith("]") and text.count("[") == text.count("]")
+
+
+def _is_mapping(value: str) -> bool:
+    text = value.strip()
+    return text.startswith("{") and text.endswith("}") and text.count("{") == text.count("}")
+
+
+def _is_call(value: str) -> bool:
+    """Whether it is one of Hydra's functions that give several values."""
+    return re.fullmatch(r"(choice|range|glob|sort|shuffle|tag|interval|extend_list)\(.*\)", value.strip()) is not None
+
+
+def types_of_option(key: str, *, kind: str | None = None) -> tuple[Any, ...]:
+    """Return every type that the option ``key`` has in the classes of its group; none for an unknown option.
+
+    Args:
+        key: dotted.
+        kind: of the class, where it is known; else all of them count.
+    """
+    group, _, rest = key.partition(".")
+    kinds = KINDS.get(group, {}) if rest else {}
+    classes = [component_class(group, each) for each in kinds if kind in (None, each)]
+    wanted = [RunOptions] if group == "run" else classes
+    return tuple(dict.fromkeys(found for cls in wanted for found in _types_in(cls, rest.split("."))))
+
+
+def _types_in(hint: Any, keys: Sequence[str]) -> Iterator[Any]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            yield from _types_in(choice, keys)
+    elif not keys:
+        yield hint
+    elif is_dataclass(hint):
+        fields: dict[str, Any] = field_types(typing.cast("Any", hint))
+        if keys[0] in fields:
+            yield from _types_in(fields[keys[0]], keys[1:])
+    elif origin is dict:
+        yield from _types_in(arguments[1], ())
+
+
+def takes_only_text(types_of: Sequence[Any]) -> bool:
+    """Whether text is the only scalar that an option takes."""
+    return str in types_of and not {int, float, bool, Any} & set(types_of)
+
+
+def takes_texts(types_of: Sequence[Any]) -> bool:
+    """Whether an option takes a list of texts."""
+    lists = [hint for hint in types_of if typing.get_origin(hint) is tuple]
+    return any(str in typing.get_args(hint) for hint in lists)
+
+
+def _takes_mapping_of_texts(types_of: Sequence[Any]) -> bool:
+    return any(typing.get_origin(hint) is dict and typing.get_args(hint)[1] is str for hint in types_of)
+
+
+def _classify(
+    word: str, read: str, parsed: Any, groups: Mapping[str, Sequence[str]], *, sweeping: bool, report: ReportError
+) -> Override | None:
+    key = parsed.key_or_group
+    if parsed.is_delete():
+        report(ConfigError(word, why="takes an option away, and every option is needed", fix=f"set {key}=<value>"))
+        return None
+    if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
+        report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
+        return None
+    typed, types_of = word.partition("=")[2], types_of_option(key)
+    if problem := _unlisted(key, parsed, typed, groups):
+        report(problem)
+        return None
+    if parsed.is_sweep_override() and not sweeping:
+        report(_several_values(key, typed, types_of, groups))
+        return None
+    choices = _choices(parsed, typed, types_of, groups.get(key, ()))
+    if key.partition("@")[0] in groups:
+        return _group_choice(key, parsed, choices, groups, report)
+    if key.endswith(".kind") or key == "kind":
+        group = key.partition(".")[0]
+        report(ConfigError(key, why="follows from the option chosen", fix=f"set {group}=<option>"))
+        return None
+    value = None if choices is not None else parsed.value()
+    if isinstance(value, list | dict) and takes_only_text(types_of) and not (takes_texts(types_of)):
+        kind = "a list" if isinstance(value, list) else "a mapping"
+        fix = f"to give this text, quote it: {quoted_word(key, typed)}"
+        why = f"is {kind} in Hydra's grammar, and this option takes text"
+        report(ConfigError(key, typed, why=why, fix=fix, source=COMMAND_LINE))
+        return None
+    bare = read.lstrip("+")
+    given = bare if key == "hydra.searchpath" else f"++{bare}"
+    return Override(key=key, word=given, typed=typed, value=value, is_group=False, choices=choices)
+
+
+def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mapping[str, Sequence[str]]) -> ConfigError:
+    """Return the error of a word that is a sweep where none is wanted, with every way to say what was meant."""
+    ways = ["add -m to run them all"] if groups else []  # a stored run has none, and is no grid
+    if any(typing.get_origin(hint) is tuple for hint in types_of):
+        ways.append(f"write {shlex.quote(f'{key}=[{typed}]')} for a list")
+    if takes_only_text(types_of):
+        ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
+    if key.partition("@")[0] in groups:
+        ways.append("choose one" if _is_call(typed) else f"choose one, {key}={_split(typed)[0].strip()}")
+    fix = ", or ".join(ways) or "give one: launch sweep makes grids, of new runs"
+    return ConfigError(key, typed, why="is several values in Hydra's grammar", fix=fix, source=COMMAND_LINE)
+
+
+def _unlisted(key: str, parsed: Any, typed: str, groups: Mapping[str, Sequence[str]]) -> ConfigError | None:
+    """Return why the values of a sweep cannot be listed; ``None`` where they can."""
+    if parsed.is_interval_sweep():
+        why, fix = "is an interval, which holds no list of values", "write them: a,b,c or range(START,STOP,STEP)"
+    elif not _is_glob(parsed):
+        return None
+    elif key not in groups:
+        why, fix = "is a pattern of a group's options, and this is no group", "write the values: a,b,c"
+    elif not parsed.value().filter(list(groups[key])):
+        why, fix = "matches no option", did_you_mean(typed, groups[key])
+    else:
+        return None
+    if takes_only_text(types_of_option(key)):
+        fix = f"{fix}; or quote it if it is one text: {quoted_word(key, typed)}"
+    return ConfigError(key, typed, why=why, fix=fix, source=COMMAND_LINE)
+
+
+def _is_glob(parsed: Any) -> bool:
+    from hydra.core.override_parser.types import Glob
+
+    return isinstance(parsed.value(), Glob)
+
+
+def _choices(parsed: Any, typed: str, types_of: Sequence[Any], options: Sequence[str]) -> tuple[str, ...] | None:
+    if not parsed.is_sweep_override():
+        return None
+    if _is_glob(parsed):
+        return tuple(parsed.value().filter(list(options)))
+    if takes_only_text(types_of) and not _is_call(typed):  # Hydra would make 100000.0 of 1e5
+        return tuple(piece.strip() for piece in _split(typed))
+    return tuple(str(item) for item in parsed.sweep_string_iterator())
+
+
+def _group_choice(
+    key: str, parsed: Any, choices: tuple[str, ...] | None, groups: Mapping[str, Sequence[str]], report: ReportError
+) -> Override | None:
+    options = groups[key]
+    wanted = choices if choices is not None else (parsed.get_value_element_as_str(),)
+    wanted = tuple(option.lower() if option in ("True", "False") else option for option in wanted)  # truth values
+    unknown = [option for option in wanted if option not in options]
+    for option in unknown:
+        report(ConfigError(key, option, why="no such option", fix=did_you_mean(option, options)))
+    if unknown:
+        return None
+    prefix = "+" if key in ADDED_GROUPS else ""
+    quoted = ",".join(f"'{option}'" for option in wanted)  # Hydra refuses compile=true as a truth value
+    return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

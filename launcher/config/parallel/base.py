@@ -1,0 +1,185 @@
+"""Base of every parallel strategy: its dimensions, its model state in bytes, and its checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from launcher.config.batch import Batch
+from launcher.config.component import Component
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.precision import Precision
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelDims:
+    """One number for each kind of parallelism; their product is the world size.
+
+    The fields stand in the order of ranks, slowest first: ranks next to each other share a tensor, far apart ones are
+    stages of a pipeline, because tensor parallelism talks the most and a pipeline the least.
+    """
+
+    pipeline: int = 1
+    """Stages; each holds some of the layers."""
+    data: int = 1
+    """Replicas that see different samples and hold the same parameters."""
+    shard: int = 1
+    """Ranks that see different samples and hold a share of the parameters each."""
+    sequence: int = 1
+    """Ranks that see different tokens of the same samples."""
+    tensor: int = 1
+    """Ranks that hold slices of each matrix and see the same samples."""
+
+    @property
+    def product(self) -> int:
+        """The world size that they need."""
+        return math.prod(dataclasses.astuple(self))
+
+    @property
+    def data_parallel(self) -> int:
+        """How many different micro-batches are worked on at a time."""
+        return self.data * self.shard
+
+    @property
+    def copies(self) -> int:
+        """How many ranks are given the same tokens."""
+        return self.pipeline * self.tensor
+
+    def named(self) -> dict[str, int]:
+        """Return the degrees that divide something, or the number of replicas where none does."""
+        used = {name: degree for name, degree in dataclasses.asdict(self).items() if degree > 1}
+        return used or {"data": self.data}
+
+    def coordinate(self, rank: int, kind: str) -> int:
+        """Return where ``rank`` stands among the ``kind`` (``pipeline``, ``data``, …) it belongs to, from 0."""
+        names = [field.name for field in dataclasses.fields(self)]
+        sizes = dataclasses.astuple(self)
+        at = names.index(kind)
+        place: int = rank // math.prod(sizes[at + 1 :]) % sizes[at]
+        return place
+
+    def data_rank(self, rank: int) -> int:
+        """Return which of the ``data_parallel`` shares of a batch ``rank`` works on."""
+        return self.coordinate(rank, "data") * self.shard + self.coordinate(rank, "shard")
+
+    def __str__(self) -> str:
+        return " × ".join(f"{name} {degree}" for name, degree in self.named().items()) + f" = {self.product}"
+
+
+EngineKind = Literal["torch", "deepspeed"]
+"""Whose machinery takes the steps of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Model state of one rank in bytes, by where it lives; activations and buffers come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Master weights, where the compute format is not fp32, and both Adam moments."""
+    host: int = 0
+    """The part of the above that is offloaded to host RAM."""
+    nvme: int = 0
+    """The part of the above that is offloaded to NVMe."""
+
+    @classmethod
+    def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
+        """Return what so many parameters take with weights, gradients and both moments in fp32."""
+        host = 16 * num_params if offloaded else 0
+        return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def device(self) -> int:
+        """The part that stays on the compute device."""
+        return self.total - self.host - self.nvme
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeOps:
+    """DeepSpeed operators a run compiles before its ranks start."""
+
+    needed: tuple[str, ...] = ()
+    """Without these the run cannot be what was asked for."""
+    optional: tuple[str, ...] = ()
+    """Without these the run takes another way and says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel(Component):
+    """A strategy and the engine that carries it out."""
+
+    group: ClassVar[str] = "parallel"
+    engine: ClassVar[EngineKind]
+    max_ranks: ClassVar[int | None] = None
+    """The most ranks it can use; ``backend.ranks=auto`` takes no more."""
+
+    degree_options: ClassVar[tuple[str, ...]] = ()
+    """Options that set a degree of parallelism."""
+
+    payload_options: ClassVar[tuple[str, ...]] = ()
+    """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""
+
+    resizable: ClassVar[bool] = True
+    """Whether a checkpoint of one world size loads at another."""
+
+    def degrees(self, world_size: int) -> ParallelDims:
+        """Return how the world is divided; where that does not come out even, as many ranks as can be used."""
+        return ParallelDims(data=world_size)
+
+    @property
+    def accumulation(self) -> int | None:
+        """Forward passes per optimiser step that the strategy itself asks for, if it does."""
+        return None
+
+    @property
+    def usual_accumulation(self) -> int:
+        """Forward passes per optimiser step where nobody says anything about them."""
+        return 1
+
+    def data_parallel(self, world_size: int) -> int:
+        """Return how many different micro-batches the world works on at a time."""
+        return self.degrees(world_size).data_parallel
+
+    @abstractmethod
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return one rank's share of parameters, gradients and optimiser state."""
+
+    @abstractmethod
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
+        yield from ()
+
+    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+        """Yield why this strategy cannot take steps of this batch."""
+        yield from ()
+
+    def native_ops(self, optimizer: AdamW) -> NativeOps:
+        """Return what has to be compiled before ranks start."""
+        return NativeOps()
+
+    def engine_config(
+        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+    ) -> dict[str, Any] | None:
+        """Return the configuration file the engine takes, or ``None`` when it takes none."""
+        return None
+
+    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+        """Yield what a user should know of a combination that works."""
+        yield from ()

@@ -1,0 +1,160 @@
+"""One rank, DDP, and FSDP2 with tensor or sequence parallelism beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, StateBytes
+from launcher.config.precision import Precision
+from launcher.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ReplicatedModel(Parallel):
+    engine: ClassVar[EngineKind] = "torch"
+
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
+        return StateBytes.fp32(shape.num_params)
+
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the sum; nothing depends on the world size."""
+        return "4N weights + 4N gradients + 8N Adam moments = 16N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Single(_ReplicatedModel):
+    """One rank, no communication: what every other strategy is compared with."""
+
+    kind: ClassVar[str] = "single"
+    max_ranks: ClassVar[int | None] = 1
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Refuse a world of several ranks."""
+        if world_size != 1:
+            yield ConfigError(
+                "parallel", "single", why=f"the run has {world_size} ranks", fix="set parallel=ddp or backend.ranks=1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ddp(_ReplicatedModel):
+    """Data parallel: gradients are averaged over ranks (Li et al., 2020, arXiv:2006.15704)."""
+
+    kind: ClassVar[str] = "ddp"
+
+    bucket_mb: int = 25
+    """Gradients are reduced in buckets of this size while the backward pass goes on."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse an empty bucket."""
+        yield from self.below(1, "bucket_mb")
+
+
+def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[ConfigError]:
+    """Yield why the model's heads cannot be dealt out over ``parallel.<option>`` ranks, with the degrees that can.
+
+    Tensor parallelism also divides the MLP. Sequence parallelism repeats heads of keys and values where there are
+    fewer of them than ranks, so only the query heads must divide.
+    """
+    degree = getattr(parallel, option)
+    sizes = {"heads": shape.heads}
+    if option == "tensor":
+        sizes |= {"heads of keys and values": shape.kv_heads, "MLP columns": shape.mlp_width}
+    uneven = {name: size for name, size in sizes.items() if size % degree}
+    if degree == 1 or not uneven:
+        return
+    legal = [d for d in range(1, shape.heads + 1) if not any(size % d for size in sizes.values())]
+    below = max((d for d in legal if d < degree), default=1)
+    above = min((d for d in legal if d > degree), default=None)
+    choices = " or ".join(f"parallel.{option}={d}" for d in (below, above) if d is not None)
+    why = f"the model's {', '.join(f'{size} {name}' for name, size in uneven.items())} are no multiple of it"
+    yield parallel.refuse(option, why, f"set {choices}")
+
+
+TENSOR_STYLES = frozenset({"colwise", "rowwise"})
+"""Ways of slicing a matrix, in the words of Transformers' tensor plans, that the engine carries out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fsdp(Parallel):
+    """torch's fully_shard (Zhao et al., 2023, arXiv:2304.11277), alone or with tensor or sequence parallelism.
+
+    The world is replicate x shard x sequence x tensor; ``shard`` is what the others leave.
+    """
+
+    kind: ClassVar[str] = "fsdp"
+    engine: ClassVar[EngineKind] = "torch"
+    degree_options: ClassVar[tuple[str, ...]] = ("replicate", "sequence", "tensor")
+
+    replicate: int = 1
+    """Groups that hold the same shards: hybrid sharding (HSDP), where links within a group are the fast ones."""
+
+    tensor: int = 1
+    """Ranks that split each matrix, by the plan that Transformers has for the model (Megatron-LM, arXiv:1909.08053)."""
+
+    sequence: int = 1
+    """Ranks that split each sequence and swap it for heads around attention (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+
+    offload: Literal["none", "cpu"] = "none"
+    """Where shards, gradients and moments live between their uses: ``cpu`` keeps them in host RAM."""
+
+    reshard_after_forward: bool = True
+    """Free each layer's gathered parameters after its forward pass; false trades memory for one gather less."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse degrees below 1, and two ways to cut attention at once."""
+        yield from self.below(1, "replicate", "tensor", "sequence")
+        if self.sequence > 1 and self.tensor > 1:
+            why = f"parallel.tensor={self.tensor} splits the heads already"
+            yield self.refuse("sequence", why, "set parallel.sequence=1 or parallel.tensor=1")
+
+    def degrees(self, world_size: int) -> ParallelDims:
+        """Return the degrees; ``shard`` takes the rest."""
+        fixed = self.replicate * self.tensor * self.sequence
+        shard = max(1, world_size // fixed)
+        return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence, tensor=self.tensor)
+
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
+        degrees, blocks = self.degrees(world_size), shape.layers * shape.block_params
+        over = degrees.shard * degrees.sequence
+        share = -(-blocks // (over * degrees.tensor)) + -(-(shape.num_params - blocks) // over)
+        return StateBytes.fp32(share, offloaded=self.offload == "cpu")
+
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the sum in words."""
+        degrees = self.degrees(world_size)
+        over = degrees.shard * degrees.sequence * degrees.tensor
+        whole = "; embeddings and head are whole on tensor ranks" if degrees.tensor > 1 else ""
+        return (
+            f"(4N weights + 4N gradients + 8N Adam moments) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
+            f"the layer at work is whole for that time{whole}"
+        )
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
+        degrees = self.degrees(world_size)
+        if self.replicate > 1 and degrees.shard * degrees.sequence == 1:
+            why = f"{degrees} leaves each replica one rank, and nothing to shard"
+            yield self.refuse("replicate", why, "set parallel=ddp, or parallel.replicate=1")
+        if shape is None:
+            return
+        if self.tensor > 1 and shape.family == "gpt2":
+            why = "Transformers has no tensor plan for GPT-2: its attention keeps q, k and v in one matrix"
+            yield self.refuse("tensor", why, "set parallel.tensor=1: the ranks then shard whole layers, or model=hf")
+        for option in ("tensor", "sequence"):
+            yield from validate_heads(self, option, shape)
+
+    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+        """Say where offload moves nothing."""
+        if self.offload == "cpu" and not on_gpu:
+            yield "ranks compute on the CPU, so parallel.offload=cpu moves nothing off a device"

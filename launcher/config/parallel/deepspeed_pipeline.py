@@ -1,0 +1,169 @@
+"""Pipeline parallelism by DeepSpeed: layers cut into stages, ZeRO-1 between the replicas of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
+
+from launcher.config.batch import Batch
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import EngineKind, NativeOps, Parallel, ParallelDims, StateBytes
+from launcher.config.parallel.deepspeed_keys import DEEPSPEED_OPTION, OWNED_ZERO_KEYS, validate_raw_keys
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import Precision
+from launcher.errors import ConfigError
+
+PIPELINE_FAMILIES = ("gpt2", "llama")
+"""Architectures that ``launcher.models.layers`` can take apart."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedPipeline(Parallel):
+    """Stages on ranks of their own, by DeepSpeed's ``PipelineModule``, in the order of 1F1B (arXiv:1806.03377)."""
+
+    kind: ClassVar[str] = "deepspeed_pipeline"
+    engine: ClassVar[EngineKind] = "deepspeed"
+    headline: ClassVar[tuple[str, ...]] = ("stages", "stage")
+    degree_options: ClassVar[tuple[str, ...]] = ("stages",)
+    payload_options: ClassVar[tuple[str, ...]] = ("stages", "stage", "partition")
+    resizable: ClassVar[bool] = False
+
+    stages: int = 2
+    """Ranks that one pipeline is made of."""
+
+    micro_batches: int | None = None
+    """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
+    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
+
+    stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO's stage among pipelines side by side: 0 partitions nothing, 1 the optimiser state. 2 and 3 are refused."""
+
+    partition: Literal["blocks", "parameters", "layers"] = "parameters"
+    """What stages are made equal in: blocks, parameters, or layers of whatever kind."""
+
+    reduce_bucket_size: int = 500_000_000
+    """Elements reduced at a time."""
+
+    allgather_bucket_size: int = 500_000_000
+    """Elements gathered at a time."""
+
+    deepspeed: dict[str, Any] = field(default_factory=dict)
+    """Raw DeepSpeed keys, checked against DeepSpeed's own; they may not contradict a field of ours."""
+
+    @property
+    def zero(self) -> Zero:
+        """What is done among the ranks that hold the same stage.
+
+        A pipeline reduces gradients when all of them are there, so there is nothing to overlap with, and copying them
+        together would only cost a buffer of ``reduce_bucket_size``.
+        """
+        return Zero(
+            stage=self.stage,
+            overlap_comm=False,
+            contiguous_gradients=False,
+            reduce_bucket_size=self.reduce_bucket_size,
+            allgather_bucket_size=self.allgather_bucket_size,
+            deepspeed=self.deepspeed,
+        )
+
+    @property
+    def accumulation(self) -> int | None:
+        """Return the micro-batches of a step, where they are set here."""
+        return self.micro_batches
+
+    @property
+    def usual_accumulation(self) -> int:
+        """Return twice the stages: at most a third of the time idle."""
+        return 2 * self.stages
+
+    def degrees(self, world_size: int) -> ParallelDims:
+        """Return the degrees; pipelines side by side take the rest."""
+        return ParallelDims(pipeline=self.stages, data=max(1, world_size // self.stages))
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no pipeline, ZeRO that goes too far, and raw keys that would do nothing."""
+        yield from self.below(1, "stages", "micro_batches", "reduce_bucket_size", "allgather_bucket_size")
+        if self.stage > 1:
+            why = (
+                "partitioned gradients are reduced after every backward pass, and a pipeline's after the last of a step"
+            )
+            yield self.refuse("stage", why, "set parallel.stage=1, or parallel=zero2 or zero3 without a pipeline")
+        yield from self._raw_problems()
+
+    def _raw_problems(self) -> Iterator[ConfigError]:
+        """Refuse raw keys; those that an option of ``zero`` renders which a pipeline lacks cannot be sent there."""
+        for problem in validate_raw_keys(self.deepspeed):
+            owner = OWNED_ZERO_KEYS.get(problem.option.removeprefix(f"{DEEPSPEED_OPTION}.zero_optimization."))
+            if owner is not None and not hasattr(self, owner.removeprefix("parallel.")):
+                why = "DeepSpeed's pipeline has no such choice"
+                yield ConfigError(problem.option, problem.value, why=why, fix=f"remove {problem.option}")
+            else:
+                yield problem
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Refuse more stages than blocks, models that are not known here, and what ZeRO's engine would not do."""
+        yield from self.zero.refusals(world_size, precision, optimizer=optimizer, shape=shape)
+        if self.stage == 0 and precision.compute != "fp32":
+            why = f"without ZeRO DeepSpeed has no pipeline in {precision.compute} whose numbers are known to be right"
+            yield self.refuse("stage", why, "set parallel.stage=1 or precision=fp32")
+        if shape is None:
+            return
+        if self.stages > shape.layers:
+            why = f"the model has {shape.layers} layers, and each stage needs one"
+            yield self.refuse("stages", why, f"set parallel.stages={shape.layers}")
+        if shape.family not in PIPELINE_FAMILIES:
+            yield unknown_family_error(shape.family)
+
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return a stage's share, as if stages were equal, under ZeRO among the ranks that hold it."""
+        beside = self.degrees(world_size).data
+        stage = replace(shape, num_params=-(-shape.num_params // self.stages))
+        return self.zero.state_bytes(stage, beside, precision)
+
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the arithmetic of ``state_bytes`` in words."""
+        inner = self.zero.formula(self.degrees(world_size).data, precision)
+        return f"N = parameters / {self.stages} stages, taken as equal: {inner}"
+
+    def native_ops(self, optimizer: AdamW) -> NativeOps:
+        """Return what has to be compiled before ranks start."""
+        return self.zero.native_ops(optimizer)
+
+    def engine_config(
+        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+    ) -> dict[str, Any]:
+        """Return DeepSpeed's whole configuration."""
+        return self.ds_config(
+            batch=batch,
+            clip_norm=clip_norm,
+            optimizer=optimizer,
+            precision=precision,
+            native_adam=self.zero.wants_native_adam(optimizer),
+        )
+
+    def ds_config(
+        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool
+    ) -> dict[str, Any]:
+        """Return ZeRO's configuration, with the clipping left to the engine where DeepSpeed's is wrong.
+
+        Without ZeRO its norm counts the first stage alone (``clip_grad_norm_`` in ``deepspeed/runtime/utils.py`` asks
+        for rank 0 among the ranks of one model), so each stage would clip by a number of its own.
+        """
+        clips = self.stage > 0
+        return self.zero.ds_config(
+            batch=batch,
+            clip_norm=clip_norm if clips else 0.0,
+            optimizer=optimizer,
+            precision=precision,
+            native_adam=native_adam,
+        )
+
+
+def unknown_family_error(family: str) -> ConfigError:
+    """Return the refusal of a model whose parts are not known to work one by one."""
+    why = f"the layers of {family} are not known to work as a chain, only those of {', '.join(PIPELINE_FAMILIES)}"
+    return ConfigError("parallel", "deepspeed_pipeline", why=why, fix="choose parallel=pipeline or another strategy")

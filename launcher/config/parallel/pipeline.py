@@ -1,0 +1,194 @@
+"""Pipeline parallelism: layers cut into stages, micro-batches flowing through them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.config.batch import Batch
+from launcher.config.model.shape import Shape
+from launcher.config.optimizer import AdamW
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, StateBytes
+from launcher.config.precision import Precision
+from launcher.errors import ConfigError
+
+
+def partition_layers(
+    costs: Sequence[float], num_stretches: int, *, first: float = 0.0, last: float = 0.0
+) -> list[range]:
+    """Cut blocks into stretches of at least one block whose largest cost is the smallest possible.
+
+    Exact, by dynamic programming over (blocks, stretches). Of equal cuts an even one is taken: small sums of squares.
+
+    Args:
+        costs: of each block, in order.
+        num_stretches: at most as many as there are blocks.
+        first: cost of what the first stretch has besides, the embeddings.
+        last: cost of what the last stretch has besides, the output head.
+    """
+    assert 1 <= num_stretches <= len(costs), "every stretch has a block"
+    sums = [0.0, *itertools.accumulate(costs)]
+
+    def cost(begin: int, end: int, number: int) -> float:
+        extra = first * (number == 0) + last * (number == num_stretches - 1)
+        return sums[end] - sums[begin] + extra
+
+    # best[end]: the largest cost, the sum of squares and the cuts of the blocks before ``end``
+    best: dict[int, tuple[float, float, tuple[int, ...]]]
+    best = {end: (cost(0, end, 0), cost(0, end, 0) ** 2, (0, end)) for end in range(1, len(costs) + 1)}
+    for number in range(1, num_stretches):
+        best = {
+            end: min(
+                (max(best[begin][0], here), best[begin][1] + here**2, (*best[begin][2], end))
+                for begin in range(number, end)
+                for here in [cost(begin, end, number)]
+            )
+            for end in range(number + 1, len(costs) + 1)
+        }
+    return [range(begin, end) for begin, end in itertools.pairwise(best[len(costs)][2])]
+
+
+PipelineScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv"]
+
+
+def micro_batch_choices(schedule: PipelineScheduleName, *, stages: int, wanted: int) -> list[int]:
+    """Return ``wanted`` if a schedule takes so many micro-batches, else the nearest it takes below and above.
+
+    1F1B fills the pipeline before anything comes out of it. Interleaved schedules go in rounds of about as many
+    micro-batches as there are stages, all rounds alike.
+    """
+
+    def fits(number: int) -> bool:
+        if schedule == "1f1b":
+            return number >= stages
+        if schedule in ("interleaved_1f1b", "interleaved_zero_bubble"):
+            return number % max(1, number // stages) == 0
+        return True
+
+    if fits(wanted):
+        return [wanted]
+    below = next((number for number in range(wanted - 1, 0, -1) if fits(number)), None)
+    above = next(number for number in range(wanted + 1, 2 * (wanted + stages)) if fits(number))
+    return [above] if below is None else [below, above]
+
+
+def rank_of_chunk(schedule: PipelineScheduleName, stretch: int, *, ranks: int) -> int:
+    """Return the rank of the pipeline that has ``stretch``."""
+    if schedule == "zbv":
+        return min(stretch, 2 * ranks - 1 - stretch)
+    return stretch % ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Parallel):
+    """Stages on ranks of their own, by torch.distributed.pipelining; pipelines side by side share each batch."""
+
+    kind: ClassVar[str] = "pipeline"
+    engine: ClassVar[EngineKind] = "torch"
+    headline: ClassVar[tuple[str, ...]] = ("stages", "schedule")
+    degree_options: ClassVar[tuple[str, ...]] = ("stages",)
+
+    stages: int = 2
+    """Ranks that one pipeline is made of."""
+
+    schedule: PipelineScheduleName = "1f1b"
+    """Order of forward and backward passes: GPipe (arXiv:1811.06965), 1F1B (arXiv:1806.03377), interleaved 1F1B
+    (arXiv:2104.04473), and zero bubble, interleaved or in a V (arXiv:2401.10241)."""
+
+    micro_batches: int | None = None
+    """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
+    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
+
+    chunks: int | None = None
+    """Stretches of layers on each rank; by default 2 under interleaved and V schedules, else 1."""
+
+    balance: Literal["parameters", "time"] = "parameters"
+    """What stages are made equal in: parameters, or the measured time of each layer."""
+
+    data: Literal["replicate", "shard"] = "replicate"
+    """What pipelines side by side do with a stage: each holds it whole, or FSDP2 shards it over them."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Stretches of layers on each rank."""
+        if self.chunks is not None:
+            return self.chunks
+        return 1 if self.schedule in ("gpipe", "1f1b") else 2
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether the schedule takes gradients of weights later than those of what a stage is given."""
+        return self.schedule in ("interleaved_zero_bubble", "zbv")
+
+    @property
+    def accumulation(self) -> int | None:
+        """Return the micro-batches of a step, where they are set here."""
+        return self.micro_batches
+
+    @property
+    def usual_accumulation(self) -> int:
+        """Return twice the stages: at most a third of the time idle."""
+        return 2 * self.stages
+
+    def degrees(self, world_size: int) -> ParallelDims:
+        """Return the degrees; pipelines side by side take the rest."""
+        beside = max(1, world_size // self.stages)
+        if self.data == "shard":
+            return ParallelDims(pipeline=self.stages, shard=beside)
+        return ParallelDims(pipeline=self.stages, data=beside)
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no pipeline, and chunks that a schedule does not have."""
+        yield from self.below(2, "stages")
+        yield from self.below(1, "micro_batches", "chunks")
+        if self.chunks is None:
+            return
+        if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
+            fix = "set parallel.chunks=1 or parallel.schedule=interleaved_1f1b"
+            yield self.refuse("chunks", f"schedule {self.schedule} has one stretch of layers a rank", fix)
+        if self.schedule == "zbv" and self.chunks != 2:
+            yield self.refuse("chunks", "a V has two stretches of layers a rank", "set parallel.chunks=2")
+
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+        """Return the share of the rank with the largest stretches; ends have embeddings and head besides blocks."""
+        count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.width
+        if count > shape.layers:
+            return StateBytes.fp32(shape.num_params)  # refused, with the reason
+        first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tied else embedding)
+        held = [0] * self.stages
+        cut = partition_layers([shape.block_params] * shape.layers, count, first=first, last=embedding)
+        for number, blocks in enumerate(cut):
+            ends = first * (number == 0) + embedding * (number == count - 1)
+            held[rank_of_chunk(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
+        return StateBytes.fp32(-(-max(held) // self.degrees(world_size).shard))
+
+    def formula(self, world_size: int, precision: Precision) -> str:
+        """Return the sum in words."""
+        degrees = self.degrees(world_size)
+        over = f"{degrees.pipeline} stages" + (f" × {degrees.shard} shards" if degrees.shard > 1 else "")
+        return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
+
+    def refusals(
+        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+    ) -> Iterator[ConfigError]:
+        """Refuse more stages than layers."""
+        wanted = self.stages * self.num_chunks
+        if shape is not None and wanted > shape.layers:
+            most = shape.layers // self.num_chunks
+            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches, and there are {shape.layers} layers"
+            fix = f"set parallel.stages={most}" if most > 1 else "set parallel.schedule=1f1b"
+            yield self.refuse("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
+
+    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+        """Refuse numbers of micro-batches that the schedule does not take."""
+        choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=batch.accumulation)
+        if batch.accumulation in choices:
+            return
+        why = f"schedule {self.schedule} cannot send {batch.accumulation} micro-batches through {self.stages} stages"
+        numbers = " or ".join(
+            f"{number} (job.global_batch={batch.micro * number * batch.data_parallel})" for number in choices
+        )
+        fix = f"set parallel.micro_batches to {numbers}, or parallel.schedule=gpipe"
+        yield self.refuse("micro_batches", why, fix)

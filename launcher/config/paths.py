@@ -1,0 +1,168 @@
+"""Options that hold paths: ``~`` in them, and paths that this process cannot read.
+
+``Path.exists`` and its kin raise for some of these paths, answer no for others, and differ between versions of Python.
+So every path of an option is looked at here once, before any other code does.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import stat
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any
+
+from launcher.errors import ConfigError
+from launcher.utils.files import exists
+
+_MARK = "path"
+
+
+PathText = Annotated[str, _MARK]
+"""The type of an option that holds a path, or may hold one instead of a word."""
+
+
+_KEYWORDS = frozenset(
+    {"auto", "none", "random", "pretrained", "model", "data", "bytes", "bpe", "sample", "python-docs"}
+)
+"""What such options take instead of a path."""
+
+
+_GLOB_CHARACTERS = frozenset("*?[")
+
+
+_LONGEST_NAME, _LONGEST_PATH = 255, 4096
+
+
+@functools.cache
+def path_fields(cls: Any) -> frozenset[str]:
+    """Return the names of the fields of a dataclass that hold paths."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return frozenset(field.name for field in fields(cls) if _is_marked(hints[field.name]))
+
+
+def expand_home(value: Any) -> Any:
+    """Return a path, or a list of paths, with ``~`` replaced as a shell would."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)  # noqa: PTH111 (Path would raise for a user who does not exist)
+    if isinstance(value, list | tuple):
+        return type(value)(map(expand_home, value))
+    return value
+
+
+def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
+    """Yield option and value of every path that a component of ``group`` names."""
+    cls: Any = type(component)
+    for name in sorted(path_fields(cls)):
+        value = getattr(component, name)
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and each not in _KEYWORDS:
+                yield f"{group}.{name}", each
+
+
+def validate_path(option: str, value: str) -> ConfigError | None:
+    """Return why this process cannot look at a path; ``None`` where it can, or where nothing is there yet.
+
+    Args:
+        option: by which the user named it.
+        value: the path, or a pattern of paths.
+    """
+    if not value.strip():
+        fix = f"set {option} to a path, or leave it out"
+        return ConfigError(option, repr(value), why="is empty, not a path", fix=fix)
+    fix = f"set {option} to another path"
+    if "\0" in value:
+        return ConfigError(option, repr(value), why="holds a NUL character, which no path can", fix=fix)
+    whole = Path(expand_home(value))
+    path = _without_pattern(whole)
+    try:
+        path.stat()
+    except OSError as error:
+        why = _reason(path, error)
+        return None if why is None else ConfigError(option, value, why=why, fix=fix)
+    if path != whole and not path.is_dir():
+        return ConfigError(option, value, why=f"{path} is a file, not a folder", fix=fix)
+    if not _is_ordinary(path):
+        return ConfigError(option, value, why=f"{path} is neither a file nor a folder", fix=fix)
+    if not _may(path, os.R_OK | os.X_OK if path.is_dir() else os.R_OK):
+        why = f"{path} cannot be read by this user (permission denied)"
+        return ConfigError(option, value, why=why, fix=f"change its permissions, or {fix}")
+    return None
+
+
+def is_named_path(option: str, word: str) -> bool:
+    """Return whether ``word``, which may be an id or a name instead, is a path that is there.
+
+    Raises:
+        ConfigError: it can only be a path, and cannot be looked at.
+    """
+    problem = validate_path(option, word) if word else None
+    if problem is not None and ("/" in word or os.path.lexists(word)):
+        raise problem
+    return problem is None and exists(Path(expand_home(word)))
+
+
+def _without_pattern(path: Path) -> Path:
+    """Return the folder that a pattern begins with; a path without one as it is."""
+    if not _GLOB_CHARACTERS & set(str(path)):
+        return path
+    for parent in (path, *path.parents):
+        if not _GLOB_CHARACTERS & set(str(parent)):
+            return parent
+    return Path()
+
+
+def _reason(path: Path, error: OSError) -> str | None:
+    if error.errno == errno.ENOENT:
+        link = next((each for each in (path, *path.parents) if os.path.islink(each)), None)  # noqa: PTH114 (never raises)
+        first = next((each for each in (path, *path.parents) if os.path.lexists(each)), None)
+        if link is not None and link == first:
+            return f"{link} is a link to {link.readlink()}, which does not exist"
+        return _too_long(path)  # the system answers so only where the folder of the long name is there
+    if error.errno == errno.ENAMETOOLONG:
+        return _too_long(path)
+    if error.errno == errno.ENOTDIR:
+        file = next(parent for parent in path.parents if exists(parent))
+        return f"{file} is a file, not a folder"
+    if error.errno == errno.ELOOP:
+        return "it leads through a link that leads back to itself"
+    if error.errno == errno.EACCES:
+        closed = next((parent for parent in reversed(path.parents) if _is_closed(parent)), path.parent)
+        return f"{closed} is closed to this user (permission denied)"
+    return f"it cannot be looked at: {error.strerror}"
+
+
+def _too_long(path: Path) -> str | None:
+    longest = max(len(os.fsencode(part)) for part in path.parts) if path.parts else 0
+    if longest > _LONGEST_NAME:
+        return f"a name in it has {longest} bytes, and file systems take {_LONGEST_NAME}"
+    size = len(os.fsencode(path))
+    return f"it has {size} bytes, and the system takes {_LONGEST_PATH - 1}" if size >= _LONGEST_PATH else None
+
+
+def _may(path: Path, mode: int) -> bool:
+    """Return whether this process may do what ``mode`` says, as the user that the kernel asks about."""
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _is_closed(path: Path) -> bool:
+    return exists(path) and not _may(path, os.X_OK)
+
+
+def _is_ordinary(path: Path) -> bool:
+    mode = path.stat().st_mode
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
+
+
+def _is_marked(hint: Any) -> bool:
+    return _MARK in getattr(hint, "__metadata__", ()) or any(_is_marked(each) for each in typing.get_args(hint))
+
+
+def expand_homes(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a dataclass's fields with ``~`` replaced in those that hold paths."""
+    names = path_fields(cls)
+    return {name: expand_home(value) if name in names else value for name, value in values.items()}

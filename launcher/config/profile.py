@@ -1,0 +1,119 @@
+"""torch's profiler: which steps of a run are recorded.
+
+Typed ``profile=true`` or ``profile=false``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from launcher.config.component import Component
+from launcher.errors import ConfigError
+
+ProfileUnit = Literal["steps", "engine steps", "time", "cases"]
+"""What a job's recording is measured in: its own steps, those of an engine that generates, seconds from its beginning,
+or each case of a benchmark, taken once more."""
+
+_DEFAULT_ACTIVE_STEPS = {"steps": 2, "engine steps": 20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileWindow:
+    """Which steps are recorded, counted from 1 as one process takes them."""
+
+    wait: int
+    warmup: int
+    active: int
+
+    @property
+    def first(self) -> int:
+        """The first step that is recorded."""
+        return self.wait + self.warmup + 1
+
+    @property
+    def last(self) -> int:
+        """The last step that is recorded."""
+        return self.wait + self.warmup + self.active
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Component):
+    """Nothing is recorded."""
+
+    group: ClassVar[str] = "profile"
+    kind: ClassVar[str] = "false"
+
+    def refusals(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+        """Yield why a job of so many steps cannot be recorded so."""
+        yield from ()
+
+    def outline(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+        """Yield what is recorded, in words."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchProfile(Profile):
+    """A few steps of every rank as Chrome trace, table of operators and memory, in the folder profile of the run."""
+
+    kind: ClassVar[str] = "true"
+
+    wait: int = 1
+    """Steps that pass before anything is switched on: the first one is slow and like no other."""
+
+    warmup: int = 1
+    """Steps in which the profiler runs already and is not listened to."""
+
+    active: int | None = None
+    """Steps that are recorded; null is 2 of training and evaluation, 20 of an engine that generates."""
+
+    seconds: float = 20.0
+    """How long is recorded at most where a job has no steps: from its beginning, or that of each case of a
+    benchmark."""
+
+    memory: bool = True
+    """Whether allocations are recorded, too; on a GPU with a snapshot of its memory."""
+
+    shapes: bool = False
+    """Whether operators are told apart by the shapes of their inputs."""
+
+    top: int = 20
+    """Operators in the table, those that take longest themselves."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse windows that hold nothing."""
+        yield from self.below(0, "wait", "warmup")
+        yield from self.below(1, "active", "top")
+        if self.seconds <= 0:
+            yield self.refuse("seconds", "must be above 0", "set profile.seconds=20")
+
+    def window(self, by: ProfileUnit) -> ProfileWindow:
+        """Return the steps that are recorded of a job that has steps."""
+        active = _DEFAULT_ACTIVE_STEPS[by] if self.active is None else self.active
+        return ProfileWindow(wait=self.wait, warmup=self.warmup, active=active)
+
+    def refusals(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+        """Refuse a window that lies beyond the last step."""
+        if by != "steps":
+            return
+        window = self.window(by)
+        if window.last > num_steps:
+            why = f"steps {window.first} to {window.last} would be recorded, and the run has {num_steps}"
+            rest = num_steps - window.active - self.warmup
+            fits = (
+                f"profile.wait={rest}" if rest >= 0 else f"profile.wait=0 profile.warmup=0 profile.active={num_steps}"
+            )
+            yield self.refuse("wait", why, f"set {fits}")
+
+    def outline(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+        """Yield what is recorded, in words."""
+        if by in _DEFAULT_ACTIVE_STEPS:
+            window = self.window(by)
+            what = f"{by} {window.first} to {window.last} of each process, which are slower for it"
+        elif by == "cases":
+            what = f"each case once more, {self.seconds:g} s of it at most; no figure comes from that"
+        else:
+            what = f"the first {self.seconds:g} s"
+        yield "profile", what

@@ -1,0 +1,161 @@
+"""The quantization group: methods, and the manifest of a folder of quantized weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from launcher.config.component import Component
+from launcher.config.schema import build, to_tree
+from launcher.errors import ConfigError
+from launcher.utils.files import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantization(Component):
+    """How the matrices in the blocks of a model are kept. Embeddings, norms, biases and the output head stay."""
+
+    group: ClassVar[str] = "quantization"
+
+    package: ClassVar[str | None] = None
+    """The package that it needs."""
+
+    skip: tuple[str, ...] = ()
+    """Layers that stay as they are, as patterns of names: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse patterns that are none."""
+        if "" in self.skip:
+            yield self.refuse("skip", "an empty pattern matches no layer", "leave it out")
+
+    def preflight(self, option: str) -> Iterator[ConfigError]:
+        """Yield a package that is not installed.
+
+        Args:
+            option: by which this method was chosen, as the user types it.
+        """
+        if self.package is not None and importlib.util.find_spec(self.package) is None:
+            fix = f"pip install 'launcher[quantize]', or set {option}=none"
+            yield ConfigError(option, self.kind, why=f"the package {self.package} is not installed", fix=fix)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoQuantization(Component):
+    """Weights stay in the format of ``precision``."""
+
+    group: ClassVar[str] = "quantization"
+    kind: ClassVar[str] = "none"
+
+
+QuantizationName = Literal["none", "int8_dynamic", "int8_weight", "int4_weight", "fp8", "nf4"]
+"""What ``model.quantization`` takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Dynamic(Quantization):
+    """8-bit matrices, a scale for each output, times 8-bit activations, scaled token by token (torchao)."""
+
+    kind: ClassVar[str] = "int8_dynamic"
+    package: ClassVar[str | None] = "torchao"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Weight(Quantization):
+    """8-bit matrices, a scale for each output; products in the format of ``precision`` (torchao)."""
+
+    kind: ClassVar[str] = "int8_weight"
+    package: ClassVar[str | None] = "torchao"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int4Weight(Quantization):
+    """4-bit matrices, a scale and a zero point for each group of inputs; products in the format of ``precision``."""
+
+    kind: ClassVar[str] = "int4_weight"
+    headline: ClassVar[tuple[str, ...]] = ("group_size",)
+
+    group_size: int = 32
+    """Inputs that share a scale; it divides the width of every layer that is quantised."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse groups that fill no bytes."""
+        yield from super().problems()
+        if self.group_size < 2 or self.group_size % 2:
+            yield self.refuse("group_size", "two weights share a byte", "set quantization.group_size=32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fp8Weight(Quantization):
+    """Matrices in float8 (e4m3), a scale for each output; products in the format of ``precision`` (torchao)."""
+
+    kind: ClassVar[str] = "fp8"
+    package: ClassVar[str | None] = "torchao"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nf4(Quantization):
+    """4-bit NormalFloat, a scale for each 64 weights (Dettmers et al., 2023, arXiv:2305.14314; bitsandbytes)."""
+
+    kind: ClassVar[str] = "nf4"
+    package: ClassVar[str | None] = "bitsandbytes"
+
+
+METHODS: Mapping[str, type[Quantization]] = {
+    method.kind: method for method in (Int8Dynamic, Int8Weight, Int4Weight, Fp8Weight, Nf4)
+}
+"""Classes by the name that they have in options and files."""
+
+
+def method_named(name: QuantizationName) -> Quantization | None:
+    """Return a method with its defaults; ``None`` for ``none``."""
+    return None if name == "none" else METHODS[name]()
+
+
+MANIFEST_FILE = "quantization.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizationManifest:
+    """How the weights in a folder were quantised."""
+
+    method: Quantization
+    layers: tuple[str, ...]
+    """Names of the layers that are."""
+
+    def write(self, folder: Path) -> None:
+        """Write it into the folder."""
+        tree = to_tree(self.method)
+        write_json(folder / MANIFEST_FILE, {**tree, "kind": self.method.kind, "layers": list(self.layers)})
+
+
+def read_manifest(folder: Path) -> QuantizationManifest | None:
+    """Return what a folder says; ``None`` where its weights are not quantised by the launcher.
+
+    Raises:
+        ConfigError: the file is there, and not as the launcher writes it.
+    """
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        return None
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+        return _manifest_from_tree(tree)
+    except (ValueError, KeyError, TypeError) as error:
+        fix = "quantise the model again: job=quantize"
+        raise ConfigError(
+            "model.weights", str(folder), why=f"its {MANIFEST_FILE} cannot be read: {error}", fix=fix
+        ) from error
+
+
+def _manifest_from_tree(tree: Mapping[str, Any]) -> QuantizationManifest:
+    options = {name: value for name, value in tree.items() if name not in ("kind", "layers")}
+    mistakes: list[ConfigError] = []
+    method = build(METHODS[tree["kind"]], options, path="quantization", report=mistakes.append)
+    layers = tree["layers"]
+    if method is None or not isinstance(layers, list) or not all(isinstance(name, str) for name in layers):
+        raise ValueError("; ".join(map(str, mistakes)) or "layers is not a list of names")
+    return QuantizationManifest(method=method, layers=tuple(layers))

@@ -1,0 +1,162 @@
+"""Parameters of sampling, and the one table of their ranges for API, file jobs and engines.
+
+The bounds keep arithmetic finite: scores are fp32, so dividing them by 1e-45 gives infinities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. The defaults are greedy decoding without any change to the scores.
+
+    Everything is applied in the order of Transformers' ``generate``: penalties, n-grams, ``bias``, ``min_tokens``,
+    temperature, top-k, top-p, min-p.
+    """
+
+    max_tokens: int
+    """Tokens to generate at most, at least 1."""
+    min_tokens: int = 0
+    """Tokens before which nothing may end the sequence."""
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_k: int = 0
+    """Keep this many of the most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the smallest set of tokens whose probabilities add up to this."""
+    min_p: float = 0.0
+    """Keep tokens at least this times as likely as the most likely one."""
+    repetition_penalty: float = 1.0
+    """Divide (multiply, where negative) scores of tokens in prompt and output by this (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtract this from scores of tokens in the output, as OpenAI does."""
+    frequency_penalty: float = 0.0
+    """Subtract this from scores of tokens, once for each time that they are in the output."""
+    no_repeat_ngram: int = 0
+    """No sequence of this many tokens, prompt included, occurs twice; 0 allows all."""
+    bias: tuple[tuple[int, float], ...] = ()
+    """Tokens and what is added to their scores."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end the sequence, besides the model's own; the last token of the output is then one of them."""
+    ignore_end: bool = False
+    """Whether the model's own end-of-sequence tokens are tokens like any other."""
+    seed: int | None = None
+    """Of this request's own random generator: the same seed and prompt give the same tokens in any company."""
+    logprobs: int | None = None
+    """Also return the log-probability of each chosen token and of this many most likely ones (of unchanged scores)."""
+    beams: int = 1
+    """Sequences that beam search keeps; 1 is no beam search. With more, tokens come all at once, at the end."""
+    length_penalty: float = 1.0
+    """Beam search compares sums of log-probabilities divided by length to the power of this."""
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the same prompt gives the same tokens again."""
+        return self.temperature == 0.0 or self.seed is not None
+
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterRange:
+    """Which numbers a field may be."""
+
+    least: float
+    most: float
+    usual: float
+    """One that always works."""
+    exclusive: bool = False
+    """Whether ``least`` itself is too little."""
+    or_zero: bool = False
+    """Whether 0, below ``least``, has a meaning of its own."""
+
+    def problem(self, value: float) -> str:
+        """Return what is wrong with a number, nothing where it is in here."""
+        if value != value:
+            return "must be a number"
+        if value > self.most:
+            return f"must be at most {_shown(self.most)}"
+        if value > self.least or (value == self.least and not self.exclusive) or (value == 0 and self.or_zero):
+            return ""
+        either = "0, or " if self.or_zero else ""
+        return f"must be {either}{'above' if self.exclusive else 'at least'} {_shown(self.least)}"
+
+
+RANGES: Mapping[str, ParameterRange] = {
+    "max_tokens": ParameterRange(1, _INT32_MAX, 128),
+    "min_tokens": ParameterRange(0, _INT32_MAX, 0),
+    "temperature": ParameterRange(1e-6, 100.0, 1.0, or_zero=True),
+    "top_k": ParameterRange(0, _INT32_MAX, 0),
+    "top_p": ParameterRange(0.0, 1.0, 1.0, exclusive=True),
+    "min_p": ParameterRange(0.0, 1.0, 0.0),
+    "repetition_penalty": ParameterRange(0.01, 100.0, 1.0),
+    "presence_penalty": ParameterRange(-2.0, 2.0, 0.0),
+    "frequency_penalty": ParameterRange(-2.0, 2.0, 0.0),
+    "no_repeat_ngram": ParameterRange(0, _INT32_MAX, 0),
+    "seed": ParameterRange(0, 2**63 - 1, 0),
+    "logprobs": ParameterRange(0, 20, 0),
+    "beams": ParameterRange(1, 64, 1),
+    "length_penalty": ParameterRange(-10.0, 10.0, 1.0),
+}
+"""Fields of ``Sampling`` that are numbers."""
+
+
+LOGIT_BIAS_RANGE = ParameterRange(-100.0, 100.0, 0.0)
+"""What is added to the score of one token."""
+
+
+MAX_LOGIT_BIASES = 1024
+"""Tokens whose scores one request changes: more would make each step longer for all."""
+
+
+MAX_STOP_IDS = 64
+
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+"""Strings that end a text, and characters of each."""
+
+
+NUM_CHOICES_RANGE = ParameterRange(1, 1024, 1)
+"""Answers to one prompt."""
+
+
+PRIORITY_RANGE = ParameterRange(-(2**31), _INT32_MAX, 0)
+
+
+def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, float]]:
+    """Yield each field that cannot be, with what is wrong and a value that works."""
+    for name, limits in RANGES.items():
+        value = getattr(sampling, name)
+        if value is not None and (why := limits.problem(value)):
+            yield name, why, limits.usual
+    if len(sampling.bias) > MAX_LOGIT_BIASES:
+        yield "bias", f"must be of at most {MAX_LOGIT_BIASES} tokens, not {len(sampling.bias)}", 0
+    if len({token for token, _ in sampling.bias}) < len(sampling.bias):
+        yield "bias", "must name each token once", 0
+    why = next((why for _, added in sampling.bias if (why := LOGIT_BIAS_RANGE.problem(added))), "")
+    if why:
+        yield "bias", f"{why}, for each token", 0
+    if len(sampling.stop_ids) > MAX_STOP_IDS:
+        yield "stop_ids", f"must be at most {MAX_STOP_IDS} tokens, not {len(sampling.stop_ids)}", 0
+    if sampling.beams > 1 and sampling.temperature > 0:
+        yield "beams", "beam search takes the likeliest sequences: it goes with temperature 0 alone", 1
+    if sampling.beams > 1 and sampling.logprobs is not None:
+        yield "logprobs", "beam search gives no log-probabilities", 0
+
+
+def validate_stop_strings(stops: Sequence[str]) -> str:
+    """Return what is wrong with the strings that are to end a text, nothing where all are right."""
+    if len(stops) > MAX_STOPS:
+        return f"takes at most {MAX_STOPS} texts, not {len(stops)}"
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        return f"takes texts of at most {MAX_STOP_LENGTH} characters, not {longest}"
+    return ""
+
+
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"

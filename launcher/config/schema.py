@@ -1,0 +1,202 @@
+"""Plain trees of dicts and scalars to frozen dataclasses and back, reporting every mistake at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import types
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Union
+
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.utils.text import did_you_mean
+
+T = TypeVar("T")
+ReportError = Callable[[ConfigError], None]
+
+NO_SUCH_OPTION = "no such option"
+_INVALID = object()
+_WORDS: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+@functools.cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """Return the resolved type of each configurable field of ``cls``."""
+    hints = typing.get_type_hints(cls)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def defaults(cls: type) -> dict[str, Any]:
+    """Return the default of every field that has one, as a plain tree."""
+    tree = {}
+    for field in dataclasses.fields(cls):
+        if field.default is not dataclasses.MISSING:
+            tree[field.name] = to_tree(field.default)
+        elif field.default_factory is not dataclasses.MISSING:
+            tree[field.name] = to_tree(field.default_factory())
+    return tree
+
+
+def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: ReportError) -> T | None:
+    """Build ``cls`` from ``tree``, reporting every unknown key, missing value, wrong type and refused value.
+
+    Args:
+        cls: a frozen dataclass.
+        tree: plain dicts, lists and scalars.
+        path: the option this tree sits at (``parallel``), for messages.
+        report: called once per mistake.
+
+    Returns:
+        The instance, or ``None`` when anything was reported.
+    """
+    wanted: dict[str, Any] = field_types(cls)  # type: ignore[arg-type]
+    values, sound = {}, True
+    for key in tree:
+        if key not in wanted:
+            report(ConfigError(f"{path}.{key}".lstrip("."), why=NO_SUCH_OPTION, fix=did_you_mean(str(key), wanted)))
+            sound = False
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        option = f"{path}.{field.name}".lstrip(".")
+        value = tree.get(field.name, "???")
+        if field.name not in tree and _has_default(field):
+            continue
+        if value == "???":
+            report(ConfigError(option, why="has no value", fix=f"set {option}=<{describe_type(wanted[field.name])}>"))
+            sound = False
+            continue
+        converted = convert(wanted[field.name], value, path=option, report=report)
+        if converted is _INVALID:
+            sound = False
+        else:
+            values[field.name] = converted
+    if any(field.name not in values and not _has_default(field) for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
+        return None
+    try:
+        built = cls(**values)  # also when something was wrong already: the sound values are checked all the same
+    except ConfigErrors as several:
+        for error in several.errors:
+            report(error)
+        return None
+    return built if sound else None
+
+
+def convert(wanted: Any, value: Any, *, path: str, report: ReportError) -> Any:
+    """Return ``value`` as the type ``wanted``; on a mismatch report it and return a marker."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        return _convert_union(wanted, arguments, value, path=path, report=report)
+    if origin is Literal:
+        if value in arguments and not isinstance(value, bool):
+            return value
+        text = f"is not one of {', '.join(map(str, arguments))}"
+        report(ConfigError(path, _shown(value), why=text, fix=did_you_mean(str(value), map(str, arguments))))
+        return _INVALID
+    if origin is tuple and isinstance(value, list | tuple):
+        kinds = arguments[:1] * len(value) if Ellipsis in arguments else arguments
+        if len(value) != len(kinds):
+            return _mismatch(wanted, value, path, report)
+        pairs = zip(kinds, value, strict=True)
+        items = [convert(kind, entry, path=f"{path}[{i}]", report=report) for i, (kind, entry) in enumerate(pairs)]
+        return _INVALID if any(entry is _INVALID for entry in items) else tuple(items)
+    if origin is dict and isinstance(value, Mapping):
+        items_of = {k: convert(arguments[1], v, path=f"{path}.{k}", report=report) for k, v in value.items()}
+        return _INVALID if any(entry is _INVALID for entry in items_of.values()) else items_of
+    if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):
+        built = build(wanted, value, path=path, report=report)  # type: ignore[arg-type]
+        return _INVALID if built is None else built
+    return _convert_scalar(wanted, value, path=path, report=report)
+
+
+def _convert_scalar(wanted: Any, value: Any, *, path: str, report: ReportError) -> Any:
+    is_bool = isinstance(value, bool)
+    if wanted is float and not is_bool:
+        number = _number(value)
+        if number is not None:
+            return number
+    if wanted is int and not is_bool:
+        number = _number(value)
+        if number is not None and number == int(number):  # 5e8 is a whole number
+            return int(number)
+    if wanted is str and isinstance(value, str | int | float) and not is_bool:
+        return str(value)
+    if wanted in (bool, type(None)) and isinstance(value, wanted):
+        return value
+    return _mismatch(wanted, value, path, report)
+
+
+def _number(value: Any) -> float | None:
+    """Return a finite number; text counts when it spells one, because YAML reads ``1e-4`` as text."""
+    if isinstance(value, int):
+        return value
+    if not isinstance(value, float | str):
+        return None
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    return number if abs(number) != float("inf") and number == number else None
+
+
+def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path: str, report: ReportError) -> Any:
+    for exact in (True, False):  # text stays text in "str | int" when it is text
+        for choice in arguments:
+            if exact and not (isinstance(choice, type) and type(value) is choice):
+                continue
+            quiet: list[ConfigError] = []
+            converted = convert(choice, value, path=path, report=quiet.append)
+            if not quiet:
+                return converted
+    return _mismatch(wanted, value, path, report)
+
+
+def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
+    report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=f"it takes {describe_type(wanted)}"))
+    return _INVALID
+
+
+def _kind_of(value: Any) -> str:
+    return _WORDS.get(type(value), "a mapping" if isinstance(value, Mapping) else "a list")
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else value
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def describe_type(wanted: Any) -> str:
+    """Return a type in words a user can act on."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return " or ".join(describe_type(choice) for choice in arguments)
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin is tuple:
+        return f"a list of {describe_type(arguments[0])}"
+    if origin is dict or dataclasses.is_dataclass(wanted):
+        return "a mapping"
+    return _WORDS.get(wanted, "any value")
+
+
+def to_tree(value: Any) -> Any:
+    """Return ``value`` as plain dicts, lists and scalars, ready for YAML or JSON."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        tree = {field.name: to_tree(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        kind = getattr(type(value), "kind", None)
+        return {"kind": kind, **tree} if kind else tree
+    if isinstance(value, Mapping):
+        return {key: to_tree(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_tree(item) for item in value]
+    return value

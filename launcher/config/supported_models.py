@@ -1,0 +1,103 @@
+"""Which model families a parallel strategy or an attention kernel supports, as their files tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from launcher.config.attention import Attention, EagerAttention, FlashAttention, FlexAttention, SdpaAttention
+from launcher.config.model.config_json import sequence_sharding_problem, stateful_layers
+from launcher.config.model.transformers_support import attention_support, parallel_plans
+from launcher.config.parallel.data_parallel import TENSOR_STYLES
+from launcher.config.parallel.deepspeed_pipeline import PIPELINE_FAMILIES, unknown_family_error
+from launcher.errors import ConfigError
+
+if TYPE_CHECKING:
+    from launcher.config.model.base import Model
+    from launcher.config.model.transformers_support import AttentionSupport
+    from launcher.config.parallel.base import Parallel
+
+
+_ALTERNATIVE = "set parallel=fsdp or parallel=zero3, which shard any model"
+
+
+def validate_family(
+    parallel: Parallel, model: Model, attention: Attention, *, world_size: int, length: int
+) -> Iterator[ConfigError]:
+    """Yield why a strategy cannot spread a model, as far as files tell; ``parallel.refusals`` knows GPT-2 itself.
+
+    Args:
+        parallel: the strategy.
+        model: what it spreads.
+        attention: the kernel.
+        world_size: ranks.
+        length: tokens in a sequence; 0 where none is cut.
+    """
+    degrees = parallel.degrees(world_size)
+    if degrees.sequence > 1:
+        yield from _validate_sequences(model, attention, degree=degrees.sequence, length=length)
+    if degrees.pipeline > 1 and parallel.kind == "pipeline":
+        yield from _validate_state(model)
+    family = model.family()
+    plans = parallel_plans(family) if family not in (None, "gpt2") else None
+    if plans is None:
+        return
+    strange = sorted(plans.tensor_styles - TENSOR_STYLES)
+    if degrees.tensor > 1 and (strange or not plans.tensor_styles):
+        lacks = f"one with styles {', '.join(strange)} that are not carried out here" if strange else "none"
+        why = f"Transformers' tensor plan for {family} is {lacks}"
+        yield ConfigError("parallel.tensor", degrees.tensor, why=why, fix=_ALTERNATIVE)
+    if degrees.pipeline > 1 and parallel.kind == "pipeline" and not plans.has_stages:
+        why = f"Transformers has no pipeline plan for {family}"
+        yield ConfigError("parallel.stages", degrees.pipeline, why=why, fix=_ALTERNATIVE)
+    if parallel.kind == "deepspeed_pipeline" and model.shape() is None and family not in PIPELINE_FAMILIES:
+        yield unknown_family_error(str(family))
+
+
+def _validate_state(model: Model) -> Iterator[ConfigError]:
+    config = model.stored_config()
+    if config is not None:
+        family = str(config.get("model_type"))
+        states = stateful_layers(config, attention_support(family))
+        if states is not None:
+            yield stateful_model_error(family, states)
+
+
+def stateful_model_error(family: str, states: str) -> ConfigError:
+    """Return the refusal of a model that a pipeline cannot continue texts with."""
+    why = f"{family} has {states}, which stages do not keep"
+    return ConfigError("parallel", "pipeline", why=why, fix=_ALTERNATIVE)
+
+
+def _validate_sequences(model: Model, attention: Attention, *, degree: int, length: int) -> Iterator[ConfigError]:
+    """Refuse kernels that want a mask of whole sequences, and models whose layers do more than attend to all of one."""
+    if attention.kind not in ("sdpa", "flash"):
+        why = "only kernels that are causal without a mask compute attention over ranks"
+        yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa")
+    config = model.stored_config()
+    if config is None:
+        return
+    why_not = sequence_sharding_problem(config, attention_support(str(config.get("model_type"))), length=length)
+    if why_not is not None:
+        yield whole_sequence_error(degree, why_not)
+
+
+def whole_sequence_error(degree: int, why: str) -> ConfigError:
+    """Return the refusal of a model whose sequences stay whole."""
+    return ConfigError("parallel.sequence", degree, why=why, fix=_ALTERNATIVE)
+
+
+def unsupported_attention(attention: Attention, family: str, marks: AttentionSupport) -> ConfigError | None:
+    """Return the refusal of a kernel that models of a family do not take, ``None`` where they do."""
+    supports = {
+        EagerAttention.kind: True,
+        SdpaAttention.kind: marks.sdpa,
+        FlashAttention.kind: marks.sdpa
+        and marks.attention_backend,  # others would not find a kernel that is registered
+        FlexAttention.kind: marks.flex_attn,
+    }
+    if supports[attention.kind]:
+        return None
+    others = ", ".join(f"attention={kind}" for kind, supported in supports.items() if supported)
+    why = f"{family} has no such attention in the installed Transformers"
+    return ConfigError("attention", attention.kind, why=why, fix=f"set {others.replace(', ', ' or ')}")

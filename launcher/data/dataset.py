@@ -1,0 +1,238 @@
+"""Training and held-out sequences of a data set, opened on a rank."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from launcher.config.data.base import Corpus, Data, Synthetic
+from launcher.config.model.base import Model
+from launcher.data.token_cache import token_folder
+from launcher.errors import ConfigError
+from launcher.models.tokenizer import FastTokenizer
+from launcher.utils.files import read_json
+
+
+class Sequences(Protocol):
+    """Numbered sequences of equal length."""
+
+    @property
+    def num_sequences(self) -> int:
+        """How many there are."""
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Return sequence ``index`` as int64 of shape (sequence_length + 1,): inputs [:-1], labels [1:]."""
+
+
+class TokenStream:
+    """Tokens of a whole corpus in the segments that a file holds them in."""
+
+    def __init__(self, segments: Sequence[np.ndarray]) -> None:
+        self._segments = segments
+        self._starts = [0, *itertools.accumulate(len(segment) for segment in segments)]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens ``start`` to ``stop`` as int64."""
+        parts = []
+        number = bisect_right(self._starts, start) - 1
+        while start < stop:
+            segment, offset = self._segments[number], start - self._starts[number]
+            part = segment[offset : offset + stop - start]
+            parts.append(part)
+            start += len(part)
+            number += 1
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, np.int64)
+
+
+def open_stream(folder: Path) -> TokenStream:
+    """Map the tokens of a cache folder without reading them.
+
+    The folder's ``stream.json`` says where in the Arrow file the tokens lie, so that opening needs neither
+    ``datasets`` nor pyarrow, which take longer to import than everything else here.
+    """
+    layout = read_json(folder / "stream.json")
+    dtype = np.dtype(layout["dtype"])
+    whole = np.memmap(folder / layout["file"], mode="r", dtype=np.uint8)
+    return TokenStream([whole[start : start + size * dtype.itemsize].view(dtype) for start, size in layout["segments"]])
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenWindows:
+    """Sequences cut from a stretch of a stream, each starting where the one before ended."""
+
+    stream: TokenStream
+    first: int
+    """First token of the stretch."""
+    last: int
+    """One past its last token."""
+    length: int
+    """Tokens a model sees of each sequence; one more is read, as the last label."""
+
+    @property
+    def num_sequences(self) -> int:
+        """How many whole sequences the stretch holds."""
+        return max(0, (self.last - self.first - 1) // self.length)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Return sequence ``index`` as int64 of shape (length + 1,)."""
+        start = self.first + index * self.length
+        return self.stream.read(start, start + self.length + 1)
+
+
+_MOST_HELD_OUT = 1024
+
+
+class BigramSequences:
+    """Random walks over a table in which every token has ``branching`` equally likely successors.
+
+    Only raw outputs of Philox (Salmon et al., 2011) are used, which numpy keeps stable between versions.
+    """
+
+    def __init__(self, data: Synthetic, *, sequence_length: int, seed: int, split: str) -> None:
+        self._data, self._length, self._seed, self._split = data, sequence_length, seed, split
+        shuffled = np.argsort(self._raw("table", 0, data.vocab_size), kind="stable")
+        self._first_successors: list[int] = shuffled.tolist()  # each token once: all are equally common
+
+    @property
+    def num_sequences(self) -> int:
+        """How many there are before the data repeats."""
+        return self._data.num_sequences if self._split == "train" else min(self._data.num_sequences, _MOST_HELD_OUT)
+
+    def sequence(self, index: int) -> np.ndarray:
+        """Return sequence ``index`` as int64 of shape (sequence_length + 1,)."""
+        vocab_size, firsts = self._data.vocab_size, self._first_successors
+        start, *choices = self._raw(self._split, index, self._length + 1).tolist()
+        tokens = [start % vocab_size]
+        for choice in choices:
+            tokens.append((firsts[tokens[-1]] + choice % self._data.branching) % vocab_size)
+        walk: np.ndarray = np.array(tokens, np.int64)
+        return walk
+
+    def _raw(self, purpose: str, index: int, size: int) -> np.ndarray:
+        key = hashlib.blake2b(f"{purpose} {self._seed} {index}".encode(), digest_size=16).digest()
+        raw: np.ndarray = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(size)
+        return raw
+
+
+def uniform_loss(vocab_size: int) -> float:
+    """Return the loss in nats a token of a model that finds every token equally likely."""
+    return math.log(vocab_size)
+
+
+def unigram_loss(train: np.ndarray, held_out: np.ndarray, *, vocab_size: int) -> float:
+    """Return the held-out loss in nats a token of the training text's token frequencies, add-one smoothed.
+
+    Args:
+        train: token numbers to count.
+        held_out: token numbers to predict.
+        vocab_size: one more than the largest token number.
+    """
+    counts = np.bincount(train, minlength=vocab_size) + 1
+    log_shares = np.log(counts / counts.sum())
+    return float(-log_shares[held_out].mean())
+
+
+_COUNTED_TOKENS = 20_000_000
+"""The unigram baseline counts no more tokens than this of each split: beyond, frequencies hardly move."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splits:
+    """What a run learns from and what it is judged by."""
+
+    train: Sequences
+    held_out: Sequences
+    tokenizer: FastTokenizer | None
+    """``None`` where tokens stand for no text."""
+    vocab_size: int
+    """Tokens that can occur; the model's embedding may have more rows."""
+    context: int
+    """Longest sequence of the model, in tokens."""
+    baselines: Mapping[str, float]
+    """Losses to compare with, in nats a token, by name."""
+
+
+def open_splits(
+    data: Data, model: Model, *, sequence_length: int, seed: int, beat: Callable[[], None] = lambda: None
+) -> Splits:
+    """Open ``data`` for ``model``; every rank calls this, and the first on each machine does what is done once.
+
+    Args:
+        data: what to open.
+        model: must take sequences of that length and all tokens that occur.
+        sequence_length: tokens in one sequence, its last label not counted.
+        seed: draws synthetic data; text does not depend on it.
+        beat: called at least every few seconds of work, so that it does not look like a stall.
+
+    Raises:
+        ConfigError: the parts do not fit together, with the numbers.
+        EnvironmentProblem: something must be fetched and cannot be, or the cache cannot be written.
+    """
+    vocab_size, context = _limits(model)
+    if sequence_length > context:
+        why, fix = f"{model.name} takes at most {context} tokens", f"set job.sequence_length={context}"
+        raise ConfigError("job.sequence_length", sequence_length, why=why, fix=fix)
+    if isinstance(data, Synthetic):
+        splits = _open_synthetic(data, context=context, sequence_length=sequence_length, seed=seed)
+    else:
+        assert isinstance(data, Corpus), f"no way to open {type(data).__name__}"
+        splits = _open_corpus(data, model, context=context, sequence_length=sequence_length, beat=beat)
+    if splits.vocab_size > vocab_size:
+        option, value = ("data.tokenizer", getattr(data, "tokenizer", "bpe"))
+        why = f"it has {splits.vocab_size} tokens and {model.name} only {vocab_size} rows of embedding"
+        raise ConfigError(option, value, why=why, fix="set data.tokenizer=model, or bpe with a smaller data.vocab_size")
+    return splits
+
+
+def _limits(model: Model) -> tuple[int, int]:
+    if shape := model.shape():
+        return shape.vocab_size, shape.context
+    config = model.transformers_config().get_text_config()
+    return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 62  # some have no limit
+
+
+def _open_corpus(data: Corpus, model: Model, *, context: int, sequence_length: int, beat: Callable[[], None]) -> Splits:
+    folder, tokenizer = token_folder(data, model, beat=beat)
+    stream = open_stream(folder)
+    cut = len(stream) - round(len(stream) * data.held_out)
+    train = TokenWindows(stream=stream, first=0, last=cut, length=sequence_length)
+    held_out = TokenWindows(stream=stream, first=cut, last=len(stream), length=sequence_length)
+    if problem := data.split_problem(len(stream), sequence_length):
+        raise problem
+    beat()
+    known, asked = (stream.read(part.first, min(part.last, part.first + _COUNTED_TOKENS)) for part in (train, held_out))
+    vocab_size = tokenizer.vocab_size
+    return Splits(
+        train=train,
+        held_out=held_out,
+        tokenizer=tokenizer,
+        vocab_size=vocab_size,
+        context=context,
+        baselines={
+            "uniform": uniform_loss(vocab_size),
+            "unigram": unigram_loss(known, asked, vocab_size=vocab_size),
+        },
+    )
+
+
+def _open_synthetic(data: Synthetic, *, context: int, sequence_length: int, seed: int) -> Splits:
+    train = BigramSequences(data, sequence_length=sequence_length, seed=seed, split="train")
+    return Splits(
+        train=train,
+        held_out=BigramSequences(data, sequence_length=sequence_length, seed=seed, split="held-out"),
+        tokenizer=None,
+        vocab_size=data.vocab_size,
+        context=context,
+        baselines={"uniform": uniform_loss(data.vocab_size), "best": float(np.log(data.branching))},
+    )

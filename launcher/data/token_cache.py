@@ -1,0 +1,199 @@
+"""The token cache: a corpus tokenized once per machine, by its own BPE or a given tokenizer.
+
+The byte-level BPE is that of Sennrich et al., 2016, arXiv:1508.07909, with bytes as in GPT-2.
+
+A cache folder holds ``tokens.arrow`` (a column of token lists; read one after the other they are the stream),
+``stream.json`` (where in that file the tokens lie) and ``tokenizer.json``. Its name is a hash of the text, the
+tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from launcher.config.data.base import Corpus, TextChunk
+from launcher.config.model.base import Model
+from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
+from launcher.utils.build_cache import build_once
+from launcher.utils.files import sha256_of, write_atomic, write_json
+from launcher.utils.hub import fetch_model
+
+END = "<|endoftext|>"
+
+
+_TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
+
+_TRAINED_ON_CHARS = 64 << 20
+"""Merges hardly change beyond this much text, and training would take minutes."""
+
+
+def train_bpe(pieces: Iterable[TextChunk], *, vocab_size: int) -> FastTokenizer:
+    """Return a tokenizer of at most ``vocab_size`` tokens; the same text gives the same one, token for token.
+
+    Args:
+        pieces: the text; of a large corpus the first 64 million characters count.
+        vocab_size: the 256 bytes, the end-of-text token and the merges; fewer where the text offers fewer.
+    """
+    from tokenizers import Tokenizer as Inner
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    inner = Inner(models.BPE())
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    inner.train_from_iterator(_first_chunks(pieces), trainer)
+    return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
+
+
+def read_bpe(file: Path) -> FastTokenizer:
+    """Return a tokenizer that ``to_json`` wrote."""
+    from tokenizers import Tokenizer as Inner
+
+    inner = Inner.from_file(str(file))
+    return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
+
+
+def count_tokens(pieces: Sequence[TextChunk], *, vocab_size: int) -> int:
+    """Return how many tokens the BPE trained on ``pieces`` makes of them, without ends of documents.
+
+    It leaves no threads behind, which a process that forks later would warn about.
+    """
+    before = os.environ.get(_TOKENIZERS_PARALLELISM)
+    os.environ[_TOKENIZERS_PARALLELISM] = "false"
+    try:
+        tokenizer = train_bpe(pieces, vocab_size=vocab_size)
+        return sum(len(tokenizer.encode(piece.text)) for piece in pieces)
+    finally:
+        if before is None:
+            del os.environ[_TOKENIZERS_PARALLELISM]
+        else:
+            os.environ[_TOKENIZERS_PARALLELISM] = before
+
+
+def _first_chunks(pieces: Iterable[TextChunk]) -> Iterator[str]:
+    left = _TRAINED_ON_CHARS
+    for piece in pieces:
+        yield piece.text
+        left -= len(piece.text)
+        if left <= 0:
+            return
+
+
+_FORMAT = 1
+
+
+_TOKENS, _LAYOUT, _TOKENIZER = "tokens.arrow", "stream.json", "tokenizer.json"
+
+
+_GENERATION = "generation_config.json"
+
+
+_PIECES_AT_ONCE = 64
+
+
+_ROWS_AT_ONCE = 4096
+
+
+def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tuple[Path, FastTokenizer]:
+    """Return the cache folder of ``data`` under its tokenizer, built if need be, and the tokenizer.
+
+    Any number of processes may call this at once: one builds, the others wait. ``beat`` is called meanwhile.
+    """
+    given = None if data.trains_tokenizer else given_tokenizer(data, model, beat=beat)
+    spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
+    key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
+
+    def build(folder: Path) -> None:
+        beat()
+        tokenizer = given or train_bpe(data.pieces(), vocab_size=data.vocab_size)
+        beat()
+        (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+        write_tokens(folder, data, tokenizer, beat=beat)
+
+    folder = build_once(data.cache_folder / key, build, beat=beat)
+    return folder, given or read_bpe(folder / _TOKENIZER)
+
+
+def given_tokenizer(data: Corpus, model: Model, *, beat: Callable[[], None]) -> FastTokenizer:
+    """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
+    return load_tokenizer(_given_folder(data, model, beat=beat), option="data.tokenizer")
+
+
+def _given_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> Path:
+    if data.tokenizer == "model":
+        return model.tokenizer_folder(beat=beat)
+    if (folder := Path(data.tokenizer).expanduser()).is_dir():
+        return folder
+    return fetch_model(data.tokenizer, with_weights=False, option="data.tokenizer", instead="set data.tokenizer=bpe")
+
+
+def save_tokenizer(
+    data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, beat: Callable[[], None]
+) -> None:
+    """Write the tokenizer of ``data`` into a model folder, with its chat template, as Transformers loads them.
+
+    Args:
+        data: what the model is trained on.
+        model: whose own tokenizer ``data`` may take.
+        tokenizer: of ``data``, open.
+        folder: made where it does not exist.
+        beat: called meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not data.trains_tokenizer:
+        copy_tokenizer(_given_folder(data, model, beat=beat), folder)
+    if not (folder / _TOKENIZER).exists():
+        end = {} if tokenizer.end_id is None else {"eos_token": tokenizer.inner.id_to_token(tokenizer.end_id)}
+        write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **end})
+        write_atomic(folder / _TOKENIZER, tokenizer.to_json())
+    if tokenizer.end_id is not None and not (folder / _GENERATION).exists():
+        write_json(folder / _GENERATION, {"eos_token_id": tokenizer.end_id})
+
+
+def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, beat: Callable[[], None]) -> None:
+    """Tokenise the whole corpus into an empty folder, for ``open_stream`` to map. Imports ``datasets``."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
+    features = Features({"tokens": List(Value(dtype))})
+    with ArrowWriter(path=str(folder / _TOKENS), features=features, writer_batch_size=_ROWS_AT_ONCE) as writer:
+        for rows in _rows(data, tokenizer):
+            writer.write_batch({"tokens": rows})
+            beat()
+        writer.finalize()
+    write_json(folder / _LAYOUT, {"file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)})
+
+
+def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:
+    end = [] if tokenizer.end_id is None else [tokenizer.end_id]
+    pieces = data.pieces()
+    while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
+        encoded = tokenizer.encode_batch([piece.text for piece in batch])
+        yield [ids + end if piece.ends else ids for ids, piece in zip(encoded, batch, strict=True)]
+
+
+def _segments(file: Path) -> list[tuple[int, int]]:
+    """Return the byte position and number of tokens of each contiguous run of tokens in an Arrow stream file."""
+    import pyarrow as pa
+
+    with pa.memory_map(str(file)) as source:
+        base = source.read_buffer().address
+        source.seek(0)
+        found = []
+        for batch in pa.ipc.open_stream(source):
+            tokens = batch.column("tokens").flatten()
+            if len(tokens):
+                start = tokens.buffers()[1].address - base + tokens.offset * tokens.type.bit_width // 8
+                found.append((start, len(tokens)))
+        return found

@@ -1,0 +1,349 @@
+"""Facts that a host finds about itself: hardware, software, disks, addresses and routes.
+
+Versions are read from metadata: importing torch takes seconds. The run directory is never made: the nearest folder
+above it that exists is checked. No packet is sent to find a route.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import ipaddress
+import os
+import platform
+import re
+import secrets
+import socket
+import struct
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, distributions, version
+from importlib.util import find_spec
+from pathlib import Path
+
+import psutil
+
+import launcher
+from launcher.doctor.protocol import PACKAGES, Contact, HostFacts, Software, Storage
+from launcher.utils.hardware import cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
+
+_CUDA = re.compile(r"^cuda\b[^=]*=\s*['\"]([0-9.]+)['\"]", re.MULTILINE)
+
+
+_DRIVER = re.compile(r"Kernel Module(?: for \S+)?\s+([0-9.]+)")
+
+
+_SHM = Path("/dev/shm")  # noqa: S108 (only its size is asked)
+
+
+_NETWORK_FILE_SYSTEMS = re.compile(
+    r"(fuse\.)?(nfs4?|lustre|gpfs|beegfs|beegfs_nodev|ceph|cifs|smb3|glusterfs|afs|pvfs2|wekafs)"
+)
+"""Types of file systems whose source is the same name on every host."""
+
+
+_DOCUMENTATION_ADDRESS = "203.0.113.1"  # kept for documentation (RFC 5737): nobody's, so it takes the default route
+
+
+_RTT_AT = 68
+
+
+_BACKLOG = 4096
+"""Hosts whose connections the kernel accepts by itself."""
+
+
+def collect_host_facts(run_dir: Path, *, token: str | None, environ: Mapping[str, str]) -> HostFacts:
+    """Return the facts of this machine.
+
+    Args:
+        run_dir: of the run to come.
+        token: a file of the launching machine.
+        environ: of this process; ssh and CUDA leave their words in it.
+    """
+    gpus = visible_gpus(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
+    memory = memory_limit()
+    return HostFacts(
+        hostname=socket.gethostname(),
+        address=own_address(environ.get("SSH_CONNECTION")),
+        architecture=platform.machine(),
+        boot_id=_boot_id(),
+        cores=len(os.sched_getaffinity(0)),
+        memory_bytes=memory,
+        free_memory_bytes=min(memory, psutil.virtual_memory().available),
+        computes_bf16=cpu_computes_bf16(),
+        devices=tuple(gpu.name for _, gpu in gpus),
+        device_ids=tuple(word for word, _ in gpus),
+        device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
+        software=software(),
+        storage=storage(run_dir, token=token),
+    )
+
+
+def _boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
+    return file.read_text(encoding="ascii").strip() if file.is_file() else ""
+
+
+def software() -> Software:
+    """Return what this interpreter would run with."""
+    found = {name: _version(name) for name in PACKAGES}
+    return Software(
+        python=platform.python_version(),
+        python_path=sys.executable,
+        packages={name: number for name, number in found.items() if number is not None},
+        cuda=_cuda(),
+        nccl=_nccl(),
+        driver=_driver(),
+        code_hash=code_hash(),
+    )
+
+
+def code_hash() -> str:
+    """Return the SHA-256 over names and contents of this package's modules; the same files give the same anywhere."""
+    package = Path(launcher.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).parts):
+        content = file.read_bytes()
+        digest.update(f"{file.relative_to(package).as_posix()}\0{len(content)}\0".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cuda() -> str | None:
+    """Return what ``torch/version.py`` says, without running it or anything else of torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).with_name("version.py")
+    found = _CUDA.search(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found[1] if found else None
+
+
+def _nccl() -> str | None:
+    """Return the version of the package that brings NCCL; its name ends with the CUDA version it is for."""
+    for distribution in distributions():
+        if (distribution.name or "").lower().replace("_", "-").startswith("nvidia-nccl-"):
+            return distribution.version
+    return None
+
+
+def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
+    found = _DRIVER.search(file.read_text(encoding="utf-8", errors="replace")) if file.is_file() else None
+    return found[1] if found else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskToken:
+    """A file of the launching machine that hosts look for."""
+
+    folder: str
+    """Where it is."""
+    path: str | None
+    """``None`` when it could not be written."""
+    problem: str | None = None
+
+
+@contextmanager
+def token(run_dir: Path) -> Iterator[DiskToken]:
+    """Leave an empty file with a name nobody can know beside the run directory, for as long as the hosts look."""
+    folder = nearest(run_dir)
+    file = folder / f".launcher-doctor-{secrets.token_hex(8)}"
+    try:
+        file.touch(mode=0o600, exist_ok=False)
+    except OSError as error:
+        yield DiskToken(folder=str(folder), path=None, problem=error.strerror or str(error))
+        return
+    try:
+        yield DiskToken(folder=str(folder), path=str(file))
+    finally:
+        file.unlink(missing_ok=True)
+
+
+def storage(run_dir: Path, *, token: str | None) -> Storage:
+    """Return how this machine sees the run directory.
+
+    Args:
+        run_dir: absolute.
+        token: the file that the launching machine wrote, if it could.
+    """
+    folder = nearest(run_dir)
+    disk = os.statvfs(folder)
+    shm = os.statvfs(_SHM) if _SHM.is_dir() else None
+    return Storage(
+        folder=str(folder),
+        problem=_problem(folder),
+        is_ours=token is not None and Path(token).exists(),
+        served_by=served_folder(folder),
+        free_bytes=disk.f_bavail * disk.f_frsize,
+        shm_bytes=shm.f_blocks * shm.f_frsize if shm else 0,
+        shm_free_bytes=shm.f_bavail * shm.f_frsize if shm else 0,
+    )
+
+
+def nearest(folder: Path) -> Path:
+    """Return ``folder``, or the nearest one above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _problem(folder: Path) -> str | None:
+    """Return why no file can be made; root and network file systems make permissions a poor guide, so make one."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:  # has no name where the file system can do without
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def served_folder(folder: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
+    """Return server and path there of an existing folder; empty where the disk is local, or of an unknown kind."""
+    folder = folder.resolve()
+    found = ""
+    longest = -1
+    for line in mounts.read_text(encoding="utf-8", errors="surrogateescape").splitlines():
+        before, _, after = line.partition(" - ")
+        root, point = (Path(_unescape(word)) for word in before.split()[3:5])
+        kind, source = after.split()[:2]
+        if len(point.parts) >= longest and folder.is_relative_to(point):  # of two at one place, the later lies on top
+            longest = len(point.parts)
+            place = root / folder.relative_to(point)
+            found = f"{kind} {_unescape(source)} {place}" if _NETWORK_FILE_SYSTEMS.fullmatch(kind) else ""
+    return found
+
+
+def _unescape(word: str) -> str:
+    return re.sub(r"\\([0-7]{3})", lambda code: chr(int(code[1], 8)), word)
+
+
+def own_address(ssh_connection: str | None) -> str:
+    """Return the address that others reach this machine at.
+
+    Args:
+        ssh_connection: ``client port server port`` as sshd leaves it, whose server address is known to work. A batch
+            job may have inherited another machine's.
+    """
+    words = (ssh_connection or "").split()
+    if len(words) == 4 and words[2] in _interfaces() and not _is_loopback(words[2]):
+        return words[2]
+    routed = local_address_towards(_DOCUMENTATION_ADDRESS)
+    if routed is not None and not _is_loopback(routed):
+        return routed
+    found = [address for address in _interfaces() if not _is_loopback(address) and not _is_link_local(address)]
+    return found[0] if found else "127.0.0.1"
+
+
+def local_address_towards(address: str) -> str | None:
+    """Return the address of this machine on the route to another; ``None`` without a route."""
+    try:
+        family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as route:
+            route.connect(target)  # of a datagram socket: chooses the route, sends nothing
+            chosen: str = route.getsockname()[0]
+            return chosen
+    except OSError:
+        return None
+
+
+def interface_of(address: str) -> str | None:
+    """Return the name of the network interface that has ``address``."""
+    return _interfaces().get(address)
+
+
+def open_rendezvous_port(port: int | None) -> socket.socket:
+    """Open the rendezvous port on all addresses, as torchrun will.
+
+    Raises:
+        OSError: it is taken, or not allowed.
+    """
+    if socket.has_dualstack_ipv6():
+        with contextlib.suppress(_NoIpv6):
+            return _listen(port, socket.AF_INET6)
+    return _listen(port, socket.AF_INET)
+
+
+def port_owner(port: int) -> str | None:
+    """Return who listens on a port of this machine, as far as this login may know."""
+    with contextlib.suppress(psutil.Error):
+        for connection in psutil.net_connections("tcp"):
+            is_listening = connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
+            if is_listening and connection.pid:
+                return f"process {connection.pid} ({psutil.Process(connection.pid).name()})"
+    return None
+
+
+def _listen(port: int | None, family: socket.AddressFamily) -> socket.socket:
+    both = family == socket.AF_INET6
+    try:
+        return socket.create_server(("", port or 0), family=family, dualstack_ipv6=both, backlog=_BACKLOG)
+    except OSError as error:
+        if both and error.errno == errno.EADDRNOTAVAIL:  # the kernel has IPv6, and it is switched off
+            raise _NoIpv6 from error
+        raise
+
+
+class _NoIpv6(Exception):
+    """Only IPv4 here."""
+
+
+def route(address: str) -> Contact:
+    """Return how this machine would reach another, without trying."""
+    local = local_address_towards(address)
+    interface = interface_of(local) if local is not None else None
+    problem = f"no route to {address}" if local is None else None
+    return Contact(interface=interface, local_address=local, latency_s=None, problem=problem)
+
+
+def measure_contact(address: str, port: int, *, timeout_s: float) -> Contact:
+    """Return how this machine reaches another's port, with the time of a round trip; nobody need accept there."""
+    latency, problem = None, None
+    try:
+        _handshake_s(address, port, timeout_s=timeout_s)  # the first one asks for the hardware address, too
+        latency = _handshake_s(address, port, timeout_s=timeout_s)
+    except TimeoutError:
+        problem = f"no answer within {timeout_s:.0f} s"
+    except OSError as error:
+        problem = "connection refused" if error.errno == errno.ECONNREFUSED else error.strerror or str(error)
+    return replace(route(address), latency_s=latency, problem=problem)
+
+
+def _handshake_s(address: str, port: int, *, timeout_s: float) -> float | None:
+    """Return the kernel's own measurement of a handshake, which no busy processor or program can stretch.
+
+    The offset is that of ``tcpi_rtt``, in microseconds, in ``struct tcp_info`` of linux/tcp.h.
+    """
+    with socket.create_connection((address, port), timeout=timeout_s) as peer:
+        if sys.platform != "linux":
+            return None
+        info = peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _RTT_AT + 4)
+        microseconds: int = struct.unpack_from("I", info, _RTT_AT)[0]
+        return microseconds / 1e6
+
+
+def _interfaces() -> dict[str, str]:
+    """Return the interface of each address of this machine."""
+    return {
+        entry.address: name
+        for name, entries in psutil.net_if_addrs().items()
+        for entry in entries
+        if entry.family in (socket.AF_INET, socket.AF_INET6)
+    }
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
+
+
+def _is_link_local(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_link_local

@@ -1,0 +1,54 @@
+"""What a job on one rank is given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from launcher.config.parallel.base import ParallelDims
+from launcher.profiling.profiler import NO_PROFILER, Profiler
+
+if TYPE_CHECKING:
+    from launcher.config.batch import Batch
+    from launcher.config.run import Run
+    from launcher.protocol.heartbeat import Heartbeat
+    from launcher.protocol.rundir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """One rank's view of the run."""
+
+    run: Run
+    run_dir: RunDir
+    rank: int
+    """Number of this rank among all, from 0."""
+    local_rank: int
+    """Number of this rank on its host, from 0; the index of its device."""
+    world_size: int
+    heartbeat: Heartbeat
+    """Report progress here at least at every step: silence for ``backend.stall_timeout_s`` ends the run."""
+    run_id: str = ""
+    """Of the run; empty for a rank that was started by hand."""
+    profiler: Profiler = NO_PROFILER
+    """Do each step in its ``step()``: it decides which of them it records."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes metrics, results and manifests."""
+        return self.rank == 0
+
+    @property
+    def degrees(self) -> ParallelDims:
+        """How the run divides its ranks."""
+        return self.run.parallel.degrees(self.world_size)
+
+    @property
+    def data_rank(self) -> int:
+        """Which share of every batch this rank works on; ranks that split one sample between them have the same."""
+        return self.degrees.data_rank(self.rank)
+
+    @property
+    def batch(self) -> Batch:
+        """The batch equation of the run, as the plan printed it."""
+        return self.run.batched_job.batch(self.run, world_size=self.world_size)

@@ -1,0 +1,1 @@
+"""DeepSpeed engines: ZeRO and DeepSpeed's pipeline."""

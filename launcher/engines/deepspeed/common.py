@@ -1,0 +1,185 @@
+"""What DeepSpeed's engines share: environment, process group, Adam, step result, checkpoints."""
+
+from __future__ import annotations
+
+import enum
+import logging
+import math
+import os
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.engines.base import StepResult
+from launcher.engines.checkpoint_io import explain_read_errors, load_rng, save_rng
+from launcher.engines.distributed import (
+    all_ranks_agree,
+    group_timeout,
+    join_group,
+    ranks_with_nonfinite,
+    sum_over_ranks,
+)
+from launcher.errors import EXIT_BAD_INPUT, EnvironmentProblem, JobError
+from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, read_build_outcome
+from launcher.utils.build_cache import quote_torch_library_path
+
+if TYPE_CHECKING:
+    from launcher.config.parallel.zero import Zero
+    from launcher.engines.context import Context
+
+
+def prepare_environment(context: Context) -> None:
+    """Set what DeepSpeed reads from the environment and its own launcher alone would set; before importing it."""
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
+    os.environ["PATH"] = path_with_ninja()
+    os.environ.setdefault("LOCAL_SIZE", str(context.world_size))
+    os.environ.setdefault("CROSS_SIZE", "1")
+    os.environ.setdefault("CROSS_RANK", "0")
+
+
+def silence_deepspeed_log() -> None:
+    """Leave the warnings of DeepSpeed's log; drop what it tells of itself, and what torch tells DeepSpeed's authors."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+
+
+def connect_deepspeed(context: Context, *, device: torch.device) -> None:
+    """Join the process group of the run, through DeepSpeed.
+
+    On a CPU DeepSpeed would first compile its shared-memory operator, which serves tensor-parallel inference only, and
+    leave 66 MiB of it a rank in ``/dev/shm`` when the run ends. Its table of operators is told that there is none.
+    """
+    import deepspeed
+
+    quote_torch_library_path()
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    join_group(context, device, device_id=None)  # DeepSpeed takes a group that is there
+    deepspeed.init_distributed(backend, timeout=group_timeout(context), verbose=False)
+
+
+def allow_fp16(device: torch.device) -> None:
+    """Let fp16 run on CPUs without instructions for it, as torch does: slowly, with the same numbers.
+
+    DeepSpeed refuses it there, and with it every trial of an fp16 run on a machine without a GPU.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    if device.type == "cpu":
+        get_accelerator().is_fp16_supported = lambda: True
+
+
+def choose_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:
+    """Return whether DeepSpeed's own Adam runs, the same on every rank; rank 0 says what is taken and why.
+
+    Raises:
+        EnvironmentProblem: the run needs an operator that is not built.
+    """
+    optimizer = context.run.optimizer
+    lacking = [name for name in zero.native_ops(optimizer).needed if not is_built(name)]
+    if lacking:
+        names = " ".join(lacking)
+        raise EnvironmentProblem(f"DeepSpeed's {names} is not built here; run: python -m launcher.ops {names}")
+    adam = "fused_adam" if zero.offload_optimizer == "none" else "cpu_adam"
+    wanted = zero.wants_native_adam(optimizer)
+    native = wanted and all_ranks_agree(is_built(adam), device=device)
+    if context.is_main and optimizer.implementation == "auto":
+        print(f"optimizer: {_reason(adam, wanted=wanted, native=native)}", flush=True)
+    return native
+
+
+def _reason(adam: str, *, wanted: bool, native: bool) -> str:
+    if native:
+        return f"DeepSpeed's {adam}"
+    if not wanted:
+        return "torch's fused AdamW"
+    outcome = read_build_outcome(ops_folder(), adam)
+    why = outcome.why if outcome and outcome.why else "it is not built on every host"
+    return f"torch's fused AdamW in place of DeepSpeed's {adam}: {why}"
+
+
+_TAG = "deepspeed"
+
+
+def step_result(
+    engine: Any, own_sum: float, *, tokens: int, norm: float | None, preempted: bool, device: torch.device
+) -> StepResult:
+    """Return what all ranks make of a step that DeepSpeed has just taken.
+
+    Args:
+        engine: DeepSpeed's.
+        own_sum: the loss summed over this rank's tokens.
+        tokens: with a label in the global batch.
+        norm: of the gradient, where DeepSpeed computes none.
+        preempted: whether this rank has been asked to leave.
+        device: of this rank.
+    """
+    skipped = not engine.was_step_applied()
+    total, num_preempted = sum_over_ranks([own_sum, float(preempted)], device=device)
+    loss = total / tokens if tokens else math.nan
+    if norm is None and not skipped:
+        norm = float(engine.get_global_grad_norm())
+    return StepResult(
+        loss=loss,
+        grad_norm=None if skipped else norm,
+        tokens=tokens,
+        skipped=skipped,
+        nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum, device=device),
+        preempted=num_preempted > 0,
+    )
+
+
+def save_checkpoint(engine: Any, folder: Path, *, context: Context, device: torch.device) -> None:
+    """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
+    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+    save_rng(folder, rank=context.rank, device=device)
+
+
+def load_checkpoint(engine: Any, folder: Path, *, context: Context, device: torch.device) -> None:
+    """Read what ``save_checkpoint`` wrote at the same world size, stage and cut.
+
+    Raises:
+        JobError: the folder holds no checkpoint of DeepSpeed, or objects that could run code; exit code 65.
+    """
+    with explain_read_errors(folder / _TAG), deepspeed_tensors_only():
+        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
+    if loaded is None:
+        raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
+    load_rng(folder, rank=context.rank, device=device)
+
+
+def _enum_member(kind: Any, name: Any) -> enum.Enum:
+    """Return a member of an enumeration: stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members.
+
+    Raises:
+        pickle.UnpicklingError: an attribute of anything else is asked for.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__):
+        raise pickle.UnpicklingError("Unsupported GLOBAL getattr of what is no enumeration")
+    return kind[name]
+
+
+@contextmanager
+def deepspeed_tensors_only() -> Iterator[None]:
+    """Within this block DeepSpeed's own loader, which asks torch for full unpickling, gets ``weights_only`` loading."""
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    full = torch.load
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        return full(*arguments, **{**options, "weights_only": True})
+
+    allowed = [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address, (_enum_member, "builtins.getattr")]
+    with torch.serialization.safe_globals(allowed):
+        torch.load = load
+        try:
+            yield
+        finally:
+            torch.load = full

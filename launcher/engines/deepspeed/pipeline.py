@@ -1,0 +1,228 @@
+"""The DeepSpeed pipeline engine: each rank holds the layers of one stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.functional import cross_entropy
+
+from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
+from launcher.data.dataloader import IGNORE_INDEX
+from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.deepspeed.common import (
+    allow_fp16,
+    choose_native_adam,
+    connect_deepspeed,
+    load_checkpoint,
+    prepare_environment,
+    save_checkpoint,
+    silence_deepspeed_log,
+    step_result,
+)
+from launcher.engines.distributed import TokenCount, choose_device, disconnect, num_labels
+from launcher.engines.generate import greedy_decode
+from launcher.engines.model_state import deepspeed_state_bytes
+from launcher.engines.optimizer import decay_groups
+
+if TYPE_CHECKING:
+    from launcher.config.parallel.base import StateBytes
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+    from launcher.profiling.performance import StepClock
+
+
+class DeepSpeedPipelineEngine(Engine):
+    """One stage of a pipeline. Weights, gradients and moments are whole on it, or ZeRO-1 shares out the moments."""
+
+    def __init__(self, context: Context, clock: StepClock) -> None:
+        parallel = context.run.parallel
+        assert isinstance(parallel, DeepSpeedPipeline), "this engine carries out DeepSpeed's pipeline only"
+        prepare_environment(context)
+        import deepspeed
+
+        silence_deepspeed_log()
+        self._clock, self._context = clock, context
+        self.device = choose_device(context.local_rank)
+        connect_deepspeed(context, device=self.device)
+        allow_fp16(self.device)
+        from launcher.engines.deepspeed.pipeline_module import build_pipeline_module, parameters_counted_here
+
+        self._loss = StageLoss(device=self.device)
+        self.module, self._laid_out = build_pipeline_module(context, device=self.device, loss_of=self._loss)
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=self.module,
+            model_parameters=decay_groups(self.module, weight_decay=context.run.optimizer.weight_decay),
+            config=self._config(parallel),
+            dist_init_required=False,
+        )
+        # PipelineEngine averages over micro-batches and over pipelines side by side
+        self._gain = context.batch.accumulation * context.degrees.data_parallel
+        self._last = self.module.mpu().stage_to_global(parallel.stages - 1)
+        self._shape: torch.Size | None = None
+        self._clipping: PipelineClipping | None = None
+        if parallel.stage == 0:
+            self._clipping = PipelineClipping(
+                list(self.module.parameters()),
+                counted=parameters_counted_here(self.module),
+                stages=self.module.mpu().get_pipe_parallel_group(),
+                largest=context.run.batched_job.clip_norm,
+            )
+            self._engine.optimizer.register_step_pre_hook(self._clipping)
+
+    def _config(self, parallel: DeepSpeedPipeline) -> dict[str, Any]:
+        run = self._context.run
+        return parallel.ds_config(
+            batch=self._context.batch,
+            clip_norm=run.batched_job.clip_norm,
+            optimizer=run.optimizer,
+            precision=run.precision,
+            native_adam=choose_native_adam(self._context, parallel.zero, device=self.device),
+        )
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+    ) -> StepResult:
+        """Hand DeepSpeed all micro-batches at once: forward, backward and update are one call."""
+        count = TokenCount(micro_batches, device=self.device, copies=self._context.degrees.copies)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._expect(micro_batches[0].input_ids)
+        self._loss.begin(weight=self._gain / count.total())
+        with self._clock.phase("pipeline"):
+            self._engine.train_batch(_pairs(micro_batches))
+        with self._clock.phase("optimizer"):
+            return step_result(
+                self._engine,
+                self._loss.total.item(),
+                tokens=int(count.total()),
+                norm=None if self._clipping is None else self._clipping.norm,
+                preempted=preempted(),
+                device=self.device,
+            )
+
+    def _expect(self, input_ids: Tensor) -> None:
+        """Have the stages tell each other anew what they send, where that is of another shape than the last time."""
+        if input_ids.shape != self._shape:
+            self._engine.reset_activation_shape()
+            self._shape = input_ids.shape
+
+    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return the summed loss and the number of tokens on the last stage, which has them, and zeros on others."""
+        self._expect(micro_batches[0].input_ids)
+        self._loss.begin(weight=torch.ones((), device=self.device))
+        self._engine.eval_batch(
+            _pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches)
+        )
+        self.module.train()
+        is_last = self._context.rank == self._last
+        return self._loss.total.item(), num_labels(micro_batches) if is_last else 0
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Continue greedily; every token is a pass through all stages over everything before it."""
+        ends = self._laid_out.generation_config.eos_token_id
+        ids = greedy_decode(self._next, input_ids.to(self.device), max_new_tokens=max_new_tokens, ends=ends)
+        self.module.train()
+        return ids
+
+    def _next(self, input_ids: Tensor) -> Tensor:
+        """Return the most likely next token of each sequence, from the last stage to all."""
+        self._expect(input_ids)
+        # it adds up what stands for a loss in any case, so it is given labels, and the loss is left alone
+        _, logits = self._engine.eval_batch(
+            iter([(input_ids, input_ids)]),
+            return_logits=True,
+            reduce_output=None,
+            bcast_loss=False,
+            num_micro_batches=1,
+        )
+        is_last = self._context.rank == self._last
+        tokens = logits[:, -1].float().argmax(-1) if is_last else torch.empty_like(input_ids[:, -1])
+        dist.broadcast(tokens, src=self._last, group=self.module.mpu().get_pipe_parallel_group())
+        return tokens
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of this stage under the names that the whole model has."""
+        for name, parameter in self._laid_out.named_parameters():
+            if not parameter.is_meta:
+                yield name, parameter.detach().to("cpu", torch.float32)
+
+    def held(self) -> StateBytes:
+        """Count what is in memory, partitions as such; what lies on NVMe is not."""
+        return deepspeed_state_bytes(self._engine, device=self.device)
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's checkpoint (a file for each layer, optimiser partitions) and this rank's generators."""
+        save_checkpoint(self._engine, folder, context=self._context, device=self.device)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote at the same world size, stages and cut.
+
+        Raises:
+            JobError: the folder holds no checkpoint of DeepSpeed.
+        """
+        with torch.no_grad():  # tied weights are broadcast in place
+            load_checkpoint(self._engine, folder, context=self._context, device=self.device)
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks, and the process group."""
+        self._engine.destroy()
+        disconnect()
+
+
+def _pairs(micro_batches: Sequence[MicroBatch]) -> Any:
+    return iter([(batch.input_ids, batch.labels) for batch in micro_batches])
+
+
+class StageLoss:
+    """The loss summed over labelled tokens: weighed for the backward pass, added up as it is for the report.
+
+    Args:
+        device: of the sum.
+    """
+
+    def __init__(self, *, device: torch.device) -> None:
+        self._device = device
+        self.begin(weight=torch.ones((), device=device))
+
+    def begin(self, *, weight: Tensor) -> None:
+        """Start a sum anew; ``weight`` makes the mean of micro-batches the mean over all tokens of the global batch."""
+        self._weight = weight
+        self.total = torch.zeros((), dtype=torch.float64, device=self._device)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the weighed loss of a micro-batch, an fp32 scalar; logits (sequences, tokens, vocabulary)."""
+        loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
+        self.total += loss.detach()
+        return loss * self._weight
+
+
+class PipelineClipping:
+    """Norm and clipping over all stages, where DeepSpeed wraps no optimiser and would count the first stage alone.
+
+    Args:
+        parameters: of this stage.
+        counted: those that no earlier stage holds too.
+        stages: the ranks of this pipeline.
+        largest: norm that gradients are clipped to; 0 leaves them as they are.
+    """
+
+    def __init__(
+        self, parameters: list[nn.Parameter], *, counted: list[nn.Parameter], stages: Any, largest: float
+    ) -> None:
+        self._parameters, self._counted, self._stages, self._largest = parameters, counted, stages, largest
+        self.norm: float | None = None
+
+    def __call__(self, *step: object) -> None:
+        """Take the norm of the whole gradient, already reduced, and clip this stage's share of it."""
+        norm = nn.utils.get_total_norm([p.grad for p in self._counted if p.grad is not None]).double()
+        square = norm.to(self._parameters[0].device) ** 2
+        dist.all_reduce(square, group=self._stages)
+        self.norm = square.sqrt().item()
+        if self._largest and self.norm > self._largest:
+            factor = self._largest / (self.norm + 1e-6)
+            torch._foreach_mul_([p.grad for p in self._parameters if p.grad is not None], factor)

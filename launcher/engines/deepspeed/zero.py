@@ -1,0 +1,249 @@
+"""The DeepSpeed engine: ZeRO at every stage, with offload.
+
+``deepspeed.zero.Init`` around the construction of a Transformers model is silently wrong: Transformers initialises
+parameters that are already empty. So each part of the model is partitioned once it has its weights.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from launcher.config.parallel.zero import Zero
+from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.deepspeed.common import (
+    allow_fp16,
+    choose_native_adam,
+    connect_deepspeed,
+    load_checkpoint,
+    prepare_environment,
+    save_checkpoint,
+    silence_deepspeed_log,
+    step_result,
+)
+from launcher.engines.deepspeed.nvme import SwapFolder
+from launcher.engines.distributed import DTYPES, TokenCount, choose_device, disconnect, num_labels
+from launcher.engines.generate import generate_greedily
+from launcher.engines.loss import token_loss_sum
+from launcher.engines.model import build_run_model
+from launcher.engines.model_state import deepspeed_state_bytes
+from launcher.engines.optimizer import decay_groups
+from launcher.errors import EnvironmentProblem
+from launcher.utils.files import sha256_of
+
+if TYPE_CHECKING:
+    from launcher.config.parallel.base import StateBytes
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+    from launcher.profiling.performance import StepClock
+
+
+class DeepSpeedEngine(Engine):
+    """A model under ZeRO."""
+
+    def __init__(self, context: Context, clock: StepClock) -> None:
+        zero = context.run.parallel
+        assert isinstance(zero, Zero), "this engine carries out ZeRO only"
+        prepare_environment(context)
+        import deepspeed
+
+        silence_deepspeed_log()
+        self._clock, self._context, self._zero = clock, context, zero
+        self.device = choose_device(context.local_rank)
+        connect_deepspeed(context, device=self.device)
+        allow_fp16(self.device)
+        self._swap = self._swap_folder()
+        config = self._config()
+        self._gain = context.world_size * context.batch.accumulation
+        dtype = DTYPES[context.run.precision.compute]
+        self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
+        model = self._build()
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, weight_decay=context.run.optimizer.weight_decay),
+            config=config,
+            dist_init_required=False,
+        )
+        self.module = self._engine.module
+        self._check_swap()
+
+    def _swap_folder(self) -> SwapFolder | None:
+        if not self._zero.uses_nvme:
+            return None
+        assert self._zero.nvme_path, "refused before anything starts"
+        run_id = self._context.run_id or sha256_of(os.fsencode(self._context.run_dir.path.absolute()))
+        try:
+            return SwapFolder(Path(self._zero.nvme_path).expanduser(), run_id=run_id)
+        except OSError as error:
+            why = f"{error.filename or self._zero.nvme_path}: {error.strerror}"
+            raise EnvironmentProblem(f"parallel.nvme_path={self._zero.nvme_path}: {why}") from error
+
+    def _check_swap(self) -> None:
+        if self._swap is not None:
+            self._swap.check_room()
+
+    def _config(self) -> dict[str, Any]:
+        run = self._context.run
+        config = self._zero.ds_config(
+            batch=self._context.batch,
+            clip_norm=run.batched_job.clip_norm,
+            optimizer=run.optimizer,
+            precision=run.precision,
+            native_adam=choose_native_adam(self._context, self._zero, device=self.device),
+        )
+        for place in ("offload_optimizer", "offload_param"):
+            if config["zero_optimization"].get(place, {}).get("device") == "nvme":
+                assert self._swap is not None, "something is on NVMe"
+                config["zero_optimization"][place]["nvme_path"] = str(self._swap.path)
+        return config
+
+    def _build(self) -> nn.Module:
+        if self._partitioning is None:
+            return build_run_model(self._context, device=self.device)
+        model = build_run_model(self._context, device=self.device, after=self._partitioning.partition)
+        assert_partitioned(model, small=self._zero.persistence_threshold)
+        return model
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+    ) -> StepResult:
+        """Hand DeepSpeed one micro-batch after the other; it reduces, scales, clips and updates at the last."""
+        count = TokenCount(micro_batches, device=self.device)
+        own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        last = len(micro_batches) - 1
+        for number, micro_batch in enumerate(micro_batches):
+            with self._clock.phase("forward"):
+                loss = token_loss_sum(self._engine, micro_batch, device=self.device)
+            with self._clock.phase("backward"):
+                own_sum += loss.detach()
+                # DeepSpeed divides by the number of ranks and of micro-batches
+                self._engine.backward(loss * (self._gain / count.total()))
+                self._check_swap()
+            if number < last:
+                self._engine.step()
+        with self._clock.phase("optimizer"):
+            norm = self._unwrapped_norm()
+            self._engine.step()
+            self._check_swap()
+            return step_result(
+                self._engine,
+                own_sum.item(),
+                tokens=int(count.total()),
+                norm=norm,
+                preempted=preempted(),
+                device=self.device,
+            )
+
+    def _unwrapped_norm(self) -> float | None:
+        """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
+        if isinstance(self._engine.optimizer, torch.optim.Optimizer):
+            gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+            return float(nn.utils.get_total_norm(gradients))
+        return None
+
+    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return the summed loss and the number of tokens, without dropout."""
+        self._engine.eval()
+        with torch.no_grad():
+            losses = [token_loss_sum(self._engine, micro_batch, device=self.device) for micro_batch in micro_batches]
+        self._engine.train()
+        return torch.stack(losses).double().sum().item(), num_labels(micro_batches)
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Continue greedily; under ZeRO-3 every rank takes part in every token."""
+        self._engine.eval()
+        with torch.no_grad():
+            ids = generate_greedily(
+                self.module,
+                input_ids.to(self.device),
+                max_new_tokens=max_new_tokens,
+                synced=self._zero.stage == 3 and self._context.world_size > 1,
+            )
+        self._engine.train()
+        return ids
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole parameters; under ZeRO-3 each is gathered in its turn."""
+        import deepspeed
+
+        for name, parameter in self.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self._partitioning is not None):
+                value = parameter.detach().to("cpu", torch.float32, copy=True)
+            yield name, value
+
+    def held(self) -> StateBytes:
+        """Count what is in memory, partitions as such; what lies on NVMe is not."""
+        return deepspeed_state_bytes(self._engine, device=self.device)
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
+        save_checkpoint(self._engine, folder, context=self._context, device=self.device)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote at the same world size and stage.
+
+        Raises:
+            JobError: the folder holds no checkpoint of DeepSpeed.
+        """
+        load_checkpoint(self._engine, folder, context=self._context, device=self.device)
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks, the swap folder and the process group."""
+        self._engine.destroy()
+        if self._partitioning is not None:
+            self._partitioning.forget()
+        disconnect()
+        if self._swap is not None:
+            self._swap.release()
+
+
+class ZeroPartitioner:
+    """Partitions the parts of a model, and lets Transformers know of it until :meth:`forget`: generation asks.
+
+    Args:
+        config: DeepSpeed's, of stage 3.
+        dtype: of the partitioned parameters.
+    """
+
+    def __init__(self, config: Mapping[str, Any], *, dtype: torch.dtype) -> None:
+        from transformers.integrations import HfDeepSpeedConfig
+
+        assert dist.is_initialized(), "partitions are laid out over the process group"
+        self._config, self._dtype = dict(config), dtype
+        self._swapper: Any = None  # to NVMe: a new one would empty the folder that the parts before went to
+        self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
+
+    def partition(self, name: str, part: nn.Module) -> None:
+        """Keep this rank's share of a part's parameters; those that an earlier part has too are partitioned already."""
+        import deepspeed
+
+        part.to(self._dtype)
+        init = deepspeed.zero.Init(module=part, config_dict_or_path=self._config, param_swapper=self._swapper)
+        self._swapper = init.param_swapper
+
+    def forget(self) -> None:
+        """Let Transformers build plain models again in this process."""
+        from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+        unset_hf_deepspeed_config()
+
+
+def assert_partitioned(module: nn.Module, *, small: int) -> None:
+    """Check that this rank holds just its share of every parameter that is not small."""
+    world_size = dist.get_world_size()
+    for name, parameter in module.named_parameters():
+        numel = getattr(parameter, "ds_numel", None)
+        assert numel is not None, f"{name} was built outside of ZeRO-3"
+        if numel <= small:
+            continue
+        own, share = parameter.ds_tensor.ds_numel, -(-numel // world_size)
+        assert parameter.numel() == 0, f"{name} is whole on this rank: {numel} elements"
+        assert own <= share + world_size, f"{name}: this rank holds {own} of {numel} elements, not 1/{world_size}"

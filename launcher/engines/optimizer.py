@@ -1,0 +1,193 @@
+"""One optimizer step from gradients: global norm, clipping, loss scale, AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from launcher.config.precision import Fp16Precision, Precision
+from launcher.engines.base import StepResult
+from launcher.engines.distributed import ranks_with_nonfinite
+from launcher.engines.model_state import local_shard
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from launcher.config.run import Run
+
+
+class OptimizerStep:
+    """The optimiser of one rank, and everything between its gradients and its next weights.
+
+    Master weights, gradients and moments are fp32. The norm is that of the whole model, whatever share of it this rank
+    holds, so every rank clips alike.
+
+    Args:
+        modules: what this rank trains; one, or several stretches of a pipeline.
+        run: for optimiser, precision and clipping.
+        device: where this rank computes.
+        stages: the group of ranks that hold the other layers of this model, if there are any.
+        counted_elsewhere: parameters of ``modules`` that another stage holds too and counts in the norm.
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        run: Run,
+        *,
+        device: torch.device,
+        stages: ProcessGroup | None = None,
+        counted_elsewhere: Sequence[nn.Parameter] = (),
+    ) -> None:
+        self._clip_norm, self._device, self._stages = run.batched_job.clip_norm, device, stages
+        self.scale = LossScale(run.precision)
+        groups = decay_groups(nn.ModuleList(modules), weight_decay=run.optimizer.weight_decay)
+        self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
+        skipped = set(map(id, counted_elsewhere))
+        self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=run.optimizer.lr, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=True
+        )
+
+    def apply(self, own_sum: Tensor, tokens: Tensor, *, lr: float, preempted: bool, counted: int = 1) -> StepResult:
+        """Clip and apply the gradient unless it is not finite; fetch all numbers in one go.
+
+        Args:
+            own_sum: this rank's share of the loss, summed over its tokens, an fp64 scalar.
+            tokens: number of tokens in the global batch, an int64 scalar.
+            lr: learning rate.
+            preempted: whether this rank has been asked to leave.
+            counted: how many ranks report the loss of one and the same token.
+        """
+        sums = torch.stack([own_sum, torch.full_like(own_sum, float(preempted))])
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        norm = self._norm()
+        total, num_preempted, scaled_norm, num_tokens = torch.stack([*sums, norm, tokens.double()]).tolist()
+        grad_norm, overflow = scaled_norm / self.scale.value, not math.isfinite(scaled_norm)
+        if not overflow:
+            factor = min(1.0, self._clip_norm / (grad_norm + 1e-6)) if self._clip_norm else 1.0
+            self._multiply_gradients(factor / self.scale.value)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scale.update(overflow=overflow)
+        loss = total / (num_tokens * counted) if num_tokens else math.nan
+        return StepResult(
+            loss=loss,
+            grad_norm=None if overflow else grad_norm,
+            tokens=int(num_tokens),
+            skipped=overflow,
+            nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum.item(), device=self._device),
+            preempted=num_preempted > 0,
+        )
+
+    def _norm(self) -> Tensor:
+        """Return the L2 norm of the whole gradient, an fp64 scalar: each element counts once."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for (mesh, dims), gradients in self._by_sharding().items():
+            square = nn.utils.get_total_norm(gradients).double().to(self._device) ** 2
+            for dim in dims:
+                assert mesh is not None, "what is sharded is sharded over a mesh"
+                dist.all_reduce(square, group=mesh.get_group(dim))
+            total += square
+        if self._stages is not None:
+            dist.all_reduce(total, group=self._stages)
+        return total.sqrt()
+
+    def _by_sharding(self) -> dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]]:
+        """Return this rank's parts of the gradients that count, by the dimensions of the mesh that share them out."""
+        found: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
+        for parameter in self._counted:
+            gradient = parameter.grad
+            if isinstance(gradient, DTensor):
+                dims = tuple(dim for dim, placement in enumerate(gradient.placements) if not placement.is_replicate())
+                found[gradient.device_mesh, dims].append(gradient.to_local())
+            elif gradient is not None:
+                found[None, ()].append(gradient)
+        return found
+
+    def _multiply_gradients(self, factor: float) -> None:
+        if factor != 1.0:
+            torch._foreach_mul_([local_shard(p.grad) for p in self._parameters if p.grad is not None], factor)
+
+    def state(self) -> dict[str, Any]:
+        """Return what :meth:`restore` takes."""
+        return {"optimizer": self.optimizer.state_dict(), "loss_scale": self.scale.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scale.restore(state["loss_scale"])
+
+
+class LossScale:
+    """Multiplies the loss so that small gradients survive fp16; other precisions keep 1.
+
+    Args:
+        precision: of the run.
+    """
+
+    def __init__(self, precision: Precision) -> None:
+        self._settings = precision if isinstance(precision, Fp16Precision) else None
+        self.value = 2.0**precision.initial_scale_power if isinstance(precision, Fp16Precision) else 1.0
+        self._hysteresis = precision.hysteresis if isinstance(precision, Fp16Precision) else 1
+        self._good_steps = 0
+
+    def update(self, *, overflow: bool) -> None:
+        """Halve after as many overflows as the hysteresis allows, double after a window of steps without one."""
+        if self._settings is None:
+            return
+        if overflow:
+            self._good_steps = 0
+            if self._hysteresis == 1:
+                self.value = max(self.value / 2, self._settings.min_scale)
+            else:
+                self._hysteresis -= 1
+            return
+        self._good_steps += 1
+        if self._good_steps > 1 and (self._good_steps - 1) % self._settings.scale_window == 0:
+            self._hysteresis = self._settings.hysteresis
+            self.value *= 2
+
+    def state(self) -> dict[str, float]:
+        """Return what ``restore`` takes."""
+        return {"value": self.value, "hysteresis": self._hysteresis, "good_steps": self._good_steps}
+
+    def restore(self, state: dict[str, float]) -> None:
+        """Continue from a saved state."""
+        self.value = state["value"]
+        self._hysteresis, self._good_steps = int(state["hysteresis"]), int(state["good_steps"])
+
+
+def decay_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
+    """Return optimiser groups: matrices decay, biases and norms do not.
+
+    Under ZeRO-3 a parameter is empty and its true shape is in ``ds_shape``.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) >= 2]
+    vectors = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) < 2]
+    groups = [
+        {"params": alike, "weight_decay": decay}
+        for parameters, decay in ((matrices, weight_decay), (vectors, 0.0))
+        for alike in _by_mesh(parameters)
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Return parameters that are sharded alike together: one call of the optimiser takes no others."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)
+    return list(found.values())

@@ -1,0 +1,177 @@
+"""Lay a model out over the ranks of the torch engine: DDP, or FSDP2 with tensor slices."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Protocol, cast
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from launcher.config.parallel.data_parallel import Ddp, Fsdp
+from launcher.engines.distributed import DTYPES, mesh_of, submesh
+from launcher.engines.model import build_run_model
+from launcher.engines.tensor_parallel import TensorPlan
+from launcher.engines.ulysses import SequenceParallel, check_cut
+from launcher.models.layers import blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from transformers import PreTrainedModel
+
+    from launcher.engines.context import Context
+
+
+class ModelLayout(Protocol):
+    """A model on its ranks."""
+
+    module: PreTrainedModel
+    """The model itself."""
+    forward: nn.Module
+    """What forward passes in training go through."""
+    averaged_over: int
+    """How many ranks the backward pass averages gradients over; the loss is multiplied by it to get their sum."""
+    sequence: SequenceParallel | None
+    """What splits sequences over ranks, if anything does."""
+    is_sharded: bool
+    """Whether every rank must take part in every forward pass, and in saving."""
+    casts_itself: bool
+    """Whether parameters are cast to the compute format as they are gathered, so that autocast is not wanted."""
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Return a context in which gradients are only accumulated."""
+
+    def release(self) -> None:
+        """Let go of what wraps the model."""
+
+
+class ReplicatedModel:
+    """The whole model on every rank; with several of them, DDP averages gradients where they learn."""
+
+    sequence: SequenceParallel | None = None
+    is_sharded = False
+    casts_itself = False
+
+    def __init__(self, context: Context, device: torch.device) -> None:
+        self.module: PreTrainedModel = build_run_model(context, device=device).to(device)
+        self.forward: nn.Module = self.module
+        self.averaged_over = context.world_size
+        parallel = context.run.parallel
+        if isinstance(parallel, Ddp) and context.world_size > 1 and context.run.batched_job.learns:
+            self.forward = _replicated(self.module, bucket_mb=parallel.bucket_mb)
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """DDP sets up its reduction in the forward pass, so that must be inside too."""
+        if isinstance(self.forward, DistributedDataParallel):
+            return cast("AbstractContextManager[None]", self.forward.no_sync())
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """Drop DDP."""
+        self.forward = self.module
+
+
+class ShardedModel:
+    """FSDP2 over data and sequence ranks, each block a unit of its own; matrices sliced over tensor ranks.
+
+    Parts of the model are sliced and sharded as they are built, so no rank holds more than its share and one part.
+    """
+
+    is_sharded = True
+
+    def __init__(self, context: Context, device: torch.device) -> None:
+        parallel = context.run.parallel
+        assert isinstance(parallel, Fsdp), "the strategy that this lays out"
+        self._parallel, self._device, self._precision = parallel, device, context.run.precision.compute
+        self._length = context.run.batched_job.sequence_length
+        self._mesh = mesh_of(context.degrees, device=device) if context.world_size > 1 else None
+        self._shards = self._shard_mesh()
+        self.averaged_over = self._shards.size() if self._shards is not None else 1
+        self.casts_itself = self._shards is not None
+        self._plan: TensorPlan | None = None
+        self.module: PreTrainedModel = build_run_model(context, device=device, after=self._settle, laid_out=self._look)
+        self._settle_rest()
+        self.forward: nn.Module = self.module
+        sequence = self._over("sequence")
+        self.sequence = SequenceParallel(self.module, sequence.get_group()) if sequence is not None else None
+
+    def _over(self, *names: str) -> DeviceMesh | None:
+        return submesh(self._mesh, *names) if self._mesh is not None else None
+
+    def _look(self, model: PreTrainedModel) -> None:
+        """Read the tensor plan off the model, and note which parts are blocks, before it has storage."""
+        tensor, sequence = self._over("tensor"), self._over("sequence")
+        if sequence is not None:
+            check_cut(model, degree=sequence.size(), length=self._length)
+        self._plan = TensorPlan(model, tensor) if tensor is not None else None
+        self._blocks = set(map(id, blocks(model)))
+
+    def _settle(self, name: str, part: nn.Module) -> None:
+        """Slice and shard one part; embeddings and head are sharded with the root, which a tied weight must share."""
+        if self._parallel.offload == "none" or self._shards is None:
+            part.to(self._device)
+        if self._plan is not None:
+            self._plan.slice(name, part)
+        if id(part) in self._blocks:
+            self._shard(part)
+
+    def _settle_rest(self) -> None:
+        if self._parallel.offload == "none" or self._shards is None:
+            self.module.to(self._device)
+        self._shard(self.module)
+
+    def _shard(self, module: nn.Module) -> None:
+        if self._shards is None:
+            return
+        dtype = DTYPES[self._precision]
+        policy = MixedPrecisionPolicy() if dtype == torch.float32 else _mixed(dtype)
+        offload = self._parallel.offload == "cpu"
+        fully_shard(
+            module,
+            mesh=self._shards,
+            reshard_after_forward=self._parallel.reshard_after_forward,
+            mp_policy=policy,
+            offload_policy=CPUOffloadPolicy(pin_memory=self._device.type == "cuda") if offload else OffloadPolicy(),
+        )
+
+    def _shard_mesh(self) -> DeviceMesh | None:
+        """Return the mesh to shard over: one dimension, or replicas of one (HSDP)."""
+        within = self._over("shard", "sequence")
+        if within is None or self._mesh is None or "data" not in (self._mesh.mesh_dim_names or ()):
+            return within
+        assert within.mesh_dim_names is not None, "a part of a mesh whose dimensions have names"
+        return self._mesh["data", within.mesh_dim_names[0]]
+
+    def without_reduction(self) -> AbstractContextManager[None]:
+        """Keep gradients of whole layers until the last micro-batch, so that they are reduced once."""
+        if isinstance(self.module, FSDPModule):
+            return _unreduced(self.module)
+        return contextlib.nullcontext()
+
+    def release(self) -> None:
+        """FSDP2 has become part of the model: there is nothing to drop."""
+
+
+def _mixed(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Gather and compute in ``dtype``, reduce gradients in fp32."""
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+
+
+@contextlib.contextmanager
+def _unreduced(module: FSDPModule):  # type: ignore[no-untyped-def]
+    module.set_requires_gradient_sync(False)
+    try:
+        yield
+    finally:
+        module.set_requires_gradient_sync(True)
+
+
+def _replicated(module: nn.Module, *, bucket_mb: int) -> DistributedDataParallel:
+    """Return ``module`` with its gradients averaged over ranks; buffers are constants and need no synchronising."""
+    names = inspect.signature(DistributedDataParallel).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in 2.13
+    return DistributedDataParallel(module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **{buffers: False})

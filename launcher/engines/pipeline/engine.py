@@ -1,0 +1,260 @@
+"""The pipeline engine on torch.distributed.pipelining; each stage replicated or sharded."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
+from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.checkpoint_io import explain_read_errors, load_rng, load_tensors, save_rng, save_tensors
+from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, mesh_of, num_labels, submesh
+from launcher.engines.generate import greedy_decode
+from launcher.engines.model_state import torch_state_bytes, whole_parameters
+from launcher.engines.optimizer import OptimizerStep
+from launcher.engines.pipeline.partition import build_chunk, choose_partition
+from launcher.engines.pipeline.schedules import PipelineForward, PipelineSchedule, chunks_of_rank
+from launcher.engines.pipeline.stage import ChunkCache
+from launcher.engines.pipeline.tied_weights import TiedWeights, copy_to_twins, named_state
+from launcher.models.layers import blocks
+from launcher.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from launcher.config.parallel.base import StateBytes
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.context import Context
+    from launcher.engines.pipeline.stage import ModelChunk
+    from launcher.profiling.performance import StepClock
+
+
+class PipelineEngine(Engine):
+    """This rank's stretches of the model, fed by a schedule; fp32 master weights, autocast in the run's precision."""
+
+    def __init__(self, context: Context, clock: StepClock) -> None:
+        run, parallel, degrees = context.run, context.run.parallel, context.degrees
+        assert isinstance(parallel, Pipeline), "the strategy chose this engine"
+        self._clock, self._rank, self._copies = clock, context.rank, degrees.copies
+        self._shards = degrees.shard
+        self.device = choose_device(context.local_rank)
+        connect(context, self.device)
+        mesh = mesh_of(degrees, device=self.device)
+        replicas, shards = submesh(mesh, "data"), submesh(mesh, "shard")
+        self._group = mesh["pipeline"].get_group()
+        self._replicas = replicas.get_group() if replicas is not None else None
+        count = degrees.pipeline * parallel.num_chunks
+        self._owners = [rank_of_chunk(parallel.schedule, number, ranks=degrees.pipeline) for number in range(count)]
+        self._cut = choose_partition(context, count=count, by_time=parallel.balance == "time", device=self.device)
+        here = dist.get_rank(self._group)
+        numbers = chunks_of_rank(parallel.schedule, rank=here, ranks=degrees.pipeline, chunks=parallel.num_chunks)
+        self._own = {number: build_chunk(context, self._cut, number, device=self.device) for number in numbers}
+        if shards is not None:
+            for stretch in self._own.values():
+                shard_chunk(stretch, shards)
+        self.module = nn.ModuleList(self._own.values())
+        self._tied = TiedWeights(
+            list(self._own.values()),
+            self._cut.tied,
+            group=self._group,
+            ends=(self._owners[0], self._owners[-1]),
+            share=shards is None,
+        )
+        self._update = OptimizerStep(
+            list(self._own.values()),
+            run,
+            device=self.device,
+            stages=self._group,
+            counted_elsewhere=self._tied.counted_elsewhere,
+        )
+        self._relay = PipelineForward(
+            self._own, owners=self._owners, width=self._cut.width, device=self.device, group=self._group
+        )
+        self._flow = PipelineSchedule(
+            self._own,
+            schedule=parallel.schedule,
+            count=count,
+            width=self._cut.width,
+            device=self.device,
+            group=self._group,
+        )
+        torch.manual_seed(run.job.seed + context.rank)  # no two ranks drop the same activations
+
+    def step(
+        self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
+    ) -> StepResult:
+        """Send the micro-batches through, add up what others know of the same weights, then update."""
+        count = TokenCount(micro_batches, device=self.device, copies=self._copies)
+        with self._clock.phase("pipeline"):
+            # FSDP divides gradients by the number of shards
+            own_sum = self._flow.train(micro_batches, factor=self._shards * self._update.scale.value / count.total())
+        with self._clock.phase("reduce"):
+            if self._replicas is not None:
+                sum_gradients(list(self.module.parameters()), self._replicas)
+            self._tied.sum_gradients()
+        with self._clock.phase("optimizer"):
+            return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted())
+
+    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+        """Return the summed loss and the number of tokens, without dropout, on the last stage; nothing elsewhere."""
+        labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
+        tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
+        with self._forward_only():
+            losses = self._relay.through(tokens, lambda stretch, state, index: stretch(state, labels=labels[index]))
+        if not losses:
+            return 0.0, 0
+        return torch.cat(losses).double().sum().item(), num_labels(micro_batches)
+
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Continue greedily; each pipeline does all of it by itself."""
+        decoder = GreedyDecoder(self._relay, first_blocks=[blocks.start for blocks in self._cut.blocks])
+        with self._forward_only():
+            return decoder.continue_greedily(input_ids.to(self.device), max_new_tokens=max_new_tokens)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the parameters of this rank's stretches; a tied one comes at both ends, under both its names."""
+        for stretch in self._own.values():
+            yield from whole_parameters(stretch.model, device=self.device)
+
+    @contextmanager
+    def _forward_only(self) -> Iterator[None]:
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train()
+            reshard_all(self._own.values())
+
+    def held(self) -> StateBytes:
+        """Count weights, gradients and moments of this rank's stretches."""
+        return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
+
+    def save(self, folder: Path) -> None:
+        """Write weights and moments by name, each rank its own, and generators rank by rank."""
+        tensors, _ = self._tensors()
+        save_tensors(folder / "shards", tensors)
+        if self._rank == 0:
+            write_json(folder / "loss_scale.json", self._update.scale.state())
+        save_rng(folder, rank=self._rank, device=self.device)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote, at whatever number of stages.
+
+        Raises:
+            JobError: the folder does not hold this model.
+        """
+        tensors, twins = self._tensors()
+        load_tensors(folder / "shards", tensors)
+        copy_to_twins(tensors, twins)
+        with explain_read_errors(folder / "loss_scale.json"):
+            self._update.scale.restore(read_json(folder / "loss_scale.json"))
+        load_rng(folder, rank=self._rank, device=self.device)
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return named_state(list(self._own.values()), self._update.optimizer, self._cut.tied)
+
+    def close(self) -> None:
+        """Leave the process group, after what refers to it."""
+        del self._flow, self._relay
+        gc.collect()
+        disconnect()
+
+
+class GreedyDecoder:
+    """Passes on all of the prompt, then one token a sequence at a time.
+
+    Args:
+        relay: of stretches in evaluation mode.
+        first_blocks: number of the first block of each stretch.
+    """
+
+    def __init__(self, relay: PipelineForward, *, first_blocks: Sequence[int]) -> None:
+        self._relay = relay
+        self._caches = {
+            number: ChunkCache(stretch.model.config, first_block=first_blocks[number])
+            for number, stretch in relay.own.items()
+        }
+        some = next(iter(relay.own.values()))
+        self._ends = some.model.generation_config.eos_token_id
+        self._num_seen = 0
+
+    def continue_greedily(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+        """Return ``input_ids`` (sequences, tokens) with the most likely continuation, the same on every rank.
+
+        A sequence ends with an end-of-text token; generation stops when all have ended. Call it once, under
+        ``no_grad``.
+        """
+        return greedy_decode(self._next_tokens, input_ids, max_new_tokens=max_new_tokens, ends=self._ends)
+
+    def _next_tokens(self, ids: Tensor) -> Tensor:
+        """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens); the caches hold those before."""
+        new = ids[:, self._num_seen :]
+        self._num_seen = ids.shape[1]
+        logits = self._relay.through([new], self._with_cache)
+        chosen = logits[0].argmax(dim=-1) if logits else torch.empty(len(new), dtype=torch.int64, device=new.device)
+        dist.broadcast(chosen, src=self._relay.last_owner, group=self._relay.group)
+        return chosen
+
+    def _with_cache(self, stretch: ModelChunk, state: Tensor, _: int) -> Tensor:
+        logits: Tensor = stretch(state, cache=self._caches[stretch.number])
+        return logits
+
+
+_BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel
+
+
+def sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> None:
+    """Replace each gradient by its sum over ``group``, many in one message; no gradient counts as zeros."""
+    for bucket in _buckets(parameters):
+        flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([parameter.numel() for parameter in bucket])
+        torch._foreach_copy_([p.grad for p in bucket], [part.view_as(p) for p, part in zip(bucket, parts, strict=True)])
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        size += parameter.numel() * parameter.element_size()
+        bucket.append(parameter)
+        if size >= _BUCKET_BYTES:
+            yield bucket
+            bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def shard_chunk(stretch: ModelChunk, mesh: DeviceMesh) -> None:
+    """Shard blocks one by one, and what is left together.
+
+    What a step has gathered stays until its end: torch's pipeline reduces gradients once, after the last micro-batch,
+    and gathering again for each would send everything as many times.
+    """
+    for block in blocks(stretch.model):
+        fully_shard(block, mesh=mesh, reshard_after_forward=False)
+    fully_shard(stretch, mesh=mesh, reshard_after_forward=False)
+
+
+def reshard_all(stretches: Iterable[nn.Module]) -> None:
+    """Keep only shards; after passes without a backward pass nothing else would."""
+    for stretch in stretches:
+        for module in stretch.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

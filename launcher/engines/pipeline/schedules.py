@@ -1,0 +1,222 @@
+"""Passes of micro-batches through a pipeline: training schedules, and forward-only passes.
+
+torch's V schedule has no forward-only mode (2.13 fails in it), and others have one fixed shape each; the forward-only
+pass here takes any.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleGPipe,
+    ScheduleInterleaved1F1B,
+    ScheduleInterleavedZeroBubble,
+    ScheduleZBVZeroBubble,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from launcher.config.parallel.pipeline import PipelineScheduleName
+    from launcher.data.dataloader import MicroBatch
+    from launcher.engines.pipeline.stage import ModelChunk
+
+
+_SINGLE_CHUNK = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
+
+
+_MULTI_CHUNK = {
+    "interleaved_1f1b": ScheduleInterleaved1F1B,
+    "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
+    "zbv": ScheduleZBVZeroBubble,
+}
+
+
+Metas = tuple[Tensor, Tensor]
+"""What goes into a stretch and what comes out, without storage."""
+
+
+def chunks_of_rank(schedule: PipelineScheduleName, *, rank: int, ranks: int, chunks: int) -> list[int]:
+    """Return the stretches of a rank of the pipeline: every ``ranks``-th, or those at the same height of a V."""
+    if schedule == "zbv":
+        return [rank, 2 * ranks - 1 - rank]
+    return [rank + lap * ranks for lap in range(chunks)]
+
+
+def make_schedule(
+    name: PipelineScheduleName,
+    modules: Sequence[tuple[int, nn.Module, Metas]],
+    *,
+    count: int,
+    micro_batches: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    device: torch.device,
+    group: ProcessGroup,
+) -> Any:
+    """Return torch's schedule for this rank; gradients come out as sums, not divided by anything.
+
+    What a schedule sends has one shape for good. A batch of another shape would be computed wrongly, and silently, so
+    it needs a schedule of its own.
+
+    Args:
+        name: of the schedule.
+        modules: this rank's stretches: number, module, and what goes in and out for one micro-batch.
+        count: of all stretches.
+        micro_batches: how many go through in a step.
+        loss: of what the last stretch returns for a micro-batch, and its part of the target.
+        device: where this rank computes.
+        group: the ranks of this pipeline.
+    """
+    stages = [
+        PipelineStage(module, number, count, device, input_args=into, output_args=out, group=group)
+        for number, module, (into, out) in modules
+    ]
+    if name in _SINGLE_CHUNK:
+        return _SINGLE_CHUNK[name](stages[0], micro_batches, loss_fn=loss, scale_grads=False)
+    return _MULTI_CHUNK[name](stages, micro_batches, loss_fn=loss, scale_grads=False)
+
+
+class PipelineSchedule:
+    """Runs a schedule, made anew whenever shape or number of micro-batches change.
+
+    Args:
+        own: this rank's stretches by number.
+        schedule: by name.
+        count: of all stretches.
+        width: of the hidden states.
+        device: where this rank computes.
+        group: the ranks of this pipeline.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[int, ModelChunk],
+        *,
+        schedule: PipelineScheduleName,
+        count: int,
+        width: int,
+        device: torch.device,
+        group: ProcessGroup,
+    ) -> None:
+        self._own, self._name, self._count, self._width = own, schedule, count, width
+        self._device, self._group = device, group
+        self._made_for: tuple[int, ...] = ()
+        self._schedule: Any = None
+
+    def train(self, micro_batches: Sequence[MicroBatch], *, factor: Tensor) -> Tensor:
+        """Add the gradient of the summed loss times ``factor``, a scalar; return the loss as this rank knows it.
+
+        Returns:
+            The loss summed over the labelled tokens, an fp64 scalar; 0 on ranks without the last stretch.
+        """
+        self._fit(micro_batches)
+        losses = self._schedule.step(*self._args(micro_batches), **self._options(micro_batches, factor))
+        if losses is None:
+            return torch.zeros((), dtype=torch.float64, device=self._device)
+        return cast("Tensor", losses.detach().double().sum())
+
+    def _args(self, micro_batches: Sequence[MicroBatch]) -> tuple[Tensor, ...]:
+        if 0 not in self._own:
+            return ()
+        return (torch.cat([micro_batch.input_ids for micro_batch in micro_batches]).to(self._device),)
+
+    def _options(self, micro_batches: Sequence[MicroBatch], factor: Tensor) -> dict[str, Tensor]:
+        if self._count - 1 not in self._own:
+            return {}
+        labels = torch.cat([micro_batch.labels for micro_batch in micro_batches]).to(self._device)
+        return {"labels": labels, "target": factor.float().expand(len(micro_batches))}
+
+    def _fit(self, micro_batches: Sequence[MicroBatch]) -> None:
+        """Make the schedule anew, unless it is for as many micro-batches of this shape."""
+        shapes = {tuple(micro_batch.input_ids.shape) for micro_batch in micro_batches}
+        assert len(shapes) == 1, f"micro-batches of a step have one shape, not {shapes}"
+        wanted = (len(micro_batches), *shapes.pop())
+        if self._made_for == wanted:
+            return
+        self._schedule = make_schedule(
+            self._name,
+            [(number, stretch, self._metas(number, *wanted[1:])) for number, stretch in self._own.items()],
+            count=self._count,
+            micro_batches=wanted[0],
+            loss=_weighted,
+            device=self._device,
+            group=self._group,
+        )
+        self._made_for = wanted
+
+    def _metas(self, number: int, sequences: int, tokens: int) -> Metas:
+        """Return what goes into a stretch for one micro-batch, and what comes out."""
+        hidden = torch.empty(sequences, tokens, self._width, device="meta", requires_grad=True)
+        into = torch.empty(sequences, tokens, dtype=torch.int64, device="meta") if number == 0 else hidden
+        out = torch.empty(1, device="meta", requires_grad=True) if number == self._count - 1 else hidden
+        return into, out
+
+
+def _weighted(loss: Tensor, factor: Tensor) -> Tensor:
+    return (loss * factor).sum()
+
+
+ChunkCall = Callable[["ModelChunk", Tensor, int], Tensor]
+"""Calls a stretch on what it is given of a micro-batch, whose number comes last."""
+
+
+class PipelineForward:
+    """Sends micro-batches from stretch to stretch.
+
+    Each goes all the way before a rank begins the next, so with one stretch a rank all ranks are at work; with several,
+    a rank waits for its next one. Every pair of ranks then talks in one order, which GPUs need.
+
+    Args:
+        own: this rank's stretches by number.
+        owners: rank in ``group`` of each stretch.
+        width: of the hidden states.
+        device: where this rank computes.
+        group: the ranks of this pipeline.
+    """
+
+    def __init__(
+        self,
+        own: Mapping[int, ModelChunk],
+        *,
+        owners: Sequence[int],
+        width: int,
+        device: torch.device,
+        group: ProcessGroup,
+    ) -> None:
+        self.own, self.device, self.group, self._width = own, device, group, width
+        self._owners: list[int] = [dist.get_global_rank(group, rank) for rank in owners]
+
+    @property
+    def last_owner(self) -> int:
+        """Rank, among all, that has the last stretch."""
+        return self._owners[-1]
+
+    def through(self, tokens: Sequence[Tensor], call: ChunkCall) -> list[Tensor]:
+        """Return what the last stretch returns for each micro-batch, where it is; nothing elsewhere.
+
+        Args:
+            tokens: int64 of shape (sequences, tokens) for each micro-batch, on every rank.
+            call: how a stretch is called; used under ``no_grad``.
+        """
+        here, sending, returned = dist.get_rank(), [], []
+        for index, given in enumerate(tokens):
+            state = given
+            for number, stretch in sorted(self.own.items()):
+                if number > 0 and self._owners[number - 1] != here:
+                    state = torch.empty(*given.shape, self._width, device=self.device)
+                    dist.recv(state, src=self._owners[number - 1], group=self.group)
+                state = call(stretch, state, index)
+                if stretch.last:
+                    returned.append(state)
+                elif self._owners[number + 1] != here:
+                    sending.append((dist.isend(state, dst=self._owners[number + 1], group=self.group), state))
+        for work, _ in sending:  # a tensor lives until it has gone
+            work.wait()
+        return returned

@@ -1,0 +1,101 @@
+"""One chunk of a model as the module that a pipeline schedule calls, and its KV cache."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from launcher.engines.loss import labels_at_head, loss_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+class ModelChunk(nn.Module):  # type: ignore[misc]
+    """Tokens or hidden states in; hidden states, a loss or the next token's logits out.
+
+    Between stretches everything is fp32, as the residual stream is under autocast: nothing is rounded on the way.
+
+    Args:
+        model: cut to this stretch, with its weights.
+        number: of this stretch among all, from 0.
+        count: of all stretches.
+        autocast: what blocks compute in; fp32 turns autocast off.
+        splits_backward: whether gradients of inputs and of weights are taken one after the other: the loss that the
+            output head makes, gradients and all, can go backward only once.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        number: int,
+        count: int,
+        autocast: torch.dtype,
+        splits_backward: bool = False,
+    ) -> None:
+        super().__init__()
+        self.model, self.number, self._autocast, self._splits_backward = model, number, autocast, splits_backward
+        self.first, self.last = number == 0, number == count - 1
+        self._cache_argument = _cache_argument(model)
+
+    def forward(self, inputs: Tensor, *, labels: Tensor | None = None, cache: ChunkCache | None = None) -> Tensor:
+        """Pass one micro-batch through.
+
+        Args:
+            inputs: tokens, int64 of shape (sequences, tokens), for the first stretch; hidden states, fp32 of shape
+                (sequences, tokens, width), for others.
+            labels: int64 of shape (sequences, tokens); the last stretch returns the loss for them.
+            cache: keys and values of earlier tokens of the same sequences; the last stretch returns logits.
+
+        Returns:
+            Hidden states; of the last stretch the loss summed over labelled tokens, of shape (1,), or the logits that
+            follow the last token, of shape (sequences, vocabulary).
+        """
+        given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": cache is not None}
+        if cache is not None:
+            given[self._cache_argument] = cache
+        with torch.autocast(inputs.device.type, dtype=self._autocast, enabled=self._autocast != torch.float32):
+            if not self.last:
+                hidden: Tensor = self.model.base_model(**given).last_hidden_state.float()
+                # zero bubble schedules cut the graph at what a stage returns, which torch cannot do to a view
+                return hidden.clone() if hidden._is_view() else hidden  # noqa: SLF001  (no public way to ask)
+            if cache is not None:
+                logits: Tensor = self.model(**given, logits_to_keep=1).logits
+                return logits[:, -1].float()
+            assert labels is not None, "the last stretch needs labels"
+            with labels_at_head(self.model, labels) if not self._splits_backward else nullcontext():
+                output = self.model(**given).logits
+            return torch.stack([loss_of(output, labels)])  # not a view: FSDP and schedules hook what a stage returns
+
+
+def _cache_argument(model: PreTrainedModel) -> str:
+    """Return what this version of Transformers calls the cache."""
+    names = inspect.signature(type(model.base_model).forward).parameters
+    return "cache" if "cache" in names else "past_key_values"
+
+
+class ChunkCache(DynamicCache):  # type: ignore[misc]
+    """A cache whose first layer is the first block of the stretch: blocks go on counting as in the whole model.
+
+    Args:
+        config: of the stretch.
+        first_block: number of its first block in the whole model.
+    """
+
+    def __init__(self, config: PreTrainedConfig, *, first_block: int) -> None:
+        super().__init__(config=config)
+        self._first_block = first_block
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the states of new tokens in block ``layer_idx`` of the whole model; return those of all tokens."""
+        number = layer_idx - self._first_block
+        both: tuple[Tensor, Tensor] = super().update(key_states, value_states, number, *args, **options)
+        return both

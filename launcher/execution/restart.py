@@ -1,0 +1,136 @@
+"""Submit a plan; retry on another port, and restart a failed run from its newest checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.checkpoint.resume import resume_of_restart
+from launcher.config.backend.base import Backend
+from launcher.config.schema import to_tree
+from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
+from launcher.execution.prepare import PreparedRun, replan
+from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.plan import Host
+from launcher.protocol.results import write_result
+from launcher.supervision.finalize import closing_message, finalize_run, try_to_write
+from launcher.utils.files import write_atomic, write_json
+from launcher.utils.secrets import redact
+from launcher.utils.system import describe_full_disk, free_port
+
+_PORT_TRIES = 3
+_PAUSE_S = 1.0
+"""Before a restart: what killed the run may take its machine along a moment later."""
+
+
+def submit_with_restarts(prepared: PreparedRun) -> int:
+    """Submit the plan, as often as ``backend.restarts`` and taken ports ask for, and return the exit code.
+
+    The run's directory exists.
+    """
+    backend = prepared.run.backend
+    restarts, tries = 0 if backend.restarts_itself else backend.restarts, _PORT_TRIES
+    _write(prepared)
+    while True:
+        outcome = backend.submit(prepared.plan)
+        if outcome.port_taken and backend.port == "auto" and tries > 1:
+            tries -= 1
+            prepared = _on_another_port(prepared)
+            if not _is_written(prepared):
+                break
+        elif restarts and _may_be_restarted(outcome):
+            restarts -= 1
+            again = _restarted(prepared, outcome, backend, left=restarts)
+            if again is None or not _is_written(again):
+                break
+            prepared = again
+        else:
+            break
+    finalize_run(outcome, prepared.directory, run_id=prepared.plan.run_id)
+    return outcome.exit_code
+
+
+def _write(prepared: PreparedRun) -> None:
+    """Write run.yaml and plan.json.
+
+    Raises:
+        EnvironmentProblem: the disk does not take them.
+    """
+    directory = prepared.directory
+    try:
+        write_atomic(directory.snapshot, prepared.snapshot)
+        write_json(directory.plan, to_tree(prepared.plan))
+    except OSError as error:
+        why = describe_full_disk(directory.path) or error.strerror or str(error)
+        raise EnvironmentProblem(f"run.dir={directory.path} cannot be written: {why}; choose another disk") from error
+
+
+def _is_written(prepared: PreparedRun) -> bool:
+    """Write what another attempt needs; where the disk does not take it, say so."""
+    try:
+        _write(prepared)
+    except EnvironmentProblem as problem:
+        print(f"not started again: {problem}", flush=True)
+        return False
+    return True
+
+
+def _on_another_port(prepared: PreparedRun) -> PreparedRun:
+    port = free_port()
+    print(f"port {prepared.plan.port} was taken meanwhile: trying again on {port}", flush=True)
+    plan = prepared.plan
+    return replan(prepared.run, prepared.hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port)
+
+
+def _may_be_restarted(outcome: RunOutcome) -> bool:
+    """Return whether another attempt can end otherwise: bad options, data, weights and hosts stay as they are."""
+    return outcome.status == "failed" and outcome.exit_code not in (EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT)
+
+
+def _restarted(prepared: PreparedRun, outcome: RunOutcome, backend: Backend, *, left: int) -> PreparedRun | None:
+    """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` when that cannot be."""
+    directory = prepared.directory
+    print(closing_message(outcome, directory), flush=True)
+    if outcome.failure is not None:
+        kept = directory.path / f"failure.before_restart_{backend.restarts - left}.json"
+        tree = redact(outcome.failure.tree(), os.environ)
+        for line in try_to_write(kept, lambda: write_json(kept, tree)):
+            print(line, flush=True)
+    time.sleep(_PAUSE_S)
+    hosts, port = _answering(prepared, backend)
+    if len(hosts) < backend.fewest_hosts(len(prepared.hosts)):
+        gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
+        told = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
+        print(told + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
+        return None
+    run = prepared.run
+    resume = resume_of_restart(run.checkpoint.resume, directory)
+    run = replace(
+        run,
+        run=replace(run.run, dir=prepared.plan.run_dir),
+        checkpoint=replace(run.checkpoint, resume=resume),
+    )
+    is_fresh = resume == "auto"  # else the directory is looked at as that of a new run, which must be empty
+    try:
+        again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=is_fresh)
+    except ConfigError as problem:
+        print(f"not restarted on {len(hosts)} hosts: {problem}", flush=True)
+        return None
+    names = ", ".join(host.name for host in hosts)
+    print(f"restarting on {names} ({left} restart{'s' if left != 1 else ''} left)", flush=True)
+    try_to_write(
+        directory.result,
+        lambda: write_result(directory, status="failed", exit_code=outcome.exit_code, run_id=prepared.plan.run_id),
+    )
+    return again
+
+
+def _answering(prepared: PreparedRun, backend: Backend) -> tuple[tuple[Host, ...], int]:
+    """Return the hosts that a restart may use, and a port for it."""
+    if not backend.asks_hosts:
+        return prepared.hosts, free_port() if backend.port == "auto" else backend.port
+    from launcher.execution.probe import probe_for_restart
+
+    return probe_for_restart(prepared, backend)

@@ -1,0 +1,269 @@
+"""Resolve ``model.weights=RUN`` and ``checkpoint.resume=RUN`` to the folder of a checkpoint.
+
+A user names a run by its id or folder, or one checkpoint of it: ``RUN`` (the newest), ``RUN@best`` (the lowest held-out
+loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent finds it, checks it and puts a
+plain folder into the run, so that ranks see no difference from any other folder of weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launcher.checkpoint.manifest import damaged_files
+from launcher.checkpoint.resume import BEST, CheckpointReference, find_checkpoints, is_checkpoint, parse_reference
+from launcher.checkpoint.store import SavedCheckpoint
+from launcher.config.compose import Composition, compose
+from launcher.config.data.base import Corpus
+from launcher.config.model.base import Model
+from launcher.config.model.folder import SINGLE_FILE
+from launcher.config.model.hf import Hf
+from launcher.config.run import Run, default_run_name
+from launcher.config.snapshot import load_run
+from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
+from launcher.runs.index import find_run
+from launcher.utils.hub import cached_folder
+from launcher.utils.text import counted
+
+WEIGHTS, RESUME = "model.weights", "checkpoint.resume"
+PAYLOAD = "model"
+"""Folder in a checkpoint that holds whole weights and the tokenizer, as ``save_pretrained`` writes them."""
+
+_KEPT = ("weights", "quantization")
+"""Options of the group model that say nothing about which model it is."""
+
+
+def resolve_run_references(composed: Composition) -> Run:
+    """Return the composed run with runs and checkpoints named by its options replaced by their folders.
+
+    The model is that of the run which wrote the weights, unless the command line or an experiment chooses one: then
+    the two must be equal. So is the tokenizer of the data, where the checkpoint has one.
+
+    Raises:
+        ConfigError: a reference leads to no checkpoint, an ambiguous one, one that is damaged, or one that is sharded.
+    """
+    run = composed.run
+    if run.checkpoint.resume not in ("none", "auto") and run.job.resumes:
+        run = replace(run, checkpoint=replace(run.checkpoint, resume=str(_resumed(run))))
+    if run.model.weights in ("random", "pretrained"):
+        return run
+    folder = _run_or_checkpoint(run.model.weights, run, option=WEIGHTS)
+    if folder is None:
+        return run
+    weights = _weights_in(folder, run)
+    run = replace(run, model=_model_of(weights, composed))
+    if run.run.name == default_run_name(composed.run.model.name):  # the default
+        run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
+    run = replace(run, model=_self_contained(run.model, weights))
+    if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
+        run = replace(run, data=replace(run.data, tokenizer="model"))
+    return run
+
+
+def _resumed(run: Run) -> Path:
+    """Return the folder of the run or checkpoint that ``checkpoint.resume`` names."""
+    word, reference = run.checkpoint.resume, parse_reference(run.checkpoint.resume)
+    folder = _run_or_checkpoint(word, run, option=RESUME)
+    if folder is None:
+        return Path(word).expanduser()  # the preflight says what is wrong with it
+    if reference.which is None:
+        return folder
+    return next(_selected(folder, reference, word, option=RESUME)).folder
+
+
+def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
+    """Return the folder that ``word`` stands for without its ``@…``; ``None`` for one that is neither.
+
+    Raises:
+        ConfigError: it is no folder, and no run, or more than one, begins like it.
+    """
+    reference = parse_reference(word)
+    folder = Path(reference.of).expanduser()
+    if not run.backend.shares_paths:
+        if folder.is_absolute() and reference.which is None:
+            return None
+        why = f"backend={run.backend.kind} runs where this machine's runs are not to be seen"
+        where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
+        raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
+    if not _exists(folder):
+        if reference.of.startswith(("/", "./", "../", "~")):
+            return None
+        try:
+            return find_run(reference.of, Path(run.run.root)).path.absolute()
+        except ConfigError as error:
+            why = error.why.replace("is no run directory", "is no folder")
+            fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.of else error.fix
+            raise ConfigError(option, word, why=why, fix=fix) from error
+    folder = folder.absolute()
+    if option == WEIGHTS and folder.name == PAYLOAD and is_checkpoint(folder.parent):
+        return folder.parent
+    if _holds_checkpoints(folder):
+        return folder
+    if reference.which is not None:
+        fix = f"leave @{reference.which} out, or name a run"
+        raise ConfigError(option, word, why=f"{reference.of} is neither a run nor a checkpoint", fix=fix)
+    return None
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # no permission, or too long a name: whoever opens it says so
+        return True
+
+
+def _holds_checkpoints(folder: Path) -> bool:
+    """Whether ``folder`` is a run, a run's checkpoints or one of them, and not a model folder."""
+    try:
+        if (folder / "config.json").is_file():
+            return False
+        run_dir = RunDir(folder)
+        return (
+            is_checkpoint(folder)
+            or run_dir.snapshot.is_file()
+            or run_dir.checkpoints.is_dir()
+            or any(folder.glob("step_*/manifest.json"))
+        )
+    except OSError:
+        return False
+
+
+def _selected(folder: Path, reference: CheckpointReference, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
+    """Yield the checkpoints in ``folder`` that ``reference`` allows, the one to take first; at least one."""
+    if is_checkpoint(folder) and reference.which is not None:
+        why = f"{reference.of} is one checkpoint already"
+        raise ConfigError(option, word, why=why, fix=f"leave @{reference.which} out, or name its run")
+    try:
+        saved = list(find_checkpoints(folder, say=_warn, option=option))
+    except ConfigError as error:
+        raise ConfigError(option, word, why=error.why, fix=error.fix) from error
+    if reference.step is not None:
+        chosen = [entry for entry in saved if entry.manifest.step == reference.step]
+        if not chosen:
+            steps = ", ".join(f"@{entry.folder.name}" for entry in saved[:5])
+            raise ConfigError(
+                option, word, why=f"has no complete checkpoint of step {reference.step}", fix=f"it has {steps}"
+            )
+        return iter(chosen)
+    if reference.which == BEST:
+        rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
+        if not rated:
+            why = f"no checkpoint of {reference.of} has a held-out loss: none was measured at the step of a checkpoint"
+            fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
+            raise ConfigError(option, word, why=why, fix=fix)
+        return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))
+    return iter(saved)
+
+
+def _weights_in(folder: Path, run: Run) -> Path:
+    """Return the folder of whole weights in a run or checkpoint, its content compared with its checksums."""
+    word, reference = run.model.weights, parse_reference(run.model.weights)
+    quantized = RunDir(folder).path / PAYLOAD
+    if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):
+        if reference.which is not None:
+            why, fix = f"{reference.of} holds one model and no checkpoints", f"leave @{reference.which} out"
+            raise ConfigError(WEIGHTS, word, why=why, fix=fix)
+        return quantized  # what job=quantize left
+    damaged: list[str] = []
+    for saved in _selected(folder, reference, word, option=WEIGHTS):
+        _refuse_sharded(saved, word)
+        names = [name for name in saved.manifest.files if name.startswith(f"{PAYLOAD}/")]
+        bad = damaged_files(saved.folder, saved.manifest, names)
+        if not bad:
+            if not saved.manifest.sha256:
+                _warn(f"{WEIGHTS}={word}: {saved.folder} has no checksums (an earlier version wrote it): not verified")
+            return saved.folder / PAYLOAD
+        damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
+        _warn(damaged[-1])
+    fix = "name another checkpoint or run, or copy an intact one there"
+    raise ConfigError(WEIGHTS, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
+
+
+def _refuse_sharded(saved: SavedCheckpoint, word: str) -> None:
+    manifest = saved.manifest
+    if f"{PAYLOAD}/{SINGLE_FILE}" in manifest.files:
+        return
+    kind = manifest.parallel.get("kind")
+    ranks = counted(manifest.world_size, "rank")
+    why = (
+        f"{saved.folder} is sharded: parallel of kind {kind} wrote the weights of {ranks} in parts, which only "
+        "checkpoint.resume puts together"
+    )
+    fix = f"set {RESUME}={word} with job=train or job=evaluate, or train with parallel=ddp"
+    raise ConfigError(WEIGHTS, word, why=why, fix=fix)
+
+
+def _model_of(weights: Path, composed: Composition) -> Model:
+    """Return the model to load ``weights`` into: that of their run, or the one chosen, where the two are equal.
+
+    Weights without a run.yaml around them say what they are of in their ``config.json``.
+
+    Raises:
+        ConfigError: they are of another model than the one chosen.
+    """
+    ours = composed.run.model
+    theirs = _model_of_run(weights) or Hf(name=str(weights))
+    is_equal = theirs.architecture() == ours.architecture()
+    if _is_chosen(composed) and not is_equal:
+        fix = f"leave the model out, and that of the run is taken ({default_run_name(theirs.name)})"
+        why = f"is of another model: {_differences(theirs, ours)}"
+        raise ConfigError(WEIGHTS, ours.weights, why=why, fix=fix)
+    if is_equal and (_is_chosen(composed) or isinstance(theirs, Hf)):
+        return replace(ours, weights=str(weights))
+    return replace(theirs, weights=str(weights), quantization=ours.quantization)
+
+
+def _self_contained(model: Model, weights: Path) -> Model:
+    """Return ``model``, of ``weights`` alone where the folder or hub model it was made from is not on this machine."""
+    if not isinstance(model, Hf) or Path(model.name).is_dir() or cached_folder(model.name) is not None:
+        return model
+    return replace(model, name=str(weights), weights="pretrained")
+
+
+def _model_of_run(weights: Path) -> Model | None:
+    """Return the model that the run around ``weights`` describes, if it is there and of this version."""
+    for folder in (weights.parent.parent.parent, weights.parent):
+        snapshot = RunDir(folder).snapshot
+        if snapshot.is_file():
+            try:
+                return load_run(snapshot).model
+            except ConfigError as error:
+                _warn(f"{snapshot} cannot be read, so the model is that of {weights / 'config.json'}: {error}")
+                return None
+    return None
+
+
+def _differences(theirs: Model, ours: Model) -> str:
+    wanted, given = theirs.architecture(), ours.architecture()
+    if wanted.get("family") != given.get("family"):
+        return f"its family is {wanted.get('family')}, this run's is {given.get('family')}"
+    names = [name for name in sorted(wanted.keys() | given.keys()) if wanted.get(name) != given.get(name)]
+    return ", ".join(f"its {name} is {wanted.get(name)}, this run's is {given.get(name)}" for name in names)
+
+
+def _is_chosen(composed: Composition) -> bool:
+    """Whether the command line or an experiment says which model it is."""
+    keys = _keys(composed.overrides)
+    options = {key.partition(".")[2] for key in keys if key.startswith("model.")}
+    if "model" in keys or options - set(_KEPT):
+        return True
+    if "exp" not in keys:
+        return False
+    usual = compose(()).run.model
+    return replace(composed.run.model, weights=usual.weights, quantization=usual.quantization) != usual
+
+
+def _uses_default_tokenizer(composed: Composition) -> bool:
+    data = composed.run.data
+    return isinstance(data, Corpus) and data.trains_tokenizer and "data.tokenizer" not in _keys(composed.overrides)
+
+
+def _keys(words: Sequence[str]) -> set[str]:
+    return {word.lstrip("+").partition("=")[0].partition("@")[0] for word in words}
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

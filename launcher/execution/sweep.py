@@ -1,0 +1,159 @@
+"""Sweeps: every trial is checked before the first one starts; a failed trial stops no other."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from launcher.config.compose import Composition, compose, groups
+from launcher.config.overrides import parse_overrides
+from launcher.config.schema import build
+from launcher.errors import ConfigError, ConfigErrors, LauncherError
+from launcher.execution.lifecycle import start
+from launcher.execution.prepare import PreparedRun, prepare
+from launcher.protocol.rundir import RunDir, new_run_id
+from launcher.supervision.finalize import try_to_write
+from launcher.utils.files import read_json, write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What ``+sweep=NAME`` holds."""
+
+    parameters: dict[str, str] = field(default_factory=dict)
+    """Values to try for each option, in Hydra's grammar: ``1e-4,3e-4`` or ``range(1,5)``."""
+
+    metric: str = "eval/loss"
+    """The metric that ranks the runs."""
+
+    goal: Literal["minimize", "maximize"] = "minimize"
+    """Which end of it is best."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One combination, ready to start."""
+
+    words: tuple[str, ...]
+    """The overrides that make it differ."""
+    prepared: PreparedRun
+
+
+def expand_grid(words: Sequence[str], parameters: Mapping[str, str], config_dir: Path | None) -> list[tuple[str, ...]]:
+    """Return the overrides of every combination.
+
+    Raises:
+        ConfigErrors: a word that is no override.
+    """
+    mistakes: list[ConfigError] = []
+    asked = [*(f"{key}={values}" for key, values in parameters.items()), *words]
+    parsed = parse_overrides(asked, groups(config_dir), sweeping=True, report=mistakes.append)
+    if mistakes:
+        raise ConfigErrors(mistakes)
+    axes = {override.key: override.choices for override in parsed if override.choices is not None}
+    return [
+        tuple(f"{key}={value}" for key, value in zip(axes, values, strict=True))
+        for values in itertools.product(*axes.values())
+    ]
+
+
+def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepConfig, list[Trial]]:
+    """Compose, check and plan every run of a sweep; start none.
+
+    Raises:
+        ConfigErrors: what is wrong with any of them, each mistake once.
+    """
+    base = compose(words, config_dir=config_dir, sweeping=True)
+    mistakes: list[ConfigError] = []
+    sweep = build(SweepConfig, base.sweep or {}, path="sweep", report=mistakes.append)
+    if sweep is None:
+        raise ConfigErrors(mistakes)
+    kept = _without_sweeps(words, config_dir)
+    sweep_id, trials = f"sweep-{new_run_id()}", []
+    for number, chosen in enumerate(expand_grid(words, sweep.parameters, config_dir)):
+        try:
+            composed = compose([*kept, *chosen], config_dir=config_dir)
+            trials.append(Trial(words=chosen, prepared=prepare(_placed(composed, base, sweep_id, number))))
+        except ConfigErrors as several:
+            mistakes += [error for error in several.errors if str(error) not in map(str, mistakes)]
+    if mistakes:
+        raise ConfigErrors(mistakes)
+    return sweep, trials
+
+
+def _without_sweeps(words: Sequence[str], config_dir: Path | None) -> list[str]:
+    silent: list[ConfigError] = []  # the words were checked when the base was composed
+    parsed = parse_overrides(words, groups(config_dir), sweeping=True, report=silent.append)
+    swept = {override.key for override in parsed if override.choices is not None}
+    return [word for word in words if word.partition("=")[0].lstrip("+") not in {*swept, "sweep"}]
+
+
+def _placed(composed: Composition, base: Composition, sweep_id: str, number: int) -> Composition:
+    """Give a trial its own directory below the sweep's."""
+    where = composed.run.run
+    folder = Path(where.root) / base.run.run.name / sweep_id / f"{number:03d}"
+    return replace(composed, run=replace(composed.run, run=replace(where, dir=str(folder))))
+
+
+def run_sweep(sweep: SweepConfig, trials: Sequence[Trial]) -> int:
+    """Run the trials in turn and return 0, or the exit code of the first that failed.
+
+    A trial that the user interrupts ends the sweep; one that fails does not.
+    """
+    first_failure, rows = 0, []
+    folder = trials[0].prepared.directory.path.parent
+    for number, trial in enumerate(trials, start=1):
+        print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
+        try:
+            code = start(trial.prepared)
+        except LauncherError as problem:  # found at its start: the others may still work
+            print(problem, file=sys.stderr, flush=True)
+            code = problem.exit_code
+        first_failure = first_failure or code
+        rows.append(_row(trial, code, sweep.metric))
+        table = {"metric": sweep.metric, "goal": sweep.goal, "trials": rows}
+        for line in try_to_write(folder / "sweep.json", partial(_keep, folder / "sweep.json", table)):
+            print(line, file=sys.stderr, flush=True)
+        if code in (128 + signal.SIGINT, 128 + signal.SIGTERM, 128 + signal.SIGHUP, 128 + signal.SIGQUIT):
+            print(f"sweep interrupted after {number} of {len(trials)} trials", flush=True)
+            break
+    print(render_sweep(sweep, rows, folder))
+    return first_failure
+
+
+def _keep(file: Path, table: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)  # not there when nothing of the first trial could be started
+    write_json(file, table)
+
+
+def _row(trial: Trial, code: int, metric: str) -> dict[str, Any]:
+    directory = RunDir(trial.prepared.directory.path)
+    ended = directory.result.is_file()
+    result: dict[str, Any] = read_json(directory.result) if ended else {"status": "failed", "metrics": {}}
+    return {
+        "overrides": list(trial.words),
+        "run_dir": str(directory.path),
+        "exit_code": code,
+        "status": result["status"],
+        metric: result["metrics"].get(metric),
+    }
+
+
+def render_sweep(sweep: SweepConfig, rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
+    """Return the table of a sweep, the best run marked."""
+    scored = [row for row in rows if row[sweep.metric] is not None and row["status"] == "completed"]
+    pick = min if sweep.goal == "minimize" else max
+    best = pick(scored, key=lambda row: row[sweep.metric]) if scored else None
+    lines = [f"{sweep.metric:>12}  {'status':10} overrides"]
+    for row in rows:
+        value = row[sweep.metric]
+        shown = f"{value:.4f}" if value is not None else "-"
+        mark = " ← best" if row is best else ""
+        lines.append(f"{shown:>12}  {row['status']:10} {' '.join(row['overrides'])}{mark}")
+    return "\n".join([*lines, f"table: {folder / 'sweep.json'}"])

@@ -1,0 +1,280 @@
+"""Checks that look at this machine's disk, ports and limits before anything is started."""
+
+from __future__ import annotations
+
+import os
+import resource
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
+from launcher.checkpoint.store import silent
+from launcher.config.backend.base import Backend
+from launcher.config.data.base import Corpus
+from launcher.config.job.base import BatchedJob
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.job.quantize import Quantize
+from launcher.config.job.train import Train
+from launcher.config.model.base import tokenizer_alternative, validate_tokenizer_folder
+from launcher.config.parallel.zero import Zero
+from launcher.config.run import Run
+from launcher.errors import ConfigError
+from launcher.planning.planner import estimate_memory
+from launcher.planning.validate import validate_quantized_weights
+from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import exists
+from launcher.utils.hub import HUB_NAME, validate_hub_fetch
+from launcher.utils.text import bytes_text
+
+_CAP_IPC_LOCK = 14
+"""Number of Linux' capability to lock any amount of memory."""
+
+
+def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield everything on this machine that stands against ``run`` on ``hosts``.
+
+    Of a run whose paths, packages and ports are those of pods, only the run directory is this machine's; the first pod
+    checks the rest before any rank starts.
+    """
+    yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
+    yield from validate_run_dir(run, RunDir(run_dir))
+    if run.backend.sees_files_of_hosts(str(run_dir)):
+        yield from _refuse_on_host(run, run_dir, hosts=hosts)
+
+
+def _refuse_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    world_size = sum(host.slots for host in hosts)
+    yield from run.job.preflight(run, RunDir(run_dir))
+    yield from _refuse_few_bits(run)
+    if isinstance(run.job, GeneratingJob):
+        yield from run.model.preflight()
+        if run.job.reads_data:
+            yield from run.data.preflight()
+        yield from _refuse_missing_tools(run, hosts)
+    if isinstance(run.job, BatchedJob):
+        yield from run.model.preflight()
+        yield from _refuse_data(run, run.job)
+        if run.job.resumes:
+            yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
+        yield from _refuse_missing_tools(run, hosts)
+    yield from _refuse_tokenizers(run, hosts)
+    yield from _refuse_taken_port(run.backend)
+    if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
+        yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
+
+
+def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
+    """Look for what quantised weights need, and at folders that hold such: the options alone do not tell."""
+    problems = list(run.model.quantization_problems())
+    yield from problems
+    if not problems and run.model.quantization == "none" and run.model.kept_as() is not None:
+        folder = run.model.local_weights
+        if isinstance(run.job, Quantize):
+            why = "its weights are quantised already"
+            yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
+        yield from validate_quantized_weights(
+            run, "model.weights", folder, instead="give weights that are not quantised"
+        )
+
+
+def _refuse_data(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    problems = list(run.data.preflight())
+    yield from problems
+    if not problems and isinstance(run.data, Corpus):
+        yield from run.data.refuse_short(job.sequence_length)
+
+
+def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
+    try:
+        saved = find_checkpoint(run.checkpoint.resume, run_dir, say=_warn)
+    except ConfigError as error:
+        yield error
+        return
+    if saved is None:
+        return
+    yield from validate_resume(
+        saved, model=run.model, parallel=run.parallel, precision=run.precision, world_size=world_size
+    )
+    done = saved.manifest.step
+    if isinstance(run.job, Train) and done >= run.job.steps:
+        why = f"{saved.folder} is of step {done} already"
+        yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
+
+
+def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
+    """Yield what a run that continues from a checkpoint does otherwise than the user may expect."""
+    if not run.job.resumes:
+        return
+    try:
+        saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
+    except ConfigError:
+        return  # the preflight refuses it
+    if saved is None:
+        if run.checkpoint.resume == "auto" and RunDir(run_dir).is_run:
+            yield f"{run_dir} holds no checkpoint to continue from: the run begins anew"
+        return
+    steps = run.job.optimizer_steps
+    if steps is not None and (line := lr_jump_warning(saved, run.optimizer, run.schedule, steps)):
+        yield line
+    if run.checkpoint.resume != "auto" and run.model.weights not in ("random", "pretrained"):
+        yield f"checkpoint.resume={run.checkpoint.resume} replaces the weights of model.weights={run.model.weights}"
+
+
+def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
+    """Yield folders of this machine that hosts reached by ssh look for on disks of their own."""
+    if run.backend.kind != "ssh" or not any(host.login for host in hosts):
+        return
+    if (folder := run.model.local_weights) is not None:
+        yield f"model.weights={folder} is a folder of this machine: every host needs it at the same path"
+    if run.job.resumes and run.checkpoint.resume not in ("none", "auto"):
+        folder = Path(run.checkpoint.resume)
+        yield f"checkpoint.resume={folder} is a folder of this machine: every host needs it at the same path"
+
+
+def _warn(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _refuse_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Look for the tokenizers and weights that ranks will load, and for the hub where they are to be fetched from."""
+    fetches_here = not any(host.login or not host.is_known for host in hosts)
+    shape = run.model.shape()
+    num_rows = None if shape is None else shape.vocab_size
+    for option, choice in _tokenizers_of(run):
+        source: Path | str | None = Path(choice).expanduser()
+        if choice == "model":
+            try:
+                source = run.model.tokenizer_source()
+            except ConfigError as error:
+                yield ConfigError(option, choice, why=error.why, fix=f"set {tokenizer_alternative(option)}")
+                continue
+        elif not Path(choice).expanduser().is_dir():
+            source = choice
+        if isinstance(source, Path):
+            if source.is_dir():  # a folder that is not there is refused where it is named
+                yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows)
+        elif source is not None and fetches_here and HUB_NAME.fullmatch(source):
+            instead = f"set {tokenizer_alternative(option)}"
+            yield from validate_hub_fetch(option, choice, name=source, pattern="*token*", instead=instead)
+        elif source is not None and fetches_here and option == "job.tokenizer":
+            why = "is a file, not a folder" if exists(Path(source).expanduser()) else "there is no such folder"
+            fix = f"give a folder that save_pretrained wrote, or set {tokenizer_alternative(option)}"
+            yield ConfigError(option, choice, why=why, fix=fix)
+    source = run.model.published_source() if run.model.weights == "pretrained" else None
+    if isinstance(source, str) and fetches_here and isinstance(run.job, BatchedJob | GeneratingJob):
+        option, value, instead = "model.weights", run.model.weights, "set model.weights=random"
+        if run.model.kind == "hf":
+            option, value, instead = "model.name", source, "choose a model that is here (model=smollm2_135m)"
+        yield from validate_hub_fetch(option, value, name=source, pattern="*.safetensors", instead=instead)
+
+
+def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield the options that name a tokenizer for ranks to load, each with its value."""
+    choice = getattr(run.job, "tokenizer", None)
+    uses_data = isinstance(run.job, BatchedJob) or choice == "data"
+    if uses_data and isinstance(run.data, Corpus) and not run.data.trains_tokenizer:
+        yield "data.tokenizer", run.data.tokenizer
+    computes = not isinstance(run.job, GeneratingJob) or run.job.engine != "echo"
+    if choice is not None and choice not in ("data", "bytes") and computes:
+        yield "job.tokenizer", choice
+
+
+def _refuse_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Look for packages and compilers where ranks run on this machine; elsewhere the ranks look themselves."""
+    if any(host.login or not host.is_known for host in hosts):
+        return
+    if all(host.devices for host in hosts):
+        yield from run.precision.preflight()
+    else:
+        yield from run.compile.preflight()
+
+
+def _refuse_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        yield ConfigError(option, folder, why=f"{existing} is a file", fix=f"set {option} to a folder")
+    elif not os.access(existing, os.W_OK | os.X_OK) or _is_read_only(existing):
+        yield ConfigError(option, folder, why=f"{existing} is not writable", fix=f"set {option} to a folder of yours")
+
+
+def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Refuse to start where a disk of this machine has no room for the optimiser state. Plans are for later, too."""
+    if not isinstance(run.parallel, Zero) or run.parallel.offload_optimizer != "nvme" or not run.parallel.nvme_path:
+        return
+    folder = Path(run.parallel.nvme_path).expanduser()
+    state = estimate_memory(run, hosts)
+    local = [host for host in hosts if host.is_known and not host.login]
+    if state is None or not local:
+        return
+    there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+    disk = os.statvfs(there)
+    free, least = disk.f_bavail * disk.f_frsize, state.per_rank.optimizer * max(host.slots for host in local)
+    if free < least:
+        why = f"its disk has {bytes_text(free)} free, and optimiser state alone takes {bytes_text(least)}"
+        fix = f"set parallel.nvme_path to a disk with {bytes_text(state.per_host_nvme)} free"
+        yield ConfigError("parallel.nvme_path", folder, why=why, fix=fix)
+
+
+def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Refuse to start where this user may not page-lock the buffers through which DeepSpeed reads NVMe.
+
+    It aborts where it cannot lock them, whatever ``parallel.pin_memory`` is. Plans are for other users, too.
+    """
+    zero = run.parallel
+    if not isinstance(zero, Zero) or zero.offload_parameters != "nvme":
+        return
+    limit = lockable_bytes()
+    needed = zero.nvme_buffer_count * zero.nvme_buffer_size * run.precision.compute_bytes
+    if limit is None or needed <= limit or all(host.login for host in hosts):
+        return
+    buffers = f"parallel.nvme_buffer_count={zero.nvme_buffer_count} buffers of nvme_buffer_size={zero.nvme_buffer_size}"
+    why = f"its {buffers} are page-locked: {bytes_text(needed)} a rank, and this user may lock {bytes_text(limit)}"
+    fix = "raise the limit (`ulimit -l unlimited`, memlock in /etc/security/limits.conf), or set another place"
+    yield ConfigError("parallel.offload_parameters", "nvme", why=why, fix=fix)
+
+
+def lockable_bytes() -> int | None:
+    """Return how much memory a process of this user may page-lock; ``None`` where nothing limits it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
+    effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
+    limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+    return None if effective >> _CAP_IPC_LOCK & 1 or limit == resource.RLIM_INFINITY else limit
+
+
+def _is_read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> Iterator[ConfigError]:
+    """Refuse a directory that holds another run, or files that no run has put there.
+
+    Args:
+        run: what is to be kept there.
+        run_dir: its directory.
+        is_locked: whether this process has made and locked it, so that what that leaves is no other run's.
+    """
+    if foreign := run_dir.foreign():
+        shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
+        why = f"is not empty and holds no run.yaml of a run (it holds {shown}), so its files are not a run's"
+        yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")
+    elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
+        is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())
+        why, fix = "is not empty, and two runs never share a directory", "choose another, or set checkpoint.resume=auto"
+        if is_occupied:
+            yield ConfigError("run.dir", run_dir.path, why=why, fix=f"{fix} to continue it")
+
+
+def _refuse_taken_port(backend: Backend) -> Iterator[ConfigError]:
+    if backend.port == "auto":
+        return
+    try:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", backend.port))
+    except OSError as error:
+        why = f"cannot be used: {error.strerror}"
+        yield ConfigError("backend.port", backend.port, why=why, fix="set backend.port=auto")

@@ -1,0 +1,1 @@
+"""Inference: engines, kernels, the HTTP server, and files of prompts."""

@@ -1,0 +1,320 @@
+"""The job ``generate`` on a rank: lines into the engine, answers onto the disk."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.config.data.formats import BadFile
+from launcher.config.data.rows import Record
+from launcher.engines.distributed import disconnect
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
+from launcher.inference.batch.output import (
+    PartIndex,
+    PartWriter,
+    claim_output,
+    fingerprint_of,
+    merge_parts,
+    store_fingerprint,
+    stored_fingerprint,
+)
+from launcher.inference.batch.prompt_file import BadLine
+from launcher.inference.batch.requests import GenerationResult, error_line, parse_request
+from launcher.inference.engine.base import EngineRequest, Refused
+from launcher.inference.engine.paged_engine import make_engine_across_ranks
+from launcher.inference.engine.registry import make_engine
+from launcher.inference.tokenizer import TextTokenizer, open_tokenizer
+from launcher.profiling.performance import peak_memory_bytes
+from launcher.protocol.metrics import MetricsWriter
+from launcher.utils.files import read_json, write_json
+from launcher.utils.text import counted
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from launcher.config.job.generate import Generate
+    from launcher.engines.context import Context
+    from launcher.engines.preemption import Preemption
+    from launcher.inference.engine.base import EngineOutput, InferenceEngine
+
+
+_QUEUE_FACTOR = 4
+"""Times the requests that are worked on: as many lines are in memory, for a scheduler to choose among."""
+
+
+_SCAN_S = 1.0
+
+
+_MAX_PRINTED_ERRORS = 20
+
+
+@dataclass(kw_only=True)
+class BatchWorker:
+    """Generates what is not there yet of one rank's share."""
+
+    records: Iterator[Record]
+    usual: Mapping[str, Any]
+    """Sampling of lines that say nothing else."""
+    words: TextTokenizer
+    generator: InferenceEngine
+    parts: PartWriter
+    index: PartIndex
+    preemption: Preemption
+    at_once: int
+    """Requests that the engine works on together."""
+    seed: int
+    beat: Callable[[int, float], None]
+    """Told how many records are done, by all ranks, and this rank's tokens a second."""
+
+    _answers: dict[str, GenerationResult] = field(default_factory=dict)
+    _tokens: int = 0
+    _refused: int = 0
+    _scanned_at: float = 0.0
+    _started: float = field(default_factory=time.monotonic)
+
+    def run(self) -> None:
+        """Go on until this rank's share is done.
+
+        Raises:
+            SystemExit: with the code that means "resume me", when the run was asked to make room.
+        """
+        exhausted = False
+        while not exhausted or self._answers:
+            self.leave_if_asked()
+            room = _QUEUE_FACTOR * self.at_once - len(self._answers)
+            if not exhausted:
+                exhausted = self._admit(room)
+            for update in self.generator.step():
+                if answer := self._answers.get(update.request):
+                    self._tokens += len(update.tokens)
+                    if finish := answer.take(update):
+                        self._write(update, answer, finish)
+                        if update.finish is None:
+                            self.generator.cancel(update.request)
+            self.tell()
+
+    def leave_if_asked(self) -> None:
+        """End this process where it was asked to: what is on disk is kept, what is under way is done again."""
+        if self.preemption.requested():
+            self.parts.sync()
+            raise SystemExit(EXIT_PREEMPTED)
+
+    def tell(self) -> None:
+        """Say how far the run is, as all ranks' files have it, from time to time."""
+        now = time.monotonic()
+        if now - self._scanned_at > _SCAN_S:
+            self._scanned_at = now
+            self.index.scan()
+        self.beat(self.index.num_done, self._tokens / (now - self._started + 1e-9))
+
+    def _admit(self, room: int) -> bool:
+        """Hand lines to the engine; return whether none is left."""
+        taken = 0
+        for record in itertools.islice(self.records, max(0, room)):
+            taken += 1
+            try:
+                wish = parse_request(record, self.usual, self.words, seed=self.seed)
+                request = EngineRequest(id=str(record.number), prompt=wish.prompt, sampling=wish.sampling)
+                self.generator.add(request)
+            except (BadLine, Refused) as bad:
+                why = f"{bad.field}: {bad}" if isinstance(bad, Refused) else str(bad)
+                self._refuse(record, why)
+            else:
+                self._answers[request.id] = GenerationResult(record, wish, self.words)
+        return taken < room
+
+    def _refuse(self, record: Record, why: str) -> None:
+        self._refused += 1
+        if self._refused <= _MAX_PRINTED_ERRORS:
+            print(f"line {record.line}: {why}", flush=True)
+        elif self._refused == _MAX_PRINTED_ERRORS + 1:
+            print("more lines are bad: only the answers say which", flush=True)
+        self.parts.append(record.number, error_line(record, why), is_error=True)
+
+    def _write(self, update: EngineOutput, answer: GenerationResult, finish: str) -> None:
+        del self._answers[update.request]
+        if finish in ("stop", "length"):
+            line = answer.line("stop" if finish == "stop" else "length")
+            self.parts.append(answer.record.number, line, tokens=answer.num_tokens)
+        elif finish == "error":
+            self._refuse(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
+        else:
+            raise JobError(f"the engine ended line {answer.record.line} as {finish}, which nobody asked for")
+
+
+_POLL_S = 0.2
+
+
+def _records(job: Generate, records: Iterator[Record], words: TextTokenizer, *, is_main: bool) -> Iterator[Record]:
+    """Return the lines of the input; chats of the shipped file become prompts where there is no chat template."""
+    if job.has_own_input or words.has_chat_template:
+        return records
+    if is_main:
+        print("job.input=sample: this tokenizer has no chat template, so chats are given as plain prompts", flush=True)
+    return map(_as_prompt, records)
+
+
+def _as_prompt(record: Record) -> Record:
+    chat = record.fields.get("messages")
+    if chat is None:
+        return record
+    fields = {name: value for name, value in record.fields.items() if name != "messages"}
+    return replace(record, fields={**fields, "prompt": chat[-1]["content"]})
+
+
+def generate(job: Generate, context: Context, preemption: Preemption) -> None:
+    """Generate on this rank what is not there yet; rank 0 then puts all answers in order.
+
+    Raises:
+        ConfigError: the input cannot be read, or the run directory holds answers to something else.
+        JobError: lines were bad; the answers to the others are written first.
+        SystemExit: with the code that means "resume me", when the run was asked to make room.
+    """
+
+    def beat() -> None:
+        context.heartbeat.beat("load")
+
+    source, folder, output = job.source(), context.run_dir.generated, job.output_path(context.run_dir)
+    try:
+        size = source.count(beat=beat)
+        task = fingerprint_of(context.run, job, source, digest=source.digest(beat=beat))
+    except BadFile as bad:
+        raise job.refuse("input", bad.why, bad.fix) from bad
+    except OSError as error:
+        raise job.refuse("input", str(error), "check the disk it is on") from error
+    folder.mkdir(exist_ok=True)
+    stored = stored_fingerprint(folder)
+    if stored is not None and (problems := list(task.problems(stored, job))):
+        raise ConfigErrors(problems)
+    if (folder / "done").exists() and output.exists():
+        print(f"all {size:,} lines are in {output} already", flush=True)
+        _fail_on_bad_lines(job, context, folder / "done", output=output, size=size)
+        return
+    if stored is None:
+        store_fingerprint(folder, task)
+    index = PartIndex(folder, size)
+    index.scan()
+    before = index.num_tokens
+    words = open_tokenizer(job.tokenizer, context.run, beat=beat, template=job.chat_template)
+    if job.spreads(context.run):
+        ranks = 1
+        generator = _engine_of_ranks(job, context, preemption, beat=beat)
+        if generator is None:
+            return
+    else:
+        generator = make_engine(context.run, job, beat=beat, local_rank=context.local_rank)
+        ranks = context.world_size
+    share = _share(context, index, ranks=ranks)
+    generator.profiler = context.profiler
+    preemption.hold()
+    started = time.monotonic()
+    with PartWriter(folder / f"rank{context.rank}.part") as parts:
+        worker = BatchWorker(
+            records=_records(job, source.records(share), words, is_main=context.is_main),
+            usual=job.usual,
+            words=words,
+            generator=generator,
+            parts=parts,
+            index=index,
+            preemption=preemption,
+            at_once=job.at_once,
+            seed=job.seed,
+            beat=lambda done, speed: context.heartbeat.beat("generate", done, steps=size, tokens_per_s=speed),
+        )
+        try:
+            worker.run()
+        finally:
+            generator.close()
+            disconnect()  # of ranks that are one engine; others have not met
+        parts.sync()
+        if not context.is_main:
+            return
+        while not index.is_complete:  # the other ranks are still at it
+            worker.leave_if_asked()
+            worker.tell()
+            time.sleep(_POLL_S)
+    seconds = time.monotonic() - started
+    claim_output(folder, output)
+    merge_parts(index, output, beat=lambda: context.heartbeat.beat("merge", size))
+    _record_metrics(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
+    write_json(folder / "done", {"bad": index.num_errors, "first": _line_of(output, index.first_error)})
+    for part in folder.glob("*.part"):
+        part.unlink()
+    print(f"answers: {output}", flush=True)
+    _fail_on_bad_lines(job, context, folder / "done", output=output, size=size)
+
+
+def _line_of(output: Path, number: int | None) -> str:
+    """Return what the output says of a bad line."""
+    if number is None:
+        return ""
+    with output.open("rb") as file:
+        found = json.loads(next(itertools.islice(file, number, None)))
+    return f"line {found['line']:,}: {found['error']}"
+
+
+def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: Path, size: int) -> None:
+    """End the run on the first rank as one with bad input if a line had no answer; the output is there all the same.
+
+    Raises:
+        JobError: with the code for bad input.
+    """
+    if not context.is_main or not done.stat().st_size:  # runs of earlier versions left an empty file
+        return
+    ended = read_json(done)
+    if ended["bad"]:
+        why = f"{ended['bad']:,} of {counted(size, 'line')} {'is' if ended['bad'] == 1 else 'are'} bad"
+        where = f"{output} holds the answers to the others, and each bad line's reason in its field error"
+        raise JobError(f"job.input={job.input}: {why}. {where}. First, {ended['first']}", exit_code=EXIT_BAD_INPUT)
+
+
+def _engine_of_ranks(
+    job: Generate, context: Context, preemption: Preemption, *, beat: Callable[[], None]
+) -> InferenceEngine | None:
+    """Return the engine on the first rank, which says when to leave; nothing on others, once it is closed.
+
+    Raises:
+        SystemExit: with the code that means "resume me", when the run was asked to make room.
+    """
+    if context.is_main:
+        return make_engine_across_ranks(context, limits=job.limits, beat=beat)
+    preemption.hold()
+    try:
+        make_engine_across_ranks(context, limits=job.limits, beat=beat)
+    except RuntimeError:
+        if not preemption.requested():
+            raise
+        print("the first rank has left while the model was loaded, as it was asked to", flush=True)
+    if preemption.requested():
+        raise SystemExit(EXIT_PREEMPTED)
+    return None
+
+
+def _share(context: Context, index: PartIndex, *, ranks: int) -> Callable[[int], bool]:
+    """Return which records this rank does: one in so many, unless it is there already."""
+    return lambda number: number % ranks == context.rank % ranks and number not in index
+
+
+def _record_metrics(context: Context, index: PartIndex, *, size: int, seconds: float, tokens: int) -> None:
+    """Record what was done, and say it."""
+    with MetricsWriter(context.run_dir.metrics) as metrics:
+        metrics.record(
+            size,
+            **{
+                "generate/lines": size,
+                "generate/errors": index.num_errors,
+                "generate/tokens": index.num_tokens,
+                "perf/tokens_per_s": tokens / seconds,
+                "memory/peak_bytes": peak_memory_bytes(cuda=torch.cuda.is_available()),
+            },
+        )
+    bad = f", {index.num_errors:,} of them bad: each says why in its field error" if index.num_errors else ""
+    speed = f"{tokens:,} tokens in {seconds:.1f} s, {tokens / seconds:,.0f} tokens/s"
+    print(f"{size:,} lines{bad}; {speed}", flush=True)

@@ -1,0 +1,189 @@
+"""A line of the prompt file as an engine's request, and its tokens as a line of output."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from launcher.config.data.rows import Record
+from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
+from launcher.config.schema import build
+from launcher.errors import ConfigError
+from launcher.inference.batch.prompt_file import SAMPLING_FIELDS, BadLine, check_fields
+from launcher.inference.detokenizer import TextStream
+from launcher.inference.engine.base import EngineOutput, FinishReason, GeneratedToken
+from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, TextTokenizer, normalize_messages
+
+_SEED_BYTES = 6
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One line, ready for an engine."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    stop: tuple[str, ...]
+    """Texts that end the answer and are no part of it."""
+
+
+def parse_request(record: Record, usual: Mapping[str, Any], words: TextTokenizer, *, seed: int) -> GenerationRequest:
+    """Return what a record asks for.
+
+    Args:
+        record: the line.
+        usual: values of ``stop`` and of sampling fields that hold where the line says nothing.
+        words: the tokenizer.
+        seed: of the run: a line that draws tokens and names no seed gets one from it and its own number.
+
+    Raises:
+        BadLine: it cannot be done.
+    """
+    check_fields(record)
+    given = {name: value for name, value in record.fields.items() if value is not None}
+    asked = {**usual, **given}
+    sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
+    if sampling.seed is None and sampling.temperature > 0:
+        asked["seed"] = line_seed(seed, record.line)
+        sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
+    return GenerationRequest(prompt=_prompt(given, words), sampling=sampling, stop=_stop(asked.get("stop", ())))
+
+
+def line_seed(seed: int, line: int) -> int:
+    """Return the seed of a line: always the same, and unlike those of other lines and other runs."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:_SEED_BYTES])
+
+
+def _sampling(values: Mapping[str, Any]) -> SamplingParams:
+    mistakes: list[ConfigError] = []
+    built = build(SamplingParams, values, path="", report=mistakes.append)
+    if built is None:
+        raise BadLine("; ".join(map(str, mistakes)))
+    problems = [f"{name}={getattr(built, name)}: {why}" for name, why, _ in validate_sampling(built)]
+    if problems:
+        raise BadLine("; ".join(problems))
+    return built
+
+
+def _prompt(given: Mapping[str, Any], words: TextTokenizer) -> tuple[int, ...]:
+    ids = _chat(given, words) if "messages" in given else _text_or_ids(given["prompt"], words)
+    if not ids:
+        raise BadLine("prompt: is empty")
+    return tuple(ids)
+
+
+def _text_or_ids(prompt: Any, words: TextTokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        return words.encode(_check_unicode(prompt, "prompt"))
+    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        return cast("list[int]", prompt)
+    raise BadLine("prompt: takes text, or a list of token numbers")
+
+
+def _chat(given: Mapping[str, Any], words: TextTokenizer) -> list[int]:
+    template = given.get("chat_template")
+    if template is not None and not isinstance(template, str):
+        raise BadLine("chat_template: takes the name of one of the tokenizer's templates")
+    try:
+        messages = normalize_messages(given["messages"])
+        for message in messages:
+            _check_unicode(message["content"], "messages")
+        return words.encode(words.render(messages, template), special=False)
+    except InvalidMessages as error:
+        raise BadLine(f"messages: {error}{f' ({error.field})' if error.field != 'messages' else ''}") from error
+    except ChatTemplateNotFound as error:
+        field, instead = ("chat_template", "") if template else ("messages", "; give prompt instead")
+        raise BadLine(f"{field}: {error}{instead}") from error
+    except ValueError as error:
+        raise BadLine(f"messages: {error}") from error
+
+
+def _stop(stop: Any) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(strings, list | tuple) or not all(isinstance(string, str) and string for string in strings):
+        raise BadLine("stop: takes a text or a list of texts, none of them empty")
+    if why := validate_stop_strings(strings):
+        raise BadLine(f"stop: {why}")
+    return tuple(strings)
+
+
+def _check_unicode(text: str, field: str) -> str:
+    r"""Return a text that UTF-8 can write: JSON's ``\ud800`` alone is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadLine(f"{field}: holds half of a surrogate pair, which is no character") from error
+    return text
+
+
+class GenerationResult:
+    """Collects the tokens of one request.
+
+    Args:
+        record: the line that asks.
+        wish: what it asks for.
+        words: the tokenizer.
+    """
+
+    def __init__(self, record: Record, wish: GenerationRequest, words: TextTokenizer) -> None:
+        self.record, self._wish = record, wish
+        self._text = TextStream(words.decode, wish.stop)
+        self._pieces: list[str] = []
+        self._tokens: list[GeneratedToken] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that were generated."""
+        return len(self._tokens)
+
+    def take(self, update: EngineOutput) -> FinishReason | None:
+        """Take in what a step brought; return why the answer is over, once it is."""
+        for token in update.tokens:
+            self._tokens.append(token)
+            self._pieces.append(self._text.feed(token.id))
+            if self._text.stopped is not None:
+                return "stop"
+        if update.finish is not None:
+            self._pieces.append(self._text.rest())
+        return "stop" if self._text.stopped is not None else update.finish
+
+    def line(self, finish: FinishReason) -> bytes:
+        """Return the answer as it stands in the output."""
+        found: dict[str, Any] = {
+            **_head(self.record),
+            "text": "".join(self._pieces),
+            "finish": finish,
+            "prompt_tokens": len(self._wish.prompt),
+            "tokens": self.num_tokens,
+        }
+        if self._text.stopped is not None:
+            found["stop"] = self._text.stopped
+        if self._wish.sampling.seed is not None:
+            found["seed"] = self._wish.sampling.seed
+        if self._wish.sampling.logprobs is not None:
+            found["logprobs"] = [
+                {"id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
+                for token in self._tokens
+            ]
+        return _dump_line(found)
+
+
+def error_line(record: Record, why: str) -> bytes:
+    """Return what stands in the output for a line that cannot be answered."""
+    return _dump_line({**_head(record), "error": why})
+
+
+def _head(record: Record) -> dict[str, Any]:
+    return {"line": record.line} | ({"id": record.fields["id"]} if "id" in record.fields else {})
+
+
+def _dump_line(value: dict[str, Any]) -> bytes:
+    """Return one line of JSON; what is no Unicode (half a surrogate pair in an ``id``) is escaped, as it came."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(value).encode()

@@ -1,0 +1,158 @@
+"""Several ranks as one engine: step plans are broadcast, and pipelined over stages."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import distributed as dist
+
+from launcher.inference.engine.step_plan import StepPlan, split_plan
+from launcher.profiling.profiler import NO_PROFILER, Profiler
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launcher.inference.engine.model_runner import ModelRunner
+
+
+_SPIN_S = 0.01
+"""How long a rank asks without pause whether the next plan is there."""
+
+
+_POLL_S = 0.001
+
+
+_HEARTBEAT_S = 0.5
+
+
+class PlanRunner(Protocol):
+    """What computes the same plans on every rank."""
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Compute one; what the first rank gets are the scores."""
+
+    def close(self) -> None:
+        """Give everything back."""
+
+
+class LeaderRunner:
+    """Sends each plan to the other ranks before computing it.
+
+    Args:
+        runner: of this rank, the first of its group.
+        group: of the ranks that hold the model; plans go over it as integers.
+    """
+
+    isolates = False
+    """A step that fails here may not fail on the others: nothing is tried again, the run ends."""
+
+    def __init__(self, runner: PlanRunner, group: dist.ProcessGroup) -> None:
+        self._runner, self._group = runner, group
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Return the scores that are asked for; (wanted, vocabulary), fp32."""
+        self._send(plan)
+        return self._runner.run(plan)
+
+    def close(self) -> None:
+        """Let the others go, and the model."""
+        self._send(StepPlan((), stop=True))
+        self._runner.close()
+
+    def _send(self, plan: StepPlan) -> None:
+        numbers = torch.tensor(plan.encode())
+        source = dist.get_global_rank(self._group, 0)
+        dist.broadcast(torch.tensor([len(numbers)]), source, group=self._group)
+        dist.broadcast(numbers, source, group=self._group)
+
+
+def follow_leader(
+    runner: PlanRunner, group: dist.ProcessGroup, *, beat: Callable[[], None], profiler: Profiler = NO_PROFILER
+) -> None:
+    """Compute what the first rank sends, until it closes.
+
+    Args:
+        runner: of this rank.
+        group: that plans come over.
+        beat: called while there is none, at least every half second: to wait for requests is no stall.
+        profiler: each plan is a step of it.
+    """
+    source = dist.get_global_rank(group, 0)
+    while True:
+        length = torch.zeros(1, dtype=torch.long)
+        _wait(dist.broadcast(length, source, group=group, async_op=True), beat=beat)
+        numbers = torch.zeros(int(length), dtype=torch.long)
+        dist.broadcast(numbers, source, group=group)
+        plan = StepPlan.decode(numbers.tolist())
+        if plan.stop:
+            runner.close()
+            return
+        with profiler.step():
+            runner.run(plan)
+        beat()
+
+
+def _wait(work: dist.Work, *, beat: Callable[[], None]) -> None:
+    begun_s = beaten_s = time.monotonic()
+    while not work.is_completed():
+        now_s = time.monotonic()
+        if now_s - beaten_s > _HEARTBEAT_S:
+            beat()
+            beaten_s = now_s
+        if now_s - begun_s > _SPIN_S:
+            time.sleep(_POLL_S)
+    work.wait()
+
+
+class PipelinedRunner:
+    """Computes plans on all stages; every rank calls ``run`` with the same ones.
+
+    Args:
+        runner: of this rank's stage.
+        group: of all stages, for tensors on CPUs; ranks are numbers of stages.
+    """
+
+    isolates = False
+    """A step that fails here may not fail on the others."""
+
+    def __init__(self, runner: ModelRunner, group: dist.ProcessGroup) -> None:
+        self._runner, self._group, self._stage = runner, group, runner.stage
+        config = runner.model.config.get_text_config()
+        self._width, self._vocab_size = config.hidden_size, config.vocab_size
+
+    def run(self, plan: StepPlan) -> Tensor:
+        """Return on the first rank the scores that are asked for; (wanted, vocabulary), fp32; on others nothing."""
+        stage, model = self._stage, self._runner.model
+        parts = split_plan(plan, stage.count)
+        # what waits to be taken stays alive here; nobody waits for a neighbour who waits for him
+        under_way: list[tuple[dist.Work, Tensor]] = []
+        for part in parts:
+            hidden = None
+            if not stage.first:
+                tokens = sum(len(segment.tokens) for segment in part.segments) + part.padding
+                hidden = torch.empty((1, tokens, self._width), dtype=model.dtype, device=model.device)
+                dist.recv(hidden, stage.number - 1)
+            made = self._runner.run(part, hidden).contiguous()
+            if not stage.last:
+                under_way.append((dist.isend(made, stage.number + 1), made))
+            elif len(made):
+                made = made.cpu()
+                under_way.append((dist.isend(made, 0, group=self._group), made))
+        scores = [self._scores(part) for part in parts] if stage.first else []
+        for work, _ in under_way:
+            work.wait()
+        return torch.cat(scores).to(model.device) if scores else torch.empty(0)
+
+    def _scores(self, part: StepPlan) -> Tensor:
+        """Return what the last stage makes of a part."""
+        room = torch.empty((sum(segment.wanted for segment in part.segments), self._vocab_size))
+        if len(room):
+            dist.recv(room, self._stage.count - 1, group=self._group)
+        return room
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._runner.close()

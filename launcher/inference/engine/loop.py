@@ -1,0 +1,223 @@
+"""The loop of an engine process, its connection to the server, and their messages.
+
+Messages are JSON behind four bytes of length. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import socket
+import struct
+import time
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from typing import Any
+
+from launcher.config.sampling import SamplingParams
+from launcher.inference.engine.base import (
+    EngineOutput,
+    EngineRequest,
+    EngineStats,
+    GeneratedToken,
+    InferenceEngine,
+    Refused,
+)
+
+LENGTH_PREFIX = struct.Struct("<I")
+
+
+MAX_MESSAGE_BYTES = 1 << 28
+"""A longer frame can only be a mistake."""
+
+
+WireMessage = dict[str, Any]
+
+
+def pack_message(message: WireMessage) -> bytes:
+    """Return one frame."""
+    payload = json.dumps(message, separators=(",", ":")).encode()
+    assert len(payload) <= MAX_MESSAGE_BYTES, "bodies are limited long before"
+    return LENGTH_PREFIX.pack(len(payload)) + payload
+
+
+def unpack_message(payload: bytes) -> WireMessage:
+    """Return the message of a frame without its length."""
+    message: WireMessage = json.loads(payload)
+    return message
+
+
+def request_to_wire(request: EngineRequest) -> WireMessage:
+    """Return a request as plain values."""
+    return asdict(request)
+
+
+def request_from_wire(tree: WireMessage) -> EngineRequest:
+    """Return the request that ``request_to_wire`` took apart."""
+    sampling = dict(tree["sampling"])
+    sampling["bias"] = tuple((int(token), float(value)) for token, value in sampling["bias"])
+    sampling["stop_ids"] = tuple(sampling["stop_ids"])
+    return EngineRequest(**{**tree, "prompt": tuple(tree["prompt"]), "sampling": SamplingParams(**sampling)})
+
+
+def update_to_wire(update: EngineOutput) -> list[Any]:
+    """Return an update as a short list: there is one for each running request and step."""
+    plain = all(token.logprob is None and not token.top for token in update.tokens)
+    tokens = [token.id if plain else [token.id, token.logprob, token.top] for token in update.tokens]
+    return [update.request, tokens, update.finish, update.problem, update.field, update.cached_tokens]
+
+
+def update_from_wire(row: list[Any]) -> EngineOutput:
+    """Return the update that ``update_to_wire`` took apart."""
+    request, tokens, finish, problem, field, cached = row
+    return EngineOutput(
+        request=request,
+        tokens=tuple(map(_token, tokens)),
+        finish=finish,
+        problem=problem,
+        field=field,
+        cached_tokens=cached,
+    )
+
+
+def stats_to_wire(stats: EngineStats) -> list[Any]:
+    """Return the numbers in the order of their fields."""
+    return [getattr(stats, field.name) for field in fields(EngineStats)]
+
+
+def stats_from_wire(row: list[Any]) -> EngineStats:
+    """Return the numbers by name again."""
+    return EngineStats(**{field.name: value for field, value in zip(fields(EngineStats), row, strict=True)})
+
+
+def _token(value: Any) -> GeneratedToken:
+    if isinstance(value, int):
+        return GeneratedToken(id=value)
+    number, logprob, top = value
+    return GeneratedToken(id=number, logprob=logprob, top=tuple((token, score) for token, score in top))
+
+
+_RECEIVE_BYTES = 1 << 18
+
+
+class ConnectionLost(Exception):
+    """The other end is not there any more."""
+
+
+class EngineConnection:
+    """Sends at once and receives what is there.
+
+    Args:
+        connection: one half of a socket pair.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket, self._buffer = connection, bytearray()
+
+    def send(self, message: WireMessage) -> None:
+        """Send one message; waits while the front does not read.
+
+        Raises:
+            Gone: the front has ended.
+        """
+        try:
+            self._socket.sendall(pack_message(message))
+        except OSError as error:
+            raise ConnectionLost from error
+
+    def receive(self, *, wait_s: float) -> list[WireMessage]:
+        """Return the messages that are there, waiting at most ``wait_s`` for the first.
+
+        Raises:
+            Gone: the front has ended.
+        """
+        found = self._whole()
+        ready, _, _ = select.select([self._socket], [], [], 0.0 if found else wait_s)
+        while ready:
+            try:
+                data = self._socket.recv(_RECEIVE_BYTES)
+            except OSError as error:
+                raise ConnectionLost from error
+            if not data:
+                raise ConnectionLost
+            self._buffer += data
+            ready, _, _ = select.select([self._socket], [], [], 0.0)
+        return found + self._whole()
+
+    def close(self) -> None:
+        """Hang up."""
+        self._socket.close()
+
+    def _whole(self) -> list[WireMessage]:
+        """Take the whole frames out of the buffer."""
+        messages, at = [], 0
+        while len(self._buffer) - at >= LENGTH_PREFIX.size:
+            (length,) = LENGTH_PREFIX.unpack_from(self._buffer, at)
+            if length > MAX_MESSAGE_BYTES:
+                raise ConnectionLost(f"the front sent a frame of {length} bytes")
+            end = at + LENGTH_PREFIX.size + length
+            if len(self._buffer) < end:
+                break
+            try:
+                messages.append(unpack_message(bytes(self._buffer[at + LENGTH_PREFIX.size : end])))
+            except (ValueError, RecursionError) as error:
+                raise ConnectionLost("the front sent a frame that is not JSON") from error
+            at = end
+        del self._buffer[:at]
+        return messages
+
+
+_IDLE_S = 0.5
+"""Longest time without a word to the front, when there is nothing to do."""
+
+
+_QUIET_S = 0.1
+"""The same between steps that bring nothing."""
+
+
+def run_engine_loop(generator: InferenceEngine, link: EngineConnection, *, beat: Callable[[str], None]) -> None:
+    """Serve the front until it says ``end``.
+
+    Args:
+        generator: warmed up.
+        link: to the front.
+        beat: called at every turn.
+
+    Raises:
+        Gone: the front has ended without saying so.
+    """
+    link.send({"kind": "ready", "context": generator.context})
+    told_at = 0.0
+    while True:
+        idle = generator.idle
+        beat("idle" if idle else "step")
+        for message in link.receive(wait_s=_IDLE_S if idle else 0.0):
+            if message["kind"] == "end":
+                return
+            _handle_message(generator, link, message)
+        updates = generator.step()
+        now = time.monotonic()
+        if updates or now - told_at >= (_IDLE_S if idle else _QUIET_S):
+            told_at = now
+            rows = [update_to_wire(update) for update in updates]
+            link.send({"kind": "step", "updates": rows, "stats": stats_to_wire(generator.stats())})
+
+
+def _handle_message(generator: InferenceEngine, link: EngineConnection, message: WireMessage) -> None:
+    match message["kind"]:
+        case "add":
+            request = request_from_wire(message["request"])
+            try:
+                generator.add(request)
+            except Refused as refusal:
+                link.send({"kind": "refused", "request": request.id, "field": refusal.field, "why": str(refusal)})
+            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+                lost = EngineOutput(request=request.id, finish="error", problem=f"{type(error).__name__}: {error}")
+                generator.cancel(request.id)
+                link.send(
+                    {"kind": "step", "updates": [update_to_wire(lost)], "stats": stats_to_wire(generator.stats())}
+                )
+        case "cancel":
+            generator.cancel(message["request"])
+        case kind:
+            raise AssertionError(f"the front sends no {kind}")

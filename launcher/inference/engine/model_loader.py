@@ -1,0 +1,133 @@
+"""Load the model of a run for inference: whole, its slices, or a pipeline stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import GenerationConfig
+
+from launcher.config.activation import NoCheckpointing
+from launcher.config.inference import validate_engine
+from launcher.engines.distributed import DTYPES
+from launcher.engines.model import prepare_precision
+from launcher.engines.pipeline.partition import check_passthrough, keep_chunk, partition_by_parameters, set_chunk_config
+from launcher.engines.tensor_parallel import TensorPlan
+from launcher.errors import ConfigErrors
+from launcher.inference.engine.model_runner import WHOLE_MODEL, ModelStage
+from launcher.models.build import build_deferred, build_model
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from launcher.config.run import Run
+
+
+def load_stage(
+    run: Run, *, number: int, count: int, after: Callable[[str, nn.Module], None], beat: Callable[[], None]
+) -> tuple[PreTrainedModel, ModelStage]:
+    """Return one stage of a run's model with its weights; stages have about as many parameters each.
+
+    Args:
+        run: whose model.
+        number: of the stage.
+        count: of all stages.
+        after: called with each part, and its name, as soon as it is there.
+        beat: called while weights are fetched or drawn.
+
+    Raises:
+        ConfigError: the model cannot be cut, or has fewer blocks than stages.
+        EnvironmentProblem: weights cannot be fetched.
+    """
+    compute = DTYPES[run.precision.compute]
+    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, dtype=compute, beat=beat)
+    blocks = partition_by_parameters(model, count, stages=count)[number]
+    stage = ModelStage(number=number, count=count, first_block=blocks.start)
+    keep_chunk(model, blocks, first=stage.first, last=stage.last)
+
+    def then(name: str, part: nn.Module) -> None:
+        after(name, part)
+        beat()
+
+    builder.build_all(then)
+    set_chunk_config(model, blocks)
+    if not stage.first:
+        check_passthrough(model)
+    return model, stage
+
+
+def load_model_part(
+    run: Run, *, rank: int, world_size: int, device: torch.device, beat: Callable[[], None]
+) -> tuple[PreTrainedModel, ModelStage]:
+    """Return what a rank holds of a run's model: all of it, its slices, or its stage.
+
+    Raises:
+        ConfigErrors: the engine ``slots`` computes nothing the way that the run says.
+        EnvironmentProblem: weights cannot be fetched.
+    """
+    stages = run.parallel.degrees(world_size).pipeline
+    if stages == 1:
+        return load_model(run, world_size=world_size, device=device, beat=beat), WHOLE_MODEL
+    _validate(run, world_size=world_size, device=device)
+    model, stage = load_stage(run, number=rank, count=stages, after=lambda _, part: part.to(device), beat=beat)
+    return model.eval().requires_grad_(False).to(device), stage
+
+
+def load_model(
+    run: Run,
+    *,
+    device: torch.device,
+    world_size: int = 1,
+    engine: str = "slots",
+    beat: Callable[[], None] = lambda: None,
+) -> PreTrainedModel:
+    """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
+
+    Raises:
+        ConfigErrors: the engine computes nothing the way that the run says.
+    """
+    _validate(run, world_size=world_size, device=device, engine=engine)
+    plan: list[TensorPlan] = []
+
+    def laid_out(model: PreTrainedModel) -> None:
+        if world_size > 1:
+            plan.append(TensorPlan(model, init_device_mesh(device.type, (world_size,))))
+
+    def after(name: str, part: nn.Module) -> None:
+        part.to(device)
+        for each in plan:
+            each.slice(name, part)
+
+    model = build_model(
+        run.model,
+        seed=run.job.seed,
+        attention=run.attention,
+        activation=NoCheckpointing(),
+        dtype=DTYPES[run.precision.compute],
+        after=after,
+        laid_out=laid_out,
+        beat=beat,
+    )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def _validate(run: Run, *, world_size: int, device: torch.device, engine: str = "slots") -> None:
+    problems = list(validate_engine(run, world_size=world_size, engine=engine))
+    if problems:
+        raise ConfigErrors(problems)
+    prepare_precision(run.precision, device=device)
+
+
+def end_of_sequence_ids(
+    run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lambda: None
+) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
+    folder = run.model.weights_folder(beat=beat)
+    config = model.generation_config
+    if folder is not None and (folder / "generation_config.json").is_file():
+        config = GenerationConfig.from_pretrained(folder)
+    ends = config.eos_token_id
+    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)

@@ -1,0 +1,96 @@
+"""What one step computes, as plain numbers that are the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from launcher.inference.engine.block_manager import BLOCK_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive tokens of one sequence."""
+
+    start: int
+    """Position of the first of them in its sequence."""
+    tokens: tuple[int, ...]
+    pages: tuple[int, ...]
+    """Of the whole sequence, up to the last of these tokens."""
+    wanted: bool
+    """Whether the scores after the last of these tokens are asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass."""
+
+    segments: tuple[Segment, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    """Pages that are copied first: to, from."""
+    padding: int = 0
+    """Tokens computed besides, for no sequence."""
+    stop: bool = field(default=False)
+    """Nothing more will come."""
+
+    def encode(self) -> list[int]:
+        """Return it as integers."""
+        numbers = [int(self.stop), self.padding, len(self.copies), len(self.segments)]
+        for pair in self.copies:
+            numbers += pair
+        for part in self.segments:
+            numbers += (part.start, int(part.wanted), len(part.tokens), len(part.pages), *part.tokens, *part.pages)
+        return numbers
+
+    @staticmethod
+    def decode(numbers: Sequence[int]) -> StepPlan:
+        """Return what ``encode`` was given."""
+        rest = iter(numbers)
+        stop, padding, num_copies, num_segments = _take(rest, 4)
+        copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
+        segments = []
+        for _ in range(num_segments):
+            start, wanted, num_tokens, num_pages = _take(rest, 4)
+            tokens, pages = _take(rest, num_tokens), _take(rest, num_pages)
+            segments.append(Segment(start=start, tokens=tokens, pages=pages, wanted=bool(wanted)))
+        return StepPlan(segments=tuple(segments), copies=copies, padding=padding, stop=bool(stop))
+
+
+def _take(numbers: Iterator[int], count: int) -> tuple[int, ...]:
+    return tuple(next(numbers) for _ in range(count))
+
+
+_MIN_TOKENS = 16
+"""Tokens of a part: with fewer, reading the weights once more takes longer than the overlap saves."""
+
+
+def split_plan(plan: StepPlan, count: int) -> list[StepPlan]:
+    """Return at most ``count`` plans that do together, one after the other, what ``plan`` does.
+
+    They have about as many tokens each; a sequence that is cut attends in the later part to what the earlier one wrote.
+    """
+    total = sum(len(segment.tokens) for segment in plan.segments)
+    count = max(1, min(count, total // _MIN_TOKENS))
+    bounds = [total * number // count for number in range(count + 1)]
+    parts = [tuple(_segments_between(plan.segments, begin, end)) for begin, end in pairwise(bounds)]
+    return [
+        StepPlan(segments, copies=plan.copies if not number else (), padding=plan.padding if not number else 0)
+        for number, segments in enumerate(parts)
+    ]
+
+
+def _segments_between(segments: tuple[Segment, ...], begin: int, end: int) -> Iterator[Segment]:
+    """Yield what of segments lies between two tokens, counted through all of them."""
+    at = 0
+    for segment in segments:
+        size = len(segment.tokens)
+        low, high = max(begin - at, 0), min(end - at, size)
+        at += size
+        if low < high:
+            yield Segment(
+                start=segment.start + low,
+                tokens=segment.tokens[low:high],
+                pages=segment.pages[: -(-(segment.start + high) // BLOCK_SIZE)],
+                wanted=segment.wanted and high == size,
+            )

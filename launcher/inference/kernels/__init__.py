@@ -1,0 +1,1 @@
+"""Compiled CPU kernels for the layers of stock models."""

@@ -1,0 +1,280 @@
+"""Replace layers of a stock model by ones computed in ``native.c``, where results agree."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from ctypes import byref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from launcher.errors import EnvironmentProblem
+from launcher.inference.kernels.native import (
+    MAX_GROUP_SIZE,
+    VECTOR_WIDTH,
+    BlockStruct,
+    NativeAttention,
+    PackedMatrix,
+    PackedQuantizedMatrix,
+    Scratch,
+    is_packable,
+    native_library,
+    pack_layers,
+)
+from launcher.models.layers import blocks
+from launcher.quantization.codecs import is_quantized
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from launcher.inference.engine.kv_cache import AttentionMetadata, PagedCache
+
+
+class NativeLinear(nn.Module):  # type: ignore[misc]
+    """A matrix product.
+
+    Args:
+        packed: the matrix.
+        dtype: what goes in and comes out: bf16 or fp32, which a matrix that is not quantised is of, too.
+        scratch: shared room.
+    """
+
+    def __init__(self, packed: PackedMatrix | PackedQuantizedMatrix, dtype: torch.dtype, scratch: Scratch) -> None:
+        super().__init__()
+        self._packed, self._scratch = packed, scratch
+        self._half = int(dtype == torch.bfloat16)
+        self._call = native_library().native_linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (…, out) of (…, in)."""
+        packed = self._packed
+        x = x.contiguous()
+        rows = x.numel() // packed.inner
+        y = x.new_empty((*x.shape[:-1], packed.columns))
+        scratch = self._scratch.of(rows * (packed.inner + packed.out))
+        self._call(byref(packed.struct), x.data_ptr(), y.data_ptr(), rows, packed.columns, scratch, self._half)
+        return y
+
+
+class NativeBlock(nn.Module):  # type: ignore[misc]
+    """A decoder block of Llama's make: RMS norms, rotary positions, grouped queries, gated MLP with SiLU.
+
+    Args:
+        block: the stock one.
+        scratch: shared room.
+    """
+
+    def __init__(self, block: nn.Module, scratch: Scratch) -> None:
+        super().__init__()
+        attention, mlp = block.self_attn, block.mlp
+        inputs = [attention.q_proj, attention.k_proj, attention.v_proj]
+        self._qkv, self._o, self._gate_up, self._down = (
+            pack_layers(layers)
+            for layers in (inputs, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj])
+        )
+        self._norms = [norm.weight.detach().float() for norm in (block.input_layernorm, block.post_attention_layernorm)]
+        dim, width = attention.head_dim, attention.q_proj.in_features
+        heads, kv_heads = (layer.out_features // dim for layer in inputs[:2])
+        self._layer, self._scratch, self._call = attention.layer_idx, scratch, native_library().native_block
+        self._struct = BlockStruct(
+            self._qkv.struct,
+            self._o.struct,
+            self._gate_up.struct,
+            self._down.struct,
+            *(norm.data_ptr() for norm in self._norms),
+            block.input_layernorm.variance_epsilon,
+            block.post_attention_layernorm.variance_epsilon,
+            attention.scaling,
+            int(block.input_layernorm.weight.dtype == torch.bfloat16),
+            width,
+            heads,
+            kv_heads,
+            dim,
+            mlp.gate_proj.out_features,
+        )
+        self._floats = 2 * width + self._qkv.out + heads * dim + self._gate_up.out
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor],
+        launcher_step: AttentionMetadata,
+        **_: Any,
+    ) -> Tensor:
+        """Return hidden states (1, tokens, width), having written keys and values."""
+        cache: PagedCache = launcher_step.cache
+        tokens = launcher_step.native(position_embeddings)
+        hidden_states = hidden_states.contiguous()
+        out = torch.empty_like(hidden_states)
+        self._call(
+            byref(self._struct),
+            byref(tokens),
+            cache.keys[self._layer].data_ptr(),
+            cache.values[self._layer].data_ptr(),
+            hidden_states.data_ptr(),
+            out.data_ptr(),
+            self._scratch.of(hidden_states.shape[1] * self._floats),
+        )
+        return out
+
+
+_PARTS = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
+
+
+_PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+_PANEL = 32
+"""Outputs in the widest panel of any machine."""
+
+
+class ReplacedLayers:
+    """What has been put in place of what.
+
+    Attributes:
+        what: in words.
+    """
+
+    def __init__(self) -> None:
+        self.what = ""
+        self._old: list[tuple[nn.Module, str, nn.Module]] = []
+
+    def put(self, parent: nn.Module, name: str, new: nn.Module) -> None:
+        """Replace one module."""
+        self._old.append((parent, name, getattr(parent, name)))
+        setattr(parent, name, new)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for parent, name, old in reversed(self._old):
+            setattr(parent, name, old)
+
+
+def replace_layers(
+    model: PreTrainedModel, cache: PagedCache, *, beat: Callable[[], None] = lambda: None
+) -> ReplacedLayers:
+    """Replace what can be replaced.
+
+    Args:
+        model: on the CPU, in inference mode, in bf16 or fp32; other models stay as they are.
+        cache: whose attention is computed by kernels too.
+        beat: called while the kernels are compiled.
+    """
+    swapped = ReplacedLayers()
+    if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
+        swapped.what = "the model's own layers"
+        return swapped
+    try:
+        native_library(beat)
+    except EnvironmentProblem as problem:
+        swapped.what = f"the model's own layers, several times slower than compiled ones would be: {problem}"
+        return swapped
+    scratch = Scratch()
+    widths = {(*cache.keys[layer].shape[1:], *cache.values[layer].shape[1:]) for layer in cache.keys}
+    heads = model.config.get_text_config().num_attention_heads
+    if all(
+        keys == values and dim % VECTOR_WIDTH == 0 and heads // keys_heads <= MAX_GROUP_SIZE
+        for keys_heads, dim, *rest in widths
+        for keys, values in [((keys_heads, dim), tuple(rest))]
+    ):
+        cache.kernels = NativeAttention(scratch)
+    layers = blocks(model)
+    is_llama = cache.kernels is not None and all(_is_llama_block(block) for block in layers)
+    if is_llama:
+        for block in layers:
+            parent, name = _parent_of(model, block)
+            swapped.put(parent, name, NativeBlock(block, scratch))
+            beat()
+    matrices = list(_matrices(model))
+    for parent, name, child in matrices:
+        packed = pack_layers([child]) if is_packable(child) else PackedMatrix([_weight(child)], [child.bias])
+        swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch))
+        beat()
+    swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
+    if others := sum(is_quantized(layer) for layer in model.modules()):
+        swapped.what += f"; {others} quantised layers by their library's own, which may be slower"
+    return swapped
+
+
+def replace_quantized_layers(
+    model: nn.Module, dtype: torch.dtype, *, beat: Callable[[], None] = lambda: None
+) -> ReplacedLayers:
+    """Replace the quantised layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
+    swapped = ReplacedLayers()
+    found = [(name, layer) for name, layer in model.named_modules() if is_packable(layer)]
+    if not found or next(model.parameters()).device.type != "cpu":
+        return swapped
+    try:
+        native_library(beat)
+    except EnvironmentProblem as problem:
+        swapped.what = f"quantised layers are computed by their library's own: {problem}"
+        return swapped
+    scratch = Scratch()
+    for name, layer in found:
+        parent, _, key = name.rpartition(".")
+        swapped.put(model.get_submodule(parent), key, NativeLinear(pack_layers([layer]), dtype, scratch))
+        beat()
+    swapped.what = f"{len(found)} quantised layers are computed by the engine's kernels"
+    return swapped
+
+
+def _is_llama_block(block: nn.Module) -> bool:
+    """Whether a block has the parts that ``NativeBlock`` computes, and no others; results are compared besides."""
+    if [name for name, _ in block.named_children()] != _PARTS:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    norms = (block.input_layernorm, block.post_attention_layernorm)
+    linears = [getattr(attention, name, None) for name in _PROJECTIONS]
+    linears += [getattr(mlp, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if not (
+        sorted(name for name, _ in attention.named_children()) == sorted(_PROJECTIONS)
+        and (all(map(_is_plain, linears)) or all(map(is_packable, linears)))
+        and isinstance(getattr(mlp, "act_fn", None), nn.SiLU | type(_silu()))
+        and all(hasattr(norm, "variance_epsilon") and not list(norm.children()) for norm in norms)
+    ):
+        return False
+    dim, width = attention.head_dim, attention.q_proj.in_features
+    heads, kv_heads = attention.q_proj.out_features // dim, attention.k_proj.out_features // dim
+    return (
+        attention.v_proj.out_features == kv_heads * dim
+        and heads % kv_heads == 0
+        and heads // kv_heads <= MAX_GROUP_SIZE
+        and not any(size % _PANEL for size in (dim, width, mlp.gate_proj.out_features))
+    )
+
+
+def _silu() -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    made: nn.Module = ACT2FN["silu"]
+    return made
+
+
+def _parent_of(model: nn.Module, wanted: nn.Module) -> tuple[nn.Module, str]:
+    """Return whose child a module is, and under which name."""
+    return next(
+        (parent, name) for parent in model.modules() for name, child in parent.named_children() if child is wanted
+    )
+
+
+def _matrices(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    from transformers.pytorch_utils import Conv1D
+
+    for module in model.modules():
+        for name, child in module.named_children():
+            if _is_plain(child) or isinstance(child, Conv1D) or is_packable(child):
+                yield module, name, child
+
+
+def _is_plain(layer: nn.Module | None) -> bool:
+    """Whether a layer is linear with a matrix of floats."""
+    return type(layer) is nn.Linear and not is_quantized(layer)
+
+
+def _weight(layer: nn.Module) -> torch.Tensor:
+    """Return (out, in) of a layer; Conv1D keeps it the other way round."""
+    weight: torch.Tensor = layer.weight
+    return weight if isinstance(layer, nn.Linear) else weight.t()

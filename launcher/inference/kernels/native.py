@@ -1,0 +1,348 @@
+"""``native.c``, compiled once a machine, and its arguments: matrices, steps, attention."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import nn
+
+from launcher.errors import EnvironmentProblem
+from launcher.quantization.int4 import Int4Linear, levels
+from launcher.utils.build_cache import build_once, default_cache_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from launcher.inference.engine.step_plan import StepPlan
+
+
+_SOURCE = Path(__file__).with_name("native.c")
+
+
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+
+
+class LinearStruct(Structure):
+    """A packed matrix."""
+
+    _fields_: ClassVar = [
+        *((name, c_void_p) for name in ("weight", "bias")),
+        *((name, c_int64) for name in ("out", "in_", "bits", "group")),
+        *((name, c_void_p) for name in ("scale", "zero")),
+        ("dynamic", c_int64),
+    ]
+
+
+class BlockStruct(Structure):
+    """A decoder block of Llama's make."""
+
+    _fields_: ClassVar = [
+        *((name, LinearStruct) for name in ("qkv", "o", "gate_up", "down")),
+        *((name, c_void_p) for name in ("norm1", "norm2")),
+        *((name, c_float) for name in ("eps1", "eps2", "scale")),
+        ("half", c_int32),
+        *((name, c_int64) for name in ("width", "heads", "kv_heads", "dim", "mlp")),
+    ]
+
+
+class TokensStruct(Structure):
+    """Where the tokens of a step are."""
+
+    _fields_: ClassVar = [
+        ("tokens", c_int64),
+        *((name, c_void_p) for name in ("slots", "seen", "row", "pages")),
+        ("table_width", c_int64),
+        *((name, c_void_p) for name in ("cos", "sin")),
+    ]
+
+
+def native_library(beat: Callable[[], None] = lambda: None) -> Any:
+    """Return the compiled library; the first call on a machine compiles it, in a few seconds.
+
+    Raises:
+        EnvironmentProblem: there is no C compiler, or it fails.
+    """
+    compiler = shlex.split(os.environ.get("CC", "gcc"))
+    if shutil.which(compiler[0]) is None:
+        raise EnvironmentProblem(f"there is no C compiler ({compiler[0]}): apt-get install gcc, or set CC")
+    made_of = [_SOURCE.read_bytes(), repr((compiler, _FLAGS)).encode(), _cpu_features().encode()]
+    folder = default_cache_folder("native", hashlib.blake2b(b"".join(made_of), digest_size=12).hexdigest())
+
+    def build(target: Path) -> None:
+        command = [*compiler, *_FLAGS, "-o", str(target / "native.so"), str(_SOURCE), "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise EnvironmentProblem(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
+
+    return _load(build_once(folder, build, beat=beat) / "native.so")
+
+
+@cache
+def _load(file: Path) -> Any:
+    library = ctypes.CDLL(str(file))
+    library.native_block.argtypes = [POINTER(BlockStruct), POINTER(TokensStruct), *[c_void_p] * 5]
+    library.native_linear.argtypes = [POINTER(LinearStruct), c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int32]
+    library.native_attention.argtypes = [
+        POINTER(TokensStruct),
+        *[c_void_p] * 6,
+        *[c_int64] * 3,
+        c_float,
+        c_int32,
+        c_void_p,
+    ]
+    for name in ("native_block", "native_linear", "native_attention"):
+        getattr(library, name).restype = None
+    return library
+
+
+def _cpu_features() -> str:
+    """Return what decides which instructions there are: a home folder may be shared by machines."""
+    info = Path("/proc/cpuinfo")
+    flags = (
+        next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.is_file() else ""
+    )
+    return f"{platform.machine()} {flags}"
+
+
+class PackedMatrix:
+    """A matrix in panels, with its bias.
+
+    Args:
+        weights: (out, in) each, of one format; they are stacked.
+        biases: (out) each, ``None`` where there is none.
+    """
+
+    def __init__(self, weights: list[Tensor], biases: list[Tensor | None]) -> None:
+        weight = torch.cat([part.detach() for part in weights])
+        self.columns, inner = weight.shape
+        panels = _to_panels(weight)
+        if weight.dtype == torch.bfloat16:  # lane j holds outputs j and j + half a panel
+            panels = panels.unflatten(-1, (2, -1)).transpose(2, 3)
+        self.weight = panels.contiguous()
+        self.bias = _stacked_bias(weights, biases, _to_ints(self.columns))
+        self.out, self.inner = _to_ints(self.columns), inner
+        self.struct = LinearStruct(
+            self.weight.data_ptr(), _address(self.bias), self.out, inner, 0, inner, None, None, 0
+        )
+
+
+class PackedQuantizedMatrix:
+    """A matrix of whole numbers in panels, with its scales and its bias.
+
+    Args:
+        layers: of one kind, each one for which :func:`is_packable` holds; they are stacked.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        biases = [layer.bias for layer in layers]
+        if isinstance(layers[0], Int4Linear):
+            numbers = torch.cat([levels(layer.qdata) for layer in layers])
+            group = layers[0].group_size
+            scale, zero = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("scale", "zero"))
+            self._scale, self._zero = (_to_panels(part).contiguous() for part in (scale, zero))
+            bits, zeros, dynamic = 4, self._zero.data_ptr(), 0
+        else:
+            numbers = torch.cat([layer.weight.data.qdata for layer in layers]).view(torch.uint8)
+            group = numbers.shape[1]
+            self._scale = torch.zeros(_to_ints(len(numbers)))
+            self._scale[: len(numbers)] = torch.cat([layer.weight.data.scale.flatten() for layer in layers])
+            bits, zeros, dynamic = 8, None, int(layers[0].weight.data.act_quant_kwargs is not None)
+        self.columns, self.inner = numbers.shape
+        self.out = _to_ints(self.columns)
+        self.bias = _stacked_bias([part.qdata if bits == 4 else part.weight for part in layers], biases, self.out)
+        self.weight = _to_lanes(_to_panels(numbers), bits)
+        self.struct = LinearStruct(
+            self.weight.data_ptr(),
+            _address(self.bias),
+            self.out,
+            self.inner,
+            bits,
+            group,
+            self._scale.data_ptr(),
+            zeros,
+            dynamic,
+        )
+
+
+def pack_layers(layers: Sequence[nn.Module]) -> PackedMatrix | PackedQuantizedMatrix:
+    """Return the matrices of linear layers as one, stacked."""
+    if any(is_packable(layer) for layer in layers):
+        return PackedQuantizedMatrix(layers)
+    return PackedMatrix([layer.weight for layer in layers], [layer.bias for layer in layers])
+
+
+def is_packable(layer: nn.Module) -> bool:
+    """Return whether a layer's matrix is of whole numbers that ``native.c`` multiplies."""
+    if isinstance(layer, Int4Linear):
+        return layer.group_size % 4 == 0
+    weight: Any = getattr(layer, "weight", None)
+    return (
+        type(weight).__name__ == "Int8Tensor"
+        and _is_by_row(weight.act_quant_kwargs)
+        and weight.act_pre_scale is None
+        and weight.act_quant_scale is None
+        and tuple(weight.block_size) == (1, weight.shape[1])
+        and weight.shape[1] % 2 == 0
+    )
+
+
+def _is_by_row(activations: Any) -> bool:
+    """Return whether activations stay as they are, or are rounded row by row around 0 to all of 8 bits."""
+    return activations is None or (
+        type(activations.granularity).__name__ == "PerRow"
+        and activations.mapping_type.name == "SYMMETRIC"
+        and not activations.reduce_range
+    )
+
+
+def _to_panels(weight: Tensor) -> Tensor:
+    """Return (panels, in, outputs of one) of (out, in), filled up with zeros."""
+    panel = native_library().native_panel()
+    out, inner = _to_ints(len(weight)), weight.shape[1]
+    stacked = weight.new_zeros((out, inner))
+    stacked[: len(weight)] = weight
+    return stacked.view(out // panel, panel, inner).transpose(1, 2)
+
+
+def _to_lanes(panels: Tensor, bits: int) -> Tensor:
+    """Put as many inputs of outputs j and j + half a panel as fit into the lanes of 32 bits, least first.
+
+    Args:
+        panels: (panels, in, outputs of one) uint8.
+        bits: of a number.
+    """
+    inputs = 16 // bits
+    apart = panels.unflatten(2, (2, -1)).unflatten(1, (-1, inputs))  # panels, lanes, inputs, halves, half a panel
+    apart = apart.permute(0, 1, 4, 2, 3).flatten(-2)  # panels, lanes, half a panel, numbers of a lane
+    if bits == 4:
+        apart = apart[..., 0::2] | (apart[..., 1::2] << 4)
+    return apart.contiguous().view(torch.int32)[..., 0].contiguous()
+
+
+def _to_ints(columns: int) -> int:
+    panel: int = native_library().native_panel()
+    return -(-columns // panel) * panel
+
+
+def _stacked_bias(parts: Sequence[Tensor], biases: Sequence[Tensor | None], out: int) -> Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    stacked, start = torch.zeros(out), 0
+    for part, bias in zip(parts, biases, strict=True):
+        if bias is not None:
+            stacked[start : start + len(part)] = bias.detach().float()
+        start += len(part)
+    return stacked
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class Scratch:
+    """Room for what one call needs between its parts, shared by all layers: they are called one after the other."""
+
+    def __init__(self) -> None:
+        self._room = torch.empty(0)
+
+    def of(self, size: int) -> int:
+        """Return the address of room for ``size`` floats."""
+        if self._room.numel() < size:
+            self._room = torch.empty(size)
+        address: int = self._room.data_ptr()
+        return address
+
+
+class StepTable:
+    """Pages of each sequence, and what each token sees of them.
+
+    Args:
+        plan: of the step.
+        slots: where keys and values of each token go.
+    """
+
+    def __init__(self, plan: StepPlan, *, slots: Tensor) -> None:
+        seen: list[int] = []
+        row: list[int] = []
+        width = max((len(part.pages) for part in plan.segments), default=1)
+        pages: list[int] = []
+        for index, part in enumerate(plan.segments):
+            end = part.start + len(part.tokens)
+            seen += range(part.start + 1, end + 1)
+            row += [index] * len(part.tokens)
+            pages += part.pages
+            pages += [0] * (width - len(part.pages))
+        seen += [0] * plan.padding
+        row += [0] * plan.padding
+        self._kept = [slots, *(torch.tensor(numbers or [0]) for numbers in (seen, row, pages))]
+        self._rotary: tuple[Tensor, Tensor] | None = None
+        self._struct = TokensStruct(len(seen), *(tensor.data_ptr() for tensor in self._kept), width, None, None)
+
+    def with_rotary(self, rotary: tuple[Tensor, Tensor] | None) -> TokensStruct:
+        """Return it with cosines and sines; all layers of a step are given the same."""
+        if rotary is not None and self._rotary is None:
+            self._rotary = (rotary[0].contiguous(), rotary[1].contiguous())
+            self._struct.cos, self._struct.sin = (part.data_ptr() for part in self._rotary)
+        return self._struct
+
+
+VECTOR_WIDTH = 16
+"""Widths of heads must be multiples of this, the most numbers in a register of any machine."""
+
+
+MAX_GROUP_SIZE = 16
+"""Heads that may share keys."""
+
+
+class NativeAttention:
+    """Computes attention of one step.
+
+    Args:
+        scratch: shared room.
+    """
+
+    def __init__(self, scratch: Scratch) -> None:
+        self._scratch, self._call = scratch, native_library().native_attention
+
+    def attend(
+        self,
+        tokens: TokensStruct,
+        of_tokens: tuple[Tensor, Tensor, Tensor],
+        arenas: tuple[Tensor, Tensor],
+        *,
+        scale: float | None,
+    ) -> Tensor:
+        """Write keys and values; return attention of each token over its own sequence, (1, tokens, heads, width).
+
+        Args:
+            tokens: where they are.
+            of_tokens: queries, keys and values of this step; (1, heads, tokens, width) each.
+            arenas: keys and values of all pages; kernels lay them out in their own way.
+            scale: of scores.
+        """
+        query, key, value = (part[0].transpose(0, 1).contiguous() for part in of_tokens)
+        out = torch.empty_like(query)
+        _, heads, dim = query.shape
+        self._call(
+            byref(tokens),
+            *(part.data_ptr() for part in (query, key, value, out, *arenas)),
+            heads,
+            key.shape[1],
+            dim,
+            dim**-0.5 if scale is None else scale,
+            int(query.dtype == torch.bfloat16),
+            self._scratch.of(2 * (query.numel() + key.numel())),
+        )
+        return out[None]

@@ -1,0 +1,1 @@
+"""The HTTP server of ``job=serve``: OpenAI's API over engine processes. Imports no torch."""

@@ -1,0 +1,151 @@
+"""The application: every endpoint, in the order of the table in docs/serving.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.openapi.utils import get_openapi
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+import launcher
+from launcher.inference.server.completions import create_chat_completion, create_completion
+from launcher.inference.server.engine_client import EngineClient
+from launcher.inference.server.protocol import ChatBody, CompletionBody, DetokenizeBody, RequestBody, TokenizeBody
+from launcher.inference.server.requests import decode, encode, encode_chat, encode_json, parse_body
+from launcher.inference.server.responses import ApiError, invalid
+
+_ENDPOINT_BODIES: dict[str, type[RequestBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+    "/tokenize": TokenizeBody,
+    "/detokenize": DetokenizeBody,
+}
+_REFS = "#/components/schemas/{model}"
+
+
+def make_app(service: EngineClient) -> FastAPI:
+    """Return the application for one model."""
+    app = FastAPI(title="launcher", version=launcher.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    _add_generation(app, service)
+    _add_tokenize(app, service)
+    _add_info(app, service)
+    _add_error_handlers(app)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_generation(app: FastAPI, service: EngineClient) -> None:
+    @app.post("/v1/completions", summary="Continue a text", response_model=None)
+    async def completions(request: Request) -> Response:
+        return await create_completion(service, request)
+
+    @app.post("/v1/chat/completions", summary="Answer in a conversation", response_model=None)
+    async def chat_completions(request: Request) -> Response:
+        return await create_chat_completion(service, request)
+
+    @app.get("/v1/models", summary="The model that is served")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [_model(service)]}
+
+    @app.get("/v1/models/{name:path}", summary="One model")
+    async def model(name: str) -> dict[str, Any]:
+        if name != service.policy.name:
+            raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
+        return _model(service)
+
+
+def _add_tokenize(app: FastAPI, service: EngineClient) -> None:
+    @app.post("/tokenize", summary="Tokens of a text or a conversation", response_model=None)
+    async def tokenize(request: Request) -> Response:
+        body = await parse_body(TokenizeBody, await request.body(), service.bounds())
+        words = service.opened(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise invalid("give either prompt or messages", "prompt")
+        if body.chat_template is not None and body.messages is None:
+            raise invalid("is for messages", "chat_template")
+        if body.messages is not None:
+            ids = await encode_chat(words, body.messages, template=body.chat_template)
+        else:
+            assert body.prompt is not None
+            ids = await encode(words, body.prompt, special=body.add_special_tokens)
+        content = await encode_json({"count": len(ids), "max_model_len": service.pool.context, "tokens": ids})
+        return Response(content, media_type="application/json")
+
+    @app.post("/detokenize", summary="Text of tokens", response_model=None)
+    async def detokenize(request: Request) -> Response:
+        body = await parse_body(DetokenizeBody, await request.body(), service.bounds())
+        words = service.opened(body.model)
+        if body.tokens and max(body.tokens) >= words.vocab_size:
+            raise invalid(f"a token is not in the vocabulary of {words.vocab_size}", "tokens")
+        return JSONResponse({"prompt": await decode(words, body.tokens)})
+
+
+def _add_info(app: FastAPI, service: EngineClient) -> None:
+    page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
+
+    @app.get("/health/live", summary="Whether the process answers")
+    async def live() -> dict[str, str]:
+        return {"status": "live"}
+
+    @app.get("/health/ready", summary="Whether requests will be answered", response_model=None)
+    async def ready() -> Response:
+        why = service.not_ready()
+        if why:
+            return JSONResponse({"status": "not ready", "why": why}, status_code=503, headers={"retry-after": "2"})
+        return JSONResponse({"status": "ready", "engines": service.pool.ready})
+
+    @app.get("/metrics", summary="Numbers for Prometheus", response_model=None)
+    async def metrics() -> Response:
+        return Response(service.numbers.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/version", summary="The version of this program")
+    async def version() -> dict[str, str]:
+        return {"version": launcher.__version__}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(page.replace("{{model}}", _escape(service.policy.name)))
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def told(request: Request, problem: ApiError) -> Response:
+        return problem.response()
+
+    @app.exception_handler(HTTPException)
+    async def routed(request: Request, problem: HTTPException) -> Response:
+        said = f"{request.method} {request.url.path[:200]}: {problem.detail}"
+        answer = ApiError(problem.status_code, said, code="not_found" if problem.status_code == 404 else None)
+        answer.headers.update(problem.headers or {})
+        return answer.response()
+
+
+def _model(service: EngineClient) -> dict[str, Any]:
+    about = {"id": service.policy.name, "object": "model", "created": service.created, "owned_by": "launcher"}
+    return {**about, "max_model_len": service.pool.context}
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """Return the description of the interface, with the bodies that the endpoints read themselves."""
+    if app.openapi_schema is None:
+        tree = get_openapi(title=app.title, version=app.version, routes=app.routes)
+        _, schemas = models_json_schema(
+            [(body, "validation") for body in _ENDPOINT_BODIES.values()], ref_template=_REFS
+        )
+        tree.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+        for path, body in _ENDPOINT_BODIES.items():
+            ref = {"$ref": _REFS.format(model=body.__name__)}
+            tree["paths"][path]["post"]["requestBody"] = {
+                "required": True,
+                "content": {"application/json": {"schema": ref}},
+            }
+        app.openapi_schema = tree
+    return app.openapi_schema
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

@@ -1,0 +1,259 @@
+"""What answers the server's requests: replicas of our engines, or vLLM's own server."""
+
+from __future__ import annotations
+
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from starlette.types import ASGIApp
+
+from launcher.errors import ConfigError, JobError
+from launcher.inference.engine.vllm_engine import VllmServer
+from launcher.inference.server.app import make_app
+from launcher.inference.server.engine_client import EngineClient, ServerLimits
+from launcher.inference.server.proxy import Proxy, ProxyLimits
+from launcher.inference.server.replica_pool import ReplicaPool, StartReplica
+from launcher.inference.server.result_cache import ResultCache, model_fingerprint
+from launcher.inference.tokenizer import open_tokenizer
+
+if TYPE_CHECKING:
+    from launcher.config.job.serve import Serve
+    from launcher.config.run import Run
+
+
+class ModelBackend(ABC):
+    """Our engines, or another server behind this one."""
+
+    app: ASGIApp
+    """Answers requests."""
+    broken: asyncio.Future[None]
+    """Gets the exception that makes it impossible to go on."""
+
+    @abstractmethod
+    def open(self) -> None:
+        """Start what takes time to start; return at once."""
+
+    @abstractmethod
+    async def get_ready(self) -> None:
+        """Return once requests are answered.
+
+        Raises:
+            LauncherError: they never will be.
+        """
+
+    @property
+    @abstractmethod
+    def open_requests(self) -> int:
+        """Requests that are not answered to their end."""
+
+    @abstractmethod
+    def drain(self) -> None:
+        """Take no more."""
+
+    @abstractmethod
+    def fail_all(self) -> None:
+        """Tell whoever still waits that there is no time left."""
+
+    @abstractmethod
+    def reject(self, reason: str) -> None:
+        """Count a request that was turned away before it came here."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End everything that was started."""
+
+    @property
+    @abstractmethod
+    def num_ended(self) -> int:
+        """How much has been answered, as metrics.jsonl counts it."""
+
+    @abstractmethod
+    def row(self) -> Iterator[tuple[str, float]]:
+        """Yield what a line of metrics.jsonl holds."""
+
+
+class ReplicaBackend(ModelBackend):
+    """Replicas of an engine.
+
+    Args:
+        run: what is served.
+        job: how.
+        start: starts an engine.
+    """
+
+    def __init__(self, run: Run, job: Serve, *, start: StartReplica) -> None:
+        self._run, self._job = run, job
+        stall_s, building_s = job.stall_s, run.backend.stall_timeout_s
+        self._pool = ReplicaPool(job.replicas, start, stall_s=stall_s, building_s=building_s)
+        policy = ServerLimits(
+            name=job.name_of(run),
+            capacity=job.capacity,
+            max_queue=job.max_queue,
+            max_choices=job.max_choices,
+            queue_timeout_s=job.queue_timeout_s,
+            request_timeout_s=job.request_timeout_s,
+        )
+        results = ResultCache(job.result_cache_bytes, ttl_s=job.result_cache_ttl_s)
+        self._service = EngineClient(policy, pool=self._pool, results=results)
+        self.app = make_app(self._service)
+        self.broken = self._pool.broken
+
+    def open(self) -> None:
+        """Start the engines."""
+        self._pool.open()
+
+    async def get_ready(self) -> None:
+        """Load the tokenizer while the engines are built."""
+        job, run, service = self._job, self._run, self._service
+        words = await asyncio.to_thread(
+            open_tokenizer, job.tokenizer, run, beat=lambda: None, template=job.chat_template
+        )
+        shape = run.model.shape()
+        if shape is not None and words.vocab_size > shape.vocab_size:
+            why = f"it has {words.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+            raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
+        service.identity = await asyncio.to_thread(
+            model_fingerprint, run, tokenizer=words.fingerprint, beat=lambda: None
+        )
+        service.words = words
+        while self._pool.context is None:
+            await asyncio.sleep(0.05)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that are not answered to their end."""
+        return self._service.open_requests
+
+    def drain(self) -> None:
+        """Take no more."""
+        self._service.draining = True
+
+    def fail_all(self) -> None:
+        """Tell whoever still waits that there is no time left."""
+        self._pool.fail_all()
+
+    def reject(self, reason: str) -> None:
+        """Count a request that was turned away at the gate."""
+        self._service.reject(reason)
+
+    async def close(self) -> None:
+        """End the engines."""
+        await self._pool.close()
+
+    @property
+    def num_ended(self) -> int:
+        """Sequences that have ended."""
+        return self._service.numbers.num_ended
+
+    def row(self) -> Iterator[tuple[str, float]]:
+        """Yield what a line of metrics.jsonl holds."""
+        yield from self._service.numbers.row().items()
+
+
+_HEALTH_CHECK_S = 0.5
+
+
+_MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
+
+
+_HEALTHY_S = 60.0
+"""A server that lived so long was well: the next pause is the first again."""
+
+
+class VllmBackend(ModelBackend):
+    """One vLLM server on a loopback port, started anew when it dies.
+
+    Args:
+        run: what is served.
+        job: how.
+    """
+
+    def __init__(self, run: Run, job: Serve) -> None:
+        self._run, self._server = run, VllmServer(run, job, name=job.name_of(run))
+        limits = ProxyLimits(
+            capacity=job.capacity,
+            max_queue=job.max_queue,
+            max_choices=job.max_choices,
+            queue_timeout_s=job.queue_timeout_s,
+            request_timeout_s=job.request_timeout_s,
+        )
+        self._proxy = Proxy("127.0.0.1", self._server.port, limits=limits)
+        self.app = self._proxy
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._watch: asyncio.Task[None] | None = None
+        self._model = ""
+        self._has_answered = False
+        self._restarts = 0
+
+    def open(self) -> None:
+        """Begin to watch; the process is started once the weights are there."""
+        self._watch = asyncio.create_task(self._look())
+
+    async def get_ready(self) -> None:
+        """Return once it answers for the first time."""
+        folder = await asyncio.to_thread(self._run.model.weights_folder, beat=lambda: None)
+        assert folder is not None, "random weights are refused before anything starts"
+        self._model = str(folder)
+        self._server.start(self._model)
+        while not self._proxy.is_ready:
+            await asyncio.sleep(0.05)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests that are not answered to their end."""
+        return self._proxy.open_requests
+
+    def drain(self) -> None:
+        """Take no more."""
+        self._proxy.draining = True
+
+    def fail_all(self) -> None:
+        """Break off what is left."""
+        self._proxy.break_off()
+
+    def reject(self, reason: str) -> None:
+        """Count a request that was turned away at the gate."""
+        self._proxy.rejected += 1
+
+    async def close(self) -> None:
+        """End the process and all that is below it."""
+        if self._watch is not None:
+            self._watch.cancel()
+        await asyncio.to_thread(self._server.end)
+
+    @property
+    def num_ended(self) -> int:
+        """Requests that were handed on."""
+        return self._proxy.num_ended
+
+    def row(self) -> Iterator[tuple[str, float]]:
+        """Yield what the proxy itself knows; vLLM's own numbers are at /metrics."""
+        yield "serve/requests", float(self._proxy.num_ended)
+        yield "serve/requests_rejected", float(self._proxy.rejected)
+        yield "serve/engine_restarts", float(self._restarts)
+
+    async def _look(self) -> None:
+        """See whether it answers; start it anew when it has ended."""
+        pause_s = _MIN_BACKOFF_S
+        while True:
+            await asyncio.sleep(_HEALTH_CHECK_S)
+            if not self._server.is_started:
+                continue
+            code = self._server.exit_code()
+            if code is None:
+                self._proxy.is_ready = await self._proxy.answers()
+                self._has_answered |= self._proxy.is_ready
+                continue
+            self._proxy.is_ready = False
+            if not self._has_answered:
+                self.broken.set_exception(JobError(f"vLLM ended with exit code {code}; its words are above"))
+                return
+            if self._server.age_s > _HEALTHY_S:
+                pause_s = _MIN_BACKOFF_S
+            print(f"vLLM ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
+            self._restarts += 1
+            self._server.start(self._model)

@@ -1,0 +1,295 @@
+"""``/v1/completions`` and ``/v1/chat/completions``, whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from launcher.inference.detokenizer import Detokenizer
+from launcher.inference.engine.base import GeneratedToken
+from launcher.inference.server.engine_client import ChoiceStream, EngineClient, TextDelta, merge_streams, to_api_error
+from launcher.inference.server.protocol import ChatBody, CompletionBody, GenerationBody
+from launcher.inference.server.requests import (
+    SLICE_ITEMS,
+    encode_chat,
+    encode_json,
+    encode_prompts,
+    parse_body,
+    sampling_params,
+)
+from launcher.inference.server.responses import EventData, EventStream, invalid, run_until_disconnect
+from launcher.inference.tokenizer import TextTokenizer
+
+
+class GenerationResponse(ABC):
+    """One answer with all its choices; subclasses say how text and tokens are shown.
+
+    Args:
+        service: of the model.
+        body: what was asked.
+        choices: begun already, in the order of their index.
+        prompts: the tokens of each prompt.
+        words: of the model.
+    """
+
+    prefix: str
+    """Of ids."""
+    whole: str
+    """Name of the object."""
+    part: str
+    """Name of the object in streams."""
+    prompt_field: str
+    """Where a prompt stands in the body."""
+
+    def __init__(
+        self,
+        service: EngineClient,
+        body: GenerationBody,
+        *,
+        choices: Sequence[ChoiceStream],
+        prompts: Sequence[Sequence[int]],
+        words: TextTokenizer,
+    ) -> None:
+        self.service, self.body, self.choices, self.words = service, body, choices, words
+        self._prompt_tokens = sum(map(len, prompts))
+        self._begun: set[int] = set()
+        """Choices of which a token has been shown that is text."""
+        self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
+        service.open_requests += 1
+
+    @abstractmethod
+    def choice(self, index: int, text: str, logprobs: EventData | None, finish: str | None) -> EventData:
+        """Return a whole choice."""
+
+    @abstractmethod
+    def logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> EventData | None:
+        """Return lists that have an element for each token; ``None`` where they are not asked for."""
+
+    @abstractmethod
+    def delta(self, index: int, piece: TextDelta) -> EventData:
+        """Return what a piece adds to its choice."""
+
+    def openings(self) -> list[EventData]:
+        """Return what a stream begins with."""
+        return []
+
+    async def respond(self, request: Request) -> Response:
+        """Return the answer."""
+        if self.body.stream:
+            return EventStream(
+                self._events(),
+                explain=lambda trouble: to_api_error(trouble, self.service, field=self.prompt_field),
+                on_end=self._over,
+                headers=self._headers(),
+            )
+        try:
+            return await run_until_disconnect(request, self._collect())
+        finally:
+            self._over()
+
+    def is_first(self, index: int, token: int) -> bool:
+        """Return whether the text of a choice begins with this token, its next one."""
+        is_first = index not in self._begun
+        if not self.words.is_special(token):
+            self._begun.add(index)
+        return is_first
+
+    async def _collect(self) -> Response:
+        texts: list[list[str]] = [[] for _ in self.choices]
+        tokens: list[list[GeneratedToken]] = [[] for _ in self.choices]
+        finishes: list[str | None] = [None] * len(self.choices)
+        try:
+            async with aclosing(merge_streams([choice.pieces() for choice in self.choices])) as pieces:
+                async for index, piece in pieces:
+                    texts[index].append(piece.text)
+                    tokens[index].extend(piece.tokens)
+                    finishes[index] = piece.finish or finishes[index]
+        except Exception as trouble:  # noqa: BLE001  (every one is told to the client)
+            return to_api_error(trouble, self.service, field=self.prompt_field).response()
+        choices = []
+        for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
+            logprobs = await self._all_logprobs(index, tokens[index])
+            choices.append(await encode_json(self.choice(index, "".join(text), logprobs, finish)))
+        around = await encode_json(self._object(self.whole, [], usage=self._usage()))
+        before, empty, after = around.partition(b'"choices":[]')
+        content = [before, empty[:-1], b",".join(choices), b"]", after]
+        return Response(b"".join(content), headers=self._headers(), media_type="application/json")
+
+    async def _all_logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> EventData | None:
+        """Return the lists of a whole choice, with turns for other requests."""
+        whole = self.logprobs(index, tokens[:SLICE_ITEMS])
+        if whole is None:
+            return None
+        for start in range(SLICE_ITEMS, len(tokens), SLICE_ITEMS):
+            await asyncio.sleep(0)
+            more = self.logprobs(index, tokens[start : start + SLICE_ITEMS])
+            assert more is not None
+            for name, values in more.items():
+                if isinstance(values, list):
+                    whole[name] += values
+        return whole
+
+    async def _events(self) -> AsyncGenerator[EventData]:
+        async with aclosing(merge_streams([choice.pieces() for choice in self.choices])) as pieces:
+            has_begun = False
+            async for index, piece in pieces:
+                if not has_begun:
+                    has_begun = True
+                    for opening in self.openings():
+                        yield self._chunk([opening])
+                yield self._chunk([self.delta(index, piece)])
+        if self.body.wants_usage:
+            yield self._object(self.part, [], usage=self._usage())
+
+    def _chunk(self, choices: list[EventData]) -> EventData:
+        if self.body.wants_usage:
+            return self._object(self.part, choices, usage=None)
+        return self._object(self.part, choices)
+
+    def _object(self, name: str, choices: list[EventData], **more: Any) -> EventData:
+        about = {"object": name, "model": self.service.policy.name, "system_fingerprint": self.service.fingerprint}
+        return {**self._head, **about, "choices": choices, **more}
+
+    def _usage(self) -> EventData:
+        completion = sum(choice.num_tokens for choice in self.choices)
+        first = self.choices[:: max(1, self.body.n)]
+        return {
+            "prompt_tokens": self._prompt_tokens,
+            "completion_tokens": completion,
+            "total_tokens": self._prompt_tokens + completion,
+            "prompt_tokens_details": {"cached_tokens": sum(choice.flight.cached_tokens for choice in first)},
+        }
+
+    def _headers(self) -> dict[str, str]:
+        """Return whether results were there already: all, or else the least that was."""
+        hows = {choice.how for choice in self.choices}
+        said = next(how for how in ("bypass", "miss", "shared", "hit") if how in hows)
+        return {"x-cache": "hit" if said == "shared" else said}
+
+    def _over(self) -> None:
+        self.service.open_requests -= 1
+        for choice in self.choices:
+            choice.leave()
+
+
+class CompletionResponse(GenerationResponse):
+    """Text after a prompt."""
+
+    prefix, whole, part, prompt_field = "cmpl", "text_completion", "text_completion", "prompt"
+    body: CompletionBody
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        self._offsets: dict[int, int] = {}
+        """Characters of each choice that are out."""
+        self._texts: dict[int, Detokenizer] = {}
+
+    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        """Return a whole choice."""
+        return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
+
+    def delta(self, index: int, piece: TextDelta) -> dict[str, Any]:
+        """Return more text of a choice."""
+        logprobs = self.logprobs(index, piece.tokens)
+        return {"text": piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> dict[str, Any] | None:
+        """Return the older of OpenAI's two shapes: lists side by side."""
+        if self.body.logprobs is None:
+            return None
+        text = self._texts.setdefault(index, Detokenizer(self.words.decode))
+        shown, tops, offsets = [], [], []
+        at = self._offsets.get(index, 0)
+        for token in tokens:
+            first = self.is_first(index, token.id)
+            shown.append(self.words.text_of(token.id, first=first))
+            top: dict[str, float] = {}
+            for other, score in token.top:  # of tokens with the same text, the likeliest
+                top.setdefault(self.words.text_of(other, first=first), score)
+            tops.append(top)
+            offsets.append(at)
+            at += len(text.feed(token.id))
+        self._offsets[index] = at
+        logprobs = [token.logprob for token in tokens]
+        return {"tokens": shown, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+
+
+async def create_completion(service: EngineClient, request: Request) -> Response:
+    """Answer one request."""
+    body = await parse_body(CompletionBody, await request.body(), service.bounds())
+    words = service.opened(body.model)
+    if body.best_of not in (None, body.n):
+        raise invalid("only n itself is supported", "best_of", code="unsupported_value")
+    if body.echo and body.logprobs is not None:
+        raise invalid("log-probabilities of prompts are not supported; leave echo or logprobs out", "echo")
+    sampling = sampling_params(body, max_tokens=body.max_tokens, vocab_size=words.vocab_size)
+    assert service.pool.context is not None
+    prompts = await encode_prompts(words, body.prompt, context=service.pool.context)
+    service.check_room(prompts, choices=body.n, field="prompt")
+    choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority, echo=body.echo)
+    return await CompletionResponse(service, body, choices=choices, prompts=prompts, words=words).respond(request)
+
+
+class ChatResponse(GenerationResponse):
+    """The next message of a conversation."""
+
+    prefix, whole, part, prompt_field = "chatcmpl", "chat.completion", "chat.completion.chunk", "messages"
+    body: ChatBody
+
+    def choice(self, index: int, text: str, logprobs: dict[str, Any] | None, finish: str | None) -> dict[str, Any]:
+        """Return a whole choice."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
+
+    def openings(self) -> list[dict[str, Any]]:
+        """Return who speaks, for each choice."""
+        delta = {"role": "assistant", "content": "", "refusal": None}
+        return [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+            for index in range(len(self.choices))
+        ]
+
+    def delta(self, index: int, piece: TextDelta) -> dict[str, Any]:
+        """Return more text of a choice."""
+        delta = {"content": piece.text} if piece.text else {}
+        logprobs = self.logprobs(index, piece.tokens) if piece.tokens else None
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
+
+    def logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> dict[str, Any] | None:
+        """Return the newer of OpenAI's two shapes: a list of objects."""
+        if not self.body.logprobs:
+            return None
+        rows = []
+        for token in tokens:
+            first = self.is_first(index, token.id)
+            others = [self._shown(*other, first=first) for other in token.top]
+            rows.append({**self._shown(token.id, token.logprob, first=first), "top_logprobs": others})
+        return {"content": rows, "refusal": None}
+
+    def _shown(self, token: int, logprob: float | None, *, first: bool) -> dict[str, Any]:
+        text, raw = self.words.text_of(token, first=first), self.words.bytes_of(token, first=first)
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+
+async def create_chat_completion(service: EngineClient, request: Request) -> Response:
+    """Answer one request."""
+    body = await parse_body(ChatBody, await request.body(), service.bounds())
+    words = service.opened(body.model)
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")
+    prompt = await encode_chat(words, body.messages, template=body.chat_template)
+    service.check_room([prompt], choices=body.n, field="messages")
+    context = service.pool.context
+    assert context is not None
+    most = body.max_completion_tokens or body.max_tokens or context - len(prompt)
+    sampling = sampling_params(body, max_tokens=most, vocab_size=words.vocab_size)
+    choices = service.choices([prompt], sampling, n=body.n, stops=body.stops, priority=body.priority)
+    return await ChatResponse(service, body, choices=choices, prompts=[prompt], words=words).respond(request)

@@ -1,0 +1,156 @@
+"""Prometheus metrics under vLLM's names with the prefix ``launcher:``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from launcher.inference.server.request_state import RequestState
+
+if TYPE_CHECKING:
+    from launcher.inference.server.replica_pool import ReplicaPool
+    from launcher.inference.server.result_cache import ResultCache
+
+_PREFIX = "launcher:"
+_SHORT_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 10)
+_LONG_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+
+
+class ServerMetrics:
+    """Counters and histograms of one server.
+
+    Args:
+        pool: its engines, asked for their state whenever somebody looks.
+        results: its cache of results.
+    """
+
+    def __init__(self, pool: ReplicaPool, results: ResultCache) -> None:
+        self._registry = CollectorRegistry()
+        self._pool, self._results = pool, results
+        self._registry.register(_StateCollector(pool, results))
+        self.finished = self._counter(
+            "request_success", "Sequences that got their result, by why they ended", "finished_reason"
+        )
+        self.failed = self._counter("request_failure", "Sequences that got none, by why", "reason")
+        self.rejected = self._counter("requests_rejected", "Requests that were not begun, by why", "reason")
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
+        self._times = {
+            "first": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT_BUCKETS),
+            "gap": self._histogram(
+                "inter_token_latency_seconds", "From one token of a sequence to the next", _SHORT_BUCKETS
+            ),
+            "whole": self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _LONG_BUCKETS),
+            "queue": self._histogram(
+                "request_queue_time_seconds", "From arrival to the engine's first word", _LONG_BUCKETS
+            ),
+            "prefill": self._histogram("request_prefill_time_seconds", "From there to the first token", _LONG_BUCKETS),
+            "decode": self._histogram("request_decode_time_seconds", "From the first token to the last", _LONG_BUCKETS),
+        }
+        self.num_ended = 0
+        self._sums = dict.fromkeys(("first", "gap", "whole"), (0, 0.0))
+
+    def ended(self, flight: RequestState) -> None:
+        """Take a sequence that an engine was given and that has ended."""
+        self.num_ended += 1
+        if flight.finish is not None:
+            self.finished.labels(flight.finish).inc()
+        else:
+            self.failed.labels(type(flight.trouble).__name__.lower()).inc()
+        if flight.lives:
+            self.prompt_tokens.inc(len(flight.request.prompt))
+        times = flight.times
+        for gap_s in flight.gaps_s:
+            self._observe("gap", gap_s)
+        if times.begun is None or times.first is None or times.ended is None:
+            return
+        self._observe("first", times.first - times.arrived)
+        self._observe("whole", times.ended - times.arrived)
+        self._observe("queue", times.begun - times.arrived)
+        self._observe("prefill", times.first - times.begun)
+        self._observe("decode", times.ended - times.first)
+
+    def answered(self, flight: RequestState) -> None:
+        """Take that a sequence was answered with what another one had brought."""
+        if flight.finish is not None:
+            self.finished.labels(flight.finish).inc()
+
+    def text(self) -> bytes:
+        """Return everything as Prometheus reads it."""
+        page: bytes = generate_latest(self._registry)
+        return page
+
+    def row(self) -> dict[str, float]:
+        """Return what a line of metrics.jsonl holds; times are means since the last line."""
+        values = {metric.name.removeprefix(_PREFIX): sum(s.value for s in metric.samples) for metric in self._state()}
+        values["prompt_tokens"] = _value(self.prompt_tokens)
+        names = {"first": "time_to_first_token_s", "gap": "inter_token_latency_s", "whole": "e2e_request_latency_s"}
+        for kind, (count, total) in self._sums.items():
+            if count:
+                values[names[kind]] = total / count
+            self._sums[kind] = (0, 0.0)
+        return {f"serve/{name}": float(value) for name, value in values.items()}
+
+    def _state(self) -> Iterator[Metric]:
+        yield from _StateCollector(self._pool, self._results).collect()
+
+    def _observe(self, kind: str, seconds: float) -> None:
+        self._times[kind].observe(seconds)
+        if kind in self._sums:
+            count, total = self._sums[kind]
+            self._sums[kind] = (count + 1, total + seconds)
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}{name}", what, labels, registry=self._registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"{_PREFIX}{name}", what, buckets=buckets, registry=self._registry)
+
+
+class _StateCollector(Collector):
+    """What engines and cache say of themselves at the moment of asking."""
+
+    def __init__(self, pool: ReplicaPool, results: ResultCache) -> None:
+        self._pool, self._results = pool, results
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield every number."""
+        now, totals, results = self._pool.stats(), self._pool.totals(), self._results
+        running, waiting = sum(s.running for s in now), sum(s.waiting for s in now) + self._pool.num_unplaced
+        held, room = sum(s.kv_tokens for s in now), sum(s.kv_capacity for s in now)
+        gauges = {
+            "num_requests_running": ("Sequences that engines work on", running),
+            "num_requests_waiting": ("Sequences that wait for an engine", waiting),
+            "kv_cache_usage_perc": (
+                "Share of the room for keys and values that is taken",
+                held / room if room else 0.0,
+            ),
+            "kv_cache_tokens": ("Tokens whose keys and values are held", held),
+            "engines_ready": ("Engines that can be given requests", self._pool.ready),
+            "result_cache_size": ("Results that are kept", len(results)),
+            "result_cache_bytes": ("What they take", results.bytes),
+            "result_cache_max_bytes": ("What they may take", results.max_bytes),
+        }
+        for name, (what, value) in gauges.items():
+            yield GaugeMetricFamily(f"{_PREFIX}{name}", what, value=value)
+        counters = {
+            "generation_tokens": ("Tokens that engines generated", totals.generated_tokens_total),
+            "prefix_cache_queries": ("Prompt tokens looked up among keys and values", totals.prefix_query_tokens_total),
+            "prefix_cache_hits": ("Those that were there", totals.prefix_hit_tokens_total),
+            "engine_steps": ("Steps of all engines", totals.steps_total),
+            "padding_tokens": ("Positions computed for no request's sake", totals.padding_tokens_total),
+            "num_preemptions": ("Sequences put back into the queue for want of room", totals.preemptions_total),
+            "engine_restarts": ("Engines started anew", self._pool.restarts),
+            "result_cache_hits": ("Sequences whose result was kept", results.hits),
+            "result_cache_shared": ("Sequences that joined an equal one on its way", results.shared),
+            "result_cache_misses": ("Sequences that could have been kept and were not", results.misses),
+        }
+        for name, (what, value) in counters.items():
+            yield CounterMetricFamily(f"{_PREFIX}{name}", what, value=value)
+
+
+def _value(counter: Counter) -> float:
+    return float(next(iter(counter.collect())).samples[0].value)

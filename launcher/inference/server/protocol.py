@@ -1,0 +1,367 @@
+"""Bodies of requests. Unknown fields are rejected by name; ``null`` means the default."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from launcher.config.sampling import (
+    LOGIT_BIAS_RANGE,
+    MAX_LOGIT_BIASES,
+    MAX_STOP_IDS,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    NUM_CHOICES_RANGE,
+    PRIORITY_RANGE,
+    RANGES,
+    ParameterRange,
+)
+
+
+def _within(limits: ParameterRange, *, least: int | None = None) -> Any:
+    """Return the bounds of a field; ``least`` is another lower one, for what is rewritten on the way to an engine."""
+    if limits.exclusive:
+        return Field(gt=limits.least, le=limits.most)
+    return Field(ge=least if least is not None else 0.0 if limits.or_zero else limits.least, le=limits.most)
+
+
+MaxTokens = Annotated[int, _within(RANGES["max_tokens"])]
+TemplateName = Annotated[str, Field(min_length=1, max_length=256)]
+_TOKEN_LIMIT = 2**31
+TokenId = Annotated[int, Field(ge=0, lt=_TOKEN_LIMIT)]
+_MAX_MESSAGES = 2048
+_MAX_PARTS = 1024
+_MAX_FIELDS = 64
+"""Fields of one object, unknown ones and nulls included."""
+MAX_CHARACTERS = 1 << 18
+"""Characters of a text of ``/tokenize``, whose answer has a number for each token."""
+MAX_DETOKENIZED = 1 << 16
+"""Tokens of ``/detokenize``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BodyLimits:
+    """Lengths that a server takes."""
+
+    context: int
+    """Tokens of a prompt, with its answer."""
+    prompts: int
+    """Prompts of one request."""
+
+
+def _error(message: str, *, code: str = "invalid_value") -> PydanticCustomError:
+    """Return an error whose text is for the client as it is."""
+    return PydanticCustomError(code, "{message}", {"message": message})
+
+
+def shorten_value(value: Any) -> str:
+    """Return a value of JSON as an error shows it: short, whatever it is."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case int() if abs(value) >= 10**20:
+            return "a number of more than 20 digits"
+        case int() | float():
+            return str(value)
+        case str():
+            return repr(value[:40]) + ("…" if len(value) > 40 else "")
+        case list():
+            return "a list" if value else "an empty list"
+        case _:
+            return "an object"
+
+
+def _check_ids(value: Sequence[Any], *, limit: int, hint: str = "") -> None:
+    """Raise for the first element that is not the number of a token."""
+    if len(value) > limit:
+        said = f"has {len(value):,} tokens, and this server takes at most {limit:,}"
+        raise _error(said, code="context_length_exceeded" if hint else "invalid_value")
+    if set(map(type, value)) <= {int} and min(value, default=0) >= 0 and max(value, default=0) < _TOKEN_LIMIT:
+        return  # a third of the time that the loop below takes, which finds the element to name
+    for at, each in enumerate(value):
+        if type(each) is not int or not 0 <= each < _TOKEN_LIMIT:
+            raise _error(f"element {at} is {shorten_value(each)}, which is not the number of a token{hint}")
+
+
+_PROMPTS = "text, token numbers, or a list of either"
+
+
+def _check_prompt(value: Any, info: ValidationInfo) -> str | list[int] | list[str] | list[list[int]]:
+    """Return a prompt; raise for the first thing that is wrong with it."""
+    bounds: BodyLimits | None = info.context
+    most_ids = bounds.context if bounds else _TOKEN_LIMIT
+    most_prompts = bounds.prompts if bounds else _TOKEN_LIMIT
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
+        raise _error(f"is {shorten_value(value)}; give {_PROMPTS}")
+    first, hint = value[0], f"; give {_PROMPTS}"
+    if not isinstance(first, str | list):
+        _check_ids(value, limit=most_ids, hint=hint)
+        return value
+    if len(value) > most_prompts:
+        raise _error(f"asks for {len(value):,} sequences at once; this server allows {most_prompts:,}")
+    if isinstance(first, str):
+        for at, each in enumerate(value):
+            if not isinstance(each, str):
+                raise _error(f"element {at} is {shorten_value(each)}, and the first one is text{hint}")
+        return value
+    for at, each in enumerate(value):
+        if not isinstance(each, list) or not each:
+            raise _error(f"element {at} is {shorten_value(each)}, and the first one is a list of token numbers{hint}")
+        _check_ids(each, limit=most_ids, hint=f" (in element {at}){hint}")
+    return value
+
+
+def _check_tokens(value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise _error(f"is {shorten_value(value)}; give a list of token numbers")
+    _check_ids(value, limit=MAX_DETOKENIZED)
+    return value
+
+
+def _check_stop(value: Any) -> str | list[str]:
+    """Return the strings that end a text; raise for the first that cannot."""
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list):
+        raise _error(f"is {shorten_value(value)}; give a text or a list of texts")
+    if len(given) > MAX_STOPS:
+        raise _error(f"has {len(given):,} texts; at most {MAX_STOPS} are allowed")
+    for each in given:
+        if not isinstance(each, str):
+            raise _error(f"has {shorten_value(each)} in it; give a text or a list of texts")
+        if not 1 <= len(each) <= MAX_STOP_LENGTH:
+            raise _error(f"has a text of {len(each):,} characters; give 1 to {MAX_STOP_LENGTH} characters")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_bias(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict):
+        raise _error(f"is {shorten_value(value)}; give an object that maps tokens to numbers")
+    if len(value) > MAX_LOGIT_BIASES:
+        raise _error(f"has {len(value):,} tokens; at most {MAX_LOGIT_BIASES:,} are allowed")
+    for token, added in value.items():
+        if type(added) not in (int, float) or LOGIT_BIAS_RANGE.problem(added):
+            said = f"token {token[:20]!r} has {shorten_value(added)}; give a number from "
+            raise _error(f"{said}{LOGIT_BIAS_RANGE.least:g} to {LOGIT_BIAS_RANGE.most:g}")
+    return {token: float(added) for token, added in value.items()}
+
+
+def _check_content(value: Any, info: ValidationInfo) -> str:
+    """Return the text of a message, whose parts are put together."""
+    if value is None and info.data.get("role") == "assistant":
+        return ""
+    if value is None:
+        raise _error("is null, which only an assistant's may be")
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _error(f"is {shorten_value(value)}; give a text or a list of text parts")
+    if len(value) > _MAX_PARTS:
+        raise _error(f"has {len(value):,} parts; at most {_MAX_PARTS:,} are allowed")
+    for at, part in enumerate(value):
+        if not isinstance(part, dict):
+            raise _error(f'part {at} is {shorten_value(part)}; give {{"type": "text", "text": TEXT}}')
+        if part.get("type") != "text":
+            raise _error(f"part {at} has the type {shorten_value(part.get('type'))}; this server takes text alone")
+        if not isinstance(part.get("text"), str):
+            raise _error(f"part {at} has {shorten_value(part.get('text'))} as its text; give a text")
+        if more := next((name for name in part if name not in ("type", "text") and part[name] is not None), None):
+            raise _error(f"part {at} has the field {more[:40]!r}, which this server does not have")
+    return "".join(part["text"] for part in value)
+
+
+def _checked(check: Callable[..., Any], *shapes: dict[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
+    """Return what makes a field of a check, with how OpenAPI describes what it takes."""
+    return PlainValidator(check), WithJsonSchema(shapes[0] if len(shapes) == 1 else {"anyOf": list(shapes)})
+
+
+_TEXT_SCHEMA = {"type": "string"}
+_IDS_SCHEMA = {
+    "type": "array",
+    "items": {"type": "integer", "minimum": 0, "exclusiveMaximum": _TOKEN_LIMIT},
+    "minItems": 1,
+}
+_STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _TEXT_SCHEMA},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_LIST_SCHEMA = {"type": "array", "minItems": 1}
+Prompt = Annotated[
+    str | list[int] | list[str] | list[list[int]],
+    *_checked(
+        _check_prompt,
+        _TEXT_SCHEMA,
+        _IDS_SCHEMA,
+        {**_LIST_SCHEMA, "items": _TEXT_SCHEMA},
+        {**_LIST_SCHEMA, "items": _IDS_SCHEMA},
+    ),
+]
+Tokens = Annotated[list[int], *_checked(_check_tokens, {**_IDS_SCHEMA, "minItems": 0, "maxItems": MAX_DETOKENIZED})]
+Stop = Annotated[
+    str | list[str],
+    *_checked(_check_stop, _STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}),
+]
+_BIAS_SCHEMA = {"type": "number", "minimum": LOGIT_BIAS_RANGE.least, "maximum": LOGIT_BIAS_RANGE.most}
+LogitBias = Annotated[
+    dict[str, float],
+    *_checked(_check_bias, {"type": "object", "additionalProperties": _BIAS_SCHEMA, "maxProperties": MAX_LOGIT_BIASES}),
+]
+Content = Annotated[
+    str, *_checked(_check_content, _TEXT_SCHEMA, {"type": "array", "items": _PART_SCHEMA, "maxItems": _MAX_PARTS})
+]
+
+
+class RequestBody(BaseModel):
+    """Strict: no number from a text, no infinity, nothing unknown."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        """Drop fields that are null, and refuse an object of too many fields before each becomes an error."""
+        if not isinstance(values, dict):
+            raise _error(f"is {shorten_value(values)}; give an object")
+        if len(values) > _MAX_FIELDS:
+            raise _error(f"has {len(values):,} fields; at most {_MAX_FIELDS} are allowed")
+        required = _required(cls)
+        return {name: value for name, value in values.items() if value is not None or name in required}
+
+
+@functools.cache
+def _required(body_type: type[BaseModel]) -> frozenset[str]:
+    return frozenset(name for name, field in body_type.model_fields.items() if field.is_required())
+
+
+class StreamOptions(RequestBody):
+    """Of a stream."""
+
+    include_usage: bool = False
+    """Send a last event with the number of tokens."""
+
+
+class GenerationBody(RequestBody):
+    """What completions and chats have in common."""
+
+    model: str
+    """As ``/v1/models`` lists it."""
+    temperature: Annotated[float, _within(RANGES["temperature"])] | None = None
+    """0 is greedy; 1 where it is left out, as at OpenAI (0 with ``num_beams``)."""
+    top_p: Annotated[float, _within(RANGES["top_p"])] = 1.0
+    n: Annotated[int, _within(NUM_CHOICES_RANGE)] = 1
+    """Choices for each prompt."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    stop: Stop = []
+    presence_penalty: Annotated[float, _within(RANGES["presence_penalty"])] = 0.0
+    frequency_penalty: Annotated[float, _within(RANGES["frequency_penalty"])] = 0.0
+    logit_bias: LogitBias = {}
+    seed: Annotated[int, _within(RANGES["seed"], least=-(2**63))] | None = None
+    """The same seed gives the same answer; choice number k has a seed made of this one and k."""
+    user: str | None = None
+    """Taken and not used: it names the end user to OpenAI."""
+    top_k: Annotated[int, _within(RANGES["top_k"], least=-1)] = 0
+    """0 and -1 keep all."""
+    min_p: Annotated[float, _within(RANGES["min_p"])] = 0.0
+    repetition_penalty: Annotated[float, _within(RANGES["repetition_penalty"])] = 1.0
+    no_repeat_ngram_size: Annotated[int, _within(RANGES["no_repeat_ngram"])] = 0
+    num_beams: Annotated[int, _within(RANGES["beams"])] = 1
+    length_penalty: Annotated[float, _within(RANGES["length_penalty"])] = 1.0
+    min_tokens: Annotated[int, _within(RANGES["min_tokens"])] = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True)] = []
+    ignore_eos: bool = False
+    priority: Annotated[int, _within(PRIORITY_RANGE)] = 0
+    """Higher is sooner."""
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Strings that end the text."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with the number of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionBody(GenerationBody):
+    """``/v1/completions``."""
+
+    prompt: Prompt
+    """A text, tokens, or a list of either."""
+    max_tokens: MaxTokens = 16
+    logprobs: Annotated[int, _within(RANGES["logprobs"])] | None = None
+    """Also return the likeliest tokens, so many of them."""
+    echo: bool = False
+    """Whether the prompt comes before its completion."""
+    best_of: int | None = None
+    """Nothing but ``n`` itself."""
+
+
+class ChatMessage(RequestBody):
+    """One message of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    """``developer`` is OpenAI's newer word for ``system``."""
+    content: Content
+    """A text, or a list of text parts, which are put together; ``null`` for an assistant that said nothing."""
+
+
+ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
+
+
+class ResponseFormat(RequestBody):
+    """Only text."""
+
+    type: Literal["text"]
+
+
+class ChatBody(GenerationBody):
+    """``/v1/chat/completions``."""
+
+    messages: ChatMessages
+    chat_template: TemplateName | None = None
+    """Name of one of the tokenizer's chat templates; where it is left out, ``job.chat_template``."""
+    max_tokens: MaxTokens | None = None
+    """Where it is left out, up to the end of the context."""
+    max_completion_tokens: MaxTokens | None = None
+    """OpenAI's newer word for ``max_tokens``."""
+    logprobs: bool = False
+    top_logprobs: Annotated[int, _within(RANGES["logprobs"])] = 0
+    response_format: ResponseFormat | None = None
+
+
+class TokenizeBody(RequestBody):
+    """``/tokenize``: a text or a chat."""
+
+    model: str | None = None
+    prompt: Annotated[str, Field(max_length=MAX_CHARACTERS)] | None = None
+    messages: ChatMessages | None = None
+    chat_template: TemplateName | None = None
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(RequestBody):
+    """``/detokenize``."""
+
+    model: str | None = None
+    tokens: Tokens

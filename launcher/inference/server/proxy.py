@@ -1,0 +1,301 @@
+"""A reverse proxy to another server of this machine; answers are streamed through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections import deque
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
+
+import h11
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from launcher.inference.server.requests import read_object
+from launcher.inference.server.responses import ApiError, invalid
+
+_CHUNK = 1 << 16
+_FORWARDED_HEADERS = frozenset({b"accept", b"content-type", b"user-agent", b"x-request-id"})
+_HOP_HEADERS = frozenset({b"connection", b"transfer-encoding", b"keep-alive", b"date", b"server"})
+_PROBE_S = 5.0
+_GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"})
+ALLOWED_PATHS: Mapping[str, str] = {
+    **dict.fromkeys(_GENERATION_PATHS, "POST"),
+    **dict.fromkeys(("/tokenize", "/detokenize"), "POST"),
+    **dict.fromkeys(("/v1/models", "/metrics", "/version", "/openapi.json"), "GET"),
+    **dict.fromkeys(("/health/live", "/health/ready"), "GET"),
+}
+"""Paths with their method. vLLM has others, some of which change or end it; they are not reached from outside."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyLimits:
+    """How much a proxy hands on."""
+
+    capacity: int
+    """Sequences that the server behind works on at a time."""
+    max_queue: int
+    max_choices: int
+    queue_timeout_s: float
+    request_timeout_s: float
+
+
+class Proxy:
+    """An ASGI application that answers with what another server says.
+
+    Args:
+        host: of that server.
+        port: of that server.
+        limits: how much is handed on, and how long it may take.
+    """
+
+    def __init__(self, host: str, port: int, *, limits: ProxyLimits) -> None:
+        self._host, self._port, self._limits = host, port, limits
+        self.is_ready = False
+        """Whether the server behind answered when last asked; kept by whoever supervises it."""
+        self.draining = False
+        self.open_requests = self.num_ended = self.rejected = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._running = self._num_waiting = 0
+        """Sequences that are handed on, and those that wait for that."""
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        try:
+            _check_allowed(scope)
+            if scope["path"].startswith("/health/"):
+                await self._health(scope["path"], scope, receive, send)
+                return
+            self._check_open()
+            body: bytes = (await receive()).get("body", b"")
+            sequences = await self._sequences(scope["path"], body)
+            self._check_open()
+            await self._hand_on(scope, receive, send, body, sequences)
+        except ApiError as problem:
+            await problem.response()(scope, receive, send)
+
+    async def answers(self) -> bool:
+        """Return whether the server behind says that it is well."""
+        with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
+            async with asyncio.timeout(_PROBE_S):
+                status = 0
+                async for event in self._ask("GET", b"/health", [], b""):
+                    if isinstance(event, h11.Response):
+                        status = event.status_code
+                return status == 200
+        return False
+
+    def break_off(self) -> None:
+        """End every request that is not answered."""
+        for task in self._tasks:
+            task.cancel()
+
+    def _check_open(self) -> None:
+        if self.draining:
+            raise ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
+        if not self.is_ready:
+            raise ApiError(503, "vLLM does not answer yet", code="starting", retry_s=5)
+
+    async def _sequences(self, path: str, body: bytes) -> int:
+        """Return how many sequences a request asks for; 0 where it generates nothing.
+
+        Raises:
+            ApiError: it asks for too many, or is no JSON.
+        """
+        if path not in _GENERATION_PATHS:
+            return 0
+        tree = await read_object(body)
+        count = max(_content_length(tree.get("n")), _content_length(tree.get("best_of")))
+        prompt = tree.get("prompt")
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            count *= len(prompt)
+        if count > self._limits.max_choices:
+            said = f"asks for {count:,} sequences at once; this server allows {self._limits.max_choices}"
+            raise invalid(said, "n" if isinstance(tree.get("n"), int) else "prompt")
+        return count
+
+    async def _enter(self, sequences: int) -> None:
+        """Wait until so many sequences may be handed on, in the order of arrival.
+
+        Raises:
+            ApiError: too many wait, or it takes too long.
+        """
+        if not sequences or (not self._waiting and self._fits(sequences)):
+            self._running += sequences
+            return
+        if self._num_waiting + sequences > self._limits.max_queue:
+            self.rejected += 1
+            raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=2)
+        turn = asyncio.get_running_loop().create_future()
+        place = (sequences, turn)
+        self._waiting.append(place)
+        self._num_waiting += sequences
+        try:
+            async with asyncio.timeout(self._limits.queue_timeout_s):
+                await turn
+        except BaseException as trouble:
+            if turn.done() and not turn.cancelled():
+                self._leave(sequences)
+            else:
+                self._waiting.remove(place)
+                self._num_waiting -= sequences
+                self._call_next()
+            if isinstance(trouble, TimeoutError):
+                self.rejected += 1
+                raise ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5) from None
+            raise
+
+    def _leave(self, sequences: int) -> None:
+        self._running -= sequences
+        self._call_next()
+
+    def _call_next(self) -> None:
+        while self._waiting and self._fits(self._waiting[0][0]):
+            sequences, turn = self._waiting.popleft()
+            self._num_waiting -= sequences
+            self._running += sequences
+            turn.set_result(None)
+
+    def _fits(self, sequences: int) -> bool:
+        return not self._running or self._running + sequences <= self._limits.capacity
+
+    async def _health(self, path: str, scope: Scope, receive: Receive, send: Send) -> None:
+        if path == "/health/live":
+            answer = JSONResponse({"status": "live"})
+        elif self.is_ready and not self.draining:
+            answer = JSONResponse({"status": "ready"})
+        else:
+            why = "the server is ending" if self.draining else "vLLM does not answer"
+            answer = JSONResponse({"status": "not ready", "why": why}, status_code=503)
+        await answer(scope, receive, send)
+
+    async def _hand_on(self, scope: Scope, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
+        """Hand a request on; break it off when its client is gone or its time is over."""
+        answer = _RelayedResponse(send)
+
+        async def relay() -> None:
+            await self._enter(sequences)
+            try:
+                headers = [(name, value) for name, value in scope["headers"] if name in _FORWARDED_HEADERS]
+                target = scope["path"].encode() + (b"?" + scope["query_string"] if scope["query_string"] else b"")
+                async with contextlib.aclosing(self._ask(scope["method"], target, headers, body)) as events:
+                    async for event in events:
+                        await answer.take(event)
+                await answer.end()
+            finally:
+                self._leave(sequences)
+
+        self.open_requests += 1
+        work = asyncio.create_task(relay())
+        gone = asyncio.ensure_future(_disconnected(receive))
+        self._tasks.add(work)
+        try:
+            timeout = self._limits.request_timeout_s
+            done, _ = await asyncio.wait({work, gone}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                work.cancel()
+                await asyncio.gather(work, return_exceptions=True)
+                said = "the request took longer than this server allows"
+                await answer.fail(ApiError(504, said, code="request_timeout"))
+            elif work.cancelled():
+                await answer.fail(ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True))
+            elif work.done():
+                await work
+        except (OSError, h11.ProtocolError):
+            await answer.fail(ApiError(502, "vLLM broke off before its answer ended", code="engine_failed"))
+        finally:
+            self.open_requests -= 1
+            self.num_ended += 1
+            self._tasks.discard(work)
+            for each in (work, gone):
+                each.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def _ask(
+        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes
+    ) -> AsyncGenerator[h11.Event]:
+        """Yield the events of an answer."""
+        reader, writer = await asyncio.open_connection(self._host, self._port)
+        try:
+            link = h11.Connection(h11.CLIENT)
+            more = [(b"host", f"{self._host}:{self._port}".encode()), (b"content-length", str(len(body)).encode())]
+            request = h11.Request(method=method, target=target, headers=[*headers, *more, (b"connection", b"close")])
+            for event in (request, h11.Data(data=body), h11.EndOfMessage()):
+                writer.write(link.send(event) or b"")
+            await writer.drain()
+            while True:
+                came = link.next_event()
+                if isinstance(came, h11.EndOfMessage | h11.ConnectionClosed):
+                    return
+                if isinstance(came, h11.Event):
+                    yield came
+                else:
+                    link.receive_data(await reader.read(_CHUNK))
+        finally:
+            writer.close()
+
+
+class _RelayedResponse:
+    """An answer as it is handed back.
+
+    Args:
+        send: of its request.
+    """
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._has_begun = self._is_stream = False
+
+    async def take(self, event: h11.Event) -> None:
+        """Hand back a part."""
+        if isinstance(event, h11.Response):
+            headers = [(name, value) for name, value in event.headers.raw_items() if name.lower() not in _HOP_HEADERS]
+            self._has_begun = True
+            self._is_stream = dict(event.headers).get(b"content-type", b"").startswith(b"text/event-stream")
+            await self._send({"type": "http.response.start", "status": event.status_code, "headers": headers})
+        elif isinstance(event, h11.Data):
+            await self._send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
+            await asyncio.sleep(0)  # others have their turn, and a client that is gone is noticed
+
+    async def end(self) -> None:
+        """Hand back the end."""
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, problem: ApiError) -> None:
+        """Say why there is no end: as a status, as the last event of a stream, else by breaking off.
+
+        Raises:
+            ApiError: nothing was handed back yet.
+        """
+        if not self._has_begun:
+            raise problem
+        if self._is_stream:
+            event = f"\n\ndata: {json.dumps(problem.body())}\n\ndata: [DONE]\n\n"
+            await self._send({"type": "http.response.body", "body": event.encode()})
+
+
+def _check_allowed(scope: Scope) -> None:
+    """Raise for what is not handed on.
+
+    Raises:
+        ApiError: no such path here, or another method.
+    """
+    method, path = scope["method"], scope["path"]
+    if path not in ALLOWED_PATHS:
+        raise ApiError(404, f"{method[:20]} {path[:200]}: Not Found", code="not_found")
+    if method != ALLOWED_PATHS[path]:
+        problem = ApiError(405, f"{method[:20]} {path[:200]}: Method Not Allowed")
+        problem.headers["allow"] = ALLOWED_PATHS[path]
+        raise problem
+
+
+def _content_length(value: object) -> int:
+    return value if isinstance(value, int) and value > 0 else 1
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,68 @@
+"""``python -m launcher.inference.server.replica RUN_DIR NUMBER FD PARENT``: an engine."""
+
+from __future__ import annotations
+
+import faulthandler
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from launcher.config.snapshot import load_run
+from launcher.errors import LauncherError, exit_code_of_rank
+from launcher.inference.engine.loop import ConnectionLost, EngineConnection, run_engine_loop
+from launcher.protocol.rundir import RunDir
+from launcher.utils.logs import quiet_libraries
+from launcher.utils.processes import die_with_parent
+
+if TYPE_CHECKING:
+    from launcher.config.job.serve import Serve
+
+_HEARTBEAT_S = 0.5
+
+
+def main(run_dir: RunDir, link: EngineConnection) -> int:
+    """Build the engine, warm it up, serve; return the exit code."""
+    last = 0.0
+
+    def beat(phase: str = "build") -> None:
+        nonlocal last
+        if time.monotonic() - last > _HEARTBEAT_S:
+            last = time.monotonic()
+            link.send({"kind": "beat", "phase": phase})
+
+    try:
+        beat()
+        run = load_run(run_dir.snapshot)
+        job: Serve = run.job  # type: ignore[assignment]
+        from launcher.inference.engine.registry import make_engine
+        from launcher.profiling.profiler import make_profiler
+
+        generator = make_engine(run, job, beat=beat)
+        beat("warm up")
+        generator.warm_up(job.warm_up)
+        name = f"engine{sys.argv[2]}"
+        try:
+            with make_profiler(run.profile, by=job.profiled_by, folder=run_dir.profile, name=name) as profiler:
+                generator.profiler = profiler
+                run_engine_loop(generator, link, beat=lambda phase: None)
+        finally:
+            generator.close()
+    except ConnectionLost:
+        return 0  # the front is ending, or was ended: nobody waits for an answer
+    except LauncherError as problem:
+        print(problem, file=sys.stderr, flush=True)
+        link.send({"kind": "failed", "why": str(problem), "code": exit_code_of_rank(problem)})
+        return exit_code_of_rank(problem)
+    return 0
+
+
+if __name__ == "__main__":
+    die_with_parent(int(sys.argv[4]))
+    faulthandler.enable()
+    quiet_libraries()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the front hears of it, and tells when there is nothing left to do
+    sys.exit(main(RunDir(Path(sys.argv[1])), EngineConnection(socket.socket(fileno=int(sys.argv[3])))))

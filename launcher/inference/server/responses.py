@@ -1,0 +1,229 @@
+"""Error responses in OpenAI's shape, and server-sent events that notice a disconnect."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from launcher.inference.engine.base import Refused
+from launcher.inference.server.request_state import Draining, Failed, TooLate
+
+API_FIELD_NAMES = {
+    "no_repeat_ngram": "no_repeat_ngram_size",
+    "bias": "logit_bias",
+    "ignore_end": "ignore_eos",
+    "beams": "num_beams",
+}
+"""Fields of ``Sampling`` by what clients call them, where that differs."""
+
+
+class ApiError(Exception):
+    """An answer that is not what was asked for.
+
+    Args:
+        status: of HTTP.
+        message: for who sent the request.
+        param: the field that is wrong, if one is.
+        code: for programs.
+        retry_s: when to come back, where that helps.
+        closes: whether the connection cannot be used any more.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_s: float | None = None,
+        closes: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+        self.headers = {} if retry_s is None else {"retry-after": str(max(1, round(retry_s)))}
+        if closes:
+            self.headers["connection"] = "close"
+        if status == 401:
+            self.headers["www-authenticate"] = "Bearer"
+
+    @property
+    def kind(self) -> str:
+        """The error's type in OpenAI's terms."""
+        if self.status >= 500:
+            return "server_error"
+        return {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, "invalid_request_error")
+
+    def body(self) -> dict[str, Any]:
+        """Return the body, or the data of an event."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def response(self) -> JSONResponse:
+        """Return the answer."""
+        return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
+
+
+def invalid(message: str, param: str, *, code: str | None = None) -> ApiError:
+    """Return the answer to a request whose ``param`` cannot be."""
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
+
+
+def validation_error(error: ValidationError) -> ApiError:
+    """Return the answer to a body that is not one, naming the first thing that is wrong."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    name, kind = ".".join(map(str, first["loc"])), first["type"]
+    if kind == "extra_forbidden":
+        name = name[:100]
+        return ApiError(400, f"{name}: this server has no such field", param=name, code="unsupported_field")
+    said = (
+        "is null, and this field must have a value"
+        if first["input"] is None and name
+        else first["msg"].replace(" after validation", "")
+    )
+    code = kind if kind == "context_length_exceeded" else "invalid_value"
+    return ApiError(400, f"{name}: {said}" if name else f"the body {said}", param=name or None, code=code)
+
+
+def failure_error(trouble: Exception, *, prompt_field: str) -> ApiError:
+    """Return the answer where a sequence got no result."""
+    match trouble:
+        case ApiError():
+            return trouble
+        case Refused(field=field):
+            name = prompt_field if field == "prompt" else API_FIELD_NAMES.get(field, field)
+            return invalid(str(trouble), name, code="unsupported_value")
+        case TooLate(while_queued=True):
+            return ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5)
+        case TooLate():
+            return ApiError(504, "the request took longer than this server allows", code="request_timeout")
+        case Draining():
+            return ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
+        case Failed():
+            return ApiError(500, str(trouble), code="engine_failed")
+    raise trouble
+
+
+def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Return headers as ASGI has them."""
+    return [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+
+STREAM_KEEP_ALIVE_S = 5.0
+"""A stream that has nothing to say for so long sends a comment, so that nobody in between takes it for dead."""
+
+
+EventData = dict[str, Any]
+
+
+async def run_until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
+    """Return the answer that ``work`` makes; break it off as soon as its client is gone."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request.receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return await task
+        return Response(status_code=499)  # nobody reads it
+    finally:
+        for each in (task, gone):
+            each.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await each
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events, each the JSON of one object, ``[DONE]`` at the end.
+
+    What goes wrong before the first event is an ordinary answer with its status; later it is an event.
+
+    Args:
+        events: the objects.
+        explain: what a client is told of an exception.
+        on_end: called when it is over, whatever has happened.
+        headers: besides those of a stream.
+    """
+
+    def __init__(
+        self,
+        events: AsyncGenerator[EventData],
+        *,
+        explain: Callable[[Exception], ApiError],
+        on_end: Callable[[], None],
+        headers: dict[str, str],
+    ) -> None:
+        super().__init__(headers=headers)
+        self._events, self._explain, self._on_end, self._extra = events, explain, on_end, headers
+        self._has_begun = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send until there is nothing more, or nobody to send to."""
+        sending = asyncio.ensure_future(self._send_all(scope, receive, send))
+        gone = asyncio.ensure_future(_disconnected(receive))
+        try:
+            await asyncio.wait({sending, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                await sending
+        finally:
+            try:
+                for each in (sending, gone):
+                    each.cancel()
+                await asyncio.gather(sending, gone, return_exceptions=True)
+                with contextlib.suppress(asyncio.CancelledError):
+                    await self._events.aclose()
+            finally:
+                self._on_end()
+
+    async def _send_all(self, scope: Scope, receive: Receive, send: Send) -> None:
+        coming: asyncio.Future[EventData] | None = None
+        try:
+            while True:
+                coming = coming or asyncio.ensure_future(anext(self._events))
+                await asyncio.wait({coming}, timeout=STREAM_KEEP_ALIVE_S)
+                if not coming.done():
+                    await self._write(send, b": waiting\n\n")
+                    continue
+                data, coming = coming.result(), None
+                await self._write(send, _event(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
+        except StopAsyncIteration:
+            await self._write(send, _event("[DONE]"), more=False)
+        except Exception as trouble:  # noqa: BLE001  (every one is told to the client)
+            problem = self._explain(trouble)
+            if not self._has_begun:
+                await problem.response()(scope, receive, send)
+                return
+            await self._write(send, _event(json.dumps(problem.body(), ensure_ascii=False)))
+            await self._write(send, _event("[DONE]"), more=False)
+        finally:
+            if coming is not None:  # it may have ended in the moment that the client went: somebody must look at it
+                coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+
+    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
+        """Send some bytes; how long a client may take them, the connection knows."""
+        if not self._has_begun:
+            self._has_begun = True
+            headers = {
+                "content-type": "text/event-stream; charset=utf-8",
+                "cache-control": "no-cache",
+                "x-accel-buffering": "no",  # nginx would hold events back
+                **self._extra,
+            }
+            await send({"type": "http.response.start", "status": 200, "headers": as_headers(headers)})
+        await send({"type": "http.response.body", "body": data, "more_body": more})
+
+
+def _event(text: str) -> bytes:
+    return f"data: {text}\n\n".encode()

@@ -1,0 +1,154 @@
+"""Results of repeatable requests, kept within bytes and time, and computed once at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from launcher.config.sampling import SamplingParams
+from launcher.config.schema import to_tree
+from launcher.inference.engine.base import FinishReason, GeneratedToken
+from launcher.inference.server.request_state import RequestState
+from launcher.utils.files import sha256_of
+
+if TYPE_CHECKING:
+    from launcher.config.run import Run
+
+
+CacheStatus = Literal["hit", "shared", "miss", "bypass"]
+"""Kept already; on its way for somebody else; begun now and to be kept; begun now, never the same again."""
+
+
+_ENTRY_BYTES, _TOKEN_BYTES, _TOP_BYTES = 512, 64, 48
+"""About what CPython takes for an entry, a token, and each of a token's alternatives."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _CachedResult:
+    tokens: tuple[GeneratedToken, ...]
+    finish: FinishReason
+    ended_by_text: bool
+    size: int
+    expires: float
+
+
+class ResultCache:
+    """Least recently used results go first.
+
+    Args:
+        max_bytes: room; 0 keeps nothing, and shares nothing.
+        ttl_s: how long a result is kept.
+        now: the clock.
+    """
+
+    def __init__(self, max_bytes: int, *, ttl_s: float, now: Callable[[], float] = time.monotonic) -> None:
+        self.max_bytes, self._ttl_s, self._now = max_bytes, ttl_s, now
+        self._kept: OrderedDict[str, _CachedResult] = OrderedDict()
+        self._flying: dict[str, RequestState] = {}
+        self.bytes = self.hits = self.misses = self.shared = 0
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def find(self, key: str, flight: RequestState) -> tuple[RequestState, CacheStatus]:
+        """Return who brings the result of ``key``: one that is kept, one on its way, or ``flight``, to be begun.
+
+        Args:
+            key: tells apart everything that decides the result.
+            flight: is filled where the result is kept; else, if nobody else flies, its result will be kept.
+        """
+        if not self.max_bytes:
+            return flight, "bypass"
+        result = self._kept.get(key)
+        if result is not None and result.expires <= self._now():
+            self._drop(key)
+            result = None
+        if result is not None:
+            self._kept.move_to_end(key)
+            self.hits += 1
+            flight.tokens.extend(result.tokens)
+            flight.finish, flight.ended_by_text = result.finish, result.ended_by_text
+            return flight, "hit"
+        if (other := self._flying.get(key)) is not None and not other.ended:
+            self.shared += 1
+            return other, "shared"
+        self.misses += 1
+        self._flying[key] = flight
+        return flight, "miss"
+
+    def landed(self, key: str, flight: RequestState) -> None:
+        """Keep what ``flight`` brought, if it brought a result."""
+        if self._flying.get(key) is flight:
+            del self._flying[key]
+        if flight.finish in ("stop", "length"):
+            self._keep(key, tuple(flight.tokens), flight.finish, ended_by_text=flight.ended_by_text)
+
+    def _keep(self, key: str, tokens: tuple[GeneratedToken, ...], finish: FinishReason, *, ended_by_text: bool) -> None:
+        size = _ENTRY_BYTES + sum(_TOKEN_BYTES + _TOP_BYTES * len(token.top) for token in tokens)
+        if size > self.max_bytes:
+            return
+        self._drop(key)
+        expires = self._now() + self._ttl_s
+        self._kept[key] = _CachedResult(
+            tokens=tokens, finish=finish, ended_by_text=ended_by_text, size=size, expires=expires
+        )
+        self.bytes += size
+        while self.bytes > self.max_bytes:
+            self._drop(next(iter(self._kept)))
+
+    def _drop(self, key: str) -> None:
+        if (result := self._kept.pop(key, None)) is not None:
+            self.bytes -= result.size
+
+
+_READ_BYTES = 1 << 22
+
+
+def model_fingerprint(run: Run, *, tokenizer: str, beat: Callable[[], None]) -> str:
+    """Return a hash that changes when the same request may get another answer. Reads all weights once.
+
+    Args:
+        run: the model, how it is computed, and by which engine.
+        tokenizer: fingerprint of the tokenizer.
+        beat: called meanwhile.
+    """
+    computed = {
+        name: to_tree(getattr(run, name)) for name in ("model", "parallel", "precision", "attention", "compile")
+    }
+    job = to_tree(run.job)
+    parts = {
+        **computed,
+        "engine": [job["engine"], job["batching"]],
+        "weights": _weights_hash(run, beat=beat),
+        "tokenizer": tokenizer,
+    }
+    return sha256_of(json.dumps(parts, sort_keys=True).encode())
+
+
+def _weights_hash(run: Run, *, beat: Callable[[], None]) -> str:
+    """Return a hash of the weights, or what random ones are drawn from."""
+    if run.job.kind == "serve" and to_tree(run.job)["engine"] == "echo":
+        return "none"
+    folder = run.model.weights_folder(beat=beat)
+    if folder is None:
+        return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        digest.update(path.name.encode())
+        with path.open("rb") as file:
+            while block := file.read(_READ_BYTES):
+                digest.update(block)
+                beat()
+    return digest.hexdigest()
+
+
+def result_key(identity: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str]) -> str:
+    """Return the key of one sequence's result: everything that decides it."""
+    parts = [identity, list(prompt), asdict(sampling), sorted(stops)]
+    return sha256_of(json.dumps(parts, separators=(",", ":")).encode())

@@ -1,0 +1,320 @@
+"""A tokenizer for serving: text and chats to tokens, tokens to text. Imports no torch."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.inference import DEFAULT_TEMPLATE
+from launcher.config.model.base import has_tokenizer
+from launcher.errors import ConfigError
+from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder
+from launcher.utils.files import sha256_of
+from launcher.utils.text import did_you_mean
+
+if TYPE_CHECKING:
+    import tokenizers
+
+    from launcher.config.run import Run
+
+
+_NO_CONTENT = "is null, which only an assistant's may be"
+
+
+_CONTENT = 'takes text, or a list of parts {"type": "text", "text": "…"}'
+
+
+class InvalidMessages(Exception):
+    """A list of messages that is none.
+
+    Attributes:
+        field: which place in it is wrong, as ``messages.1.content``.
+    """
+
+    def __init__(self, field: str, why: str) -> None:
+        super().__init__(why)
+        self.field = field
+
+
+class ChatTemplateNotFound(Exception):
+    """The tokenizer has no such chat template; the message says what it has."""
+
+
+def normalize_messages(messages: Any, *, field: str = "messages") -> list[dict[str, str]]:
+    """Return messages as templates take them: a role and one text each.
+
+    Args:
+        messages: as JSON gives them.
+        field: where they stand, for the error.
+
+    Raises:
+        BadMessages: they are none, and why.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise InvalidMessages(field, "takes a list of objects with role and content, at least one")
+    return [_normalize_message(message, f"{field}.{number}") for number, message in enumerate(messages)]
+
+
+def _normalize_message(message: Any, field: str) -> dict[str, str]:
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise InvalidMessages(field, "takes an object with role and content")
+    for name in message:
+        if name not in ("role", "content"):
+            raise InvalidMessages(f"{field}.{name}", "no such field")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not role:
+        raise InvalidMessages(f"{field}.role", "takes text")
+    if content is None and role != "assistant":
+        raise InvalidMessages(f"{field}.content", _NO_CONTENT)
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            is_text = isinstance(part, Mapping) and part.keys() == {"type", "text"} and part["type"] == "text"
+            if not is_text or not isinstance(part["text"], str):
+                raise InvalidMessages(f"{field}.content.{number}", 'takes {"type": "text", "text": "…"}')
+        content = "".join(part["text"] for part in content)
+    if content is not None and not isinstance(content, str):
+        raise InvalidMessages(f"{field}.content", _CONTENT)
+    # OpenAI's newer word for system; an assistant that said nothing
+    return {"role": "system" if role == "developer" else role, "content": content or ""}
+
+
+def select_template(templates: Mapping[str, str], name: str | None) -> str:
+    """Return the template of a name, the default one where no name is given.
+
+    Raises:
+        NoTemplate: there is none.
+    """
+    if not templates:
+        raise ChatTemplateNotFound("this tokenizer has no chat template")
+    wanted = name or DEFAULT_TEMPLATE
+    if wanted not in templates:
+        raise ChatTemplateNotFound(
+            f"this tokenizer has no chat template {wanted[:100]!r}; it has {', '.join(sorted(templates))}"
+        )
+    return templates[wanted]
+
+
+def templates_by_name(loaded: str | Mapping[str, str] | None) -> dict[str, str]:
+    """Return the templates of a Transformers tokenizer by name; a single one is the default."""
+    if isinstance(loaded, str):
+        return {DEFAULT_TEMPLATE: loaded}
+    return dict(loaded or {})
+
+
+ChatRenderer = Callable[[Sequence[Mapping[str, str]], str | None], str]
+"""Text of a conversation, ready for the answer, by the template of a name or the default one."""
+
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class TextTokenizer:
+    """What turns text into tokens and back.
+
+    Args:
+        inner: the tokenizer, without truncation and padding.
+        chat: how its template writes a conversation down; ``None`` where it has none.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, *, chat: ChatRenderer | None = None, template: str = "") -> None:
+        self._inner, self._chat = inner, chat
+        text = inner.to_str()
+        self.fingerprint = sha256_of(f"{text}\n{template}".encode())
+        """Changes with anything that decides how text becomes tokens."""
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        """One more than the largest token; here once, because going through a vocabulary takes as long as a token."""
+        self._decode = decoder_of(inner)
+        self._is_bytes, self._falls_back = has_decoder(inner, "ByteLevel"), has_decoder(inner, "ByteFallback")
+        self._longest = max(map(len, inner.get_vocab(with_added_tokens=True)))
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the tokens of a text; ``special`` adds what the tokenizer puts around one (a beginning)."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
+        return ids
+
+    def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Return the tokens of several texts, which other threads can run beside: ``encode`` keeps Python's lock."""
+        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=special)
+        return [each.ids for each in found]
+
+    def most_characters(self, tokens: int) -> int:
+        """Return the characters that no text of so many tokens can exceed."""
+        if not (self._is_bytes or self._falls_back):  # one token for an unknown word, however long it is
+            return sys.maxsize
+        shrinks = self._inner.normalizer is not None  # it may drop characters, so take a generous bound
+        return tokens * self._longest * (8 if shrinks else 1)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of tokens, without special ones."""
+        return self._decode(ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._chat is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]], template: str | None = None) -> str:
+        """Return a conversation as its model wants it, up to where the answer begins.
+
+        Args:
+            messages: with a role and a text each.
+            template: name of one of the tokenizer's chat templates; ``None`` is the default.
+
+        Raises:
+            NoTemplate: the tokenizer has none, or none of this name.
+            ValueError: the template refuses these messages, and why.
+        """
+        if self._chat is None:
+            raise ChatTemplateNotFound("this tokenizer has no chat template")
+        return self._chat(messages, template)
+
+    def bytes_of(self, token: int, *, first: bool = False) -> bytes:
+        """Return what a token adds to a text, which need not be whole characters.
+
+        Args:
+            token: special ones give their name, though a text leaves them out.
+            first: whether no other token stands before it: some decoders drop a space there.
+        """
+        return self._bytes_of(token, first)
+
+    def text_of(self, token: int, *, first: bool = False) -> str:
+        r"""Return a token as OpenAI shows it: its text, or ``bytes:\xe4`` where it is no whole text."""
+        raw = self.bytes_of(token, first=first)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def is_special(self, token: int) -> bool:
+        """Return whether texts leave this token out."""
+        return token in self._special
+
+    @functools.cached_property
+    def _special(self) -> Mapping[int, str]:
+        added = self._inner.get_added_tokens_decoder().items()
+        return {number: token.content for number, token in added if token.special}
+
+    @functools.cached_property
+    def _before(self) -> tuple[list[int], int]:
+        """A token that others can be decoded behind, and how long its text is; none where no token is plain text."""
+        for token in range(self.vocab_size):
+            if token not in self._special and self._decode([token]).isalnum():
+                return [token], len(self._decode([token]))
+        return [], 0
+
+    @functools.lru_cache(maxsize=1 << 16)  # noqa: B019  (lives as long as the server)
+    def _bytes_of(self, token: int, first: bool) -> bytes:
+        written = self._inner.id_to_token(token)
+        if written is None:
+            return b""
+        if token in self._special:
+            return self._special[token].encode()
+        if self._is_bytes:
+            table = _byte_of()
+            if all(character in table for character in written):
+                return bytes(table[character] for character in written)
+            return str(written).encode()
+        if first and not self._decode([token]):
+            return b""
+        if self._falls_back and (byte := fallback_byte(written)) is not None:
+            return bytes([byte])
+        before, length = ([], 0) if first else self._before
+        return self._decode([*before, token])[length:].encode()
+
+
+def open_tokenizer(choice: str, run: Run, *, beat: Callable[[], None], template: str | None = None) -> TextTokenizer:
+    """Return the tokenizer that ``job.tokenizer`` names.
+
+    Args:
+        choice: the name.
+        run: whose model and data may have it.
+        beat: called while it is fetched or made.
+        template: ``job.chat_template``: the chat template that is used where none is named.
+
+    Raises:
+        ConfigError: there is none, or the group data has none; it has no such template.
+        EnvironmentProblem: it has to be fetched and cannot be.
+    """
+    if choice == "bytes":
+        return byte_tokenizer()
+    if choice == "data":
+        from launcher.config.data.base import Corpus
+        from launcher.data.token_cache import token_folder
+
+        if not isinstance(run.data, Corpus):
+            why = f"data={run.data.kind} has no text, and so no tokenizer"
+            raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
+        return TextTokenizer(token_folder(run.data, run.model, beat=beat)[1].inner)
+    folder = run.model.tokenizer_folder(beat=beat) if choice == "model" else Path(choice).expanduser()
+    return load_text_tokenizer(folder, template=template)
+
+
+def load_text_tokenizer(folder: Path, *, template: str | None = None) -> TextTokenizer:
+    """Return the tokenizer of a folder, with its chat templates. Imports Transformers.
+
+    Args:
+        folder: of the tokenizer.
+        template: name of the chat template that is used where none is named.
+
+    Raises:
+        ConfigError: there is no fast one, or it has no such template.
+    """
+    from transformers import AutoTokenizer
+
+    fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # damaged files raise whatever the library of their format raises
+        first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
+        why = f"no tokenizer can be loaded: {first if has_tokenizer(folder) else 'the folder holds none'}"
+        raise ConfigError("job.tokenizer", folder, why=why, fix=fix) from error
+    if not loaded.is_fast:
+        raise ConfigError("job.tokenizer", folder, why="has only a slow tokenizer written in Python", fix=fix)
+    inner = loaded.backend_tokenizer
+    inner.no_truncation()
+    inner.no_padding()
+    templates = templates_by_name(loaded.chat_template)
+    if template is not None and template not in templates:
+        why = f"the tokenizer in {folder} has no such chat template"
+        raise ConfigError("job.chat_template", template, why=why, fix=did_you_mean(template, templates))
+    if not templates:
+        return TextTokenizer(inner)
+
+    def chat(messages: Sequence[Mapping[str, str]], name: str | None) -> str:
+        text = select_template(templates, name or template)  # never what a client writes as a template
+        try:
+            return str(
+                loaded.apply_chat_template(
+                    list(messages), chat_template=text, tokenize=False, add_generation_prompt=True
+                )
+            )
+        except ImportError:
+            raise
+        except Exception as error:  # a template is a program, which may fail as any does on some messages
+            raise ValueError(str(error)) from error
+
+    return TextTokenizer(inner, chat=chat, template=json.dumps([template, templates], sort_keys=True))
+
+
+def byte_tokenizer() -> TextTokenizer:
+    """Return a tokenizer with one token for each byte, and one that ends a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {character: number for number, character in enumerate(sorted(_byte_of(), key=_byte_of().__getitem__))}
+    inner = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.decoder = decoders.ByteLevel()
+    inner.add_special_tokens([AddedToken(END_OF_TEXT, special=True)])
+    return TextTokenizer(inner)
+
+
+@functools.cache
+def _byte_of() -> Mapping[str, int]:
+    """Return the byte behind each character that GPT-2's tokenizer writes bytes with (Radford et al., 2019)."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

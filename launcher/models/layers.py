@@ -1,0 +1,187 @@
+"""A model as a list of its parts, and as the layers of a pipeline.
+
+Each layer takes what the one before returns: hidden states alone. Masks and rotary angles, which blocks take
+besides, are made on each rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers.masking_utils import create_causal_mask
+
+from launcher.config.parallel.deepspeed_pipeline import unknown_family_error
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the parts of a causal language model by name: embeddings, each block, norms, the output head.
+
+    Containers of blocks are opened, everything else is a part as it stands.
+    """
+    base = model.base_model
+    for name, child in model.named_children():
+        if child is base:
+            yield from _parts(base, f"{name}.")
+        else:
+            yield name, child
+    if base is model:
+        yield from _parts(model, "")
+
+
+def _parts(base: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in base.named_children():
+        if isinstance(child, nn.ModuleList):
+            for key, block in child.named_children():
+                yield f"{prefix}{name}.{key}", block
+        else:
+            yield f"{prefix}{name}", child
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the repeated blocks, in order: what is in the longest list of modules of the base model."""
+    lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
+    return max(map(list, lists), key=len, default=[])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineLayer:
+    """One layer of a chain."""
+
+    layer: nn.Module
+    """Takes the token ids where it is the first, else hidden states (sequences, tokens, width)."""
+    parts: tuple[str, ...]
+    """Names of the model's parts that must be filled before it is called."""
+    tied: bool = False
+    """Whether its ``weight`` is another link's too."""
+    call: Callable[[nn.Module, Tensor], Tensor] | None = None
+    """What is done with the layer, where that is not calling it."""
+
+
+class PipelineBlock(nn.Module):  # type: ignore[misc]
+    """A block of the model together with what it takes besides hidden states."""
+
+    def __init__(self, block: nn.Module, besides: BlockInputs) -> None:
+        super().__init__()
+        self.block = block
+        self._besides = besides
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the next hidden states, of the same shape."""
+        answer = self.block(hidden, **self._besides.of(hidden))
+        return answer[0] if isinstance(answer, tuple) else answer
+
+
+class LearnedPositions(nn.Module):  # type: ignore[misc]
+    """GPT-2's learned positions, added to the embedded tokens."""
+
+    def __init__(self, embedding: nn.Module, dropout: nn.Module) -> None:
+        super().__init__()
+        self.embedding, self.dropout = embedding, dropout
+
+    def forward(self, embedded: Tensor) -> Tensor:
+        """Return hidden states, of the same shape."""
+        return self.dropout(embedded + self.embedding(torch.arange(embedded.shape[1], device=embedded.device)))
+
+
+class BlockInputs:
+    """Masks and rotary angles, made once for each shape. It is no module: angles stay fp32 whatever the layers are in.
+
+    Args:
+        config: of the model; its attention kernel decides about the mask.
+        rotary: makes angles; ``None`` where the model has none.
+    """
+
+    def __init__(self, config: PreTrainedConfig, rotary: nn.Module | None = None) -> None:
+        self._config, self._rotary = config, rotary
+        self._shape: Any = None
+        self._made: dict[str, Any] = {}
+
+    def of(self, hidden: Tensor) -> dict[str, Any]:
+        """Return the arguments that blocks take besides ``hidden``."""
+        shape = (hidden.shape, hidden.dtype, hidden.device)
+        if shape != self._shape:
+            with torch.no_grad():
+                self._shape, self._made = shape, self._make(hidden.detach())
+        return self._made
+
+    def _make(self, hidden: Tensor) -> dict[str, Any]:
+        positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        made = {"attention_mask": _causal_mask(self._config, hidden, positions)}
+        if self._rotary is not None:
+            made["position_embeddings"] = self._rotary.to(hidden.device)(hidden, position_ids=positions)
+        return made
+
+
+def _causal_mask(config: PreTrainedConfig, hidden: Tensor, positions: Tensor) -> Any:
+    """Return the mask that the kernel wants for whole sequences; Transformers has renamed its arguments in between."""
+    offered = {
+        "config": config,
+        "attention_mask": None,
+        "position_ids": positions,
+        "cache_position": positions[0],
+        **dict.fromkeys(("inputs_embeds", "input_embeds"), hidden),
+        **dict.fromkeys(("cache", "past_key_values")),
+    }
+    taken = inspect.signature(create_causal_mask).parameters
+    return create_causal_mask(**{name: value for name, value in offered.items() if name in taken})
+
+
+def pipeline_layers(model: PreTrainedModel) -> list[PipelineLayer]:
+    """Return the layers of a model in order, from token ids to logits.
+
+    Raises:
+        ConfigError: of a family that is not known to work this way.
+    """
+    family = model.config.model_type
+    if family not in _LAYERS_BY_FAMILY:
+        raise unknown_family_error(family)
+    names = {id(part): name for name, part in units(model)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    return [
+        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), tied=tied),
+        *_LAYERS_BY_FAMILY[family](model, names),
+        # a tied head is the embedding once more: a rank that has no other use for it holds its weight alone
+        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), tied=True, call=_project)
+        if tied
+        else PipelineLayer(layer=head, parts=(names[id(head)],)),
+    ]
+
+
+def _project(embedding: nn.Module, hidden: Tensor) -> Tensor:
+    return linear(hidden, embedding.get_parameter("weight"))
+
+
+def _gpt2_layers(model: PreTrainedModel, names: dict[int, str]) -> list[PipelineLayer]:
+    base, besides = model.base_model, BlockInputs(model.config)
+    positions = PipelineLayer(
+        layer=LearnedPositions(base.wpe, base.drop), parts=(names[id(base.wpe)], names[id(base.drop)])
+    )
+    middle = [PipelineLayer(layer=PipelineBlock(block, besides), parts=(names[id(block)],)) for block in blocks(model)]
+    return [positions, *middle, PipelineLayer(layer=base.ln_f, parts=(names[id(base.ln_f)],))]
+
+
+def _llama_layers(model: PreTrainedModel, names: dict[int, str]) -> list[PipelineLayer]:
+    base, rotary = model.base_model, model.base_model.rotary_emb
+    besides = BlockInputs(model.config, rotary)
+    middle = [
+        PipelineLayer(layer=PipelineBlock(block, besides), parts=(names[id(rotary)], names[id(block)]))
+        for block in blocks(model)
+    ]
+    return [*middle, PipelineLayer(layer=base.norm, parts=(names[id(base.norm)],))]
+
+
+_LAYERS_BY_FAMILY: dict[str, Callable[[PreTrainedModel, dict[int, str]], list[PipelineLayer]]] = {
+    "gpt2": _gpt2_layers,
+    "llama": _llama_layers,
+}
+"""What lies between embedding and head, by family."""

@@ -1,0 +1,1 @@
+"""Run and hosts to a plan: validation, warnings, memory, environment, render."""

@@ -1,0 +1,142 @@
+"""How the ranks of one host start: argv of torchrun or DeepSpeed, and environment.
+
+A rank is told everything through its run directory and its environment. Nothing else follows the module name: torchrun
+takes what looks like a beginning of its own flags out of a script's arguments, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from launcher.config.run import Run
+from launcher.protocol.plan import Host, RunIdentity
+from launcher.utils.system import LOOPBACK
+
+RANK_MODULE = "launcher.jobs.rank"
+
+
+AgentArgv = Callable[[Sequence[Host], RunIdentity], list[tuple[str, ...]]]
+
+
+def torchrun_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
+    """Return torchrun's argv for each host.
+
+    The static rendezvous fails at once when the port is taken, which lets the caller try another. No restarts: a
+    resumed run is a new plan.
+    """
+    return [
+        (
+            *(host.python, "-m", "torch.distributed.run" if len(hosts) > 1 else "launcher.jobs.torchrun"),
+            *("--nnodes", str(len(hosts))),
+            *("--nproc-per-node", str(host.slots)),
+            *("--node-rank", str(number)),
+            *("--rdzv-backend", "static"),
+            *("--master-addr", master_address(hosts)),
+            *("--master-port", str(identity.port)),
+            *("--max-restarts", "0"),
+            *("--log-dir", f"{identity.run_dir}/logs/torchrun"),  # else it leaves a folder in /tmp
+            *("--module", RANK_MODULE, identity.run_dir),
+        )
+        for number, host in enumerate(hosts)
+    ]
+
+
+def deepspeed_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
+    """Return the argv of ``deepspeed.launcher.launch`` for each host.
+
+    It writes the devices named in ``world_info`` into CUDA_VISIBLE_DEVICES, so these are the host's own names for them,
+    and -1, which hides every GPU, for ranks on the CPU.
+
+    ``world_info`` lists every host on every host, so these plans grow with the square of the hosts; torchrun's do not.
+    """
+    world = {host.name: cuda_visible_devices(host) or [-1] * host.slots for host in hosts}
+    encoded = base64.urlsafe_b64encode(json.dumps(world, separators=(",", ":")).encode()).decode()
+    return [
+        (
+            *(host.python, "-m", "deepspeed.launcher.launch"),
+            f"--world_info={encoded}",
+            f"--node_rank={number}",
+            f"--master_addr={master_address(hosts)}",
+            f"--master_port={identity.port}",
+            *("--no_local_rank", "--log_level=warning"),
+            *("--module", RANK_MODULE, identity.run_dir),
+        )
+        for number, host in enumerate(hosts)
+    ]
+
+
+def master_address(hosts: Sequence[Host]) -> str:
+    """Return where rank 0 is found by the others: on the loopback interface where all are on one host."""
+    return hosts[0].address if len(hosts) > 1 else LOOPBACK
+
+
+def cuda_visible_devices(host: Host) -> list[int | str]:
+    """Return the CUDA_VISIBLE_DEVICES entries of the GPUs that get a rank; none where ranks compute on the CPU."""
+    chosen = host.slot_ids or range(host.slots)
+    words = [host.device_ids[slot] for slot in chosen if slot < len(host.device_ids)]
+    return [int(word) if word.isdigit() else word for word in words]
+
+
+AGENTS: dict[str, AgentArgv] = {"torchrun": torchrun_argv, "deepspeed": deepspeed_argv}
+"""Every value of ``backend.agent``."""
+
+
+_INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
+"""Without them Gloo takes the interface that the host's own name resolves to: on Debian, the loopback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPosition:
+    """One host among those of the run."""
+
+    host: Host
+    number: int
+    """From 0, in the order of hosts."""
+    num_hosts: int
+
+
+def rank_environment(
+    run: Run, place: HostPosition, identity: RunIdentity, *, ops_folder: str, inherited: Collection[str] = ()
+) -> dict[str, str]:
+    """Return the variables added for the ranks of one host; ``backend.env`` comes last and wins.
+
+    Args:
+        run: the run.
+        place: the host.
+        identity: of the run.
+        ops_folder: where DeepSpeed's native ops are built for this environment.
+        inherited: names of variables that the ranks have already.
+    """
+    host = place.host
+    added = {
+        "LAUNCHER_HOST": host.name,
+        "LAUNCHER_RUN_ID": identity.run_id,
+        "LAUNCHER_RUN_HASH": identity.run_hash,
+        "PYTHONUNBUFFERED": "1",
+        "TOKENIZERS_PARALLELISM": "false",  # its threads and a later fork do not go together
+        # DeepSpeed reads these three and sets them only in its own launcher.
+        "LOCAL_SIZE": str(host.slots),
+        "CROSS_RANK": str(place.number),
+        "CROSS_SIZE": str(place.num_hosts),
+    }
+    if host.is_known or run.backend.threads != "auto":
+        added["OMP_NUM_THREADS"] = str(omp_num_threads(run, host))
+    if "deepspeed" in (run.parallel.engine, run.backend.agent):
+        if not host.login:  # other machines have processors of their own: their agents know the folder
+            added["TORCH_EXTENSIONS_DIR"] = ops_folder
+        if host.is_known:
+            added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
+    if host.slots < len(host.devices) or (host.devices and host.slot_ids):
+        added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cuda_visible_devices(host)))
+    interface = host.interface if place.num_hosts > 1 else "lo"  # ranks of one host are reached by no other machine
+    if interface:
+        added |= {name: interface for name in _INTERFACES if name not in inherited}
+    return {**added, **run.backend.env}
+
+
+def omp_num_threads(run: Run, host: Host) -> int:
+    """Return OMP_NUM_THREADS: the host's cores shared among its ranks, at least 1."""
+    return max(1, host.cores // host.slots) if run.backend.threads == "auto" else run.backend.threads

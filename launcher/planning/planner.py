@@ -1,0 +1,225 @@
+"""``make_plan``: a pure function from a run and its hosts to everything a backend needs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from launcher.config.batch import Batch
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.model.shape import Shape
+from launcher.config.option_text import component_text
+from launcher.config.parallel.base import StateBytes
+from launcher.config.run import Run
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.planning.commands import AGENTS, HostPosition, rank_environment
+from launcher.planning.local_facts import LocalFacts
+from launcher.planning.topology import rank_places
+from launcher.planning.validate import validate_run
+from launcher.planning.warnings import warnings_of_run
+from launcher.protocol.plan import (
+    Command,
+    Host,
+    HostPlan,
+    MemoryEstimate,
+    Plan,
+    PlanSummary,
+    RunIdentity,
+    TrackerPlan,
+    Work,
+    first_ranks,
+    host_ram,
+)
+from launcher.utils.text import counted
+
+T = TypeVar("T")
+
+
+def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: LocalFacts) -> Plan:
+    """Return the plan of ``run`` on ``hosts``.
+
+    Args:
+        run: the typed configuration.
+        hosts: where ranks go, in the order of ranks.
+        identity: id, directory, hash and port of this run.
+        facts: what was found on the machine that plans.
+
+    Raises:
+        ConfigErrors: everything that keeps the run from working there.
+    """
+    world_size = sum(host.slots for host in hosts)
+    mistakes = list(validate_run(run, hosts))
+    batch = _collected(lambda: run.job.batch(run, world_size=world_size), mistakes)
+    if batch is not None:
+        mistakes += run.parallel.batch_refusals(batch)
+    tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
+    if tracker is None or mistakes:
+        raise ConfigErrors(mistakes)
+    there = replace(identity, run_dir=run.backend.run_dir_on_hosts(identity.run_dir))
+    memory = estimate_memory(run, hosts) if batch is not None or isinstance(run.job, GeneratingJob) else None
+    return Plan(
+        run_id=identity.run_id,
+        name=run.run.name,
+        run_dir=identity.run_dir,
+        run_dir_on_hosts="" if there == identity else there.run_dir,
+        run_hash=identity.run_hash,
+        job=run.job.kind,
+        backend=run.backend.kind,
+        world_size=world_size,
+        topology=run.parallel.degrees(world_size).named(),
+        what=_what(run, batch),
+        outline={**dict(run.job.outline(run, world_size=world_size)), **dict(run.profile.outline(run.job.profiled_by))},
+        port=identity.port,
+        ranks=tuple(rank_places(hosts)),
+        hosts=tuple(_host_plans(run, hosts, there, facts, tracker)),
+        work=_work(run, batch, world_size=world_size),
+        memory=memory,
+        engine_config=_engine_config(run, batch),
+        tracker=tracker,
+        files=tuple(_files(run, hosts, tracker)),
+        stall_timeout_s=run.backend.stall_timeout_s,
+        ends_when_told=run.job.ends_when_told,
+        grace_s=max(run.backend.grace_s, run.job.grace_s),
+        preempt_grace_s=max(run.backend.preempt_grace_s, run.job.grace_s),
+        heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
+        forward=run.backend.forwards(facts.environ),
+        show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
+        warnings=tuple(warnings_of_run(run, hosts, memory)),
+    )
+
+
+def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
+    """Return what ``make`` returns; keep what it refuses for the end, so that all refusals are told together."""
+    try:
+        return make()
+    except ConfigError as error:
+        mistakes.append(error)
+        return None
+
+
+def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:
+    steps = run.job.num_steps(run, world_size=world_size)
+    tokens = 0 if batch is None else batch.global_ * run.batched_job.sequence_length
+    return Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
+
+
+def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:
+    if batch is None:
+        return None
+    return run.parallel.engine_config(
+        batch=batch, clip_norm=run.batched_job.clip_norm, optimizer=run.optimizer, precision=run.precision
+    )
+
+
+def _tracker(run: Run, identity: RunIdentity, facts: LocalFacts) -> TrackerPlan:
+    return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
+
+
+def _what(run: Run, batch: Batch | None) -> PlanSummary:
+    if isinstance(run.job, GeneratingJob):  # a model, but nothing that is learnt from or resumed
+        return PlanSummary(
+            model=component_text(run.model),
+            strategy=component_text(run.parallel) if run.job.spreads(run) else "",
+            engine=run.job.engine,
+            precision=component_text(run.precision),
+            attention=component_text(run.attention),
+            compile=component_text(run.compile),
+        )
+    if batch is None:  # the other groups have no say in what is measured
+        return PlanSummary(benchmark=component_text(run.benchmark), engine=run.parallel.engine)
+    return PlanSummary(
+        model=component_text(run.model),
+        data=component_text(run.data),
+        strategy=component_text(run.parallel),
+        engine=run.parallel.engine,
+        precision=component_text(run.precision),
+        optimizer=component_text(run.optimizer) if run.batched_job.learns else "",
+        schedule=component_text(run.schedule) if run.batched_job.learns else "",
+        activation=component_text(run.activation),
+        attention=component_text(run.attention),
+        compile=component_text(run.compile),
+        checkpoint=component_text(run.checkpoint) if run.job.saves else f"resume={run.checkpoint.resume}",
+    )
+
+
+def _host_plans(
+    run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: LocalFacts, tracker: TrackerPlan
+) -> Iterator[HostPlan]:
+    commands = run.backend.rank_commands(hosts, identity) or AGENTS[run.backend.agent](hosts, identity)
+    for number, (host, first, argv) in enumerate(zip(hosts, first_ranks(hosts), commands, strict=True)):
+        place = HostPosition(host=host, number=number, num_hosts=len(hosts))
+        env = rank_environment(run, place, identity, ops_folder=facts.ops_folder, inherited=facts.environ)
+        yield HostPlan(
+            host=host,
+            first_rank=first,
+            prepare=tuple(_prepare(host, facts, env)),
+            start=Command(argv=argv, env=env),
+            sidecars=tuple(_sidecars(host, identity, tracker)) if number == 0 else (),
+        )
+
+
+def _prepare(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> Iterator[Command]:
+    """Yield the command that builds DeepSpeed's missing native ops, for the device and folder the ranks will use."""
+    if facts.missing_ops:
+        needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR") if name in env}
+        yield Command(argv=(host.python, "-m", "launcher.ops", *facts.missing_ops), env=needed)
+
+
+def _sidecars(host: Host, identity: RunIdentity, tracker: TrackerPlan) -> Iterator[Command]:
+    """Yield the process that carries metrics.jsonl to W&B."""
+    if tracker.kind == "wandb" and tracker.mode != "disabled":
+        yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir))
+
+
+def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[str]:
+    """Yield what the run writes, relative to its directory."""
+    yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", *run.job.files())
+    yield "failure.json (if a rank fails)"
+    yield f"logs/<host>.<rank>.log, {counted(sum(host.slots for host in hosts), 'rank')}"
+    if run.profile.kind == "true":
+        yield "profile/<process>: .trace.json.gz .operators.txt .operators.md .memory.json (.memory.pickle on a GPU)"
+    if run.job.saves and (run.checkpoint.every or run.checkpoint.at_end):
+        yield "checkpoints/step_<n>/"
+    if tracker.kind == "wandb" and tracker.mode != "disabled":
+        yield "wandb/"
+
+
+def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
+    """Return the model state by formula; ``None`` when the model's sizes are only known once it is downloaded."""
+    shape = run.model.shape()
+    if shape is None:
+        return None
+    world_size = sum(host.slots for host in hosts)
+    if isinstance(run.job, GeneratingJob):
+        return _weights_alone(run, run.job, shape, hosts)
+    state = run.parallel.state_bytes(shape, world_size, run.precision)
+    formula = run.parallel.formula(world_size, run.precision)
+    if not run.batched_job.learns and run.parallel.engine == "torch":
+        host = min(state.host, state.parameters)
+        state = replace(state, gradients=0, optimizer=0, host=host)
+        formula = f"the weights alone, for nothing is learnt, of {formula}"
+    return MemoryEstimate(
+        num_params=shape.num_params,
+        per_rank=state,
+        per_host_ram=max(host_ram(host, state) for host in hosts),
+        per_host_nvme=max(host.slots * state.nvme for host in hosts),
+        formula=formula,
+    )
+
+
+def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:
+    """Return what weights take that nothing is learnt from: the compute format alone, once in each copy."""
+    size = run.precision.compute_bytes
+    ways = run.parallel.degrees(1).product if job.spreads(run) else 1
+    parameters = job.copies * size * shape.num_params // ways
+    state = StateBytes(parameters=parameters, gradients=0, optimizer=0)
+    shared = f" ÷ {ways} ranks" if ways > 1 else ""
+    return MemoryEstimate(
+        num_params=shape.num_params,
+        per_rank=state,
+        per_host_ram=max(host_ram(host, state) for host in hosts),
+        per_host_nvme=0,
+        formula=f"{size} bytes of {run.precision.compute} a parameter{shared}, in {counted(job.copies, 'engine')}; "
+        "keys and values by job.kv_tokens",
+    )

@@ -1,0 +1,143 @@
+"""A plan as text for people. Consecutive hosts that are planned alike are shown once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+from launcher.planning.shell import shell_lines
+from launcher.planning.topology import HostGroup, group_hosts
+from launcher.protocol.plan import Host, HostPlan, MemoryEstimate, Plan
+from launcher.utils.text import bytes_text, counted, format_table, printable
+
+_LABEL = 12
+
+
+def render_plan(plan: Plan, *, submission: str = "") -> str:
+    """Return the plan as aligned text; the same plan always gives the same text.
+
+    Args:
+        plan: what to show.
+        submission: how the backend starts it, as the backend puts it.
+    """
+    groups = group_hosts(plan.hosts)
+    sections = {
+        f"Plan {plan.name} · {plan.run_id}": _head(plan),
+        "Batch": _batch(plan),
+        f"Parts of {plan.job}": format_table(list(plan.outline.items())),
+        "Model state per rank": _memory(plan.memory, plan.hosts) if plan.what.model else (),
+        "Ranks": _ranks(plan, groups),
+        "Commands": _commands(groups),
+        f"Submission by {plan.backend}": submission.splitlines(),
+        f"Files in {plan.run_dir_on_hosts or plan.run_dir}": plan.files,
+        f"Configuration of {plan.what.engine}": _engine_config(plan),
+        "Tracker": _tracker(plan),
+        "Warnings": plan.warnings,
+    }
+    blocks = []
+    for title, lines in sections.items():
+        body = [f"  {line}".rstrip() for line in lines]
+        if body:
+            blocks.append("\n".join([title, *body]))
+    return printable("\n\n".join(blocks)) + "\n"
+
+
+def _row(label: str, value: str) -> str:
+    return f"{label:{_LABEL}}{value}"
+
+
+def _head(plan: Plan) -> Iterator[str]:
+    yield _row("job", plan.job)
+    for field in dataclasses.fields(plan.what):
+        if text := getattr(plan.what, field.name):
+            yield _row(field.name, text)
+        if field.name == "model" and plan.memory is not None:
+            yield _row("", f"{plan.memory.num_params:,} parameters")
+
+
+def _batch(plan: Plan) -> Iterator[str]:
+    work = plan.work
+    if work.batch is None:
+        return
+    yield _row("sequences", f"{work.batch} a step")
+    yield _row("tokens", f"{work.tokens_per_step:,} a step × {counted(work.steps, 'step')} = {work.total_tokens:,}")
+
+
+def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
+    if memory is None:
+        yield "not known before the model's files are there"
+        return
+    state, device = memory.per_rank, _device_word(hosts[0].host)
+    parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer": state.optimizer}
+    width = max(len(bytes_text(size)) for size in (*parts.values(), state.total))
+    for name, size in parts.items():
+        yield _row(name, f"{bytes_text(size):>{width}}")
+    places = {device: state.device, "host RAM": state.host, "NVMe": state.nvme}
+    where = " + ".join(f"{bytes_text(size)} {place}" for place, size in places.items() if size)
+    yield _row("total", f"{bytes_text(state.total):>{width}} = {where}")
+    on_host = {"RAM": memory.per_host_ram, "NVMe": memory.per_host_nvme}
+    shown = " and ".join(f"{bytes_text(size)} of {place}" for place, size in on_host.items() if size)
+    if shown:
+        yield _row("each host", shown)
+    yield _row("formula", memory.formula)
+    yield _row("besides", "activations, communication buffers and the framework")
+
+
+def places(groups: Sequence[HostGroup]) -> Iterator[str]:
+    """Yield which ranks run where, hosts alike in one line."""
+    for group in groups:
+        last = group.last
+        from_rank, to_rank = group.first.first_rank, last.first_rank + last.host.slots - 1
+        ranks = f"rank {to_rank}" if from_rank == to_rank else f"ranks {from_rank}-{to_rank}"
+        yield f"{ranks} on {group.name}: {_room(group.first.host, each=group.size > 1)}"
+
+
+def _ranks(plan: Plan, groups: Sequence[HostGroup]) -> Iterator[str]:
+    degrees = " × ".join(f"{kind} {degree}" for kind, degree in plan.topology.items())
+    yield _row("topology", f"{degrees} = {counted(plan.world_size, 'rank')} on {counted(len(plan.hosts), 'host')}")
+    yield _row("rendezvous", f"{plan.hosts[0].host.address}:{plan.port}")
+    yield from (_row("place", line) for line in places(groups))
+
+
+def _room(host: Host, *, each: bool) -> str:
+    """Return what a host offers, and which of it is used."""
+    slots = f"slots {','.join(map(str, host.slot_ids))}" if host.slot_ids else counted(host.slots, "slot")
+    if not host.is_known:
+        return f"{slots}{' each' if each else ''}; cores, memory and devices are asked for at the start"
+    some = f"{','.join(map(str, host.slot_ids))}" if host.slot_ids else f"{host.slots}"
+    devices = f"{some} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
+    return f"{devices}, {'each ' if each else ''}{counted(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"
+
+
+def _device_word(host: Host) -> str:
+    return "GPU" if host.devices else "device (RAM)" if host.is_known else "device"
+
+
+def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
+    for group in groups:
+        first = group.first
+        yield f"{group.name}:"
+        if group.size > 1:
+            yield f"  # as on {first.host.name}; {', '.join(group.varying)} follow each host's number and name"
+        steps = [
+            *(("build native ops first", command) for command in first.prepare),
+            ("start the ranks", first.start),
+            *(("beside them", command) for command in first.sidecars),
+        ]
+        for title, command in steps:
+            yield f"  # {title}"
+            yield from (f"  {line}" for line in shell_lines(command))
+
+
+def _engine_config(plan: Plan) -> Iterator[str]:
+    if plan.engine_config is not None:
+        yield from json.dumps(plan.engine_config, indent=2, ensure_ascii=False).splitlines()
+
+
+def _tracker(plan: Plan) -> Iterator[str]:
+    tracker = plan.tracker
+    yield _row(tracker.kind, f"{tracker.mode}: {tracker.reason}")
+    if tracker.project is not None:
+        yield _row("project", f"{tracker.project}, group {tracker.group}, run {tracker.run_id}")
+    yield _row("always", "metrics.jsonl in the run directory")

@@ -1,0 +1,113 @@
+"""This machine as a host, where each rank runs, and groups of hosts that are planned alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.protocol.plan import Host, HostPlan, RankPlacement, first_ranks
+from launcher.utils.hardware import cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
+
+
+def local_host(
+    ranks: int | Literal["auto"], *, max_ranks: int | None = None, environ: Mapping[str, str] = os.environ
+) -> Host:
+    """Return this machine as a host that takes so many ranks.
+
+    ``auto`` is one rank per visible GPU; without GPUs two where there are two cores, so that what runs is
+    distributed, else one; never more than ``max_ranks``. Linux only: reads the CPU affinity and ``/proc``.
+    """
+    cores = len(os.sched_getaffinity(0))
+    gpus = visible_gpus(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
+    automatic = min(len(gpus) or min(2, cores), max_ranks or cores + len(gpus))
+    return Host(
+        name=socket.gethostname().partition(".")[0],
+        slots=automatic if ranks == "auto" else ranks,
+        devices=tuple(gpu.name for _, gpu in gpus),
+        device_ids=tuple(shown for shown, _ in gpus),
+        device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
+        cores=cores,
+        memory_bytes=memory_limit(),
+        computes_bf16=cpu_computes_bf16(),
+        python=sys.executable,
+    )
+
+
+def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlacement]:
+    """Yield where each rank runs, in the order of ranks."""
+    for host, first in zip(hosts, first_ranks(hosts), strict=True):
+        for local_rank in range(host.slots):
+            device = f"cuda:{local_rank}" if host.devices else "cpu" if host.is_known else "?"
+            yield RankPlacement(rank=first + local_rank, host=host.name, local_rank=local_rank, device=device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostGroup:
+    """Consecutive hosts planned alike."""
+
+    first: HostPlan
+    last: HostPlan
+    number: int
+    """Of the first, counted from 0."""
+    size: int
+    varying: tuple[str, ...] = ()
+    """Flags and variables that hold the host's number or name (``--node-rank``)."""
+
+    @property
+    def name(self) -> str:
+        """The host's name, or the first and the last."""
+        if self.size == 1:
+            return self.first.host.name
+        return f"{self.first.host.name} … {self.last.host.name} ({self.size:,} hosts)"
+
+
+def group_hosts(hosts: Sequence[HostPlan]) -> list[HostGroup]:
+    """Return ``hosts`` as groups, in order; every host is compared once, with the first of its group."""
+    groups: list[HostGroup] = []
+    for number, host in enumerate(hosts):
+        varying = _varying(groups[-1], host, number) if groups else None
+        if varying is None:
+            groups.append(HostGroup(first=host, last=host, number=number, size=1))
+        else:
+            groups[-1] = dataclasses.replace(groups[-1], last=host, size=groups[-1].size + 1, varying=varying)
+    return groups
+
+
+def _varying(group: HostGroup, other: HostPlan, number: int) -> tuple[str, ...] | None:
+    """Return what varies once ``other`` joins, or ``None`` when it differs in more than number and name."""
+    mine, yours = list(_words(group.first)), list(_words(other))
+    if _shape(group.first.host) != _shape(other.host) or [m[0] for m in mine] != [y[0] for y in yours]:
+        return None
+    varying = list(group.varying)
+    follows = {(str(group.number), str(number)), (group.first.host.name, other.host.name)}
+    for (label, left), (_, right) in zip(mine, yours, strict=True):
+        if left == right:
+            continue
+        if (left, right) not in follows:
+            return None
+        if label not in varying:
+            varying.append(label)
+    return tuple(varying)
+
+
+def _shape(host: Host) -> Host:
+    return dataclasses.replace(host, name="", address="", login="")
+
+
+def _words(plan: HostPlan) -> Iterator[tuple[str, str]]:
+    """Yield (flag or variable, value) of everything in the host's commands."""
+    for command in (*plan.prepare, plan.start, *plan.sidecars):
+        yield from command.env.items()
+        flag = ""
+        for word in command.argv:
+            name, equals, value = word.partition("=")
+            if word.startswith("-"):
+                flag = name
+                yield flag, value if equals else ""
+            else:
+                yield flag, word

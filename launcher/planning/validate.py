@@ -1,0 +1,327 @@
+"""Checks of a Run against its hosts: each error names the option, the arithmetic and what works."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+
+from launcher.config.activation import OffloadCheckpointing
+from launcher.config.attention import FlashAttention, FlexAttention
+from launcher.config.backend import base
+from launcher.config.benchmark.base import Benchmark
+from launcher.config.compile import RegionalCompile
+from launcher.config.data.base import Corpus, Synthetic
+from launcher.config.job.base import BatchedJob
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.job.quantize import Quantize
+from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.transformers_support import attention_support
+from launcher.config.option_text import flatten_options
+from launcher.config.parallel.zero import Zero
+from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
+from launcher.config.run import Run, run_to_tree
+from launcher.config.supported_models import unsupported_attention, validate_family
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host, first_ranks
+from launcher.protocol.rundir import RUN_INDEX
+from launcher.utils.secrets import is_secret_value, secret_variable_in
+
+_MAX_NAME_BYTES = 200
+"""Of a folder's name; file systems allow 255."""
+
+
+_NO_CHECKPOINTS = ("0", "false", "default")
+"""Values of the group checkpoint that ask for none."""
+
+
+def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield everything that keeps ``run`` from working on ``hosts``, except the batch equation."""
+    world_size = sum(host.slots for host in hosts)
+    yield from _validate_parallel_dims(run, world_size)
+    yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
+    if isinstance(run.job, BatchedJob):
+        yield from _validate_accumulation(run, run.job)
+        yield from _validate_split_sequences(run, run.job, world_size)
+        yield from validate_numerics(run, run.job, hosts)
+        yield from _validate_sequence_length(run, run.job)
+        yield from _validate_vocabulary(run)
+    yield from _validate_name(run)
+    yield from _validate_family(run, world_size)
+    yield from _validate_ranks_per_host(hosts)
+    yield from _validate_uneven_hosts(run, hosts)
+    yield from base.validate_env(run.backend.env, forward=getattr(run.backend, "forward", None))
+    yield from _validate_secrets(run)
+    yield from _validate_shown_ranks(run, hosts)
+    yield from run.backend.refusals(hosts)
+    yield from _validate_quantization(run)
+    yield from _validate_resume(run)
+    yield from run.job.refusals(run, world_size=world_size)
+    yield from _validate_profile(run, world_size)
+
+
+def _validate_secrets(run: Run) -> Iterator[ConfigError]:
+    """Refuse secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
+    for option, value in flatten_options(run_to_tree(run)):
+        if name := secret_variable_in(value, os.environ):
+            why = f"holds the value of the variable {name}, and run.yaml is written to disk"
+            yield ConfigError(option, why=why, fix=f"leave it out: ranks on this machine have {name} of your shell")
+        elif not option.startswith("backend.env.") and is_secret_value(value):
+            why = "holds a secret (a password in an address, a token or a key), and run.yaml is written to disk"
+            fix = "leave the secret out; export it in your shell under the name that the library reads (HF_TOKEN, …)"
+            yield ConfigError(option, why=why, fix=fix)
+
+
+def _validate_name(run: Run) -> Iterator[ConfigError]:
+    """Refuse a name that is a path, or none: it is one folder below ``run.root``."""
+    name = run.run.name
+    if not name.strip() or name in (".", "..") or "/" in name:
+        last = name.rstrip("/").rpartition("/")[2]
+        example = last if last.strip() not in ("", ".", "..") else "mine"
+        why = "is empty" if not name.strip() else "is a path, and the name of a run is one folder below run.root"
+        fix = f"set run.name={example}; run.root names the folder of all runs, run.dir that of this one"
+        yield ConfigError("run.name", name, why=why, fix=fix)
+    elif name == RUN_INDEX:
+        why = "is the file that lists runs with directories of their own"
+        yield ConfigError("run.name", name, why=why, fix="set another name")
+    elif not name.isprintable() or len(name.encode()) > _MAX_NAME_BYTES:
+        why = f"holds a control character, or more than {_MAX_NAME_BYTES} bytes"
+        yield ConfigError("run.name", name, why=why, fix="set a shorter one of printable characters")
+
+
+def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
+    try:
+        num_steps = run.job.num_steps(run, world_size=world_size)
+    except ConfigError:
+        return  # the batch does not come out even, which the plan refuses
+    yield from run.profile.refusals(run.job.profiled_by, num_steps)
+
+
+def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigError]:
+    """Yield each option on the command line that has no effect on the job; those of experiments may serve other jobs.
+
+    Args:
+        run: what they compose to.
+        words: the overrides that the user typed.
+    """
+    groups = run.job.unused_groups(run)
+    for word in words:
+        key, _, value = word.lstrip("+").partition("=")
+        group, _, option = key.partition(".")
+        if group == "benchmark" and group in groups and value != "none":
+            why = f"job={run.job.kind} measures no benchmark"
+            yield ConfigError(key, value, why=why, fix=f"add job=benchmark, or leave {key} out")
+        elif group in groups and group != "benchmark":
+            why = f"job={run.job.kind} does not use the group {group}"
+            yield ConfigError(key, value, why=why, fix=f"leave {key} out")
+        elif group == "checkpoint" and option != "resume" and not run.job.saves and value not in _NO_CHECKPOINTS:
+            why = f"job={run.job.kind} writes no checkpoints"
+            yield ConfigError(key, value, why=why, fix=f"leave {key} out")
+
+
+def _validate_resume(run: Run) -> Iterator[ConfigError]:
+    """Refuse a checkpoint where nothing is continued; ``auto`` starts any run again in its own directory."""
+    resume = run.checkpoint.resume
+    if run.job.resumes or resume in ("none", "auto"):
+        return
+    why = f"job={run.job.kind} continues no training run, and would ignore the checkpoint"
+    takes_weights = not isinstance(run.benchmark, Benchmark) or run.benchmark.needs_model
+    fix = f"set model.weights={resume} checkpoint.resume=none" if takes_weights else "leave it out"
+    yield ConfigError("checkpoint.resume", resume, why=why, fix=fix)
+
+
+def _validate_quantization(run: Run) -> Iterator[ConfigError]:
+    """Refuse methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
+    chosen, own = run.quantization.kind, run.model.quantization
+    quantises = isinstance(run.job, Quantize)
+    if chosen != "none" and not quantises:
+        why = f"job={run.job.kind} makes no quantised weights"
+        fix = f"set model.quantization={chosen} to use them, or job=quantize to keep them"
+        yield ConfigError("quantization", chosen, why=why, fix=fix)
+    if own == "none":
+        return
+    if quantises:
+        why = "job=quantize starts from the original, and does what the group quantization says"
+        fix = f"set model.quantization=none quantization={own}"
+        yield ConfigError("model.quantization", own, why=why, fix=fix)
+    else:
+        yield from validate_quantized_weights(run, "model.quantization", own, instead="set model.quantization=none")
+
+
+def validate_quantized_weights(run: Run, option: str, value: object, *, instead: str) -> Iterator[ConfigError]:
+    """Yield why a run cannot have quantised weights.
+
+    Args:
+        run: what is asked for.
+        option: by which the weights are quantised, as the user types it.
+        value: of that option.
+        instead: what would work with any run.
+    """
+    if isinstance(run.job, BatchedJob) and run.job.learns:
+        why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
+        yield ConfigError(option, value, why=why, fix=instead)
+    elif isinstance(run.benchmark, Benchmark) and not run.benchmark.takes_few_bits:
+        why = f"benchmark={run.benchmark.kind} trains the model, quantises it itself, or has none"
+        yield ConfigError(option, value, why=why, fix=instead)
+    elif run.parallel.kind not in ("single", "ddp", "pipeline"):
+        why = f"parallel={run.parallel.kind} slices matrices, and quantised ones stay whole"
+        yield ConfigError(option, value, why=why, fix="set parallel=single")
+
+
+def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse a world that the degrees do not divide, naming each of them."""
+    fits = run.parallel.degrees(world_size)
+    if fits.product == world_size:
+        return
+    unit = run.parallel.degrees(1).product
+    nearest = sorted({max(unit, world_size // unit * unit), (world_size // unit + 1) * unit})
+    fix = f"run on {' or '.join(map(str, nearest))} ranks (backend.ranks counts those of one host)"
+    if run.parallel.degree_options:
+        fix += f", or change {', '.join(f'parallel.{name}' for name in run.parallel.degree_options)}"
+    why = f"{fits} does not fill the world of {world_size}"
+    yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
+
+
+def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
+    """Refuse to spread models that the strategy cannot spread, and kernels that their family does not have."""
+    if not isinstance(run.job, BatchedJob | GeneratingJob):
+        return
+    length = run.job.sequence_length if isinstance(run.job, BatchedJob) else 0
+    yield from validate_family(run.parallel, run.model, run.attention, world_size=world_size, length=length)
+    if isinstance(run.job, GeneratingJob) and run.job.engine != "transformers":
+        return  # engines with kernels of their own
+    config = run.model.stored_config()
+    marks = attention_support(str(config.get("model_type"))) if config is not None else None
+    if (
+        marks is not None
+        and (refusal := unsupported_attention(run.attention, str(run.model.family()), marks)) is not None
+    ):
+        yield refusal
+
+
+def _validate_sequence_length(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    shape = run.model.shape()
+    if shape is not None and job.sequence_length > shape.context:
+        why = f"{run.model.name} takes at most {shape.context} tokens"
+        yield job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
+
+
+def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    own = run.parallel.accumulation
+    if own is not None and job.accumulation not in (None, own):
+        why = f"parallel.micro_batches={own} says how many forward passes a step takes"
+        yield job.refuse("accumulation", why, "leave one of the two out")
+
+
+def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
+    """Refuse sequences that do not divide over their ranks."""
+    degree, length = run.parallel.degrees(world_size).sequence, job.sequence_length
+    if degree == 1:
+        return
+    if length % degree:
+        why = f"it does not divide by parallel.sequence={degree}"
+        yield job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
+
+
+def _validate_vocabulary(run: Run) -> Iterator[ConfigError]:
+    shape, data = run.model.shape(), run.data
+    trained_here = isinstance(data, Corpus) and data.trains_tokenizer
+    if shape is None or not (trained_here or isinstance(data, Synthetic)):
+        return  # other tokenizers are only known once they are loaded: the rank checks them
+    assert isinstance(data, Corpus | Synthetic)
+    if data.vocab_size > shape.vocab_size:
+        why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
+        yield data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
+
+
+def _validate_ranks_per_host(hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    for host in hosts:
+        if host.devices and host.slots > len(host.devices):
+            gpus = "1 GPU" if len(host.devices) == 1 else f"{len(host.devices)} GPUs"
+            fix = f"set backend.ranks={len(host.devices)}"
+            yield ConfigError("backend.ranks", host.slots, why=f"{host.name} shows {gpus}, one a rank", fix=fix)
+
+
+def _validate_uneven_hosts(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """DeepSpeed's launcher takes the rank modulo the host's ranks for the local rank: wrong on uneven hosts."""
+    if run.backend.agent != "deepspeed":
+        return
+    for host, first in zip(hosts, first_ranks(hosts), strict=True):
+        if first % host.slots:
+            why = f"it misnumbers the {host.slots} ranks of {host.name}, whose first is {first}"
+            yield run.backend.refuse("agent", why, "set backend.agent=torchrun or give every host as many ranks")
+            return
+
+
+def _validate_shown_ranks(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    world_size = sum(host.slots for host in hosts)
+    if run.backend.show_ranks != "all":
+        unknown = [rank for rank in run.backend.show_ranks if not 0 <= rank < world_size]
+        if unknown:
+            why = f"the run has ranks 0 to {world_size - 1}"
+            yield ConfigError("backend.show_ranks", unknown, why=why, fix="set backend.show_ranks=all")
+
+
+def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield what cannot be computed as asked; on hosts that nobody has looked at yet, the ranks find out."""
+    without_gpu = next((host.name for host in hosts if host.is_known and not host.devices), None)
+    yield from _validate_formats(run, without_gpu)
+    if isinstance(run.precision, Fp8Precision):
+        yield from _validate_fp8(run, job)
+    yield from _validate_kernels(run, without_gpu, on_gpu=any(host.devices for host in hosts))
+    if isinstance(run.compile, RegionalCompile):
+        yield from _validate_compilation(run)
+    if run.optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
+        why = "it is DeepSpeed's, and this strategy runs without DeepSpeed"
+        yield run.optimizer.refuse("implementation", why, "set optimizer.implementation=torch, which is fused too")
+
+
+def _validate_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:
+    if run.precision.needs_capability is not None and without_gpu is not None:
+        why = f"only GPUs multiply in this format, and {without_gpu} has none"
+        yield ConfigError("precision", run.precision.kind, why=why, fix=f"set precision={run.precision.compute}")
+
+
+def _validate_fp8(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    if run.parallel.engine == "deepspeed":
+        why = "DeepSpeed casts the weights to 16 bits by itself, beneath torchao's layers"
+        yield ConfigError("precision", Fp8Precision.kind, why=why, fix="set parallel=ddp or precision=bf16")
+    if _is_gpt2(run):
+        why = "GPT-2's layers are Conv1D, and torchao converts torch.nn.Linear only"
+        yield ConfigError("precision", Fp8Precision.kind, why=why, fix="set precision=bf16 or another model")
+    tokens = job.micro_batch * job.sequence_length
+    if tokens % FP8_MULTIPLE:
+        product = f"{job.micro_batch} × {job.sequence_length} = {tokens} tokens"
+        why = f"a micro-batch of {product} is not a multiple of {FP8_MULTIPLE}, as 8-bit products need"
+        better = max(FP8_MULTIPLE, job.sequence_length // FP8_MULTIPLE * FP8_MULTIPLE)
+        yield ConfigError("precision", Fp8Precision.kind, why=why, fix=f"set job.sequence_length={better}")
+
+
+def _validate_kernels(run: Run, without_gpu: str | None, *, on_gpu: bool) -> Iterator[ConfigError]:
+    attention = run.attention
+    if isinstance(attention, FlexAttention):
+        if _is_gpt2(run):
+            why = "Transformers has no flex attention for GPT-2"
+            yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa or another model")
+        if without_gpu is not None:
+            why = f"it has no backward pass on a CPU, and {without_gpu} has no GPU"
+            yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa")
+    if isinstance(attention, FlashAttention):
+        if on_gpu and run.precision.compute == "fp32":
+            why = f"on a GPU the flash kernel takes 16-bit numbers only, and precision is {run.precision.kind}"
+            yield ConfigError("attention", attention.kind, why=why, fix="set precision=bf16 or attention=sdpa")
+        if without_gpu is not None and isinstance(run.model, Gpt2) and run.model.dropout:
+            why = f"on a CPU the flash kernel has no dropout, and model.dropout={run.model.dropout:g}"
+            yield ConfigError("attention", attention.kind, why=why, fix="set model.dropout=0 or attention=sdpa")
+
+
+def _validate_compilation(run: Run) -> Iterator[ConfigError]:
+    if isinstance(run.activation, OffloadCheckpointing):
+        why = "torch cannot compile the copies of activation=offload"
+        yield ConfigError("compile", run.compile.kind, why=why, fix="set activation=full or compile=false")
+    if isinstance(run.parallel, Zero) and run.parallel.stage == 3:
+        why = "ZeRO-3 gathers weights inside of each block, which torch cannot compile"
+        yield ConfigError("compile", run.compile.kind, why=why, fix="set parallel=zero2 or compile=false")
+
+
+def _is_gpt2(run: Run) -> bool:
+    return run.model.architecture().get("family") == Gpt2.kind

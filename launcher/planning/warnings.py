@@ -1,0 +1,110 @@
+"""Warnings: options that work, but perhaps not as meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from launcher.config.activation import OffloadCheckpointing
+from launcher.config.data.base import Corpus, Synthetic
+from launcher.config.job.base import BatchedJob, LearningJob
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.run import Run
+from launcher.protocol.plan import Host, MemoryEstimate, host_ram
+from launcher.utils.text import bytes_text
+
+
+def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
+    """Yield each warning as one sentence that names the option to change."""
+    if isinstance(run.job, BatchedJob):
+        yield from _memory_warnings(hosts, memory)
+        yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
+        yield from numerics_warnings(run, hosts)
+        yield from _processor_warnings(run, hosts)
+        yield from _schedule_warnings(run)
+        yield from _pretrained_weights_warnings(run)
+    if isinstance(run.job, GeneratingJob):
+        yield from _memory_warnings(hosts, memory)
+        yield from _format_warnings(run, [host for host in hosts if host.is_known and not host.devices])
+    yield from run.job.notes(run, world_size=sum(host.slots for host in hosts))
+
+
+def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
+    if memory is None:
+        yield "the model's sizes are known only once its files are there, so memory was not checked"
+        return
+    state = memory.per_rank
+    for host in hosts:
+        needed = host_ram(host, state)
+        if 0 < host.memory_bytes < needed:
+            yield (
+                f"model state alone needs {bytes_text(needed)} of RAM on {host.name}, which has "
+                f"{bytes_text(host.memory_bytes)}: parallel=zero_infinity keeps it on a disk"
+            )
+            return
+        if 0 < host.device_bytes < state.device:
+            yield (
+                f"model state alone needs {bytes_text(state.device)} of each GPU of {host.name}, which has "
+                f"{bytes_text(host.device_bytes)}: take a higher ZeRO stage, offload, or more GPUs"
+            )
+            return
+
+
+def _processor_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
+    on_cpu = [host for host in hosts if host.is_known and not host.devices]
+    if not on_cpu:
+        return
+    crowded = next((host for host in on_cpu if host.slots > host.cores), None)
+    if crowded is not None:
+        yield f"{crowded.slots} ranks share {crowded.cores} cores of {crowded.name}: set backend.ranks={crowded.cores}"
+    yield from _format_warnings(run, on_cpu)
+
+
+def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
+    if not on_cpu:
+        return
+    better = "bf16" if all(host.computes_bf16 for host in on_cpu) else "fp32"
+    if run.precision.compute == "fp16":
+        yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"
+    if run.precision.compute == "bf16" and better == "fp32" and not run.job.widens_bf16:
+        yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
+
+
+_FINE_TUNING_LR = 2e-4
+"""Above this, AdamW at a full model's weights undoes what pretraining taught (SmolLM2, Llama: 1e-5 to 1e-4)."""
+
+
+def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
+    """Warn of a tokenizer that the given weights do not know, and of a learning rate for random ones."""
+    if run.model.weights == "random":
+        return
+    if isinstance(run.data, Corpus) and run.data.tokenizer != "model":
+        own = "set data.tokenizer=model" if run.model.has_own_tokenizer else "name the one that they were trained with"
+        said = f"the weights of {run.model.name} know the token numbers of their own tokenizer alone"
+        yield f"data.tokenizer={run.data.tokenizer}: {said}: {own}"
+    elif isinstance(run.data, Synthetic):
+        yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
+    if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
+        yield (
+            f"optimizer.lr={run.optimizer.lr:g} is a rate for random weights, and those of {run.model.name} are given: "
+            "set optimizer.lr=2e-5 to fine-tune"
+        )
+
+
+def _schedule_warnings(run: Run) -> Iterator[str]:
+    job, warmup = run.job, run.schedule.warmup_steps
+    if not isinstance(job, LearningJob):
+        return
+    if warmup >= job.steps:
+        yield (
+            f"schedule.warmup_steps={warmup} is not below job.steps={job.steps}: "
+            "the learning rate never reaches optimizer.lr"
+        )
+    checkpoint = run.checkpoint
+    if job.saves and checkpoint.every > job.steps and not checkpoint.at_end:
+        yield f"checkpoint.every={checkpoint.every} is above job.steps={job.steps}: no checkpoint will be written"
+
+
+def numerics_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
+    """Yield what a user should know of options that work."""
+    if isinstance(run.activation, OffloadCheckpointing) and any(host.is_known and not host.devices for host in hosts):
+        yield "activation=offload moves nothing without a GPU: activations are in host RAM already, as activation=full"

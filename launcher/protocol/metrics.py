@@ -1,0 +1,86 @@
+"""Write metrics.jsonl, the source of truth about a run: one JSON object a line, by rank 0.
+
+    {"train/step": 3, "train/loss": 5.61, "time": 1753948800.5}
+
+Names: train/step train/loss train/lr train/grad_norm train/tokens eval/loss perf/tokens_per_s perf/mfu
+memory/peak_bytes time/<part>_s. ``time`` is in seconds since 1970 and rises from line to line. A value that is not
+finite is written as ``null``: JSON has no NaN, and a reader that wants numbers turns null into NaN by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from types import TracebackType
+
+from launcher.protocol.results import parse_metrics_line
+from launcher.utils.files import write_atomic
+
+_TICK_S = 1e-6
+"""Two lines never carry the same time: a tracker tells by it which lines it has sent."""
+
+
+class MetricsWriter:
+    """Appends lines that are out of the process as soon as ``record`` returns, so SIGKILL loses none.
+
+    Args:
+        path: the file; created if need be.
+        start_step: the step this run continues from. Lines of later steps come from a life of the run that ended
+            before its next checkpoint: they move to ``metrics.discarded.jsonl`` and the file reads as one run.
+    """
+
+    def __init__(self, path: Path, *, start_step: int = 0) -> None:
+        self._last_time = rewind(path, start_step)
+        self._file = path.open("ab")
+
+    def record(self, step: int, **metrics: float) -> None:
+        """Append one line for ``step`` (optimiser steps done so far).
+
+        Raises:
+            OSError: the disk is full or gone.
+        """
+        self._last_time = max(time.time(), self._last_time + _TICK_S)
+        values = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"train/step": step, **values, "time": self._last_time}, allow_nan=False)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; every line is in it already."""
+        self._file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def rewind(path: Path, step: int) -> float:
+    """Move the lines after ``step``, and any that is cut, to ``metrics.discarded.jsonl``.
+
+    The discarded lines are saved first and the file replaced in one rename, so a crash in between repeats the move
+    but loses nothing.
+
+    Returns:
+        The time of the latest line, kept or not; 0 when there is none.
+    """
+    if not path.exists():
+        return 0.0
+    kept: list[bytes] = []
+    discarded: list[bytes] = []
+    latest = 0.0
+    for line in path.read_bytes().splitlines():
+        values = parse_metrics_line(line)
+        if values is not None:
+            latest = max(latest, values.get("time", 0.0))
+        (discarded if values is None or values.get("train/step", 0) > step else kept).append(line + b"\n")
+    if discarded:
+        with path.with_name(f"{path.stem}.discarded{path.suffix}").open("ab") as file:
+            file.writelines(discarded)
+        write_atomic(path, b"".join(kept))
+    elif kept and not path.read_bytes().endswith(b"\n"):
+        write_atomic(path, b"".join(kept))
+    return latest

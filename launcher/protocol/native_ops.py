@@ -1,0 +1,134 @@
+"""DeepSpeed's native operators: where they are built, which are there, what came of a build.
+
+Answered by ``stat`` alone, without importing torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import distribution, version
+from pathlib import Path
+
+from launcher.config.parallel.base import NativeOps
+from launcher.utils.files import read_json, write_json
+
+OPTIONAL_MARK = "?"
+"""Ends the name of an operator the run can do without, on the command line of ``python -m launcher.ops``."""
+
+
+def ops_folder() -> Path:
+    """Return the folder of this environment's operators.
+
+    It is ``TORCH_EXTENSIONS_DIR`` where that is set, else a folder below ``$XDG_CACHE_HOME/launcher/ops`` of its own
+    for each combination of Python, torch, DeepSpeed, environment and instruction set: what is compiled for one of them
+    is wrong, or rebuilt over and over, in another.
+    """
+    given = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if given:
+        return Path(given)
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    digest = hashlib.sha256(f"{sys.prefix}\n{_instruction_set()}".encode()).hexdigest()[:8]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    return cache / "launcher" / "ops" / f"py{python}-torch{version('torch')}-deepspeed{version('deepspeed')}-{digest}"
+
+
+def _instruction_set() -> str:
+    """Return the processor's flags, because operators are compiled for the machine at hand; empty outside Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def op_library(name: str) -> Path:
+    """Return the path of a built operator."""
+    return ops_folder() / name / f"{name}.so"
+
+
+def op_lock(name: str) -> Path:
+    """Return the path of the lock that torch holds while it builds an operator, and for a moment while it loads it."""
+    return ops_folder() / name / "lock"
+
+
+def is_built(name: str) -> bool:
+    """Whether ranks can load this operator as it is.
+
+    One that is older than DeepSpeed's sources is not: an environment that was installed again has newer ones, and every
+    rank would compile them anew, each for minutes, when it loads the operator.
+    """
+    try:
+        built = op_library(name).stat().st_mtime_ns
+    except OSError:  # it is not there, or the folder is another user's
+        return False
+    return built >= _sources_changed_ns()
+
+
+def mark_built(name: str) -> None:
+    """Say that an operator is up to date, whatever the times of files that it is not made of."""
+    if op_library(name).exists():
+        os.utime(op_library(name))
+
+
+@cache
+def _sources_changed_ns() -> int:
+    """Return the time of DeepSpeed's newest source file, in ns; found without importing DeepSpeed."""
+    sources = Path(str(distribution("deepspeed").locate_file("deepspeed/ops/csrc")))
+    files = (file for file in sources.rglob("*") if file.is_file())
+    return max((file.stat().st_mtime_ns for file in files), default=0)
+
+
+def ops_to_build(ops: NativeOps) -> tuple[str, ...]:
+    """Return the arguments of ``python -m launcher.ops`` that make ``ops`` ready; empty when there is nothing to do.
+
+    A lock counts as missing: either a build is going on, or a killed one left it and it has to be cleared.
+    """
+    return tuple(word for word in ops_arguments(ops) if not is_built(_name(word)) or op_lock(_name(word)).exists())
+
+
+def ops_arguments(ops: NativeOps) -> tuple[str, ...]:
+    """Return the arguments of ``python -m launcher.ops`` that make ``ops`` ready wherever it runs."""
+    return (*ops.needed, *(name + OPTIONAL_MARK for name in ops.optional))
+
+
+def _name(argument: str) -> str:
+    return argument.removesuffix(OPTIONAL_MARK)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOutcome:
+    """The end of one build."""
+
+    name: str
+    built: bool
+    seconds: float
+    why: str = ""
+    """Why it could not be built."""
+    remedy: str = ""
+    """What to type so that it can."""
+
+
+def _outcome_file(folder: Path, name: str) -> Path:
+    return folder / f"{name}.json"
+
+
+def write_build_outcome(folder: Path, outcome: BuildOutcome) -> None:
+    """Keep an outcome."""
+    write_json(_outcome_file(folder, outcome.name), asdict(outcome))
+
+
+def read_build_outcome(folder: Path, name: str) -> BuildOutcome | None:
+    """Return the last outcome, or ``None`` when nobody built this operator here."""
+    path = _outcome_file(folder, name)
+    return BuildOutcome(**read_json(path)) if path.exists() else None
+
+
+def path_with_ninja() -> str:
+    """Return PATH with this interpreter's folder, where pip puts ninja even when the environment is not activated."""
+    path = os.environ.get("PATH", os.defpath)
+    if shutil.which("ninja", path=path):
+        return path
+    return os.pathsep.join([str(Path(sys.executable).parent), path])

@@ -1,0 +1,220 @@
+"""The plan: all a backend needs to start a run, as frozen values that print and compare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.config.batch import Batch
+from launcher.config.parallel.base import StateBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A machine that takes part: an input of the planner."""
+
+    name: str
+    """What it is called in plans and logs."""
+    slots: int
+    """Ranks it takes."""
+    address: str = "127.0.0.1"
+    """Where the other hosts reach it."""
+    login: str = ""
+    """How it is reached from here, as the hostfile says it (``user@name:port``); empty for this machine."""
+    is_known: bool = True
+    """Whether it was asked for what follows; a dry run asks nobody."""
+    devices: tuple[str, ...] = ()
+    """GPU names by index; empty where ranks compute on the CPU."""
+    device_ids: tuple[str, ...] = ()
+    """What CUDA_VISIBLE_DEVICES calls each of ``devices``."""
+    slot_ids: tuple[int, ...] = ()
+    """Which of ``devices`` the ranks get, where somebody chose; empty means the first ones."""
+    interface: str = ""
+    """Network interface that leads to the other hosts; empty where there are none."""
+    device_bytes: int = 0
+    """Memory of the smallest GPU; 0 when not known."""
+    cores: int = 1
+    memory_bytes: int = 0
+    """Host RAM; 0 when not known."""
+    computes_bf16: bool = True
+    """Whether its processor has instructions for bfloat16; without them every product is converted in software."""
+    python: str = "python"
+    """The interpreter that runs this program there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunIdentity:
+    """What tells one run from another: an input of the planner."""
+
+    run_id: str
+    run_dir: str
+    """Absolute path."""
+    run_hash: str
+    """SHA-256 of run.yaml."""
+    port: int
+    """Port of the rendezvous on the first host."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One process to start: argv is passed as it is, never through a shell."""
+
+    argv: tuple[str, ...]
+    env: dict[str, str] = field(default_factory=dict)
+    """Added to what the process inherits. Never holds a secret."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankPlacement:
+    """Where one rank runs."""
+
+    rank: int
+    host: str
+    local_rank: int
+    device: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostPlan:
+    """What happens on one host."""
+
+    host: Host
+    first_rank: int
+    prepare: tuple[Command, ...] = ()
+    """Run one after the other, before any rank starts (building native ops)."""
+    start: Command
+    """The agent (torchrun or deepspeed) that starts this host's ranks."""
+    sidecars: tuple[Command, ...] = ()
+    """Processes beside the ranks (a tracker); their failure never ends the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackerPlan:
+    """Where metrics go besides the run directory."""
+
+    kind: str
+    mode: str
+    reason: str
+    run_id: str
+    project: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """How much the run will do."""
+
+    batch: Batch | None
+    """``None`` for a job that has none: a benchmark."""
+    steps: int
+    """Optimiser steps, or what else the job counts its progress in."""
+    tokens_per_step: int
+    total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Model state by formula; activations, buffers and the framework come on top."""
+
+    num_params: int
+    per_rank: StateBytes
+    per_host_ram: int
+    per_host_nvme: int
+    formula: str
+    """The arithmetic and its source."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSummary:
+    """The components of the run in words, for people; empty for those that the job has no use for."""
+
+    model: str = ""
+    data: str = ""
+    strategy: str = ""
+    engine: str = ""
+    precision: str = ""
+    optimizer: str = ""
+    """Empty, like ``schedule``, where nothing is learnt."""
+    schedule: str = ""
+    activation: str = ""
+    attention: str = ""
+    compile: str = ""
+    checkpoint: str = ""
+    benchmark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run, ready to start."""
+
+    run_id: str
+    name: str
+    run_dir: str
+    run_dir_on_hosts: str = ""
+    """Where hosts keep the run, if that is another folder than on the machine that plans."""
+    run_hash: str
+    """SHA-256 of run.yaml, checked by every rank."""
+    job: str
+    backend: str
+    """Kind of the backend that starts it."""
+    world_size: int
+    topology: dict[str, int]
+    """Degree of each kind of parallelism; their product is the world size."""
+    what: PlanSummary
+    port: int
+    ranks: tuple[RankPlacement, ...]
+    hosts: tuple[HostPlan, ...]
+    work: Work
+    memory: MemoryEstimate | None
+    """``None`` when the model's sizes are only known once it is downloaded, or the job has no model."""
+    engine_config: dict[str, Any] | None
+    """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
+    tracker: TrackerPlan
+    outline: dict[str, str] = field(default_factory=dict)
+    """Parts of the work besides its batches, and what is done in each; most jobs have none."""
+    files: tuple[str, ...]
+    """What the run will write, relative to the run directory."""
+    ends_when_told: bool = False
+    """Whether ranks that end well after SIGTERM or Ctrl-C have completed the run."""
+    stall_timeout_s: float
+    grace_s: float
+    preempt_grace_s: float
+    """Time that ranks get to save and end after SIGUSR1."""
+    heartbeat_timeout_s: float = 0.0
+    """Silence after which a host, or the session, counts as lost; 0 where nothing can be lost unnoticed."""
+    forward: tuple[str, ...] = ()
+    """Names of the variables that hosts get from the launching environment; values are in no plan."""
+    show_ranks: tuple[int, ...] | None
+    """Ranks whose output is shown; ``None`` shows all."""
+    warnings: tuple[str, ...] = ()
+
+
+def plan_from_json(tree: dict[str, Any]) -> Plan:
+    """Return the plan that ``plan.json`` holds.
+
+    Raises:
+        ConfigErrors: the file was not written by this version.
+    """
+    from launcher.config.schema import build
+    from launcher.errors import ConfigError, ConfigErrors
+
+    mistakes: list[ConfigError] = []
+    plan = build(Plan, tree, path="plan", report=mistakes.append)
+    if plan is None:
+        raise ConfigErrors(mistakes)
+    return plan
+
+
+def host_ram(host: Host, state: StateBytes) -> int:
+    """Return the bytes of model state in one host's RAM: what is offloaded and, without GPUs, the rest too."""
+    return host.slots * (state.host + (0 if host.devices or not host.is_known else state.device))
+
+
+def first_ranks(hosts: Sequence[Host]) -> list[int]:
+    """Return the number of the first rank on each host: ranks are counted host by host."""
+    firsts, seen = [], 0
+    for host in hosts:
+        firsts.append(seen)
+        seen += host.slots
+    return firsts

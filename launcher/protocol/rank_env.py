@@ -1,0 +1,73 @@
+"""Environment of a rank, and the files in which it records its exception."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.errors import EnvironmentProblem
+from launcher.protocol.rundir import RunDir
+
+EXCEPTION_RECORD_FIELDS: dict[str, type] = {"pid": int, "time": float, "code": int, "error": str, "traceback": str}
+"""What a rank writes down of its exception."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnv:
+    """Who this rank is."""
+
+    run_dir: RunDir
+    rank: int
+    local_rank: int
+    world_size: int
+    host: str
+    """The name of this machine in the plan."""
+    run_hash: str | None
+    """What the snapshot's hash must be."""
+    run_id: str
+    """Of the run; empty for a rank that was started by hand."""
+    scratch: Path | None
+    """Folder of the host agent's socket and beat files; ``None`` for a rank started by hand."""
+
+    @property
+    def log(self) -> Path:
+        """Where everything this rank prints goes."""
+        return self.run_dir.log_of(self.host, self.rank)
+
+    @property
+    def record(self) -> Path:
+        """Where this rank writes down the exception that ends it."""
+        return exception_record_file(self.run_dir, self.rank)
+
+
+def exception_text_file(run_dir: RunDir, rank: int) -> Path:
+    """Return the file of what a rank prints when it fails."""
+    return exception_record_file(run_dir, rank).with_suffix(".txt")
+
+
+def exception_record_file(run_dir: RunDir, rank: int) -> Path:
+    """Return the file that holds the exception of ``rank``."""
+    return run_dir.logs / f"failure.rank{rank}.json"
+
+
+def read_rank_env(run_dir: Path, environ: Mapping[str, str]) -> RankEnv:
+    """Return what ``environ`` tells a rank.
+
+    Raises:
+        EnvironmentProblem: RANK, LOCAL_RANK, WORLD_SIZE or LAUNCHER_HOST is missing or not a number.
+    """
+    try:
+        return RankEnv(
+            run_dir=RunDir(run_dir),
+            rank=int(environ["RANK"]),
+            local_rank=int(environ["LOCAL_RANK"]),
+            world_size=int(environ["WORLD_SIZE"]),
+            host=environ["LAUNCHER_HOST"],
+            run_hash=environ.get("LAUNCHER_RUN_HASH"),
+            run_id=environ.get("LAUNCHER_RUN_ID", ""),
+            scratch=Path(environ["LAUNCHER_AGENT_SCRATCH"]) if "LAUNCHER_AGENT_SCRATCH" in environ else None,
+        )
+    except (KeyError, ValueError) as error:
+        message = f"ranks are started by `python -m launcher`, which sets RANK, WORLD_SIZE and more ({error})"
+        raise EnvironmentProblem(message) from error

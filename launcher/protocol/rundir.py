@@ -1,0 +1,143 @@
+"""The run directory: the names of what is in it, and how one is made so that no two runs share it."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.utils.files import read_regular
+
+_SNAPSHOT_GROUPS = frozenset({"job", "model", "backend", "run"})
+"""Groups that the snapshot of every version holds."""
+
+
+_TOP_LEVEL_KEY = re.compile(r"^(\w+):", re.MULTILINE)
+
+
+_PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
+"""What a launcher makes before it writes the snapshot; all that one which was killed then leaves."""
+
+
+def new_run_id(now: float | None = None) -> str:
+    """Return ``YYYYmmdd-HHMMSS-<4 letters>``; the letters keep apart runs started in the same second."""
+    stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
+    return f"{stamp}-{''.join(secrets.choice(string.ascii_lowercase) for _ in range(4))}"
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths inside one run directory."""
+
+    path: Path
+
+    @property
+    def snapshot(self) -> Path:
+        """The resolved configuration that ranks load."""
+        return self.path / "run.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan this run was started from."""
+        return self.path / "plan.json"
+
+    @property
+    def session(self) -> Path:
+        """Who runs this run: processes, or the job of a scheduler."""
+        return self.path / "session.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a line; the source of truth for every tracker."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """How the run ended."""
+        return self.path / "result.json"
+
+    @property
+    def failure(self) -> Path:
+        """Which rank failed first, and how."""
+        return self.path / "failure.json"
+
+    @property
+    def timeline(self) -> Path:
+        """What happened when, on which host."""
+        return self.path / "timeline.jsonl"
+
+    @property
+    def stacks(self) -> Path:
+        """Where every rank was when the run failed."""
+        return self.logs / "stacks.txt"
+
+    @property
+    def sample(self) -> Path:
+        """Text the model generated at the end."""
+        return self.path / "sample.txt"
+
+    @property
+    def curve(self) -> Path:
+        """Picture of the loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def generated(self) -> Path:
+        """Folder of answers that are there while others are not."""
+        return self.path / "generated"
+
+    @property
+    def profile(self) -> Path:
+        """Folder of traces, tables and memory that ``profile=true`` leaves."""
+        return self.path / "profile"
+
+    @property
+    def environment(self) -> Path:
+        """On what it ran: machine and versions, as rank 0 found them."""
+        return self.path / "environment.json"
+
+    def benchmark(self, ending: str) -> Path:
+        """Results of a benchmark as ``json``, ``md`` or ``png``."""
+        return self.path / f"benchmark.{ending}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of ``<host>.<rank>.log``."""
+        return self.path / "logs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of ``step_00000010/``."""
+        return self.path / "checkpoints"
+
+    @property
+    def tracker(self) -> Path:
+        """Folder of what a tracker keeps locally."""
+        return self.path / "wandb"
+
+    @property
+    def is_run(self) -> bool:
+        """Whether a run has written its snapshot here; a file of that name with other content is not one."""
+        try:
+            text = read_regular(self.snapshot).decode()
+        except (OSError, ValueError):
+            return False
+        return _SNAPSHOT_GROUPS.issubset(_TOP_LEVEL_KEY.findall(text))
+
+    def foreign(self) -> list[str]:
+        """Return the names of what is here and was not put here by a run; empty for a new directory or a run's own."""
+        if not self.path.is_dir() or self.is_run:
+            return []
+        names = sorted(entry.name for entry in self.path.iterdir())
+        is_early = _PRE_SNAPSHOT_ENTRIES.issuperset(names) and not (self.logs.is_dir() and any(self.logs.iterdir()))
+        return [] if is_early else names
+
+    def log_of(self, host: str, who: int | str) -> Path:
+        """Return the log file of a rank (a number) or of the agent on ``host``."""
+        return self.logs / f"{host}.{who}.log"
+
+
+RUN_INDEX = ".index.jsonl"

@@ -1,1 +1,0 @@
-"""Runs, sweeps and benchmarks as one HTML file that needs nothing besides itself."""

@@ -1,0 +1,1 @@
+"""Runs on disk: finding, listing and reading them."""

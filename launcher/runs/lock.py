@@ -1,0 +1,81 @@
+"""Exclusive lock on a run directory; the kernel releases it when its holder dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from launcher.errors import ConfigError
+
+
+class RunLock:
+    """The right to write to one run directory; held by the launcher for the whole run.
+
+    It is ``flock`` (POSIX systems; over NFS since Linux 2.6.12) on an open file that programs started meanwhile do not
+    inherit: it ends with its holder, however that ends, and ranks that outlive the launcher do not keep it.
+
+        with RunLock(folder).acquire():
+            ...
+    """
+
+    def __init__(self, folder: Path, *, name: str = ".lock") -> None:
+        self._folder, self._path = folder, folder / name
+        self._descriptor: int | None = None
+        self._is_new = False
+
+    def acquire(self) -> RunLock:
+        """Take the lock without waiting.
+
+        Raises:
+            ConfigError: another process holds it.
+            OSError: the folder is missing or not writable.
+        """
+        assert self._descriptor is None, "acquired twice"
+        while not self._try():  # the file was removed between opening and locking it
+            pass
+        return self
+
+    def _try(self) -> bool:
+        """Take the lock; return False where the file that was locked is no longer the one in the folder."""
+        is_new = not self._path.exists()
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(descriptor, 32).decode(errors="replace") or "unknown"
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
+            why = f"another run (process {holder}) is using this directory"
+            fix = "wait for it to end, or leave run.dir out to get a directory of its own"
+            raise ConfigError("run.dir", self._folder, why=why, fix=fix) from None
+        if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.lstat()):
+            os.close(descriptor)
+            return False
+        with contextlib.suppress(OSError):  # a full disk: the lock holds without the note of its holder
+            os.truncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        self._descriptor, self._is_new = descriptor, is_new
+        return True
+
+    def remove(self) -> None:
+        """Remove the lock's file if this process made it, while it still holds the lock."""
+        if self._descriptor is not None and self._is_new:
+            self._path.unlink(missing_ok=True)
+        self.release()
+
+    def release(self) -> None:
+        """Let others have the directory; doing so twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> RunLock:
+        assert self._descriptor is not None, "acquire first"
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.release()

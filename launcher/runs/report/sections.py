@@ -1,0 +1,222 @@
+"""Sections of the report of one run; a section is left out where the run has nothing for it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launcher.errors import ConfigError
+from launcher.planning.render import render_plan
+from launcher.protocol.plan import plan_from_json
+from launcher.protocol.results import read_metrics
+from launcher.protocol.rundir import RunDir
+from launcher.runs.report.charts import COLOURS, MOST_METRICS, Series, chart
+from launcher.runs.report.html import Html, element, folded, png_image, render_markdown, section, table_of, verbatim
+from launcher.runs.state import RunState
+from launcher.utils.files import is_regular, open_regular, read_object, read_regular
+from launcher.utils.text import counted, duration_text
+
+_LARGEST_PICTURE = 8 << 20
+
+
+_MOST_TEXT = 200_000
+"""Bytes of a text file that are shown."""
+
+
+def status_of(state: RunState) -> Html:
+    """Return how a run does, as a badge."""
+    return element("span", state.status, class_=f"status {state.status}")
+
+
+def head_of(state: RunState) -> Html:
+    """Return what it is, how it went, and how to have it once more."""
+    folder = shlex.quote(str(state.run_dir.path))
+    slots = state.slots
+    facts: dict[str, Any] = {
+        "status": status_of(state),
+        "exit code": state.exit_code,
+        "job": state.plan.get("job"),
+        "steps": f"{state.step or 0} of {state.num_steps}" if state.num_steps else None,
+        "ranks": f"{sum(slots)} on {counted(len(slots), 'host')}, backend {state.backend}" if slots else None,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(state.started_at)),
+        "took": duration_text(state.ended_at - state.started_at) if state.ended_at else None,
+        "directory": element("code", str(state.run_dir.path)),
+        "again": element("code", f"launch rerun {folder}"),
+        "continue": element("code", f"launch resume {folder}") if state.has_checkpoint else None,
+    }
+    told = [(key, value if isinstance(value, str) else str(value)) for key, value in facts.items() if value is not None]
+    return table_of((), told)
+
+
+def failure_of(state: RunState) -> Html:
+    """Return why it failed, who else ended because of that, and where every rank was."""
+    failure = state.failure
+    if not failure or state.status not in ("failed", "cancelled", "preempted"):
+        return Html()
+    who = ("host", "rank", "exit_code", "signal", "log")
+    facts = [(key.replace("_", " "), str(failure[key])) for key in who if failure.get(key) not in (None, "")]
+    victims, ranks = (_objects(failure.get(key)) for key in ("victims", "ranks"))
+    return section(
+        "Why it failed",
+        element("p", element("strong", str(failure.get("reason", "")))),
+        verbatim(str(failure["error"])) if failure.get("error") else None,
+        table_of((), facts),
+        folded("traceback", verbatim(str(failure["traceback"]))) if failure.get("traceback") else None,
+        folded("ranks that ended because of it", _records(victims)) if victims else None,
+        folded("where the ranks were", _records(ranks)) if ranks else None,
+    )
+
+
+def findings_of(run_dir: RunDir) -> Html:
+    """Return the tables that its job wrote in Markdown, and its pictures; loss curves are drawn anew."""
+    pages = [render_markdown(_text(path)) for path in sorted(run_dir.path.glob("*.md")) if is_regular(path)]
+    pictures = [path for path in sorted(run_dir.path.glob("*.png")) if path != run_dir.curve and is_regular(path)]
+    small = [path for path in pictures if path.lstat().st_size <= _LARGEST_PICTURE]
+    shown = [png_image(path, alt=path.name, limit=_LARGEST_PICTURE) for path in small]
+    return section("Findings", pages, [element("figure", image) for image in shown])
+
+
+def sample_of(run_dir: RunDir) -> Html:
+    """Return the text that its model wrote at the end."""
+    return section("Sample", verbatim(_text(run_dir.sample)) if is_regular(run_dir.sample) else None)
+
+
+def metrics_of(state: RunState) -> Html:
+    """Return the last value of each metric."""
+    last: dict[str, Any] = {}
+    for line in read_metrics(state.run_dir.metrics, limit=MOST_METRICS):
+        last.update(line)
+    last.pop("time", None)
+    rows = [(name, number_text(value)) for name, value in last.items()]
+    return section(
+        "Last metrics", folded(counted(len(rows), "metric"), table_of(("metric", "value"), rows)) if rows else None
+    )
+
+
+def plan_of(run_dir: RunDir) -> Html:
+    """Return the plan as ``launch plan`` prints it; that of another version as it stands in the file."""
+    if not is_regular(run_dir.plan):
+        return Html()
+    try:
+        text = render_plan(plan_from_json(read_object(run_dir.plan)))
+    except (ConfigError, ValueError):
+        text = _text(run_dir.plan)
+    return section("Plan", folded("what ran where, by which commands", verbatim(text)))
+
+
+def config_of(run_dir: RunDir) -> Html:
+    """Return the whole configuration."""
+    return section("Configuration", folded("run.yaml", verbatim(_text(run_dir.snapshot))))
+
+
+def environment_of(state: RunState) -> Html:
+    """Return on what it ran: as rank 0 found it, and the hosts of the plan."""
+    found = known_environment(state.run_dir)
+    hosts = state.hosts
+    devices = {host["name"]: ", ".join(host.get("devices") or ["CPU"]) for host in hosts}
+    rows = [*found.items(), *((f"devices of {name}", text) for name, text in devices.items())]
+    return section("Environment", table_of((), rows) if rows else None)
+
+
+def known_environment(run_dir: RunDir) -> Mapping[str, str]:
+    """Return machine and versions; nothing where nobody wrote them down."""
+    try:
+        return {key: str(value) for key, value in read_object(run_dir.environment).items()}
+    except (OSError, ValueError):
+        return {}
+
+
+def events_of(run_dir: RunDir) -> Html:
+    """Return what happened when."""
+    events = list(read_metrics(run_dir.timeline, limit=MOST_METRICS))  # the same format: an object a line
+    if not events:
+        return Html()
+    began = float(events[0].get("time", 0.0))
+    after = [f"{float(event.get('time', 0.0)) - began:,.1f} s" for event in events]
+    said = [[str(event.get(key, "")) for key in ("host", "what")] for event in events]
+    rows = [(at, *words) for at, words in zip(after, said, strict=True)]
+    return section("Events", folded(counted(len(rows), "event"), table_of(("after", "host", "what"), rows)))
+
+
+def files_of(run_dir: RunDir) -> Html:
+    """Return what it left behind; checkpoints and what W&B keeps as folders."""
+    rows = [(name, f"{size:,}" if size is not None else "") for name, size in _files(run_dir.path)]
+    return section("Files", folded(counted(len(rows), "file"), table_of(("file", "bytes"), rows)))
+
+
+def _files(folder: Path) -> Iterator[tuple[str, int | None]]:
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink():  # may lead into folders of the reader
+            yield f"{path.name} (a symbolic link)", None
+        elif path.is_dir() and path.name in ("logs", "profile"):
+            yield from ((f"{path.name}/{name}", size) for name, size in _files(path))
+        elif path.is_dir():
+            yield f"{path.name}/", None
+        elif not path.name.startswith("."):
+            yield path.name, path.lstat().st_size
+
+
+def _records(records: list[dict[str, Any]]) -> Html:
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    return table_of(keys, [[str(record.get(key, "")) for key in keys] for record in records])
+
+
+def number_text(value: Any) -> str:
+    """Return a metric's value for a table."""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.6g}" if isinstance(value, float) else "not finite" if value is None else str(value)
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
+
+
+def _text(path: Path) -> str:
+    with open_regular(path) as file:
+        data, size = file.read(_MOST_TEXT), os.fstat(file.fileno()).st_size
+    text = data.decode("utf-8", errors="replace")
+    return text if size <= _MOST_TEXT else f"{text}\n… {size - _MOST_TEXT:,} more bytes"
+
+
+_MOST_TABLE_BYTES = 8 << 20
+
+
+_TABLES, _MEMORY, _TRACE = ".operators.md", ".memory.json", ".trace.json.gz"
+
+
+def profiles_of(run_dir: RunDir) -> Html:
+    """Return the profiles of all processes of a run, those of a server inside a benchmark included."""
+    folders = (run_dir.profile, RunDir(run_dir.path / "server").profile)
+    return section(
+        "Profile", [list(_profiles(folder, inside=run_dir.path)) for folder in folders if _is_inside(folder, run_dir)]
+    )
+
+
+def _is_inside(folder: Path, run_dir: RunDir) -> bool:
+    """Return whether a folder of the run is there and is not a link to a folder elsewhere."""
+    return folder.is_dir() and folder.resolve() == run_dir.path.resolve() / folder.relative_to(run_dir.path)
+
+
+def _profiles(folder: Path, *, inside: Path) -> Iterator[Html]:
+    for tables in sorted(folder.glob(f"*{_TABLES}")):
+        name = tables.name.removesuffix(_TABLES)
+        yield render_markdown(
+            read_regular(tables, inside=inside, limit=_MOST_TABLE_BYTES).decode("utf-8", errors="replace")
+        )
+        memory, trace = folder / f"{name}{_MEMORY}", folder / f"{name}{_TRACE}"
+        if is_regular(memory):
+            yield from _memory_charts(read_object(memory, inside=inside))
+        if is_regular(trace):
+            yield element("p", "trace, for ui.perfetto.dev or chrome://tracing: ", element("code", str(trace)))
+
+
+def _memory_charts(by_device: Mapping[str, Any]) -> Iterator[Html]:
+    for device, found in by_device.items():
+        points = [(float(at), float(used)) for at, used in found["timeline"]]
+        line = Series(name="bytes more than at the beginning", points=points, colour=COLOURS[0])
+        yield chart(f"memory of {device} while it was recorded", [line], along="second")

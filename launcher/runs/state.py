@@ -1,0 +1,240 @@
+"""The state of one run, from its directory and this machine's processes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from launcher.protocol.results import RunStatus, parse_metrics_line
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import SessionRecord, read_session_file
+from launcher.runs.logs import tail_lines
+from launcher.utils.files import is_regular, read_object
+
+RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
+"""Besides the statuses of ``result.json``: somebody works on it; nobody does and it has no result; somebody may, where
+this machine cannot see it."""
+
+
+_YOUNG_S = 30.0
+"""Time in which a new run may not have said yet who runs it."""
+
+
+_LATEST = 253_402_300_799.0
+"""The last second of the year 9999: a file may claim to be of any time, and a clock shows no later one."""
+
+
+_LARGEST = 1e300
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunState:
+    """What is known of one run."""
+
+    run_dir: RunDir
+    run_id: str
+    name: str
+    status: str
+    started_at: float
+    """Of its last life, in seconds since the epoch."""
+    ended_at: float | None
+    result: dict[str, Any]
+    """``result.json``; empty while there is none."""
+    plan: dict[str, Any]
+    """``plan.json``; empty while there is none."""
+    metrics: dict[str, Any]
+    """The last values."""
+    whereabouts: SessionRecord | None
+    damage: tuple[str, ...] = ()
+    """Files that are there and cannot be used, each with the reason; they count as missing."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come."""
+        return self.status not in (RUNNING, ELSEWHERE)
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of the launcher; ``None`` where it left none."""
+        return self.result.get("exit_code")
+
+    @property
+    def backend(self) -> str | None:
+        """The backend's kind; ``None`` where nobody wrote it down."""
+        written: str | None = self.plan.get("backend")
+        return self.whereabouts.backend if self.whereabouts else written
+
+    @property
+    def slots(self) -> list[int]:
+        """Ranks of each host."""
+        return [host["slots"] for host in self.hosts]
+
+    @property
+    def hosts(self) -> list[dict[str, Any]]:
+        """Hosts of the plan: each with ``name`` and ``slots``."""
+        return [plan["host"] for plan in self.plan.get("hosts", [])]
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        """``failure.json``; empty while there is none."""
+        try:
+            return read_object(self.run_dir.failure)
+        except (OSError, ValueError):
+            return {}
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether a checkpoint is there to continue from."""
+        return any(is_regular(path) for path in self.run_dir.checkpoints.glob("step_*/manifest.json"))
+
+    @property
+    def step(self) -> int | None:
+        """Steps done."""
+        step: float | None = self.metrics.get("train/step")
+        return None if step is None else int(step)
+
+    @property
+    def steps_text(self) -> str:
+        """How far it is (``20/300``); of an evaluation the checkpoint it measures; ``-`` for work without steps."""
+        if self.plan.get("job") == "evaluate":
+            return f"of step {self.step}" if self.step else "-"
+        if self.num_steps == 0:
+            return "-"
+        return f"{self.step or 0}/{'?' if self.num_steps is None else self.num_steps}"
+
+    @property
+    def num_steps(self) -> int | None:
+        """Steps planned; ``None`` too where they are not those that ``step`` counts.
+
+        An evaluation works through batches, and its ``step`` is that of the checkpoint it measures.
+        """
+        if self.plan.get("job") == "evaluate":
+            return None
+        steps: int | None = self.plan.get("work", {}).get("steps")
+        return steps
+
+
+def read_run_state(run_dir: RunDir) -> RunState:
+    """Return what is known of a run from its directory and this machine's processes.
+
+    Another user may have written its files: one that is no regular file, or does not hold what a run writes, counts as
+    missing, and ``damage`` says so.
+    """
+    damage: list[str] = []
+    whereabouts, plan = read_session_file(run_dir), _read(run_dir.plan, _plan_fault, damage)
+    if whereabouts is None and os.path.lexists(run_dir.session):
+        damage.append(f"{run_dir.session.name} is not what a run writes")
+    status, result = _status(run_dir, whereabouts), {}
+    if status != RUNNING or written_at(run_dir.result) > written_at(run_dir.session):  # else of an earlier life
+        result = _read(run_dir.result, _result_fault, damage)
+        status = str(result.get("status", status))
+    try:
+        metrics = _numbers(result.get("metrics") or {}) or last_metrics(run_dir.metrics)
+    except OSError as error:
+        metrics = {}
+        damage.append(f"{run_dir.metrics.name} {error.strerror}")
+    return RunState(
+        run_dir=run_dir,
+        run_id=str(plan.get("run_id", run_dir.path.name)),
+        name=str(plan.get("name", run_dir.path.parent.name)),
+        status=status,
+        started_at=written_at(run_dir.snapshot),
+        ended_at=written_at(run_dir.result) if result else None,
+        result=result,
+        plan=plan,
+        metrics=metrics,
+        whereabouts=whereabouts,
+        damage=tuple(damage),
+    )
+
+
+def last_metrics(path: Path) -> dict[str, Any]:
+    """Return the last value of each metric in the end of a ``metrics.jsonl``, however long it is.
+
+    Raises:
+        OSError: it is a link or no regular file, or cannot be read.
+    """
+    last: dict[str, Any] = {}
+    for line in tail_lines(path):
+        last.update(_numbers(parse_metrics_line(line) or {}))
+    return last
+
+
+def _status(run_dir: RunDir, whereabouts: SessionRecord | None) -> str:
+    """Return the status of a run, its result aside; run.yaml is written whenever one starts or goes on."""
+    if whereabouts is None:
+        return RUNNING if time.time() - written_at(run_dir.snapshot) < _YOUNG_S else LOST
+    return {True: RUNNING, False: LOST, None: ELSEWHERE}[whereabouts.is_running()]
+
+
+def _read(path: Path, fault: Callable[[dict[str, Any]], str], damage: list[str]) -> dict[str, Any]:
+    """Return the object in a file; nothing, and a word on it in ``damage``, where it cannot be used."""
+    try:
+        tree = read_object(path)
+        if why := fault(tree):
+            raise ValueError(why)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        damage.append(f"{path.name} {(error.strerror if isinstance(error, OSError) else error) or 'cannot be read'}")
+        return {}
+    return tree
+
+
+def _plan_fault(tree: dict[str, Any]) -> str:
+    """Return why a ``plan.json`` cannot be used: what is shown of it is not of the right type."""
+    hosts, work = tree.get("hosts", []), tree.get("work", {})
+    kinds = {
+        **{name: isinstance(tree.get(name, ""), str) for name in ("run_id", "name", "job", "backend")},
+        "hosts": isinstance(hosts, list) and all(map(_is_host, hosts)),
+        "work": isinstance(work, dict) and isinstance(work.get("steps"), int | None),
+        "grace_s": _is_number(tree.get("grace_s", 0)),
+        "forward": _are_texts(tree.get("forward", [])),
+    }
+    wrong = [name for name, is_right in kinds.items() if not is_right]
+    return f"is not what a run writes: {', '.join(wrong)}" if wrong else ""
+
+
+def _is_host(plan: object) -> bool:
+    host = plan.get("host") if isinstance(plan, dict) else None
+    return (
+        isinstance(host, dict)
+        and isinstance(host.get("name"), str)
+        and type(host.get("slots")) is int
+        and _are_texts(host.get("devices") or [])
+    )
+
+
+def _are_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _result_fault(tree: dict[str, Any]) -> str:
+    """Return why a ``result.json`` cannot be used."""
+    if tree.get("status") not in get_args(RunStatus):
+        return "is not what a run writes: status"
+    if type(tree.get("exit_code")) is not int or not isinstance(tree.get("metrics", {}), dict):
+        return "is not what a run writes: exit_code, metrics"
+    return ""
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics that are numbers, or were not finite."""
+    return {name: value for name, value in metrics.items() if value is None or _is_number(value)}
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a value is a number that can be shown: finite, and not of a million digits."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST  # NaN is not less
+
+
+def written_at(path: Path) -> float:
+    """Return when a file was written, in seconds since the epoch; 0 when it is not there."""
+    try:
+        return min(max(0.0, path.lstat().st_mtime), _LATEST)
+    except OSError:
+        return 0.0

@@ -1,0 +1,99 @@
+"""A sweep as its ``sweep.json`` describes it: trials, their overrides, how they ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.config.paths import is_named_path
+from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import is_regular, read_object
+
+_SWEEP_FILE = "sweep.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialResult:
+    """One run of a sweep."""
+
+    run_dir: RunDir
+    overrides: tuple[str, ...]
+    status: str
+    exit_code: int
+    value: float | None
+    """Of the metric that ranks the trials."""
+
+    @property
+    def name(self) -> str:
+        """What tells it from the others."""
+        return " ".join(self.overrides) or self.run_dir.path.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """A sweep, as far as it has come."""
+
+    folder: Path
+    metric: str
+    goal: str
+    trials: tuple[TrialResult, ...]
+
+    @property
+    def best(self) -> TrialResult | None:
+        """The completed trial with the best value."""
+        scored = [
+            (trial.value, trial) for trial in self.trials if trial.value is not None and trial.status == "completed"
+        ]
+        pick = min if self.goal == "minimize" else max
+        return pick(scored, key=lambda pair: pair[0])[1] if scored else None
+
+
+def find_sweep(word: str, root: Path) -> Path | None:
+    """Return the folder of the sweep that ``word`` names: a directory, or an id or how it begins, as of runs.
+
+    Raises:
+        ConfigError: several are meant.
+    """
+    if is_named_path("run", word) and (Path(word) / _SWEEP_FILE).is_file():
+        return Path(word).absolute()
+    known = [path.parent for path in root.glob(f"*/sweep-*/{_SWEEP_FILE}") if is_regular(path)]
+    meant = [path for path in known if path.name.startswith(word) or f"{path.parent.name}/{path.name}".startswith(word)]
+    if "sweep-" not in word or not meant:
+        return None
+    exact = [path for path in meant if word in (path.name, f"{path.parent.name}/{path.name}")]
+    if len(exact or meant) > 1:
+        names = ", ".join(sorted(f"{path.parent.name}/{path.name}" for path in meant)[:5])
+        raise ConfigError("sweep", word, why=f"{len(meant)} sweeps begin like this", fix=f"write more of it: {names}")
+    return (exact or meant)[0].absolute()
+
+
+def read_sweep(folder: Path) -> SweepResult:
+    """Return what a sweep has written.
+
+    Raises:
+        ConfigError: its file is not what a sweep writes.
+    """
+    try:
+        tree = read_object(folder / _SWEEP_FILE)
+        metric = str(tree["metric"])
+        trials = tuple(_read_trial(folder, row, metric) for row in tree["trials"])
+        return SweepResult(folder=folder, metric=metric, goal=str(tree["goal"]), trials=trials)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"is not what a sweep writes ({type(error).__name__}: {error})"
+        raise ConfigError(_SWEEP_FILE, folder / _SWEEP_FILE, why=why, fix="name its runs one by one") from error
+
+
+def _read_trial(folder: Path, row: dict[str, Any], metric: str) -> TrialResult:
+    name = Path(row["run_dir"]).name  # a sweep may have been moved, and its file may name other folders
+    if name in ("", "..") or (folder / name).is_symlink():
+        raise ValueError(f"its trial {name!r} is no folder of the sweep")
+    value = row.get(metric)
+    return TrialResult(
+        run_dir=RunDir(folder / name),
+        overrides=tuple(map(str, row["overrides"])),
+        status=str(row["status"]),
+        exit_code=int(row["exit_code"]),
+        value=None if value is None else float(value),
+    )

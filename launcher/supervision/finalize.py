@@ -1,0 +1,130 @@
+"""Finalize a run: write `result.json` and `failure.json`, and print what failed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from launcher.protocol.messages import Assignment
+from launcher.protocol.outcome import Failure, RankProgress, RunOutcome, Victim
+from launcher.protocol.results import write_result
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import write_atomic, write_json
+from launcher.utils.processes import signal_name
+from launcher.utils.secrets import redact
+from launcher.utils.system import describe_full_disk
+from launcher.utils.text import printable, short_path
+
+_MAX_RANKS_SHOWN = 32
+
+
+_SESSION_KILLED = 128 + signal.SIGKILL
+"""Of the session: nothing else ends it without a word."""
+
+
+def finalize_run(outcome: RunOutcome, run_dir: RunDir, *, run_id: str) -> None:
+    """Write the files and print what failed; call it once, after the last try, and print nothing after it.
+
+    A run that was only submitted has not ended: nothing is written.
+    """
+    failure, status = outcome.failure, outcome.status
+    if status == "submitted":
+        return
+    lines: list[str] = []
+    if failure is not None:
+        lines += try_to_write(run_dir.failure, lambda: write_json(run_dir.failure, redact(failure.tree(), os.environ)))
+        lines += try_to_write(run_dir.stacks, lambda: _write_stacks(failure, run_dir))
+    lines += try_to_write(
+        run_dir.result,
+        lambda: write_result(run_dir, status=status, exit_code=outcome.exit_code, run_id=run_id),
+    )
+    text = "\n".join([*lines, *filter(None, [closing_message(outcome, run_dir)])])
+    with contextlib.suppress(OSError):  # the terminal is gone; the files tell the same
+        print(text, end="\n" if text else "", file=sys.stderr, flush=True)
+
+
+def try_to_write(file: Path, write: Callable[[], None]) -> list[str]:
+    """Write a file about the end of a run; return a line for the user where the disk does not take it."""
+    try:
+        write()
+    except OSError as error:
+        return [f"{file} cannot be written: {describe_full_disk(file.parent) or error.strerror or error}"]
+    return []
+
+
+def remove_previous_result(run_dir: RunDir) -> None:
+    """Remove how an earlier attempt in the same run directory ended: it is no longer true."""
+    for path in result_files(run_dir):
+        path.unlink(missing_ok=True)
+
+
+def result_files(run_dir: RunDir) -> list[Path]:
+    """Return the files that say how a run ended."""
+    return [run_dir.result, run_dir.failure, run_dir.stacks, *run_dir.logs.glob("failure.rank*.*")]
+
+
+def closing_message(outcome: RunOutcome, run_dir: RunDir) -> str:
+    """Return what the user reads last; nothing after a run that went well."""
+    if outcome.failure is not None:
+        return printable(redact(_failure_text(outcome.failure, run_dir), os.environ))
+    if outcome.status == "cancelled":
+        again = "resume" if any(run_dir.checkpoints.glob("step_*/manifest.json")) else "rerun"
+        how = f"cancelled by {signal_name(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
+        return f"{how}\nnext: {_command(again, run_dir)}"
+    if outcome.status == "preempted":
+        return f"preempted: continue with `{_command('resume', run_dir)}`"
+    return ""
+
+
+def _failure_text(failure: Failure, run_dir: RunDir) -> str:
+    """Return all that is shown of a failure; its last line says what failed and why."""
+    lines = ["", "── the run failed ──"]
+    lines += [failure.reason] if "\n" in failure.reason else []
+    lines += [failure.traceback.rstrip()] if failure.traceback else []
+    lines += [f"   {_place(place)}" for place in failure.ranks[:_MAX_RANKS_SHOWN]]
+    if len(failure.ranks) > _MAX_RANKS_SHOWN:
+        lines.append(f"   and {len(failure.ranks) - _MAX_RANKS_SHOWN} more in failure.json")
+    logs = _command("logs", run_dir) + ("" if failure.rank is None else f" --rank {failure.rank}")
+    lines += [f"next: {logs}", f"      {_command('report', run_dir)}", f"      {_command('rerun', run_dir)}"]
+    if failure.victims:
+        lines.append(f"ended with it: {', '.join(map(_name, failure.victims))}")
+    lines.append(f"log: {failure.log}")
+    return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
+
+
+def _command(verb: str, run_dir: RunDir) -> str:
+    return shlex.join(["launch", verb, short_path(run_dir.path)])
+
+
+def _place(place: RankProgress) -> str:
+    said = f"rank {place.rank} on {place.host}: {place.phase}, step {place.step}, silent for {place.silent_s:.0f} s"
+    if place.where:
+        said += f", in {place.collective} ({place.where})" if place.collective else f", at {place.where}"
+    return said
+
+
+def _write_stacks(failure: Failure, run_dir: RunDir) -> None:
+    """Write what the ranks answered when they were asked where they are."""
+    known = [place for place in failure.ranks if place.stack]
+    if known:
+        texts = (f"── {_place(place)} ──\n{place.stack.rstrip()}\n" for place in known)
+        write_atomic(run_dir.stacks, "\n".join(texts))
+
+
+def _name(victim: Victim) -> str:
+    how = signal_name(victim.signal) if victim.signal else f"exit code {victim.exit_code}"
+    return f"rank {victim.rank} on {victim.host} ({how})"
+
+
+def finalize_without_session(assignment: Assignment, *, is_first: bool) -> int:
+    """Write ``result.json`` unless there is one, on the first host only; return the exit code of the run."""
+    run_dir = RunDir(Path(assignment.run_dir))
+    if is_first and not run_dir.result.exists():
+        with contextlib.suppress(OSError):  # a full disk: nothing is left that could be told of it
+            write_result(run_dir, status="cancelled", exit_code=_SESSION_KILLED, run_id=assignment.run_id)
+    return _SESSION_KILLED

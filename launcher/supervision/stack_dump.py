@@ -1,0 +1,257 @@
+"""Stack dumps of ranks: request one, and read the line and the collective a rank is in.
+
+A rank writes its stacks to its log, by way of faulthandler, even while it is stuck in C.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from launcher.utils.processes import Process
+
+_MAX_BYTES = 1 << 16
+
+
+_DUMP_MARK = "(most recent call first)"
+
+
+_CONTINUE_S = 0.2
+
+
+_NATIVE_S = 1.0
+"""Least time in which it makes sense to ask py-spy too."""
+
+
+NATIVE_MARK = "py-spy dump --native:"
+"""Line after which C frames follow too, where py-spy is installed."""
+
+
+_THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
+
+
+_DUMPED = re.compile(r' *File "(.+)", line (\d+) in (.+)')
+
+
+_TRACED = re.compile(r' *File "(.+)", line (\d+), in (.+)')
+
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+
+
+_LIBRARY = re.compile(r"^<|/(site|dist)-packages/(?!launcher/)|/lib\d*/python3\.\d+/(?!(site|dist)-packages/launcher/)")
+
+
+_COLLECTIVES = re.compile(r"/(torch/distributed/(distributed_c10d|_functional_collectives)|deepspeed/comm/\w+)\.py$")
+
+
+_WRAPPERS = ("wrapper", "log_wrapper")
+
+
+_WAITS = {
+    ("torch/autograd/graph.py", "_engine_run_backward"): "backward",  # DDP and ZeRO reduce gradients in it
+    ("launcher/engines/distributed.py", "total"): "all_reduce",
+}
+"""Functions that wait for other ranks without a Python frame that says so: end of the file's path, name, what in."""
+
+
+class StackDump:
+    """One question to one rank, and its answer.
+
+    A rank that a signal had stopped is continued for the moment that it needs to answer.
+
+    Args:
+        process: the rank; ``None`` when it is on another machine and somebody else asks it.
+        log: the rank's.
+        within_s: time it gets.
+    """
+
+    def __init__(self, process: Process | None, log: Path, *, within_s: float) -> None:
+        self._log, self._until = log, time.monotonic() + within_s
+        self._start = self._size = _size_of(log)
+        self._answer = ""
+        self._native: NativeDump | None = None
+        self.is_stopped = process is not None and _state_of(process.pid) in ("T", "t")
+        """Whether a signal, or a debugger, had stopped the rank."""
+        if process is None:
+            return
+        process.send(signal.SIGUSR2)
+        if self.is_stopped:
+            self._continue_for_a_moment(process)
+        elif within_s >= _NATIVE_S and (program := find_py_spy()):
+            self._native = NativeDump(program, process.pid)
+
+    def is_complete(self) -> bool:
+        """Return whether there is nothing more to come: the log rests after the stacks, or time is up."""
+        if time.monotonic() >= self._until:
+            return True
+        return self._has_answered() and (self._native is None or self._native.is_over())
+
+    def take(self) -> str:
+        """Return what the rank wrote since it was asked, and what py-spy saw."""
+        native = self._native.take() if self._native else ""
+        return (self._answer or self._read()) + native
+
+    def _continue_for_a_moment(self, process: Process) -> None:
+        """Let the rank go on until it has answered, and hardly further: the others may go on with it."""
+        process.send(signal.SIGCONT)
+        until = time.monotonic() + _CONTINUE_S
+        while not self._has_answered() and time.monotonic() < until:
+            time.sleep(_CONTINUE_S / 50)
+        process.send(signal.SIGSTOP)
+
+    def _has_answered(self) -> bool:
+        before, self._size = self._size, _size_of(self._log)
+        if not self._answer and self._size == before and _DUMP_MARK in (text := self._read()):
+            self._answer = text
+        return self._answer != ""
+
+    def _read(self) -> str:
+        """Return what was written since the question."""
+        if self._size <= self._start:
+            return ""
+        with self._log.open("rb") as file:
+            file.seek(self._start)
+            return file.read(_MAX_BYTES).decode(errors="replace")
+
+
+class NativeDump:
+    """py-spy's view of a process, C frames included.
+
+    Args:
+        program: py-spy.
+        pid: whose stack.
+    """
+
+    def __init__(self, program: str, pid: int) -> None:
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 (closed by take)
+        argv = [program, "dump", "--native", "--pid", str(pid)]
+        self._popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
+
+    def is_over(self) -> bool:
+        """Return whether it has said all."""
+        return self._popen.poll() is not None
+
+    def take(self) -> str:
+        """End it and return what it said."""
+        self._popen.kill()
+        self._popen.wait()
+        with self._output as file:
+            file.seek(0)
+            return f"{NATIVE_MARK}\n{file.read(_MAX_BYTES).decode(errors='replace')}"
+
+
+def find_py_spy() -> str | None:
+    """Return the path of py-spy where it is installed, beside this Python or on the search path."""
+    return shutil.which("py-spy", path=Path(sys.executable).parent) or shutil.which("py-spy")
+
+
+def _size_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _state_of(pid: int) -> str:
+    """Return the kernel's letter for the state of a process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return "X"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackTrace:
+    """Where the main thread of a rank was."""
+
+    text: str
+    """The stacks of all its threads, or its traceback."""
+    where: str = ""
+    """Innermost line that is not a library's: ``launcher/training/trainer.py:88 in train_step``; empty when unknown."""
+    collective: str = ""
+    """What it waited for other ranks in (``all_reduce``); empty when it did not."""
+    is_stopped: bool = False
+    """A signal had stopped it (SIGSTOP), as a debugger does."""
+
+    @property
+    def python(self) -> str:
+        """The text without C frames."""
+        return self.text.partition(NATIVE_MARK)[0]
+
+    @property
+    def place(self) -> str:
+        """Where it was, in words."""
+        return f"{self.collective} ({self.where})" if self.collective else self.where
+
+
+@dataclass(frozen=True)
+class _StackFrame:
+    file: str
+    line: str
+    function: str
+
+    @property
+    def is_library(self) -> bool:
+        return _LIBRARY.search(self.file) is not None
+
+    @property
+    def wait(self) -> str:
+        """What the function waits for others in, if it does."""
+        for (file, function), name in _WAITS.items():
+            if self.function == function and self.file.endswith(f"/{file}"):
+                return name
+        is_public = not self.function.startswith("_") and self.function not in _WRAPPERS
+        return self.function if is_public and _COLLECTIVES.search(self.file) else ""
+
+    def __str__(self) -> str:
+        return f"{_shown_path(self.file)}:{self.line} in {self.function}"
+
+
+def _shown_path(file: str) -> str:
+    """Return ``launcher/…`` for a module of this package and the bare name for any other file.
+
+    The folder's name decides nothing: a clone, or a user's own folder, may be named ``launcher`` too. The package may
+    lie elsewhere on the rank's host, so the module is looked up in the copy at hand.
+    """
+    _, separator, inside = file.rpartition("/launcher/")
+    if separator and (_PACKAGE / inside).is_file():
+        return f"launcher/{inside}"
+    return file.rpartition("/")[2]
+
+
+def read_dump(text: str, *, is_stopped: bool = False) -> StackTrace:
+    """Return what faulthandler's dump of all threads tells of the main thread; other lines may be in between.
+
+    Args:
+        text: the dump; of several the last counts.
+        is_stopped: what the kernel said of the process before.
+    """
+    threads: list[tuple[bool, list[_StackFrame]]] = []
+    for line in text.splitlines():
+        if thread := _THREAD.search(line):
+            threads.append((thread[1] != "Thread", []))
+        elif threads and (frame := _DUMPED.fullmatch(line)):
+            threads[-1][1].append(_StackFrame(*frame.groups()))
+    # signals go to the main thread, which therefore is the current one; else it is the oldest, which comes last
+    frames = next((found for current, found in reversed(threads) if current), threads[-1][1] if threads else [])
+    return _stack_of(text, frames, is_stopped=is_stopped)
+
+
+def read_traceback(text: str) -> StackTrace:
+    """Return where the exception that a traceback tells of was raised."""
+    frames = [_StackFrame(*frame.groups()) for line in text.splitlines() if (frame := _TRACED.fullmatch(line))]
+    return _stack_of(text, frames[::-1])
+
+
+def _stack_of(text: str, frames: Sequence[_StackFrame], *, is_stopped: bool = False) -> StackTrace:
+    """Return the stack of ``frames``, innermost first."""
+    own = next((number for number, frame in enumerate(frames) if not frame.is_library), len(frames))
+    waits = [wait for frame in frames[: own + 1] if (wait := frame.wait)]
+    shown = frames[own] if own < len(frames) else frames[0] if frames else ""
+    return StackTrace(text=text, where=str(shown), collective=waits[-1] if waits else "", is_stopped=is_stopped)

@@ -1,0 +1,168 @@
+"""Save and restore a training run on all ranks together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from launcher.checkpoint.manifest import damaged_files, describe_checkpoint, files_of_part
+from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
+from launcher.checkpoint.store import silent
+from launcher.errors import JobError
+from launcher.utils.files import read_json
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from launcher.checkpoint.manifest import CheckpointManifest
+    from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
+    from launcher.config.run import Run
+    from launcher.engines.base import Engine
+    from launcher.engines.context import Context
+    from launcher.models.tokenizer import FastTokenizer
+
+
+def restore_checkpoint(store: CheckpointStore, context: Context, engine: Engine) -> int:
+    """Load what the run continues from, on every rank; return the steps already done.
+
+    Raises:
+        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made, or damaged.
+        JobError: ranks see different checkpoints.
+    """
+    from launcher.engines.distributed import barrier
+
+    if context.is_main:
+        store.clean()
+    barrier()
+    saved = _find_intact(store, context, engine)
+    if saved is None:
+        return 0
+    engine.load(saved.folder)
+    if context.is_main:
+        print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
+        run = context.run
+        if run.job.optimizer_steps is not None and (
+            line := lr_jump_warning(saved, run.optimizer, run.schedule, run.job.optimizer_steps)
+        ):
+            print(line, flush=True)
+    return saved.manifest.step
+
+
+def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> SavedCheckpoint | None:
+    """Return the newest checkpoint that holds what was written; each rank reads its share of the files."""
+    from launcher.engines.distributed import barrier, sum_over_ranks
+
+    say, resume = (print if context.is_main else silent), context.run.checkpoint.resume
+    found = resume_candidates(resume, context.run_dir, say=say)
+    damaged: dict[str, SavedCheckpoint] = {}
+    while True:
+        saved = next(found, None)
+        step = -1.0 if saved is None else float(saved.manifest.step)
+        if sum_over_ranks([step], device=engine.device) != [step * context.world_size]:
+            fix = "set run.root to a folder that all hosts share"
+            raise JobError(f"checkpoint.resume={resume}: ranks see different checkpoints; {fix}")
+        if saved is None:
+            break
+        names = sorted(saved.manifest.files)
+        sizes = saved.manifest.files
+        own = damaged_files(
+            saved.folder,
+            saved.manifest,
+            files_of_part(sizes, part=context.rank, parts=context.world_size),
+            beat=lambda: context.heartbeat.beat("load"),
+        )
+        flags = sum_over_ranks([float(name in own) for name in names] or [0.0], device=engine.device)
+        if not any(flags):
+            break
+        bad = ", ".join(name for name, flag in zip(names, flags, strict=True) if flag)
+        why = f"{saved.folder} is damaged: the content of {bad} is not what was written (SHA-256)"
+        damaged[why] = saved
+        say(f"checkpoint {why}")
+    if saved is None and damaged:
+        raise no_intact_checkpoint(resume, "; ".join(damaged))
+    if saved is not None and not saved.manifest.sha256:
+        say(f"checkpoint {saved.folder} has no checksums (an earlier version wrote it): its content is not verified")
+    barrier()  # no rank still reads what rank 0 renames
+    if context.is_main and resume == "auto":
+        for entry in damaged.values():
+            print(f"set aside as {store.set_aside(entry)}", flush=True)
+    return saved
+
+
+def save_checkpoint(
+    store: CheckpointStore,
+    context: Context,
+    engine: Engine,
+    *,
+    step: int,
+    held_out_loss: float | None,
+    tokenizer: FastTokenizer | None = None,
+) -> None:
+    """Write the checkpoint of ``step``, which exists once every rank's part is there; all ranks return together.
+
+    Args:
+        store: of the run's checkpoints.
+        context: of this rank.
+        engine: whose state is saved.
+        step: optimiser steps done.
+        held_out_loss: at this step, where it was measured.
+        tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
+
+    Raises:
+        JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
+    """
+    from launcher.engines.distributed import barrier, ranks_where
+
+    if context.is_main:
+        store.begin(step)
+    barrier()
+    if blind := ranks_where(not store.sees(step), device=engine.device):
+        raise JobError(
+            f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
+            f"{store.pending(step)}: set run.root to a folder that all hosts share"
+        )
+    engine.save(store.pending(step))
+    if context.is_main and tokenizer is not None:
+        _save_tokenizer(context, tokenizer, store.pending(step) / "model")
+    barrier()
+
+    def beat() -> None:
+        context.heartbeat.beat("checkpoint")
+
+    if context.world_size > 1:
+        store.checksum(step, rank=context.rank, world_size=context.world_size, beat=beat)
+        barrier()
+    if context.is_main:
+        manifest = make_manifest(context, step=step, held_out_loss=held_out_loss)
+        print(f"checkpoint {store.commit(manifest, beat=beat).folder}", flush=True)
+    barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint
+
+
+def make_manifest(context: Context, *, step: int, held_out_loss: float | None) -> CheckpointManifest:
+    """Return what is to be written of the run's checkpoint of ``step``; the store adds the files."""
+    plan = read_json(context.run_dir.plan)
+    return describe_checkpoint(
+        model=context.run.model,
+        parallel=context.run.parallel,
+        precision=context.run.precision,
+        world_size=context.world_size,
+        step=step,
+        eval_loss=held_out_loss,
+        run_id=plan["run_id"],
+        run_hash=plan["run_hash"],
+        lr=_last_lr(context.run, step),
+    )
+
+
+def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) -> None:
+    from launcher.config.data.base import Corpus
+    from launcher.data.token_cache import save_tokenizer
+
+    data = context.run.data
+    assert isinstance(data, Corpus), "what has a tokenizer has text"
+    save_tokenizer(data, context.run.model, tokenizer, folder, beat=lambda: context.heartbeat.beat("checkpoint"))
+
+
+def _last_lr(run: Run, step: int) -> float | None:
+    """Return the learning rate of optimiser step ``step`` (1-based), which has been taken."""
+    steps = run.job.optimizer_steps
+    return run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None

@@ -1,0 +1,163 @@
+"""The training loop: data, step, record, evaluate, save; then a sample and the loss curve."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import TYPE_CHECKING, NoReturn
+
+from launcher.checkpoint.store import CheckpointStore
+from launcher.data.dataloader import Loader
+from launcher.data.dataset import Splits, open_splits
+from launcher.engines.base import Engine, StepResult, make_engine
+from launcher.engines.preemption import Preemption
+from launcher.errors import EXIT_PREEMPTED, JobError
+from launcher.profiling.performance import StepClock
+from launcher.training.checkpointing import restore_checkpoint, save_checkpoint
+from launcher.training.evaluation import EvaluationResult, evaluate
+from launcher.training.recorder import Recorder, draw_curve
+from launcher.utils.files import write_atomic
+
+if TYPE_CHECKING:
+    from launcher.config.job.train import Train
+    from launcher.engines.context import Context
+
+
+def train(job: Train, context: Context, preemption: Preemption) -> None:
+    """Train on this rank, from the newest checkpoint the run may continue from, to ``job.steps``.
+
+    Raises:
+        SystemExit: with code 75, when the run was preempted before that.
+    """
+    import torch
+
+    clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
+    with clock.phase("load"):
+        splits = open_splits(
+            context.run.data,
+            context.run.model,
+            sequence_length=job.sequence_length,
+            seed=job.seed,
+            beat=lambda: context.heartbeat.beat("load"),
+        )
+    with make_engine(context, clock) as engine:
+        Trainer(job, context, splits, engine, clock, preemption).run()
+
+
+class Trainer:
+    """One rank's part in one training run."""
+
+    def __init__(
+        self, job: Train, context: Context, splits: Splits, engine: Engine, clock: StepClock, preemption: Preemption
+    ) -> None:
+        self.job, self.context, self.splits, self.engine, self.clock = job, context, splits, engine, clock
+        self.preemption = preemption
+        self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
+        self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
+        self.recorder: Recorder
+
+    def run(self) -> None:
+        """Train, then leave a sample, a curve and the last evaluation."""
+        first = restore_checkpoint(self.store, self.context, self.engine)
+        with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
+            self.recorder.baselines(first, self.splits.baselines)
+            self.preemption.hold()
+            for step in range(first, self.job.steps):
+                with self.context.profiler.step():
+                    self.advance(step)
+            write_sample_and_curve(self)
+        self.context.heartbeat.beat("done", self.job.steps)
+
+    def advance(self, step: int) -> None:
+        """Take optimiser step ``step`` (0-based), then evaluate and save where it is time to."""
+        done = step + 1
+        if self.train_step(step).preempted and done < self.job.steps:
+            self.leave(done)
+        held_out = self.evaluate(done) if self._evaluates_after(done) else None
+        if held_out and held_out.preempted and done < self.job.steps:
+            self.leave(done, held_out)
+        if self._saves_after(done):
+            self.save(done, held_out)
+
+    def train_step(self, step: int) -> StepResult:
+        """Take optimiser step ``step`` (0-based) and record it."""
+        started, self.clock.step = time.perf_counter(), step
+        with self.clock.phase("data"):
+            micro_batches = self.loader.step(step)
+        rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
+        result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
+        check_finite(result, step)
+        self.recorder.step(step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.take())
+        return result
+
+    def evaluate(self, done: int) -> EvaluationResult:
+        """Measure the held-out loss after ``done`` steps, and record it."""
+        with self.clock.phase("evaluate"):
+            asked = self.preemption.requested
+            held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
+        self.recorder.evaluation(done, held_out.loss, parts=self.clock.take())
+        return held_out
+
+    def save(self, done: int, held_out: EvaluationResult | None) -> None:
+        """Write the checkpoint of ``done`` steps, every rank its part."""
+        with self.clock.phase("checkpoint"):
+            loss = held_out.loss if held_out else None
+            tokenizer = self.splits.tokenizer
+            save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
+
+    def leave(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
+        """Save whatever the policy says, and end this rank, like all others, with the code that means: resume me."""
+        self.save(done, held_out)
+        if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
+            self.evaluate(done)
+        raise SystemExit(EXIT_PREEMPTED)
+
+    def _evaluates_after(self, done: int) -> bool:
+        every = self.job.eval_every
+        return done == self.job.steps or bool(every and done % every == 0)
+
+    def _saves_after(self, done: int) -> bool:
+        policy = self.context.run.checkpoint
+        return bool(policy.every and done % policy.every == 0) or (policy.at_end and done == self.job.steps)
+
+
+def check_finite(result: StepResult, step: int) -> None:
+    """End the run when the loss is NaN or infinite.
+
+    Raises:
+        JobError: on every rank alike, naming the step and the ranks it came from.
+    """
+    if math.isfinite(result.loss):
+        return
+    ranks = ", ".join(map(str, result.nonfinite_ranks))
+    raise JobError(
+        f"loss is {result.loss} at step {step + 1}, first seen on rank {ranks}: "
+        "lower optimizer.lr, raise schedule.warmup_steps, or set precision=bf16 where it is fp16"
+    )
+
+
+def write_sample_and_curve(trainer: Trainer) -> None:
+    """Generate on every rank; on rank 0 write sample.txt and loss.png."""
+    job, context, splits, clock = trainer.job, trainer.context, trainer.splits, trainer.clock
+    if job.sample_tokens and splits.tokenizer is not None:
+        with clock.phase("sample"):
+            text = generate_sample(job, splits, trainer.engine)
+        if context.is_main:
+            write_atomic(context.run_dir.sample, text + "\n")
+            print(f"sample: {text!r}", flush=True)
+    if context.is_main:
+        with clock.phase("curve"):
+            draw_curve(context.run_dir.metrics, context.run_dir.curve, baselines=splits.baselines)
+        print(f"loss curve: {context.run_dir.curve}", flush=True)
+
+
+def generate_sample(job: Train, splits: Splits, engine: Engine) -> str:
+    """Return the prompt and its greedy continuation; every rank must call it."""
+    import torch
+
+    assert splits.tokenizer is not None, "no tokenizer, no text"
+    ids = splits.tokenizer.encode(job.sample_prompt) or [0]
+    room = max(1, splits.context - job.sample_tokens)
+    prompt = torch.tensor([ids[-room:]], device=engine.device)
+    answer = engine.generate(prompt, max_new_tokens=min(job.sample_tokens, splits.context - 1))
+    return str(splits.tokenizer.decode(answer[0].tolist()))

@@ -1,0 +1,1 @@
+"""What belongs to no subject: text, files, limits of the machine, secrets."""

@@ -1,0 +1,100 @@
+"""Folders that are built once per machine, however many processes ask for them at the same time."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shlex
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO
+
+from launcher.errors import EnvironmentProblem
+from launcher.utils.files import fsync_folder
+from launcher.utils.system import disk_full_message
+
+_POLL_S = 0.05
+
+
+def default_cache_folder(*parts: str) -> Path:
+    """Return a folder below ``$XDG_CACHE_HOME/launcher`` (``~/.cache/launcher``), not created yet."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root, "launcher", *parts)
+
+
+def build_once(folder: Path, build: Callable[[Path], None], *, beat: Callable[[], None]) -> Path:
+    """Return ``folder``, after building it unless some process already has.
+
+    The first process builds into a temporary neighbour and renames it; the others wait. The lock is the kernel's and
+    goes with its process, so a killed builder leaves nothing but a temporary folder, which the next one removes.
+
+    Args:
+        folder: the finished folder; it exists only when it is complete.
+        build: fills the empty folder it is given, or raises.
+        beat: called while waiting, so that the wait does not look like a stall.
+
+    Raises:
+        EnvironmentProblem: the folder cannot be written.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f"{folder.name}.lock").open("w")
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write the cache folder {folder.parent}: {error}") from error
+    with lock:
+        _lock_exclusively(lock, beat)
+        if not folder.is_dir():
+            _build(folder, build)
+    return folder
+
+
+def _lock_exclusively(lock: IO[str], beat: Callable[[], None]) -> None:
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        beat()
+        time.sleep(_POLL_S)
+
+
+def _build(folder: Path, build: Callable[[Path], None]) -> None:
+    prefix = f".{folder.name}.tmp-"
+    for stale in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is working on it
+        shutil.rmtree(stale, ignore_errors=True)
+    temporary = folder.with_name(f"{prefix}{os.getpid()}")
+    try:
+        temporary.mkdir()
+        build(temporary)
+        temporary.rename(folder)
+        fsync_folder(folder.parent)
+    except BaseException as error:
+        trouble = disk_full_message(error, {"XDG_CACHE_HOME": folder.parent})  # before there is room again
+        shutil.rmtree(temporary, ignore_errors=True)
+        if trouble:
+            raise EnvironmentProblem(trouble) from error
+        raise
+
+
+def quote_torch_library_path() -> None:
+    """Let torch link what it compiles where its own path holds a space: it writes ``-L`` of that path without quotes.
+
+    Every process calls this before it compiles or loads: with another command ninja would link again.
+    """
+    found = find_spec("torch")
+    if found is None or not found.origin or shlex.quote(found.origin) == found.origin:
+        return
+    from torch.utils import cpp_extension
+
+    if not cpp_extension.TORCH_LIB_PATH.startswith("'"):
+        cpp_extension.TORCH_LIB_PATH = shlex.quote(cpp_extension.TORCH_LIB_PATH)
+
+
+def lacks_compiler(environ: Mapping[str, str], *, which: Callable[[str], str | None]) -> bool:
+    """Whether there is no C++ compiler where torch looks for one: in CXX, else g++."""
+    return which(environ.get("CXX", "g++")) is None

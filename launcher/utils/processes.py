@@ -1,0 +1,201 @@
+"""Processes and signals on Linux: find, signal and end them, and say how they ended.
+
+A process is known by its number *and* its start time, because numbers are used again. Signals go through a pidfd, so
+nothing can take the number between the check and the signal.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launcher.errors import EnvironmentProblem
+
+_PATIENCE_S = 5.0
+
+
+_PR_SET_PDEATHSIG = 1
+
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+COLLECTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTSTP)
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process, for ever: never another that was later given its number."""
+
+    pid: int
+    started: int
+    """Clock ticks since the machine started."""
+
+    def is_alive(self) -> bool:
+        """Return whether it is there and has not ended."""
+        entry = _read(self.pid)
+        return entry is not None and entry.process == self and not entry.is_zombie
+
+    def send(self, number: int) -> bool:
+        """Send a signal; return whether the process was still there."""
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return False
+        try:
+            if identify(self.pid) != self:
+                return False
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+
+@dataclass(frozen=True)
+class _Entry:
+    process: Process
+    parent: int
+    is_zombie: bool
+
+
+def identify(pid: int) -> Process | None:
+    """Return the process that has this number now; ``None`` when nobody has."""
+    entry = _read(pid)
+    return entry.process if entry else None
+
+
+def descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
+    """Return every living process below ``ancestor``, without those in ``spare`` and what is below them."""
+    children: dict[int, list[_Entry]] = defaultdict(list)
+    for name in os.listdir("/proc"):  # noqa: PTH208 (half the time of Path.iterdir, and this is a busy loop)
+        entry = _read(int(name)) if name.isdigit() else None
+        if entry is not None:
+            children[entry.parent].append(entry)
+    found: list[Process] = []
+    unvisited = [ancestor]
+    while unvisited:
+        for entry in children.pop(unvisited.pop(), ()):
+            if entry.process in spare:
+                continue
+            unvisited.append(entry.process.pid)
+            if not entry.is_zombie:
+                found.append(entry.process)
+    return found
+
+
+def end_descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
+    """Kill everything below ``ancestor``, which must be a subreaper, even what forks while it is being killed.
+
+    All are stopped first, again and again until no new one appears: what is stopped cannot fork.
+
+    Returns:
+        What the kernel had not let go within five seconds (a process waiting for a dead disk).
+    """
+    deadline = time.monotonic() + _PATIENCE_S
+    stopped: set[Process] = set()
+    while living := descendants(ancestor, spare=spare):
+        if time.monotonic() > deadline:
+            return living
+        new = [process for process in living if process not in stopped]
+        for process in new:
+            process.send(signal.SIGSTOP)
+        stopped.update(new)
+        if not new:
+            for process in living:
+                process.send(signal.SIGKILL)
+            time.sleep(0.005)
+    return []
+
+
+def _read(pid: int) -> _Entry | None:
+    try:
+        text = Path(f"/proc/{pid}/stat").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = text[text.rindex(b")") + 2 :].split()  # the name before it may hold spaces and brackets
+    return _Entry(Process(pid, int(fields[19])), int(fields[1]), fields[0] in b"ZX")
+
+
+def become_subreaper() -> None:
+    """Let every orphan among the descendants of this process become its child, however it detached itself."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process as soon as ``parent``, which just forked it, is gone."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it went before the promise was made
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def exit_like(status: int) -> None:
+    """End this process the way ``status`` (of ``waitpid``) says another one ended: same code or same signal.
+
+    No second core is dumped for a signal that made the other process dump one.
+    """
+    if os.WIFSIGNALED(status):
+        number = os.WTERMSIG(status)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if number != signal.SIGKILL:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
+        os.kill(os.getpid(), number)
+    os._exit(os.waitstatus_to_exitcode(status) & 0xFF)
+
+
+def _prctl(option: int, value: int) -> None:
+    if sys.platform != "linux":
+        raise EnvironmentProblem(f"runs are supervised with prctl, which {sys.platform} lacks: use Linux")
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, value, 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number), f"prctl({option})")
+
+
+def shell_exit_code(code: int | None, number: int | None) -> int:
+    """Return what a shell would say: the code itself, or 128 plus the signal."""
+    return 128 + number if number else code or 0
+
+
+def describe_exit(code: int | None, number: int | None) -> str:
+    """Return the end of a process in words."""
+    if not number:
+        return f"ended with exit code {code}"
+    return f"was ended by signal {number} ({signal_name(number)})"
+
+
+def signal_name(number: int) -> str:
+    """Return ``SIGKILL`` for 9."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"real-time signal {number}"
+
+
+@contextmanager
+def collect_signals() -> Iterator[list[int]]:
+    """Yield a list that grows by every signal; what was ignored before (nohup) stays ignored."""
+    arrived: list[int] = []
+
+    def note(number: int, _frame: FrameType | None) -> None:
+        arrived.append(number)
+
+    heard = [number for number in COLLECTED_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield arrived
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

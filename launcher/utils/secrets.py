@@ -1,0 +1,193 @@
+"""Secrets, recognised by name or by value, and their removal from text before it is shown or stored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "********"
+
+_SHORTEST = 8
+"""Shorter values of secret variables (``true``, ``0``) are no secrets, and occur by accident."""
+
+_SECRET_WORDS = frozenset(
+    {
+        *("KEY", "KEYS", "APIKEY", "APIKEYS", "TOKEN", "PAT", "JWT", "OTP", "BEARER", "AUTH", "DSN", "WEBHOOK"),
+        *("PASS", "PASSCODE", "PASSWRD", "PWD", "PW", "CRED", "CREDS", "COOKIE", "COOKIES"),
+    }
+)
+"""Words that make a name secret: ``HF_TOKEN``, ``GITHUB_PAT``, ``SENTRY_DSN``."""
+
+_PARTS = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CONNECTIONSTRING")
+"""The same wherever they stand in a name without its separators: ``DBPASSWORD``."""
+
+_ENDINGS = re.compile(
+    r"(?:TOKEN|(?:API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT|SIGNING|ENCRYPTION|DEPLOY|LICENSE|SSH|SSL|TLS|HF|HUB|GH|GIT"
+    r"|WANDB|OPENAI|AWS|MASTER|SERVICE|SHARED|STORAGE|HMAC)KEYS?|(?<!BY)(?<!COM)(?<!TRES)(?<!SUR)(?<!MULTI)PASS)$"
+)
+"""Ends of a word that make a name secret: ``HFTOKEN``, ``S3_ACCESSKEY``, ``SSHPASS``; not ``MONKEY`` or ``BYPASS``."""
+
+_PLURAL_TOKENS = re.compile(
+    r"(?:^|_)(?:API|AUTH|ACCESS|BEARER|REFRESH|SESSION|SECRET|USER|HF|GH|GITHUB|GITLAB)_?TOKENS$"
+)
+"""``tokens`` alone is what a language model counts."""
+
+_PLACES = frozenset({"FILE", "FILES", "PATH", "PATHS", "DIR", "DIRS", "FOLDER", "SOCK", "SOCKET", "VARIABLE"})
+"""A name that ends so says where a secret is, and holds none: ``SSH_AUTH_SOCK``, ``HF_TOKEN_PATH``."""
+
+_HARMLESS = frozenset({"PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "NUM_KEY_VALUE_HEADS"})
+"""The shell's current and last folder, the path of a file, and a size of models."""
+
+_SHAPES = (
+    # a password in an address, one with a slash in it too; a user name that is a key (Sentry's)
+    re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"'<>]*:)(?P<secret>[^\s/\"'<>]+)(?=@)"),
+    re.compile(
+        r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"'<>]*:)(?!\d+/)(?P<secret>[^\s/@\"'<>]*/[^\s@\"'<>]*)(?=@)"
+    ),
+    re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<secret>(?=[^@\s]*\d)[\w-]{20,})(?=@)"),
+    # signed addresses and headers
+    re.compile(
+        r"(?P<before>[?&;](?:X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|sig|signature|access_token|auth_token"
+        r"|token|api_key|apikey|password|secret)=)(?P<secret>[^\s&\"'<>#]+)",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(?P<before>\bhooks\.slack\.com/(?:services|workflows)/)(?P<secret>[\w/-]{8,})"),
+    re.compile(r"(?P<before>\b(?:Bearer|Basic) )(?P<secret>(?=\S*[\d=])[\w.~+/-]{16,}=*)"),
+    # private keys, and tokens whose beginning says whose they are
+    re.compile(
+        r"(?P<before>)(?P<secret>-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[A-Za-z0-9+/=\s\\:,]*"
+        r"(?:-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----)?)"
+    ),
+    re.compile(
+        r"(?P<before>)(?<![A-Za-z0-9_-])(?P<secret>"
+        r"gh[opusr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|hf_[A-Za-z0-9]{16,}"
+        r"|sk-[A-Za-z0-9]{16,}|sk-(?:proj|ant|svcacct|or|lf)-[\w-]{8,}|sk-(?=[\w-]*\d)[\w-]{16,}"
+        r"|[rs]k_(?:live|test)_[A-Za-z0-9]{16,}|xox[a-z]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}"
+        r"|A(?:KIA|SIA)[A-Z0-9]{16}|AIza[\w-]{30,}|ya29\.[\w-]{16,}|npm_[A-Za-z0-9]{30,}|pypi-[\w-]{16,}"
+        r"|SG\.[\w-]{16,}\.[\w-]{16,}|dop_v1_[a-f0-9]{32,}|nvapi-[\w-]{16,}|wandb_v1_\w{16,}"
+        r"|eyJ[\w-]{8,}\.[\w-]{2,}\.[\w-]*)"
+    ),
+)
+_ASSIGNED = re.compile(
+    r"(?<![\w$])(?P<name>[A-Za-z][\w.-]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']*[^\s,;}\]\"':])"
+)
+_BARE_PROXY = re.compile(r"[^\s/:@]*:[^\s/@]+@[^\s/@]+/?")
+"""``user:password@host:port``, which curl and requests take as a proxy without a scheme."""
+_ENTRY = re.compile(
+    r"(?P<name>(?:^|[{,])[ \t]*[\"']?(?P<word>[A-Za-z]\w*)[\"']?: ?)"
+    r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,}\]\"'][^,}\]\n\"']*)",
+    re.MULTILINE,
+)
+"""A variable in YAML or JSON; a name with dots is an option in an error, and what follows is prose."""
+
+
+def is_secret_name(name: str) -> bool:
+    """Return whether a variable of this name holds a secret (``HF_TOKEN``), not just a word like one (``MONKEY``)."""
+    parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # accountKey
+    upper = re.sub(r"[^A-Z0-9]+", "_", parts.upper()).strip("_")
+    words = upper.split("_")
+    if upper in _HARMLESS or words[-1] in _PLACES or "PER_TOKEN" in upper:
+        return False
+    joined = "".join(words)
+    return (
+        not _SECRET_WORDS.isdisjoint(words)
+        or any(part in joined for part in _PARTS)
+        or any(_ENDINGS.search(word) for word in words)
+        or _PLURAL_TOKENS.search(upper) is not None
+    )
+
+
+def is_secret_value(value: str) -> bool:
+    """Return whether text holds a secret by its shape: a password in an address, a known token, a private key."""
+    return _without_shapes(value) != value
+
+
+def is_secret(name: str, value: str) -> bool:
+    """Return whether a variable holds a secret, by its name or by its value (``AccountKey=…`` inside it, too)."""
+    has_assigned = _ASSIGNED.sub(_hide_assigned, value) != value
+    return is_secret_name(name) or is_secret_value(value) or has_assigned or _is_proxy_with_password(name, value)
+
+
+def secret_variable_in(text: str, environ: Mapping[str, str]) -> str | None:
+    """Return the name of a secret variable whose value stands in ``text``; ``None`` where there is none."""
+    found = (name for name, value in _secrets_of(environ).items() if value in text and not _is_path(value))
+    return next(found, None)
+
+
+def _is_path(value: str) -> bool:
+    """Return whether a value names a file (``SSH_KEY=~/.ssh/id``), as options may do too."""
+    return value.startswith(("/", "~", "./", "../"))
+
+
+def hide_secrets(text: str) -> str:
+    """Return ``text`` with each secret in it replaced: by its shape, or behind its name (``HF_TOKEN=…``)."""
+    return _ENTRY.sub(_hide_entry, _ASSIGNED.sub(_hide_assigned, _without_shapes(text)))
+
+
+def redact(tree: Any, environ: Mapping[str, str]) -> Any:
+    """Return ``tree`` with every secret in its text replaced.
+
+    Args:
+        tree: plain data. Text under a key that names a secret is hidden whole.
+        environ: values of its secret variables are hidden wherever they occur.
+    """
+    return _redacted(tree, sorted(set(_secrets_of(environ).values()), key=len, reverse=True))
+
+
+def _secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables whose whole value is a secret."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if len(value) >= _SHORTEST and (is_secret_name(name) or _is_proxy_with_password(name, value))
+    }
+
+
+def _is_proxy_with_password(name: str, value: str) -> bool:
+    return name.upper().endswith("PROXY") and _BARE_PROXY.fullmatch(value) is not None
+
+
+def _redacted(tree: Any, known: list[str]) -> Any:
+    if isinstance(tree, Mapping):
+        return {key: _redacted_under(str(key), value, known) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_redacted(value, known) for value in tree]
+    if isinstance(tree, str):
+        for secret in known:
+            tree = tree.replace(secret, HIDDEN)
+        return hide_secrets(tree)
+    return tree
+
+
+def _redacted_under(key: str, value: Any, known: list[str]) -> Any:
+    return HIDDEN if isinstance(value, str) and value and _is_secret_key(key) else _redacted(value, known)
+
+
+def _without_shapes(text: str) -> str:
+    for shape in _SHAPES:
+        text = shape.sub(rf"\g<before>{HIDDEN}", text)
+    return text
+
+
+def _hide_assigned(found: re.Match[str]) -> str:
+    """Hide the value in ``NAME=value``; ``key=value`` is grammar, not a variable."""
+    last = found["name"].rpartition(".")[2]
+    is_secret_here = _is_secret_key(last) or last in ("password", "passwd", "passphrase")
+    return f"{found['name']}={_hidden(found['value'])}" if is_secret_here else found[0]
+
+
+def _hide_entry(found: re.Match[str]) -> str:
+    """Hide the value in ``NAME: value``."""
+    return f"{found['name']}{_hidden(found['value'])}" if _is_secret_key(found["word"]) else found[0]
+
+
+def _is_secret_key(key: str) -> bool:
+    """Return whether a key of a tree is a secret variable; ``secret`` alone is an option: the name of a Secret."""
+    return (key.isupper() or "_" in key or "-" in key or key != key.lower()) and is_secret_name(key)
+
+
+def _hidden(value: str) -> str:
+    """Return what stands in place of a value, in its quotes."""
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{quote}{HIDDEN}{quote}"

@@ -1,0 +1,129 @@
+"""Limits of this machine: free ports, open files, full disks."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import ipaddress
+import os
+import re
+import resource
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+from launcher.utils.text import bytes_text
+
+LOOPBACK = "127.0.0.1"
+"""Where the ranks of one machine meet: nothing else reaches it."""
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens on a host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+@contextlib.contextmanager
+def raise_open_file_limit(num_files: int) -> Iterator[None]:
+    """Let this process open that many files beside those it has open, where the system allows it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = num_files + psutil.Process().num_fds()
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        yield
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+
+
+_FULL_MESSAGES = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
+"""Errors of libraries that carry no errno: safetensors is Rust."""
+
+
+_WRITER_MESSAGES = re.compile(
+    r"inline_container|PytorchStreamWriter|iostream error|requested and \d+ written|[Ss]hort write"
+)
+"""What torch's and NumPy's writers say where the system said "No space left": they drop that."""
+
+
+_MIN_FREE_BYTES = 1 << 16
+"""Less than this counts as nothing: file systems hand out blocks, and the first that does not fit is lost."""
+
+
+_NAMED = "the disk of "
+"""What messages about a full disk say."""
+
+
+def describe_full_disk(folder: Path) -> str | None:
+    """Return which disk is full, in words, where that of ``folder`` is; ``None`` where it has room."""
+    try:
+        there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
+        disk = os.statvfs(there)
+    except (OSError, StopIteration):
+        return None
+    free, total = disk.f_bavail * disk.f_frsize, disk.f_blocks * disk.f_frsize
+    if disk.f_blocks and free < _MIN_FREE_BYTES:
+        return f"{_NAMED}{folder} is full ({bytes_text(free)} of {bytes_text(total)} free)"
+    if disk.f_files and not disk.f_favail:
+        return f"{_NAMED}{folder} is full (0 of {disk.f_files:,} files free)"
+    return None
+
+
+def is_disk_full_error(error: BaseException) -> bool:
+    """Return whether an error, or one that it came of, says that a disk is full."""
+    return any(
+        (isinstance(one, OSError) and one.errno in _FULL_ERRNOS) or _FULL_MESSAGES.search(str(one))
+        for one in _exception_chain(error)
+    )
+
+
+def disk_full_message(error: BaseException, folders: Mapping[str, Path]) -> str | None:
+    """Return a message that names the full disk that ``error`` came of; ``None`` where it came of something else.
+
+    Args:
+        error: what a write raised.
+        folders: where the run writes, each by the option that says so (``run.root``). The first that is full counts.
+    """
+    if _NAMED in str(error):  # with the option that helps
+        return str(error)
+    is_sure = is_disk_full_error(error)
+    if not is_sure and not any(_WRITER_MESSAGES.search(str(one)) for one in _exception_chain(error)):
+        return None
+    full = {option: words for option, folder in folders.items() if (words := describe_full_disk(folder))}
+    if not full and not is_sure:
+        return None
+    named = next((one.filename for one in _exception_chain(error) if isinstance(one, OSError) and one.filename), None)
+    own = (option for option, folder in folders.items() if named and Path(str(named)).is_relative_to(folder.absolute()))
+    option = next(iter(full), next(own, next(iter(folders))))
+    words = full.get(option) or f"{_NAMED}{named or folders[option]} was full, or its quota used up"
+    said = " ".join(str(error).split())
+    return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"
+
+
+def _exception_chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and those it came of."""
+    seen: set[int] = set()
+    one: BaseException | None = error
+    while one is not None and id(one) not in seen:
+        seen.add(id(one))
+        yield one
+        one = one.__cause__ or one.__context__

@@ -1,0 +1,156 @@
+"""How far a strategy is from one process, as console table, verify.md and verify.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from launcher.utils.text import format_table
+from launcher.verification.forked_ranks import ERROR_KEY, TIME_KEY, CaseAnswer
+
+if TYPE_CHECKING:
+    from launcher.config.job.verify import Verify
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyResult:
+    """One strategy; differences are relative, the largest of all steps, and infinite where a number is missing."""
+
+    name: str
+    seconds: float
+    loss_diff: float = math.inf
+    grad_norm_diff: float = math.inf
+    weights_diff: float = math.inf
+    """L2 norm of the difference of the final weights, against that of the reference's."""
+    worst_weight: str = ""
+    """The tensor that is farthest apart, by the same measure."""
+    tokens_equal: bool = False
+    trouble: str = ""
+    """Why there is nothing to compare, or what does not fit besides the numbers."""
+
+    def excess(self, job: Verify) -> float:
+        """Return how many times the allowed difference it is away; 1 and less passes."""
+        if self.trouble or not self.tokens_equal:
+            return math.inf
+        pairs = ((self.loss_diff, job.loss_tolerance), (self.grad_norm_diff, job.grad_norm_tolerance))
+        return max((0.0 if diff == 0 else math.inf) if not allowed else diff / allowed for diff, allowed in pairs)
+
+    def why(self, job: Verify) -> str:
+        """Return what is wrong with it in words; empty where nothing is."""
+        if self.trouble:
+            return self.trouble
+        said = []
+        if not self.loss_diff <= job.loss_tolerance:
+            said.append(f"loss differs by {self.loss_diff:.1e} (allowed {job.loss_tolerance:g})")
+        if not self.grad_norm_diff <= job.grad_norm_tolerance:
+            said.append(f"gradient norm differs by {self.grad_norm_diff:.1e} (allowed {job.grad_norm_tolerance:g})")
+        if not self.tokens_equal:
+            said.append("other tokens are generated")
+        return ", ".join(said)
+
+
+def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer, *, seconds: float) -> StrategyResult:
+    """Compare what the ranks of a case answered with what one process did."""
+    troubled = [(answer[TIME_KEY], rank) for rank, answer in answers.items() if ERROR_KEY in answer]
+    if troubled:
+        rank = min(troubled)[1]  # the first to fail: others fail because of it
+        return StrategyResult(name=name, seconds=seconds, trouble=f"rank {rank}: {answers[rank][ERROR_KEY]}")
+    ours = answers[0]
+    weights, worst, trouble = _weights_difference([answer["weights"] for answer in answers.values()])
+    return StrategyResult(
+        name=name,
+        seconds=seconds,
+        loss_diff=_largest_difference(ours["losses"], reference["losses"]),
+        grad_norm_diff=_largest_difference(ours["grad_norms"], reference["grad_norms"]),
+        weights_diff=weights,
+        worst_weight=worst,
+        tokens_equal=all(answer["generated"] == reference["generated"] for answer in answers.values()),
+        trouble=trouble,
+    )
+
+
+def _largest_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
+    return max(_relative_difference(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def _relative_difference(one: float | None, other: float | None) -> float:
+    if one is None or other is None or not (math.isfinite(one) and math.isfinite(other)):
+        return math.inf
+    return 0.0 if one == other else abs(one - other) / max(abs(other), 1e-30)
+
+
+def _weights_difference(parts: Sequence[Mapping[str, Any]]) -> tuple[float, str, str]:
+    """Return the relative difference of all weights, the tensor that is farthest apart, and what does not fit."""
+    apart: dict[str, tuple[float, float]] = {}
+    for part in parts:
+        apart |= {name: (square, of) for name, (square, of) in part["apart"].items()}
+    missing = set(parts[0]["all"]) - apart.keys()
+    unknown = [name for part in parts for name in part["unknown"]]
+    if missing or unknown:
+        words = [("no rank gave", sorted(missing)), ("the reference has no such", unknown)]
+        return math.inf, "", "; ".join(f"{text} {', '.join(names[:3])}" for text, names in words if names)
+    total, norm = (math.fsum(column) for column in zip(*apart.values(), strict=True))
+    worst = max(apart, key=lambda name: apart[name][0] / max(apart[name][1], 1e-30))
+    return math.sqrt(total / max(norm, 1e-30)), worst, ""
+
+
+_HEAD = ("strategy", "loss", "gradient norm", "weights", "tokens", "seconds", "")
+
+
+def table_lines(rows: Sequence[StrategyResult], job: Verify) -> Iterator[str]:
+    """Yield the table as aligned text."""
+    yield from format_table([_HEAD, *(_cells(row, job) for row in rows)])
+
+
+def as_markdown(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[str, str]) -> str:
+    """Return the table in Markdown, with what was compared and what was not."""
+    said = [
+        f"# Strategies against one process, {job.steps} steps",
+        "",
+        f"Relative differences, the largest of all steps; allowed: loss {job.loss_tolerance:g}, gradient norm "
+        f"{job.grad_norm_tolerance:g}, and the same {job.generated_tokens} tokens generated greedily.",
+        "",
+    ]
+    if job.perturb:
+        said += [f"The learning rate of every strategy but one process is off by {job.perturb:+.1%}, on purpose.", ""]
+    said += [_markdown_row(_HEAD), _markdown_row(["---"] * len(_HEAD))]
+    said += [_markdown_row(_cells(row, job)) for row in rows]
+    if left_out:
+        said += ["", "Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items())]
+    return "\n".join(said) + "\n"
+
+
+def as_json(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[str, str]) -> dict[str, Any]:
+    """Return everything as plain data; a difference that is not finite is ``null``."""
+    return {
+        "steps": job.steps,
+        "perturb": job.perturb,
+        "loss_tolerance": job.loss_tolerance,
+        "grad_norm_tolerance": job.grad_norm_tolerance,
+        "strategies": {
+            row.name: {"passed": row.excess(job) <= 1, **{k: _plain(v) for k, v in dataclasses.asdict(row).items()}}
+            for row in rows
+        },
+        "left_out": dict(left_out),
+    }
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _cells(row: StrategyResult, job: Verify) -> list[str]:
+    why = row.why(job)
+    if row.loss_diff == row.grad_norm_diff == math.inf and row.trouble:
+        numbers = ["-"] * 4
+    else:
+        diffs = (row.loss_diff, row.grad_norm_diff, row.weights_diff)
+        numbers = [*(f"{diff:.1e}" for diff in diffs), "equal" if row.tokens_equal else "differ"]
+    return [row.name, *numbers, f"{row.seconds:.1f}", f"FAIL: {why}" if why else "ok"]
+
+
+def _markdown_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"

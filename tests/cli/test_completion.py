@@ -1,0 +1,120 @@
+"""``launch completion``: what is offered, and that each shell asks for it."""
+
+from __future__ import annotations
+
+import importlib
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher.__main__ import VERBS, main
+from launcher.cli.completion import _FLAGS, SCRIPTS, candidates, run
+from launcher.errors import ConfigError
+from tests.cli.conftest import Make
+
+_WITH_VALUE = ("--config-dir", "--root", "--output", "--rank", "--host", "--threshold")
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("sta", ["status"]),
+        ("job.ste", ["job.steps="]),
+        ("optimizer.lr", ["optimizer.lr="]),
+        ("optimi", ["optimizer="]),
+        ("parallel=zero3", ["parallel=zero3", "parallel=zero3_offload"]),
+        ("+exp=zero_inf", ["+exp=zero_infinity_gpt2xl"]),
+        ("backend.agent=", ["backend.agent=deepspeed", "backend.agent=torchrun"]),
+        ("dry_run=t", ["dry_run=true"]),
+        ("--ver", ["--version"]),
+        ("plan job.ste", ["job.steps="]),
+        ("plan --js", ["--json"]),
+        ("list precis", ["precision"]),
+        ("list precision/bf", ["precision/bf16"]),
+        ("benchmark c", ["compare"]),
+        ("logs --ag", ["--agents"]),
+        ("status 2026", ["20260101-120000-abcd"]),
+        ("resume 2026", ["20260101-120000-abcd"]),
+        ("rerun 2026 job.ste", ["job.steps="]),
+        ("show zero_inf", ["zero_infinity_gpt2xl"]),
+        ("completion z", ["zsh"]),
+        ("--config-dir ", []),
+        ("run.ro", ["run.root="]),
+        ("nothing", []),
+    ],
+)
+def test_what_may_stand_there(make_run: Make, typed: str, offered: list[str]) -> None:
+    make_run()
+    make_run("$(touch x)", name="bad")
+    found = candidates(typed.split(" "))
+    assert set(offered) <= set(found)
+    assert all(word.startswith(typed.split(" ")[-1]) for word in found)
+    assert offered or not found
+    assert not any("$" in word for word in candidates(["status", ""]))
+
+
+def test_every_verb_is_completed() -> None:
+    assert set(_FLAGS) == {"", *VERBS}
+    assert set(VERBS) <= set(candidates([""]))
+
+
+def test_every_flag_offered_is_taken(tmp_path: Path) -> None:
+    for verb, flags in _FLAGS.items():
+        for flag in (flag for flag in flags if verb and flag != "--help"):
+            words = [flag, str(tmp_path), "--help"] if flag in _WITH_VALUE else [flag, "--help"]
+            assert importlib.import_module(f"launcher.cli.{verb}").run(words) == 0, (verb, flag)
+
+
+@pytest.mark.parametrize("shell", [name for name in SCRIPTS if shutil.which(name)])
+def test_a_shell_asks(tmp_path: Path, shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The script of each shell that is installed here; bash is everywhere."""
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "script"
+    script.write_text(capsys.readouterr().out)
+    program = tmp_path / "launch"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m launcher "$@"\n')
+    program.chmod(0o755)
+    assert "zero3_offload" in _completed(shell, script, "launch plan parallel=zero3_")[-1]
+
+
+@pytest.mark.parametrize("shell", [name for name in SCRIPTS if shutil.which(name)])
+def test_a_shell_completes_files_where_nothing_else_fits(tmp_path: Path, shell: str) -> None:
+    """Bash and zsh do it themselves where they are offered nothing: not even one empty word."""
+    script = tmp_path / "script"
+    script.write_text(SCRIPTS[shell])
+    program = tmp_path / "launch"
+    program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m launcher "$@"\n')
+    program.chmod(0o755)
+    (tmp_path / "epoch=3.txt").touch()
+    expected = {"bash": ["0"], "zsh": ["-P *=", "files"], "fish": ["data.path=epoch=3.txt"]}
+    assert _completed(shell, script, "launch plan data.path=epo") == expected[shell]
+
+
+def _completed(shell: str, script: Path, line: str) -> list[str]:
+    """Return what a shell would insert, or what its script asks the shell for."""
+    ask = {
+        "bash": f". {script}; COMP_LINE='{line}'; COMP_POINT=${{#COMP_LINE}}; _launch 2> /dev/null; "
+        'printf "%s\\n" "${COMPREPLY[@]:-${#COMPREPLY[@]}}"',
+        "zsh": f"compdef() {{ :; }}; compadd() {{ print -l -- $@; }}; compset() {{ print -- $@; }}; "
+        f"_files() {{ print files; }}; words=({line}); CURRENT=3; . {script}; _launch",
+        "fish": f"source {script}; complete -C '{line}'",
+    }
+    answer = subprocess.run(
+        [shell, "-c", ask[shell]],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=script.parent,
+        env={"PATH": f"{script.parent}:/usr/bin:/bin", "HOME": str(script.parent)},
+        timeout=60,
+    )
+    return answer.stdout.splitlines()
+
+
+def test_a_shell_that_is_none() -> None:
+    with pytest.raises(ConfigError, match="did you mean bash"):
+        run(["bsh"])

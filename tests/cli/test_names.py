@@ -1,0 +1,167 @@
+"""Runs by id or directory in every verb that takes one, bare names of options, and the version."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import launcher
+from launcher.__main__ import main
+from launcher.config.compose import compose
+from launcher.config.run import Run
+from launcher.config.snapshot import save_run
+from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import write_json
+
+RUN = "20260101-120000-abcd"
+
+
+@pytest.fixture
+def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    """A run below ``other/tiny`` that has ended and was sent a secret."""
+    monkeypatch.chdir(tmp_path)
+    run_dir = RunDir(tmp_path / "other" / "tiny" / RUN)
+    run_dir.logs.mkdir(parents=True)
+    save_run(compose(["model=gpt2", "run.name=tiny", "tracker=local", "backend.ranks=1"]).run, run_dir.snapshot)
+    write_json(run_dir.plan, {"run_id": RUN, "name": "tiny", "hosts": [], "forward": ["HF_HOME", "GITHUB_PAT"]})
+    write_json(run_dir.result, {"status": "failed", "exit_code": 1, "run_id": RUN, "metrics": {}})
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("status", "RUN"),
+        ("logs", "RUN"),
+        ("runs", "RUN"),
+        ("cancel", "RUN"),
+        ("report", "RUN"),
+        ("show", "RUN"),
+        ("diff", "RUN", "RUN"),
+        ("plan", "RUN"),
+        ("rerun", "RUN", "dry_run=true"),
+        ("resume", "RUN", "dry_run=true"),
+    ],
+    ids=" ".join,
+)
+@pytest.mark.parametrize("named", [RUN[:8], "directory"])
+def test_every_verb_takes_an_id_or_a_directory(
+    stored: RunDir, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], named: str
+) -> None:
+    name = str(stored.path) if named == "directory" else named
+    root = [] if named == "directory" else ["--root", "other"]
+    assert main([name if word == "RUN" else word for word in words] + root) == 0
+    assert capsys.readouterr().out or words[0] == "logs"
+
+
+def test_doctor_takes_a_run(stored: RunDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.cli import doctor
+
+    def note(wanted: Run) -> None:
+        asked.append(wanted)
+        raise ConfigError("x", why="y", fix="z")
+
+    asked: list[Run] = []
+    monkeypatch.setattr(doctor, "request_of", note)
+    assert main(["doctor", RUN, "--root", "other"]) == 2
+    assert asked[0].model.name == "gpt2"
+
+
+def test_a_folder_of_runs_is_listed(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "other"]) == 0
+    assert RUN in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["resume", "rerun", "plan", "show", "status", "runs"])
+def test_an_unknown_run_is_one_message(stored: RunDir, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert main([verb, "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert "nowhere" in said
+
+
+def test_what_a_run_had_from_its_shell_is_asked_for(
+    stored: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["rerun", str(stored.path), "dry_run=true"]) == 0
+    assert "warning: the run had GITHUB_PAT from its shell" in capsys.readouterr().err
+    monkeypatch.setenv("GITHUB_PAT", "x")
+    assert main(["rerun", str(stored.path), "dry_run=true"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
+        (["+lr=1e-3"], "did you mean optimizer.lr=1e-3?"),
+        (["steps=5"], "did you mean job.steps=5?"),
+        (["batch=8"], "did you mean job.micro_batch=8 or job.global_batch=8?"),
+        (["path=a.txt"], "did you mean data.path=a.txt?"),
+        (["hostfile=h"], "did you mean backend.hostfile=h?"),
+        (["lrr=3"], "did you mean optimizer.lr=3?"),
+        (["job.lr=3"], "did you mean optimizer.lr=3?"),
+        (["job.stpes=3"], "did you mean steps?"),
+        (["modle=gpt2"], "did you mean model?"),
+        (["--lr=1e-3"], "write optimizer.lr=1e-3"),
+        (["--steps", "5"], "write job.steps=VALUE"),
+        (["--jsn"], "did you mean --json?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], words: list[str], advice: str) -> None:
+    assert main(words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(advice)
+    if "=" in advice and " or " not in advice and "VALUE" not in advice:
+        (option,) = [word.strip("?") for word in advice.split() if "=" in word]
+        compose([option, *(["backend=ssh"] if option.startswith("backend") else [])])  # the advice works
+
+
+def test_a_stored_run_suggests_it_too(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["rerun", str(stored.path), "lr=1e-3", "dry_run=true"]) == 2
+    assert "did you mean optimizer.lr=1e-3?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["--version", "-V"])
+def test_the_version(capsys: pytest.CaptureFixture[str], word: str) -> None:
+    assert main([word]) == 0
+    assert capsys.readouterr().out == f"launch {launcher.__version__}\n"
+
+
+def test_plan_of_a_run_as_json(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", str(stored.path), "job.steps=7", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["work"]["steps"] == 7
+
+
+@pytest.mark.parametrize("words", [["zero2"], ["plan", "zero2"], ["doctor", "zero2"]], ids=" ".join)
+def test_an_option_of_a_group_alone(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith("; write parallel=zero2\n")
+
+
+@pytest.mark.parametrize("began_from", ["none", "/other/checkpoints"])
+@pytest.mark.parametrize("status", ["completed", "failed"])
+def test_resume_never_begins_anew_in_silence(
+    stored: RunDir, status: str, began_from: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A completed run would lose its results; one that began from another's checkpoint would lose that."""
+    write_json(stored.result, {"status": status, "exit_code": 0, "run_id": RUN, "metrics": {}})
+    words = ["run.name=tiny", "tracker=local", "backend.ranks=1", f"checkpoint.resume={began_from}"]
+    save_run(compose(words).run, stored.snapshot)
+    code = main(["resume", str(stored.path), "dry_run=true"])
+    printed = capsys.readouterr()
+    if (status, began_from) == ("failed", "none"):
+        assert code == 0
+        assert f"{stored.path} holds no checkpoint to continue from: the run begins anew" in printed.out
+    else:
+        assert code == 2
+        assert f"launch rerun {stored.path} " in printed.err
+        assert ("has completed" if status == "completed" else f"resume={began_from}") in printed.err

@@ -1,0 +1,93 @@
+"""A whole server in the test's own process: its application, its front and an engine on a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from launcher.inference.engine.base import InferenceEngine
+from launcher.inference.engine.loop import EngineConnection, run_engine_loop
+from launcher.inference.server.app import make_app
+from launcher.inference.server.engine_client import EngineClient, ServerLimits
+from launcher.inference.server.replica_pool import ReplicaClient, ReplicaPool
+from launcher.inference.server.result_cache import ResultCache
+from launcher.inference.tokenizer import TextTokenizer
+
+MODEL = "tiny"
+
+
+class InProcess:
+    """Sends requests to the application, several at the same time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, client: httpx.AsyncClient) -> None:
+        self._loop, self._client = loop, client
+
+    def post(self, path: str, *bodies: str | dict[str, Any]) -> Sequence[httpx.Response]:
+        """Return the answer to each body."""
+
+        async def ask() -> Sequence[httpx.Response]:
+            headers = {"content-type": "application/json"}
+            sent = [
+                self._client.post(path, json=body)
+                if isinstance(body, dict)
+                else self._client.post(path, content=body, headers=headers)
+                for body in bodies
+            ]
+            return await asyncio.gather(*sent)
+
+        return asyncio.run_coroutine_threadsafe(ask(), self._loop).result(60)
+
+
+@contextmanager
+def in_process(generator: InferenceEngine, words: TextTokenizer) -> Iterator[InProcess]:
+    """Serve ``generator`` until the block ends."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    engines: list[threading.Thread] = []
+
+    def run(link: EngineConnection) -> None:
+        run_engine_loop(generator, link, beat=lambda phase: None)
+        link.close()
+
+    def start(number: int, pool: ReplicaPool) -> ReplicaClient:
+        front, engine = socket.socketpair()
+        front.setblocking(False)
+        engines.append(threading.Thread(target=run, args=(EngineConnection(engine),)))
+        engines[-1].start()
+        return ReplicaClient(number, front, process=None, on_ready=pool.on_ready, on_lost=pool.on_lost)
+
+    async def begin() -> tuple[ReplicaPool, httpx.AsyncClient]:
+        pool = ReplicaPool(1, start, stall_s=60, building_s=60)
+        policy = ServerLimits(
+            name=MODEL, capacity=32, max_queue=256, max_choices=64, queue_timeout_s=60, request_timeout_s=60
+        )
+        service = EngineClient(policy, pool=pool, results=ResultCache(0, ttl_s=1))
+        pool.open()
+        service.words, service.identity = words, "0"
+        while pool.context is None:
+            await asyncio.sleep(0.01)
+        transport = httpx.ASGITransport(app=make_app(service), raise_app_exceptions=False)
+        return pool, httpx.AsyncClient(transport=transport, base_url="http://server")
+
+    pool, client = asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
+    try:
+        yield InProcess(loop, client)
+    finally:
+
+        async def end() -> None:
+            await client.aclose()
+            await pool.close()
+
+        asyncio.run_coroutine_threadsafe(end(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        for engine in engines:
+            engine.join()

@@ -1,0 +1,90 @@
+"""The interface without HTTP and without engines, in an event loop whose pauses are measured."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import time
+from contextlib import suppress
+from typing import Any
+
+import httpx
+
+from launcher.inference.engine.base import EngineOutput, GeneratedToken
+from launcher.inference.server.app import make_app
+from launcher.inference.server.engine_client import EngineClient, ServerLimits
+from launcher.inference.server.replica_pool import ReplicaPool
+from launcher.inference.server.request_state import RequestState
+from launcher.inference.server.result_cache import ResultCache
+from launcher.inference.tokenizer import byte_tokenizer
+
+MODEL = "tiny"
+
+
+class InstantPool(ReplicaPool):
+    """Gives every request all its tokens at once: its prompt, again and again."""
+
+    def __init__(self, context: int) -> None:
+        super().__init__(0, self._never, stall_s=60, building_s=60)
+        self.context = context
+
+    def _never(self, number: int, pool: ReplicaPool) -> Any:
+        raise AssertionError("no engine is started")
+
+    def submit(self, flight: RequestState) -> None:
+        sampling, prompt = flight.request.sampling, flight.request.prompt
+        length = min(sampling.max_tokens, (self.context or 0) - len(prompt))
+        update = EngineOutput(
+            request=flight.request.id, tokens=_tokens(prompt, length, sampling.logprobs or 0), finish="length"
+        )
+        asyncio.get_running_loop().call_soon(flight.hear, update)
+
+
+@functools.cache
+def _tokens(prompt: tuple[int, ...], length: int, alternatives: int) -> tuple[GeneratedToken, ...]:
+    top = tuple((number, -0.5) for number in range(alternatives))
+    return tuple(GeneratedToken(id=prompt[at % len(prompt)], logprob=-0.5, top=top) for at in range(length))
+
+
+class LoopProbe:
+    """Longest time for which the event loop did one thing.
+
+    Processor time of the loop's own thread, because what else runs on the machine must not matter.
+    """
+
+    def __init__(self) -> None:
+        self.longest_s = 0.0
+
+    async def __aenter__(self) -> LoopProbe:
+        self._task = asyncio.create_task(self._look())
+        await asyncio.sleep(0)
+        return self
+
+    async def __aexit__(self, *rest: object) -> None:
+        await asyncio.sleep(0)
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+    async def _look(self) -> None:
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            self.longest_s = max(self.longest_s, time.thread_time() - before)
+
+
+def client(*, context: int = 256, max_choices: int = 64) -> httpx.AsyncClient:
+    """Return a client of an interface; call it in an event loop."""
+    policy = ServerLimits(
+        name=MODEL, capacity=64, max_queue=256, max_choices=max_choices, queue_timeout_s=60, request_timeout_s=60
+    )
+    service = EngineClient(policy, pool=InstantPool(context), results=ResultCache(0, ttl_s=60))
+    service.words = byte_tokenizer()
+    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url="http://localhost")
+
+
+async def post(to: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:
+    """Send a body, as it is where it is bytes."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return await to.post(path, content=content, headers={"content-type": "application/json"})

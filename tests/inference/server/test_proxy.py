@@ -1,0 +1,144 @@
+"""Limits and time limits before vLLM, with a server behind the proxy that answers when the test lets it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+
+from launcher.inference.server.proxy import Proxy, ProxyLimits
+
+STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\ndata: 1\n\n"
+
+
+class Behind:
+    """A server that says a first event, and the rest once ``go`` is set; it notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.go = asyncio.Event()
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        body = json.loads(await reader.readexactly(length))
+        self.asked.append(body)
+        if not body.get("silent"):
+            writer.write(STREAM)
+        await self.go.wait()
+        writer.write(b"" if body.get("breaks") else b"data: [DONE]\n\n")
+        writer.close()
+
+
+@asynccontextmanager
+async def proxied(**limits: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Behind, Proxy]]:
+    """Yield a client, the server behind and the proxy between them."""
+    behind = Behind()
+    server = await asyncio.start_server(behind.answer, "127.0.0.1", 0)
+    usual = {"capacity": 2, "max_queue": 1, "max_choices": 8, "queue_timeout_s": 60.0, "request_timeout_s": 60.0}
+    proxy = Proxy("127.0.0.1", server.sockets[0].getsockname()[1], limits=ProxyLimits(**{**usual, **limits}))
+    proxy.is_ready = True
+    async with server, httpx.AsyncClient(transport=httpx.ASGITransport(proxy), base_url="http://localhost") as client:
+        yield client, behind, proxy
+        behind.go.set()
+
+
+async def ask(client: httpx.AsyncClient, **body: Any) -> tuple[int, str]:
+    """Return the status, and the code of the error or the text."""
+    answer = await client.post("/v1/completions", json=body)
+    return answer.status_code, answer.json()["error"]["code"] if answer.is_error else answer.text
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0)
+
+
+def test_sequences_are_handed_on_in_turn_and_no_more_than_fit() -> None:
+    async def go() -> None:
+        async with proxied() as (client, behind, proxy):
+            running = asyncio.create_task(ask(client, n=2, number=1))
+            await until(lambda: behind.asked)
+            queued = asyncio.create_task(ask(client, number=2))
+            await until(lambda: proxy.open_requests == 2)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert await ask(client, number=3) == (429, "queue_full")
+            assert await ask(client, prompt=["a"] * 3, n=3) == (400, None)
+            assert await ask(client, n=9) == (400, None)
+            assert [body["number"] for body in behind.asked] == [1]
+            behind.go.set()
+            assert (await running)[1] == (await queued)[1] == "data: 1\n\ndata: [DONE]\n\n"
+            assert [body["number"] for body in behind.asked] == [1, 2]
+            assert (await ask(client, n=8))[0] == 200  # more than fit, but alone
+            assert proxy.open_requests == 0
+
+    asyncio.run(go())
+
+
+def test_a_client_waits_for_its_turn_and_for_its_answer_no_longer_than_allowed() -> None:
+    async def go() -> None:
+        async with proxied(capacity=1, queue_timeout_s=0.1) as (client, behind, _):
+            running = asyncio.create_task(ask(client))
+            await until(lambda: behind.asked)
+            assert await ask(client) == (408, "queue_timeout")
+            behind.go.set()
+            assert (await running)[0] == 200
+        async with proxied(request_timeout_s=0.3) as (client, behind, _):
+            assert await ask(client, silent=True) == (504, "request_timeout")
+            status, text = await ask(client)
+            assert status == 200, "its stream has begun"
+            *_, last, end, _ = text.split("\n\n")
+            assert json.loads(last.removeprefix("data: "))["error"]["code"] == "request_timeout"
+            assert end == "data: [DONE]"
+            behind.go.set()
+            assert (await ask(client))[1].endswith("data: [DONE]\n\n")
+
+    asyncio.run(go())
+
+
+def test_a_client_that_goes_while_it_waits_leaves_its_place() -> None:
+    async def go() -> None:
+        async with proxied(capacity=1) as (client, behind, proxy):
+            running = asyncio.create_task(ask(client))
+            await until(lambda: behind.asked)
+            sent: list[Any] = []
+            gone = asyncio.Event()
+            body = iter([{"type": "http.request", "body": b"{}", "more_body": False}])
+
+            async def receive() -> Any:
+                if (message := next(body, None)) is not None:
+                    return message
+                await gone.wait()
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            scope = {"type": "http", "method": "POST", "path": "/v1/completions", "query_string": b"", "headers": []}
+            waiting = asyncio.create_task(proxy(scope, receive, send))
+            await until(lambda: proxy.open_requests == 2)
+            gone.set()
+            await waiting
+            queued = asyncio.create_task(ask(client))  # there is one place
+            await until(lambda: proxy.open_requests == 2)
+            behind.go.set()
+            assert (await running)[0] == (await queued)[0] == 200
+            assert not sent
+            assert len(behind.asked) == 2
+
+    asyncio.run(go())
+
+
+def test_a_server_that_breaks_off_is_said_to() -> None:
+    async def go() -> None:
+        async with proxied() as (client, behind, _):
+            behind.go.set()
+            assert await ask(client, silent=True, breaks=True) == (502, "engine_failed")
+
+    asyncio.run(go())

@@ -1,0 +1,54 @@
+"""A real model behind the address: what comes out is what Transformers' ``generate`` gives for it alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.inference.server.conftest import MODEL, Start, events, text_of
+
+SIZES = ("model.layers=2", "model.width=32", "model.heads=2", "model.vocab_size=257", "model.context=128")
+
+
+@pytest.fixture(scope="module")
+def alone() -> object:
+    """Return greedy continuations, one at a time, of the same random weights."""
+    import torch
+
+    from launcher.config.compose import compose
+    from launcher.inference.engine.model_loader import load_model
+    from launcher.inference.tokenizer import byte_tokenizer
+
+    run = compose(["job=serve", "model=gpt2_tiny", *SIZES, "backend.ranks=1", "tracker=local"]).run
+    model, words = load_model(run, device=torch.device("cpu")), byte_tokenizer()
+
+    def continue_(prompt: str, length: int) -> str:
+        ids = torch.tensor([words.encode(prompt)])
+        full = model.generate(ids, max_new_tokens=length, do_sample=False, pad_token_id=0, eos_token_id=None)
+        return words.decode(full[0, ids.shape[1] :].tolist())
+
+    return continue_
+
+
+def test_answers_in_company_are_those_alone(serve: Start, alone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    served = serve("job.engine=slots", *SIZES, "job.replicas=2", "job.result_cache_bytes=0", "job.warm_up=[[1,4]]")
+    prompts = [f"{'word ' * (number % 5)}number {number}" for number in range(10)]
+
+    def ask(number: int) -> str:
+        response = served.complete(prompts[number], max_tokens=12, stream=number % 2 == 0)
+        return text_of(list(events(response))) if number % 2 == 0 else response.json()["choices"][0]["text"]
+
+    with ThreadPoolExecutor(10) as pool:
+        texts = list(pool.map(ask, range(10)))
+    assert texts == [alone(prompt, 12) for prompt in prompts]
+    seeded = [served.complete("x", max_tokens=12, temperature=1, seed=5).json()["choices"] for _ in range(2)]
+    assert seeded[0] == seeded[1]
+    logprobs = served.complete("x", max_tokens=3, logprobs=2).json()["choices"][0]["logprobs"]
+    for chosen, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
+        assert chosen == pytest.approx(max(top.values()), abs=1e-5)
+    odd = served.http.post("/v1/completions", json={"model": MODEL, "prompt": "x", "temperature": 0.5, "num_beams": 2})
+    assert odd.status_code in (200, 400)
+    assert served.complete("fine").status_code == 200
+    assert served.stop() == 0

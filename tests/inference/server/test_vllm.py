@@ -1,0 +1,118 @@
+"""``job.engine=vllm``: the same address over a program of its own, here one that only talks like vLLM."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launcher.config import inference
+from launcher.config.compose import compose
+from launcher.protocol.rundir import RunDir
+from launcher.utils.system import free_port
+from tests.conftest import MARK
+from tests.inference.server.conftest import Served, Start, eventually, fake_vllm
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Path:
+    """An interpreter whose vLLM is ours."""
+    return fake_vllm(tmp_path)
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    folder = tmp_path / "weights"
+    folder.mkdir()
+    return folder
+
+
+def words(environment: Path, weights: Path) -> tuple[str, ...]:
+    return ("job.engine=vllm", f"job.vllm_python={environment}", f"model.weights={weights}", "job.drain_s=5")
+
+
+def vllm_of(served: Served) -> psutil.Process:
+    (found,) = [each for each in psutil.process_iter() if _is_ours(each, served.mark)]
+    return found
+
+
+def _is_ours(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.environ().get(MARK) == mark and "--served-model-name" in process.cmdline()
+    except psutil.Error:
+        return False
+
+
+def test_requests_are_handed_on_and_answers_back(serve: Start, environment: Path, weights: Path) -> None:
+    served = serve(*words(environment, weights), env={inference.API_KEYS_VARIABLE: "k"})
+    shown = {"authorization": "Bearer k"}
+    told = served.http.get("/v1/models?x=1", headers=shown).json()
+    assert told["path"] == "/v1/models?x=1"
+    given = told["words"]
+    assert given[given.index("--model") + 1] == str(weights)
+    assert given[given.index("--served-model-name") + 1] == "gpt2_tiny"
+    assert given[given.index("--host") + 1] == "127.0.0.1"
+    assert inference.API_KEYS_VARIABLE not in told["names"]
+    assert "PYTHONPATH" not in told["names"]
+    stream = served.http.post("/v1/completions", json={}, headers=shown)
+    assert stream.headers["content-type"] == "text/event-stream"
+    assert stream.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+    assert served.http.post("/v1/completions", json={}).status_code == 401
+    assert served.stop() == 0
+
+
+def test_one_that_dies_is_started_anew(serve: Start, environment: Path, weights: Path) -> None:
+    served = serve(*words(environment, weights))
+    answer = served.http.post("/v1/completions", json={"die": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
+    eventually(lambda: not served.ready())
+    eventually(served.ready)
+    vllm_of(served).send_signal(signal.SIGKILL)
+    eventually(lambda: "SIGKILL" in served.output or "exit code -9" in served.output)
+    eventually(served.ready)
+    served.process.kill()  # what is below goes with it: the fixture would find it
+    eventually(lambda: not [each for each in psutil.process_iter() if _is_ours(each, served.mark)])
+
+
+def test_one_that_never_answers_ends_the_run(serve: Start, environment: Path, weights: Path) -> None:
+    (environment.parent / "server.py").write_text("import sys\nprint('no such model')\nsys.exit(3)\n")
+    served = serve(*words(environment, weights), wait=False)
+    assert served.process.wait(60) != 0
+    assert "no such model" in served.output
+    assert "vLLM ended with exit code 3" in served.output
+
+
+def test_answers_are_finished_when_told_to_end(serve: Start, environment: Path, weights: Path) -> None:
+    import threading
+
+    served = serve(*words(environment, weights))
+    answers: list[Any] = []
+    body = {"sleep": 0.3}
+    asking = threading.Thread(target=lambda: answers.append(served.http.post("/v1/completions", json=body)))
+    asking.start()
+    eventually(lambda: vllm_of(served).net_connections())
+    assert served.stop() == 0
+    asking.join()
+    assert answers[0].text.endswith("data: [DONE]\n\n")
+
+
+def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of: Any, tmp_path: Path) -> None:
+    base = ("job=serve", "backend.ranks=1", "job.engine=vllm", f"job.port={free_port()}")
+
+    def said(*more: str) -> str:
+        run = compose([*base, *more]).run
+        return "\n".join(map(str, run.job.preflight(run, RunDir(tmp_path))))
+
+    with pytest.raises(Exception, match=r"pip install vllm"):
+        plan_of(*base)
+    with pytest.raises(Exception, match=r"model\.weights=random"):
+        plan_of(*base, f"job.vllm_python={environment}")
+    assert said(f"job.vllm_python={environment}") == ""
+    assert "is no program" in said("job.vllm_python=/nowhere/python")
+    assert "its environment has no vLLM" in said(f"job.vllm_python={sys.executable}")
+    environment.write_text("#!/bin/sh\nexit 1\n")
+    assert "its environment has no vLLM" in said(f"job.vllm_python={environment}")

@@ -1,0 +1,43 @@
+"""One rank of a model over several: the first serves and prints its results, the others follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+from torch import distributed as dist
+
+from launcher.config.compose import compose
+from launcher.config.inference import EngineLimits
+from launcher.config.sampling import SamplingParams
+from launcher.inference.engine.base import EngineRequest
+from launcher.inference.engine.paged_engine import follow_paged_engine, make_paged_engine
+
+
+def main() -> None:
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    run = compose(["precision=fp32", "job=evaluate", "data=synthetic", *sys.argv[1:]]).run
+    if world_size > 1:
+        dist.init_process_group("gloo")
+    limits = EngineLimits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=40)
+    if rank:
+        follow_paged_engine(run, limits=limits, rank=rank, world_size=world_size, beat=lambda: None)
+        dist.destroy_process_group()
+        return
+    engine = make_paged_engine(run, limits=limits, rank=0, world_size=world_size, beat=lambda: None)
+    for index in range(20):
+        way = SamplingParams(max_tokens=8, temperature=float(index % 2), seed=index, beams=1 + (index == 2))
+        engine.add(EngineRequest(id=str(index), prompt=tuple(range(index, 3 * index + 2)), sampling=way))
+    found: dict[str, list[int]] = {}
+    while not engine.idle:
+        for update in engine.step():
+            found.setdefault(update.request, []).extend(token.id for token in update.tokens)
+    engine.close()
+    print("found", json.dumps(found, sort_keys=True), flush=True)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Results that are kept: by whatever decides them, within bytes and time, each computed once at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import fields, replace
+
+import pytest
+
+from launcher.config.sampling import SamplingParams
+from launcher.inference.engine.base import EngineOutput, EngineRequest, GeneratedToken
+from launcher.inference.server.request_state import Failed, RequestState
+from launcher.inference.server.result_cache import ResultCache, result_key
+
+GREEDY = SamplingParams(max_tokens=4)
+
+
+def flight(name: str = "r") -> RequestState:
+    return RequestState(EngineRequest(id=name, prompt=(1,), sampling=GREEDY))
+
+
+def fill(results: ResultCache, key: str, *, tokens: int = 4) -> None:
+    mine = flight()
+    assert results.find(key, mine)[1] == "miss"
+    mine.hear(
+        EngineOutput(request="r", tokens=tuple(GeneratedToken(id=number) for number in range(tokens)), finish="length")
+    )
+    results.landed(key, mine)
+
+
+def test_hits_have_the_tokens_and_the_least_used_goes_first() -> None:
+    results = ResultCache(2500, ttl_s=60)
+    for key in ("a", "b", "c"):
+        fill(results, key)
+    again, how = results.find("a", flight())
+    assert (how, [token.id for token in again.tokens], again.finish) == ("hit", [0, 1, 2, 3], "length")
+    fill(results, "d")  # there is room for three
+    assert results.find("b", flight())[1] == "miss"
+    assert results.find("a", flight())[1] == "hit"
+    assert results.bytes <= results.max_bytes
+    assert (results.hits, results.misses) == (2, 5)
+
+
+def test_what_is_larger_than_all_room_is_not_kept() -> None:
+    results = ResultCache(1000, ttl_s=60)
+    fill(results, "a")
+    fill(results, "large", tokens=100)
+    assert len(results) == 1
+
+
+def test_time_runs_out() -> None:
+    now = [0.0]
+    results = ResultCache(10_000, ttl_s=60, now=lambda: now[0])
+    fill(results, "a")
+    now[0] = 59.9
+    assert results.find("a", flight())[1] == "hit"
+    now[0] = 60.0
+    assert results.find("a", flight())[1] == "miss"
+    assert results.bytes == 0
+
+
+def test_without_room_nothing_is_shared() -> None:
+    results = ResultCache(0, ttl_s=60)
+    first = flight()
+    assert results.find("a", first) == (first, "bypass")
+    assert results.find("a", flight())[1] == "bypass"
+
+
+def test_one_flies_for_all_and_failures_are_not_kept() -> None:
+    results = ResultCache(10_000, ttl_s=60)
+    first = flight()
+    results.find("a", first)
+    assert results.find("a", flight()) == (first, "shared")
+    first.fail(Failed("lost"))
+    results.landed("a", first)
+    assert results.find("a", flight())[1] == "miss"
+
+
+def test_late_readers_read_everything() -> None:
+    async def scene() -> None:
+        shared = flight()
+
+        async def read() -> list[int]:
+            return [token.id async for token in shared.read()]
+
+        early = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        shared.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
+        late = asyncio.create_task(read())
+        await asyncio.sleep(0)
+        shared.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish="length"))
+        assert await early == await late == [1, 2, 3]
+
+    asyncio.run(scene())
+
+
+def test_after_a_loss_the_same_is_not_told_twice() -> None:
+    again = flight()
+    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1), GeneratedToken(id=2))))
+    again.start_over()
+    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
+    assert len(again.tokens) == 2
+    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish="length"))
+    assert [token.id for token in again.tokens] == [1, 2, 3]
+
+
+def test_after_a_loss_something_else_is_an_error() -> None:
+    again = flight()
+    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
+    again.start_over()
+    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=9),)))
+    assert isinstance(again.trouble, Failed)
+
+
+OTHER = {
+    "max_tokens": 5,
+    "min_tokens": 1,
+    "temperature": 0.5,
+    "top_k": 1,
+    "top_p": 0.5,
+    "min_p": 0.5,
+    "repetition_penalty": 2.0,
+    "presence_penalty": 1.0,
+    "frequency_penalty": 1.0,
+    "no_repeat_ngram": 2,
+    "bias": ((1, 1.0),),
+    "stop_ids": (1,),
+    "ignore_end": True,
+    "seed": 1,
+    "logprobs": 1,
+    "beams": 2,
+    "length_penalty": 2.0,
+}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(SamplingParams)])
+def test_every_way_to_sample_is_in_the_key(name: str) -> None:
+    changed = replace(GREEDY, **{name: OTHER[name]})
+    assert result_key("x", (1,), changed, ()) != result_key("x", (1,), GREEDY, ())
+
+
+def test_what_else_is_in_the_key() -> None:
+    key = result_key("x", (1, 2), GREEDY, ("a", "b"))
+    assert key == result_key("x", (1, 2), GREEDY, ("b", "a"))
+    assert (
+        len(
+            {
+                key,
+                *(
+                    result_key(*other)
+                    for other in (
+                        ("y", (1, 2), GREEDY, ("a", "b")),
+                        ("x", (1,), GREEDY, ("a", "b")),
+                        ("x", (1, 2), GREEDY, ("ab",)),
+                    )
+                ),
+            }
+        )
+        == 4
+    )

@@ -1,0 +1,42 @@
+"""Steps are cut into parts that do the same, one after the other."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from launcher.inference.engine.block_manager import BLOCK_SIZE
+from launcher.inference.engine.step_plan import Segment, StepPlan, split_plan
+
+segments = st.lists(
+    st.builds(
+        lambda start, count, wanted: Segment(
+            start=start,
+            tokens=tuple(range(start, start + count)),
+            pages=tuple(range(-(-(start + count) // BLOCK_SIZE))),
+            wanted=wanted,
+        ),
+        st.integers(0, 70),
+        st.integers(1, 80),
+        st.booleans(),
+    ),
+    min_size=1,
+    max_size=6,
+).map(tuple)
+
+
+@given(segments, st.integers(1, 5))
+def test_every_token_is_computed_once_in_order_and_sees_what_is_before_it(
+    whole: tuple[Segment, ...], count: int
+) -> None:
+    parts = split_plan(StepPlan(whole, copies=((1, 2),), padding=3), count)
+    assert 1 <= len(parts) <= count
+    assert [(part.copies, part.padding) for part in parts] == [(((1, 2),), 3)] + [((), 0)] * (len(parts) - 1)
+    pieces = [piece for part in parts for piece in part.segments]
+    assert [token for piece in pieces for token in piece.tokens] == [token for one in whole for token in one.tokens]
+    assert sum(piece.wanted for piece in pieces) == sum(one.wanted for one in whole)
+    for piece in pieces:
+        assert piece.tokens[0] == piece.start
+        assert len(piece.pages) == -(-(piece.start + len(piece.tokens)) // BLOCK_SIZE)
+    sizes = [sum(len(piece.tokens) for piece in part.segments) for part in parts]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,205 @@
+"""Runs under a real session, agent and guards, with ranks that need no torch."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+from launcher.config.schema import to_tree
+from launcher.protocol.plan import Command, Plan
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import read_json, write_json
+
+PROGRAMS = Path(__file__).parent / "programs"
+MARK = "SUPERVISE_TEST_MARK"
+
+
+@dataclass
+class Supervised:
+    """One run, started as a process."""
+
+    run_dir: RunDir
+    process: subprocess.Popen
+    mark: str
+    out: Path
+    err: Path
+
+    def wait_until_up(self) -> None:
+        """Wait until both ranks work."""
+        self.wait_for(lambda: all((self.run_dir.path / f"up.{rank}").exists() for rank in range(2)))
+        time.sleep(0.05)  # the file exists before its content
+
+    def wait_for(self, condition, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended early:\n{self.text}"
+            assert time.monotonic() < deadline, f"waited in vain:\n{self.text}"
+            time.sleep(0.02)
+
+    def end(self, seconds: float = 60) -> int:
+        """Wait for the session and return its exit code."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            for pid in self.left():
+                os.kill(pid, signal.SIGKILL)
+            pytest.fail(f"still running after {seconds} s:\n{self.text}")
+
+    def pid(self, who: str) -> int:
+        """Return a process number; ``guard`` and ``rank`` are those of rank 1."""
+        if who == "session":
+            return self.process.pid
+        if who == "rank":
+            return int((self.run_dir.path / "up.1").read_text())
+        if who == "guard":
+            return int(Path(f"/proc/{self.pid('rank')}/stat").read_text().split()[3])
+        names = {
+            "agent": "launcher.supervision.agent_entry",
+            "spawner": "spawner.py",
+            "torchrun": "torch.distributed.run",
+        }
+        wanted = names[who]
+        return next(pid for pid in self.left() if wanted in Path(f"/proc/{pid}/cmdline").read_text())
+
+    def left(self) -> list[int]:
+        """Return the living processes that inherited the mark of this run."""
+        return list(marked(self.mark))
+
+    def seconds_until_gone(self, limit: float = 10) -> float:
+        """Wait until nothing of the run is left; fail after ``limit`` seconds."""
+        started = time.monotonic()
+        while left := self.left():
+            if time.monotonic() - started > limit:
+                shown = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                pytest.fail(f"left behind: {shown}\n{self.text}")
+            time.sleep(0.02)
+        return time.monotonic() - started
+
+    @property
+    def result(self) -> dict:
+        return read_json(self.run_dir.result)
+
+    @property
+    def failure(self) -> dict:
+        return read_json(self.run_dir.failure)
+
+    @property
+    def stdout(self) -> str:
+        return self.out.read_text()
+
+    @property
+    def stderr(self) -> str:
+        return self.err.read_text()
+
+    @property
+    def text(self) -> str:
+        return self.stdout + self.stderr
+
+
+def marked(mark: str):
+    """Yield the living processes whose environment holds ``mark``."""
+    needle = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            if needle in (entry / "environ").read_bytes() and b") Z " not in (entry / "stat").read_bytes():
+                yield int(entry.name)
+        except OSError:
+            continue
+
+
+@dataclass
+class Starter:
+    """Starts runs below one folder."""
+
+    folder: Path
+    scratch: Path
+    plan: Plan
+    started: list[Supervised] = field(default_factory=list)
+    readers: list[subprocess.Popen] = field(default_factory=list)
+
+    def __call__(
+        self,
+        do: dict[int, str] | str,
+        *,
+        env: dict[str, str] | None = None,
+        reader: str | None = None,
+        terminal: int | None = None,
+        plan: Plan | None = None,
+        torchrun_on: int | None = None,
+        **changes,
+    ) -> Supervised:
+        """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host."""
+        mark = uuid.uuid4().hex
+        run_dir = RunDir(self.folder / mark[:8])
+        run_dir.logs.mkdir(parents=True)
+        plan = plan or self.plan
+        told = {str(place.rank): do if isinstance(do, str) else do[place.rank] for place in plan.ranks}
+        parts = {name: changes.pop(name, ()) for name in ("prepare", "sidecars")}
+        usual = start_of(run_dir, told, torchrun_on=torchrun_on)
+        box = replace(plan.hosts[0].host, python=sys.executable)
+        host = replace(plan.hosts[0], host=box, start=changes.pop("start", usual), **parts)
+        settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
+        plan = replace(plan, hosts=(host,), run_dir=str(run_dir.path), **settings)
+        write_json(run_dir.plan, to_tree(plan))
+        out, err = run_dir.path / "stdout", run_dir.path / "stderr"
+        with contextlib.ExitStack() as files:
+            stdout = files.enter_context(out.open("wb"))
+            stderr = files.enter_context(err.open("wb"))
+            if reader is not None:  # it reads a little and goes
+                pipe = subprocess.Popen([reader], stdin=subprocess.PIPE, stdout=stdout)
+                self.readers.append(pipe)
+                stdout = files.enter_context(pipe.stdin)
+            command = [sys.executable, PROGRAMS / "parent.py", run_dir.plan]
+            if terminal is not None:  # "setsid --ctty" makes it the one whose end is told by SIGHUP
+                command = ["setsid", "--ctty", *command]
+                stdout = stderr = terminal
+            process = subprocess.Popen(
+                command,
+                env={**os.environ, "TMPDIR": str(self.scratch), **(env or {}), MARK: mark},
+                stdin=subprocess.DEVNULL if terminal is None else terminal,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=terminal is None,
+            )
+        run = Supervised(run_dir, process, mark, out, err)
+        self.started.append(run)
+        return run
+
+
+def start_of(run_dir: RunDir, told: dict[str, str], *, torchrun_on: int | None) -> Command:
+    """Return the command that starts ranks which do as they are told: the real torchrun when it is given a port."""
+    spawner: tuple[str, ...] = (str(PROGRAMS / "spawner.py"), str(len(told)))
+    if torchrun_on:
+        spawner = ("-m", "torch.distributed.run", f"--nproc-per-node={len(told)}", "--rdzv-backend=static")
+        spawner = (*spawner, "--master-addr=127.0.0.1", f"--master-port={torchrun_on}")
+    argv = (sys.executable, *spawner, str(PROGRAMS / "worker.py"), str(run_dir.path))
+    return Command(argv=argv, env={"LAUNCHER_HOST": "box", "DO": json.dumps(told), "OMP_NUM_THREADS": "1"})
+
+
+@pytest.fixture(scope="module")
+def supervise(tmp_path_factory, plan_of):
+    """Start runs; in the end nothing of them may be left, and no temporary folder either."""
+    with tempfile.TemporaryDirectory(prefix="sup") as scratch:  # a socket's name must be short
+        starter = Starter(tmp_path_factory.mktemp("runs"), Path(scratch), plan_of())
+        yield starter
+        for run in starter.started:
+            if run.process.poll() is None:
+                run.process.kill()
+                run.process.wait()
+            run.seconds_until_gone()
+        for reader in starter.readers:
+            reader.wait()
+        assert list(Path(scratch).glob("launcher*")) == []

@@ -1,0 +1,218 @@
+"""Files of a host that shares no disk, on their way to the session: a real pipe in between, and two folders."""
+
+import base64
+import os
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
+
+import pytest
+
+from launcher.protocol.messages import FileChunk, UserNote
+from launcher.protocol.plan import Command, Host, HostPlan
+from launcher.protocol.rundir import RunDir
+from launcher.protocol.wire import MessageReader
+from launcher.supervision import file_sync
+from launcher.supervision.connection import SessionConnection
+from launcher.supervision.file_sync import FileSyncReceiver, FileSyncSender, is_synced
+from launcher.utils.files import write_atomic
+
+FIRST = HostPlan(host=Host(name="node1", slots=2), first_rank=0, start=Command(argv=("true",)))
+SECOND = HostPlan(host=Host(name="node2", slots=2), first_rank=2, start=Command(argv=("true",)))
+
+
+class Pair:
+    """The run directory on a host, the one of the session, and the pipe between them."""
+
+    def __init__(self, folder: Path, *, plan: HostPlan = FIRST) -> None:
+        self.there, self.here, self.plan = folder / "there", folder / "here", plan
+        (self.there / "logs").mkdir(parents=True)
+        (self.here / "logs").mkdir(parents=True)
+        self.notes: list[str] = []
+        self.arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(self.here), hosts=(FIRST, SECOND)))
+        self.num_bytes = 0
+        self.connect()
+
+    def connect(self) -> None:
+        """Begin another life of the run."""
+        self.reader, outbox = os.pipe()
+        os.set_blocking(self.reader, False)
+        inbox, self.orders = os.pipe()
+        self.uplink, self.inbox = SessionConnection(inbox=inbox, outbox=outbox), MessageReader()
+        self.mirror = FileSyncSender(RunDir(self.there), self.plan, uplink=self.uplink)
+
+    def settle(self) -> None:
+        """Move everything."""
+        self.mirror.look()
+        while self.mirror.pump() or self.uplink.waiting_bytes:
+            self.uplink.flush()
+            self.read()
+        self.read()
+
+    def read(self) -> None:
+        """Take what the pipe holds."""
+        try:
+            data = os.read(self.reader, 1 << 16)
+        except BlockingIOError:
+            return
+        for message in self.inbox.take(data)[0]:
+            if isinstance(message, UserNote):
+                self.notes.append(message.text)
+            else:
+                self.num_bytes += len(message.data)
+                assert self.arrivals.take(self.plan.host.name, message) == ""
+
+    def same(self, name: str) -> bool:
+        return (self.here / name).read_bytes() == (self.there / name).read_bytes()
+
+
+@pytest.fixture
+def pair(tmp_path):
+    return Pair(tmp_path)
+
+
+def test_a_log_grows_here_as_it_does_there(pair):
+    log = pair.there / "logs" / "node1.0.log"
+    log.write_bytes(b"")
+    pair.settle()
+    assert pair.same("logs/node1.0.log")
+    for piece in (b"a\n", os.urandom(3_000_000), b"half a line"):
+        with log.open("ab") as file:
+            file.write(piece)
+        pair.settle()
+        assert pair.same("logs/node1.0.log")
+    assert pair.num_bytes < 1.5 * log.stat().st_size  # each byte once, in base64
+
+
+def test_a_session_that_does_not_read_is_no_reason_to_wait(pair):
+    (pair.there / "logs" / "node1.1.log").write_bytes(os.urandom(5_000_000))
+    pair.mirror.look()
+    for _ in range(100):
+        assert pair.mirror.pump()
+    assert pair.uplink.waiting_bytes < 2_000_000
+    pair.settle()
+    assert pair.same("logs/node1.1.log")
+
+
+def test_what_is_rewritten_arrives_whole_and_at_once(pair):
+    picture = pair.there / "loss.png"
+    for content in (os.urandom(500_000), os.urandom(500_000), b"", b"short"):
+        write_atomic(picture, content)
+        pair.mirror.look()
+        while pair.mirror.pump() or pair.uplink.waiting_bytes:
+            pair.uplink.flush()
+            before = (pair.here / "loss.png").read_bytes() if (pair.here / "loss.png").exists() else None
+            pair.read()
+            after = (pair.here / "loss.png").read_bytes() if (pair.here / "loss.png").exists() else None
+            assert after in (before, content)
+        pair.read()
+        assert pair.same("loss.png")
+    assert [path.name for path in pair.here.iterdir() if path.is_file()] == ["loss.png"]
+
+
+@pytest.mark.parametrize("is_another_agent", [True, False])
+def test_metrics_that_a_resumed_run_takes_back(pair, is_another_agent):
+    metrics = pair.there / "metrics.jsonl"
+    metrics.write_bytes(b"1\n2\n3\n4\n")
+    pair.settle()
+    if is_another_agent:
+        pair.connect()
+    write_atomic(metrics, b"1\n2\n")
+    pair.settle()
+    assert pair.same("metrics.jsonl")
+    with metrics.open("ab") as file:
+        file.write(b"3 again\n")
+    pair.settle()
+    assert pair.same("metrics.jsonl")
+
+
+def test_a_file_sent_once_more_keeps_its_place_on_this_disk(pair):
+    (pair.there / "metrics.jsonl").write_bytes(b"1\n2\n")
+    pair.settle()
+    before = (pair.here / "metrics.jsonl").stat()
+    pair.connect()
+    pair.settle()
+    after = (pair.here / "metrics.jsonl").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+
+
+def test_the_log_of_an_agent_joins_what_ssh_said(pair):
+    ours, theirs = (folder / "logs" / "node1.agent.log" for folder in (pair.here, pair.there))
+    theirs.write_text("of an earlier life\n")
+    ours.write_text("ssh: something\n")
+    pair.connect()
+    with theirs.open("a") as file:
+        file.write("torchrun: something\n")
+    pair.settle()
+    with ours.open("a") as file:
+        file.write("ssh: more\n")
+    with theirs.open("a") as file:
+        file.write("torchrun: more\n")
+    pair.settle()
+    assert ours.read_text() == "ssh: something\ntorchrun: something\nssh: more\ntorchrun: more\n"
+
+
+def test_a_file_that_is_too_large_is_named(pair, monkeypatch):
+    monkeypatch.setattr(file_sync, "MAX_FILE_BYTES", 1 << 20)
+    (pair.there / "picture.png").write_bytes(bytes(2 << 20))
+    (pair.there / "logs" / "node1.0.log").write_bytes(bytes(2 << 20))
+    pair.settle()
+    pair.settle()
+    (note,) = pair.notes
+    assert "picture.png stays there: 2 MiB" in note
+    assert not (pair.here / "picture.png").exists()
+    assert pair.same("logs/node1.0.log")
+
+
+def test_a_session_that_is_gone_is_sent_nothing(pair):
+    (pair.there / "logs" / "node1.0.log").write_bytes(bytes(1 << 20))
+    pair.uplink.lost = True
+    pair.mirror.look()
+    pair.mirror.pump()
+    assert pair.uplink.waiting_bytes == 0
+    assert pair.mirror.left() == ["logs/node1.0.log"]  # nor is it read for nobody
+
+
+@pytest.mark.parametrize(
+    ("name", "plan", "is_sent"),
+    [
+        ("metrics.jsonl", FIRST, True),
+        ("metrics.jsonl", SECOND, False),
+        ("wandb/offline-run-1/run-1.wandb", FIRST, True),
+        ("logs/node1.0.log", FIRST, True),
+        ("logs/node1.0.log", SECOND, False),
+        ("logs/node2.agent.log", SECOND, True),
+        ("logs/failure.rank3.json", SECOND, True),
+        ("logs/failure.rank3.json", FIRST, False),
+        ("checkpoints/step_00000002/manifest.json", FIRST, False),
+        ("run.yaml", FIRST, False),
+        ("plan.json", FIRST, False),
+        ("session.json", FIRST, False),
+        ("result.json", FIRST, False),
+        ("timeline.jsonl", FIRST, False),
+        (".metrics.jsonl.12.tmp", FIRST, False),
+        ("../metrics.jsonl", FIRST, False),
+        ("logs/node1.x/../../../metrics.jsonl", FIRST, False),
+        ("/etc/passwd", FIRST, False),
+    ],
+)
+def test_who_sends_what(name, plan, is_sent, tmp_path):
+    assert is_synced(PurePosixPath(name), plan) == is_sent
+    arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(tmp_path), hosts=(FIRST, SECOND)))
+    data = base64.b64encode(b"x").decode()
+    trouble = arrivals.take(plan.host.name, FileChunk(path=name, offset=0, data=data, size=1, grows=True))
+    assert (trouble == "") == is_sent
+    assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"x"] * is_sent
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_no_link_leads_a_host_out_of_the_run_directory(tmp_path, grows):
+    outside, inside = tmp_path / "outside", tmp_path / "inside"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "secret.log").write_text("secret")
+    (inside / "folder").symlink_to(outside)
+    (inside / "file.log").symlink_to(outside / "secret.log")
+    arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(inside), hosts=(FIRST,)))
+    for name in ("folder/new.log", "folder/secret.log", "file.log"):
+        arrivals.take("node1", FileChunk(path=name, offset=0, data="eHh4", size=3, grows=grows))
+    assert {path.name: path.read_text() for path in outside.iterdir()} == {"secret.log": "secret"}

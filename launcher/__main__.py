@@ -11,7 +11,7 @@ from pathlib import Path
 
 import launcher
 from launcher.errors import ConfigError, LauncherError
-from launcher.utils.secrets import redact
+from launcher.errors.secrets import redact
 from launcher.utils.system import describe_full_disk, is_disk_full_error
 from launcher.utils.text import did_you_mean, printable
 

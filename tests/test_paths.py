@@ -13,9 +13,9 @@ from launcher.cli.command_line import parse_command_line
 from launcher.config.compose import compose
 from launcher.config.paths import path_fields
 from launcher.config.registry import KINDS, component_class
-from launcher.config.schema import defaults
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.prepare import prepare
+from launcher.utils.schema import defaults
 
 OPTIONS = {
     "data.path": ["data.path="],

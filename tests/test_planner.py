@@ -6,10 +6,10 @@ import pytest
 
 from launcher.config.benchmark.base import NoBenchmark
 from launcher.config.compose import compose, groups
-from launcher.config.schema import to_tree
 from launcher.errors import ConfigErrors
 from launcher.planning.local_facts import LocalFacts
 from launcher.protocol.plan import Host, plan_from_json
+from launcher.utils.schema import to_tree
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 GPUS = Host(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import to_tree
 from launcher.planning.render import render_plan
 from launcher.planning.shell import shell_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Command, Host
+from launcher.utils.schema import to_tree
 
 GOLDEN = Path(__file__).parent / "golden"
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)

@@ -15,13 +15,13 @@ from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import Composition, compose
 from launcher.config.run import Run
-from launcher.config.schema import to_tree
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings
 from launcher.protocol.plan import Host
 from launcher.utils.files import read_json, write_json
+from launcher.utils.schema import to_tree
 
 from .conftest import Launch, PlanOf
 

@@ -3,8 +3,8 @@ from typing import Literal
 
 import pytest
 
-from launcher.config.schema import build, defaults, to_tree
 from launcher.errors import ConfigError
+from launcher.utils.schema import build, defaults, to_tree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ from launcher.__main__ import main
 from launcher.config.backend import base
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.errors.secrets import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
 from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
 from launcher.runs.report.html import verbatim
 from launcher.supervision.finalize import finalize_run
-from launcher.utils.secrets import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
 
 ENVIRON = {"HF_TOKEN": "hf_abcdefgh", "MY_PASSWORD": "hunter2hunter2", "API_KEY": "1", "HOME": "/home/user"}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from launcher.benchmarks.isolated import unpack_component
-from launcher.config.batch import Batch
 from launcher.config.data.base import Corpus
 from launcher.config.model.base import Model
+from launcher.protocol.plan import Batch
 
 _DIGESTED_STEPS = 4
 

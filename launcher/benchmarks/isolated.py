@@ -13,9 +13,9 @@ from typing import Any
 
 from launcher.config.component import Component
 from launcher.config.profile import TorchProfile
-from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError, JobError
 from launcher.profiling.profiler import NO_PROFILER, Profiler, make_profiler
+from launcher.utils.schema import build, to_tree
 
 
 def pack_component(component: Component) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from launcher.utils.heap import mmap_large_allocations
 
 if TYPE_CHECKING:
     from launcher.benchmarks.harness import CaseRun
-    from launcher.config.parallel.base import StateBytes
     from launcher.config.run import Run
     from launcher.engines.context import Context
+    from launcher.protocol.plan import StateBytes
     from launcher.verification.forked_ranks import CaseAnswer
 
 

@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from launcher.config.quantization import Quantization
-from launcher.config.schema import to_tree
 from launcher.quantization.layers import GROUPS, LAYERS
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import launcher
 from launcher.config.benchmark.base import Benchmark
 from launcher.config.option_text import value_text
-from launcher.config.schema import to_tree
 from launcher.protocol.quantities import amount, label, spread
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_atomic, write_json
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

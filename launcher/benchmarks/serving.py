@@ -36,9 +36,9 @@ from launcher.config.benchmark.serving import (
     parse_server_address,
     read_trace,
 )
-from launcher.config.schema import to_tree
 from launcher.errors import JobError
 from launcher.protocol.metrics import MetricsWriter
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable

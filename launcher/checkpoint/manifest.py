@@ -17,9 +17,9 @@ from typing import Any, Literal
 from launcher.config.model.base import Model
 from launcher.config.parallel.base import Parallel
 from launcher.config.precision import Precision
-from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError
 from launcher.utils.files import read_regular, write_json
+from launcher.utils.schema import build, to_tree
 
 MANIFEST = "manifest.json"
 _BLOCK_BYTES = 1 << 20

@@ -16,9 +16,9 @@ from launcher.config.optimizer import AdamW
 from launcher.config.parallel.base import Parallel
 from launcher.config.precision import Precision
 from launcher.config.schedule import Schedule
-from launcher.config.schema import to_tree
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
+from launcher.utils.schema import to_tree
 
 BEST = "best"
 _SELECTED = re.compile(r"(?P<of>.+)@(?P<which>best|step_(?P<step>\d+))", re.DOTALL)

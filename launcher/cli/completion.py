@@ -12,9 +12,9 @@ from typing import Any, Literal, Union
 from launcher.config.compose import groups
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
-from launcher.config.schema import field_types
 from launcher.errors import ConfigError
 from launcher.runs.index import is_below, list_runs
+from launcher.utils.schema import field_types
 from launcher.utils.text import did_you_mean
 
 HELP = """\

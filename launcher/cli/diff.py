@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from launcher.cli.command_line import CommandLine, parse_command_line
 from launcher.config.option_text import flatten_options
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.errors.secrets import redact
 from launcher.runs.config_source import resolved_config, split_source
-from launcher.utils.secrets import redact
 from launcher.utils.text import format_table, json_text
 
 HELP = """\

@@ -9,12 +9,12 @@ from launcher.cli.command_line import parse_command_line
 from launcher.cli.saved_run import find_run_or_option
 from launcher.config.compose import compose
 from launcher.config.run import Run
-from launcher.config.schema import to_tree
 from launcher.doctor.examine import examine_hosts, usual_deadline_s
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import render_report
 from launcher.errors import EXIT_UNFIT
 from launcher.runs.config_source import load_saved_run
+from launcher.utils.schema import to_tree
 from launcher.utils.text import json_text, printable
 
 HELP = """\

@@ -15,8 +15,8 @@ from launcher.config.compose import conf_folder, groups
 from launcher.config.option_text import value_text
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
-from launcher.config.schema import defaults, describe_type, field_types
 from launcher.errors import ConfigError
+from launcher.utils.schema import defaults, describe_type, field_types
 from launcher.utils.text import did_you_mean, format_table, terminal_width
 
 HELP = """\

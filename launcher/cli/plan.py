@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from launcher.cli.command_line import parse_command_line
 from launcher.config.compose import compose
-from launcher.config.schema import to_tree
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan
+from launcher.utils.schema import to_tree
 from launcher.utils.text import json_text
 
 HELP = """\

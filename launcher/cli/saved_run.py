@@ -10,15 +10,15 @@ from launcher.cli.command_line import CommandLine
 from launcher.config.compose import Composition, groups
 from launcher.config.overrides import suggest_overrides
 from launcher.config.run import Run, run_to_tree
-from launcher.config.schema import to_tree
 from launcher.errors import ConfigError
+from launcher.errors.secrets import is_secret_name
 from launcher.execution.lifecycle import start
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run
 from launcher.runs.state import read_run_state
-from launcher.utils.secrets import is_secret_name
+from launcher.utils.schema import to_tree
 from launcher.utils.text import json_text
 
 

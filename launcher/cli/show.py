@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import yaml
 
 from launcher.cli.command_line import parse_command_line
+from launcher.errors.secrets import redact
 from launcher.runs.config_source import resolved_config
-from launcher.utils.secrets import redact
 from launcher.utils.text import json_text, printable
 
 HELP = """\

@@ -2,26 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from launcher.errors import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A solved batch equation; every field counts sequences except ``accumulation`` and ``data_parallel``."""
-
-    micro: int
-    accumulation: int
-    data_parallel: int
-
-    @property
-    def global_(self) -> int:
-        """Sequences in one optimiser step over all ranks."""
-        return self.micro * self.accumulation * self.data_parallel
-
-    def __str__(self) -> str:
-        return f"micro {self.micro} × accum {self.accumulation} × dp {self.data_parallel} = {self.global_}"
+from launcher.protocol.plan import Batch
 
 
 def solve_batch(

@@ -20,9 +20,9 @@ from launcher.config.overrides import (
     types_of_option,
 )
 from launcher.config.run import Run, build_run, run_to_tree, with_defaults
-from launcher.config.schema import ReportError
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.utils.files import exists
+from launcher.utils.schema import ReportError
 
 _GLOBAL = "# @package _global_"
 

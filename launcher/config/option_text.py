@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.config.component import Component
-from launcher.config.schema import defaults, to_tree
+from launcher.utils.schema import defaults, to_tree
 
 INTERPOLATION = "${"
 """What begins a variable in Hydra's grammar."""

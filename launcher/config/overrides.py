@@ -13,8 +13,8 @@ from typing import Any, Union
 from launcher.config.option_text import INTERPOLATION, interpolates, quoted_text, quoted_word
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
-from launcher.config.schema import ReportError, field_types
 from launcher.errors import ConfigError
+from launcher.utils.schema import ReportError, field_types
 from launcher.utils.text import did_you_mean
 
 COMMAND_LINE = "command line"

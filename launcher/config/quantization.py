@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from launcher.config.component import Component
-from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError
 from launcher.utils.files import write_json
+from launcher.utils.schema import build, to_tree
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ from launcher.config.profile import Profile
 from launcher.config.quantization import NoQuantization, Quantization
 from launcher.config.registry import KINDS, component_class
 from launcher.config.schedule import Schedule
-from launcher.config.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types, to_tree
 from launcher.config.tracker import Tracker
 from launcher.errors import ConfigError
+from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types, to_tree
 from launcher.utils.text import did_you_mean
 
 

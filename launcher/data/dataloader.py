@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from launcher.config.batch import Batch
 from launcher.data.dataset import Splits
+from launcher.protocol.plan import Batch
 
 _ROUNDS = 6
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from launcher.config.schema import build
 from launcher.doctor.host_facts import DiskToken, code_hash, token
 from launcher.doctor.probe_client import ProbeClient
 from launcher.doctor.probe_failure import explain_probe_failure
@@ -18,6 +17,7 @@ from launcher.doctor.rules import DISTANT_S, contact_rules, everyone_rules, host
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
 from launcher.remote.command import RemoteCommand
+from launcher.utils.schema import build
 
 QUICK_S, FULL_S = 20.0, 60.0
 """Deadlines for a few hosts. Nearly all of the full one is for importing torch from a slow disk."""

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from launcher.config.parallel.base import StateBytes
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 @dataclass(frozen=True, kw_only=True)

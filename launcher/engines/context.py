@@ -9,9 +9,9 @@ from launcher.config.parallel.base import ParallelDims
 from launcher.profiling.profiler import NO_PROFILER, Profiler
 
 if TYPE_CHECKING:
-    from launcher.config.batch import Batch
     from launcher.config.run import Run
     from launcher.protocol.heartbeat import Heartbeat
+    from launcher.protocol.plan import Batch
     from launcher.protocol.rundir import RunDir
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from launcher.config.parallel.base import StateBytes
+from launcher.protocol.plan import StateBytes
 
 if TYPE_CHECKING:
     from torch import nn

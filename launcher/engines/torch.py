@@ -33,10 +33,10 @@ from launcher.models.weights import save_model_folder
 from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from launcher.config.parallel.base import StateBytes
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 class TorchEngine(Engine):

@@ -9,15 +9,15 @@ from pathlib import Path
 
 from launcher.checkpoint.resume import resume_of_restart
 from launcher.config.backend.base import Backend
-from launcher.config.schema import to_tree
 from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
+from launcher.errors.secrets import redact
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Host
 from launcher.protocol.results import write_result
 from launcher.supervision.finalize import closing_message, finalize_run, try_to_write
 from launcher.utils.files import write_atomic, write_json
-from launcher.utils.secrets import redact
+from launcher.utils.schema import to_tree
 from launcher.utils.system import describe_full_disk, free_port
 
 _PORT_TRIES = 3

@@ -13,13 +13,13 @@ from typing import Any, Literal
 
 from launcher.config.compose import Composition, compose, groups
 from launcher.config.overrides import parse_overrides
-from launcher.config.schema import build
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.lifecycle import start
 from launcher.execution.prepare import PreparedRun, prepare
 from launcher.protocol.rundir import RunDir, new_run_id
 from launcher.supervision.finalize import try_to_write
 from launcher.utils.files import read_json, write_json
+from launcher.utils.schema import build
 
 
 @dataclass(frozen=True, kw_only=True)

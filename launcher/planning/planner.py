@@ -6,11 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from launcher.config.batch import Batch
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
-from launcher.config.parallel.base import StateBytes
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.planning.commands import AGENTS, HostPosition, rank_environment
@@ -19,6 +17,7 @@ from launcher.planning.topology import rank_places
 from launcher.planning.validate import validate_run
 from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import (
+    Batch,
     Command,
     Host,
     HostPlan,
@@ -26,6 +25,7 @@ from launcher.protocol.plan import (
     Plan,
     PlanSummary,
     RunIdentity,
+    StateBytes,
     TrackerPlan,
     Work,
     first_ranks,

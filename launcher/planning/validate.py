@@ -22,9 +22,9 @@ from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.config.run import Run, run_to_tree
 from launcher.config.supported_models import unsupported_attention, validate_family
 from launcher.errors import ConfigError
+from launcher.errors.secrets import is_secret_value, secret_variable_in
 from launcher.protocol.plan import Host, first_ranks
 from launcher.protocol.rundir import RUN_INDEX
-from launcher.utils.secrets import is_secret_value, secret_variable_in
 
 _MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.config.batch import Batch
-from launcher.config.parallel.base import StateBytes
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.utils.schema import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +102,23 @@ class TrackerPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A solved batch equation; every field counts sequences except ``accumulation`` and ``data_parallel``."""
+
+    micro: int
+    accumulation: int
+    data_parallel: int
+
+    @property
+    def global_(self) -> int:
+        """Sequences in one optimiser step over all ranks."""
+        return self.micro * self.accumulation * self.data_parallel
+
+    def __str__(self) -> str:
+        return f"micro {self.micro} × accum {self.accumulation} × dp {self.data_parallel} = {self.global_}"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Work:
     """How much the run will do."""
 
@@ -111,6 +128,36 @@ class Work:
     """Optimiser steps, or what else the job counts its progress in."""
     tokens_per_step: int
     total_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Model state of one rank in bytes, by where it lives; activations and buffers come on top."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    """Master weights, where the compute format is not fp32, and both Adam moments."""
+    host: int = 0
+    """The part of the above that is offloaded to host RAM."""
+    nvme: int = 0
+    """The part of the above that is offloaded to NVMe."""
+
+    @classmethod
+    def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
+        """Return what so many parameters take with weights, gradients and both moments in fp32."""
+        host = 16 * num_params if offloaded else 0
+        return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def device(self) -> int:
+        """The part that stays on the compute device."""
+        return self.total - self.host - self.nvme
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,9 +243,6 @@ def plan_from_json(tree: dict[str, Any]) -> Plan:
     Raises:
         ConfigErrors: the file was not written by this version.
     """
-    from launcher.config.schema import build
-    from launcher.errors import ConfigError, ConfigErrors
-
     mistakes: list[ConfigError] = []
     plan = build(Plan, tree, path="plan", report=mistakes.append)
     if plan is None:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.wire import MalformedMessage
 from launcher.utils.files import read_object, write_json
 from launcher.utils.processes import Process, identify
+from launcher.utils.schema import build, to_tree
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")

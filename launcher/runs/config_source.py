@@ -12,12 +12,12 @@ from launcher.config.option_text import quoted_word
 from launcher.config.overrides import Override, parse_overrides, suggest_overrides
 from launcher.config.registry import KINDS
 from launcher.config.run import Run, build_run, run_to_tree, suggest_option
-from launcher.config.schema import NO_SUCH_OPTION
 from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run
 from launcher.utils.files import exists
+from launcher.utils.schema import NO_SUCH_OPTION
 from launcher.utils.text import did_you_mean
 
 NO_EXPERIMENT = "default"

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.config.schema import to_tree
 from launcher.protocol.messages import (
     AgentExited,
     AgentIdle,
@@ -35,6 +34,7 @@ from launcher.supervision.connection import AgentConnection, Keepalive
 from launcher.supervision.socket_channel import is_scratch_folder, remove_scratch
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import describe_exit, shell_exit_code
+from launcher.utils.schema import to_tree
 
 _TICK_S = 0.1
 

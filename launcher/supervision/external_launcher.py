@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from launcher.errors.secrets import is_secret
 from launcher.protocol.heartbeat import HEARTBEAT_FIELDS
 from launcher.protocol.messages import CommandExited, LauncherStarted, RankHeartbeat, UserNote
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
@@ -47,7 +48,6 @@ from launcher.supervision.stack_dump import StackDump
 from launcher.utils.files import read_json
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import Process, become_subreaper
-from launcher.utils.secrets import is_secret
 
 _READ_EVERY_S = 0.25
 

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher.errors.secrets import redact
 from launcher.protocol.messages import Assignment
 from launcher.protocol.outcome import Failure, RankProgress, RunOutcome, Victim
 from launcher.protocol.results import write_result
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_atomic, write_json
 from launcher.utils.processes import signal_name
-from launcher.utils.secrets import redact
 from launcher.utils.system import describe_full_disk
 from launcher.utils.text import printable, short_path
 

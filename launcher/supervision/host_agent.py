@@ -14,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 
 from launcher.checkpoint.store import remove_unfinished
-from launcher.config.schema import build
 from launcher.errors import EXIT_USER_ERROR, ConfigError, ConfigErrors, EnvironmentProblem
 from launcher.protocol.messages import (
     AgentIdle,
@@ -43,6 +42,7 @@ from launcher.supervision.socket_channel import listen_for_monitors
 from launcher.utils.files import StagedFiles, sha256_of, write_atomic
 from launcher.utils.logs import open_log
 from launcher.utils.processes import Process, end_descendants
+from launcher.utils.schema import build
 
 _TICK_S = 0.1
 

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.config.schema import to_tree
 from launcher.protocol.session_file import ProcessLocation, locate_this_process, process_location_from_tree
 from launcher.protocol.wire import MalformedMessage, require_fields
 from launcher.utils.files import read_object, write_json
+from launcher.utils.schema import to_tree
 
 _SHORT_PARENT = Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
 

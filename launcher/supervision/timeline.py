@@ -7,6 +7,7 @@ import json
 import time
 from pathlib import Path
 
+from launcher.errors.secrets import hide_secrets
 from launcher.protocol.messages import (
     AgentIdle,
     AgentMessage,
@@ -20,7 +21,6 @@ from launcher.protocol.messages import (
     RankRaised,
 )
 from launcher.utils.processes import describe_exit, signal_name
-from launcher.utils.secrets import hide_secrets
 
 
 class Timeline:

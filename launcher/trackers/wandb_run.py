@@ -16,10 +16,10 @@ import wandb
 import launcher
 from launcher.config.run import Run, run_to_tree
 from launcher.config.tracker import find_wandb_credentials
+from launcher.errors.secrets import redact
 from launcher.protocol.plan import Plan
 from launcher.protocol.results import last_metrics, read_benchmark_record
 from launcher.protocol.rundir import RunDir
-from launcher.utils.secrets import redact
 
 _FLUSH_S = 0.5
 

@@ -14,13 +14,13 @@ from faults_lab import Lab
 from faults_processes import MARK
 
 from launcher.config.compose import compose
-from launcher.config.schema import to_tree
 from launcher.planning.commands import RANK_MODULE
 from launcher.planning.local_facts import LocalFacts
 from launcher.planning.planner import make_plan
 from launcher.protocol.plan import Host, HostPlan, RunIdentity
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_json
+from launcher.utils.schema import to_tree
 
 _BIN = Path(sys.executable).parent
 _HERE = Path(__file__).parent

@@ -16,11 +16,11 @@ import pytest
 
 from launcher.config.compose import compose
 from launcher.config.run import Run
-from launcher.config.schema import to_tree
 from launcher.errors import ConfigErrors
 from launcher.protocol.plan import Host, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
+from launcher.utils.schema import to_tree
 
 Ended = tuple[int, str, RunDir]
 """Exit code, what was printed, and where the session wrote."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from launcher.config.compose import compose
-from launcher.config.schema import to_tree
 from launcher.protocol.plan import Host
+from launcher.utils.schema import to_tree
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CLUSTERS = {

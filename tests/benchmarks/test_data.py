@@ -48,9 +48,9 @@ def test_batches_are_those_of_training(tmp_path) -> None:
     import hashlib
 
     from launcher.benchmarks.data import load_batches
-    from launcher.config.batch import Batch
     from launcher.data.dataloader import Loader
     from launcher.data.dataset import open_splits
+    from launcher.protocol.plan import Batch
 
     run = compose([*WORDS, "data.vocab_size=300", f"data.cache={tmp_path}"]).run
     asked = {"sequence_length": 16, "micro_batch": 4, "seconds": 0.05, "seed": 7, "warmup": 0}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.config.batch import Batch
 from launcher.config.data.base import Synthetic
 from launcher.config.model.gpt2 import Gpt2
 from launcher.data.dataloader import IGNORE_INDEX, Loader, MicroBatch
 from launcher.data.dataset import Splits, open_splits
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Batch
 
 
 @dataclass(frozen=True)

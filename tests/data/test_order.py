@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from launcher.config.batch import Batch
 from launcher.data.dataloader import batch_positions, sample_index
+from launcher.protocol.plan import Batch
 
 
 @pytest.mark.parametrize("num_sequences", [1, 2, 3, 4, 5, 7, 16, 17, 100, 833, 1024, 1025])

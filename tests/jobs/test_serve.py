@@ -13,12 +13,12 @@ import pytest
 
 from launcher.config.compose import compose
 from launcher.errors import ConfigError, ConfigErrors
+from launcher.errors.secrets import hide_secrets
 from launcher.inference.server.middleware import read_api_keys
 from launcher.planning.render import render_plan
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
-from launcher.utils.secrets import hide_secrets
 from launcher.utils.system import free_port
 
 ONE = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)

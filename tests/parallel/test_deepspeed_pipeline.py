@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from launcher.config.batch import Batch
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.base import ParallelDims
@@ -15,6 +14,7 @@ from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
+from launcher.protocol.plan import Batch
 
 SHAPE = Shape(
     layers=4,

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from launcher.config.batch import Batch
 from launcher.config.compose import compose
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.config.run import Run
+from launcher.protocol.plan import Batch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "deepspeed"

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.config.batch import Batch
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.pipeline import Pipeline, micro_batch_choices
 from launcher.config.precision import Fp32Precision
 from launcher.errors import ConfigErrors
+from launcher.protocol.plan import Batch
 
 SHAPE = Gpt2(name="tiny", layers=6, heads=2, width=64).shape()
 

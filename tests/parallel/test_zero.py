@@ -9,12 +9,12 @@ import pytest
 from launcher.config.compose import compose
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
-from launcher.config.parallel.base import NativeOps, StateBytes
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
 from launcher.execution import validate
-from launcher.protocol.plan import Host
+from launcher.protocol.native_ops import NativeOps
+from launcher.protocol.plan import Host, StateBytes
 
 PARAMS, RANKS = 1_000_000, 4
 NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}

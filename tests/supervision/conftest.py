@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import to_tree
 from launcher.protocol.plan import Command, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json, write_json
+from launcher.utils.schema import to_tree
 
 PROGRAMS = Path(__file__).parent / "programs"
 MARK = "SUPERVISE_TEST_MARK"

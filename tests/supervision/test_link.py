@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.schema import to_tree
 from launcher.protocol.session_file import locate_this_process
 from launcher.supervision.socket_channel import SocketChannel, remove_scratch, scratch_folder
 from launcher.utils.files import write_json
+from launcher.utils.schema import to_tree
 
 KILLED = """
 import os, signal

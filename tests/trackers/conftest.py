@@ -15,13 +15,13 @@ import psutil
 import pytest
 
 from launcher.config.compose import compose
-from launcher.config.schema import to_tree
 from launcher.execution.prepare import prepare
 from launcher.protocol.metrics import MetricsWriter
 from launcher.protocol.plan import Plan
 from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_json
+from launcher.utils.schema import to_tree
 
 
 @dataclass(frozen=True)

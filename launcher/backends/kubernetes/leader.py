@@ -11,7 +11,6 @@ from launcher.backends.kubernetes.manifests import job_reference
 from launcher.backends.kubernetes.pod_config import PodConfig, pod_address
 from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.config.run import Run
-from launcher.config.schema import to_tree
 from launcher.errors import EXIT_PREEMPTED, ConfigError, ConfigErrors
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.execution.validate import validate_run_dir
@@ -25,6 +24,7 @@ from launcher.supervision.finalize import finalize_run
 from launcher.supervision.session import run_session
 from launcher.supervision.tcp_connection import AgentListener, Say, TcpConnection
 from launcher.utils.files import read_json, write_atomic, write_json
+from launcher.utils.schema import to_tree
 
 
 def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: bytes, say: Say) -> int:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launcher.config.backend.kubernetes import Workload
-from launcher.config.schema import build, to_tree
 from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
 from launcher.protocol.plan import RunIdentity
 from launcher.utils.files import read_json
+from launcher.utils.schema import build, to_tree
 
 REPLICATED_JOB = "node"
 """Name of the only group of pods inside of a JobSet; Kubeflow's Trainer looks for it."""

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from launcher.config.component import Component
 from launcher.errors import ConfigError
-from launcher.utils.secrets import is_secret
+from launcher.errors.secrets import is_secret
 
 if TYPE_CHECKING:
     from launcher.protocol.outcome import RunOutcome

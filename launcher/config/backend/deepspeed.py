@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from launcher.config.backend.ssh import HostfileBackend
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-from launcher.utils.secrets import is_secret
+from launcher.errors.secrets import is_secret
 
 if TYPE_CHECKING:
     from launcher.protocol.outcome import RunOutcome

@@ -22,8 +22,8 @@ from launcher.config.data.formats import (
 )
 from launcher.config.data.hf import COLUMNAR, HfData, rows_command
 from launcher.config.paths import PathText
-from launcher.config.schema import defaults
 from launcher.errors import ConfigError
+from launcher.utils.schema import defaults
 
 _PYTHON_DOCS = "python-docs"
 _AS_IT_STANDS = ", or data.format=text to train on it as it stands"

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.config.batch import Batch, solve_batch
+from launcher.config.batch import solve_batch
 from launcher.config.component import Component
 from launcher.config.profile import ProfileUnit
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Batch
 
 if TYPE_CHECKING:
     from launcher.config.run import Run

@@ -10,8 +10,8 @@ from launcher.config.benchmark.base import Benchmark
 from launcher.config.job.base import Job
 from launcher.config.job.train import Train
 from launcher.config.profile import ProfileUnit
-from launcher.config.schema import build
 from launcher.errors import ConfigError
+from launcher.utils.schema import build
 
 if TYPE_CHECKING:
     from launcher.config.run import Run

@@ -8,7 +8,7 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from launcher.config.activation import FullCheckpointing, OffloadCheckpointing, SelectiveCheckpointing
-from launcher.config.batch import Batch, solve_batch
+from launcher.config.batch import solve_batch
 from launcher.config.job.base import LearningJob
 from launcher.config.model.config_json import dropout_rates
 from launcher.config.option_text import component_text
@@ -19,6 +19,7 @@ from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Fp32Precision
 from launcher.config.supported_models import validate_family
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Batch
 from launcher.utils.text import counted, did_you_mean
 
 if TYPE_CHECKING:

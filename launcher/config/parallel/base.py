@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from launcher.config.batch import Batch
 from launcher.config.component import Component
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
+from launcher.protocol.native_ops import NativeOps
+from launcher.protocol.plan import Batch, StateBytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,46 +75,6 @@ class ParallelDims:
 
 EngineKind = Literal["torch", "deepspeed"]
 """Whose machinery takes the steps of a run."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Model state of one rank in bytes, by where it lives; activations and buffers come on top."""
-
-    parameters: int
-    gradients: int
-    optimizer: int
-    """Master weights, where the compute format is not fp32, and both Adam moments."""
-    host: int = 0
-    """The part of the above that is offloaded to host RAM."""
-    nvme: int = 0
-    """The part of the above that is offloaded to NVMe."""
-
-    @classmethod
-    def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
-        """Return what so many parameters take with weights, gradients and both moments in fp32."""
-        host = 16 * num_params if offloaded else 0
-        return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return self.parameters + self.gradients + self.optimizer
-
-    @property
-    def device(self) -> int:
-        """The part that stays on the compute device."""
-        return self.total - self.host - self.nvme
-
-
-@dataclass(frozen=True, kw_only=True)
-class NativeOps:
-    """DeepSpeed operators a run compiles before its ranks start."""
-
-    needed: tuple[str, ...] = ()
-    """Without these the run cannot be what was asked for."""
-    optional: tuple[str, ...] = ()
-    """Without these the run takes another way and says so."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,10 @@ from typing import ClassVar, Literal
 
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
-from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, StateBytes
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
+from launcher.protocol.plan import StateBytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,14 +6,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from launcher.config.batch import Batch
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
-from launcher.config.parallel.base import EngineKind, NativeOps, Parallel, ParallelDims, StateBytes
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.parallel.deepspeed_keys import DEEPSPEED_OPTION, OWNED_ZERO_KEYS, validate_raw_keys
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
+from launcher.protocol.native_ops import NativeOps
+from launcher.protocol.plan import Batch, StateBytes
 
 PIPELINE_FAMILIES = ("gpt2", "llama")
 """Architectures that ``launcher.models.layers`` can take apart."""

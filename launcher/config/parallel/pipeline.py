@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from launcher.config.batch import Batch
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
-from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, StateBytes
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
+from launcher.protocol.plan import Batch, StateBytes
 
 
 def partition_layers(

@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from launcher.config.batch import Batch
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
-from launcher.config.parallel.base import EngineKind, NativeOps, Parallel, StateBytes
+from launcher.config.parallel.base import EngineKind, Parallel
 from launcher.config.parallel.deepspeed_keys import merge_raw_keys, validate_raw_keys
 from launcher.config.paths import PathText
 from launcher.config.precision import Fp16Precision, Precision
 from launcher.errors import ConfigError
+from launcher.protocol.native_ops import NativeOps
+from launcher.protocol.plan import Batch, StateBytes
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 

@@ -30,10 +30,10 @@ from launcher.engines.model_state import deepspeed_state_bytes
 from launcher.engines.optimizer import decay_groups
 
 if TYPE_CHECKING:
-    from launcher.config.parallel.base import StateBytes
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 class DeepSpeedPipelineEngine(Engine):

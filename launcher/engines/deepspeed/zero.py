@@ -38,10 +38,10 @@ from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
 if TYPE_CHECKING:
-    from launcher.config.parallel.base import StateBytes
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 class DeepSpeedEngine(Engine):

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from launcher.config.parallel.base import StateBytes
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.engines.pipeline.stage import ModelChunk
     from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 class PipelineEngine(Engine):

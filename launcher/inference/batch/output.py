@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from launcher.config.schema import to_tree
 from launcher.errors import ConfigError, JobError
 from launcher.utils.files import atomic_file, read_json, write_atomic, write_json
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from launcher.config.job.generate import Generate

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launcher.config.sampling import SamplingParams
-from launcher.config.schema import to_tree
 from launcher.inference.engine.base import FinishReason, GeneratedToken
 from launcher.inference.server.request_state import RequestState
 from launcher.utils.files import sha256_of
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from launcher.config.run import Run

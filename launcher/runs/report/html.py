@@ -13,8 +13,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Union
 
+from launcher.errors.secrets import hide_secrets
 from launcher.utils.files import read_regular
-from launcher.utils.secrets import hide_secrets
 from launcher.utils.text import without_escapes
 
 _VOID = frozenset({"img", "meta"})

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.config.option_text import flatten_options
 from launcher.config.snapshot import read_snapshot
 from launcher.errors import ConfigError
+from launcher.errors.secrets import redact
 from launcher.runs.report.charts import Curves, charts_of, read_curves
 from launcher.runs.report.html import Html, element, section, table_of
 from launcher.runs.report.sections import (
@@ -33,7 +34,6 @@ from launcher.runs.report.sections import (
 )
 from launcher.runs.state import RunState, read_run_state
 from launcher.runs.sweeps import SweepResult
-from launcher.utils.secrets import redact
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 

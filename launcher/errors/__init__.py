@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.utils.secrets import hide_secrets
+from launcher.errors.secrets import hide_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_BAD_INPUT = 65

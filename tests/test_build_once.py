@@ -21,7 +21,7 @@ def test_a_folder_is_built_once_and_then_found(tmp_path: Path) -> None:
         (folder / "file").write_text("content")
 
     for _ in range(2):
-        assert build_once(tmp_path / "cache" / "it", build, beat=lambda: None) == tmp_path / "cache" / "it"
+        assert build_once(tmp_path / "cache" / "it", build, heartbeat=lambda: None) == tmp_path / "cache" / "it"
     assert len(built) == 1
     assert (tmp_path / "cache" / "it" / "file").read_text() == "content"
 
@@ -32,18 +32,18 @@ def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
         raise KeyError("half-way")
 
     with pytest.raises(KeyError, match="half-way"):
-        build_once(tmp_path / "it", fail, beat=lambda: None)
+        build_once(tmp_path / "it", fail, heartbeat=lambda: None)
     assert [path.name for path in tmp_path.iterdir()] == ["it.lock"]
 
 
 def test_a_killed_builder_is_cleaned_up_after(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
-        "build_once(Path(sys.argv[1]), lambda folder: os.kill(os.getpid(), signal.SIGKILL), beat=lambda: None)"
+        "build_once(Path(sys.argv[1]), lambda folder: os.kill(os.getpid(), signal.SIGKILL), heartbeat=lambda: None)"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "it")], check=False).returncode == -9
     assert any(path.name.startswith(".it.tmp-") for path in tmp_path.iterdir())
-    build_once(tmp_path / "it", lambda folder: (folder / "file").touch(), beat=lambda: None)
+    build_once(tmp_path / "it", lambda folder: (folder / "file").touch(), heartbeat=lambda: None)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "it.lock"]
 
 
@@ -52,7 +52,7 @@ def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) 
         "import sys, time; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
         "def build(folder):\n"
         "    print('building', flush=True); sys.stdin.readline(); (folder / 'by-other').touch()\n"
-        "build_once(Path(sys.argv[1]), build, beat=lambda: None)"
+        "build_once(Path(sys.argv[1]), build, heartbeat=lambda: None)"
     )
     other = subprocess.Popen(
         [sys.executable, "-c", script, str(tmp_path / "it")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -63,13 +63,13 @@ def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) 
         assert other.stdout.readline() == "building\n"
         beats: list[int] = []
 
-        def beat() -> None:
+        def heartbeat() -> None:
             beats.append(1)
             if len(beats) == 2:
                 other.stdin.write("go on\n")
                 other.stdin.flush()
 
-        build_once(tmp_path / "it", lambda folder: (folder / "by-us").touch(), beat=beat)
+        build_once(tmp_path / "it", lambda folder: (folder / "by-us").touch(), heartbeat=heartbeat)
     assert len(beats) >= 2
     assert [path.name for path in (tmp_path / "it").iterdir()] == ["by-other"]
 
@@ -77,4 +77,4 @@ def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(EnvironmentProblem, match="cannot write the cache folder"):
-        build_once(tmp_path / "cache" / "it", lambda folder: None, beat=lambda: None)
+        build_once(tmp_path / "cache" / "it", lambda folder: None, heartbeat=lambda: None)

@@ -196,7 +196,7 @@ def test_a_cache_that_does_not_fit_is_removed_and_its_disk_named(small: Path) ->
         (folder / "tokens.arrow").write_bytes(bytes(7_000_000))
 
     with pytest.raises(EnvironmentProblem, match=NAMED) as refused:
-        build_once(small / "cache" / "key", tokenise, beat=lambda: None)
+        build_once(small / "cache" / "key", tokenise, heartbeat=lambda: None)
     assert "set XDG_CACHE_HOME to a folder on another disk" in str(refused.value)
     assert disk_full_message(refused.value, {"run.root": small}) == str(refused.value), "named twice, with two remedies"
     assert [path.name for path in (small / "cache").iterdir()] == ["key.lock"]

@@ -41,13 +41,13 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(benchmark.repeats):
             for way in benchmark.ways:
-                tell = partial(context.heartbeat.beat, step=done, steps=total)
+                tell = partial(context.heartbeat.update, step=done, steps=total)
                 build = partial(tell, "build")
-                generator = make_paged_engine(run, limits=benchmark.limits(way), rank=0, world_size=1, beat=build)
+                generator = make_paged_engine(run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
-                        answer_queue(generator, requests[: benchmark.max_batch], beat=partial(tell, "warm up"))
-                    sample = answer_queue(generator, requests, beat=partial(tell, "measure"))
+                        answer_queue(generator, requests[: benchmark.max_batch], heartbeat=partial(tell, "warm up"))
+                    sample = answer_queue(generator, requests, heartbeat=partial(tell, "measure"))
                 finally:
                     generator.close()
                 found[way].append(sample)
@@ -64,12 +64,12 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
 
 def _profile(benchmark: BatchingBenchmark, way: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
     """Answer the queue once more under one way, recorded; no figure comes from it."""
-    beat = partial(context.heartbeat.beat, "profile")
-    generator = make_paged_engine(context.run, limits=benchmark.limits(way), rank=0, world_size=1, beat=beat)
+    heartbeat = partial(context.heartbeat.update, "profile")
+    generator = make_paged_engine(context.run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=heartbeat)
     try:
         with case_profiler(way, context) as profiler:
             generator.profiler = profiler
-            answer_queue(generator, requests, beat=beat)
+            answer_queue(generator, requests, heartbeat=heartbeat)
     finally:
         generator.close()
 
@@ -86,7 +86,7 @@ def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[Engin
 
 def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Random) -> Iterator[tuple[int, ...]]:
     if benchmark.inputs == "article":
-        words = open_tokenizer(benchmark.tokenizer, context.run, beat=lambda: context.heartbeat.beat("load"))
+        words = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("load"))
         yield from itertools.cycle([tuple(words.encode(text)) for text in EXAMPLE_TEXTS])
     shape = context.run.model.shape()
     vocabulary = shape.vocab_size if shape is not None else 256
@@ -96,7 +96,7 @@ def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Ran
 
 
 def answer_queue(
-    generator: InferenceEngine, requests: list[EngineRequest], *, beat: Callable[[], None]
+    generator: InferenceEngine, requests: list[EngineRequest], *, heartbeat: Callable[[], None]
 ) -> dict[str, Any]:
     """Hand an engine all requests at once and return what it took.
 
@@ -115,7 +115,7 @@ def answer_queue(
             if update.finish is not None:
                 assert update.finish == "length", f"{update.request} ended as {update.finish}: {update.problem}"
                 ended[update.request] = time.perf_counter() - started
-        beat()
+        heartbeat()
     elapsed_s, after = time.perf_counter() - started, generator.stats()
     padding = after.padding_tokens_total - before.padding_tokens_total
     useful = after.prompt_tokens_total - before.prompt_tokens_total

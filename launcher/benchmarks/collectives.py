@@ -208,13 +208,13 @@ def measure_collectives(benchmark: CollectivesBenchmark, context: Context) -> Co
     connect(context, device)
     found = CollectiveTimings(backend=dist.get_backend(), hosts=_hosts(context.world_size))
     found.lacking |= _lacking(benchmark, device)
-    done, total, beat = 0, benchmark.num_measurements, context.heartbeat.beat
+    done, total, heartbeat = 0, benchmark.num_measurements, context.heartbeat.update
     with MetricsWriter(context.run_dir.metrics) if context.is_main else nullcontext() as metrics:
         for round_ in range(1, benchmark.repeats + 1):
             for size, name in ((size, name) for size in benchmark.sizes for name in benchmark.collectives):
                 if name in found.lacking:
                     continue
-                beat("measure", done, steps=total)
+                heartbeat("measure", done, steps=total)
                 collective = COLLECTIVES[name](_count(size), device)
                 _check(name, collective, size=size, device=device)
                 taken_s = _time(collective, warmup=benchmark.warmup, seconds=benchmark.seconds, device=device)

@@ -31,7 +31,7 @@ def prepare_cache(
     corpus: Corpus = replace(unpack_component(data), cache=folder)
     text_bytes = _text_bytes(corpus)
     started = time.perf_counter()
-    made, tokenizer = token_folder(corpus, unpack_component(model), beat=progress)
+    made, tokenizer = token_folder(corpus, unpack_component(model), heartbeat=progress)
     cold_s = time.perf_counter() - started
     tokens = len(open_stream(made))
     return {"cold_s": cold_s, "text_bytes": text_bytes, "tokens": tokens, "vocab_size": tokenizer.vocab_size}
@@ -76,7 +76,9 @@ def tokenise(data: Corpus, model: Model, folder: Path, *, warmup: int, progress:
     started = time.perf_counter()
     own = data.trains_tokenizer
     tokenizer = (
-        train_bpe(data.pieces(), vocab_size=data.vocab_size) if own else given_tokenizer(data, model, beat=progress)
+        train_bpe(data.pieces(), vocab_size=data.vocab_size)
+        if own
+        else given_tokenizer(data, model, heartbeat=progress)
     )
     tokenizer_s = time.perf_counter() - started
     for _ in range(warmup + 1):
@@ -84,7 +86,7 @@ def tokenise(data: Corpus, model: Model, folder: Path, *, warmup: int, progress:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         started = time.perf_counter()
-        write_tokens(folder, data, tokenizer, beat=progress)
+        write_tokens(folder, data, tokenizer, heartbeat=progress)
         tokenise_s = time.perf_counter() - started
     stream = open_stream(folder)
     digest = hashlib.sha256(stream.read(0, len(stream)).tobytes()).hexdigest()
@@ -113,7 +115,7 @@ def load_batches(
     from launcher.data.dataset import open_splits
 
     started = time.perf_counter()
-    splits = open_splits(data, model, sequence_length=sequence_length, seed=seed, beat=progress)
+    splits = open_splits(data, model, sequence_length=sequence_length, seed=seed, heartbeat=progress)
     open_s = time.perf_counter() - started
     loader = Loader(splits, Batch(micro=micro_batch, accumulation=1, data_parallel=1), seed=seed, rank=0)
     digest = hashlib.sha256()

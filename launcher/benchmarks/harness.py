@@ -37,12 +37,12 @@ def sample_interleaved(
         exact_peaks: as ``run_isolated`` takes it.
     """
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in cases}
-    done, total, beat = 0, repeats * len(cases), context.heartbeat.beat
+    done, total, heartbeat = 0, repeats * len(cases), context.heartbeat.update
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(1, repeats + 1):
             for name, arguments in cases.items():
-                progress = partial(beat, "measure", done, steps=total)
-                answer = run_isolated(function, arguments, beat=progress, exact_peaks=exact_peaks)
+                progress = partial(heartbeat, "measure", done, steps=total)
+                answer = run_isolated(function, arguments, heartbeat=progress, exact_peaks=exact_peaks)
                 answers[name].append(answer)
                 done += 1
                 numbers = {key: value for key, value in answer.items() if isinstance(value, int | float)}
@@ -98,7 +98,10 @@ def run_interleaved(
     """
     done, total = 0, repeats * len(cases)
     ranks = ForkedRanks(
-        context, folder="cases", limit_s=limit_s, beat=lambda: context.heartbeat.beat("measure", done, steps=total)
+        context,
+        folder="cases",
+        limit_s=limit_s,
+        heartbeat=lambda: context.heartbeat.update("measure", done, steps=total),
     )
     found: dict[str, list[CaseRun]] = {name: [] for name in cases}
     with MetricsWriter(context.run_dir.metrics) if context.is_main else nullcontext() as metrics:
@@ -145,8 +148,8 @@ def profile_cases(function: str, cases: Mapping[str, Mapping[str, Any]], *, cont
         return
     for name, arguments in cases.items():
         place = {"folder": str(context.run_dir.profile), "name": profile_file_name(name, context)}
-        beat = partial(context.heartbeat.beat, "profile")
-        run_isolated(function, arguments, beat=beat, profile={"options": asdict(profile), **place})
+        heartbeat = partial(context.heartbeat.update, "profile")
+        run_isolated(function, arguments, heartbeat=heartbeat, profile={"options": asdict(profile), **place})
 
 
 def case_profiler(name: str, context: Context, *, by: ProfileUnit = "engine steps") -> Profiler:

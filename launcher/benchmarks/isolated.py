@@ -45,7 +45,7 @@ def run_isolated(
     function: str,
     arguments: Mapping[str, Any],
     *,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
     profile: Mapping[str, Any] | None = None,
     exact_peaks: bool = False,
 ) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def run_isolated(
     Args:
         function: ``module:name``; it takes ``arguments`` and ``progress``, and returns what JSON can hold.
         arguments: what JSON can hold.
-        beat: called whenever the function calls its ``progress``: one that hangs is not taken for one that works.
+        heartbeat: called whenever the function calls its ``progress``: one that hangs is not taken for one that works.
         profile: have the process recorded: ``options`` of the run's profile, ``folder`` and ``name`` of the files.
         exact_peaks: have every large tensor leave the process when it is freed, where peak memory is measured.
 
@@ -70,7 +70,7 @@ def run_isolated(
         process.stdin.write(json.dumps(arguments))
         process.stdin.close()
         for line in process.stdout:
-            beat()
+            heartbeat()
             answer = json.loads(line)
     if process.returncode or answer is None:
         raise JobError(

@@ -298,7 +298,7 @@ def decode(
         dtype=DTYPES[rest],
         quantization=METHODS[weights]() if weights in METHODS else None,
         after=lambda _, part: part.to(device),
-        beat=progress,
+        heartbeat=progress,
     )
     built.eval().requires_grad_(False).to(device)
     read = weights_read(built)

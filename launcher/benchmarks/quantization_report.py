@@ -48,7 +48,7 @@ def compare_models(
     after: PreTrainedModel,
     batches: Iterable[MicroBatch],
     *,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> Fidelity:
     """Run both over the same batches; sums are of fp64, distributions of fp32."""
     loss_before = loss_after = divergence = 0.0
@@ -58,9 +58,9 @@ def compare_models(
             wanted = batch.labels.flatten() != _IGNORED
             labels = batch.labels.flatten()[wanted].to(before.device)
             one = _logits(before, batch, wanted)
-            beat()
+            heartbeat()
             other = _logits(after, batch, wanted)
-            beat()
+            heartbeat()
             loss_before += float(cross_entropy(one, labels, reduction="none").double().sum())
             loss_after += float(cross_entropy(other, labels, reduction="none").double().sum())
             apart = kl_div(log_softmax(other, -1), log_softmax(one, -1), reduction="none", log_target=True)

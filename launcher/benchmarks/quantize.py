@@ -109,24 +109,26 @@ def _now(model: PreTrainedModel) -> float:
 def quantize_model(job: Quantize, context: Context) -> None:
     """Do all of it on this rank, and leave weights, report and metrics."""
     run = context.run
-    beat = context.heartbeat.beat
+    heartbeat = context.heartbeat.update
     method = run.quantization
     assert isinstance(method, Quantization), "refused before anything starts"
     models = {name: _build(context, how) for name, how in ((BEFORE, None), (AFTER, method))}
     before, after = models[BEFORE], models[AFTER]
     names = {name for name, _ in quantized_layers(after)}
     print(f"{len(names)} layers quantised by {method.kind}", flush=True)
-    beat("save", 1, steps=job.num_steps(run, world_size=1))
+    heartbeat("save", 1, steps=job.num_steps(run, world_size=1))
     folder = job.folder(context.run_dir)
-    disk = _save(after, method, folder, source=run.model.weights_folder(beat=lambda: beat("save")), context=context)
-    beat("compare", 2)
+    disk = _save(
+        after, method, folder, source=run.model.weights_folder(heartbeat=lambda: heartbeat("save")), context=context
+    )
+    heartbeat("compare", 2)
     fidelity = _compare(job, context, before, after)
-    beat("measure", 3)
+    heartbeat("measure", 3)
     forward = _rates(job, lambda which, batch: forward_rates(models[which], **_sizes(job, batch)), context)
     sizes = {name: bytes_by_group(model, names) for name, model in models.items()}
     matrices = bf16_bytes(before, names)
     engine, samples = _by_engine(job, context, models)
-    beat("done", job.num_steps(run, world_size=1))
+    heartbeat("done", job.num_steps(run, world_size=1))
     found = QuantizationReport(
         model=run.model.name,
         method=method,
@@ -156,7 +158,7 @@ def _build(context: Context, method: Quantization | None) -> PreTrainedModel:
         dtype=DTYPES[run.precision.compute],
         quantization=method,
         after=lambda _, part: part.to(device),
-        beat=lambda: context.heartbeat.beat("build"),
+        heartbeat=lambda: context.heartbeat.update("build"),
     )
     return model.eval().requires_grad_(False).to(device)
 
@@ -192,18 +194,18 @@ def _bytes_on_disk(folder: Path) -> int:
 
 
 def _compare(job: Quantize, context: Context, before: PreTrainedModel, after: PreTrainedModel) -> Fidelity:
-    run, beat = context.run, context.heartbeat.beat
+    run, heartbeat = context.run, context.heartbeat.update
     splits = open_splits(
-        run.data, run.model, sequence_length=job.sequence_length, seed=job.seed, beat=lambda: beat("load")
+        run.data, run.model, sequence_length=job.sequence_length, seed=job.seed, heartbeat=lambda: heartbeat("load")
     )
     loader = Loader(splits, context.batch, seed=job.seed, rank=0)
     batches = (batch for step in loader.held_out(job.eval_sequences) for batch in step)
     swapped = replace_quantized_layers(
-        after, after.dtype, beat=lambda: beat("compare", 2)
+        after, after.dtype, heartbeat=lambda: heartbeat("compare", 2)
     )  # many times faster on a CPU
     if swapped.what:
         print(f"comparison: {swapped.what}", flush=True)
-    found = compare_models(before, after, batches, beat=lambda: beat("compare", 2))
+    found = compare_models(before, after, batches, heartbeat=lambda: heartbeat("compare", 2))
     swapped.undo()
     return found
 
@@ -239,7 +241,7 @@ def _rates(job: Quantize, measure: Callable[[str, int], Rates], context: Context
 
 def _once(measure: Callable[[str, int], Rates], which: str, batch: int, context: Context) -> Rates:
     taken = measure(which, batch)
-    context.heartbeat.beat("measure", 3)
+    context.heartbeat.update("measure", 3)
     return taken
 
 
@@ -249,7 +251,7 @@ def _by_engine(
     """Return how fast the launcher's engine is with both, and what both say; layers of the models are replaced."""
     most = max(job.rate_batches, default=1)
     engines = {which: engine_of(model, **_sizes(job, most)) for which, model in models.items()}
-    words = open_tokenizer(job.tokenizer, context.run, beat=lambda: context.heartbeat.beat("sample", 4))
+    words = open_tokenizer(job.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("sample", 4))
 
     def measure(which: str, batch: int) -> Rates:
         return engine_rates(engines[which], models[which], **_sizes(job, batch))

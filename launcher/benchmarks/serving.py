@@ -103,7 +103,7 @@ def _is_rank_variable(name: str) -> bool:
 def _wait(url: str, process: subprocess.Popen[bytes], log: Path, context: Context) -> None:
     until = time.monotonic() + _READY_S
     while process.poll() is None and time.monotonic() < until:
-        context.heartbeat.beat("start the server")
+        context.heartbeat.update("start the server")
         try:
             with urllib.request.urlopen(f"{url}/health/ready", timeout=5) as answer:  # noqa: S310 (this machine)
                 if answer.status == 200:
@@ -163,7 +163,7 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
 
 
 def _tell(context: Context, done: int, total: int, requests: int) -> None:
-    context.heartbeat.beat("measure", done, steps=total, requests=requests)
+    context.heartbeat.update("measure", done, steps=total, requests=requests)
 
 
 def run_level(

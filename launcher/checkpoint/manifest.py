@@ -151,15 +151,15 @@ def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
 
 
 def damaged_files(
-    folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, beat: Callable[[], None] = lambda: None
+    folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None
 ) -> list[str]:
     """Return those of ``names`` whose content is not what was written; none where the manifest has no checksums."""
     expected = {name: manifest.sha256[name] for name in names if name in manifest.sha256}
-    found = checksums(folder, expected, beat=beat)
+    found = checksums(folder, expected, heartbeat=heartbeat)
     return sorted(name for name, digest in expected.items() if found.get(name) != digest)
 
 
-def checksums(folder: Path, names: Iterable[str], *, beat: Callable[[], None] = lambda: None) -> dict[str, str]:
+def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None) -> dict[str, str]:
     """Return the SHA-256 of each file, by its path below ``folder``; a file that cannot be read has none."""
 
     def digest(name: str) -> str | None:
@@ -168,7 +168,7 @@ def checksums(folder: Path, names: Iterable[str], *, beat: Callable[[], None] = 
             with (folder / name).open("rb", buffering=0) as file:
                 while block := file.read(_BLOCK_BYTES):
                     found.update(block)
-                    beat()
+                    heartbeat()
         except OSError:
             return None
         return found.hexdigest()

@@ -79,21 +79,21 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self.pending(step).is_dir()
 
-    def checksum(self, step: int, *, rank: int, world_size: int, beat: Callable[[], None] = lambda: None) -> None:
+    def checksum(self, step: int, *, rank: int, world_size: int, heartbeat: Callable[[], None] = lambda: None) -> None:
         """Hash this rank's share of the pending payload, which is complete; a barrier follows.
 
         Args:
             step: of the checkpoint.
             rank: of this process.
             world_size: ranks that call this.
-            beat: called while files are read.
+            heartbeat: called while files are read.
         """
         pending = self.pending(step)
         sizes = {name: (pending / name).stat().st_size for name in _payload(pending)}
         own = files_of_part(sizes, part=rank, parts=world_size)
-        write_json(pending / _CHECKSUMS.format(rank), checksums(pending, own, beat=beat))
+        write_json(pending / _CHECKSUMS.format(rank), checksums(pending, own, heartbeat=heartbeat))
 
-    def commit(self, manifest: CheckpointManifest, *, beat: Callable[[], None] = lambda: None) -> SavedCheckpoint:
+    def commit(self, manifest: CheckpointManifest, *, heartbeat: Callable[[], None] = lambda: None) -> SavedCheckpoint:
         """Make the pending payload of ``manifest.step`` the checkpoint of that step, then prune.
 
         Raises:
@@ -106,7 +106,7 @@ class CheckpointStore:
             _fsync_file(pending / name)
         for folder in (pending, *(entry for entry in pending.rglob("*") if entry.is_dir())):
             fsync_folder(folder)
-        sha256 |= checksums(pending, [name for name in names if name not in sha256], beat=beat)
+        sha256 |= checksums(pending, [name for name in names if name not in sha256], heartbeat=heartbeat)
         if unread := [name for name in names if name not in sha256]:
             raise OSError(errno.EIO, "cannot be read back", str(pending / unread[0]))
         complete = replace(

@@ -164,7 +164,7 @@ class Splits:
 
 
 def open_splits(
-    data: Data, model: Model, *, sequence_length: int, seed: int, beat: Callable[[], None] = lambda: None
+    data: Data, model: Model, *, sequence_length: int, seed: int, heartbeat: Callable[[], None] = lambda: None
 ) -> Splits:
     """Open ``data`` for ``model``; every rank calls this, and the first on each machine does what is done once.
 
@@ -173,7 +173,7 @@ def open_splits(
         model: must take sequences of that length and all tokens that occur.
         sequence_length: tokens in one sequence, its last label not counted.
         seed: draws synthetic data; text does not depend on it.
-        beat: called at least every few seconds of work, so that it does not look like a stall.
+        heartbeat: called at least every few seconds of work, so that it does not look like a stall.
 
     Raises:
         ConfigError: the parts do not fit together, with the numbers.
@@ -187,7 +187,7 @@ def open_splits(
         splits = _open_synthetic(data, context=context, sequence_length=sequence_length, seed=seed)
     else:
         assert isinstance(data, Corpus), f"no way to open {type(data).__name__}"
-        splits = _open_corpus(data, model, context=context, sequence_length=sequence_length, beat=beat)
+        splits = _open_corpus(data, model, context=context, sequence_length=sequence_length, heartbeat=heartbeat)
     if splits.vocab_size > vocab_size:
         option, value = ("data.tokenizer", getattr(data, "tokenizer", "bpe"))
         why = f"it has {splits.vocab_size} tokens and {model.name} only {vocab_size} rows of embedding"
@@ -202,15 +202,17 @@ def _limits(model: Model) -> tuple[int, int]:
     return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 62  # some have no limit
 
 
-def _open_corpus(data: Corpus, model: Model, *, context: int, sequence_length: int, beat: Callable[[], None]) -> Splits:
-    folder, tokenizer = token_folder(data, model, beat=beat)
+def _open_corpus(
+    data: Corpus, model: Model, *, context: int, sequence_length: int, heartbeat: Callable[[], None]
+) -> Splits:
+    folder, tokenizer = token_folder(data, model, heartbeat=heartbeat)
     stream = open_stream(folder)
     cut = len(stream) - round(len(stream) * data.held_out)
     train = TokenWindows(stream=stream, first=0, last=cut, length=sequence_length)
     held_out = TokenWindows(stream=stream, first=cut, last=len(stream), length=sequence_length)
     if problem := data.split_problem(len(stream), sequence_length):
         raise problem
-    beat()
+    heartbeat()
     known, asked = (stream.read(part.first, min(part.last, part.first + _COUNTED_TOKENS)) for part in (train, held_out))
     vocab_size = tokenizer.vocab_size
     return Splits(

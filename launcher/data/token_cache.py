@@ -104,41 +104,41 @@ _PIECES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
 
-def token_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> tuple[Path, FastTokenizer]:
+def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> tuple[Path, FastTokenizer]:
     """Return the cache folder of ``data`` under its tokenizer, built if need be, and the tokenizer.
 
-    Any number of processes may call this at once: one builds, the others wait. ``beat`` is called meanwhile.
+    Any number of processes may call this at once: one builds, the others wait. ``heartbeat`` is called meanwhile.
     """
-    given = None if data.trains_tokenizer else given_tokenizer(data, model, beat=beat)
+    given = None if data.trains_tokenizer else given_tokenizer(data, model, heartbeat=heartbeat)
     spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
     key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
 
     def build(folder: Path) -> None:
-        beat()
+        heartbeat()
         tokenizer = given or train_bpe(data.pieces(), vocab_size=data.vocab_size)
-        beat()
+        heartbeat()
         (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-        write_tokens(folder, data, tokenizer, beat=beat)
+        write_tokens(folder, data, tokenizer, heartbeat=heartbeat)
 
-    folder = build_once(data.cache_folder / key, build, beat=beat)
+    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat)
     return folder, given or read_bpe(folder / _TOKENIZER)
 
 
-def given_tokenizer(data: Corpus, model: Model, *, beat: Callable[[], None]) -> FastTokenizer:
+def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:
     """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
-    return load_tokenizer(_given_folder(data, model, beat=beat), option="data.tokenizer")
+    return load_tokenizer(_given_folder(data, model, heartbeat=heartbeat), option="data.tokenizer")
 
 
-def _given_folder(data: Corpus, model: Model, *, beat: Callable[[], None]) -> Path:
+def _given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> Path:
     if data.tokenizer == "model":
-        return model.tokenizer_folder(beat=beat)
+        return model.tokenizer_folder(heartbeat=heartbeat)
     if (folder := Path(data.tokenizer).expanduser()).is_dir():
         return folder
     return fetch_model(data.tokenizer, with_weights=False, option="data.tokenizer", instead="set data.tokenizer=bpe")
 
 
 def save_tokenizer(
-    data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, beat: Callable[[], None]
+    data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, heartbeat: Callable[[], None]
 ) -> None:
     """Write the tokenizer of ``data`` into a model folder, with its chat template, as Transformers loads them.
 
@@ -147,11 +147,11 @@ def save_tokenizer(
         model: whose own tokenizer ``data`` may take.
         tokenizer: of ``data``, open.
         folder: made where it does not exist.
-        beat: called meanwhile.
+        heartbeat: called meanwhile.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if not data.trains_tokenizer:
-        copy_tokenizer(_given_folder(data, model, beat=beat), folder)
+        copy_tokenizer(_given_folder(data, model, heartbeat=heartbeat), folder)
     if not (folder / _TOKENIZER).exists():
         end = {} if tokenizer.end_id is None else {"eos_token": tokenizer.inner.id_to_token(tokenizer.end_id)}
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **end})
@@ -160,7 +160,7 @@ def save_tokenizer(
         write_json(folder / _GENERATION, {"eos_token_id": tokenizer.end_id})
 
 
-def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, beat: Callable[[], None]) -> None:
+def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartbeat: Callable[[], None]) -> None:
     """Tokenise the whole corpus into an empty folder, for ``open_stream`` to map. Imports ``datasets``."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -170,7 +170,7 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, beat: 
     with ArrowWriter(path=str(folder / _TOKENS), features=features, writer_batch_size=_ROWS_AT_ONCE) as writer:
         for rows in _rows(data, tokenizer):
             writer.write_batch({"tokens": rows})
-            beat()
+            heartbeat()
         writer.finalize()
     write_json(folder / _LAYOUT, {"file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)})
 

@@ -52,7 +52,7 @@ def build_run_model(
         activation=run.activation,
         after=after,
         laid_out=prepare,
-        beat=lambda: context.heartbeat.beat("load"),
+        heartbeat=lambda: context.heartbeat.update("load"),
     )
 
 

@@ -226,13 +226,15 @@ class TextTokenizer:
         return self._decode([*before, token])[length:].encode()
 
 
-def open_tokenizer(choice: str, run: Run, *, beat: Callable[[], None], template: str | None = None) -> TextTokenizer:
+def open_tokenizer(
+    choice: str, run: Run, *, heartbeat: Callable[[], None], template: str | None = None
+) -> TextTokenizer:
     """Return the tokenizer that ``job.tokenizer`` names.
 
     Args:
         choice: the name.
         run: whose model and data may have it.
-        beat: called while it is fetched or made.
+        heartbeat: called while it is fetched or made.
         template: ``job.chat_template``: the chat template that is used where none is named.
 
     Raises:
@@ -248,8 +250,8 @@ def open_tokenizer(choice: str, run: Run, *, beat: Callable[[], None], template:
         if not isinstance(run.data, Corpus):
             why = f"data={run.data.kind} has no text, and so no tokenizer"
             raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
-        return TextTokenizer(token_folder(run.data, run.model, beat=beat)[1].inner)
-    folder = run.model.tokenizer_folder(beat=beat) if choice == "model" else Path(choice).expanduser()
+        return TextTokenizer(token_folder(run.data, run.model, heartbeat=heartbeat)[1].inner)
+    folder = run.model.tokenizer_folder(heartbeat=heartbeat) if choice == "model" else Path(choice).expanduser()
     return load_text_tokenizer(folder, template=template)
 
 

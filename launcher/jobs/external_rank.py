@@ -114,7 +114,7 @@ def _enter(folder: str) -> None:
 def _prepare_and_run(env: RankEnv, heartbeat: Heartbeat, *, prepare: Sequence[Command]) -> None:
     """Build what is missing on this host, which other launchers know nothing of, and do the job."""
     for command in prepare:  # each waits for the first one's lock
-        heartbeat.beat("preparing")
+        heartbeat.update("preparing")
         ended = subprocess.run(command.argv, env={**os.environ, **command.env}, check=False)
         if ended.returncode != 0:
             raise EnvironmentProblem(f"preparing this host ended with exit code {ended.returncode}")

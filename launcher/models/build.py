@@ -50,7 +50,7 @@ def build_model(
     quantization: Quantization | None = None,
     after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Return the model in training mode, on the CPU or wherever ``after`` puts its parts.
 
@@ -64,7 +64,7 @@ def build_model(
         quantization: how weights are quantised as they come; ``None`` leaves that to ``model.quantization``.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
-        beat: called while weights are fetched, converted or drawn.
+        heartbeat: called while weights are fetched, converted or drawn.
 
     Raises:
         ConfigError: the weights do not fit the model exactly, with the names of the parameters; or the model's family
@@ -72,14 +72,14 @@ def build_model(
         EnvironmentProblem: weights cannot be fetched.
     """
     built, builder, layers = _build_deferred(
-        model, seed=seed, attention=attention, dtype=dtype, quantization=quantization, beat=beat
+        model, seed=seed, attention=attention, dtype=dtype, quantization=quantization, heartbeat=heartbeat
     )
     apply_activation_checkpointing(built, activation)
     laid_out(built)
 
     def then(name: str, part: nn.Module) -> None:
         after(name, part)
-        beat()
+        heartbeat()
 
     builder.build_all(then)
     if layers is not None:
@@ -95,10 +95,12 @@ def build_deferred(
     seed: int,
     attention: Attention,
     dtype: torch.dtype = torch.float32,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[PreTrainedModel, ModelBuilder]:
     """Return the model without storage, and what fills it part by part; arguments and errors are those above."""
-    return _build_deferred(model, seed=seed, attention=attention, dtype=dtype, quantization=None, beat=beat)[:2]
+    return _build_deferred(model, seed=seed, attention=attention, dtype=dtype, quantization=None, heartbeat=heartbeat)[
+        :2
+    ]
 
 
 def _build_deferred(
@@ -108,10 +110,10 @@ def _build_deferred(
     attention: Attention,
     dtype: torch.dtype,
     quantization: Quantization | None,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
     transformers_logging.disable_progress_bar()
-    folder = model.weights_folder(beat=beat)
+    folder = model.weights_folder(heartbeat=heartbeat)
     config = model.transformers_config()
     if folder is not None:
         problems = list(validate_model_folder("model.weights", str(folder), architecture=None))

@@ -34,14 +34,14 @@ _NAMES = {
 """GGUF's names of tensors, without layer and ``.weight``, to Transformers'."""
 
 
-def convert_llama(source: Path, folder: Path, *, config: LlamaConfig, beat: Callable[[], None]) -> None:
+def convert_llama(source: Path, folder: Path, *, config: LlamaConfig, heartbeat: Callable[[], None]) -> None:
     """Write ``source`` into ``folder`` as fp32 safetensors with ``config`` and its tokenizer.
 
     Args:
         source: a GGUF file of the Llama architecture.
         folder: an existing, empty folder.
         config: sizes and rotary base of the model in ``source``.
-        beat: called after each tensor.
+        heartbeat: called after each tensor.
     """
     import numpy as np
     from gguf import GGUFReader, dequantize
@@ -56,7 +56,7 @@ def convert_llama(source: Path, folder: Path, *, config: LlamaConfig, beat: Call
         if ".attn_k." in tensor.name:
             values = _rotary_halves(values, config.num_key_value_heads)
         tensors[_name(tensor.name)] = np.ascontiguousarray(values, dtype=np.float32)
-        beat()
+        heartbeat()
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)

@@ -37,7 +37,7 @@ class StepClock:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Time a block as part of ``name``; the same name may come several times in a step."""
-        self._heartbeat.beat(name, self.step)
+        self._heartbeat.update(name, self.step)
         with self._profiler.mark(name), self._between_events(name) if self._cuda else self._on_host(name):
             yield
 

@@ -57,7 +57,7 @@ class Heartbeat:
         self._step: int | None = None
         self._numbers: dict[str, float] = {}
 
-    def beat(self, phase: str, step: int | None = None, **numbers: float) -> None:
+    def update(self, phase: str, step: int | None = None, **numbers: float) -> None:
         """Say that ``phase`` begins; never blocks, never raises when nobody listens.
 
         Args:
@@ -78,7 +78,7 @@ class Heartbeat:
         assert _HEADER.size + len(payload) <= _BEAT_BYTES, "a beat holds a handful of numbers"
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
 
-    def leave_record(self, record: Mapping[str, Any]) -> None:
+    def write_exception_record(self, record: Mapping[str, Any]) -> None:
         """Leave the record of an exception where the agent finds it though no disk takes a file; cut to what fits."""
         if self._memory is None:
             return
@@ -116,7 +116,7 @@ def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
 
 
 def read_exception_record(memory: mmap.mmap) -> bytes | None:
-    """Return the JSON that ``leave_record`` left; ``None`` where there is none."""
+    """Return the JSON that ``write_exception_record`` left; ``None`` where there is none."""
     return _payload_at(memory, _BEAT_BYTES)
 
 

@@ -164,7 +164,7 @@ class UserNote(AgentMessage):
 class RankHeartbeat(AgentMessage):
     """From an agent: where a rank is."""
 
-    kind: ClassVar[str] = "beat"
+    kind: ClassVar[str] = "heartbeat"
     rank: int
     phase: str
     step: int | None

@@ -272,10 +272,10 @@ class SessionConnection:
 
 
 class Keepalive:
-    """Calls ``beat`` every second until it is stopped."""
+    """Calls ``heartbeat`` every second until it is stopped."""
 
-    def __init__(self, beat: Callable[[], None]) -> None:
-        self._beat = beat
+    def __init__(self, heartbeat: Callable[[], None]) -> None:
+        self._heartbeat = heartbeat
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
 
@@ -291,4 +291,4 @@ class Keepalive:
 
     def _run(self) -> None:
         while not self._stop.wait(KEEPALIVE_S):
-            self._beat()
+            self._heartbeat()

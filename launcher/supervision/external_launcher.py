@@ -149,10 +149,10 @@ class FileChannelRanks(HostRanks):
             return
         self._leases[number].renew(said["turn"])
         rank.guard, rank.process = Process(said["guard"], 0), Process(said["pid"], 0)  # known by their numbers there
-        beat = said["beat"]
-        if beat is not None and beat["at"] != rank.beat_at:
-            rank.beat_at = beat.pop("at")
-            self._emit(RankHeartbeat(rank=number, age_s=said["age_s"], **beat))
+        heartbeat = said["heartbeat"]
+        if heartbeat is not None and heartbeat["at"] != rank.beat_at:
+            rank.beat_at = heartbeat.pop("at")
+            self._emit(RankHeartbeat(rank=number, age_s=said["age_s"], **heartbeat))
         if "is_orphan" in said and number not in self._orphans:
             self._orphans.add(number)
             host = self._host_of[number]
@@ -184,9 +184,9 @@ class FileChannelRanks(HostRanks):
 def _require_valid(said: Mapping[str, Any]) -> None:
     """Raise ``MalformedMessage`` for a file that has the parts of a guard's file in another form."""
     require_fields(said, {"guard": int, "pid": int})
-    if said["beat"] is not None:
-        require_fields(said["beat"], HEARTBEAT_FIELDS)
-        if said["beat"].keys() != HEARTBEAT_FIELDS.keys():
+    if said["heartbeat"] is not None:
+        require_fields(said["heartbeat"], HEARTBEAT_FIELDS)
+        if said["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
             raise MalformedMessage("a beat with other fields than a beat has")
     if "status" in said:
         require_fields(said, {"status": int, "time": float, "by_launcher": bool})

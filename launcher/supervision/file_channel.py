@@ -27,7 +27,7 @@ RENEW_S = 1.0
 _ENCODED_PREFIX = "dir."
 AGENT_FIELDS: dict[str, Any] = {"token": str, "turn": int, "signals": list[int], "over": bool}
 START_FIELDS: dict[str, Any] = {"token": str, "cwd": str, "env": dict[str, str]}
-RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "beat": dict[str, Any] | None}
+RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "heartbeat": dict[str, Any] | None}
 
 
 def channel_folder(run_dir: RunDir) -> Path:
@@ -51,7 +51,7 @@ def agent_file(board: Path) -> Path:
 
 
 def rank_file(board: Path, rank: int) -> Path:
-    """Return what a guard writes: ``token``, ``turn``, ``guard``, ``pid``, ``beat``; in the end ``status``."""
+    """Return what a guard writes: ``token``, ``turn``, ``guard``, ``pid``, ``heartbeat``; in the end ``status``."""
     return board / f"rank{rank}.json"
 
 
@@ -162,9 +162,14 @@ class FileChannel:
 
     def _post(self) -> None:
         self._turn += 1
-        beat, now = read_heartbeat(self.beats), time.monotonic()
-        shown = beat and {"phase": beat.phase, "step": beat.step, "at": beat.at, "numbers": beat.numbers}
-        age_s = max(0.0, now - beat.at) if beat else 0.0
-        content = {"token": self._token, "turn": self._turn, "beat": shown, "age_s": age_s, **self._said}
+        heartbeat, now = read_heartbeat(self.beats), time.monotonic()
+        shown = heartbeat and {
+            "phase": heartbeat.phase,
+            "step": heartbeat.step,
+            "at": heartbeat.at,
+            "numbers": heartbeat.numbers,
+        }
+        age_s = max(0.0, now - heartbeat.at) if heartbeat else 0.0
+        content = {"token": self._token, "turn": self._turn, "heartbeat": shown, "age_s": age_s, **self._said}
         with contextlib.suppress(OSError):  # a full or absent disk: the agent will notice the silence
             write_channel_file(rank_file(self._board, self._rank), content)

@@ -228,12 +228,14 @@ class HostRanks:
         return len(lines)
 
     def _pass_on_beat(self, rank: _Rank) -> None:
-        beat = read_heartbeat(rank.beats)
-        if beat is not None and beat.at != rank.beat_at:
-            rank.beat_at = beat.at
-            age = max(0.0, time.monotonic() - beat.at)
-            numbers = beat.numbers
-            self._emit(RankHeartbeat(rank=rank.number, phase=beat.phase, step=beat.step, age_s=age, numbers=numbers))
+        heartbeat = read_heartbeat(rank.beats)
+        if heartbeat is not None and heartbeat.at != rank.beat_at:
+            rank.beat_at = heartbeat.at
+            age = max(0.0, time.monotonic() - heartbeat.at)
+            numbers = heartbeat.numbers
+            self._emit(
+                RankHeartbeat(rank=rank.number, phase=heartbeat.phase, step=heartbeat.step, age_s=age, numbers=numbers)
+            )
 
     def _pass_on_stack(self, rank: _Rank, dump: StackDump) -> None:
         rank.has_shown = True

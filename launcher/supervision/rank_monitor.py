@@ -64,7 +64,7 @@ def run_rank(work: RankWork, env: RankEnv, *, board: FileChannel | None = None) 
     fork_monitor(env.rank, board or SocketChannel(env.scratch))
     scratch_beats = heartbeat_file(env.scratch, env.rank) if env.scratch else None
     heartbeat = Heartbeat(board.beats if board else scratch_beats)
-    heartbeat.beat("starting")
+    heartbeat.update("starting")
     try:
         code = _exit_code_of_work(work, env, heartbeat)
     except KeyboardInterrupt:
@@ -131,7 +131,7 @@ def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, 
     try:
         write_json(env.record, record)
     except OSError as trouble:  # the disk is full
-        heartbeat.leave_record(record)
+        heartbeat.write_exception_record(record)
         print(f"the failure could not be recorded: {trouble}", file=sys.stderr, flush=True)
     return code
 

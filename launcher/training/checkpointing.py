@@ -68,7 +68,7 @@ def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> Sa
             saved.folder,
             saved.manifest,
             files_of_part(sizes, part=context.rank, parts=context.world_size),
-            beat=lambda: context.heartbeat.beat("load"),
+            heartbeat=lambda: context.heartbeat.update("load"),
         )
         flags = sum_over_ranks([float(name in own) for name in names] or [0.0], device=engine.device)
         if not any(flags):
@@ -125,15 +125,15 @@ def save_checkpoint(
         _save_tokenizer(context, tokenizer, store.pending(step) / "model")
     barrier()
 
-    def beat() -> None:
-        context.heartbeat.beat("checkpoint")
+    def heartbeat() -> None:
+        context.heartbeat.update("checkpoint")
 
     if context.world_size > 1:
-        store.checksum(step, rank=context.rank, world_size=context.world_size, beat=beat)
+        store.checksum(step, rank=context.rank, world_size=context.world_size, heartbeat=heartbeat)
         barrier()
     if context.is_main:
         manifest = make_manifest(context, step=step, held_out_loss=held_out_loss)
-        print(f"checkpoint {store.commit(manifest, beat=beat).folder}", flush=True)
+        print(f"checkpoint {store.commit(manifest, heartbeat=heartbeat).folder}", flush=True)
     barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint
 
 
@@ -159,7 +159,7 @@ def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) ->
 
     data = context.run.data
     assert isinstance(data, Corpus), "what has a tokenizer has text"
-    save_tokenizer(data, context.run.model, tokenizer, folder, beat=lambda: context.heartbeat.beat("checkpoint"))
+    save_tokenizer(data, context.run.model, tokenizer, folder, heartbeat=lambda: context.heartbeat.update("checkpoint"))
 
 
 def _last_lr(run: Run, step: int) -> float | None:

@@ -43,19 +43,20 @@ def evaluate(
     num_sequences: int,
     *,
     preempted: Callable[[], bool],
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
     profiler: Profiler = NO_PROFILER,
 ) -> EvaluationResult:
     """Measure the loss over the first ``num_sequences`` held-out sequences.
 
     Every rank takes equally many batches, because a partitioned model needs all ranks in every forward pass; the
-    batches that fill up carry no labels. ``beat`` is called before each global batch, which is a step of ``profiler``.
+    batches that fill up carry no labels. ``heartbeat`` is called before each global batch, which is a step of
+    ``profiler``.
     """
     from launcher.engines.distributed import sum_over_ranks
 
     loss_sum, tokens = 0.0, 0
     for micro_batches in loader.held_out(num_sequences):
-        beat()
+        heartbeat()
         with profiler.step():
             batch_sum, batch_tokens = engine.loss_of(micro_batches)
         loss_sum += batch_sum
@@ -67,13 +68,13 @@ def evaluate(
 
 def run_evaluation(job: Evaluate, context: Context) -> None:
     """Go through the held-out sequences ``job.repeats`` times, on every rank; rank 0 records and prints each time."""
-    beat = context.heartbeat.beat
+    heartbeat = context.heartbeat.update
     splits = open_splits(
         context.run.data,
         context.run.model,
         sequence_length=job.sequence_length,
         seed=job.seed,
-        beat=lambda: beat("load"),
+        heartbeat=lambda: heartbeat("load"),
     )
     num_sequences = min(job.eval_sequences, splits.held_out.num_sequences)
     loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
@@ -92,7 +93,7 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
                     loader,
                     num_sequences,
                     preempted=never_preempted,
-                    beat=lambda: beat("evaluate", next(steps), steps=num_steps),
+                    heartbeat=lambda: heartbeat("evaluate", next(steps), steps=num_steps),
                     profiler=context.profiler,
                 ).loss
                 elapsed_s = time.perf_counter() - started
@@ -100,7 +101,7 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
                 if writer is not None:
                     tokens = num_sequences * job.sequence_length  # engines may count one several times
                     _record(writer, done, loss, tokens=tokens, elapsed_s=elapsed_s, fastest_s=fastest_s)
-    beat("done", num_steps)
+    heartbeat("done", num_steps)
 
 
 def _record(writer: MetricsWriter, done: int, loss: float, *, tokens: int, elapsed_s: float, fastest_s: float) -> None:

@@ -77,7 +77,7 @@ class Recorder:
             metrics["perf/mfu"] = flops / self._peak_flops
         self.write(done, metrics)
         self._since_line.append((result.tokens, elapsed_s))
-        self._context.heartbeat.beat("step", done, steps=self._job.steps, loss=result.loss, tokens_per_s=speed)
+        self._context.heartbeat.update("step", done, steps=self._job.steps, loss=result.loss, tokens_per_s=speed)
         if done % self._job.log_every == 0 or done in (1, self._job.steps):
             self._print_step(done, result, lr, metrics.get("perf/mfu"))
 

@@ -38,7 +38,7 @@ def train(job: Train, context: Context, preemption: Preemption) -> None:
             context.run.model,
             sequence_length=job.sequence_length,
             seed=job.seed,
-            beat=lambda: context.heartbeat.beat("load"),
+            heartbeat=lambda: context.heartbeat.update("load"),
         )
     with make_engine(context, clock) as engine:
         Trainer(job, context, splits, engine, clock, preemption).run()
@@ -66,7 +66,7 @@ class Trainer:
                 with self.context.profiler.step():
                     self.advance(step)
             write_sample_and_curve(self)
-        self.context.heartbeat.beat("done", self.job.steps)
+        self.context.heartbeat.update("done", self.job.steps)
 
     def advance(self, step: int) -> None:
         """Take optimiser step ``step`` (0-based), then evaluate and save where it is time to."""

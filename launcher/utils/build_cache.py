@@ -26,7 +26,7 @@ def default_cache_folder(*parts: str) -> Path:
     return Path(root, "launcher", *parts)
 
 
-def build_once(folder: Path, build: Callable[[Path], None], *, beat: Callable[[], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], None], *, heartbeat: Callable[[], None]) -> Path:
     """Return ``folder``, after building it unless some process already has.
 
     The first process builds into a temporary neighbour and renames it; the others wait. The lock is the kernel's and
@@ -35,7 +35,7 @@ def build_once(folder: Path, build: Callable[[Path], None], *, beat: Callable[[]
     Args:
         folder: the finished folder; it exists only when it is complete.
         build: fills the empty folder it is given, or raises.
-        beat: called while waiting, so that the wait does not look like a stall.
+        heartbeat: called while waiting, so that the wait does not look like a stall.
 
     Raises:
         EnvironmentProblem: the folder cannot be written.
@@ -48,18 +48,18 @@ def build_once(folder: Path, build: Callable[[Path], None], *, beat: Callable[[]
     except OSError as error:
         raise EnvironmentProblem(f"cannot write the cache folder {folder.parent}: {error}") from error
     with lock:
-        _lock_exclusively(lock, beat)
+        _lock_exclusively(lock, heartbeat)
         if not folder.is_dir():
             _build(folder, build)
     return folder
 
 
-def _lock_exclusively(lock: IO[str], beat: Callable[[], None]) -> None:
+def _lock_exclusively(lock: IO[str], heartbeat: Callable[[], None]) -> None:
     while True:
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
-        beat()
+        heartbeat()
         time.sleep(_POLL_S)
 
 

@@ -48,7 +48,7 @@ def run_in_fork(
     answer: Path,
     *,
     limit_s: float,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
     give_up: Callable[[], str],
 ) -> None:
     """Do ``work`` in a forked process and wait for it; ``answer`` is written whatever happens to it.
@@ -57,7 +57,7 @@ def run_in_fork(
         work: done in the child, where nothing of it is kept but what it returns.
         answer: gets what ``work`` returns as JSON, or an object with ``TROUBLE`` and ``AT``.
         limit_s: after which the child is killed.
-        beat: called all the while.
+        heartbeat: called all the while.
         give_up: asked all the while; a reason ends the child.
     """
     sys.stdout.flush()
@@ -70,7 +70,7 @@ def run_in_fork(
     deadline = time.monotonic() + limit_s
     trouble = ""
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
-        beat()
+        heartbeat()
         trouble = give_up() or (f"was not done after {limit_s:g} s" if time.monotonic() > deadline else "")
         if trouble:
             ended = _kill_with_stacks(child)
@@ -121,12 +121,12 @@ class FileRendezvous:
     Args:
         folder: of this attempt at the run.
         rank: who looks.
-        beat: called while waiting.
+        heartbeat: called while waiting.
     """
 
     folder: Path
     rank: int
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
 
     @property
     def reference(self) -> Path:
@@ -148,7 +148,7 @@ class FileRendezvous:
             write_json(file, {"port": free_port()})
         deadline = time.monotonic() + limit_s
         while not file.exists():
-            self.beat()
+            self.heartbeat()
             if time.monotonic() > deadline:
                 raise JobError(
                     f"rank {self.rank} saw no {file} in {limit_s:g} s: set run.root to a folder that all hosts share"
@@ -177,7 +177,7 @@ class FileRendezvous:
         deadline = time.monotonic() + limit_s
         found: dict[int, CaseAnswer] = {}
         while len(found) < world_size and time.monotonic() < deadline:
-            self.beat()
+            self.heartbeat()
             for rank in range(world_size):
                 file = self.answer_of(name, rank)
                 if rank not in found and file.exists():
@@ -212,19 +212,19 @@ class ForkedRanks:
         context: of this rank in the run.
         folder: name of the one in the run directory by which ranks tell each other where a case meets, and its outcome.
         limit_s: time that a case gets.
-        beat: called while this rank waits.
+        heartbeat: called while this rank waits.
     """
 
     context: Context
     _: KW_ONLY
     folder: str
     limit_s: float
-    beat: Callable[[], None]
+    heartbeat: Callable[[], None]
 
     def __post_init__(self) -> None:
         folder = self.context.run_dir.path / self.folder / os.environ["MASTER_PORT"]  # another attempt has another port
         folder.mkdir(parents=True, exist_ok=True)
-        self.board = FileRendezvous(folder, self.context.rank, self.beat)
+        self.board = FileRendezvous(folder, self.context.rank, self.heartbeat)
         self._passed_over = 0
 
     def take(
@@ -258,7 +258,7 @@ class ForkedRanks:
             there,
             self.board.answer_of(name, self.context.rank),
             limit_s=self.limit_s,
-            beat=self.beat,
+            heartbeat=self.heartbeat,
             give_up=self.board.watch(name, world_size=world_size),
         )
         if not self.context.is_main:
@@ -309,10 +309,12 @@ def preload_modules(context: Context, *, deepspeed: bool) -> None:
     from launcher.models.build import build_deferred
 
     run = context.run
-    build_deferred(run.model, seed=run.job.seed, attention=run.attention, beat=lambda: context.heartbeat.beat("load"))
+    build_deferred(
+        run.model, seed=run.job.seed, attention=run.attention, heartbeat=lambda: context.heartbeat.update("load")
+    )
 
 
 def _import_all(names: tuple[str, ...], context: Context) -> None:
     for name in names:
-        context.heartbeat.beat("load")
+        context.heartbeat.update("load")
         importlib.import_module(name)

@@ -42,7 +42,9 @@ class Verification:
 
     def __post_init__(self) -> None:
         self._phase, self._done = _REFERENCE, 0
-        self._ranks = ForkedRanks(self.context, folder="verify", limit_s=self.job.case_timeout_s, beat=self._beat)
+        self._ranks = ForkedRanks(
+            self.context, folder="verify", limit_s=self.job.case_timeout_s, heartbeat=self._heartbeat
+        )
 
     def run(self) -> None:
         """Take the reference on rank 0, then every case on all ranks."""
@@ -59,7 +61,7 @@ class Verification:
                     print(f"{name}: {row.why(self.job) or 'ok'} ({row.seconds:.1f} s)", flush=True)
         self._ranks.leave()
         self._phase = "done"
-        self._beat()
+        self._heartbeat()
         if self.context.is_main:
             self._report(rows)
 
@@ -95,8 +97,8 @@ class Verification:
         run = case.apply(self.context.run, world_size=world_size, sequences=self.choice.sequences)
         return self._ranks.take(name, work, run=run, world_size=world_size)
 
-    def _beat(self) -> None:
-        self.context.heartbeat.beat(self._phase, self._done)
+    def _heartbeat(self) -> None:
+        self.context.heartbeat.update(self._phase, self._done)
 
     def _report(self, rows: list[StrategyResult]) -> None:
         job, folder, left_out = self.job, self.context.run_dir.path, self.choice.left_out

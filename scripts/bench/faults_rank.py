@@ -16,7 +16,7 @@ from pathlib import Path
 LIFE_S = 3600.0
 
 
-def work(folder: Path, variant: str, beat: Callable[[int], None]) -> None:
+def work(folder: Path, variant: str, heartbeat: Callable[[int], None]) -> None:
     """Be a rank for an hour; ``steps.<rank>`` holds the number of steps done."""
     os.environ["OMP_NUM_THREADS"] = "1"
     if variant == "ignores TERM":
@@ -36,7 +36,7 @@ def work(folder: Path, variant: str, beat: Callable[[int], None]) -> None:
         torch.distributed.all_reduce(torch.ones(1))
         step += 1
         os.pwrite(counter, f"{step:012}".encode(), 0)
-        beat(step)
+        heartbeat(step)
         time.sleep(0.05)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
 
     run_rank(
         lambda env, heartbeat: work(
-            env.run_dir.path, arguments.variant, lambda step: heartbeat.beat("forward", step, steps=10**6)
+            env.run_dir.path, arguments.variant, lambda step: heartbeat.update("forward", step, steps=10**6)
         ),
         read_rank_env(arguments.folder, os.environ),
     )

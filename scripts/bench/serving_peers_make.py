@@ -52,7 +52,7 @@ def save_model(folder: Path) -> None:
 
     from launcher.config.model.llama import SmolLm2
 
-    source = SmolLm2().pretrained_folder(with_weights=True, beat=lambda: None)
+    source = SmolLm2().pretrained_folder(with_weights=True, heartbeat=lambda: None)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.bfloat16)
     model.save_pretrained(folder)

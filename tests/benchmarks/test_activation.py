@@ -36,7 +36,7 @@ def steps(tmp_path_factory) -> dict[int, dict]:
     for every in (0, 2, 1):
         arguments = {**sizes, "every": every, "warmup": 0, "seed": 3, "rank": 0, "keep": str(folder / f"{every}")}
         found[every] = run_isolated(
-            "launcher.benchmarks.activation:encoder_step", arguments, beat=lambda: None, exact_peaks=True
+            "launcher.benchmarks.activation:encoder_step", arguments, heartbeat=lambda: None, exact_peaks=True
         )
         found[every]["file"] = arguments["keep"]
     return found

@@ -86,7 +86,7 @@ def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
     from launcher.benchmarks.isolated import run_isolated
 
     asked = {**SIZES, "kernels": ("mha", "sdpa_flash", "flex"), "passes": ("backward",)}
-    here = run_isolated("launcher.benchmarks.attention:probe_kernels", asked, beat=lambda: None)
+    here = run_isolated("launcher.benchmarks.attention:probe_kernels", asked, heartbeat=lambda: None)
     assert here["free_bytes"] > 2**28
     assert list(here["lacking"]) == ["flex/backward"]
     assert here["lacking"]["flex/backward"].startswith("FlexAttention does not support backward on CPU")

@@ -25,7 +25,7 @@ def test_the_command_tokenises_into_an_empty_cache_and_loads_from_a_full_one(lau
     assert not cache.exists(), "the run's own cache is no part of it"
     found = json.loads((ended.run_dir / "benchmark.json").read_text())
     corpus = compose([*WORDS, *own]).run
-    folder, _ = token_folder(corpus.data, corpus.model, beat=lambda: None)
+    folder, _ = token_folder(corpus.data, corpus.model, heartbeat=lambda: None)
     tokens = len(open_stream(folder))
     facts = found["facts"]
     assert facts["cold start"]["tokens"] == tokens

@@ -31,7 +31,7 @@ def quiet() -> None:
 
 def test_the_stream_is_the_text_with_an_end_after_each_document(text: MakeText, model: Gpt2) -> None:
     documents = ("First document.\nIt has two lines.", "Zweites Dokument: 文字 und ä.\n", "x" * 200_000)
-    folder, tokenizer = token_folder(text(*documents), model, beat=quiet)
+    folder, tokenizer = token_folder(text(*documents), model, heartbeat=quiet)
     stream = open_stream(folder)
     ids = stream.read(0, len(stream))
     assert (ids == tokenizer.end_id).sum() == 3
@@ -41,19 +41,19 @@ def test_the_stream_is_the_text_with_an_end_after_each_document(text: MakeText, 
 
 
 def test_datasets_reads_the_same_tokens(text: MakeText, model: Gpt2) -> None:
-    folder, _ = token_folder(text(), model, beat=quiet)
+    folder, _ = token_folder(text(), model, heartbeat=quiet)
     stream = open_stream(folder)
     table = datasets.Dataset.from_file(str(folder / "tokens.arrow"))
     assert [token for row in table["tokens"] for token in row] == stream.read(0, len(stream)).tolist()
 
 
 def test_segments_join_without_a_seam(text: MakeText, model: Gpt2, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = open_stream(token_folder(text(), model, beat=quiet)[0])
+    whole = open_stream(token_folder(text(), model, heartbeat=quiet)[0])
     monkeypatch.setattr("launcher.data.token_cache._ROWS_AT_ONCE", 1)
     monkeypatch.setattr("launcher.data.token_cache._PIECES_AT_ONCE", 1)
     monkeypatch.setattr("launcher.config.data.files._PIECE_BYTES", 64)
     data = text(cache=text().cache + "2")
-    cut = open_stream(token_folder(data, model, beat=quiet)[0])
+    cut = open_stream(token_folder(data, model, heartbeat=quiet)[0])
     assert len(cut._segments) > 50
     assert cut.read(0, len(cut)).tolist() == [t for s in cut._segments for t in s.tolist()]
     for start in range(0, len(cut) - 7, 3):
@@ -111,11 +111,11 @@ def test_held_out_text_is_the_end_and_never_trained_on(text: MakeText, model: Gp
 
 def test_other_text_or_another_vocabulary_is_another_cache(text: MakeText, model: Gpt2) -> None:
     first, *others = (
-        token_folder(text(content, vocab_size=size), model, beat=quiet)[0]
+        token_folder(text(content, vocab_size=size), model, heartbeat=quiet)[0]
         for content, size in (("one text\n" * 99, 300), ("two texts\n" * 99, 300), ("one text\n" * 99, 290))
     )
     assert len({first, *others}) == 3
-    assert token_folder(text("one text\n" * 99), model, beat=quiet)[0] == first
+    assert token_folder(text("one text\n" * 99), model, heartbeat=quiet)[0] == first
 
 
 def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: Path) -> None:
@@ -155,8 +155,8 @@ def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gp
 
 def test_a_tokenizer_trained_here_is_saved_as_others_load_it(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
     data = text()
-    tokenizer = token_folder(data, model, beat=lambda: None)[1]
-    save_tokenizer(data, model, tokenizer, tmp_path / "saved", beat=lambda: None)
+    tokenizer = token_folder(data, model, heartbeat=lambda: None)[1]
+    save_tokenizer(data, model, tokenizer, tmp_path / "saved", heartbeat=lambda: None)
     loaded, served = load_tokenizer(tmp_path / "saved", option="x"), load_text_tokenizer(tmp_path / "saved")
     assert loaded.end_id == tokenizer.end_id == read_json(tmp_path / "saved" / "generation_config.json")["eos_token_id"]
     for ids in (tokenizer.encode("the 漢 cat"), loaded.encode("the 漢 cat"), served.encode("the 漢 cat")):
@@ -167,13 +167,13 @@ def test_a_tokenizer_trained_here_is_saved_as_others_load_it(text: MakeText, mod
 def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
     source, saved = tmp_path / "source", tmp_path / "saved"
     data = text()
-    tokenizer = token_folder(data, model, beat=lambda: None)[1]
-    save_tokenizer(data, model, tokenizer, source, beat=lambda: None)
+    tokenizer = token_folder(data, model, heartbeat=lambda: None)[1]
+    save_tokenizer(data, model, tokenizer, source, heartbeat=lambda: None)
     (source / "chat_template.jinja").write_text("{{ messages[0].content }}!")
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tools.jinja").write_text("{{ 1 }}")
     (source / "pytorch_model.bin").write_bytes(b"not a part of it")
-    save_tokenizer(replace(data, tokenizer=str(source)), model, tokenizer, saved, beat=lambda: None)
+    save_tokenizer(replace(data, tokenizer=str(source)), model, tokenizer, saved, heartbeat=lambda: None)
     copied = {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()}
     assert copied == {
         *("tokenizer.json", "tokenizer_config.json", "generation_config.json"),

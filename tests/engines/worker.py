@@ -106,7 +106,7 @@ def make_context(case: dict[str, Any], weights: dict[str, str], output: Path, ra
         rank=rank,
         local_rank=rank,
         world_size=case["world"],
-        heartbeat=SimpleNamespace(beat=lambda *args, **numbers: None),
+        heartbeat=SimpleNamespace(heartbeat=lambda *args, **numbers: None),
     )
 
 

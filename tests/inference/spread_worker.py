@@ -22,10 +22,10 @@ def main() -> None:
         dist.init_process_group("gloo")
     limits = EngineLimits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=40)
     if rank:
-        follow_paged_engine(run, limits=limits, rank=rank, world_size=world_size, beat=lambda: None)
+        follow_paged_engine(run, limits=limits, rank=rank, world_size=world_size, heartbeat=lambda: None)
         dist.destroy_process_group()
         return
-    engine = make_paged_engine(run, limits=limits, rank=0, world_size=world_size, beat=lambda: None)
+    engine = make_paged_engine(run, limits=limits, rank=0, world_size=world_size, heartbeat=lambda: None)
     for index in range(20):
         way = SamplingParams(max_tokens=8, temperature=float(index % 2), seed=index, beams=1 + (index == 2))
         engine.add(EngineRequest(id=str(index), prompt=tuple(range(index, 3 * index + 2)), sampling=way))

@@ -152,7 +152,7 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
             return next(self._rounds)
 
     run_engine_loop(
-        Breaks(limits=EngineLimits(), context=CONTEXT, vocab_size=VOCABULARY), Link(), beat=lambda phase: None
+        Breaks(limits=EngineLimits(), context=CONTEXT, vocab_size=VOCABULARY), Link(), heartbeat=lambda phase: None
     )
     rows = [row for message in sent if message["kind"] == "step" for row in message["updates"]]
     ends = {row[0]: (row[2], row[3]) for row in rows if row[2]}

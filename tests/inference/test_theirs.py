@@ -124,4 +124,4 @@ def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: 
 def test_without_a_gpu_it_is_refused_with_what_works() -> None:
     run = compose(["model=llama_tiny", "precision=fp32", "job=serve", "job.engine=transformers"]).run
     with pytest.raises(ConfigError, match=r"there is none here; .*set job.engine=slots"):
-        make_transformers_engine(run, limits=EngineLimits(), beat=lambda: None)
+        make_transformers_engine(run, limits=EngineLimits(), heartbeat=lambda: None)

@@ -74,12 +74,12 @@ def test_a_strategy_that_fails_is_a_row(launch, tmp_path) -> None:
 
 
 def forked(work: Any, folder: Path, *, limit_s: float = 30.0, give_up: Any = lambda: "") -> tuple[Any, int]:
-    """Return what a forked child answers and how often its parent beat."""
+    """Return what a forked child answers and how often its parent sent a heartbeat."""
     beats: list[None] = []
     answer = folder / "case.0.json"
     previous = signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # a rank answers it with its stacks
     try:
-        run_in_fork(work, answer, limit_s=limit_s, beat=lambda: beats.append(None), give_up=give_up)
+        run_in_fork(work, answer, limit_s=limit_s, heartbeat=lambda: beats.append(None), give_up=give_up)
     finally:
         signal.signal(signal.SIGUSR2, previous)
     return json.loads(answer.read_text()), len(beats)

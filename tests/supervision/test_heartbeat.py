@@ -22,21 +22,21 @@ def test_nothing_before_the_first(path):
 
 def test_step_and_numbers_are_kept(path):
     memory, heartbeat = map_heartbeat_file(path), Heartbeat(path)
-    heartbeat.beat("forward", 3, loss=2.5)
-    heartbeat.beat("backward", tokens_per_s=10)
-    beat = read_heartbeat(memory)
-    assert (beat.phase, beat.step, beat.numbers) == ("backward", 3, {"loss": 2.5, "tokens_per_s": 10})
+    heartbeat.update("forward", 3, loss=2.5)
+    heartbeat.update("backward", tokens_per_s=10)
+    state = read_heartbeat(memory)
+    assert (state.phase, state.step, state.numbers) == ("backward", 3, {"loss": 2.5, "tokens_per_s": 10})
 
 
 def test_a_number_that_is_not_finite_is_left_out(path):
     heartbeat = Heartbeat(path)
-    heartbeat.beat("forward", 1, loss=1.0)
-    heartbeat.beat("forward", 2, loss=float("nan"))
+    heartbeat.update("forward", 1, loss=1.0)
+    heartbeat.update("forward", 2, loss=float("nan"))
     assert read_heartbeat(map_heartbeat_file(path)).numbers == {}
 
 
 def test_a_state_caught_half_written_is_not_believed(path):
-    Heartbeat(path).beat("forward", 1)
+    Heartbeat(path).update("forward", 1)
     memory = map_heartbeat_file(path)
     memory[12] = memory[12] ^ 1
     assert read_heartbeat(memory) is None
@@ -54,15 +54,15 @@ def test_a_state_that_is_none_is_not_believed(path, payload):
 
 
 def test_nobody_listens(path):
-    Heartbeat(None).beat("forward", 1)
+    Heartbeat(None).update("forward", 1)
     heartbeat = Heartbeat(path)
     path.unlink()
-    heartbeat.beat("forward", 1)
-    Heartbeat(path).beat("forward", 1)
+    heartbeat.update("forward", 1)
+    Heartbeat(path).update("forward", 1)
 
 
 def test_it_crosses_processes(path):
     code = "import pathlib, sys; from launcher.protocol.heartbeat import Heartbeat as H; "
-    code += "H(pathlib.Path(sys.argv[1])).beat('data', 5)"
+    code += "H(pathlib.Path(sys.argv[1])).update('data', 5)"
     subprocess.run([sys.executable, "-c", code, path], check=True, timeout=60)
     assert read_heartbeat(map_heartbeat_file(path)).step == 5

@@ -32,7 +32,7 @@ def ended(rank, *, code=None, signal=None, time=0.0, by_launcher=False):
     return RankExited(rank=rank, time=time, code=code, signal=signal, tail="", by_launcher=by_launcher)
 
 
-def beat(rank, step, *, phase="forward", age_s=0.0):
+def heartbeat(rank, step, *, phase="forward", age_s=0.0):
     return RankHeartbeat(rank=rank, phase=phase, step=step, age_s=age_s)
 
 
@@ -92,7 +92,7 @@ def test_the_host_whose_ranks_never_started_holds_up_the_others(judge):
     judge.hear("a", LauncherStarted(), now=0.0)
     judge.hear("b", LauncherStarted(), now=0.0)
     for rank in (0, 1):
-        judge.hear("a", beat(rank, 1), now=59.0)
+        judge.hear("a", heartbeat(rank, 1), now=59.0)
     assert judge.standstill(now=60.0) is None
     found = judge.blame(judge.standstill(now=61.0))
     assert (found.rank, found.host) == (2, "b")
@@ -100,14 +100,14 @@ def test_the_host_whose_ranks_never_started_holds_up_the_others(judge):
 
 
 def test_age_counts(judge):
-    judge.hear("a", beat(0, 5, age_s=3.0), now=10.0)
-    judge.hear("b", beat(2, 5, age_s=1.0), now=9.0)
+    judge.hear("a", heartbeat(0, 5, age_s=3.0), now=10.0)
+    judge.hear("b", heartbeat(2, 5, age_s=1.0), now=9.0)
     assert judge.blame(judge.standstill(now=100.0)).rank == 0
 
 
 def test_a_rank_that_has_ended_is_not_waited_for(judge):
     judge.hear("a", ended(0, code=0), now=0.0)
-    judge.hear("a", beat(0, 5), now=0.0)
+    judge.hear("a", heartbeat(0, 5), now=0.0)
     assert judge.standstill(now=1e6) is None
 
 
@@ -125,7 +125,7 @@ class TestStacks:
         judge.hear("a", LauncherStarted(), now=0.0)
         assert not judge.lacks_stacks  # nobody has begun
         for rank in (0, 1):
-            judge.hear("a", beat(rank, 1), now=0.0)
+            judge.hear("a", heartbeat(rank, 1), now=0.0)
         judge.hear("a", shown(0), now=0.0)
         assert judge.lacks_stacks
         judge.hear("a", ended(1, code=3), now=0.0)
@@ -133,7 +133,7 @@ class TestStacks:
 
     def test_a_rank_that_left_early_is_named_when_all_others_wait(self, judge):
         for rank in range(4):
-            judge.hear("ab"[rank // 2], beat(rank, 5), now=0.0)
+            judge.hear("ab"[rank // 2], heartbeat(rank, 5), now=0.0)
         judge.hear("b", ended(2, code=0), now=1.0)
         for rank in (0, 1, 3):
             judge.hear("a", shown(rank, *SUM), now=61.0)
@@ -147,14 +147,14 @@ class TestStacks:
 
     def test_a_rank_that_took_all_its_steps_did_not_leave_early(self, judge):
         for rank in range(4):
-            judge.hear("a", beat(rank, 300), now=0.0)
+            judge.hear("a", heartbeat(rank, 300), now=0.0)
         judge.hear("b", ended(2, code=0), now=1.0)
         judge.hear("a", RankRaised(rank=0, time=2.0, code=1, error="Connection closed by peer", traceback=""), now=1.0)
         assert judge.cause(now=9.0, all_over=False).rank == 0
 
     def test_one_who_is_not_waiting_is_to_blame_though_another_has_left(self, judge):
         for rank in range(4):
-            judge.hear("a", beat(rank, 5), now=float(rank))
+            judge.hear("a", heartbeat(rank, 5), now=float(rank))
         judge.hear("b", ended(2, code=0), now=3.0)
         for rank in (0, 1):
             judge.hear("a", shown(rank, *SUM), now=70.0)
@@ -163,7 +163,7 @@ class TestStacks:
 
     def test_where_the_others_were_when_one_died_without_a_word(self, judge):
         for rank in range(2):
-            judge.hear("a", beat(rank, 5), now=0.0)
+            judge.hear("a", heartbeat(rank, 5), now=0.0)
         judge.hear("a", shown(0, *SUM), now=2.0)
         judge.hear("a", ended(1, signal=9), now=2.0)
         cause = judge.cause(now=3.0, all_over=False)
@@ -177,7 +177,7 @@ class TestStacks:
         )
 
     def test_a_survivor_that_noticed_is_where_its_exception_was(self, judge):
-        judge.hear("a", beat(0, 5), now=0.0)
+        judge.hear("a", heartbeat(0, 5), now=0.0)
         said = '  File "/me/train.py", line 88, in step\n'
         judge.hear(
             "a", RankRaised(rank=0, time=1.5, code=1, error="Connection closed by peer", traceback=said), now=2.0

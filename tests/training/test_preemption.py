@@ -108,7 +108,7 @@ def leave(preemption, tmp_path):
         run_dir = RunDir(tmp_path)
         write_json(run_dir.plan, {"run_id": "x", "run_hash": "y"})
         context = Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
-        splits = open_splits(run.data, run.model, sequence_length=32, seed=0, beat=lambda: None)
+        splits = open_splits(run.data, run.model, sequence_length=32, seed=0, heartbeat=lambda: None)
         clock = StepClock(context.heartbeat, cuda=False)
         code = 0
         try:

@@ -210,7 +210,7 @@ class AttentionBenchmark(Benchmark):
         from launcher.benchmarks.isolated import run_isolated
 
         asked = {"kernels": self.kernels, "passes": self.chosen_passes, **self._sizes(context)}
-        here = run_isolated(_PROBE, asked, beat=lambda: context.heartbeat.beat("probe"))
+        here = run_isolated(_PROBE, asked, heartbeat=lambda: context.heartbeat.update("probe"))
         points, left_out = self.choose(context.run, **here)
         if not points:
             raise JobError(f"there is nothing to measure; {'; '.join(left_out)}")
@@ -247,7 +247,7 @@ class AttentionBenchmark(Benchmark):
         files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
         backward = any(point.direction == "backward" for point in points)
         asked = {**self._sizes(context), "keep": files, "backward": backward}
-        run_isolated(_EXACT, asked, beat=lambda: context.heartbeat.beat("reference"))
+        run_isolated(_EXACT, asked, heartbeat=lambda: context.heartbeat.update("reference"))
         return files
 
     def _sizes(self, context: Context) -> dict[str, Any]:

@@ -206,10 +206,12 @@ class ResultCacheBenchmark(Benchmark):
         from launcher.inference.server.result_cache import ResultCache as Kept
         from launcher.inference.tokenizer import open_tokenizer
 
-        beat = context.heartbeat.beat
-        words = open_tokenizer(self.tokenizer, context.run, beat=lambda: beat("load"))
+        heartbeat = context.heartbeat.update
+        words = open_tokenizer(self.tokenizer, context.run, heartbeat=lambda: heartbeat("load"))
         limits = EngineLimits(prefix_cache=False)  # it would make a repeated prompt cheap without any result
-        engine = make_paged_engine(context.run, limits=limits, rank=0, world_size=1, beat=lambda: beat("build"))
+        engine = make_paged_engine(
+            context.run, limits=limits, rank=0, world_size=1, heartbeat=lambda: heartbeat("build")
+        )
         engine.warm_up(self.warm_up)
         prompts = [tuple(words.encode(text)) for text in self.prompts]
         times: dict[str, list[float]] = {"computed": [], "kept": []}
@@ -218,7 +220,7 @@ class ResultCacheBenchmark(Benchmark):
             for prompt in prompts:
                 how, seconds = self._answer(engine, kept, prompt, seed=context.run.job.seed)
                 times["kept" if how == "hit" else "computed"].append(seconds)
-            beat("measure", number + 1)
+            heartbeat("measure", number + 1)
         if isinstance(context.run.profile, TorchProfile):  # once more, which counts for nothing
             with case_profiler("computed", context) as engine.profiler:
                 for prompt in prompts:
@@ -384,7 +386,7 @@ class QuantizationBenchmark(Benchmark):
         from launcher.benchmarks.isolated import run_isolated
         from launcher.benchmarks.results import BenchmarkResults, collect_case
 
-        bandwidth = run_isolated(_BANDWIDTH, {}, beat=lambda: context.heartbeat.beat("bandwidth"))["bytes_per_s"]
+        bandwidth = run_isolated(_BANDWIDTH, {}, heartbeat=lambda: context.heartbeat.update("bandwidth"))["bytes_per_s"]
         asked = {name: self._arguments(context, name) for name in self.names}
         samples = sample_interleaved(_DECODE, asked, repeats=self.repeats, context=context)
         quantities = ("token_s", "prefill_per_s", "first_s", "read_bytes")

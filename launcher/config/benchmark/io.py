@@ -96,7 +96,7 @@ class DataBenchmark(Benchmark):
         with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="tokens-") as folder:
             about = {"data": pack_component(context.run.data), "model": pack_component(context.run.model)}
             cold, full = ({**about, "folder": str(Path(folder) / name)} for name in ("cold", "full"))
-            prepared = run_isolated(_PREPARE, full, beat=lambda: context.heartbeat.beat("prepare"))
+            prepared = run_isolated(_PREPARE, full, heartbeat=lambda: context.heartbeat.update("prepare"))
             asked = {
                 **{_tokenize_case(count): {**cold, "warmup": self.warmup, "threads": count} for count in self.threads},
                 _LOAD: {**full, "warmup": self.warmup, "load": self._load(context)},

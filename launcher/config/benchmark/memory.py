@@ -134,7 +134,7 @@ def compare_files(plain: str, other: str, context: Context) -> dict[str, Any]:
     from launcher.benchmarks.isolated import run_isolated
 
     return run_isolated(
-        _COMPARE_GRADIENTS, {"one": plain, "other": other}, beat=lambda: context.heartbeat.beat("compare")
+        _COMPARE_GRADIENTS, {"one": plain, "other": other}, heartbeat=lambda: context.heartbeat.update("compare")
     )
 
 

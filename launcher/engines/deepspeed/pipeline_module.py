@@ -82,8 +82,8 @@ def build_pipeline_module(
     """
     run, parallel = context.run, context.run.parallel
     assert isinstance(parallel, DeepSpeedPipeline), "the run asks for this pipeline"
-    beat = partial(context.heartbeat.beat, "load")
-    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, beat=beat)
+    heartbeat = partial(context.heartbeat.update, "load")
+    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=heartbeat)
     apply_activation_checkpointing(model, run.activation)
     prepare_model(model, run, device=device)
     parts = dict(units(model))
@@ -91,7 +91,7 @@ def build_pipeline_module(
     def fill(link: PipelineLayer) -> nn.Module:
         for name in link.parts:
             builder.build(name, parts[name])
-            beat()
+            heartbeat()
         return link.layer
 
     specs = [(_TiedLayer if link.tied else _Layer)(link, fill) for link in pipeline_layers(model)]

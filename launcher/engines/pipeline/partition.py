@@ -53,7 +53,7 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
         ConfigError: the model cannot be cut, or has fewer blocks than stretches.
     """
     run = context.run
-    model, _ = build_deferred(run.model, seed=run.job.seed, attention=run.attention, beat=_beat(context))
+    model, _ = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context))
     blocks = partition_by_parameters(model, count, stages=context.degrees.pipeline)
     if by_time:
         costs = _costs_from_rank_0(context, num_blocks=blocks[-1].stop, device=device)
@@ -78,15 +78,17 @@ def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) 
 def build_chunk(context: Context, where: ModelPartition, number: int, *, device: torch.device) -> ModelChunk:
     """Return one stretch with its weights, on ``device``, in training mode."""
     run, count = context.run, len(where.blocks)
-    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, beat=_beat(context))
+    model, builder = build_deferred(
+        run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context)
+    )
     keep_chunk(model, where.blocks[number], first=number == 0, last=number == count - 1)
     apply_activation_checkpointing(model, run.activation)
     prepare_model(model, run, device=device)
 
-    def beat(name: str, part: nn.Module) -> None:
-        context.heartbeat.beat("load")
+    def heartbeat(name: str, part: nn.Module) -> None:
+        context.heartbeat.update("load")
 
-    builder.build_all(beat)
+    builder.build_all(heartbeat)
     set_chunk_config(model, where.blocks[number])
     if number > 0:
         check_passthrough(model)
@@ -127,8 +129,8 @@ def _costs_from_rank_0(context: Context, *, num_blocks: int, device: torch.devic
     return LayerCosts(blocks=[block] * num_blocks, first=first, last=last)
 
 
-def _beat(context: Context) -> Callable[[], None]:
-    return lambda: context.heartbeat.beat("load")
+def _heartbeat(context: Context) -> Callable[[], None]:
+    return lambda: context.heartbeat.update("load")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,7 +316,7 @@ def _chunk_seconds(context: Context, keep: range, *, number: int, device: torch.
     hidden = torch.zeros(*shape, model.config.hidden_size, device=device, requires_grad=True)
     times = []
     for _ in range(_WARM_UP + _TIMES):
-        context.heartbeat.beat("load")
+        context.heartbeat.update("load")
         started = _now(device)
         out = stretch(hidden if number else tokens, labels=tokens)
         if out.requires_grad:

@@ -70,7 +70,7 @@ class BatchWorker:
     at_once: int
     """Requests that the engine works on together."""
     seed: int
-    beat: Callable[[int, float], None]
+    heartbeat: Callable[[int, float], None]
     """Told how many records are done, by all ranks, and this rank's tokens a second."""
 
     _answers: dict[str, GenerationResult] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class BatchWorker:
         if now - self._scanned_at > _SCAN_S:
             self._scanned_at = now
             self.index.scan()
-        self.beat(self.index.num_done, self._tokens / (now - self._started + 1e-9))
+        self.heartbeat(self.index.num_done, self._tokens / (now - self._started + 1e-9))
 
     def _admit(self, room: int) -> bool:
         """Hand lines to the engine; return whether none is left."""
@@ -178,13 +178,13 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
         SystemExit: with the code that means "resume me", when the run was asked to make room.
     """
 
-    def beat() -> None:
-        context.heartbeat.beat("load")
+    def heartbeat() -> None:
+        context.heartbeat.update("load")
 
     source, folder, output = job.source(), context.run_dir.generated, job.output_path(context.run_dir)
     try:
-        size = source.count(beat=beat)
-        task = fingerprint_of(context.run, job, source, digest=source.digest(beat=beat))
+        size = source.count(heartbeat=heartbeat)
+        task = fingerprint_of(context.run, job, source, digest=source.digest(heartbeat=heartbeat))
     except BadFile as bad:
         raise job.refuse("input", bad.why, bad.fix) from bad
     except OSError as error:
@@ -202,14 +202,14 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     index = PartIndex(folder, size)
     index.scan()
     before = index.num_tokens
-    words = open_tokenizer(job.tokenizer, context.run, beat=beat, template=job.chat_template)
+    words = open_tokenizer(job.tokenizer, context.run, heartbeat=heartbeat, template=job.chat_template)
     if job.spreads(context.run):
         ranks = 1
-        generator = _engine_of_ranks(job, context, preemption, beat=beat)
+        generator = _engine_of_ranks(job, context, preemption, heartbeat=heartbeat)
         if generator is None:
             return
     else:
-        generator = make_engine(context.run, job, beat=beat, local_rank=context.local_rank)
+        generator = make_engine(context.run, job, heartbeat=heartbeat, local_rank=context.local_rank)
         ranks = context.world_size
     share = _share(context, index, ranks=ranks)
     generator.profiler = context.profiler
@@ -226,7 +226,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
             preemption=preemption,
             at_once=job.at_once,
             seed=job.seed,
-            beat=lambda done, speed: context.heartbeat.beat("generate", done, steps=size, tokens_per_s=speed),
+            heartbeat=lambda done, speed: context.heartbeat.update("generate", done, steps=size, tokens_per_s=speed),
         )
         try:
             worker.run()
@@ -242,7 +242,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
             time.sleep(_POLL_S)
     seconds = time.monotonic() - started
     claim_output(folder, output)
-    merge_parts(index, output, beat=lambda: context.heartbeat.beat("merge", size))
+    merge_parts(index, output, heartbeat=lambda: context.heartbeat.update("merge", size))
     _record_metrics(context, index, size=size, seconds=seconds, tokens=index.num_tokens - before)
     write_json(folder / "done", {"bad": index.num_errors, "first": _line_of(output, index.first_error)})
     for part in folder.glob("*.part"):
@@ -276,7 +276,7 @@ def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: P
 
 
 def _engine_of_ranks(
-    job: Generate, context: Context, preemption: Preemption, *, beat: Callable[[], None]
+    job: Generate, context: Context, preemption: Preemption, *, heartbeat: Callable[[], None]
 ) -> InferenceEngine | None:
     """Return the engine on the first rank, which says when to leave; nothing on others, once it is closed.
 
@@ -284,10 +284,10 @@ def _engine_of_ranks(
         SystemExit: with the code that means "resume me", when the run was asked to make room.
     """
     if context.is_main:
-        return make_engine_across_ranks(context, limits=job.limits, beat=beat)
+        return make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     preemption.hold()
     try:
-        make_engine_across_ranks(context, limits=job.limits, beat=beat)
+        make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     except RuntimeError:
         if not preemption.requested():
             raise

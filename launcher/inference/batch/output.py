@@ -236,7 +236,7 @@ def parse_part_line(line: bytes) -> tuple[int, int, bool, bytes] | None:
 _LINES_PER_HEARTBEAT = 4096
 
 
-def merge_parts(index: PartIndex, output: Path, *, beat: Callable[[], None]) -> None:
+def merge_parts(index: PartIndex, output: Path, *, heartbeat: Callable[[], None]) -> None:
     """Write the output in one piece: until the rename that ends it there is none.
 
     Raises:
@@ -246,4 +246,4 @@ def merge_parts(index: PartIndex, output: Path, *, beat: Callable[[], None]) -> 
         for number, answer in enumerate(index.answers()):
             file.write(answer)
             if number % _LINES_PER_HEARTBEAT == 0:
-                beat()
+                heartbeat()

@@ -98,7 +98,7 @@ class PromptFile:
         for record in found:
             yield replace(record, fields=_fields_of(record.fields)) if is_table else record
 
-    def count(self, *, beat: Callable[[], None]) -> int:
+    def count(self, *, heartbeat: Callable[[], None]) -> int:
         """Return how many records there are."""
         found = 0
 
@@ -106,20 +106,20 @@ class PromptFile:
             nonlocal found
             found = number + 1
             if number % 4096 == 0:
-                beat()
+                heartbeat()
             return False
 
         for _ in self.records(note):
             raise AssertionError("none is wanted")
         return found
 
-    def digest(self, *, beat: Callable[[], None] = lambda: None) -> str:
+    def digest(self, *, heartbeat: Callable[[], None] = lambda: None) -> str:
         """Return the SHA-256 of its bytes."""
         found = hashlib.sha256()
         with self.path.open("rb") as file:
             while block := file.read(_BLOCK):
                 found.update(block)
-                beat()
+                heartbeat()
         return found.hexdigest()
 
 

@@ -70,20 +70,20 @@ class LeaderRunner:
 
 
 def follow_leader(
-    runner: PlanRunner, group: dist.ProcessGroup, *, beat: Callable[[], None], profiler: Profiler = NO_PROFILER
+    runner: PlanRunner, group: dist.ProcessGroup, *, heartbeat: Callable[[], None], profiler: Profiler = NO_PROFILER
 ) -> None:
     """Compute what the first rank sends, until it closes.
 
     Args:
         runner: of this rank.
         group: that plans come over.
-        beat: called while there is none, at least every half second: to wait for requests is no stall.
+        heartbeat: called while there is none, at least every half second: to wait for requests is no stall.
         profiler: each plan is a step of it.
     """
     source = dist.get_global_rank(group, 0)
     while True:
         length = torch.zeros(1, dtype=torch.long)
-        _wait(dist.broadcast(length, source, group=group, async_op=True), beat=beat)
+        _wait(dist.broadcast(length, source, group=group, async_op=True), heartbeat=heartbeat)
         numbers = torch.zeros(int(length), dtype=torch.long)
         dist.broadcast(numbers, source, group=group)
         plan = StepPlan.decode(numbers.tolist())
@@ -92,15 +92,15 @@ def follow_leader(
             return
         with profiler.step():
             runner.run(plan)
-        beat()
+        heartbeat()
 
 
-def _wait(work: dist.Work, *, beat: Callable[[], None]) -> None:
+def _wait(work: dist.Work, *, heartbeat: Callable[[], None]) -> None:
     begun_s = beaten_s = time.monotonic()
     while not work.is_completed():
         now_s = time.monotonic()
         if now_s - beaten_s > _HEARTBEAT_S:
-            beat()
+            heartbeat()
             beaten_s = now_s
         if now_s - begun_s > _SPIN_S:
             time.sleep(_POLL_S)

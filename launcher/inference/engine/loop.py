@@ -175,13 +175,13 @@ _QUIET_S = 0.1
 """The same between steps that bring nothing."""
 
 
-def run_engine_loop(generator: InferenceEngine, link: EngineConnection, *, beat: Callable[[str], None]) -> None:
+def run_engine_loop(generator: InferenceEngine, link: EngineConnection, *, heartbeat: Callable[[str], None]) -> None:
     """Serve the front until it says ``end``.
 
     Args:
         generator: warmed up.
         link: to the front.
-        beat: called at every turn.
+        heartbeat: called at every turn.
 
     Raises:
         Gone: the front has ended without saying so.
@@ -190,7 +190,7 @@ def run_engine_loop(generator: InferenceEngine, link: EngineConnection, *, beat:
     told_at = 0.0
     while True:
         idle = generator.idle
-        beat("idle" if idle else "step")
+        heartbeat("idle" if idle else "step")
         for message in link.receive(wait_s=_IDLE_S if idle else 0.0):
             if message["kind"] == "end":
                 return

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def load_stage(
-    run: Run, *, number: int, count: int, after: Callable[[str, nn.Module], None], beat: Callable[[], None]
+    run: Run, *, number: int, count: int, after: Callable[[str, nn.Module], None], heartbeat: Callable[[], None]
 ) -> tuple[PreTrainedModel, ModelStage]:
     """Return one stage of a run's model with its weights; stages have about as many parameters each.
 
@@ -36,21 +36,23 @@ def load_stage(
         number: of the stage.
         count: of all stages.
         after: called with each part, and its name, as soon as it is there.
-        beat: called while weights are fetched or drawn.
+        heartbeat: called while weights are fetched or drawn.
 
     Raises:
         ConfigError: the model cannot be cut, or has fewer blocks than stages.
         EnvironmentProblem: weights cannot be fetched.
     """
     compute = DTYPES[run.precision.compute]
-    model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention, dtype=compute, beat=beat)
+    model, builder = build_deferred(
+        run.model, seed=run.job.seed, attention=run.attention, dtype=compute, heartbeat=heartbeat
+    )
     blocks = partition_by_parameters(model, count, stages=count)[number]
     stage = ModelStage(number=number, count=count, first_block=blocks.start)
     keep_chunk(model, blocks, first=stage.first, last=stage.last)
 
     def then(name: str, part: nn.Module) -> None:
         after(name, part)
-        beat()
+        heartbeat()
 
     builder.build_all(then)
     set_chunk_config(model, blocks)
@@ -60,7 +62,7 @@ def load_stage(
 
 
 def load_model_part(
-    run: Run, *, rank: int, world_size: int, device: torch.device, beat: Callable[[], None]
+    run: Run, *, rank: int, world_size: int, device: torch.device, heartbeat: Callable[[], None]
 ) -> tuple[PreTrainedModel, ModelStage]:
     """Return what a rank holds of a run's model: all of it, its slices, or its stage.
 
@@ -70,9 +72,11 @@ def load_model_part(
     """
     stages = run.parallel.degrees(world_size).pipeline
     if stages == 1:
-        return load_model(run, world_size=world_size, device=device, beat=beat), WHOLE_MODEL
+        return load_model(run, world_size=world_size, device=device, heartbeat=heartbeat), WHOLE_MODEL
     _validate(run, world_size=world_size, device=device)
-    model, stage = load_stage(run, number=rank, count=stages, after=lambda _, part: part.to(device), beat=beat)
+    model, stage = load_stage(
+        run, number=rank, count=stages, after=lambda _, part: part.to(device), heartbeat=heartbeat
+    )
     return model.eval().requires_grad_(False).to(device), stage
 
 
@@ -82,7 +86,7 @@ def load_model(
     device: torch.device,
     world_size: int = 1,
     engine: str = "slots",
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
 
@@ -109,7 +113,7 @@ def load_model(
         dtype=DTYPES[run.precision.compute],
         after=after,
         laid_out=laid_out,
-        beat=beat,
+        heartbeat=heartbeat,
     )
     return model.eval().requires_grad_(False).to(device)
 
@@ -122,10 +126,10 @@ def _validate(run: Run, *, world_size: int, device: torch.device, engine: str = 
 
 
 def end_of_sequence_ids(
-    run: Run, model: PreTrainedModel, *, beat: Callable[[], None] = lambda: None
+    run: Run, model: PreTrainedModel, *, heartbeat: Callable[[], None] = lambda: None
 ) -> tuple[int, ...]:
     """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
-    folder = run.model.weights_folder(beat=beat)
+    folder = run.model.weights_folder(heartbeat=heartbeat)
     config = model.generation_config
     if folder is not None and (folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(folder)

@@ -228,7 +228,7 @@ def _part_of_group(step: ScheduledStep, task: SequenceGroup) -> ScheduledStep:
 
 
 def make_paged_engine(
-    run: Run, *, limits: EngineLimits, rank: int, world_size: int, beat: Callable[[], None], local_rank: int = 0
+    run: Run, *, limits: EngineLimits, rank: int, world_size: int, heartbeat: Callable[[], None], local_rank: int = 0
 ) -> InferenceEngine:
     """Return the engine of the first rank, with its model built and checked; the others call ``follow`` meanwhile.
 
@@ -238,7 +238,7 @@ def make_paged_engine(
         rank: of this process among those that hold the model, 0.
         world_size: processes that hold the model between them; 1 where each holds it whole. They have joined torch's
             process group, and are all of it.
-        beat: called while the model is built.
+        heartbeat: called while the model is built.
         local_rank: index of its device on this machine.
 
     Raises:
@@ -246,9 +246,11 @@ def make_paged_engine(
         EnvironmentProblem: weights cannot be fetched.
     """
     assert rank == 0, "the other ranks follow"
-    model, stage = load_model_part(run, rank=0, world_size=world_size, device=choose_device(local_rank), beat=beat)
-    ends = end_of_sequence_ids(run, model, beat=beat)
-    return paged_engine_for(model, limits=limits, ends=ends, stage=stage, world_size=world_size, beat=beat)
+    model, stage = load_model_part(
+        run, rank=0, world_size=world_size, device=choose_device(local_rank), heartbeat=heartbeat
+    )
+    ends = end_of_sequence_ids(run, model, heartbeat=heartbeat)
+    return paged_engine_for(model, limits=limits, ends=ends, stage=stage, world_size=world_size, heartbeat=heartbeat)
 
 
 def follow_paged_engine(
@@ -257,16 +259,20 @@ def follow_paged_engine(
     limits: EngineLimits,
     rank: int,
     world_size: int,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
     local_rank: int = 0,
     profiler: Profiler = NO_PROFILER,
 ) -> None:
     """Compute on a rank other than the first what its engine plans, until that is closed; arguments as above."""
     assert rank > 0, "the first rank leads"
-    model, stage = load_model_part(run, rank=rank, world_size=world_size, device=choose_device(local_rank), beat=beat)
-    runner, _ = _make_runner(model, stage, limits=limits, world_size=world_size, kernels=True, beat=beat)
+    model, stage = load_model_part(
+        run, rank=rank, world_size=world_size, device=choose_device(local_rank), heartbeat=heartbeat
+    )
+    runner, _ = _make_runner(model, stage, limits=limits, world_size=world_size, kernels=True, heartbeat=heartbeat)
     group = dist.new_group(backend="gloo")
-    follow_leader(PipelinedRunner(runner, group) if stage.count > 1 else runner, group, beat=beat, profiler=profiler)
+    follow_leader(
+        PipelinedRunner(runner, group) if stage.count > 1 else runner, group, heartbeat=heartbeat, profiler=profiler
+    )
 
 
 def paged_engine_for(
@@ -277,7 +283,7 @@ def paged_engine_for(
     stage: ModelStage = WHOLE_MODEL,
     world_size: int = 1,
     kernels: bool = True,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> PagedEngine:
     """Return the launcher's own engine around a model.
 
@@ -288,12 +294,14 @@ def paged_engine_for(
         stage: which one it is.
         world_size: ranks that hold slices or stages of it.
         kernels: whether layers are replaced by compiled ones where there are any.
-        beat: called meanwhile.
+        heartbeat: called meanwhile.
 
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
-    runner, pages = _make_runner(model, stage, limits=limits, world_size=world_size, kernels=kernels, beat=beat)
+    runner, pages = _make_runner(
+        model, stage, limits=limits, world_size=world_size, kernels=kernels, heartbeat=heartbeat
+    )
     config = model.config.get_text_config()
     runs: StepRunner = runner
     if world_size > 1:
@@ -316,7 +324,7 @@ def _make_runner(
     limits: EngineLimits,
     world_size: int,
     kernels: bool,
-    beat: Callable[[], None],
+    heartbeat: Callable[[], None],
 ) -> tuple[ModelRunner, int]:
     """Return what computes plans on this rank, and how many pages all ranks have room for."""
     sample = KVSelfTest(model, stage)
@@ -329,7 +337,7 @@ def _make_runner(
     cache = PagedCache(sample.shapes, num_pages=pages, dtype=model.dtype, device=model.device)
     runner = ModelRunner(model, cache, stage)
     if kernels and world_size == stage.count:  # slices of matrices are computed by torch
-        swapped = replace_layers(model, cache, beat=beat)
+        swapped = replace_layers(model, cache, heartbeat=heartbeat)
         difference = sample.difference(runner)
         if not difference <= sample.tolerance(model):
             swapped.undo()
@@ -340,14 +348,14 @@ def _make_runner(
 
 
 def make_engine_across_ranks(
-    context: Context, *, limits: EngineLimits, beat: Callable[[], None]
+    context: Context, *, limits: EngineLimits, heartbeat: Callable[[], None]
 ) -> InferenceEngine | None:
     """Return the engine on the first rank; the others compute in here until it is closed, and get nothing.
 
     Args:
         context: of this rank, which joins the others and, where it is not the first, leaves them again.
         limits: how much at a time.
-        beat: called while the model is built, and by those that wait for something to compute.
+        heartbeat: called while the model is built, and by those that wait for something to compute.
 
     Raises:
         ConfigError: the engine cannot hold this model exactly, or cannot serve it with the rest of the run.
@@ -356,8 +364,10 @@ def make_engine_across_ranks(
     run, rank, world_size, local_rank = context.run, context.rank, context.world_size, context.local_rank
     connect(context, choose_device(local_rank))
     if context.is_main:
-        return make_paged_engine(run, limits=limits, rank=rank, world_size=world_size, beat=beat, local_rank=local_rank)
+        return make_paged_engine(
+            run, limits=limits, rank=rank, world_size=world_size, heartbeat=heartbeat, local_rank=local_rank
+        )
     sizes = {"rank": rank, "world_size": world_size, "local_rank": local_rank}
-    follow_paged_engine(run, limits=limits, beat=beat, profiler=context.profiler, **sizes)
+    follow_paged_engine(run, limits=limits, heartbeat=heartbeat, profiler=context.profiler, **sizes)
     disconnect()
     return None

@@ -16,7 +16,7 @@ _CONTEXT, _VOCAB_SIZE = 2048, 1 << 20
 """Of an echo of a model whose sizes are not known."""
 
 
-def make_engine(run: Run, job: GeneratingJob, *, beat: Callable[[], None], local_rank: int = 0) -> InferenceEngine:
+def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], local_rank: int = 0) -> InferenceEngine:
     """Return an engine with the whole model, built and not warmed up.
 
     Raises:
@@ -28,23 +28,23 @@ def make_engine(run: Run, job: GeneratingJob, *, beat: Callable[[], None], local
         context, vocab_size = (shape.context, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
         return EchoEngine(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
     if job.engine == "vllm":
-        return _make_vllm_engine(run, job, beat=beat)
+        return _make_vllm_engine(run, job, heartbeat=heartbeat)
     if job.engine == "transformers":
         from launcher.inference.engine.transformers_engine import make_transformers_engine
 
-        return make_transformers_engine(run, limits=job.limits, beat=beat, local_rank=local_rank)
+        return make_transformers_engine(run, limits=job.limits, heartbeat=heartbeat, local_rank=local_rank)
     from launcher.inference.engine.paged_engine import make_paged_engine
 
-    return make_paged_engine(run, limits=job.limits, rank=0, world_size=1, beat=beat, local_rank=local_rank)
+    return make_paged_engine(run, limits=job.limits, rank=0, world_size=1, heartbeat=heartbeat, local_rank=local_rank)
 
 
-def _make_vllm_engine(run: Run, job: GeneratingJob, *, beat: Callable[[], None]) -> InferenceEngine:
+def _make_vllm_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None]) -> InferenceEngine:
     from launcher.inference.engine.vllm_engine import VllmEngine, VllmServer
 
-    folder = run.model.weights_folder(beat=beat)
+    folder = run.model.weights_folder(heartbeat=heartbeat)
     assert folder is not None, "random weights are refused before anything starts"
     config = run.model.transformers_config().get_text_config()
     server = VllmServer(run, job, name=run.model.name)
     server.start(str(folder))
     sizes = {"context": config.max_position_embeddings, "vocab_size": config.vocab_size}
-    return VllmEngine(server, name=run.model.name, limits=job.limits, **sizes, beat=beat)
+    return VllmEngine(server, name=run.model.name, limits=job.limits, **sizes, heartbeat=heartbeat)

@@ -287,7 +287,7 @@ def _length(task: _ActiveRequest) -> int:
 
 
 def make_transformers_engine(
-    run: Run, *, limits: EngineLimits, beat: Callable[[], None], local_rank: int = 0
+    run: Run, *, limits: EngineLimits, heartbeat: Callable[[], None], local_rank: int = 0
 ) -> InferenceEngine:
     """Return Transformers' continuous batching around the model of a run, on this rank's GPU.
 
@@ -299,8 +299,8 @@ def make_transformers_engine(
     if device.type == "cpu":
         why = "Transformers' continuous batching is made for GPUs, and there is none here; slots is faster on CPUs"
         raise ConfigError("job.engine", "transformers", why=why, fix="set job.engine=slots")
-    model = load_model(run, device=device, engine="transformers", beat=beat)
-    return transformers_engine_for(model, limits=limits, ends=end_of_sequence_ids(run, model, beat=beat))
+    model = load_model(run, device=device, engine="transformers", heartbeat=heartbeat)
+    return transformers_engine_for(model, limits=limits, ends=end_of_sequence_ids(run, model, heartbeat=heartbeat))
 
 
 def transformers_engine_for(model: PreTrainedModel, *, limits: EngineLimits, ends: tuple[int, ...]) -> InferenceEngine:

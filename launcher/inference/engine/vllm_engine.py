@@ -169,7 +169,7 @@ class VllmEngine(InferenceEngine):
         limits: so many requests are under way at a time.
         context: most tokens of a sequence.
         vocab_size: of the model.
-        beat: called while it loads.
+        heartbeat: called while it loads.
 
     Raises:
         JobError: it ends before it answers.
@@ -183,7 +183,7 @@ class VllmEngine(InferenceEngine):
         limits: EngineLimits,
         context: int,
         vocab_size: int,
-        beat: Callable[[], None] = lambda: None,
+        heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self._server, self._name, self._limits = server, name, limits
         self._context, self._vocab_size = context, vocab_size
@@ -194,7 +194,7 @@ class VllmEngine(InferenceEngine):
         self._stepped_s = time.monotonic()
         while not self._answers_now():
             self._check_alive()
-            beat()
+            heartbeat()
             time.sleep(_HEALTH_CHECK_S)
 
     @property

@@ -154,21 +154,21 @@ class ReplacedLayers:
 
 
 def replace_layers(
-    model: PreTrainedModel, cache: PagedCache, *, beat: Callable[[], None] = lambda: None
+    model: PreTrainedModel, cache: PagedCache, *, heartbeat: Callable[[], None] = lambda: None
 ) -> ReplacedLayers:
     """Replace what can be replaced.
 
     Args:
         model: on the CPU, in inference mode, in bf16 or fp32; other models stay as they are.
         cache: whose attention is computed by kernels too.
-        beat: called while the kernels are compiled.
+        heartbeat: called while the kernels are compiled.
     """
     swapped = ReplacedLayers()
     if model.device.type != "cpu" or model.dtype not in (torch.bfloat16, torch.float32):
         swapped.what = "the model's own layers"
         return swapped
     try:
-        native_library(beat)
+        native_library(heartbeat)
     except EnvironmentProblem as problem:
         swapped.what = f"the model's own layers, several times slower than compiled ones would be: {problem}"
         return swapped
@@ -187,12 +187,12 @@ def replace_layers(
         for block in layers:
             parent, name = _parent_of(model, block)
             swapped.put(parent, name, NativeBlock(block, scratch))
-            beat()
+            heartbeat()
     matrices = list(_matrices(model))
     for parent, name, child in matrices:
         packed = pack_layers([child]) if is_packable(child) else PackedMatrix([_weight(child)], [child.bias])
         swapped.put(parent, name, NativeLinear(packed, model.dtype, scratch))
-        beat()
+        heartbeat()
     swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
     if others := sum(is_quantized(layer) for layer in model.modules()):
         swapped.what += f"; {others} quantised layers by their library's own, which may be slower"
@@ -200,7 +200,7 @@ def replace_layers(
 
 
 def replace_quantized_layers(
-    model: nn.Module, dtype: torch.dtype, *, beat: Callable[[], None] = lambda: None
+    model: nn.Module, dtype: torch.dtype, *, heartbeat: Callable[[], None] = lambda: None
 ) -> ReplacedLayers:
     """Replace the quantised layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
     swapped = ReplacedLayers()
@@ -208,7 +208,7 @@ def replace_quantized_layers(
     if not found or next(model.parameters()).device.type != "cpu":
         return swapped
     try:
-        native_library(beat)
+        native_library(heartbeat)
     except EnvironmentProblem as problem:
         swapped.what = f"quantised layers are computed by their library's own: {problem}"
         return swapped
@@ -216,7 +216,7 @@ def replace_quantized_layers(
     for name, layer in found:
         parent, _, key = name.rpartition(".")
         swapped.put(model.get_submodule(parent), key, NativeLinear(pack_layers([layer]), dtype, scratch))
-        beat()
+        heartbeat()
     swapped.what = f"{len(found)} quantised layers are computed by the engine's kernels"
     return swapped
 

@@ -68,7 +68,7 @@ class TokensStruct(Structure):
     ]
 
 
-def native_library(beat: Callable[[], None] = lambda: None) -> Any:
+def native_library(heartbeat: Callable[[], None] = lambda: None) -> Any:
     """Return the compiled library; the first call on a machine compiles it, in a few seconds.
 
     Raises:
@@ -86,7 +86,7 @@ def native_library(beat: Callable[[], None] = lambda: None) -> Any:
         if done.returncode:
             raise EnvironmentProblem(f"{shlex.join(command)} failed:\n{done.stderr.strip()}")
 
-    return _load(build_once(folder, build, beat=beat) / "native.so")
+    return _load(build_once(folder, build, heartbeat=heartbeat) / "native.so")
 
 
 @cache

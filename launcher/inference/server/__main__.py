@@ -34,7 +34,7 @@ def main(run_dir: RunDir, connection: socket.socket) -> int:
 
     async def front() -> int:
         backing = lambda: ReplicaBackend(run, job, start=start)  # noqa: E731
-        return await ApiServer(run, job, run_dir=run_dir, make_backing=backing, beat=lambda phase: None).serve()
+        return await ApiServer(run, job, run_dir=run_dir, make_backing=backing, heartbeat=lambda phase: None).serve()
 
     try:
         with raise_open_file_limit(job.max_connections + _RESERVED_FILES):

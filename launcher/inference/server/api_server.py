@@ -138,13 +138,19 @@ class ApiServer:
         job: how.
         run_dir: where its metrics go.
         make_backing: makes what answers; called in the event loop.
-        beat: called every second.
+        heartbeat: called every second.
     """
 
     def __init__(
-        self, run: Run, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], ModelBackend], beat: Heartbeat
+        self, run: Run, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], ModelBackend], heartbeat: Heartbeat
     ) -> None:
-        self._run, self._job, self._run_dir, self._make_backing, self._beat = run, job, run_dir, make_backing, beat
+        self._run, self._job, self._run_dir, self._make_backing, self._heartbeat = (
+            run,
+            job,
+            run_dir,
+            make_backing,
+            heartbeat,
+        )
         self._asked: asyncio.Event = asyncio.Event()
         self._signal: int | None = None
 
@@ -245,7 +251,7 @@ class ApiServer:
             next_line = time.monotonic() + every_s
             try:
                 while True:
-                    self._beat("serve")
+                    self._heartbeat("serve")
                     await asyncio.sleep(min(_HEARTBEAT_S, every_s))
                     if time.monotonic() >= next_line:
                         next_line = time.monotonic() + every_s
@@ -285,8 +291,10 @@ def serve(job: Serve, context: Context) -> None:
         return VllmBackend(context.run, job) if job.engine == "vllm" else ReplicaBackend(context.run, job, start=start)
 
     async def front() -> int:
-        beat = context.heartbeat.beat
-        return await ApiServer(context.run, job, run_dir=context.run_dir, make_backing=backing, beat=beat).serve()
+        heartbeat = context.heartbeat.update
+        return await ApiServer(
+            context.run, job, run_dir=context.run_dir, make_backing=backing, heartbeat=heartbeat
+        ).serve()
 
     with raise_open_file_limit(job.max_connections + _RESERVED_FILES):
         code = asyncio.run(front())
@@ -312,16 +320,16 @@ def serve_across_ranks(job: Serve, context: Context) -> None:
     from launcher.engines.distributed import disconnect
     from launcher.inference.engine.paged_engine import make_engine_across_ranks
 
-    def beat(phase: str = "build") -> None:
-        context.heartbeat.beat(phase)
+    def heartbeat(phase: str = "build") -> None:
+        context.heartbeat.update(phase)
 
-    generator = make_engine_across_ranks(context, limits=job.limits, beat=beat)
+    generator = make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     if front is None or generator is None:
         return
     generator.warm_up(job.warm_up)
     generator.profiler = context.profiler
     with contextlib.suppress(ConnectionLost):  # its exit code says why
-        run_engine_loop(generator, front.link, beat=beat)
+        run_engine_loop(generator, front.link, heartbeat=heartbeat)
     generator.close()
     disconnect()
     front.finish()

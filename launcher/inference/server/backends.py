@@ -108,14 +108,14 @@ class ReplicaBackend(ModelBackend):
         """Load the tokenizer while the engines are built."""
         job, run, service = self._job, self._run, self._service
         words = await asyncio.to_thread(
-            open_tokenizer, job.tokenizer, run, beat=lambda: None, template=job.chat_template
+            open_tokenizer, job.tokenizer, run, heartbeat=lambda: None, template=job.chat_template
         )
         shape = run.model.shape()
         if shape is not None and words.vocab_size > shape.vocab_size:
             why = f"it has {words.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
         service.identity = await asyncio.to_thread(
-            model_fingerprint, run, tokenizer=words.fingerprint, beat=lambda: None
+            model_fingerprint, run, tokenizer=words.fingerprint, heartbeat=lambda: None
         )
         service.words = words
         while self._pool.context is None:
@@ -193,7 +193,7 @@ class VllmBackend(ModelBackend):
 
     async def get_ready(self) -> None:
         """Return once it answers for the first time."""
-        folder = await asyncio.to_thread(self._run.model.weights_folder, beat=lambda: None)
+        folder = await asyncio.to_thread(self._run.model.weights_folder, heartbeat=lambda: None)
         assert folder is not None, "random weights are refused before anything starts"
         self._model = str(folder)
         self._server.start(self._model)

@@ -27,27 +27,27 @@ def main(run_dir: RunDir, link: EngineConnection) -> int:
     """Build the engine, warm it up, serve; return the exit code."""
     last = 0.0
 
-    def beat(phase: str = "build") -> None:
+    def heartbeat(phase: str = "build") -> None:
         nonlocal last
         if time.monotonic() - last > _HEARTBEAT_S:
             last = time.monotonic()
-            link.send({"kind": "beat", "phase": phase})
+            link.send({"kind": "heartbeat", "phase": phase})
 
     try:
-        beat()
+        heartbeat()
         run = load_run(run_dir.snapshot)
         job: Serve = run.job  # type: ignore[assignment]
         from launcher.inference.engine.registry import make_engine
         from launcher.profiling.profiler import make_profiler
 
-        generator = make_engine(run, job, beat=beat)
-        beat("warm up")
+        generator = make_engine(run, job, heartbeat=heartbeat)
+        heartbeat("warm up")
         generator.warm_up(job.warm_up)
         name = f"engine{sys.argv[2]}"
         try:
             with make_profiler(run.profile, by=job.profiled_by, folder=run_dir.profile, name=name) as profiler:
                 generator.profiler = profiler
-                run_engine_loop(generator, link, beat=lambda phase: None)
+                run_engine_loop(generator, link, heartbeat=lambda phase: None)
         finally:
             generator.close()
     except ConnectionLost:

@@ -175,7 +175,7 @@ class ReplicaClient:
                 self.context = message["context"]
                 self._progress_at = self.heard_at
                 self._on_ready(self)
-            case "beat":
+            case "heartbeat":
                 self.phase = message["phase"]
             case "failed":
                 self.failure = message

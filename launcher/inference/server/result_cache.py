@@ -110,13 +110,13 @@ class ResultCache:
 _READ_BYTES = 1 << 22
 
 
-def model_fingerprint(run: Run, *, tokenizer: str, beat: Callable[[], None]) -> str:
+def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]) -> str:
     """Return a hash that changes when the same request may get another answer. Reads all weights once.
 
     Args:
         run: the model, how it is computed, and by which engine.
         tokenizer: fingerprint of the tokenizer.
-        beat: called meanwhile.
+        heartbeat: called meanwhile.
     """
     computed = {
         name: to_tree(getattr(run, name)) for name in ("model", "parallel", "precision", "attention", "compile")
@@ -125,17 +125,17 @@ def model_fingerprint(run: Run, *, tokenizer: str, beat: Callable[[], None]) -> 
     parts = {
         **computed,
         "engine": [job["engine"], job["batching"]],
-        "weights": _weights_hash(run, beat=beat),
+        "weights": _weights_hash(run, heartbeat=heartbeat),
         "tokenizer": tokenizer,
     }
     return sha256_of(json.dumps(parts, sort_keys=True).encode())
 
 
-def _weights_hash(run: Run, *, beat: Callable[[], None]) -> str:
+def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     """Return a hash of the weights, or what random ones are drawn from."""
     if run.job.kind == "serve" and to_tree(run.job)["engine"] == "echo":
         return "none"
-    folder = run.model.weights_folder(beat=beat)
+    folder = run.model.weights_folder(heartbeat=heartbeat)
     if folder is None:
         return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
     digest = hashlib.sha256()
@@ -144,7 +144,7 @@ def _weights_hash(run: Run, *, beat: Callable[[], None]) -> str:
         with path.open("rb") as file:
             while block := file.read(_READ_BYTES):
                 digest.update(block)
-                beat()
+                heartbeat()
     return digest.hexdigest()
 
 

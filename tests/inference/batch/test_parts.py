@@ -31,7 +31,7 @@ def test_answers_of_several_ranks_in_any_order_become_one_file_in_order(tmp_path
         index.scan()
     assert index.is_complete
     assert (index.num_done, index.num_errors, index.num_tokens) == (5, 1, 7)
-    merge_parts(index, tmp_path / "out", beat=lambda: None)
+    merge_parts(index, tmp_path / "out", heartbeat=lambda: None)
     assert (tmp_path / "out").read_bytes() == b"".join(answer(number) + b"\n" for number in range(5))
     assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".tmp")] == []
 
@@ -53,7 +53,7 @@ def test_a_file_cut_at_any_byte_holds_its_whole_answers_and_goes_on(tmp_path) ->
             for number in range(3):
                 if number not in done:
                     writer.append(number, answer(number))
-        merge_parts(index_of(folder, 3), folder / "out", beat=lambda: None)
+        merge_parts(index_of(folder, 3), folder / "out", heartbeat=lambda: None)
         assert (folder / "out").read_bytes() == b"".join(answer(number) + b"\n" for number in range(3))
 
 

@@ -16,7 +16,7 @@ def read(path: Path, kind: str, content: bytes) -> list[tuple[int, int, dict, st
     path.write_bytes(content)
     source = open_prompt_file(path, kind)
     found = [(r.number, r.line, r.fields, r.problem) for r in source.records(lambda number: True)]
-    assert source.count(beat=lambda: None) == len(found)
+    assert source.count(heartbeat=lambda: None) == len(found)
     return found
 
 

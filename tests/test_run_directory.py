@@ -11,8 +11,9 @@ import pytest
 
 from launcher.backends.slurm import submit
 from launcher.backends.slurm.client import SlurmPartition
+from launcher.config.build import build_run
 from launcher.config.compose import compose
-from launcher.config.run import build_run, run_to_tree
+from launcher.config.run import run_to_tree
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.execution import lifecycle
 from launcher.inference.batch.output import claim_output

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import launcher
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.option_text import value_text
+from launcher.config.run import Benchmark
 from launcher.protocol.quantities import amount, label, spread
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_atomic, write_json

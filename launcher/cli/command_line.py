@@ -69,7 +69,7 @@ def parse_command_line(arguments: Sequence[str], *, takes_runs: bool = False) ->
 
 def _no_flag(name: str, value: str) -> str:
     """Return what to write instead of a flag: options have no dashes."""
-    from launcher.config.run import options_named
+    from launcher.config.build import options_named
 
     options = options_named(name.lstrip("-").replace("-", "_"), {}) if len(name) > 2 else []
     if not options:

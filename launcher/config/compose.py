@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from launcher.config.build import build_run, with_defaults
 from launcher.config.option_text import INTERPOLATION, interpolates, quoted_word
 from launcher.config.overrides import (
     COMMAND_LINE,
@@ -19,7 +20,7 @@ from launcher.config.overrides import (
     takes_texts,
     types_of_option,
 )
-from launcher.config.run import Run, build_run, run_to_tree, with_defaults
+from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.utils.files import exists
 from launcher.utils.schema import ReportError

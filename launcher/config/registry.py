@@ -69,7 +69,7 @@ KINDS: dict[str, dict[str, str]] = {
     "compile": {"false": "launcher.config.compile:NoCompile", "true": "launcher.config.compile:RegionalCompile"},
     "checkpoint": {"policy": "launcher.config.checkpoint:Checkpoint"},
     "benchmark": {
-        "none": "launcher.config.benchmark.base:NoBenchmark",
+        "none": "launcher.config.run:NoBenchmark",
         "activation": "launcher.config.benchmark.memory:ActivationBenchmark",
         "attention": "launcher.config.benchmark.attention:AttentionBenchmark",
         "quantization": "launcher.config.benchmark.inference:QuantizationBenchmark",

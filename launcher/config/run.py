@@ -1,38 +1,43 @@
-"""Run: the typed configuration of all groups, built from a plain tree."""
+"""Run: the typed configuration of all groups, and the bases of the two that look at all of it: Job and Benchmark."""
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from launcher.config.activation import ActivationCheckpointing
 from launcher.config.attention import Attention
 from launcher.config.backend.base import Backend
-from launcher.config.benchmark.base import Benchmark, NoBenchmark
+from launcher.config.batch import solve_batch
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compile import Compile
 from launcher.config.component import Component
 from launcher.config.data.base import Data
-from launcher.config.job.base import BatchedJob, Job
 from launcher.config.model.base import Model
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.base import Parallel
-from launcher.config.paths import PathText, expand_homes, named_paths
+from launcher.config.paths import PathText, named_paths
 from launcher.config.precision import Precision
-from launcher.config.profile import Profile
+from launcher.config.profile import Profile, ProfileUnit
 from launcher.config.quantization import NoQuantization, Quantization
-from launcher.config.registry import KINDS, component_class
+from launcher.config.registry import KINDS
 from launcher.config.schedule import Schedule
 from launcher.config.tracker import Tracker
 from launcher.errors import ConfigError
-from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types, to_tree
-from launcher.utils.text import did_you_mean
+from launcher.protocol.plan import Batch
+from launcher.utils.schema import to_tree
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import BenchmarkResults
+    from launcher.engines.context import Context
+    from launcher.protocol.rundir import RunDir
+
+LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
+"""Groups that only optimiser steps use."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,125 +94,228 @@ class Run:
             yield from named_paths(group, getattr(self, group))
 
 
-def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``tree`` with the defaults of every group's class filled in, unchecked."""
-    full = dict(tree)
-    for group, kinds in KINDS.items():
-        given = tree.get(group)
-        if isinstance(given, Mapping) and given.get("kind") in kinds:
-            full[group] = {**defaults(component_class(group, given["kind"])), **given}
-    full["run"] = {**defaults(RunOptions), **(tree.get("run") or {})}
-    return full
+@dataclass(frozen=True, kw_only=True)
+class Job(Component):
+    """One piece of work that every rank of a run does together."""
 
+    group: ClassVar[str] = "job"
 
-def build_run(
-    tree: Mapping[str, Any], report: ReportError, *, typed: Mapping[str, str] = MappingProxyType({})
-) -> Run | None:
-    """Return the typed run, or ``None`` after reporting every mistake in ``tree``.
+    saves: ClassVar[bool] = False
+    """Whether it writes checkpoints."""
 
-    Args:
-        tree: the composition, resolved.
-        report: called once per mistake.
-        typed: what the user typed behind each key, for messages.
-    """
-    parts: dict[str, Any] = {}
-    for key in tree:
-        if key not in KINDS and key != "run":
-            report(ConfigError(key, why=NO_SUCH_OPTION, fix=suggest_option(key, tree, typed=typed)))
-    backend = tree.get("backend")
-    is_here = not (isinstance(backend, Mapping) and backend.get("kind") == "kubernetes")
-    elsewhere = partial(_report_elsewhere, tree, typed, report)
-    for group, kinds in KINDS.items():
-        # a pod has another home
-        parts[group] = _build_group(group, kinds, tree.get(group), elsewhere, expands_home=is_here)
-    parts["run"] = build(RunOptions, expand_homes(RunOptions, tree.get("run") or {}), path="run", report=report)
-    if any(part is None for part in parts.values()):
+    resumes: ClassVar[bool] = False
+    """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
+
+    ends_when_told: ClassVar[bool] = False
+    """Whether it has no end of its own, so that being told to end (SIGTERM, Ctrl-C) is how it completes."""
+
+    seed: int = 0
+    """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
+
+    @property
+    def widens_bf16(self) -> bool:
+        """Whether it computes with bf16 weights by kernels of its own, fast on processors without such instructions."""
+        return False
+
+    @property
+    def optimizer_steps(self) -> int | None:
+        """Optimiser steps over which the learning rate follows its schedule; ``None`` where none are taken."""
         return None
-    options, model = parts["run"], parts["model"]
-    if os.path.expanduser(options.name) == os.path.expanduser(model.name):  # noqa: PTH111 (hub names are no paths)
-        # the default; a path would put the run into the model's folder
-        parts["run"] = replace(options, name=default_run_name(model.name))
-    return Run(**parts)
 
+    @property
+    def profiled_by(self) -> ProfileUnit:
+        """What the recording of ``profile=true`` is measured in."""
+        return "time"
 
-def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:
-    """Return the phrase that ends an error about an option that does not exist.
+    @abstractmethod
+    def run(self, context: Context) -> None:
+        """Do the work on this rank; raise to fail the run."""
 
-    Args:
-        key: a bare name (``lr``), or one below a group (``job.lr``).
-        tree: the composition; options of its components come before those of others.
-        typed: what the user typed behind each key; the phrase repeats it.
-    """
-    found = options_named(key.rpartition(".")[2], tree)
-    groups = did_you_mean(key, [*KINDS, "run", "exp", "sweep"])
-    if not found and not groups.startswith("did you mean"):
-        names = {name for cls in _classes(_chosen(tree)) for name in field_types(cls)}
-        close = difflib.get_close_matches(key.rpartition(".")[2], sorted(names), n=2, cutoff=0.75)
-        found = [option for name in close for option in options_named(name, tree)]
-    if not found:
-        return groups
-    value = f"={typed[key]}" if key in typed else ""
-    return f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+    @abstractmethod
+    def num_steps(self, run: Run, *, world_size: int) -> int:
+        """Return the number of steps of the work: global batches, or the unit that this job counts."""
 
+    @property
+    def grace_s(self) -> float:
+        """Time that ranks get at least to end once they are told to."""
+        return 0.0
 
-def options_named(name: str, tree: Mapping[str, Any]) -> list[str]:
-    """Return the options whose last part is ``name`` (``optimizer.lr``) or ends so (``batch``: ``job.micro_batch``).
+    def max_ranks(self, run: Run) -> int | None:
+        """Return the most ranks that it can use; ``backend.ranks=auto`` takes no more."""
+        return run.parallel.max_ranks
 
-    Those of the components in ``tree`` come first; the others are only named where there is none.
-    """
-    for kinds in (_chosen(tree), KINDS):
-        for fits in (name.__eq__, lambda field: field.endswith(f"_{name}")):
-            found = [
-                f"{group}.{field}"
-                for group, names in {**kinds, "run": ("run",)}.items()
-                for field in dict.fromkeys(field for cls in _classes({group: names}) for field in field_types(cls))
-                if fits(field)
-            ]
-            if found:
-                return found
-    return []
-
-
-def _chosen(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Return the kind of each component in ``tree``."""
-    kinds = {group: tree[group].get("kind") for group in KINDS if isinstance(tree.get(group), Mapping)}
-    return {group: (kind,) for group, kind in kinds.items() if kind in KINDS[group]}
-
-
-def _classes(kinds: Mapping[str, Iterable[str]]) -> Iterator[type]:
-    """Yield the classes of these kinds, by group."""
-    for group, names in kinds.items():
-        yield from [RunOptions] if group == "run" else (component_class(group, kind) for kind in names)
-
-
-def _report_elsewhere(
-    tree: Mapping[str, Any], typed: Mapping[str, str], report: ReportError, error: ConfigError
-) -> None:
-    """Report a mistake; of an option that belongs to another group, name that group."""
-    group, _, name = error.option.partition(".")
-    if error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
-        own = any(name in field_types(cls) for cls in _classes({group: KINDS[group]}))  # of another kind of the group
-        found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
-        if found:
-            value = f"={typed[error.option]}" if error.option in typed else ""
-            fix = f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
-            error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
-    report(error)
-
-
-def _build_group(
-    group: str, kinds: Mapping[str, str], given: Any, report: ReportError, *, expands_home: bool
-) -> Component | None:
-    if not isinstance(given, Mapping):
-        report(ConfigError(group, given, why="is not a set of options", fix=f"choose one: {group}=<option>"))
+    def batch(self, run: Run, *, world_size: int) -> Batch | None:
+        """Return the batch of a step; ``None`` where there is none."""
         return None
-    values = dict(given)
-    kind = values.pop("kind", None)
-    if kind not in kinds:
-        report(ConfigError(f"{group}.kind", kind, why="is not known", fix=did_you_mean(str(kind), kinds)))
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Return the groups whose options have no effect on this job; one that a user types is refused."""
+        return frozenset({"benchmark"})
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why this job cannot be done with the rest of the run."""
+        yield from ()
+
+    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+        """Yield what this machine says against it: files, packages, ports."""
+        yield from ()
+
+    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Yield what a user should know of what it will do, and not do."""
+        yield from ()
+
+    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the parts that the work has besides its batches, each with what is done in it."""
+        yield from ()
+
+    def files(self) -> Iterator[str]:
+        """Yield what it leaves in the run directory besides what every run leaves."""
+        yield from ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchedJob(Job):
+    """A job that goes through global batches on an engine; what it does not say otherwise, it trains."""
+
+    learns: ClassVar[bool] = True
+    """Whether it takes optimiser steps; else learning rate, gradients and moments are no part of it."""
+
+    micro_batch: int = 8
+    """Sequences in one forward pass of one rank."""
+
+    global_batch: int | None = None
+    """Sequences in one step over all ranks: micro_batch x accumulation x data-parallel size."""
+
+    accumulation: int | None = None
+    """Forward passes per step and rank; give this or ``global_batch``. Neither means 1, or what fills a pipeline."""
+
+    sequence_length: int = 128
+    """Tokens in one sequence."""
+
+    @property
+    def clip_norm(self) -> float:
+        """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+        return 0.0
+
+    def unused_groups(self, run: Run) -> frozenset[str]:
+        """Add what only optimiser steps use, where none are taken."""
+        return super().unused_groups(run) | (frozenset() if self.learns else LEARNING_GROUPS)
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no batch."""
+        yield from self.below(1, "micro_batch", "global_batch", "accumulation")
+        yield from self.below(2, "sequence_length")
+        yield from self.below(0, "seed")
+
+    def batch(self, run: Run, *, world_size: int) -> Batch:
+        """Return how ``world_size`` ranks go through one global batch.
+
+        Raises:
+            ConfigError: it does not come out even.
+        """
+        return solve_batch(
+            micro=self.micro_batch,
+            global_=self.global_batch,
+            accumulation=run.parallel.accumulation or self.accumulation,
+            data_parallel=run.parallel.data_parallel(world_size),
+            usual=run.parallel.usual_accumulation,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningJob(BatchedJob):
+    """A job that takes optimiser steps."""
+
+    steps: int
+    """Optimiser steps."""
+
+    clip_norm: float = 1.0
+    """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
+
+    @property
+    def optimizer_steps(self) -> int:
+        """All of them."""
+        return self.steps
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that make no step."""
+        yield from super().problems()
+        yield from self.below(1, "steps")
+        yield from self.below(0, "clip_norm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Component):
+    """A claim that is measured: cases that do the same work in different ways."""
+
+    group: ClassVar[str] = "benchmark"
+
+    max_ranks: ClassVar[int | None] = 1
+    """The most ranks it can use."""
+
+    how: ClassVar[str] = "each in a process of its own"
+    """How its cases are kept apart, as its table tells it."""
+
+    takes_few_bits: ClassVar[bool] = False
+    """Whether the model may be quantised: it is asked for text, and not trained."""
+
+    needs_model: ClassVar[bool] = False
+    """Whether it is about the run's model, which otherwise has no say."""
+
+    needs_data: ClassVar[bool] = False
+    """Whether it is about the run's data."""
+
+    repeats: int = 3
+    """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
+
+    warmup: int = 1
+    """Whole steps of a case before the one that is measured, in the same process."""
+
+    @property
+    def num_measurements(self) -> int:
+        """How many processes are started; progress counts to it."""
+        return self.repeats
+
+    def problems(self) -> Iterator[ConfigError]:
+        """Refuse counts that measure nothing."""
+        yield from self.below(1, "repeats")
+        yield from self.below(0, "warmup")
+
+    @property
+    def server_options(self) -> Mapping[str, Any] | None:
+        """Options of the job=serve that it starts for itself; ``None`` where it starts none."""
         return None
-    cls = component_class(group, kind)
-    return build(cls, expand_homes(cls, values) if expands_home else values, path=group, report=report)
+
+    @property
+    def train_options(self) -> Mapping[str, Any] | None:
+        """Options of the job=train whose steps its cases take, which the runs that it is given then have as their job;
+        ``None`` where they take none.
+        """
+        return None
+
+    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Yield why it cannot be measured with the rest of the run."""
+        yield from ()
+
+    def preflight(self) -> Iterator[ConfigError]:
+        """Yield what this machine says against it."""
+        yield from ()
+
+    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the parts of what is measured, each in words."""
+        yield from ()
+
+    @abstractmethod
+    def run(self, context: Context) -> BenchmarkResults | None:
+        """Measure, on every rank; what rank 0 returns is what is kept, and others need return nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoBenchmark(Component):
+    """Nothing to measure: what jobs other than ``benchmark`` have here."""
+
+    group: ClassVar[str] = "benchmark"
+    kind: ClassVar[str] = "none"
 
 
 def run_to_tree(run: Run) -> dict[str, Any]:

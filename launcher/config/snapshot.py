@@ -7,8 +7,9 @@ from typing import Any
 
 import yaml
 
+from launcher.config.build import build_run
 from launcher.config.registry import GROUPS_ADDED_LATER
-from launcher.config.run import Run, build_run, run_to_tree
+from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.utils.files import read_regular, sha256_of, write_atomic
 

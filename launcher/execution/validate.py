@@ -13,13 +13,12 @@ from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validat
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
 from launcher.config.data.base import Corpus
-from launcher.config.job.base import BatchedJob
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
 from launcher.config.model.base import tokenizer_alternative, validate_tokenizer_folder
 from launcher.config.parallel.zero import Zero
-from launcher.config.run import Run
+from launcher.config.run import BatchedJob, Run
 from launcher.errors import ConfigError
 from launcher.planning.planner import estimate_memory
 from launcher.planning.validate import validate_quantized_weights

@@ -8,10 +8,8 @@ from collections.abc import Iterator, Sequence
 from launcher.config.activation import OffloadCheckpointing
 from launcher.config.attention import FlashAttention, FlexAttention
 from launcher.config.backend import base
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.compile import RegionalCompile
 from launcher.config.data.base import Corpus, Synthetic
-from launcher.config.job.base import BatchedJob
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.model.gpt2 import Gpt2
@@ -19,7 +17,7 @@ from launcher.config.model.transformers_support import attention_support
 from launcher.config.option_text import flatten_options
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
-from launcher.config.run import Run, run_to_tree
+from launcher.config.run import BatchedJob, Benchmark, Run, run_to_tree
 from launcher.config.supported_models import unsupported_attention, validate_family
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret_value, secret_variable_in

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 
 from launcher.config.activation import OffloadCheckpointing
 from launcher.config.data.base import Corpus, Synthetic
-from launcher.config.job.base import BatchedJob, LearningJob
 from launcher.config.job.generating import GeneratingJob
-from launcher.config.run import Run
+from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.protocol.plan import Host, MemoryEstimate, host_ram
 from launcher.utils.text import bytes_text
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from launcher.config.build import build_run, suggest_option
 from launcher.config.compose import compose, groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import Override, parse_overrides, suggest_overrides
 from launcher.config.registry import KINDS
-from launcher.config.run import Run, build_run, run_to_tree, suggest_option
+from launcher.config.run import Run, run_to_tree
 from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.rundir import RunDir

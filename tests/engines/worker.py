@@ -56,7 +56,7 @@ DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspee
 
 
 def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
-    from launcher.config.run import build_run, with_defaults
+    from launcher.config.build import build_run, with_defaults
 
     tree = {
         "job": {"kind": "train", "micro_batch": 8, "accumulation": 1, "sequence_length": TOKENS, "clip_norm": 1.0},

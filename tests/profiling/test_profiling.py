@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from launcher.benchmarks.harness import sample_interleaved
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.compose import compose
 from launcher.config.profile import Profile, ProfileWindow, TorchProfile
+from launcher.config.run import Benchmark
 from launcher.config.sampling import SamplingParams
 from launcher.config.snapshot import save_run
 from launcher.engines.context import Context

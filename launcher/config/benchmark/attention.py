@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from launcher.config.benchmark.base import Benchmark
+from launcher.config.run import Benchmark
 from launcher.errors import ConfigError, JobError
 from launcher.utils.text import bytes_text
 

@@ -23,9 +23,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.parallel.data_parallel import Single
 from launcher.config.parallel.pipeline import Pipeline, PipelineScheduleName, micro_batch_choices
+from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text, counted
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.benchmark.serving import parse_length_distribution
 from launcher.config.inference import BatchingMode, EngineLimits
 from launcher.config.paths import PathText
 from launcher.config.profile import TorchProfile
 from launcher.config.quantization import METHODS
+from launcher.config.run import Benchmark
 from launcher.config.sampling import SamplingParams
 from launcher.errors import ConfigError
 from launcher.inference.engine.base import EngineRequest

@@ -9,9 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.data.base import Corpus
 from launcher.config.option_text import component_text
+from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:

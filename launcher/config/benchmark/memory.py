@@ -10,9 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.job.verify import SINGLE_PROCESS, Strategy
 from launcher.config.job.verify import STRATEGIES as CATALOGUE
+from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 from launcher.protocol.plan import StateBytes
 from launcher.utils.text import did_you_mean

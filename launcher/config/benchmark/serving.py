@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
-from launcher.config.benchmark.base import Benchmark
 from launcher.config.paths import PathText
+from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:

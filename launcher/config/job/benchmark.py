@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.config.benchmark.base import Benchmark
-from launcher.config.job.base import Job
 from launcher.config.job.train import Train
 from launcher.config.profile import ProfileUnit
+from launcher.config.run import Benchmark, Job
 from launcher.errors import ConfigError
 from launcher.utils.schema import build
 

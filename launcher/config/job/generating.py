@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
-from launcher.config.job.base import LEARNING_GROUPS, Job
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
+from launcher.config.run import LEARNING_GROUPS, Job
 from launcher.errors import ConfigError
 from launcher.utils.files import exists
 from launcher.utils.text import counted, did_you_mean

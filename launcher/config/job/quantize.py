@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from launcher.config.data.base import Corpus
-from launcher.config.job.base import BatchedJob
 from launcher.config.paths import PathText
 from launcher.config.quantization import Quantization
+from launcher.config.run import BatchedJob
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from launcher.config.job.base import BatchedJob, LearningJob
 from launcher.config.profile import ProfileUnit
+from launcher.config.run import BatchedJob, LearningJob
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:

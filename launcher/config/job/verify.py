@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar, Final, Literal
 
 from launcher.config.activation import FullCheckpointing, OffloadCheckpointing, SelectiveCheckpointing
 from launcher.config.batch import solve_batch
-from launcher.config.job.base import LearningJob
 from launcher.config.model.config_json import dropout_rates
 from launcher.config.option_text import component_text
 from launcher.config.parallel.data_parallel import Ddp, Fsdp, Single
@@ -17,6 +16,7 @@ from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.config.parallel.pipeline import Pipeline
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Fp32Precision
+from launcher.config.run import LearningJob
 from launcher.config.supported_models import validate_family
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch

@@ -1,0 +1,140 @@
+"""Build the typed run from a plain tree, and name the options that a wrong one may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from launcher.config.component import Component
+from launcher.config.paths import expand_homes
+from launcher.config.registry import KINDS, component_class
+from launcher.config.run import Run, RunOptions, default_run_name
+from launcher.errors import ConfigError
+from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types
+from launcher.utils.text import did_you_mean
+
+
+def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``tree`` with the defaults of every group's class filled in, unchecked."""
+    full = dict(tree)
+    for group, kinds in KINDS.items():
+        given = tree.get(group)
+        if isinstance(given, Mapping) and given.get("kind") in kinds:
+            full[group] = {**defaults(component_class(group, given["kind"])), **given}
+    full["run"] = {**defaults(RunOptions), **(tree.get("run") or {})}
+    return full
+
+
+def build_run(
+    tree: Mapping[str, Any], report: ReportError, *, typed: Mapping[str, str] = MappingProxyType({})
+) -> Run | None:
+    """Return the typed run, or ``None`` after reporting every mistake in ``tree``.
+
+    Args:
+        tree: the composition, resolved.
+        report: called once per mistake.
+        typed: what the user typed behind each key, for messages.
+    """
+    parts: dict[str, Any] = {}
+    for key in tree:
+        if key not in KINDS and key != "run":
+            report(ConfigError(key, why=NO_SUCH_OPTION, fix=suggest_option(key, tree, typed=typed)))
+    backend = tree.get("backend")
+    is_here = not (isinstance(backend, Mapping) and backend.get("kind") == "kubernetes")
+    elsewhere = partial(_report_elsewhere, tree, typed, report)
+    for group, kinds in KINDS.items():
+        # a pod has another home
+        parts[group] = _build_group(group, kinds, tree.get(group), elsewhere, expands_home=is_here)
+    parts["run"] = build(RunOptions, expand_homes(RunOptions, tree.get("run") or {}), path="run", report=report)
+    if any(part is None for part in parts.values()):
+        return None
+    options, model = parts["run"], parts["model"]
+    if os.path.expanduser(options.name) == os.path.expanduser(model.name):  # noqa: PTH111 (hub names are no paths)
+        # the default; a path would put the run into the model's folder
+        parts["run"] = replace(options, name=default_run_name(model.name))
+    return Run(**parts)
+
+
+def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the phrase that ends an error about an option that does not exist.
+
+    Args:
+        key: a bare name (``lr``), or one below a group (``job.lr``).
+        tree: the composition; options of its components come before those of others.
+        typed: what the user typed behind each key; the phrase repeats it.
+    """
+    found = options_named(key.rpartition(".")[2], tree)
+    groups = did_you_mean(key, [*KINDS, "run", "exp", "sweep"])
+    if not found and not groups.startswith("did you mean"):
+        names = {name for cls in _classes(_chosen(tree)) for name in field_types(cls)}
+        close = difflib.get_close_matches(key.rpartition(".")[2], sorted(names), n=2, cutoff=0.75)
+        found = [option for name in close for option in options_named(name, tree)]
+    if not found:
+        return groups
+    value = f"={typed[key]}" if key in typed else ""
+    return f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+
+
+def options_named(name: str, tree: Mapping[str, Any]) -> list[str]:
+    """Return the options whose last part is ``name`` (``optimizer.lr``) or ends so (``batch``: ``job.micro_batch``).
+
+    Those of the components in ``tree`` come first; the others are only named where there is none.
+    """
+    for kinds in (_chosen(tree), KINDS):
+        for fits in (name.__eq__, lambda field: field.endswith(f"_{name}")):
+            found = [
+                f"{group}.{field}"
+                for group, names in {**kinds, "run": ("run",)}.items()
+                for field in dict.fromkeys(field for cls in _classes({group: names}) for field in field_types(cls))
+                if fits(field)
+            ]
+            if found:
+                return found
+    return []
+
+
+def _chosen(tree: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return the kind of each component in ``tree``."""
+    kinds = {group: tree[group].get("kind") for group in KINDS if isinstance(tree.get(group), Mapping)}
+    return {group: (kind,) for group, kind in kinds.items() if kind in KINDS[group]}
+
+
+def _classes(kinds: Mapping[str, Iterable[str]]) -> Iterator[type]:
+    """Yield the classes of these kinds, by group."""
+    for group, names in kinds.items():
+        yield from [RunOptions] if group == "run" else (component_class(group, kind) for kind in names)
+
+
+def _report_elsewhere(
+    tree: Mapping[str, Any], typed: Mapping[str, str], report: ReportError, error: ConfigError
+) -> None:
+    """Report a mistake; of an option that belongs to another group, name that group."""
+    group, _, name = error.option.partition(".")
+    if error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
+        own = any(name in field_types(cls) for cls in _classes({group: KINDS[group]}))  # of another kind of the group
+        found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
+        if found:
+            value = f"={typed[error.option]}" if error.option in typed else ""
+            fix = f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+            error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
+    report(error)
+
+
+def _build_group(
+    group: str, kinds: Mapping[str, str], given: Any, report: ReportError, *, expands_home: bool
+) -> Component | None:
+    if not isinstance(given, Mapping):
+        report(ConfigError(group, given, why="is not a set of options", fix=f"choose one: {group}=<option>"))
+        return None
+    values = dict(given)
+    kind = values.pop("kind", None)
+    if kind not in kinds:
+        report(ConfigError(f"{group}.kind", kind, why="is not known", fix=did_you_mean(str(kind), kinds)))
+        return None
+    cls = component_class(group, kind)
+    return build(cls, expand_homes(cls, values) if expands_home else values, path=group, report=report)

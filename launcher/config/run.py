@@ -106,6 +106,9 @@ class Job(Component):
     resumes: ClassVar[bool] = False
     """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
 
+    handles_preemption: ClassVar[bool] = False
+    """Whether its ranks handle SIGTERM and SIGUSR1: they save, and exit with the code that means "resume me"."""
+
     ends_when_told: ClassVar[bool] = False
     """Whether it has no end of its own, so that being told to end (SIGTERM, Ctrl-C) is how it completes."""
 
@@ -126,10 +129,6 @@ class Job(Component):
     def profiled_by(self) -> ProfileUnit:
         """What the recording of ``profile=true`` is measured in."""
         return "time"
-
-    @abstractmethod
-    def run(self, context: Context) -> None:
-        """Do the work on this rank; raise to fail the run."""
 
     @abstractmethod
     def num_steps(self, run: Run, *, world_size: int) -> int:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from launcher.config.parallel.base import ParallelDims
+from launcher.engines.preemption import Preemption
 from launcher.profiling.profiler import NO_PROFILER, Profiler
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ class Context:
     """Of the run; empty for a rank that was started by hand."""
     profiler: Profiler = NO_PROFILER
     """Do each step in its ``step()``: it decides which of them it records."""
+    preemption: Preemption = field(default_factory=Preemption)
+    """Whether this rank was asked to save and exit; listens only where ``job.handles_preemption`` is true."""
 
     @property
     def is_main(self) -> bool:

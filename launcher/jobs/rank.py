@@ -32,6 +32,7 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
     """Load the snapshot, refuse one that changed, and run its job on this rank."""
     from launcher.config.snapshot import load_run
     from launcher.engines.context import Context
+    from launcher.jobs.registry import execute_job
     from launcher.profiling.profiler import make_profiler
     from launcher.utils.files import write_json
     from launcher.utils.hardware import describe_environment
@@ -52,7 +53,7 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
             profiler=profiler,
         )
         try:
-            run.job.run(context)
+            execute_job(context)
         except Exception as error:
             if trouble := disk_full_message(error, _folders(run, env)):
                 raise JobError(trouble) from error

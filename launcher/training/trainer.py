@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
 
 
-def train(job: Train, context: Context, preemption: Preemption) -> None:
+def train(job: Train, context: Context) -> None:
     """Train on this rank, from the newest checkpoint the run may continue from, to ``job.steps``.
 
     Raises:
@@ -41,7 +41,7 @@ def train(job: Train, context: Context, preemption: Preemption) -> None:
             heartbeat=lambda: context.heartbeat.update("load"),
         )
     with make_engine(context, clock) as engine:
-        Trainer(job, context, splits, engine, clock, preemption).run()
+        Trainer(job, context, splits, engine, clock, context.preemption).run()
 
 
 class Trainer:

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from launcher.config.compose import compose
 from launcher.config.data.rows import Record
 from launcher.config.inference import EngineLimits, template_names
+from launcher.config.prompt_file import BadLine
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.inference.batch.prompt_file import BadLine
 from launcher.inference.batch.requests import parse_request
 from launcher.inference.engine.echo_engine import EchoEngine
 from launcher.inference.tokenizer import (

@@ -14,7 +14,6 @@ from launcher.utils.schema import build
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-    from launcher.engines.context import Context
     from launcher.protocol.rundir import RunDir
 
 
@@ -57,7 +56,7 @@ class BenchmarkJob(Job):
             why = "job=benchmark measures what the group benchmark names"
             yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
             return
-        yield from benchmark.refusals(self._measured(run), world_size=world_size)
+        yield from benchmark.refusals(self.measured_run(run), world_size=world_size)
         if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
             yield ConfigError(
@@ -83,9 +82,9 @@ class BenchmarkJob(Job):
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the parts of the benchmark."""
         if isinstance(run.benchmark, Benchmark):
-            yield from run.benchmark.outline(self._measured(run))
+            yield from run.benchmark.outline(self.measured_run(run))
 
-    def _measured(self, run: Run) -> Run:
+    def measured_run(self, run: Run) -> Run:
         """Return the run that the benchmark is about: one that trains, where its cases take steps."""
         options = run.benchmark.train_options if isinstance(run.benchmark, Benchmark) else None
         return run if options is None else replace(run, job=Train(seed=self.seed, **options))
@@ -93,19 +92,3 @@ class BenchmarkJob(Job):
     def files(self) -> Iterator[str]:
         """Yield the results, for programs and for people."""
         yield from ("benchmark.json", "benchmark.md", "benchmark.png")
-
-    def run(self, context: Context) -> None:
-        """Measure on this rank; rank 0 keeps what was found."""
-        from launcher.protocol.metrics import MetricsWriter
-
-        benchmark = context.run.benchmark
-        assert isinstance(benchmark, Benchmark), "refused before anything starts"
-        results = benchmark.run(replace(context, run=self._measured(context.run)))
-        if results is not None and context.is_main:
-            done = benchmark.num_measurements
-            with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:
-                metrics.record(done, **{f"benchmark/{name}": value for name, value in results.metrics.items()})
-            results.publish(context.run_dir)
-            if context.run.profile.kind == "true" and not any(context.run_dir.path.glob("**/profile/*.trace.json.gz")):
-                print(f"profile: benchmark={benchmark.kind} has nothing that could be recorded", flush=True)
-        context.heartbeat.update("done", benchmark.num_measurements)

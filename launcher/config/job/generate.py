@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import launcher
 from launcher.config.data.formats import BadFile
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.paths import PathText
+from launcher.config.prompt_file import SAMPLE_PROMPTS, BadLine, PromptFile, check_fields, open_prompt_file
 from launcher.errors import ConfigError
-from launcher.inference.batch.output import fingerprint_of, owns_output, stored_fingerprint
-from launcher.inference.batch.prompt_file import PromptFile, open_prompt_file
+from launcher.utils.files import read_json, write_json
+from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-    from launcher.engines.context import Context
     from launcher.protocol.rundir import RunDir
 
 SAMPLE_INPUT = "sample"
@@ -30,6 +29,16 @@ _LINE_OPTIONS = (
 _LINES_CHECKED = 1000
 """If all of the first so many lines are bad, nothing is started."""
 
+_IRRELEVANT_OPTIONS = frozenset(
+    (
+        *("input", "output", "batching", "max_requests", "kv_tokens", "prefill_chunk"),
+        *("prefix_cache", "max_batch", "max_wait_s", "bucket", "ageing_s", "echo_step_s"),
+    )
+)
+"""Options of the job that no answer depends on."""
+CLAIM_FILE = "output"
+"""File in the folder of parts that names the file of answers, written before that is."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GeneratingJob):
@@ -39,6 +48,7 @@ class Generate(GeneratingJob):
     """
 
     kind: ClassVar[str] = "generate"
+    handles_preemption: ClassVar[bool] = True
 
     input: PathText = SAMPLE_INPUT
     """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
@@ -113,7 +123,7 @@ class Generate(GeneratingJob):
             ConfigError: it holds no prompts.
         """
         if not self.has_own_input:
-            return open_prompt_file(Path(launcher.__file__).parent / "inference" / "batch" / "sample.jsonl")
+            return open_prompt_file(SAMPLE_PROMPTS)
         try:
             return open_prompt_file(Path(self.input).expanduser(), self.format)
         except BadFile as bad:
@@ -168,8 +178,6 @@ class Generate(GeneratingJob):
 
     def refuse_lines(self, source: PromptFile) -> Iterator[ConfigError]:
         """Yield why no line at the beginning can be answered, if that is so."""
-        from launcher.inference.batch.prompt_file import BadLine, check_fields
-
         first, tried = "", 0
         try:
             for record in itertools.islice(source.records(lambda number: True), _LINES_CHECKED):
@@ -203,12 +211,49 @@ class Generate(GeneratingJob):
             yield "generated.jsonl"
         yield "generated/ (until all lines are done)"
 
-    def run(self, context: Context) -> None:
-        """Do this rank's share."""
-        from launcher.engines.preemption import Preemption
 
-        preemption = Preemption()
-        preemption.listen()  # before the slow imports: until there is an answer to keep, whoever is asked leaves
-        from launcher.inference.batch.generate import generate
+@dataclass(frozen=True, kw_only=True)
+class BatchFingerprint:
+    """Kept in the run directory from the first start on."""
 
-        generate(self, context, preemption)
+    digest: str
+    """SHA-256 of the input file."""
+    options: Mapping[str, Any]
+    """All that answers depend on, by option."""
+
+    def problems(self, stored: BatchFingerprint, job: Generate) -> Iterator[ConfigError]:
+        """Yield what keeps this task from continuing a stored one."""
+        if self.digest != stored.digest:
+            why = "is another file than the one this run directory holds answers to"
+            yield job.refuse("input", why, "give the same file, or start a new run")
+        for option in sorted(self.options.keys() | stored.options.keys()):
+            now, then = self.options.get(option), stored.options.get(option)
+            if now != then:
+                why = f"the answers that are there were made with {then}"
+                yield ConfigError(option, now, why=why, fix=f"set {option}={then}, or start a new run")
+
+
+def fingerprint_of(run: Run, job: Generate, source: PromptFile, *, digest: str) -> BatchFingerprint:
+    """Return the task of a run."""
+    tree = {f"job.{name}": value for name, value in to_tree(job).items() if name not in _IRRELEVANT_OPTIONS}
+    tree["job.format"] = source.format
+    for group in ("model", "precision", *(["data"] if job.tokenizer == "data" else [])):
+        tree |= {f"{group}.{name}": value for name, value in to_tree(getattr(run, group)).items()}
+    return BatchFingerprint(digest=digest, options=tree)
+
+
+def stored_fingerprint(folder: Path) -> BatchFingerprint | None:
+    """Return the task that a folder of parts was begun with, if it was."""
+    file = folder / "task.json"
+    return BatchFingerprint(**read_json(file)) if file.exists() else None
+
+
+def store_fingerprint(folder: Path, task: BatchFingerprint) -> None:
+    """Write it down; every rank may, for all write the same."""
+    write_json(folder / "task.json", to_tree(task))
+
+
+def owns_output(folder: Path, output: Path) -> bool:
+    """Whether a file of answers was begun by the run with this folder of parts."""
+    claim = folder / CLAIM_FILE
+    return claim.is_file() and claim.read_text(encoding="utf-8") == str(output.absolute())

@@ -15,7 +15,6 @@ from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-    from launcher.engines.context import Context
     from launcher.protocol.rundir import RunDir
 
 QUANTIZE_STAGES = ("build", "save", "compare", "measure", "sample")
@@ -114,9 +113,3 @@ class Quantize(BatchedJob):
             doc = type(run.quantization).__doc__ or ""
             yield "method", f"{run.quantization.kind}: {doc.strip().splitlines()[0].rstrip('.')}"
         yield "compared on", f"{self.eval_sequences} held-out sequences of {self.sequence_length} tokens"
-
-    def run(self, context: Context) -> None:
-        """Do all of it on this rank."""
-        from launcher.benchmarks.quantize import quantize_model
-
-        quantize_model(self, context)

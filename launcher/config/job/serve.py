@@ -20,7 +20,6 @@ from launcher.utils.text import bytes_text, counted
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-    from launcher.engines.context import Context
     from launcher.protocol.rundir import RunDir
 
 
@@ -224,12 +223,6 @@ class Serve(GeneratingJob):
         room = f"{bytes_text(self.result_cache_bytes)} for {self.result_cache_ttl_s:g} s"
         yield "results", f"kept in {room}" if self.result_cache_bytes else "not kept"
         yield "to end", f"SIGTERM or Ctrl-C; {self.drain_s:g} s to finish what was accepted"
-
-    def run(self, context: Context) -> None:
-        """Serve from this rank until told to end."""
-        from launcher.inference.server.api_server import serve
-
-        serve(self, context)
 
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")

@@ -12,7 +12,6 @@ from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-    from launcher.engines.context import Context
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +21,7 @@ class Train(LearningJob):
     kind: ClassVar[str] = "train"
     saves: ClassVar[bool] = True
     resumes: ClassVar[bool] = True
+    handles_preemption: ClassVar[bool] = True
 
     steps: int = 300
     """Optimiser steps in the whole run; a resumed run continues up to this number."""
@@ -68,16 +68,6 @@ class Train(LearningJob):
         if self.sample_tokens:
             yield "sample.txt"
 
-    def run(self, context: Context) -> None:
-        """Train on this rank."""
-        from launcher.engines.preemption import Preemption
-
-        preemption = Preemption()
-        preemption.listen()  # first: importing torch alone takes seconds
-        from launcher.training.trainer import train
-
-        train(self, context, preemption)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(BatchedJob):
@@ -86,6 +76,7 @@ class Evaluate(BatchedJob):
     kind: ClassVar[str] = "evaluate"
     learns: ClassVar[bool] = False
     resumes: ClassVar[bool] = True
+    handles_preemption: ClassVar[bool] = True
 
     eval_sequences: int = 64
     """Held-out sequences, over all ranks; fewer where the data has fewer."""
@@ -106,12 +97,3 @@ class Evaluate(BatchedJob):
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the global batches of all repeats, the last of each perhaps not full."""
         return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_)
-
-    def run(self, context: Context) -> None:
-        """Measure on this rank."""
-        from launcher.engines.preemption import Preemption
-
-        Preemption().listen()  # there is nothing to save: whoever is asked leaves at once
-        from launcher.training.evaluation import run_evaluation
-
-        run_evaluation(self, context)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from launcher.config.activation import ActivationCheckpointing
     from launcher.config.parallel.base import Parallel
     from launcher.config.run import Run
-    from launcher.engines.context import Context
 
 
 @dataclass(frozen=True)
@@ -291,9 +290,3 @@ class Verify(LearningJob):
     def files(self) -> Iterator[str]:
         """Yield the comparison, for programs and for people."""
         yield from ("verify.json", "verify.md")
-
-    def run(self, context: Context) -> None:
-        """Take part in every strategy on this rank."""
-        from launcher.verification.verify import verify
-
-        verify(self, context)

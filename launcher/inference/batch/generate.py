@@ -13,18 +13,11 @@ import torch
 
 from launcher.config.data.formats import BadFile
 from launcher.config.data.rows import Record
+from launcher.config.job.generate import fingerprint_of, store_fingerprint, stored_fingerprint
+from launcher.config.prompt_file import BadLine
 from launcher.engines.distributed import disconnect
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
-from launcher.inference.batch.output import (
-    PartIndex,
-    PartWriter,
-    claim_output,
-    fingerprint_of,
-    merge_parts,
-    store_fingerprint,
-    stored_fingerprint,
-)
-from launcher.inference.batch.prompt_file import BadLine
+from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.inference.batch.requests import GenerationResult, error_line, parse_request
 from launcher.inference.engine.base import EngineRequest, Refused
 from launcher.inference.engine.paged_engine import make_engine_across_ranks
@@ -169,7 +162,7 @@ def _as_prompt(record: Record) -> Record:
     return replace(record, fields={**fields, "prompt": chat[-1]["content"]})
 
 
-def generate(job: Generate, context: Context, preemption: Preemption) -> None:
+def generate(job: Generate, context: Context) -> None:
     """Generate on this rank what is not there yet; rank 0 then puts all answers in order.
 
     Raises:
@@ -181,6 +174,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     def heartbeat() -> None:
         context.heartbeat.update("load")
 
+    preemption = context.preemption
     source, folder, output = job.source(), context.run_dir.generated, job.output_path(context.run_dir)
     try:
         size = source.count(heartbeat=heartbeat)
@@ -205,7 +199,7 @@ def generate(job: Generate, context: Context, preemption: Preemption) -> None:
     words = open_tokenizer(job.tokenizer, context.run, heartbeat=heartbeat, template=job.chat_template)
     if job.spreads(context.run):
         ranks = 1
-        generator = _engine_of_ranks(job, context, preemption, heartbeat=heartbeat)
+        generator = _engine_of_ranks(job, context, heartbeat=heartbeat)
         if generator is None:
             return
     else:
@@ -275,9 +269,7 @@ def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: P
         raise JobError(f"job.input={job.input}: {why}. {where}. First, {ended['first']}", exit_code=EXIT_BAD_INPUT)
 
 
-def _engine_of_ranks(
-    job: Generate, context: Context, preemption: Preemption, *, heartbeat: Callable[[], None]
-) -> InferenceEngine | None:
+def _engine_of_ranks(job: Generate, context: Context, *, heartbeat: Callable[[], None]) -> InferenceEngine | None:
     """Return the engine on the first rank, which says when to leave; nothing on others, once it is closed.
 
     Raises:
@@ -285,6 +277,7 @@ def _engine_of_ranks(
     """
     if context.is_main:
         return make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
+    preemption = context.preemption
     preemption.hold()
     try:
         make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)

@@ -1,4 +1,4 @@
-"""Answers on disk: a part file a rank, their index and merge, the fingerprint for resuming."""
+"""Answers on disk: a part file for each rank, their index, and the merge into one file."""
 
 from __future__ import annotations
 
@@ -6,80 +6,14 @@ import os
 import time
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import BinaryIO
 
-from launcher.errors import ConfigError, JobError
-from launcher.utils.files import atomic_file, read_json, write_atomic, write_json
-from launcher.utils.schema import to_tree
-
-if TYPE_CHECKING:
-    from launcher.config.job.generate import Generate
-    from launcher.config.run import Run
-    from launcher.inference.batch.prompt_file import PromptFile
-
-
-_IRRELEVANT_OPTIONS = frozenset(
-    (
-        *("input", "output", "batching", "max_requests", "kv_tokens", "prefill_chunk"),
-        *("prefix_cache", "max_batch", "max_wait_s", "bucket", "ageing_s", "echo_step_s"),
-    )
-)
-"""Options of the job that no answer depends on."""
-
-
-_CLAIM = "output"
-"""File in the folder of parts that names the file of answers, written before that is."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class BatchFingerprint:
-    """Kept in the run directory from the first start on."""
-
-    digest: str
-    """SHA-256 of the input file."""
-    options: Mapping[str, Any]
-    """All that answers depend on, by option."""
-
-    def problems(self, stored: BatchFingerprint, job: Generate) -> Iterator[ConfigError]:
-        """Yield what keeps this task from continuing a stored one."""
-        if self.digest != stored.digest:
-            why = "is another file than the one this run directory holds answers to"
-            yield job.refuse("input", why, "give the same file, or start a new run")
-        for option in sorted(self.options.keys() | stored.options.keys()):
-            now, then = self.options.get(option), stored.options.get(option)
-            if now != then:
-                why = f"the answers that are there were made with {then}"
-                yield ConfigError(option, now, why=why, fix=f"set {option}={then}, or start a new run")
-
-
-def fingerprint_of(run: Run, job: Generate, source: PromptFile, *, digest: str) -> BatchFingerprint:
-    """Return the task of a run."""
-    tree = {f"job.{name}": value for name, value in to_tree(job).items() if name not in _IRRELEVANT_OPTIONS}
-    tree["job.format"] = source.format
-    for group in ("model", "precision", *(["data"] if job.tokenizer == "data" else [])):
-        tree |= {f"{group}.{name}": value for name, value in to_tree(getattr(run, group)).items()}
-    return BatchFingerprint(digest=digest, options=tree)
-
-
-def stored_fingerprint(folder: Path) -> BatchFingerprint | None:
-    """Return the task that a folder of parts was begun with, if it was."""
-    file = folder / "task.json"
-    return BatchFingerprint(**read_json(file)) if file.exists() else None
-
-
-def store_fingerprint(folder: Path, task: BatchFingerprint) -> None:
-    """Write it down; every rank may, for all write the same."""
-    write_json(folder / "task.json", to_tree(task))
-
-
-def owns_output(folder: Path, output: Path) -> bool:
-    """Whether a file of answers was begun by the run with this folder of parts."""
-    claim = folder / _CLAIM
-    return claim.is_file() and claim.read_text(encoding="utf-8") == str(output.absolute())
+from launcher.config.job.generate import CLAIM_FILE, owns_output
+from launcher.errors import JobError
+from launcher.utils.files import atomic_file, write_atomic
 
 
 def claim_output(folder: Path, output: Path) -> None:
@@ -91,7 +25,7 @@ def claim_output(folder: Path, output: Path) -> None:
     if output.exists() and not owns_output(folder, output):
         why = f"another process made this file while this run was working. All answers are kept in {folder}"
         raise JobError(f"job.output={output}: {why}: move the file away and type launch resume {folder.parent}")
-    write_atomic(folder / _CLAIM, str(output.absolute()))
+    write_atomic(folder / CLAIM_FILE, str(output.absolute()))
 
 
 _SYNC_S = 1.0

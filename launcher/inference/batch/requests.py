@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from launcher.config.data.rows import Record
+from launcher.config.prompt_file import SAMPLING_FIELDS, BadLine, check_fields
 from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 from launcher.errors import ConfigError
-from launcher.inference.batch.prompt_file import SAMPLING_FIELDS, BadLine, check_fields
 from launcher.inference.detokenizer import TextStream
 from launcher.inference.engine.base import EngineOutput, FinishReason, GeneratedToken
 from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, TextTokenizer, normalize_messages

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config import prompt_file as module
 from launcher.config.data.formats import BadFile
-from launcher.inference.batch import prompt_file as module
-from launcher.inference.batch.prompt_file import open_prompt_file
+from launcher.config.prompt_file import open_prompt_file
 
 
 def read(path: Path, kind: str, content: bytes) -> list[tuple[int, int, dict, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from launcher.config.data.rows import Record
-from launcher.inference.batch.prompt_file import BadLine
+from launcher.config.prompt_file import BadLine
 from launcher.inference.batch.requests import line_seed, parse_request
 from launcher.inference.tokenizer import byte_tokenizer
 

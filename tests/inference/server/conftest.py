@@ -29,12 +29,13 @@ _RANK = """
 import sys
 from pathlib import Path
 from launcher.engines.context import Context
+from launcher.jobs.registry import execute_job
 from launcher.protocol.rundir import RunDir
 from launcher.config.snapshot import load_run
 from launcher.protocol.heartbeat import Heartbeat
 run_dir = RunDir(Path(sys.argv[1]))
 run = load_run(run_dir.snapshot)
-run.job.run(Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None)))
+execute_job(Context(run=run, run_dir=run_dir, rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None)))
 """
 _VLLM = """
 import json, os, sys, time

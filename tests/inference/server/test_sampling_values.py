@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from launcher.config.data.rows import Record
 from launcher.config.inference import EngineLimits
 from launcher.config.job.generate import Generate
+from launcher.config.prompt_file import BadLine
 from launcher.config.sampling import RANGES, SamplingParams
 from launcher.errors import ConfigErrors
-from launcher.inference.batch.prompt_file import BadLine
 from launcher.inference.batch.requests import parse_request
 from launcher.inference.engine.base import EngineRequest, Refused, validate_request
 from launcher.inference.engine.paged_engine import PagedEngine

@@ -15,6 +15,10 @@ from launcher.config.data.rows import Record, read_rows, table_header
 from launcher.config.sampling import SamplingParams
 from launcher.utils.text import did_you_mean
 
+SAMPLE_PROMPTS = Path(__file__).with_name("sample_prompts.jsonl")
+"""The 16 prompts that come with the program."""
+
+
 PromptFormat = Literal["jsonl", "json", "csv", "text"]
 
 

@@ -1,0 +1,35 @@
+"""The registry of jobs: which function executes each kind of job on a rank."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from launcher.engines.context import Context
+
+EXECUTORS: dict[str, str] = {
+    "train": "launcher.training.trainer:train",
+    "evaluate": "launcher.training.evaluation:run_evaluation",
+    "generate": "launcher.inference.batch.generate:generate",
+    "serve": "launcher.inference.server.api_server:serve",
+    "quantize": "launcher.benchmarks.quantize:quantize_model",
+    "benchmark": "launcher.jobs.benchmark:run_benchmark",
+    "verify": "launcher.verification.verify:verify",
+}
+"""Function of each kind of job; it takes the job's options and the context of the rank."""
+
+
+def execute_job(context: Context) -> None:
+    """Execute the job of ``context.run`` on this rank."""
+    job = context.run.job
+    if job.handles_preemption:
+        context.preemption.listen()  # before the import below, because importing torch takes seconds
+    _load(EXECUTORS[job.kind])(job, context)
+
+
+def _load(target: str) -> Callable[[Any, Context], None]:
+    """Return the function that ``module:function`` names."""
+    module, _, name = target.partition(":")
+    function: Callable[[Any, Context], None] = getattr(importlib.import_module(module), name)
+    return function

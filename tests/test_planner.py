@@ -54,7 +54,7 @@ def test_ranks_auto_is_no_more_than_the_job_has_work_for(words, monkeypatch):
     (host,) = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     if isinstance(run.benchmark, NoBenchmark) or run.benchmark.max_ranks == 1:
         assert host.slots == 1
-    assert not [error for error in run.job.refusals(run, world_size=host.slots) if error.option == "backend.ranks"]
+    assert not [error for error in run.job.validate_run(run, world_size=host.slots) if error.option == "backend.ranks"]
 
 
 def test_batch_and_tokens_multiply_out(plan_of):

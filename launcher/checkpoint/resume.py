@@ -130,7 +130,7 @@ def validate_resume(
     yield from _other_model(saved, model)
     if manifest.precision != precision.kind:
         why = f"was written with precision={manifest.precision}, this run has precision={precision.kind}"
-        yield _refuse(saved, why, f"set precision={manifest.precision}")
+        yield _error(saved, why, f"set precision={manifest.precision}")
     yield from _other_strategy(saved, parallel, world_size)
 
 
@@ -161,7 +161,7 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
         fix = f"choose the model it was trained with, which this prints: launch show {shlex.quote(str(run))}"
     else:
         fix = f"choose the model it was trained with, as {saved.folder / 'model/config.json'} describes it"
-    yield _refuse(saved, f"is of another model: {differences}", fix)
+    yield _error(saved, f"is of another model: {differences}", fix)
 
 
 def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
@@ -169,15 +169,15 @@ def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int)
     if theirs.get("kind") != ours["kind"]:
         why = f"was written with parallel of kind {theirs.get('kind')}, this run's is {ours['kind']}"
         option = f"zero{theirs.get('stage')}" if theirs.get("kind") == "zero" else theirs.get("kind")
-        yield _refuse(saved, why, f"set parallel={option}{_or_weights(saved)}")
+        yield _error(saved, why, f"set parallel={option}{_or_weights(saved)}")
         return
     for name in parallel.payload_options:
         if theirs.get(name) != ours[name]:
             why = f"was written with parallel.{name}={theirs.get(name)}, this run has {ours[name]}"
-            yield _refuse(saved, why, f"set parallel.{name}={theirs.get(name)}")
+            yield _error(saved, why, f"set parallel.{name}={theirs.get(name)}")
     if written_on != world_size and not parallel.resizable:
         why = f"is partitioned over {written_on} ranks, this run has {world_size}"
-        yield _refuse(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
+        yield _error(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
 
 
 def _or_weights(saved: SavedCheckpoint) -> str:
@@ -187,5 +187,5 @@ def _or_weights(saved: SavedCheckpoint) -> str:
     return f", or model.weights={saved.folder} checkpoint.resume=none to start anew from its weights"
 
 
-def _refuse(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:
+def _error(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:
     return ConfigError("checkpoint.resume", saved.folder, why=why, fix=fix)

@@ -41,9 +41,9 @@ class SelectiveCheckpointing(ActivationCheckpointing):
     k: int = 2
     """Every k-th layer is recomputed, from the first one on; 1 recomputes all of them."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a step that leads nowhere."""
-        yield from self.below(1, "k")
+        yield from self.validate_minimum(1, "k")
 
 
 @dataclass(frozen=True, kw_only=True)

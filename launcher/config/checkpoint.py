@@ -35,6 +35,6 @@ class Checkpoint(Component):
     """``none``; ``auto`` continues this run directory where it stopped; or a run id, run folder or checkpoint folder to
     start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse negative counts."""
-        yield from self.below(0, "every", "keep")
+        yield from self.validate_minimum(0, "every", "keep")

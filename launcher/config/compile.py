@@ -19,7 +19,7 @@ class Compile(Component):
 
     group: ClassVar[str] = "compile"
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield what this machine, where ranks compute on the CPU, lacks to compile."""
         yield from ()
 
@@ -37,7 +37,7 @@ class RegionalCompile(Compile):
 
     kind: ClassVar[str] = "true"
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing C++ compiler."""
         if lacks_compiler(os.environ, which=shutil.which):
             yield self.no_compiler()

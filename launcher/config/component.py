@@ -28,24 +28,24 @@ class Component:
     """Fields that plans show even where they hold their default."""
 
     def __post_init__(self) -> None:
-        problems = list(self.problems())
-        if problems:
-            raise ConfigErrors(problems)
+        errors = list(self.validate())
+        if errors:
+            raise ConfigErrors(errors)
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Yield everything wrong with the values, each naming the option as the user typed it."""
         yield from ()
 
-    def refuse(self, field: str, why: str, fix: str) -> ConfigError:
+    def error(self, field: str, why: str, fix: str) -> ConfigError:
         """Return the error for one field of this component."""
         return ConfigError(f"{self.group}.{field}", getattr(self, field), why=why, fix=fix)
 
-    def below(self, minimum: float, *fields: str) -> Iterator[ConfigError]:
+    def validate_minimum(self, minimum: float, *fields: str) -> Iterator[ConfigError]:
         """Yield an error for each of ``fields`` that is set and smaller than ``minimum``."""
         for field in fields:
             value = getattr(self, field)
             if isinstance(value, int | float) and value < minimum:
-                yield self.refuse(field, f"must be at least {minimum:g}", f"set {self.group}.{field}={minimum:g}")
+                yield self.error(field, f"must be at least {minimum:g}", f"set {self.group}.{field}={minimum:g}")
 
 
 def class_title(cls: type) -> str:

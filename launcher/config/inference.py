@@ -141,4 +141,4 @@ def _unused_pipeline_options(parallel: Pipeline) -> Iterator[ConfigError]:
         value = getattr(parallel, name)
         if value != getattr(usual, name):
             why = "an engine sends the parts of a step through its stages as they come; this is about training"
-            yield parallel.refuse(name, why, f"leave parallel.{name} out")
+            yield parallel.error(name, why, f"leave parallel.{name} out")

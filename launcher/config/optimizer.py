@@ -34,8 +34,8 @@ class AdamW(Component):
     """torch's fused AdamW, or DeepSpeed's ``native`` op (DeepSpeed only); ``auto`` takes native under offload there and
     says which it took."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse values outside AdamW's domain."""
-        yield from self.below(0, "lr", "eps", "weight_decay")
+        yield from self.validate_minimum(0, "lr", "eps", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
-            yield self.refuse("betas", "each must be at least 0 and below 1", "set optimizer.betas=[0.9,0.999]")
+            yield self.error("betas", "each must be at least 0 and below 1", "set optimizer.betas=[0.9,0.999]")

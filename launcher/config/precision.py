@@ -30,7 +30,7 @@ class Precision(Component):
         """Bytes of one value in the compute format."""
         return 4 if self.compute == "fp32" else 2
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield the packages that this machine lacks for the format."""
         yield from ()
 
@@ -79,10 +79,10 @@ class Fp16Precision(Precision):
     min_scale: float = 1.0
     """The scale never falls below this."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a scale that cannot work."""
-        yield from self.below(0, "initial_scale_power")
-        yield from self.below(1, "scale_window", "hysteresis", "min_scale")
+        yield from self.validate_minimum(0, "initial_scale_power")
+        yield from self.validate_minimum(1, "scale_window", "hysteresis", "min_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +96,7 @@ class Fp8Precision(Precision):
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "bf16"
     needs_capability: ClassVar[tuple[int, int] | None] = (8, 9)
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing torchao."""
         if importlib.util.find_spec("torchao") is None:
             fix = "pip install 'launcher[fp8]', or set precision=bf16"

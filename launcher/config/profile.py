@@ -45,7 +45,7 @@ class Profile(Component):
     group: ClassVar[str] = "profile"
     kind: ClassVar[str] = "false"
 
-    def refusals(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+    def validate_steps(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
         """Yield why a job of so many steps cannot be recorded so."""
         yield from ()
 
@@ -82,19 +82,19 @@ class TorchProfile(Profile):
     top: int = 20
     """Operators in the table, those that take longest themselves."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse windows that hold nothing."""
-        yield from self.below(0, "wait", "warmup")
-        yield from self.below(1, "active", "top")
+        yield from self.validate_minimum(0, "wait", "warmup")
+        yield from self.validate_minimum(1, "active", "top")
         if self.seconds <= 0:
-            yield self.refuse("seconds", "must be above 0", "set profile.seconds=20")
+            yield self.error("seconds", "must be above 0", "set profile.seconds=20")
 
     def window(self, by: ProfileUnit) -> ProfileWindow:
         """Return the steps that are recorded of a job that has steps."""
         active = _DEFAULT_ACTIVE_STEPS[by] if self.active is None else self.active
         return ProfileWindow(wait=self.wait, warmup=self.warmup, active=active)
 
-    def refusals(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+    def validate_steps(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
         """Refuse a window that lies beyond the last step."""
         if by != "steps":
             return
@@ -105,7 +105,7 @@ class TorchProfile(Profile):
             fits = (
                 f"profile.wait={rest}" if rest >= 0 else f"profile.wait=0 profile.warmup=0 profile.active={num_steps}"
             )
-            yield self.refuse("wait", why, f"set {fits}")
+            yield self.error("wait", why, f"set {fits}")
 
     def outline(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
         """Yield what is recorded, in words."""

@@ -27,12 +27,12 @@ class Quantization(Component):
     skip: tuple[str, ...] = ()
     """Layers that stay as they are, as patterns of names: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse patterns that are none."""
         if "" in self.skip:
-            yield self.refuse("skip", "an empty pattern matches no layer", "leave it out")
+            yield self.error("skip", "an empty pattern matches no layer", "leave it out")
 
-    def preflight(self, option: str) -> Iterator[ConfigError]:
+    def validate_machine(self, option: str) -> Iterator[ConfigError]:
         """Yield a package that is not installed.
 
         Args:
@@ -81,11 +81,11 @@ class Int4Weight(Quantization):
     group_size: int = 32
     """Inputs that share a scale; it divides the width of every layer that is quantised."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse groups that fill no bytes."""
-        yield from super().problems()
+        yield from super().validate()
         if self.group_size < 2 or self.group_size % 2:
-            yield self.refuse("group_size", "two weights share a byte", "set quantization.group_size=32")
+            yield self.error("group_size", "two weights share a byte", "set quantization.group_size=32")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,15 +151,15 @@ class Job(Component):
         """Return the groups whose options have no effect on this job; one that a user types is refused."""
         return frozenset({"benchmark"})
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield why this job cannot be done with the rest of the run."""
         yield from ()
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield what this machine says against it: files, packages, ports."""
         yield from ()
 
-    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+    def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
         """Yield what a user should know of what it will do, and not do."""
         yield from ()
 
@@ -200,11 +200,11 @@ class BatchedJob(Job):
         """Add what only optimiser steps use, where none are taken."""
         return super().unused_groups(run) | (frozenset() if self.learns else LEARNING_GROUPS)
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no batch."""
-        yield from self.below(1, "micro_batch", "global_batch", "accumulation")
-        yield from self.below(2, "sequence_length")
-        yield from self.below(0, "seed")
+        yield from self.validate_minimum(1, "micro_batch", "global_batch", "accumulation")
+        yield from self.validate_minimum(2, "sequence_length")
+        yield from self.validate_minimum(0, "seed")
 
     def batch(self, run: Run, *, world_size: int) -> Batch:
         """Return how ``world_size`` ranks go through one global batch.
@@ -236,11 +236,11 @@ class LearningJob(BatchedJob):
         """All of them."""
         return self.steps
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no step."""
-        yield from super().problems()
-        yield from self.below(1, "steps")
-        yield from self.below(0, "clip_norm")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "steps")
+        yield from self.validate_minimum(0, "clip_norm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,10 +275,10 @@ class Benchmark(Component):
         """How many processes are started; progress counts to it."""
         return self.repeats
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""
-        yield from self.below(1, "repeats")
-        yield from self.below(0, "warmup")
+        yield from self.validate_minimum(1, "repeats")
+        yield from self.validate_minimum(0, "warmup")
 
     @property
     def server_options(self) -> Mapping[str, Any] | None:
@@ -292,11 +292,11 @@ class Benchmark(Component):
         """
         return None
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield why it cannot be measured with the rest of the run."""
         yield from ()
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield what this machine says against it."""
         yield from ()
 

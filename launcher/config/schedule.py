@@ -21,9 +21,9 @@ class Schedule(Component):
     warmup_steps: int = 0
     """Steps over which the factor rises linearly from 1/(n+1) of the peak towards it."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a negative warm-up."""
-        yield from self.below(0, "warmup_steps")
+        yield from self.validate_minimum(0, "warmup_steps")
 
     def factor(self, step: int, steps: int) -> float:
         """Return the multiplier of the peak rate for optimiser step ``step`` (0-based) of ``steps``."""
@@ -53,11 +53,11 @@ class _DecayingSchedule(Schedule):
     final_factor: float = 0.1
     """The multiplier that the last step approaches."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a final factor outside [0, 1]."""
-        yield from super().problems()
+        yield from super().validate()
         if not 0 <= self.final_factor <= 1:
-            yield self.refuse("final_factor", "must lie between 0 and 1", "set schedule.final_factor=0.1")
+            yield self.error("final_factor", "must lie between 0 and 1", "set schedule.final_factor=0.1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ _ALTERNATIVE = "set parallel=fsdp or parallel=zero3, which shard any model"
 def validate_family(
     parallel: Parallel, model: Model, attention: Attention, *, world_size: int, length: int
 ) -> Iterator[ConfigError]:
-    """Yield why a strategy cannot spread a model, as far as files tell; ``parallel.refusals`` knows GPT-2 itself.
+    """Yield why a strategy cannot spread a model, as far as files tell; ``parallel.validate_run`` knows GPT-2 itself.
 
     Args:
         parallel: the strategy.

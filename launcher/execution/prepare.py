@@ -133,7 +133,7 @@ def _run_id_in(folder: str) -> str | None:
     """
     run_dir = RunDir(Path(folder))
     plan = run_dir.plan
-    if not run_dir.is_run:  # files of others, which the preflight refuses
+    if not run_dir.is_run:  # files of others, which validate_machine reports
         return None
     try:
         run_id = read_object(plan).get("run_id")

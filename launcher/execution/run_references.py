@@ -68,7 +68,7 @@ def _resumed(run: Run) -> Path:
     word, reference = run.checkpoint.resume, parse_reference(run.checkpoint.resume)
     folder = _run_or_checkpoint(word, run, option=RESUME)
     if folder is None:
-        return Path(word).expanduser()  # the preflight says what is wrong with it
+        return Path(word).expanduser()  # validate_machine reports it
     if reference.which is None:
         return folder
     return next(_selected(folder, reference, word, option=RESUME)).folder

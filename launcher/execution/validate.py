@@ -38,36 +38,36 @@ def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Itera
     Of a run whose paths, packages and ports are those of pods, only the run directory is this machine's; the first pod
     checks the rest before any rank starts.
     """
-    yield from _refuse_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
+    yield from _validate_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from validate_run_dir(run, RunDir(run_dir))
     if run.backend.sees_files_of_hosts(str(run_dir)):
-        yield from _refuse_on_host(run, run_dir, hosts=hosts)
+        yield from _validate_on_host(run, run_dir, hosts=hosts)
 
 
-def _refuse_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     world_size = sum(host.slots for host in hosts)
-    yield from run.job.preflight(run, RunDir(run_dir))
-    yield from _refuse_few_bits(run)
+    yield from run.job.validate_machine(run, RunDir(run_dir))
+    yield from _validate_quantization(run)
     if isinstance(run.job, GeneratingJob):
-        yield from run.model.preflight()
+        yield from run.model.validate_machine()
         if run.job.reads_data:
-            yield from run.data.preflight()
-        yield from _refuse_missing_tools(run, hosts)
+            yield from run.data.validate_machine()
+        yield from _validate_missing_tools(run, hosts)
     if isinstance(run.job, BatchedJob):
-        yield from run.model.preflight()
-        yield from _refuse_data(run, run.job)
+        yield from run.model.validate_machine()
+        yield from _validate_data(run, run.job)
         if run.job.resumes:
-            yield from _refuse_checkpoint(run, RunDir(run_dir), world_size)
-        yield from _refuse_missing_tools(run, hosts)
-    yield from _refuse_tokenizers(run, hosts)
-    yield from _refuse_taken_port(run.backend)
+            yield from _validate_checkpoint(run, RunDir(run_dir), world_size)
+        yield from _validate_missing_tools(run, hosts)
+    yield from _validate_tokenizers(run, hosts)
+    yield from _validate_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
-        yield from _refuse_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
+        yield from _validate_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
 
 
-def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
+def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     """Look for what quantised weights need, and at folders that hold such: the options alone do not tell."""
-    problems = list(run.model.quantization_problems())
+    problems = list(run.model.validate_quantization())
     yield from problems
     if not problems and run.model.quantization == "none" and run.model.kept_as() is not None:
         folder = run.model.local_weights
@@ -79,14 +79,14 @@ def _refuse_few_bits(run: Run) -> Iterator[ConfigError]:
         )
 
 
-def _refuse_data(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
-    problems = list(run.data.preflight())
+def _validate_data(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    problems = list(run.data.validate_machine())
     yield from problems
     if not problems and isinstance(run.data, Corpus):
-        yield from run.data.refuse_short(job.sequence_length)
+        yield from run.data.validate_length(job.sequence_length)
 
 
-def _refuse_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
+def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
     try:
         saved = find_checkpoint(run.checkpoint.resume, run_dir, say=_warn)
     except ConfigError as error:
@@ -110,7 +110,7 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
     try:
         saved = find_checkpoint(run.checkpoint.resume, RunDir(run_dir), say=silent)
     except ConfigError:
-        return  # the preflight refuses it
+        return  # validate_machine reports it
     if saved is None:
         if run.checkpoint.resume == "auto" and RunDir(run_dir).is_run:
             yield f"{run_dir} holds no checkpoint to continue from: the run begins anew"
@@ -137,7 +137,7 @@ def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _refuse_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Look for the tokenizers and weights that ranks will load, and for the hub where they are to be fetched from."""
     fetches_here = not any(host.login or not host.is_known for host in hosts)
     shape = run.model.shape()
@@ -181,17 +181,17 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
         yield "job.tokenizer", choice
 
 
-def _refuse_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+def _validate_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Look for packages and compilers where ranks run on this machine; elsewhere the ranks look themselves."""
     if any(host.login or not host.is_known for host in hosts):
         return
     if all(host.devices for host in hosts):
-        yield from run.precision.preflight()
+        yield from run.precision.validate_machine()
     else:
-        yield from run.compile.preflight()
+        yield from run.compile.validate_machine()
 
 
-def _refuse_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
+def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         yield ConfigError(option, folder, why=f"{existing} is a file", fix=f"set {option} to a folder")
@@ -267,7 +267,7 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
             yield ConfigError("run.dir", run_dir.path, why=why, fix=f"{fix} to continue it")
 
 
-def _refuse_taken_port(backend: Backend) -> Iterator[ConfigError]:
+def _validate_taken_port(backend: Backend) -> Iterator[ConfigError]:
     if backend.port == "auto":
         return
     try:

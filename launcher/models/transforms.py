@@ -115,7 +115,7 @@ def apply_float8(module: nn.Module, precision: Precision) -> None:
     """
     if not isinstance(precision, Fp8Precision):
         return
-    for problem in precision.preflight():
+    for problem in precision.validate_machine():
         raise problem
     from torchao.float8 import convert_to_float8_training
 

@@ -52,7 +52,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
     mistakes = list(validate_run(run, hosts))
     batch = _collected(lambda: run.job.batch(run, world_size=world_size), mistakes)
     if batch is not None:
-        mistakes += run.parallel.batch_refusals(batch)
+        mistakes += run.parallel.validate_batch(batch)
     tracker = _collected(lambda: _tracker(run, identity, facts), mistakes)
     if tracker is None or mistakes:
         raise ConfigErrors(mistakes)

@@ -36,7 +36,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield everything that keeps ``run`` from working on ``hosts``, except the batch equation."""
     world_size = sum(host.slots for host in hosts)
     yield from _validate_parallel_dims(run, world_size)
-    yield from run.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
+    yield from run.parallel.validate_run(world_size, run.precision, optimizer=run.optimizer, shape=run.model.shape())
     if isinstance(run.job, BatchedJob):
         yield from _validate_accumulation(run, run.job)
         yield from _validate_split_sequences(run, run.job, world_size)
@@ -50,10 +50,10 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     yield from base.validate_env(run.backend.env, forward=getattr(run.backend, "forward", None))
     yield from _validate_secrets(run)
     yield from _validate_shown_ranks(run, hosts)
-    yield from run.backend.refusals(hosts)
+    yield from run.backend.validate_hosts(hosts)
     yield from _validate_quantization(run)
     yield from _validate_resume(run)
-    yield from run.job.refusals(run, world_size=world_size)
+    yield from run.job.validate_run(run, world_size=world_size)
     yield from _validate_profile(run, world_size)
 
 
@@ -91,7 +91,7 @@ def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
         num_steps = run.job.num_steps(run, world_size=world_size)
     except ConfigError:
         return  # the batch does not come out even, which the plan refuses
-    yield from run.profile.refusals(run.job.profiled_by, num_steps)
+    yield from run.profile.validate_steps(run.job.profiled_by, num_steps)
 
 
 def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigError]:
@@ -200,14 +200,14 @@ def _validate_sequence_length(run: Run, job: BatchedJob) -> Iterator[ConfigError
     shape = run.model.shape()
     if shape is not None and job.sequence_length > shape.context:
         why = f"{run.model.name} takes at most {shape.context} tokens"
-        yield job.refuse("sequence_length", why, f"set job.sequence_length={shape.context}")
+        yield job.error("sequence_length", why, f"set job.sequence_length={shape.context}")
 
 
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     own = run.parallel.accumulation
     if own is not None and job.accumulation not in (None, own):
         why = f"parallel.micro_batches={own} says how many forward passes a step takes"
-        yield job.refuse("accumulation", why, "leave one of the two out")
+        yield job.error("accumulation", why, "leave one of the two out")
 
 
 def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
@@ -217,7 +217,7 @@ def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Ite
         return
     if length % degree:
         why = f"it does not divide by parallel.sequence={degree}"
-        yield job.refuse("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
+        yield job.error("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
 
 
 def _validate_vocabulary(run: Run) -> Iterator[ConfigError]:
@@ -228,7 +228,7 @@ def _validate_vocabulary(run: Run) -> Iterator[ConfigError]:
     assert isinstance(data, Corpus | Synthetic)
     if data.vocab_size > shape.vocab_size:
         why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
-        yield data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
+        yield data.error("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
 
 
 def _validate_ranks_per_host(hosts: Sequence[Host]) -> Iterator[ConfigError]:
@@ -246,7 +246,7 @@ def _validate_uneven_hosts(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigEr
     for host, first in zip(hosts, first_ranks(hosts), strict=True):
         if first % host.slots:
             why = f"it misnumbers the {host.slots} ranks of {host.name}, whose first is {first}"
-            yield run.backend.refuse("agent", why, "set backend.agent=torchrun or give every host as many ranks")
+            yield run.backend.error("agent", why, "set backend.agent=torchrun or give every host as many ranks")
             return
 
 
@@ -270,7 +270,7 @@ def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Itera
         yield from _validate_compilation(run)
     if run.optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
         why = "it is DeepSpeed's, and this strategy runs without DeepSpeed"
-        yield run.optimizer.refuse("implementation", why, "set optimizer.implementation=torch, which is fused too")
+        yield run.optimizer.error("implementation", why, "set optimizer.implementation=torch, which is fused too")
 
 
 def _validate_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:

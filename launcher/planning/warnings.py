@@ -16,7 +16,7 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
     """Yield each warning as one sentence that names the option to change."""
     if isinstance(run.job, BatchedJob):
         yield from _memory_warnings(hosts, memory)
-        yield from run.parallel.notes(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
+        yield from run.parallel.warnings(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
         yield from numerics_warnings(run, hosts)
         yield from _processor_warnings(run, hosts)
         yield from _schedule_warnings(run)
@@ -24,7 +24,7 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
     if isinstance(run.job, GeneratingJob):
         yield from _memory_warnings(hosts, memory)
         yield from _format_warnings(run, [host for host in hosts if host.is_known and not host.devices])
-    yield from run.job.notes(run, world_size=sum(host.slots for host in hosts))
+    yield from run.job.warnings(run, world_size=sum(host.slots for host in hosts))
 
 
 def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:

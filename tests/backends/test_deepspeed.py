@@ -49,7 +49,7 @@ def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., No
 
 
 def refusals(made: DeepspeedBackend, hosts: Sequence[Host] = HOSTS) -> list[str]:
-    return [str(error) for error in made.refusals(hosts)]
+    return [str(error) for error in made.validate_hosts(hosts)]
 
 
 def test_the_submission_is_shown_whole(plan_of: Any, on_path: Any) -> None:

@@ -64,7 +64,7 @@ def parquet(**columns: list[object]) -> bytes:
 
 
 def problems(data: Data) -> list[str]:
-    return [str(problem) for problem in data.preflight()]
+    return [str(problem) for problem in data.validate_machine()]
 
 
 def texts(data: Text | HfData) -> list[str]:

@@ -42,7 +42,7 @@ def test_every_format_gives_the_rows_in_order(
     kind: str, make: Callable[[Path], Path], rows: MakeRows, model: Gpt2, tmp_path: Path
 ) -> None:
     data = rows(kind, make(tmp_path))
-    assert not list(data.preflight())
+    assert not list(data.validate_machine())
     assert [piece.text for piece in data.pieces()] == ROWS
     splits = open_splits(data, model, sequence_length=16, seed=0)
     assert splits.tokenizer is not None
@@ -53,7 +53,7 @@ def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     json_file(tmp_path / "set")
     data = rows(str(tmp_path / "set"))
-    assert not list(data.preflight())
+    assert not list(data.validate_machine())
     assert next(data.pieces()).text == ROWS[0]
     before = data.fingerprint()
     (tmp_path / "set" / "x.jsonl").write_text('{"text": "changed"}\n')
@@ -68,7 +68,7 @@ def test_a_bad_row_far_into_a_folder_is_named_by_its_file_and_place(rows: MakeRo
     count = (2 << 20) // len(line)
     (folder / "a.jsonl").write_bytes(line * count + b'{"text": null}\n')
     data = rows(str(folder))
-    assert not list(data.preflight())
+    assert not list(data.validate_machine())
     with pytest.raises(
         ConfigError, match=rf"data.column=text: row {count + 1:,} has no text in column text: it is null"
     ):

@@ -88,7 +88,7 @@ def test_templates_of_the_plan(tmp_path: Path) -> None:
 
     def problems(*words: str) -> str:
         run = compose(["job=generate", "job.engine=echo", "job.chat_template=tool_usr", *words]).run
-        found = [*run.job.problems(), *run.job.preflight(run, RunDir(tmp_path))]
+        found = [*run.job.validate(), *run.job.validate_machine(run, RunDir(tmp_path))]
         return " ".join(map(str, found))
 
     assert "did you mean tool_use?" in problems(f"job.tokenizer={folder}")

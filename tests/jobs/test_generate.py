@@ -168,7 +168,7 @@ def refusal(path: Path, **options: str) -> str:
         source = job.source()
     except ConfigError as error:
         return str(error)
-    return "".join(map(str, job.refuse_lines(source)))
+    return "".join(map(str, job.validate_lines(source)))
 
 
 @pytest.mark.parametrize(

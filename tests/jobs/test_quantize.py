@@ -97,12 +97,12 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     from launcher.config.quantization import Int8Weight, Nf4
 
     monkeypatch.setattr("launcher.config.quantization.importlib.util.find_spec", lambda name: None)
-    (problem,) = Int8Weight().preflight("model.quantization")
+    (problem,) = Int8Weight().validate_machine("model.quantization")
     assert str(problem) == (
         "model.quantization=int8_weight: the package torchao is not installed; "
         "pip install 'launcher[quantize]', or set model.quantization=none"
     )
-    (problem,) = Nf4().preflight("quantization")
+    (problem,) = Nf4().validate_machine("quantization")
     assert "bitsandbytes" in str(problem)
 
 

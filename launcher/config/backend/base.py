@@ -95,12 +95,12 @@ class Backend(Component):
         """Return the names of the variables in ``environ`` that hosts get; ranks of this machine inherit all."""
         return ()
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts and times that cannot be."""
-        yield from self.below(1, "ranks", "threads")
-        yield from self.below(0, "stall_timeout_s", "grace_s", "preempt_grace_s", "restarts")
+        yield from self.validate_minimum(1, "ranks", "threads")
+        yield from self.validate_minimum(0, "stall_timeout_s", "grace_s", "preempt_grace_s", "restarts")
         if self.port != "auto" and not 1024 <= self.port <= 65535:
-            yield self.refuse("port", "must lie between 1024 and 65535", "set backend.port=auto")
+            yield self.error("port", "must lie between 1024 and 65535", "set backend.port=auto")
 
     @abstractmethod
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
@@ -121,7 +121,7 @@ class Backend(Component):
         """Return with how few hosts a run that began on ``begun`` may be restarted."""
         return begun
 
-    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield what this backend cannot do on ``hosts``, by option."""
         yield from ()
 

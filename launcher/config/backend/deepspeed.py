@@ -53,37 +53,37 @@ class DeepspeedBackend(HostfileBackend):
     ssh_config: PathText | None = None
     """Configuration file for ssh instead of ``~/.ssh/config``."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse what deepspeed has no way to do."""
-        yield from super().problems()
+        yield from super().validate()
         if self.agent != "deepspeed":
-            yield self.refuse("agent", "deepspeed starts ranks by itself", "leave it out, or set backend=ssh")
+            yield self.error("agent", "deepspeed starts ranks by itself", "leave it out, or set backend=ssh")
         if self.python not in (None, sys.executable):
             fix = f"start the run with that interpreter, or set backend=ssh; this one is {sys.executable}"
-            yield self.refuse("python", "deepspeed uses on every host the interpreter that it runs with here", fix)
+            yield self.error("python", "deepspeed uses on every host the interpreter that it runs with here", fix)
         if self.min_hosts is not None:
-            yield self.refuse("min_hosts", "works with agents on the hosts", "leave it out, or set backend=ssh")
+            yield self.error("min_hosts", "works with agents on the hosts", "leave it out, or set backend=ssh")
         if self.ssh_config is not None and not _SAFE.fullmatch(str(Path(self.ssh_config).absolute())):
-            yield self.refuse("ssh_config", "pdsh takes its path apart at spaces", "use a path of plain letters")
+            yield self.error("ssh_config", "pdsh takes its path apart at spaces", "use a path of plain letters")
 
-    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Refuse hosts, paths and a machine that the chosen runner cannot work with."""
         from launcher.remote.bundle import code_root
 
-        yield from super().refusals(hosts)
+        yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
-            yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
+            yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
         program, package = _PROGRAMS[self.runner]
         if shutil.which(program) is None:
             fix = f"install it (Debian: apt install {package}) or set backend=ssh"
-            yield self.refuse("runner", f"{program} is not installed here", fix)
+            yield self.error("runner", f"{program} is not installed here", fix)
         for what, path in (("the program", str(code_root())), ("the interpreter", sys.executable)):
             if not _SAFE.fullmatch(path):
                 why = f"deepspeed passes the path of {what} ({path}) through the shells of hosts unquoted"
-                yield self.refuse("kind", why, "move it to a path of plain letters, or set backend=ssh")
+                yield self.error("kind", why, "move it to a path of plain letters, or set backend=ssh")
         yield from self._unreachable(hosts)
         if self.runner == "slurm" and len({host.slots for host in hosts}) > 1:
-            yield self.refuse("hostfile", "srun needs as many slots on every host", "write the same slots=N everywhere")
+            yield self.error("hostfile", "srun needs as many slots on every host", "write the same slots=N everywhere")
 
     def remote(self, host: Host, module: str) -> RemoteCommand:
         """Return the ssh command that runs ``module``: pdsh and mpirun reach hosts the same way."""

@@ -133,15 +133,15 @@ class KubernetesBackend(Backend):
     wait: bool = False
     """Stay, show the output and end with the run's exit code; Ctrl-C deletes the run."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse what the cluster would refuse later, and less clearly."""
-        yield from super().problems()
-        yield from self.below(1, "nodes", "cpus", "heartbeat_timeout_s")
-        yield from self.below(0, "gpus_per_node", "ttl_s", "gather_timeout_s")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "nodes", "cpus", "heartbeat_timeout_s")
+        yield from self.validate_minimum(0, "gpus_per_node", "ttl_s", "gather_timeout_s")
         yield from self._bad_names()
         for name in ("memory", "shared_memory"):
             if parse_quantity(getattr(self, name)) is None:
-                yield self.refuse(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
+                yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
         for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
             if not path.startswith("/") or ":" in path or path == "/":
                 yield ConfigError(f"backend.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
@@ -154,7 +154,7 @@ class KubernetesBackend(Backend):
     def _bad_names(self) -> Iterator[ConfigError]:
         rule = "small letters, digits and dashes, with a letter or digit at both ends"
         if not is_label(self.namespace):
-            yield self.refuse("namespace", "cannot name a namespace", f"use at most 63 {rule}")
+            yield self.error("namespace", "cannot name a namespace", f"use at most 63 {rule}")
         named = {name: getattr(self, name) for name in ("claim", "service_account", "secret")}
         many = {"image_pull_secrets": self.image_pull_secrets, "volumes": tuple(self.volumes)}
         for name, values in {**{key: (value,) for key, value in named.items() if value is not None}, **many}.items():
@@ -163,7 +163,7 @@ class KubernetesBackend(Backend):
                     why = "cannot be a name in Kubernetes"
                     yield ConfigError(f"backend.{name}", value, why=why, fix=f"names there are {rule}, and dots")
         if not self.image.strip() or any(letter.isspace() for letter in self.image):
-            yield self.refuse("image", "cannot name an image", "write it like registry/team/launcher:tag")
+            yield self.error("image", "cannot name an image", "write it like registry/team/launcher:tag")
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return the pods as they are asked for; where they will be is known once the run has a name there."""
@@ -208,16 +208,16 @@ class KubernetesBackend(Backend):
         """Refuse: pods come and go with their run, and their agents dial in by themselves."""
         raise EnvironmentProblem(f"{host.name} is a pod: it exists only while its run lasts, and nothing logs in to it")
 
-    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield what the chosen workload cannot do."""
         if self.workload == "pytorchjob" and self.restarts:
             why = "a PyTorchJob cannot tell a failure from preemption or a mistake of yours"
-            yield self.refuse("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")
+            yield self.error("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")
         if self.workload == "trainjob" and self.ttl_s is not None:
-            yield self.refuse("ttl_s", "a TrainJob is never deleted by itself", "set backend.ttl_s=null")
+            yield self.error("ttl_s", "a TrainJob is never deleted by itself", "set backend.ttl_s=null")
         if self.restarts and self.claim is None:
             why = "without backend.claim nothing of a run is left to continue from"
-            yield self.refuse("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
+            yield self.error("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the manifests."""

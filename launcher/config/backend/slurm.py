@@ -106,17 +106,17 @@ class SlurmBackend(Backend):
     sbatch_options: tuple[str, ...] = ()
     """More options of sbatch, one word each (``--mail-type=FAIL``)."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse what sbatch would refuse or misread, and times that do not fit together."""
-        yield from super().problems()
-        yield from self.below(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s")
-        yield from self.below(2, "heartbeat_timeout_s")  # signs of life are a second apart
-        yield from self._refuse_control_characters()
-        yield from self._refuse_times()
+        yield from super().validate()
+        yield from self.validate_minimum(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s")
+        yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
+        yield from self._validate_control_characters()
+        yield from self._validate_times()
         if self.mem is not None and not _MEMORY.fullmatch(self.mem):
-            yield self.refuse("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
+            yield self.error("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
         for word in self.sbatch_options:
-            yield from self._refuse_word(word)
+            yield from self._validate_word(word)
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return one stand-in for each node: which ones they are is known once Slurm has chosen them."""
@@ -192,27 +192,27 @@ class SlurmBackend(Backend):
         days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
         return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
-    def _refuse_control_characters(self) -> Iterator[ConfigError]:
+    def _validate_control_characters(self) -> Iterator[ConfigError]:
         for field in ("partition", "account", "qos", "constraint", "reservation", "exclude", "nodelist"):
             value = getattr(self, field)
             if value is not None and (not value or not value.isprintable()):
                 why = "is empty" if not value else "holds a line break or another control character"
-                yield self.refuse(field, why, "name one, or leave it out")
+                yield self.error(field, why, "name one, or leave it out")
 
-    def _refuse_times(self) -> Iterator[ConfigError]:
+    def _validate_times(self) -> Iterator[ConfigError]:
         if self.time is not None and self.time_s() is None:
             fix = "set backend.time=01:30:00 (in a YAML file within quotes: '01:30:00')"
-            yield self.refuse("time", "is no time", fix)
+            yield self.error("time", "is no time", fix)
         needed = self.preempt_grace_s + _MARGIN_S
         if self.signal_lead_s < needed:
             why = f"ranks have backend.preempt_grace_s={self.preempt_grace_s:g} to save, and ending takes {_MARGIN_S} s"
-            yield self.refuse("signal_lead_s", why, f"set backend.signal_lead_s={needed:g} or more")
+            yield self.error("signal_lead_s", why, f"set backend.signal_lead_s={needed:g} or more")
         limit = self.time_s()
         if limit is not None and limit <= self.signal_lead_s:
             why = f"the ranks are told to end {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
-            yield self.refuse("time", why, "ask for more time")
+            yield self.error("time", why, "ask for more time")
 
-    def _refuse_word(self, word: str) -> Iterator[ConfigError]:
+    def _validate_word(self, word: str) -> Iterator[ConfigError]:
         found = _WORD.fullmatch(word)
         option = "backend.sbatch_options"
         if found is None or not word.isprintable():

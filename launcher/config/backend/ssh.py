@@ -49,11 +49,11 @@ class HostfileBackend(Backend):
     min_hosts: int | None = None
     """Restarts go on with fewer hosts, down to this number; all of them, when not set."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse times and counts that cannot be."""
-        yield from super().problems()
-        yield from self.below(1, "min_hosts")
-        yield from self.below(2, "heartbeat_timeout_s")  # signs of life are a second apart
+        yield from super().validate()
+        yield from self.validate_minimum(1, "min_hosts")
+        yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return the hosts of the file that the filters leave."""
@@ -83,12 +83,12 @@ class HostfileBackend(Backend):
         """Return ``min_hosts``, where it is set."""
         return self.min_hosts or begun
 
-    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Refuse more ranks than slots, and to go on with more hosts than there are."""
         from launcher.planning.hostfile import filter_hosts, read_hostfile
 
         if self.min_hosts is not None and self.min_hosts > len(hosts):
-            yield self.refuse("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
+            yield self.error("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
         if self.ranks == "auto" or not Path(self.hostfile).is_file():
             return
         for entry in filter_hosts(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude):
@@ -126,11 +126,11 @@ class SshBackend(HostfileBackend):
     ssh_options: tuple[str, ...] = ()
     """More arguments for ssh, one word each."""
 
-    def refusals(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Refuse a configuration file that is not there: ssh would go on without it."""
-        yield from super().refusals(hosts)
+        yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
-            yield self.refuse("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
+            yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
 
     def remote(self, host: Host, module: str) -> RemoteCommand:
         """Return the ssh command; what it runs there comes over its stdin."""

@@ -116,27 +116,25 @@ class AttentionBenchmark(Benchmark):
     """Largest difference from fp64 that counts as rounding, as a share of the largest value there; ``null`` takes
     5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no attention, and comparisons of nothing."""
-        yield from super().problems()
-        yield from self.below(1, "batch", "width", "heads")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "batch", "width", "heads")
         if self.heads > 0 and self.width % self.heads:
             fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
             why = f"{self.heads} heads do not divide width {self.width}"
-            yield self.refuse("heads", why, f"set benchmark.heads={fitting}")
+            yield self.error("heads", why, f"set benchmark.heads={fitting}")
         if not self.kernels or len(set(self.kernels)) < len(self.kernels):
-            yield self.refuse("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
+            yield self.error("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
         if not self.sequences or len(set(self.sequences)) < len(self.sequences) or min(self.sequences) < 1:
-            yield self.refuse(
-                "sequences", "takes different lengths of at least 1", "set benchmark.sequences=[512,1024]"
-            )
+            yield self.error("sequences", "takes different lengths of at least 1", "set benchmark.sequences=[512,1024]")
         if self.tolerance is not None and self.tolerance <= 0:
-            yield self.refuse("tolerance", "must be above 0", "leave benchmark.tolerance out")
+            yield self.error("tolerance", "must be above 0", "leave benchmark.tolerance out")
         if self.passes == "backward" and set(self.kernels) <= set(NO_BACKWARD):
             why = f"benchmark.kernels={','.join(self.kernels)} has no backward pass"
-            yield self.refuse("passes", why, "set benchmark.passes=forward")
+            yield self.error("passes", why, "set benchmark.passes=forward")
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse formats that the kernels do not compute in as a whole."""
         if run.precision.kind not in TOLERANCES:
             why = "the whole layer is computed in one format"

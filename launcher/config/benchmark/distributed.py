@@ -88,20 +88,20 @@ class CollectivesBenchmark(Benchmark):
     seconds: float = 0.2
     """About how long each collective is repeated at each size in each round, but 3 times at least."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes and times that measure nothing."""
-        yield from super().problems()
-        yield from self.below(VALUE_BYTES, "smallest_bytes")
-        yield from self.below(2, "factor")
+        yield from super().validate()
+        yield from self.validate_minimum(VALUE_BYTES, "smallest_bytes")
+        yield from self.validate_minimum(2, "factor")
         if self.largest_bytes < self.smallest_bytes:
             why = f"is below benchmark.smallest_bytes={self.smallest_bytes}"
-            yield self.refuse("largest_bytes", why, f"set benchmark.largest_bytes={self.smallest_bytes}")
+            yield self.error("largest_bytes", why, f"set benchmark.largest_bytes={self.smallest_bytes}")
         if self.seconds <= 0:
-            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=0.2")
+            yield self.error("seconds", "must be above 0", "set benchmark.seconds=0.2")
         if not self.collectives or len(set(self.collectives)) < len(self.collectives):
-            yield self.refuse("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
+            yield self.error("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse one rank, and messages that have no value for each rank."""
         if world_size < 2:
             why = "a collective takes at least 2 ranks"
@@ -110,7 +110,7 @@ class CollectivesBenchmark(Benchmark):
         elif self.smallest_bytes < VALUE_BYTES * world_size:
             least = VALUE_BYTES * world_size
             why = f"{world_size} ranks x {VALUE_BYTES} bytes = {least}"
-            yield self.refuse("smallest_bytes", why, f"set benchmark.smallest_bytes={least}")
+            yield self.error("smallest_bytes", why, f"set benchmark.smallest_bytes={least}")
 
     @property
     def sizes(self) -> list[int]:
@@ -240,13 +240,11 @@ class PipelineCase:
         """Idle share by the formula; ``None`` where too few micro-batches fill the pipeline for it to hold."""
         return bubble_fraction(self.schedule, ranks=self.stages, micro_batches=self.micro_batches, chunks=self.chunks)
 
-    @property
-    def misfit(self) -> str | None:
-        """Why the schedule does not take so many micro-batches, or ``None`` where it does."""
+    def validate(self) -> Iterator[str]:
+        """Yield why the schedule cannot run with this number of micro-batches."""
         fitting = micro_batch_choices(self.schedule, stages=self.stages, wanted=self.micro_batches)
-        if self.micro_batches in fitting:
-            return None
-        return f"the schedule takes {' or '.join(map(str, fitting))} micro-batches there"
+        if self.micro_batches not in fitting:
+            yield f"the schedule takes {' or '.join(map(str, fitting))} micro-batches there"
 
 
 def single_stage_cases(work: WorkKind, micro_batches: tuple[int, ...]) -> Iterator[PipelineCase]:
@@ -296,23 +294,23 @@ class PipelineBenchmark(Benchmark):
     case_timeout_s: float = 600.0
     """Time that one case gets, from building its stages to their last pass."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse pipelines that are none, and micro-batches that are not alike."""
-        yield from super().problems()
-        yield from self.below(1, "batch", "case_timeout_s")
-        yield from self.below(2, "sequence")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "batch", "case_timeout_s")
+        yield from self.validate_minimum(2, "sequence")
         for name, least in (("stages", 2), ("micro_batches", 1), ("schedules", ""), ("passes", ""), ("work", "")):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
-                yield self.refuse(name, "names nothing, or something twice", f"leave benchmark.{name} out")
+                yield self.error(name, "names nothing, or something twice", f"leave benchmark.{name} out")
             elif isinstance(least, int) and min(values) < least:
-                yield self.refuse(name, f"must each be at least {least}", f"leave benchmark.{name} out")
+                yield self.error(name, f"must each be at least {least}", f"leave benchmark.{name} out")
         if self.unit_ms <= 0:
-            yield self.refuse("unit_ms", "must be above 0", "set benchmark.unit_ms=100")
+            yield self.error("unit_ms", "must be above 0", "set benchmark.unit_ms=100")
         uneven = [number for number in self.micro_batches if number > 0 and self.batch % number]
         if uneven and "model" in self.passes:
             why = f"{self.batch} sequences do not make {uneven[0]} micro-batches of one size"
-            yield self.refuse("batch", why, f"set benchmark.batch={-(-self.batch // uneven[0]) * uneven[0]}")
+            yield self.error("batch", why, f"set benchmark.batch={-(-self.batch // uneven[0]) * uneven[0]}")
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]
@@ -343,21 +341,21 @@ class PipelineBenchmark(Benchmark):
     @property
     def pipelines(self) -> list[PipelineCase]:
         """What is measured."""
-        return [one for one in self._all if one.misfit is None]
+        return [one for one in self._all if not any(one.validate())]
 
     @property
     def left_out(self) -> dict[str, str]:
         """What cannot be, each with the reason."""
-        return {one.in_words: one.misfit for one in self._all if one.misfit is not None}
+        return {one.in_words: why for one in self._all for why in one.validate()}
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse another number of ranks than stages, and models that cannot be cut so."""
         if world_size != max(self.stages):
             why = f"benchmark.stages={max(self.stages)} takes as many ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={max(self.stages)}")
         if not any(one.stages > 1 for one in self.pipelines):
             reason = next(iter(self.left_out.items()))
-            yield self.refuse("micro_batches", f"{reason[0]}: {reason[1]}", "set benchmark.schedules=[gpipe]")
+            yield self.error("micro_batches", f"{reason[0]}: {reason[1]}", "set benchmark.schedules=[gpipe]")
         if not self.needs_model:
             return
         shape = run.model.shape()
@@ -367,12 +365,12 @@ class PipelineBenchmark(Benchmark):
             return
         if self.sequence > shape.context:
             why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
+            yield self.error("sequence", why, f"set benchmark.sequence={shape.context}")
         wanted = {(one.schedule, one.stages) for one in self.pipelines if one.passes == "model" and one.stages > 1}
         for schedule, stages in sorted(wanted):
             pipeline = Pipeline(schedule=schedule, stages=stages)
-            for error in pipeline.refusals(stages, run.precision, optimizer=run.optimizer, shape=shape):
-                yield self.refuse("stages", f"{schedule}: {error.why}", "take fewer, or benchmark.passes=[sleep]")
+            for error in pipeline.validate_run(stages, run.precision, optimizer=run.optimizer, shape=shape):
+                yield self.error("stages", f"{schedule}: {error.why}", "take fewer, or benchmark.passes=[sleep]")
 
     @property
     def num_measurements(self) -> int:

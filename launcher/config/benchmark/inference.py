@@ -67,13 +67,13 @@ class BatchingBenchmark(Benchmark):
     tokenizer: PathText = "model"
     """Of the article's texts: ``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse an empty comparison and lengths that are none."""
-        yield from super().problems()
-        yield from self.below(1, "requests", "max_batch", "bucket")
-        yield from self.below(0, "max_wait_s")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "requests", "max_batch", "bucket")
+        yield from self.validate_minimum(0, "max_wait_s")
         if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
+            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
         for name in ("inputs", "outputs"):
             text = getattr(self, name)
             if (name, text) == ("inputs", "article"):
@@ -81,7 +81,7 @@ class BatchingBenchmark(Benchmark):
             try:
                 parse_length_distribution(text)
             except ValueError as error:
-                yield self.refuse(name, str(error), f"set benchmark.{name}=32")
+                yield self.error(name, str(error), f"set benchmark.{name}=32")
 
     @property
     def num_measurements(self) -> int:
@@ -185,13 +185,13 @@ class ResultCacheBenchmark(Benchmark):
     warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
     """Shapes (sequences, tokens) that the engine runs through first."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a comparison of nothing."""
-        yield from super().problems()
-        yield from self.below(2, "max_length")
-        yield from self.below(0, "temperature", "top_k", "no_repeat_ngram", "max_bytes")
+        yield from super().validate()
+        yield from self.validate_minimum(2, "max_length")
+        yield from self.validate_minimum(0, "temperature", "top_k", "no_repeat_ngram", "max_bytes")
         if not all(self.prompts) or not self.prompts:
-            yield self.refuse("prompts", "a prompt must not be empty", "leave benchmark.prompts out")
+            yield self.error("prompts", "a prompt must not be empty", "leave benchmark.prompts out")
 
     def outline(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the prompts."""
@@ -341,28 +341,26 @@ class QuantizationBenchmark(Benchmark):
     ctranslate2_python: str | None = None
     """The interpreter of an environment that has CTranslate2."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse ways that are none, and a comparison of nothing."""
-        yield from super().problems()
-        yield from self.below(1, "batch", "prompt", "tokens")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "batch", "prompt", "tokens")
         known = [f"{weights}/{how}" for weights, how in itertools.product((*FORMATS, *METHODS), DECODING_MODES)]
         for way in self.ways:
             if way not in known:
                 from launcher.utils.text import did_you_mean
 
-                yield self.refuse("ways", f"{way} is no WEIGHTS/HOW", did_you_mean(way, known))
+                yield self.error("ways", f"{way} is no WEIGHTS/HOW", did_you_mean(way, known))
         if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
+            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
         if (self.ctranslate2 is None) != (self.ctranslate2_python is None):
             why = "a converted model and an interpreter that has CTranslate2 go together"
-            yield self.refuse(
-                "ctranslate2", why, "give benchmark.ctranslate2 and benchmark.ctranslate2_python, or none"
-            )
+            yield self.error("ctranslate2", why, "give benchmark.ctranslate2 and benchmark.ctranslate2_python, or none")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield packages that are missing for one of the ways."""
         for method in sorted({way.partition("/")[0] for way in self.ways} & METHODS.keys()):
-            for problem in METHODS[method]().preflight("benchmark.ways"):
+            for problem in METHODS[method]().validate_machine("benchmark.ways"):
                 yield ConfigError("benchmark.ways", method, why=problem.why, fix=problem.fix.split(",")[0])
 
     @property

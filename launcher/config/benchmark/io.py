@@ -50,17 +50,17 @@ class DataBenchmark(Benchmark):
     seconds: float = 1.0
     """How long batches are loaded, in each round."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""
-        yield from super().problems()
-        yield from self.below(1, "micro_batch")
-        yield from self.below(2, "sequence_length")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "micro_batch")
+        yield from self.validate_minimum(2, "sequence_length")
         if self.seconds <= 0:
-            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=1")
+            yield self.error("seconds", "must be above 0", "set benchmark.seconds=1")
         if not self.threads or len(set(self.threads)) < len(self.threads) or min(self.threads) < 0:
-            yield self.refuse("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
+            yield self.error("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse data without text, and what its model would refuse of it."""
         if not isinstance(run.data, Corpus):
             why = "its tokens are made up, and no text is read"
@@ -71,10 +71,10 @@ class DataBenchmark(Benchmark):
             return
         if self.sequence_length > shape.context:
             why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence_length", why, f"set benchmark.sequence_length={shape.context}")
+            yield self.error("sequence_length", why, f"set benchmark.sequence_length={shape.context}")
         if run.data.trains_tokenizer and run.data.vocab_size > shape.vocab_size:
             why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
-            yield run.data.refuse("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
+            yield run.data.error("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
 
     @property
     def num_measurements(self) -> int:
@@ -204,15 +204,15 @@ class CheckpointBenchmark(Benchmark):
     case_timeout_s: float = 600.0
     """Time that one loop gets, from building the model to what is restored."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse loops without saves, and ways that are none or twice there."""
-        yield from super().problems()
-        yield from self.below(1, "saves", "every", "micro_batch", "case_timeout_s")
-        yield from self.below(2, "sequence")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "saves", "every", "micro_batch", "case_timeout_s")
+        yield from self.validate_minimum(2, "sequence")
         if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.refuse("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
+            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
         elif self.ways == (NO_SAVING,):
-            yield self.refuse("ways", "saves nothing", "leave benchmark.ways out")
+            yield self.error("ways", "saves nothing", "leave benchmark.ways out")
 
     @property
     def train_options(self) -> Mapping[str, Any]:
@@ -220,19 +220,19 @@ class CheckpointBenchmark(Benchmark):
         steps = self.warmup + self.every * (self.saves + 2)
         return {"micro_batch": self.micro_batch, "sequence_length": self.sequence, "steps": steps}
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
         kind, shape = run.parallel.kind, run.model.shape()
         if "asynchronous" in self.ways and kind not in _COPIED:
             why = f"parallel={kind} has no tensors by name that could be copied while it trains"
-            yield self.refuse("ways", why, f"set benchmark.ways=[none,blocking], or parallel={' or '.join(_COPIED)}")
+            yield self.error("ways", why, f"set benchmark.ways=[none,blocking], or parallel={' or '.join(_COPIED)}")
         if shape is None:
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
         elif self.sequence > shape.context:
             why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
-        yield from run.parallel.batch_refusals(run.batched_job.batch(run, world_size=world_size))
+            yield self.error("sequence", why, f"set benchmark.sequence={shape.context}")
+        yield from run.parallel.validate_batch(run.batched_job.batch(run, world_size=world_size))
 
     @property
     def num_measurements(self) -> int:

@@ -64,15 +64,15 @@ class ActivationBenchmark(Benchmark):
     every: int = 2
     """The case between all and none: every so many layers one is recomputed, from the first one on."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no encoder, and a case that is another one again."""
-        yield from super().problems()
-        yield from self.below(1, "layers", "width", "heads", "feedforward", "batch", "sequence")
-        yield from self.below(2, "every")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "layers", "width", "heads", "feedforward", "batch", "sequence")
+        yield from self.validate_minimum(2, "every")
         if self.heads > 0 and self.width % self.heads:
             fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
             why = f"{self.heads} heads do not divide width {self.width}"
-            yield self.refuse("heads", why, f"set benchmark.heads={fitting}")
+            yield self.error("heads", why, f"set benchmark.heads={fitting}")
 
     @property
     def policies(self) -> Mapping[str, int]:
@@ -211,17 +211,17 @@ class MemoryBenchmark(Benchmark):
     case_timeout_s: float = 600.0
     """Time that one strategy gets, from building the model to its last step."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse names that are no strategy, and steps that are none."""
-        yield from super().problems()
-        yield from self.below(1, "warmup", "batch", "case_timeout_s")
-        yield from self.below(2, "sequence")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "warmup", "batch", "case_timeout_s")
+        yield from self.validate_minimum(2, "sequence")
         if not self.strategies or len(set(self.strategies)) < len(self.strategies):
-            yield self.refuse("strategies", "names nothing, or something twice", "leave benchmark.strategies out")
+            yield self.error("strategies", "names nothing, or something twice", "leave benchmark.strategies out")
         for name in self.strategies:
             if name not in STRATEGIES:
                 why = f"there is no strategy {name} to measure"
-                yield self.refuse("strategies", why, did_you_mean(name, STRATEGIES))
+                yield self.error("strategies", why, did_you_mean(name, STRATEGIES))
 
     @property
     def train_options(self) -> Mapping[str, Any]:
@@ -229,7 +229,7 @@ class MemoryBenchmark(Benchmark):
         sizes = {"micro_batch": self.batch, "global_batch": self.batch, "sequence_length": self.sequence}
         return {**sizes, "steps": self.warmup + 1}
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse models without a formula, sequences they do not take, and strategies that do not fit."""
         shape = run.model.shape()
         if shape is None:
@@ -238,11 +238,13 @@ class MemoryBenchmark(Benchmark):
             return
         if self.sequence > shape.context:
             why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.refuse("sequence", why, f"set benchmark.sequence={shape.context}")
+            yield self.error("sequence", why, f"set benchmark.sequence={shape.context}")
         for name in self.strategies:
-            why_not = STRATEGIES[name].misfit(run, world_size=_num_ranks(name, world_size), sequences=self.batch)
+            why_not = next(
+                STRATEGIES[name].validate(run, world_size=_num_ranks(name, world_size), sequences=self.batch), None
+            )
             if why_not is not None:
-                yield self.refuse("strategies", f"{name}: {why_not}", "leave it out, or change what it names")
+                yield self.error("strategies", f"{name}: {why_not}", "leave it out, or change what it names")
 
     @property
     def num_measurements(self) -> int:

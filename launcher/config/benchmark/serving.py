@@ -268,9 +268,9 @@ class ServingBenchmark(Benchmark):
     slo_whole_s: float | None = None
     """A good answer's time to its end."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse addresses, lengths and levels that are none."""
-        yield from super().problems()
+        yield from super().validate()
         for name, parse in (
             ("inputs", parse_length_distribution),
             ("outputs", parse_length_distribution),
@@ -281,23 +281,23 @@ class ServingBenchmark(Benchmark):
                 if text is not None:
                     parse(text)
             except ValueError as error:
-                yield self.refuse(name, str(error), f"leave benchmark.{name} out, or write it so")
+                yield self.error(name, str(error), f"leave benchmark.{name} out, or write it so")
         if self.seconds <= 0:
-            yield self.refuse("seconds", "must be above 0", "set benchmark.seconds=30")
+            yield self.error("seconds", "must be above 0", "set benchmark.seconds=30")
         wrong = [level for level in self.levels if level <= 0 or (self.mode == "closed" and level != int(level))]
         if wrong or not self.levels or len(set(self.levels)) < len(self.levels):
             kind = "whole numbers above 0" if self.mode == "closed" else "numbers above 0"
-            yield self.refuse("levels", f"takes different {kind}", "set benchmark.levels=[1,4,8,16]")
+            yield self.error("levels", f"takes different {kind}", "set benchmark.levels=[1,4,8,16]")
         if self.url is not None and self.serve:
-            yield self.refuse("serve", "belongs to a server that is started here", "leave it or benchmark.url out")
+            yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.url out")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a trace that cannot be read."""
         if self.trace is not None:
             try:
                 read_trace(Path(self.trace).expanduser())
             except (OSError, ValueError) as error:
-                yield self.refuse("trace", str(error), "mend it, or leave benchmark.trace out")
+                yield self.error("trace", str(error), "mend it, or leave benchmark.trace out")
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]

@@ -22,7 +22,7 @@ class Data(Component):
 
     group: ClassVar[str] = "data"
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield what the file system says against this data, without importing heavy packages."""
         yield from ()
 
@@ -63,13 +63,13 @@ class Corpus(Data):
     cache: PathText | None = None
     """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a split or vocabulary that leaves nothing."""
         if not 0 < self.held_out < 1:
-            yield self.refuse("held_out", "must lie between 0 and 1", "set data.held_out=0.05")
-        yield from self.below(257, "vocab_size")
+            yield self.error("held_out", "must lie between 0 and 1", "set data.held_out=0.05")
+        yield from self.validate_minimum(257, "vocab_size")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a cache that cannot be written and a tokenizer folder that is not there."""
         there = self.cache_folder
         while not there.exists() and there != there.parent:
@@ -80,9 +80,9 @@ class Corpus(Data):
             yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
         if self.tokenizer.startswith(("/", "./", "../", "~")) and not Path(self.tokenizer).expanduser().is_dir():
             fix = "give a folder that save_pretrained wrote, or data.tokenizer=bpe"
-            yield self.refuse("tokenizer", "there is no such folder", fix)
+            yield self.error("tokenizer", "there is no such folder", fix)
 
-    def refuse_short(self, sequence_length: int) -> Iterator[ConfigError]:
+    def validate_length(self, sequence_length: int) -> Iterator[ConfigError]:
         """Yield why a small corpus holds no sequence to learn from or none to evaluate; larger ones ranks count.
 
         The BPE is trained as a rank would, so the number is exact; another tokenizer is not loaded here, and makes at
@@ -126,7 +126,7 @@ class Corpus(Data):
         else:
             fix = "give more text"
         if fitting and train >= needed:
-            return self.refuse("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
+            return self.error("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
         why = f"has {num_tokens} tokens, {train} to learn from and {held_out} to evaluate, {takes}"
         return ConfigError(self.source_option, why=why, fix=fix)
 
@@ -182,9 +182,9 @@ class Synthetic(Data):
     num_sequences: int = 65536
     """Distinct training sequences before the data repeats."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a table that cannot be drawn."""
-        yield from self.below(2, "vocab_size")
-        yield from self.below(1, "branching", "num_sequences")
+        yield from self.validate_minimum(2, "vocab_size")
+        yield from self.validate_minimum(1, "branching", "num_sequences")
         if self.branching > self.vocab_size:
-            yield self.refuse("branching", f"exceeds data.vocab_size={self.vocab_size}", "set data.branching=4")
+            yield self.error("branching", f"exceeds data.vocab_size={self.vocab_size}", "set data.branching=4")

@@ -48,7 +48,7 @@ def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[Co
         elif Path(full).is_file():
             files.add(Path(full))
         elif Path(full).is_dir():
-            errors.append(_refuse_folder(Path(full), pattern, option))
+            errors.append(_folder_error(Path(full), pattern, option))
         else:
             why = f"there is no such file (seen from {Path.cwd()})"
             errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give it whole"))
@@ -71,7 +71,7 @@ def endings(folder: Path) -> Counter[str]:
     return found
 
 
-def _refuse_folder(folder: Path, pattern: str, option: str) -> ConfigError:
+def _folder_error(folder: Path, pattern: str, option: str) -> ConfigError:
     """Return the error for a folder in place of files, with the pattern for what most of its files are."""
     found = endings(folder)
     if not found:
@@ -111,7 +111,7 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
     """Yield a text file as one document, cut at line ends into pieces of about 64 thousand characters.
 
     Raises:
-        BadFile: a byte further in than the preflight looked is NUL or not UTF-8, or the file is damaged or blank.
+        BadFile: a byte further in than validate_machine looked is NUL or not UTF-8, or the file is damaged or blank.
     """
     rest, position, is_empty = "", 0, True
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -155,7 +155,7 @@ def inspect_file(
         raise BadFile(why, f"unpack it (it is compressed inside): {fix}")
     if columnar:
         return FileFormat(columnar)
-    _refuse_binary(file, start)
+    _raise_if_binary(file, start)
     text = _decoded(file, start, compression, whole=whole, by_row=by_row)
     kind = "text" if as_text else _kind_of(text, ending, whole=whole)
     if kind == "text" and ending in ("jsonl", "json", "parquet", "arrow") and not as_text:
@@ -255,7 +255,7 @@ def _columnar(start: bytes, ending: Kind) -> Kind | None:
     return "arrow" if is_stream or start.startswith(b"ARROW1") else None
 
 
-def _refuse_binary(file: Path, start: bytes) -> None:
+def _raise_if_binary(file: Path, start: bytes) -> None:
     plain = _without_compression(file)
     unpacked = plain.with_suffix("") if plain.suffix else plain.with_name(f"{plain.name}.unpacked")
     text = shlex.quote(str(plain.with_suffix(".txt")))

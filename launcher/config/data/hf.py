@@ -69,9 +69,9 @@ class HfData(Corpus):
     """Leave out rows without text in ``column`` (null, a number, a list) or that cannot be read, and print how many
     there were; otherwise the first one ends the run."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a format without files, and files without a format."""
-        yield from super().problems()
+        yield from super().validate()
         if self.path in _FORMATS and not self.files:
             fix = f"set data.files=[file.{self.path}]"
             yield ConfigError("data.files", "[]", why=f"data.path={self.path} is a format and needs files", fix=fix)
@@ -81,19 +81,19 @@ class HfData(Corpus):
                 "data.files", list(self.patterns), why=why, fix=f"data.path: {did_you_mean(self.path, _FORMATS)}"
             )
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
-        yield from super().preflight()
+        yield from super().validate_machine()
         if self.files:
             if not self.split.startswith("train"):
-                yield self.refuse("split", "local files have one split", "set data.split=train, or train[:50%]")
+                yield self.error("split", "local files have one split", "set data.split=train, or train[:50%]")
             found, errors = files.expand(self.patterns, option="data.files")
             yield from errors
-            yield from files.first_errors(self._refuse_files(found), option="data.files")
+            yield from files.first_errors(self._validate_files(found), option="data.files")
         elif given := self._files_as_path():
-            yield self._refuse_files_as_path(given)
+            yield self._files_as_path_error(given)
         elif self._is_local():
-            yield from self._refuse_folder(self._local_folder())
+            yield from self._validate_folder(self._local_folder())
 
     def fingerprint(self) -> str:
         """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
@@ -137,7 +137,7 @@ class HfData(Corpus):
             elif self.skip_bad_rows:
                 num_bad += 1
             else:
-                raise self._refuse_row(record, problem, where)
+                raise self._row_error(record, problem, where)
         if is_empty:
             why = f"none of {num_rows:,} rows holds text" if num_rows else "there are no rows"
             raise ConfigError("data.column", self.column, why=why, fix="choose a column of text, or give other files")
@@ -163,7 +163,7 @@ class HfData(Corpus):
                 unit = "row" if written.kind in ("json", *COLUMNAR) else "line"
                 first = self._first_rows(file, written)
                 if first.columns and self.column not in first.columns:
-                    raise self._refuse_column(file, first)
+                    raise self._column_error(file, first)
                 for record in read_rows(file, written, longest_line=_LONGEST_LINE_BYTES, column=self.column):
                     yield f"{unit} {record.line:,} of {file}", record
             except BadFile as bad:
@@ -175,13 +175,13 @@ class HfData(Corpus):
     def _dataset_rows(self) -> Iterator[tuple[str, Record]]:
         rows = self._load()
         if self.column not in rows.column_names:
-            raise self._refuse_column(self.path, FirstRows(tuple(rows.column_names), ()))
+            raise self._column_error(self.path, FirstRows(tuple(rows.column_names), ()))
         number = 0
         try:
             for number, value in enumerate(rows[self.column], 1):
                 yield f"row {number:,}", Record(number - 1, number, {self.column: value})
         except UnicodeDecodeError as error:  # datasets checks no text as it loads it
-            self._refuse_bad_row_of_folder()
+            self._raise_bad_row_of_folder()
             byte = error.object[error.start]
             why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
             raise ConfigError("data.path", self.path, why=why, fix="mend the row, or take another data set") from error
@@ -197,10 +197,10 @@ class HfData(Corpus):
             return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no character"
         return f"has no text in column {self.column}: it is {_type_of(value)}"
 
-    def _refuse_row(self, record: Record, problem: str, where: str) -> ConfigError:
+    def _row_error(self, record: Record, problem: str, where: str) -> ConfigError:
         if record.problem:
             return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=f"mend it, or {_SKIP}")
-        return self.refuse("column", f"{where} {problem}", _SKIP)
+        return self.error("column", f"{where} {problem}", _SKIP)
 
     def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
         """Return how a file is written.
@@ -218,7 +218,7 @@ class HfData(Corpus):
     def _first_rows(self, file: Path, found: FileFormat) -> FirstRows:
         return first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
 
-    def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
+    def _validate_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
         """Yield what cannot be read of the files, and what the rows of the first ones show."""
         look_bytes = look_bytes_of_each(len(found))
         for number, file in enumerate(found):
@@ -226,7 +226,7 @@ class HfData(Corpus):
                 written = self._inspect(file, look_bytes=look_bytes)
                 if written.compression == "zstd" and not self._reads_files:
                     why = f"datasets takes slices, and does not unpack zstd ({file})"
-                    yield self.refuse("split", why, "set data.split=train, or unpack the files")
+                    yield self.error("split", why, "set data.split=train, or unpack the files")
                     return
                 if number >= _FILES_READ:
                     continue
@@ -236,20 +236,20 @@ class HfData(Corpus):
                 continue
             if first.is_empty:
                 yield ConfigError("data.files", file, why="holds no rows", fix="give a file that does")
-            elif error := self.refuse_first_rows(file, first):
+            elif error := self.validate_first_rows(file, first):
                 yield error
 
-    def refuse_first_rows(self, file: Path, first: FirstRows) -> ConfigError | None:
+    def validate_first_rows(self, file: Path, first: FirstRows) -> ConfigError | None:
         """Return what the first rows of a file show against it."""
         if first.columns and self.column not in first.text_columns:
-            return self._refuse_column(file, first)
+            return self._column_error(file, first)
         if self.skip_bad_rows:
             return None
         bad = ((record, problem) for record in first.records if (problem := self._problem_of(record)))
         record, problem = next(bad, (None, ""))
-        return self._refuse_row(record, problem, f"line {record.line:,} of {file}") if record else None
+        return self._row_error(record, problem, f"line {record.line:,} of {file}") if record else None
 
-    def _refuse_column(self, where: object, first: FirstRows) -> ConfigError:
+    def _column_error(self, where: object, first: FirstRows) -> ConfigError:
         """Return the error for a column that is not there or holds no text, with those that do."""
         others = first.text_columns or first.columns
         names = ", ".join(first.columns)
@@ -263,7 +263,7 @@ class HfData(Corpus):
             fix = "no column holds text: write one that does, a string a row"
         else:
             fix = did_you_mean(self.column, others)
-        return self.refuse("column", why, fix)
+        return self.error("column", why, fix)
 
     def _files_as_path(self) -> list[Path]:
         """Return the files that ``path`` names, where it should name a folder, a format or the hub."""
@@ -274,7 +274,7 @@ class HfData(Corpus):
             return [Path(full)]
         return sorted(Path(name) for name in glob.glob(full, recursive=True) if Path(name).is_file())  # noqa: PTH207
 
-    def _refuse_files_as_path(self, found: Sequence[Path]) -> ConfigError:
+    def _files_as_path_error(self, found: Sequence[Path]) -> ConfigError:
         """Return the error for files given as ``path``, with the command that reads them."""
         why = "is a file" if len(found) == 1 else f"matches {len(found):,} files"
         plain = f"data=text {quoted_word('data.path', self.path)}"
@@ -285,36 +285,36 @@ class HfData(Corpus):
             else:
                 fix = plain if written.kind == "text" else f"{plain} data.format=text"
         except BadFile as bad:
-            return self.refuse("path", f"{why} that {bad.why}" if len(found) == 1 else f"{found[0]} {bad.why}", bad.fix)
-        return self.refuse("path", f"{why}, not a folder or a data set of the hub", f"set {fix}")
+            return self.error("path", f"{why} that {bad.why}" if len(found) == 1 else f"{found[0]} {bad.why}", bad.fix)
+        return self.error("path", f"{why}, not a folder or a data set of the hub", f"set {fix}")
 
-    def _refuse_folder(self, folder: Path) -> Iterator[ConfigError]:
+    def _validate_folder(self, folder: Path) -> Iterator[ConfigError]:
         """Yield what keeps ``datasets`` from reading a local folder, or its files from having the column."""
         if not folder.is_dir():
-            yield self.refuse(
+            yield self.error(
                 "path", "there is no such folder or file", "give a folder of data files, or a data set of the hub"
             )
             return
         found = files.endings(folder)
         if not found:
-            yield self.refuse("path", "is a folder without files", "give a folder of data files")
+            yield self.error("path", "is a folder without files", "give a folder of data files")
             return
         known = [ending for ending in found if kind_of_ending(ending) in FORMAT_OF]
         packed = [ending for ending in found if ending.endswith((".zst", ".zstd"))]
         saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
         if saved and ".arrow" in found:  # what save_to_disk wrote, which load_dataset refuses
             words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*.arrow"])
-            yield self.refuse("path", "was written by save_to_disk", f"set data.path=arrow {words}")
+            yield self.error("path", "was written by save_to_disk", f"set data.path=arrow {words}")
         elif packed:
             kind = FORMAT_OF.get(kind_of_ending(packed[0]), "text")
             words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{packed[0]}"])
-            yield self.refuse(
+            yield self.error(
                 "path", "holds zstd files, which datasets does not unpack", f"set data.path={kind} {words}"
             )
         elif len(known) == 1 and self.split == "train":
-            yield from self._refuse_folder_column(folder, known[0])
+            yield from self._validate_folder_column(folder, known[0])
 
-    def _refuse_folder_column(self, folder: Path, ending: str) -> Iterator[ConfigError]:
+    def _validate_folder_column(self, folder: Path, ending: str) -> Iterator[ConfigError]:
         file = min(
             (file for file in _data_files(folder) if full_ending(file) == ending),
             default=None,
@@ -326,7 +326,7 @@ class HfData(Corpus):
         except BadFile as bad:
             yield ConfigError("data.path", file, why=bad.why, fix=bad.fix)
             return
-        if first.columns and (error := self.refuse_first_rows(file, first)):
+        if first.columns and (error := self.validate_first_rows(file, first)):
             yield error
 
     def _load(self) -> datasets.Dataset:
@@ -352,12 +352,12 @@ class HfData(Corpus):
                 "data=text"
             ) from error
         except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
-            self._refuse_bad_row_of_folder()
+            self._raise_bad_row_of_folder()
             first = str(error.__cause__ or error).strip().split("\n")[0]
             fix = "check data.path, data.name, data.split and data.files"
-            raise self.refuse("path", f"datasets cannot read it: {first}", fix) from error
+            raise self.error("path", f"datasets cannot read it: {first}", fix) from error
 
-    def _refuse_bad_row_of_folder(self) -> None:
+    def _raise_bad_row_of_folder(self) -> None:
         """Raise the error for the first row of a local folder that cannot be read: ``datasets`` names no place."""
         if not self._is_local():
             return
@@ -393,7 +393,7 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
     first = first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
     if first.text_columns and column not in first.text_columns:
         data = replace(data, column=first.text_columns[0])
-    error = data.refuse_first_rows(file, first)
+    error = data.validate_first_rows(file, first)
     if first.is_empty or (error is not None and data.column not in first.text_columns):
         columns = f" (its columns: {', '.join(first.columns)})" if first.columns else ""
         raise BadFile(f"holds {KIND_NAMES[found.kind]} and no column of text{columns}", "write one, a string a row")

@@ -44,25 +44,25 @@ class Text(Corpus):
     """``auto`` refuses files that hold rows or markup (JSON, CSV, HTML), by content and ending; ``text`` trains on any
     UTF-8 text as it stands."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse an empty list of files besides what every corpus refuses."""
-        yield from super().problems()
+        yield from super().validate()
         if not self.path:
             yield ConfigError("data.path", "[]", why="names no file", fix=f"set data.path={_PYTHON_DOCS}")
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield every file that is missing, empty or not text."""
-        yield from super().preflight()
+        yield from super().validate_machine()
         if self.path == _PYTHON_DOCS:
             if importlib.util.find_spec("pydoc_data") is None:
                 fix = "install Python's standard library whole, or set data.path to text files"
-                yield self.refuse("path", "this Python lacks the module pydoc_data", fix)
+                yield self.error("path", "this Python lacks the module pydoc_data", fix)
             return
         found, errors = self._files()
         yield from errors
-        yield from files.first_errors(self._refuse_files(found), option="data.path")
+        yield from files.first_errors(self._validate_files(found), option="data.path")
 
-    def _refuse_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
+    def _validate_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
         """Yield what cannot be read, and what is no plain text, all files of one format together."""
         others: dict[Kind, list[Path]] = {}
         look_bytes = look_bytes_of_each(len(found))
@@ -77,9 +77,9 @@ class Text(Corpus):
         given = [self.path] if isinstance(self.path, str) else list(self.path)
         for kind, files_of_kind in others.items():
             names = given if len(files_of_kind) == len(found) else list(map(str, files_of_kind))
-            yield self._refuse_kind(kind, files_of_kind, names)
+            yield self._kind_error(kind, files_of_kind, names)
 
-    def _refuse_kind(self, kind: Kind, files_of_kind: Sequence[Path], names: list[str]) -> ConfigError:
+    def _kind_error(self, kind: Kind, files_of_kind: Sequence[Path], names: list[str]) -> ConfigError:
         first = files_of_kind[0]
         why = f"holds {KIND_NAMES[kind]}, not plain text"
         if len(files_of_kind) > 1:
@@ -113,7 +113,7 @@ class Text(Corpus):
             try:
                 found = self._inspect(file)
                 if found.kind != "text" and self.format == "auto":
-                    raise self._refuse_kind(found.kind, [file], [str(file)])
+                    raise self._kind_error(found.kind, [file], [str(file)])
                 yield from files.read_pieces(file, found)
             except BadFile as bad:
                 raise ConfigError("data.path", file, why=bad.why, fix=bad.fix) from bad

@@ -28,9 +28,9 @@ class BenchmarkJob(Job):
         """Its cases, each once more."""
         return "cases"
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse a seed that is none."""
-        yield from self.below(0, "seed")
+        yield from self.validate_minimum(0, "seed")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the measurements."""
@@ -49,14 +49,14 @@ class BenchmarkJob(Job):
         limits = (super().max_ranks(run), run.benchmark.max_ranks if isinstance(run.benchmark, Benchmark) else None)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
         benchmark = run.benchmark
         if not isinstance(benchmark, Benchmark):
             why = "job=benchmark measures what the group benchmark names"
             yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
             return
-        yield from benchmark.refusals(self.measured_run(run), world_size=world_size)
+        yield from benchmark.validate_run(self.measured_run(run), world_size=world_size)
         if benchmark.max_ranks is not None and world_size > benchmark.max_ranks:
             why = f"benchmark={benchmark.kind} measures on {benchmark.max_ranks} of the {world_size} ranks"
             yield ConfigError(
@@ -69,15 +69,15 @@ class BenchmarkJob(Job):
             build(Serve, benchmark.server_options, path="benchmark.serve", report=mistakes.append)
             yield from mistakes
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield what this machine says against the benchmark, and against the model it is about."""
-        yield from super().preflight(run, run_dir)
+        yield from super().validate_machine(run, run_dir)
         if isinstance(run.benchmark, Benchmark):
-            yield from run.benchmark.preflight()
+            yield from run.benchmark.validate_machine()
             if run.benchmark.needs_model:
-                yield from run.model.preflight()
+                yield from run.model.validate_machine()
             if run.benchmark.needs_data:
-                yield from run.data.preflight()
+                yield from run.data.validate_machine()
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the parts of the benchmark."""

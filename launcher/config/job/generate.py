@@ -88,18 +88,18 @@ class Generate(GeneratingJob):
     beams: int = 1
     """Sequences that beam search keeps; 1 is no beam search."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sampling that is none, and endings that say nothing of the format."""
         from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 
-        yield from super().problems()
+        yield from super().validate()
         sampling = {name: value for name, value in self.usual.items() if name != "stop"}
         for name, why, better in validate_sampling(SamplingParams(**sampling)):
-            yield self.refuse(name, why, f"set job.{name}={better:g}")
+            yield self.error(name, why, f"set job.{name}={better:g}")
         if why := validate_stop_strings(self.stop):
-            yield self.refuse("stop", why, "give fewer or shorter ones")
+            yield self.error("stop", why, "give fewer or shorter ones")
         if "" in self.stop:
-            yield self.refuse("stop", "an empty text would end every answer", "leave it out")
+            yield self.error("stop", "an empty text would end every answer", "leave it out")
 
     @property
     def usual(self) -> dict[str, Any]:
@@ -127,7 +127,7 @@ class Generate(GeneratingJob):
         try:
             return open_prompt_file(Path(self.input).expanduser(), self.format)
         except BadFile as bad:
-            raise self.refuse("input", bad.why, bad.fix) from bad
+            raise self.error("input", bad.why, bad.fix) from bad
 
     def output_path(self, run_dir: RunDir) -> Path:
         """Return the file of answers."""
@@ -137,9 +137,9 @@ class Generate(GeneratingJob):
         """Return 0: the lines are counted by the ranks, who read the file."""
         return 0
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse several ranks with a vLLM each."""
-        yield from super().refusals(run, world_size=world_size)
+        yield from super().validate_run(run, world_size=world_size)
         if self.engine == "vllm" and world_size > 1:
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
@@ -150,33 +150,33 @@ class Generate(GeneratingJob):
             return 1
         return run.parallel.degrees(1).product if self.spreads(run) else super().max_ranks(run)
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
-        yield from super().preflight(run, run_dir)
+        yield from super().validate_machine(run, run_dir)
         output = self.output_path(run_dir)
         if self.input != SAMPLE_INPUT and not Path(self.input).expanduser().is_file():
-            yield self._refuse_missing()
+            yield self._missing_error()
             return
         try:
             source = self.source()
-            yield from self.refuse_lines(source)
+            yield from self.validate_lines(source)
         except ConfigError as error:
             yield error
             return
         if not output.parent.is_dir() and self.output is not None:
-            yield self.refuse("output", f"there is no folder {output.parent}", "make it, or choose another")
+            yield self.error("output", f"there is no folder {output.parent}", "make it, or choose another")
         stored = stored_fingerprint(run_dir.generated)
         if stored is not None:
-            yield from fingerprint_of(run, self, source, digest=source.digest()).problems(stored, self)
+            yield from fingerprint_of(run, self, source, digest=source.digest()).validate_stored(stored, self)
         if output.exists() and not owns_output(run_dir.generated, output):
             yield ConfigError("job.output", output, why="is there already", fix="choose another, or move it away")
 
-    def _refuse_missing(self) -> ConfigError:
+    def _missing_error(self) -> ConfigError:
         if Path(self.input).expanduser().is_dir():
-            return self.refuse("input", "is a folder", "give one file of prompts: cat FOLDER/*.jsonl > prompts.jsonl")
-        return self.refuse("input", "there is no such file", "give a file of prompts, or job.input=sample")
+            return self.error("input", "is a folder", "give one file of prompts: cat FOLDER/*.jsonl > prompts.jsonl")
+        return self.error("input", "there is no such file", "give a file of prompts, or job.input=sample")
 
-    def refuse_lines(self, source: PromptFile) -> Iterator[ConfigError]:
+    def validate_lines(self, source: PromptFile) -> Iterator[ConfigError]:
         """Yield why no line at the beginning can be answered, if that is so."""
         first, tried = "", 0
         try:
@@ -189,16 +189,16 @@ class Generate(GeneratingJob):
                 else:
                     return
         except BadFile as bad:
-            yield self.refuse("input", bad.why, bad.fix)
+            yield self.error("input", bad.why, bad.fix)
             return
         why = f"{first} ({'its only line' if tried == 1 else f'all {tried:,} lines that were read are bad'})"
-        yield self.refuse("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
+        yield self.error("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
 
     def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield from where to where, and how requests are put together."""
         try:
             yield "input", f"{self.input} ({self.source().format})"
-        except ConfigError:  # which the preflight reports
+        except ConfigError:  # which validate_machine reports
             yield "input", self.input
         yield "output", self.output or "generated.jsonl"
         several = "of all" if self.spreads(run) else "on each of"
@@ -221,11 +221,11 @@ class BatchFingerprint:
     options: Mapping[str, Any]
     """All that answers depend on, by option."""
 
-    def problems(self, stored: BatchFingerprint, job: Generate) -> Iterator[ConfigError]:
+    def validate_stored(self, stored: BatchFingerprint, job: Generate) -> Iterator[ConfigError]:
         """Yield what keeps this task from continuing a stored one."""
         if self.digest != stored.digest:
             why = "is another file than the one this run directory holds answers to"
-            yield job.refuse("input", why, "give the same file, or start a new run")
+            yield job.error("input", why, "give the same file, or start a new run")
         for option in sorted(self.options.keys() | stored.options.keys()):
             now, then = self.options.get(option), stored.options.get(option)
             if now != then:

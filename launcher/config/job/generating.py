@@ -114,18 +114,18 @@ class GeneratingJob(Job):
         data = set() if self.reads_data else {"data"}
         return super().unused_groups(run) | LEARNING_GROUPS | data
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
-        yield from super().refusals(run, world_size=world_size)
+        yield from super().validate_run(run, world_size=world_size)
         most = run.parallel.degrees(1).product
         if self.spreads(run) and self.engine != "slots":
             why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
-            yield self.refuse("engine", why, "set job.engine=slots or parallel=single")
+            yield self.error("engine", why, "set job.engine=slots or parallel=single")
         if self.spreads(run) and world_size != most:
             why = f"parallel={run.parallel.kind} makes an engine of {counted(most, 'rank')}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
-            yield from self._refuse_for_vllm(run)
+            yield from self._validate_for_vllm(run)
         if run.profile.kind == "true" and self.engine != "slots":
             why = f"engine={self.engine} computes nothing where torch's profiler would listen"
             yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=slots")
@@ -133,10 +133,10 @@ class GeneratingJob(Job):
             together = most if self.spreads(run) and self.engine == "slots" else 1
             yield from validate_engine(run, world_size=together, engine=self.engine)
 
-    def _refuse_for_vllm(self, run: Run) -> Iterator[ConfigError]:
+    def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:
         if self.vllm_python is None:
             why = "vLLM has an environment of its own, and job.vllm_python does not say where"
-            yield self.refuse("engine", why, VLLM_REMEDY)
+            yield self.error("engine", why, VLLM_REMEDY)
         if run.model.quantization != "none":
             why = "vLLM loads the weights as they are in the folder"
             yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=slots")
@@ -145,13 +145,13 @@ class GeneratingJob(Job):
             fix = "set model.weights=pretrained or a folder"
             yield ConfigError("model.weights", run.model.weights, why=why, fix=fix)
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield an interpreter that has no vLLM, where it is asked for."""
-        yield from super().preflight(run, run_dir)
+        yield from super().validate_machine(run, run_dir)
         yield from validate_vllm(self)
-        yield from self._template_problems(run)
+        yield from self._validate_template(run)
 
-    def _template_problems(self, run: Run) -> Iterator[ConfigError]:
+    def _validate_template(self, run: Run) -> Iterator[ConfigError]:
         """Yield a chat template that the tokenizer does not have, where its folder is here to look at."""
         if self.chat_template is None or self.tokenizer in ("bytes", "data"):
             return
@@ -162,23 +162,23 @@ class GeneratingJob(Job):
             names = template_names(folder)
             if self.chat_template not in names:
                 why = f"the tokenizer in {folder} has no such chat template"
-                yield self.refuse("chat_template", why, did_you_mean(self.chat_template, names))
+                yield self.error("chat_template", why, did_you_mean(self.chat_template, names))
             return
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that nothing fits in."""
-        yield from super().problems()
-        yield from self.below(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
-        yield from self.below(0, "seed", "max_wait_s", "echo_step_s")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
+        yield from self.validate_minimum(0, "seed", "max_wait_s", "echo_step_s")
         if self.engine in ("transformers", "vllm") and self.batching != "continuous":
-            yield self.refuse("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
+            yield self.error("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
         if self.chat_template is not None and self.tokenizer in ("bytes", "data"):
-            yield self.refuse("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
+            yield self.error("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
         if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
             why = "vLLM's server takes its own, and this option would have no effect"
-            yield self.refuse("chat_template", why, "set job.engine=slots, or leave it out")
+            yield self.error("chat_template", why, "set job.engine=slots, or leave it out")
         if self.ageing_s <= 0:
-            yield self.refuse("ageing_s", "must be above 0", "set job.ageing_s=10")
+            yield self.error("ageing_s", "must be above 0", "set job.ageing_s=10")
 
 
 def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
@@ -187,7 +187,7 @@ def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
         return
     python = Path(job.vllm_python).expanduser()
     if not os.access(python, os.X_OK) or python.is_dir():
-        yield job.refuse("vllm_python", "is no program", VLLM_REMEDY)
+        yield job.error("vllm_python", "is no program", VLLM_REMEDY)
         return
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
@@ -195,7 +195,7 @@ def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
             [python, "-c", question], capture_output=True, timeout=_VLLM_PROBE_TIMEOUT_S, check=False
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        yield job.refuse("vllm_python", f"does not run: {error}", VLLM_REMEDY)
+        yield job.error("vllm_python", f"does not run: {error}", VLLM_REMEDY)
         return
     if answer.returncode:
-        yield job.refuse("vllm_python", "its environment has no vLLM", VLLM_REMEDY)
+        yield job.error("vllm_python", "its environment has no vLLM", VLLM_REMEDY)

@@ -55,14 +55,14 @@ class Quantize(BatchedJob):
     repeats: int = 3
     """Times that speed is measured, original and quantised in turn."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""
-        yield from super().problems()
-        yield from self.below(1, "eval_sequences", "sample_tokens", "rate_prompt", "rate_tokens", "repeats")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "eval_sequences", "sample_tokens", "rate_prompt", "rate_tokens", "repeats")
         if any(batch < 1 for batch in self.rate_batches):
-            yield self.refuse("rate_batches", "each must be at least 1", "set job.rate_batches=[1,8]")
+            yield self.error("rate_batches", "each must be at least 1", "set job.rate_batches=[1,8]")
         if not self.prompt:
-            yield self.refuse("prompt", "there is nothing to continue", "leave it out")
+            yield self.error("prompt", "there is nothing to continue", "leave it out")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the stages of the work."""
@@ -72,9 +72,9 @@ class Quantize(BatchedJob):
         """One rank holds both models."""
         return 1
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse a run that names no method, or has ranks that would have nothing to do."""
-        yield from super().refusals(run, world_size=world_size)
+        yield from super().validate_run(run, world_size=world_size)
         if not isinstance(run.quantization, Quantization):
             why = "job=quantize does what the group quantization says"
             yield ConfigError("quantization", "none", why=why, fix="set quantization=int8_weight")
@@ -92,14 +92,14 @@ class Quantize(BatchedJob):
         """Return where the weights go."""
         return Path(self.output).expanduser() if self.output else run_dir.path / "model"
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield a package that is missing, and an output that would be overwritten."""
-        yield from super().preflight(run, run_dir)
+        yield from super().validate_machine(run, run_dir)
         if isinstance(run.quantization, Quantization):
-            yield from run.quantization.preflight("quantization")
+            yield from run.quantization.validate_machine("quantization")
         folder = self.folder(run_dir)
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            yield self.refuse("output", "is not an empty folder, and nothing is overwritten", "name another one")
+            yield self.error("output", "is not an empty folder, and nothing is overwritten", "name another one")
 
     def files(self) -> Iterator[str]:
         """Yield the weights and the report."""

@@ -101,12 +101,14 @@ class Serve(GeneratingJob):
     metrics_every_s: float = 5.0
     """Seconds between lines of metrics.jsonl."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes and times that leave no server."""
-        yield from super().problems()
-        yield from self.below(1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices")
-        yield from self.below(1024, "max_body_bytes")
-        yield from self.below(0, "result_cache_bytes", "drain_s")
+        yield from super().validate()
+        yield from self.validate_minimum(
+            1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices"
+        )
+        yield from self.validate_minimum(1024, "max_body_bytes")
+        yield from self.validate_minimum(0, "result_cache_bytes", "drain_s")
         for name in (
             "read_timeout_s",
             "queue_timeout_s",
@@ -116,19 +118,19 @@ class Serve(GeneratingJob):
             "metrics_every_s",
         ):
             if getattr(self, name) <= 0:
-                yield self.refuse(name, "must be above 0", f"leave job.{name} out")
+                yield self.error(name, "must be above 0", f"leave job.{name} out")
         if self.max_body_bytes > _MAX_BODY_BYTES:
             why = f"is more than {_MAX_BODY_BYTES}: reading a body so large would hold up other requests"
-            yield self.refuse("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
+            yield self.error("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
                 fix = "give names or addresses alone: job.allowed_hosts=[models.example.org]"
                 yield ConfigError("job.allowed_hosts", name, why="is no name of a host", fix=fix)
         if self.allowed_hosts and self.api_keys_file is not None:
             why = "clients show keys (job.api_keys_file), so Host headers are not checked"
-            yield self.refuse("allowed_hosts", why, "leave job.allowed_hosts out")
+            yield self.error("allowed_hosts", why, "leave job.allowed_hosts out")
         if not 0 < self.port < 65536:
-            yield self.refuse("port", "must lie between 1 and 65535", "set job.port=8000")
+            yield self.error("port", "must lie between 1 and 65535", "set job.port=8000")
         for at, shape in enumerate(self.warm_up):
             if len(shape) != 2 or min(shape) < 1:
                 why = "a shape is a number of sequences and a number of tokens, each at least 1"
@@ -168,19 +170,19 @@ class Serve(GeneratingJob):
         """Return 0: it ends when it is told to."""
         return 0
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
-        yield from super().refusals(run, world_size=world_size)
+        yield from super().validate_run(run, world_size=world_size)
         if world_size > 1 and not self.spreads(run):
             why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
             fix = f"set backend.ranks=1 job.replicas={world_size}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
         if self.spreads(run) and self.replicas > 1:
             why = f"the {self.max_ranks(run)} ranks together are one engine"
-            yield self.refuse("replicas", why, "set job.replicas=1, and start a second server for a second engine")
+            yield self.error("replicas", why, "set job.replicas=1, and start a second server for a second engine")
         if self.engine == "vllm" and (self.replicas > 1 or self.spreads(run)):
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
-            yield self.refuse("engine", why, "set job.replicas=1 parallel=single")
+            yield self.error("engine", why, "set job.replicas=1 parallel=single")
         shape = run.model.shape()
         for at, (_, tokens) in enumerate(self.warm_up):
             if shape is not None and tokens > shape.context:
@@ -188,21 +190,21 @@ class Serve(GeneratingJob):
                 yield ConfigError(f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.context}]]")
         if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
             why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
-            yield self.refuse("tokenizer", why, "set model.vocab_size=257 or more")
+            yield self.error("tokenizer", why, "set model.vocab_size=257 or more")
 
-    def preflight(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
+    def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield missing packages, a port that is taken, keys that cannot be read."""
-        yield from super().preflight(run, run_dir)
+        yield from super().validate_machine(run, run_dir)
         yield from validate_packages(self)
         yield from validate_address(self)
         yield from validate_api_keys(self)
         if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
             fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
-            yield self.refuse("tokenizer", "there is no such folder", fix)
+            yield self.error("tokenizer", "there is no such folder", fix)
 
-    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+    def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
         """Warn of a server that other machines reach without keys."""
-        yield from super().notes(run, world_size=world_size)
+        yield from super().warnings(run, world_size=world_size)
         if not is_loopback(self.host) and self.api_keys_file is None:
             yield (
                 f"no authentication: anyone who can connect to {self.address} can use the server, unless "
@@ -245,16 +247,16 @@ def validate_address(job: Serve) -> Iterator[ConfigError]:
     if trouble is None:
         return
     if isinstance(trouble, socket.gaierror) or trouble.errno == 99:  # EADDRNOTAVAIL
-        yield job.refuse("host", f"is no address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
+        yield job.error("host", f"is no address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
         return
     if isinstance(trouble, PermissionError):
-        yield job.refuse("port", "only root may listen there", "set job.port=8000 or another above 1023")
+        yield job.error("port", "only root may listen there", "set job.port=8000 or another above 1023")
         return
     free = next(
         (port for port in range(job.port + 1, job.port + _PORTS_TRIED) if _bind_error(job.host, port) is None), None
     )
     fix = f"set job.port={free}, which is free" if free else "set job.port to a free one"
-    yield job.refuse("port", f"somebody listens on {job.host}:{job.port} already", fix)
+    yield job.error("port", f"somebody listens on {job.host}:{job.port} already", fix)
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
@@ -275,14 +277,14 @@ def validate_api_keys(job: Serve) -> Iterator[ConfigError]:
     yield from validate_api_keys_variable(os.environ)
     if API_KEYS_VARIABLE in os.environ and job.allowed_hosts:
         why = f"clients show keys ({API_KEYS_VARIABLE}), so Host headers are not checked"
-        yield job.refuse("allowed_hosts", why, f"leave job.allowed_hosts out, or unset {API_KEYS_VARIABLE}")
+        yield job.error("allowed_hosts", why, f"leave job.allowed_hosts out, or unset {API_KEYS_VARIABLE}")
     if job.api_keys_file is None:
         return
     try:
         text = Path(job.api_keys_file).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        yield job.refuse("api_keys_file", why, "give a text file with one key a line")
+        yield job.error("api_keys_file", why, "give a text file with one key a line")
         return
     if not any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
-        yield job.refuse("api_keys_file", "holds no key", "write one key a line into it")
+        yield job.error("api_keys_file", "holds no key", "write one key a line into it")

@@ -50,13 +50,13 @@ class Train(LearningJob):
         """Its own steps."""
         return "steps"
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no training run."""
-        yield from super().problems()
-        yield from self.below(1, "log_every", "eval_sequences")
-        yield from self.below(0, "eval_every", "sample_tokens")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "log_every", "eval_sequences")
+        yield from self.validate_minimum(0, "eval_every", "sample_tokens")
         if self.peak_tflops is not None and self.peak_tflops <= 0:
-            yield self.refuse("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
+            yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the optimiser steps."""
@@ -89,10 +89,10 @@ class Evaluate(BatchedJob):
         """Its own steps."""
         return "steps"
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""
-        yield from super().problems()
-        yield from self.below(1, "eval_sequences", "repeats")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "eval_sequences", "repeats")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the global batches of all repeats, the last of each perhaps not full."""

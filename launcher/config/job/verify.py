@@ -62,26 +62,28 @@ class Strategy:
         job = replace(run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, accumulation=None)
         return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
 
-    def misfit(self, run: Run, *, world_size: int, sequences: int) -> str | None:
-        """Return why this case cannot be taken, or ``None`` when it can."""
+    def validate(self, run: Run, *, world_size: int, sequences: int) -> Iterator[str]:
+        """Yield why this strategy cannot run with ``world_size`` ranks and a global batch of ``sequences``."""
         degrees = self.parallel.degrees(world_size)
         if world_size < self.ranks:
-            return f"needs {counted(self.ranks, 'rank')}"
+            yield f"needs {counted(self.ranks, 'rank')}"
         if degrees.product != world_size:
-            return f"{degrees} does not fill {counted(world_size, 'rank')}"
+            yield f"{degrees} does not fill {counted(world_size, 'rank')}"
         length = run.batched_job.sequence_length
         if length % degrees.sequence:
-            return f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
+            yield f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
         shape = run.model.shape()
-        for refusal in self.parallel.refusals(world_size, run.precision, optimizer=run.optimizer, shape=shape):
-            return refusal.why
-        for refusal in validate_family(self.parallel, run.model, run.attention, world_size=world_size, length=length):
-            return refusal.why
+        for error in self.parallel.validate_run(world_size, run.precision, optimizer=run.optimizer, shape=shape):
+            yield error.why
+        for error in validate_family(self.parallel, run.model, run.attention, world_size=world_size, length=length):
+            yield error.why
         try:
             batch = self.batch(run, world_size=world_size, sequences=sequences)
-        except ConfigError as error:
-            return error.why
-        return next((refusal.why for refusal in self.parallel.batch_refusals(batch)), None)
+        except ConfigError as uneven:
+            yield uneven.why
+            return
+        for error in self.parallel.validate_batch(batch):
+            yield error.why
 
     def describe(self, run: Run, *, world_size: int, sequences: int) -> str:
         """Return strategy, degrees and batch in words."""
@@ -182,7 +184,7 @@ def select_strategies(job: Verify, run: Run, *, world_size: int) -> SelectedStra
     sequences = job.batch(run, world_size=world_size).global_
     choice = SelectedStrategies(sequences=sequences)
     for name, case in _candidates(job, run).items():
-        why = case.misfit(run, world_size=world_size, sequences=sequences)
+        why = next(case.validate(run, world_size=world_size, sequences=sequences), None)
         if why is None:
             choice.cases[name] = case
         else:
@@ -229,21 +231,21 @@ class Verify(LearningJob):
     perturb: float = 0.0
     """Multiply the learning rate of all but one process by 1 + this, to see the comparison fail."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse names that are in no catalogue, and counts that compare nothing."""
-        yield from super().problems()
-        yield from self.below(1, "generated_tokens", "case_timeout_s")
-        yield from self.below(0, "loss_tolerance", "grad_norm_tolerance")
+        yield from super().validate()
+        yield from self.validate_minimum(1, "generated_tokens", "case_timeout_s")
+        yield from self.validate_minimum(0, "loss_tolerance", "grad_norm_tolerance")
         if self.strategies == "auto":
             return
         if not self.strategies:
-            yield self.refuse("strategies", "names nothing to compare", "set job.strategies=auto")
+            yield self.error("strategies", "names nothing to compare", "set job.strategies=auto")
         for name in self.strategies:
             if name not in (OWN_STRATEGY, *STRATEGIES):
                 why, fix = f"there is no strategy {name} here", did_you_mean(name, (OWN_STRATEGY, *STRATEGIES))
-                yield self.refuse("strategies", why, fix)
+                yield self.error("strategies", why, fix)
 
-    def refusals(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse what makes equal strategies differ, and strategies asked for by name that cannot be taken."""
         if not isinstance(run.precision, Fp32Precision):
             why = "only fp32 agrees to the tolerances of job=verify"
@@ -264,7 +266,7 @@ class Verify(LearningJob):
             return  # the batch does not come out even, which the plan refuses
         left_out = choice.left_out if self.strategies != "auto" or not choice.cases else {}
         for name, why in left_out.items():
-            yield self.refuse("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
+            yield self.error("strategies", f"{name}: {why}", "leave it out, or set job.strategies=auto")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the steps of one process and of all strategies."""
@@ -277,7 +279,7 @@ class Verify(LearningJob):
         for name, case in choice.cases.items():
             yield name, case.describe(run, world_size=world_size, sequences=choice.sequences)
 
-    def notes(self, run: Run, *, world_size: int) -> Iterator[str]:
+    def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
         """Say what is left out and why."""
         by_reason: dict[str, list[str]] = defaultdict(list)
         for name, why in select_strategies(self, run, world_size=world_size).left_out.items():

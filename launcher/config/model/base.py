@@ -130,7 +130,7 @@ class Model(Component):
     def architecture(self) -> dict[str, Any]:
         """Return what must be equal for a checkpoint of one run to fit another."""
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield what the file system says against this model, without importing torch."""
         if self.weights not in ("random", "pretrained"):
             from launcher.config.model.folder import validate_model_folder
@@ -164,10 +164,10 @@ class Model(Component):
         """
         return None if self.local_weights is None else read_manifest(self.local_weights)
 
-    def quantization_problems(self) -> Iterator[ConfigError]:
+    def validate_quantization(self) -> Iterator[ConfigError]:
         """Yield packages that are missing for the way the weights are, or will be, quantised."""
         if self.quantization != "none":
-            yield from METHODS[self.quantization]().preflight("model.quantization")
+            yield from METHODS[self.quantization]().validate_machine("model.quantization")
             return
         try:
             manifest = self.kept_as()
@@ -175,7 +175,7 @@ class Model(Component):
             yield problem
             return
         if manifest is not None:
-            yield from manifest.method.preflight("model.weights")
+            yield from manifest.method.validate_machine("model.weights")
 
     def weights_folder(self, *, heartbeat: Callable[[], None]) -> Path | None:
         """Return the folder to load weights from, ``None`` for random ones. Rank side."""

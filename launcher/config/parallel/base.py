@@ -121,13 +121,13 @@ class Parallel(Component):
     def formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
         yield from ()
 
-    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+    def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:
         """Yield why this strategy cannot take steps of this batch."""
         yield from ()
 
@@ -141,6 +141,6 @@ class Parallel(Component):
         """Return the configuration file the engine takes, or ``None`` when it takes none."""
         return None
 
-    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+    def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
         """Yield what a user should know of a combination that works."""
         yield from ()

@@ -34,7 +34,7 @@ class Single(_ReplicatedModel):
     kind: ClassVar[str] = "single"
     max_ranks: ClassVar[int | None] = 1
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse a world of several ranks."""
@@ -53,9 +53,9 @@ class Ddp(_ReplicatedModel):
     bucket_mb: int = 25
     """Gradients are reduced in buckets of this size while the backward pass goes on."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse an empty bucket."""
-        yield from self.below(1, "bucket_mb")
+        yield from self.validate_minimum(1, "bucket_mb")
 
 
 def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[ConfigError]:
@@ -76,7 +76,7 @@ def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[Co
     above = min((d for d in legal if d > degree), default=None)
     choices = " or ".join(f"parallel.{option}={d}" for d in (below, above) if d is not None)
     why = f"the model's {', '.join(f'{size} {name}' for name, size in uneven.items())} are no multiple of it"
-    yield parallel.refuse(option, why, f"set {choices}")
+    yield parallel.error(option, why, f"set {choices}")
 
 
 TENSOR_STYLES = frozenset({"colwise", "rowwise"})
@@ -109,12 +109,12 @@ class Fsdp(Parallel):
     reshard_after_forward: bool = True
     """Free each layer's gathered parameters after its forward pass; false trades memory for one gather less."""
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse degrees below 1, and two ways to cut attention at once."""
-        yield from self.below(1, "replicate", "tensor", "sequence")
+        yield from self.validate_minimum(1, "replicate", "tensor", "sequence")
         if self.sequence > 1 and self.tensor > 1:
             why = f"parallel.tensor={self.tensor} splits the heads already"
-            yield self.refuse("sequence", why, "set parallel.sequence=1 or parallel.tensor=1")
+            yield self.error("sequence", why, "set parallel.sequence=1 or parallel.tensor=1")
 
     def degrees(self, world_size: int) -> ParallelDims:
         """Return the degrees; ``shard`` takes the rest."""
@@ -139,23 +139,23 @@ class Fsdp(Parallel):
             f"the layer at work is whole for that time{whole}"
         )
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
         degrees = self.degrees(world_size)
         if self.replicate > 1 and degrees.shard * degrees.sequence == 1:
             why = f"{degrees} leaves each replica one rank, and nothing to shard"
-            yield self.refuse("replicate", why, "set parallel=ddp, or parallel.replicate=1")
+            yield self.error("replicate", why, "set parallel=ddp, or parallel.replicate=1")
         if shape is None:
             return
         if self.tensor > 1 and shape.family == "gpt2":
             why = "Transformers has no tensor plan for GPT-2: its attention keeps q, k and v in one matrix"
-            yield self.refuse("tensor", why, "set parallel.tensor=1: the ranks then shard whole layers, or model=hf")
+            yield self.error("tensor", why, "set parallel.tensor=1: the ranks then shard whole layers, or model=hf")
         for option in ("tensor", "sequence"):
             yield from validate_heads(self, option, shape)
 
-    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+    def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
         """Say where offload moves nothing."""
         if self.offload == "cpu" and not on_gpu:
             yield "ranks compute on the CPU, so parallel.offload=cpu moves nothing off a device"

@@ -83,17 +83,17 @@ class DeepSpeedPipeline(Parallel):
         """Return the degrees; pipelines side by side take the rest."""
         return ParallelDims(pipeline=self.stages, data=max(1, world_size // self.stages))
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no pipeline, ZeRO that goes too far, and raw keys that would do nothing."""
-        yield from self.below(1, "stages", "micro_batches", "reduce_bucket_size", "allgather_bucket_size")
+        yield from self.validate_minimum(1, "stages", "micro_batches", "reduce_bucket_size", "allgather_bucket_size")
         if self.stage > 1:
             why = (
                 "partitioned gradients are reduced after every backward pass, and a pipeline's after the last of a step"
             )
-            yield self.refuse("stage", why, "set parallel.stage=1, or parallel=zero2 or zero3 without a pipeline")
-        yield from self._raw_problems()
+            yield self.error("stage", why, "set parallel.stage=1, or parallel=zero2 or zero3 without a pipeline")
+        yield from self._validate_raw()
 
-    def _raw_problems(self) -> Iterator[ConfigError]:
+    def _validate_raw(self) -> Iterator[ConfigError]:
         """Refuse raw keys; those that an option of ``zero`` renders which a pipeline lacks cannot be sent there."""
         for problem in validate_raw_keys(self.deepspeed):
             owner = OWNED_ZERO_KEYS.get(problem.option.removeprefix(f"{DEEPSPEED_OPTION}.zero_optimization."))
@@ -103,19 +103,19 @@ class DeepSpeedPipeline(Parallel):
             else:
                 yield problem
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse more stages than blocks, models that are not known here, and what ZeRO's engine would not do."""
-        yield from self.zero.refusals(world_size, precision, optimizer=optimizer, shape=shape)
+        yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
         if self.stage == 0 and precision.compute != "fp32":
             why = f"without ZeRO DeepSpeed has no pipeline in {precision.compute} whose numbers are known to be right"
-            yield self.refuse("stage", why, "set parallel.stage=1 or precision=fp32")
+            yield self.error("stage", why, "set parallel.stage=1 or precision=fp32")
         if shape is None:
             return
         if self.stages > shape.layers:
             why = f"the model has {shape.layers} layers, and each stage needs one"
-            yield self.refuse("stages", why, f"set parallel.stages={shape.layers}")
+            yield self.error("stages", why, f"set parallel.stages={shape.layers}")
         if shape.family not in PIPELINE_FAMILIES:
             yield unknown_family_error(shape.family)
 

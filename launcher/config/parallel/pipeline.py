@@ -139,17 +139,17 @@ class Pipeline(Parallel):
             return ParallelDims(pipeline=self.stages, shard=beside)
         return ParallelDims(pipeline=self.stages, data=beside)
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no pipeline, and chunks that a schedule does not have."""
-        yield from self.below(2, "stages")
-        yield from self.below(1, "micro_batches", "chunks")
+        yield from self.validate_minimum(2, "stages")
+        yield from self.validate_minimum(1, "micro_batches", "chunks")
         if self.chunks is None:
             return
         if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
             fix = "set parallel.chunks=1 or parallel.schedule=interleaved_1f1b"
-            yield self.refuse("chunks", f"schedule {self.schedule} has one stretch of layers a rank", fix)
+            yield self.error("chunks", f"schedule {self.schedule} has one stretch of layers a rank", fix)
         if self.schedule == "zbv" and self.chunks != 2:
-            yield self.refuse("chunks", "a V has two stretches of layers a rank", "set parallel.chunks=2")
+            yield self.error("chunks", "a V has two stretches of layers a rank", "set parallel.chunks=2")
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return the share of the rank with the largest stretches; ends have embeddings and head besides blocks."""
@@ -170,7 +170,7 @@ class Pipeline(Parallel):
         over = f"{degrees.pipeline} stages" + (f" × {degrees.shard} shards" if degrees.shard > 1 else "")
         return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse more stages than layers."""
@@ -179,9 +179,9 @@ class Pipeline(Parallel):
             most = shape.layers // self.num_chunks
             why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches, and there are {shape.layers} layers"
             fix = f"set parallel.stages={most}" if most > 1 else "set parallel.schedule=1f1b"
-            yield self.refuse("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
+            yield self.error("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
 
-    def batch_refusals(self, batch: Batch) -> Iterator[ConfigError]:
+    def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:
         """Refuse numbers of micro-batches that the schedule does not take."""
         choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=batch.accumulation)
         if batch.accumulation in choices:
@@ -191,4 +191,4 @@ class Pipeline(Parallel):
             f"{number} (job.global_batch={batch.micro * number * batch.data_parallel})" for number in choices
         )
         fix = f"set parallel.micro_batches to {numbers}, or parallel.schedule=gpipe"
-        yield self.refuse("micro_batches", why, fix)
+        yield self.error("micro_batches", why, fix)

@@ -99,23 +99,23 @@ class Zero(Parallel):
         """Whether anything lives on NVMe."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
-    def problems(self) -> Iterator[ConfigError]:
+    def validate(self) -> Iterator[ConfigError]:
         """Refuse offload where the stage has none, empty buffers, and raw keys that would do nothing or contradict."""
         if self.stage == 0 and self.offload_optimizer == "cpu":
-            yield self.refuse("offload_optimizer", "ZeRO stage 0 cannot offload", "set parallel.stage=1 or more")
+            yield self.error("offload_optimizer", "ZeRO stage 0 cannot offload", "set parallel.stage=1 or more")
         if self.stage != 3 and self.offload_optimizer == "nvme":
             why = f"only ZeRO stage 3 offloads to NVMe and parallel.stage={self.stage}"
-            yield self.refuse("offload_optimizer", why, "set parallel.stage=3 or parallel.offload_optimizer=cpu")
+            yield self.error("offload_optimizer", why, "set parallel.stage=3 or parallel.offload_optimizer=cpu")
         if self.stage != 3 and self.offload_parameters != "none":
             why = f"only ZeRO stage 3 partitions parameters and parallel.stage={self.stage}"
-            yield self.refuse("offload_parameters", why, "set parallel.stage=3 or parallel.offload_parameters=none")
+            yield self.error("offload_parameters", why, "set parallel.stage=3 or parallel.offload_parameters=none")
         if self.uses_nvme and not self.nvme_path:
             why = "something is offloaded to NVMe, and there is no folder for it"
             yield ConfigError("parallel.nvme_path", "null", why=why, fix="set parallel.nvme_path=<a folder on NVMe>")
         if self.low_memory_bf16 and self.stage == 0:
             fix = "set parallel.stage=1 or more"
-            yield self.refuse("low_memory_bf16", "DeepSpeed keeps bf16 masters only from ZeRO stage 1", fix)
-        yield from self.below(
+            yield self.error("low_memory_bf16", "DeepSpeed keeps bf16 masters only from ZeRO stage 1", fix)
+        yield from self.validate_minimum(
             1,
             "reduce_bucket_size",
             "allgather_bucket_size",
@@ -125,19 +125,19 @@ class Zero(Parallel):
             "nvme_buffer_size",
             "nvme_buffer_count",
         )
-        yield from self.below(0, "persistence_threshold", "max_parameters_in_ram")
+        yield from self.validate_minimum(0, "persistence_threshold", "max_parameters_in_ram")
         yield from validate_raw_keys(self.deepspeed)
 
-    def refusals(
+    def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse what the other groups rule out."""
         if self.low_memory_bf16 and precision.compute != "bf16":
             fix = "set precision=bf16 or parallel.low_memory_bf16=false"
-            yield self.refuse("low_memory_bf16", f"precision is {precision.compute}", fix)
+            yield self.error("low_memory_bf16", f"precision is {precision.compute}", fix)
         if isinstance(precision, Fp16Precision) and precision.min_scale != int(precision.min_scale):
             why = "DeepSpeed takes a whole number"
-            yield precision.refuse("min_scale", why, f"set precision.min_scale={int(precision.min_scale)}")
+            yield precision.error("min_scale", why, f"set precision.min_scale={int(precision.min_scale)}")
         reason = "NVMe offload" if self.offload_optimizer == "nvme" else "low_memory_bf16 with offload"
         native_only = self.offload_optimizer == "nvme" or (self.low_memory_bf16 and self.offload_optimizer == "cpu")
         if native_only and optimizer.implementation == "torch":
@@ -145,9 +145,9 @@ class Zero(Parallel):
             yield ConfigError("optimizer.implementation", "torch", why=why, fix="set optimizer.implementation=auto")
         if self.offload_parameters == "nvme" and shape and shape.largest_param > self.nvme_buffer_size:
             why = f"the model's largest parameter has {shape.largest_param} elements"
-            yield self.refuse("nvme_buffer_size", why, f"set parallel.nvme_buffer_size={shape.largest_param}")
+            yield self.error("nvme_buffer_size", why, f"set parallel.nvme_buffer_size={shape.largest_param}")
 
-    def notes(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
+    def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
         """Say what works, but not as one might expect."""
         if self.stage == 0 and precision.compute != "fp32":
             yield f"ZeRO stage 0 in {precision.compute} strays from the other stages by rounding; stage 1 does not"

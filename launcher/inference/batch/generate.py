@@ -180,12 +180,12 @@ def generate(job: Generate, context: Context) -> None:
         size = source.count(heartbeat=heartbeat)
         task = fingerprint_of(context.run, job, source, digest=source.digest(heartbeat=heartbeat))
     except BadFile as bad:
-        raise job.refuse("input", bad.why, bad.fix) from bad
+        raise job.error("input", bad.why, bad.fix) from bad
     except OSError as error:
-        raise job.refuse("input", str(error), "check the disk it is on") from error
+        raise job.error("input", str(error), "check the disk it is on") from error
     folder.mkdir(exist_ok=True)
     stored = stored_fingerprint(folder)
-    if stored is not None and (problems := list(task.problems(stored, job))):
+    if stored is not None and (problems := list(task.validate_stored(stored, job))):
         raise ConfigErrors(problems)
     if (folder / "done").exists() and output.exists():
         print(f"all {size:,} lines are in {output} already", flush=True)

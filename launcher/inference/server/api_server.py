@@ -187,7 +187,7 @@ class ApiServer:
             said = (
                 (error.strerror or str(error)).lower().replace("address already in use", "somebody else does already")
             )
-            raise self._job.refuse("port", f"cannot be listened on: {said}", "set job.port to a free one") from error
+            raise self._job.error("port", f"cannot be listened on: {said}", "set job.port to a free one") from error
 
     def _gated(self, backing: ModelBackend) -> AdmissionMiddleware:
         job = self._job

@@ -105,7 +105,7 @@ def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of
 
     def said(*more: str) -> str:
         run = compose([*base, *more]).run
-        return "\n".join(map(str, run.job.preflight(run, RunDir(tmp_path))))
+        return "\n".join(map(str, run.job.validate_machine(run, RunDir(tmp_path))))
 
     with pytest.raises(Exception, match=r"pip install vllm"):
         plan_of(*base)

@@ -18,7 +18,7 @@ from launcher.errors import ConfigError
 
 
 def problems(data: Data) -> list[str]:
-    return [str(problem) for problem in data.preflight()]
+    return [str(problem) for problem in data.validate_machine()]
 
 
 def written(path: Path, content: bytes) -> str:
@@ -102,7 +102,7 @@ LENGTH = 32
 
 
 def short(data: Text | HfData) -> str:
-    (problem,) = data.refuse_short(LENGTH)
+    (problem,) = data.validate_length(LENGTH)
     return str(problem)
 
 
@@ -118,12 +118,12 @@ def test_a_corpus_below_one_sequence_is_refused_with_numbers_that_work(tmp_path:
         found = dict(re.findall(r"(data.held_out|job.sequence_length)=([\d.]+)", message.partition("; ")[2]))
         share, length = float(found.get("data.held_out", 0.05)), int(found.get("job.sequence_length", LENGTH))
         changed = replace(data, held_out=share)
-        assert not list(changed.refuse_short(length)), message
-        assert list(changed.refuse_short(length + 1)) or share != 0.05
+        assert not list(changed.validate_length(length)), message
+        assert list(changed.validate_length(length + 1)) or share != 0.05
     file.write_text("a")
     assert short(Text(path=str(file))).endswith("; give more text")
     file.write_text(words)
-    assert not list(Text(path=str(file), vocab_size=300).refuse_short(LENGTH))
+    assert not list(Text(path=str(file), vocab_size=300).validate_length(LENGTH))
 
 
 def test_the_plan_counts_as_the_rank_does(tmp_path: Path, model: Gpt2) -> None:
@@ -140,5 +140,5 @@ def test_with_another_tokenizer_only_what_no_tokenizer_could_mend_is_refused(tmp
     (tmp_path / "x.txt").write_text("tiny")
     assert "has 45 tokens" in short(Text(path=f"{tmp_path}/x.txt", tokenizer="model"))
     (tmp_path / "x.txt").write_text("large enough perhaps" * 4)
-    assert not list(Text(path=f"{tmp_path}/x.txt", tokenizer="model").refuse_short(LENGTH))
-    assert not list(Text().refuse_short(LENGTH))
+    assert not list(Text(path=f"{tmp_path}/x.txt", tokenizer="model").validate_length(LENGTH))
+    assert not list(Text().validate_length(LENGTH))

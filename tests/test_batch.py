@@ -15,7 +15,7 @@ def test_the_equation_is_solved_for_what_was_left_out():
     [
         (60, None, r"micro 2 × dp 4 = 8 does not divide 60; set job.global_batch=56 or job.global_batch=64"),
         (4, None, r"set job.global_batch=8"),
-        (64, 2, r"micro 2 × accum 2 × dp 4 = 16; set job.global_batch=16 or leave out job.accumulation"),
+        (64, 2, r"micro 2 × accum 2 × dp 4 = 16; set job.global_batch=16 or leave out job.gradient_accumulation_steps"),
     ],
 )
 def test_what_does_not_multiply_out_is_refused_with_the_arithmetic(global_, accumulation, message):

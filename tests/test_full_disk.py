@@ -28,7 +28,7 @@ from .conftest import Launch
 
 SIZE = "6m"
 SMALL = (
-    *("model.layers=2", "model.width=128", "model.context=64", "tracker=local", "data=synthetic"),
+    *("model.layers=2", "model.hidden_size=128", "model.max_position_embeddings=64", "tracker=local", "data=synthetic"),
     *("job.sequence_length=32", "job.micro_batch=2", "job.eval_sequences=2", "job.sample_tokens=2"),
     *("job.log_every=1", "schedule.warmup_steps=2", "backend.ranks=1", "parallel=single"),
 )

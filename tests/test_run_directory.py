@@ -26,7 +26,7 @@ from launcher.utils.files import atomic_file, write_atomic, write_json
 
 from .conftest import Launch
 
-SMALL = ("model.layers=1", "model.width=32", "tracker=local", "data=synthetic")
+SMALL = ("model.layers=1", "model.hidden_size=32", "tracker=local", "data=synthetic")
 SLURM = (*SMALL, "backend=slurm")
 BACKENDS = {
     "local": SMALL,

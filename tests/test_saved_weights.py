@@ -25,7 +25,13 @@ from launcher.utils.schema import to_tree
 
 from .conftest import Launch, PlanOf
 
-TRAINED = ("model.layers=2", "model.width=32", "model.context=64", "model.vocab_size=300", "data.vocab_size=300")
+TRAINED = (
+    "model.layers=2",
+    "model.hidden_size=32",
+    "model.max_position_embeddings=64",
+    "model.vocab_size=300",
+    "data.vocab_size=300",
+)
 ID = "20260101-120000-abcd"
 Write = Callable[..., SavedCheckpoint]
 

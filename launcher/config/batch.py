@@ -22,7 +22,7 @@ def solve_batch(
             "job.global_batch",
             global_,
             why=f"micro {micro} × accum {accumulation} × dp {data_parallel} = {one_pass * accumulation}",
-            fix=f"set job.global_batch={one_pass * accumulation} or leave out job.accumulation",
+            fix=f"set job.global_batch={one_pass * accumulation} or leave out job.gradient_accumulation_steps",
         )
     if global_ % one_pass:
         nearest = sorted({max(one_pass, global_ // one_pass * one_pass), (global_ // one_pass + 1) * one_pass})

@@ -183,9 +183,9 @@ class BatchedJob(Job):
     """Sequences in one forward pass of one rank."""
 
     global_batch: int | None = None
-    """Sequences in one step over all ranks: micro_batch x accumulation x data-parallel size."""
+    """Sequences in one step over all ranks: micro_batch x gradient_accumulation_steps x data-parallel size."""
 
-    accumulation: int | None = None
+    gradient_accumulation_steps: int | None = None
     """Forward passes per step and rank; give this or ``global_batch``. Neither means 1, or what fills a pipeline."""
 
     sequence_length: int = 128
@@ -202,7 +202,7 @@ class BatchedJob(Job):
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no batch."""
-        yield from self.validate_minimum(1, "micro_batch", "global_batch", "accumulation")
+        yield from self.validate_minimum(1, "micro_batch", "global_batch", "gradient_accumulation_steps")
         yield from self.validate_minimum(2, "sequence_length")
         yield from self.validate_minimum(0, "seed")
 
@@ -215,7 +215,7 @@ class BatchedJob(Job):
         return solve_batch(
             micro=self.micro_batch,
             global_=self.global_batch,
-            accumulation=run.parallel.accumulation or self.accumulation,
+            accumulation=run.parallel.accumulation or self.gradient_accumulation_steps,
             data_parallel=run.parallel.data_parallel(world_size),
             usual=run.parallel.usual_accumulation,
         )

@@ -84,7 +84,7 @@ def _validate_sequences(model: Model, attention: Attention, *, degree: int, leng
 
 def whole_sequence_error(degree: int, why: str) -> ConfigError:
     """Return the refusal of a model whose sequences stay whole."""
-    return ConfigError("parallel.sequence", degree, why=why, fix=_ALTERNATIVE)
+    return ConfigError("parallel.sequence_parallel", degree, why=why, fix=_ALTERNATIVE)
 
 
 def unsupported_attention(attention: Attention, family: str, marks: AttentionSupport) -> ConfigError | None:

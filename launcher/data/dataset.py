@@ -197,7 +197,7 @@ def open_splits(
 
 def _limits(model: Model) -> tuple[int, int]:
     if shape := model.shape():
-        return shape.vocab_size, shape.context
+        return shape.vocab_size, shape.max_position_embeddings
     config = model.transformers_config().get_text_config()
     return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 62  # some have no limit
 

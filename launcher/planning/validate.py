@@ -198,16 +198,16 @@ def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
 
 def _validate_sequence_length(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     shape = run.model.shape()
-    if shape is not None and job.sequence_length > shape.context:
-        why = f"{run.model.name} takes at most {shape.context} tokens"
-        yield job.error("sequence_length", why, f"set job.sequence_length={shape.context}")
+    if shape is not None and job.sequence_length > shape.max_position_embeddings:
+        why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
+        yield job.error("sequence_length", why, f"set job.sequence_length={shape.max_position_embeddings}")
 
 
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     own = run.parallel.accumulation
-    if own is not None and job.accumulation not in (None, own):
+    if own is not None and job.gradient_accumulation_steps not in (None, own):
         why = f"parallel.micro_batches={own} says how many forward passes a step takes"
-        yield job.error("accumulation", why, "leave one of the two out")
+        yield job.error("gradient_accumulation_steps", why, "leave one of the two out")
 
 
 def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
@@ -216,7 +216,7 @@ def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Ite
     if degree == 1:
         return
     if length % degree:
-        why = f"it does not divide by parallel.sequence={degree}"
+        why = f"it does not divide by parallel.sequence_parallel={degree}"
         yield job.error("sequence_length", why, f"set job.sequence_length={max(1, length // degree) * degree}")
 
 

@@ -77,7 +77,7 @@ def main() -> None:
             heartbeat=Heartbeat(None),
         )
 
-    small = ("model=gpt2_tiny", "model.layers=4", "model.width=64", "model.heads=2", "model.vocab_size=512")
+    small = ("model=gpt2_tiny", "model.layers=4", "model.hidden_size=64", "model.heads=2", "model.vocab_size=512")
     build = BUILDERS[name]
     release = build(context_of(*small))
     barrier()

@@ -40,12 +40,16 @@ class Workload:
         """Return this job in the launcher's words, with everything off that the bare scripts do not do."""
         return [
             f"model={self.family}_tiny",
-            *([f"model.kv_heads={self.heads}", f"model.mlp_width={4 * self.width}"] if self.family == "llama" else []),
+            *(
+                [f"model.kv_heads={self.heads}", f"model.intermediate_size={4 * self.width}"]
+                if self.family == "llama"
+                else []
+            ),
             f"model.layers={self.layers}",
             f"model.heads={self.heads}",
-            f"model.width={self.width}",
+            f"model.hidden_size={self.width}",
             f"model.vocab_size={self.vocab_size}",
-            f"model.context={self.sequence_length}",
+            f"model.max_position_embeddings={self.sequence_length}",
             "data=synthetic",
             f"data.vocab_size={self.vocab_size}",
             f"precision={self.precision}",
@@ -56,7 +60,7 @@ class Workload:
             f"job.steps={self.steps}",
             f"job.micro_batch={self.micro_batch}",
             "job.global_batch=null",
-            f"job.accumulation={self.accumulation}",
+            f"job.gradient_accumulation_steps={self.accumulation}",
             f"job.sequence_length={self.sequence_length}",
             f"job.clip_norm={self.clip_norm}",
             "job.eval_every=0",

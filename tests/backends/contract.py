@@ -27,7 +27,13 @@ Ended = tuple[int, str, RunDir]
 
 SMALL = (
     *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=6"),
-    *("model.layers=1", "model.width=32", "model.context=32", "job.sequence_length=16", "job.micro_batch=2"),
+    *(
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=32",
+        "job.sequence_length=16",
+        "job.micro_batch=2",
+    ),
     *("job.global_batch=4", "job.eval_sequences=4", "job.sample_tokens=0", "schedule.warmup_steps=2"),
 )
 SECRETS = {"HF_TOKEN": "hf_hunter2hunter2", "WANDB_API_KEY": "0123456789" * 4}

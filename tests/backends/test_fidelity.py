@@ -11,7 +11,13 @@ import pytest
 
 SMALL = (
     *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0"),
-    *("model.layers=1", "model.width=32", "model.context=32", "job.sequence_length=16", "job.micro_batch=2"),
+    *(
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=32",
+        "job.sequence_length=16",
+        "job.micro_batch=2",
+    ),
     *("job.eval_sequences=4", "job.sample_tokens=0", "schedule.warmup_steps=2"),
     *("job.steps=1000000", "checkpoint.at_end=false", "checkpoint.every=0", "run.dir=nasty"),
 )

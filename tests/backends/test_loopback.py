@@ -11,7 +11,14 @@ import pytest
 from tests.conftest import Background, marked
 
 SMALL = (
-    *("model.layers=1", "model.width=32", "model.context=32", "tracker=local", "data=synthetic", "backend.threads=1"),
+    *(
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=32",
+        "tracker=local",
+        "data=synthetic",
+        "backend.threads=1",
+    ),
     *("job.sequence_length=16", "job.micro_batch=1", "job.eval_sequences=2", "job.sample_tokens=2", "job.log_every=1"),
     *("schedule=constant", "checkpoint.at_end=false", "job.steps=1000000", "backend.ranks=2"),
 )

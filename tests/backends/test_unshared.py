@@ -15,7 +15,13 @@ from launcher.utils.files import read_json, sha256_of
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SMALL = (
     *("backend.threads=1", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=4"),
-    *("model.layers=1", "model.width=32", "model.context=32", "job.sequence_length=16", "job.micro_batch=2"),
+    *(
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=32",
+        "job.sequence_length=16",
+        "job.micro_batch=2",
+    ),
     *("job.eval_sequences=4", "job.sample_tokens=4", "schedule.warmup_steps=2"),
 )
 WITHOUT_CHECKPOINTS = ("checkpoint.every=0", "checkpoint.at_end=false")

@@ -10,7 +10,14 @@ from launcher.errors import ConfigErrors
 from launcher.planning.render import render_plan
 
 TINY = (
-    *("+exp=batching_gpt2", "tracker=local", "model.layers=2", "model.heads=2", "model.width=32", "model.context=64"),
+    *(
+        "+exp=batching_gpt2",
+        "tracker=local",
+        "model.layers=2",
+        "model.heads=2",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=64",
+    ),
     *("model.vocab_size=257", "benchmark.repeats=1", "benchmark.outputs=2-6"),
 )
 

@@ -11,7 +11,13 @@ from launcher.errors import ConfigErrors
 
 TINY = (
     *("job=benchmark", "benchmark=checkpoint", "tracker=local", "backend.ranks=2", "backend.threads=1"),
-    *("model.layers=2", "model.width=64", "model.heads=2", "model.context=32", "model.vocab_size=256"),
+    *(
+        "model.layers=2",
+        "model.hidden_size=64",
+        "model.heads=2",
+        "model.max_position_embeddings=32",
+        "model.vocab_size=256",
+    ),
     *("benchmark.saves=2", "benchmark.every=1", "benchmark.sequence=16", "benchmark.repeats=1"),
 )
 STATE_BYTES = 12 * ((256 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64)

@@ -12,7 +12,13 @@ from launcher.protocol.plan import Host
 
 TINY = (
     *("job=benchmark", "benchmark=memory", "tracker=local", "backend.ranks=2", "backend.threads=1"),
-    *("model.layers=2", "model.width=64", "model.heads=2", "model.context=32", "model.vocab_size=256"),
+    *(
+        "model.layers=2",
+        "model.hidden_size=64",
+        "model.heads=2",
+        "model.max_position_embeddings=32",
+        "model.vocab_size=256",
+    ),
     *("benchmark.batch=2", "benchmark.sequence=16"),
 )
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")

@@ -15,7 +15,13 @@ from launcher.protocol.plan import Host
 
 TINY = (
     *("job=benchmark", "benchmark=pipeline", "tracker=local", "backend.ranks=2", "backend.threads=1"),
-    *("model.layers=4", "model.width=32", "model.heads=2", "model.context=32", "model.vocab_size=64"),
+    *(
+        "model.layers=4",
+        "model.hidden_size=32",
+        "model.heads=2",
+        "model.max_position_embeddings=32",
+        "model.vocab_size=64",
+    ),
     *("benchmark.batch=4", "benchmark.sequence=16", "benchmark.micro_batches=[2]", "benchmark.repeats=1"),
 )
 UNIT_S = 0.03

@@ -13,7 +13,14 @@ from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.rundir import RunDir
 
 WORDS = (
-    *("+exp=cache_gpt2", "tracker=local", "backend.ranks=1", "model=gpt2_tiny", "model.layers=2", "model.width=32"),
+    *(
+        "+exp=cache_gpt2",
+        "tracker=local",
+        "backend.ranks=1",
+        "model=gpt2_tiny",
+        "model.layers=2",
+        "model.hidden_size=32",
+    ),
     *("model.heads=2", "model.vocab_size=257", "benchmark.max_length=40", "benchmark.repeats=2"),
 )
 

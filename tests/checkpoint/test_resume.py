@@ -146,10 +146,10 @@ def test_a_run_that_differs_is_refused(save: Save, change: dict[str, Component |
 
 
 def test_everything_that_differs_is_told_at_once(save: Save) -> None:
-    model = replace(MODEL, layers=3, width=32)
+    model = replace(MODEL, layers=3, hidden_size=32)
     errors = list(validate_resume(save(10), model=model, parallel=Single(), precision=Fp32Precision(), world_size=1))
     assert len(errors) == 3
-    assert errors[0].fix == f"set model.layers={MODEL.layers} model.width={MODEL.width}"
+    assert errors[0].fix == f"set model.hidden_size={MODEL.hidden_size} model.layers={MODEL.layers}"
 
 
 def test_replicated_weights_load_on_any_number_of_ranks(save: Save) -> None:

@@ -20,8 +20,8 @@ from launcher.utils.processes import identify
 
 SMALL = (
     "model.layers=2",
-    "model.width=64",
-    "model.context=64",
+    "model.hidden_size=64",
+    "model.max_position_embeddings=64",
     "job.sequence_length=32",
     "job.micro_batch=2",
     "job.eval_sequences=8",

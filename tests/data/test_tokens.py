@@ -65,7 +65,7 @@ def test_four_processes_build_it_once(text: MakeText, tmp_path: Path) -> None:
     script = (
         "import sys; from launcher.data.dataset import open_splits; from launcher.config.data.text import Text\n"
         "from launcher.data import token_cache as tokens; from launcher.config.model.gpt2 import Gpt2\n"
-        "model = Gpt2(name='small', layers=1, heads=2, width=8, context=64, vocab_size=400)\n"
+        "model = Gpt2(name='small', layers=1, heads=2, hidden_size=8, max_position_embeddings=64, vocab_size=400)\n"
         "train = tokens.train_bpe\n"
         "tokens.train_bpe = lambda *a, **k: print('built') or train(*a, **k)\n"
         "data = Text(path=sys.argv[1], vocab_size=300, cache=sys.argv[2])\n"

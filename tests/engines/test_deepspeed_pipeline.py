@@ -34,7 +34,7 @@ PLANTS: dict[str, dict[str, Any]] = {
 def case(name: str, world: int, parallel: dict[str, Any], *, family: str = "gpt2", **rest: Any) -> dict[str, Any]:
     groups = {group: rest.pop(group) for group in ("model", "activation", "attention", "precision") if group in rest}
     passes = 16 // SEQUENCES_A_PASS // (world // parallel.get("stages", 2))
-    job = {"micro_batch": SEQUENCES_A_PASS, "accumulation": passes}
+    job = {"micro_batch": SEQUENCES_A_PASS, "gradient_accumulation_steps": passes}
     run = {"parallel": {"kind": "deepspeed_pipeline", **parallel}, "job": job, **groups}
     return {"name": name, "world": world, "steps": STEPS, "lr": FAMILIES[family], "family": family, "run": run, **rest}
 

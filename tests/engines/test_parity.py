@@ -18,7 +18,10 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "zero3": ZERO3,
     "zero3_offload": {**ZERO3, "offload_optimizer": "cpu", "offload_parameters": "cpu"},
 }
-SPLITS = {"1x8": {"micro_batch": 1, "accumulation": 8}, "2x4": {"micro_batch": 2, "accumulation": 4}}
+SPLITS = {
+    "1x8": {"micro_batch": 1, "gradient_accumulation_steps": 8},
+    "2x4": {"micro_batch": 2, "gradient_accumulation_steps": 4},
+}
 SPLIT_STRATEGIES = ("ddp", "zero1", "zero3")
 SAVED = ("ddp", "zero1", "zero2", "zero3")
 NUMERICS: dict[str, dict[str, Any]] = {

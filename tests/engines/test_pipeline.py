@@ -51,8 +51,8 @@ OTHERS = {
         "parallel": {"schedule": "interleaved_zero_bubble"},
         "activation": {"kind": "full"},
     },
-    "splits_2x8": {"parallel": {}, "job": {"micro_batch": 2, "accumulation": 8}},
-    "splits_8x2": {"parallel": {}, "job": {"micro_batch": 8, "accumulation": 2}},
+    "splits_2x8": {"parallel": {}, "job": {"micro_batch": 2, "gradient_accumulation_steps": 8}},
+    "splits_8x2": {"parallel": {}, "job": {"micro_batch": 8, "gradient_accumulation_steps": 2}},
     "files_2_1f1b": {"family": "files", "parallel": {}},
     "by_time": {"parallel": {"balance": "time"}},
 }
@@ -74,9 +74,9 @@ def case(name: str, folder: Path, *, world: int | None = None, family: str = "gp
     run = {group: rest.pop(group) for group in ("activation", "precision") if group in rest}
     world = world or parallel.get("stages", 2)
     side_by_side = max(1, world // parallel.get("stages", 2))
-    job = {"micro_batch": 4 // side_by_side, "accumulation": 4, **rest.pop("job", {})}
+    job = {"micro_batch": 4 // side_by_side, "gradient_accumulation_steps": 4, **rest.pop("job", {})}
     models = {
-        "gpt2": {"layers": LAYERS, "width": 32, "weights": "random"},
+        "gpt2": {"layers": LAYERS, "hidden_size": 32, "weights": "random"},
         "llama": {"name": str(folder / "llama"), "weights": "random"},
         "files": {},  # GPT-2 from safetensors, where tied weights stand once
     }
@@ -105,7 +105,14 @@ def answers(run_cases: Any, folder: Path) -> dict[str, Any]:
     """Run all cases of this module on the same four processes."""
     cases = []
     for family in ("gpt2", "llama", "files"):
-        one = case(family, folder, world=1, family=family, parallel={}, job={"micro_batch": 16, "accumulation": 1})
+        one = case(
+            family,
+            folder,
+            world=1,
+            family=family,
+            parallel={},
+            job={"micro_batch": 16, "gradient_accumulation_steps": 1},
+        )
         cases.append({**one, "run": {**one["run"], "parallel": {"kind": "single"}}})
     for name in MATRIX:
         _, stages, schedule = name.split("_", 2)

@@ -14,9 +14,9 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "fsdp_kept": (2, {**FSDP, "reshard_after_forward": False}),
     "fsdp_offload": (2, {**FSDP, "offload": "cpu"}),
     "hsdp": (4, {**FSDP, "replicate": 2}),
-    "sequence": (2, {**FSDP, "sequence": 2}),
-    "sequence2_shard2": (4, {**FSDP, "sequence": 2}),
-    "sequence4": (4, {**FSDP, "sequence": 4}),
+    "sequence": (2, {**FSDP, "sequence_parallel": 2}),
+    "sequence2_shard2": (4, {**FSDP, "sequence_parallel": 2}),
+    "sequence4": (4, {**FSDP, "sequence_parallel": 4}),
     "tensor": (2, {**FSDP, "tensor": 2}),
     "tensor2_shard2": (4, {**FSDP, "tensor": 2}),
 }
@@ -25,7 +25,7 @@ CASES = [(name, family) for name in STRATEGIES for family in FAMILIES if family 
 PLANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "replicas_keep_their_gradients": ("gpt2", 2, {"kind": "ddp"}),
     "shards_take_the_mean_for_the_sum": ("gpt2", 2, FSDP),
-    "stretches_begin_at_position_zero": ("gpt2", 2, {**FSDP, "sequence": 2}),
+    "stretches_begin_at_position_zero": ("gpt2", 2, {**FSDP, "sequence_parallel": 2}),
     "tensor_ranks_do_not_add_up": ("llama", 2, {**FSDP, "tensor": 2}),
     "ranks_count_their_own_tokens": ("gpt2", 2, {"kind": "zero", "stage": 1}),
 }
@@ -33,10 +33,10 @@ PLANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def case(name: str, family: str, world: int, parallel: dict[str, Any], **rest: Any) -> dict[str, Any]:
-    data_parallel = world // parallel.get("sequence", 1) // parallel.get("tensor", 1)
+    data_parallel = world // parallel.get("sequence_parallel", 1) // parallel.get("tensor", 1)
     job = {
         "micro_batch": 8 if data_parallel == 1 else 4,
-        "accumulation": None,
+        "gradient_accumulation_steps": None,
         "global_batch": 16,
         **rest.pop("job", {}),
     }

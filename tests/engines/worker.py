@@ -59,14 +59,20 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
     from launcher.config.build import build_run, with_defaults
 
     tree = {
-        "job": {"kind": "train", "micro_batch": 8, "accumulation": 1, "sequence_length": TOKENS, "clip_norm": 1.0},
+        "job": {
+            "kind": "train",
+            "micro_batch": 8,
+            "gradient_accumulation_steps": 1,
+            "sequence_length": TOKENS,
+            "clip_norm": 1.0,
+        },
         "model": {
             "kind": "gpt2",
             "name": "tiny",
             "layers": 4,
             "heads": 4,
-            "width": 64,
-            "context": TOKENS,
+            "hidden_size": 64,
+            "max_position_embeddings": TOKENS,
             "vocab_size": VOCABULARY,
             "weights": weights["gpt2"],
         },

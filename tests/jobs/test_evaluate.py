@@ -17,8 +17,15 @@ from launcher.utils.files import read_json
 
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 MODEL = (
-    *("tracker=local", "data=synthetic", "backend.threads=1", "model.layers=2", "model.width=32", "model.heads=2"),
-    *("model.context=64", "model.vocab_size=256", "job.sequence_length=32", "job.micro_batch=4"),
+    *(
+        "tracker=local",
+        "data=synthetic",
+        "backend.threads=1",
+        "model.layers=2",
+        "model.hidden_size=32",
+        "model.heads=2",
+    ),
+    *("model.max_position_embeddings=64", "model.vocab_size=256", "job.sequence_length=32", "job.micro_batch=4"),
     "job.eval_sequences=21",  # fills no batch of four evenly, on one rank or two
 )
 EVALUATE = ("job=evaluate", *MODEL)
@@ -34,7 +41,7 @@ def metrics_of(folder: Any) -> dict[str, Any]:
 def test_every_strategy_measures_the_same(launch, tmp_path) -> None:
     losses = {}
     for name, words in {
-        "single": ("parallel=single", "backend.ranks=1", "job.accumulation=3"),
+        "single": ("parallel=single", "backend.ranks=1", "job.gradient_accumulation_steps=3"),
         "ddp": ("parallel=ddp", "backend.ranks=2", "job.repeats=2"),
         "zero3": ("parallel=zero3", "parallel.persistence_threshold=0", "backend.ranks=2"),
     }.items():

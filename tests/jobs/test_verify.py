@@ -24,7 +24,13 @@ from launcher.verification.forked_ranks import ERROR_KEY, TIME_KEY, FileRendezvo
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 VERIFY = (
     *("job=verify", "tracker=local", "data=synthetic", "schedule=constant", "backend.ranks=2", "backend.threads=1"),
-    *("model.layers=2", "model.width=32", "model.heads=2", "model.context=32", "model.vocab_size=64"),
+    *(
+        "model.layers=2",
+        "model.hidden_size=32",
+        "model.heads=2",
+        "model.max_position_embeddings=32",
+        "model.vocab_size=64",
+    ),
     *("data.vocab_size=64", "job.sequence_length=16", "job.micro_batch=2", "job.global_batch=8", "run.dir=run"),
 )
 

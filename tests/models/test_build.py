@@ -17,7 +17,14 @@ from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
 
-SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "name": "small",
+    "layers": 2,
+    "heads": 2,
+    "hidden_size": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 PLAIN: dict[str, Any] = {"attention": SdpaAttention(), "activation": NoCheckpointing()}
 Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
 

@@ -19,7 +19,14 @@ from launcher.models.build import build_model
 from launcher.models.transforms import apply_compile
 from launcher.utils.build_cache import lacks_compiler
 
-SIZES: dict[str, Any] = {"name": "small", "layers": 3, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "name": "small",
+    "layers": 3,
+    "heads": 2,
+    "hidden_size": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 IDS = torch.arange(24).view(2, 12)
 CPU = torch.device("cpu")
 

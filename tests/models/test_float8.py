@@ -60,7 +60,14 @@ def test_the_linear_layers_of_blocks_multiply_in_8_bits() -> None:
 
 @has_torchao
 def test_models_that_torchao_cannot_convert_are_refused() -> None:
-    sizes: dict[str, Any] = {"name": "s", "layers": 1, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+    sizes: dict[str, Any] = {
+        "name": "s",
+        "layers": 1,
+        "heads": 2,
+        "hidden_size": 16,
+        "max_position_embeddings": 32,
+        "vocab_size": 99,
+    }
     gpt2 = build_model(Gpt2(**sizes), seed=1, attention=SdpaAttention(), activation=NoCheckpointing())
     with pytest.raises(ConfigError, match=r"precision=fp8: the blocks of GPT2LMHeadModel hold no torch\.nn\.Linear"):
         apply_float8(gpt2, Fp8Precision())

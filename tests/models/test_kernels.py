@@ -17,7 +17,14 @@ from launcher.errors import ConfigError
 from launcher.models.attention import attention_implementation, flash_forward
 from launcher.models.build import build_model
 
-SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "name": "small",
+    "layers": 2,
+    "heads": 2,
+    "hidden_size": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 IDS = torch.arange(24).view(2, 12)
 
 

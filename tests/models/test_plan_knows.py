@@ -261,7 +261,7 @@ def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> Non
     assert shape.active_params == 2 * 67 * 32 + 48 * 32  # two experts of four
     assert shape.flops_per_token(8) == 6 * shape.active_params + 12 * 2 * 32 * 8
     assert (shape.layers, shape.block_params, shape.largest_param) == (2, 48 * 32, 67 * 32)
-    assert (shape.family, shape.vocab_size, shape.context, shape.tied) == ("mixtral", 67, 64, False)
+    assert (shape.family, shape.vocab_size, shape.max_position_embeddings, shape.tied) == ("mixtral", 67, 64, False)
     assert Hf(name=str(tmp_path), weights="random").shape() is None
 
 
@@ -322,7 +322,7 @@ def test_sequences_are_shared_only_where_attention_alone_sees_other_tokens(
     plan_of: Callable[..., object], tmp_path: Path, config: dict[str, Any], said: str | None
 ) -> None:
     folder = f"model.name={model_folder(tmp_path, config)}"
-    words = ["model=hf", folder, "parallel=sequence", "parallel.sequence=2", "job.sequence_length=32"]
+    words = ["model=hf", folder, "parallel=sequence", "parallel.sequence_parallel=2", "job.sequence_length=32"]
     if said is None:
         plan_of(*words)
         return

@@ -25,7 +25,14 @@ from launcher.models.build import build_model
 from launcher.models.transforms import apply_activation_checkpointing
 
 LAYERS, WIDTH = 5, 16
-SIZES: dict[str, Any] = {"name": "small", "layers": LAYERS, "heads": 2, "width": WIDTH, "context": 32, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "name": "small",
+    "layers": LAYERS,
+    "heads": 2,
+    "hidden_size": WIDTH,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 IDS = torch.arange(24).view(2, 12)
 POLICIES = {
     "full": (FullCheckpointing(), {0, 1, 2, 3, 4}),

@@ -12,7 +12,14 @@ from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.hf import Hf
 from launcher.config.model.llama import SmolLm2
 
-SIZES: dict[str, Any] = {"name": "small", "layers": 2, "heads": 2, "width": 16, "context": 32, "vocab_size": 99}
+SIZES: dict[str, Any] = {
+    "name": "small",
+    "layers": 2,
+    "heads": 2,
+    "hidden_size": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 
 
 def only_problem(model: Gpt2 | Hf | SmolLm2) -> str:

@@ -7,7 +7,7 @@ from launcher.config.parallel.data_parallel import Fsdp
 from launcher.config.precision import Bf16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
 
-GPT2 = Gpt2(name="small", layers=4, heads=6, width=96, context=64, vocab_size=512).shape()
+GPT2 = Gpt2(name="small", layers=4, heads=6, hidden_size=96, max_position_embeddings=64, vocab_size=512).shape()
 SMOLLM2 = SMOLLM2_SIZES.shape()
 
 
@@ -17,12 +17,12 @@ def refusals(strategy, shape, world_size):
 
 def test_shards_take_what_other_degrees_leave():
     assert str(Fsdp(replicate=2, tensor=2).degrees(16)) == "data 2 × shard 4 × tensor 2 = 16"
-    assert Fsdp(sequence=4).data_parallel(8) == 2
+    assert Fsdp(sequence_parallel=4).data_parallel(8) == 2
 
 
 def test_state_is_spread_over_all_that_hold_shares():
     quarter, half = -(-GPT2.num_params // 4), GPT2.num_params // 2
-    state = Fsdp(sequence=2).state_bytes(GPT2, 4, Bf16Precision())
+    state = Fsdp(sequence_parallel=2).state_bytes(GPT2, 4, Bf16Precision())
     assert (state.total, state.host) == (pytest.approx(16 * quarter, rel=1e-4), 0)
     assert Fsdp(replicate=2, offload="cpu").state_bytes(GPT2, 4, Bf16Precision()).host == pytest.approx(
         16 * half, rel=1e-4
@@ -44,7 +44,11 @@ def test_tensor_ranks_hold_embeddings_whole():
             ("parallel.tensor=2", "9 heads, 3 heads of keys", "tensor=1 or parallel.tensor=3"),
         ),
         (Fsdp(tensor=2), GPT2, ("parallel.tensor=2", "no tensor plan for GPT-2")),
-        (Fsdp(sequence=4), GPT2, ("parallel.sequence=4", "6 heads", "parallel.sequence=3 or parallel.sequence=6")),
+        (
+            Fsdp(sequence_parallel=4),
+            GPT2,
+            ("parallel.sequence_parallel=4", "6 heads", "parallel.sequence_parallel=3 or parallel.sequence_parallel=6"),
+        ),
         (Fsdp(replicate=4), GPT2, ("parallel.replicate=4", "nothing to shard", "parallel=ddp")),
     ],
 )
@@ -55,9 +59,9 @@ def test_what_cannot_be_divided_is_refused_with_what_can(strategy, shape, parts)
 
 def test_legal_degrees_are_not_refused():
     assert refusals(Fsdp(tensor=3), SMOLLM2, 3) == []
-    assert refusals(Fsdp(sequence=2), GPT2, 4) == []
+    assert refusals(Fsdp(sequence_parallel=2), GPT2, 4) == []
 
 
 def test_heads_are_cut_once():
     with pytest.raises(ConfigErrors, match="splits the heads already"):
-        Fsdp(sequence=2, tensor=2)
+        Fsdp(sequence_parallel=2, tensor=2)

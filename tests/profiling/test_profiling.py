@@ -35,7 +35,13 @@ from launcher.utils.files import read_json
 
 BOX = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 ONE_RANK = ("tracker=local", "backend.ranks=1", "parallel=single", "backend.threads=1")
-TINY = ("model.layers=2", "model.width=32", "model.heads=2", "model.context=64", "model.vocab_size=257")
+TINY = (
+    "model.layers=2",
+    "model.hidden_size=32",
+    "model.heads=2",
+    "model.max_position_embeddings=64",
+    "model.vocab_size=257",
+)
 
 
 def events(path: Path) -> list[dict[str, Any]]:

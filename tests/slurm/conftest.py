@@ -24,7 +24,13 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin"
 
 SMALL = (
     *("backend=slurm", "backend.threads=1", "tracker=local", "data=synthetic"),
-    *("model.layers=1", "model.width=32", "model.context=32", "job.sequence_length=16", "job.micro_batch=1"),
+    *(
+        "model.layers=1",
+        "model.hidden_size=32",
+        "model.max_position_embeddings=32",
+        "job.sequence_length=16",
+        "job.micro_batch=1",
+    ),
     *("job.eval_sequences=2", "job.sample_tokens=2", "schedule.warmup_steps=2", "job.log_every=1"),
 )
 

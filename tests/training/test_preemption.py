@@ -25,8 +25,8 @@ from launcher.utils.files import read_json, write_json
 STEPS = 150
 SMALL = (
     "model.layers=2",
-    "model.width=64",
-    "model.context=64",
+    "model.hidden_size=64",
+    "model.max_position_embeddings=64",
     "model.dropout=0.1",
     "job.sequence_length=32",
     "job.micro_batch=2",

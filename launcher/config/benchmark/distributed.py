@@ -363,9 +363,9 @@ class PipelineBenchmark(Benchmark):
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model, or benchmark.passes=[sleep]")
             return
-        if self.sequence > shape.context:
-            why = f"{run.model.name} takes at most {shape.context} tokens"
-            yield self.error("sequence", why, f"set benchmark.sequence={shape.context}")
+        if self.sequence > shape.max_position_embeddings:
+            why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
+            yield self.error("sequence", why, f"set benchmark.sequence={shape.max_position_embeddings}")
         wanted = {(one.schedule, one.stages) for one in self.pipelines if one.passes == "model" and one.stages > 1}
         for schedule, stages in sorted(wanted):
             pipeline = Pipeline(schedule=schedule, stages=stages)

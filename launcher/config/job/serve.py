@@ -185,9 +185,11 @@ class Serve(GeneratingJob):
             yield self.error("engine", why, "set job.replicas=1 parallel=single")
         shape = run.model.shape()
         for at, (_, tokens) in enumerate(self.warm_up):
-            if shape is not None and tokens > shape.context:
-                why = f"{run.model.name} takes at most {shape.context} tokens"
-                yield ConfigError(f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.context}]]")
+            if shape is not None and tokens > shape.max_position_embeddings:
+                why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
+                yield ConfigError(
+                    f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.max_position_embeddings}]]"
+                )
         if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
             why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             yield self.error("tokenizer", why, "set model.vocab_size=257 or more")

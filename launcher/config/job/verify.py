@@ -59,7 +59,9 @@ class Strategy:
     def apply(self, run: Run, *, world_size: int, sequences: int) -> Run:
         """Return the run that this case makes of ``run`` on that many ranks with that global batch."""
         batch = self.batch(run, world_size=world_size, sequences=sequences)
-        job = replace(run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, accumulation=None)
+        job = replace(
+            run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, gradient_accumulation_steps=None
+        )
         return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
 
     def validate(self, run: Run, *, world_size: int, sequences: int) -> Iterator[str]:
@@ -137,8 +139,8 @@ STRATEGIES: Final[dict[str, Strategy]] = {
     # slices of matrices and of sequences
     "tensor": Strategy(Fsdp(tensor=2), ranks=2),
     "tensor_recomputed": Strategy(Fsdp(tensor=2), activation=_FULL_CHECKPOINTING, ranks=2),
-    "sequence": Strategy(Fsdp(sequence=2), ranks=2),
-    "sequence_recomputed": Strategy(Fsdp(sequence=2), activation=_FULL_CHECKPOINTING, ranks=2),
+    "sequence": Strategy(Fsdp(sequence_parallel=2), ranks=2),
+    "sequence_recomputed": Strategy(Fsdp(sequence_parallel=2), activation=_FULL_CHECKPOINTING, ranks=2),
     # stages on ranks of their own; where there are more, pipelines side by side
     "pipeline2_gpipe": Strategy(Pipeline(stages=2, schedule="gpipe"), ranks=2),
     "pipeline2_1f1b": Strategy(Pipeline(stages=2, schedule="1f1b"), ranks=2),

@@ -37,10 +37,10 @@ class Gpt2(Model):
     heads: int
     """Attention heads in a block."""
 
-    width: int
+    hidden_size: int
     """Size of the residual stream."""
 
-    context: int = 1024
+    max_position_embeddings: int = 1024
     """Learned positions, so the longest sequence."""
 
     vocab_size: int = _VOCAB_SIZE
@@ -51,10 +51,12 @@ class Gpt2(Model):
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no transformer."""
-        yield from self.validate_minimum(1, "layers", "heads", "width", "context", "vocab_size")
-        if self.heads > 0 and self.width % self.heads:
-            better = self.width // self.heads * self.heads or self.heads
-            yield self.error("width", f"is not a multiple of model.heads={self.heads}", f"set model.width={better}")
+        yield from self.validate_minimum(1, "layers", "heads", "hidden_size", "max_position_embeddings", "vocab_size")
+        if self.heads > 0 and self.hidden_size % self.heads:
+            better = self.hidden_size // self.heads * self.heads or self.heads
+            yield self.error(
+                "hidden_size", f"is not a multiple of model.heads={self.heads}", f"set model.hidden_size={better}"
+            )
         if not 0 <= self.dropout < 1:
             yield self.error("dropout", "must be at least 0 and below 1", "set model.dropout=0")
         if self.weights == "pretrained" and self._hub_name() is None:
@@ -62,19 +64,19 @@ class Gpt2(Model):
 
     def shape(self) -> Shape:
         """Return the sizes; the output projection is the token embedding, counted once."""
-        width = self.width
+        width = self.hidden_size
         block = 12 * width * width + 13 * width  # qkv + projection + 4x MLP, their biases, two norms
-        embeddings = (self.vocab_size + self.context) * width
+        embeddings = (self.vocab_size + self.max_position_embeddings) * width
         return Shape(
             layers=self.layers,
             heads=self.heads,
-            width=width,
+            hidden_size=width,
             vocab_size=self.vocab_size,
-            context=self.context,
+            max_position_embeddings=self.max_position_embeddings,
             num_params=embeddings + self.layers * block + 2 * width,
             largest_param=max(self.vocab_size * width, 4 * width * width),
             kv_heads=self.heads,
-            mlp_width=4 * width,
+            intermediate_size=4 * width,
             block_params=block,
             tied=True,
             family="gpt2",
@@ -82,7 +84,7 @@ class Gpt2(Model):
 
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide every parameter's shape."""
-        names = ("layers", "heads", "width", "context", "vocab_size")
+        names = ("layers", "heads", "hidden_size", "max_position_embeddings", "vocab_size")
         return {"family": self.kind, **{name: getattr(self, name) for name in names}}
 
     def transformers_config(self) -> GPT2Config:
@@ -93,8 +95,8 @@ class Gpt2(Model):
         return GPT2Config(
             n_layer=self.layers,
             n_head=self.heads,
-            n_embd=self.width,
-            n_positions=self.context,
+            n_embd=self.hidden_size,
+            n_positions=self.max_position_embeddings,
             vocab_size=self.vocab_size,
             resid_pdrop=self.dropout,
             embd_pdrop=self.dropout,
@@ -117,6 +119,6 @@ class Gpt2(Model):
         return self._hub_name() or _PUBLISHED[12, 12, 768]
 
     def _hub_name(self) -> str | None:
-        if (self.context, self.vocab_size) != (1024, _VOCAB_SIZE):
+        if (self.max_position_embeddings, self.vocab_size) != (1024, _VOCAB_SIZE):
             return None
-        return _PUBLISHED.get((self.layers, self.heads, self.width))
+        return _PUBLISHED.get((self.layers, self.heads, self.hidden_size))

@@ -36,13 +36,13 @@ class Llama(Model):
     kv_heads: int
     """Heads of keys and values in a block, shared by groups of query heads."""
 
-    width: int
+    hidden_size: int
     """Size of the residual stream."""
 
-    mlp_width: int
+    intermediate_size: int
     """Size of the hidden layer of a block's gated MLP."""
 
-    context: int = 2048
+    max_position_embeddings: int = 2048
     """Longest sequence."""
 
     vocab_size: int = 32000
@@ -56,17 +56,25 @@ class Llama(Model):
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse sizes that make no transformer."""
-        sizes = ("layers", "heads", "kv_heads", "width", "mlp_width", "context", "vocab_size")
+        sizes = (
+            "layers",
+            "heads",
+            "kv_heads",
+            "hidden_size",
+            "intermediate_size",
+            "max_position_embeddings",
+            "vocab_size",
+        )
         yield from self.validate_minimum(1, *sizes)
         if any(getattr(self, name) < 1 for name in sizes):
             return
         if self.heads % self.kv_heads:
             why = f"model.heads={self.heads} is not a multiple of it"
             yield self.error("kv_heads", why, f"set model.kv_heads={self.heads}")
-        if self.width % (2 * self.heads):
-            better = max(1, self.width // (2 * self.heads)) * 2 * self.heads
+        if self.hidden_size % (2 * self.heads):
+            better = max(1, self.hidden_size // (2 * self.heads)) * 2 * self.heads
             why = f"each of {self.heads} heads takes an even share: rotary positions turn pairs"
-            yield self.error("width", why, f"set model.width={better}")
+            yield self.error("hidden_size", why, f"set model.hidden_size={better}")
         if self.weights == "pretrained":
             yield self.error("weights", "this architecture is of no published model", "set model=hf and its name")
 
@@ -77,11 +85,11 @@ class Llama(Model):
             layers=self.layers,
             heads=self.heads,
             kv_heads=self.kv_heads,
-            head_dim=self.width // self.heads,
-            width=self.width,
-            mlp_width=self.mlp_width,
+            head_dim=self.hidden_size // self.heads,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
-            context=self.context,
+            max_position_embeddings=self.max_position_embeddings,
             tied=self.tied,
         )
 
@@ -101,10 +109,10 @@ class Llama(Model):
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.kv_heads,
-            hidden_size=self.width,
-            intermediate_size=self.mlp_width,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
-            max_position_embeddings=self.context,
+            max_position_embeddings=self.max_position_embeddings,
             tie_word_embeddings=self.tied,
             rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
             bos_token_id=None,
@@ -130,10 +138,10 @@ SMOLLM2_SIZES = LlamaSizes(
     heads=9,
     kv_heads=3,
     head_dim=64,
-    width=576,
-    mlp_width=1536,
+    hidden_size=576,
+    intermediate_size=1536,
     vocab_size=49152,
-    context=8192,
+    max_position_embeddings=8192,
     tied=True,
 )
 
@@ -183,10 +191,10 @@ class SmolLm2(Model):
             num_attention_heads=SMOLLM2_SIZES.heads,
             num_key_value_heads=SMOLLM2_SIZES.kv_heads,
             head_dim=SMOLLM2_SIZES.head_dim,
-            hidden_size=SMOLLM2_SIZES.width,
-            intermediate_size=SMOLLM2_SIZES.mlp_width,
+            hidden_size=SMOLLM2_SIZES.hidden_size,
+            intermediate_size=SMOLLM2_SIZES.intermediate_size,
             vocab_size=SMOLLM2_SIZES.vocab_size,
-            max_position_embeddings=SMOLLM2_SIZES.context,
+            max_position_embeddings=SMOLLM2_SIZES.max_position_embeddings,
             tie_word_embeddings=SMOLLM2_SIZES.tied,
             rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
             rms_norm_eps=1e-5,

@@ -13,9 +13,9 @@ class Shape:
 
     layers: int
     heads: int
-    width: int
+    hidden_size: int
     vocab_size: int
-    context: int
+    max_position_embeddings: int
     """Longest sequence the model takes, in tokens."""
     num_params: int
     """Parameters, with tied ones counted once."""
@@ -23,7 +23,7 @@ class Shape:
     """Elements of the largest single parameter."""
     kv_heads: int
     """Heads of keys and values in a block, at most ``heads``."""
-    mlp_width: int
+    intermediate_size: int
     """Size of the hidden layer of a block's MLP."""
     block_params: int
     """Parameters of one block."""
@@ -36,7 +36,7 @@ class Shape:
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""
-        return 6.0 * (self.active_params or self.num_params) + 12.0 * self.layers * self.width * sequence_length
+        return 6.0 * (self.active_params or self.num_params) + 12.0 * self.layers * self.hidden_size * sequence_length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,10 +48,10 @@ class LlamaSizes:
     kv_heads: int
     """Heads of keys and values, shared by groups of query heads."""
     head_dim: int
-    width: int
-    mlp_width: int
+    hidden_size: int
+    intermediate_size: int
     vocab_size: int
-    context: int
+    max_position_embeddings: int
     tied: bool
     """The output projection is the token embedding."""
     qkv_bias: bool = False
@@ -65,24 +65,30 @@ class LlamaSizes:
     def shape(self) -> Shape:
         """Return the sizes the planner reckons with."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = self.width * (queries + 2 * keys) + queries * self.width
+        attention = self.hidden_size * (queries + 2 * keys) + queries * self.hidden_size
         biases = (
             self.qkv_bias * (queries + 2 * keys)
-            + self.output_bias * self.width
-            + self.mlp_bias * (2 * self.mlp_width + self.width)
+            + self.output_bias * self.hidden_size
+            + self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
         )
-        block = attention + 3 * self.width * self.mlp_width + biases + 2 * self.width + self.qk_norm * 2 * self.head_dim
-        embeddings = self.vocab_size * self.width
+        block = (
+            attention
+            + 3 * self.hidden_size * self.intermediate_size
+            + biases
+            + 2 * self.hidden_size
+            + self.qk_norm * 2 * self.head_dim
+        )
+        embeddings = self.vocab_size * self.hidden_size
         return Shape(
             layers=self.layers,
             heads=self.heads,
-            width=self.width,
+            hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
-            context=self.context,
-            num_params=embeddings * (1 if self.tied else 2) + self.layers * block + self.width,
-            largest_param=max(embeddings, self.width * self.mlp_width, self.width * queries),
+            max_position_embeddings=self.max_position_embeddings,
+            num_params=embeddings * (1 if self.tied else 2) + self.layers * block + self.hidden_size,
+            largest_param=max(embeddings, self.hidden_size * self.intermediate_size, self.hidden_size * queries),
             kv_heads=self.kv_heads,
-            mlp_width=self.mlp_width,
+            intermediate_size=self.intermediate_size,
             block_params=block,
             tied=self.tied,
             family=self.family,

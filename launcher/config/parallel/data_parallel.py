@@ -67,7 +67,7 @@ def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[Co
     degree = getattr(parallel, option)
     sizes = {"heads": shape.heads}
     if option == "tensor":
-        sizes |= {"heads of keys and values": shape.kv_heads, "MLP columns": shape.mlp_width}
+        sizes |= {"heads of keys and values": shape.kv_heads, "MLP columns": shape.intermediate_size}
     uneven = {name: size for name, size in sizes.items() if size % degree}
     if degree == 1 or not uneven:
         return
@@ -92,7 +92,7 @@ class Fsdp(Parallel):
 
     kind: ClassVar[str] = "fsdp"
     engine: ClassVar[EngineKind] = "torch"
-    degree_options: ClassVar[tuple[str, ...]] = ("replicate", "sequence", "tensor")
+    degree_options: ClassVar[tuple[str, ...]] = ("replicate", "sequence_parallel", "tensor")
 
     replicate: int = 1
     """Groups that hold the same shards: hybrid sharding (HSDP), where links within a group are the fast ones."""
@@ -100,7 +100,7 @@ class Fsdp(Parallel):
     tensor: int = 1
     """Ranks that split each matrix, by the plan that Transformers has for the model (Megatron-LM, arXiv:1909.08053)."""
 
-    sequence: int = 1
+    sequence_parallel: int = 1
     """Ranks that split each sequence and swap it for heads around attention (DeepSpeed-Ulysses, arXiv:2309.14509)."""
 
     offload: Literal["none", "cpu"] = "none"
@@ -111,16 +111,16 @@ class Fsdp(Parallel):
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse degrees below 1, and two ways to cut attention at once."""
-        yield from self.validate_minimum(1, "replicate", "tensor", "sequence")
-        if self.sequence > 1 and self.tensor > 1:
+        yield from self.validate_minimum(1, "replicate", "tensor", "sequence_parallel")
+        if self.sequence_parallel > 1 and self.tensor > 1:
             why = f"parallel.tensor={self.tensor} splits the heads already"
-            yield self.error("sequence", why, "set parallel.sequence=1 or parallel.tensor=1")
+            yield self.error("sequence_parallel", why, "set parallel.sequence_parallel=1 or parallel.tensor=1")
 
     def degrees(self, world_size: int) -> ParallelDims:
         """Return the degrees; ``shard`` takes the rest."""
-        fixed = self.replicate * self.tensor * self.sequence
+        fixed = self.replicate * self.tensor * self.sequence_parallel
         shard = max(1, world_size // fixed)
-        return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence, tensor=self.tensor)
+        return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence_parallel, tensor=self.tensor)
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
@@ -152,7 +152,7 @@ class Fsdp(Parallel):
         if self.tensor > 1 and shape.family == "gpt2":
             why = "Transformers has no tensor plan for GPT-2: its attention keeps q, k and v in one matrix"
             yield self.error("tensor", why, "set parallel.tensor=1: the ranks then shard whole layers, or model=hf")
-        for option in ("tensor", "sequence"):
+        for option in ("tensor", "sequence_parallel"):
             yield from validate_heads(self, option, shape)
 
     def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:

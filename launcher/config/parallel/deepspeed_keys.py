@@ -41,7 +41,7 @@ OWNED_KEYS: Mapping[str, str] = {
     "bfloat16": "precision",
     "checkpoint": "checkpoint.every",
     "fp16": "precision",
-    "gradient_accumulation_steps": "job.accumulation",
+    "gradient_accumulation_steps": "job.gradient_accumulation_steps",
     "gradient_clipping": "job.clip_norm",
     "optimizer": "optimizer",
     "scheduler": "schedule",

@@ -36,7 +36,7 @@ class DeepSpeedPipeline(Parallel):
 
     micro_batches: int | None = None
     """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
+    (``job.gradient_accumulation_steps``, or ``job.global_batch`` divided), else twice the stages."""
 
     stage: Literal[0, 1, 2, 3] = 1
     """ZeRO's stage among pipelines side by side: 0 partitions nothing, 1 the optimiser state. 2 and 3 are refused."""

@@ -99,7 +99,7 @@ class Pipeline(Parallel):
 
     micro_batches: int | None = None
     """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.accumulation``, or ``job.global_batch`` divided), else twice the stages."""
+    (``job.gradient_accumulation_steps``, or ``job.global_batch`` divided), else twice the stages."""
 
     chunks: int | None = None
     """Stretches of layers on each rank; by default 2 under interleaved and V schedules, else 1."""
@@ -153,7 +153,7 @@ class Pipeline(Parallel):
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return the share of the rank with the largest stretches; ends have embeddings and head besides blocks."""
-        count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.width
+        count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.hidden_size
         if count > shape.layers:
             return StateBytes.fp32(shape.num_params)  # refused, with the reason
         first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tied else embedding)

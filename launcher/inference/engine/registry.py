@@ -25,7 +25,7 @@ def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], 
     """
     if job.engine == "echo":
         shape = run.model.shape()
-        context, vocab_size = (shape.context, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
+        context, vocab_size = (shape.max_position_embeddings, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
         return EchoEngine(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
     if job.engine == "vllm":
         return _make_vllm_engine(run, job, heartbeat=heartbeat)

@@ -9,7 +9,13 @@ import pytest
 
 from tests.inference.server.conftest import MODEL, Start, events, text_of
 
-SIZES = ("model.layers=2", "model.width=32", "model.heads=2", "model.vocab_size=257", "model.context=128")
+SIZES = (
+    "model.layers=2",
+    "model.hidden_size=32",
+    "model.heads=2",
+    "model.vocab_size=257",
+    "model.max_position_embeddings=128",
+)
 
 
 @pytest.fixture(scope="module")

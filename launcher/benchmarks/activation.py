@@ -2,15 +2,108 @@
 
 from __future__ import annotations
 
+import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from launcher.benchmarks.harness import sample_interleaved
 from launcher.benchmarks.instruments import PeakMemory, tensor_bytes, tensors_digest
+from launcher.benchmarks.isolated import run_isolated
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, collect_case
+from launcher.config.benchmark.memory import NO_CHECKPOINTING, ActivationBenchmark
+from launcher.engines.context import Context
+
+_ENCODER_STEP, _COMPARE_GRADIENTS = (
+    "launcher.benchmarks.activation:encoder_step",
+    "launcher.benchmarks.activation:compare_gradients",
+)
+
+
+def run_activation_benchmark(benchmark: ActivationBenchmark, context: Context) -> BenchmarkResults:
+    """Measure all policies in turn and compare their gradients with those of the one that keeps everything."""
+    with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="gradients-") as folder:
+        files = {name: str(Path(folder) / f"{name}.safetensors") for name in benchmark.policies}
+        asked = {name: _arguments(benchmark, context, every, files[name]) for name, every in benchmark.policies.items()}
+        samples = sample_interleaved(_ENCODER_STEP, asked, repeats=benchmark.repeats, context=context, exact_peaks=True)
+        compared = {name: compare_files(files[NO_CHECKPOINTING], files[name], context) for name in benchmark.policies}
+    cases = [collect_case(name, samples[name], ("peak_bytes", "step_s")) for name in benchmark.policies]
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={name: {**compared[name], **_sameness(samples[name])} for name in benchmark.policies},
+        said=tuple(_findings(benchmark, cases, compared, samples)),
+        metrics=_metrics(cases, compared),
+    )
+
+
+def _arguments(benchmark: ActivationBenchmark, context: Context, every: int, gradients: str) -> dict[str, Any]:
+    sizes = {key: value for key, value in asdict(benchmark).items() if key not in ("repeats", "every")}
+    return {**sizes, "every": every, "seed": context.run.job.seed, "rank": context.local_rank, "keep": gradients}
+
+
+def _findings(
+    benchmark: ActivationBenchmark,
+    cases: Sequence[BenchmarkCase],
+    compared: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> Iterator[str]:
+    """Yield what the article prints, for each policy that recomputes something."""
+    plain = cases[0]
+    yield f"peak without checkpointing: {_peak_gb(plain):.2f} GB above the level before the step"
+    for case in cases[1:]:
+        saved, added = _memory_saved(plain, case), _time_added(plain, case)
+        found = compared[case.name]
+        yield f"peak with checkpointing ({case.name}): {_peak_gb(case):.2f} GB"
+        yield f"memory saved ({case.name}): {saved:.1%}"
+        yield f"time added ({case.name}): {added:.1%}"
+        equal = f"{found['equal_tensors']} of {found['tensors']} gradient tensors equal bit for bit"
+        yield f"largest difference ({case.name}): {found['largest_difference']:.3e}, {equal}"
+    starts = {(sample["weights"], sample["inputs"]) for taken in samples.values() for sample in taken}
+    same = "the same in every process" if len(starts) == 1 else f"NOT the same: {len(starts)} different ones"
+    yield f"weights and inputs: {same}"
+
+
+def compare_files(plain: str, other: str, context: Context) -> dict[str, Any]:
+    """Return how the gradients in two files differ: tensors, those equal bit for bit, largest absolute difference."""
+    return run_isolated(
+        _COMPARE_GRADIENTS, {"one": plain, "other": other}, heartbeat=lambda: context.heartbeat.update("compare")
+    )
+
+
+def _sameness(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the digests of a case: one each where all its repeats computed the same."""
+    return {key: sorted({sample[key] for sample in samples}) for key in ("weights", "inputs", "gradients")}
+
+
+def _peak_gb(case: BenchmarkCase) -> float:
+    return case.median("peak_bytes") / 1e9
+
+
+def _memory_saved(plain: BenchmarkCase, case: BenchmarkCase) -> float:
+    return 1 - case.median("peak_bytes") / plain.median("peak_bytes")
+
+
+def _time_added(plain: BenchmarkCase, case: BenchmarkCase) -> float:
+    """Return the median over rounds of the share of time added: a slow minute hits both sides of a round."""
+    pairs = zip(plain.samples["step_s"], case.samples["step_s"], strict=True)
+    return statistics.median(after / before for before, after in pairs) - 1
+
+
+def _metrics(cases: Sequence[BenchmarkCase], compared: Mapping[str, Any]) -> dict[str, float]:
+    metrics = {}
+    for case in cases[1:]:
+        metrics[f"{case.name}/memory_saved"] = _memory_saved(cases[0], case)
+        metrics[f"{case.name}/time_added"] = _time_added(cases[0], case)
+        metrics[f"{case.name}/largest_difference"] = compared[case.name]["largest_difference"]
+    return metrics
 
 
 class Encoder(nn.Module):  # type: ignore[misc]

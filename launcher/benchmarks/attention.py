@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import re
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from launcher.benchmarks.attention_kernels import make_layer, run_kernel
+from launcher.benchmarks.harness import sample_interleaved
 from launcher.benchmarks.instruments import PeakMemory, tensors_digest
+from launcher.benchmarks.isolated import run_isolated
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, SizeSweep, power_law_exponent
-from launcher.config.benchmark.attention import AttentionPoint
+from launcher.config.benchmark.attention import TOLERANCES, AttentionPoint
+from launcher.config.run import Run
+from launcher.engines.context import Context
+from launcher.errors import JobError
+from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
     from launcher.config.benchmark.attention import AttentionBenchmark
@@ -30,6 +38,91 @@ _SMALL = 128
 
 _ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
 """Steps are repeated until they took so long together, or are so many."""
+
+
+_PROBE, _MEASURE, _EXACT = (
+    "launcher.benchmarks.attention:probe_kernels",
+    "launcher.benchmarks.attention:measure_kernel",
+    "launcher.benchmarks.attention_kernels:write_reference",
+)
+
+
+def run_attention_benchmark(benchmark: AttentionBenchmark, context: Context) -> BenchmarkResults:
+    """Measure every point in turn and compare it with the formula in fp64."""
+    asked = {"kernels": benchmark.kernels, "passes": benchmark.chosen_passes, **_sizes(benchmark, context)}
+    here = run_isolated(_PROBE, asked, heartbeat=lambda: context.heartbeat.update("probe"))
+    points, left_out = choose_points(benchmark, context.run, **here)
+    if not points:
+        raise JobError(f"there is nothing to measure; {'; '.join(left_out)}")
+    with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="references-") as folder:
+        files = _references(benchmark, context, points, Path(folder))
+        arguments = {
+            point.name: {
+                **_sizes(benchmark, context),
+                "kernel": point.kernel,
+                "backward": point.direction == "backward",
+                "sequence": point.sequence,
+                "warmup": benchmark.warmup,
+                "reference": files[point.sequence],
+            }
+            for point in points
+        }
+        repeats = benchmark.repeats
+        samples = sample_interleaved(_MEASURE, arguments, repeats=repeats, context=context, exact_peaks=True)
+    precision = context.run.precision
+    report = AttentionReport(
+        benchmark,
+        points,
+        samples,
+        tolerance=benchmark.tolerance or TOLERANCES[precision.kind],
+        value_bytes=precision.compute_bytes,
+        left_out=left_out,
+    )
+    return report.results()
+
+
+def _references(
+    benchmark: AttentionBenchmark, context: Context, points: Sequence[AttentionPoint], folder: Path
+) -> dict[int, str]:
+    """Compute the formula at each length; return the files."""
+    files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
+    backward = any(point.direction == "backward" for point in points)
+    asked = {**_sizes(benchmark, context), "keep": files, "backward": backward}
+    run_isolated(_EXACT, asked, heartbeat=lambda: context.heartbeat.update("reference"))
+    return files
+
+
+def _sizes(benchmark: AttentionBenchmark, context: Context) -> dict[str, Any]:
+    return {
+        **{name: getattr(benchmark, name) for name in ("batch", "width", "heads")},
+        "precision": context.run.precision.kind,
+        "seed": context.run.job.seed,
+        "rank": context.local_rank,
+    }
+
+
+def choose_points(
+    benchmark: AttentionBenchmark, run: Run, *, free_bytes: int, lacking: Mapping[str, str]
+) -> tuple[list[AttentionPoint], list[str]]:
+    """Return what can be measured, and a line for each kernel and pass that cannot.
+
+    Args:
+        run: this benchmark's.
+        free_bytes: memory that a process may take.
+        lacking: why a kernel has no such pass here, by ``kernel/pass``.
+    """
+    chosen: list[AttentionPoint] = []
+    left_out: dict[str, None] = {}
+    for point in benchmark.points:
+        needed = benchmark.bytes_needed(point, run)
+        if why := lacking.get(f"{point.kernel}/{point.direction}"):
+            left_out[f"left out: {point.kernel}, {point.direction}: {why}"] = None
+        elif needed > free_bytes:
+            sizes = f"takes about {bytes_text(needed)}, and {bytes_text(free_bytes)} are free"
+            left_out[f"left out: {point.name}: {sizes}"] = None
+        else:
+            chosen.append(point)
+    return chosen, list(left_out)
 
 
 def probe_kernels(

@@ -7,12 +7,13 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from launcher.benchmarks.harness import case_profiler
 from launcher.benchmarks.load_generator import percentile
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, collect_case
 from launcher.config.benchmark.inference import EXAMPLE_TEXTS
 from launcher.config.benchmark.serving import parse_length_distribution
 from launcher.config.profile import TorchProfile
@@ -27,6 +28,46 @@ if TYPE_CHECKING:
     from launcher.config.inference import BatchingMode
     from launcher.engines.context import Context
     from launcher.inference.engine.base import InferenceEngine
+
+
+def run_batching_benchmark(benchmark: BatchingBenchmark, context: Context) -> BenchmarkResults:
+    """Answer the queue under each way in turn, ``repeats`` times."""
+    found = measure_batching(benchmark, context)
+    quantities = ("elapsed_s", "requests_per_s", "each_s", "whole_p50_s", "whole_p99_s", "padding_share")
+    cases = [collect_case(way, found[way], quantities) for way in benchmark.ways]
+    digests = {sample["answers"] for samples in found.values() for sample in samples}
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={way: found[way][-1] for way in benchmark.ways},
+        said=tuple(_findings(benchmark, cases, len(digests), context)),
+        metrics=_metrics(cases),
+    )
+
+
+def _findings(
+    benchmark: BatchingBenchmark, cases: Sequence[BenchmarkCase], num_answers: int, context: Context
+) -> Iterator[str]:
+    """Yield what the article prints, for each way."""
+    for case in cases:
+        yield (
+            f"{case.name}: {benchmark.requests} requests in {case.median('elapsed_s'):.2f} s, "
+            f"{case.median('requests_per_s'):.2f} requests/s, "
+            f"mean {1000 * case.median('each_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
+        )
+    yield from (f"{name}: {value:.2f} times none" for name, value in _metrics(cases).items())
+    same = "the same under every way" if num_answers == 1 else f"{num_answers} different sets of them"
+    yield f"answers: {same} (precision={context.run.precision.kind})"
+    if context.run.model.weights == "random":
+        yield "weights: random, so the answers mean nothing; their speed is that of trained ones"
+
+
+def _metrics(cases: Sequence[BenchmarkCase]) -> dict[str, float]:
+    """Return the throughput of each way as a multiple of that of one by one."""
+    speeds = {case.name: case.median("requests_per_s") for case in cases}
+    if "none" not in speeds:
+        return {}
+    return {f"{name}/speedup": speed / speeds["none"] for name, speed in speeds.items() if name != "none"}
 
 
 def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -16,6 +17,7 @@ from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+from launcher.benchmarks.harness import DistributedCase, run_interleaved
 from launcher.benchmarks.instruments import random_batches, tensors_digest
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
 from launcher.checkpoint.store import CheckpointStore, silent
@@ -29,6 +31,7 @@ from launcher.errors import JobError
 from launcher.profiling.performance import StepClock
 from launcher.protocol.quantities import spread
 from launcher.training.checkpointing import make_manifest, save_checkpoint
+from launcher.verification.forked_ranks import preload_modules
 
 if TYPE_CHECKING:
     from launcher.benchmarks.harness import CaseRun, Numbers
@@ -38,6 +41,20 @@ if TYPE_CHECKING:
 
 
 _SHARDS = "shards"
+
+
+def run_checkpoint_benchmark(benchmark: CheckpointBenchmark, context: Context) -> BenchmarkResults | None:
+    """Train in each way in turn, on all ranks."""
+    loop = partial(train_and_save, every=benchmark.every, saves=benchmark.saves, warmup=benchmark.warmup)
+    cases: dict[str, DistributedCase] = {
+        way: DistributedCase(
+            run=context.run, world_size=context.world_size, work=partial(loop, way=way), fold=fold_ranks
+        )
+        for way in benchmark.ways
+    }
+    preload_modules(context, deepspeed=context.run.parallel.engine == "deepspeed")
+    found = run_interleaved(cases, repeats=benchmark.repeats, limit_s=benchmark.case_timeout_s, context=context)
+    return checkpoint_report(benchmark, found) if context.is_main else None
 
 
 class Saver(Protocol):

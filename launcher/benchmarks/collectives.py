@@ -7,17 +7,21 @@ import socket
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, SizeSweep
+from launcher.config.benchmark.distributed import VALUE_BYTES
 from launcher.engines.distributed import barrier, choose_device, connect, disconnect, ranks_where
 from launcher.errors import JobError
 from launcher.protocol.metrics import MetricsWriter
+from launcher.utils.text import bytes_text, counted
 
 if TYPE_CHECKING:
     from launcher.config.benchmark.distributed import CollectivesBenchmark
@@ -34,6 +38,77 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 _PERIOD = 31
 """Of the values of a message. Sums over up to a thousand ranks stay exact in fp32, and values that land in the wrong
 place differ, because no power of two is a multiple of it."""
+
+
+def run_collectives_benchmark(benchmark: CollectivesBenchmark, context: Context) -> BenchmarkResults:
+    """Check and time every collective at every size, on every rank."""
+    found = measure_collectives(benchmark, context)
+    cases = {key: _case(*key, samples, context.world_size) for key, samples in found.seconds.items()}
+    names = dict.fromkeys(name for name, _ in cases)
+    lines = {name: {size: cases[name, size].samples for size in benchmark.sizes} for name in names}
+    ranks = f"{context.world_size} ranks on {counted(len(found.hosts), 'host')}"
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=list(cases.values()),
+        facts={case.name: {"bytes": _whole_values(size, context.world_size)} for (_, size), case in cases.items()},
+        said=tuple(_findings(benchmark, found, cases)),
+        metrics=_metrics(cases, largest=benchmark.sizes[-1]),
+        sweeps=[SizeSweep(title=f"{ranks}, {found.backend}", along="message, bytes", lines=lines)],
+    )
+
+
+def _findings(
+    benchmark: CollectivesBenchmark, found: CollectiveTimings, cases: Mapping[tuple[str, int], BenchmarkCase]
+) -> Iterator[str]:
+    smallest, largest = benchmark.sizes[0], benchmark.sizes[-1]
+    for name in dict.fromkeys(name for name, _ in cases):
+        algorithm, bus = (
+            cases[name, largest].median(key) for key in ("algorithm_bandwidth_gb_per_s", "bus_bandwidth_gb_per_s")
+        )
+        yield (
+            f"{name}: {cases[name, smallest].median('call_us'):,.1f} µs for {bytes_text(smallest)}; "
+            f"bus bandwidth {bus:.3f} GB/s (algorithm {algorithm:.3f}) at {bytes_text(largest)}"
+        )
+    yield from (f"left out: {name}: {why}" for name, why in found.lacking.items())
+    yield f"values: every result was checked on every rank {found.checks:,} times, and was right"
+    places = ", ".join(f"{count} on {host}" for host, count in found.hosts.items())
+    yield f"ranks: {places}; backend {found.backend}"
+
+
+def _whole_values(size: int, world_size: int) -> int:
+    """Return the bytes of a message that has as many whole values for each rank."""
+    return size // (VALUE_BYTES * world_size) * VALUE_BYTES * world_size
+
+
+def bus_bandwidth_factor(name: str, world_size: int) -> float:
+    """Return the bus bandwidth per algorithm bandwidth: what hardware alone limits, at any number of ranks.
+
+    From nccl-tests (doc/PERFORMANCE.md). The size of an all-gather is that of what comes out, of a reduce-scatter and
+    an all-to-all that of what goes in, each on one rank.
+    """
+    others = (world_size - 1) / world_size
+    return {"all_reduce": 2 * others, "broadcast": 1.0}.get(name, others)
+
+
+def _case(name: str, size: int, seconds: Sequence[float], world_size: int) -> BenchmarkCase:
+
+    speeds = [_whole_values(size, world_size) / taken / 1e9 for taken in seconds]
+    share = bus_bandwidth_factor(name, world_size)
+    samples: dict[str, Any] = {
+        "call_us": tuple(1e6 * taken for taken in seconds),
+        "algorithm_bandwidth_gb_per_s": tuple(speeds),
+        "bus_bandwidth_gb_per_s": tuple(speed * share for speed in speeds),
+    }
+    return BenchmarkCase(name=f"{name}/{size}", samples=samples)
+
+
+def _metrics(cases: Mapping[tuple[str, int], BenchmarkCase], *, largest: int) -> dict[str, float]:
+    metrics = {}
+    for (name, size), case in cases.items():
+        metrics[f"{name}/{size}/call_us"] = case.median("call_us")
+        if size == largest:
+            metrics[f"{name}/bus_bandwidth_gb_per_s"] = case.median("bus_bandwidth_gb_per_s")
+    return metrics
 
 
 class Collective(ABC):
@@ -175,10 +250,6 @@ COLLECTIVES: dict[str, type[Collective]] = {
 _FEWEST, _MOST = 3, 10_000
 """Calls in one measurement."""
 
-
-_VALUE_BYTES = 4
-
-
 _REFUSALS = ("does not support", "not implemented", "no support for")
 """What torch's backends say of a collective that they do not have."""
 
@@ -232,7 +303,7 @@ def measure_collectives(benchmark: CollectivesBenchmark, context: Context) -> Co
 def _count(size: int) -> int:
     """Return how many values a message of about ``size`` bytes has: as many whole ones for each rank."""
     world_size: int = dist.get_world_size()
-    return size // (_VALUE_BYTES * world_size) * world_size
+    return size // (VALUE_BYTES * world_size) * world_size
 
 
 def _hosts(world_size: int) -> dict[str, int]:

@@ -6,18 +6,101 @@ import hashlib
 import importlib
 import os
 import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from launcher.benchmarks.isolated import unpack_component
+from launcher.benchmarks.harness import sample_interleaved
+from launcher.benchmarks.isolated import pack_component, run_isolated, unpack_component
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
+from launcher.config.benchmark.io import DataBenchmark, thread_words
 from launcher.config.data.base import Corpus
 from launcher.config.model.base import Model
+from launcher.engines.context import Context
 from launcher.protocol.plan import Batch
 
 _DIGESTED_STEPS = 4
+
+
+_MEASURE, _PREPARE = "launcher.benchmarks.data:measure_reading", "launcher.benchmarks.data:prepare_cache"
+
+
+_LOAD = "load"
+
+
+def run_data_benchmark(benchmark: DataBenchmark, context: Context) -> BenchmarkResults:
+    """Tokenise under each number of threads and load, in turn."""
+    with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="tokens-") as folder:
+        about = {"data": pack_component(context.run.data), "model": pack_component(context.run.model)}
+        cold, full = ({**about, "folder": str(Path(folder) / name)} for name in ("cold", "full"))
+        prepared = run_isolated(_PREPARE, full, heartbeat=lambda: context.heartbeat.update("prepare"))
+        asked = {
+            **{
+                _tokenize_case(count): {**cold, "warmup": benchmark.warmup, "threads": count}
+                for count in benchmark.threads
+            },
+            _LOAD: {**full, "warmup": benchmark.warmup, "load": _load(benchmark, context)},
+        }
+        samples = sample_interleaved(_MEASURE, asked, repeats=benchmark.repeats, context=context)
+    cases = [
+        BenchmarkCase(
+            name=name, samples={key: tuple(one[key] for one in taken) for key in taken[0] if key.endswith("_per_s")}
+        )
+        for name, taken in samples.items()
+    ]
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={"cold start": prepared, **{name: _tokenization_facts(taken) for name, taken in samples.items()}},
+        said=tuple(_findings(benchmark, prepared, samples, cases)),
+        metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
+    )
+
+
+def _load(benchmark: DataBenchmark, context: Context) -> dict[str, Any]:
+    names = ("sequence_length", "micro_batch", "seconds")
+    return {**{name: getattr(benchmark, name) for name in names}, "seed": context.run.job.seed}
+
+
+def _findings(
+    benchmark: DataBenchmark,
+    prepared: Mapping[str, Any],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    cases: Sequence[BenchmarkCase],
+) -> Iterator[str]:
+    by_name = {case.name: case for case in cases}
+    yield (
+        f"corpus: {prepared['text_bytes'] / 1e6:,.2f} MB of text are {prepared['tokens']:,} tokens "
+        f"of a vocabulary of {prepared['vocab_size']:,}"
+    )
+    yield f"first run: {prepared['cold_s']:.2f} s from an empty cache to tokens, its tokenizer included"
+    for count in benchmark.threads:
+        case = by_name[_tokenize_case(count)]
+        rate = f"{case.median('tokens_per_s'):,.0f} tokens/s, {case.median('text_mb_per_s'):.2f} MB/s of text"
+        yield f"tokenise by {thread_words(count)}: {rate}"
+    first, *others = (by_name[_tokenize_case(count)].median("tokens_per_s") for count in benchmark.threads)
+    for count, speed in zip(benchmark.threads[1:], others, strict=True):
+        yield f"{thread_words(count)}: {speed / first:.2f} times {thread_words(benchmark.threads[0])}"
+    case = by_name[_LOAD]
+    rate = f"{case.median('sequences_per_s'):,.0f} sequences/s, {case.median('tokens_per_s'):,.0f} tokens/s"
+    yield f"load: {rate}, in one thread"
+    for names, what in (([_tokenize_case(n) for n in benchmark.threads], "tokens"), ([_LOAD], "first batches")):
+        digests = {sample["digest"] for name in names for sample in samples[name]}
+        same = "the same every time" if len(digests) == 1 else f"NOT the same: {len(digests)} different ones"
+        yield f"{what}: {same}"
+
+
+def _tokenize_case(threads: int) -> str:
+    return f"tokenise/{threads or 'all'}"
+
+
+def _tokenization_facts(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what is not a rate: digests once each, times and counts of every round."""
+    names = [name for name in taken[0] if not name.endswith("_per_s")]
+    return {name: sorted({one[name] for one in taken}) for name in names}
 
 
 def prepare_cache(

@@ -12,8 +12,32 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from launcher.benchmarks.load_client import ConnectionPool, LoadTarget, send_request
-from launcher.config.benchmark.serving import LengthDistribution, LoadRequest, RequestOutcome, Slo
+from launcher.benchmarks.load_client import ConnectionPool, LoadTarget, RequestOutcome, send_request
+from launcher.config.benchmark.serving import LengthDistribution, LoadRequest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slo:
+    """What an answer must keep to be a good one; ``None`` asks for nothing."""
+
+    first_s: float | None = None
+    """Time to the first token."""
+    per_token_s: float | None = None
+    """Mean time a token after it."""
+    whole_s: float | None = None
+    """Time to the end."""
+
+    def is_kept_by(self, outcome: RequestOutcome) -> bool:
+        """Return whether a whole answer came, in time."""
+        if not outcome.is_good or not outcome.chunks_s:
+            return False
+        found = (
+            (self.first_s, outcome.first_s),
+            (self.per_token_s, outcome.per_token_s or 0.0),
+            (self.whole_s, outcome.whole_s),
+        )
+        return all(most is None or value <= most for most, value in found)
+
 
 _COMMON_WORDS = """
 the of and to in is that it was for on are with as his they be at one have this from or had by but some what there we

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.benchmarks.harness import DistributedCase, largest_of_ranks, run_interleaved
 from launcher.benchmarks.instruments import PeakMemory, random_batches
 from launcher.benchmarks.results import BenchmarkResults, collect_case
-from launcher.config.benchmark.memory import STATE_PARTS, MemoryBenchmark
+from launcher.config.benchmark.memory import STRATEGIES, MemoryBenchmark, num_ranks
 from launcher.engines.base import make_engine
 from launcher.profiling.performance import StepClock
+from launcher.protocol.plan import StateBytes
 from launcher.utils.heap import mmap_large_allocations
+from launcher.verification.forked_ranks import preload_modules
 
 if TYPE_CHECKING:
     from launcher.benchmarks.harness import CaseRun
@@ -21,6 +25,37 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
     from launcher.protocol.plan import StateBytes
     from launcher.verification.forked_ranks import CaseAnswer
+
+
+STATE_PARTS = ("parameters", "gradients", "optimizer")
+
+
+def run_memory_benchmark(benchmark: MemoryBenchmark, context: Context) -> BenchmarkResults | None:
+    """Take the steps of each strategy in turn, on all ranks."""
+    cases = {name: _make_case(benchmark, name, context) for name in benchmark.strategies}
+    preload_modules(context, deepspeed=any(case.run.parallel.engine == "deepspeed" for case in cases.values()))
+    found = run_interleaved(cases, repeats=benchmark.repeats, limit_s=benchmark.case_timeout_s, context=context)
+    return memory_report(benchmark, context.run, found, _formulas(benchmark, cases)) if context.is_main else None
+
+
+def _make_case(benchmark: MemoryBenchmark, name: str, context: Context) -> DistributedCase:
+
+    world_size = num_ranks(name, context.world_size)
+    run = STRATEGIES[name].apply(context.run, world_size=world_size, sequences=benchmark.batch)
+    return DistributedCase(
+        run=run, world_size=world_size, work=partial(measure_state, warmup=benchmark.warmup), fold=largest_of_ranks
+    )
+
+
+def _formulas(benchmark: MemoryBenchmark, cases: Mapping[str, DistributedCase]) -> dict[str, tuple[StateBytes, str]]:
+    """Return what plans print of each strategy: bytes of a rank, and how they come about."""
+    found = {}
+    for name, case in cases.items():
+        shape, parallel, precision = case.run.model.shape(), case.run.parallel, case.run.precision
+        assert shape is not None, "refused before anything starts"
+        words = parallel.formula(case.world_size, precision)
+        found[name] = (parallel.state_bytes(shape, case.world_size, precision), words)
+    return found
 
 
 def measure_state(context: Context, *, warmup: int) -> CaseAnswer:

@@ -7,7 +7,8 @@ import statistics
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,15 +16,19 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
+from launcher.benchmarks.harness import DistributedCase, run_interleaved
 from launcher.benchmarks.instruments import random_batches
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
 from launcher.config.benchmark.distributed import PipelineBenchmark, PipelineCase
-from launcher.config.parallel.pipeline import rank_of_chunk
+from launcher.config.parallel.data_parallel import Single
+from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
+from launcher.config.run import Run
 from launcher.engines.base import make_engine
 from launcher.engines.distributed import barrier, connect, disconnect
 from launcher.engines.pipeline.schedules import PipelineForward, chunks_of_rank, make_schedule
 from launcher.errors import JobError
 from launcher.profiling.performance import StepClock
+from launcher.verification.forked_ranks import preload_modules
 
 if TYPE_CHECKING:
     from launcher.benchmarks.harness import CaseRun
@@ -33,6 +38,30 @@ if TYPE_CHECKING:
 
 SchedulePass = tuple[int, str, int]
 """Stretch, kind (F forward, B backward, I and W its two halves), micro-batch."""
+
+
+def run_pipeline_benchmark(benchmark: PipelineBenchmark, context: Context) -> BenchmarkResults | None:
+    """Measure all pipelines in turn, on as many ranks as each has stages."""
+    cases = {one.name: _make_case(benchmark, one, context.run) for one in benchmark.pipelines}
+    if benchmark.needs_model:
+        preload_modules(context, deepspeed=False)
+    found = run_interleaved(cases, repeats=benchmark.repeats, limit_s=benchmark.case_timeout_s, context=context)
+    return pipeline_report(benchmark, found) if context.is_main else None
+
+
+def _make_case(benchmark: PipelineBenchmark, one: PipelineCase, run: Run) -> DistributedCase:
+
+    if one.passes == "sleep":
+        work = partial(run_sleeping_stages, pipelined=one, unit_s=benchmark.unit_ms / 1000, warmup=benchmark.warmup)
+        return DistributedCase(run=run, world_size=one.stages, work=work, fold=partial(fold_ranks, tokens=0))
+    job = replace(run.batched_job, micro_batch=benchmark.batch // one.micro_batches)
+    parallel = Pipeline(stages=one.stages, schedule=one.schedule) if one.stages > 1 else Single()
+    return DistributedCase(
+        run=replace(run, job=job, parallel=parallel),
+        world_size=one.stages,
+        work=partial(run_model_stages, learns=one.work == "train", warmup=benchmark.warmup),
+        fold=partial(fold_ranks, tokens=benchmark.batch * benchmark.sequence),
+    )
 
 
 def longest_path(order: Mapping[int, Sequence[SchedulePass]], *, stretches: int) -> float:

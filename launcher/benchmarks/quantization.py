@@ -1,333 +1,94 @@
-"""The quantization benchmark's process: one way to decode, and the memory bandwidth."""
+"""The quantization benchmark: greedy decoding of the run's model with weights in several formats."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import subprocess
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch._dynamo import config as dynamo
-from transformers import DynamicCache, StaticCache
-
-from launcher.benchmarks.isolated import unpack_component
-from launcher.config.activation import NoCheckpointing
-from launcher.config.attention import SdpaAttention
-from launcher.config.inference import EngineLimits
-from launcher.config.quantization import METHODS
-from launcher.config.sampling import SamplingParams
-from launcher.engines.distributed import DTYPES, choose_device
-from launcher.errors import JobError
-from launcher.inference.engine.base import EngineRequest
-from launcher.inference.engine.model_runner import cache_argument
-from launcher.inference.engine.paged_engine import paged_engine_for
-from launcher.models.build import build_model
-from launcher.models.transforms import repeated_blocks
-from launcher.quantization.layers import own_tensors
-from launcher.utils.build_cache import quote_torch_library_path
+from launcher.benchmarks.harness import sample_interleaved
+from launcher.benchmarks.isolated import pack_component, run_isolated
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, collect_case
+from launcher.config.benchmark.inference import FORMATS
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module
-    from transformers import PreTrainedModel
-    from transformers.cache_utils import CacheLayerMixin
+    from launcher.config.benchmark.inference import QuantizationBenchmark
+    from launcher.engines.context import Context
+
+_DECODE, _BANDWIDTH = "launcher.benchmarks.decoding:decode", "launcher.benchmarks.decoding:read_bandwidth"
 
 
-class EagerDecoding:
-    """Plain forward passes with a cache that grows."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        self._model, self._step = model, model
-
-    def _cache(self) -> Any:
-        return DynamicCache(config=self._model.config)
-
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
-        """Return seconds, and the tokens chosen."""
-        device, step, cache = ids.device, self._step, self._cache()
-        chosen = []
-        with torch.inference_mode() if step is self._model else torch.no_grad():
-            started = synchronized_time(device)
-            kept: dict[str, Any] = {cache_argument(self._model): cache, "use_cache": True}
-            last = self._model(ids, logits_to_keep=1, **kept).logits[:, -1:].argmax(-1)
-            read = synchronized_time(device)
-            first = read
-            for number in range(tokens + 1):
-                at = torch.full((1, 1), ids.shape[1] + number, device=device)
-                last = step(last, position_ids=at, **kept).logits[:, -1:].argmax(-1)
-                chosen.append(last)
-                if number == 0:
-                    first = synchronized_time(device)
-                progress()
-            ended = synchronized_time(device)
-        picked = torch.cat(chosen, dim=1).tolist()
-        return {"prefill_s": read - started, "first_s": first - read, "decode_s": ended - first, "chosen": picked}
-
-
-class CompiledDecoding(EagerDecoding):
-    """Single tokens go through a compiled forward pass with a cache of fixed size."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        super().__init__(model, batch=batch, length=length)
-        self._length = length
-        quote_torch_library_path()
-        self._step = torch.compile(model.forward, dynamic=False)
-
-    def _cache(self) -> Any:
-        return StaticCache(config=self._model.config, max_cache_len=self._length)
-
-
-class CompiledBlocksDecoding(EagerDecoding):
-    """Blocks that share one compilation, with a cache of fixed size.
-
-    One block is traced and compiled where :class:`Compiled` takes them all; each token pays for it with as many checks
-    of what was compiled as there are blocks.
-    """
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        super().__init__(model, batch=batch, length=length)
-        self._length = length
-        # The number of a block is read in it: as a constant it would make each another program.
-        dynamo.allow_unspec_int_on_nn_module = True
-        self._cache_is = cache_argument(model)
-        for number, block in enumerate(repeated_blocks(model)):
-            block.forward = self._compiled(number, block)
-        self._step = lambda *args, **options: model(*args, **options)
-
-    def _cache(self) -> Any:
-        return StaticCache(config=self._model.config, max_cache_len=self._length)
-
-    def _compiled(self, number: int, block: Module) -> Callable[..., Any]:
-        quote_torch_library_path()
-        plain, compiled = block.forward, torch.compile(block.forward, dynamic=False, fullgraph=True)
-        signature = inspect.signature(plain)
-
-        def forward(*args: Any, **options: Any) -> Any:
-            if args[0].shape[1] > 1:  # the prompt
-                return plain(*args, **options)
-            given = signature.bind(*args, **options)
-            holder = given.arguments if self._cache_is in given.arguments else given.kwargs
-            holder[self._cache_is] = _OwnLayer(holder[self._cache_is].layers[number])
-            return compiled(*given.args, **given.kwargs)
-
-        return forward
-
-
-class _OwnLayer:
-    """The cache of one block, which looks the same to each."""
-
-    def __init__(self, layer: CacheLayerMixin) -> None:
-        self._layer = layer
-
-    def update(self, keys: Tensor, values: Tensor, _number: int, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        """Append, and return all; as ``Cache`` does."""
-        both: tuple[Tensor, Tensor] = self._layer.update(keys, values, *args, **options)
-        return both
-
-
-class EngineDecoding:
-    """The launcher's own engine, as ``job=serve`` has it."""
-
-    def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
-        limits = EngineLimits(
-            max_requests=batch, prefix_cache=False, kv_tokens=batch * (length + 64), prefill_chunk=batch * length
-        )
-        self._engine = paged_engine_for(model, limits=limits, ends=())
-
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
-        """Return seconds, and the tokens chosen."""
-        sampling = SamplingParams(max_tokens=tokens + 2, ignore_end=True)
-        for number, row in enumerate(ids.tolist()):
-            self._engine.add(EngineRequest(id=str(number), prompt=tuple(row), sampling=sampling))
-        chosen: dict[str, list[int]] = {}
-        times = [synchronized_time(ids.device)]
-        while not self._engine.idle:
-            for update in self._engine.step():
-                chosen.setdefault(update.request, []).extend(token.id for token in update.tokens)
-            times.append(synchronized_time(ids.device))
-            progress()
-        picked = [chosen[key][1:] for key in sorted(chosen, key=int)]
-        started, read, first, *rest = times
-        return {"prefill_s": read - started, "first_s": first - read, "decode_s": rest[-1] - first, "chosen": picked}
-
-
-DECODINGS: Mapping[str, type[EagerDecoding | EngineDecoding]] = {
-    "eager": EagerDecoding,
-    "compiled": CompiledDecoding,
-    "blocks": CompiledBlocksDecoding,
-    "engine": EngineDecoding,
-}
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Return seconds, once the GPU has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
-_PROGRAM = """
-import json, sys, time
-import ctranslate2
-
-asked = json.load(sys.stdin)
-generator = ctranslate2.Generator(asked["folder"], device="cpu", compute_type="int8", intra_threads=asked["threads"])
-with open(asked["folder"] + "/vocabulary.json", encoding="utf-8") as file:
-    vocabulary = json.load(file)
-rows = [[vocabulary[(7 * (r * asked["prompt"] + k) + 11) % len(vocabulary)] for k in range(asked["prompt"])]
-        for r in range(asked["batch"])]
-
-def go(new):
-    started = time.perf_counter()
-    found = generator.generate_batch(rows, max_length=new, min_length=new, sampling_topk=1, beam_size=1,
-                                     include_prompt_in_result=False, max_batch_size=0)
-    return time.perf_counter() - started, [answer.sequences_ids[0] for answer in found]
-
-for _ in range(asked["warmup"]):
-    go(asked["tokens"] + 1)
-one, _ = go(1)
-all_, chosen = go(asked["tokens"] + 1)
-print(json.dumps({"one": one, "all": all_, "chosen": chosen}))
-"""
-
-
-def decode_by_ctranslate2(
-    python: str, folder: str, *, batch: int, prompt: int, tokens: int, warmup: int
-) -> dict[str, Any]:
-    """Return what :func:`decode` does; its time is that of many tokens less that of one.
-
-    Raises:
-        JobError: it cannot be run.
-    """
-    import hashlib
-
-    import torch
-
-    where = Path(folder).expanduser()
-    asked = {
-        "folder": str(where),
-        "threads": torch.get_num_threads(),
-        "batch": batch,
-        "prompt": prompt,
-        "tokens": tokens,
-        "warmup": max(1, warmup),
-    }
-    command = [str(Path(python).expanduser()), "-c", _PROGRAM]
-    try:
-        done = subprocess.run(command, input=json.dumps(asked), capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise JobError(f"CTranslate2 cannot be started: {error}") from error
-    if done.returncode:
-        raise JobError(f"CTranslate2 ended with {done.returncode}: {done.stderr.strip()[-800:]}")
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {
-        "token_s": (found["all"] - found["one"]) / tokens,
-        "prefill_per_s": batch * prompt / found["one"],
-        "first_s": found["one"],
-        "read_bytes": (where / "model.bin").stat().st_size,
-        "digest": hashlib.sha256(repr(found["chosen"]).encode()).hexdigest()[:16],
-    }
-
-
-_BYTES = 2**30
-
-
-_TIMES = 5
-
-
-def read_bandwidth(*, progress: Callable[[], None]) -> dict[str, Any]:
-    """Return how fast memory is read: the best of several sums over a GiB, on all threads or the GPU."""
-    device = choose_device(0)
-    numbers = torch.ones(_BYTES // 4, device=device)
-    best = float("inf")
-    for _ in range(_TIMES + 1):
-        started = synchronized_time(device)
-        numbers.sum()
-        best = min(best, synchronized_time(device) - started)
-        progress()
-    return {"bytes_per_s": _BYTES / best}
-
-
-def decode(
-    *,
-    model: dict[str, Any],
-    weights: str,
-    how: str,
-    rest: str,
-    seed: int,
-    batch: int,
-    prompt: int,
-    tokens: int,
-    warmup: int,
-    rank: int,
-    peer: list[str | None],
-    progress: Callable[[], None],
-) -> dict[str, Any]:
-    """Continue prompts greedily and return seconds a step, prompt tokens a second, and what was read.
-
-    Args:
-        model: the run's, packed.
-        weights: a format, or a method to quantise by.
-        how: one of ``WAYS``, or the peer.
-        rest: format of what is not quantised.
-        seed: of random weights.
-        batch: sequences at a time.
-        prompt: tokens that each begins with.
-        tokens: that each is continued by.
-        warmup: whole runs before the one that counts.
-        rank: number of the GPU.
-        peer: interpreter and folder of CTranslate2.
-        progress: called from time to time.
-    """
-    if how == "ctranslate2":
-        python, folder = peer
-        assert python is not None, "refused before anything starts"
-        assert folder is not None, "refused before anything starts"
-        return decode_by_ctranslate2(python, folder, batch=batch, prompt=prompt, tokens=tokens, warmup=warmup)
-    device = choose_device(rank)
-    built = build_model(
-        unpack_component(model),
-        seed=seed,
-        attention=SdpaAttention(),
-        activation=NoCheckpointing(),
-        dtype=DTYPES[rest],
-        quantization=METHODS[weights]() if weights in METHODS else None,
-        after=lambda _, part: part.to(device),
-        heartbeat=progress,
+def run_quantization_benchmark(benchmark: QuantizationBenchmark, context: Context) -> BenchmarkResults:
+    """Measure all ways in turn, each time in a process of its own."""
+    bandwidth = run_isolated(_BANDWIDTH, {}, heartbeat=lambda: context.heartbeat.update("bandwidth"))["bytes_per_s"]
+    asked = {name: _arguments(benchmark, context, name) for name in benchmark.names}
+    samples = sample_interleaved(_DECODE, asked, repeats=benchmark.repeats, context=context)
+    quantities = ("token_s", "prefill_per_s", "first_s", "read_bytes")
+    cases = [collect_case(name, samples[name], quantities) for name in benchmark.names]
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={name: _facts(samples[name], bandwidth) for name in benchmark.names},
+        said=tuple(_findings(benchmark, cases, samples, bandwidth)),
+        metrics={**_metrics(cases, bandwidth), "read_bandwidth_bytes_per_s": bandwidth},
     )
-    built.eval().requires_grad_(False).to(device)
-    read = weights_read(built)
-    vocabulary = built.config.get_text_config().vocab_size
-    ids = ((torch.arange(batch * prompt).view(batch, prompt) * 7 + 11) % vocabulary).to(device)
-    way = DECODINGS[how](built, batch=batch, length=prompt + tokens + 2)
-    first = 0.0
-    for number in range(warmup + 1):
-        timed = way.go(ids, tokens, progress)
-        first = timed["first_s"] if number == 0 else first
-    digest = hashlib.sha256(repr(timed["chosen"]).encode()).hexdigest()[:16]
+
+
+def _arguments(benchmark: QuantizationBenchmark, context: Context, name: str) -> dict[str, Any]:
+
+    weights, _, how = name.partition("/")
+    run = context.run
     return {
-        "token_s": timed["decode_s"] / tokens,
-        "prefill_per_s": batch * prompt / timed["prefill_s"],
-        "first_s": first,
-        "read_bytes": read,
-        "digest": digest,
+        "model": pack_component(run.model),
+        "weights": weights,
+        "how": how,
+        "rest": weights if weights in FORMATS else run.precision.compute,
+        "seed": run.job.seed,
+        "batch": benchmark.batch,
+        "prompt": benchmark.prompt,
+        "tokens": benchmark.tokens,
+        "warmup": benchmark.warmup,
+        "rank": context.local_rank,
+        "peer": [benchmark.ctranslate2_python, benchmark.ctranslate2],
     }
 
 
-def weights_read(model: PreTrainedModel) -> int:
-    """Return the bytes that a step reads at least: all weights, of the embedding only where it is the head too."""
-    table, seen, total = model.get_input_embeddings(), set[int](), 0
-    is_tied = model.get_output_embeddings().weight is table.weight
-    for module in model.modules():
-        if module is table and not is_tied:
-            continue
-        for _, tensor in own_tensors(module):
-            if tensor.data_ptr() not in seen:
-                seen.add(tensor.data_ptr())
-                total += tensor.nbytes
-    return total
+def _findings(
+    benchmark: QuantizationBenchmark,
+    cases: Sequence[BenchmarkCase],
+    samples: Mapping[str, Sequence[Mapping[str, Any]]],
+    bandwidth: float,
+) -> Iterator[str]:
+    first = cases[0]
+    yield f"memory is read at {bandwidth / 1e9:.1f} GB/s"
+    for case in cases:
+        seconds = case.median("token_s")
+        share = case.median("read_bytes") / seconds / bandwidth
+        yield (
+            f"{case.name}: {benchmark.batch / seconds:.1f} tokens/s, {first.median('token_s') / seconds:.2f} times "
+            f"{first.name}; {share:.0%} of what reading {case.median('read_bytes') / 1e6:.0f} MB a token allows"
+        )
+    for case in cases:
+        if case.name.endswith(("/compiled", "/blocks")):
+            started = case.samples["first_s"]
+            yield f"{case.name}: compiled in {started[0]:.1f} s, from the cache in {min(started):.1f} s"
+    best = min(cases, key=lambda case: case.median("token_s"))
+    yield f"best: {best.name}, {first.median('token_s') / best.median('token_s'):.2f} times {first.name}"
+    for case in cases[1:]:
+        if case.median("token_s") > first.median("token_s"):
+            yield f"{case.name} is slower than {first.name} on this machine"
+    for name, taken in samples.items():
+        if len({sample["digest"] for sample in taken}) > 1:
+            yield f"{name}: NOT the same tokens in every process"
+
+
+def _facts(samples: Sequence[Mapping[str, Any]], bandwidth: float) -> dict[str, Any]:
+    return {"tokens": sorted({sample["digest"] for sample in samples}), "read_bandwidth_bytes_per_s": bandwidth}
+
+
+def _metrics(cases: Sequence[BenchmarkCase], bandwidth: float) -> dict[str, float]:
+    found = {}
+    for case in cases:
+        seconds = case.median("token_s")
+        found[f"{case.name}/speedup"] = cases[0].median("token_s") / seconds
+        found[f"{case.name}/roofline_share"] = case.median("read_bytes") / seconds / bandwidth
+    return found

@@ -13,7 +13,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +24,14 @@ import yaml
 from launcher.benchmarks.load_client import HttpConnection, LoadTarget, RequestError
 from launcher.benchmarks.load_generator import (
     LoadResult,
+    Slo,
     closed_loop,
     open_loop,
     poisson_arrivals,
     random_requests,
     summarize_load,
 )
+from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults, collect_case
 from launcher.config.benchmark.serving import (
     LoadRequest,
     ServerAddress,
@@ -136,6 +139,54 @@ _SEEDS_A_ROUND = 1000
 _SHOWN = ("requests", "errors", "tokens_per_s", "first_p50_s", "first_p99_s", "gap_p99_s", "client_share")
 
 
+_QUANTITIES = (
+    *("tokens_per_s", "requests_per_s", "goodput_per_s", "first_p50_s", "first_p99_s"),
+    *("per_token_p50_s", "gap_p99_s", "whole_p50_s", "whole_p99_s"),
+)
+"""Figures that the table shows; the JSON holds all."""
+
+
+def run_serving_benchmark(benchmark: ServingBenchmark, context: Context) -> BenchmarkResults:
+    """Put the server under each level of load in turn."""
+    found = measure_levels(benchmark, context)
+    cases = [collect_case(name, answers, _QUANTITIES) for name, answers in found.items()]
+    return BenchmarkResults(
+        benchmark=benchmark,
+        cases=cases,
+        facts={name: {"rounds": answers} for name, answers in found.items()},
+        said=tuple(_findings(benchmark, found, cases)),
+        metrics={f"{case.name}/{name}": case.median(name) for case in cases for name in _QUANTITIES},
+    )
+
+
+def _findings(
+    benchmark: ServingBenchmark, found: Mapping[str, Sequence[Mapping[str, Any]]], cases: Sequence[BenchmarkCase]
+) -> Iterator[str]:
+    for case in cases:
+        yield (
+            f"{case.name}: {case.median('tokens_per_s'):.1f} tokens/s; first token after "
+            f"{case.median('first_p50_s'):.3f} s (99 %: {case.median('first_p99_s'):.3f} s), "
+            f"{case.median('goodput_per_s'):.2f} good answers/s"
+        )
+    for name, answers in found.items():
+        bad: Counter[str] = Counter()
+        for answer in answers:
+            bad.update({key: int(count) for key, count in answer.items() if _is_error(key)})
+        if bad:
+            yield f"{name}: errors {', '.join(f'{key[6:]} {count}' for key, count in bad.items())}"
+    most = max(answer["client_share"] for answers in found.values() for answer in answers)
+    late = max(answer["late_p99_s"] for answers in found.values() for answer in answers)
+    yield f"load generator: at most {most:.1%} of a core; requests sent at most {1000 * late:.1f} ms late (99 %)"
+    slo = {"first token": benchmark.slo_first_s, "a token": benchmark.slo_per_token_s, "end": benchmark.slo_whole_s}
+    asked = ", ".join(f"{name} within {value:g} s" for name, value in slo.items() if value is not None)
+    yield f"good answers: {asked or 'all whole ones'}"
+
+
+def _is_error(name: str) -> bool:
+    """Whether a figure counts answers that went wrong; those that the end of a level broke off did not."""
+    return name.startswith("error/") and name != "error/unfinished"
+
+
 def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
     """Return the figures of each level by its name, one of each round.
 
@@ -145,6 +196,7 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
     found: dict[str, list[dict[str, Any]]] = {benchmark.name_of(level): [] for level in benchmark.levels}
     done, total = 0, benchmark.num_measurements
     server = contextlib.nullcontext(benchmark.url) if benchmark.url else temporary_server(benchmark.serve, context)
+    slo = Slo(first_s=benchmark.slo_first_s, per_token_s=benchmark.slo_per_token_s, whole_s=benchmark.slo_whole_s)
     with server as url, MetricsWriter(context.run_dir.metrics) as metrics:
         target = resolve_target(benchmark, url)
         for round_ in range(benchmark.repeats):
@@ -152,7 +204,7 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
                 seed = context.run.job.seed + _SEEDS_A_ROUND * round_ + number
                 told = partial(_tell, context, done, total)
                 load = run_level(benchmark, target, level, seed=seed, progress=told)
-                answer = summarize_load(load, slo=benchmark.slo)
+                answer = summarize_load(load, slo=slo)
                 name = benchmark.name_of(level)
                 found[name].append(answer)
                 done += 1

@@ -32,8 +32,6 @@ from launcher.protocol.plan import Batch
 from launcher.utils.schema import to_tree
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import BenchmarkResults
-    from launcher.engines.context import Context
     from launcher.protocol.rundir import RunDir
 
 LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
@@ -303,10 +301,6 @@ class Benchmark(Component):
     def outline(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the parts of what is measured, each in words."""
         yield from ()
-
-    @abstractmethod
-    def run(self, context: Context) -> BenchmarkResults | None:
-        """Measure, on every rank; what rank 0 returns is what is kept, and others need return nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)

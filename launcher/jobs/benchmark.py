@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from launcher.benchmarks.registry import execute_benchmark
 from launcher.config.run import Benchmark
 from launcher.protocol.metrics import MetricsWriter
 
@@ -17,7 +18,7 @@ def run_benchmark(job: BenchmarkJob, context: Context) -> None:
     """Measure on this rank; rank 0 writes what was found."""
     benchmark = context.run.benchmark
     assert isinstance(benchmark, Benchmark), "refused before anything starts"
-    results = benchmark.run(replace(context, run=job.measured_run(context.run)))
+    results = execute_benchmark(replace(context, run=job.measured_run(context.run)))
     if results is not None and context.is_main:
         done = benchmark.num_measurements
         with MetricsWriter(context.run_dir.metrics, start_step=done) as metrics:

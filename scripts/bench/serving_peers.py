@@ -28,8 +28,8 @@ from serving_peers_start import Peer, Server, peers, versions
 from serving_peers_table import table
 
 from launcher.benchmarks.load_client import LoadTarget
-from launcher.benchmarks.load_generator import closed_loop, random_requests, summarize_load, tokens_between
-from launcher.config.benchmark.serving import Slo, parse_length_distribution, parse_server_address
+from launcher.benchmarks.load_generator import Slo, closed_loop, random_requests, summarize_load, tokens_between
+from launcher.config.benchmark.serving import parse_length_distribution, parse_server_address
 from launcher.utils.files import read_json, write_json
 
 CONCURRENCY = (1, 4, 8, 16, 32)

@@ -27,11 +27,17 @@ from harness import describe_machine
 from soak_server import REQUEST_TIMEOUT_S, SoakServer
 from soak_watch import Watch
 
-from launcher.benchmarks.load_client import ConnectionPool, HttpConnection, LoadTarget, RequestError, send_request
+from launcher.benchmarks.load_client import (
+    ConnectionPool,
+    HttpConnection,
+    LoadTarget,
+    RequestError,
+    RequestOutcome,
+    send_request,
+)
 from launcher.benchmarks.load_generator import closed_loop, poisson_arrivals, random_requests
 from launcher.config.benchmark.serving import (
     LoadRequest,
-    RequestOutcome,
     parse_length_distribution,
     parse_server_address,
 )

@@ -60,8 +60,8 @@ def test_the_small_server_gives_each_request_its_own_tokens_and_length(scripts) 
 
     from peer_server import Job, answer, serve_jobs
 
-    from launcher.benchmarks.load_client import ConnectionPool, LoadTarget, send_request
-    from launcher.config.benchmark.serving import LoadRequest, RequestOutcome, parse_server_address
+    from launcher.benchmarks.load_client import ConnectionPool, LoadTarget, RequestOutcome, send_request
+    from launcher.config.benchmark.serving import LoadRequest, parse_server_address
 
     batches: list[int] = []
 

@@ -26,7 +26,7 @@ def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(SOAK.parent))
     from serving_soak import Tally
 
-    from launcher.config.benchmark.serving import RequestOutcome
+    from launcher.benchmarks.load_client import RequestOutcome
 
     tally = Tally()
     for error, text in (

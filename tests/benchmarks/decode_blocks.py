@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from launcher.benchmarks.quantization import CompiledBlocksDecoding, EagerDecoding
+from launcher.benchmarks.decoding import CompiledBlocksDecoding, EagerDecoding
 from launcher.config.quantization import METHODS
 from launcher.quantization.convert import Converter
 

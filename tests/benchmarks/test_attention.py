@@ -121,9 +121,11 @@ def test_the_command_finds_how_memory_grows(launch) -> None:
 
 
 def test_what_does_not_fit_into_memory_or_is_not_offered_is_left_out_with_a_line_each() -> None:
+    from launcher.benchmarks.attention import choose_points
+
     run = compose([*WORDS, "benchmark.kernels=[eager,sdpa_flash,flex]", "benchmark.sequences=[256,8192]"]).run
     why = {"flex/backward": "no backward on CPU"}
-    points, left_out = run.benchmark.choose(run, free_bytes=4 * 10**9, lacking=why)
+    points, left_out = choose_points(run.benchmark, run, free_bytes=4 * 10**9, lacking=why)
     names = [point.name for point in points]
     assert names[:5] == [f"{k}/forward/256" for k in ("eager", "sdpa_flash", "flex")] + [
         f"{k}/backward/256" for k in ("eager", "sdpa_flash")

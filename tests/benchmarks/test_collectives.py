@@ -10,7 +10,6 @@ import sys
 
 import pytest
 
-from launcher.config.benchmark.distributed import bus_bandwidth_factor
 from launcher.errors import ConfigErrors
 
 WORDS = ("job=benchmark", "benchmark=collectives", "tracker=local")
@@ -86,6 +85,8 @@ def test_a_wrong_value_on_one_rank_ends_the_job_on_all(tmp_path) -> None:
 
 
 def test_bandwidths_are_those_of_nccl_tests() -> None:
+    from launcher.benchmarks.collectives import bus_bandwidth_factor
+
     assert [bus_bandwidth_factor(name, 4) for name in NAMES] == [1.5, 0.75, 0.75, 1.0, 0.75]
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-from launcher.benchmarks.load_client import LoadTarget
+from launcher.benchmarks.load_client import LoadTarget, RequestOutcome
 from launcher.benchmarks.load_generator import (
     LoadResult,
+    Slo,
     closed_loop,
     open_loop,
     percentile,
@@ -25,8 +26,6 @@ from launcher.benchmarks.load_generator import (
 )
 from launcher.config.benchmark.serving import (
     LoadRequest,
-    RequestOutcome,
-    Slo,
     parse_length_distribution,
     parse_server_address,
     read_trace,

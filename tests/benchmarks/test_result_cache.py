@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.benchmarks.registry import execute_benchmark
 from launcher.config.compose import compose
 from launcher.engines.context import Context
 from launcher.errors import ConfigErrors
@@ -28,7 +29,7 @@ WORDS = (
 def test_the_last_prompt_repeats_the_first(tmp_path: Path) -> None:
     run = compose(WORDS).run
     context = Context(run=run, run_dir=RunDir(tmp_path), rank=0, local_rank=0, world_size=1, heartbeat=Heartbeat(None))
-    results = run.benchmark.run(context)
+    results = execute_benchmark(context)
     cache = results.facts["cache"]
     assert (cache["hits"], cache["misses"], cache["hit_rate"], cache["size"]) == (1, 3, 0.25, 3)
     assert 0 < cache["size_bytes"] < cache["max_bytes"] == 64 * 2**20

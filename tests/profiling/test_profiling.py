@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from launcher.benchmarks.harness import sample_interleaved
+from launcher.benchmarks.registry import execute_benchmark
 from launcher.config.compose import compose
 from launcher.config.profile import Profile, ProfileWindow, TorchProfile
 from launcher.config.run import Benchmark
@@ -238,7 +239,7 @@ def test_cases_in_the_process_of_a_rank_are_taken_once_more(tmp_path, words, cas
     more = ("benchmark.ways=[none,static]",) if len(cases) > 1 else ()
     context = context_of(tmp_path, "job=benchmark", *words, *more, "benchmark.repeats=1", "profile.active=3")
     assert isinstance(context.run.benchmark, Benchmark)
-    context.run.benchmark.run(context)
+    execute_benchmark(context)
     assert names(tmp_path / "profile") == files_of(*cases)
     for case in cases:
         assert calls(events(tmp_path / "profile" / f"{case}.trace.json.gz"), "engine step") == 3

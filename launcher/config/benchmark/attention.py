@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from launcher.config.run import Benchmark
-from launcher.errors import ConfigError, JobError
+from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import BenchmarkResults
     from launcher.config.run import Run
-    from launcher.engines.context import Context
 
 
 Kernel = Literal["mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash", "flex"]
@@ -68,13 +64,6 @@ class AttentionPoint:
         num_scores = 0 if self.kernel in _WRITES_NO_SCORES[self.direction] else _SCORES[self.direction]
         compared = 4 * 8 * hidden  # output and gradient against a reference in fp64
         return value_bytes * (_HIDDEN[self.direction] * hidden + num_scores * scores) + compared + _PROCESS_BYTES
-
-
-_PROBE, _MEASURE, _EXACT = (
-    "launcher.benchmarks.attention:probe_kernels",
-    "launcher.benchmarks.attention:measure_kernel",
-    "launcher.benchmarks.attention_kernels:write_reference",
-)
 
 
 TOLERANCES = {"fp32": 5e-6, "fp16": 4e-3, "bf16": 3e-2}
@@ -177,81 +166,3 @@ class AttentionBenchmark(Benchmark):
         """Return what the process of a point takes at most, by estimate."""
         size = run.precision.compute_bytes
         return point.bytes_needed(batch=self.batch, width=self.width, heads=self.heads, value_bytes=size)
-
-    def choose(
-        self, run: Run, *, free_bytes: int, lacking: Mapping[str, str]
-    ) -> tuple[list[AttentionPoint], list[str]]:
-        """Return what can be measured, and a line for each kernel and pass that cannot.
-
-        Args:
-            run: this benchmark's.
-            free_bytes: memory that a process may take.
-            lacking: why a kernel has no such pass here, by ``kernel/pass``.
-        """
-        chosen: list[AttentionPoint] = []
-        left_out: dict[str, None] = {}
-        for point in self.points:
-            needed = self.bytes_needed(point, run)
-            if why := lacking.get(f"{point.kernel}/{point.direction}"):
-                left_out[f"left out: {point.kernel}, {point.direction}: {why}"] = None
-            elif needed > free_bytes:
-                sizes = f"takes about {bytes_text(needed)}, and {bytes_text(free_bytes)} are free"
-                left_out[f"left out: {point.name}: {sizes}"] = None
-            else:
-                chosen.append(point)
-        return chosen, list(left_out)
-
-    def run(self, context: Context) -> BenchmarkResults:
-        """Measure every point in turn and compare it with the formula in fp64."""
-        from launcher.benchmarks.attention import AttentionReport
-        from launcher.benchmarks.harness import sample_interleaved
-        from launcher.benchmarks.isolated import run_isolated
-
-        asked = {"kernels": self.kernels, "passes": self.chosen_passes, **self._sizes(context)}
-        here = run_isolated(_PROBE, asked, heartbeat=lambda: context.heartbeat.update("probe"))
-        points, left_out = self.choose(context.run, **here)
-        if not points:
-            raise JobError(f"there is nothing to measure; {'; '.join(left_out)}")
-        with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="references-") as folder:
-            files = self._references(context, points, Path(folder))
-            arguments = {
-                point.name: {
-                    **self._sizes(context),
-                    "kernel": point.kernel,
-                    "backward": point.direction == "backward",
-                    "sequence": point.sequence,
-                    "warmup": self.warmup,
-                    "reference": files[point.sequence],
-                }
-                for point in points
-            }
-            repeats = self.repeats
-            samples = sample_interleaved(_MEASURE, arguments, repeats=repeats, context=context, exact_peaks=True)
-        precision = context.run.precision
-        report = AttentionReport(
-            self,
-            points,
-            samples,
-            tolerance=self.tolerance or TOLERANCES[precision.kind],
-            value_bytes=precision.compute_bytes,
-            left_out=left_out,
-        )
-        return report.results()
-
-    def _references(self, context: Context, points: Sequence[AttentionPoint], folder: Path) -> dict[int, str]:
-        """Compute the formula at each length; return the files."""
-        from launcher.benchmarks.isolated import run_isolated
-
-        files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
-        backward = any(point.direction == "backward" for point in points)
-        asked = {**self._sizes(context), "keep": files, "backward": backward}
-        run_isolated(_EXACT, asked, heartbeat=lambda: context.heartbeat.update("reference"))
-        return files
-
-    def _sizes(self, context: Context) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("batch", "width", "heads")},
-            "precision": context.run.precision.kind,
-            "seed": context.run.job.seed,
-            "rank": context.local_rank,
-        }

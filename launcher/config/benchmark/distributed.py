@@ -18,23 +18,17 @@ schedule's own order of passes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from launcher.config.parallel.data_parallel import Single
 from launcher.config.parallel.pipeline import Pipeline, PipelineScheduleName, micro_batch_choices
 from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
-from launcher.utils.text import bytes_text, counted
+from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.collectives import CollectiveTimings
-    from launcher.benchmarks.harness import DistributedCase
-    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
     from launcher.config.run import Run
-    from launcher.engines.context import Context
 
 
 def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: int) -> float | None:
@@ -52,16 +46,6 @@ CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcas
 
 VALUE_BYTES = 4
 """Messages are made of fp32."""
-
-
-def bus_bandwidth_factor(name: str, world_size: int) -> float:
-    """Return the bus bandwidth per algorithm bandwidth: what hardware alone limits, at any number of ranks.
-
-    From nccl-tests (doc/PERFORMANCE.md). The size of an all-gather is that of what comes out, of a reduce-scatter and
-    an all-to-all that of what goes in, each on one rank.
-    """
-    others = (world_size - 1) / world_size
-    return {"all_reduce": 2 * others, "broadcast": 1.0}.get(name, others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,67 +113,6 @@ class CollectivesBenchmark(Benchmark):
         """Yield the collectives and the sizes."""
         yield "collectives", ", ".join(self.collectives)
         yield "messages", ", ".join(map(bytes_text, self.sizes))
-
-    def run(self, context: Context) -> BenchmarkResults:
-        """Check and time every collective at every size, on every rank."""
-        from launcher.benchmarks.collectives import measure_collectives
-        from launcher.benchmarks.results import BenchmarkResults, SizeSweep
-
-        found = measure_collectives(self, context)
-        cases = {key: _collective_case(*key, samples, context.world_size) for key, samples in found.seconds.items()}
-        names = dict.fromkeys(name for name, _ in cases)
-        lines = {name: {size: cases[name, size].samples for size in self.sizes} for name in names}
-        ranks = f"{context.world_size} ranks on {counted(len(found.hosts), 'host')}"
-        return BenchmarkResults(
-            benchmark=self,
-            cases=list(cases.values()),
-            facts={case.name: {"bytes": _whole_values(size, context.world_size)} for (_, size), case in cases.items()},
-            said=tuple(self._said(found, cases)),
-            metrics=_collective_metrics(cases, largest=self.sizes[-1]),
-            sweeps=[SizeSweep(title=f"{ranks}, {found.backend}", along="message, bytes", lines=lines)],
-        )
-
-    def _said(self, found: CollectiveTimings, cases: Mapping[tuple[str, int], BenchmarkCase]) -> Iterator[str]:
-        smallest, largest = self.sizes[0], self.sizes[-1]
-        for name in dict.fromkeys(name for name, _ in cases):
-            algorithm, bus = (
-                cases[name, largest].median(key) for key in ("algorithm_bandwidth_gb_per_s", "bus_bandwidth_gb_per_s")
-            )
-            yield (
-                f"{name}: {cases[name, smallest].median('call_us'):,.1f} µs for {bytes_text(smallest)}; "
-                f"bus bandwidth {bus:.3f} GB/s (algorithm {algorithm:.3f}) at {bytes_text(largest)}"
-            )
-        yield from (f"left out: {name}: {why}" for name, why in found.lacking.items())
-        yield f"values: every result was checked on every rank {found.checks:,} times, and was right"
-        places = ", ".join(f"{count} on {host}" for host, count in found.hosts.items())
-        yield f"ranks: {places}; backend {found.backend}"
-
-
-def _whole_values(size: int, world_size: int) -> int:
-    """Return the bytes of a message that has as many whole values for each rank."""
-    return size // (VALUE_BYTES * world_size) * VALUE_BYTES * world_size
-
-
-def _collective_case(name: str, size: int, seconds: Sequence[float], world_size: int) -> BenchmarkCase:
-    from launcher.benchmarks.results import BenchmarkCase
-
-    speeds = [_whole_values(size, world_size) / taken / 1e9 for taken in seconds]
-    share = bus_bandwidth_factor(name, world_size)
-    samples: dict[str, Any] = {
-        "call_us": tuple(1e6 * taken for taken in seconds),
-        "algorithm_bandwidth_gb_per_s": tuple(speeds),
-        "bus_bandwidth_gb_per_s": tuple(speed * share for speed in speeds),
-    }
-    return BenchmarkCase(name=f"{name}/{size}", samples=samples)
-
-
-def _collective_metrics(cases: Mapping[tuple[str, int], BenchmarkCase], *, largest: int) -> dict[str, float]:
-    metrics = {}
-    for (name, size), case in cases.items():
-        metrics[f"{name}/{size}/call_us"] = case.median("call_us")
-        if size == largest:
-            metrics[f"{name}/bus_bandwidth_gb_per_s"] = case.median("bus_bandwidth_gb_per_s")
-    return metrics
 
 
 PassKind = Literal["sleep", "model"]
@@ -387,31 +310,3 @@ class PipelineBenchmark(Benchmark):
         yield "pipelines", f"{len(self.pipelines)} in each of {self.repeats} rounds"
         if self.left_out:
             yield "left out", "; ".join(f"{what}: {why}" for what, why in self.left_out.items())
-
-    def run(self, context: Context) -> BenchmarkResults | None:
-        """Measure all pipelines in turn, on as many ranks as each has stages."""
-        from launcher.benchmarks.harness import run_interleaved
-        from launcher.benchmarks.pipeline import pipeline_report
-        from launcher.verification.forked_ranks import preload_modules
-
-        cases = {one.name: self._case(one, context.run) for one in self.pipelines}
-        if self.needs_model:
-            preload_modules(context, deepspeed=False)
-        found = run_interleaved(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
-        return pipeline_report(self, found) if context.is_main else None
-
-    def _case(self, one: PipelineCase, run: Run) -> DistributedCase:
-        from launcher.benchmarks.harness import DistributedCase
-        from launcher.benchmarks.pipeline import fold_ranks, run_model_stages, run_sleeping_stages
-
-        if one.passes == "sleep":
-            work = partial(run_sleeping_stages, pipelined=one, unit_s=self.unit_ms / 1000, warmup=self.warmup)
-            return DistributedCase(run=run, world_size=one.stages, work=work, fold=partial(fold_ranks, tokens=0))
-        job = replace(run.batched_job, micro_batch=self.batch // one.micro_batches)
-        parallel = Pipeline(stages=one.stages, schedule=one.schedule) if one.stages > 1 else Single()
-        return DistributedCase(
-            run=replace(run, job=job, parallel=parallel),
-            world_size=one.stages,
-            work=partial(run_model_stages, learns=one.work == "train", warmup=self.warmup),
-            fold=partial(fold_ranks, tokens=self.batch * self.sequence),
-        )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 from launcher.config.data.base import Corpus
@@ -15,15 +12,7 @@ from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
     from launcher.config.run import Run
-    from launcher.engines.context import Context
-
-
-_MEASURE, _PREPARE = "launcher.benchmarks.data:measure_reading", "launcher.benchmarks.data:prepare_cache"
-
-
-_LOAD = "load"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,82 +73,13 @@ class DataBenchmark(Benchmark):
     def outline(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the data and what is done with it."""
         yield "data", component_text(run.data)
-        yield "tokenised", f"whole, into an empty cache, by {', '.join(map(_thread_words, self.threads))}"
+        yield "tokenised", f"whole, into an empty cache, by {', '.join(map(thread_words, self.threads))}"
         yield "loaded", f"batches of {self.micro_batch} x {self.sequence_length} tokens for {self.seconds:g} s"
 
-    def run(self, context: Context) -> BenchmarkResults:
-        """Tokenise under each number of threads and load, in turn."""
-        from launcher.benchmarks.harness import sample_interleaved
-        from launcher.benchmarks.isolated import pack_component, run_isolated
-        from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
 
-        with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="tokens-") as folder:
-            about = {"data": pack_component(context.run.data), "model": pack_component(context.run.model)}
-            cold, full = ({**about, "folder": str(Path(folder) / name)} for name in ("cold", "full"))
-            prepared = run_isolated(_PREPARE, full, heartbeat=lambda: context.heartbeat.update("prepare"))
-            asked = {
-                **{_tokenize_case(count): {**cold, "warmup": self.warmup, "threads": count} for count in self.threads},
-                _LOAD: {**full, "warmup": self.warmup, "load": self._load(context)},
-            }
-            samples = sample_interleaved(_MEASURE, asked, repeats=self.repeats, context=context)
-        cases = [
-            BenchmarkCase(
-                name=name, samples={key: tuple(one[key] for one in taken) for key in taken[0] if key.endswith("_per_s")}
-            )
-            for name, taken in samples.items()
-        ]
-        return BenchmarkResults(
-            benchmark=self,
-            cases=cases,
-            facts={"cold start": prepared, **{name: _tokenization_facts(taken) for name, taken in samples.items()}},
-            said=tuple(self._said(prepared, samples, cases)),
-            metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
-        )
-
-    def _load(self, context: Context) -> dict[str, Any]:
-        names = ("sequence_length", "micro_batch", "seconds")
-        return {**{name: getattr(self, name) for name in names}, "seed": context.run.job.seed}
-
-    def _said(
-        self,
-        prepared: Mapping[str, Any],
-        samples: Mapping[str, Sequence[Mapping[str, Any]]],
-        cases: Sequence[BenchmarkCase],
-    ) -> Iterator[str]:
-        by_name = {case.name: case for case in cases}
-        yield (
-            f"corpus: {prepared['text_bytes'] / 1e6:,.2f} MB of text are {prepared['tokens']:,} tokens "
-            f"of a vocabulary of {prepared['vocab_size']:,}"
-        )
-        yield f"first run: {prepared['cold_s']:.2f} s from an empty cache to tokens, its tokenizer included"
-        for count in self.threads:
-            case = by_name[_tokenize_case(count)]
-            rate = f"{case.median('tokens_per_s'):,.0f} tokens/s, {case.median('text_mb_per_s'):.2f} MB/s of text"
-            yield f"tokenise by {_thread_words(count)}: {rate}"
-        first, *others = (by_name[_tokenize_case(count)].median("tokens_per_s") for count in self.threads)
-        for count, speed in zip(self.threads[1:], others, strict=True):
-            yield f"{_thread_words(count)}: {speed / first:.2f} times {_thread_words(self.threads[0])}"
-        case = by_name[_LOAD]
-        rate = f"{case.median('sequences_per_s'):,.0f} sequences/s, {case.median('tokens_per_s'):,.0f} tokens/s"
-        yield f"load: {rate}, in one thread"
-        for names, what in (([_tokenize_case(n) for n in self.threads], "tokens"), ([_LOAD], "first batches")):
-            digests = {sample["digest"] for name in names for sample in samples[name]}
-            same = "the same every time" if len(digests) == 1 else f"NOT the same: {len(digests)} different ones"
-            yield f"{what}: {same}"
-
-
-def _tokenize_case(threads: int) -> str:
-    return f"tokenise/{threads or 'all'}"
-
-
-def _thread_words(count: int) -> str:
+def thread_words(count: int) -> str:
+    """Return a number of threads in words."""
     return {0: "a thread a core", 1: "1 thread"}.get(count, f"{count} threads")
-
-
-def _tokenization_facts(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is not a rate: digests once each, times and counts of every round."""
-    names = [name for name in taken[0] if not name.endswith("_per_s")]
-    return {name: sorted({one[name] for one in taken}) for name in names}
 
 
 SavingMode = Literal["none", "blocking", "asynchronous"]
@@ -245,20 +165,3 @@ class CheckpointBenchmark(Benchmark):
         steps = self.every * (self.saves + 1)
         yield "loop", f"{steps} steps, a save after every {self.every} of them but the last"
         yield "compared", ", ".join(self.ways)
-
-    def run(self, context: Context) -> BenchmarkResults | None:
-        """Train in each way in turn, on all ranks."""
-        from launcher.benchmarks.checkpoint import checkpoint_report, fold_ranks, train_and_save
-        from launcher.benchmarks.harness import DistributedCase, run_interleaved
-        from launcher.verification.forked_ranks import preload_modules
-
-        loop = partial(train_and_save, every=self.every, saves=self.saves, warmup=self.warmup)
-        cases: dict[str, DistributedCase] = {
-            way: DistributedCase(
-                run=context.run, world_size=context.world_size, work=partial(loop, way=way), fold=fold_ranks
-            )
-            for way in self.ways
-        }
-        preload_modules(context, deepspeed=context.run.parallel.engine == "deepspeed")
-        found = run_interleaved(cases, repeats=self.repeats, limit_s=self.case_timeout_s, context=context)
-        return checkpoint_report(self, found) if context.is_main else None

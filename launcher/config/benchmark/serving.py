@@ -6,8 +6,7 @@ import json
 import math
 import random
 import re
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -18,9 +17,7 @@ from launcher.config.run import Benchmark
 from launcher.errors import ConfigError
 
 if TYPE_CHECKING:
-    from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
     from launcher.config.run import Run
-    from launcher.engines.context import Context
 
 
 LENGTHS_GRAMMAR = "64, 16-256 (even over that range), or lognormal:96:0.8:1024 (median, sigma, most)"
@@ -134,84 +131,6 @@ def parse_server_address(url: str) -> ServerAddress:
     return ServerAddress(host=parts.hostname, port=parts.port or 80, prefix=prefix)
 
 
-@dataclass(slots=True)
-class RequestOutcome:
-    """Times are ``time.perf_counter()`` less that of the start of the load."""
-
-    number: int
-    """Of the call, from 0, in the order in which calls were due."""
-    due_s: float
-    """When it should have been sent: latencies count from here, or a server that stalls would hide how long."""
-    sent_s: float = 0.0
-    chunks_s: list[float] = field(default_factory=list)
-    """When each piece with text came."""
-    end_s: float = 0.0
-    prompt_tokens: int = 0
-    tokens: int = 0
-    """Of the answer, as the server counts them; where it does not, one a piece."""
-    error: str = ""
-    """Empty, or one word: ``connect``, ``cut``, ``timeout``, ``frame``, ``unfinished``, a status (``429``)."""
-    why: str = ""
-    text: str = ""
-    """The answer, where it is to be kept."""
-    finish: str = ""
-
-    @property
-    def is_good(self) -> bool:
-        """Whether a whole answer came."""
-        return not self.error
-
-    @property
-    def first_s(self) -> float:
-        """Seconds to the first token."""
-        return self.chunks_s[0] - self.due_s
-
-    @property
-    def whole_s(self) -> float:
-        """Seconds to the end."""
-        return self.end_s - self.due_s
-
-    @property
-    def per_token_s(self) -> float | None:
-        """Mean seconds a token after the first; ``None`` where there is only one."""
-        return (self.chunks_s[-1] - self.chunks_s[0]) / (self.tokens - 1) if self.tokens > 1 else None
-
-    @property
-    def gaps_s(self) -> list[float]:
-        """Seconds between one piece and the next."""
-        return [after - before for before, after in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Slo:
-    """What an answer must keep to be a good one; ``None`` asks for nothing."""
-
-    first_s: float | None = None
-    """Time to the first token."""
-    per_token_s: float | None = None
-    """Mean time a token after it."""
-    whole_s: float | None = None
-    """Time to the end."""
-
-    def is_kept_by(self, outcome: RequestOutcome) -> bool:
-        """Return whether a whole answer came, in time."""
-        if not outcome.is_good or not outcome.chunks_s:
-            return False
-        found = (
-            (self.first_s, outcome.first_s),
-            (self.per_token_s, outcome.per_token_s or 0.0),
-            (self.whole_s, outcome.whole_s),
-        )
-        return all(most is None or value <= most for most, value in found)
-
-
-QUANTITIES = (
-    *("tokens_per_s", "requests_per_s", "goodput_per_s", "first_p50_s", "first_p99_s"),
-    *("per_token_p50_s", "gap_p99_s", "whole_p50_s", "whole_p99_s"),
-)
-"""Figures that the table shows; the JSON holds all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class ServingBenchmark(Benchmark):
     """Load on an OpenAI-compatible server: any that runs, or one that is started here with the run's model."""
@@ -310,11 +229,6 @@ class ServingBenchmark(Benchmark):
         return self.serve if self.url is None else None
 
     @property
-    def slo(self) -> Slo:
-        """What makes an answer a good one."""
-        return Slo(first_s=self.slo_first_s, per_token_s=self.slo_per_token_s, whole_s=self.slo_whole_s)
-
-    @property
     def num_measurements(self) -> int:
         """Each level in each round."""
         return self.repeats * len(self.levels)
@@ -329,43 +243,3 @@ class ServingBenchmark(Benchmark):
         yield "server", self.url or own
         yield "requests", self.trace or f"{self.inputs} words, {self.outputs} tokens"
         yield "load", f"{self.mode}: {', '.join(map(self.name_of, self.levels))}; {self.seconds:g} s each"
-
-    def run(self, context: Context) -> BenchmarkResults:
-        """Put the server under each level of load in turn."""
-        from launcher.benchmarks.results import BenchmarkResults, collect_case
-        from launcher.benchmarks.serving import measure_levels
-
-        found = measure_levels(self, context)
-        cases = [collect_case(name, answers, QUANTITIES) for name, answers in found.items()]
-        return BenchmarkResults(
-            benchmark=self,
-            cases=cases,
-            facts={name: {"rounds": answers} for name, answers in found.items()},
-            said=tuple(self._said(found, cases)),
-            metrics={f"{case.name}/{name}": case.median(name) for case in cases for name in QUANTITIES},
-        )
-
-    def _said(self, found: Mapping[str, Sequence[Mapping[str, Any]]], cases: Sequence[BenchmarkCase]) -> Iterator[str]:
-        for case in cases:
-            yield (
-                f"{case.name}: {case.median('tokens_per_s'):.1f} tokens/s; first token after "
-                f"{case.median('first_p50_s'):.3f} s (99 %: {case.median('first_p99_s'):.3f} s), "
-                f"{case.median('goodput_per_s'):.2f} good answers/s"
-            )
-        for name, answers in found.items():
-            bad: Counter[str] = Counter()
-            for answer in answers:
-                bad.update({key: int(count) for key, count in answer.items() if _is_error(key)})
-            if bad:
-                yield f"{name}: errors {', '.join(f'{key[6:]} {count}' for key, count in bad.items())}"
-        most = max(answer["client_share"] for answers in found.values() for answer in answers)
-        late = max(answer["late_p99_s"] for answers in found.values() for answer in answers)
-        yield f"load generator: at most {most:.1%} of a core; requests sent at most {1000 * late:.1f} ms late (99 %)"
-        slo = {"first token": self.slo_first_s, "a token": self.slo_per_token_s, "end": self.slo_whole_s}
-        asked = ", ".join(f"{name} within {value:g} s" for name, value in slo.items() if value is not None)
-        yield f"good answers: {asked or 'all whole ones'}"
-
-
-def _is_error(name: str) -> bool:
-    """Whether a figure counts answers that went wrong; those that the end of a level broke off did not."""
-    return name.startswith("error/") and name != "error/unfinished"

@@ -1,0 +1,37 @@
+"""The registry of benchmarks: which function executes each kind of benchmark on a rank."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from launcher.config.run import Benchmark
+
+if TYPE_CHECKING:
+    from launcher.benchmarks.results import BenchmarkResults
+    from launcher.engines.context import Context
+
+EXECUTORS: dict[str, str] = {
+    "activation": "launcher.benchmarks.activation:run_activation_benchmark",
+    "attention": "launcher.benchmarks.attention:run_attention_benchmark",
+    "batching": "launcher.benchmarks.batching:run_batching_benchmark",
+    "cache": "launcher.benchmarks.cache:run_cache_benchmark",
+    "checkpoint": "launcher.benchmarks.checkpoint:run_checkpoint_benchmark",
+    "collectives": "launcher.benchmarks.collectives:run_collectives_benchmark",
+    "data": "launcher.benchmarks.data:run_data_benchmark",
+    "memory": "launcher.benchmarks.memory:run_memory_benchmark",
+    "pipeline": "launcher.benchmarks.pipeline:run_pipeline_benchmark",
+    "quantization": "launcher.benchmarks.quantization:run_quantization_benchmark",
+    "serving": "launcher.benchmarks.serving:run_serving_benchmark",
+}
+"""Function of each kind of benchmark; it takes the benchmark's options and the context of the rank."""
+
+
+def execute_benchmark(context: Context) -> BenchmarkResults | None:
+    """Execute the benchmark of ``context.run``; return its results on rank 0, elsewhere perhaps nothing."""
+    benchmark = context.run.benchmark
+    assert isinstance(benchmark, Benchmark), "refused before anything starts"
+    module, _, name = EXECUTORS[benchmark.kind].partition(":")
+    function: Callable[[Any, Context], BenchmarkResults | None] = getattr(importlib.import_module(module), name)
+    return function(benchmark, context)

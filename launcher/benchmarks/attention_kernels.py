@@ -1,10 +1,13 @@
-"""Self-attention under every kernel with the same weights, and its reference in fp64."""
+"""Self-attention by every kernel with the same weights: measured, and a reference in fp64."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +16,163 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from launcher.benchmarks.instruments import PeakMemory, tensors_digest
 from launcher.engines.distributed import DTYPES
 from launcher.utils.build_cache import quote_torch_library_path
 
 KernelFunction = Callable[[nn.MultiheadAttention, Tensor], Tensor]
 """From hidden states (sequences, tokens, width) to the layer's output, of the same shape."""
+
+
+_MAY_LACK = ("sdpa_flash", "flex")
+"""Kernels that are not for every device, number format and direction."""
+
+
+_SMALL = 128
+"""Tokens of the first, small pass: what is loaded at first use is no part of a step."""
+
+
+_ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
+"""Steps are repeated until they took so long together, or are so many."""
+
+
+def probe_kernels(
+    *, kernels: Sequence[str], passes: Sequence[str], progress: Callable[[], None], **sizes: Any
+) -> dict[str, Any]:
+    """Return how much memory is free, and why kernels cannot do some pass here, by ``kernel/pass``.
+
+    Args:
+        kernels: to look at.
+        passes: ``forward``, ``backward``.
+        progress: called from time to time.
+        sizes: as ``make_layer`` takes them, but for the sequence.
+    """
+    layer, inputs, incoming = make_layer(sequence=_SMALL, **{**sizes, "batch": 1})
+    lacking = {}
+    for kernel in (kernel for kernel in _MAY_LACK if kernel in kernels):
+        for name in passes:
+            progress()
+            why = _missing_support(kernel, layer, inputs, incoming if name == "backward" else None)
+            if why is not None:
+                lacking[f"{kernel}/{name}"] = why
+    return {"free_bytes": _free_bytes(inputs.device), "lacking": lacking}
+
+
+def _missing_support(kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None) -> str | None:
+    """Return torch's reason for not computing this at all; any other error is one of ours, and ends the process."""
+    from torch._dynamo.exc import BackendCompilerFailed, Unsupported
+
+    try:
+        run_kernel(kernel, layer, inputs, incoming)
+    except (NotImplementedError, BackendCompilerFailed, Unsupported) as error:
+        return _one_line(error)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        return _one_line(error)
+    return None
+
+
+def _one_line(error: Exception) -> str:
+    """Return what torch says; its compiler puts the reason of what it compiles far below its own first line."""
+    text = str(error).strip()
+    inner = re.search(r"NotImplementedError\((['\"])(.+?)\1\)", text)
+    return inner[2] if inner else text.splitlines()[0]
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    import psutil
+
+    from launcher.utils.hardware import memory_limit
+
+    return min(memory_limit(), int(psutil.virtual_memory().available))
+
+
+def measure_kernel(
+    *, kernel: str, backward: bool, warmup: int, reference: str, progress: Callable[[], None], **sizes: Any
+) -> dict[str, Any]:
+    """Return peak memory and time of one kernel at one length, and how far its numbers are from the reference.
+
+    Args:
+        kernel: name in ``KERNEL_FUNCTIONS``.
+        backward: whether gradients are computed too.
+        warmup: whole passes before the one that is measured, and after one on a single short sequence.
+        reference: file that ``write_reference`` wrote.
+        progress: called from time to time.
+        sizes: as ``make_layer`` takes them.
+    """
+    layer, inputs, incoming = make_layer(**sizes)
+    step = _KernelStep(kernel, layer, inputs, incoming if backward else None)
+    if kernel != "flex":  # compiled anew for every length
+        step(count=1, tokens=_SMALL)
+        progress()
+    for _ in range(max(warmup, kernel == "flex")):
+        step()
+        progress()
+    step.forget()
+    peak = PeakMemory(inputs.device)
+    seconds = [step()]
+    above = peak.above_before()
+    while sum(seconds) < _ENOUGH_S and len(seconds) < _ENOUGH_STEPS:
+        seconds.append(step())
+    assert step.found is not None, "a step was taken"
+    return {
+        "peak_bytes": above,
+        "before_bytes": peak.before,
+        "step_s": statistics.median(seconds),
+        **_errors(reference, output=step.found[0], gradient=step.found[1]),
+        "weights": tensors_digest(layer.parameters()),
+        "inputs": tensors_digest((inputs, incoming)),
+    }
+
+
+class _KernelStep:
+    """One pass of a kernel; it keeps what the last one found."""
+
+    def __init__(self, kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None) -> None:
+        self._kernel, self._layer, self._inputs, self._incoming = kernel, layer, inputs, incoming
+        self.found: tuple[Tensor, Tensor | None] | None = None
+
+    def forget(self) -> None:
+        """Let go of what the last step found, so that it is no part of the next one's memory."""
+        self.found = None
+
+    def __call__(self, count: int | None = None, tokens: int | None = None) -> float:
+        """Take it, on the first sequences and tokens where that is asked for, and return its seconds."""
+        inputs, incoming = (
+            None if tensor is None else tensor[:count, :tokens].contiguous()
+            for tensor in (self._inputs, self._incoming)
+        )
+        assert inputs is not None, "there always is an input"
+        self.forget()
+        self._layer.zero_grad(set_to_none=False)
+        _synchronise(self._inputs.device)
+        started = time.perf_counter()
+        self.found = run_kernel(self._kernel, self._layer, inputs, incoming)
+        _synchronise(self._inputs.device)
+        return time.perf_counter() - started
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _errors(reference: str, **found: Tensor | None) -> dict[str, float]:
+    """Return the largest absolute difference of each tensor, and its share of the reference's largest value."""
+    from safetensors import safe_open
+
+    errors = {}
+    with safe_open(reference, framework="pt") as file:
+        for name, tensor in found.items():
+            if tensor is not None:
+                expected = file.get_tensor(name)
+                largest = (tensor.cpu().double() - expected).abs().max().item()
+                errors[f"{name}_error"] = largest
+                errors[f"{name}_relative"] = largest / expected.abs().max().item()
+    return errors
 
 
 def make_layer(

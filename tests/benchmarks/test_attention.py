@@ -26,7 +26,7 @@ def reference(tmp_path_factory) -> str:
 
 
 def measured(kernel: str, reference: str, *, backward: bool, **others) -> dict:
-    from launcher.benchmarks.attention import measure_kernel
+    from launcher.benchmarks.attention_kernels import measure_kernel
 
     sizes = {**SIZES, "sequence": 160, **others}
     return measure_kernel(
@@ -86,7 +86,7 @@ def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
     from launcher.benchmarks.isolated import run_isolated
 
     asked = {**SIZES, "kernels": ("mha", "sdpa_flash", "flex"), "passes": ("backward",)}
-    here = run_isolated("launcher.benchmarks.attention:probe_kernels", asked, heartbeat=lambda: None)
+    here = run_isolated("launcher.benchmarks.attention_kernels:probe_kernels", asked, heartbeat=lambda: None)
     assert here["free_bytes"] > 2**28
     assert list(here["lacking"]) == ["flex/backward"]
     assert here["lacking"]["flex/backward"].startswith("FlexAttention does not support backward on CPU")

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from launcher.benchmarks.pipeline import longest_path
-from launcher.config.benchmark.distributed import PipelineCase, bubble_fraction
+from launcher.benchmarks.pipeline_bubble import bubble_fraction, longest_path, theory_of
+from launcher.config.benchmark.distributed import PipelineCase
 from launcher.errors import ConfigErrors, JobError
 from launcher.planning.render import render_plan
 from launcher.protocol.plan import Host
@@ -71,7 +71,7 @@ def test_passes_count_as_work_and_waiting_does_not(monkeypatch: pytest.MonkeyPat
     import torch
     from torch.distributed.pipelining import PipelineStage
 
-    from launcher.benchmarks.pipeline import BusyMeter
+    from launcher.benchmarks.pipeline_stages import BusyMeter
 
     class Sleeper(torch.nn.Module):
         def forward(self) -> None:
@@ -119,8 +119,6 @@ def test_formulas_give_what_the_papers_do(
 
 
 def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
-    from launcher.benchmarks.pipeline import theory_of
-
     one = PipelineCase(passes="sleep", work="train", schedule="gpipe", stages=2, micro_batches=4)
     assert theory_of(one, gpipe_order(2, 4)) == pytest.approx(1 / 5)
     with pytest.raises(JobError, match=r"20\.00% by the formula, 33\.33% by the longest path"):

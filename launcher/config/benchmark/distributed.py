@@ -1,20 +1,4 @@
-"""Benchmarks of several ranks: collectives, and pipelines with the theory of their bubble.
-
-Idle share of a pipeline; forward pass and gradients of input and of weight take equally long.
-
-With p ranks, m micro-batches and v stretches on each rank:
-
-- GPipe (arXiv:1811.06965, sec. 2) and 1F1B (arXiv:2104.04473, sec. 2.2.1): (p - 1) / (m + p - 1)
-- interleaved 1F1B (arXiv:2104.04473, sec. 2.2.2), m >= p: (p - 1) / (v m + p - 1)
-- zero bubble: a rank waits (p - 1) (T_F + T_B - T_W), T_B being that of the input (ZB-H1, arXiv:2401.10241, sec. 2
-and
-  table 2). With equal times and v stretches this is (p - 1) / (3 v m + p - 1), interleaved for m >= p, in a V for
-  m >= 2p - 1. The zero of the title needs an optimiser step that does not wait for all ranks, which is not how steps
-  are taken here.
-
-With fewer micro-batches a pipeline is never full and no formula holds; there it is the longest path through the
-schedule's own order of passes.
-"""
+"""Benchmarks of several ranks: collectives and pipelines."""
 
 from __future__ import annotations
 
@@ -29,16 +13,6 @@ from launcher.utils.text import bytes_text
 
 if TYPE_CHECKING:
     from launcher.config.run import Run
-
-
-def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: int) -> float | None:
-    """Return the idle share by the formula, ``None`` where too few micro-batches fill the pipeline."""
-    ramp = ranks - 1
-    if schedule in ("gpipe", "1f1b"):
-        return ramp / (micro_batches + ramp)
-    if micro_batches < (2 * ranks - 1 if schedule == "zbv" else ranks):
-        return None
-    return ramp / ((1 if schedule == "interleaved_1f1b" else 3) * chunks * micro_batches + ramp)
 
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
@@ -157,11 +131,6 @@ class PipelineCase:
     def chunks(self) -> int:
         """Stretches of layers on each rank."""
         return Pipeline(schedule=self.schedule).num_chunks
-
-    @property
-    def formula(self) -> float | None:
-        """Idle share by the formula; ``None`` where too few micro-batches fill the pipeline for it to hold."""
-        return bubble_fraction(self.schedule, ranks=self.stages, micro_batches=self.micro_batches, chunks=self.chunks)
 
     def validate(self) -> Iterator[str]:
         """Yield why the schedule cannot run with this number of micro-batches."""

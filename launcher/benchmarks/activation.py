@@ -39,7 +39,7 @@ def run_activation_benchmark(benchmark: ActivationBenchmark, context: Context) -
         benchmark=benchmark,
         cases=cases,
         facts={name: {**compared[name], **_sameness(samples[name])} for name in benchmark.policies},
-        said=tuple(_findings(benchmark, cases, compared, samples)),
+        findings=tuple(_findings(benchmark, cases, compared, samples)),
         metrics=_metrics(cases, compared),
     )
 

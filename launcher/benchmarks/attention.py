@@ -143,7 +143,7 @@ class AttentionReport:
             benchmark=self._benchmark,
             cases=list(self._cases.values()),
             facts={point.name: self._facts(point) for point in self._points},
-            said=tuple(self._said()),
+            findings=tuple(self._findings()),
             metrics=dict(self._metrics()),
             sweeps=list(self._sweeps()) if several else (),
         )
@@ -180,7 +180,7 @@ class AttentionReport:
         samples = self._samples[point.name]
         return max(float(value) for sample in samples for key, value in sample.items() if key.endswith("_relative"))
 
-    def _said(self) -> Iterator[str]:
+    def _findings(self) -> Iterator[str]:
         """Yield what the article prints, how memory grows, errors, and what is not among the figures."""
         yield from self._article()
         for direction, kernel, line in self._lines():

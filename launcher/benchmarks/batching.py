@@ -40,7 +40,7 @@ def run_batching_benchmark(benchmark: BatchingBenchmark, context: Context) -> Be
         benchmark=benchmark,
         cases=cases,
         facts={way: found[way][-1] for way in benchmark.ways},
-        said=tuple(_findings(benchmark, cases, len(digests), context)),
+        findings=tuple(_findings(benchmark, cases, len(digests), context)),
         metrics=_metrics(cases),
     )
 

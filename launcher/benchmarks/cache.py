@@ -51,7 +51,7 @@ def run_cache_benchmark(benchmark: ResultCacheBenchmark, context: Context) -> Be
         benchmark=benchmark,
         cases=cases,
         facts={"cache": facts},
-        said=tuple(_findings(facts, cases)),
+        findings=tuple(_findings(facts, cases)),
         metrics={name: float(value) for name, value in facts.items()},
     )
 

@@ -251,7 +251,7 @@ def checkpoint_report(benchmark: CheckpointBenchmark, found: Mapping[str, Sequen
         benchmark=benchmark,
         cases=cases,
         facts={way: {"rounds": [list(taken.answers) for taken in rounds]} for way, rounds in found.items()},
-        said=tuple(_said(cases)),
+        findings=tuple(_findings(cases)),
         metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
     )
 
@@ -270,7 +270,7 @@ def _added(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]
     }
 
 
-def _said(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
+def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
     for case in cases:
         of = case.samples
         if case.name == NO_SAVING:

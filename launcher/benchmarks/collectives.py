@@ -51,7 +51,7 @@ def run_collectives_benchmark(benchmark: CollectivesBenchmark, context: Context)
         benchmark=benchmark,
         cases=list(cases.values()),
         facts={case.name: {"bytes": _whole_values(size, context.world_size)} for (_, size), case in cases.items()},
-        said=tuple(_findings(benchmark, found, cases)),
+        findings=tuple(_findings(benchmark, found, cases)),
         metrics=_metrics(cases, largest=benchmark.sizes[-1]),
         sweeps=[SizeSweep(title=f"{ranks}, {found.backend}", along="message, bytes", lines=lines)],
     )

@@ -55,7 +55,7 @@ def run_data_benchmark(benchmark: DataBenchmark, context: Context) -> BenchmarkR
         benchmark=benchmark,
         cases=cases,
         facts={"cold start": prepared, **{name: _tokenization_facts(taken) for name, taken in samples.items()}},
-        said=tuple(_findings(benchmark, prepared, samples, cases)),
+        findings=tuple(_findings(benchmark, prepared, samples, cases)),
         metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
     )
 

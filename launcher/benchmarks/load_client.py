@@ -48,22 +48,22 @@ class RequestOutcome:
         return not self.error
 
     @property
-    def first_s(self) -> float:
+    def ttft_s(self) -> float:
         """Seconds to the first token."""
         return self.chunks_s[0] - self.due_s
 
     @property
-    def whole_s(self) -> float:
+    def e2e_latency_s(self) -> float:
         """Seconds to the end."""
         return self.end_s - self.due_s
 
     @property
-    def per_token_s(self) -> float | None:
+    def tpot_s(self) -> float | None:
         """Mean seconds a token after the first; ``None`` where there is only one."""
         return (self.chunks_s[-1] - self.chunks_s[0]) / (self.tokens - 1) if self.tokens > 1 else None
 
     @property
-    def gaps_s(self) -> list[float]:
+    def itl_s(self) -> list[float]:
         """Seconds between one piece and the next."""
         return [after - before for before, after in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
 
@@ -213,11 +213,11 @@ class ConnectionPool:
         self.target = target
         self._resting: list[HttpConnection] = []
 
-    def take(self) -> HttpConnection:
+    def acquire(self) -> HttpConnection:
         """Return one that rests, or a new one."""
         return self._resting.pop() if self._resting else self.target.connection()
 
-    def give(self, connection: HttpConnection) -> None:
+    def release(self, connection: HttpConnection) -> None:
         """Let one rest."""
         self._resting.append(connection)
 
@@ -238,7 +238,7 @@ async def send_request(
         pool: of connections.
         start: ``time.perf_counter()`` at the start of the load.
     """
-    connection, answer = pool.take(), None
+    connection, answer = pool.acquire(), None
     path, body = pool.target.request(call)
     outcome.sent_s = time.perf_counter() - start
     try:
@@ -255,7 +255,7 @@ async def send_request(
     finally:
         outcome.end_s = time.perf_counter() - start
         if answer is not None and answer.keeps:
-            pool.give(connection)
+            pool.release(connection)
         else:
             connection.close()
     return outcome

@@ -20,21 +20,21 @@ from launcher.config.benchmark.serving import LengthDistribution, LoadRequest
 class Slo:
     """What an answer must keep to be a good one; ``None`` asks for nothing."""
 
-    first_s: float | None = None
+    ttft_s: float | None = None
     """Time to the first token."""
-    per_token_s: float | None = None
+    tpot_s: float | None = None
     """Mean time a token after it."""
-    whole_s: float | None = None
+    e2e_latency_s: float | None = None
     """Time to the end."""
 
-    def is_kept_by(self, outcome: RequestOutcome) -> bool:
+    def is_met_by(self, outcome: RequestOutcome) -> bool:
         """Return whether a whole answer came, in time."""
         if not outcome.is_good or not outcome.chunks_s:
             return False
         found = (
-            (self.first_s, outcome.first_s),
-            (self.per_token_s, outcome.per_token_s or 0.0),
-            (self.whole_s, outcome.whole_s),
+            (self.ttft_s, outcome.ttft_s),
+            (self.tpot_s, outcome.tpot_s or 0.0),
+            (self.e2e_latency_s, outcome.e2e_latency_s),
         )
         return all(most is None or value <= most for most, value in found)
 
@@ -202,7 +202,7 @@ def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
         "unfinished": errors.get("unfinished", 0),
         "elapsed_s": load.elapsed_s,
         "requests_per_s": len(good) / load.elapsed_s,
-        "goodput_per_s": sum(map(slo.is_kept_by, load.outcomes)) / load.elapsed_s,
+        "goodput_per_s": sum(map(slo.is_met_by, load.outcomes)) / load.elapsed_s,
         "prompt_tokens": sum(outcome.prompt_tokens for outcome in good),
         "tokens_per_s": tokens_between(load.outcomes, 0.0, load.elapsed_s) / load.elapsed_s,
         "client_share": load.cpu_s / load.elapsed_s,
@@ -210,10 +210,10 @@ def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
     }
     told = [outcome for outcome in good if outcome.chunks_s]
     columns = {
-        "first": [outcome.first_s for outcome in told],
-        "per_token": [outcome.per_token_s for outcome in told if outcome.per_token_s is not None],
-        "gap": [gap for outcome in told for gap in outcome.gaps_s],
-        "whole": [outcome.whole_s for outcome in told],
+        "first": [outcome.ttft_s for outcome in told],
+        "per_token": [outcome.tpot_s for outcome in told if outcome.tpot_s is not None],
+        "gap": [gap for outcome in told for gap in outcome.itl_s],
+        "whole": [outcome.e2e_latency_s for outcome in told],
     }
     for name, values in columns.items():
         found |= {f"{name}_p{share}_s": percentile(values, share) for share in PERCENTILES}

@@ -127,7 +127,7 @@ def memory_report(
         benchmark=benchmark,
         cases=cases,
         facts={name: _facts(last[name], *formulas[name]) for name in found},
-        said=tuple(_said(shape.num_params, last, formulas)),
+        findings=tuple(_findings(shape.num_params, last, formulas)),
         metrics={"num_params": float(shape.num_params), **_metrics(last, formulas)},
         tables=tuple(_table(last, formulas)),
     )
@@ -141,7 +141,7 @@ def _facts(answers: Sequence[Mapping[str, Any]], state: StateBytes, words: str) 
     }
 
 
-def _said(num_params: int, last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
+def _findings(num_params: int, last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
     """Yield what the article prints, and how far off the formula is."""
     yield f"parameters: {num_params:,}"
     for name, answers in last.items():

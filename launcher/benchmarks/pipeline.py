@@ -43,7 +43,7 @@ def _make_case(benchmark: PipelineBenchmark, one: PipelineCase, run: Run) -> Dis
     return DistributedCase(
         run=replace(run, job=job, parallel=parallel),
         world_size=one.stages,
-        work=partial(run_model_stages, learns=one.work == "train", warmup=benchmark.warmup),
+        work=partial(run_model_stages, trains=one.work == "train", warmup=benchmark.warmup),
         fold=partial(fold_ranks, tokens=benchmark.batch * benchmark.sequence),
     )
 
@@ -56,7 +56,7 @@ class _FoundCase:
     idle: float | None
     theory: float | None
     live: list[int] | None
-    """Most micro-batches' activations held at once, by rank, all its stretches together."""
+    """Most micro-batches' activations held at once, by rank, all its chunks together."""
     tokens_per_s: float | None
     speedup: float | None
     """Throughput as a multiple of that of one stage, paired by round."""
@@ -79,7 +79,7 @@ def pipeline_report(benchmark: PipelineBenchmark, found: Mapping[str, Sequence[C
         benchmark=benchmark,
         cases=cases,
         facts={row.pipelined.name: _facts(row) for row in rows},
-        said=tuple(_said(benchmark, rows)),
+        findings=tuple(_findings(benchmark, rows)),
         metrics=dict(_metrics(rows)),
         tables=tuple(_table(rows)),
     )
@@ -126,7 +126,7 @@ def _metrics(rows: Sequence[_FoundCase]) -> Iterator[tuple[str, float]]:
                 yield f"{row.pipelined.name}/{name}", value
 
 
-def _said(benchmark: PipelineBenchmark, rows: Sequence[_FoundCase]) -> Iterator[str]:
+def _findings(benchmark: PipelineBenchmark, rows: Sequence[_FoundCase]) -> Iterator[str]:
     """Yield how far idle shares are from theory, and what stages bring."""
     for passes in benchmark.passes:
         told = [(row.pipelined, row.idle, row.theory) for row in rows if row.pipelined.passes == passes]
@@ -139,13 +139,13 @@ def _said(benchmark: PipelineBenchmark, rows: Sequence[_FoundCase]) -> Iterator[
             points, one, idle, theory = max(apart, key=lambda entry: entry[0])
             yield (
                 f"stages of {'the model' if passes == 'model' else 'a known time'}: idle shares within "
-                f"{100 * points:.1f} points of theory in all {len(apart)} cases; the farthest is {one.in_words}: "
+                f"{100 * points:.1f} points of theory in all {len(apart)} cases; the farthest is {one.description}: "
                 f"{idle:.1%}, theory {theory:.1%}"
             )
     for row in rows:
         if row.speedup is not None and row.idle is not None:
             yield (
-                f"{row.pipelined.in_words}: {row.tokens_per_s:,.0f} tokens/s, {row.speedup:.2f} times one stage; "
+                f"{row.pipelined.description}: {row.tokens_per_s:,.0f} tokens/s, {row.speedup:.2f} times one stage; "
                 f"idle {row.idle:.1%}"
             )
     cores, most = len(os.sched_getaffinity(0)), max(benchmark.stages)
@@ -163,7 +163,7 @@ def _table(rows: Sequence[_FoundCase]) -> Iterator[str]:
         one = row.pipelined
         theory = "" if row.theory is None else f"{row.theory:.1%}{'' if formula_of(one) is not None else ' *'}"
         cells = (
-            *(one.passes, one.work, one.schedule if one.schedules else "", str(one.stages), str(one.micro_batches)),
+            *(one.passes, one.work, one.schedule if one.has_schedule else "", str(one.stages), str(one.micro_batches)),
             theory,
             "" if row.idle is None else f"{row.idle:.1%}",
             "" if row.live is None else ", ".join(map(str, row.live)),

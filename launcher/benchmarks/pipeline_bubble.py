@@ -24,7 +24,7 @@ from launcher.config.benchmark.distributed import PipelineCase
 from launcher.errors import JobError
 
 SchedulePass = tuple[int, str, int]
-"""Stretch, kind (F forward, B backward, I and W its two halves), micro-batch."""
+"""Chunk, kind (F forward, B backward, I and W its two halves), micro-batch."""
 
 
 _SAME = 1e-9
@@ -37,15 +37,15 @@ def theory_of(one: PipelineCase, order: Mapping[Any, Any]) -> float | None:
         JobError: both are there and differ.
     """
     by_formula = formula_of(one)
-    by_path = longest_path(order, stretches=one.stages * one.chunks) if order else None
+    by_path = longest_path(order, chunks=one.stages * one.num_chunks) if order else None
     if by_path is not None and by_formula is not None and abs(by_path - by_formula) > _SAME:
-        raise JobError(f"{one.in_words}: idle {by_formula:.2%} by the formula, {by_path:.2%} by the longest path")
+        raise JobError(f"{one.description}: idle {by_formula:.2%} by the formula, {by_path:.2%} by the longest path")
     return by_formula if by_path is None else by_path
 
 
 def formula_of(one: PipelineCase) -> float | None:
     """Return the idle share by the formula, ``None`` where too few micro-batches fill the pipeline for it to hold."""
-    return bubble_fraction(one.schedule, ranks=one.stages, micro_batches=one.micro_batches, chunks=one.chunks)
+    return bubble_fraction(one.schedule, ranks=one.stages, micro_batches=one.micro_batches, chunks=one.num_chunks)
 
 
 def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: int) -> float | None:
@@ -58,7 +58,7 @@ def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: in
     return ramp / ((1 if schedule == "interleaved_1f1b" else 3) * chunks * micro_batches + ramp)
 
 
-def longest_path(order: Mapping[int, Sequence[SchedulePass]], *, stretches: int) -> float:
+def longest_path(order: Mapping[int, Sequence[SchedulePass]], *, chunks: int) -> float:
     """Return the idle share of an order of passes on each rank, when each starts as soon as what it needs is there."""
     done: dict[tuple[str, int, int], float] = {}
     clock, left = dict.fromkeys(order, 0.0), {rank: list(passes) for rank, passes in order.items()}
@@ -66,11 +66,11 @@ def longest_path(order: Mapping[int, Sequence[SchedulePass]], *, stretches: int)
     while any(left.values()):
         before = len(done)
         for rank, passes in left.items():
-            while passes and all(need in done for need in _needs(passes[0], stretches)):
-                stretch, kind, number = passes.pop(0)
-                ready = max([done[need] for need in _needs((stretch, kind, number), stretches)], default=0.0)
+            while passes and all(need in done for need in _needs(passes[0], chunks)):
+                chunk, kind, number = passes.pop(0)
+                ready = max([done[need] for need in _needs((chunk, kind, number), chunks)], default=0.0)
                 clock[rank] = max(clock[rank], ready) + _length(kind)
-                done["gradient" if kind in "BI" else kind, stretch, number] = clock[rank]
+                done["gradient" if kind in "BI" else kind, chunk, number] = clock[rank]
         assert len(done) > before, "an order that waits for itself"
     return 1 - work / (len(order) * max(clock.values()))
 
@@ -79,11 +79,11 @@ def _length(kind: str) -> float:
     return 2.0 if kind == "B" else 1.0
 
 
-def _needs(one: SchedulePass, stretches: int) -> list[tuple[str, int, int]]:
-    stretch, kind, number = one
+def _needs(one: SchedulePass, chunks: int) -> list[tuple[str, int, int]]:
+    chunk, kind, number = one
     if kind == "F":
-        return [("F", stretch - 1, number)] if stretch else []
+        return [("F", chunk - 1, number)] if chunk else []
     if kind == "W":
-        return [("gradient", stretch, number)]
-    behind = [("gradient", stretch + 1, number)] if stretch < stretches - 1 else []
-    return [("F", stretch, number), *behind]
+        return [("gradient", chunk, number)]
+    behind = [("gradient", chunk + 1, number)] if chunk < chunks - 1 else []
+    return [("F", chunk, number), *behind]

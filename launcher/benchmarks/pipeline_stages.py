@@ -34,7 +34,7 @@ def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: fl
     Args:
         context: of this rank, one stage of the pipeline.
         pipelined: what to send through what.
-        unit_s: a rank's time for the forward pass of a micro-batch, all its stretches together.
+        unit_s: a rank's time for the forward pass of a micro-batch, all its chunks together.
         warmup: times everything is sent through first, beside one in which nobody sleeps and the ranks connect.
     """
     torch.set_num_threads(1)
@@ -42,7 +42,7 @@ def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: fl
     meter = IdleMeter()
     passes, order = _training(pipelined, meter) if pipelined.work == "train" else _forward(pipelined, meter)
     for number in range(warmup + 2):
-        meter.unit_s = unit_s / pipelined.chunks if number else 0.0
+        meter.unit_s = unit_s / pipelined.num_chunks if number else 0.0
         barrier()
         meter.busy_s = meter.live = meter.most_live = 0
         started = time.perf_counter()
@@ -129,8 +129,10 @@ class SleepingStage(nn.Module):  # type: ignore[misc]
 
 
 def _own(pipelined: PipelineCase, meter: IdleMeter) -> dict[int, SleepingStage]:
-    count = pipelined.stages * pipelined.chunks
-    numbers = chunks_of_rank(pipelined.schedule, rank=dist.get_rank(), ranks=pipelined.stages, chunks=pipelined.chunks)
+    count = pipelined.stages * pipelined.num_chunks
+    numbers = chunks_of_rank(
+        pipelined.schedule, rank=dist.get_rank(), ranks=pipelined.stages, chunks=pipelined.num_chunks
+    )
     return {number: SleepingStage(meter, last=number == count - 1) for number in numbers}
 
 
@@ -140,7 +142,7 @@ def _training(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], N
     schedule = make_schedule(
         pipelined.schedule,
         [(number, sleeper, (meta, meta)) for number, sleeper in own.items()],
-        count=pipelined.stages * pipelined.chunks,
+        count=pipelined.stages * pipelined.num_chunks,
         micro_batches=pipelined.micro_batches,
         loss=lambda output, target: (output * target).sum(),
         device=_CPU,
@@ -156,21 +158,21 @@ def _training(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], N
 
 def _forward(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], None], dict[int, list[SchedulePass]]]:
     """Return what takes the forward passes alone, by what evaluation and generation go through."""
-    own: Any = _own(pipelined, meter)  # to the relay they are stretches
-    count = pipelined.stages * pipelined.chunks
+    own: Any = _own(pipelined, meter)  # to the relay they are chunks
+    count = pipelined.stages * pipelined.num_chunks
     owners = [rank_of_chunk(pipelined.schedule, number, ranks=pipelined.stages) for number in range(count)]
     relay = PipelineForward(own, owners=owners, width=1, device=_CPU, group=dist.group.WORLD)
     tokens = [torch.ones(1, 1)] * pipelined.micro_batches
 
     def forward() -> None:
         with torch.no_grad():
-            relay.through(tokens, lambda stretch, state, _: stretch(state.view(1, 1, 1)))
+            relay.through(tokens, lambda chunk, state, _: chunk(state.view(1, 1, 1)))
 
     return forward, {}
 
 
 def order_of(schedule: Any) -> dict[int, list[SchedulePass]]:
-    """Return the passes of each rank, where torch lists them rightly: it does for schedules of several stretches."""
+    """Return the passes of each rank, where torch lists them rightly: it does for schedules of several chunks."""
     if len(getattr(schedule, "_stages", ())) < 2:
         return {}
     return {
@@ -182,25 +184,25 @@ def order_of(schedule: Any) -> dict[int, list[SchedulePass]]:
 _BACKWARD = ("backward_one_chunk", "backward_weight_one_chunk")
 
 
-def run_model_stages(context: Context, *, learns: bool, warmup: int) -> CaseAnswer:
+def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnswer:
     """Take a step of the run, or its forward passes alone; return its seconds and those in which this rank computed.
 
     Args:
         context: of this rank, one stage of the pipeline or the one process that does all.
-        learns: whether to take the whole step.
+        trains: whether to take the whole step.
         warmup: times it is done first.
     """
     cuda = torch.cuda.is_available()
     clock = StepClock(context.heartbeat, cuda=cuda)
     with make_engine(context, clock) as engine:
-        stretches = engine.module if isinstance(engine.module, nn.ModuleList) else ()
-        meter = BusyMeter(stretches, device=engine.device)
+        chunks = engine.module if isinstance(engine.module, nn.ModuleList) else ()
+        meter = BusyMeter(chunks, device=engine.device)
         batches = random_batches(context)
         for _ in range(warmup + 1):
             barrier()
             clock.take()
             meter.busy_s, started = 0.0, _now(engine.device)
-            if learns:
+            if trains:
                 engine.step(batches, lr=context.run.optimizer.lr)
             else:
                 engine.loss_of(batches)
@@ -227,16 +229,16 @@ def fold_ranks(answers: Sequence[CaseAnswer], *, tokens: int) -> dict[str, float
 
 
 class BusyMeter:
-    """Counts the seconds in which stretches of a pipeline go forward or backward, and not those that they wait.
+    """Counts the seconds in which chunks of a pipeline go forward or backward, and not those that they wait.
 
     It changes torch's stages for good: a process that has one is of no other use.
     """
 
-    def __init__(self, stretches: Iterable[nn.Module], *, device: torch.device) -> None:
+    def __init__(self, chunks: Iterable[nn.Module], *, device: torch.device) -> None:
         self.busy_s, self._device, self._started = 0.0, device, 0.0
-        for stretch in stretches:
-            stretch.register_forward_pre_hook(lambda *_: self._begin())
-            stretch.register_forward_hook(lambda *_: self._end())
+        for chunk in chunks:
+            chunk.register_forward_pre_hook(lambda *_: self._begin())
+            chunk.register_forward_hook(lambda *_: self._end())
         for name in _BACKWARD:
             setattr(PipelineStage, name, self._timed(getattr(PipelineStage, name)))
 

@@ -28,7 +28,7 @@ def run_quantization_benchmark(benchmark: QuantizationBenchmark, context: Contex
         benchmark=benchmark,
         cases=cases,
         facts={name: _facts(samples[name], bandwidth) for name in benchmark.names},
-        said=tuple(_findings(benchmark, cases, samples, bandwidth)),
+        findings=tuple(_findings(benchmark, cases, samples, bandwidth)),
         metrics={**_metrics(cases, bandwidth), "read_bandwidth_bytes_per_s": bandwidth},
     )
 

@@ -118,7 +118,7 @@ class BenchmarkResults:
 
     benchmark: Benchmark
     cases: Sequence[BenchmarkCase]
-    said: tuple[str, ...]
+    findings: tuple[str, ...]
     """The findings as one would tell them, a line each."""
     metrics: Mapping[str, float]
     """What follows from the cases (``full/memory_saved``)."""
@@ -150,13 +150,13 @@ class BenchmarkResults:
             "cases": {case.name: {key: list(values) for key, values in case.samples.items()} for case in self.cases},
             "facts": {name: dict(found) for name, found in self.facts.items()},
             "metrics": dict(self.metrics),
-            "said": list(self.said),
+            "findings": list(self.findings),
         }
 
     def markdown(self, machine: Mapping[str, str]) -> Iterator[str]:
         """Yield the lines of a page: findings, medians with their spread, the machine."""
         yield from (f"# {self._title}", "")
-        yield from (f"- {line}" for line in self.said)
+        yield from (f"- {line}" for line in self.findings)
         yield from ("", *self.tables) if self.tables else ()
         for sweep in self.sweeps:
             yield from sweep.tables()
@@ -164,7 +164,7 @@ class BenchmarkResults:
             yield from self._rows()
         yield from (
             "",
-            f"Median of {self.benchmark.repeats}, least to most in brackets; {self.benchmark.how}.",
+            f"Median of {self.benchmark.repeats}, least to most in brackets; {self.benchmark.isolation}.",
             "",
         )
         yield from (f"- {key}: {value}" for key, value in machine.items())

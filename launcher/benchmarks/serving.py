@@ -154,7 +154,7 @@ def run_serving_benchmark(benchmark: ServingBenchmark, context: Context) -> Benc
         benchmark=benchmark,
         cases=cases,
         facts={name: {"rounds": answers} for name, answers in found.items()},
-        said=tuple(_findings(benchmark, found, cases)),
+        findings=tuple(_findings(benchmark, found, cases)),
         metrics={f"{case.name}/{name}": case.median(name) for case in cases for name in _QUANTITIES},
     )
 
@@ -196,7 +196,7 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
     found: dict[str, list[dict[str, Any]]] = {benchmark.name_of(level): [] for level in benchmark.levels}
     done, total = 0, benchmark.num_measurements
     server = contextlib.nullcontext(benchmark.url) if benchmark.url else temporary_server(benchmark.serve, context)
-    slo = Slo(first_s=benchmark.slo_first_s, per_token_s=benchmark.slo_per_token_s, whole_s=benchmark.slo_whole_s)
+    slo = Slo(ttft_s=benchmark.slo_first_s, tpot_s=benchmark.slo_per_token_s, e2e_latency_s=benchmark.slo_whole_s)
     with server as url, MetricsWriter(context.run_dir.metrics) as metrics:
         target = resolve_target(benchmark, url)
         for round_ in range(benchmark.repeats):

@@ -49,7 +49,7 @@ class Profile(Component):
         """Yield why a job of so many steps cannot be recorded so."""
         yield from ()
 
-    def outline(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+    def describe(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
         """Yield what is recorded, in words."""
         yield from ()
 
@@ -107,7 +107,7 @@ class TorchProfile(Profile):
             )
             yield self.error("wait", why, f"set {fits}")
 
-    def outline(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+    def describe(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
         """Yield what is recorded, in words."""
         if by in _DEFAULT_ACTIVE_STEPS:
             window = self.window(by)

@@ -107,15 +107,15 @@ class Job(Component):
     handles_preemption: ClassVar[bool] = False
     """Whether its ranks handle SIGTERM and SIGUSR1: they save, and exit with the code that means "resume me"."""
 
-    ends_when_told: ClassVar[bool] = False
-    """Whether it has no end of its own, so that being told to end (SIGTERM, Ctrl-C) is how it completes."""
+    completes_on_signal: ClassVar[bool] = False
+    """Whether it runs until a signal (SIGTERM, Ctrl-C) ends it, and then counts as completed."""
 
     seed: int = 0
     """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
 
     @property
-    def widens_bf16(self) -> bool:
-        """Whether it computes with bf16 weights by kernels of its own, fast on processors without such instructions."""
+    def uses_bf16_kernels(self) -> bool:
+        """Whether it uses the launcher's kernels for bf16 weights, which are fast on processors without bf16 instructions."""
         return False
 
     @property
@@ -125,7 +125,7 @@ class Job(Component):
 
     @property
     def profiled_by(self) -> ProfileUnit:
-        """What the recording of ``profile=true`` is measured in."""
+        """Unit in which ``profile=true`` counts its window."""
         return "time"
 
     @abstractmethod
@@ -133,8 +133,8 @@ class Job(Component):
         """Return the number of steps of the work: global batches, or the unit that this job counts."""
 
     @property
-    def grace_s(self) -> float:
-        """Time that ranks get at least to end once they are told to."""
+    def shutdown_grace_s(self) -> float:
+        """Least time that ranks get to exit after the signal that ends them."""
         return 0.0
 
     def max_ranks(self, run: Run) -> int | None:
@@ -150,32 +150,32 @@ class Job(Component):
         return frozenset({"benchmark"})
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Yield why this job cannot be done with the rest of the run."""
+        """Yield the errors of this job in this run."""
         yield from ()
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
-        """Yield what this machine says against it: files, packages, ports."""
+        """Yield the errors that only this machine shows: files, packages, ports."""
         yield from ()
 
     def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
-        """Yield what a user should know of what it will do, and not do."""
+        """Yield warnings for the plan."""
         yield from ()
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield the parts that the work has besides its batches, each with what is done in it."""
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+        """Yield the lines that the plan shows besides the batch: name and value."""
         yield from ()
 
     def files(self) -> Iterator[str]:
-        """Yield what it leaves in the run directory besides what every run leaves."""
+        """Yield the files it writes in the run directory besides those of every run."""
         yield from ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchedJob(Job):
-    """A job that goes through global batches on an engine; what it does not say otherwise, it trains."""
+    """A job that processes global batches on an engine; by default it trains."""
 
-    learns: ClassVar[bool] = True
-    """Whether it takes optimiser steps; else learning rate, gradients and moments are no part of it."""
+    trains: ClassVar[bool] = True
+    """Whether it takes optimiser steps; otherwise it has no learning rate, gradients and moments."""
 
     micro_batch: int = 8
     """Sequences in one forward pass of one rank."""
@@ -196,10 +196,10 @@ class BatchedJob(Job):
 
     def unused_groups(self, run: Run) -> frozenset[str]:
         """Add what only optimiser steps use, where none are taken."""
-        return super().unused_groups(run) | (frozenset() if self.learns else LEARNING_GROUPS)
+        return super().unused_groups(run) | (frozenset() if self.trains else LEARNING_GROUPS)
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that make no batch."""
+        """Yield counts that make no batch."""
         yield from self.validate_minimum(1, "micro_batch", "global_batch", "gradient_accumulation_steps")
         yield from self.validate_minimum(2, "sequence_length")
         yield from self.validate_minimum(0, "seed")
@@ -250,17 +250,17 @@ class Benchmark(Component):
     max_ranks: ClassVar[int | None] = 1
     """The most ranks it can use."""
 
-    how: ClassVar[str] = "each in a process of its own"
-    """How its cases are kept apart, as its table tells it."""
+    isolation: ClassVar[str] = "each in a process of its own"
+    """How its cases are isolated from each other; shown below its table."""
 
-    takes_few_bits: ClassVar[bool] = False
-    """Whether the model may be quantised: it is asked for text, and not trained."""
+    supports_quantized: ClassVar[bool] = False
+    """Whether the model may be quantised, because it generates text and is not trained."""
 
     needs_model: ClassVar[bool] = False
-    """Whether it is about the run's model, which otherwise has no say."""
+    """Whether it uses the run's model."""
 
     needs_data: ClassVar[bool] = False
-    """Whether it is about the run's data."""
+    """Whether it uses the run's data."""
 
     repeats: int = 3
     """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
@@ -285,21 +285,19 @@ class Benchmark(Component):
 
     @property
     def train_options(self) -> Mapping[str, Any] | None:
-        """Options of the job=train whose steps its cases take, which the runs that it is given then have as their job;
-        ``None`` where they take none.
-        """
+        """Options of the job=train whose steps its cases take; ``None`` where they take no steps."""
         return None
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Yield why it cannot be measured with the rest of the run."""
+        """Yield the errors of this benchmark in this run."""
         yield from ()
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield what this machine says against it."""
+        """Yield the errors that only this machine shows."""
         yield from ()
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the parts of what is measured, each in words."""
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
+        """Yield the lines that the plan shows: name and value."""
         yield from ()
 
 

@@ -61,7 +61,7 @@ class ReplicatedModel:
         self.forward: nn.Module = self.module
         self.averaged_over = context.world_size
         parallel = context.run.parallel
-        if isinstance(parallel, Ddp) and context.world_size > 1 and context.run.batched_job.learns:
+        if isinstance(parallel, Ddp) and context.world_size > 1 and context.run.batched_job.trains:
             self.forward = _replicated(self.module, bucket_mb=parallel.bucket_mb)
 
     def without_reduction(self) -> AbstractContextManager[None]:

@@ -69,7 +69,10 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         world_size=world_size,
         topology=run.parallel.degrees(world_size).named(),
         what=_what(run, batch),
-        outline={**dict(run.job.outline(run, world_size=world_size)), **dict(run.profile.outline(run.job.profiled_by))},
+        outline={
+            **dict(run.job.describe(run, world_size=world_size)),
+            **dict(run.profile.describe(run.job.profiled_by)),
+        },
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
         hosts=tuple(_host_plans(run, hosts, there, facts, tracker)),
@@ -79,9 +82,9 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         tracker=tracker,
         files=tuple(_files(run, hosts, tracker)),
         stall_timeout_s=run.backend.stall_timeout_s,
-        ends_when_told=run.job.ends_when_told,
-        grace_s=max(run.backend.grace_s, run.job.grace_s),
-        preempt_grace_s=max(run.backend.preempt_grace_s, run.job.grace_s),
+        completes_on_signal=run.job.completes_on_signal,
+        grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s),
+        preempt_grace_s=max(run.backend.preempt_grace_s, run.job.shutdown_grace_s),
         heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
         forward=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
@@ -120,7 +123,7 @@ def _what(run: Run, batch: Batch | None) -> PlanSummary:
     if isinstance(run.job, GeneratingJob):  # a model, but nothing that is learnt from or resumed
         return PlanSummary(
             model=component_text(run.model),
-            strategy=component_text(run.parallel) if run.job.spreads(run) else "",
+            strategy=component_text(run.parallel) if run.job.is_model_parallel(run) else "",
             engine=run.job.engine,
             precision=component_text(run.precision),
             attention=component_text(run.attention),
@@ -134,8 +137,8 @@ def _what(run: Run, batch: Batch | None) -> PlanSummary:
         strategy=component_text(run.parallel),
         engine=run.parallel.engine,
         precision=component_text(run.precision),
-        optimizer=component_text(run.optimizer) if run.batched_job.learns else "",
-        schedule=component_text(run.schedule) if run.batched_job.learns else "",
+        optimizer=component_text(run.optimizer) if run.batched_job.trains else "",
+        schedule=component_text(run.schedule) if run.batched_job.trains else "",
         activation=component_text(run.activation),
         attention=component_text(run.attention),
         compile=component_text(run.compile),
@@ -195,7 +198,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
         return _weights_alone(run, run.job, shape, hosts)
     state = run.parallel.state_bytes(shape, world_size, run.precision)
     formula = run.parallel.formula(world_size, run.precision)
-    if not run.batched_job.learns and run.parallel.engine == "torch":
+    if not run.batched_job.trains and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
         formula = f"the weights alone, for nothing is learnt, of {formula}"
@@ -211,15 +214,15 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
 def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:
     """Return what weights take that nothing is learnt from: the compute format alone, once in each copy."""
     size = run.precision.compute_bytes
-    ways = run.parallel.degrees(1).product if job.spreads(run) else 1
-    parameters = job.copies * size * shape.num_params // ways
+    ways = run.parallel.degrees(1).product if job.is_model_parallel(run) else 1
+    parameters = job.num_replicas * size * shape.num_params // ways
     state = StateBytes(parameters=parameters, gradients=0, optimizer=0)
-    shared = f" ÷ {ways} ranks" if ways > 1 else ""
+    shared, engines = f" ÷ {ways} ranks" if ways > 1 else "", counted(job.num_replicas, "engine")
     return MemoryEstimate(
         num_params=shape.num_params,
         per_rank=state,
         per_host_ram=max(host_ram(host, state) for host in hosts),
         per_host_nvme=0,
-        formula=f"{size} bytes of {run.precision.compute} a parameter{shared}, in {counted(job.copies, 'engine')}; "
+        formula=f"{size} bytes of {run.precision.compute} a parameter{shared}, in {engines}; "
         "keys and values by job.kv_tokens",
     )

@@ -154,10 +154,10 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
         value: of that option.
         instead: what would work with any run.
     """
-    if isinstance(run.job, BatchedJob) and run.job.learns:
+    if isinstance(run.job, BatchedJob) and run.job.trains:
         why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
         yield ConfigError(option, value, why=why, fix=instead)
-    elif isinstance(run.benchmark, Benchmark) and not run.benchmark.takes_few_bits:
+    elif isinstance(run.benchmark, Benchmark) and not run.benchmark.supports_quantized:
         why = f"benchmark={run.benchmark.kind} trains the model, quantises it itself, or has none"
         yield ConfigError(option, value, why=why, fix=instead)
     elif run.parallel.kind not in ("single", "ddp", "pipeline"):

@@ -64,7 +64,7 @@ def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
     better = "bf16" if all(host.computes_bf16 for host in on_cpu) else "fp32"
     if run.precision.compute == "fp16":
         yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"
-    if run.precision.compute == "bf16" and better == "fp32" and not run.job.widens_bf16:
+    if run.precision.compute == "bf16" and better == "fp32" and not run.job.uses_bf16_kernels:
         yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
 
 

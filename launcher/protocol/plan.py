@@ -222,7 +222,7 @@ class Plan:
     """Parts of the work besides its batches, and what is done in each; most jobs have none."""
     files: tuple[str, ...]
     """What the run will write, relative to the run directory."""
-    ends_when_told: bool = False
+    completes_on_signal: bool = False
     """Whether ranks that end well after SIGTERM or Ctrl-C have completed the run."""
     stall_timeout_s: float
     grace_s: float

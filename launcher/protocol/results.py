@@ -85,7 +85,7 @@ class BenchmarkRecord:
     machine: Mapping[str, str]
     cases: Mapping[str, Mapping[str, Samples]]
     """Values by quantity in the order of rounds, by name of the case."""
-    said: tuple[str, ...]
+    findings: tuple[str, ...]
     """Its findings in words."""
 
     def rows(self) -> list[tuple[str, str, float, float, float, int]]:
@@ -116,7 +116,7 @@ def read_benchmark_record(path: Path) -> BenchmarkRecord:
             options=options,
             machine={str(key): str(value) for key, value in tree["machine"].items()},
             cases=cases,
-            said=tuple(map(str, tree["said"])),
+            findings=tuple(map(str, tree["findings"])),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"is not what a benchmark writes ({type(error).__name__}: {error})") from error

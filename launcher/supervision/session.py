@@ -256,7 +256,7 @@ class Session:
         if self._cancelled_by is not None:
             if self._judge.preempted():
                 return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
-            if self._plan.ends_when_told and self._judge.all_ended_well:
+            if self._plan.completes_on_signal and self._judge.all_ended_well:
                 return RunOutcome(status="completed", exit_code=0)
             return RunOutcome(status="cancelled", exit_code=128 + self._cancelled_by)
         cause = self._failure or self._judge.cause(now=now, all_over=True) or self._judge.missing()

@@ -101,8 +101,8 @@ def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
             return
         columns = ["case", "quantity", "median", "least", "most", "values"]
         yield "benchmark/cases", wandb.Table(columns=columns, data=[list(row) for row in found.rows()])
-        said = redact([[line] for line in found.said], os.environ)
-        yield "benchmark/findings", wandb.Table(columns=["finding"], data=said)
+        findings = redact([[line] for line in found.findings], os.environ)
+        yield "benchmark/findings", wandb.Table(columns=["finding"], data=findings)
     if drawn.is_file():
         yield "benchmark/picture", wandb.Image(str(drawn))
 

@@ -172,7 +172,7 @@ def test_in_an_open_loop_a_stall_of_the_server_counts_from_when_calls_were_due(f
     load = open_loop(server.target(), due)
     assert [round(outcome.due_s, 6) for outcome in load.outcomes] == [call.at_s for call in due]
     assert server.connections == 8  # none waits for another one's answer before it is sent
-    waits = [outcome.first_s for outcome in load.outcomes]
+    waits = [outcome.ttft_s for outcome in load.outcomes]
     assert waits == sorted(waits)
     assert waits[-1] > 7 * 0.1 - 0.07
 
@@ -272,9 +272,7 @@ def outcome(due_s: float, chunks_s: list[float], tokens: int, error: str = "") -
 
 def test_figures_of_known_outcomes() -> None:
     outcomes = [outcome(0, [1, 2, 4], 3), outcome(1, [4, 5], 4), outcome(2, [3.0], 1, error="cut")]
-    found = summarize_load(
-        LoadResult(outcomes=outcomes, elapsed_s=5.0, cpu_s=0.1), slo=Slo(first_s=2.0, per_token_s=1.5)
-    )
+    found = summarize_load(LoadResult(outcomes=outcomes, elapsed_s=5.0, cpu_s=0.1), slo=Slo(ttft_s=2.0, tpot_s=1.5))
     assert (found["requests"], found["errors"], found["error/cut"]) == (2, 1, 1)
     assert (found["first_p50_s"], found["first_mean_s"], found["whole_p99_s"]) == (2.0, 2.0, 4.0)
     assert found["gap_p50_s"] == 1.0

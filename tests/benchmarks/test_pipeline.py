@@ -98,7 +98,7 @@ def test_formula_and_longest_path_agree(ranks: int, micro_batches: int) -> None:
     expected = (ranks - 1) / (micro_batches + ranks - 1)
     assert bubble_fraction("gpipe", ranks=ranks, micro_batches=micro_batches, chunks=1) == expected
     order = gpipe_order(ranks, micro_batches)
-    assert longest_path(order, stretches=ranks) == pytest.approx(expected)
+    assert longest_path(order, chunks=ranks) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def test_the_last_prompt_repeats_the_first(tmp_path: Path) -> None:
     cache = results.facts["cache"]
     assert (cache["hits"], cache["misses"], cache["hit_rate"], cache["size"]) == (1, 3, 0.25, 3)
     assert 0 < cache["size_bytes"] < cache["max_bytes"] == 64 * 2**20
-    assert results.said[0] == "hit rate 25.0%, hits 1, misses 3"
+    assert results.findings[0] == "hit rate 25.0%, hits 1, misses 3"
     samples = {case.name: len(case.samples["answer_s"]) for case in results.cases}
     assert samples == {"computed": 6, "kept": 2}
 

@@ -29,7 +29,7 @@ def results(tmp_path: Path) -> Callable[..., str]:
         found = BenchmarkResults(
             benchmark=ActivationBenchmark(**options),
             cases=[BenchmarkCase(name=case, samples=samples) for case, samples in cases.items()],
-            said=("it is so",),
+            findings=("it is so",),
             metrics={},
             facts={},
         )

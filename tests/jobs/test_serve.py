@@ -32,7 +32,7 @@ def problems_of(*words: str) -> list[ConfigError]:
 
 def test_the_plan_says_what_is_served(plan_of) -> None:
     plan = plan_of(*SERVE, "model=gpt2", "job.replicas=2", "precision=bf16", hosts=[ONE])
-    assert plan.ends_when_told
+    assert plan.completes_on_signal
     assert plan.grace_s == 50
     assert plan.work.batch is None
     assert (plan.what.engine, plan.what.optimizer, plan.what.data) == ("slots", "", "")

@@ -109,7 +109,7 @@ def test_what_a_benchmark_found_is_tables_and_a_picture(planned: Planned, start:
     found = BenchmarkResults(
         benchmark=ActivationBenchmark(),
         cases=[BenchmarkCase(name="none", samples=samples), BenchmarkCase(name="full", samples={"step_s": (4.0,)})],
-        said=(f"it is so, says {SECRET}",),
+        findings=(f"it is so, says {SECRET}",),
         metrics={},
         facts={},
     )

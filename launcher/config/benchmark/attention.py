@@ -151,7 +151,7 @@ class AttentionBenchmark(Benchmark):
         """Each point in each round."""
         return self.repeats * len(self.points)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the kernels, the lengths, and what they take."""
         yield "compared", ", ".join(self.kernels)
         yield "passes", " and ".join(self.chosen_passes)

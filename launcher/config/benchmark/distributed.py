@@ -29,7 +29,7 @@ class CollectivesBenchmark(Benchmark):
     kind: ClassVar[str] = "collectives"
     headline: ClassVar[tuple[str, ...]] = ("smallest_bytes", "largest_bytes", "factor")
     max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "all in turn, in the run's own ranks; a time is that of the slowest rank"
+    isolation: ClassVar[str] = "all in turn, in the run's own ranks; a time is that of the slowest rank"
 
     collectives: tuple[CollectiveName, ...] = get_args(CollectiveName)
     """What is measured, on fp32 values."""
@@ -83,7 +83,7 @@ class CollectivesBenchmark(Benchmark):
         """Each collective at each size in each round."""
         return self.repeats * len(self.sizes) * len(self.collectives)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the collectives and the sizes."""
         yield "collectives", ", ".join(self.collectives)
         yield "messages", ", ".join(map(bytes_text, self.sizes))
@@ -96,7 +96,7 @@ WorkKind = Literal["train", "infer"]
 
 
 FORWARD_SCHEDULE: PipelineScheduleName = "gpipe"
-"""Forward passes alone go through stages in one order whatever the schedule: stretches are laid out as under GPipe."""
+"""Forward passes alone go through stages in one order whatever the schedule: chunks are laid out as under GPipe."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,24 +112,24 @@ class PipelineCase:
     @property
     def name(self) -> str:
         """What the case is called: in metrics, tables and files."""
-        parts = [self.passes, self.work, *([self.schedule] if self.schedules else [])]
+        parts = [self.passes, self.work, *([self.schedule] if self.has_schedule else [])]
         return "_".join([*parts, f"{self.stages}_stages" if self.stages > 1 else "one_stage", f"{self.micro_batches}"])
 
     @property
-    def schedules(self) -> bool:
+    def has_schedule(self) -> bool:
         """Whether its schedule has a say."""
         return self.work == "train" and self.stages > 1
 
     @property
-    def in_words(self) -> str:
+    def description(self) -> str:
         """What it is, for people."""
-        what = self.schedule if self.schedules else ("forward passes" if self.work == "infer" else "training")
+        what = self.schedule if self.has_schedule else ("forward passes" if self.work == "infer" else "training")
         stages = f"{self.stages} stages" if self.stages > 1 else "one stage"
         return f"{what}, {stages}, {self.micro_batches} micro-batches"
 
     @property
-    def chunks(self) -> int:
-        """Stretches of layers on each rank."""
+    def num_chunks(self) -> int:
+        """Model chunks on each rank."""
         return Pipeline(schedule=self.schedule).num_chunks
 
     def validate(self) -> Iterator[str]:
@@ -156,7 +156,7 @@ class PipelineBenchmark(Benchmark):
     kind: ClassVar[str] = "pipeline"
     headline: ClassVar[tuple[str, ...]] = ("stages", "micro_batches", "schedules", "passes", "work")
     max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "on forks of the run's ranks"
+    isolation: ClassVar[str] = "on forks of the run's ranks"
 
     passes: tuple[PassKind, ...] = ("sleep", "model")
     """What a pass through a stage is: ``sleep`` takes a known time, ``model`` computes layers of the run's model."""
@@ -238,7 +238,7 @@ class PipelineBenchmark(Benchmark):
     @property
     def left_out(self) -> dict[str, str]:
         """What cannot be, each with the reason."""
-        return {one.in_words: why for one in self._all for why in one.validate()}
+        return {one.description: why for one in self._all for why in one.validate()}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse another number of ranks than stages, and models that cannot be cut so."""
@@ -269,7 +269,7 @@ class PipelineBenchmark(Benchmark):
         """Each pipeline in each round."""
         return self.repeats * len(self.pipelines)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield what stages do, the pipelines, and what cannot be."""
         if "sleep" in self.passes:
             yield "stages that sleep", f"{self.unit_ms:g} ms for a forward pass, twice that for a backward pass"

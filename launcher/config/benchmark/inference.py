@@ -28,9 +28,9 @@ class BatchingBenchmark(Benchmark):
 
     kind: ClassVar[str] = "batching"
     headline: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
-    how: ClassVar[str] = "each with an engine of its own"
+    isolation: ClassVar[str] = "each with an engine of its own"
     needs_model: ClassVar[bool] = True
-    takes_few_bits: ClassVar[bool] = True
+    supports_quantized: ClassVar[bool] = True
 
     ways: tuple[BatchingMode, ...] = ("none", "static", "dynamic", "continuous")
     """What is compared, as job.batching has it."""
@@ -91,7 +91,7 @@ class BatchingBenchmark(Benchmark):
             prefix_cache=self.prefix_cache,
         )
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the queue."""
         yield "model", f"{run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
         yield "queue", f"{self.requests} requests of {self.inputs}, answers of {self.outputs} tokens, all there at once"
@@ -107,9 +107,9 @@ class ResultCacheBenchmark(Benchmark):
 
     kind: ClassVar[str] = "cache"
     headline: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
-    how: ClassVar[str] = "all in one process, each with an empty cache"
+    isolation: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True
-    takes_few_bits: ClassVar[bool] = True
+    supports_quantized: ClassVar[bool] = True
 
     prompts: tuple[str, ...] = EXAMPLE_PROMPTS
     """One after the other."""
@@ -146,7 +146,7 @@ class ResultCacheBenchmark(Benchmark):
         if not all(self.prompts) or not self.prompts:
             yield self.error("prompts", "a prompt must not be empty", "leave benchmark.prompts out")
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the prompts."""
         yield "model", f"{run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
         yield "prompts", " · ".join(self.prompts)
@@ -238,7 +238,7 @@ class QuantizationBenchmark(Benchmark):
         """Each way in each round."""
         return self.repeats * len(self.names)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the ways."""
         yield "model", f"{run.model.name}, weights={run.model.weights}; what is not quantised: {run.precision.kind}"
         yield "compared", ", ".join(self.names)

@@ -70,7 +70,7 @@ class DataBenchmark(Benchmark):
         """Each number of threads, and loading, in each round."""
         return self.repeats * (len(self.threads) + 1)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the data and what is done with it."""
         yield "data", component_text(run.data)
         yield "tokenised", f"whole, into an empty cache, by {', '.join(map(thread_words, self.threads))}"
@@ -103,7 +103,7 @@ class CheckpointBenchmark(Benchmark):
     kind: ClassVar[str] = "checkpoint"
     headline: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
     max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "on forks of the run's ranks"
+    isolation: ClassVar[str] = "on forks of the run's ranks"
     needs_model: ClassVar[bool] = True
 
     ways: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
@@ -159,7 +159,7 @@ class CheckpointBenchmark(Benchmark):
         """Each way in each round."""
         return self.repeats * len(self.ways)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the loop."""
         yield "model", f"{run.model.name}, parallel={run.parallel.kind}, precision={run.precision.kind}"
         steps = self.every * (self.saves + 1)

@@ -92,7 +92,7 @@ class MemoryBenchmark(Benchmark):
     kind: ClassVar[str] = "memory"
     headline: ClassVar[tuple[str, ...]] = ("strategies", "batch", "sequence")
     max_ranks: ClassVar[int | None] = None
-    how: ClassVar[str] = "largest of all ranks, which are forks of the run's"
+    isolation: ClassVar[str] = "largest of all ranks, which are forks of the run's"
     needs_model: ClassVar[bool] = True
 
     repeats: int = 1
@@ -153,7 +153,7 @@ class MemoryBenchmark(Benchmark):
         """Each strategy in each round."""
         return self.repeats * len(self.strategies)
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the strategies."""
         shape = run.model.shape()
         count = f", {shape.num_params:,} parameters" if shape is not None else ""

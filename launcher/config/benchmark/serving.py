@@ -137,8 +137,8 @@ class ServingBenchmark(Benchmark):
 
     kind: ClassVar[str] = "serving"
     headline: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
-    how: ClassVar[str] = "all levels in turn, on one server"
-    takes_few_bits: ClassVar[bool] = True
+    isolation: ClassVar[str] = "all levels in turn, on one server"
+    supports_quantized: ClassVar[bool] = True
 
     repeats: int = 1
     """Rounds; each goes through all levels, with prompts of its own, so that no cache of prompts helps."""
@@ -237,7 +237,7 @@ class ServingBenchmark(Benchmark):
         """Return what a level is called."""
         return f"{level:g} at a time" if self.mode == "closed" else f"{level:g} a second"
 
-    def outline(self, run: Run) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the server and the load."""
         own = f"job=serve with {run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
         yield "server", self.url or own

@@ -79,10 +79,10 @@ class BenchmarkJob(Job):
             if run.benchmark.needs_data:
                 yield from run.data.validate_machine()
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield the parts of the benchmark."""
         if isinstance(run.benchmark, Benchmark):
-            yield from run.benchmark.outline(self.measured_run(run))
+            yield from run.benchmark.describe(self.measured_run(run))
 
     def measured_run(self, run: Run) -> Run:
         """Return the run that the benchmark is about: one that trains, where its cases take steps."""

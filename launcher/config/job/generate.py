@@ -93,7 +93,7 @@ class Generate(GeneratingJob):
         from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 
         yield from super().validate()
-        sampling = {name: value for name, value in self.usual.items() if name != "stop"}
+        sampling = {name: value for name, value in self.default_fields.items() if name != "stop"}
         for name, why, better in validate_sampling(SamplingParams(**sampling)):
             yield self.error(name, why, f"set job.{name}={better:g}")
         if why := validate_stop_strings(self.stop):
@@ -102,12 +102,12 @@ class Generate(GeneratingJob):
             yield self.error("stop", "an empty text would end every answer", "leave it out")
 
     @property
-    def usual(self) -> dict[str, Any]:
+    def default_fields(self) -> dict[str, Any]:
         """Values of a line's fields where it says nothing."""
         return {name: getattr(self, name) for name in _LINE_OPTIONS}
 
     @property
-    def at_once(self) -> int:
+    def max_concurrent(self) -> int:
         """Requests that an engine works on together."""
         return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
 
@@ -148,7 +148,7 @@ class Generate(GeneratingJob):
         """Return the ranks of one engine where several are one, else as many as the strategy takes; 1 beside a vLLM."""
         if self.engine == "vllm":
             return 1
-        return run.parallel.degrees(1).product if self.spreads(run) else super().max_ranks(run)
+        return run.parallel.degrees(1).product if self.is_model_parallel(run) else super().max_ranks(run)
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
@@ -194,16 +194,16 @@ class Generate(GeneratingJob):
         why = f"{first} ({'its only line' if tried == 1 else f'all {tried:,} lines that were read are bad'})"
         yield self.error("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield from where to where, and how requests are put together."""
         try:
             yield "input", f"{self.input} ({self.source().format})"
         except ConfigError:  # which validate_machine reports
             yield "input", self.input
         yield "output", self.output or "generated.jsonl"
-        several = "of all" if self.spreads(run) else "on each of"
+        several = "of all" if self.is_model_parallel(run) else "on each of"
         yield "engines", f"engine={self.engine} {several} {world_size} ranks" if world_size > 1 else self.engine
-        yield "batching", f"{self.batching}, {self.at_once} sequences at once"
+        yield "batching", f"{self.batching}, {self.max_concurrent} sequences at once"
 
     def files(self) -> Iterator[str]:
         """Yield the answers, unless they go elsewhere, and where they are until all are there."""

@@ -90,7 +90,7 @@ class GeneratingJob(Job):
         return EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)})
 
     @property
-    def widens_bf16(self) -> bool:
+    def uses_bf16_kernels(self) -> bool:
         """Whether the engine is the launcher's own."""
         return self.engine == "slots"
 
@@ -100,11 +100,11 @@ class GeneratingJob(Job):
         return getattr(self, "tokenizer", "") == "data"
 
     @property
-    def copies(self) -> int:
+    def num_replicas(self) -> int:
         """How many engines a rank keeps, each with the whole of the rank's weights."""
         return 1
 
-    def spreads(self, run: Run) -> bool:
+    def is_model_parallel(self, run: Run) -> bool:
         """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
         degrees = run.parallel.degrees(1)
         return degrees.tensor > 1 or degrees.pipeline > 1
@@ -118,10 +118,10 @@ class GeneratingJob(Job):
         """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
         yield from super().validate_run(run, world_size=world_size)
         most = run.parallel.degrees(1).product
-        if self.spreads(run) and self.engine != "slots":
+        if self.is_model_parallel(run) and self.engine != "slots":
             why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
             yield self.error("engine", why, "set job.engine=slots or parallel=single")
-        if self.spreads(run) and world_size != most:
+        if self.is_model_parallel(run) and world_size != most:
             why = f"parallel={run.parallel.kind} makes an engine of {counted(most, 'rank')}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
@@ -130,7 +130,7 @@ class GeneratingJob(Job):
             why = f"engine={self.engine} computes nothing where torch's profiler would listen"
             yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=slots")
         if self.engine in ("slots", "transformers"):
-            together = most if self.spreads(run) and self.engine == "slots" else 1
+            together = most if self.is_model_parallel(run) and self.engine == "slots" else 1
             yield from validate_engine(run, world_size=together, engine=self.engine)
 
     def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:

@@ -25,7 +25,7 @@ class Quantize(BatchedJob):
     """The group ``quantization`` says how. Compares with the original: bytes, held-out text, speed, a sample."""
 
     kind: ClassVar[str] = "quantize"
-    learns: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
 
     output: PathText | None = None
     """Folder of the weights; ``null`` is ``model`` in the run directory. One that has files in it is left alone."""
@@ -107,7 +107,7 @@ class Quantize(BatchedJob):
         if self.output is None:
             yield "model/"
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield method and what is compared."""
         if isinstance(run.quantization, Quantization):
             doc = type(run.quantization).__doc__ or ""

@@ -35,7 +35,7 @@ class Serve(GeneratingJob):
     """An OpenAI-compatible server: one process speaks HTTP, each engine is a process of its own."""
 
     kind: ClassVar[str] = "serve"
-    ends_when_told: ClassVar[bool] = True
+    completes_on_signal: ClassVar[bool] = True
 
     host: str = "127.0.0.1"
     """Address to listen on; ``0.0.0.0`` is every network of the machine."""
@@ -137,12 +137,12 @@ class Serve(GeneratingJob):
                 yield ConfigError(f"job.warm_up[{at}]", list(shape), why=why, fix="set job.warm_up=[[1,10]]")
 
     @property
-    def copies(self) -> int:
+    def num_replicas(self) -> int:
         """One set of weights in each replica."""
         return self.replicas
 
     @property
-    def grace_s(self) -> float:
+    def shutdown_grace_s(self) -> float:
         """The drain and what comes after it."""
         return self.drain_s + _SHUTDOWN_SLACK_S
 
@@ -164,7 +164,7 @@ class Serve(GeneratingJob):
 
     def max_ranks(self, run: Run) -> int:
         """Return the ranks of one engine: replicas are no ranks."""
-        return run.parallel.degrees(1).product if self.spreads(run) else 1
+        return run.parallel.degrees(1).product if self.is_model_parallel(run) else 1
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return 0: it ends when it is told to."""
@@ -173,14 +173,14 @@ class Serve(GeneratingJob):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
         yield from super().validate_run(run, world_size=world_size)
-        if world_size > 1 and not self.spreads(run):
+        if world_size > 1 and not self.is_model_parallel(run):
             why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
             fix = f"set backend.ranks=1 job.replicas={world_size}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
-        if self.spreads(run) and self.replicas > 1:
+        if self.is_model_parallel(run) and self.replicas > 1:
             why = f"the {self.max_ranks(run)} ranks together are one engine"
             yield self.error("replicas", why, "set job.replicas=1, and start a second server for a second engine")
-        if self.engine == "vllm" and (self.replicas > 1 or self.spreads(run)):
+        if self.engine == "vllm" and (self.replicas > 1 or self.is_model_parallel(run)):
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
             yield self.error("engine", why, "set job.replicas=1 parallel=single")
         shape = run.model.shape()
@@ -213,7 +213,7 @@ class Serve(GeneratingJob):
                 "LAUNCHER_API_KEYS or job.api_keys_file is set"
             )
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield what is served, where, by how many engines, and how requests are put together."""
         yield "model", self.name_of(run)
         yield "address", self.address

@@ -74,7 +74,7 @@ class Evaluate(BatchedJob):
     """Forward passes over the held-out split, under any strategy; nothing is learnt."""
 
     kind: ClassVar[str] = "evaluate"
-    learns: ClassVar[bool] = False
+    trains: ClassVar[bool] = False
     resumes: ClassVar[bool] = True
     handles_preemption: ClassVar[bool] = True
 

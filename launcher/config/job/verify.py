@@ -274,7 +274,7 @@ class Verify(LearningJob):
         """Return the steps of one process and of all strategies."""
         return self.steps * (1 + len(select_strategies(self, run, world_size=world_size).cases))
 
-    def outline(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
+    def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield one process and the strategies that are compared with it."""
         choice = select_strategies(self, run, world_size=world_size)
         yield "reference", SINGLE_PROCESS.describe(run, world_size=1, sequences=choice.sequences)

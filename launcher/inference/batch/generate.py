@@ -53,14 +53,14 @@ class BatchWorker:
     """Generates what is not there yet of one rank's share."""
 
     records: Iterator[Record]
-    usual: Mapping[str, Any]
+    default_fields: Mapping[str, Any]
     """Sampling of lines that say nothing else."""
     words: TextTokenizer
     generator: InferenceEngine
     parts: PartWriter
     index: PartIndex
     preemption: Preemption
-    at_once: int
+    max_concurrent: int
     """Requests that the engine works on together."""
     seed: int
     heartbeat: Callable[[int, float], None]
@@ -81,7 +81,7 @@ class BatchWorker:
         exhausted = False
         while not exhausted or self._answers:
             self.leave_if_asked()
-            room = _QUEUE_FACTOR * self.at_once - len(self._answers)
+            room = _QUEUE_FACTOR * self.max_concurrent - len(self._answers)
             if not exhausted:
                 exhausted = self._admit(room)
             for update in self.generator.step():
@@ -113,7 +113,7 @@ class BatchWorker:
         for record in itertools.islice(self.records, max(0, room)):
             taken += 1
             try:
-                wish = parse_request(record, self.usual, self.words, seed=self.seed)
+                wish = parse_request(record, self.default_fields, self.words, seed=self.seed)
                 request = EngineRequest(id=str(record.number), prompt=wish.prompt, sampling=wish.sampling)
                 self.generator.add(request)
             except (BadLine, Refused) as bad:
@@ -197,7 +197,7 @@ def generate(job: Generate, context: Context) -> None:
     index.scan()
     before = index.num_tokens
     words = open_tokenizer(job.tokenizer, context.run, heartbeat=heartbeat, template=job.chat_template)
-    if job.spreads(context.run):
+    if job.is_model_parallel(context.run):
         ranks = 1
         generator = _engine_of_ranks(job, context, heartbeat=heartbeat)
         if generator is None:
@@ -212,13 +212,13 @@ def generate(job: Generate, context: Context) -> None:
     with PartWriter(folder / f"rank{context.rank}.part") as parts:
         worker = BatchWorker(
             records=_records(job, source.records(share), words, is_main=context.is_main),
-            usual=job.usual,
+            default_fields=job.default_fields,
             words=words,
             generator=generator,
             parts=parts,
             index=index,
             preemption=preemption,
-            at_once=job.at_once,
+            max_concurrent=job.max_concurrent,
             seed=job.seed,
             heartbeat=lambda done, speed: context.heartbeat.update("generate", done, steps=size, tokens_per_s=speed),
         )

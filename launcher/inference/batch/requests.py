@@ -30,12 +30,14 @@ class GenerationRequest:
     """Texts that end the answer and are no part of it."""
 
 
-def parse_request(record: Record, usual: Mapping[str, Any], words: TextTokenizer, *, seed: int) -> GenerationRequest:
+def parse_request(
+    record: Record, default_fields: Mapping[str, Any], words: TextTokenizer, *, seed: int
+) -> GenerationRequest:
     """Return what a record asks for.
 
     Args:
         record: the line.
-        usual: values of ``stop`` and of sampling fields that hold where the line says nothing.
+        default_fields: values of ``stop`` and of sampling fields that hold where the line says nothing.
         words: the tokenizer.
         seed: of the run: a line that draws tokens and names no seed gets one from it and its own number.
 
@@ -44,7 +46,7 @@ def parse_request(record: Record, usual: Mapping[str, Any], words: TextTokenizer
     """
     check_fields(record)
     given = {name: value for name, value in record.fields.items() if value is not None}
-    asked = {**usual, **given}
+    asked = {**default_fields, **given}
     sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
     if sampling.seed is None and sampling.temperature > 0:
         asked["seed"] = line_seed(seed, record.line)

@@ -41,13 +41,13 @@ def work(folder, records, *, generator=None, asked=None, size=100) -> list[dict]
     with PartWriter(folder / "rank0.part") as parts:
         BatchWorker(
             records=(record for record in records if record.number not in index),
-            usual={"max_tokens": 6, "stop": ()},
+            default_fields={"max_tokens": 6, "stop": ()},
             words=WORDS,
             generator=generator or echo(),
             parts=parts,
             index=index,
             preemption=asked or Asked(),
-            at_once=4,
+            max_concurrent=4,
             seed=0,
             heartbeat=lambda done, speed: None,
         ).run()

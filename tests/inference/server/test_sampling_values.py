@@ -25,7 +25,7 @@ from tests.inference.server.in_process import MODEL, InProcess, in_process
 from tests.inference.values import FLOATS, INTEGERS, Table, around
 
 WORDS = byte_tokenizer()
-_OPTIONS = Generate().usual.keys()
+_OPTIONS = Generate().default_fields.keys()
 CONTROL = {"model": MODEL, "prompt": "abc", "max_tokens": 5, "temperature": 0.9, "seed": 3}
 _NUMBERS = st.one_of(FLOATS, INTEGERS)
 _SHARED = {

@@ -115,7 +115,7 @@ class Job(Component):
 
     @property
     def uses_bf16_kernels(self) -> bool:
-        """Whether it uses the launcher's kernels for bf16 weights, which are fast on processors without bf16 instructions."""
+        """Whether it uses the launcher's kernels for bf16 weights, fast on processors without bf16 instructions."""
         return False
 
     @property

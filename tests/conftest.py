@@ -26,6 +26,7 @@ from launcher.protocol.plan import Host, Plan, RunIdentity
 
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
+from .markers import mark, refusing_processes
 
 pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
 
@@ -53,10 +54,20 @@ _LONGEST_FIRST = (
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first, so that no worker is left with one of them when the others have finished."""
+    """Mark every test; put the longest files first, so that no worker is left with one when the others are done."""
+    for item in items:
+        mark(item)
     order = {REPOSITORY / "tests" / name: number for number, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold a unit test to what its marker says."""
+    with refusing_processes(item):
+        return (yield)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

@@ -1,0 +1,87 @@
+"""Which of the markers in pyproject.toml each test has: by its place, else by its fixtures, else ``unit``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+_BY_PLACE = (
+    ("gpu/*", "gpu"),
+    ("bench/*", "bench"),
+    ("benchmarks/test_peak.py*", "bench"),
+    ("benchmarks/*::test_a_wrong_value_on_one_rank_ends_the_job_on_all", "bench"),
+    ("benchmarks/*::test_blocks_share_one_compilation_*", "bench"),
+    ("hosts/*", "cluster"),
+    # Models, engines and servers: in this process or in others, seconds of torch each.
+    ("engines/*", "process"),
+    ("quantization/*", "process"),
+    *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
+    *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
+    *((f"inference/test_{name}.py*", "process") for name in ("beams", "chat", "engine", "exactness", "invariance")),
+    *((f"inference/test_{name}.py*", "process") for name in ("isolation", "kernels", "lockstep", "sampling", "split")),
+    *((f"inference/test_{name}.py*", "process") for name in ("text", "theirs", "vllm_engine")),
+    ("inference/server/*", "process"),
+    # Whole files that start processes by themselves.
+    *((f"{name}.py*", "process") for name in ("test_agents", "test_build_once", "test_layers", "test_package")),
+    *((f"{name}.py*", "process") for name in ("test_rank", "test_scripts", "test_full_disk", "remote/test_bootstrap")),
+    *((f"trackers/test_{name}.py*", "process") for name in ("orders", "revision", "sidecar", "wandb_sweep")),
+    *((f"{name}.py*", "process") for name in ("ops/test_build", "ops/test_locks", "checkpoint/test_lock")),
+    *((f"supervision/test_{name}.py*", "process") for name in ("board", "dumps")),
+    # Single tests that do.
+    ("backends/*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
+)
+"""Patterns of tests, by their names below ``tests``; the first that matches decides, before any fixture."""
+
+_BY_FIXTURE = {
+    **dict.fromkeys(("lab_hosts", "lab_hosts_of_module", "cluster", "doomed_cluster"), "cluster"),
+    **dict.fromkeys(("launch", "launch_in_background", "completed", "supervise", "child"), "process"),
+}
+"""Fixtures that start processes, asked for by the test itself or through others; the first that is there decides."""
+
+_STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "pty.spawn"}
+"""Audit events of a new process."""
+
+_in_unit_test: list[str] = []
+
+
+def mark(item: pytest.Item) -> None:
+    """Give a test its one marker."""
+    tests = Path(__file__).parent
+    name = f"{item.path.relative_to(tests).as_posix()}{item.nodeid.partition('.py')[2]}"
+    item.add_marker(_marker(name, getattr(item, "fixturenames", ())))
+
+
+def _marker(name: str, fixtures: Collection[str]) -> str:
+    for pattern, marker in _BY_PLACE:
+        if fnmatch(name, pattern):
+            return marker
+    for fixture, marker in _BY_FIXTURE.items():
+        if fixture in fixtures:
+            return "bench" if marker == "process" and name.startswith("benchmarks/") else marker
+    return "unit"
+
+
+@contextmanager
+def refusing_processes(item: pytest.Item) -> Iterator[None]:
+    """While a unit test runs, let the start of a process fail it."""
+    if item.get_closest_marker("unit") is None:
+        yield
+        return
+    _in_unit_test.append(item.nodeid)
+    try:
+        yield
+    finally:
+        _in_unit_test.clear()
+
+
+def _refuse(event: str, _: tuple[object, ...]) -> None:
+    if _in_unit_test and event in _STARTS:
+        raise AssertionError(f"{_in_unit_test[0]} starts a process: give it another marker in tests/markers.py")
+
+
+sys.addaudithook(_refuse)

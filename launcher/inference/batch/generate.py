@@ -1,26 +1,23 @@
-"""The job ``generate`` on a rank: lines into the engine, answers onto the disk."""
+"""The job ``generate`` on a rank: lines into the engine, answers onto the disk. Imports no torch: echo needs none."""
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from launcher.config.data.formats import BadFile
 from launcher.config.data.rows import Record
 from launcher.config.job.generate import fingerprint_of, store_fingerprint, stored_fingerprint
 from launcher.config.prompt_file import BadLine
-from launcher.engines.distributed import disconnect
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
 from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.inference.batch.requests import GenerationResult, error_line, parse_request
 from launcher.inference.engine.base import EngineRequest, Refused
-from launcher.inference.engine.paged_engine import make_engine_across_ranks
 from launcher.inference.engine.registry import make_engine
 from launcher.inference.tokenizer import TextTokenizer, open_tokenizer
 from launcher.profiling.performance import peak_memory_bytes
@@ -226,7 +223,10 @@ def generate(job: Generate, context: Context) -> None:
             worker.run()
         finally:
             generator.close()
-            disconnect()  # of ranks that are one engine; others have not met
+            if job.spreads(context.run):
+                from launcher.engines.distributed import disconnect
+
+                disconnect()
         parts.sync()
         if not context.is_main:
             return
@@ -275,6 +275,8 @@ def _engine_of_ranks(job: Generate, context: Context, *, heartbeat: Callable[[],
     Raises:
         SystemExit: with the code that means "resume me", when the run was asked to make room.
     """
+    from launcher.inference.engine.paged_engine import make_engine_across_ranks
+
     if context.is_main:
         return make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     preemption = context.preemption
@@ -295,6 +297,11 @@ def _share(context: Context, index: PartIndex, *, ranks: int) -> Callable[[int],
     return lambda number: number % ranks == context.rank % ranks and number not in index
 
 
+def _uses_cuda() -> bool:
+    """Return whether the engine may have computed on a GPU: one without torch, such as echo, has not."""
+    return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
+
+
 def _record_metrics(context: Context, index: PartIndex, *, size: int, seconds: float, tokens: int) -> None:
     """Record what was done, and say it."""
     with MetricsWriter(context.run_dir.metrics) as metrics:
@@ -305,7 +312,7 @@ def _record_metrics(context: Context, index: PartIndex, *, size: int, seconds: f
                 "generate/errors": index.num_errors,
                 "generate/tokens": index.num_tokens,
                 "perf/tokens_per_s": tokens / seconds,
-                "memory/peak_bytes": peak_memory_bytes(cuda=torch.cuda.is_available()),
+                "memory/peak_bytes": peak_memory_bytes(cuda=_uses_cuda()),
             },
         )
     bad = f", {index.num_errors:,} of them bad: each says why in its field error" if index.num_errors else ""

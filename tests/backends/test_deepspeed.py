@@ -23,6 +23,7 @@ from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.remote.bundle import code_root
 from launcher.supervision.file_channel import decode_run_dir, encode_run_dir
+from tests.torchless import endless, wait_for_answers
 
 from .contract import SMALL, BackendContract, Ended
 
@@ -30,7 +31,7 @@ HOSTS = (
     Host(name="node1", slots=2, login="node1", address="node1", python="python"),
     Host(name="node2", slots=1, login="ada@node2", address="node2", python="python"),
 )
-TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local", "backend=deepspeed", "backend.heartbeat_timeout_s=6")
+TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local")
 
 
 @pytest.fixture
@@ -134,7 +135,7 @@ class Run:
 
     def __init__(self, lab: Any, cwd: Path, *words: str, **env: str) -> None:
         self.lab, self.cwd, self.output = lab, cwd, ""
-        command = [sys.executable, "-m", "launcher", *TINY, *words]
+        command = [sys.executable, "-m", "launcher", "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
         command += [f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
         self.process = subprocess.Popen(
             command,
@@ -244,7 +245,7 @@ class TestContract(BackendContract):
 def test_trains_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
     values = {"NCCL_ODD": 'a "b" $HOME `id` \\ {x,y} %n é', "HF_TOKEN": "hf_0123456789secret", "UCX_ODD": "$(id)"}
     folder = tmp_path / "it's a $HOME `dir`"
-    run = start(lab, "job.steps=2", f"run.dir={json.dumps(str(folder))}", **values)
+    run = start(lab, *TINY, "job.steps=2", f"run.dir={json.dumps(str(folder))}", **values)
     run.wait_for("step 1/2")
     lines = [_command(process) for process in psutil.process_iter()]
     assert run.end() == 0, run.output
@@ -270,9 +271,12 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("victim", FAULTS)
-def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(victim: str, lab: Any, start: Any) -> None:
-    run = start(lab, "job.steps=100000")
-    run.wait_for("step 1/")
+def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(
+    victim: str, lab: Any, start: Any, tmp_path: Path
+) -> None:
+    run = start(lab, *endless(tmp_path))
+    run.wait_for("run directory: ")
+    wait_for_answers(run.run_dir)
     on_hosts = run.of_hosts()
     if victim == "rank":
         os.kill(max(pid for pid, line in on_hosts.items() if "-m launcher.jobs.external_rank" in line), signal.SIGKILL)
@@ -291,10 +295,11 @@ def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(victim: str, l
     assert re.search(f"exit code \\d+: {reason}" if reason else "", run.output), run.output
 
 
-def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any) -> None:
+def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any, tmp_path: Path) -> None:
     lab = lab_hosts(2, prefix="dark")
-    run = start(lab, "job.steps=100000")
-    run.wait_for("step 1/")
+    run = start(lab, *endless(tmp_path))
+    run.wait_for("run directory: ")
+    wait_for_answers(run.run_dir)
     lab.power_off("dark2")
     assert run.end() == 1
     assert ": nothing was heard of dark2 for" in run.output.splitlines()[-1]
@@ -302,7 +307,7 @@ def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any) -> Non
 
 
 def test_ranks_that_are_asked_to_save_and_go_are_continued_later(lab: Any, start: Any) -> None:
-    run = start(lab, "job.steps=100000", "checkpoint=frequent")
+    run = start(lab, *TINY, "job.steps=100000", "checkpoint=frequent")
     run.wait_for("step 1/")
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == 75, run.output
@@ -313,7 +318,7 @@ def test_ranks_that_are_asked_to_save_and_go_are_continued_later(lab: Any, start
 def test_trains_with_openmpi(lab: Any, start: Any, tmp_path: Path) -> None:
     if backend.shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (apt: openmpi-bin)")
-    run = start(lab, "job.steps=2", "backend.runner=openmpi")
+    run = start(lab, *TINY, "job.steps=2", "backend.runner=openmpi")
     assert run.end() == 0, run.output
     assert [path.name for path in sorted((run.run_dir / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
     assert run.survivors(20) == []

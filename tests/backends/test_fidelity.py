@@ -9,18 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SMALL = (
-    *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0"),
-    *(
-        "model.layers=1",
-        "model.hidden_size=32",
-        "model.max_position_embeddings=32",
-        "job.sequence_length=16",
-        "job.micro_batch=2",
-    ),
-    *("job.eval_sequences=4", "job.sample_tokens=0", "schedule.warmup_steps=2"),
-    *("job.steps=1000000", "checkpoint.at_end=false", "checkpoint.every=0", "run.dir=nasty"),
-)
+from tests.torchless import endless, wait_for_answers
 
 
 def memories(run_dir):
@@ -63,8 +52,8 @@ def test_500_strings_arrive_in_every_rank(
     if backend == "pdsh":
         lab = lab_hosts(2)
         words = ["backend=deepspeed", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
-    running = launch_in_background(*SMALL, *words)
-    running.wait_for_output("step 2/")
+    running = launch_in_background(*endless(tmp_path), *words, "run.dir=nasty")
+    wait_for_answers(tmp_path / "nasty")
     found = memories(tmp_path / "nasty")
     assert sorted(found) == [0, 1]
     for memory in found.values():

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
+from tests.torchless import endless, wait_for_answers
 
 from .contract import SMALL as SMALL_FOR_ALL
 from .contract import BackendContract
@@ -25,7 +26,6 @@ SMALL = (
     ),
     *("job.eval_sequences=6", "job.sample_tokens=0", "schedule.warmup_steps=2"),
 )
-FOR_EVER = ("job.steps=1000000", "checkpoint.at_end=false", "checkpoint.every=0")
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +33,12 @@ def lab(lab_hosts_of_module):
     return lab_hosts_of_module(3)
 
 
+def on(lab):
+    return ("backend=ssh", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}")
+
+
 def over_ssh(lab, *words):
-    return ("backend=ssh", f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}", *SMALL, *words)
+    return (*on(lab), *SMALL, *words)
 
 
 def losses(run_dir, *, after=0):
@@ -114,9 +118,9 @@ def test_500_strings_arrive_and_secrets_stand_nowhere(lab, launch_in_background,
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_API_KEY", "hunter2" * 6)
     monkeypatch.setenv("PET_NNODES", "7")
-    prompt = "job.sample_prompt='{}'".format('it\\\'s $HOME `id` "x" {a,b} ü')
-    running = launch_in_background(*over_ssh(lab, *FOR_EVER, "run.dir=nasty", prompt))
-    running.wait_for_output("step 2/")
+    stop = "job.stop=['{}']".format('it\\\'s $HOME `id` "x" {a,b} ü')
+    running = launch_in_background(*on(lab), *endless(tmp_path), "run.dir=nasty", stop)
+    wait_for_answers(tmp_path / "nasty", ranks=3)
     found = ranks_of(tmp_path / "nasty")
     assert {environ["RANK"] for environ in found.values()} == {"0", "1", "2"}
     for environ in found.values():
@@ -133,13 +137,14 @@ def test_500_strings_arrive_and_secrets_stand_nowhere(lab, launch_in_background,
     assert "hunter2" not in running.output
     from launcher.config.snapshot import load_run
 
-    assert load_run(tmp_path / "nasty" / "run.yaml").job.sample_prompt == 'it\'s $HOME `id` "x" {a,b} ü'
+    assert load_run(tmp_path / "nasty" / "run.yaml").job.stop == ('it\'s $HOME `id` "x" {a,b} ü',)
     wait_until_nothing_is_left(lab)
 
 
 def test_a_stopped_launcher_is_no_dead_one(lab, launch_in_background, tmp_path):
-    running = launch_in_background(*over_ssh(lab, *FOR_EVER, "backend.heartbeat_timeout_s=2", "run.dir=held"))
-    running.wait_for_output("step 2/")
+    words = (*on(lab), *endless(tmp_path), "backend.heartbeat_timeout_s=2", "run.dir=held")
+    running = launch_in_background(*words)
+    wait_for_answers(tmp_path / "held", ranks=3)
     running.send_signal(signal.SIGTSTP)
     time.sleep(6)
     before = len(ranks_of(tmp_path / "held"))
@@ -187,8 +192,8 @@ def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch, launch_in_bac
 @pytest.mark.parametrize("fault", ["cut", "sshd"])
 def test_a_host_that_is_cut_off_ends_its_part_and_is_named(lab_hosts, launch_in_background, tmp_path, fault):
     lab = lab_hosts(2)
-    running = launch_in_background(*over_ssh(lab, *FOR_EVER, "run.dir=cut"))
-    running.wait_for_output("step 2/")
+    running = launch_in_background(*on(lab), *endless(tmp_path), "run.dir=cut")
+    wait_for_answers(tmp_path / "cut")
     broken = time.monotonic()
     if fault == "cut":
         lab.fault(lab.names[1], "cut")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.torchless import endless
+
 from .cluster import Cluster
 
 _CANNOT = "pods are played in mount, host name and PID namespaces, which needs root (as in a privileged container)"
@@ -62,14 +64,27 @@ def small_run(tmp_path: Path) -> Overrides:
 
     def overrides(*words: str) -> tuple[str, ...]:
         return (
-            *("backend=kubernetes", "backend.image=launcher:test", "backend.nodes=2", "backend.cpus=1"),
-            *("backend.claim=runs", f"backend.mount={tmp_path}/mnt", f"backend.python={sys.executable}"),
-            *(f"backend.port={two_free_ports()}", "backend.wait=true", "backend.gather_timeout_s=60"),
+            *on_pods(tmp_path),
             *("tracker=local", "data=synthetic", "job.steps=4", "job.micro_batch=1", "job.global_batch=2"),
             *("job.sequence_length=16", "job.eval_every=0", "job.sample_tokens=0", *words),
         )
 
     return overrides
+
+
+@pytest.fixture
+def torchless_run(tmp_path: Path) -> Overrides:
+    """Return the overrides of a run on two such pods that no test sees end, with ranks that import no torch."""
+    return lambda *words: (*on_pods(tmp_path), *endless(tmp_path), *words)
+
+
+def on_pods(folder: Path) -> tuple[str, ...]:
+    """Return the overrides of the backend."""
+    return (
+        *("backend=kubernetes", "backend.image=launcher:test", "backend.nodes=2", "backend.cpus=1"),
+        *("backend.claim=runs", f"backend.mount={folder}/mnt", f"backend.python={sys.executable}"),
+        *(f"backend.port={two_free_ports()}", "backend.wait=true", "backend.gather_timeout_s=60"),
+    )
 
 
 def two_free_ports() -> int:

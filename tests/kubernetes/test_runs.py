@@ -12,6 +12,7 @@ import yaml
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import read_session_file
 from tests.backends.contract import SMALL, BackendContract
+from tests.torchless import wait_for_answers
 
 
 def wait_for(condition, *, seconds=120):
@@ -86,12 +87,17 @@ def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, s
     assert not any(value in text for value in secrets for text in told)
 
 
-LONG = ("job.steps=100000", "backend.preempt_grace_s=10")
+GRACE = "backend.preempt_grace_s=10"
 
 
-def test_a_killed_rank_ends_the_run_with_its_cause(launch_with, cluster, small_run):
-    running = launch_with(*small_run(*LONG))
-    running.wait_for_output("step 10/")
+def wait_for_ranks(cluster):
+    wait_for(lambda: list(cluster.folder.glob("claim-runs/*/*/")))
+    wait_for_answers(run_dir_in_claim(cluster).path)
+
+
+def test_a_killed_rank_ends_the_run_with_its_cause(launch_with, cluster, torchless_run):
+    running = launch_with(*torchless_run(GRACE))
+    wait_for_ranks(cluster)
     pod = cluster.the_run().newest(1)
     rank_in(pod, 1).kill()
     assert running.wait(timeout=60) == 128 + signal.SIGKILL
@@ -102,9 +108,9 @@ def test_a_killed_rank_ends_the_run_with_its_cause(launch_with, cluster, small_r
     assert cluster.the_run().condition == "Failed"
 
 
-def test_a_killed_pod_ends_the_others(launch_with, cluster, small_run):
-    running = launch_with(*small_run(*LONG))
-    running.wait_for_output("step 10/")
+def test_a_killed_pod_ends_the_others(launch_with, cluster, torchless_run):
+    running = launch_with(*torchless_run(GRACE))
+    wait_for_ranks(cluster)
     first, second = cluster.the_run().pods
     second.send(signal.SIGKILL)
     assert running.wait(timeout=60) == 128 + signal.SIGKILL
@@ -122,7 +128,7 @@ def kill(cluster):
 
 @pytest.mark.parametrize(("disturb", "restarts", "code"), [(evict, 0, 75), (kill, 1, 137)])
 def test_new_pods_continue_what_others_saved(launch_with, cluster, small_run, disturb, restarts, code):
-    words = ("job.steps=200", "checkpoint.every=10", f"backend.restarts={restarts}", *LONG[1:])
+    words = ("job.steps=200", "checkpoint.every=10", f"backend.restarts={restarts}", GRACE)
     running = launch_with(*small_run(*words))
     wait_for(lambda: list(cluster.folder.glob("claim-runs/*/*/checkpoints/*/manifest.json")))
     disturb(cluster)
@@ -136,8 +142,8 @@ def test_new_pods_continue_what_others_saved(launch_with, cluster, small_run, di
     assert json.loads(there.result.read_text())["run_id"] == there.path.name
 
 
-def test_ctrl_c_takes_the_run_out_of_the_cluster(launch_with, cluster, small_run):
-    running = launch_with(*small_run(*LONG))
+def test_ctrl_c_takes_the_run_out_of_the_cluster(launch_with, cluster, torchless_run):
+    running = launch_with(*torchless_run(GRACE))
     running.wait_for_output("submitted")
     wait_for(lambda: cluster.runs and cluster.the_run().pods)
     running.send_signal(signal.SIGINT)
@@ -146,8 +152,8 @@ def test_ctrl_c_takes_the_run_out_of_the_cluster(launch_with, cluster, small_run
     wait_for(lambda: all(pod.process.poll() is not None for pod in cluster.the_run().pods))
 
 
-def test_without_wait_it_says_what_to_type(launch, cluster, kubectl, small_run):
-    ended = launch(*small_run(*LONG, "backend.wait=false"), env=kubectl).expect(0)
+def test_without_wait_it_says_what_to_type(launch, cluster, kubectl, torchless_run):
+    ended = launch(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
     assert f"kubectl --namespace=default delete jobs.batch {name}" in ended.stdout
     assert f"--selector=app.kubernetes.io/instance={name},batch.kubernetes.io/job-completion-index=0" in ended.stdout
@@ -167,8 +173,8 @@ def test_without_kubectl_it_says_where_to_get_it(launch, small_run, tmp_path):
     assert "https://kubernetes.io/docs/tasks/tools/" in ended.output
 
 
-def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubectl, small_run):
-    ended = launch(*small_run(*LONG, "backend.wait=false"), env=kubectl).expect(0)
+def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubectl, torchless_run):
+    ended = launch(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
     told = launch("status", str(ended.run_dir), env=kubectl).expect(0)
     assert f"kubectl --namespace=default get -- jobs.batch {name}" in told.stdout

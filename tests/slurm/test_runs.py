@@ -15,6 +15,7 @@ from launcher.execution.prepare import prepare
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from tests.backends import contract
+from tests.torchless import endless, wait_for_answers
 
 from .conftest import SMALL, wait_for
 
@@ -85,11 +86,11 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     for name, value in {**forwarded, **cluster.env}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    composed = compose((*SMALL, *FOR_EVER, "backend.nodes=2", "run.dir=nasty"))
+    composed = compose(("backend=slurm", *endless(tmp_path), "backend.nodes=2", "run.dir=nasty"))
     run = replace(composed.run, backend=replace(composed.run.backend, env=sent))
     assert start(prepare(replace(composed, run=run))) == 0
     run_dir = tmp_path / "nasty"
-    wait_for(lambda: has_begun(run_dir))
+    wait_for_answers(run_dir)
     found = [environ for environ in map(environ_of, cluster.working()) if "RANK" in environ]
     assert {environ["RANK"] for environ in found} == {"0", "1"}
     for environ in found:
@@ -117,8 +118,9 @@ def environ_of(pid: int) -> dict[str, str]:
 
 def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    running = launch_in_background(*SMALL, *FOR_EVER, "backend.nodes=1", "backend.wait=true", "run.dir=stopped")
-    wait_for(lambda: has_begun(tmp_path / "stopped"))
+    words = ("backend=slurm", *endless(tmp_path), "backend.nodes=1", "backend.wait=true", "run.dir=stopped")
+    running = launch_in_background(*words)
+    wait_for_answers(tmp_path / "stopped", ranks=1)
     running.send_signal(signal.SIGINT)
     code = running.wait(timeout=120)
     assert code == read_json(tmp_path / "stopped" / "result.json")["exit_code"] != 0
@@ -177,10 +179,10 @@ def test_every_character_of_an_option_reaches_slurm(cluster, tmp_path, nasty_str
 
 
 def test_a_node_that_dies_is_named_at_once(doomed_cluster, launch, tmp_path):
-    words = (*SMALL, *FOR_EVER, "backend.nodes=2", "run.dir=dead")
+    words = ("backend=slurm", *endless(tmp_path), "backend.nodes=2", "run.dir=dead")
     launch(*words, env=doomed_cluster.env, timeout=60).expect(0)
     run_dir = tmp_path / "dead"
-    wait_for(lambda: has_begun(run_dir))
+    wait_for_answers(run_dir)
     doomed_cluster.fail("n2")
     failed_at = time.monotonic()
     wait_for((run_dir / "result.json").exists, seconds=30)

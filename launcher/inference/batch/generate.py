@@ -223,7 +223,7 @@ def generate(job: Generate, context: Context) -> None:
             worker.run()
         finally:
             generator.close()
-            if job.spreads(context.run):
+            if job.is_model_parallel(context.run):
                 from launcher.engines.distributed import disconnect
 
                 disconnect()

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.config.backend.hostfile import HostfileEntry, filter_hosts, read_hostfile
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.planning.hostfile import HostfileEntry, filter_hosts, read_hostfile
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

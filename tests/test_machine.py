@@ -3,7 +3,7 @@ import stat
 
 import pytest
 
-from launcher.planning.topology import local_host
+from launcher.config.backend.local import local_host
 from launcher.utils.hardware import Gpu, cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
 
 GPUS = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from launcher.backends.registry import executor_of
 from launcher.cli.command_line import parse_command_line
 from launcher.cli.saved_run import find_run_or_option
 from launcher.config.compose import compose
@@ -49,7 +50,7 @@ def run(arguments: Sequence[str]) -> int:
     hosts = wanted.backend.hosts(max_ranks=wanted.job.max_ranks(wanted))
     report = examine_hosts(
         hosts,
-        wanted.backend.remote,
+        executor_of(wanted.backend).remote_command,
         request_of(wanted),
         quick=False,
         deadline_s=usual_deadline_s(len(hosts), quick=False),

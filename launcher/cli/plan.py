@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.backends.registry import executor_of
 from launcher.cli.command_line import parse_command_line
 from launcher.config.compose import compose
 from launcher.execution.prepare import prepare
@@ -46,5 +47,6 @@ def run(arguments: Sequence[str]) -> int:
     if line.json:
         print(json_text(to_tree(plan)))
     else:
-        print(render_plan(plan, submission=prepared.run.backend.render(plan, snapshot=prepared.snapshot)), end="")
+        submission = executor_of(prepared.run.backend).render(plan, snapshot=prepared.snapshot)
+        print(render_plan(plan, submission=submission), end="")
     return 0

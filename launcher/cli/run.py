@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.backends.registry import executor_of
 from launcher.cli.command_line import parse_command_line
 from launcher.config.compose import compose
 from launcher.errors import ConfigError
-from launcher.execution.lifecycle import start
+from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import prepare
 
 
@@ -25,4 +26,5 @@ def run(arguments: Sequence[str]) -> int:
         from launcher.cli.sweep import run as sweep
 
         return sweep(arguments)
-    return start(prepare(composed))
+    prepared = prepare(composed)
+    return start_run(prepared, executor_of(prepared.run.backend))

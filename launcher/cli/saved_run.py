@@ -6,13 +6,14 @@ import os
 import sys
 from pathlib import Path
 
+from launcher.backends.registry import executor_of
 from launcher.cli.command_line import CommandLine
 from launcher.config.compose import Composition, groups
 from launcher.config.overrides import suggest_overrides
 from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret_name
-from launcher.execution.lifecycle import start
+from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan
 from launcher.protocol.rundir import RunDir
@@ -59,7 +60,7 @@ def start_saved_run(run: Run, line: CommandLine, *, folder: Path) -> int:
         print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
     prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=line.words[1:]))
     if not line.dry_run:
-        return start(prepared)
+        return start_run(prepared, executor_of(prepared.run.backend))
     plan = prepared.plan
     print(json_text(to_tree(plan)) if line.json else render_plan(plan), end="")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from launcher.backends.registry import executor_of
 from launcher.cli.command_line import parse_command_line
 from launcher.errors import ConfigError
 from launcher.execution.sweep import plan_sweep, run_sweep
@@ -34,4 +35,4 @@ def run(arguments: Sequence[str]) -> int:
         for trial in trials:
             print(f"{trial.prepared.plan.run_dir}  {' '.join(trial.words)}")
         return 0
-    return run_sweep(sweep, trials)
+    return run_sweep(sweep, trials, executor_of)

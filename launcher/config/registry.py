@@ -87,7 +87,7 @@ KINDS: dict[str, dict[str, str]] = {
     "backend": {
         "deepspeed": "launcher.config.backend.deepspeed:DeepspeedBackend",
         "kubernetes": "launcher.config.backend.kubernetes:KubernetesBackend",
-        "local": "launcher.config.backend.base:LocalBackend",
+        "local": "launcher.config.backend.local:LocalBackend",
         "slurm": "launcher.config.backend.slurm:SlurmBackend",
         "ssh": "launcher.config.backend.ssh:SshBackend",
     },

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
+from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun
 from launcher.execution.restart import submit_with_restarts
 from launcher.execution.validate import validate_memlock, validate_nvme_space, validate_run_dir
@@ -24,12 +25,12 @@ from launcher.utils.system import describe_full_disk
 from launcher.utils.text import printable, short_path
 
 
-def start(prepared: PreparedRun) -> int:
+def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
     """Ask the hosts, write the run directory, start the ranks, stay until they end, and return the exit code."""
     if prepared.run.backend.asks_hosts:
         from launcher.execution.probe import probe_and_replan
 
-        prepared = probe_and_replan(prepared)
+        prepared = probe_and_replan(prepared, executor)
     directory, backend, staged = prepared.directory, prepared.run.backend, StagedFiles()
     with _locked(directory, staged, hands_over=backend.hands_over) as lock:
         staged.remember(directory.snapshot, directory.plan)
@@ -44,10 +45,10 @@ def start(prepared: PreparedRun) -> int:
             )
             if mistakes := [*occupied, *unfit]:
                 raise ConfigErrors(mistakes)
-            backend.validate_submission(prepared.plan)
+            executor.validate_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
             print(printable("\n".join(opening_lines(prepared.plan))), flush=True)
-            code = submit_with_restarts(prepared)
+            code = submit_with_restarts(prepared, executor)
         except LauncherError:
             if _stamp(directory.session) == session:  # nothing was started
                 if is_indexed:

@@ -5,28 +5,29 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launcher.config.backend.base import Backend
 from launcher.doctor.examine import examine_hosts, usual_deadline_s
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Level, lines_of
 from launcher.doctor.rules import validate_shared_run_dir
 from launcher.errors import ConfigErrors, Unfit
+from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.protocol.plan import Host
 
 
-def probe_and_replan(prepared: PreparedRun, *, is_fresh: bool = True) -> PreparedRun:
+def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: bool = True) -> PreparedRun:
     """Return the run planned with what its hosts say of themselves.
 
     Args:
         prepared: the run, planned with what was assumed of them.
+        executor: reaches the hosts.
         is_fresh: look at this machine's disk and ports as well; not where the run has its directory already.
 
     Raises:
         Unfit: something would break it; nothing was started.
         ConfigErrors: it does not fit what the hosts are (more ranks than GPUs, checkpoints without a shared disk).
     """
-    report = _ask(prepared, prepared.run.backend)
+    report = _ask(prepared, executor)
     errors = [finding for finding in report.findings if finding.level is Level.ERROR]
     if errors:
         raise Unfit("\n".join(f"{found.host}: {found.what}\n  → {found.remedy}" for found in errors))
@@ -42,16 +43,17 @@ def probe_and_replan(prepared: PreparedRun, *, is_fresh: bool = True) -> Prepare
     return replan(prepared.run, hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port, is_fresh=is_fresh)
 
 
-def probe_for_restart(prepared: PreparedRun, backend: Backend) -> tuple[tuple[Host, ...], int]:
+def probe_for_restart(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:
     """Return the hosts that a restart may use, and a free port on the first of them."""
-    report = _ask(prepared, backend)
+    report = _ask(prepared, executor)
     unfit = {finding.host for finding in report.findings if finding.level is Level.ERROR}
     hosts = report.known([host for host in prepared.hosts if host.name not in unfit])
     return hosts, report.port or prepared.plan.port
 
 
-def _ask(prepared: PreparedRun, backend: Backend) -> DoctorReport:
+def _ask(prepared: PreparedRun, executor: AnyExecutor) -> DoctorReport:
+    backend = prepared.run.backend
     port = None if backend.port == "auto" else backend.port
     request = ProbeRequest(run_dir=prepared.plan.run_dir, port=port)
     deadline_s = usual_deadline_s(len(prepared.hosts), quick=True)
-    return examine_hosts(prepared.hosts, backend.remote, request, quick=True, deadline_s=deadline_s)
+    return examine_hosts(prepared.hosts, executor.remote_command, request, quick=True, deadline_s=deadline_s)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.checkpoint.resume import resume_of_restart
-from launcher.config.backend.base import Backend
 from launcher.errors import EXIT_BAD_INPUT, EXIT_UNFIT, EXIT_USER_ERROR, ConfigError, EnvironmentProblem
 from launcher.errors.secrets import redact
+from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Host
@@ -25,7 +25,7 @@ _PAUSE_S = 1.0
 """Before a restart: what killed the run may take its machine along a moment later."""
 
 
-def submit_with_restarts(prepared: PreparedRun) -> int:
+def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor) -> int:
     """Submit the plan, as often as ``backend.restarts`` and taken ports ask for, and return the exit code.
 
     The run's directory exists.
@@ -34,7 +34,7 @@ def submit_with_restarts(prepared: PreparedRun) -> int:
     restarts, tries = 0 if backend.restarts_itself else backend.restarts, _PORT_TRIES
     _write(prepared)
     while True:
-        outcome = backend.submit(prepared.plan)
+        outcome = executor.submit(prepared.plan)
         if outcome.port_taken and backend.port == "auto" and tries > 1:
             tries -= 1
             prepared = _on_another_port(prepared)
@@ -42,7 +42,7 @@ def submit_with_restarts(prepared: PreparedRun) -> int:
                 break
         elif restarts and _may_be_restarted(outcome):
             restarts -= 1
-            again = _restarted(prepared, outcome, backend, left=restarts)
+            again = _restarted(prepared, outcome, executor, left=restarts)
             if again is None or not _is_written(again):
                 break
             prepared = again
@@ -89,9 +89,9 @@ def _may_be_restarted(outcome: RunOutcome) -> bool:
     return outcome.status == "failed" and outcome.exit_code not in (EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT)
 
 
-def _restarted(prepared: PreparedRun, outcome: RunOutcome, backend: Backend, *, left: int) -> PreparedRun | None:
+def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor, *, left: int) -> PreparedRun | None:
     """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` when that cannot be."""
-    directory = prepared.directory
+    directory, backend = prepared.directory, prepared.run.backend
     print(closing_message(outcome, directory), flush=True)
     if outcome.failure is not None:
         kept = directory.path / f"failure.before_restart_{backend.restarts - left}.json"
@@ -99,7 +99,7 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, backend: Backend, *, 
         for line in try_to_write(kept, lambda: write_json(kept, tree)):
             print(line, flush=True)
     time.sleep(_PAUSE_S)
-    hosts, port = _answering(prepared, backend)
+    hosts, port = _answering(prepared, executor)
     if len(hosts) < backend.fewest_hosts(len(prepared.hosts)):
         gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
         told = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
@@ -127,10 +127,11 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, backend: Backend, *, 
     return again
 
 
-def _answering(prepared: PreparedRun, backend: Backend) -> tuple[tuple[Host, ...], int]:
+def _answering(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:
     """Return the hosts that a restart may use, and a port for it."""
+    backend = prepared.run.backend
     if not backend.asks_hosts:
         return prepared.hosts, free_port() if backend.port == "auto" else backend.port
     from launcher.execution.probe import probe_for_restart
 
-    return probe_for_restart(prepared, backend)
+    return probe_for_restart(prepared, executor)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from launcher.config.backend.base import Backend
 from launcher.config.compose import Composition, compose, groups
 from launcher.config.overrides import parse_overrides
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
-from launcher.execution.lifecycle import start
+from launcher.execution.executor import AnyExecutor
+from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import PreparedRun, prepare
 from launcher.protocol.rundir import RunDir, new_run_id
 from launcher.supervision.finalize import try_to_write
@@ -101,7 +103,7 @@ def _placed(composed: Composition, base: Composition, sweep_id: str, number: int
     return replace(composed, run=replace(composed.run, run=replace(where, dir=str(folder))))
 
 
-def run_sweep(sweep: SweepConfig, trials: Sequence[Trial]) -> int:
+def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable[[Backend], AnyExecutor]) -> int:
     """Run the trials in turn and return 0, or the exit code of the first that failed.
 
     A trial that the user interrupts ends the sweep; one that fails does not.
@@ -111,7 +113,7 @@ def run_sweep(sweep: SweepConfig, trials: Sequence[Trial]) -> int:
     for number, trial in enumerate(trials, start=1):
         print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
         try:
-            code = start(trial.prepared)
+            code = start_run(trial.prepared, executor_of(trial.prepared.run.backend))
         except LauncherError as problem:  # found at its start: the others may still work
             print(problem, file=sys.stderr, flush=True)
             code = problem.exit_code

@@ -20,14 +20,13 @@ from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.protocol.rank_env import RankEnv, read_rank_env
-from launcher.protocol.rundir import RunDir
+from launcher.protocol.rundir import RunDir, decode_run_dir
 from launcher.supervision.file_channel import (
     AGENT_FIELDS,
     START_FIELDS,
     FileChannel,
     agent_file,
     channel_folder,
-    decode_run_dir,
     read_channel_file,
 )
 from launcher.supervision.rank_monitor import run_rank

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 from launcher.config.run import Run
 from launcher.protocol.plan import Host, RunIdentity
+from launcher.protocol.rundir import encode_run_dir
 from launcher.utils.system import LOOPBACK
 
 RANK_MODULE = "launcher.jobs.rank"
+EXTERNAL_RANK_MODULE = "launcher.jobs.external_rank"
 
 
 AgentArgv = Callable[[Sequence[Host], RunIdentity], list[tuple[str, ...]]]
@@ -68,6 +70,11 @@ def deepspeed_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[s
     ]
 
 
+def external_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
+    """Return the argv that becomes a rank on each host, where another launcher starts every rank by itself."""
+    return [(host.python, "-u", "-m", EXTERNAL_RANK_MODULE, encode_run_dir(identity.run_dir)) for host in hosts]
+
+
 def master_address(hosts: Sequence[Host]) -> str:
     """Return where rank 0 is found by the others: on the loopback interface where all are on one host."""
     return hosts[0].address if len(hosts) > 1 else LOOPBACK
@@ -82,6 +89,10 @@ def cuda_visible_devices(host: Host) -> list[int | str]:
 
 AGENTS: dict[str, AgentArgv] = {"torchrun": torchrun_argv, "deepspeed": deepspeed_argv}
 """Every value of ``backend.agent``."""
+
+
+RANK_LAUNCHERS: dict[str, AgentArgv] = {**AGENTS, "external": external_argv}
+"""Every value of ``Backend.rank_launcher``."""
 
 
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")

@@ -11,7 +11,7 @@ from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.planning.commands import AGENTS, HostPosition, rank_environment
+from launcher.planning.commands import RANK_LAUNCHERS, HostPosition, rank_environment
 from launcher.planning.local_facts import LocalFacts
 from launcher.planning.topology import rank_places
 from launcher.planning.validate import validate_run
@@ -149,7 +149,7 @@ def _what(run: Run, batch: Batch | None) -> PlanSummary:
 def _host_plans(
     run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: LocalFacts, tracker: TrackerPlan
 ) -> Iterator[HostPlan]:
-    commands = run.backend.rank_commands(hosts, identity) or AGENTS[run.backend.agent](hosts, identity)
+    commands = RANK_LAUNCHERS[run.backend.rank_launcher](hosts, identity)
     for number, (host, first, argv) in enumerate(zip(hosts, first_ranks(hosts), commands, strict=True)):
         place = HostPosition(host=host, number=number, num_hosts=len(hosts))
         env = rank_environment(run, place, identity, ops_folder=facts.ops_folder, inherited=facts.environ)

@@ -1,41 +1,12 @@
-"""This machine as a host, where each rank runs, and groups of hosts that are planned alike."""
+"""Where each rank runs, and groups of hosts that are planned alike."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import socket
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from launcher.protocol.plan import Host, HostPlan, RankPlacement, first_ranks
-from launcher.utils.hardware import cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
-
-
-def local_host(
-    ranks: int | Literal["auto"], *, max_ranks: int | None = None, environ: Mapping[str, str] = os.environ
-) -> Host:
-    """Return this machine as a host that takes so many ranks.
-
-    ``auto`` is one rank per visible GPU; without GPUs two where there are two cores, so that what runs is
-    distributed, else one; never more than ``max_ranks``. Linux only: reads the CPU affinity and ``/proc``.
-    """
-    cores = len(os.sched_getaffinity(0))
-    gpus = visible_gpus(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
-    automatic = min(len(gpus) or min(2, cores), max_ranks or cores + len(gpus))
-    return Host(
-        name=socket.gethostname().partition(".")[0],
-        slots=automatic if ranks == "auto" else ranks,
-        devices=tuple(gpu.name for _, gpu in gpus),
-        device_ids=tuple(shown for shown, _ in gpus),
-        device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
-        cores=cores,
-        memory_bytes=memory_limit(),
-        computes_bf16=cpu_computes_bf16(),
-        python=sys.executable,
-    )
 
 
 def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlacement]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import os
 import re
 import secrets
 import string
@@ -141,3 +143,16 @@ class RunDir:
 
 
 RUN_INDEX = ".index.jsonl"
+
+
+_ENCODED_PREFIX = "dir."
+
+
+def encode_run_dir(run_dir: str) -> str:
+    """Return the path of a run directory as a word that no shell changes."""
+    return _ENCODED_PREFIX + base64.urlsafe_b64encode(os.fsencode(run_dir)).decode()
+
+
+def decode_run_dir(word: str) -> RunDir:
+    """Return the run directory that ``encode_run_dir`` made ``word`` of."""
+    return RunDir(Path(os.fsdecode(base64.urlsafe_b64decode(word.removeprefix(_ENCODED_PREFIX)))))

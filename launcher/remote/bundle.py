@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import launcher
 from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
@@ -30,11 +29,6 @@ class Bundle:
     """Of ``payload``; the same tree gives the same."""
     payload: bytes = field(repr=False)
     """A tar.gz."""
-
-
-def code_root() -> Path:
-    """Return the folder that holds this package: the root of a checkout, or ``site-packages``."""
-    return Path(launcher.__file__).resolve().parent.parent
 
 
 def make_bundle(root: Path) -> Bundle:

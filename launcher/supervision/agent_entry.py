@@ -14,12 +14,12 @@ from pathlib import Path
 from launcher.errors import EXIT_USER_ERROR, LauncherError
 from launcher.protocol.messages import AgentIdle, AgentReady
 from launcher.protocol.session_file import locate_this_process
-from launcher.remote.bundle import code_root
 from launcher.supervision.connection import SessionConnection
 from launcher.supervision.host_agent import HostAgent, stage_run_dir, staging_failure
 from launcher.supervision.socket_channel import scratch_folder
 from launcher.utils.processes import become_subreaper
 from launcher.utils.schema import to_tree
+from launcher.utils.system import code_root
 
 
 def serve_assignment(*, inbox: int, outbox: int, scratch: Path, agent: type[HostAgent] = HostAgent) -> int:

@@ -28,7 +28,6 @@ from launcher.protocol.messages import CommandExited, LauncherStarted, RankHeart
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.wire import MalformedMessage, require_fields
-from launcher.remote.bundle import code_root
 from launcher.supervision.agent_entry import serve_assignment
 from launcher.supervision.child_process import ChildProcess
 from launcher.supervision.file_channel import (
@@ -48,6 +47,7 @@ from launcher.supervision.stack_dump import StackDump
 from launcher.utils.files import read_json
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import Process, become_subreaper
+from launcher.utils.system import code_root
 
 _READ_EVERY_S = 0.25
 

@@ -7,7 +7,6 @@ renews ``rank<k>.json``, with what its rank says and how it ends. A side whose n
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import mmap
@@ -24,7 +23,6 @@ from launcher.protocol.wire import require_fields
 RENEW_S = 1.0
 """Time between two signs of life."""
 
-_ENCODED_PREFIX = "dir."
 AGENT_FIELDS: dict[str, Any] = {"token": str, "turn": int, "signals": list[int], "over": bool}
 START_FIELDS: dict[str, Any] = {"token": str, "cwd": str, "env": dict[str, str]}
 RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "heartbeat": dict[str, Any] | None}
@@ -33,16 +31,6 @@ RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "heart
 def channel_folder(run_dir: RunDir) -> Path:
     """Return the folder."""
     return run_dir.path / "board"
-
-
-def encode_run_dir(run_dir: str) -> str:
-    """Return a word for a run directory that every shell leaves alone."""
-    return _ENCODED_PREFIX + base64.urlsafe_b64encode(os.fsencode(run_dir)).decode()
-
-
-def decode_run_dir(word: str) -> RunDir:
-    """Return the run directory that ``word_of`` made a word of."""
-    return RunDir(Path(os.fsdecode(base64.urlsafe_b64decode(word.removeprefix(_ENCODED_PREFIX)))))
 
 
 def agent_file(board: Path) -> Path:

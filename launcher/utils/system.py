@@ -1,4 +1,4 @@
-"""Limits of this machine: free ports, open files, full disks."""
+"""This machine and this program on it: free ports, open files, full disks, the folder of the code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from pathlib import Path
 
 import psutil
 
+import launcher
 from launcher.utils.text import bytes_text
 
 LOOPBACK = "127.0.0.1"
 """Where the ranks of one machine meet: nothing else reaches it."""
+
+
+def code_root() -> Path:
+    """Return the folder that holds this package: the root of a checkout, or ``site-packages``."""
+    return Path(launcher.__file__).resolve().parent.parent
 
 
 def free_port() -> int:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 from faults_processes import MARK
 
-from launcher.config.backend.base import Backend, LocalBackend
+from launcher.backends.registry import executor_of
+from launcher.config.backend.base import Backend
+from launcher.config.backend.local import LocalBackend
 from launcher.config.backend.ssh import SshBackend
 from launcher.protocol.plan import plan_from_json
 from launcher.protocol.rundir import RunDir
@@ -24,7 +26,7 @@ def main() -> None:
     backend: Backend = LocalBackend()
     if len(sys.argv) > 2:
         backend = SshBackend(ssh_config=sys.argv[2], ssh_options=("-o", f"SendEnv={MARK}"))
-    outcome = backend.submit(plan)
+    outcome = executor_of(backend).submit(plan)
     finalize_run(outcome, RunDir(Path(plan.run_dir)), run_id=plan.run_id)
     sys.exit(outcome.exit_code)
 

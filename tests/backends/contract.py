@@ -14,6 +14,7 @@ from typing import ClassVar
 
 import pytest
 
+from launcher.backends.registry import executor_of
 from launcher.config.compose import compose
 from launcher.config.run import Run
 from launcher.errors import ConfigErrors
@@ -94,8 +95,9 @@ class BackendContract:
         assert not [name for name, value in SECRETS.items() if value in text]
 
     def test_the_submission_is_readable_complete_and_without_secrets(self, configured: Run, plan: Plan) -> None:
-        text = configured.backend.render(plan, snapshot="job:\n  kind: train\n")
-        assert text == configured.backend.render(plan, snapshot="job:\n  kind: train\n")
+        executor = executor_of(configured.backend)
+        text = executor.render(plan, snapshot="job:\n  kind: train\n")
+        assert text == executor.render(plan, snapshot="job:\n  kind: train\n")
         expected = [host.host.name for host in plan.hosts] if self.takes_part is None else self.takes_part
         assert [word for word in expected if word not in text] == []
         assert not [name for name, value in SECRETS.items() if value in text]

@@ -16,13 +16,13 @@ from typing import Any
 import psutil
 import pytest
 
+from launcher.backends.deepspeed import DeepspeedExecutor
 from launcher.config.backend import deepspeed as backend
 from launcher.config.backend.deepspeed import DeepspeedBackend
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host
-from launcher.protocol.rundir import RunDir
-from launcher.remote.bundle import code_root
-from launcher.supervision.file_channel import decode_run_dir, encode_run_dir
+from launcher.protocol.rundir import RunDir, decode_run_dir, encode_run_dir
+from launcher.utils.system import code_root
 from tests.torchless import endless, wait_for_answers
 
 from .contract import SMALL, BackendContract, Ended
@@ -37,7 +37,8 @@ TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local")
 @pytest.fixture
 def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Make programs that are there, and no others; the checkout may have any path, which some runners refuse."""
-    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/code"))
+    for module in ("config.backend.deepspeed", "backends.deepspeed"):
+        monkeypatch.setattr(f"launcher.{module}.code_root", lambda: Path("/code"))
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
 
     def put(*names: str) -> None:
@@ -57,7 +58,7 @@ def test_the_submission_is_shown_whole(plan_of: Any, on_path: Any) -> None:
     on_path("pdsh")
     plan = plan_of(*TINY, hosts=HOSTS, HF_TOKEN="hf_secret", WANDB_API_KEY="key", NCCL_DEBUG="INFO")
     options = "-o BatchMode=yes -o ControlPath=none -o ClearAllForwardings=yes"
-    assert DeepspeedBackend().render(plan, snapshot="").splitlines() == [
+    assert DeepspeedExecutor(DeepspeedBackend()).render(plan, snapshot="").splitlines() == [
         "export PYTHONPATH=/code",
         "export PDSH_RCMD_TYPE=ssh",
         f"export PDSH_SSH_ARGS_APPEND='{options}'",
@@ -100,7 +101,7 @@ def test_logins_that_a_runner_has_no_word_for_are_refused(runner: Any, login: st
 
 def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pytest.MonkeyPatch, on_path: Any) -> None:
     on_path("pdsh")
-    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/my code"))
+    monkeypatch.setattr("launcher.config.backend.deepspeed.code_root", lambda: Path("/my code"))
     (said,) = refusals(DeepspeedBackend())
     assert "(/my code) through the shells of hosts unquoted" in said
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launcher.config.backend.base import LocalBackend
+from launcher.config.backend.local import LocalBackend
 from launcher.errors import ConfigErrors
 from launcher.protocol.rundir import RunDir
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends.registry import executor_of
 from launcher.config.compose import compose
 from launcher.protocol.plan import Host
 from launcher.utils.schema import to_tree
@@ -28,7 +29,8 @@ CLUSTERS = {
 @pytest.fixture(autouse=True)
 def plain_paths(monkeypatch):
     """The checkout may have any path, and deepspeed refuses some."""
-    monkeypatch.setattr("launcher.remote.bundle.code_root", lambda: Path("/checkout"))
+    for module in ("config.backend.deepspeed", "backends.deepspeed", "backends.ssh"):
+        monkeypatch.setattr(f"launcher.{module}.code_root", lambda: Path("/checkout"))
     monkeypatch.setattr(sys, "executable", "/venv/bin/python")
 
 
@@ -51,7 +53,7 @@ def planned(plan_of, backend, count):
 @pytest.mark.parametrize("backend", ["ssh", "deepspeed"])
 def test_the_submission_is_as_it_was(plan_of, backend):
     run, plan = planned(plan_of, backend, 2)
-    text = run.backend.render(plan, snapshot="")
+    text = executor_of(run.backend).render(plan, snapshot="")
     for path, shown in ((sys.executable, "PYTHON"), ("/checkout", "ROOT")):
         text = text.replace(path, shown)
     file = GOLDEN / f"submission_by_{backend}.txt"
@@ -65,7 +67,7 @@ def test_a_plan_grows_in_proportion_to_its_hosts(plan_of, backend):
     sizes = {}
     for count in (32, 128):
         run, plan = planned(plan_of, backend, count)
-        text = json.dumps(to_tree(plan)) + run.backend.render(plan, snapshot="")
+        text = json.dumps(to_tree(plan)) + executor_of(run.backend).render(plan, snapshot="")
         assert "hunter2" not in text
         assert "h" * 40 not in text
         sizes[count] = len(text)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import launcher
+from launcher.backends.registry import executor_of
 from launcher.config.backend.ssh import SshBackend
 from launcher.doctor.examine import examine_hosts, usual_deadline_s
 from launcher.doctor.protocol import ProbeRequest
@@ -66,7 +67,11 @@ def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None,
     request = ProbeRequest(run_dir=str(folder / "runs"), port=port)
     hosts = backend.hosts(max_ranks=None)
     report = examine_hosts(
-        hosts, backend.remote, request, quick=quick, deadline_s=usual_deadline_s(len(hosts), quick=quick)
+        hosts,
+        executor_of(backend).remote_command,
+        request,
+        quick=quick,
+        deadline_s=usual_deadline_s(len(hosts), quick=quick),
     )
     assert quick or report.errors or report.pairs
     assert not quick or report.elapsed_s < AT_ONCE_S

@@ -2,6 +2,7 @@
 
 import pytest
 
+from launcher.backends.kubernetes.submit import KubernetesExecutor
 from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.errors import ConfigErrors, EnvironmentProblem
 from launcher.protocol.plan import Host
@@ -61,7 +62,9 @@ def test_hosts_are_the_pods_asked_for(options, slots, devices):
 
 def test_nobody_logs_in_to_a_pod():
     with pytest.raises(EnvironmentProblem, match="only while its run lasts"):
-        KubernetesBackend(image="launcher").remote(Host(name="node0", slots=1), "launcher.doctor.probe")
+        KubernetesExecutor(KubernetesBackend(image="launcher")).remote_command(
+            Host(name="node0", slots=1), "launcher.doctor.probe"
+        )
 
 
 def test_paths_of_this_machine_stay_unless_they_are_asked_for():

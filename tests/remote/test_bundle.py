@@ -13,9 +13,10 @@ import pytest
 
 from launcher.errors import EnvironmentProblem
 from launcher.remote import bundle
-from launcher.remote.bundle import Bundle, code_root, make_bundle
+from launcher.remote.bundle import Bundle, make_bundle
 from launcher.remote.on_host import _unpack
 from launcher.utils.files import sha256_of
+from launcher.utils.system import code_root
 
 
 def git(folder: Path, *arguments: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from launcher.backends.kubernetes.pod_config import (
     CONFIG_FILE,
@@ -16,14 +16,9 @@ from launcher.backends.kubernetes.pod_config import (
     PodConfig,
     job_name,
 )
-from launcher.config.backend.kubernetes import Workload
+from launcher.config.backend.kubernetes import KubernetesBackend, Workload
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
-from launcher.protocol.plan import RunIdentity
-
-if TYPE_CHECKING:
-    from launcher.config.backend.kubernetes import KubernetesBackend
-    from launcher.protocol.plan import Plan
-
+from launcher.protocol.plan import Plan, RunIdentity
 
 Manifest = dict[str, Any]
 

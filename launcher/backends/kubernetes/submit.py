@@ -16,15 +16,57 @@ from pathlib import Path
 from typing import Any
 
 from launcher.backends.kubernetes.kubectl import Kubectl, kubectl_missing
-from launcher.backends.kubernetes.manifests import WORKLOADS, Submission, job_reference, render_manifests
+from launcher.backends.kubernetes.manifests import (
+    WORKLOADS,
+    Submission,
+    job_reference,
+    render_manifests,
+    submission_of,
+)
 from launcher.backends.kubernetes.pod_config import KEY_FILE
+from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem
+from launcher.execution.executor import Executor
 from launcher.protocol.outcome import Failure, RunOutcome
+from launcher.protocol.plan import Host, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, locate_this_process, write_session_file
+from launcher.remote.command import RemoteCommand
 from launcher.utils.processes import collect_signals
 
 _KEY_BYTES = 32
+
+
+class KubernetesExecutor(Executor[KubernetesBackend]):
+    """Applies the manifests of a run; the first pod carries it out."""
+
+    def remote_command(self, host: Host, module: str) -> RemoteCommand:
+        """Refuse: pods exist only while their run lasts, and their agents connect to the session by themselves.
+
+        Raises:
+            EnvironmentProblem: always.
+        """
+        raise EnvironmentProblem(f"{host.name} is a pod: it exists only while its run lasts, and nothing logs in to it")
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the manifests."""
+        return render_manifests(submission_of(self.backend, plan), snapshot=snapshot)
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Apply the manifests; follow the run until it ends where ``wait`` is set.
+
+        Raises:
+            EnvironmentProblem: kubectl is missing, or the cluster rejects the run.
+        """
+        backend = self.backend
+        submission, kubectl = (
+            submission_of(backend, plan),
+            Kubectl(namespace=backend.namespace, context=backend.context),
+        )
+        snapshot = RunDir(Path(plan.run_dir)).snapshot.read_text(encoding="utf-8")
+        create_run(submission, kubectl, snapshot=snapshot)
+        print("\n".join(next_steps(submission, kubectl)), flush=True)
+        return follow(submission, kubectl) if backend.wait else RunOutcome(status="submitted", exit_code=0)
 
 
 def create_run(

@@ -11,15 +11,15 @@ import os
 import signal
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, ClassVar
 
+from launcher.backends.base import AgentExecutor
 from launcher.backends.slurm.client import error_text, run_slurm
 from launcher.checkpoint.resume import find_checkpoint
 from launcher.checkpoint.store import silent
-from launcher.config.backend.slurm import SlurmBackend
+from launcher.config.backend.slurm import SlurmAllocation, SlurmBackend
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
 from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem, LauncherError
@@ -35,22 +35,14 @@ from launcher.runs.lock import RunLock
 from launcher.supervision.finalize import remove_previous_result
 from launcher.utils.files import read_json
 
-if TYPE_CHECKING:
-    from launcher.protocol.outcome import RunOutcome
-    from launcher.protocol.plan import HostPlan, Plan
-
-_AGENT_SUPERVISOR = "launcher.supervision.agent_supervisor"
 _REQUEUE_S = 60.0
 """Time Slurm gets to end a job that is queued again."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SlurmAllocation(SlurmBackend):
-    """The nodes of the job that this process is in."""
+class AllocationExecutor(AgentExecutor[SlurmAllocation]):
+    """Starts ranks on the nodes of the job that this process is in."""
 
-    asks_hosts: ClassVar[bool] = True
-
-    def remote(self, host: Host, module: str) -> RemoteCommand:
+    def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return the srun command that runs ``module`` on a node of this job.
 
         A job step of its own, which shares what the job holds. Not ``--unbuffered``: it would put a terminal between,
@@ -59,18 +51,10 @@ class SlurmAllocation(SlurmBackend):
         step = ("--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--mpi=none")
         return RemoteCommand(argv=("srun", "--quiet", *step, "--export=ALL", host.python, "-m", module))
 
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Start ``plan`` under an agent on every node."""
-        from launcher.supervision.connection import PipeConnection
-        from launcher.supervision.session import run_session
-
-        run_dir = RunDir(Path(plan.run_dir))
-
-        def connect(host: HostPlan) -> PipeConnection:
-            name = host.host.name
-            return PipeConnection(name, self.remote(host.host, _AGENT_SUPERVISOR), log=run_dir.log_of(name, "agent"))
-
-        return run_session(plan, connect, job={"id": job_id()})
+    @property
+    def job(self) -> dict[str, str]:
+        """The number of this job."""
+        return {"id": job_id()}
 
 
 class _PreemptedBeforeStart(Exception):
@@ -104,17 +88,18 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
         LauncherError: something stands against it; nothing was started.
     """
     assert isinstance(run.backend, SlurmBackend), "its batch script started this"
-    run = replace(run, backend=SlurmAllocation(**vars(run.backend)))
+    executor = AllocationExecutor(SlurmAllocation(**vars(run.backend)))
+    run = replace(run, backend=executor.backend)
     remove_previous_result(run_dir)
     run_id = str(read_json(run_dir.plan)["run_id"])
     try:
-        prepared = probe_and_replan(plan_on_nodes(run, run_dir, run_id=run_id), is_fresh=False)
+        prepared = probe_and_replan(plan_on_nodes(run, run_dir, run_id=run_id), executor, is_fresh=False)
     except LauncherError as problem:
         write_result(run_dir, status="failed", exit_code=problem.exit_code, run_id=run_id)
         raise
     print("\n".join(opening_lines(prepared.plan)), flush=True)
     started = time.monotonic()
-    code = submit_with_restarts(prepared)
+    code = submit_with_restarts(prepared, executor)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: nothing is left to be saved
     if code == 0:
         print(closing_text(read_json(run_dir.result), run_dir, elapsed_s=time.monotonic() - started), flush=True)

@@ -6,13 +6,10 @@ import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from launcher.config.backend.slurm import SlurmBackend
+from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
-
-if TYPE_CHECKING:
-    from launcher.config.backend.slurm import SlurmBackend
-    from launcher.protocol.plan import Plan
 
 _PLAIN = re.compile(r"[\w./:,=+@%^~\[\]-]*", re.ASCII)
 

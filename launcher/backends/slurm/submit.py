@@ -8,22 +8,21 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.backends.slurm.client import JobState, SlurmPartition, error_text, job_state, partitions, run_slurm
 from launcher.backends.slurm.sbatch import render_sbatch, slurm_log_path
+from launcher.config.backend.slurm import SlurmBackend
 from launcher.errors import EXIT_PREEMPTED, EXIT_STALLED, ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.execution.executor import Executor
+from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.plan import Host, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, locate_this_process, read_session_file, write_session_file
+from launcher.remote.command import RemoteCommand
 from launcher.supervision.finalize import result_files
 from launcher.utils.files import StagedFiles, read_json
 from launcher.utils.processes import collect_signals
 from launcher.utils.text import printable
-
-if TYPE_CHECKING:
-    from launcher.config.backend.slurm import SlurmBackend
-    from launcher.protocol.plan import Plan
-
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
 """SBATCH_… variables that stand for options of ours which are not set. All others would change the script unseen."""
@@ -49,7 +48,43 @@ _OPTION_BY_MESSAGE = {
 """What Slurm's own words are about; the first that occurs counts."""
 
 
-def queue(backend: SlurmBackend, plan: Plan) -> str:
+class SlurmExecutor(Executor[SlurmBackend]):
+    """Queues a batch job, whose entry point carries the run out on the nodes that Slurm chooses."""
+
+    def remote_command(self, host: Host, module: str) -> RemoteCommand:
+        """Refuse: Slurm has not chosen the nodes yet; the job itself reaches them later.
+
+        Raises:
+            EnvironmentProblem: always.
+        """
+        told = "its job examines the nodes that it is given before anything starts there"
+        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {told}")
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the batch script."""
+        return render_sbatch(self.backend, plan)
+
+    def validate_submission(self, plan: Plan) -> None:
+        """Check that the run is not queued already, and that a partition can give what it asks for.
+
+        Raises:
+            ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+            EnvironmentProblem: there is no Slurm here, or it does not answer.
+        """
+        validate(self.backend, plan)
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Queue the job; where ``wait`` is set, stay until it has ended.
+
+        Raises:
+            ConfigError: Slurm rejects it; the message says why.
+            EnvironmentProblem: there is no Slurm here, or it does not answer.
+        """
+        job_id = submit_job(self.backend, plan)
+        return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.backend.wait else 0)
+
+
+def submit_job(backend: SlurmBackend, plan: Plan) -> str:
     """Write the batch script into the run directory, submit it, and return the number of the job.
 
     Raises:

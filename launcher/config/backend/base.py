@@ -1,4 +1,4 @@
-"""Options of every backend, ``backend=local``, and forwarding of environment variables.
+"""Options of every backend, and forwarding of environment variables.
 
 Forwarding is an allow-list: a variable that no pattern names is not sent. A host has an environment of its own, and
 most of what a shell holds (PATH, HOME, DISPLAY, SSH_AUTH_SOCK) is right on one machine only. Left out on purpose:
@@ -17,21 +17,17 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from launcher.config.component import Component
 from launcher.errors import ConfigError
 from launcher.errors.secrets import is_secret
-
-if TYPE_CHECKING:
-    from launcher.protocol.outcome import RunOutcome
-    from launcher.protocol.plan import Host, HostPlan, Plan, RunIdentity
-    from launcher.remote.command import RemoteCommand
+from launcher.protocol.plan import Host
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backend(Component):
-    """A way to start a plan and to stay with it until it ends."""
+    """Where and how the processes of a run start. ``launcher.backends.registry`` names what executes each kind."""
 
     group: ClassVar[str] = "backend"
 
@@ -87,6 +83,11 @@ class Backend(Component):
         return run_dir
 
     @property
+    def rank_launcher(self) -> str:
+        """Which command lines of ``launcher.planning.commands`` start the ranks of a host."""
+        return self.agent
+
+    @property
     def heartbeat_timeout_s(self) -> float:
         """Silence after which a host counts as lost; 0 where its end is always noticed."""
         return 0.0
@@ -113,10 +114,6 @@ class Backend(Component):
             ConfigErrors: the hosts cannot be told (a bad hostfile).
         """
 
-    @abstractmethod
-    def remote(self, host: Host, module: str) -> RemoteCommand:
-        """Return the command that runs ``python -m module`` on ``host`` with its stdin and stdout on ours."""
-
     def fewest_hosts(self, begun: int) -> int:
         """Return with how few hosts a run that began on ``begun`` may be restarted."""
         return begun
@@ -124,73 +121,6 @@ class Backend(Component):
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield what this backend cannot do on ``hosts``, by option."""
         yield from ()
-
-    def rank_commands(self, hosts: Sequence[Host], identity: RunIdentity) -> Sequence[tuple[str, ...]] | None:
-        """Return the argv that becomes a rank on each host, where the backend starts ranks itself.
-
-        ``None`` leaves it to ``backend.agent``.
-        """
-        return None
-
-    def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the submission as text: what is started or applied beyond the commands of the plan itself.
-
-        Args:
-            plan: what to run.
-            snapshot: the text of run.yaml.
-        """
-        return ""
-
-    def validate_submission(self, plan: Plan) -> None:
-        """Refuse what only the cluster can tell, before the run directory is written.
-
-        Raises:
-            ConfigErrors: the cluster would not take the run.
-            EnvironmentProblem: the cluster cannot be asked.
-        """
-        return
-
-    @abstractmethod
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Start ``plan``, stay until nothing of it is left, and return how it ended.
-
-        Writes nothing about the end: whoever tries again on another port, or gives up, calls ``conclude``.
-        """
-
-
-@dataclass(frozen=True, kw_only=True)
-class LocalBackend(Backend):
-    """Ranks are processes of this machine."""
-
-    kind: ClassVar[str] = "local"
-
-    def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
-        """Return this machine."""
-        from launcher.planning.topology import local_host
-
-        return (local_host(self.ranks, max_ranks=max_ranks),)
-
-    def remote(self, host: Host, module: str) -> RemoteCommand:
-        """Return a command without a network in it."""
-        from launcher.remote.command import RemoteCommand
-
-        return RemoteCommand(argv=(host.python, "-m", module))
-
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Start ``plan`` under an agent that is a child of this process."""
-        from pathlib import Path
-
-        from launcher.protocol.rundir import RunDir
-        from launcher.supervision.connection import PipeConnection
-        from launcher.supervision.session import run_session
-
-        run_dir = RunDir(Path(plan.run_dir))
-
-        def connect(host: HostPlan) -> PipeConnection:
-            remote = self.remote(host.host, "launcher.supervision.agent_entry")
-            return PipeConnection(host.host.name, remote, log=run_dir.log_of(host.host.name, "agent"))
-
-        return run_session(plan, connect)
 
 
 DEFAULT_GLOBS = (

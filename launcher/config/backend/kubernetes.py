@@ -6,17 +6,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from launcher.config.backend.base import Backend
-from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host
 from launcher.utils.text import did_you_mean
-
-if TYPE_CHECKING:
-    from launcher.protocol.outcome import RunOutcome
-    from launcher.protocol.plan import Host, Plan
-    from launcher.remote.command import RemoteCommand
-
 
 Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
 
@@ -167,8 +162,6 @@ class KubernetesBackend(Backend):
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return the pods as they are asked for; where they will be is known once the run has a name there."""
-        from launcher.protocol.plan import Host
-
         automatic = self.gpus_per_node or min(2, self.cpus)
         slots = min(automatic, max_ranks or automatic) if self.ranks == "auto" else self.ranks
         num_gpus = self.gpus_per_node
@@ -199,14 +192,8 @@ class KubernetesBackend(Backend):
 
         An image has a file system of its own: a path of this machine goes along only where ``forward`` names it.
         """
-        from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_names
-
         usual = {name for name in forwarded_names(environ, DEFAULT_GLOBS) if not environ[name].startswith(("/", "~"))}
         return tuple(sorted(usual.union(forwarded_names(environ, self.forward))))
-
-    def remote(self, host: Host, module: str) -> RemoteCommand:
-        """Refuse: pods come and go with their run, and their agents dial in by themselves."""
-        raise EnvironmentProblem(f"{host.name} is a pod: it exists only while its run lasts, and nothing logs in to it")
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield what the chosen workload cannot do."""
@@ -218,29 +205,3 @@ class KubernetesBackend(Backend):
         if self.restarts and self.claim is None:
             why = "without backend.claim nothing of a run is left to continue from"
             yield self.error("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")
-
-    def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the manifests."""
-        from launcher.backends.kubernetes.manifests import render_manifests, submission_of
-
-        return render_manifests(submission_of(self, plan), snapshot=snapshot)
-
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Apply the manifests; stay with the run where ``wait`` is set.
-
-        Raises:
-            EnvironmentProblem: kubectl is missing, or the cluster refuses.
-        """
-        from pathlib import Path
-
-        from launcher.backends.kubernetes.kubectl import Kubectl
-        from launcher.backends.kubernetes.manifests import submission_of
-        from launcher.backends.kubernetes.submit import create_run, follow, next_steps
-        from launcher.protocol.outcome import RunOutcome
-        from launcher.protocol.rundir import RunDir
-
-        submission, kubectl = submission_of(self, plan), Kubectl(namespace=self.namespace, context=self.context)
-        snapshot = RunDir(Path(plan.run_dir)).snapshot.read_text(encoding="utf-8")
-        create_run(submission, kubectl, snapshot=snapshot)
-        print("\n".join(next_steps(submission, kubectl)), flush=True)
-        return follow(submission, kubectl) if self.wait else RunOutcome(status="submitted", exit_code=0)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
-from launcher.errors import ConfigError, EnvironmentProblem
-
-if TYPE_CHECKING:
-    from launcher.protocol.outcome import RunOutcome
-    from launcher.protocol.plan import Host, Plan
-    from launcher.remote.command import RemoteCommand
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host
 
 _SHARED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
 """Right on the nodes too: a cluster shares its software and its homes."""
@@ -120,10 +117,6 @@ class SlurmBackend(Backend):
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return one stand-in for each node: which ones they are is known once Slurm has chosen them."""
-        import sys
-
-        from launcher.protocol.plan import Host
-
         gpus = self.gpus_per_node or 0
         automatic = min(gpus or 1, max_ranks or gpus or 1)
         slots = automatic if self.ranks == "auto" else self.ranks
@@ -144,45 +137,6 @@ class SlurmBackend(Backend):
     def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
         """Return the names that sbatch is told to take along."""
         return forwarded_names(environ, (*DEFAULT_GLOBS, *_SHARED, *self.forward))
-
-    def remote(self, host: Host, module: str) -> RemoteCommand:
-        """Refuse: which nodes take part is known once Slurm has chosen them, and then the job itself reaches them.
-
-        Raises:
-            EnvironmentProblem: always.
-        """
-        told = "its job examines the nodes that it is given before anything starts there"
-        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {told}")
-
-    def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the batch script."""
-        from launcher.backends.slurm.sbatch import render_sbatch
-
-        return render_sbatch(self, plan)
-
-    def validate_submission(self, plan: Plan) -> None:
-        """Ask Slurm for what no partition can give, and whether the run is queued already.
-
-        Raises:
-            ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
-            EnvironmentProblem: there is no Slurm here, or it does not answer.
-        """
-        from launcher.backends.slurm.submit import validate
-
-        validate(self, plan)
-
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Queue the job; where ``wait`` is set, stay until it has ended.
-
-        Raises:
-            ConfigError: Slurm refuses it, and why.
-            EnvironmentProblem: there is no Slurm here, or it does not answer.
-        """
-        from launcher.backends.slurm.submit import follow, queue
-        from launcher.protocol.outcome import RunOutcome
-
-        job_id = queue(self, plan)
-        return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.wait else 0)
 
     def time_s(self) -> int | None:
         """Return the time limit in seconds; ``None`` where the partition's own holds."""
@@ -222,3 +176,11 @@ class SlurmBackend(Backend):
             if name.startswith(found[1]):  # sbatch takes the beginning of a name for the name
                 yield ConfigError(option, word, why=f"--{name} follows from {ours}", fix=f"set {ours} instead")
                 return
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmAllocation(SlurmBackend):
+    """The same options once the job runs: its nodes exist and can be probed."""
+
+    asks_hosts: ClassVar[bool] = True
+    hands_over: ClassVar[bool] = False

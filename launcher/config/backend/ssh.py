@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.config.backend.hostfile import filter_hosts, read_hostfile
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.protocol.outcome import RunOutcome
-    from launcher.protocol.plan import Host, HostPlan, Plan
-    from launcher.remote.bundle import Bundle
-    from launcher.remote.command import RemoteCommand
+from launcher.protocol.plan import Host
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +50,6 @@ class HostfileBackend(Backend):
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return the hosts of the file that the filters leave."""
-        from launcher.planning.hostfile import filter_hosts, read_hostfile
-        from launcher.protocol.plan import Host
-
         entries = filter_hosts(read_hostfile(self.hostfile), include=self.include, exclude=self.exclude)
         return tuple(
             Host(
@@ -85,8 +75,6 @@ class HostfileBackend(Backend):
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Refuse more ranks than slots, and to go on with more hosts than there are."""
-        from launcher.planning.hostfile import filter_hosts, read_hostfile
-
         if self.min_hosts is not None and self.min_hosts > len(hosts):
             yield self.error("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
         if self.ranks == "auto" or not Path(self.hostfile).is_file():
@@ -106,9 +94,6 @@ class HostfileBackend(Backend):
 
 CodeSource = Literal["shared", "sent"]
 """Where hosts get this program from: a path they share with us, or the working tree, sent to them."""
-
-
-_AGENT_SUPERVISOR = "launcher.supervision.agent_supervisor"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,49 +116,3 @@ class SshBackend(HostfileBackend):
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
             yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
-
-    def remote(self, host: Host, module: str) -> RemoteCommand:
-        """Return the ssh command; what it runs there comes over its stdin."""
-        from launcher.remote.bundle import code_root
-        from launcher.remote.command import prologue, ssh_command
-
-        shared = (str(code_root()),) if self.code == "shared" else ()
-        text = prologue(module, cwd=os.getcwd(), pythonpath=shared, bundle=self._bundle)  # noqa: PTH109
-        return ssh_command(host, prologue=text, config=self.ssh_config, options=self.ssh_options)
-
-    def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the ssh command of every host; hosts differ in nothing but the destination."""
-        lines = [shlex.join(self.remote(host.host, _AGENT_SUPERVISOR).argv) for host in plan.hosts[:_SHOWN]]
-        if len(plan.hosts) > _SHOWN:
-            lines.append(f"# and {len(plan.hosts) - _SHOWN:,} more, which differ in the destination only")
-        lines.append("# over its stdin: the bootstrap, the plan of the host, run.yaml and the variables forwarded")
-        if self._bundle is not None:
-            lines.append(f"# and the working tree: {len(self._bundle.payload):,} bytes, SHA-256 {self._bundle.sha256}")
-        if plan.forward:
-            lines.append(f"# forwarded: {' '.join(plan.forward)}")
-        return "\n".join(lines) + "\n"
-
-    def submit(self, plan: Plan) -> RunOutcome:
-        """Start ``plan`` under an agent on every host, each behind an ssh of its own."""
-        from launcher.protocol.rundir import RunDir
-        from launcher.supervision.connection import PipeConnection
-        from launcher.supervision.session import run_session
-
-        run_dir = RunDir(Path(plan.run_dir))
-
-        def connect(host: HostPlan) -> PipeConnection:
-            name = host.host.name
-            return PipeConnection(name, self.remote(host.host, _AGENT_SUPERVISOR), log=run_dir.log_of(name, "agent"))
-
-        return run_session(plan, connect)
-
-    @cached_property
-    def _bundle(self) -> Bundle | None:
-        """The working tree, packed once for all hosts."""
-        from launcher.remote.bundle import code_root, make_bundle
-
-        return make_bundle(code_root()) if self.code == "sent" else None
-
-
-_SHOWN = 3
-"""Hosts whose command a plan shows."""

@@ -1,0 +1,24 @@
+"""The registry of executors: one line for each kind of backend."""
+
+from __future__ import annotations
+
+import importlib
+
+from launcher.config.backend.base import Backend
+from launcher.execution.executor import AnyExecutor
+
+EXECUTORS: dict[str, str] = {
+    "deepspeed": "launcher.backends.deepspeed:DeepspeedExecutor",
+    "kubernetes": "launcher.backends.kubernetes.submit:KubernetesExecutor",
+    "local": "launcher.backends.local:LocalExecutor",
+    "slurm": "launcher.backends.slurm.submit:SlurmExecutor",
+    "ssh": "launcher.backends.ssh:SshExecutor",
+}
+"""By ``Backend.kind``: a new backend is its options, its executor, its YAML and a line here."""
+
+
+def executor_of(backend: Backend) -> AnyExecutor:
+    """Import the executor of ``backend`` and return one with its options."""
+    module, _, name = EXECUTORS[backend.kind].partition(":")
+    executor: AnyExecutor = getattr(importlib.import_module(module), name)(backend)
+    return executor

@@ -1,0 +1,45 @@
+"""Executor of ``backend=ssh``: the agent of each host runs behind an ssh of its own."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from functools import cached_property
+
+from launcher.backends.base import AgentExecutor
+from launcher.config.backend.ssh import SshBackend
+from launcher.protocol.plan import Host, Plan
+from launcher.remote.bundle import Bundle, make_bundle
+from launcher.remote.command import RemoteCommand, prologue, ssh_command
+from launcher.utils.system import code_root
+
+_MAX_HOSTS_SHOWN = 3
+"""Hosts whose command a plan shows."""
+
+
+class SshExecutor(AgentExecutor[SshBackend]):
+    """Starts ranks on the hosts of a hostfile, which OpenSSH reaches without a password."""
+
+    def remote_command(self, host: Host, module: str) -> RemoteCommand:
+        """Return the ssh command; its stdin carries what runs there."""
+        shared = (str(code_root()),) if self.backend.code == "shared" else ()
+        text = prologue(module, cwd=os.getcwd(), pythonpath=shared, bundle=self._bundle)  # noqa: PTH109
+        return ssh_command(host, prologue=text, config=self.backend.ssh_config, options=self.backend.ssh_options)
+
+    def render(self, plan: Plan, *, snapshot: str) -> str:
+        """Return the ssh command of the first hosts; the others differ only in the destination."""
+        shown = plan.hosts[:_MAX_HOSTS_SHOWN]
+        lines = [shlex.join(self.remote_command(host.host, self.agent_module).argv) for host in shown]
+        if len(plan.hosts) > len(shown):
+            lines.append(f"# and {len(plan.hosts) - len(shown):,} more, which differ in the destination only")
+        lines.append("# over its stdin: the bootstrap, the plan of the host, run.yaml and the variables forwarded")
+        if self._bundle is not None:
+            lines.append(f"# and the working tree: {len(self._bundle.payload):,} bytes, SHA-256 {self._bundle.sha256}")
+        if plan.forward:
+            lines.append(f"# forwarded: {' '.join(plan.forward)}")
+        return "\n".join(lines) + "\n"
+
+    @cached_property
+    def _bundle(self) -> Bundle | None:
+        """The working tree, packed once for all hosts."""
+        return make_bundle(code_root()) if self.backend.code == "sent" else None

@@ -244,7 +244,7 @@ class AttentionReport:
 
     def _error_line(self, direction: str, kernel: str, points: Sequence[AttentionPoint]) -> str:
         facts = [self._facts(point) for point in points]
-        told = [
+        errors = [
             f"{words} {max(fact[f'{name}_error'] for fact in facts):.1e} "
             f"({max(fact[f'{name}_relative'] for fact in facts):.1e} of the largest value)"
             for name, words in (("output", "output"), ("gradient", "gradient of the input"))
@@ -252,7 +252,7 @@ class AttentionReport:
         ]
         fine = all(fact["within_rounding"] for fact in facts)
         judged = f"{'within' if fine else 'NOT within'} rounding (at most {self._tolerance:g} of it)"
-        return f"{kernel}, {_pass_words(direction)}: largest error of {' and of the '.join(told)}: {judged}"
+        return f"{kernel}, {_pass_words(direction)}: largest error of {' and of the '.join(errors)}: {judged}"
 
     def _metrics(self) -> Iterator[tuple[str, float]]:
         for direction, kernel, line in self._lines():

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def run_batching_benchmark(benchmark: BatchingBenchmark, context: Context) -> BenchmarkResults:
-    """Answer the queue under each way in turn, ``repeats`` times."""
+    """Measure each batching mode with the same queue."""
     found = measure_batching(benchmark, context)
     quantities = ("elapsed_s", "requests_per_s", "each_s", "whole_p50_s", "whole_p99_s", "padding_share")
     cases = [collect_case(way, found[way], quantities) for way in benchmark.ways]
@@ -48,7 +48,7 @@ def run_batching_benchmark(benchmark: BatchingBenchmark, context: Context) -> Be
 def _findings(
     benchmark: BatchingBenchmark, cases: Sequence[BenchmarkCase], num_answers: int, context: Context
 ) -> Iterator[str]:
-    """Yield what the article prints, for each way."""
+    """Yield the lines that the article prints for each batching mode."""
     for case in cases:
         yield (
             f"{case.name}: {benchmark.requests} requests in {case.median('elapsed_s'):.2f} s, "
@@ -63,7 +63,7 @@ def _findings(
 
 
 def _metrics(cases: Sequence[BenchmarkCase]) -> dict[str, float]:
-    """Return the throughput of each way as a multiple of that of one by one."""
+    """Return the throughput of each batching mode relative to ``none``."""
     speeds = {case.name: case.median("requests_per_s") for case in cases}
     if "none" not in speeds:
         return {}
@@ -71,7 +71,7 @@ def _metrics(cases: Sequence[BenchmarkCase]) -> dict[str, float]:
 
 
 def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Answer the same queue under each way in turn, A B A B; return what was found by way.
+    """Answer the same queue under each batching mode in turn (A B A B); return the samples by mode.
 
     The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
     """
@@ -95,8 +95,8 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
                 done += 1
                 numbers = {name: value for name, value in sample.items() if isinstance(value, int | float)}
                 metrics.record(done, **{f"benchmark/{way}/{name}": value for name, value in numbers.items()})
-                told = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
-                print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {told}", flush=True)
+                figures = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
+                print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {figures}", flush=True)
     if isinstance(run.profile, TorchProfile):
         for way in benchmark.ways:
             _profile(benchmark, way, requests, context)
@@ -104,7 +104,7 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
 
 
 def _profile(benchmark: BatchingBenchmark, way: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
-    """Answer the queue once more under one way, recorded; no figure comes from it."""
+    """Answer the queue once more under one batching mode, with the profiler."""
     heartbeat = partial(context.heartbeat.update, "profile")
     generator = make_paged_engine(context.run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=heartbeat)
     try:

@@ -294,8 +294,8 @@ def measure_collectives(benchmark: CollectivesBenchmark, context: Context) -> Co
                 done += 1
                 if metrics is not None:
                     metrics.record(done, **{f"benchmark/{name}/{size}/call_s": taken_s})
-                    told = f"{1e6 * taken_s:,.1f} µs a call"
-                    print(f"round {round_}/{benchmark.repeats}  {name}, {size} bytes: {told}", flush=True)
+                    figures = f"{1e6 * taken_s:,.1f} µs a call"
+                    print(f"round {round_}/{benchmark.repeats}  {name}, {size} bytes: {figures}", flush=True)
     disconnect()
     return found
 

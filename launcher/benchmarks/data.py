@@ -207,14 +207,14 @@ def load_batches(
             digest.update(batch.input_ids.numpy().tobytes() + batch.labels.numpy().tobytes())
     for step in range(warmup):
         loader.step(step)
-    step, told = 0, time.perf_counter()
-    started = told
+    step, updated_at = 0, time.perf_counter()
+    started = updated_at
     while (elapsed := time.perf_counter() - started) < seconds or step == 0:
         loader.step(step)
         step += 1
-        if time.perf_counter() - told > 1:
+        if time.perf_counter() - updated_at > 1:
             progress()
-            told = time.perf_counter()
+            updated_at = time.perf_counter()
     sequences = step * micro_batch
     return {
         "tokens_per_s": sequences * sequence_length / elapsed,

@@ -47,8 +47,8 @@ def sample_interleaved(
                 done += 1
                 numbers = {key: value for key, value in answer.items() if isinstance(value, int | float)}
                 metrics.record(done, **{f"benchmark/{name}/{key}": value for key, value in numbers.items()})
-                told = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
-                print(f"round {round_}/{repeats}  {name}: {told}", flush=True)
+                figures = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
+                print(f"round {round_}/{repeats}  {name}: {figures}", flush=True)
     profile_cases(function, cases, context=context)
     return answers
 
@@ -116,8 +116,8 @@ def run_interleaved(
                 numbers = case.fold(by_rank)
                 found[name].append(CaseRun(answers=by_rank, numbers=numbers))
                 metrics.record(done, **{f"benchmark/{name}/{key}": value for key, value in numbers.items()})
-                told = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
-                print(f"round {round_}/{repeats}  {name}: {told}", flush=True)
+                figures = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
+                print(f"round {round_}/{repeats}  {name}: {figures}", flush=True)
     ranks.leave()
     return found
 

@@ -19,14 +19,14 @@ from launcher.utils.schema import build, to_tree
 
 
 def pack_component(component: Component) -> dict[str, Any]:
-    """Return what JSON can hold and ``unpacked`` turns into an equal component."""
+    """Return what JSON can hold and ``unpack_component`` turns into an equal component."""
     cls = type(component)
     values = {name: value for name, value in to_tree(component).items() if name != "kind"}
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "values": values}
 
 
 def unpack_component(tree: dict[str, Any]) -> Any:
-    """Return the component that ``packed`` was given."""
+    """Return the component that ``pack_component`` was given."""
     module, _, name = tree["class"].partition(":")
     return build(getattr(importlib.import_module(module), name), tree["values"], path=name, report=_refuse)
 
@@ -54,7 +54,7 @@ def run_isolated(
     Args:
         function: ``module:name``; it takes ``arguments`` and ``progress``, and returns what JSON can hold.
         arguments: what JSON can hold.
-        heartbeat: called whenever the function calls its ``progress``: one that hangs is not taken for one that works.
+        heartbeat: called whenever the function calls its ``progress``: without it the rank counts as stalled.
         profile: have the process recorded: ``options`` of the run's profile, ``folder`` and ``name`` of the files.
         exact_peaks: have every large tensor leave the process when it is freed, where peak memory is measured.
 
@@ -86,15 +86,15 @@ def main() -> None:
     protocol = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print goes to the log
 
-    def say(value: dict[str, Any] | None) -> None:
+    def send(value: dict[str, Any] | None) -> None:
         protocol.write(json.dumps(value) + "\n")
         protocol.flush()
 
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
     with _profiler(json.loads(sys.argv[2])):
-        answer = function(**json.load(sys.stdin), progress=lambda: say(None))
-    say(answer)
+        answer = function(**json.load(sys.stdin), progress=lambda: send(None))
+    send(answer)
 
 
 def _profiler(asked: Mapping[str, Any] | None) -> Profiler:

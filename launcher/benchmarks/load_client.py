@@ -22,54 +22,54 @@ _LIMIT = 1 << 20
 
 @dataclass(slots=True)
 class RequestOutcome:
-    """Times are ``time.perf_counter()`` less that of the start of the load."""
+    """The outcome of one request; times are seconds since the start of the load."""
 
     number: int
-    """Of the call, from 0, in the order in which calls were due."""
+    """Index of the request, from 0, in the order in which requests were due."""
     due_s: float
-    """When it should have been sent: latencies count from here, or a server that stalls would hide how long."""
+    """When it should have been sent. Latencies count from here, so that a stalled server cannot hide its delay."""
     sent_s: float = 0.0
     chunks_s: list[float] = field(default_factory=list)
-    """When each piece with text came."""
+    """When each chunk with text arrived."""
     end_s: float = 0.0
     prompt_tokens: int = 0
     tokens: int = 0
-    """Of the answer, as the server counts them; where it does not, one a piece."""
+    """Tokens of the answer as the server reports them, otherwise one for each chunk."""
     error: str = ""
     """Empty, or one word: ``connect``, ``cut``, ``timeout``, ``frame``, ``unfinished``, a status (``429``)."""
     why: str = ""
     text: str = ""
-    """The answer, where it is to be kept."""
+    """The answer, if ``LoadTarget.keep_text`` is set."""
     finish: str = ""
 
     @property
     def is_good(self) -> bool:
-        """Whether a whole answer came."""
+        """Whether the whole answer arrived."""
         return not self.error
 
     @property
     def ttft_s(self) -> float:
-        """Seconds to the first token."""
+        """Time to first token, in seconds."""
         return self.chunks_s[0] - self.due_s
 
     @property
     def e2e_latency_s(self) -> float:
-        """Seconds to the end."""
+        """End-to-end latency, in seconds."""
         return self.end_s - self.due_s
 
     @property
     def tpot_s(self) -> float | None:
-        """Mean seconds a token after the first; ``None`` where there is only one."""
+        """Time per output token after the first, in seconds; ``None`` for a single token."""
         return (self.chunks_s[-1] - self.chunks_s[0]) / (self.tokens - 1) if self.tokens > 1 else None
 
     @property
     def itl_s(self) -> list[float]:
-        """Seconds between one piece and the next."""
+        """Latencies between consecutive chunks, in seconds."""
         return [after - before for before, after in zip(self.chunks_s, self.chunks_s[1:], strict=False)]
 
 
 class RequestError(Exception):
-    """The server could not be reached, or broke off; ``kind`` is one word to count by."""
+    """The server could not be reached or closed the connection; ``kind`` is the word that errors are counted by."""
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(f"{kind}: {why}")
@@ -77,27 +77,27 @@ class RequestError(Exception):
 
 
 class HttpResponse:
-    """Status and headers of an answer, and its body piece by piece."""
+    """Status and headers of a response, and its body in pieces."""
 
     def __init__(self, reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> None:
         self._reader, self.status, self._headers = reader, status, headers
         self.is_whole = False
-        """Whether the body came to its end, so that the connection can be used again."""
+        """Whether the whole body was read, so that the connection can be reused."""
 
     @property
     def keeps(self) -> bool:
-        """Whether the connection may be used again."""
+        """Whether the connection can be reused."""
         return self.is_whole and self._headers.get("connection", "").lower() != "close"
 
     async def body(self) -> bytes:
-        """Return all of it."""
+        """Return the whole body."""
         return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield what comes, as it comes.
+        """Yield the pieces of the body as they arrive.
 
         Raises:
-            Trouble: it broke off.
+            RequestError: the connection was cut.
         """
         try:
             if self._headers.get("transfer-encoding", "").lower() == "chunked":
@@ -117,7 +117,7 @@ class HttpResponse:
 
 
 class HttpConnection:
-    """One connection, opened at the first request and again after a server that closed it."""
+    """One connection, opened at the first request and reopened after the server closed it."""
 
     def __init__(self, address: ServerAddress, *, headers: Mapping[str, str]) -> None:
         self._address = address
@@ -127,14 +127,14 @@ class HttpConnection:
         self._writer: asyncio.StreamWriter | None = None
 
     async def get(self, path: str) -> HttpResponse:
-        """Ask for what is at a path; otherwise like ``post``."""
+        """Send a GET request; see ``post``."""
         return await self._ask("GET", path, b"")
 
     async def post(self, path: str, body: bytes) -> HttpResponse:
-        """Send a request and return the answer once its headers are there.
+        """Send a POST request and return the response once its headers have arrived.
 
         Raises:
-            Trouble: nobody answers.
+            RequestError: the server does not respond.
         """
         return await self._ask("POST", path, body)
 
@@ -146,7 +146,7 @@ class HttpConnection:
             self.close()
             if not is_kept:
                 raise RequestError("connect", str(error) or type(error).__name__) from error
-        try:  # the server may close a connection that rested
+        try:  # the server may close an idle connection
             return await self._once(method, path, body)
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             self.close()
@@ -164,7 +164,7 @@ class HttpConnection:
         return HttpResponse(self._reader, int(lines[0].split()[1]), headers)
 
     def close(self) -> None:
-        """Break off, whatever is under way: so a client vanishes."""
+        """Abort the connection, as a client does that disappears."""
         if self._writer is not None:
             self._writer.transport.abort()
         self._reader = self._writer = None
@@ -175,71 +175,71 @@ _SHOWN = 300
 
 @dataclass(frozen=True, kw_only=True)
 class LoadTarget:
-    """Whom to ask, and how."""
+    """The server that requests go to, and the fields they share."""
 
     address: ServerAddress
     model: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """Fields that every body gets, unless the call has its own."""
+    """Fields added to every body; those of the request itself take precedence."""
     key: str = ""
     """API key; empty sends none."""
     timeout_s: float = 600.0
-    """Of a whole call."""
+    """Time limit of a whole request."""
     keep_text: bool = False
-    """Whether outcomes hold what was answered."""
+    """Whether outcomes keep the text of the answer."""
 
     def connection(self) -> HttpConnection:
-        """Return a new one, not open yet."""
+        """Return a new connection, not open yet."""
         return HttpConnection(self.address, headers={"Authorization": f"Bearer {self.key}"} if self.key else {})
 
-    def request(self, call: LoadRequest) -> tuple[str, bytes]:
-        """Return the path and the body of a call."""
-        path = "/v1/chat/completions" if "messages" in call.fields else "/v1/completions"
+    def encode(self, request: LoadRequest) -> tuple[str, bytes]:
+        """Return the path and the body of a request."""
+        path = "/v1/chat/completions" if "messages" in request.fields else "/v1/completions"
         body = {
             "model": self.model,
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": 0,
             **self.extra,
-            **call.fields,
+            **request.fields,
         }
         return path, json.dumps({name: value for name, value in body.items() if value is not None}).encode()
 
 
 class ConnectionPool:
-    """Connections that rest between calls: as many are open as calls are under way."""
+    """Idle connections that are kept for later requests."""
 
     def __init__(self, target: LoadTarget) -> None:
         self.target = target
-        self._resting: list[HttpConnection] = []
+        self._idle: list[HttpConnection] = []
 
     def acquire(self) -> HttpConnection:
-        """Return one that rests, or a new one."""
-        return self._resting.pop() if self._resting else self.target.connection()
+        """Return an idle connection, or a new one."""
+        return self._idle.pop() if self._idle else self.target.connection()
 
     def release(self, connection: HttpConnection) -> None:
-        """Let one rest."""
-        self._resting.append(connection)
+        """Keep a connection for a later request."""
+        self._idle.append(connection)
 
     def close(self) -> None:
-        """Close those that rest."""
-        for connection in self._resting:
+        """Close idle connections."""
+        for connection in self._idle:
             connection.close()
 
 
 async def send_request(
-    call: LoadRequest, outcome: RequestOutcome, pool: ConnectionPool, *, start: float
+    request: LoadRequest, outcome: RequestOutcome, pool: ConnectionPool, *, start: float
 ) -> RequestOutcome:
-    """Send a call and fill in its outcome; a call that is cancelled ends like one whose client is gone.
+    """Send a request and fill in its outcome; cancelling it closes the connection.
 
     Args:
-        call: what to ask.
-        outcome: with its number and when it was due.
-        pool: of connections.
+        request: what to send.
+        outcome: with its number and due time set.
+        pool: connections of the target.
         start: ``time.perf_counter()`` at the start of the load.
     """
     connection, answer = pool.acquire(), None
-    path, body = pool.target.request(call)
+    path, body = pool.target.encode(request)
     outcome.sent_s = time.perf_counter() - start
     try:
         async with asyncio.timeout(pool.target.timeout_s):
@@ -248,7 +248,7 @@ async def send_request(
     except RequestError as trouble:
         outcome.error, outcome.why = trouble.kind, str(trouble)
     except TimeoutError:
-        outcome.error, outcome.why = "timeout", f"no whole answer after {pool.target.timeout_s:g} s"
+        outcome.error, outcome.why = "timeout", f"the answer is not complete after {pool.target.timeout_s:g} s"
     except asyncio.CancelledError:
         outcome.error = "unfinished"
         raise
@@ -265,27 +265,27 @@ async def _read(answer: HttpResponse, outcome: RequestOutcome, *, start: float, 
     if answer.status != 200:
         raise RequestError(str(answer.status), (await answer.body())[:_SHOWN].decode(errors="replace"))
     async for event in _events(answer):
-        _take(event, outcome, now=time.perf_counter() - start, keep_text=keep_text)
+        _update_outcome(event, outcome, now=time.perf_counter() - start, keep_text=keep_text)
     if not outcome.finish:
         raise RequestError("cut", "the answer ended without a reason to finish")
 
 
 async def _events(answer: HttpResponse) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON of each event of a stream, or of an answer that is none: some servers name the wrong type.
+    """Yield the JSON of each event of a stream, or of a plain body: some servers send the wrong content type.
 
-    Comments, and the word that ends a stream, are passed over.
+    Comments and the ``[DONE]`` event are skipped.
     """
-    rest, plain, streams = b"", b"", False
+    rest, plain, is_stream = b"", b"", False
     async for piece in answer.pieces():
         *lines, rest = (rest + piece).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
-                streams = True
+                is_stream = True
                 if not (data := line[5:].strip()).startswith(b"[DONE]"):
                     yield _object(data)
-            elif not streams:
+            elif not is_stream:
                 plain += line + b"\n"
-    if not streams:
+    if not is_stream:
         yield _object(plain + rest)
 
 
@@ -299,11 +299,11 @@ def _object(data: bytes) -> dict[str, Any]:
     return found
 
 
-def _take(event: dict[str, Any], outcome: RequestOutcome, *, now: float, keep_text: bool) -> None:
-    """Note what an event, or a whole answer, says."""
+def _update_outcome(event: dict[str, Any], outcome: RequestOutcome, *, now: float, keep_text: bool) -> None:
+    """Add an event, or a plain body, to the outcome."""
     for choice in event.get("choices") or ():
-        said = choice.get("delta") or choice.get("message") or choice
-        text = said.get("content") or said.get("text") or ""
+        message = choice.get("delta") or choice.get("message") or choice
+        text = message.get("content") or message.get("text") or ""
         if text:
             outcome.chunks_s.append(now)
             outcome.tokens += 1

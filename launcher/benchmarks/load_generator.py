@@ -18,25 +18,25 @@ from launcher.config.benchmark.serving import LengthDistribution, LoadRequest
 
 @dataclass(frozen=True, kw_only=True)
 class Slo:
-    """What an answer must keep to be a good one; ``None`` asks for nothing."""
+    """Service level objectives of a good answer; ``None`` sets no limit."""
 
     ttft_s: float | None = None
-    """Time to the first token."""
+    """Time to first token."""
     tpot_s: float | None = None
-    """Mean time a token after it."""
+    """Time per output token after the first."""
     e2e_latency_s: float | None = None
-    """Time to the end."""
+    """End-to-end latency."""
 
     def is_met_by(self, outcome: RequestOutcome) -> bool:
-        """Return whether a whole answer came, in time."""
+        """Return whether the whole answer arrived within all limits."""
         if not outcome.is_good or not outcome.chunks_s:
             return False
-        found = (
+        limits = (
             (self.ttft_s, outcome.ttft_s),
             (self.tpot_s, outcome.tpot_s or 0.0),
             (self.e2e_latency_s, outcome.e2e_latency_s),
         )
-        return all(most is None or value <= most for most, value in found)
+        return all(limit is None or value <= limit for limit, value in limits)
 
 
 _COMMON_WORDS = """
@@ -52,11 +52,11 @@ PROMPT_WORDS = tuple(_COMMON_WORDS.split())
 
 
 def random_requests(*, seed: int, inputs: LengthDistribution, outputs: LengthDistribution) -> Iterator[LoadRequest]:
-    """Yield calls without end, the same ones for the same seed.
+    """Yield an endless stream of requests, the same for the same seed.
 
     Args:
-        seed: of everything.
-        inputs: words of a prompt, which is about its tokens.
+        seed: of prompts and lengths.
+        inputs: words of a prompt, about one token each.
         outputs: ``max_tokens``.
     """
     random_ = random.Random(seed)
@@ -66,85 +66,86 @@ def random_requests(*, seed: int, inputs: LengthDistribution, outputs: LengthDis
 
 
 def poisson_arrivals(*, seed: int, rate: float) -> Iterator[float]:
-    """Yield the times of a Poisson process: ``rate`` calls a second, gaps exponentially distributed."""
+    """Yield the times of a Poisson process: ``rate`` requests a second, with exponentially distributed gaps."""
     random_, at_s = random.Random(seed), 0.0
     while True:
         at_s += random_.expovariate(rate)
         yield at_s
 
 
-_BEAT_S = 0.5
+_PROGRESS_S = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoadResult:
-    """What a stretch of load came to."""
+    """The outcomes of one period of load."""
 
     outcomes: list[RequestOutcome]
-    """In the order in which calls were due; those that were under way at the end are ``unfinished``."""
+    """In the order in which requests were due; those in flight at the end are ``unfinished``."""
     elapsed_s: float
     cpu_s: float
-    """Processor seconds of this client: what it took from a server on the same machine."""
+    """CPU seconds of this client, which a server on the same machine lacked."""
 
 
 def closed_loop(
     target: LoadTarget,
-    calls: Iterable[LoadRequest],
+    requests: Iterable[LoadRequest],
     *,
     concurrency: int,
     seconds: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LoadResult:
-    """Have ``concurrency`` calls under way at any time: each that ends makes room for the next.
+    """Keep ``concurrency`` requests in flight: each that completes is followed by the next.
 
     Args:
-        target: whom to ask.
-        calls: what to ask, in this order.
-        concurrency: calls at a time.
-        seconds: then break off; ``None`` goes on until all calls are done.
-        progress: told from time to time how many calls are over.
+        target: the server.
+        requests: what to send, in this order.
+        concurrency: requests in flight.
+        seconds: length of the load; ``None`` runs until all requests have completed.
+        progress: called periodically with the number of completed requests.
     """
 
-    async def one_after_the_other(
+    async def send_in_turn(
         source: Iterable[tuple[int, LoadRequest]], outcomes: list[RequestOutcome], start: float
     ) -> None:
-        for number, call in source:
+        for number, request in source:
             outcome = RequestOutcome(number, due_s=time.perf_counter() - start)
             outcomes.append(outcome)
-            await send_request(call, outcome, pool, start=start)
+            await send_request(request, outcome, pool, start=start)
 
     pool = ConnectionPool(target)
-    source = enumerate(calls)
+    source = enumerate(requests)
 
     def make(outcomes: list[RequestOutcome], start: float) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(one_after_the_other(source, outcomes, start)) for _ in range(concurrency)]
+        return [asyncio.create_task(send_in_turn(source, outcomes, start)) for _ in range(concurrency)]
 
     return asyncio.run(_load(make, pool, seconds=seconds, progress=progress))
 
 
 def open_loop(
     target: LoadTarget,
-    calls: Iterable[LoadRequest],
+    requests: Iterable[LoadRequest],
     *,
     seconds: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LoadResult:
-    """Send each call when it is due (``Call.at_s``), however many are under way; latencies count from that time.
+    """Send each request when it is due (``LoadRequest.at_s``), however many are in flight.
 
-    Arguments are those of ``closed_loop``; after ``seconds`` no call is sent any more, and those under way are ended.
+    Latencies count from the due time. Arguments are those of ``closed_loop``; after ``seconds`` no request is sent, and
+    those in flight are cancelled.
     """
     pool = ConnectionPool(target)
 
-    async def as_they_come(outcomes: list[RequestOutcome], start: float) -> None:
+    async def send_when_due(outcomes: list[RequestOutcome], start: float) -> None:
         async with asyncio.TaskGroup() as group:
-            for number, call in enumerate(calls):
-                await asyncio.sleep(max(0.0, start + call.at_s - time.perf_counter()))
-                outcome = RequestOutcome(number, due_s=call.at_s)
+            for number, request in enumerate(requests):
+                await asyncio.sleep(max(0.0, start + request.at_s - time.perf_counter()))
+                outcome = RequestOutcome(number, due_s=request.at_s)
                 outcomes.append(outcome)
-                group.create_task(send_request(call, outcome, pool, start=start))
+                group.create_task(send_request(request, outcome, pool, start=start))
 
     def make(outcomes: list[RequestOutcome], start: float) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(as_they_come(outcomes, start))]
+        return [asyncio.create_task(send_when_due(outcomes, start))]
 
     return asyncio.run(_load(make, pool, seconds=seconds, progress=progress))
 
@@ -161,7 +162,7 @@ async def _load(
     tasks = make(outcomes, start)
     pending = set(tasks)
     while pending and (seconds is None or time.perf_counter() - start < seconds):
-        left = _BEAT_S if seconds is None else min(_BEAT_S, max(0.0, start + seconds - time.perf_counter()))
+        left = _PROGRESS_S if seconds is None else min(_PROGRESS_S, max(0.0, start + seconds - time.perf_counter()))
         _, pending = await asyncio.wait(pending, timeout=left, return_when=asyncio.ALL_COMPLETED)
         progress(sum(bool(outcome.end_s) for outcome in outcomes))
     elapsed_s, cpu_s = time.perf_counter() - start, time.process_time() - cpu
@@ -178,7 +179,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the value below which ``share`` percent lie, between neighbours where need be (numpy's ``linear``)."""
+    """Return the percentile ``share`` of values, interpolated like numpy's ``linear``; NaN for no values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan
@@ -189,10 +190,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
-    """Return the figures of a stretch of load by name; times end in ``_s``.
+    """Return the figures of a period of load by name; times end in ``_s``.
 
-    ``first`` is the time to the first token, ``per_token`` the mean time a token after it, ``gap`` the time between one
-    piece of a stream and the next, ``whole`` the time to the end. ``late`` is how much later than due a call was sent.
+    ``first`` is the time to first token, ``per_token`` the time per output token, ``gap`` the inter-token latency,
+    ``whole`` the end-to-end latency. ``late`` is the delay with which a request was sent after it was due.
     """
     good = [outcome for outcome in load.outcomes if outcome.is_good]
     errors = Counter(outcome.error for outcome in load.outcomes if not outcome.is_good)
@@ -208,12 +209,12 @@ def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
         "client_share": load.cpu_s / load.elapsed_s,
         "late_p99_s": percentile([outcome.sent_s - outcome.due_s for outcome in load.outcomes], 99),
     }
-    told = [outcome for outcome in good if outcome.chunks_s]
+    answered = [outcome for outcome in good if outcome.chunks_s]
     columns = {
-        "first": [outcome.ttft_s for outcome in told],
-        "per_token": [outcome.tpot_s for outcome in told if outcome.tpot_s is not None],
-        "gap": [gap for outcome in told for gap in outcome.itl_s],
-        "whole": [outcome.e2e_latency_s for outcome in told],
+        "first": [outcome.ttft_s for outcome in answered],
+        "per_token": [outcome.tpot_s for outcome in answered if outcome.tpot_s is not None],
+        "gap": [gap for outcome in answered for gap in outcome.itl_s],
+        "whole": [outcome.e2e_latency_s for outcome in answered],
     }
     for name, values in columns.items():
         found |= {f"{name}_p{share}_s": percentile(values, share) for share in PERCENTILES}
@@ -222,17 +223,17 @@ def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
 
 
 def tokens_between(outcomes: Sequence[RequestOutcome], from_s: float, to_s: float) -> float:
-    """Return the tokens that came within a stretch of time, those of answers cut off at its end included.
+    """Return the tokens that arrived within an interval, those of unfinished answers included.
 
-    A piece of a stream may hold several tokens: each counts as its share of those of its answer, and where an answer
-    never told how many those are, as the others' pieces on average.
+    A chunk may hold several tokens: it counts as its share of the tokens of its answer. The number of tokens of an
+    unfinished answer is not known: its chunks count as the average chunk of the others.
     """
-    told = [outcome for outcome in outcomes if outcome.is_good and outcome.chunks_s]
-    pieces = sum(len(outcome.chunks_s) for outcome in told)
-    usual = sum(outcome.tokens for outcome in told) / pieces if pieces else 1.0
+    answered = [outcome for outcome in outcomes if outcome.is_good and outcome.chunks_s]
+    chunks = sum(len(outcome.chunks_s) for outcome in answered)
+    average = sum(outcome.tokens for outcome in answered) / chunks if chunks else 1.0
     total = 0.0
     for outcome in outcomes:
         if outcome.chunks_s:
-            worth = outcome.tokens / len(outcome.chunks_s) if outcome.is_good else usual
+            worth = outcome.tokens / len(outcome.chunks_s) if outcome.is_good else average
             total += worth * sum(from_s <= at <= to_s for at in outcome.chunks_s)
     return total

@@ -107,7 +107,7 @@ class UpdateClock(StepClock):
 
 
 _NOTABLE = 0.05
-"""Share by which a part may be off the formula before it is told: padding and step counters are less."""
+"""Relative difference from the formula that is reported: padding and step counters are less."""
 
 
 Formulas = Mapping[str, tuple["StateBytes", str]]

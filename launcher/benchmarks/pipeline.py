@@ -129,10 +129,10 @@ def _metrics(rows: Sequence[_FoundCase]) -> Iterator[tuple[str, float]]:
 def _findings(benchmark: PipelineBenchmark, rows: Sequence[_FoundCase]) -> Iterator[str]:
     """Yield how far idle shares are from theory, and what stages bring."""
     for passes in benchmark.passes:
-        told = [(row.pipelined, row.idle, row.theory) for row in rows if row.pipelined.passes == passes]
+        measured = [(row.pipelined, row.idle, row.theory) for row in rows if row.pipelined.passes == passes]
         apart = [
             (abs(idle - theory), one, idle, theory)
-            for one, idle, theory in told
+            for one, idle, theory in measured
             if idle is not None and theory is not None
         ]
         if apart:

@@ -35,7 +35,7 @@ def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: fl
         context: of this rank, one stage of the pipeline.
         pipelined: what to send through what.
         unit_s: a rank's time for the forward pass of a micro-batch, all its chunks together.
-        warmup: times everything is sent through first, beside one in which nobody sleeps and the ranks connect.
+        warmup: times everything is sent through first, besides a first time without sleep, in which the ranks connect.
     """
     torch.set_num_threads(1)
     connect(context, _CPU)

@@ -18,7 +18,7 @@ _DECODE, _BANDWIDTH = "launcher.benchmarks.decoding:decode", "launcher.benchmark
 
 
 def run_quantization_benchmark(benchmark: QuantizationBenchmark, context: Context) -> BenchmarkResults:
-    """Measure all ways in turn, each time in a process of its own."""
+    """Measure all cases in turn, each time in a process of its own."""
     bandwidth = run_isolated(_BANDWIDTH, {}, heartbeat=lambda: context.heartbeat.update("bandwidth"))["bytes_per_s"]
     asked = {name: _arguments(benchmark, context, name) for name in benchmark.names}
     samples = sample_interleaved(_DECODE, asked, repeats=benchmark.repeats, context=context)

@@ -220,7 +220,7 @@ def draw_bars(picture: Path, cases: Mapping[str, Mapping[str, Sequence[float]]],
 
 
 _MARKERS = "osv^DXP*"
-"""Lines that lie on each other are told apart by them."""
+"""Markers distinguish lines that overlap."""
 
 
 def draw_lines(picture: Path, sweeps: Sequence[SizeSweep], *, title: str) -> None:

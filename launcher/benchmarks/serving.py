@@ -62,7 +62,7 @@ _RANK_VARIABLES = (
     "MASTER_PORT",
     "OMP_NUM_THREADS",
 )
-"""What this rank was told of its own run, and the server must not take for its."""
+"""Variables of this rank's own run, which the server must not inherit."""
 
 
 @contextlib.contextmanager
@@ -74,7 +74,7 @@ def temporary_server(options: Mapping[str, Any], context: Context) -> Iterator[s
         context: of this rank; the server has the run's model, precision, attention and strategy.
 
     Raises:
-        JobError: it does not get ready; its log says why.
+        JobError: the server does not become ready; the message ends with its log.
     """
     folder, port = context.run_dir.path / "server", _free_port()
     folder.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, context: Contex
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ask it to end, which it does once it has answered; what is left after that is killed."""
+    """End the server by SIGTERM, so that it finishes its requests; kill it after a time limit."""
     process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END_S)
@@ -147,7 +147,7 @@ _QUANTITIES = (
 
 
 def run_serving_benchmark(benchmark: ServingBenchmark, context: Context) -> BenchmarkResults:
-    """Put the server under each level of load in turn."""
+    """Measure the server under each level of load in turn."""
     found = measure_levels(benchmark, context)
     cases = [collect_case(name, answers, _QUANTITIES) for name, answers in found.items()]
     return BenchmarkResults(
@@ -183,12 +183,12 @@ def _findings(
 
 
 def _is_error(name: str) -> bool:
-    """Whether a figure counts answers that went wrong; those that the end of a level broke off did not."""
+    """Return whether a figure counts failed answers; those cancelled at the end of a level did not fail."""
     return name.startswith("error/") and name != "error/unfinished"
 
 
 def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Return the figures of each level by its name, one of each round.
+    """Return the figures of each level by name, one dictionary for each round.
 
     Raises:
         JobError: the server cannot be reached, or cannot be started.
@@ -202,8 +202,8 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
         for round_ in range(benchmark.repeats):
             for number, level in enumerate(benchmark.levels):
                 seed = context.run.job.seed + _SEEDS_A_ROUND * round_ + number
-                told = partial(_tell, context, done, total)
-                load = run_level(benchmark, target, level, seed=seed, progress=told)
+                progress = partial(_update_heartbeat, context, done, total)
+                load = run_level(benchmark, target, level, seed=seed, progress=progress)
                 answer = summarize_load(load, slo=slo)
                 name = benchmark.name_of(level)
                 found[name].append(answer)
@@ -214,7 +214,7 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
     return found
 
 
-def _tell(context: Context, done: int, total: int, requests: int) -> None:
+def _update_heartbeat(context: Context, done: int, total: int, requests: int) -> None:
     context.heartbeat.update("measure", done, steps=total, requests=requests)
 
 
@@ -222,16 +222,16 @@ def run_level(
     benchmark: ServingBenchmark, target: LoadTarget, level: float, *, seed: int, progress: Callable[[int], None]
 ) -> LoadResult:
     """Put a server under one level of load."""
-    calls = level_requests(benchmark, seed=seed)
+    requests = level_requests(benchmark, seed=seed)
     if benchmark.mode == "closed":
-        return closed_loop(target, calls, concurrency=int(level), seconds=benchmark.seconds, progress=progress)
+        return closed_loop(target, requests, concurrency=int(level), seconds=benchmark.seconds, progress=progress)
     times = poisson_arrivals(seed=seed + 1, rate=level)
-    due = (LoadRequest(call.fields, at_s) for call, at_s in zip(calls, times, strict=False))
+    due = (LoadRequest(request.fields, at_s) for request, at_s in zip(requests, times, strict=False))
     return open_loop(target, due, seconds=benchmark.seconds, progress=progress)
 
 
 def level_requests(benchmark: ServingBenchmark, *, seed: int) -> Iterator[LoadRequest]:
-    """Return the calls of one level, without end."""
+    """Return the endless requests of one level."""
     if benchmark.trace is not None:
         return itertools.cycle(read_trace(Path(benchmark.trace).expanduser()))
     return random_requests(
@@ -242,10 +242,10 @@ def level_requests(benchmark: ServingBenchmark, *, seed: int) -> Iterator[LoadRe
 
 
 def resolve_target(benchmark: ServingBenchmark, url: str) -> LoadTarget:
-    """Return whom to ask.
+    """Return the server that requests go to.
 
     Raises:
-        JobError: nobody answers there, or no model is named.
+        JobError: the server does not respond or names no model.
     """
     address, key = parse_server_address(url), os.environ.get(benchmark.key_variable, "")
     model = benchmark.served_name or first_model(address, key=key)

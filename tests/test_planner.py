@@ -34,7 +34,7 @@ def test_every_experiment_is_planned_and_survives_json(plan_of, exp, host):
     plan = plan_of(f"+exp={exp}", hosts=[replace(host, slots=slots)])
     assert plan.world_size == slots
     if plan.work.batch is not None:
-        assert plan.work.batch.global_ % plan.work.batch.data_parallel == 0
+        assert plan.work.batch.global_batch % plan.work.batch.data_parallel == 0
     assert plan_from_json(json.loads(json.dumps(to_tree(plan)))) == plan
 
 

@@ -218,9 +218,9 @@ def test_a_launcher_killed_before_it_wrote_anything_is_no_obstacle(tmp_path: Pat
     run_dir = RunDir(tmp_path)
     run_dir.logs.mkdir()
     (tmp_path / ".lock").write_text("123")
-    assert run_dir.foreign() == []
+    assert run_dir.unexpected_files() == []
     (run_dir.logs / "mine.log").touch()
-    assert run_dir.foreign() == [".lock", "logs"]
+    assert run_dir.unexpected_files() == [".lock", "logs"]
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

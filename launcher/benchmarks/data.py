@@ -200,7 +200,9 @@ def load_batches(
     started = time.perf_counter()
     splits = open_splits(data, model, sequence_length=sequence_length, seed=seed, heartbeat=progress)
     open_s = time.perf_counter() - started
-    loader = Loader(splits, Batch(micro=micro_batch, accumulation=1, data_parallel=1), seed=seed, rank=0)
+    loader = Loader(
+        splits, Batch(micro_batch=micro_batch, gradient_accumulation_steps=1, data_parallel=1), seed=seed, rank=0
+    )
     digest = hashlib.sha256()
     for step in range(_DIGESTED_STEPS):
         for batch in loader.step(step):

@@ -152,10 +152,10 @@ def profile_cases(function: str, cases: Mapping[str, Mapping[str, Any]], *, cont
         run_isolated(function, arguments, heartbeat=heartbeat, profile={"options": asdict(profile), **place})
 
 
-def case_profiler(name: str, context: Context, *, by: ProfileUnit = "engine steps") -> Profiler:
+def case_profiler(name: str, context: Context, *, unit: ProfileUnit = "engine steps") -> Profiler:
     """Return what records one more pass of a case that is measured in this process."""
     return make_profiler(
-        context.run.profile, by=by, folder=context.run_dir.profile, name=profile_file_name(name, context)
+        context.run.profile, unit=unit, folder=context.run_dir.profile, name=profile_file_name(name, context)
     )
 
 

@@ -64,7 +64,9 @@ def random_batches(context: Context) -> list[MicroBatch]:
     shape, length = run.model.shape(), run.batched_job.sequence_length
     assert shape is not None, "refused before anything starts"
     generator = torch.Generator().manual_seed(run.job.seed * 1009 + context.data_rank)
-    drawn = torch.randint(shape.vocab_size, (batch.accumulation, batch.micro, length + 1), generator=generator)
+    drawn = torch.randint(
+        shape.vocab_size, (batch.gradient_accumulation_steps, batch.micro_batch, length + 1), generator=generator
+    )
     return [MicroBatch(input_ids=ids[:, :-1].contiguous(), labels=ids[:, 1:].contiguous()) for ids in drawn]
 
 

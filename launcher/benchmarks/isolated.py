@@ -101,7 +101,7 @@ def _profiler(asked: Mapping[str, Any] | None) -> Profiler:
     if asked is None:
         return NO_PROFILER
     options = TorchProfile(**asked["options"])
-    return make_profiler(options, by="time", folder=Path(asked["folder"]), name=asked["name"])
+    return make_profiler(options, unit="time", folder=Path(asked["folder"]), name=asked["name"])
 
 
 if __name__ == "__main__":

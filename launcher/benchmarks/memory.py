@@ -53,7 +53,7 @@ def _formulas(benchmark: MemoryBenchmark, cases: Mapping[str, DistributedCase]) 
     for name, case in cases.items():
         shape, parallel, precision = case.run.model.shape(), case.run.parallel, case.run.precision
         assert shape is not None, "refused before anything starts"
-        words = parallel.formula(case.world_size, precision)
+        words = parallel.state_formula(case.world_size, precision)
         found[name] = (parallel.state_bytes(shape, case.world_size, precision), words)
     return found
 

@@ -178,7 +178,9 @@ class BenchmarkResults:
 
     @property
     def _title(self) -> str:
-        sizes = (f"{name} {value_text(to_tree(getattr(self.benchmark, name)))}" for name in self.benchmark.headline)
+        sizes = (
+            f"{name} {value_text(to_tree(getattr(self.benchmark, name)))}" for name in self.benchmark.summary_fields
+        )
         return f"{self.benchmark.kind}: {', '.join(sizes)}"
 
 

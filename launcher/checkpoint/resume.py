@@ -171,11 +171,11 @@ def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int)
         option = f"zero{theirs.get('stage')}" if theirs.get("kind") == "zero" else theirs.get("kind")
         yield _error(saved, why, f"set parallel={option}{_or_weights(saved)}")
         return
-    for name in parallel.payload_options:
+    for name in parallel.checkpoint_options:
         if theirs.get(name) != ours[name]:
             why = f"was written with parallel.{name}={theirs.get(name)}, this run has {ours[name]}"
             yield _error(saved, why, f"set parallel.{name}={theirs.get(name)}")
-    if written_on != world_size and not parallel.resizable:
+    if written_on != world_size and not parallel.supports_resharding:
         why = f"is partitioned over {written_on} ranks, this run has {world_size}"
         yield _error(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")
 

@@ -36,7 +36,7 @@ class SelectiveCheckpointing(ActivationCheckpointing):
     """Recompute some layers and keep the others: less memory saved, less time lost."""
 
     kind: ClassVar[str] = "every_k"
-    headline: ClassVar[tuple[str, ...]] = ("k",)
+    summary_fields: ClassVar[tuple[str, ...]] = ("k",)
 
     k: int = 2
     """Every k-th layer is recomputed, from the first one on; 1 recomputes all of them."""

@@ -7,30 +7,44 @@ from launcher.protocol.plan import Batch
 
 
 def solve_batch(
-    *, micro: int, global_: int | None, accumulation: int | None, data_parallel: int, usual: int = 1
+    *,
+    micro_batch: int,
+    global_batch: int | None,
+    gradient_accumulation_steps: int | None,
+    data_parallel: int,
+    default: int = 1,
 ) -> Batch:
-    """Derive what the user left out; ``usual`` is the accumulation where nothing says anything about it.
+    """Derive what the user left out; ``default`` is the number of accumulation steps where no option sets it.
 
     Raises:
         ConfigError: the numbers given do not multiply out; the message holds the arithmetic and the nearest fit.
     """
-    if global_ is None:
-        return Batch(micro=micro, accumulation=accumulation or usual, data_parallel=data_parallel)
-    one_pass = micro * data_parallel
-    if accumulation is not None and one_pass * accumulation != global_:
+    if global_batch is None:
+        return Batch(
+            micro_batch=micro_batch,
+            gradient_accumulation_steps=gradient_accumulation_steps or default,
+            data_parallel=data_parallel,
+        )
+    one_pass = micro_batch * data_parallel
+    if gradient_accumulation_steps is not None and one_pass * gradient_accumulation_steps != global_batch:
+        product = one_pass * gradient_accumulation_steps
         raise ConfigError(
             "job.global_batch",
-            global_,
-            why=f"micro {micro} × accum {accumulation} × dp {data_parallel} = {one_pass * accumulation}",
-            fix=f"set job.global_batch={one_pass * accumulation} or leave out job.gradient_accumulation_steps",
+            global_batch,
+            why=f"micro {micro_batch} × accum {gradient_accumulation_steps} × dp {data_parallel} = {product}",
+            fix=f"set job.global_batch={product} or leave out job.gradient_accumulation_steps",
         )
-    if global_ % one_pass:
-        nearest = sorted({max(one_pass, global_ // one_pass * one_pass), (global_ // one_pass + 1) * one_pass})
+    if global_batch % one_pass:
+        nearest = sorted(
+            {max(one_pass, global_batch // one_pass * one_pass), (global_batch // one_pass + 1) * one_pass}
+        )
         choices = " or ".join(f"job.global_batch={value}" for value in nearest)
         raise ConfigError(
             "job.global_batch",
-            global_,
-            why=f"micro {micro} × dp {data_parallel} = {one_pass} does not divide {global_}",
+            global_batch,
+            why=f"micro {micro_batch} × dp {data_parallel} = {one_pass} does not divide {global_batch}",
             fix=f"set {choices}",
         )
-    return Batch(micro=micro, accumulation=global_ // one_pass, data_parallel=data_parallel)
+    return Batch(
+        micro_batch=micro_batch, gradient_accumulation_steps=global_batch // one_pass, data_parallel=data_parallel
+    )

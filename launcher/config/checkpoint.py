@@ -17,7 +17,7 @@ class Checkpoint(Component):
 
     group: ClassVar[str] = "checkpoint"
     kind: ClassVar[str] = "policy"
-    headline: ClassVar[tuple[str, ...]] = ("every", "resume")
+    summary_fields: ClassVar[tuple[str, ...]] = ("every", "resume")
 
     every: int = 0
     """Optimiser steps between checkpoints; 0 writes none."""

@@ -24,7 +24,7 @@ class Component:
     kind: ClassVar[str]
     """The value of the ``kind`` key that chooses this class."""
 
-    headline: ClassVar[tuple[str, ...]] = ()
+    summary_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that plans show even where they hold their default."""
 
     def __post_init__(self) -> None:

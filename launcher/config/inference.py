@@ -102,8 +102,8 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iter
     if run.precision.kind == "fp8":
         why = f"job.engine={engine} has no 8-bit products"
         yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
-    degrees = run.parallel.degrees(world_size)
-    spread = {"fsdp": degrees.tensor, "pipeline": degrees.pipeline}.get(run.parallel.kind)
+    dims = run.parallel.dims(world_size)
+    spread = {"fsdp": dims.tensor, "pipeline": dims.pipeline}.get(run.parallel.kind)
     if world_size > 1 and spread != world_size:
         why = f"job.engine=slots spreads a model over {world_size} ranks as slices of its matrices, or as stages"
         fix = f"set parallel=tensor parallel.tensor={world_size}, or parallel=pipeline parallel.stages={world_size}"

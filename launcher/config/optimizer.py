@@ -16,7 +16,7 @@ class AdamW(Component):
 
     group: ClassVar[str] = "optimizer"
     kind: ClassVar[str] = "adamw"
-    headline: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
+    summary_fields: ClassVar[tuple[str, ...]] = ("lr", "betas", "weight_decay")
 
     lr: float = 1e-3
     """Peak learning rate; the schedule multiplies it."""

@@ -22,12 +22,12 @@ _PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
 
 
 def component_text(component: Component) -> str:
-    """Return a component's kind, its headline, and what differs from its defaults (``cosine warmup_steps=10``)."""
+    """Return a component's kind, its summary fields, and what differs from its defaults (``cosine warmup_steps=10``)."""
     usual = defaults(type(component))
     words = [component.kind]
     for field in dataclasses.fields(component):
         value = to_tree(getattr(component, field.name))
-        if field.name in component.headline or field.name not in usual or usual[field.name] != value:
+        if field.name in component.summary_fields or field.name not in usual or usual[field.name] != value:
             words.append(f"{field.name}={value_text(value)}")
     return " ".join(words)
 

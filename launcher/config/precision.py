@@ -22,7 +22,7 @@ class Precision(Component):
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]]
     """The format that values have between matrix products."""
 
-    needs_capability: ClassVar[tuple[int, int] | None] = None
+    min_compute_capability: ClassVar[tuple[int, int] | None] = None
     """The first CUDA compute capability whose matrix units know the format; ``None`` where any device does."""
 
     @property
@@ -49,7 +49,7 @@ class Tf32Precision(Precision):
 
     kind: ClassVar[str] = "tf32"
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "fp32"
-    needs_capability: ClassVar[tuple[int, int] | None] = (8, 0)
+    min_compute_capability: ClassVar[tuple[int, int] | None] = (8, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Fp8Precision(Precision):
 
     kind: ClassVar[str] = "fp8"
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "bf16"
-    needs_capability: ClassVar[tuple[int, int] | None] = (8, 9)
+    min_compute_capability: ClassVar[tuple[int, int] | None] = (8, 9)
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing torchao."""

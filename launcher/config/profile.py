@@ -45,11 +45,11 @@ class Profile(Component):
     group: ClassVar[str] = "profile"
     kind: ClassVar[str] = "false"
 
-    def validate_steps(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+    def validate_steps(self, unit: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
         """Yield why a job of so many steps cannot be recorded so."""
         yield from ()
 
-    def describe(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+    def describe(self, unit: ProfileUnit) -> Iterator[tuple[str, str]]:
         """Yield what is recorded, in words."""
         yield from ()
 
@@ -89,16 +89,16 @@ class TorchProfile(Profile):
         if self.seconds <= 0:
             yield self.error("seconds", "must be above 0", "set profile.seconds=20")
 
-    def window(self, by: ProfileUnit) -> ProfileWindow:
+    def window(self, unit: ProfileUnit) -> ProfileWindow:
         """Return the steps that are recorded of a job that has steps."""
-        active = _DEFAULT_ACTIVE_STEPS[by] if self.active is None else self.active
+        active = _DEFAULT_ACTIVE_STEPS[unit] if self.active is None else self.active
         return ProfileWindow(wait=self.wait, warmup=self.warmup, active=active)
 
-    def validate_steps(self, by: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
+    def validate_steps(self, unit: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
         """Refuse a window that lies beyond the last step."""
-        if by != "steps":
+        if unit != "steps":
             return
-        window = self.window(by)
+        window = self.window(unit)
         if window.last > num_steps:
             why = f"steps {window.first} to {window.last} would be recorded, and the run has {num_steps}"
             rest = num_steps - window.active - self.warmup
@@ -107,12 +107,12 @@ class TorchProfile(Profile):
             )
             yield self.error("wait", why, f"set {fits}")
 
-    def describe(self, by: ProfileUnit) -> Iterator[tuple[str, str]]:
+    def describe(self, unit: ProfileUnit) -> Iterator[tuple[str, str]]:
         """Yield what is recorded, in words."""
-        if by in _DEFAULT_ACTIVE_STEPS:
-            window = self.window(by)
-            what = f"{by} {window.first} to {window.last} of each process, which are slower for it"
-        elif by == "cases":
+        if unit in _DEFAULT_ACTIVE_STEPS:
+            window = self.window(unit)
+            what = f"{unit} {window.first} to {window.last} of each process, which are slower for it"
+        elif unit == "cases":
             what = f"each case once more, {self.seconds:g} s of it at most; no figure comes from that"
         else:
             what = f"the first {self.seconds:g} s"

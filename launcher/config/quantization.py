@@ -76,7 +76,7 @@ class Int4Weight(Quantization):
     """4-bit matrices, a scale and a zero point for each group of inputs; products in the format of ``precision``."""
 
     kind: ClassVar[str] = "int4_weight"
-    headline: ClassVar[tuple[str, ...]] = ("group_size",)
+    summary_fields: ClassVar[tuple[str, ...]] = ("group_size",)
 
     group_size: int = 32
     """Inputs that share a scale; it divides the width of every layer that is quantised."""

@@ -124,7 +124,7 @@ class Job(Component):
         return None
 
     @property
-    def profiled_by(self) -> ProfileUnit:
+    def profile_unit(self) -> ProfileUnit:
         """Unit in which ``profile=true`` counts its window."""
         return "time"
 
@@ -211,11 +211,11 @@ class BatchedJob(Job):
             ConfigError: it does not come out even.
         """
         return solve_batch(
-            micro=self.micro_batch,
-            global_=self.global_batch,
-            accumulation=run.parallel.accumulation or self.gradient_accumulation_steps,
+            micro_batch=self.micro_batch,
+            global_batch=self.global_batch,
+            gradient_accumulation_steps=run.parallel.gradient_accumulation_steps or self.gradient_accumulation_steps,
             data_parallel=run.parallel.data_parallel(world_size),
-            usual=run.parallel.usual_accumulation,
+            default=run.parallel.default_gradient_accumulation_steps,
         )
 
 

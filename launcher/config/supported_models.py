@@ -33,23 +33,23 @@ def validate_family(
         world_size: ranks.
         length: tokens in a sequence; 0 where none is cut.
     """
-    degrees = parallel.degrees(world_size)
-    if degrees.sequence > 1:
-        yield from _validate_sequences(model, attention, degree=degrees.sequence, length=length)
-    if degrees.pipeline > 1 and parallel.kind == "pipeline":
+    dims = parallel.dims(world_size)
+    if dims.sequence > 1:
+        yield from _validate_sequences(model, attention, degree=dims.sequence, length=length)
+    if dims.pipeline > 1 and parallel.kind == "pipeline":
         yield from _validate_state(model)
     family = model.family()
     plans = parallel_plans(family) if family not in (None, "gpt2") else None
     if plans is None:
         return
     strange = sorted(plans.tensor_styles - TENSOR_STYLES)
-    if degrees.tensor > 1 and (strange or not plans.tensor_styles):
+    if dims.tensor > 1 and (strange or not plans.tensor_styles):
         lacks = f"one with styles {', '.join(strange)} that are not carried out here" if strange else "none"
         why = f"Transformers' tensor plan for {family} is {lacks}"
-        yield ConfigError("parallel.tensor", degrees.tensor, why=why, fix=_ALTERNATIVE)
-    if degrees.pipeline > 1 and parallel.kind == "pipeline" and not plans.has_stages:
+        yield ConfigError("parallel.tensor", dims.tensor, why=why, fix=_ALTERNATIVE)
+    if dims.pipeline > 1 and parallel.kind == "pipeline" and not plans.has_stages:
         why = f"Transformers has no pipeline plan for {family}"
-        yield ConfigError("parallel.stages", degrees.pipeline, why=why, fix=_ALTERNATIVE)
+        yield ConfigError("parallel.stages", dims.pipeline, why=why, fix=_ALTERNATIVE)
     if parallel.kind == "deepspeed_pipeline" and model.shape() is None and family not in PIPELINE_FAMILIES:
         yield unknown_family_error(str(family))
 

@@ -45,8 +45,10 @@ def batch_positions(rank: int, *, batch: Batch) -> list[range]:
     Micro-batch m of all ranks together covers the m-th stretch of the global batch, so the samples of a step and
     their order do not depend on how it is divided.
     """
-    starts = ((part * batch.data_parallel + rank) * batch.micro for part in range(batch.accumulation))
-    return [range(start, start + batch.micro) for start in starts]
+    starts = (
+        (part * batch.data_parallel + rank) * batch.micro_batch for part in range(batch.gradient_accumulation_steps)
+    )
+    return [range(start, start + batch.micro_batch) for start in starts]
 
 
 def _permute(value: int, keys: tuple[int, ...], half_bits: int) -> int:
@@ -97,7 +99,7 @@ class Loader:
 
         The sample at each position of the global batch depends on the seed, the step and the position alone.
         """
-        train, first = self._splits.train, step * self._batch.global_
+        train, first = self._splits.train, step * self._batch.global_batch
         return [
             _tensors([train.sequence(sample_index(self._seed, first + at, train.num_sequences)) for at in places])
             for places in batch_positions(self._rank, batch=self._batch)
@@ -112,9 +114,9 @@ class Loader:
         forward pass; sequences that only fill up have no labels.
         """
         available = min(num_sequences, self._splits.held_out.num_sequences)
-        stretch = self._batch.micro * self._batch.data_parallel
+        stretch = self._batch.micro_batch * self._batch.data_parallel
         parts = list(enumerate(batch_positions(self._rank, batch=self._batch)))
-        for first in range(0, available, self._batch.global_):
+        for first in range(0, available, self._batch.global_batch):
             needed = [places for part, places in parts if first + part * stretch < available]
             yield [self._labelled_below(available, first, places) for places in needed]
 

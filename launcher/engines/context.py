@@ -42,14 +42,14 @@ class Context:
         return self.rank == 0
 
     @property
-    def degrees(self) -> ParallelDims:
+    def dims(self) -> ParallelDims:
         """How the run divides its ranks."""
-        return self.run.parallel.degrees(self.world_size)
+        return self.run.parallel.dims(self.world_size)
 
     @property
     def data_rank(self) -> int:
         """Which share of every batch this rank works on; ranks that split one sample between them have the same."""
-        return self.degrees.data_rank(self.rank)
+        return self.dims.data_rank(self.rank)
 
     @property
     def batch(self) -> Batch:

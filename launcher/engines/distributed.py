@@ -143,12 +143,12 @@ class TokenCount:
         return self._total
 
 
-def mesh_of(degrees: ParallelDims, *, device: torch.device) -> DeviceMesh:
+def mesh_of(dims: ParallelDims, *, device: torch.device) -> DeviceMesh:
     """Return the mesh of all ranks whose dimensions are the degrees that divide something, named as they are.
 
     Every rank of the run calls it, once, after it has joined the process group.
     """
-    named = degrees.named()
+    named = dims.named()
     return init_device_mesh(device.type, tuple(named.values()), mesh_dim_names=tuple(named))
 
 

@@ -73,7 +73,7 @@ def prepare_precision(precision: Precision, *, device: torch.device) -> None:
     Raises:
         ConfigError: the device has no units for the format, so that torch would compute in another one.
     """
-    if precision.needs_capability is not None:
+    if precision.min_compute_capability is not None:
         has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
         check_capability(precision, has)
     if isinstance(precision, Tf32Precision):
@@ -91,7 +91,7 @@ def check_capability(precision: Precision, capability: tuple[int, int] | None) -
     Raises:
         ConfigError: always says which capability would do.
     """
-    needed = precision.needs_capability
+    needed = precision.min_compute_capability
     if needed is None or (capability is not None and capability >= needed):
         return
     here = "this rank has no GPU" if capability is None else "this GPU has {}.{}".format(*capability)

@@ -88,7 +88,7 @@ class ShardedModel:
         assert isinstance(parallel, Fsdp), "the strategy that this lays out"
         self._parallel, self._device, self._precision = parallel, device, context.run.precision.compute
         self._length = context.run.batched_job.sequence_length
-        self._mesh = mesh_of(context.degrees, device=device) if context.world_size > 1 else None
+        self._mesh = mesh_of(context.dims, device=device) if context.world_size > 1 else None
         self._shards = self._shard_mesh()
         self.averaged_over = self._shards.size() if self._shards is not None else 1
         self.casts_itself = self._shards is not None

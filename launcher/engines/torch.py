@@ -44,7 +44,7 @@ class TorchEngine(Engine):
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         run = context.run
-        self._clock, self._rank, self._copies = clock, context.rank, context.degrees.copies
+        self._clock, self._rank, self._copies = clock, context.rank, context.dims.copies
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
         sharded = isinstance(run.parallel, Fsdp)

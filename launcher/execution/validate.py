@@ -256,7 +256,7 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
         run_dir: its directory.
         is_locked: whether this process has made and locked it, so that what that leaves is no other run's.
     """
-    if foreign := run_dir.foreign():
+    if foreign := run_dir.unexpected_files():
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         why = f"is not empty and holds no run.yaml of a run (it holds {shown}), so its files are not a run's"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")

@@ -41,7 +41,7 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
     if env.rank == 0:
         write_json(env.run_dir.environment, describe_environment())
     name = f"rank{env.rank}"
-    with make_profiler(run.profile, by=run.job.profiled_by, folder=env.run_dir.profile, name=name) as profiler:
+    with make_profiler(run.profile, unit=run.job.profile_unit, folder=env.run_dir.profile, name=name) as profiler:
         context = Context(
             run=run,
             run_dir=env.run_dir,

@@ -67,11 +67,11 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         job=run.job.kind,
         backend=run.backend.kind,
         world_size=world_size,
-        topology=run.parallel.degrees(world_size).named(),
+        topology=run.parallel.dims(world_size).named(),
         what=_what(run, batch),
         outline={
             **dict(run.job.describe(run, world_size=world_size)),
-            **dict(run.profile.describe(run.job.profiled_by)),
+            **dict(run.profile.describe(run.job.profile_unit)),
         },
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
@@ -103,7 +103,7 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
 
 def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:
     steps = run.job.num_steps(run, world_size=world_size)
-    tokens = 0 if batch is None else batch.global_ * run.batched_job.sequence_length
+    tokens = 0 if batch is None else batch.global_batch * run.batched_job.sequence_length
     return Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
 
 
@@ -197,7 +197,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     if isinstance(run.job, GeneratingJob):
         return _weights_alone(run, run.job, shape, hosts)
     state = run.parallel.state_bytes(shape, world_size, run.precision)
-    formula = run.parallel.formula(world_size, run.precision)
+    formula = run.parallel.state_formula(world_size, run.precision)
     if not run.batched_job.trains and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)
@@ -214,7 +214,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
 def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:
     """Return what weights take that nothing is learnt from: the compute format alone, once in each copy."""
     size = run.precision.compute_bytes
-    ways = run.parallel.degrees(1).product if job.is_model_parallel(run) else 1
+    ways = run.parallel.dims(1).product if job.is_model_parallel(run) else 1
     parameters = job.num_replicas * size * shape.num_params // ways
     state = StateBytes(parameters=parameters, gradients=0, optimizer=0)
     shared, engines = f" ÷ {ways} ranks" if ways > 1 else "", counted(job.num_replicas, "engine")

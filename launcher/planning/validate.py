@@ -91,7 +91,7 @@ def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
         num_steps = run.job.num_steps(run, world_size=world_size)
     except ConfigError:
         return  # the batch does not come out even, which the plan refuses
-    yield from run.profile.validate_steps(run.job.profiled_by, num_steps)
+    yield from run.profile.validate_steps(run.job.profile_unit, num_steps)
 
 
 def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigError]:
@@ -167,10 +167,10 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
 
 def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
     """Refuse a world that the degrees do not divide, naming each of them."""
-    fits = run.parallel.degrees(world_size)
+    fits = run.parallel.dims(world_size)
     if fits.product == world_size:
         return
-    unit = run.parallel.degrees(1).product
+    unit = run.parallel.dims(1).product
     nearest = sorted({max(unit, world_size // unit * unit), (world_size // unit + 1) * unit})
     fix = f"run on {' or '.join(map(str, nearest))} ranks (backend.ranks counts those of one host)"
     if run.parallel.degree_options:
@@ -204,7 +204,7 @@ def _validate_sequence_length(run: Run, job: BatchedJob) -> Iterator[ConfigError
 
 
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
-    own = run.parallel.accumulation
+    own = run.parallel.gradient_accumulation_steps
     if own is not None and job.gradient_accumulation_steps not in (None, own):
         why = f"parallel.micro_batches={own} says how many forward passes a step takes"
         yield job.error("gradient_accumulation_steps", why, "leave one of the two out")
@@ -212,7 +212,7 @@ def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
 
 def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
     """Refuse sequences that do not divide over their ranks."""
-    degree, length = run.parallel.degrees(world_size).sequence, job.sequence_length
+    degree, length = run.parallel.dims(world_size).sequence, job.sequence_length
     if degree == 1:
         return
     if length % degree:
@@ -274,7 +274,7 @@ def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Itera
 
 
 def _validate_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:
-    if run.precision.needs_capability is not None and without_gpu is not None:
+    if run.precision.min_compute_capability is not None and without_gpu is not None:
         why = f"only GPUs multiply in this format, and {without_gpu} has none"
         yield ConfigError("precision", run.precision.kind, why=why, fix=f"set precision={run.precision.compute}")
 

@@ -174,20 +174,20 @@ class TimedProfiler(Profiler):
         self.close()
 
 
-def make_profiler(profile: Profile, *, by: ProfileUnit, folder: Path, name: str) -> Profiler:
+def make_profiler(profile: Profile, *, unit: ProfileUnit, folder: Path, name: str) -> Profiler:
     """Return what records this process.
 
     Args:
         profile: the run's.
-        by: what the recording is measured in.
+        unit: what the recording is measured in.
         folder: where its files go; made once there are any.
         name: of this process, with which its files begin (``rank0``).
     """
-    if not isinstance(profile, TorchProfile) or by == "cases":
+    if not isinstance(profile, TorchProfile) or unit == "cases":
         return NO_PROFILER
     from launcher.profiling.recording import Recording
 
     recording = Recording(profile, folder=folder, name=name)
-    if by == "time":
+    if unit == "time":
         return TimedProfiler(recording, seconds=profile.seconds)
-    return WindowProfiler(recording, profile.window(by), what=by.removesuffix("s"))
+    return WindowProfiler(recording, profile.window(unit), what=unit.removesuffix("s"))

@@ -103,19 +103,20 @@ class TrackerPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A solved batch equation; every field counts sequences except ``accumulation`` and ``data_parallel``."""
+    """A solved batch equation; ``micro_batch`` and ``global_batch`` count sequences."""
 
-    micro: int
-    accumulation: int
+    micro_batch: int
+    gradient_accumulation_steps: int
     data_parallel: int
 
     @property
-    def global_(self) -> int:
+    def global_batch(self) -> int:
         """Sequences in one optimiser step over all ranks."""
-        return self.micro * self.accumulation * self.data_parallel
+        return self.micro_batch * self.gradient_accumulation_steps * self.data_parallel
 
     def __str__(self) -> str:
-        return f"micro {self.micro} × accum {self.accumulation} × dp {self.data_parallel} = {self.global_}"
+        steps = self.gradient_accumulation_steps
+        return f"micro {self.micro_batch} × accum {steps} × dp {self.data_parallel} = {self.global_batch}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -129,7 +129,7 @@ class RunDir:
             return False
         return _SNAPSHOT_GROUPS.issubset(_TOP_LEVEL_KEY.findall(text))
 
-    def foreign(self) -> list[str]:
+    def unexpected_files(self) -> list[str]:
         """Return the names of what is here and was not put here by a run; empty for a new directory or a run's own."""
         if not self.path.is_dir() or self.is_run:
             return []

@@ -323,7 +323,7 @@ def stage_run_dir(assignment: Assignment) -> None:
     staged = StagedFiles()
     staged.make_folder(run_dir.logs)
     run_dir.logs.mkdir(exist_ok=True)  # asks the server of a shared disk, which a look alone may not
-    foreign = run_dir.foreign()
+    foreign = run_dir.unexpected_files()
     if foreign and not shares_disk(assignment):
         staged.undo()
         shown = ", ".join(foreign[:3])

@@ -36,7 +36,7 @@ class Recorder:
         shape = context.run.model.shape()
         self._flops_per_token = shape.flops_per_token(self._job.sequence_length) if shape else None
         self._peak_flops = self._peak() if self._flops_per_token else None
-        self._tokens = start_step * context.batch.global_ * self._job.sequence_length
+        self._tokens = start_step * context.batch.global_batch * self._job.sequence_length
         self._since_line: list[tuple[int, float]] = []
 
     def _peak(self) -> float | None:

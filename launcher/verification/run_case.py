@@ -61,8 +61,8 @@ def _prompt(vocab_size: int) -> torch.Tensor:
 
 def _is_first_of_its_stage(context: Context) -> bool:
     """Whether this rank speaks for its stage: all that share the stage go through the same weights."""
-    kinds = [field.name for field in dataclasses.fields(context.degrees) if field.name != "pipeline"]
-    return all(context.degrees.coordinate(context.rank, kind) == 0 for kind in kinds)
+    kinds = [field.name for field in dataclasses.fields(context.dims) if field.name != "pipeline"]
+    return all(context.dims.coordinate(context.rank, kind) == 0 for kind in kinds)
 
 
 def _write(engine: Engine, reference: Path) -> None:

@@ -56,7 +56,7 @@ def test_batches_are_those_of_training(tmp_path) -> None:
     asked = {"sequence_length": 16, "micro_batch": 4, "seconds": 0.05, "seed": 7, "warmup": 0}
     found = load_batches(run.data, run.model, **asked, progress=lambda: None)
     splits = open_splits(run.data, run.model, sequence_length=16, seed=7)
-    loader = Loader(splits, Batch(micro=4, accumulation=1, data_parallel=1), seed=7, rank=0)
+    loader = Loader(splits, Batch(micro_batch=4, gradient_accumulation_steps=1, data_parallel=1), seed=7, rank=0)
     digest = hashlib.sha256()
     for step in range(4):
         (batch,) = loader.step(step)

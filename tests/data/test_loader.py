@@ -38,26 +38,34 @@ def samples(batch: Batch, step: int) -> list[int]:
     """Return the samples of a step in the order of their positions in the global batch."""
     shares = [Loader(splits(100, 9), batch, seed=3, rank=rank).step(step) for rank in range(batch.data_parallel)]
     return [
-        row for part in range(batch.accumulation) for share in shares for row in share[part].input_ids[:, 0].tolist()
+        row
+        for part in range(batch.gradient_accumulation_steps)
+        for share in shares
+        for row in share[part].input_ids[:, 0].tolist()
     ]
 
 
 def test_a_step_holds_the_same_samples_however_it_is_divided() -> None:
     for step in (0, 1, 99):
-        expected = samples(Batch(micro=12, accumulation=1, data_parallel=1), step)
+        expected = samples(Batch(micro_batch=12, gradient_accumulation_steps=1, data_parallel=1), step)
         assert len(set(expected)) > 10
         for micro, accumulation, ranks in ((1, 12, 1), (3, 4, 1), (3, 2, 2), (1, 3, 4), (6, 1, 2), (3, 1, 4)):
-            assert samples(Batch(micro=micro, accumulation=accumulation, data_parallel=ranks), step) == expected
+            assert (
+                samples(Batch(micro_batch=micro, gradient_accumulation_steps=accumulation, data_parallel=ranks), step)
+                == expected
+            )
 
 
 def test_an_epoch_passes_each_sequence_once() -> None:
-    batch = Batch(micro=5, accumulation=2, data_parallel=2)
+    batch = Batch(micro_batch=5, gradient_accumulation_steps=2, data_parallel=2)
     seen = [sample for step in range(5) for sample in samples(batch, step)]
     assert sorted(seen) == list(range(100))
 
 
 def test_labels_are_the_next_tokens() -> None:
-    (batch,) = Loader(splits(7, 7), Batch(micro=2, accumulation=1, data_parallel=1), seed=0, rank=0).step(0)
+    (batch,) = Loader(
+        splits(7, 7), Batch(micro_batch=2, gradient_accumulation_steps=1, data_parallel=1), seed=0, rank=0
+    ).step(0)
     assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
     assert batch.input_ids.shape == (2, 4)
     assert torch.equal(batch.labels, batch.input_ids + 1)
@@ -66,7 +74,7 @@ def test_labels_are_the_next_tokens() -> None:
 @pytest.mark.parametrize("wanted", [1, 5, 6, 7, 11, 100])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_evaluation_counts_each_sequence_once_in_equally_many_batches(wanted: int, ranks: int) -> None:
-    batch = Batch(micro=2, accumulation=4, data_parallel=ranks)
+    batch = Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=ranks)
     shares: list[list[MicroBatch]] = [
         [part for together in Loader(splits(7, 11), batch, seed=0, rank=rank).held_out(wanted) for part in together]
         for rank in range(ranks)

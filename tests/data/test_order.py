@@ -43,7 +43,7 @@ def test_the_order_never_changes() -> None:
 
 
 SPLITS = [
-    Batch(micro=micro, accumulation=24 // micro // world, data_parallel=world)
+    Batch(micro_batch=micro, gradient_accumulation_steps=24 // micro // world, data_parallel=world)
     for world in (1, 2, 4)
     for micro in (1, 2, 3, 6)
     if 24 % (micro * world) == 0
@@ -53,7 +53,7 @@ SPLITS = [
 @pytest.mark.parametrize("batch", SPLITS, ids=str)
 def test_a_step_holds_the_same_positions_however_it_is_divided(batch: Batch) -> None:
     shares = [batch_positions(rank, batch=batch) for rank in range(batch.data_parallel)]
-    assert all(len(share) == batch.accumulation for share in shares)
-    assert all(len(places) == batch.micro for share in shares for places in share)
-    in_order = [at for part in range(batch.accumulation) for share in shares for at in share[part]]
+    assert all(len(share) == batch.gradient_accumulation_steps for share in shares)
+    assert all(len(places) == batch.micro_batch for share in shares for places in share)
+    in_order = [at for part in range(batch.gradient_accumulation_steps) for share in shares for at in share[part]]
     assert in_order == list(range(24))

@@ -131,9 +131,11 @@ def micro_batches(context: Any, step: int) -> list[Any]:
     from launcher.data.dataloader import MicroBatch
 
     inputs, labels = global_batch(step)
-    share = GLOBAL_BATCH // context.degrees.data_parallel
+    share = GLOBAL_BATCH // context.dims.data_parallel
     own = slice(context.data_rank * share, (context.data_rank + 1) * share)
-    pieces = zip(inputs[own].split(context.batch.micro), labels[own].split(context.batch.micro), strict=True)
+    pieces = zip(
+        inputs[own].split(context.batch.micro_batch), labels[own].split(context.batch.micro_batch), strict=True
+    )
     return [MicroBatch(input_ids=ids, labels=targets) for ids, targets in pieces]
 
 

@@ -30,7 +30,7 @@ SHAPE = Shape(
     tied=True,
     family="gpt2",
 )
-BATCH = Batch(micro=2, accumulation=4, data_parallel=2)
+BATCH = Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=2)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +75,9 @@ def test_nothing_is_refused_without_reason() -> None:
 
 
 def test_pipelines_side_by_side_take_the_ranks_that_one_leaves() -> None:
-    assert DeepSpeedPipeline(stages=2).degrees(6) == ParallelDims(pipeline=2, data=3)
-    assert DeepSpeedPipeline(stages=4).degrees(2).product == 4  # does not fill the world: checks.py says so
-    assert DeepSpeedPipeline(micro_batches=8).accumulation == 8
+    assert DeepSpeedPipeline(stages=2).dims(6) == ParallelDims(pipeline=2, data=3)
+    assert DeepSpeedPipeline(stages=4).dims(2).product == 4  # does not fill the world: validate_run reports it
+    assert DeepSpeedPipeline(micro_batches=8).gradient_accumulation_steps == 8
 
 
 def test_deepspeed_is_told_what_it_is_told_of_zero() -> None:
@@ -96,4 +96,4 @@ def test_without_zero_the_engine_clips() -> None:
 def test_a_stage_holds_its_share() -> None:
     four = DeepSpeedPipeline(stages=2).state_bytes(replace(SHAPE, num_params=1_000_000), 4, Bf16Precision())
     assert four == Zero(stage=1).state_bytes(replace(SHAPE, num_params=500_000), 2, Bf16Precision())
-    assert "2 stages" in DeepSpeedPipeline(stages=2).formula(4, Bf16Precision())
+    assert "2 stages" in DeepSpeedPipeline(stages=2).state_formula(4, Bf16Precision())

@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "deepspeed"
 OPTIONS = sorted(path.stem for path in (REPOSITORY / "conf" / "parallel").glob("zero*.yaml"))
 PRECISIONS = {"zero0": "fp32", "zero2": "fp16"}
-BATCH = Batch(micro=2, accumulation=4, data_parallel=2)
+BATCH = Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=2)
 
 
 def composed(option: str) -> Run:
@@ -55,7 +55,7 @@ def test_deepspeed_takes_it(option: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     run = composed(option)
     config = run.parallel.engine_config(
-        batch=Batch(micro=2, accumulation=4, data_parallel=1),
+        batch=Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=1),
         clip_norm=0.5,
         optimizer=run.optimizer,
         precision=run.precision,

@@ -16,7 +16,7 @@ def refusals(strategy, shape, world_size):
 
 
 def test_shards_take_what_other_degrees_leave():
-    assert str(Fsdp(replicate=2, tensor=2).degrees(16)) == "data 2 × shard 4 × tensor 2 = 16"
+    assert str(Fsdp(replicate=2, tensor=2).dims(16)) == "data 2 × shard 4 × tensor 2 = 16"
     assert Fsdp(sequence_parallel=4).data_parallel(8) == 2
 
 

@@ -32,7 +32,7 @@ def test_micro_batches_a_schedule_takes(schedule, stages, wanted, choices) -> No
 
 
 def test_a_refused_batch_names_the_nearest_that_works() -> None:
-    batch = Batch(micro=2, accumulation=9, data_parallel=3)
+    batch = Batch(micro_batch=2, gradient_accumulation_steps=9, data_parallel=3)
     (refusal,) = Pipeline(stages=4, schedule="interleaved_1f1b").validate_batch(batch)
     assert "8 (job.global_batch=48) or 10 (job.global_batch=60)" in str(refusal)
     assert not list(Pipeline(stages=4, schedule="gpipe").validate_batch(batch))
@@ -56,5 +56,5 @@ def test_one_stage_is_no_pipeline() -> None:
 
 
 def test_pipelines_side_by_side_replicate_or_shard() -> None:
-    assert (Pipeline().degrees(4).data, Pipeline().degrees(4).shard) == (2, 1)
-    assert (Pipeline(data="shard").degrees(4).data, Pipeline(data="shard").degrees(4).shard) == (1, 2)
+    assert (Pipeline().dims(4).data, Pipeline().dims(4).shard) == (2, 1)
+    assert (Pipeline(data="shard").dims(4).data, Pipeline(data="shard").dims(4).shard) == (1, 2)

@@ -161,8 +161,8 @@ def test_memory_is_told_by_who_holds_it_at_the_peak() -> None:
 
 
 def test_nothing_happens_without_it(tmp_path) -> None:
-    for by in ("steps", "engine steps", "time", "cases"):
-        assert make_profiler(Profile(), by=by, folder=tmp_path, name="x") is NO_PROFILER
+    for unit in ("steps", "engine steps", "time", "cases"):
+        assert make_profiler(Profile(), unit=unit, folder=tmp_path, name="x") is NO_PROFILER
     assert Context.profiler is NO_PROFILER
 
 

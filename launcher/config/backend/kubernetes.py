@@ -52,7 +52,7 @@ class KubernetesBackend(Backend):
     """Ranks are processes of pods, one pod for each host; the first pod runs the session."""
 
     kind: ClassVar[str] = "kubernetes"
-    headline: ClassVar[tuple[str, ...]] = ("workload", "nodes", "gpus_per_node")
+    summary_fields: ClassVar[tuple[str, ...]] = ("workload", "nodes", "gpus_per_node")
 
     restarts_itself: ClassVar[bool] = True
     shares_paths: ClassVar[bool] = False

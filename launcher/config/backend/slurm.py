@@ -46,7 +46,7 @@ class SlurmBackend(Backend):
     """Ranks are processes of a Slurm job; nothing stays behind on the login node."""
 
     kind: ClassVar[str] = "slurm"
-    headline: ClassVar[tuple[str, ...]] = ("nodes", "partition", "time")
+    summary_fields: ClassVar[tuple[str, ...]] = ("nodes", "partition", "time")
     hands_over: ClassVar[bool] = True
 
     nodes: int = 1

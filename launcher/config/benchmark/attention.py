@@ -80,7 +80,7 @@ class AttentionBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "attention"
-    headline: ClassVar[tuple[str, ...]] = ("sequences", "batch", "width", "heads", "passes")
+    summary_fields: ClassVar[tuple[str, ...]] = ("sequences", "batch", "width", "heads", "passes")
 
     kernels: tuple[Kernel, ...] = KERNELS
     """What is compared; nn.MultiheadAttention as called by default (mha_weights) is what memory saved refers to."""

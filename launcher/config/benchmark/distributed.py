@@ -27,7 +27,7 @@ class CollectivesBenchmark(Benchmark):
     """Every collective at every size on all ranks of the run: NCCL between GPUs, Gloo between CPUs; results checked."""
 
     kind: ClassVar[str] = "collectives"
-    headline: ClassVar[tuple[str, ...]] = ("smallest_bytes", "largest_bytes", "factor")
+    summary_fields: ClassVar[tuple[str, ...]] = ("smallest_bytes", "largest_bytes", "factor")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "all in turn, in the run's own ranks; a time is that of the slowest rank"
 
@@ -154,7 +154,7 @@ class PipelineBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "pipeline"
-    headline: ClassVar[tuple[str, ...]] = ("stages", "micro_batches", "schedules", "passes", "work")
+    summary_fields: ClassVar[tuple[str, ...]] = ("stages", "micro_batches", "schedules", "passes", "work")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "on forks of the run's ranks"
 

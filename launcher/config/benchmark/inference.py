@@ -27,7 +27,7 @@ class BatchingBenchmark(Benchmark):
     """The run's model answers a queue that is there at once, under each way in turn. The defaults are the article's."""
 
     kind: ClassVar[str] = "batching"
-    headline: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
+    summary_fields: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
     isolation: ClassVar[str] = "each with an engine of its own"
     needs_model: ClassVar[bool] = True
     supports_quantized: ClassVar[bool] = True
@@ -106,7 +106,7 @@ class ResultCacheBenchmark(Benchmark):
     """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
 
     kind: ClassVar[str] = "cache"
-    headline: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
+    summary_fields: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
     isolation: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True
     supports_quantized: ClassVar[bool] = True
@@ -183,7 +183,7 @@ class QuantizationBenchmark(Benchmark):
     """Greedy decoding of the run's model; the first way is what the others are compared with."""
 
     kind: ClassVar[str] = "quantization"
-    headline: ClassVar[tuple[str, ...]] = ("batch", "prompt", "tokens")
+    summary_fields: ClassVar[tuple[str, ...]] = ("batch", "prompt", "tokens")
     needs_model: ClassVar[bool] = True
 
     ways: tuple[str, ...] = DEFAULT_CASES

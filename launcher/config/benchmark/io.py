@@ -23,7 +23,7 @@ class DataBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "data"
-    headline: ClassVar[tuple[str, ...]] = ("threads", "sequence_length", "micro_batch")
+    summary_fields: ClassVar[tuple[str, ...]] = ("threads", "sequence_length", "micro_batch")
     needs_model: ClassVar[bool] = True
     needs_data: ClassVar[bool] = True
 
@@ -101,7 +101,7 @@ class CheckpointBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "checkpoint"
-    headline: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
+    summary_fields: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "on forks of the run's ranks"
     needs_model: ClassVar[bool] = True

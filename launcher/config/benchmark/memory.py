@@ -27,7 +27,7 @@ class ActivationBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "activation"
-    headline: ClassVar[tuple[str, ...]] = ("layers", "width", "heads", "batch", "sequence", "every", "repeats")
+    summary_fields: ClassVar[tuple[str, ...]] = ("layers", "width", "heads", "batch", "sequence", "every", "repeats")
 
     layers: int = 12
     """Encoder layers."""
@@ -90,7 +90,7 @@ class MemoryBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "memory"
-    headline: ClassVar[tuple[str, ...]] = ("strategies", "batch", "sequence")
+    summary_fields: ClassVar[tuple[str, ...]] = ("strategies", "batch", "sequence")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "largest of all ranks, which are forks of the run's"
     needs_model: ClassVar[bool] = True

@@ -136,7 +136,7 @@ class ServingBenchmark(Benchmark):
     """Load on an OpenAI-compatible server: any that runs, or one that is started here with the run's model."""
 
     kind: ClassVar[str] = "serving"
-    headline: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
+    summary_fields: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
     isolation: ClassVar[str] = "all levels in turn, on one server"
     supports_quantized: ClassVar[bool] = True
 

@@ -47,7 +47,7 @@ class HfData(Corpus):
     """Anything ``datasets.load_dataset`` opens, one document a row."""
 
     kind: ClassVar[str] = "hf"
-    headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+    summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: PathText
     """A hub name (``wikitext``), a local folder, or a format name (``json``, ``csv``, ``parquet``) with ``files``."""

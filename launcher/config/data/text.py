@@ -34,7 +34,7 @@ class Text(Corpus):
     """Text files, or Python's own documentation, which every CPython carries."""
 
     kind: ClassVar[str] = "text"
-    headline: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
+    summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
     """Files or globs, one document a file, compressed (gzip, bz2, xz, zstd) or not; ``python-docs`` is

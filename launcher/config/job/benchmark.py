@@ -24,7 +24,7 @@ class BenchmarkJob(Job):
     kind: ClassVar[str] = "benchmark"
 
     @property
-    def profiled_by(self) -> ProfileUnit:
+    def profile_unit(self) -> ProfileUnit:
         """Its cases, each once more."""
         return "cases"
 

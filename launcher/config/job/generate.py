@@ -148,7 +148,7 @@ class Generate(GeneratingJob):
         """Return the ranks of one engine where several are one, else as many as the strategy takes; 1 beside a vLLM."""
         if self.engine == "vllm":
             return 1
-        return run.parallel.degrees(1).product if self.is_model_parallel(run) else super().max_ranks(run)
+        return run.parallel.dims(1).product if self.is_model_parallel(run) else super().max_ranks(run)
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
         """Yield files that are missing or in the way, and a run directory that holds answers to something else."""

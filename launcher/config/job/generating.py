@@ -80,7 +80,7 @@ class GeneratingJob(Job):
     """Seconds that a step of ``engine=echo`` takes."""
 
     @property
-    def profiled_by(self) -> ProfileUnit:
+    def profile_unit(self) -> ProfileUnit:
         """Steps of the engine, in the process that computes them."""
         return "engine steps"
 
@@ -106,8 +106,8 @@ class GeneratingJob(Job):
 
     def is_model_parallel(self, run: Run) -> bool:
         """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
-        degrees = run.parallel.degrees(1)
-        return degrees.tensor > 1 or degrees.pipeline > 1
+        dims = run.parallel.dims(1)
+        return dims.tensor > 1 or dims.pipeline > 1
 
     def unused_groups(self, run: Run) -> frozenset[str]:
         """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
@@ -117,7 +117,7 @@ class GeneratingJob(Job):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
         yield from super().validate_run(run, world_size=world_size)
-        most = run.parallel.degrees(1).product
+        most = run.parallel.dims(1).product
         if self.is_model_parallel(run) and self.engine != "slots":
             why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
             yield self.error("engine", why, "set job.engine=slots or parallel=single")

@@ -164,7 +164,7 @@ class Serve(GeneratingJob):
 
     def max_ranks(self, run: Run) -> int:
         """Return the ranks of one engine: replicas are no ranks."""
-        return run.parallel.degrees(1).product if self.is_model_parallel(run) else 1
+        return run.parallel.dims(1).product if self.is_model_parallel(run) else 1
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return 0: it ends when it is told to."""

@@ -46,7 +46,7 @@ class Train(LearningJob):
     """Length of that sample in tokens; 0 takes none."""
 
     @property
-    def profiled_by(self) -> ProfileUnit:
+    def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
 
@@ -85,7 +85,7 @@ class Evaluate(BatchedJob):
     """How often they are gone through; the first time also warms up, so speed is that of the fastest."""
 
     @property
-    def profiled_by(self) -> ProfileUnit:
+    def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
 
@@ -96,4 +96,4 @@ class Evaluate(BatchedJob):
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the global batches of all repeats, the last of each perhaps not full."""
-        return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_)
+        return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_batch)

@@ -50,9 +50,9 @@ class Strategy:
         beside = self.parallel.data_parallel(world_size)
         wanted, share = self.micro_batch or run.batched_job.micro_batch, max(1, sequences // beside)
         return solve_batch(
-            micro=max(size for size in range(1, min(wanted, share) + 1) if share % size == 0),
-            global_=sequences,
-            accumulation=self.parallel.accumulation,
+            micro_batch=max(size for size in range(1, min(wanted, share) + 1) if share % size == 0),
+            global_batch=sequences,
+            gradient_accumulation_steps=self.parallel.gradient_accumulation_steps,
             data_parallel=beside,
         )
 
@@ -60,20 +60,23 @@ class Strategy:
         """Return the run that this case makes of ``run`` on that many ranks with that global batch."""
         batch = self.batch(run, world_size=world_size, sequences=sequences)
         job = replace(
-            run.batched_job, micro_batch=batch.micro, global_batch=batch.global_, gradient_accumulation_steps=None
+            run.batched_job,
+            micro_batch=batch.micro_batch,
+            global_batch=batch.global_batch,
+            gradient_accumulation_steps=None,
         )
         return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
 
     def validate(self, run: Run, *, world_size: int, sequences: int) -> Iterator[str]:
         """Yield why this strategy cannot run with ``world_size`` ranks and a global batch of ``sequences``."""
-        degrees = self.parallel.degrees(world_size)
+        dims = self.parallel.dims(world_size)
         if world_size < self.ranks:
             yield f"needs {counted(self.ranks, 'rank')}"
-        if degrees.product != world_size:
-            yield f"{degrees} does not fill {counted(world_size, 'rank')}"
+        if dims.product != world_size:
+            yield f"{dims} does not fill {counted(world_size, 'rank')}"
         length = run.batched_job.sequence_length
-        if length % degrees.sequence:
-            yield f"job.sequence_length={length} does not divide over {degrees.sequence} ranks"
+        if length % dims.sequence:
+            yield f"job.sequence_length={length} does not divide over {dims.sequence} ranks"
         shape = run.model.shape()
         for error in self.parallel.validate_run(world_size, run.precision, optimizer=run.optimizer, shape=shape):
             yield error.why
@@ -91,7 +94,7 @@ class Strategy:
         """Return strategy, degrees and batch in words."""
         words = [component_text(self.parallel)]
         if not isinstance(self.parallel, Single):
-            words.append(str(self.parallel.degrees(world_size)))
+            words.append(str(self.parallel.dims(world_size)))
         if self.activation is not None:
             words.append(f"activation {component_text(self.activation)}")
         return ", ".join([*words, str(self.batch(run, world_size=world_size, sequences=sequences))])
@@ -183,7 +186,7 @@ def select_strategies(job: Verify, run: Run, *, world_size: int) -> SelectedStra
     Raises:
         ConfigError: the batch of the run does not come out even.
     """
-    sequences = job.batch(run, world_size=world_size).global_
+    sequences = job.batch(run, world_size=world_size).global_batch
     choice = SelectedStrategies(sequences=sequences)
     for name, case in _candidates(job, run).items():
         why = next(case.validate(run, world_size=world_size, sequences=sequences), None)

@@ -102,7 +102,7 @@ class Model(Component):
     """A causal language model, built from a configuration or loaded from weights."""
 
     group: ClassVar[str] = "model"
-    headline: ClassVar[tuple[str, ...]] = ("weights",)
+    summary_fields: ClassVar[tuple[str, ...]] = ("weights",)
 
     name: str
     """What the model is called in plans, results and W&B; for ``hf``, the hub name or local folder."""

@@ -89,36 +89,36 @@ class Parallel(Component):
     degree_options: ClassVar[tuple[str, ...]] = ()
     """Options that set a degree of parallelism."""
 
-    payload_options: ClassVar[tuple[str, ...]] = ()
+    checkpoint_options: ClassVar[tuple[str, ...]] = ()
     """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""
 
-    resizable: ClassVar[bool] = True
+    supports_resharding: ClassVar[bool] = True
     """Whether a checkpoint of one world size loads at another."""
 
-    def degrees(self, world_size: int) -> ParallelDims:
+    def dims(self, world_size: int) -> ParallelDims:
         """Return how the world is divided; where that does not come out even, as many ranks as can be used."""
         return ParallelDims(data=world_size)
 
     @property
-    def accumulation(self) -> int | None:
+    def gradient_accumulation_steps(self) -> int | None:
         """Forward passes per optimiser step that the strategy itself asks for, if it does."""
         return None
 
     @property
-    def usual_accumulation(self) -> int:
+    def default_gradient_accumulation_steps(self) -> int:
         """Forward passes per optimiser step where nobody says anything about them."""
         return 1
 
     def data_parallel(self, world_size: int) -> int:
         """Return how many different micro-batches the world works on at a time."""
-        return self.degrees(world_size).data_parallel
+        return self.dims(world_size).data_parallel
 
     @abstractmethod
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return one rank's share of parameters, gradients and optimiser state."""
 
     @abstractmethod
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
 
     def validate_run(

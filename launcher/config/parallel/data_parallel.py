@@ -22,7 +22,7 @@ class _ReplicatedModel(Parallel):
         """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
         return StateBytes.fp32(shape.num_params)
 
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum; nothing depends on the world size."""
         return "4N weights + 4N gradients + 8N Adam moments = 16N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
 
@@ -116,7 +116,7 @@ class Fsdp(Parallel):
             why = f"parallel.tensor={self.tensor} splits the heads already"
             yield self.error("sequence_parallel", why, "set parallel.sequence_parallel=1 or parallel.tensor=1")
 
-    def degrees(self, world_size: int) -> ParallelDims:
+    def dims(self, world_size: int) -> ParallelDims:
         """Return the degrees; ``shard`` takes the rest."""
         fixed = self.replicate * self.tensor * self.sequence_parallel
         shard = max(1, world_size // fixed)
@@ -124,16 +124,16 @@ class Fsdp(Parallel):
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
-        degrees, blocks = self.degrees(world_size), shape.layers * shape.block_params
-        over = degrees.shard * degrees.sequence
-        share = -(-blocks // (over * degrees.tensor)) + -(-(shape.num_params - blocks) // over)
+        dims, blocks = self.dims(world_size), shape.layers * shape.block_params
+        over = dims.shard * dims.sequence
+        share = -(-blocks // (over * dims.tensor)) + -(-(shape.num_params - blocks) // over)
         return StateBytes.fp32(share, offloaded=self.offload == "cpu")
 
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum in words."""
-        degrees = self.degrees(world_size)
-        over = degrees.shard * degrees.sequence * degrees.tensor
-        whole = "; embeddings and head are whole on tensor ranks" if degrees.tensor > 1 else ""
+        dims = self.dims(world_size)
+        over = dims.shard * dims.sequence * dims.tensor
+        whole = "; embeddings and head are whole on tensor ranks" if dims.tensor > 1 else ""
         return (
             f"(4N weights + 4N gradients + 8N Adam moments) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
             f"the layer at work is whole for that time{whole}"
@@ -143,9 +143,9 @@ class Fsdp(Parallel):
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
-        degrees = self.degrees(world_size)
-        if self.replicate > 1 and degrees.shard * degrees.sequence == 1:
-            why = f"{degrees} leaves each replica one rank, and nothing to shard"
+        dims = self.dims(world_size)
+        if self.replicate > 1 and dims.shard * dims.sequence == 1:
+            why = f"{dims} leaves each replica one rank, and nothing to shard"
             yield self.error("replicate", why, "set parallel=ddp, or parallel.replicate=1")
         if shape is None:
             return

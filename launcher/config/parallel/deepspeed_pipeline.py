@@ -26,10 +26,10 @@ class DeepSpeedPipeline(Parallel):
 
     kind: ClassVar[str] = "deepspeed_pipeline"
     engine: ClassVar[EngineKind] = "deepspeed"
-    headline: ClassVar[tuple[str, ...]] = ("stages", "stage")
+    summary_fields: ClassVar[tuple[str, ...]] = ("stages", "stage")
     degree_options: ClassVar[tuple[str, ...]] = ("stages",)
-    payload_options: ClassVar[tuple[str, ...]] = ("stages", "stage", "partition")
-    resizable: ClassVar[bool] = False
+    checkpoint_options: ClassVar[tuple[str, ...]] = ("stages", "stage", "partition")
+    supports_resharding: ClassVar[bool] = False
 
     stages: int = 2
     """Ranks that one pipeline is made of."""
@@ -70,16 +70,16 @@ class DeepSpeedPipeline(Parallel):
         )
 
     @property
-    def accumulation(self) -> int | None:
+    def gradient_accumulation_steps(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches
 
     @property
-    def usual_accumulation(self) -> int:
+    def default_gradient_accumulation_steps(self) -> int:
         """Return twice the stages: at most a third of the time idle."""
         return 2 * self.stages
 
-    def degrees(self, world_size: int) -> ParallelDims:
+    def dims(self, world_size: int) -> ParallelDims:
         """Return the degrees; pipelines side by side take the rest."""
         return ParallelDims(pipeline=self.stages, data=max(1, world_size // self.stages))
 
@@ -121,13 +121,13 @@ class DeepSpeedPipeline(Parallel):
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a stage's share, as if stages were equal, under ZeRO among the ranks that hold it."""
-        beside = self.degrees(world_size).data
+        beside = self.dims(world_size).data
         stage = replace(shape, num_params=-(-shape.num_params // self.stages))
         return self.zero.state_bytes(stage, beside, precision)
 
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of ``state_bytes`` in words."""
-        inner = self.zero.formula(self.degrees(world_size).data, precision)
+        inner = self.zero.state_formula(self.dims(world_size).data, precision)
         return f"N = parameters / {self.stages} stages, taken as equal: {inner}"
 
     def native_ops(self, optimizer: AdamW) -> NativeOps:

@@ -87,7 +87,7 @@ class Pipeline(Parallel):
 
     kind: ClassVar[str] = "pipeline"
     engine: ClassVar[EngineKind] = "torch"
-    headline: ClassVar[tuple[str, ...]] = ("stages", "schedule")
+    summary_fields: ClassVar[tuple[str, ...]] = ("stages", "schedule")
     degree_options: ClassVar[tuple[str, ...]] = ("stages",)
 
     stages: int = 2
@@ -123,16 +123,16 @@ class Pipeline(Parallel):
         return self.schedule in ("interleaved_zero_bubble", "zbv")
 
     @property
-    def accumulation(self) -> int | None:
+    def gradient_accumulation_steps(self) -> int | None:
         """Return the micro-batches of a step, where they are set here."""
         return self.micro_batches
 
     @property
-    def usual_accumulation(self) -> int:
+    def default_gradient_accumulation_steps(self) -> int:
         """Return twice the stages: at most a third of the time idle."""
         return 2 * self.stages
 
-    def degrees(self, world_size: int) -> ParallelDims:
+    def dims(self, world_size: int) -> ParallelDims:
         """Return the degrees; pipelines side by side take the rest."""
         beside = max(1, world_size // self.stages)
         if self.data == "shard":
@@ -162,12 +162,12 @@ class Pipeline(Parallel):
         for number, blocks in enumerate(cut):
             ends = first * (number == 0) + embedding * (number == count - 1)
             held[rank_of_chunk(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
-        return StateBytes.fp32(-(-max(held) // self.degrees(world_size).shard))
+        return StateBytes.fp32(-(-max(held) // self.dims(world_size).shard))
 
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the sum in words."""
-        degrees = self.degrees(world_size)
-        over = f"{degrees.pipeline} stages" + (f" × {degrees.shard} shards" if degrees.shard > 1 else "")
+        dims = self.dims(world_size)
+        over = f"{dims.pipeline} stages" + (f" × {dims.shard} shards" if dims.shard > 1 else "")
         return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
 
     def validate_run(
@@ -183,12 +183,13 @@ class Pipeline(Parallel):
 
     def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:
         """Refuse numbers of micro-batches that the schedule does not take."""
-        choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=batch.accumulation)
-        if batch.accumulation in choices:
+        wanted = batch.gradient_accumulation_steps
+        choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=wanted)
+        if wanted in choices:
             return
-        why = f"schedule {self.schedule} cannot send {batch.accumulation} micro-batches through {self.stages} stages"
+        why = f"schedule {self.schedule} cannot send {wanted} micro-batches through {self.stages} stages"
         numbers = " or ".join(
-            f"{number} (job.global_batch={batch.micro * number * batch.data_parallel})" for number in choices
+            f"{number} (job.global_batch={batch.micro_batch * number * batch.data_parallel})" for number in choices
         )
         fix = f"set parallel.micro_batches to {numbers}, or parallel.schedule=gpipe"
         yield self.error("micro_batches", why, fix)

@@ -29,14 +29,14 @@ class Zero(Parallel):
 
     kind: ClassVar[str] = "zero"
     engine: ClassVar[EngineKind] = "deepspeed"
-    headline: ClassVar[tuple[str, ...]] = ("stage",)
-    payload_options: ClassVar[tuple[str, ...]] = (
+    summary_fields: ClassVar[tuple[str, ...]] = ("stage",)
+    checkpoint_options: ClassVar[tuple[str, ...]] = (
         "stage",
         "offload_optimizer",
         "offload_parameters",
         "low_memory_bf16",
     )
-    resizable: ClassVar[bool] = False
+    supports_resharding: ClassVar[bool] = False
 
     stage: Literal[0, 1, 2, 3] = 3
     """What is partitioned: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""
@@ -170,7 +170,7 @@ class Zero(Parallel):
             parameters_in_ram=self.max_parameters_in_ram,
         )
 
-    def formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision) -> str:
         """Return the arithmetic of ``state_bytes`` in words."""
         return zero_memory_formula(
             world_size,
@@ -233,9 +233,9 @@ def render_deepspeed_config(
         native_adam: DeepSpeed's compiled Adam instead of torch's.
     """
     ours = {
-        "train_batch_size": batch.global_,
-        "train_micro_batch_size_per_gpu": batch.micro,
-        "gradient_accumulation_steps": batch.accumulation,
+        "train_batch_size": batch.global_batch,
+        "train_micro_batch_size_per_gpu": batch.micro_batch,
+        "gradient_accumulation_steps": batch.gradient_accumulation_steps,
         "gradient_clipping": clip_norm,
         "prescale_gradients": False,
         "gradient_predivide_factor": 1.0,

@@ -61,7 +61,7 @@ class DeepSpeedPipelineEngine(Engine):
             dist_init_required=False,
         )
         # PipelineEngine averages over micro-batches and over pipelines side by side
-        self._gain = context.batch.accumulation * context.degrees.data_parallel
+        self._gain = context.batch.gradient_accumulation_steps * context.dims.data_parallel
         self._last = self.module.mpu().stage_to_global(parallel.stages - 1)
         self._shape: torch.Size | None = None
         self._clipping: PipelineClipping | None = None
@@ -88,7 +88,7 @@ class DeepSpeedPipelineEngine(Engine):
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
         """Hand DeepSpeed all micro-batches at once: forward, backward and update are one call."""
-        count = TokenCount(micro_batches, device=self.device, copies=self._context.degrees.copies)
+        count = TokenCount(micro_batches, device=self.device, copies=self._context.dims.copies)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._expect(micro_batches[0].input_ids)

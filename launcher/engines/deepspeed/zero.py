@@ -60,7 +60,7 @@ class DeepSpeedEngine(Engine):
         allow_fp16(self.device)
         self._swap = self._swap_folder()
         config = self._config()
-        self._gain = context.world_size * context.batch.accumulation
+        self._gain = context.world_size * context.batch.gradient_accumulation_steps
         dtype = DTYPES[context.run.precision.compute]
         self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
         model = self._build()

@@ -42,21 +42,21 @@ class PipelineEngine(Engine):
     """This rank's stretches of the model, fed by a schedule; fp32 master weights, autocast in the run's precision."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
-        run, parallel, degrees = context.run, context.run.parallel, context.degrees
+        run, parallel, dims = context.run, context.run.parallel, context.dims
         assert isinstance(parallel, Pipeline), "the strategy chose this engine"
-        self._clock, self._rank, self._copies = clock, context.rank, degrees.copies
-        self._shards = degrees.shard
+        self._clock, self._rank, self._copies = clock, context.rank, dims.copies
+        self._shards = dims.shard
         self.device = choose_device(context.local_rank)
         connect(context, self.device)
-        mesh = mesh_of(degrees, device=self.device)
+        mesh = mesh_of(dims, device=self.device)
         replicas, shards = submesh(mesh, "data"), submesh(mesh, "shard")
         self._group = mesh["pipeline"].get_group()
         self._replicas = replicas.get_group() if replicas is not None else None
-        count = degrees.pipeline * parallel.num_chunks
-        self._owners = [rank_of_chunk(parallel.schedule, number, ranks=degrees.pipeline) for number in range(count)]
+        count = dims.pipeline * parallel.num_chunks
+        self._owners = [rank_of_chunk(parallel.schedule, number, ranks=dims.pipeline) for number in range(count)]
         self._cut = choose_partition(context, count=count, by_time=parallel.balance == "time", device=self.device)
         here = dist.get_rank(self._group)
-        numbers = chunks_of_rank(parallel.schedule, rank=here, ranks=degrees.pipeline, chunks=parallel.num_chunks)
+        numbers = chunks_of_rank(parallel.schedule, rank=here, ranks=dims.pipeline, chunks=parallel.num_chunks)
         self._own = {number: build_chunk(context, self._cut, number, device=self.device) for number in numbers}
         if shards is not None:
             for stretch in self._own.values():

@@ -54,7 +54,7 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
     """
     run = context.run
     model, _ = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context))
-    blocks = partition_by_parameters(model, count, stages=context.degrees.pipeline)
+    blocks = partition_by_parameters(model, count, stages=context.dims.pipeline)
     if by_time:
         costs = _costs_from_rank_0(context, num_blocks=blocks[-1].stop, device=device)
         blocks = partition_layers(costs.blocks, count, first=costs.first, last=costs.last)

@@ -70,7 +70,7 @@ def load_model_part(
         ConfigErrors: the engine ``slots`` computes nothing the way that the run says.
         EnvironmentProblem: weights cannot be fetched.
     """
-    stages = run.parallel.degrees(world_size).pipeline
+    stages = run.parallel.dims(world_size).pipeline
     if stages == 1:
         return load_model(run, world_size=world_size, device=device, heartbeat=heartbeat), WHOLE_MODEL
     _validate(run, world_size=world_size, device=device)

@@ -45,7 +45,7 @@ def main(run_dir: RunDir, link: EngineConnection) -> int:
         generator.warm_up(job.warm_up)
         name = f"engine{sys.argv[2]}"
         try:
-            with make_profiler(run.profile, by=job.profiled_by, folder=run_dir.profile, name=name) as profiler:
+            with make_profiler(run.profile, unit=job.profile_unit, folder=run_dir.profile, name=name) as profiler:
                 generator.profiler = profiler
                 run_engine_loop(generator, link, heartbeat=lambda phase: None)
         finally:

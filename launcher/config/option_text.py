@@ -22,7 +22,7 @@ _PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
 
 
 def component_text(component: Component) -> str:
-    """Return a component's kind, its summary fields, and what differs from its defaults (``cosine warmup_steps=10``)."""
+    """Return a component's kind, its summary fields, and values that are not defaults (``cosine warmup_steps=10``)."""
     usual = defaults(type(component))
     words = [component.kind]
     for field in dataclasses.fields(component):

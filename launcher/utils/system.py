@@ -12,8 +12,6 @@ import socket
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
-
 import launcher
 from launcher.utils.text import bytes_text
 
@@ -45,6 +43,8 @@ def is_loopback(host: str) -> bool:
 @contextlib.contextmanager
 def raise_open_file_limit(num_files: int) -> Iterator[None]:
     """Let this process open that many files beside those it has open, where the system allows it."""
+    import psutil  # here: the command line must start quickly, and most commands need none of it
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = num_files + psutil.Process().num_fds()
     if soft == resource.RLIM_INFINITY or soft >= wanted:

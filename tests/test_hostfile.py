@@ -44,9 +44,9 @@ def test_the_example_is_read_as_it_says() -> None:
         (None, "10.0.0.17", None, 2),
         ("ada", "fd00::12", 22, 2),
     ]
-    assert entries[-1].login == "ada@[fd00::12]:22"
+    assert entries[-1].ssh_destination == "ada@[fd00::12]:22"
     lines = (REPOSITORY / "hostfile.example").read_text().splitlines()
-    assert all(lines[entry.line - 1].startswith(entry.login) for entry in entries)
+    assert all(lines[entry.line - 1].startswith(entry.ssh_destination) for entry in entries)
 
 
 def test_comments_blank_lines_and_windows_line_ends(tmp_path: Path) -> None:

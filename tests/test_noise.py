@@ -98,7 +98,7 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
 def test_steps_are_set_against_what_counts_them(
     tmp_path: Path, job: str, planned: int, step: int | None, shown: str
 ) -> None:
-    (tmp_path / "plan.json").write_text(json.dumps({"job": job, "work": {"steps": planned}}))
+    (tmp_path / "plan.json").write_text(json.dumps({"job": job, "work": {"num_steps": planned}}))
     if step is not None:
         (tmp_path / "metrics.jsonl").write_text(json.dumps({"train/step": step}) + "\n")
     assert read_run_state(RunDir(tmp_path)).steps_text == shown

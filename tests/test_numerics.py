@@ -9,7 +9,7 @@ from launcher.errors import ConfigErrors
 from .conftest import BOX
 
 GPUS = replace(BOX, name="big", devices=("NVIDIA H100",) * 2, device_ids=("0", "1"))
-UNKNOWN = replace(BOX, name="far", is_known=False)
+UNKNOWN = replace(BOX, name="far", is_probed=False)
 LLAMA = ("model=smollm2_135m", "model.weights=random", "data.vocab_size=4096")
 
 
@@ -69,7 +69,7 @@ def test_the_plan_says_that_offload_moves_nothing_without_a_gpu(plan_of):
 
 
 def test_the_plan_names_all_of_it(plan_of):
-    what = plan_of("activation=every_k", "attention=flash", "compile=true").what
+    what = plan_of("activation=every_k", "attention=flash", "compile=true").summary
     assert (what.activation, what.attention, what.compile) == ("every_k k=2", "flash", "true")
 
 

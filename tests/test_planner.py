@@ -154,11 +154,11 @@ def test_no_warning_without_a_reason(plan_of, words):
 
 def test_missing_ops_are_built_before_ranks_with_their_folder_and_device(plan_of):
     (host,) = plan_of("parallel=zero2", missing_ops=["cpu_adam", "async_io?"]).hosts
-    (command,) = host.prepare
+    (command,) = host.build_commands
     assert command.argv == ("python", "-m", "launcher.ops", "cpu_adam", "async_io?")
     assert command.env == {"DS_ACCELERATOR": "cpu", "TORCH_EXTENSIONS_DIR": "/ops"}
-    assert host.start.env["TORCH_EXTENSIONS_DIR"] == "/ops"
-    assert plan_of("parallel=zero2").hosts[0].prepare == ()
+    assert host.agent_command.env["TORCH_EXTENSIONS_DIR"] == "/ops"
+    assert plan_of("parallel=zero2").hosts[0].build_commands == ()
 
 
 def test_the_tracker_runs_once_beside_the_first_host(plan_of):

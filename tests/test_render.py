@@ -89,9 +89,11 @@ def test_a_host_that_differs_is_shown_by_itself(plan_of, difference):
 
 def test_a_command_that_differs_in_more_than_name_and_number_is_shown_by_itself(plan_of):
     one, two, three = plan_of("tracker=local", hosts=cluster(3)).hosts
-    changed = replace(two, start=replace(two.start, env={**two.start.env, "OMP_NUM_THREADS": "3"}))
+    changed = replace(
+        two, agent_command=replace(two.agent_command, env={**two.agent_command.env, "OMP_NUM_THREADS": "3"})
+    )
     assert [group.size for group in group_hosts([one, changed, three])] == [1, 1, 1]
-    longer = replace(two, start=replace(two.start, argv=(*two.start.argv, "x")))
+    longer = replace(two, agent_command=replace(two.agent_command, argv=(*two.agent_command.argv, "x")))
     assert [group.size for group in group_hosts([one, longer, three])] == [1, 1, 1]
 
 

@@ -352,9 +352,9 @@ def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_proce
 def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own() -> None:
     run = composed("backend=ssh").run
     run = replace(run, model=replace(run.model, weights="/here/model"))
-    remote = Host(name="node1", slots=1, cores=1, memory_bytes=1, login="node1")
+    remote = Host(name="node1", slots=1, cores=1, memory_bytes=1, ssh_destination="node1")
     assert list(path_warnings(run, [remote])) == [
         "model.weights=/here/model is a folder of this machine: every host needs it at the same path"
     ]
     assert not list(path_warnings(replace(run, model=composed("backend=ssh").run.model), [remote]))
-    assert not list(path_warnings(replace(run, backend=composed().run.backend), [replace(remote, login="")]))
+    assert not list(path_warnings(replace(run, backend=composed().run.backend), [replace(remote, ssh_destination="")]))

@@ -48,8 +48,8 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
             render_hostfile(plan).rstrip(),
         ]
         lines.append("# board/start.json in the run directory: folder and environment for the ranks, without secrets")
-        if plan.forward:
-            lines.append(f"# forwarded: {' '.join(name for name in plan.forward if not _is_secret(name))}")
+        if plan.forwarded_env:
+            lines.append(f"# forwarded: {' '.join(name for name in plan.forwarded_env if not _is_secret(name))}")
         if warning := _unsent_secrets(plan):
             lines.append(f"# {warning}")
         return "\n".join(lines) + "\n"
@@ -67,7 +67,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         here = HostPlan(
             host=Host(name=socket.gethostname().partition(".")[0], slots=plan.world_size, python=sys.executable),
             first_rank=0,
-            start=self._command(plan),
+            agent_command=self._command(plan),
             sidecars=plan.hosts[0].sidecars,
         )
 
@@ -76,7 +76,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
             return PipeConnection(host.host.name, RemoteCommand(argv=argv), log=run_dir.log_of(host.host.name, "agent"))
 
         try:
-            return run_session(replace(plan, hosts=(here,), forward=()), connect)
+            return run_session(replace(plan, hosts=(here,), forwarded_env=()), connect)
         finally:
             mark_run_over(run_dir)
 
@@ -124,7 +124,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
 
 def render_hostfile(plan: Plan) -> str:
     """Return the hostfile that deepspeed gets: the hosts of the plan and no others."""
-    return "".join(f"{host.host.login} slots={host.host.slots}\n" for host in plan.hosts)
+    return "".join(f"{host.host.ssh_destination} slots={host.host.slots}\n" for host in plan.hosts)
 
 
 def _hostfile_path(plan: Plan) -> str:
@@ -133,7 +133,7 @@ def _hostfile_path(plan: Plan) -> str:
 
 def _unsent_secrets(plan: Plan) -> str:
     """Return a warning about secrets that ranks do not get; the W&B key is used here, where the tracker runs."""
-    secrets = [name for name in plan.forward if _is_secret(name) and not name.startswith("WANDB_")]
+    secrets = [name for name in plan.forwarded_env if _is_secret(name) and not name.startswith("WANDB_")]
     if not secrets:
         return ""
     fix = "deepspeed can only send them in command lines. Log in on the hosts (hf auth login), or set backend=ssh"

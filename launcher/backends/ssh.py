@@ -35,8 +35,8 @@ class SshExecutor(AgentExecutor[SshBackend]):
         lines.append("# over its stdin: the bootstrap, the plan of the host, run.yaml and the variables forwarded")
         if self._bundle is not None:
             lines.append(f"# and the working tree: {len(self._bundle.payload):,} bytes, SHA-256 {self._bundle.sha256}")
-        if plan.forward:
-            lines.append(f"# forwarded: {' '.join(plan.forward)}")
+        if plan.forwarded_env:
+            lines.append(f"# forwarded: {' '.join(plan.forwarded_env)}")
         return "\n".join(lines) + "\n"
 
     @cached_property

@@ -49,7 +49,7 @@ def run(arguments: Sequence[str]) -> int:
         print(HELP)
         return 0
     state = read_run_state(find_run(line.one_word("cancel"), line.root))
-    where = state.whereabouts
+    where = state.session
     if state.is_over:
         left = _far_agents(where) if where and not state.result else []
         _say(f"{state.run_id} is over already: {state.status}")
@@ -92,7 +92,7 @@ def _here(where: SessionRecord) -> list[Process]:
 
 def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
     """Signal ``processes`` and wait until they, and the agents of this machine, are gone."""
-    where = state.whereabouts
+    where = state.session
     assert where is not None, "they were found in it"
     signalled = ", ".join(str(process.pid) for process in processes)
     _say(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end")
@@ -163,4 +163,6 @@ def _far_agents(where: SessionRecord) -> list[AgentLocation]:
 
 def _type_there(agent: AgentLocation, state: RunState) -> str:
     command = shlex.join(["launch", "cancel", str(state.run_dir.path)])
-    return shlex.join(["ssh", f"ssh://{agent.login}" if agent.login else agent.place.machine, command])
+    return shlex.join(
+        ["ssh", f"ssh://{agent.ssh_destination}" if agent.ssh_destination else agent.place.machine, command]
+    )

@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
     head, now = ("id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"), time.time()
     print("\n".join(format_table([head, *(_row(state, line.root, now) for state in states)])))
     for state in states:
-        for why in state.damage:
+        for why in state.unreadable_files:
             print(one_line(f"{state.run_dir.path}: {why}, and is left out"), file=sys.stderr)
     return 0
 

@@ -68,5 +68,5 @@ def start_saved_run(run: Run, line: CommandLine, *, folder: Path) -> int:
 
 def _missing_secrets(folder: Path) -> list[str]:
     """Return the secret variables that the run was sent and that this process does not have: no file holds them."""
-    forward = read_run_state(RunDir(folder)).plan.get("forward", [])
-    return [name for name in forward if is_secret_name(name) and name not in os.environ]
+    names = read_run_state(RunDir(folder)).plan.get("forwarded_env", [])
+    return [name for name in names if is_secret_name(name) and name not in os.environ]

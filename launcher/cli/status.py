@@ -50,9 +50,9 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
     yield "run", f"{state.name} {state.run_id}"
     yield "status", state.status
     yield "directory", str(state.run_dir.path)
-    yield from (("damaged", why) for why in state.damage)
+    yield from (("damaged", why) for why in state.unreadable_files)
     yield "started", f"{_clock(state.started_at)}, {duration_text(time.time() - state.started_at)} ago"
-    where = state.whereabouts
+    where = state.session
     if where is None:
         yield "run by", "nobody wrote it down"
         return
@@ -64,7 +64,7 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
         yield "agents", ", ".join(f"{count} {life}" for life, count in counts.items())
         return
     for agent in where.agents:
-        login = f" ({agent.login})" if agent.login else ""
+        login = f" ({agent.ssh_destination})" if agent.ssh_destination else ""
         yield "agent", f"{agent.host}{login}: {_process(agent.place)}"
 
 
@@ -110,7 +110,7 @@ def _next(state: RunState) -> Iterator[tuple[str, str]]:
     yield "next", f"launch logs {folder}" + ("" if state.is_over else " -f")
     if not state.is_over:
         yield "", f"launch cancel {folder}"
-    job = state.whereabouts.job if state.whereabouts else {}
+    job = state.session.job if state.session else {}
     if state.status == ELSEWHERE and "id" in job:
         yield "", shlex.join(["squeue", f"--jobs={job['id']}"])
     elif state.status == ELSEWHERE and "name" in job:
@@ -144,7 +144,7 @@ def _last_line(path: Path, run_dir: RunDir) -> tuple[str, float]:
 
 
 def _tree(state: RunState) -> dict[str, Any]:
-    where: SessionRecord | None = state.whereabouts
+    where: SessionRecord | None = state.session
     return {
         "run_id": state.run_id,
         "name": state.name,
@@ -156,10 +156,10 @@ def _tree(state: RunState) -> dict[str, Any]:
         "num_steps": state.num_steps,
         "slots": state.slots,
         "metrics": state.metrics,
-        "whereabouts": asdict(where) if where else None,
+        "session": asdict(where) if where else None,
         "ranks": _last_words(state),
         "failure": state.failure,
-        "damage": state.damage,
+        "unreadable_files": state.unreadable_files,
     }
 
 

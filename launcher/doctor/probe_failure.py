@@ -123,7 +123,7 @@ def explain_probe_failure(
         said_hello: whether the probe was running there.
         waited_s: how long it had.
     """
-    login = host.login or host.name
+    login = host.ssh_destination or host.name
     words = {"login": login, "bare": host.name, "python": host.python}
     by_code = _BY_EXIT_CODE.get(exit_code or 0)
     if by_code is not None:

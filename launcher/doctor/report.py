@@ -116,8 +116,8 @@ def known_host(host: Host, facts: HostFacts) -> Host:
     """Return ``host`` with what it told about itself; this machine keeps its loopback address."""
     return replace(
         host,
-        address=facts.address if host.login else host.address,
-        is_known=True,
+        address=facts.address if host.ssh_destination else host.address,
+        is_probed=True,
         devices=facts.devices,
         device_ids=facts.device_ids,
         device_bytes=facts.device_bytes,

@@ -14,7 +14,7 @@ from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun
 from launcher.execution.restart import submit_with_restarts
 from launcher.execution.validate import validate_memlock, validate_nvme_space, validate_run_dir
-from launcher.planning.render import places
+from launcher.planning.render import placement_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RUN_INDEX, RunDir
@@ -27,12 +27,12 @@ from launcher.utils.text import printable, short_path
 
 def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
     """Ask the hosts, write the run directory, start the ranks, stay until they end, and return the exit code."""
-    if prepared.run.backend.asks_hosts:
+    if prepared.run.backend.probes_hosts:
         from launcher.execution.probe import probe_and_replan
 
         prepared = probe_and_replan(prepared, executor)
     directory, backend, staged = prepared.directory, prepared.run.backend, StagedFiles()
-    with _locked(directory, staged, hands_over=backend.hands_over) as lock:
+    with _locked(directory, staged, is_detached=backend.is_detached) as lock:
         staged.remember(directory.snapshot, directory.plan)
         is_indexed = False
         session = _stamp(directory.session)
@@ -56,7 +56,7 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
                 lock.remove()
                 staged.undo()
             raise
-        if code == 0 and not backend.hands_over and directory.result.exists():
+        if code == 0 and not backend.is_detached and directory.result.exists():
             last = closing_text(read_json(directory.result), directory, elapsed_s=time.monotonic() - started)
             print(printable(last), flush=True)
         return code
@@ -78,7 +78,7 @@ def _index(prepared: PreparedRun, staged: StagedFiles) -> bool:
         return False
 
 
-def _locked(directory: RunDir, staged: StagedFiles, *, hands_over: bool) -> RunLock:
+def _locked(directory: RunDir, staged: StagedFiles, *, is_detached: bool) -> RunLock:
     """Make the run directory and return the lock that this process holds on it.
 
     A run that is handed over is locked by the process that carries it out; the submission has a lock of its own.
@@ -90,7 +90,7 @@ def _locked(directory: RunDir, staged: StagedFiles, *, hands_over: bool) -> RunL
     try:
         staged.make_folder(directory.logs)
         lock.acquire()
-        if not hands_over:
+        if not is_detached:
             return lock
         submission = RunLock(directory.path, name=".submission").acquire()
     except (ConfigError, OSError) as error:
@@ -126,7 +126,7 @@ def opening_lines(plan: Plan) -> Iterator[str]:
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
     yield f"{plan.name}: {params}{ranks}, {_amount(plan)}"
     if len(plan.hosts) > 1:
-        yield from places(group_hosts(plan.hosts))
+        yield from placement_lines(group_hosts(plan.hosts))
     yield f"run directory: {plan.run_dir}"
     yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
     yield from (f"warning: {warning}" for warning in plan.warnings)
@@ -136,10 +136,10 @@ def _amount(plan: Plan) -> str:
     """Return how much there is to do; for work without an end, what is done."""
     work = plan.work
     if work.batch is not None:
-        return f"{work.batch} sequences a step, {work.steps} steps"
-    if work.steps == 0:
-        return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.outline.items() if name == "address")])
-    return f"{work.steps} {'requests' if plan.what.model else 'measurements'}"
+        return f"{work.batch} sequences a step, {work.num_steps} steps"
+    if work.num_steps == 0:
+        return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.details.items() if name == "address")])
+    return f"{work.num_steps} {'requests' if plan.summary.model else 'measurements'}"
 
 
 def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:

@@ -100,7 +100,7 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
             print(line, flush=True)
     time.sleep(_PAUSE_S)
     hosts, port = _answering(prepared, executor)
-    if len(hosts) < backend.fewest_hosts(len(prepared.hosts)):
+    if len(hosts) < backend.min_hosts_for_restart(len(prepared.hosts)):
         gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
         told = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
         print(told + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
@@ -130,7 +130,7 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
 def _answering(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:
     """Return the hosts that a restart may use, and a port for it."""
     backend = prepared.run.backend
-    if not backend.asks_hosts:
+    if not backend.probes_hosts:
         return prepared.hosts, free_port() if backend.port == "auto" else backend.port
     from launcher.execution.probe import probe_for_restart
 

@@ -124,7 +124,7 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
 
 def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
     """Yield folders of this machine that hosts reached by ssh look for on disks of their own."""
-    if run.backend.kind != "ssh" or not any(host.login for host in hosts):
+    if run.backend.kind != "ssh" or not any(host.ssh_destination for host in hosts):
         return
     if (folder := run.model.local_weights) is not None:
         yield f"model.weights={folder} is a folder of this machine: every host needs it at the same path"
@@ -139,7 +139,7 @@ def _warn(line: str) -> None:
 
 def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Look for the tokenizers and weights that ranks will load, and for the hub where they are to be fetched from."""
-    fetches_here = not any(host.login or not host.is_known for host in hosts)
+    fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
     shape = run.model.shape()
     num_rows = None if shape is None else shape.vocab_size
     for option, choice in _tokenizers_of(run):
@@ -183,7 +183,7 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
 
 def _validate_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Look for packages and compilers where ranks run on this machine; elsewhere the ranks look themselves."""
-    if any(host.login or not host.is_known for host in hosts):
+    if any(host.ssh_destination or not host.is_probed for host in hosts):
         return
     if all(host.devices for host in hosts):
         yield from run.precision.validate_machine()
@@ -205,7 +205,7 @@ def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError
         return
     folder = Path(run.parallel.nvme_path).expanduser()
     state = estimate_memory(run, hosts)
-    local = [host for host in hosts if host.is_known and not host.login]
+    local = [host for host in hosts if host.is_probed and not host.ssh_destination]
     if state is None or not local:
         return
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
@@ -227,7 +227,7 @@ def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         return
     limit = lockable_bytes()
     needed = zero.nvme_buffer_count * zero.nvme_buffer_size * run.precision.compute_bytes
-    if limit is None or needed <= limit or all(host.login for host in hosts):
+    if limit is None or needed <= limit or all(host.ssh_destination for host in hosts):
         return
     buffers = f"parallel.nvme_buffer_count={zero.nvme_buffer_count} buffers of nvme_buffer_size={zero.nvme_buffer_size}"
     why = f"its {buffers} are page-locked: {bytes_text(needed)} a rank, and this user may lock {bytes_text(limit)}"

@@ -45,7 +45,7 @@ def main() -> None:
     except LauncherError as problem:
         print(problem, file=sys.stderr)
         sys.exit(exit_code_of_rank(problem))
-    run_rank(partial(_prepare_and_run, prepare=host.prepare), env, board=link)
+    run_rank(partial(_prepare_and_run, prepare=host.build_commands), env, board=link)
 
 
 def _arrive(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostPlan, FileChannel]:
@@ -75,11 +75,11 @@ def _arrive(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostP
             f"the launcher spreads ranks otherwise than planned: {said}; sort the hostfile as it does"
         )
     os.environ.update(start["env"])
-    if host.host.slot_ids and "CUDA_VISIBLE_DEVICES" not in host.start.env:
+    if host.host.slot_ids and "CUDA_VISIBLE_DEVICES" not in host.agent_command.env:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, host.host.slot_ids))
-    os.environ.update(host.start.env)
+    os.environ.update(host.agent_command.env)
     os.environ.update(_identity(plan, rank))
-    if host.prepare or "DS_ACCELERATOR" in host.start.env:
+    if host.build_commands or "DS_ACCELERATOR" in host.agent_command.env:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
     _enter(start["cwd"])
     link = FileChannel(board, rank=rank, token=start["token"], timeout_s=plan.heartbeat_timeout_s)

@@ -133,12 +133,12 @@ def rank_environment(
         "CROSS_RANK": str(place.number),
         "CROSS_SIZE": str(place.num_hosts),
     }
-    if host.is_known or run.backend.threads != "auto":
+    if host.is_probed or run.backend.threads != "auto":
         added["OMP_NUM_THREADS"] = str(omp_num_threads(run, host))
     if "deepspeed" in (run.parallel.engine, run.backend.agent):
-        if not host.login:  # other machines have processors of their own: their agents know the folder
+        if not host.ssh_destination:  # other machines have processors of their own: their agents know the folder
             added["TORCH_EXTENSIONS_DIR"] = ops_folder
-        if host.is_known:
+        if host.is_probed:
             added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
     if host.slots < len(host.devices) or (host.devices and host.slot_ids):
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cuda_visible_devices(host)))

@@ -68,8 +68,8 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         backend=run.backend.kind,
         world_size=world_size,
         topology=run.parallel.dims(world_size).named(),
-        what=_what(run, batch),
-        outline={
+        summary=_summary(run, batch),
+        details={
             **dict(run.job.describe(run, world_size=world_size)),
             **dict(run.profile.describe(run.job.profile_unit)),
         },
@@ -86,7 +86,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         grace_s=max(run.backend.grace_s, run.job.shutdown_grace_s),
         preempt_grace_s=max(run.backend.preempt_grace_s, run.job.shutdown_grace_s),
         heartbeat_timeout_s=run.backend.heartbeat_timeout_s,
-        forward=run.backend.forwards(facts.environ),
+        forwarded_env=run.backend.forwards(facts.environ),
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
         warnings=tuple(warnings_of_run(run, hosts, memory)),
     )
@@ -104,7 +104,7 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
 def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:
     steps = run.job.num_steps(run, world_size=world_size)
     tokens = 0 if batch is None else batch.global_batch * run.batched_job.sequence_length
-    return Work(batch=batch, steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
+    return Work(batch=batch, num_steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
 
 
 def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:
@@ -119,7 +119,7 @@ def _tracker(run: Run, identity: RunIdentity, facts: LocalFacts) -> TrackerPlan:
     return run.tracker.plan(identity.run_id, environ=facts.environ, home=facts.home, run_name=run.run.name)
 
 
-def _what(run: Run, batch: Batch | None) -> PlanSummary:
+def _summary(run: Run, batch: Batch | None) -> PlanSummary:
     if isinstance(run.job, GeneratingJob):  # a model, but nothing that is learnt from or resumed
         return PlanSummary(
             model=component_text(run.model),
@@ -156,13 +156,13 @@ def _host_plans(
         yield HostPlan(
             host=host,
             first_rank=first,
-            prepare=tuple(_prepare(host, facts, env)),
-            start=Command(argv=argv, env=env),
+            build_commands=tuple(_build_commands(host, facts, env)),
+            agent_command=Command(argv=argv, env=env),
             sidecars=tuple(_sidecars(host, identity, tracker)) if number == 0 else (),
         )
 
 
-def _prepare(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> Iterator[Command]:
+def _build_commands(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> Iterator[Command]:
     """Yield the command that builds DeepSpeed's missing native ops, for the device and folder the ranks will use."""
     if facts.missing_ops:
         needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR") if name in env}

@@ -25,13 +25,13 @@ def render_plan(plan: Plan, *, submission: str = "") -> str:
     sections = {
         f"Plan {plan.name} · {plan.run_id}": _head(plan),
         "Batch": _batch(plan),
-        f"Parts of {plan.job}": format_table(list(plan.outline.items())),
-        "Model state per rank": _memory(plan.memory, plan.hosts) if plan.what.model else (),
+        f"Parts of {plan.job}": format_table(list(plan.details.items())),
+        "Model state per rank": _memory(plan.memory, plan.hosts) if plan.summary.model else (),
         "Ranks": _ranks(plan, groups),
         "Commands": _commands(groups),
         f"Submission by {plan.backend}": submission.splitlines(),
         f"Files in {plan.run_dir_on_hosts or plan.run_dir}": plan.files,
-        f"Configuration of {plan.what.engine}": _engine_config(plan),
+        f"Configuration of {plan.summary.engine}": _engine_config(plan),
         "Tracker": _tracker(plan),
         "Warnings": plan.warnings,
     }
@@ -49,8 +49,8 @@ def _row(label: str, value: str) -> str:
 
 def _head(plan: Plan) -> Iterator[str]:
     yield _row("job", plan.job)
-    for field in dataclasses.fields(plan.what):
-        if text := getattr(plan.what, field.name):
+    for field in dataclasses.fields(plan.summary):
+        if text := getattr(plan.summary, field.name):
             yield _row(field.name, text)
         if field.name == "model" and plan.memory is not None:
             yield _row("", f"{plan.memory.num_params:,} parameters")
@@ -61,7 +61,7 @@ def _batch(plan: Plan) -> Iterator[str]:
     if work.batch is None:
         return
     yield _row("sequences", f"{work.batch} a step")
-    yield _row("tokens", f"{work.tokens_per_step:,} a step × {counted(work.steps, 'step')} = {work.total_tokens:,}")
+    yield _row("tokens", f"{work.tokens_per_step:,} a step × {counted(work.num_steps, 'step')} = {work.total_tokens:,}")
 
 
 def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterato
     yield _row("besides", "activations, communication buffers and the framework")
 
 
-def places(groups: Sequence[HostGroup]) -> Iterator[str]:
+def placement_lines(groups: Sequence[HostGroup]) -> Iterator[str]:
     """Yield which ranks run where, hosts alike in one line."""
     for group in groups:
         last = group.last
@@ -97,13 +97,13 @@ def _ranks(plan: Plan, groups: Sequence[HostGroup]) -> Iterator[str]:
     degrees = " × ".join(f"{kind} {degree}" for kind, degree in plan.topology.items())
     yield _row("topology", f"{degrees} = {counted(plan.world_size, 'rank')} on {counted(len(plan.hosts), 'host')}")
     yield _row("rendezvous", f"{plan.hosts[0].host.address}:{plan.port}")
-    yield from (_row("place", line) for line in places(groups))
+    yield from (_row("place", line) for line in placement_lines(groups))
 
 
 def _room(host: Host, *, each: bool) -> str:
     """Return what a host offers, and which of it is used."""
     slots = f"slots {','.join(map(str, host.slot_ids))}" if host.slot_ids else counted(host.slots, "slot")
-    if not host.is_known:
+    if not host.is_probed:
         return f"{slots}{' each' if each else ''}; cores, memory and devices are asked for at the start"
     some = f"{','.join(map(str, host.slot_ids))}" if host.slot_ids else f"{host.slots}"
     devices = f"{some} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
@@ -111,7 +111,7 @@ def _room(host: Host, *, each: bool) -> str:
 
 
 def _device_word(host: Host) -> str:
-    return "GPU" if host.devices else "device (RAM)" if host.is_known else "device"
+    return "GPU" if host.devices else "device (RAM)" if host.is_probed else "device"
 
 
 def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
@@ -121,8 +121,8 @@ def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
         if group.size > 1:
             yield f"  # as on {first.host.name}; {', '.join(group.varying)} follow each host's number and name"
         steps = [
-            *(("build native ops first", command) for command in first.prepare),
-            ("start the ranks", first.start),
+            *(("build native ops first", command) for command in first.build_commands),
+            ("start the ranks", first.agent_command),
             *(("beside them", command) for command in first.sidecars),
         ]
         for title, command in steps:

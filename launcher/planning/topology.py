@@ -13,7 +13,7 @@ def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlacement]:
     """Yield where each rank runs, in the order of ranks."""
     for host, first in zip(hosts, first_ranks(hosts), strict=True):
         for local_rank in range(host.slots):
-            device = f"cuda:{local_rank}" if host.devices else "cpu" if host.is_known else "?"
+            device = f"cuda:{local_rank}" if host.devices else "cpu" if host.is_probed else "?"
             yield RankPlacement(rank=first + local_rank, host=host.name, local_rank=local_rank, device=device)
 
 
@@ -67,12 +67,12 @@ def _varying(group: HostGroup, other: HostPlan, number: int) -> tuple[str, ...] 
 
 
 def _shape(host: Host) -> Host:
-    return dataclasses.replace(host, name="", address="", login="")
+    return dataclasses.replace(host, name="", address="", ssh_destination="")
 
 
 def _words(plan: HostPlan) -> Iterator[tuple[str, str]]:
     """Yield (flag or variable, value) of everything in the host's commands."""
-    for command in (*plan.prepare, plan.start, *plan.sidecars):
+    for command in (*plan.build_commands, plan.agent_command, *plan.sidecars):
         yield from command.env.items()
         flag = ""
         for word in command.argv:

@@ -261,7 +261,7 @@ def _validate_shown_ranks(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErr
 
 def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield what cannot be computed as asked; on hosts that nobody has looked at yet, the ranks find out."""
-    without_gpu = next((host.name for host in hosts if host.is_known and not host.devices), None)
+    without_gpu = next((host.name for host in hosts if host.is_probed and not host.devices), None)
     yield from _validate_formats(run, without_gpu)
     if isinstance(run.precision, Fp8Precision):
         yield from _validate_fp8(run, job)

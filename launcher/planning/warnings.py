@@ -16,14 +16,16 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
     """Yield each warning as one sentence that names the option to change."""
     if isinstance(run.job, BatchedJob):
         yield from _memory_warnings(hosts, memory)
-        yield from run.parallel.warnings(run.precision, on_gpu=all(host.devices or not host.is_known for host in hosts))
+        yield from run.parallel.warnings(
+            run.precision, on_gpu=all(host.devices or not host.is_probed for host in hosts)
+        )
         yield from numerics_warnings(run, hosts)
         yield from _processor_warnings(run, hosts)
         yield from _schedule_warnings(run)
         yield from _pretrained_weights_warnings(run)
     if isinstance(run.job, GeneratingJob):
         yield from _memory_warnings(hosts, memory)
-        yield from _format_warnings(run, [host for host in hosts if host.is_known and not host.devices])
+        yield from _format_warnings(run, [host for host in hosts if host.is_probed and not host.devices])
     yield from run.job.warnings(run, world_size=sum(host.slots for host in hosts))
 
 
@@ -49,7 +51,7 @@ def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> It
 
 
 def _processor_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
-    on_cpu = [host for host in hosts if host.is_known and not host.devices]
+    on_cpu = [host for host in hosts if host.is_probed and not host.devices]
     if not on_cpu:
         return
     crowded = next((host for host in on_cpu if host.slots > host.cores), None)
@@ -105,5 +107,5 @@ def _schedule_warnings(run: Run) -> Iterator[str]:
 
 def numerics_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
     """Yield what a user should know of options that work."""
-    if isinstance(run.activation, OffloadCheckpointing) and any(host.is_known and not host.devices for host in hosts):
+    if isinstance(run.activation, OffloadCheckpointing) and any(host.is_probed and not host.devices for host in hosts):
         yield "activation=offload moves nothing without a GPU: activations are in host RAM already, as activation=full"

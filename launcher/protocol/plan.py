@@ -20,10 +20,10 @@ class Host:
     """Ranks it takes."""
     address: str = "127.0.0.1"
     """Where the other hosts reach it."""
-    login: str = ""
+    ssh_destination: str = ""
     """How it is reached from here, as the hostfile says it (``user@name:port``); empty for this machine."""
-    is_known: bool = True
-    """Whether it was asked for what follows; a dry run asks nobody."""
+    is_probed: bool = True
+    """Whether the fields below were probed; a dry run assumes them."""
     devices: tuple[str, ...] = ()
     """GPU names by index; empty where ranks compute on the CPU."""
     device_ids: tuple[str, ...] = ()
@@ -81,9 +81,9 @@ class HostPlan:
 
     host: Host
     first_rank: int
-    prepare: tuple[Command, ...] = ()
+    build_commands: tuple[Command, ...] = ()
     """Run one after the other, before any rank starts (building native ops)."""
-    start: Command
+    agent_command: Command
     """The agent (torchrun or deepspeed) that starts this host's ranks."""
     sidecars: tuple[Command, ...] = ()
     """Processes beside the ranks (a tracker); their failure never ends the run."""
@@ -125,7 +125,7 @@ class Work:
 
     batch: Batch | None
     """``None`` for a job that has none: a benchmark."""
-    steps: int
+    num_steps: int
     """Optimiser steps, or what else the job counts its progress in."""
     tokens_per_step: int
     total_tokens: int
@@ -209,7 +209,7 @@ class Plan:
     world_size: int
     topology: dict[str, int]
     """Degree of each kind of parallelism; their product is the world size."""
-    what: PlanSummary
+    summary: PlanSummary
     port: int
     ranks: tuple[RankPlacement, ...]
     hosts: tuple[HostPlan, ...]
@@ -219,7 +219,7 @@ class Plan:
     engine_config: dict[str, Any] | None
     """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
     tracker: TrackerPlan
-    outline: dict[str, str] = field(default_factory=dict)
+    details: dict[str, str] = field(default_factory=dict)
     """Parts of the work besides its batches, and what is done in each; most jobs have none."""
     files: tuple[str, ...]
     """What the run will write, relative to the run directory."""
@@ -231,7 +231,7 @@ class Plan:
     """Time that ranks get to save and end after SIGUSR1."""
     heartbeat_timeout_s: float = 0.0
     """Silence after which a host, or the session, counts as lost; 0 where nothing can be lost unnoticed."""
-    forward: tuple[str, ...] = ()
+    forwarded_env: tuple[str, ...] = ()
     """Names of the variables that hosts get from the launching environment; values are in no plan."""
     show_ranks: tuple[int, ...] | None
     """Ranks whose output is shown; ``None`` shows all."""
@@ -253,7 +253,7 @@ def plan_from_json(tree: dict[str, Any]) -> Plan:
 
 def host_ram(host: Host, state: StateBytes) -> int:
     """Return the bytes of model state in one host's RAM: what is offloaded and, without GPUs, the rest too."""
-    return host.slots * (state.host + (0 if host.devices or not host.is_known else state.device))
+    return host.slots * (state.host + (0 if host.devices or not host.is_probed else state.device))
 
 
 def first_ranks(hosts: Sequence[Host]) -> list[int]:

@@ -65,7 +65,7 @@ class AgentLocation:
 
     host: str
     """Its name in the plan."""
-    login: str = ""
+    ssh_destination: str = ""
     """``user@name:port`` of the hostfile; empty for the machine of the session."""
     place: ProcessLocation
 
@@ -118,15 +118,15 @@ def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
     return place
 
 
-def write_session_file(run_dir: RunDir, whereabouts: SessionRecord) -> None:
+def write_session_file(run_dir: RunDir, record: SessionRecord) -> None:
     """Write ``session.json``, atomically; call it again whenever an agent or a job is added.
 
-        write_whereabouts(run_dir, Whereabouts(backend="ssh", session=place_of_this_process(), agents=…))
+        write_session_file(run_dir, SessionRecord(backend="ssh", session=locate_this_process(), agents=…))
 
     Raises:
         OSError: the disk is full or gone.
     """
-    write_json(run_dir.session, to_tree(whereabouts))
+    write_json(run_dir.session, to_tree(record))
 
 
 def read_session_file(run_dir: RunDir) -> SessionRecord | None:
@@ -144,7 +144,7 @@ def _has_valid_names(found: SessionRecord) -> bool:
     """Return whether names are names: they are shown in commands to type, and none may be an option of ssh."""
     places = (found.session, *(agent.place for agent in found.agents))
     names = [*(place.machine for place in places), *(agent.host for agent in found.agents)]
-    logins = [agent.login for agent in found.agents if agent.login]
+    logins = [agent.ssh_destination for agent in found.agents if agent.ssh_destination]
     return all(map(_NAME.fullmatch, [*names, *logins])) and all(place.pid > 0 for place in places)
 
 

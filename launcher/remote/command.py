@@ -99,7 +99,7 @@ def ssh_command(
         config: a file to be used instead of ``~/.ssh/config``.
         options: more arguments of ssh, one word each (``-i``, ``~/.ssh/id_cluster``).
     """
-    destination, port = split_login(host.login)
+    destination, port = split_login(host.ssh_destination)
     argv = (
         *("ssh", *_SSH_OPTIONS),
         *(("-F", config) if config else ()),

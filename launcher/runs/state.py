@@ -48,8 +48,8 @@ class RunState:
     """``plan.json``; empty while there is none."""
     metrics: dict[str, Any]
     """The last values."""
-    whereabouts: SessionRecord | None
-    damage: tuple[str, ...] = ()
+    session: SessionRecord | None
+    unreadable_files: tuple[str, ...] = ()
     """Files that are there and cannot be used, each with the reason; they count as missing."""
 
     @property
@@ -66,7 +66,7 @@ class RunState:
     def backend(self) -> str | None:
         """The backend's kind; ``None`` where nobody wrote it down."""
         written: str | None = self.plan.get("backend")
-        return self.whereabouts.backend if self.whereabouts else written
+        return self.session.backend if self.session else written
 
     @property
     def slots(self) -> list[int]:
@@ -114,7 +114,7 @@ class RunState:
         """
         if self.plan.get("job") == "evaluate":
             return None
-        steps: int | None = self.plan.get("work", {}).get("steps")
+        steps: int | None = self.plan.get("work", {}).get("num_steps")
         return steps
 
 
@@ -122,21 +122,21 @@ def read_run_state(run_dir: RunDir) -> RunState:
     """Return what is known of a run from its directory and this machine's processes.
 
     Another user may have written its files: one that is no regular file, or does not hold what a run writes, counts as
-    missing, and ``damage`` says so.
+    missing, and ``unreadable_files`` says so.
     """
-    damage: list[str] = []
-    whereabouts, plan = read_session_file(run_dir), _read(run_dir.plan, _plan_fault, damage)
-    if whereabouts is None and os.path.lexists(run_dir.session):
-        damage.append(f"{run_dir.session.name} is not what a run writes")
-    status, result = _status(run_dir, whereabouts), {}
+    unreadable_files: list[str] = []
+    session, plan = read_session_file(run_dir), _read(run_dir.plan, _plan_fault, unreadable_files)
+    if session is None and os.path.lexists(run_dir.session):
+        unreadable_files.append(f"{run_dir.session.name} is not what a run writes")
+    status, result = _status(run_dir, session), {}
     if status != RUNNING or written_at(run_dir.result) > written_at(run_dir.session):  # else of an earlier life
-        result = _read(run_dir.result, _result_fault, damage)
+        result = _read(run_dir.result, _result_fault, unreadable_files)
         status = str(result.get("status", status))
     try:
         metrics = _numbers(result.get("metrics") or {}) or last_metrics(run_dir.metrics)
     except OSError as error:
         metrics = {}
-        damage.append(f"{run_dir.metrics.name} {error.strerror}")
+        unreadable_files.append(f"{run_dir.metrics.name} {error.strerror}")
     return RunState(
         run_dir=run_dir,
         run_id=str(plan.get("run_id", run_dir.path.name)),
@@ -147,8 +147,8 @@ def read_run_state(run_dir: RunDir) -> RunState:
         result=result,
         plan=plan,
         metrics=metrics,
-        whereabouts=whereabouts,
-        damage=tuple(damage),
+        session=session,
+        unreadable_files=tuple(unreadable_files),
     )
 
 
@@ -164,15 +164,15 @@ def last_metrics(path: Path) -> dict[str, Any]:
     return last
 
 
-def _status(run_dir: RunDir, whereabouts: SessionRecord | None) -> str:
+def _status(run_dir: RunDir, session: SessionRecord | None) -> str:
     """Return the status of a run, its result aside; run.yaml is written whenever one starts or goes on."""
-    if whereabouts is None:
+    if session is None:
         return RUNNING if time.time() - written_at(run_dir.snapshot) < _YOUNG_S else LOST
-    return {True: RUNNING, False: LOST, None: ELSEWHERE}[whereabouts.is_running()]
+    return {True: RUNNING, False: LOST, None: ELSEWHERE}[session.is_running()]
 
 
-def _read(path: Path, fault: Callable[[dict[str, Any]], str], damage: list[str]) -> dict[str, Any]:
-    """Return the object in a file; nothing, and a word on it in ``damage``, where it cannot be used."""
+def _read(path: Path, fault: Callable[[dict[str, Any]], str], unreadable_files: list[str]) -> dict[str, Any]:
+    """Return the object in a file; nothing, and a word on it in ``unreadable_files``, where it cannot be used."""
     try:
         tree = read_object(path)
         if why := fault(tree):
@@ -180,7 +180,9 @@ def _read(path: Path, fault: Callable[[dict[str, Any]], str], damage: list[str])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        damage.append(f"{path.name} {(error.strerror if isinstance(error, OSError) else error) or 'cannot be read'}")
+        unreadable_files.append(
+            f"{path.name} {(error.strerror if isinstance(error, OSError) else error) or 'cannot be read'}"
+        )
         return {}
     return tree
 
@@ -191,9 +193,9 @@ def _plan_fault(tree: dict[str, Any]) -> str:
     kinds = {
         **{name: isinstance(tree.get(name, ""), str) for name in ("run_id", "name", "job", "backend")},
         "hosts": isinstance(hosts, list) and all(map(_is_host, hosts)),
-        "work": isinstance(work, dict) and isinstance(work.get("steps"), int | None),
+        "work": isinstance(work, dict) and isinstance(work.get("num_steps"), int | None),
         "grace_s": _is_number(tree.get("grace_s", 0)),
-        "forward": _are_texts(tree.get("forward", [])),
+        "forwarded_env": _are_texts(tree.get("forwarded_env", [])),
     }
     wrong = [name for name, is_right in kinds.items() if not is_right]
     return f"is not what a run writes: {', '.join(wrong)}" if wrong else ""

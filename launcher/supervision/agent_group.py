@@ -115,7 +115,7 @@ class AgentGroup:
     def places(self) -> tuple[AgentLocation, ...]:
         """Where the agents that have answered are."""
         return tuple(
-            AgentLocation(host=agent.host.host.name, login=agent.host.host.login, place=agent.place)
+            AgentLocation(host=agent.host.host.name, ssh_destination=agent.host.host.ssh_destination, place=agent.place)
             for agent in self._agents.values()
             if agent.place is not None
         )
@@ -125,7 +125,7 @@ class AgentGroup:
         files = {
             path.name: path.read_text(encoding="utf-8") for path in _files_to_stage(self._run_dir) if path.is_file()
         }
-        env = {name: environ[name] for name in self._plan.forward if name in environ}
+        env = {name: environ[name] for name in self._plan.forwarded_env if name in environ}
         session = to_tree(locate_this_process())
         for number, host in enumerate(self._plan.hosts):
             log, now = LogTail(self._run_dir.log_of(host.host.name, "agent")), time.monotonic()
@@ -215,7 +215,7 @@ class AgentGroup:
         match message:
             case AgentReady(scratch=scratch, place=place):
                 agent.is_up, agent.place = True, process_location_from_tree(place)
-                is_here = connection.program is not None and not agent.host.host.login
+                is_here = connection.program is not None and not agent.host.host.ssh_destination
                 agent.scratch = Path(scratch) if is_here and is_scratch_folder(scratch) else None
                 self._on_message(connection.host, message)
             case HostPrepared():
@@ -266,7 +266,7 @@ class AgentGroup:
             return agent_exited_failure(host, agent.gone, log=log, tail=tail)
         if malformed:
             return malformed_message_failure(host, malformed, log=log, tail=tail)
-        if not agent.host.host.login:  # our own child: what we see is its end
+        if not agent.host.host.ssh_destination:  # our own child: what we see is its end
             gone = AgentExited(code=code if code >= 0 else None, signal=-code if code < 0 else None)
             return agent_exited_failure(host, gone, log=log, tail=tail)
         return connection_lost_failure(host, program=connection.program, code=code, log=log, tail=tail)

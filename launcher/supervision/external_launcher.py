@@ -204,7 +204,7 @@ class ExternalLauncherAgent(HostAgent):
             path.unlink()
         cwd = Path.cwd()
         os.chdir(code_root())  # deepspeed writes its own into a remote command, without quotes
-        env = {name: os.environ[name] for name in self._whole.forward if name in os.environ}
+        env = {name: os.environ[name] for name in self._whole.forwarded_env if name in os.environ}
         env = {name: value for name, value in env.items() if not is_secret(name, value)}
         write_channel_file(board / "start.json", {"token": token, "cwd": str(cwd), "env": env})
         self._board_ranks = FileChannelRanks(
@@ -220,7 +220,7 @@ class ExternalLauncherAgent(HostAgent):
 
     def _env_of(self, command: Command) -> dict[str, str]:
         env = super()._env_of(command)
-        if command is self._plan.start:
+        if command is self._plan.agent_command:
             env = {name: value for name, value in env.items() if not name.startswith(_EXPORTED)}
             env |= command.env
         return env

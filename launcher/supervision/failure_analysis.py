@@ -54,7 +54,7 @@ class FailureAnalysis:
         self._first_heard: float | None = None
         self._passed_on: set[Failure] = set()
         """Ends of ranks by a signal that came from what had started them."""
-        self._survey = RankTracker(self._host_of, steps=plan.work.steps)
+        self._survey = RankTracker(self._host_of, steps=plan.work.num_steps)
 
     def hear(self, host: str, message: AgentMessage, *, now: float) -> None:
         """Take one event; ``now`` is ``time.monotonic()``."""
@@ -222,7 +222,7 @@ class FailureAnalysis:
         """Return the failure of a launcher of ranks that somebody signalled, which shows by what it sent to a rank."""
         host = passed_on.host
         plans = self._plan.hosts
-        start = next((plan.start for plan in plans if plan.host.name == host), plans[0].start)
+        start = next((plan.agent_command for plan in plans if plan.host.name == host), plans[0].agent_command)
         return replace(
             passed_on,
             rank=None,

@@ -71,7 +71,7 @@ class HostAgent:
         self._mirror = None if shares_disk(assignment) else FileSyncSender(self._run_dir, self._plan, uplink=uplink)
         self._log = open_log(self._run_dir.log_of(self._plan.host.name, "agent"))
         self._env = {**os.environ, **assignment.env, "LAUNCHER_AGENT_SCRATCH": str(scratch)}
-        if "DS_ACCELERATOR" in self._plan.start.env:
+        if "DS_ACCELERATOR" in self._plan.agent_command.env:
             self._env.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
         self._parent = os.getppid()
         self._may_start = False
@@ -111,7 +111,7 @@ class HostAgent:
 
     def _prepare(self) -> bool:
         """Run the preparing commands one after the other; return whether the ranks may start."""
-        for command in self._plan.prepare:
+        for command in self._plan.build_commands:
             child = self._start_or_report(command, role="prepare", on_line=partial(self._pass_on, "prepare"))
             self._current = child
             if child is None:
@@ -133,7 +133,7 @@ class HostAgent:
 
     def _launch(self) -> ChildProcess | None:
         """Start torchrun or deepspeed; its own words go to the agent's log, the ranks write theirs themselves."""
-        self._current = self._start_or_report(self._plan.start, role="launcher", on_line=self._write_down)
+        self._current = self._start_or_report(self._plan.agent_command, role="launcher", on_line=self._write_down)
         if self._current is not None:
             self._uplink.send(LauncherStarted())
         return self._current

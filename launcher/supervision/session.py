@@ -155,7 +155,7 @@ class Session:
             case _:
                 self._judge.hear(host, message, now=time.monotonic())
                 if isinstance(message, RankHeartbeat) and message.rank == 0:
-                    total = int(message.numbers.get("steps", self._plan.work.steps))  # of lines, only ranks know
+                    total = int(message.numbers.get("steps", self._plan.work.num_steps))  # of lines, only ranks know
                     self._console.progress(message.step or 0, total, message.numbers)
 
     def _keep(self, agent: str, part: FileChunk) -> None:

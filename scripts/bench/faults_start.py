@@ -109,12 +109,12 @@ def _host(name: str, job: Job) -> Host:
     host = Host(name=name, slots=job.slots, cores=job.slots, memory_bytes=16 * 2**30, python=sys.executable)
     if job.lab is None:
         return host
-    return replace(host, login=name, address=job.lab.address(name), interface="eth0")
+    return replace(host, ssh_destination=name, address=job.lab.address(name), interface="eth0")
 
 
 def _with_program(host: HostPlan, job: Job) -> HostPlan:
     """Have torchrun start our cheap ranks; everything else of its command stays."""
-    argv = host.start.argv
+    argv = host.agent_command.argv
     end = argv.index("--module")
     assert argv[end + 1] == RANK_MODULE, "the planner ends the command with the module"
-    return replace(host, start=replace(host.start, argv=(*argv[:end], *job.program)))
+    return replace(host, agent_command=replace(host.agent_command, argv=(*argv[:end], *job.program)))

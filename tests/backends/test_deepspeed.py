@@ -28,8 +28,8 @@ from tests.torchless import endless, wait_for_answers
 from .contract import SMALL, BackendContract, Ended
 
 HOSTS = (
-    Host(name="node1", slots=2, login="node1", address="node1", python="python"),
-    Host(name="node2", slots=1, login="ada@node2", address="node2", python="python"),
+    Host(name="node1", slots=2, ssh_destination="node1", address="node1", python="python"),
+    Host(name="node2", slots=1, ssh_destination="ada@node2", address="node2", python="python"),
 )
 TINY = ("model=gpt2_tiny", "data=synthetic", "tracker=local")
 
@@ -83,7 +83,7 @@ def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
     runner: Any, package: str, on_path: Any
 ) -> None:
     on_path()
-    hosts = (Host(name="node1", slots=1, login="node1"),)
+    hosts = (Host(name="node1", slots=1, ssh_destination="node1"),)
     (said,) = refusals(DeepspeedBackend(runner=runner), hosts)
     assert said.startswith(f"backend.runner={runner}: ")
     assert f"apt install {package}" in said
@@ -95,7 +95,7 @@ def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
 )
 def test_logins_that_a_runner_has_no_word_for_are_refused(runner: Any, login: str, on_path: Any) -> None:
     on_path("pdsh", "mpirun", "srun")
-    (said,) = refusals(DeepspeedBackend(runner=runner), (Host(name="node1", slots=1, login=login),))
+    (said,) = refusals(DeepspeedBackend(runner=runner), (Host(name="node1", slots=1, ssh_destination=login),))
     assert f"{runner} cannot be told to reach {login}" in said
 
 

@@ -41,7 +41,9 @@ def planned(plan_of, backend, count):
         *(word.format(count=count) for word in CLUSTERS[backend]),
     )
     hosts = [
-        Host(name=f"node{n:04}", login=f"node{n:04}", slots=8, is_known=False, cores=0, address=f"node{n:04}")
+        Host(
+            name=f"node{n:04}", ssh_destination=f"node{n:04}", slots=8, is_probed=False, cores=0, address=f"node{n:04}"
+        )
         for n in range(count)
     ]
     run = compose(words).run

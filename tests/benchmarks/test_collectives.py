@@ -118,5 +118,5 @@ def test_the_plan_shows_sizes_and_counts_measurements(plan_of) -> None:
     from launcher.protocol.plan import Host
 
     plan = plan_of(*WORDS, "benchmark.largest_bytes=20_000", hosts=[Host(name="box", slots=2, cores=4)])
-    assert plan.outline["messages"] == "1.00 KiB, 4.00 KiB, 16.00 KiB"
-    assert plan.work.steps == 3 * 3 * 5
+    assert plan.details["messages"] == "1.00 KiB, 4.00 KiB, 16.00 KiB"
+    assert plan.work.num_steps == 3 * 3 * 5

@@ -104,7 +104,7 @@ def test_now_is_two_interrupts(make_run, start, tmp_path) -> None:
 
 def test_without_its_session_the_agents_are_told(capsys, make_run, start, gone, far) -> None:
     agent, place = start("sleep", "600")
-    agents = (AgentLocation(host="box", place=place), AgentLocation(host="b", login="me@b:22", place=far))
+    agents = (AgentLocation(host="box", place=place), AgentLocation(host="b", ssh_destination="me@b:22", place=far))
     run_dir = make_run(session=gone, agents=agents)
     assert run([]) == 0
     assert agent.wait(30) == -signal.SIGTERM

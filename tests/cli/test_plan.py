@@ -15,7 +15,7 @@ def test_text_and_json_tell_of_the_same_run(capsys):
     assert run(["job.steps=7", "job.sequence_length=64"]) == 0
     assert "× 7 steps" in capsys.readouterr().out
     assert run(["job.steps=7", "--json"]) == 0
-    assert plan_from_json(json.loads(capsys.readouterr().out)).work.steps == 7
+    assert plan_from_json(json.loads(capsys.readouterr().out)).work.num_steps == 7
 
 
 def test_nothing_is_written(capsys, tmp_path, monkeypatch):

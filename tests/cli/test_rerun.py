@@ -46,9 +46,9 @@ def test_it_begins_anew_elsewhere(capsys, stored) -> None:
     assert Path(plan["run_dir"]).parent == stored.parent
     assert Path(plan["run_dir"]) != stored
     assert plan["run_id"] != RUN
-    assert plan["work"]["steps"] == 7
-    assert "auto" not in plan["what"]["checkpoint"], "there is nothing to continue in a new directory"
-    assert "name=gpt2 " in plan["what"]["model"]
+    assert plan["work"]["num_steps"] == 7
+    assert "auto" not in plan["summary"]["checkpoint"], "there is nothing to continue in a new directory"
+    assert "name=gpt2 " in plan["summary"]["model"]
     assert [path.name for path in stored.iterdir()] == ["run.yaml"], "a dry run writes nothing"
 
 

@@ -37,11 +37,11 @@ def test_a_real_run_that_is_over(capsys, completed, monkeypatch) -> None:
     assert tree["metrics"]["train/step"] == 3
     assert [said["rank"] for said in tree["ranks"]] == [0, 1]
     assert tree["ranks"][0]["line"].startswith("loss curve: ")
-    assert tree["whereabouts"]["session"]["pid"] > 0
+    assert tree["session"]["session"]["pid"] > 0
 
 
 def test_a_run_that_goes_on(capsys, make_run, alive, far) -> None:
-    agents = (AgentLocation(host="box", place=alive), AgentLocation(host="b", login="me@b:22", place=far))
+    agents = (AgentLocation(host="box", place=alive), AgentLocation(host="b", ssh_destination="me@b:22", place=far))
     run_dir = make_run(session=alive, agents=agents, step=4)
     run_dir.log_of("box", 0).write_bytes(b"step 3\nstep 4 \xff\n\n")
     run_dir.log_of("box", 1).write_text("")

@@ -91,7 +91,9 @@ def examine_here(tmp_path: Path) -> Examine:
         run_dir: Path = tmp_path / "runs" / "x",
         deadline_s: float = 60.0,
     ) -> DoctorReport:
-        hosts = [Host(name=f"node{number}", slots=1, login=f"node{number}") for number in range(1, num_hosts + 1)]
+        hosts = [
+            Host(name=f"node{number}", slots=1, ssh_destination=f"node{number}") for number in range(1, num_hosts + 1)
+        ]
 
         def remote(host: Host, module: str) -> RemoteCommand:
             assert module == "launcher.doctor.probe"

@@ -51,7 +51,7 @@ def test_hosts_that_are_well(examine_here: Examine) -> None:
     assert 0 < (report.contacts["node2"].latency_s or 0) < 1
     assert max(map(abs, report.skews_s.values())) < 2
     known = report.known(report.hosts)
-    assert all(host.is_known and host.cores and host.memory_bytes and host.interface for host in known)
+    assert all(host.is_probed and host.cores and host.memory_bytes and host.interface for host in known)
     assert known[0].address == report.facts["node1"].address
     assert report.port is not None
     with socket.create_server(("", report.port)):

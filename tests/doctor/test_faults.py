@@ -107,9 +107,9 @@ def test_hosts_that_are_well(three: Lab, tmp_path: Path, launch: Callable[..., A
 def test_facts_of_a_host_go_into_the_plan(three: Lab, tmp_path: Path) -> None:
     report = look(three, tmp_path)
     assert report.findings == ()
-    assert [host.is_known for host in report.hosts] == [False] * 3
+    assert [host.is_probed for host in report.hosts] == [False] * 3
     for host in report.known(report.hosts):
-        assert (host.address, host.interface, host.is_known) == (three.address(host.name), "eth0", True)
+        assert (host.address, host.interface, host.is_probed) == (three.address(host.name), "eth0", True)
         assert host.cores
         assert host.memory_bytes
 

@@ -8,7 +8,7 @@ from launcher.doctor.probe_failure import explain_probe_failure
 from launcher.doctor.protocol import parse_message
 from launcher.protocol.plan import Host
 
-HOST = Host(name="node3", slots=1, login="me@node3:2222", python="/venv/bin/python")
+HOST = Host(name="node3", slots=1, ssh_destination="me@node3:2222", python="/venv/bin/python")
 
 CHANGED = """\
 @@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@@

@@ -84,8 +84,8 @@ def test_a_checkpoint_and_its_weights_measure_what_training_did(launch, tmp_path
 
 def test_the_plan_speaks_of_no_learning(plan_of) -> None:
     plan = plan_of(*EVALUATE, "job.repeats=2")
-    assert plan.work.steps == 2 * math.ceil(21 / 8)
-    assert (plan.what.optimizer, plan.what.schedule, plan.what.checkpoint) == ("", "", "resume=none")
+    assert plan.work.num_steps == 2 * math.ceil(21 / 8)
+    assert (plan.summary.optimizer, plan.summary.schedule, plan.summary.checkpoint) == ("", "", "resume=none")
     memory = plan.memory.per_rank
     assert (memory.gradients, memory.optimizer, memory.parameters) == (0, 0, 4 * plan.memory.num_params)
     assert not {"loss.png", "sample.txt", "checkpoints/step_<n>/"} & set(plan.files)

@@ -35,9 +35,9 @@ def test_the_plan_says_what_is_served(plan_of) -> None:
     assert plan.completes_on_signal
     assert plan.grace_s == 50
     assert plan.work.batch is None
-    assert (plan.what.engine, plan.what.optimizer, plan.what.data) == ("slots", "", "")
-    assert plan.outline["address"] == "http://127.0.0.1:8000"
-    assert plan.outline["engines"] == "2 replicas of engine=slots"
+    assert (plan.summary.engine, plan.summary.optimizer, plan.summary.data) == ("slots", "", "")
+    assert plan.details["address"] == "http://127.0.0.1:8000"
+    assert plan.details["engines"] == "2 replicas of engine=slots"
     assert plan.memory.per_rank.total == 2 * 2 * plan.memory.num_params
     text = render_plan(plan)
     assert "Parts of serve" in text

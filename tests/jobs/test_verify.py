@@ -164,19 +164,19 @@ def test_what_is_wrong_is_said(changes: dict[str, Any], words: str) -> None:
 
 def test_the_plan_lists_what_is_compared_and_what_is_not(plan_of) -> None:
     plan = plan_of(*VERIFY)
-    assert plan.work.steps == 10 * len(plan.outline)
-    assert next(iter(plan.outline)) == "reference"
-    assert plan.outline["zero3_micro1"].endswith("micro 1 × accum 4 × dp 2 = 8")
-    assert plan.outline["reference"].endswith("micro 2 × accum 4 × dp 1 = 8")
-    assert not {"tensor", "hsdp", "pipeline4_gpipe"} & plan.outline.keys()
+    assert plan.work.num_steps == 10 * len(plan.details)
+    assert next(iter(plan.details)) == "reference"
+    assert plan.details["zero3_micro1"].endswith("micro 1 × accum 4 × dp 2 = 8")
+    assert plan.details["reference"].endswith("micro 2 × accum 4 × dp 1 = 8")
+    assert not {"tensor", "hsdp", "pipeline4_gpipe"} & plan.details.keys()
     assert any("hsdp" in warning and "needs 4 ranks" in warning for warning in plan.warnings)
     assert "verify.md" in plan.files
 
 
 def test_a_llama_has_a_tensor_plan(plan_of) -> None:
     host = replace(BOX, slots=4)
-    assert "tensor" in plan_of("+exp=verify_llama", hosts=[host]).outline
-    everything = plan_of("+exp=verify_all", hosts=[host]).outline
+    assert "tensor" in plan_of("+exp=verify_llama", hosts=[host]).details
+    everything = plan_of("+exp=verify_all", hosts=[host]).details
     assert set(STRATEGIES) - everything.keys() == {"tensor", "tensor_recomputed"}
 
 

@@ -140,10 +140,10 @@ def test_the_snapshot_arrives_as_it_was_planned(tmp_path):
 def test_a_run_directory_on_the_mount_is_kept_and_another_gets_a_place_there():
     prepared, _ = rendered(*SMALL, "backend.claim=c")
     backend = prepared.run.backend
-    there = submission_of(backend, prepared.plan).orders.identity.run_dir
+    there = submission_of(backend, prepared.plan).config.identity.run_dir
     assert there == "/runs/x/20260101-120000-abcd"
     on_mount = replace(prepared.plan, run_dir="/runs/deep/er/y")
-    assert submission_of(backend, on_mount).orders.identity.run_dir == "/runs/deep/er/y"
+    assert submission_of(backend, on_mount).config.identity.run_dir == "/runs/deep/er/y"
 
 
 @pytest.mark.parametrize("workload", WORKLOADS)
@@ -169,7 +169,7 @@ def test_a_plan_shows_the_folders_of_the_pods_alone(monkeypatch):
     assert str(Path.home()) not in text
     assert "Files in /runs/x/20260101-120000-abcd" in text
     assert prepared.plan.run_dir == "/home/me/runs/x/20260101-120000-abcd"
-    assert prepared.plan.hosts[0].start.argv[-1] == "/runs/x/20260101-120000-abcd"
+    assert prepared.plan.hosts[0].agent_command.argv[-1] == "/runs/x/20260101-120000-abcd"
 
 
 def test_files_of_pods_are_looked_for_in_the_first_pod(tmp_path):

@@ -183,7 +183,7 @@ def test_buffers_that_this_user_may_not_lock_are_refused_before_the_start(monkey
     monkeypatch.setattr(validate, "lockable_bytes", lambda: 8 << 20)
     (error,) = validate.validate_memlock(run, [box])
     assert "1.86 GiB a rank, and this user may lock 8.00 MiB" in str(error)
-    assert list(validate.validate_memlock(run, [Host(name="far", slots=1, login="far")])) == []
+    assert list(validate.validate_memlock(run, [Host(name="far", slots=1, ssh_destination="far")])) == []
     for limit in (None, 2_000_000_000):
         monkeypatch.setattr(validate, "lockable_bytes", lambda limit=limit: limit)
         assert list(validate.validate_memlock(run, [box])) == []

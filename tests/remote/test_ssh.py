@@ -22,7 +22,7 @@ def test_logins(login: str, destination: str, port: str | None) -> None:
 
 
 def test_the_command_is_whole() -> None:
-    host = Host(name="node1", slots=1, login="ada@node1:2222", python="/opt/venv/bin/python")
+    host = Host(name="node1", slots=1, ssh_destination="ada@node1:2222", python="/opt/venv/bin/python")
     remote = ssh_command(host, prologue=b"first", config="/my config", options=["-i", "/a key"])
     assert remote.prologue == b"first"
     assert remote.argv == (
@@ -33,5 +33,5 @@ def test_the_command_is_whole() -> None:
 
 
 def test_the_command_grows_with_nothing_a_user_types() -> None:
-    remote = ssh_command(Host(name="n", slots=1, login="n", python=sys.executable), prologue=b"x" * 10_000)
+    remote = ssh_command(Host(name="n", slots=1, ssh_destination="n", python=sys.executable), prologue=b"x" * 10_000)
     assert sum(map(len, remote.argv)) < 300 + len(sys.executable)

@@ -57,7 +57,7 @@ def test_limits_of_partitions(limit, seconds):
 
 def test_the_nodes_are_stand_ins_with_a_rank_a_gpu():
     hosts = SlurmBackend(nodes=2, gpus_per_node=4).hosts(max_ranks=None)
-    assert [(host.name, host.slots, len(host.devices), host.is_known) for host in hosts] == [
+    assert [(host.name, host.slots, len(host.devices), host.is_probed) for host in hosts] == [
         ("node0", 4, 4, False),
         ("node1", 4, 4, False),
     ]

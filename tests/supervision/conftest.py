@@ -147,10 +147,10 @@ class Starter:
         run_dir.logs.mkdir(parents=True)
         plan = plan or self.plan
         told = {str(place.rank): do if isinstance(do, str) else do[place.rank] for place in plan.ranks}
-        parts = {name: changes.pop(name, ()) for name in ("prepare", "sidecars")}
+        parts = {name: changes.pop(name, ()) for name in ("build_commands", "sidecars")}
         usual = start_of(run_dir, told, torchrun_on=torchrun_on)
         box = replace(plan.hosts[0].host, python=sys.executable)
-        host = replace(plan.hosts[0], host=box, start=changes.pop("start", usual), **parts)
+        host = replace(plan.hosts[0], host=box, agent_command=changes.pop("agent_command", usual), **parts)
         settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
         plan = replace(plan, hosts=(host,), run_dir=str(run_dir.path), **settings)
         write_json(run_dir.plan, to_tree(plan))

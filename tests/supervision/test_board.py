@@ -79,7 +79,7 @@ class Side:
 def side(plan_of: Any, tmp_path: Path) -> Iterator[Side]:
     from launcher.protocol.plan import Host
 
-    hosts = [Host(name=name, slots=1, login=name, address=name, cores=2) for name in ("node1", "node2")]
+    hosts = [Host(name=name, slots=1, ssh_destination=name, address=name, cores=2) for name in ("node1", "node2")]
     plan = replace(plan_of("model=gpt2_tiny", "data=synthetic", hosts=hosts), heartbeat_timeout_s=3.0)
     made = Side(plan, tmp_path)
     yield made

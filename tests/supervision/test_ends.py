@@ -169,7 +169,7 @@ class TestPreparation:
     def test_runs_in_order_before_the_ranks(self, supervise):
         python = (sys.executable, "-c")
         commands = tuple(Command(argv=(*python, f"print('built {name}')")) for name in "ab")
-        run = supervise("some_steps", prepare=commands)
+        run = supervise("some_steps", build_commands=commands)
         assert run.end() == 0, run.text
         lines = run.stdout.splitlines()
         assert lines[:2] == ["box:prepare | built a", "box:prepare | built b"]
@@ -177,7 +177,7 @@ class TestPreparation:
 
     def test_its_failure_is_the_runs(self, supervise):
         bad = Command(argv=(sys.executable, "-c", "print('no compiler'); raise SystemExit(9)"))
-        run = supervise("some_steps", prepare=(bad,))
+        run = supervise("some_steps", build_commands=(bad,))
         assert run.end() == 9
         assert run.failure["rank"] is None
         assert "no compiler" in run.failure["traceback"]

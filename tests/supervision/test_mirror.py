@@ -16,8 +16,8 @@ from launcher.supervision.connection import SessionConnection
 from launcher.supervision.file_sync import FileSyncReceiver, FileSyncSender, is_synced
 from launcher.utils.files import write_atomic
 
-FIRST = HostPlan(host=Host(name="node1", slots=2), first_rank=0, start=Command(argv=("true",)))
-SECOND = HostPlan(host=Host(name="node2", slots=2), first_rank=2, start=Command(argv=("true",)))
+FIRST = HostPlan(host=Host(name="node1", slots=2), first_rank=0, agent_command=Command(argv=("true",)))
+SECOND = HostPlan(host=Host(name="node2", slots=2), first_rank=2, agent_command=Command(argv=("true",)))
 
 
 class Pair:

@@ -127,7 +127,7 @@ def sleeper(up):
 
 @pytest.mark.parametrize(("who", "number"), [("session", signal.SIGTERM), ("agent", signal.SIGKILL)])
 def test_a_signal_during_preparation(supervise, tmp_path, who, number):
-    run = supervise("work", prepare=(sleeper(tmp_path / "up"),))
+    run = supervise("work", build_commands=(sleeper(tmp_path / "up"),))
     run.wait_for((tmp_path / "up").exists)
     os.kill(run.pid(who), number)
     assert run.end() == 128 + number

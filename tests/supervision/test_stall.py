@@ -52,7 +52,7 @@ def test_a_rank_that_never_beats_is_named(supervise):
 def test_a_launcher_that_never_starts_its_ranks_is_not_waited_for(supervise):
     from launcher.protocol.plan import Command
 
-    run = supervise("work", start=Command(argv=("sleep", "600")), stall_timeout_s=1.0)
+    run = supervise("work", agent_command=Command(argv=("sleep", "600")), stall_timeout_s=1.0)
     assert run.end() == 124
     assert "last seen in not started" in run.failure["reason"]
 

@@ -40,7 +40,7 @@ def child(here: ProcessLocation) -> Iterator[tuple[subprocess.Popen[bytes], Proc
 def test_what_is_written_is_read(tmp_path: Path, here: ProcessLocation) -> None:
     agents = (
         AgentLocation(host="a", place=here),
-        AgentLocation(host="b", login="me@b:2222", place=replace(here, pid=7)),
+        AgentLocation(host="b", ssh_destination="me@b:2222", place=replace(here, pid=7)),
     )
     written = SessionRecord(backend="ssh", session=here, agents=agents, job={"id": "12"})
     write_session_file(RunDir(tmp_path), written)

@@ -51,14 +51,14 @@ def _code_of_pod(folder: Path) -> int:
     index = index_of(os.environ)
     for name in [name for name in os.environ if name.startswith(_CONTROLLER_VARIABLES)]:
         del os.environ[name]
-    orders = load_pod_config(folder)
-    run = load_run(folder / SNAPSHOT_FILE, expected_hash=orders.identity.run_hash)
+    config = load_pod_config(folder)
+    run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
     backend, key = run.backend, load_key(folder)
     if not isinstance(backend, KubernetesBackend):
         raise ConfigError("backend", backend.kind, why="runs in no pod", fix="set backend=kubernetes")
     if index == 0:
-        return run_leader(run, backend, orders, key=key, say=say)
-    return run_agent(backend, orders, index=index, key=key)
+        return run_leader(run, backend, config, key=key, say=say)
+    return run_agent(backend, config, index=index, key=key)
 
 
 def index_of(environ: Mapping[str, str]) -> int:
@@ -75,7 +75,7 @@ def index_of(environ: Mapping[str, str]) -> int:
     )
 
 
-def run_agent(backend: KubernetesBackend, orders: PodConfig, *, index: int, key: bytes) -> int:
+def run_agent(backend: KubernetesBackend, config: PodConfig, *, index: int, key: bytes) -> int:
     """Be the agent of this pod and return what its controller must hear.
 
     That is 0 after a run that went well. After any other it is 75, "start me again": the first pod alone says whether
@@ -88,7 +88,7 @@ def run_agent(backend: KubernetesBackend, orders: PodConfig, *, index: int, key:
     from launcher.utils.processes import become_subreaper
 
     become_subreaper()
-    address, port = pod_address(backend.workload, orders.job, 0), orders.session_port
+    address, port = pod_address(backend.workload, config.job, 0), config.session_port
     try:
         peer = connect_to_session(address, port=port, index=index, key=key, timeout_s=backend.gather_timeout_s, say=say)
     except EnvironmentProblem as problem:

@@ -27,13 +27,13 @@ from launcher.utils.files import read_json, write_atomic, write_json
 from launcher.utils.schema import to_tree
 
 
-def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: bytes, say: Say) -> int:
+def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: bytes, say: Say) -> int:
     """Run the session and return the exit code for the pod's controller.
 
     Args:
         run: as it was submitted.
         backend: its options of the cluster.
-        orders: what else was submitted.
+        config: what else was submitted.
         key: that the other pods know too.
         say: prints a line.
 
@@ -41,7 +41,7 @@ def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: 
         ConfigError: the run cannot work here.
         EnvironmentProblem: the other pods never came.
     """
-    prepared = prepare_in_cluster(run, backend, orders)
+    prepared = prepare_in_cluster(run, backend, config)
     run_dir, plan = prepared.directory, prepared.plan
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     try:
@@ -53,7 +53,7 @@ def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: 
         write_atomic(run_dir.snapshot, prepared.snapshot)
         write_json(run_dir.plan, to_tree(plan))
         others = {number: host.host.name for number, host in enumerate(plan.hosts) if number}
-        gate = AgentListener(port=orders.session_port, key=key, hosts=others)
+        gate = AgentListener(port=config.session_port, key=key, hosts=others)
         arrived = gate.gather(timeout_s=backend.gather_timeout_s, say=say)
 
         def connect(host: HostPlan) -> AgentConnection:
@@ -63,7 +63,7 @@ def run_leader(run: Run, backend: KubernetesBackend, orders: PodConfig, *, key: 
             remote = RemoteCommand(argv=(sys.executable, "-m", "launcher.supervision.agent_entry"))
             return PipeConnection(name, remote, log=run_dir.log_of(name, "agent"))
 
-        outcome = run_session(plan, connect, job=job_reference(backend, orders.job))
+        outcome = run_session(plan, connect, job=job_reference(backend, config.job))
         finalize_run(outcome, run_dir, run_id=plan.run_id)
     return _code_for_controller(outcome, arrived)
 
@@ -80,18 +80,18 @@ def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection
     return EXIT_PREEMPTED if outcome.status == "cancelled" else outcome.exit_code
 
 
-def prepare_in_cluster(run: Run, backend: KubernetesBackend, orders: PodConfig) -> PreparedRun:
+def prepare_in_cluster(run: Run, backend: KubernetesBackend, config: PodConfig) -> PreparedRun:
     """Return the run with the addresses that this cluster gives its pods.
 
     Raises:
         ConfigErrors: everything that stands against it.
     """
-    identity = orders.identity
+    identity = config.identity
     folder = Path(identity.run_dir)
     is_first_life = not folder.is_dir() or not any(folder.iterdir())
     prepared = replan(
         run if is_first_life else _continued(run, RunDir(folder), run_id=identity.run_id),
-        _hosts_here(backend, orders, max_ranks=run.job.max_ranks(run)),
+        _hosts_here(backend, config, max_ranks=run.job.max_ranks(run)),
         run_id=identity.run_id,
         folder=folder,
         port=identity.port,
@@ -113,12 +113,12 @@ def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
     return replace(run, checkpoint=replace(run.checkpoint, resume="auto"))
 
 
-def _hosts_here(backend: KubernetesBackend, orders: PodConfig, *, max_ranks: int | None) -> Sequence[Host]:
+def _hosts_here(backend: KubernetesBackend, config: PodConfig, *, max_ranks: int | None) -> Sequence[Host]:
     hosts = []
     for number, host in enumerate(backend.hosts(max_ranks=max_ranks)):
-        address = pod_address(backend.workload, orders.job, number)
+        address = pod_address(backend.workload, config.job, number)
         login = address if number else ""  # the first one is where this is
-        hosts.append(replace(host, address=address, login=login, python=sys.executable))
+        hosts.append(replace(host, address=address, ssh_destination=login, python=sys.executable))
     return hosts
 
 
@@ -128,5 +128,5 @@ def _in_cluster(plan: Plan) -> Plan:
         # a cluster knows one signal: SIGTERM means "save, you will continue" here, as SIGUSR1 does elsewhere
         grace_s=max(plan.grace_s, plan.preempt_grace_s),
         # every pod has them from the Secret; on the network between pods they would travel for all to see
-        forward=(),
+        forwarded_env=(),
     )

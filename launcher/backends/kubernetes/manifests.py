@@ -36,12 +36,12 @@ class Submission:
 
     backend: KubernetesBackend
     plan: Plan
-    orders: PodConfig
+    config: PodConfig
 
     @property
     def job(self) -> str:
         """Name of everything that belongs to the run."""
-        return self.orders.job
+        return self.config.job
 
     @property
     def labels(self) -> dict[str, str]:
@@ -109,7 +109,7 @@ def _forwarded(submission: Submission) -> list[Manifest]:
     """Return the variables of the launching environment: by name alone, their values are in the run's Secret."""
     return [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": submission.job, "key": name}}}
-        for name in submission.plan.forward
+        for name in submission.plan.forwarded_env
     ]
 
 
@@ -322,8 +322,8 @@ def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
         run_hash=plan.run_hash,
         port=plan.port,
     )
-    orders = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity)
-    return Submission(backend=backend, plan=plan, orders=orders)
+    config = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity)
+    return Submission(backend=backend, plan=plan, config=config)
 
 
 def render_manifests(submission: Submission, *, snapshot: str) -> str:
@@ -338,7 +338,7 @@ def render_manifests(submission: Submission, *, snapshot: str) -> str:
         "kind": "ConfigMap",
         "metadata": submission.metadata(),
         "immutable": True,
-        "data": {SNAPSHOT_FILE: snapshot, CONFIG_FILE: submission.orders.dump()},
+        "data": {SNAPSHOT_FILE: snapshot, CONFIG_FILE: submission.config.dump()},
     }
     objects = [config, *WORKLOADS[submission.backend.workload].manifests(submission)]
     head = "".join(f"# {line}\n" for line in _remarks(submission))
@@ -349,8 +349,8 @@ def _remarks(submission: Submission) -> Iterator[str]:
     backend, job = submission.backend, submission.job
     yield f"Run {submission.plan.name} · {submission.plan.run_id} is called {job} in the cluster."
     where = f"on the claim {backend.claim}" if backend.claim else "gone with the pods (backend.claim): only logs remain"
-    yield f"Run directory in the pods: {submission.orders.identity.run_dir}, {where}."
-    keys = ", ".join((KEY_FILE, *submission.plan.forward))
+    yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
+    keys = ", ".join((KEY_FILE, *submission.plan.forwarded_env))
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 
 

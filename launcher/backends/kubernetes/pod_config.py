@@ -62,7 +62,7 @@ MOUNT_PATH = "/run/launcher"
 SNAPSHOT_FILE = "run.yaml"
 
 
-CONFIG_FILE = "orders.json"
+CONFIG_FILE = "pod.json"
 
 
 KEY_FILE = "key"
@@ -84,12 +84,12 @@ class PodConfig:
         return port + 1 if port < 65535 else port - 1
 
     def dump(self) -> str:
-        """Return the text of ``orders.json``."""
+        """Return the text of ``pod.json``."""
         return json.dumps(to_tree(self), separators=(",", ":"))
 
 
 def load_pod_config(folder: Path) -> PodConfig:
-    """Return the orders in ``folder``.
+    """Return the configuration in ``folder``.
 
     Raises:
         EnvironmentProblem: there are none.
@@ -99,10 +99,10 @@ def load_pod_config(folder: Path) -> PodConfig:
     if not path.is_file():
         raise EnvironmentProblem(f"{path} does not exist: this is the entry of a pod that `backend=kubernetes` makes")
     mistakes: list[ConfigError] = []
-    orders = build(PodConfig, read_json(path), path="orders", report=mistakes.append)
-    if orders is None:
+    config = build(PodConfig, read_json(path), path="config", report=mistakes.append)
+    if config is None:
         raise ConfigErrors(mistakes)
-    return orders
+    return config
 
 
 def load_key(folder: Path) -> bytes:

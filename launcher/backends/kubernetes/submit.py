@@ -110,7 +110,7 @@ def delete_run(submission: Submission, kubectl: Kubectl) -> None:
 
 def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
     """Return the document that holds what nobody may read: it goes to kubectl's stdin and nowhere else."""
-    forwarded = {name: environ[name] for name in submission.plan.forward if name in environ}
+    forwarded = {name: environ[name] for name in submission.plan.forwarded_env if name in environ}
     values = {KEY_FILE: secrets.token_hex(_KEY_BYTES), **forwarded}
     document = {
         "apiVersion": "v1",
@@ -140,8 +140,8 @@ def _set_owner(submission: Submission, kubectl: Kubectl) -> None:
 def _record(submission: Submission) -> None:
     """Write down here who runs the run, for ``status`` and ``cancel``."""
     job = job_reference(submission.backend, submission.job)
-    whereabouts = SessionRecord(backend=submission.plan.backend, session=locate_this_process(), job=job)
-    write_session_file(RunDir(Path(submission.plan.run_dir)), whereabouts)
+    record = SessionRecord(backend=submission.plan.backend, session=locate_this_process(), job=job)
+    write_session_file(RunDir(Path(submission.plan.run_dir)), record)
 
 
 def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:

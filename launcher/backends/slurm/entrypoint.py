@@ -120,7 +120,7 @@ def plan_on_nodes(run: Run, run_dir: RunDir, *, run_id: str) -> PreparedRun:
     if len(names) != len(assumed):
         raise EnvironmentProblem(f"Slurm gave {len(names)} nodes for backend.nodes={len(assumed)}")
     hosts: list[Host] = [
-        replace(host, name=name, address=addresses.get(name, name), login=name)
+        replace(host, name=name, address=addresses.get(name, name), ssh_destination=name)
         for host, name in zip(assumed, names, strict=True)
     ]
     return replan(run, hosts, run_id=run_id, folder=run_dir.path, port=0)

@@ -36,7 +36,7 @@ def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:
     yield f"signal=B:USR1@{backend.signal_lead_s}"
     yield "open-mode=append"  # a job that is queued again goes on in the same file
     yield _set("output", str(slurm_log_path(plan, "%j")))
-    yield _set("export", ",".join(plan.forward) or "NONE")
+    yield _set("export", ",".join(plan.forwarded_env) or "NONE")
     for word in backend.sbatch_options:
         name, _, value = word.removeprefix("--").partition("=")
         yield _set(name, value) if value else name

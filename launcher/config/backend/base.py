@@ -31,10 +31,10 @@ class Backend(Component):
 
     group: ClassVar[str] = "backend"
 
-    asks_hosts: ClassVar[bool] = False
+    probes_hosts: ClassVar[bool] = False
     """Whether its hosts are other machines, to be examined before a start; a dry run knows only their names."""
 
-    hands_over: ClassVar[bool] = False
+    is_detached: ClassVar[bool] = False
     """Whether another process, started elsewhere, carries the run out and writes to its directory from then on."""
 
     restarts_itself: ClassVar[bool] = False
@@ -114,7 +114,7 @@ class Backend(Component):
             ConfigErrors: the hosts cannot be told (a bad hostfile).
         """
 
-    def fewest_hosts(self, begun: int) -> int:
+    def min_hosts_for_restart(self, begun: int) -> int:
         """Return with how few hosts a run that began on ``begun`` may be restarted."""
         return begun
 

@@ -76,10 +76,12 @@ class DeepspeedBackend(HostfileBackend):
     def _unreachable(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield logins that the runner has no word for."""
         for host in hosts:
-            if host.login == host.name:
+            if host.ssh_destination == host.name:
                 continue
-            if self.runner == "pdsh" and re.fullmatch(r"[^@:\[\]]+@[^@:\[\]]+", host.login):
+            if self.runner == "pdsh" and re.fullmatch(r"[^@:\[\]]+@[^@:\[\]]+", host.ssh_destination):
                 continue
-            why = f"{self.runner} cannot be told to reach {host.login} under another user, port or IPv6 address"
+            why = (
+                f"{self.runner} cannot be told to reach {host.ssh_destination} under another user, port or IPv6 address"
+            )
             fix = "name the host by an alias of your ssh configuration that says so, or set backend=ssh"
             yield ConfigError("backend.hostfile", self.hostfile, why=why, fix=fix)

@@ -44,7 +44,7 @@ class HostfileEntry:
     """Indices of its slots, one a rank: they count the devices that are visible on the host."""
     line: int
     """Where it stands in the file, from 1."""
-    login: str
+    ssh_destination: str
     """``user@name:port`` as typed."""
     user: str | None = None
     port: int | None = None
@@ -160,7 +160,9 @@ def _entry(words: Sequence[str], line: int) -> HostfileEntry:
     if slots is None:
         raise _EntryError(f"{name} has no slots", f"write {login} slots=N")
     devices = tuple(range(slots))
-    return HostfileEntry(name=name, slots=slots, devices=devices, line=line, login=login, user=user, port=port)
+    return HostfileEntry(
+        name=name, slots=slots, devices=devices, line=line, ssh_destination=login, user=user, port=port
+    )
 
 
 def _without(login: str, known: Sequence[str], settings: Sequence[str], word: str) -> str:

@@ -169,7 +169,7 @@ class KubernetesBackend(Backend):
             Host(
                 name=f"node{number}",
                 address=f"node{number}",
-                login=f"node{number}",
+                ssh_destination=f"node{number}",
                 slots=slots,
                 devices=("GPU",) * num_gpus,
                 device_ids=tuple(map(str, range(num_gpus))),

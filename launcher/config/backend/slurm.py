@@ -47,7 +47,7 @@ class SlurmBackend(Backend):
 
     kind: ClassVar[str] = "slurm"
     summary_fields: ClassVar[tuple[str, ...]] = ("nodes", "partition", "time")
-    hands_over: ClassVar[bool] = True
+    is_detached: ClassVar[bool] = True
 
     nodes: int = 1
     """Nodes of the job; each gets the same number of ranks."""
@@ -125,7 +125,7 @@ class SlurmBackend(Backend):
                 name=f"node{number}",
                 slots=slots,
                 address=f"node{number}",
-                is_known=False,
+                is_probed=False,
                 devices=("GPU",) * gpus,
                 device_ids=tuple(map(str, range(gpus))),
                 cores=self.cpus_per_task or 1,
@@ -182,5 +182,5 @@ class SlurmBackend(Backend):
 class SlurmAllocation(SlurmBackend):
     """The same options once the job runs: its nodes exist and can be probed."""
 
-    asks_hosts: ClassVar[bool] = True
-    hands_over: ClassVar[bool] = False
+    probes_hosts: ClassVar[bool] = True
+    is_detached: ClassVar[bool] = False

@@ -19,7 +19,7 @@ from launcher.protocol.plan import Host
 class HostfileBackend(Backend):
     """Ranks are processes of the machines that a hostfile names."""
 
-    asks_hosts: ClassVar[bool] = True
+    probes_hosts: ClassVar[bool] = True
 
     hostfile: PathText = "hostfile"
     """File that names the machines: ``host slots=N``, one a line, as hostfile.example explains."""
@@ -57,8 +57,8 @@ class HostfileBackend(Backend):
                 slots=entry.slots if self.ranks == "auto" else self.ranks,
                 slot_ids=() if self.ranks != "auto" or entry.devices == tuple(range(entry.slots)) else entry.devices,
                 address=entry.name,
-                login=entry.login,
-                is_known=False,
+                ssh_destination=entry.ssh_destination,
+                is_probed=False,
                 cores=0,
                 python=self.python or sys.executable,
             )
@@ -69,7 +69,7 @@ class HostfileBackend(Backend):
         """Return the names of what the allow-list lets through."""
         return forwarded_names(environ, (*DEFAULT_GLOBS, *self.forward))
 
-    def fewest_hosts(self, begun: int) -> int:
+    def min_hosts_for_restart(self, begun: int) -> int:
         """Return ``min_hosts``, where it is set."""
         return self.min_hosts or begun
 

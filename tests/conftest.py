@@ -19,8 +19,7 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.config.compose import compose
-from launcher.planning.local_facts import LocalFacts
-from launcher.planning.planner import make_plan
+from launcher.planning.planner import LocalFacts, make_plan
 from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Host, Plan, RunIdentity
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.config.compose import compose
 from launcher.config.paths import path_fields
 from launcher.config.registry import KINDS, component_class

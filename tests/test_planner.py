@@ -7,7 +7,7 @@ import pytest
 from launcher.config.compose import compose, groups
 from launcher.config.run import NoBenchmark
 from launcher.errors import ConfigErrors
-from launcher.planning.local_facts import LocalFacts
+from launcher.planning.planner import LocalFacts
 from launcher.protocol.plan import Host, plan_from_json
 from launcher.utils.schema import to_tree
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.planning.render import render_plan
-from launcher.planning.shell import shell_lines
+from launcher.planning.render import render_plan, shell_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Command, Host
 from launcher.utils.schema import to_tree

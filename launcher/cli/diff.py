@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
-from launcher.cli.command_line import CommandLine, parse_command_line
+from launcher.cli.arguments import CommandLine, parse_command_line
 from launcher.config.option_text import flatten_options
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.errors.secrets import redact

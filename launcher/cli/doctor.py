@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.backends.registry import executor_of
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.cli.saved_run import find_run_or_option
 from launcher.config.compose import compose
 from launcher.config.run import Run

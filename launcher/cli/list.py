@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.config.component import Component, class_title, field_docs
 from launcher.config.compose import conf_folder, groups
 from launcher.config.option_text import value_text

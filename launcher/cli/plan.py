@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.backends.registry import executor_of
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.config.compose import compose
 from launcher.execution.prepare import prepare
 from launcher.planning.render import render_plan

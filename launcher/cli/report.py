@@ -7,6 +7,7 @@ from pathlib import Path
 
 from launcher.cli.arguments import Arguments, parse_arguments
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.planning.render import render_plan
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run
 from launcher.runs.report.pages import is_report, page_of_run, page_of_runs, page_of_sweep
@@ -54,7 +55,7 @@ def _page(line: Arguments) -> tuple[Path, str]:
         return sweep, page_of_sweep(read_sweep(sweep))
     runs = list(dict.fromkeys(_runs(line)))
     if len(runs) == 1:
-        return runs[0].path, page_of_run(read_run_state(runs[0]))
+        return runs[0].path, page_of_run(read_run_state(runs[0]), render_plan=render_plan)
     return Path.cwd(), page_of_runs([read_run_state(one) for one in runs])
 
 

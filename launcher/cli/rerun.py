@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.cli.saved_run import start_saved_run
 from launcher.config.run import Run
 from launcher.runs.config_source import load_saved_run

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.checkpoint.resume import resume_of_restart
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.cli.saved_run import start_saved_run
 from launcher.config.run import Run
 from launcher.errors import ConfigError

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launcher.backends.registry import executor_of
-from launcher.cli.command_line import CommandLine
+from launcher.cli.arguments import CommandLine
 from launcher.config.compose import Composition, groups
 from launcher.config.overrides import suggest_overrides
 from launcher.config.run import Run, run_to_tree

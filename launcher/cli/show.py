@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import yaml
 
-from launcher.cli.command_line import parse_command_line
+from launcher.cli.arguments import parse_command_line
 from launcher.errors.secrets import redact
 from launcher.runs.config_source import resolved_config
 from launcher.utils.text import json_text, printable

@@ -14,8 +14,7 @@ from launcher.config.snapshot import dump_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings, resume_warnings, validate_machine
-from launcher.planning.local_facts import gather_local_facts
-from launcher.planning.planner import make_plan
+from launcher.planning.planner import gather_local_facts, make_plan
 from launcher.planning.validate import validate_overrides_used
 from launcher.protocol.plan import Host, Plan, RunIdentity
 from launcher.protocol.rundir import RunDir, new_run_id

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from launcher.config.job.generating import GeneratingJob
@@ -12,7 +14,6 @@ from launcher.config.option_text import component_text
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.planning.commands import RANK_LAUNCHERS, HostPosition, rank_environment
-from launcher.planning.local_facts import LocalFacts
 from launcher.planning.topology import rank_places
 from launcher.planning.validate import validate_run
 from launcher.planning.warnings import warnings_of_run
@@ -34,6 +35,20 @@ from launcher.protocol.plan import (
 from launcher.utils.text import counted
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalFacts:
+    """Answers of the file system and the environment."""
+
+    environ: Mapping[str, str] = field(repr=False)
+    """What ranks and trackers inherit. It holds secrets: nothing of it goes into a plan but what a tracker says."""
+    home: Path
+    """The user's home, where trackers keep credentials."""
+    ops_folder: str = ""
+    """Where DeepSpeed's native ops of this environment are built; empty when the run has no use for it."""
+    missing_ops: tuple[str, ...] = ()
+    """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 
 
 def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: LocalFacts) -> Plan:
@@ -90,6 +105,24 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         show_ranks=None if run.backend.show_ranks == "all" else run.backend.show_ranks,
         warnings=tuple(warnings_of_run(run, hosts, memory)),
     )
+
+
+def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
+    """Return the facts of this machine for a run in ``run_dir``."""
+    environ, home = dict(os.environ), Path.home()
+    if "deepspeed" not in (run.parallel.engine, run.backend.agent):
+        return LocalFacts(environ=environ, home=home)
+    from launcher.protocol.native_ops import (  # reads package versions, which takes its time
+        ops_arguments,
+        ops_folder,
+        ops_to_build,
+    )
+
+    ops = run.parallel.native_ops(run.optimizer)
+    # other machines are not looked into: there, the command that builds finds out by itself
+    is_elsewhere = run.backend.probes_hosts or not run.backend.sees_files_of_hosts(run_dir)
+    missing_ops = ops_arguments(ops) if is_elsewhere else ops_to_build(ops)
+    return LocalFacts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing_ops)
 
 
 def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:

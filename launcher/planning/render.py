@@ -1,17 +1,18 @@
-"""A plan as text for people. Consecutive hosts that are planned alike are shown once."""
+"""Render a plan as text, its commands ready to paste into a shell. Hosts that are planned alike are shown once."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 
-from launcher.planning.shell import shell_lines
 from launcher.planning.topology import HostGroup, group_hosts
-from launcher.protocol.plan import Host, HostPlan, MemoryEstimate, Plan
+from launcher.protocol.plan import Command, Host, HostPlan, MemoryEstimate, Plan
 from launcher.utils.text import bytes_text, counted, format_table, printable
 
 _LABEL = 12
+_SHELL_WIDTH = 100
 
 
 def render_plan(plan: Plan, *, submission: str = "") -> str:
@@ -128,6 +129,37 @@ def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
         for title, command in steps:
             yield f"  # {title}"
             yield from (f"  {line}" for line in shell_lines(command))
+
+
+def shell_lines(command: Command) -> list[str]:
+    """Return the lines of one shell command: its variables, then its argv, joined by backslashes."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
+    lines = _wrap(words) + _wrap(_with_flags([shlex.quote(word) for word in command.argv]))
+    return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
+
+
+def _with_flags(words: Sequence[str]) -> list[str]:
+    """Return ``words`` with every flag and its value in one piece, so that no line ends between them."""
+    pieces: list[str] = []
+    for word in words:
+        if pieces and pieces[-1].startswith("-") and " " not in pieces[-1] and not word.startswith("-"):
+            pieces[-1] += f" {word}"
+        else:
+            pieces.append(word)
+    return pieces
+
+
+def _wrap(words: Sequence[str]) -> list[str]:
+    """Return ``words`` in lines of about _SHELL_WIDTH characters, the second and later ones indented."""
+    lines: list[list[str]] = []
+    room = 0
+    for word in words:
+        room -= len(word) + 1
+        if not lines or room < 0:
+            lines.append([])
+            room = _SHELL_WIDTH - len(word)
+        lines[-1].append(word)
+    return [("" if number == 0 else "    ") + " ".join(line) for number, line in enumerate(lines)]
 
 
 def _engine_config(plan: Plan) -> Iterator[str]:

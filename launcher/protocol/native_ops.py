@@ -14,20 +14,11 @@ from functools import cache
 from importlib.metadata import distribution, version
 from pathlib import Path
 
+from launcher.protocol.plan import NativeOps
 from launcher.utils.files import read_json, write_json
 
 OPTIONAL_MARK = "?"
 """Ends the name of an operator the run can do without, on the command line of ``python -m launcher.ops``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class NativeOps:
-    """DeepSpeed operators a run compiles before its ranks start."""
-
-    needed: tuple[str, ...] = ()
-    """Without these the run cannot be what was asked for."""
-    optional: tuple[str, ...] = ()
-    """Without these the run takes another way and says so."""
 
 
 def ops_folder() -> Path:

@@ -162,6 +162,16 @@ class StateBytes:
 
 
 @dataclass(frozen=True, kw_only=True)
+class NativeOps:
+    """DeepSpeed operators a run compiles before its ranks start."""
+
+    needed: tuple[str, ...] = ()
+    """Without these the run cannot be what was asked for."""
+    optional: tuple[str, ...] = ()
+    """Without these the run takes another way and says so."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
     """Model state by formula; activations, buffers and the framework come on top."""
 

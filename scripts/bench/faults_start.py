@@ -15,8 +15,7 @@ from faults_processes import MARK
 
 from launcher.config.compose import compose
 from launcher.planning.commands import RANK_MODULE
-from launcher.planning.local_facts import LocalFacts
-from launcher.planning.planner import make_plan
+from launcher.planning.planner import LocalFacts, make_plan
 from launcher.protocol.plan import Host, HostPlan, RunIdentity
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import write_json

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.protocol.native_ops import NativeOps, is_built, mark_built, op_library, op_lock, ops_folder, ops_to_build
+from launcher.protocol.native_ops import is_built, mark_built, op_library, op_lock, ops_folder, ops_to_build
+from launcher.protocol.plan import NativeOps
 
 
 def test_a_folder_that_is_set_is_respected(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

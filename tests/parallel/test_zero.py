@@ -13,8 +13,7 @@ from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
 from launcher.execution import validate
-from launcher.protocol.native_ops import NativeOps
-from launcher.protocol.plan import Host, StateBytes
+from launcher.protocol.plan import Host, NativeOps, StateBytes
 
 PARAMS, RANKS = 1_000_000, 4
 NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}

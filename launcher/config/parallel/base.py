@@ -14,8 +14,7 @@ from launcher.config.model.shape import Shape
 from launcher.config.optimizer import AdamW
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
-from launcher.protocol.native_ops import NativeOps
-from launcher.protocol.plan import Batch, StateBytes
+from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,7 @@ from launcher.config.parallel.deepspeed_keys import DEEPSPEED_OPTION, OWNED_ZERO
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
-from launcher.protocol.native_ops import NativeOps
-from launcher.protocol.plan import Batch, StateBytes
+from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 PIPELINE_FAMILIES = ("gpt2", "llama")
 """Architectures that ``launcher.models.layers`` can take apart."""

@@ -17,8 +17,7 @@ from launcher.config.parallel.deepspeed_keys import merge_raw_keys, validate_raw
 from launcher.config.paths import PathText
 from launcher.config.precision import Fp16Precision, Precision
 from launcher.errors import ConfigError
-from launcher.protocol.native_ops import NativeOps
-from launcher.protocol.plan import Batch, StateBytes
+from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 

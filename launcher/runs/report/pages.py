@@ -14,6 +14,7 @@ from launcher.config.option_text import flatten_options
 from launcher.config.snapshot import read_snapshot
 from launcher.errors import ConfigError
 from launcher.errors.secrets import redact
+from launcher.protocol.plan import Plan
 from launcher.runs.report.charts import Curves, charts_of, read_curves
 from launcher.runs.report.html import Html, element, section, table_of
 from launcher.runs.report.sections import (
@@ -44,8 +45,8 @@ _HEAD_BYTES = 1000
 _COMPARED = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
 
 
-def page_of_run(state: RunState) -> str:
-    """Return the report of one run."""
+def page_of_run(state: RunState, *, render_plan: Callable[[Plan], str]) -> str:
+    """Return the report of one run; ``render_plan`` returns a plan as text."""
     name = f"{state.name} {state.run_id}"
     return _page(
         name,
@@ -58,7 +59,7 @@ def page_of_run(state: RunState) -> str:
         _part("Last metrics", lambda: metrics_of(state)),
         _part("Environment", lambda: environment_of(state)),
         _part("Configuration", lambda: config_of(state.run_dir)),
-        _part("Plan", lambda: plan_of(state.run_dir)),
+        _part("Plan", lambda: plan_of(state.run_dir, render_plan=render_plan)),
         _part("Events", lambda: events_of(state.run_dir)),
         _part("Files", lambda: files_of(state.run_dir)),
     )

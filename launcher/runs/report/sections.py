@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError
-from launcher.planning.render import render_plan
-from launcher.protocol.plan import plan_from_json
+from launcher.protocol.plan import Plan, plan_from_json
 from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
 from launcher.runs.report.charts import COLOURS, MOST_METRICS, Series, chart
@@ -97,7 +96,7 @@ def metrics_of(state: RunState) -> Html:
     )
 
 
-def plan_of(run_dir: RunDir) -> Html:
+def plan_of(run_dir: RunDir, *, render_plan: Callable[[Plan], str]) -> Html:
     """Return the plan as ``launch plan`` prints it; that of another version as it stands in the file."""
     if not is_regular(run_dir.plan):
         return Html()

@@ -18,13 +18,12 @@ from launcher.config.activation import FullCheckpointing, OffloadCheckpointing, 
 from launcher.config.compile import RegionalCompile
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.errors import ConfigError
-from launcher.utils.build_cache import lacks_compiler
+from launcher.utils.build_cache import lacks_compiler, quote_torch_library_path
 
 if TYPE_CHECKING:
     from launcher.config.activation import ActivationCheckpointing
     from launcher.config.compile import Compile
     from launcher.config.precision import Precision
-    from launcher.utils.build_cache import quote_torch_library_path
 
 
 def apply_activation_checkpointing(module: nn.Module, activation: ActivationCheckpointing) -> None:

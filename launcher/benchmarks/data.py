@@ -19,6 +19,7 @@ from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
 from launcher.config.benchmark.io import DataBenchmark, thread_words
 from launcher.config.data.base import Corpus
 from launcher.config.model.base import Model
+from launcher.data.corpus import read_corpus
 from launcher.engines.context import Context
 from launcher.protocol.plan import Batch
 
@@ -159,7 +160,7 @@ def tokenise(data: Corpus, model: Model, folder: Path, *, warmup: int, progress:
     started = time.perf_counter()
     own = data.trains_tokenizer
     tokenizer = (
-        train_bpe(data.pieces(), vocab_size=data.vocab_size)
+        train_bpe(read_corpus(data), vocab_size=data.vocab_size)
         if own
         else given_tokenizer(data, model, heartbeat=progress)
     )
@@ -233,4 +234,4 @@ def _import_what_writes() -> None:
 
 
 def _text_bytes(data: Corpus) -> int:
-    return sum(len(piece.text.encode()) for piece in data.pieces())
+    return sum(len(piece.text.encode()) for piece in read_corpus(data))

@@ -30,6 +30,8 @@ from launcher.inference.engine.paged_engine import paged_engine_for
 from launcher.inference.kernels.layers import replace_quantized_layers
 from launcher.inference.tokenizer import open_tokenizer
 from launcher.models.build import build_model
+from launcher.models.pretrained import weights_folder
+from launcher.models.tokenizer import copy_tokenizer
 from launcher.protocol.metrics import MetricsWriter
 from launcher.quantization.codecs import quantized_layers
 from launcher.quantization.folder import save_quantized
@@ -119,7 +121,7 @@ def quantize_model(job: Quantize, context: Context) -> None:
     heartbeat("save", 1, steps=job.num_steps(run, world_size=1))
     folder = job.folder(context.run_dir)
     disk = _save(
-        after, method, folder, source=run.model.weights_folder(heartbeat=lambda: heartbeat("save")), context=context
+        after, method, folder, source=weights_folder(run.model, heartbeat=lambda: heartbeat("save")), context=context
     )
     heartbeat("compare", 2)
     fidelity = _compare(job, context, before, after)
@@ -171,10 +173,11 @@ def _save(
     making = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
     making.mkdir()
     try:
-        beside = source
-        if beside is None:
+        save_quantized(model, method, making)
+        if source is None:
             print("weights are random, so no tokenizer is put beside them", flush=True)
-        save_quantized(model, method, making, beside=beside)
+        else:
+            copy_tokenizer(source, making)
         for file in making.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())

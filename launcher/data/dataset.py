@@ -17,6 +17,7 @@ from launcher.config.data.base import Corpus, Data, Synthetic
 from launcher.config.model.base import Model
 from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigError
+from launcher.models.pretrained import transformers_config
 from launcher.models.tokenizer import FastTokenizer
 from launcher.utils.files import read_json
 
@@ -198,7 +199,7 @@ def open_splits(
 def _limits(model: Model) -> tuple[int, int]:
     if shape := model.shape():
         return shape.vocab_size, shape.max_position_embeddings
-    config = model.transformers_config().get_text_config()
+    config = transformers_config(model).get_text_config()
     return config.vocab_size, getattr(config, "max_position_embeddings", None) or 1 << 62  # some have no limit
 
 

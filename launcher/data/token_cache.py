@@ -1,7 +1,5 @@
 """The token cache: a corpus tokenized once per machine, by its own BPE or a given tokenizer.
 
-The byte-level BPE is that of Sennrich et al., 2016, arXiv:1508.07909, with bytes as in GPT-2.
-
 A cache folder holds ``tokens.arrow`` (a column of token lists; read one after the other they are the stream),
 ``stream.json`` (where in that file the tokens lie) and ``tokenizer.json``. Its name is a hash of the text, the
 tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
@@ -11,47 +9,23 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from launcher.config.data.base import Corpus, TextChunk
+from launcher.config.data.bpe import END, train_byte_level_bpe
 from launcher.config.model.base import Model
+from launcher.data.corpus import read_corpus
+from launcher.models.pretrained import tokenizer_folder
 from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import sha256_of, write_atomic, write_json
 from launcher.utils.hub import fetch_model
 
-END = "<|endoftext|>"
-
-
-_TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
-
-
-_TRAINED_ON_CHARS = 64 << 20
-"""Merges hardly change beyond this much text, and training would take minutes."""
-
 
 def train_bpe(pieces: Iterable[TextChunk], *, vocab_size: int) -> FastTokenizer:
-    """Return a tokenizer of at most ``vocab_size`` tokens; the same text gives the same one, token for token.
-
-    Args:
-        pieces: the text; of a large corpus the first 64 million characters count.
-        vocab_size: the 256 bytes, the end-of-text token and the merges; fewer where the text offers fewer.
-    """
-    from tokenizers import Tokenizer as Inner
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
-    inner = Inner(models.BPE())
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    inner.train_from_iterator(_first_chunks(pieces), trainer)
+    """Return the byte-level BPE of at most ``vocab_size`` tokens that a corpus gives; the same text gives the same."""
+    inner = train_byte_level_bpe((piece.text for piece in pieces), vocab_size=vocab_size)
     return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
 
 
@@ -61,32 +35,6 @@ def read_bpe(file: Path) -> FastTokenizer:
 
     inner = Inner.from_file(str(file))
     return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
-
-
-def count_tokens(pieces: Sequence[TextChunk], *, vocab_size: int) -> int:
-    """Return how many tokens the BPE trained on ``pieces`` makes of them, without ends of documents.
-
-    It leaves no threads behind, which a process that forks later would warn about.
-    """
-    before = os.environ.get(_TOKENIZERS_PARALLELISM)
-    os.environ[_TOKENIZERS_PARALLELISM] = "false"
-    try:
-        tokenizer = train_bpe(pieces, vocab_size=vocab_size)
-        return sum(len(tokenizer.encode(piece.text)) for piece in pieces)
-    finally:
-        if before is None:
-            del os.environ[_TOKENIZERS_PARALLELISM]
-        else:
-            os.environ[_TOKENIZERS_PARALLELISM] = before
-
-
-def _first_chunks(pieces: Iterable[TextChunk]) -> Iterator[str]:
-    left = _TRAINED_ON_CHARS
-    for piece in pieces:
-        yield piece.text
-        left -= len(piece.text)
-        if left <= 0:
-            return
 
 
 _FORMAT = 1
@@ -115,7 +63,7 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 
     def build(folder: Path) -> None:
         heartbeat()
-        tokenizer = given or train_bpe(data.pieces(), vocab_size=data.vocab_size)
+        tokenizer = given or train_bpe(read_corpus(data), vocab_size=data.vocab_size)
         heartbeat()
         (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         write_tokens(folder, data, tokenizer, heartbeat=heartbeat)
@@ -131,7 +79,7 @@ def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]
 
 def _given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> Path:
     if data.tokenizer == "model":
-        return model.tokenizer_folder(heartbeat=heartbeat)
+        return tokenizer_folder(model, heartbeat=heartbeat)
     if (folder := Path(data.tokenizer).expanduser()).is_dir():
         return folder
     return fetch_model(data.tokenizer, with_weights=False, option="data.tokenizer", instead="set data.tokenizer=bpe")
@@ -177,7 +125,7 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartb
 
 def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:
     end = [] if tokenizer.end_id is None else [tokenizer.end_id]
-    pieces = data.pieces()
+    pieces = read_corpus(data)
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         encoded = tokenizer.encode_batch([piece.text for piece in batch])
         yield [ids + end if piece.ends else ids for ids, piece in zip(encoded, batch, strict=True)]

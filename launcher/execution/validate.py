@@ -69,7 +69,7 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     """Look for what quantised weights need, and at folders that hold such: the options alone do not tell."""
     problems = list(run.model.validate_quantization())
     yield from problems
-    if not problems and run.model.quantization == "none" and run.model.kept_as() is not None:
+    if not problems and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
         folder = run.model.local_weights
         if isinstance(run.job, Quantize):
             why = "its weights are quantised already"
@@ -162,7 +162,7 @@ def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErro
             why = "is a file, not a folder" if exists(Path(source).expanduser()) else "there is no such folder"
             fix = f"give a folder that save_pretrained wrote, or set {tokenizer_alternative(option)}"
             yield ConfigError(option, choice, why=why, fix=fix)
-    source = run.model.published_source() if run.model.weights == "pretrained" else None
+    source = run.model.pretrained_source() if run.model.weights == "pretrained" else None
     if isinstance(source, str) and fetches_here and isinstance(run.job, BatchedJob | GeneratingJob):
         option, value, instead = "model.weights", run.model.weights, "set model.weights=random"
         if run.model.kind == "hf":

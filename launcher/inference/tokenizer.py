@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from launcher.config.inference import DEFAULT_TEMPLATE
 from launcher.config.model.base import has_tokenizer
 from launcher.errors import ConfigError
+from launcher.models.pretrained import tokenizer_folder
 from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder
 from launcher.utils.files import sha256_of
 from launcher.utils.text import did_you_mean
@@ -251,7 +252,7 @@ def open_tokenizer(
             why = f"data={run.data.kind} has no text, and so no tokenizer"
             raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
         return TextTokenizer(token_folder(run.data, run.model, heartbeat=heartbeat)[1].inner)
-    folder = run.model.tokenizer_folder(heartbeat=heartbeat) if choice == "model" else Path(choice).expanduser()
+    folder = tokenizer_folder(run.model, heartbeat=heartbeat) if choice == "model" else Path(choice).expanduser()
     return load_text_tokenizer(folder, template=template)
 
 

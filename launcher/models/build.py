@@ -23,6 +23,7 @@ from launcher.models.deferred_init import (
     leave_part,
     meta_model,
 )
+from launcher.models.pretrained import transformers_config, weights_folder
 from launcher.models.transforms import apply_activation_checkpointing
 from launcher.models.weights import StoredTensors, untie_differing_weights
 from launcher.quantization.convert import Converter, Restorer, metadata_of
@@ -113,8 +114,8 @@ def _build_deferred(
     heartbeat: Callable[[], None],
 ) -> tuple[PreTrainedModel, ModelBuilder, Converter | Restorer | None]:
     transformers_logging.disable_progress_bar()
-    folder = model.weights_folder(heartbeat=heartbeat)
-    config = model.transformers_config()
+    folder = weights_folder(model, heartbeat=heartbeat)
+    config = transformers_config(model)
     if folder is not None:
         problems = list(validate_model_folder("model.weights", str(folder), architecture=None))
         if problems:

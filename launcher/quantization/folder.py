@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from launcher.config.quantization import QuantizationManifest
-from launcher.models.tokenizer import copy_tokenizer
 from launcher.quantization.codecs import AoCodec, Nf4Codec, codec_of, quantized_layers
 
 if TYPE_CHECKING:
@@ -22,14 +21,13 @@ if TYPE_CHECKING:
 _SINGLE = "model.safetensors"
 
 
-def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path, *, beside: Path | None) -> None:
+def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path) -> None:
     """Write weights, configuration and what the layers are; before the first forward pass, which may reorder weights.
 
     Args:
         model: quantised by ``method``.
         method: how.
         folder: does not exist, or is empty.
-        beside: where tokenizer and generation config are copied from.
     """
     from safetensors.torch import save_file
 
@@ -39,12 +37,10 @@ def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path, *
     QuantizationManifest(method=method, layers=tuple(name for name, _ in quantized_layers(model))).write(folder)
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    if (theirs := transformers_quantization_config(model, method)) is not None:
+    if (found := transformers_quantization_config(model, method)) is not None:
         file = folder / "config.json"
         config = json.loads(file.read_text(encoding="utf-8"))
-        file.write_text(json.dumps({**config, "quantization_config": theirs}, indent=2) + "\n", encoding="utf-8")
-    if beside is not None:
-        copy_tokenizer(beside, folder)
+        file.write_text(json.dumps({**config, "quantization_config": found}, indent=2) + "\n", encoding="utf-8")
 
 
 def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -89,11 +85,11 @@ def transformers_quantization_config(model: PreTrainedModel, method: Quantizatio
     if isinstance(codec, Nf4Codec):
         from transformers import BitsAndBytesConfig
 
-        theirs = BitsAndBytesConfig(
+        bnb = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=model.dtype,
             llm_int8_skip_modules=spared,
         )
-        return dict(theirs.to_dict())
+        return dict(bnb.to_dict())
     return None

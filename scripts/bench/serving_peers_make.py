@@ -51,8 +51,9 @@ def save_model(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from launcher.config.model.llama import SmolLm2
+    from launcher.models.pretrained import pretrained_folder
 
-    source = SmolLm2().pretrained_folder(with_weights=True, heartbeat=lambda: None)
+    source = pretrained_folder(SmolLm2(), with_weights=True, heartbeat=lambda: None)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(source, use_safetensors=True, dtype=torch.bfloat16)
     model.save_pretrained(folder)

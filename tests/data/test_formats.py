@@ -30,6 +30,7 @@ from launcher.config.data.formats import BadFile, inspect_file, look_bytes_of_ea
 from launcher.config.data.hf import HfData
 from launcher.config.data.text import Text
 from launcher.config.option_text import quoted_word
+from launcher.data.corpus import read_corpus
 from launcher.errors import ConfigError
 
 ROWS = [f"Row {i} holds, äsh, some words and a quote: {chr(34)}." for i in range(60)]
@@ -68,7 +69,7 @@ def problems(data: Data) -> list[str]:
 
 
 def texts(data: Text | HfData) -> list[str]:
-    return [piece.text for piece in data.pieces()]
+    return [piece.text for piece in read_corpus(data)]
 
 
 def composed(words: list[str]) -> Text | HfData:

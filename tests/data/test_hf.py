@@ -14,6 +14,7 @@ import pytest
 
 from launcher.config.data.hf import HfData
 from launcher.config.model.gpt2 import Gpt2
+from launcher.data.corpus import read_corpus
 from launcher.data.dataset import open_splits
 from launcher.errors import ConfigError, EnvironmentProblem
 
@@ -43,7 +44,7 @@ def test_every_format_gives_the_rows_in_order(
 ) -> None:
     data = rows(kind, make(tmp_path))
     assert not list(data.validate_machine())
-    assert [piece.text for piece in data.pieces()] == ROWS
+    assert [piece.text for piece in read_corpus(data)] == ROWS
     splits = open_splits(data, model, sequence_length=16, seed=0)
     assert splits.tokenizer is not None
     assert splits.tokenizer.decode(splits.train.sequence(0).tolist()).startswith("Row number 0 holds some words.Row")
@@ -54,7 +55,7 @@ def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
     json_file(tmp_path / "set")
     data = rows(str(tmp_path / "set"))
     assert not list(data.validate_machine())
-    assert next(data.pieces()).text == ROWS[0]
+    assert next(read_corpus(data)).text == ROWS[0]
     before = data.fingerprint()
     (tmp_path / "set" / "x.jsonl").write_text('{"text": "changed"}\n')
     assert data.fingerprint() != before
@@ -72,12 +73,12 @@ def test_a_bad_row_far_into_a_folder_is_named_by_its_file_and_place(rows: MakeRo
     with pytest.raises(
         ConfigError, match=rf"data.column=text: row {count + 1:,} has no text in column text: it is null"
     ):
-        list(data.pieces())
-    assert len(list(replace(data, skip_bad_rows=True).pieces())) == count
+        list(read_corpus(data))
+    assert len(list(read_corpus(replace(data, skip_bad_rows=True)))) == count
     (folder / "a.jsonl").write_bytes(line * count + b'{"text": "\xe9"}\n')
     place = f"line {count + 1:,} is not UTF-8: byte 0xe9 at position {len(line) * count + 10}"
     with pytest.raises(ConfigError, match=f"data.path={folder}/a.jsonl: {place}"):
-        list(data.pieces())
+        list(read_corpus(data))
 
 
 def test_wrong_columns_splits_and_files_are_the_users_mistakes(rows: MakeRows, tmp_path: Path) -> None:
@@ -85,16 +86,16 @@ def test_wrong_columns_splits_and_files_are_the_users_mistakes(rows: MakeRows, t
     with pytest.raises(
         ConfigError, match=r"data.column=body: .*x.jsonl has no such column; it has text, n; choose from: text"
     ):
-        next(rows("json", file, column="body").pieces())
+        next(read_corpus(rows("json", file, column="body")))
     with pytest.raises(ConfigError, match=r"data.column=n: line 1 of .* has no text in column n: it is a number"):
-        next(rows("json", file, column="n").pieces())
+        next(read_corpus(rows("json", file, column="n")))
     with pytest.raises(ConfigError, match=r"data.path=json: datasets cannot read it: Unknown split"):
-        next(rows("json", file, split="test").pieces())
+        next(read_corpus(rows("json", file, split="test")))
     file.write_text("{not json")
     with pytest.raises(ConfigError, match=r"data.files=.*x.jsonl: ends in .jsonl and holds no JSON lines"):
-        next(rows("json", file).pieces())
+        next(read_corpus(rows("json", file)))
 
 
 def test_without_the_hub_the_message_says_what_to_type(rows: MakeRows) -> None:
     with pytest.raises(EnvironmentProblem, match="hf download --repo-type dataset org/name"):
-        next(rows("org/name").pieces())
+        next(read_corpus(rows("org/name")))

@@ -15,6 +15,7 @@ import pytest
 
 from launcher.config.data.text import Text
 from launcher.config.model.gpt2 import Gpt2
+from launcher.data.corpus import read_corpus
 from launcher.data.dataset import open_splits, open_stream
 from launcher.data.token_cache import save_tokenizer, token_folder, train_bpe
 from launcher.errors import ConfigError, EnvironmentProblem
@@ -121,7 +122,8 @@ def test_other_text_or_another_vocabulary_is_another_cache(text: MakeText, model
 def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: Path) -> None:
     script = (
         "import sys; from launcher.data.token_cache import train_bpe; from launcher.config.data.text import Text\n"
-        "print(train_bpe(Text().pieces(), vocab_size=900).to_json())"
+        "from launcher.data.corpus import read_corpus\n"
+        "print(train_bpe(read_corpus(Text()), vocab_size=900).to_json())"
     )
     jsons = {
         subprocess.run(
@@ -133,7 +135,7 @@ def test_the_trained_tokenizer_is_the_same_every_time(text: MakeText, tmp_path: 
         ).stdout.strip()
         for seed, threads in (("1", "1"), ("2", "2"))
     }
-    assert jsons == {train_bpe(Text().pieces(), vocab_size=900).to_json()}
+    assert jsons == {train_bpe(read_corpus(Text()), vocab_size=900).to_json()}
 
 
 def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gpt2, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_what_does_not_fit_is_refused_with_the_numbers(text: MakeText, model: Gp
         open_splits(text(held_out=0.001), model, sequence_length=60, seed=0)
     folder = tmp_path / "tokenizer"
     folder.mkdir()
-    (folder / "tokenizer.json").write_text(train_bpe(Text().pieces(), vocab_size=500).to_json())
+    (folder / "tokenizer.json").write_text(train_bpe(read_corpus(Text()), vocab_size=500).to_json())
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     with pytest.raises(ConfigError, match=r"data.tokenizer=.*: it has 500 tokens and small only 400 rows of embedding"):
         open_splits(text(tokenizer=str(folder)), model, sequence_length=16, seed=0)

@@ -127,7 +127,7 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantised_a
 def test_weights_that_cannot_be_written_leave_every_neighbour_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(_model: object, _method: object, folder: Path, *, beside: object) -> None:
+    def full(_model: object, _method: object, folder: Path) -> None:
         (folder / "half").touch()
         raise OSError(28, "No space left on device")
 

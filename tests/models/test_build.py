@@ -16,6 +16,7 @@ from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError
 from launcher.models.build import build_model
+from launcher.models.pretrained import transformers_config
 
 SIZES: dict[str, Any] = {
     "name": "small",
@@ -97,4 +98,4 @@ def test_a_tiny_vocabulary_has_no_end_token_outside_it() -> None:
     assert answer.max() < 99
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (None, None)
     whole = Gpt2(**{**SIZES, "vocab_size": 50257})
-    assert whole.transformers_config().eos_token_id == 50256
+    assert transformers_config(whole).eos_token_id == 50256

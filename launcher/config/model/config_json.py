@@ -11,8 +11,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from launcher.config.model.gpt2 import Gpt2
-from launcher.config.model.shape import LlamaSizes, Shape
+from launcher.config.model.shape import Gpt2Sizes, LlamaSizes, Shape
 
 if TYPE_CHECKING:
     from launcher.config.model.transformers_support import AttentionSupport
@@ -25,7 +24,7 @@ class Sizes(Protocol):
     """What is known of a model."""
 
     def shape(self) -> Shape:
-        """Return the sizes the planner reckons with."""
+        """Return the sizes that plans calculate with."""
 
     def architecture(self) -> dict[str, Any]:
         """Return what must be equal for weights to fit."""
@@ -94,9 +93,8 @@ def _positive_int(config: ConfigJson, *names: str) -> Any:
 
 def _gpt2(config: ConfigJson) -> Sizes | None:
     if config.get("n_inner") not in (None, 4 * config["n_embd"]) or config.get("tie_word_embeddings") is False:
-        return None  # Gpt2 stands for the published layout
-    return Gpt2(
-        name="gpt2",
+        return None  # Gpt2Sizes stands for the published layout
+    return Gpt2Sizes(
         layers=config["n_layer"],
         heads=config["n_head"],
         hidden_size=config["n_embd"],

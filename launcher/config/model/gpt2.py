@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from launcher.config.model.base import Model
-from launcher.config.model.shape import Shape
+from launcher.config.model.shape import Gpt2Sizes, Shape
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from transformers import GPT2Config
 
 _PUBLISHED = {
     (12, 12, 768): "openai-community/gpt2",
@@ -22,7 +18,8 @@ _PUBLISHED = {
 }
 """Hub names of the published weights by layers, heads and width."""
 
-_VOCAB_SIZE = 50257
+GPT2_VOCAB_SIZE = 50257
+"""Tokens of the published vocabulary; the last one ends a text."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +40,7 @@ class Gpt2(Model):
     max_position_embeddings: int = 1024
     """Learned positions, so the longest sequence."""
 
-    vocab_size: int = _VOCAB_SIZE
+    vocab_size: int = GPT2_VOCAB_SIZE
     """Rows of the embedding; the tokenizer may use fewer."""
 
     dropout: float = 0.0
@@ -62,63 +59,30 @@ class Gpt2(Model):
         if self.weights == "pretrained" and self._hub_name() is None:
             yield self.error("weights", "no weights of this size were ever published", "set model.weights=random")
 
-    def shape(self) -> Shape:
-        """Return the sizes; the output projection is the token embedding, counted once."""
-        width = self.hidden_size
-        block = 12 * width * width + 13 * width  # qkv + projection + 4x MLP, their biases, two norms
-        embeddings = (self.vocab_size + self.max_position_embeddings) * width
-        return Shape(
+    @property
+    def sizes(self) -> Gpt2Sizes:
+        """Everything that decides the parameters."""
+        return Gpt2Sizes(
             layers=self.layers,
             heads=self.heads,
-            hidden_size=width,
-            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
-            num_params=embeddings + self.layers * block + 2 * width,
-            largest_param=max(self.vocab_size * width, 4 * width * width),
-            kv_heads=self.heads,
-            intermediate_size=4 * width,
-            block_params=block,
-            tied=True,
-            family="gpt2",
+            vocab_size=self.vocab_size,
         )
+
+    def shape(self) -> Shape:
+        """Return the sizes that plans calculate with."""
+        return self.sizes.shape()
 
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide every parameter's shape."""
-        names = ("layers", "heads", "hidden_size", "max_position_embeddings", "vocab_size")
-        return {"family": self.kind, **{name: getattr(self, name) for name in names}}
+        return self.sizes.architecture()
 
-    def transformers_config(self) -> GPT2Config:
-        """Return the configuration; GPT-2's end-of-text token exists only in its own vocabulary."""
-        from transformers import GPT2Config
-
-        end = _VOCAB_SIZE - 1 if self.vocab_size >= _VOCAB_SIZE else None
-        return GPT2Config(
-            n_layer=self.layers,
-            n_head=self.heads,
-            n_embd=self.hidden_size,
-            n_positions=self.max_position_embeddings,
-            vocab_size=self.vocab_size,
-            resid_pdrop=self.dropout,
-            embd_pdrop=self.dropout,
-            attn_pdrop=self.dropout,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-
-    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Return the folder of the published model of this size, fetched from the hub where need be."""
-        from launcher.utils.hub import fetch_model
-
-        heartbeat()
-        name = self.published_source()
-        option, instead = ("model.weights", "random") if with_weights else ("data.tokenizer", "bpe")
-        return fetch_model(name, with_weights=with_weights, option=option, instead=f"set {option}={instead}")
-
-    def published_source(self) -> str:
+    def pretrained_source(self) -> str:
         """Return the hub name of the published model of this size; every size has the same tokenizer."""
         return self._hub_name() or _PUBLISHED[12, 12, 768]
 
     def _hub_name(self) -> str | None:
-        if (self.max_position_embeddings, self.vocab_size) != (1024, _VOCAB_SIZE):
+        if (self.max_position_embeddings, self.vocab_size) != (1024, GPT2_VOCAB_SIZE):
             return None
         return _PUBLISHED.get((self.layers, self.heads, self.hidden_size))

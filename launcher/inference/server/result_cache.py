@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import FinishReason, GeneratedToken
 from launcher.inference.server.request_state import RequestState
+from launcher.models.pretrained import weights_folder
 from launcher.utils.files import sha256_of
 from launcher.utils.schema import to_tree
 
@@ -135,7 +136,7 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     """Return a hash of the weights, or what random ones are drawn from."""
     if run.job.kind == "serve" and to_tree(run.job)["engine"] == "echo":
         return "none"
-    folder = run.model.weights_folder(heartbeat=heartbeat)
+    folder = weights_folder(run.model, heartbeat=heartbeat)
     if folder is None:
         return f"random {run.job.seed} {json.dumps(run.model.architecture(), sort_keys=True)}"
     digest = hashlib.sha256()

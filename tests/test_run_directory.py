@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,9 +16,11 @@ from launcher.backends.slurm import submit
 from launcher.backends.slurm.client import SlurmPartition
 from launcher.config.build import build_run
 from launcher.config.compose import compose
-from launcher.config.run import run_to_tree
+from launcher.config.run import Run, run_to_tree
+from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.execution import lifecycle
+from launcher.execution.validate import validate_run_dir
 from launcher.inference.batch.output import claim_output
 from launcher.protocol.messages import Assignment
 from launcher.protocol.rundir import RunDir
@@ -113,6 +118,60 @@ def test_auto_knows_a_run_by_what_run_yaml_holds(launch_in_process: Launch, tmp_
     refused = launch_in_process(*SMALL, "checkpoint.resume=auto", "run.dir=mine").expect(2)
     assert "run.dir=" in refused.stderr
     assert "is not empty and holds no run.yaml of a run" in refused.stderr
+    assert tree_of(tmp_path) == before
+
+
+JOBS: dict[str, tuple[str, ...]] = {
+    "train": (),
+    "evaluate": (),
+    "generate": (),
+    "serve": (),
+    "verify": ("parallel=ddp",),
+    "quantize": ("quantization=int8_weight", "parallel=single"),
+    "benchmark": ("benchmark=batching",),
+}
+"""Every kind of job, and what its command needs."""
+
+
+@functools.cache
+def run_of(job: str, *words: str) -> Run:
+    small = (word for word in SMALL if job != "benchmark" or not word.startswith("data"))
+    return compose((f"job={job}", *(words or JOBS[job]), *small)).run
+
+
+@pytest.mark.parametrize("held", JOBS)
+def test_no_run_takes_the_folder_of_another_job(tmp_path: Path, held: str) -> None:
+    save_run(run_of(held), tmp_path / "run.yaml")
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = tree_of(tmp_path)
+    for job, resume in itertools.product(JOBS, ("none", "auto")):
+        run = run_of(job)
+        run = replace(run, checkpoint=replace(run.checkpoint, resume=resume))
+        said = [str(error) for error in validate_run_dir(run, RunDir(tmp_path))]
+        if job != held:
+            assert len(said) == 1, (job, resume)
+            assert f"holds a run of job={held}" in said[0]
+            assert "checkpoint.resume" not in said[0], "advice that would be refused"
+        elif resume == "auto":
+            assert said == []
+        else:
+            assert "set checkpoint.resume=auto to continue it" in said[0]
+    assert tree_of(tmp_path) == before
+
+
+def test_no_benchmark_takes_the_folder_of_another_one(tmp_path: Path) -> None:
+    save_run(run_of("benchmark", "benchmark=activation", "checkpoint.resume=auto"), tmp_path / "run.yaml")
+    run = run_of("benchmark", "benchmark=batching", "checkpoint.resume=auto")
+    (error,) = validate_run_dir(run, RunDir(tmp_path))
+    assert "holds a run of job=benchmark benchmark=activation" in str(error)
+
+
+def test_a_command_that_names_the_folder_of_another_job_leaves_it(launch_in_process: Launch, tmp_path: Path) -> None:
+    fill(tmp_path, {"run/metrics.jsonl": "{}", "run/result.json": "{}", "run/plan.json": '{"run_id": "x"}'})
+    save_run(run_of("train"), tmp_path / "run" / "run.yaml")
+    before = tree_of(tmp_path)
+    words = (*SMALL[:2], "job=generate", "checkpoint.resume=auto", "run.dir=run")
+    assert "holds a run of job=train" in launch_in_process(*words).expect(2).stderr
     assert tree_of(tmp_path) == before
 
 

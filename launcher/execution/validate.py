@@ -19,6 +19,7 @@ from launcher.config.job.train import Train
 from launcher.config.model.base import tokenizer_alternative, validate_tokenizer_folder
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
+from launcher.config.snapshot import read_snapshot
 from launcher.errors import ConfigError
 from launcher.planning.planner import estimate_memory
 from launcher.planning.validate import validate_quantized_weights
@@ -260,11 +261,28 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
         why = f"is not empty and holds no run.yaml of a run (it holds {shown}), so its files are not a run's"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")
+    elif run_dir.is_run and (job := _saved_job(run_dir)) != (ours := _job_words(run.job.kind, run.benchmark.kind)):
+        why = f"holds a run of {job}, this one is of {ours}, and two runs never share a directory"
+        yield ConfigError("run.dir", run_dir.path, why=why, fix="choose another folder")
     elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
         is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())
         why, fix = "is not empty, and two runs never share a directory", "choose another, or set checkpoint.resume=auto"
         if is_occupied:
             yield ConfigError("run.dir", run_dir.path, why=why, fix=f"{fix} to continue it")
+
+
+def _saved_job(run_dir: RunDir) -> str:
+    """Return the job of the run in ``run_dir``, as overrides; of a damaged run.yaml, that it is not known."""
+    try:
+        tree = read_snapshot(run_dir.snapshot)
+        job, benchmark = tree["job"]["kind"], tree.get("benchmark")
+    except (ConfigError, KeyError, TypeError):
+        return "an unknown job"
+    return _job_words(job, benchmark["kind"] if isinstance(benchmark, dict) and "kind" in benchmark else "none")
+
+
+def _job_words(job: object, benchmark: object) -> str:
+    return f"job={job}" if benchmark == "none" else f"job={job} benchmark={benchmark}"
 
 
 def _validate_taken_port(backend: Backend) -> Iterator[ConfigError]:

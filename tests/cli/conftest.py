@@ -60,7 +60,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         started_at = time.time() - age_s
         os.utime(run_dir.snapshot, (started_at, started_at))
         hosts = [{"host": {"name": "box", "slots": 2}}]
-        plan = {"run_id": run_id, "name": name, "hosts": hosts, "work": {"steps": 10}, "grace_s": 1.0}
+        plan = {"run_id": run_id, "name": name, "hosts": hosts, "work": {"num_steps": 10}, "grace_s": 1.0}
         write_json(run_dir.plan, plan)
         if session is not None:
             write_session_file(run_dir, SessionRecord(session=session, **{"backend": "local", **whereabouts}))

@@ -25,9 +25,9 @@ OTHERS = {
     "unexplained": {"do": {0: "connection_error", 1: "work"}},
     "hanging": {"do": {0: "work", 1: "hang_after_error"}},
     "preempted": {"do": {0: "work", 1: "wait_a_moment exit_75"}},
-    "broken": {"do": "work", "start": Command(argv=(sys.executable, "-c", "import no_such_module"))},
-    "absent": {"do": "work", "start": Command(argv=("/no/such/program",))},
-    "lazy": {"do": "work", "start": Command(argv=("true",))},
+    "broken": {"do": "work", "agent_command": Command(argv=(sys.executable, "-c", "import no_such_module"))},
+    "absent": {"do": "work", "agent_command": Command(argv=("/no/such/program",))},
+    "lazy": {"do": "work", "agent_command": Command(argv=("true",))},
     "port": {"do": {0: "port_error", 1: "wait_a_moment work"}},
     "late port": {"do": {0: "some_steps wait_a_moment port_error", 1: "work"}},
 }

@@ -292,7 +292,7 @@ def test_one_without_checksums_is_loaded_and_that_is_said(write: Write, capsys: 
     assert capsys.readouterr().err.count("has no checksums (an earlier version wrote it)") == 1
 
 
-def test_a_run_that_quantised_stands_for_its_weights(tmp_path: Path, write: Write) -> None:
+def test_a_run_that_quantized_stands_for_its_weights(tmp_path: Path, write: Write) -> None:
     saved = write(10)
     (tmp_path / "packed").mkdir()
     save_run(composed(*TRAINED, "job=quantize", "quantization=int8_weight").run, tmp_path / "packed" / "run.yaml")

@@ -272,9 +272,9 @@ def decode(
 
     Args:
         model: the run's, packed.
-        weights: a format, or a method to quantise by.
+        weights: a format, or a method to quantize by.
         how: one of ``WAYS``, or the peer.
-        rest: format of what is not quantised.
+        rest: format of what is not quantized.
         seed: of random weights.
         batch: sequences at a time.
         prompt: tokens that each begins with.

@@ -89,7 +89,7 @@ _WAYS = {"forward": "plain forward passes", "engine": "the launcher's engine"}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """A quantised model beside the one that it was made from."""
+    """A quantized model beside the one that it was made from."""
 
     model: str
     method: Quantization
@@ -98,7 +98,7 @@ class QuantizationReport:
     memory: Mapping[str, Mapping[str, int]]
     """Bytes by group, of ``before`` and ``after``."""
     matrices_bf16: int
-    """What the quantised matrices would take in bf16."""
+    """What the quantized matrices would take in bf16."""
     disk: Mapping[str, int]
     """Bytes of weights in files; without ``before`` where they come from no files."""
     fidelity: Fidelity
@@ -109,7 +109,7 @@ class QuantizationReport:
 
     @property
     def share_of_bf16(self) -> float:
-        """Bytes of the quantised layers beside those of their matrices in bf16."""
+        """Bytes of the quantized layers beside those of their matrices in bf16."""
         return self.memory[AFTER][LAYERS] / self.matrices_bf16
 
     def metrics(self) -> dict[str, float]:

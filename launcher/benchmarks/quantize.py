@@ -117,7 +117,7 @@ def quantize_model(job: Quantize, context: Context) -> None:
     models = {name: _build(context, how) for name, how in ((BEFORE, None), (AFTER, method))}
     before, after = models[BEFORE], models[AFTER]
     names = {name for name, _ in quantized_layers(after)}
-    print(f"{len(names)} layers quantised by {method.kind}", flush=True)
+    print(f"{len(names)} layers quantized by {method.kind}", flush=True)
     heartbeat("save", 1, steps=job.num_steps(run, world_size=1))
     folder = job.folder(context.run_dir)
     disk = _save(

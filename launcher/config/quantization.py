@@ -79,7 +79,7 @@ class Int4Weight(Quantization):
     summary_fields: ClassVar[tuple[str, ...]] = ("group_size",)
 
     group_size: int = 32
-    """Inputs that share a scale; it divides the width of every layer that is quantised."""
+    """Inputs that share a scale; it divides the width of every layer that is quantized."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse groups that fill no bytes."""
@@ -120,7 +120,7 @@ MANIFEST_FILE = "quantization.json"
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationManifest:
-    """How the weights in a folder were quantised."""
+    """How the weights in a folder were quantized."""
 
     method: Quantization
     layers: tuple[str, ...]
@@ -133,7 +133,7 @@ class QuantizationManifest:
 
 
 def read_manifest(folder: Path) -> QuantizationManifest | None:
-    """Return what a folder says; ``None`` where its weights are not quantised by the launcher.
+    """Return what a folder says; ``None`` where its weights are not quantized by the launcher.
 
     Raises:
         ConfigError: the file is there, and not as the launcher writes it.
@@ -145,7 +145,7 @@ def read_manifest(folder: Path) -> QuantizationManifest | None:
         tree = json.loads(file.read_text(encoding="utf-8"))
         return _manifest_from_tree(tree)
     except (ValueError, KeyError, TypeError) as error:
-        fix = "quantise the model again: job=quantize"
+        fix = "quantize the model again: job=quantize"
         raise ConfigError(
             "model.weights", str(folder), why=f"its {MANIFEST_FILE} cannot be read: {error}", fix=fix
         ) from error

@@ -254,7 +254,7 @@ class Benchmark(Component):
     """How its cases are isolated from each other; shown below its table."""
 
     supports_quantized: ClassVar[bool] = False
-    """Whether the model may be quantised, because it generates text and is not trained."""
+    """Whether the model may be quantized, because it generates text and is not trained."""
 
     needs_model: ClassVar[bool] = False
     """Whether it uses the run's model."""

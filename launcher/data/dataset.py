@@ -158,7 +158,7 @@ class Splits:
     """``None`` where tokens stand for no text."""
     vocab_size: int
     """Tokens that can occur; the model's embedding may have more rows."""
-    context: int
+    max_length: int
     """Longest sequence of the model, in tokens."""
     baselines: Mapping[str, float]
     """Losses to compare with, in nats a token, by name."""
@@ -180,15 +180,15 @@ def open_splits(
         ConfigError: the parts do not fit together, with the numbers.
         EnvironmentProblem: something must be fetched and cannot be, or the cache cannot be written.
     """
-    vocab_size, context = _limits(model)
-    if sequence_length > context:
-        why, fix = f"{model.name} takes at most {context} tokens", f"set job.sequence_length={context}"
+    vocab_size, max_length = _limits(model)
+    if sequence_length > max_length:
+        why, fix = f"{model.name} takes at most {max_length} tokens", f"set job.sequence_length={max_length}"
         raise ConfigError("job.sequence_length", sequence_length, why=why, fix=fix)
     if isinstance(data, Synthetic):
-        splits = _open_synthetic(data, context=context, sequence_length=sequence_length, seed=seed)
+        splits = _open_synthetic(data, max_length=max_length, sequence_length=sequence_length, seed=seed)
     else:
         assert isinstance(data, Corpus), f"no way to open {type(data).__name__}"
-        splits = _open_corpus(data, model, context=context, sequence_length=sequence_length, heartbeat=heartbeat)
+        splits = _open_corpus(data, model, max_length=max_length, sequence_length=sequence_length, heartbeat=heartbeat)
     if splits.vocab_size > vocab_size:
         option, value = ("data.tokenizer", getattr(data, "tokenizer", "bpe"))
         why = f"it has {splits.vocab_size} tokens and {model.name} only {vocab_size} rows of embedding"
@@ -204,7 +204,7 @@ def _limits(model: Model) -> tuple[int, int]:
 
 
 def _open_corpus(
-    data: Corpus, model: Model, *, context: int, sequence_length: int, heartbeat: Callable[[], None]
+    data: Corpus, model: Model, *, max_length: int, sequence_length: int, heartbeat: Callable[[], None]
 ) -> Splits:
     folder, tokenizer = token_folder(data, model, heartbeat=heartbeat)
     stream = open_stream(folder)
@@ -221,7 +221,7 @@ def _open_corpus(
         held_out=held_out,
         tokenizer=tokenizer,
         vocab_size=vocab_size,
-        context=context,
+        max_length=max_length,
         baselines={
             "uniform": uniform_loss(vocab_size),
             "unigram": unigram_loss(known, asked, vocab_size=vocab_size),
@@ -229,13 +229,13 @@ def _open_corpus(
     )
 
 
-def _open_synthetic(data: Synthetic, *, context: int, sequence_length: int, seed: int) -> Splits:
+def _open_synthetic(data: Synthetic, *, max_length: int, sequence_length: int, seed: int) -> Splits:
     train = BigramSequences(data, sequence_length=sequence_length, seed=seed, split="train")
     return Splits(
         train=train,
         held_out=BigramSequences(data, sequence_length=sequence_length, seed=seed, split="held-out"),
         tokenizer=None,
         vocab_size=data.vocab_size,
-        context=context,
+        max_length=max_length,
         baselines={"uniform": uniform_loss(data.vocab_size), "best": float(np.log(data.branching))},
     )

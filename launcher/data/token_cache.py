@@ -128,7 +128,7 @@ def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:
     pieces = read_corpus(data)
     while batch := list(itertools.islice(pieces, _PIECES_AT_ONCE)):
         encoded = tokenizer.encode_batch([piece.text for piece in batch])
-        yield [ids + end if piece.ends else ids for ids, piece in zip(encoded, batch, strict=True)]
+        yield [ids + end if piece.ends_document else ids for ids, piece in zip(encoded, batch, strict=True)]
 
 
 def _segments(file: Path) -> list[tuple[int, int]]:

@@ -67,16 +67,16 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
 
 
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
-    """Look for what quantised weights need, and at folders that hold such: the options alone do not tell."""
+    """Look for what quantized weights need, and at folders that hold such: the options alone do not tell."""
     problems = list(run.model.validate_quantization())
     yield from problems
     if not problems and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
         folder = run.model.local_weights
         if isinstance(run.job, Quantize):
-            why = "its weights are quantised already"
+            why = "its weights are quantized already"
             yield ConfigError("model.weights", folder, why=why, fix="give the original weights")
         yield from validate_quantized_weights(
-            run, "model.weights", folder, instead="give weights that are not quantised"
+            run, "model.weights", folder, instead="give weights that are not quantized"
         )
 
 

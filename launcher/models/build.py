@@ -62,7 +62,7 @@ def build_model(
         attention: which kernel.
         activation: which blocks are recomputed in the backward pass.
         dtype: of the parameters.
-        quantization: how weights are quantised as they come; ``None`` leaves that to ``model.quantization``.
+        quantization: how weights are quantized as they come; ``None`` leaves that to ``model.quantization``.
         after: called with each part of the model, and its name, as soon as it is there: no rank need hold all of it.
         laid_out: called with the model when none of it has storage yet.
         heartbeat: called while weights are fetched, converted or drawn.

@@ -1,4 +1,4 @@
-"""GGUF files of the Llama family to the folder that Transformers reads: dequantised safetensors, config, tokenizer.
+"""GGUF files of the Llama family to the folder that Transformers reads: dequantized safetensors, config, tokenizer.
 
 The weights go through ``gguf`` and numpy alone: no model is built, so it makes no difference whether the calling
 process is about to partition models with ZeRO-3.

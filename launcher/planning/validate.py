@@ -130,14 +130,14 @@ def _validate_resume(run: Run) -> Iterator[ConfigError]:
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     """Refuse methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
     chosen, own = run.quantization.kind, run.model.quantization
-    quantises = isinstance(run.job, Quantize)
-    if chosen != "none" and not quantises:
-        why = f"job={run.job.kind} makes no quantised weights"
+    quantizes = isinstance(run.job, Quantize)
+    if chosen != "none" and not quantizes:
+        why = f"job={run.job.kind} makes no quantized weights"
         fix = f"set model.quantization={chosen} to use them, or job=quantize to keep them"
         yield ConfigError("quantization", chosen, why=why, fix=fix)
     if own == "none":
         return
-    if quantises:
+    if quantizes:
         why = "job=quantize starts from the original, and does what the group quantization says"
         fix = f"set model.quantization=none quantization={own}"
         yield ConfigError("model.quantization", own, why=why, fix=fix)
@@ -146,11 +146,11 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
 
 
 def validate_quantized_weights(run: Run, option: str, value: object, *, instead: str) -> Iterator[ConfigError]:
-    """Yield why a run cannot have quantised weights.
+    """Yield why a run cannot have quantized weights.
 
     Args:
         run: what is asked for.
-        option: by which the weights are quantised, as the user types it.
+        option: by which the weights are quantized, as the user types it.
         value: of that option.
         instead: what would work with any run.
     """
@@ -158,10 +158,10 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
         why = f"job={run.job.kind} takes optimiser steps, and layers in few bits do not learn"
         yield ConfigError(option, value, why=why, fix=instead)
     elif isinstance(run.benchmark, Benchmark) and not run.benchmark.supports_quantized:
-        why = f"benchmark={run.benchmark.kind} trains the model, quantises it itself, or has none"
+        why = f"benchmark={run.benchmark.kind} trains the model, quantizes it itself, or has none"
         yield ConfigError(option, value, why=why, fix=instead)
     elif run.parallel.kind not in ("single", "ddp", "pipeline"):
-        why = f"parallel={run.parallel.kind} slices matrices, and quantised ones stay whole"
+        why = f"parallel={run.parallel.kind} slices matrices, and quantized ones stay whole"
         yield ConfigError(option, value, why=why, fix="set parallel=single")
 
 

@@ -13,12 +13,12 @@ from launcher.quantization.int4 import Int4Codec, Int4Linear
 
 
 class LayerCodec(Protocol):
-    """Makes quantised layers, takes them apart for files and puts them together again."""
+    """Makes quantized layers, takes them apart for files and puts them together again."""
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse a layer whose size does not fit, by a ConfigError; ``option`` is how the method was chosen."""
 
-    def quantise(self, layer: nn.Linear) -> nn.Module:
+    def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the layer that takes the place of one in floats."""
 
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -62,8 +62,8 @@ class AoCodec:
     def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse nothing: a scale for each output fits any size."""
 
-    def quantise(self, layer: nn.Linear) -> nn.Module:
-        """Return the layer with its weight quantised."""
+    def quantize(self, layer: nn.Linear) -> nn.Module:
+        """Return the layer with its weight quantized."""
         from torchao.quantization import quantize_
 
         quantize_(layer, self.config())
@@ -121,7 +121,7 @@ class Nf4Codec:
     def check(self, name: str, in_features: int, *, option: str) -> None:
         """Refuse nothing: blocks run on from one output to the next."""
 
-    def quantise(self, layer: nn.Linear) -> nn.Module:
+    def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the layer that takes the place of one in floats."""
         from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn import Params4bit
@@ -180,7 +180,7 @@ def is_quantized(layer: nn.Module) -> bool:
 
 
 def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the layers that are quantised, by name."""
+    """Yield the layers that are quantized, by name."""
     for name, layer in model.named_modules():
         if is_quantized(layer):
             yield name, layer

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Converter:
-    """Takes the parts of a model as they are filled and quantises what is in them.
+    """Takes the parts of a model as they are filled and quantizes what is in them.
 
     Args:
         model: laid out, without storage.
@@ -39,9 +39,9 @@ class Converter:
             self._codec.check(name, matrix_size(model.get_submodule(name))[1], option=option)
 
     def convert(self, part: str) -> None:
-        """Quantise the layers in one part of the model, which is filled."""
+        """Quantize the layers in one part of the model, which is filled."""
         for name in _within(self.names, part):
-            replace_layer(self._model, name, self._codec.quantise(as_linear(self._model.get_submodule(name))))
+            replace_layer(self._model, name, self._codec.quantize(as_linear(self._model.get_submodule(name))))
 
     def check(self) -> None:
         """Make sure that no layer was left out; call it when all parts are there."""
@@ -49,7 +49,7 @@ class Converter:
 
 
 class Restorer:
-    """Puts quantised layers from files into a model, part by part.
+    """Puts quantized layers from files into a model, part by part.
 
     Args:
         model: laid out, without storage; its layers lose their matrices.
@@ -66,7 +66,7 @@ class Restorer:
             replace_layer(model, name, _Placeholder(model.get_submodule(name)))
 
     def owns(self, stored: str) -> bool:
-        """Return whether what files keep under this name is part of a quantised layer."""
+        """Return whether what files keep under this name is part of a quantized layer."""
         layer = next((name for name in self.names if stored.startswith(f"{name}.")), None)
         return layer is not None and self._codec.owns(layer, stored)
 
@@ -81,8 +81,8 @@ class Restorer:
                 bias = self._model.get_submodule(name).bias
                 layer = self._codec.restore(name, self._sizes[name], bias, read, metadata)
             except KeyError as missing:
-                why = f"{self._folder} does not hold {missing.args[0]} of the quantised layer {name}"
-                fix = "quantise the model again: job=quantize"
+                why = f"{self._folder} does not hold {missing.args[0]} of the quantized layer {name}"
+                fix = "quantize the model again: job=quantize"
                 raise ConfigError("model.weights", str(self._folder), why=why, fix=fix) from missing
             replace_layer(self._model, name, layer)
 
@@ -101,9 +101,9 @@ class _Placeholder(nn.Module):  # type: ignore[misc]
 
 
 def check_all_quantized(model: nn.Module, names: list[str]) -> None:
-    """Raise where one of the layers named is not quantised."""
+    """Raise where one of the layers named is not quantized."""
     left = [name for name in names if not is_quantized(model.get_submodule(name))]
-    assert not left, f"layers that nobody quantised: {left}"
+    assert not left, f"layers that nobody quantized: {left}"
 
 
 def _within(names: list[str], part: str) -> list[str]:

@@ -25,7 +25,7 @@ def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path) -
     """Write weights, configuration and what the layers are; before the first forward pass, which may reorder weights.
 
     Args:
-        model: quantised by ``method``.
+        model: quantized by ``method``.
         method: how.
         folder: does not exist, or is empty.
     """

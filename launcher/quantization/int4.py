@@ -46,7 +46,7 @@ class Int4Linear(nn.Module):  # type: ignore[misc]
         groups: int = self.scale.shape[1]
         return self.in_features // groups
 
-    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the matrix (out, in) that this stands for."""
         grouped = levels(self.qdata).view(self.out_features, -1, self.group_size).float()
         weight = (grouped - self.zero.float()[..., None] / ZERO_STEPS) * self.scale.float()[..., None]
@@ -54,7 +54,7 @@ class Int4Linear(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (…, out) of (…, in), in the format of ``x``; the matrix is widened each time."""
-        return linear(x, self.dequantised(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         """Return what a print of the model shows."""
@@ -87,7 +87,7 @@ class Int4Codec:
                 raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
             raise ConfigError(option, Int4Weight.kind, why=why, fix=f"keep weights by job=quantize first: {fix}")
 
-    def quantise(self, layer: nn.Linear) -> nn.Module:
+    def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the layer that takes the place of one in floats."""
         weight = layer.weight.detach().float().view(layer.out_features, -1, self._group)
         low, high = (edge(dim=-1, keepdim=True) for edge in (weight.amin, weight.amax))

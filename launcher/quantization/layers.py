@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers in the repeated blocks of a model, by name. Before any of them is quantised."""
+    """Return the linear layers in the repeated blocks of a model, by name. Before any of them is quantized."""
     inside = tuple(f"{name}." for name, child in model.named_modules() if isinstance(child, nn.ModuleList))
     return {
         name: layer
@@ -27,7 +27,7 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def quantized_targets(model: nn.Module, skip: Sequence[str], *, option: str) -> dict[str, nn.Module]:
-    """Return the layers to quantise, by name: all matrices that no pattern of ``skip`` matches.
+    """Return the layers to quantize, by name: all matrices that no pattern of ``skip`` matches.
 
     Raises:
         ConfigError: the model has none, a pattern matches none, or nothing is left.
@@ -75,7 +75,7 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(parent, key, layer)
 
 
-LAYERS, EMBEDDINGS, REST = "quantised layers", "embeddings and head", "everything else"
+LAYERS, EMBEDDINGS, REST = "quantized layers", "embeddings and head", "everything else"
 
 
 GROUPS = (LAYERS, EMBEDDINGS, REST)
@@ -85,8 +85,8 @@ def bytes_by_group(model: PreTrainedModel, layers: set[str]) -> dict[str, int]:
     """Return the bytes in memory of each group; tensors that are shared count once.
 
     Args:
-        model: quantised or not.
-        layers: names of those that are, or will be, quantised; their biases belong to the rest.
+        model: quantized or not.
+        layers: names of those that are, or will be, quantized; their biases belong to the rest.
     """
     found, seen = dict.fromkeys(GROUPS, 0), set[int]()
     outer = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
@@ -101,7 +101,7 @@ def bytes_by_group(model: PreTrainedModel, layers: set[str]) -> dict[str, int]:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors that a module itself holds, those inside of quantised weights among them."""
+    """Yield the plain tensors that a module itself holds, those inside of quantized weights among them."""
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield from ((key, part) for part in _plain_tensors(tensor))
 
@@ -119,6 +119,6 @@ def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
 
 
 def bf16_bytes(model: PreTrainedModel, layers: set[str]) -> int:
-    """Return what the matrices of these layers take in bf16; the model is not quantised."""
+    """Return what the matrices of these layers take in bf16; the model is not quantized."""
     found = matrices(model)
     return sum(2 * found[name].weight.numel() for name in layers)

@@ -157,7 +157,7 @@ def generate_sample(job: Train, splits: Splits, engine: Engine) -> str:
 
     assert splits.tokenizer is not None, "no tokenizer, no text"
     ids = splits.tokenizer.encode(job.sample_prompt) or [0]
-    room = max(1, splits.context - job.sample_tokens)
+    room = max(1, splits.max_length - job.sample_tokens)
     prompt = torch.tensor([ids[-room:]], device=engine.device)
-    answer = engine.generate(prompt, max_new_tokens=min(job.sample_tokens, splits.context - 1))
+    answer = engine.generate(prompt, max_new_tokens=min(job.sample_tokens, splits.max_length - 1))
     return str(splits.tokenizer.decode(answer[0].tolist()))

@@ -30,7 +30,7 @@ class Counting:
 
 def splits(train: int, held_out: int) -> Splits:
     return Splits(
-        train=Counting(train), held_out=Counting(held_out), tokenizer=None, vocab_size=99, context=4, baselines={}
+        train=Counting(train), held_out=Counting(held_out), tokenizer=None, vocab_size=99, max_length=4, baselines={}
     )
 
 

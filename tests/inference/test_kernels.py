@@ -59,8 +59,8 @@ def test_products_of_4_bit_matrices_are_those_of_what_they_stand_for(
 ) -> None:
     torch.manual_seed(out)
     stock = torch.nn.Linear(inner, out, bias=out % 2 == 0)
-    layer = Int4Codec(Int4Weight(group_size=group)).quantise(stock)
-    _check_products(layer, layer.dequantised(torch.float64), dtype)
+    layer = Int4Codec(Int4Weight(group_size=group)).quantize(stock)
+    _check_products(layer, layer.dequantized(torch.float64), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -68,7 +68,7 @@ def test_products_of_4_bit_matrices_are_those_of_what_they_stand_for(
 def test_products_of_8_bit_matrices_are_those_of_what_they_stand_for(dtype: torch.dtype, out: int, inner: int) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(out)
-    layer = AoCodec(Int8Weight()).quantise(torch.nn.Linear(inner, out, bias=out % 2 == 0).requires_grad_(False))
+    layer = AoCodec(Int8Weight()).quantize(torch.nn.Linear(inner, out, bias=out % 2 == 0).requires_grad_(False))
     weight = layer.weight.data
     _check_products(layer, weight.qdata.double() * weight.scale.double(), dtype)
 
@@ -76,7 +76,7 @@ def test_products_of_8_bit_matrices_are_those_of_what_they_stand_for(dtype: torc
 @pytest.mark.parametrize("rows", [1, 7, 100])
 def test_rounded_activations_are_those_of_torchao(rows: int) -> None:
     torch.manual_seed(rows)
-    layer = AoCodec(Int8Dynamic()).quantise(torch.nn.Linear(64, 97).requires_grad_(False))
+    layer = AoCodec(Int8Dynamic()).quantize(torch.nn.Linear(64, 97).requires_grad_(False))
     assert is_packable(layer)
     x = torch.randn(rows, 64) * torch.logspace(-3, 3, rows)[:, None]
     x[0, :5] = torch.tensor([2.0, -2.0, 0.0, 1e-9, -1e-9])

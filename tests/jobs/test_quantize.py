@@ -18,7 +18,7 @@ WORDS = (
 )
 
 
-def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(launch, tmp_path: Path) -> None:
+def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(launch, tmp_path: Path) -> None:
     quick = ("job.rate_batches=[1]", "job.rate_prompt=8", "job.rate_tokens=4", "job.repeats=1", "job.tokenizer=bytes")
     training = ("job.steps=60", "job.eval_every=60", "job.sample_tokens=1", "checkpoint.at_end=true")
     launch(*WORDS[:5], *training, "run.dir=trained").expect(0)
@@ -34,7 +34,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
     assert abs(kept["growth"]) < 0.08
     assert 0 < kept["divergence"] < 0.05
     page = (tmp_path / "made" / "quantize.md").read_text()
-    for row in ("quantised layers, in memory", "same most likely token", "decode, 1 at a time, the launcher's engine"):
+    for row in ("quantized layers, in memory", "same most likely token", "decode, 1 at a time, the launcher's engine"):
         assert f"| {row}" in page
     folder = tmp_path / "made" / "model"
     assert {"config.json", "model.safetensors", "quantization.json"} <= {file.name for file in folder.iterdir()}
@@ -57,7 +57,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
     generate = ("job=generate", "job.tokenizer=bytes", "job.max_tokens=8", f"job.input={prompts}", *WORDS[:5])
     told = launch(*generate, f"model.weights={folder}", "run.dir=generated").expect(0)
     assert "single matrices by compiled kernels" in told.output
-    assert "quantised layers by their library's own" not in told.output
+    assert "quantized layers by their library's own" not in told.output
     lines = (tmp_path / "generated" / "generated.jsonl").read_text().splitlines()
     assert [json.loads(line)["tokens"] for line in lines] == [8, 8]
 
@@ -77,7 +77,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantise_themselves(
             ("job=quantize", "quantization=nf4", "model.quantization=fp8", "parallel=single"),
             "set model.quantization=none quantization=fp8",
         ),
-        (("job=evaluate", "model.quantization=fp8", "parallel=zero3"), "quantised ones stay whole"),
+        (("job=evaluate", "model.quantization=fp8", "parallel=zero3"), "quantized ones stay whole"),
         (("job=benchmark", "benchmark=memory", "model.quantization=fp8"), "benchmark=memory trains the model"),
         (
             ("job=generate", "job.engine=vllm", "job.vllm_python=python", "model.quantization=fp8"),
@@ -106,7 +106,7 @@ def test_a_package_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     assert "bitsandbytes" in str(problem)
 
 
-def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantised_again(tmp_path: Path) -> None:
+def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantized_again(tmp_path: Path) -> None:
     from launcher.config.compose import compose
     from launcher.config.quantization import Int4Weight, QuantizationManifest
     from launcher.execution.validate import validate_machine
@@ -116,9 +116,9 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantised_a
     QuantizationManifest(method=Int4Weight(), layers=("a",)).write(folder)
     weights = f"model.weights={folder}"
     for words, said in (
-        ((weights,), "layers in few bits do not learn; give weights that are not quantised"),
-        ((weights, "job=evaluate", "parallel=zero3"), "quantised ones stay whole; set parallel=single"),
-        ((weights, "job=quantize", "quantization=int4_weight"), "its weights are quantised already"),
+        ((weights,), "layers in few bits do not learn; give weights that are not quantized"),
+        ((weights, "job=evaluate", "parallel=zero3"), "quantized ones stay whole; set parallel=single"),
+        ((weights, "job=quantize", "quantization=int4_weight"), "its weights are quantized already"),
     ):
         found = [str(problem) for problem in validate_machine(compose(words).run, tmp_path / "run", hosts=[])]
         assert any(problem.startswith(weights) and said in problem for problem in found), found

@@ -69,7 +69,7 @@ def test_counts_of_a_llama_of_any_size_are_exact(tied: bool) -> None:
         "max_position_embeddings": 32,
         "vocab_size": 101,
     }
-    model = Llama(name="small", tied=tied, **sizes)
+    model = Llama(name="small", tie_word_embeddings=tied, **sizes)
     assert (model.shape().num_params, model.shape().largest_param) == counted(transformers_config(model))
 
 

@@ -120,7 +120,7 @@ def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_wa
         ({"model_type": "llama17"}, "no causal language model of type llama17"),
         ({"model_type": "t17", "auto_map": {}}, "code that a model ships is never run"),
         ({"model_type": None}, "names no model_type"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised by gptq"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
     ],
 )
 def test_a_configuration_that_transformers_does_not_know(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
@@ -261,7 +261,12 @@ def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> Non
     assert shape.active_params == 2 * 67 * 32 + 48 * 32  # two experts of four
     assert shape.flops_per_token(8) == 6 * shape.active_params + 12 * 2 * 32 * 8
     assert (shape.layers, shape.block_params, shape.largest_param) == (2, 48 * 32, 67 * 32)
-    assert (shape.family, shape.vocab_size, shape.max_position_embeddings, shape.tied) == ("mixtral", 67, 64, False)
+    assert (shape.family, shape.vocab_size, shape.max_position_embeddings, shape.tie_word_embeddings) == (
+        "mixtral",
+        67,
+        64,
+        False,
+    )
     assert Hf(name=str(tmp_path), weights="random").shape() is None
 
 

@@ -27,7 +27,7 @@ SHAPE = Shape(
     kv_heads=2,
     intermediate_size=256,
     block_params=200_000,
-    tied=True,
+    tie_word_embeddings=True,
     family="gpt2",
 )
 BATCH = Batch(micro_batch=2, gradient_accumulation_steps=4, data_parallel=2)

@@ -28,7 +28,7 @@ SHAPE = Shape(
     kv_heads=2,
     intermediate_size=256,
     block_params=PARAMS // 2,
-    tied=True,
+    tie_word_embeddings=True,
     family="gpt2",
 )
 

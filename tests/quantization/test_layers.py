@@ -64,7 +64,7 @@ def load(folder: Path, method: Quantization | None = None) -> nn.Module:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", METHODS)
-def test_all_matrices_of_blocks_are_quantised(kind: str, family: str, folders: dict[str, Path]) -> None:
+def test_all_matrices_of_blocks_are_quantized(kind: str, family: str, folders: dict[str, Path]) -> None:
     method = METHODS[kind]()
     stock, model = load(folders[family]), load(folders[family], method)
     names = {name for name, _ in quantized_layers(model)}
@@ -119,7 +119,7 @@ def test_skipped_layers_stay_and_patterns_that_match_nothing_are_refused(folders
         load(folders["llama"], Int8Weight(skip=("*",)))
 
 
-def test_a_folder_says_how_it_is_quantised_and_another_method_is_refused(
+def test_a_folder_says_how_it_is_quantized_and_another_method_is_refused(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     method = Int4Weight(group_size=64, skip=("*.down_proj",))
@@ -154,14 +154,14 @@ def test_4_bit_weights_are_within_a_step_of_what_they_were(spread: float) -> Non
     layer.weight.mul_(spread)
     layer.weight[0] = 0.25 * spread  # all of one sign
     layer.weight[1] = 0.0
-    made = Int4Codec(Int4Weight(group_size=32)).quantise(layer)
+    made = Int4Codec(Int4Weight(group_size=32)).quantize(layer)
     assert isinstance(made, Int4Linear)
     groups = layer.weight.view(24, 2, 32)
     steps = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / 15
-    error = (made.dequantised() - layer.weight).view(24, 2, 32)
+    error = (made.dequantized() - layer.weight).view(24, 2, 32)
     floor = torch.finfo(torch.float16).smallest_normal  # the smallest step there is
     assert (error.norm(dim=-1) <= 0.6 * 32**0.5 * steps.clamp(min=floor)).all()
-    assert made.dequantised()[1].abs().max() == 0
+    assert made.dequantized()[1].abs().max() == 0
 
 
 def test_4_bit_weights_that_were_on_such_a_grid_before_hardly_move() -> None:
@@ -172,5 +172,5 @@ def test_4_bit_weights_that_were_on_such_a_grid_before_hardly_move() -> None:
     levels[:, 0], levels[:, 1] = 0, 15
     layer = nn.Linear(32, 24, bias=False).requires_grad_(False)
     layer.weight.copy_(levels * scale.half().float() + least.clamp(min=-14 * scale))
-    made = codec_of(Int4Weight()).quantise(layer)
-    assert ((made.dequantised() - layer.weight).abs() <= 0.05 * scale).all()
+    made = codec_of(Int4Weight()).quantize(layer)
+    assert ((made.dequantized() - layer.weight).abs() <= 0.05 * scale).all()

@@ -240,5 +240,5 @@ class QuantizationBenchmark(Benchmark):
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the ways."""
-        yield "model", f"{run.model.name}, weights={run.model.weights}; what is not quantised: {run.precision.kind}"
+        yield "model", f"{run.model.name}, weights={run.model.weights}; what is not quantized: {run.precision.kind}"
         yield "compared", ", ".join(self.names)

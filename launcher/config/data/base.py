@@ -43,7 +43,7 @@ class TextChunk(NamedTuple):
     """A stretch of text, small enough to tokenise at once."""
 
     text: str
-    ends: bool
+    ends_document: bool
     """Whether a document ends here; the tokenizer's end-of-text token follows it."""
 
 
@@ -96,7 +96,7 @@ class Corpus(Data):
             return
         if pieces is None:
             return
-        documents = sum(piece.ends for piece in pieces)
+        documents = sum(piece.ends_document for piece in pieces)
         if self.trains_tokenizer:
             num_tokens = count_tokens([piece.text for piece in pieces], vocab_size=self.vocab_size) + documents
         else:

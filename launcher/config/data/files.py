@@ -136,11 +136,11 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
                 break
             cut = text.rfind("\n") + 1 or len(text)
             if cut:
-                yield TextChunk(text[:cut], ends=False)
+                yield TextChunk(text[:cut], ends_document=False)
             rest = text[cut:]
     if is_empty:
         raise BadFile(*EMPTY_FILE)
-    yield TextChunk(text, ends=True)
+    yield TextChunk(text, ends_document=True)
 
 
 def beginning(pieces: Iterable[TextChunk], most: int) -> list[TextChunk] | None:

@@ -142,7 +142,7 @@ class HfData(Corpus):
             if not problem:
                 text = record.fields[self.column]
                 is_empty = is_empty and not text.strip()
-                yield TextChunk(text, ends=True)
+                yield TextChunk(text, ends_document=True)
             elif self.skip_bad_rows:
                 num_bad += 1
             else:

@@ -107,7 +107,7 @@ class Text(Corpus):
     def local_pieces(self) -> Iterator[TextChunk]:
         """Yield Python's topics by name, or the files by path."""
         if self.path == _PYTHON_DOCS:
-            yield from (TextChunk(text, ends=True) for text in _python_docs())
+            yield from (TextChunk(text, ends_document=True) for text in _python_docs())
             return
         for file in self._files()[0]:
             try:

@@ -53,7 +53,7 @@ class Quantize(BatchedJob):
     """Tokens that each is continued by."""
 
     repeats: int = 3
-    """Times that speed is measured, original and quantised in turn."""
+    """Times that speed is measured, original and quantized in turn."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that measure nothing."""
@@ -79,13 +79,13 @@ class Quantize(BatchedJob):
             why = "job=quantize does what the group quantization says"
             yield ConfigError("quantization", "none", why=why, fix="set quantization=int8_weight")
         if world_size > 1:
-            why = "one rank holds the original and the quantised model"
+            why = "one rank holds the original and the quantized model"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1 parallel=single")
         if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.trains_tokenizer:
             why = f"perplexity of {run.model.name} means something for its own tokens only"
             yield ConfigError("data.tokenizer", "bpe", why=why, fix="set data.tokenizer=model")
         if run.precision.kind in ("fp8", "fp16", "tf32"):
-            why = "what is not quantised stays in fp32 or bf16"
+            why = "what is not quantized stays in fp32 or bf16"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
 
     def folder(self, run_dir: RunDir) -> Path:

@@ -108,7 +108,7 @@ class Model(Component):
     """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
 
     quantization: QuantizationName = "none"
-    """Quantise the weights as they are loaded; a folder that ``job=quantize`` wrote says by itself how it is."""
+    """Quantize the weights as they are loaded; a folder that ``job=quantize`` wrote says by itself how it is."""
 
     @abstractmethod
     def shape(self) -> Shape | None:
@@ -138,7 +138,7 @@ class Model(Component):
         return None if self.weights in ("random", "pretrained") else Path(self.weights).expanduser()
 
     def quantization_manifest(self) -> QuantizationManifest | None:
-        """Return how the weights in the folder that the user named are quantised, if they are.
+        """Return how the weights in the folder that the user named are quantized, if they are.
 
         Raises:
             ConfigError: the folder says so in a way that cannot be read.
@@ -146,7 +146,7 @@ class Model(Component):
         return None if self.local_weights is None else read_manifest(self.local_weights)
 
     def validate_quantization(self) -> Iterator[ConfigError]:
-        """Yield packages that are missing for the way the weights are, or will be, quantised."""
+        """Yield packages that are missing for the way the weights are, or will be, quantized."""
         if self.quantization != "none":
             yield from METHODS[self.quantization]().validate_machine("model.quantization")
             return

@@ -67,7 +67,7 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
         kv_heads=_positive_int(config, "num_key_value_heads", "num_kv_heads") or heads,
         intermediate_size=_positive_int(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * width,
         block_params=blocks // layers,
-        tied=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
+        tie_word_embeddings=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
         family=str(config.get("model_type")),
     )
 
@@ -114,7 +114,7 @@ def _llama(config: ConfigJson, **features: bool) -> LlamaSizes:
         intermediate_size=config["intermediate_size"],
         vocab_size=config["vocab_size"],
         max_position_embeddings=config["max_position_embeddings"],
-        tied=config.get("tie_word_embeddings", False),
+        tie_word_embeddings=config.get("tie_word_embeddings", False),
         family=config["model_type"],
         **features,
     )

@@ -169,7 +169,7 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
     elif (folder / "adapter_config.json").is_file():
         why = "holds a PEFT adapter beside the weights, which would not be applied"
         yield ConfigError(option, value, why=why, fix="merge it into the weights, or take adapter_config.json away")
-    yield from validate_config_json(option, value, config, is_quantised_here=(folder / QUANTIZATION_FILE).is_file())
+    yield from validate_config_json(option, value, config, is_quantized_here=(folder / QUANTIZATION_FILE).is_file())
     sizes = sizes_from_config(config)
     found = sizes.architecture() if sizes else {"family": config.get("model_type")}
     if architecture is not None and (different := _differences(found, architecture)):
@@ -177,7 +177,7 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
 
 
 def validate_config_json(
-    option: str, value: object, config: Mapping[str, Any], *, is_quantised_here: bool = False
+    option: str, value: object, config: Mapping[str, Any], *, is_quantized_here: bool = False
 ) -> Iterator[ConfigError]:
     """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have.
 
@@ -185,7 +185,7 @@ def validate_config_json(
         option: the option as the user types it.
         value: what it is set to.
         config: the content of the file.
-        is_quantised_here: job=quantize wrote the folder, and its own file says how to read the weights.
+        is_quantized_here: job=quantize wrote the folder, and its own file says how to read the weights.
     """
     family, known = config.get("model_type"), causal_lm_types()
     if not isinstance(family, str):
@@ -202,10 +202,10 @@ def validate_config_json(
             why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"
             fix = f"set its rope_type to one of {', '.join(sorted(scaled))}, or install a Transformers that has it"
             yield ConfigError(option, value, why=why, fix=fix)
-    if (quantised := config.get("quantization_config")) and not is_quantised_here:
-        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else None
-        why = f"its weights are quantised by {method or 'an unnamed method'}, which the launcher does not read"
-        fix = "give the original weights, and set model.quantization to quantise them"
+    if (quantized := config.get("quantization_config")) and not is_quantized_here:
+        method = quantized.get("quant_method") if isinstance(quantized, Mapping) else None
+        why = f"its weights are quantized by {method or 'an unnamed method'}, which the launcher does not read"
+        fix = "give the original weights, and set model.quantization to quantize them"
         yield ConfigError(option, value, why=why, fix=fix)
 
 

@@ -48,7 +48,7 @@ class Llama(Model):
     vocab_size: int = 32000
     """Rows of the embedding; the tokenizer may use fewer."""
 
-    tied: bool = False
+    tie_word_embeddings: bool = False
     """Use the token embedding as output projection too."""
 
     rope_theta: float = 10_000.0
@@ -90,7 +90,7 @@ class Llama(Model):
             intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            tied=self.tied,
+            tie_word_embeddings=self.tie_word_embeddings,
         )
 
     def shape(self) -> Shape:
@@ -120,7 +120,7 @@ SMOLLM2_SIZES = LlamaSizes(
     intermediate_size=1536,
     vocab_size=49152,
     max_position_embeddings=8192,
-    tied=True,
+    tie_word_embeddings=True,
 )
 
 
@@ -142,7 +142,7 @@ class SmolLm2(Model):
     """What the model is called in plans, results and W&B."""
 
     weights: PathText = "pretrained"
-    """``pretrained`` (4-bit in the package, dequantised to fp32 once), ``random``, or a local folder of safetensors."""
+    """``pretrained`` (4-bit in the package, dequantized to fp32 once), ``random``, or a local folder of safetensors."""
 
     def shape(self) -> Shape:
         """Return the sizes."""

@@ -27,7 +27,7 @@ class Shape:
     """Size of the hidden layer of a block's MLP."""
     block_params: int
     """Parameters of one block."""
-    tied: bool
+    tie_word_embeddings: bool
     """The output projection is the token embedding."""
     family: str
     """Name of the architecture in Transformers (``gpt2``, ``llama``)."""
@@ -65,7 +65,7 @@ class Gpt2Sizes:
             kv_heads=self.heads,
             intermediate_size=4 * width,
             block_params=block,
-            tied=True,
+            tie_word_embeddings=True,
             family="gpt2",
         )
 
@@ -87,7 +87,7 @@ class LlamaSizes:
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
-    tied: bool
+    tie_word_embeddings: bool
     """The output projection is the token embedding."""
     qkv_bias: bool = False
     output_bias: bool = False
@@ -120,12 +120,12 @@ class LlamaSizes:
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            num_params=embeddings * (1 if self.tied else 2) + self.layers * block + self.hidden_size,
+            num_params=embeddings * (1 if self.tie_word_embeddings else 2) + self.layers * block + self.hidden_size,
             largest_param=max(embeddings, self.hidden_size * self.intermediate_size, self.hidden_size * queries),
             kv_heads=self.kv_heads,
             intermediate_size=self.intermediate_size,
             block_params=block,
-            tied=self.tied,
+            tie_word_embeddings=self.tie_word_embeddings,
             family=self.family,
         )
 

@@ -156,7 +156,7 @@ class Pipeline(Parallel):
         count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.hidden_size
         if count > shape.layers:
             return StateBytes.fp32(shape.num_params)  # refused, with the reason
-        first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tied else embedding)
+        first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tie_word_embeddings else embedding)
         held = [0] * self.stages
         cut = partition_layers([shape.block_params] * shape.layers, count, first=first, last=embedding)
         for number, blocks in enumerate(cut):

@@ -37,7 +37,7 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
 
     Args:
         packed: the matrix.
-        dtype: what goes in and comes out: bf16 or fp32, which a matrix that is not quantised is of, too.
+        dtype: what goes in and comes out: bf16 or fp32, which a matrix that is not quantized is of, too.
         scratch: shared room.
     """
 
@@ -195,14 +195,14 @@ def replace_layers(
         heartbeat()
     swapped.what = f"{len(layers) if is_llama else 0} blocks and {len(matrices)} single matrices by compiled kernels"
     if others := sum(is_quantized(layer) for layer in model.modules()):
-        swapped.what += f"; {others} quantised layers by their library's own, which may be slower"
+        swapped.what += f"; {others} quantized layers by their library's own, which may be slower"
     return swapped
 
 
 def replace_quantized_layers(
     model: nn.Module, dtype: torch.dtype, *, heartbeat: Callable[[], None] = lambda: None
 ) -> ReplacedLayers:
-    """Replace the quantised layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
+    """Replace the quantized layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
     swapped = ReplacedLayers()
     found = [(name, layer) for name, layer in model.named_modules() if is_packable(layer)]
     if not found or next(model.parameters()).device.type != "cpu":
@@ -210,14 +210,14 @@ def replace_quantized_layers(
     try:
         native_library(heartbeat)
     except EnvironmentProblem as problem:
-        swapped.what = f"quantised layers are computed by their library's own: {problem}"
+        swapped.what = f"quantized layers are computed by their library's own: {problem}"
         return swapped
     scratch = Scratch()
     for name, layer in found:
         parent, _, key = name.rpartition(".")
         swapped.put(model.get_submodule(parent), key, NativeLinear(pack_layers([layer]), dtype, scratch))
         heartbeat()
-    swapped.what = f"{len(found)} quantised layers are computed by the engine's kernels"
+    swapped.what = f"{len(found)} quantized layers are computed by the engine's kernels"
     return swapped
 
 

@@ -7,16 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from launcher.config.model.config_json import attention_windows, non_attention_layers
 from launcher.config.model.transformers_support import attention_support
 from launcher.config.parallel.pipeline import Pipeline
+from launcher.config.run import Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 BatchingMode = Literal["continuous", "dynamic", "static", "none"]
 

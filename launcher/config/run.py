@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from launcher.config.activation import ActivationCheckpointing
 from launcher.config.attention import Attention
@@ -29,10 +29,8 @@ from launcher.config.schedule import Schedule
 from launcher.config.tracker import Tracker
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch
+from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
-
-if TYPE_CHECKING:
-    from launcher.protocol.rundir import RunDir
 
 LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
 """Groups that only optimiser steps use."""

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from launcher.config.attention import Attention, EagerAttention, FlashAttention, FlexAttention, SdpaAttention
+from launcher.config.model.base import Model
 from launcher.config.model.config_json import sequence_sharding_problem, stateful_layers
-from launcher.config.model.transformers_support import attention_support, parallel_plans
+from launcher.config.model.transformers_support import AttentionSupport, attention_support, parallel_plans
+from launcher.config.parallel.base import Parallel
 from launcher.config.parallel.data_parallel import TENSOR_STYLES
 from launcher.config.parallel.deepspeed_pipeline import PIPELINE_FAMILIES, unknown_family_error
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.model.base import Model
-    from launcher.config.model.transformers_support import AttentionSupport
-    from launcher.config.parallel.base import Parallel
-
 
 _ALTERNATIVE = "set parallel=fsdp or parallel=zero3, which shard any model"
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import ClassVar, Literal, get_args
 
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 Kernel = Literal["mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash", "flex"]
 

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from launcher.config.parallel.pipeline import Pipeline, PipelineScheduleName, micro_batch_choices
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.benchmark.serving import parse_length_distribution
 from launcher.config.inference import BatchingMode, EngineLimits
 from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 EXAMPLE_TEXTS = ("人工智能的发展趋势", "机器学习的未来", "深度学习的挑战", "自然语言处理的进展", "计算机视觉应用")
 """The five texts of the article's example."""

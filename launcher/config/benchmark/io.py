@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal
 
 from launcher.config.data.base import Corpus
 from launcher.config.option_text import component_text
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from launcher.config.job.verify import SINGLE_PROCESS, Strategy
 from launcher.config.job.verify import STRATEGIES as CATALOGUE
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 NO_CHECKPOINTING = "none"
 

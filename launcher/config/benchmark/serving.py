@@ -9,16 +9,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 from urllib.parse import urlsplit
 
 from launcher.config.paths import PathText
-from launcher.config.run import Benchmark
+from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-
 
 LENGTHS_GRAMMAR = "64, 16-256 (even over that range), or lognormal:96:0.8:1024 (median, sigma, most)"
 

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.job.train import Train
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import Benchmark, Job
+from launcher.config.run import Benchmark, Job, Run
 from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import build
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-    from launcher.protocol.rundir import RunDir
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,19 +6,17 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from launcher.config.data.formats import BadFile
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.paths import PathText
 from launcher.config.prompt_file import SAMPLE_PROMPTS, BadLine, PromptFile, check_fields, open_prompt_file
+from launcher.config.run import Run
 from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-    from launcher.protocol.rundir import RunDir
 
 SAMPLE_INPUT = "sample"
 _LINE_OPTIONS = (

@@ -7,20 +7,16 @@ import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import LEARNING_GROUPS, Job
+from launcher.config.run import LEARNING_GROUPS, Job, Run
 from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists
 from launcher.utils.text import counted, did_you_mean
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-    from launcher.protocol.rundir import RunDir
-
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.data.base import Corpus
 from launcher.config.paths import PathText
 from launcher.config.quantization import Quantization
-from launcher.config.run import BatchedJob
+from launcher.config.run import BatchedJob, Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-    from launcher.protocol.rundir import RunDir
+from launcher.protocol.rundir import RunDir
 
 QUANTIZE_STAGES = ("build", "save", "compare", "measure", "sample")
 

@@ -9,19 +9,16 @@ import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.inference import API_KEYS_VARIABLE, validate_api_keys_variable
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.paths import PathText
+from launcher.config.run import Run
 from launcher.errors import ConfigError
+from launcher.protocol.rundir import RunDir
 from launcher.utils.system import is_loopback
 from launcher.utils.text import bytes_text, counted
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
-    from launcher.protocol.rundir import RunDir
-
 
 _MAX_BODY_BYTES = 16 * 2**20
 

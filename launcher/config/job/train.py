@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import BatchedJob, LearningJob
+from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
-
-if TYPE_CHECKING:
-    from launcher.config.run import Run
 
 
 @dataclass(frozen=True, kw_only=True)

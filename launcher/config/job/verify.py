@@ -5,27 +5,28 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal
 
-from launcher.config.activation import FullCheckpointing, OffloadCheckpointing, SelectiveCheckpointing
+from launcher.config.activation import (
+    ActivationCheckpointing,
+    FullCheckpointing,
+    OffloadCheckpointing,
+    SelectiveCheckpointing,
+)
 from launcher.config.batch import solve_batch
 from launcher.config.model.config_json import dropout_rates
 from launcher.config.option_text import component_text
+from launcher.config.parallel.base import Parallel
 from launcher.config.parallel.data_parallel import Ddp, Fsdp, Single
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.config.parallel.pipeline import Pipeline
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Fp32Precision
-from launcher.config.run import LearningJob
+from launcher.config.run import LearningJob, Run
 from launcher.config.supported_models import validate_family
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch
 from launcher.utils.text import counted, did_you_mean
-
-if TYPE_CHECKING:
-    from launcher.config.activation import ActivationCheckpointing
-    from launcher.config.parallel.base import Parallel
-    from launcher.config.run import Run
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def unsupported_model(family: str, why: str) -> ConfigError:
 def _unused_pipeline_options(parallel: Pipeline) -> Iterator[ConfigError]:
     """Yield options that say how a pipeline trains, and are not what they are by default."""
     usual = Pipeline(stages=parallel.stages)
-    for name in ("schedule", "micro_batches", "chunks", "balance", "data"):
+    for name in ("schedule", "micro_batches", "chunks_per_rank", "balance", "data"):
         value = getattr(parallel, name)
         if value != getattr(usual, name):
             why = "an engine sends the parts of a step through its stages as they come; this is about training"

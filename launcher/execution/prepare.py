@@ -11,11 +11,11 @@ from launcher.config.compose import Composition
 from launcher.config.paths import validate_path
 from launcher.config.run import Run
 from launcher.config.snapshot import dump_run
+from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings, resume_warnings, validate_machine
 from launcher.planning.planner import gather_local_facts, make_plan
-from launcher.planning.validate import validate_overrides_used
 from launcher.protocol.plan import Host, Plan, RunIdentity
 from launcher.protocol.rundir import RunDir, new_run_id
 from launcher.utils.files import exists, is_folder, read_object, sha256_of

@@ -20,9 +20,9 @@ from launcher.config.model.base import tokenizer_alternative, validate_tokenizer
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import read_snapshot
+from launcher.config.validate import validate_quantized_weights
 from launcher.errors import ConfigError
 from launcher.planning.planner import estimate_memory
-from launcher.planning.validate import validate_quantized_weights
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists

@@ -12,10 +12,10 @@ from launcher.config.job.generating import GeneratingJob
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
 from launcher.config.run import Run
+from launcher.config.validate import validate_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.planning.commands import RANK_LAUNCHERS, HostPosition, rank_environment
 from launcher.planning.topology import rank_places
-from launcher.planning.validate import validate_run
 from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import (
     Batch,

@@ -139,7 +139,7 @@ def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
             "4 sequences do not make 3 micro-batches of one size; set benchmark.batch=6",
         ),
         (("benchmark.schedules=[gpipe,gpipe]",), "something twice"),
-        (("benchmark.schedules=[zbv]", "model.layers=3"), r"zbv: 2 stages × 2 = 4 stretches, and there are 3 layers"),
+        (("benchmark.schedules=[zbv]", "model.layers=3"), r"zbv: 2 stages × 2 = 4 chunks, and there are 3 layers"),
         (
             ("benchmark.schedules=[1f1b]", "benchmark.micro_batches=[1]", "benchmark.work=[train]"),
             "1f1b, 2 stages, 1 micro-batches: the schedule takes 2 micro-batches there",

@@ -11,7 +11,7 @@ import pytest
 STEPS = 10
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
 STAGES = (2, 4)
-LAYERS = 8  # two stretches on each of four ranks
+LAYERS = 8  # two chunks on each of four ranks
 LLAMA = {
     "model_type": "llama",
     "architectures": ["LlamaForCausalLM"],

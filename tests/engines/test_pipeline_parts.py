@@ -22,7 +22,7 @@ def worst(costs, cuts, first, last) -> float:
     return max(sums)
 
 
-def test_stretches_are_the_best_there_are() -> None:
+def test_chunks_are_the_best_there_are() -> None:
     from launcher.config.parallel.pipeline import partition_layers
 
     draw = random.Random(0)
@@ -45,7 +45,7 @@ def test_equal_blocks_are_shared_out_evenly(blocks: int, number: int, sizes: set
     assert set(map(len, partition_layers([1.0] * blocks, number))) == sizes
 
 
-def stretch(model, keep: range, *, first: bool, last: bool):
+def chunk(model, keep: range, *, first: bool, last: bool):
     from launcher.engines.pipeline.partition import keep_chunk, set_chunk_config
     from launcher.models.build import build_deferred
 
@@ -56,7 +56,7 @@ def stretch(model, keep: range, *, first: bool, last: bool):
     return built.eval()
 
 
-def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
+def test_chunks_one_after_the_other_are_the_model_to_the_bit() -> None:
     from launcher.engines.pipeline.partition import check_passthrough
     from launcher.models.build import build_deferred
 
@@ -64,7 +64,7 @@ def test_stretches_one_after_the_other_are_the_model_to_the_bit() -> None:
     builder.build_all()
     ids = torch.arange(10)[None]
     begins, goes_on, ends = (
-        stretch(GPT2, keep, first=keep.start == 0, last=keep.stop == 4) for keep in (range(1), range(1, 3), range(3, 4))
+        chunk(GPT2, keep, first=keep.start == 0, last=keep.stop == 4) for keep in (range(1), range(1, 3), range(3, 4))
     )
     assert {name.split(".")[2] for name, _ in goes_on.named_parameters()} == {"1", "2"}
     check_passthrough(goes_on)

@@ -45,7 +45,7 @@ def test_a_refused_batch_names_the_nearest_that_works() -> None:
         ({"stages": 4, "schedule": "zbv"}, "set parallel.stages=3"),
     ],
 )
-def test_more_stretches_than_layers_are_refused(values, fix) -> None:
+def test_more_chunks_than_layers_are_refused(values, fix) -> None:
     (refusal,) = Pipeline(**values).validate_run(8, Fp32Precision(), optimizer=AdamW(), shape=SHAPE)
     assert fix in str(refusal)
 

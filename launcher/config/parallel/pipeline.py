@@ -15,30 +15,28 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, StateBytes
 
 
-def partition_layers(
-    costs: Sequence[float], num_stretches: int, *, first: float = 0.0, last: float = 0.0
-) -> list[range]:
-    """Cut blocks into stretches of at least one block whose largest cost is the smallest possible.
+def partition_layers(costs: Sequence[float], num_chunks: int, *, first: float = 0.0, last: float = 0.0) -> list[range]:
+    """Cut blocks into chunks of at least one block whose largest cost is the smallest possible.
 
-    Exact, by dynamic programming over (blocks, stretches). Of equal cuts an even one is taken: small sums of squares.
+    Exact, by dynamic programming over (blocks, chunks). Of equal cuts an even one is taken: small sums of squares.
 
     Args:
         costs: of each block, in order.
-        num_stretches: at most as many as there are blocks.
-        first: cost of what the first stretch has besides, the embeddings.
-        last: cost of what the last stretch has besides, the output head.
+        num_chunks: at most as many as there are blocks.
+        first: cost of what the first chunk has besides, the embeddings.
+        last: cost of what the last chunk has besides, the output head.
     """
-    assert 1 <= num_stretches <= len(costs), "every stretch has a block"
+    assert 1 <= num_chunks <= len(costs), "every chunk has a block"
     sums = [0.0, *itertools.accumulate(costs)]
 
     def cost(begin: int, end: int, number: int) -> float:
-        extra = first * (number == 0) + last * (number == num_stretches - 1)
+        extra = first * (number == 0) + last * (number == num_chunks - 1)
         return sums[end] - sums[begin] + extra
 
     # best[end]: the largest cost, the sum of squares and the cuts of the blocks before ``end``
     best: dict[int, tuple[float, float, tuple[int, ...]]]
     best = {end: (cost(0, end, 0), cost(0, end, 0) ** 2, (0, end)) for end in range(1, len(costs) + 1)}
-    for number in range(1, num_stretches):
+    for number in range(1, num_chunks):
         best = {
             end: min(
                 (max(best[begin][0], here), best[begin][1] + here**2, (*best[begin][2], end))
@@ -74,11 +72,11 @@ def micro_batch_choices(schedule: PipelineScheduleName, *, stages: int, wanted: 
     return [above] if below is None else [below, above]
 
 
-def rank_of_chunk(schedule: PipelineScheduleName, stretch: int, *, ranks: int) -> int:
-    """Return the rank of the pipeline that has ``stretch``."""
+def rank_of_chunk(schedule: PipelineScheduleName, chunk: int, *, ranks: int) -> int:
+    """Return the rank of the pipeline that has ``chunk``."""
     if schedule == "zbv":
-        return min(stretch, 2 * ranks - 1 - stretch)
-    return stretch % ranks
+        return min(chunk, 2 * ranks - 1 - chunk)
+    return chunk % ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +99,8 @@ class Pipeline(Parallel):
     """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
     (``job.gradient_accumulation_steps``, or ``job.global_batch`` divided), else twice the stages."""
 
-    chunks: int | None = None
-    """Stretches of layers on each rank; by default 2 under interleaved and V schedules, else 1."""
+    chunks_per_rank: int | None = None
+    """Model chunks (consecutive layers) on each rank; by default 2 under interleaved and V schedules, else 1."""
 
     balance: Literal["parameters", "time"] = "parameters"
     """What stages are made equal in: parameters, or the measured time of each layer."""
@@ -112,9 +110,9 @@ class Pipeline(Parallel):
 
     @property
     def num_chunks(self) -> int:
-        """Stretches of layers on each rank."""
-        if self.chunks is not None:
-            return self.chunks
+        """Model chunks (runs of consecutive layers) on each rank."""
+        if self.chunks_per_rank is not None:
+            return self.chunks_per_rank
         return 1 if self.schedule in ("gpipe", "1f1b") else 2
 
     @property
@@ -142,17 +140,17 @@ class Pipeline(Parallel):
     def validate(self) -> Iterator[ConfigError]:
         """Refuse counts that make no pipeline, and chunks that a schedule does not have."""
         yield from self.validate_minimum(2, "stages")
-        yield from self.validate_minimum(1, "micro_batches", "chunks")
-        if self.chunks is None:
+        yield from self.validate_minimum(1, "micro_batches", "chunks_per_rank")
+        if self.chunks_per_rank is None:
             return
-        if self.schedule in ("gpipe", "1f1b") and self.chunks != 1:
-            fix = "set parallel.chunks=1 or parallel.schedule=interleaved_1f1b"
-            yield self.error("chunks", f"schedule {self.schedule} has one stretch of layers a rank", fix)
-        if self.schedule == "zbv" and self.chunks != 2:
-            yield self.error("chunks", "a V has two stretches of layers a rank", "set parallel.chunks=2")
+        if self.schedule in ("gpipe", "1f1b") and self.chunks_per_rank != 1:
+            fix = "set parallel.chunks_per_rank=1 or parallel.schedule=interleaved_1f1b"
+            yield self.error("chunks_per_rank", f"schedule {self.schedule} has one model chunk a rank", fix)
+        if self.schedule == "zbv" and self.chunks_per_rank != 2:
+            yield self.error("chunks_per_rank", "a V has two model chunks a rank", "set parallel.chunks_per_rank=2")
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return the share of the rank with the largest stretches; ends have embeddings and head besides blocks."""
+        """Return the share of the rank with the largest chunks; ends have embeddings and head besides blocks."""
         count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.hidden_size
         if count > shape.layers:
             return StateBytes.fp32(shape.num_params)  # refused, with the reason
@@ -177,7 +175,7 @@ class Pipeline(Parallel):
         wanted = self.stages * self.num_chunks
         if shape is not None and wanted > shape.layers:
             most = shape.layers // self.num_chunks
-            why = f"{self.stages} stages × {self.num_chunks} = {wanted} stretches, and there are {shape.layers} layers"
+            why = f"{self.stages} stages × {self.num_chunks} = {wanted} chunks, and there are {shape.layers} layers"
             fix = f"set parallel.stages={most}" if most > 1 else "set parallel.schedule=1f1b"
             yield self.error("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
 

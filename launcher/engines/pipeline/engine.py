@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PipelineEngine(Engine):
-    """This rank's stretches of the model, fed by a schedule; fp32 master weights, autocast in the run's precision."""
+    """This rank's chunks of the model, fed by a schedule; fp32 master weights, autocast in the run's precision."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         run, parallel, dims = context.run, context.run.parallel, context.dims
@@ -59,8 +59,8 @@ class PipelineEngine(Engine):
         numbers = chunks_of_rank(parallel.schedule, rank=here, ranks=dims.pipeline, chunks=parallel.num_chunks)
         self._own = {number: build_chunk(context, self._cut, number, device=self.device) for number in numbers}
         if shards is not None:
-            for stretch in self._own.values():
-                shard_chunk(stretch, shards)
+            for chunk in self._own.values():
+                shard_chunk(chunk, shards)
         self.module = nn.ModuleList(self._own.values())
         self._tied = TiedWeights(
             list(self._own.values()),
@@ -109,7 +109,7 @@ class PipelineEngine(Engine):
         labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
         tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
         with self._forward_only():
-            losses = self._relay.through(tokens, lambda stretch, state, index: stretch(state, labels=labels[index]))
+            losses = self._relay.through(tokens, lambda chunk, state, index: chunk(state, labels=labels[index]))
         if not losses:
             return 0.0, 0
         return torch.cat(losses).double().sum().item(), num_labels(micro_batches)
@@ -121,9 +121,9 @@ class PipelineEngine(Engine):
             return decoder.continue_greedily(input_ids.to(self.device), max_new_tokens=max_new_tokens)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters of this rank's stretches; a tied one comes at both ends, under both its names."""
-        for stretch in self._own.values():
-            yield from whole_parameters(stretch.model, device=self.device)
+        """Yield the parameters of this rank's chunks; a tied one comes at both ends, under both its names."""
+        for chunk in self._own.values():
+            yield from whole_parameters(chunk.model, device=self.device)
 
     @contextmanager
     def _forward_only(self) -> Iterator[None]:
@@ -136,7 +136,7 @@ class PipelineEngine(Engine):
             reshard_all(self._own.values())
 
     def held(self) -> StateBytes:
-        """Count weights, gradients and moments of this rank's stretches."""
+        """Count weights, gradients and moments of this rank's chunks."""
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
     def save(self, folder: Path) -> None:
@@ -174,15 +174,15 @@ class GreedyDecoder:
     """Passes on all of the prompt, then one token a sequence at a time.
 
     Args:
-        relay: of stretches in evaluation mode.
-        first_blocks: number of the first block of each stretch.
+        relay: of chunks in evaluation mode.
+        first_blocks: number of the first block of each chunk.
     """
 
     def __init__(self, relay: PipelineForward, *, first_blocks: Sequence[int]) -> None:
         self._relay = relay
         self._caches = {
-            number: ChunkCache(stretch.model.config, first_block=first_blocks[number])
-            for number, stretch in relay.own.items()
+            number: ChunkCache(chunk.model.config, first_block=first_blocks[number])
+            for number, chunk in relay.own.items()
         }
         some = next(iter(relay.own.values()))
         self._ends = some.model.generation_config.eos_token_id
@@ -205,8 +205,8 @@ class GreedyDecoder:
         dist.broadcast(chosen, src=self._relay.last_owner, group=self._relay.group)
         return chosen
 
-    def _with_cache(self, stretch: ModelChunk, state: Tensor, _: int) -> Tensor:
-        logits: Tensor = stretch(state, cache=self._caches[stretch.number])
+    def _with_cache(self, chunk: ModelChunk, state: Tensor, _: int) -> Tensor:
+        logits: Tensor = chunk(state, cache=self._caches[chunk.number])
         return logits
 
 
@@ -241,20 +241,20 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
         yield bucket
 
 
-def shard_chunk(stretch: ModelChunk, mesh: DeviceMesh) -> None:
+def shard_chunk(chunk: ModelChunk, mesh: DeviceMesh) -> None:
     """Shard blocks one by one, and what is left together.
 
     What a step has gathered stays until its end: torch's pipeline reduces gradients once, after the last micro-batch,
     and gathering again for each would send everything as many times.
     """
-    for block in blocks(stretch.model):
+    for block in blocks(chunk.model):
         fully_shard(block, mesh=mesh, reshard_after_forward=False)
-    fully_shard(stretch, mesh=mesh, reshard_after_forward=False)
+    fully_shard(chunk, mesh=mesh, reshard_after_forward=False)
 
 
-def reshard_all(stretches: Iterable[nn.Module]) -> None:
+def reshard_all(chunks: Iterable[nn.Module]) -> None:
     """Keep only shards; after passes without a backward pass nothing else would."""
-    for stretch in stretches:
-        for module in stretch.modules():
+    for chunk in chunks:
+        for module in chunk.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()

@@ -39,7 +39,7 @@ class ModelPartition:
     """How the whole model is cut, the same on every rank."""
 
     blocks: list[range]
-    """Numbers of the blocks of each stretch."""
+    """Numbers of the blocks of each chunk."""
     tied: dict[str, str]
     """Further names of tied parameters, each with the first name."""
     width: int
@@ -47,10 +47,10 @@ class ModelPartition:
 
 
 def choose_partition(context: Context, *, count: int, by_time: bool, device: torch.device) -> ModelPartition:
-    """Return where to cut the run's model into ``count`` stretches, alike in time or in parameters.
+    """Return where to cut the run's model into ``count`` chunks, alike in time or in parameters.
 
     Raises:
-        ConfigError: the model cannot be cut, or has fewer blocks than stretches.
+        ConfigError: the model cannot be cut, or has fewer blocks than chunks.
     """
     run = context.run
     model, _ = build_deferred(run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context))
@@ -62,21 +62,21 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
 
 
 def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:
-    """Return the blocks of ``count`` stretches, on ``stages`` ranks, of a model that are alike in parameters.
+    """Return the blocks of ``count`` chunks, on ``stages`` ranks, of a model that are alike in parameters.
 
     Raises:
-        ConfigError: the model cannot be cut, or has fewer blocks than stretches.
+        ConfigError: the model cannot be cut, or has fewer blocks than chunks.
     """
     costs = _parameter_costs(model)
     num_blocks = len(costs.blocks)
     if count > num_blocks:
-        why = f"{count} stretches, and the model has {num_blocks} layers"
+        why = f"{count} chunks, and the model has {num_blocks} layers"
         raise ConfigError("parallel.stages", stages, why=why, fix=f"set parallel.stages={num_blocks}")
     return partition_layers(costs.blocks, count, first=costs.first, last=costs.last)
 
 
 def build_chunk(context: Context, where: ModelPartition, number: int, *, device: torch.device) -> ModelChunk:
-    """Return one stretch with its weights, on ``device``, in training mode."""
+    """Return one chunk with its weights, on ``device``, in training mode."""
     run, count = context.run, len(where.blocks)
     model, builder = build_deferred(
         run.model, seed=run.job.seed, attention=run.attention, heartbeat=_heartbeat(context)
@@ -92,7 +92,7 @@ def build_chunk(context: Context, where: ModelPartition, number: int, *, device:
     set_chunk_config(model, where.blocks[number])
     if number > 0:
         check_passthrough(model)
-    assert isinstance(run.parallel, Pipeline), "the strategy that has stretches"
+    assert isinstance(run.parallel, Pipeline), "the strategy that has chunks"
     return ModelChunk(
         model.train().to(device),
         number=number,
@@ -138,15 +138,15 @@ class ChildNames:
     """Names of a base model's children, by where they stand."""
 
     embedding: str
-    """Turns tokens into vectors: the first stretch alone has it."""
+    """Turns tokens into vectors: the first chunk alone has it."""
     blocks: str
     """The list of repeated blocks."""
     norm: str
-    """Follows the last block: the last stretch alone has it."""
+    """Follows the last block: the last chunk alone has it."""
     positions: str | None = None
-    """Added to what the embedding returns, by every stretch: only the first may add anything."""
+    """Added to what the embedding returns, by every chunk: only the first may add anything."""
     dropout: str | None = None
-    """Follows them: the first stretch alone has it."""
+    """Follows them: the first chunk alone has it."""
 
 
 _FAMILIES_WITHOUT_PLAN = {"gpt2": ChildNames(embedding="wte", blocks="h", norm="ln_f", positions="wpe", dropout="drop")}
@@ -176,16 +176,16 @@ def child_names_of(model: PreTrainedModel) -> ChildNames:
 
 
 def keep_chunk(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None:
-    """Take out of ``model``, laid out on the meta device, all that other stretches do.
+    """Take out of ``model``, laid out on the meta device, all that other chunks do.
 
     Args:
         model: whole; changed in place.
         keep: numbers of the blocks that stay.
-        first: whether this stretch begins the model, and takes tokens.
+        first: whether this chunk begins the model, and takes tokens.
         last: whether it ends the model, and has norm and output head.
 
     Raises:
-        ConfigError: some blocks keep states, which Transformers' cache of a stretch does not find.
+        ConfigError: some blocks keep states, which Transformers' cache of a chunk does not find.
     """
     states = stateful_layers(model.config.to_dict(), class_attention_support(type(model)))
     if states is not None:
@@ -207,7 +207,7 @@ def keep_chunk(model: PreTrainedModel, keep: range, *, first: bool, last: bool) 
 
 
 def set_chunk_config(model: PreTrainedModel, keep: range) -> None:
-    """Let a stretch's configuration speak of its own blocks, for loops over layers and for caches.
+    """Let a chunk's configuration speak of its own blocks, for loops over layers and for caches.
 
     Only once it has its weights: some families draw them by the number of layers of the whole model.
     """
@@ -228,9 +228,9 @@ class ZeroPositions(nn.Module):  # type: ignore[misc]
 
 
 def check_passthrough(model: PreTrainedModel) -> None:
-    """Check that ``model``, a stretch with its weights, does nothing to what it is given but apply blocks and norm.
+    """Check that ``model``, a chunk with its weights, does nothing to what it is given but apply blocks and norm.
 
-    Some families scale embeddings before the first block wherever these come from; a later stretch would do it again.
+    Some families scale embeddings before the first block wherever these come from; a later chunk would do it again.
 
     Raises:
         ConfigError: this is such a family.
@@ -304,13 +304,13 @@ def measure_costs(context: Context, *, device: torch.device) -> tuple[float, flo
 
 
 def _chunk_seconds(context: Context, keep: range, *, number: int, device: torch.device) -> float:
-    """Return the median time of a stretch with blocks ``keep``: the first (0), a middle (1) or the last one (2)."""
+    """Return the median time of a chunk with blocks ``keep``: the first (0), a middle (1) or the last one (2)."""
     run = context.run
     model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention)
     keep_chunk(model, keep, first=number == 0, last=number == 2)
     builder.build_all()
     set_chunk_config(model, keep)
-    stretch = ModelChunk(model.to(device), number=number, count=3, autocast=DTYPES[run.precision.compute])
+    chunk = ModelChunk(model.to(device), number=number, count=3, autocast=DTYPES[run.precision.compute])
     shape = (run.batched_job.micro_batch, run.batched_job.sequence_length)
     tokens = torch.zeros(shape, dtype=torch.int64, device=device)
     hidden = torch.zeros(*shape, model.config.hidden_size, device=device, requires_grad=True)
@@ -318,7 +318,7 @@ def _chunk_seconds(context: Context, keep: range, *, number: int, device: torch.
     for _ in range(_WARM_UP + _TIMES):
         context.heartbeat.update("load")
         started = _now(device)
-        out = stretch(hidden if number else tokens, labels=tokens)
+        out = chunk(hidden if number else tokens, labels=tokens)
         if out.requires_grad:
             out.sum().backward()
         times.append(_now(device) - started)

@@ -40,11 +40,11 @@ _MULTI_CHUNK = {
 
 
 Metas = tuple[Tensor, Tensor]
-"""What goes into a stretch and what comes out, without storage."""
+"""What goes into a chunk and what comes out, without storage."""
 
 
 def chunks_of_rank(schedule: PipelineScheduleName, *, rank: int, ranks: int, chunks: int) -> list[int]:
-    """Return the stretches of a rank of the pipeline: every ``ranks``-th, or those at the same height of a V."""
+    """Return the chunks of a rank of the pipeline: every ``ranks``-th, or those at the same height of a V."""
     if schedule == "zbv":
         return [rank, 2 * ranks - 1 - rank]
     return [rank + lap * ranks for lap in range(chunks)]
@@ -67,10 +67,10 @@ def make_schedule(
 
     Args:
         name: of the schedule.
-        modules: this rank's stretches: number, module, and what goes in and out for one micro-batch.
-        count: of all stretches.
+        modules: this rank's chunks: number, module, and what goes in and out for one micro-batch.
+        count: of all chunks.
         micro_batches: how many go through in a step.
-        loss: of what the last stretch returns for a micro-batch, and its part of the target.
+        loss: of what the last chunk returns for a micro-batch, and its part of the target.
         device: where this rank computes.
         group: the ranks of this pipeline.
     """
@@ -87,9 +87,9 @@ class PipelineSchedule:
     """Runs a schedule, made anew whenever shape or number of micro-batches change.
 
     Args:
-        own: this rank's stretches by number.
+        own: this rank's chunks by number.
         schedule: by name.
-        count: of all stretches.
+        count: of all chunks.
         width: of the hidden states.
         device: where this rank computes.
         group: the ranks of this pipeline.
@@ -114,7 +114,7 @@ class PipelineSchedule:
         """Add the gradient of the summed loss times ``factor``, a scalar; return the loss as this rank knows it.
 
         Returns:
-            The loss summed over the labelled tokens, an fp64 scalar; 0 on ranks without the last stretch.
+            The loss summed over the labelled tokens, an fp64 scalar; 0 on ranks without the last chunk.
         """
         self._fit(micro_batches)
         losses = self._schedule.step(*self._args(micro_batches), **self._options(micro_batches, factor))
@@ -142,7 +142,7 @@ class PipelineSchedule:
             return
         self._schedule = make_schedule(
             self._name,
-            [(number, stretch, self._metas(number, *wanted[1:])) for number, stretch in self._own.items()],
+            [(number, chunk, self._metas(number, *wanted[1:])) for number, chunk in self._own.items()],
             count=self._count,
             micro_batches=wanted[0],
             loss=_weighted,
@@ -152,7 +152,7 @@ class PipelineSchedule:
         self._made_for = wanted
 
     def _metas(self, number: int, sequences: int, tokens: int) -> Metas:
-        """Return what goes into a stretch for one micro-batch, and what comes out."""
+        """Return what goes into a chunk for one micro-batch, and what comes out."""
         hidden = torch.empty(sequences, tokens, self._width, device="meta", requires_grad=True)
         into = torch.empty(sequences, tokens, dtype=torch.int64, device="meta") if number == 0 else hidden
         out = torch.empty(1, device="meta", requires_grad=True) if number == self._count - 1 else hidden
@@ -164,18 +164,18 @@ def _weighted(loss: Tensor, factor: Tensor) -> Tensor:
 
 
 ChunkCall = Callable[["ModelChunk", Tensor, int], Tensor]
-"""Calls a stretch on what it is given of a micro-batch, whose number comes last."""
+"""Calls a chunk on what it is given of a micro-batch, whose number comes last."""
 
 
 class PipelineForward:
-    """Sends micro-batches from stretch to stretch.
+    """Sends micro-batches from chunk to chunk.
 
-    Each goes all the way before a rank begins the next, so with one stretch a rank all ranks are at work; with several,
+    Each goes all the way before a rank begins the next, so with one chunk a rank all ranks are at work; with several,
     a rank waits for its next one. Every pair of ranks then talks in one order, which GPUs need.
 
     Args:
-        own: this rank's stretches by number.
-        owners: rank in ``group`` of each stretch.
+        own: this rank's chunks by number.
+        owners: rank in ``group`` of each chunk.
         width: of the hidden states.
         device: where this rank computes.
         group: the ranks of this pipeline.
@@ -195,25 +195,25 @@ class PipelineForward:
 
     @property
     def last_owner(self) -> int:
-        """Rank, among all, that has the last stretch."""
+        """Rank, among all, that has the last chunk."""
         return self._owners[-1]
 
     def through(self, tokens: Sequence[Tensor], call: ChunkCall) -> list[Tensor]:
-        """Return what the last stretch returns for each micro-batch, where it is; nothing elsewhere.
+        """Return what the last chunk returns for each micro-batch, where it is; nothing elsewhere.
 
         Args:
             tokens: int64 of shape (sequences, tokens) for each micro-batch, on every rank.
-            call: how a stretch is called; used under ``no_grad``.
+            call: how a chunk is called; used under ``no_grad``.
         """
         here, sending, returned = dist.get_rank(), [], []
         for index, given in enumerate(tokens):
             state = given
-            for number, stretch in sorted(self.own.items()):
+            for number, chunk in sorted(self.own.items()):
                 if number > 0 and self._owners[number - 1] != here:
                     state = torch.empty(*given.shape, self._width, device=self.device)
                     dist.recv(state, src=self._owners[number - 1], group=self.group)
-                state = call(stretch, state, index)
-                if stretch.last:
+                state = call(chunk, state, index)
+                if chunk.last:
                     returned.append(state)
                 elif self._owners[number + 1] != here:
                     sending.append((dist.isend(state, dst=self._owners[number + 1], group=self.group), state))

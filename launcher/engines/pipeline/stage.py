@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 class ModelChunk(nn.Module):  # type: ignore[misc]
     """Tokens or hidden states in; hidden states, a loss or the next token's logits out.
 
-    Between stretches everything is fp32, as the residual stream is under autocast: nothing is rounded on the way.
+    Between chunks everything is fp32, as the residual stream is under autocast: nothing is rounded on the way.
 
     Args:
-        model: cut to this stretch, with its weights.
-        number: of this stretch among all, from 0.
-        count: of all stretches.
+        model: cut to this chunk, with its weights.
+        number: of this chunk among all, from 0.
+        count: of all chunks.
         autocast: what blocks compute in; fp32 turns autocast off.
         splits_backward: whether gradients of inputs and of weights are taken one after the other: the loss that the
             output head makes, gradients and all, can go backward only once.
@@ -48,13 +48,13 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
         """Pass one micro-batch through.
 
         Args:
-            inputs: tokens, int64 of shape (sequences, tokens), for the first stretch; hidden states, fp32 of shape
+            inputs: tokens, int64 of shape (sequences, tokens), for the first chunk; hidden states, fp32 of shape
                 (sequences, tokens, width), for others.
-            labels: int64 of shape (sequences, tokens); the last stretch returns the loss for them.
-            cache: keys and values of earlier tokens of the same sequences; the last stretch returns logits.
+            labels: int64 of shape (sequences, tokens); the last chunk returns the loss for them.
+            cache: keys and values of earlier tokens of the same sequences; the last chunk returns logits.
 
         Returns:
-            Hidden states; of the last stretch the loss summed over labelled tokens, of shape (1,), or the logits that
+            Hidden states; of the last chunk the loss summed over labelled tokens, of shape (1,), or the logits that
             follow the last token, of shape (sequences, vocabulary).
         """
         given = {"input_ids" if self.first else "inputs_embeds": inputs, "use_cache": cache is not None}
@@ -68,7 +68,7 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
             if cache is not None:
                 logits: Tensor = self.model(**given, logits_to_keep=1).logits
                 return logits[:, -1].float()
-            assert labels is not None, "the last stretch needs labels"
+            assert labels is not None, "the last chunk needs labels"
             with labels_at_head(self.model, labels) if not self._splits_backward else nullcontext():
                 output = self.model(**given).logits
             return torch.stack([loss_of(output, labels)])  # not a view: FSDP and schedules hook what a stage returns
@@ -81,10 +81,10 @@ def _cache_argument(model: PreTrainedModel) -> str:
 
 
 class ChunkCache(DynamicCache):  # type: ignore[misc]
-    """A cache whose first layer is the first block of the stretch: blocks go on counting as in the whole model.
+    """A cache whose first layer is the first block of the chunk: blocks go on counting as in the whole model.
 
     Args:
-        config: of the stretch.
+        config: of the chunk.
         first_block: number of its first block in the whole model.
     """
 

@@ -31,10 +31,10 @@ class TiedWeights:
     the update of one does not depend on the others.
 
     Args:
-        own: this rank's stretches.
+        own: this rank's chunks.
         names: of tied parameters: further name to first name.
         group: the ranks of this pipeline.
-        ends: ranks in ``group`` of the first and of the last stretch.
+        ends: ranks in ``group`` of the first and of the last chunk.
         share: keep one parameter where both are on this rank.
     """
 
@@ -50,22 +50,22 @@ class TiedWeights:
         self._group = group
         self._first = [s.model.get_parameter(name) for s in own if s.first for name in names.values()]
         if share and ends[0] == ends[1]:
-            for stretch in own:
-                if stretch.last:
-                    _replace(stretch.model, dict(zip(names, self._first, strict=bool(self._first))))
+            for chunk in own:
+                if chunk.last:
+                    _replace(chunk.model, dict(zip(names, self._first, strict=bool(self._first))))
         self._last = [s.model.get_parameter(name) for s in own if s.last for name in names]
         here = dist.get_rank(group)
         self._peer = next((dist.get_global_rank(group, rank) for rank in ends if rank != here), None)
 
     @property
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Copies that are both on this rank, that of the first stretch first."""
+        """Copies that are both on this rank, that of the first chunk first."""
         both = zip(self._first, self._last, strict=True) if self._first and self._last else ()
         return [(one, other) for one, other in both if one is not other]
 
     @property
     def counted_elsewhere(self) -> list[nn.Parameter]:
-        """Copies of parameters that are counted where the first stretch is."""
+        """Copies of parameters that are counted where the first chunk is."""
         shared = set(map(id, self._first))
         return [parameter for parameter in self._last if id(parameter) not in shared]
 
@@ -109,13 +109,13 @@ def named_state(
     """Return this rank's weights and moments by name, sharing storage, and the twins of some of them.
 
     Args:
-        own: this rank's stretches.
+        own: this rank's chunks.
         optimizer: of all their parameters.
         tied: further names of tied parameters, each with the first name.
     """
     names: dict[nn.Parameter, str] = {}
-    for stretch in own:
-        for name, parameter in stretch.model.named_parameters():
+    for chunk in own:
+        for name, parameter in chunk.model.named_parameters():
             if parameter in names:
                 continue
             known = tied.get(name, name)

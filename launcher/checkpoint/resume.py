@@ -149,14 +149,14 @@ def lr_jump_warning(saved: SavedCheckpoint, optimizer: AdamW, schedule: Schedule
 
 
 def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
-    theirs, ours = saved.manifest.architecture, to_tree(model.architecture())
-    names = [name for name in sorted(theirs.keys() | ours.keys()) if theirs.get(name) != ours.get(name)]
+    written, ours = saved.manifest.architecture, to_tree(model.architecture())
+    names = [name for name in sorted(written.keys() | ours.keys()) if written.get(name) != ours.get(name)]
     if not names:
         return
-    differences = ", ".join(f"its {name} is {theirs.get(name)}, this run's is {ours.get(name)}" for name in names)
+    differences = ", ".join(f"its {name} is {written.get(name)}, this run's is {ours.get(name)}" for name in names)
     run = saved.folder.parent.parent
-    if "family" not in names and all(name in theirs and hasattr(model, name) for name in names):
-        fix = f"set {' '.join(f'model.{name}={theirs[name]}' for name in names)}"
+    if "family" not in names and all(name in written and hasattr(model, name) for name in names):
+        fix = f"set {' '.join(f'model.{name}={written[name]}' for name in names)}"
     elif RunDir(run).snapshot.is_file():
         fix = f"choose the model it was trained with, which this prints: launch show {shlex.quote(str(run))}"
     else:
@@ -165,16 +165,16 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
 
 
 def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int) -> Iterator[ConfigError]:
-    theirs, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
-    if theirs.get("kind") != ours["kind"]:
-        why = f"was written with parallel of kind {theirs.get('kind')}, this run's is {ours['kind']}"
-        option = f"zero{theirs.get('stage')}" if theirs.get("kind") == "zero" else theirs.get("kind")
+    written, ours, written_on = saved.manifest.parallel, to_tree(parallel), saved.manifest.world_size
+    if written.get("kind") != ours["kind"]:
+        why = f"was written with parallel of kind {written.get('kind')}, this run's is {ours['kind']}"
+        option = f"zero{written.get('stage')}" if written.get("kind") == "zero" else written.get("kind")
         yield _error(saved, why, f"set parallel={option}{_or_weights(saved)}")
         return
     for name in parallel.checkpoint_options:
-        if theirs.get(name) != ours[name]:
-            why = f"was written with parallel.{name}={theirs.get(name)}, this run has {ours[name]}"
-            yield _error(saved, why, f"set parallel.{name}={theirs.get(name)}")
+        if written.get(name) != ours[name]:
+            why = f"was written with parallel.{name}={written.get(name)}, this run has {ours[name]}"
+            yield _error(saved, why, f"set parallel.{name}={written.get(name)}")
     if written_on != world_size and not parallel.supports_resharding:
         why = f"is partitioned over {written_on} ranks, this run has {world_size}"
         yield _error(saved, why, f"run on {written_on} ranks in all (backend.ranks counts those of one host)")

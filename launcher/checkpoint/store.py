@@ -35,7 +35,7 @@ _CHECKSUMS = ".sha256.{}.json"
 
 
 def silent(line: str) -> None:
-    """Say nothing: for looks whose outcome somebody else tells."""
+    """Print nothing: the caller reports the outcome."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -152,7 +152,7 @@ class ModelBuilder:
                 self._load_buffers(module)
         everything = (*self._model.named_parameters(), *self._model.named_buffers())
         empty = [name for name, tensor in everything if tensor.is_meta]
-        assert not empty, f"parts that nobody filled: {empty}"
+        assert not empty, f"parts left unfilled: {empty}"
 
     def _materialise(self, module: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
         """Give a module's own tensors storage; return the parameters that no earlier part had, with their names."""

@@ -60,7 +60,7 @@ class PipelineLayer:
     """Takes the token ids where it is the first, else hidden states (sequences, tokens, width)."""
     parts: tuple[str, ...]
     """Names of the model's parts that must be filled before it is called."""
-    tied: bool = False
+    is_tied: bool = False
     """Whether its ``weight`` is another link's too."""
     call: Callable[[nn.Module, Tensor], Tensor] | None = None
     """What is done with the layer, where that is not calling it."""
@@ -146,13 +146,13 @@ def pipeline_layers(model: PreTrainedModel) -> list[PipelineLayer]:
         raise unknown_family_error(family)
     names = {id(part): name for name, part in units(model)}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head.weight is embedding.weight
+    is_tied = head.weight is embedding.weight
     return [
-        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), tied=tied),
+        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), is_tied=is_tied),
         *_LAYERS_BY_FAMILY[family](model, names),
         # a tied head is the embedding once more: a rank that has no other use for it holds its weight alone
-        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), tied=True, call=_project)
-        if tied
+        PipelineLayer(layer=embedding, parts=(names[id(embedding)],), is_tied=True, call=_project)
+        if is_tied
         else PipelineLayer(layer=head, parts=(names[id(head)],)),
     ]
 

@@ -47,7 +47,7 @@ class StoredTensors:
     Args:
         model: without storage; its names, shapes and conversion rules decide.
         folder: config and safetensors.
-        skip: whether a tensor of the files is somebody else's to read, by its name there.
+        skip: whether another reader reads a tensor of the files, by its name there.
 
     Raises:
         OSError: a file is missing or cannot be read.

@@ -103,7 +103,7 @@ class _Placeholder(nn.Module):  # type: ignore[misc]
 def check_all_quantized(model: nn.Module, names: list[str]) -> None:
     """Raise where one of the layers named is not quantized."""
     left = [name for name in names if not is_quantized(model.get_submodule(name))]
-    assert not left, f"layers that nobody quantized: {left}"
+    assert not left, f"layers left unquantized: {left}"
 
 
 def _within(names: list[str], part: str) -> list[str]:

@@ -27,7 +27,7 @@ MakeText = Callable[..., Text]
 
 
 def quiet() -> None:
-    """Beat for nobody."""
+    """Ignore the heartbeat."""
 
 
 def test_the_stream_is_the_text_with_an_end_after_each_document(text: MakeText, model: Gpt2) -> None:

@@ -94,7 +94,7 @@ def build_pipeline_module(
             heartbeat()
         return link.layer
 
-    specs = [(_TiedLayer if link.tied else _Layer)(link, fill) for link in pipeline_layers(model)]
+    specs = [(_TiedLayer if link.is_tied else _Layer)(link, fill) for link in pipeline_layers(model)]
     # it prints all layers, a line each, and broadcasts tied weights in place
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         staged = _PipelineModule(

@@ -31,15 +31,39 @@ _BY_PLACE = (
     *((f"{name}.py*", "process") for name in ("test_rank", "test_scripts", "test_full_disk", "remote/test_bootstrap")),
     *((f"trackers/test_{name}.py*", "process") for name in ("orders", "revision", "sidecar", "wandb_sweep")),
     *((f"{name}.py*", "process") for name in ("ops/test_build", "ops/test_locks", "checkpoint/test_lock")),
+    *((f"{name}.py*", "process") for name in ("doctor/test_examine", "kubernetes/test_kubectl", "remote/test_bundle")),
     *((f"supervision/test_{name}.py*", "process") for name in ("board", "dumps")),
     # Single tests that do.
-    ("backends/*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
+    ("*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
+    ("cli/test_cancel.py::test_a_job_is_cancelled_by_its_scheduler*", "process"),
+    ("cli/test_cancel.py::test_a_run_on_another_machine_is_left_alone", "process"),
+    ("cli/test_cancel.py::test_now_is_two_interrupts", "process"),
+    ("cli/test_cancel.py::test_the_session_is_asked_and_its_agents_are_waited_for", "process"),
+    ("cli/test_cancel.py::test_without_its_session_the_agents_are_told", "process"),
+    ("cli/test_completion.py::test_a_shell_*", "process"),
+    ("cli/test_logs.py::test_a_reader_that_goes_away_ends_the_following", "process"),
+    ("cli/test_plan.py::test_the_parent_imports_nothing_heavy*", "process"),
+    ("data/test_formats.py::test_a_json_object_becomes_rows_by_the_command_named*", "process"),
+    ("data/test_formats.py::test_what_must_be_converted_is_refused_with_the_command_that_does*", "process"),
+    ("data/test_tokens.py::test_four_processes_build_it_once", "process"),
+    ("data/test_tokens.py::test_the_trained_tokenizer_is_the_same_every_time", "process"),
+    ("jobs/test_generate.py::test_columns_of_prompts_are_written_as_lines_by_the_command_named*", "process"),
+    ("ops/test_folder.py::test_it_is_answered_without_torch", "process"),
+    ("supervision/test_heartbeat.py::test_it_crosses_processes", "process"),
+    ("supervision/test_link.py::test_what_a_killed_tree_left_is_removed_at_the_next_start", "process"),
+    ("supervision/test_processes.py::test_the_spared_are_spared_with_all_below_them", "process"),
+    ("test_compose.py::test_the_advice_for_such_a_file_works", "process"),
+    ("test_overrides.py::test_quoted_words_pasted_into_a_shell_set_the_text", "process"),
+    ("test_render.py::test_a_pasted_command_is_the_command", "process"),
+    ("training/test_metrics.py::test_killed_at_any_moment_it_has_every_line_that_was_recorded", "process"),
 )
 """Patterns of tests, by their names below ``tests``; the first that matches decides, before any fixture."""
 
 _BY_FIXTURE = {
     **dict.fromkeys(("lab_hosts", "lab_hosts_of_module", "cluster", "doomed_cluster"), "cluster"),
-    **dict.fromkeys(("launch", "launch_in_background", "completed", "supervise", "child"), "process"),
+    **dict.fromkeys(
+        ("launch", "launch_in_background", "completed", "supervise", "child", "open_page", "browser"), "process"
+    ),
 }
 """Fixtures that start processes, asked for by the test itself or through others; the first that is there decides."""
 

@@ -137,12 +137,12 @@ def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_pat
 
 
 def test_lines_are_read_as_they_are_needed(tmp_path) -> None:
-    """A hundred thousand lines in less memory than they have."""
-    records = (Record(number, number + 1, {"prompt": "x" * 50, "max_tokens": 1}) for number in range(20_000))
+    """Many lines in less memory than they have."""
+    records = (Record(number, number + 1, {"prompt": "x" * 50, "max_tokens": 1}) for number in range(5_000))
     tracemalloc.start()
     try:
-        work(tmp_path, records, size=20_000)
+        work(tmp_path, records, size=5_000)
         most = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert most < 40e6  # the answers themselves, as this test reads them, are most of it
+    assert most < 10e6  # the answers themselves, as this test reads them, are most of it

@@ -48,6 +48,8 @@ _BY_PLACE = (
     ("data/test_tokens.py::test_four_processes_build_it_once", "process"),
     ("data/test_tokens.py::test_the_trained_tokenizer_is_the_same_every_time", "process"),
     ("jobs/test_generate.py::test_columns_of_prompts_are_written_as_lines_by_the_command_named*", "process"),
+    ("jobs/test_verify.py::test_a_fork_*", "process"),
+    ("jobs/test_verify.py::test_the_ranks_of_a_case_follow_one_that_failed", "process"),
     ("ops/test_folder.py::test_it_is_answered_without_torch", "process"),
     ("supervision/test_heartbeat.py::test_it_crosses_processes", "process"),
     ("supervision/test_link.py::test_what_a_killed_tree_left_is_removed_at_the_next_start", "process"),

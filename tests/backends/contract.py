@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from launcher.protocol.plan import Host, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from launcher.utils.schema import to_tree
+from tests.conftest import MadeOnce
 
 Ended = tuple[int, str, RunDir]
 """Exit code, what was printed, and where the session wrote."""
@@ -67,6 +66,18 @@ class BackendContract:
     def check_syntax(self, submission: str) -> None:
         """Fail where a submission is not what its reader can read: a shell, unless a subclass says otherwise."""
         subprocess.run(["/bin/sh", "-n"], input=submission, text=True, check=True, timeout=20)
+
+    @pytest.fixture
+    def losses_of_one_machine(self, made_once: MadeOnce) -> dict[int, float]:
+        """Return the losses that two ranks of this machine come to; they compute once for all backends."""
+
+        def fill(folder: Path) -> None:
+            command = [sys.executable, "-m", "launcher", *SMALL, "backend=local", "backend.ranks=2", "run.dir=near"]
+            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+
+        found = losses(RunDir(made_once("one_machine", fill) / "near"))
+        assert len(found) == 6
+        return found
 
     @pytest.fixture
     def configured(self, words: tuple[str, ...]) -> Run:
@@ -124,12 +135,12 @@ class BackendContract:
         assert error.option == word.partition("=")[0]
 
     def test_a_run_completes_with_the_losses_of_one_machine(
-        self, run: Callable[..., Ended], left: Callable[[], object]
+        self, run: Callable[..., Ended], left: Callable[[], object], losses_of_one_machine: dict[int, float]
     ) -> None:
         code, output, run_dir = run()
         assert code == 0, output
         assert read_json(run_dir.result)["status"] == "completed"
-        assert losses(run_dir) == pytest.approx(losses_of_one_machine(), rel=1e-6)
+        assert losses(run_dir) == pytest.approx(losses_of_one_machine, rel=1e-6)
         ranks = read_json(run_dir.plan)["ranks"]
         assert len(ranks) == 2
         assert all(run_dir.log_of(place["host"], place["rank"]).is_file() for place in ranks)
@@ -154,17 +165,6 @@ def losses(run_dir: RunDir) -> dict[int, float]:
     """Return the loss of every step."""
     lines = map(json.loads, run_dir.metrics.read_text().splitlines())
     return {line["train/step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
-@functools.cache
-def losses_of_one_machine() -> dict[int, float]:
-    """Return the losses that two ranks of this machine come to; they compute once for all backends."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "launcher", *SMALL, "backend=local", "backend.ranks=2", "run.dir=near"]
-        subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
-        found = losses(RunDir(Path(folder) / "near"))
-    assert len(found) == 6
-    return found
 
 
 def wait_until_nothing_is(left: Callable[[], object], *, seconds: float) -> None:

@@ -17,6 +17,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import ProcessLocation, SessionRecord, locate_this_process, write_session_file
 from launcher.utils.files import write_json
 from launcher.utils.processes import identify
+from tests.conftest import MadeOnce
 
 SMALL = (
     "model.layers=2",
@@ -103,10 +104,12 @@ def child(alive: ProcessLocation) -> Iterator[tuple[subprocess.Popen[bytes], Pro
 
 
 @pytest.fixture(scope="package")
-def completed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose ``runs`` holds one real run of three steps that went well."""
-    folder = tmp_path_factory.mktemp("completed")
-    command = [sys.executable, "-m", "launcher", *SMALL, "job.steps=3"]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return folder
+def completed(made_once: MadeOnce) -> Path:
+    """A folder whose ``runs`` holds one real run of three steps that went well; to be read and not to be changed."""
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, "-m", "launcher", *SMALL, "job.steps=3"]
+        ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    return made_once("completed", fill)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -92,20 +93,17 @@ def test_several_numbers_are_one_message(stored) -> None:
         run([RUN, "job.steps=1,2"])
 
 
-def test_a_real_run_again(launch, completed) -> None:
+def test_a_real_run_again(launch, completed, tmp_path) -> None:
+    completed = Path(shutil.copytree(completed, tmp_path / "completed"))
     before = set(completed.glob("runs/*/*"))
     (folder,) = before
-    try:
-        ended = launch("rerun", folder.name, "job.steps=2", cwd=completed).expect(0)
-        assert "step 2/2" in ended.stdout
-        (again,) = set(completed.glob("runs/*/*")) - before
-        one, other = (yaml.safe_load((path / "run.yaml").read_text()) for path in (folder, again))
-        assert one.pop("job") | {"steps": 2} == other.pop("job")
-        assert one == other
-        assert load_run(again / "run.yaml").job.steps == 2
-    finally:
-        for new in set(completed.glob("runs/*/*")) - before:
-            new.rename(completed / new.name)
+    ended = launch("rerun", folder.name, "job.steps=2", cwd=completed).expect(0)
+    assert "step 2/2" in ended.stdout
+    (again,) = set(completed.glob("runs/*/*")) - before
+    one, other = (yaml.safe_load((path / "run.yaml").read_text()) for path in (folder, again))
+    assert one.pop("job") | {"steps": 2} == other.pop("job")
+    assert one == other
+    assert load_run(again / "run.yaml").job.steps == 2
 
 
 def test_help(capsys) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.torchless import endless
+from tests.torchless import ECHO, endless
 
 from .cluster import Cluster
 
@@ -70,6 +70,12 @@ def small_run(tmp_path: Path) -> Overrides:
         )
 
     return overrides
+
+
+@pytest.fixture
+def echo_run(tmp_path: Path) -> Overrides:
+    """Return the overrides of a run on two such pods whose ranks import no torch and answer the shipped prompts."""
+    return lambda *words: (*on_pods(tmp_path), *ECHO, *words)
 
 
 @pytest.fixture

@@ -63,27 +63,27 @@ _INT32_MAX = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class ParameterRange:
-    """Which numbers a field may be."""
+    """The range of numbers that a field accepts."""
 
-    least: float
-    most: float
-    usual: float
-    """One that always works."""
+    minimum: float
+    maximum: float
+    default: float
+    """A value that every engine supports."""
     exclusive: bool = False
-    """Whether ``least`` itself is too little."""
+    """Whether ``minimum`` itself is outside the range."""
     or_zero: bool = False
-    """Whether 0, below ``least``, has a meaning of its own."""
+    """Whether 0, below ``minimum``, is accepted too."""
 
-    def problem(self, value: float) -> str:
-        """Return what is wrong with a number, nothing where it is in here."""
+    def validate(self, value: float) -> str:
+        """Return why ``value`` is outside the range; empty if it is inside."""
         if value != value:
             return "must be a number"
-        if value > self.most:
-            return f"must be at most {_shown(self.most)}"
-        if value > self.least or (value == self.least and not self.exclusive) or (value == 0 and self.or_zero):
+        if value > self.maximum:
+            return f"must be at most {_shown(self.maximum)}"
+        if value > self.minimum or (value == self.minimum and not self.exclusive) or (value == 0 and self.or_zero):
             return ""
         either = "0, or " if self.or_zero else ""
-        return f"must be {either}{'above' if self.exclusive else 'at least'} {_shown(self.least)}"
+        return f"must be {either}{'above' if self.exclusive else 'at least'} {_shown(self.minimum)}"
 
 
 RANGES: Mapping[str, ParameterRange] = {
@@ -102,7 +102,7 @@ RANGES: Mapping[str, ParameterRange] = {
     "beams": ParameterRange(1, 64, 1),
     "length_penalty": ParameterRange(-10.0, 10.0, 1.0),
 }
-"""Fields of ``Sampling`` that are numbers."""
+"""Fields of ``SamplingParams`` that are numbers."""
 
 
 LOGIT_BIAS_RANGE = ParameterRange(-100.0, 100.0, 0.0)
@@ -131,13 +131,13 @@ def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, floa
     """Yield each field that cannot be, with what is wrong and a value that works."""
     for name, limits in RANGES.items():
         value = getattr(sampling, name)
-        if value is not None and (why := limits.problem(value)):
-            yield name, why, limits.usual
+        if value is not None and (why := limits.validate(value)):
+            yield name, why, limits.default
     if len(sampling.bias) > MAX_LOGIT_BIASES:
         yield "bias", f"must be of at most {MAX_LOGIT_BIASES} tokens, not {len(sampling.bias)}", 0
     if len({token for token, _ in sampling.bias}) < len(sampling.bias):
         yield "bias", "must name each token once", 0
-    why = next((why for _, added in sampling.bias if (why := LOGIT_BIAS_RANGE.problem(added))), "")
+    why = next((why for _, added in sampling.bias if (why := LOGIT_BIAS_RANGE.validate(added))), "")
     if why:
         yield "bias", f"{why}, for each token", 0
     if len(sampling.stop_ids) > MAX_STOP_IDS:

@@ -137,8 +137,8 @@ def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -
             if outcome.built:
                 continue
             if argument == name:
-                raise EnvironmentProblem(f"DeepSpeed's {name} cannot be built: {outcome.why}; {outcome.remedy}")
-            say(f"cannot build {name}, so the run goes on without it: {outcome.why} ({outcome.remedy})")
+                raise EnvironmentProblem(f"DeepSpeed's {name} cannot be built: {outcome.why}; {outcome.fix}")
+            say(f"cannot build {name}, so the run goes on without it: {outcome.why} ({outcome.fix})")
     return outcomes
 
 
@@ -158,8 +158,8 @@ def _build_one(name: str, folder: Path, *, say: Say, limit_s: float) -> BuildOut
         return BuildOutcome(name=name, built=True, seconds=0.0)
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler) is None:
-        why, remedy = f"there is no C++ compiler ({compiler})", "apt-get install g++"
-        return BuildOutcome(name=name, built=False, seconds=0.0, why=why, remedy=remedy)
+        why, fix = f"there is no C++ compiler ({compiler})", "apt-get install g++"
+        return BuildOutcome(name=name, built=False, seconds=0.0, why=why, fix=fix)
     log, started = folder / f"{name}.log", time.monotonic()
     code = _compile(name, log, say=say, limit_s=limit_s)
     seconds = time.monotonic() - started
@@ -169,11 +169,11 @@ def _build_one(name: str, folder: Path, *, say: Say, limit_s: float) -> BuildOut
         say(f"built {name} in {seconds:.0f} s")
         return BuildOutcome(name=name, built=True, seconds=seconds)
     if code is None:
-        why, remedy = f"it took longer than {limit_s:.0f} s", "start the run again on a quieter machine"
+        why, fix = f"it took longer than {limit_s:.0f} s", "start the run again on a quieter machine"
     else:
-        why, remedy = _failure_reason(name, log.read_text(encoding="utf-8", errors="replace"))
-        remedy = f"{remedy} (all of its output: {log})"
-    return BuildOutcome(name=name, built=False, seconds=seconds, why=why, remedy=remedy)
+        why, fix = _failure_reason(name, log.read_text(encoding="utf-8", errors="replace"))
+        fix = f"{fix} (all of its output: {log})"
+    return BuildOutcome(name=name, built=False, seconds=seconds, why=why, fix=fix)
 
 
 def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:

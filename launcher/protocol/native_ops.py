@@ -107,7 +107,7 @@ class BuildOutcome:
     seconds: float
     why: str = ""
     """Why it could not be built."""
-    remedy: str = ""
+    fix: str = ""
     """What to type so that it can."""
 
 

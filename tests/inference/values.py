@@ -30,7 +30,7 @@ class Table:
 def around(limits: ParameterRange) -> list[float]:
     """Return the bounds of a range and their neighbours on both sides."""
     found: list[float] = []
-    for bound in (limits.least, limits.most):
+    for bound in (limits.minimum, limits.maximum):
         if isinstance(bound, int):
             found += [bound - 1, bound, bound + 1]
         else:

@@ -27,10 +27,10 @@ _LOGNORMAL = re.compile(r"lognormal:(\d+):(\d*\.?\d+):(\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class LengthDistribution:
-    """A distribution of whole numbers from ``least`` to ``most``."""
+    """A distribution of whole numbers from ``minimum`` to ``maximum``."""
 
-    least: int
-    most: int
+    minimum: int
+    maximum: int
     median: float | None = None
     """Of the log-normal distribution; ``None`` is an even one."""
     sigma: float = 0.0
@@ -38,9 +38,9 @@ class LengthDistribution:
     def draw(self, random_: random.Random) -> int:
         """Return one length."""
         if self.median is None:
-            return random_.randint(self.least, self.most)
+            return random_.randint(self.minimum, self.maximum)
         drawn = random_.lognormvariate(math.log(self.median), self.sigma)
-        return min(self.most, max(self.least, round(drawn)))
+        return min(self.maximum, max(self.minimum, round(drawn)))
 
 
 def parse_length_distribution(text: str) -> LengthDistribution:
@@ -50,14 +50,14 @@ def parse_length_distribution(text: str) -> LengthDistribution:
         ValueError: it is not of the grammar, or no length is left; the message says so.
     """
     if _NUMBER.fullmatch(text):
-        found = LengthDistribution(least=int(text), most=int(text))
+        found = LengthDistribution(minimum=int(text), maximum=int(text))
     elif match := _RANGE.fullmatch(text):
-        found = LengthDistribution(least=int(match[1]), most=int(match[2]))
+        found = LengthDistribution(minimum=int(match[1]), maximum=int(match[2]))
     elif match := _LOGNORMAL.fullmatch(text):
-        found = LengthDistribution(least=1, most=int(match[3]), median=float(match[1]), sigma=float(match[2]))
+        found = LengthDistribution(minimum=1, maximum=int(match[3]), median=float(match[1]), sigma=float(match[2]))
     else:
         raise ValueError(f"is no distribution of lengths ({LENGTHS_GRAMMAR})")
-    if not 1 <= found.least <= found.most or found.median == 0:
+    if not 1 <= found.minimum <= found.maximum or found.median == 0:
         raise ValueError("leaves no length: they begin at 1 and rise")
     return found
 

@@ -31,11 +31,11 @@ from launcher.config.sampling import (
 )
 
 
-def _within(limits: ParameterRange, *, least: int | None = None) -> Any:
-    """Return the bounds of a field; ``least`` is another lower one, for what is rewritten on the way to an engine."""
+def _within(limits: ParameterRange, *, minimum: int | None = None) -> Any:
+    """Return the bounds of a field; ``minimum`` is another lower one, for what is rewritten on the way to an engine."""
     if limits.exclusive:
-        return Field(gt=limits.least, le=limits.most)
-    return Field(ge=least if least is not None else 0.0 if limits.or_zero else limits.least, le=limits.most)
+        return Field(gt=limits.minimum, le=limits.maximum)
+    return Field(ge=minimum if minimum is not None else 0.0 if limits.or_zero else limits.minimum, le=limits.maximum)
 
 
 MaxTokens = Annotated[int, _within(RANGES["max_tokens"])]
@@ -156,9 +156,9 @@ def _check_bias(value: Any) -> dict[str, float]:
     if len(value) > MAX_LOGIT_BIASES:
         raise _error(f"has {len(value):,} tokens; at most {MAX_LOGIT_BIASES:,} are allowed")
     for token, added in value.items():
-        if type(added) not in (int, float) or LOGIT_BIAS_RANGE.problem(added):
+        if type(added) not in (int, float) or LOGIT_BIAS_RANGE.validate(added):
             said = f"token {token[:20]!r} has {shorten_value(added)}; give a number from "
-            raise _error(f"{said}{LOGIT_BIAS_RANGE.least:g} to {LOGIT_BIAS_RANGE.most:g}")
+            raise _error(f"{said}{LOGIT_BIAS_RANGE.minimum:g} to {LOGIT_BIAS_RANGE.maximum:g}")
     return {token: float(added) for token, added in value.items()}
 
 
@@ -220,7 +220,7 @@ Stop = Annotated[
     str | list[str],
     *_checked(_check_stop, _STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}),
 ]
-_BIAS_SCHEMA = {"type": "number", "minimum": LOGIT_BIAS_RANGE.least, "maximum": LOGIT_BIAS_RANGE.most}
+_BIAS_SCHEMA = {"type": "number", "minimum": LOGIT_BIAS_RANGE.minimum, "maximum": LOGIT_BIAS_RANGE.maximum}
 LogitBias = Annotated[
     dict[str, float],
     *_checked(_check_bias, {"type": "object", "additionalProperties": _BIAS_SCHEMA, "maxProperties": MAX_LOGIT_BIASES}),
@@ -275,11 +275,11 @@ class GenerationBody(RequestBody):
     presence_penalty: Annotated[float, _within(RANGES["presence_penalty"])] = 0.0
     frequency_penalty: Annotated[float, _within(RANGES["frequency_penalty"])] = 0.0
     logit_bias: LogitBias = {}
-    seed: Annotated[int, _within(RANGES["seed"], least=-(2**63))] | None = None
+    seed: Annotated[int, _within(RANGES["seed"], minimum=-(2**63))] | None = None
     """The same seed gives the same answer; choice number k has a seed made of this one and k."""
     user: str | None = None
     """Taken and not used: it names the end user to OpenAI."""
-    top_k: Annotated[int, _within(RANGES["top_k"], least=-1)] = 0
+    top_k: Annotated[int, _within(RANGES["top_k"], minimum=-1)] = 0
     """0 and -1 keep all."""
     min_p: Annotated[float, _within(RANGES["min_p"])] = 0.0
     repetition_penalty: Annotated[float, _within(RANGES["repetition_penalty"])] = 1.0

@@ -85,11 +85,11 @@ def test_any_value_is_answered_and_harms_no_other_request(
 @pytest.mark.parametrize("name", sorted(RANGES))
 def test_one_table_says_what_server_files_and_engines_take(server: InProcess, name: str) -> None:
     limits = RANGES[name]
-    for value in [*around(limits), limits.usual, 5e-324, 1e-300, 1e-45]:
-        if isinstance(limits.least, int) and not isinstance(value, int):
+    for value in [*around(limits), limits.default, 5e-324, 1e-300, 1e-45]:
+        if isinstance(limits.minimum, int) and not isinstance(value, int):
             continue
         way = {"temperature": 0.0, name: value}
-        taken = not limits.problem(value)
+        taken = not limits.validate(value)
         request = EngineRequest(id="a", prompt=(1,), sampling=SamplingParams(**{"max_tokens": 5, **way}))
         assert refused(request) is not taken, value
         assert (bad_line(way) == "") is taken, value

@@ -42,7 +42,7 @@ class SelectiveCheckpointing(ActivationCheckpointing):
     """Every k-th layer is recomputed, from the first one on; 1 recomputes all of them."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a step that leads nowhere."""
+        """Reject a step that leads nowhere."""
         yield from self.validate_minimum(1, "k")
 
 

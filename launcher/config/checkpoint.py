@@ -36,5 +36,5 @@ class Checkpoint(Component):
     start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse negative counts."""
+        """Reject negative counts."""
         yield from self.validate_minimum(0, "every", "keep")

@@ -110,7 +110,7 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iter
 
 
 def _unsupported_reason(run: Run) -> str | None:
-    """Return why pages cannot hold a model, as far as files tell; the rank compares results besides."""
+    """Return why paged attention does not support a model, judged by its files; ranks also compare results."""
     config = run.model.stored_config()
     marks = attention_support(str(config.get("model_type"))) if config is not None else None
     if config is None or marks is None:

@@ -35,7 +35,7 @@ class AdamW(Component):
     says which it took."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse values outside AdamW's domain."""
+        """Reject values outside AdamW's domain."""
         yield from self.validate_minimum(0, "lr", "eps", "weight_decay")
         if not all(0 <= beta < 1 for beta in self.betas):
             yield self.error("betas", "each must be at least 0 and below 1", "set optimizer.betas=[0.9,0.999]")

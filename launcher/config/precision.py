@@ -80,7 +80,7 @@ class Fp16Precision(Precision):
     """The scale never falls below this."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a scale that cannot work."""
+        """Reject a scale that cannot work."""
         yield from self.validate_minimum(0, "initial_scale_power")
         yield from self.validate_minimum(1, "scale_window", "hysteresis", "min_scale")
 

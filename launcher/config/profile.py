@@ -46,7 +46,7 @@ class Profile(Component):
     kind: ClassVar[str] = "false"
 
     def validate_steps(self, unit: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
-        """Yield why a job of so many steps cannot be recorded so."""
+        """Yield why a job of ``num_steps`` steps is too short for the window."""
         yield from ()
 
     def describe(self, unit: ProfileUnit) -> Iterator[tuple[str, str]]:
@@ -61,29 +61,28 @@ class TorchProfile(Profile):
     kind: ClassVar[str] = "true"
 
     wait: int = 1
-    """Steps that pass before anything is switched on: the first one is slow and like no other."""
+    """Steps before the profiler starts: the first one is slow and not typical."""
 
     warmup: int = 1
-    """Steps in which the profiler runs already and is not listened to."""
+    """Warm-up steps whose results are discarded."""
 
     active: int | None = None
-    """Steps that are recorded; null is 2 of training and evaluation, 20 of an engine that generates."""
+    """Steps that are recorded; null records 2 steps of training or evaluation, 20 of a generating engine."""
 
     seconds: float = 20.0
-    """How long is recorded at most where a job has no steps: from its beginning, or that of each case of a
-    benchmark."""
+    """Longest recording of a job without steps, from its start or from the start of each benchmark case."""
 
     memory: bool = True
-    """Whether allocations are recorded, too; on a GPU with a snapshot of its memory."""
+    """Whether allocations are recorded too; on a GPU, with a snapshot of its memory."""
 
     shapes: bool = False
-    """Whether operators are told apart by the shapes of their inputs."""
+    """Whether operators with other input shapes get rows of their own."""
 
     top: int = 20
-    """Operators in the table, those that take longest themselves."""
+    """Number of operators in the table, by longest self time."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse windows that hold nothing."""
+        """Reject windows that hold nothing."""
         yield from self.validate_minimum(0, "wait", "warmup")
         yield from self.validate_minimum(1, "active", "top")
         if self.seconds <= 0:
@@ -95,7 +94,7 @@ class TorchProfile(Profile):
         return ProfileWindow(wait=self.wait, warmup=self.warmup, active=active)
 
     def validate_steps(self, unit: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
-        """Refuse a window that lies beyond the last step."""
+        """Reject a window that lies beyond the last step."""
         if unit != "steps":
             return
         window = self.window(unit)

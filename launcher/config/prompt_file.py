@@ -200,7 +200,7 @@ class BadLine(Exception):
 
 
 def check_fields(record: Record) -> None:
-    """Refuse a line that cannot be read, has fields that do not exist, or no prompt: what can be said without a model.
+    """Reject a line that cannot be read, has fields that do not exist, or no prompt: what can be said without a model.
 
     Raises:
         BadLine: says what is wrong.

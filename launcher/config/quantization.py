@@ -28,7 +28,7 @@ class Quantization(Component):
     """Layers that stay as they are, as patterns of names: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse patterns that are none."""
+        """Reject patterns that are none."""
         if "" in self.skip:
             yield self.error("skip", "an empty pattern matches no layer", "leave it out")
 
@@ -82,7 +82,7 @@ class Int4Weight(Quantization):
     """Inputs that share a scale; it divides the width of every layer that is quantized."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse groups that fill no bytes."""
+        """Reject groups that fill no bytes."""
         yield from super().validate()
         if self.group_size < 2 or self.group_size % 2:
             yield self.error("group_size", "two weights share a byte", "set quantization.group_size=32")

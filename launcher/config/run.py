@@ -233,7 +233,7 @@ class LearningJob(BatchedJob):
         return self.steps
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that make no step."""
+        """Reject counts that make no step."""
         yield from super().validate()
         yield from self.validate_minimum(1, "steps")
         yield from self.validate_minimum(0, "clip_norm")
@@ -272,7 +272,7 @@ class Benchmark(Component):
         return self.repeats
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that measure nothing."""
+        """Reject counts that measure nothing."""
         yield from self.validate_minimum(1, "repeats")
         yield from self.validate_minimum(0, "warmup")
 

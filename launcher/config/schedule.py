@@ -22,7 +22,7 @@ class Schedule(Component):
     """Steps over which the factor rises linearly from 1/(n+1) of the peak towards it."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a negative warm-up."""
+        """Reject a negative warm-up."""
         yield from self.validate_minimum(0, "warmup_steps")
 
     def factor(self, step: int, steps: int) -> float:
@@ -54,7 +54,7 @@ class _DecayingSchedule(Schedule):
     """The multiplier that the last step approaches."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a final factor outside [0, 1]."""
+        """Reject a final factor outside [0, 1]."""
         yield from super().validate()
         if not 0 <= self.final_factor <= 1:
             yield self.error("final_factor", "must lie between 0 and 1", "set schedule.final_factor=0.1")

@@ -35,7 +35,7 @@ class Tracker(Component):
             run_name: ``run.name``.
 
         Raises:
-            ConfigError: the tracker cannot do what it was told to.
+            ConfigError: the tracker cannot work with these options.
         """
 
 

@@ -58,7 +58,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
 
 
 def _validate_secrets(run: Run) -> Iterator[ConfigError]:
-    """Refuse secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
+    """Reject secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
     for option, value in flatten_options(run_to_tree(run)):
         if name := secret_variable_in(value, os.environ):
             why = f"holds the value of the variable {name}, and run.yaml is written to disk"
@@ -70,7 +70,7 @@ def _validate_secrets(run: Run) -> Iterator[ConfigError]:
 
 
 def _validate_name(run: Run) -> Iterator[ConfigError]:
-    """Refuse a name that is a path, or none: it is one folder below ``run.root``."""
+    """Reject a name that is a path, or none: it is one folder below ``run.root``."""
     name = run.run.name
     if not name.strip() or name in (".", "..") or "/" in name:
         last = name.rstrip("/").rpartition("/")[2]
@@ -117,7 +117,7 @@ def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigEr
 
 
 def _validate_resume(run: Run) -> Iterator[ConfigError]:
-    """Refuse a checkpoint where nothing is continued; ``auto`` starts any run again in its own directory."""
+    """Reject a checkpoint where nothing is continued; ``auto`` starts any run again in its own directory."""
     resume = run.checkpoint.resume
     if run.job.resumes or resume in ("none", "auto"):
         return
@@ -128,7 +128,7 @@ def _validate_resume(run: Run) -> Iterator[ConfigError]:
 
 
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
-    """Refuse methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
+    """Reject methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
     chosen, own = run.quantization.kind, run.model.quantization
     quantizes = isinstance(run.job, Quantize)
     if chosen != "none" and not quantizes:
@@ -166,7 +166,7 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
 
 
 def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
-    """Refuse a world that the degrees do not divide, naming each of them."""
+    """Reject a world that the degrees do not divide, naming each of them."""
     fits = run.parallel.dims(world_size)
     if fits.product == world_size:
         return
@@ -180,7 +180,7 @@ def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
 
 
 def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
-    """Refuse to spread models that the strategy cannot spread, and kernels that their family does not have."""
+    """Reject to spread models that the strategy cannot spread, and kernels that their family does not have."""
     if not isinstance(run.job, BatchedJob | GeneratingJob):
         return
     length = run.job.sequence_length if isinstance(run.job, BatchedJob) else 0
@@ -211,7 +211,7 @@ def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
 
 
 def _validate_split_sequences(run: Run, job: BatchedJob, world_size: int) -> Iterator[ConfigError]:
-    """Refuse sequences that do not divide over their ranks."""
+    """Reject sequences that do not divide over their ranks."""
     degree, length = run.parallel.dims(world_size).sequence, job.sequence_length
     if degree == 1:
         return
@@ -260,7 +260,7 @@ def _validate_shown_ranks(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErr
 
 
 def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield what cannot be computed as asked; on hosts that nobody has looked at yet, the ranks find out."""
+    """Yield what these hosts cannot compute; on hosts not probed yet, the ranks check."""
     without_gpu = next((host.name for host in hosts if host.is_probed and not host.devices), None)
     yield from _validate_formats(run, without_gpu)
     if isinstance(run.precision, Fp8Precision):

@@ -201,7 +201,7 @@ def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
 
 
 def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Refuse to start where a disk of this machine has no room for the optimiser state. Plans are for later, too."""
+    """Reject to start where a disk of this machine has no room for the optimiser state. Plans are for later, too."""
     if not isinstance(run.parallel, Zero) or run.parallel.offload_optimizer != "nvme" or not run.parallel.nvme_path:
         return
     folder = Path(run.parallel.nvme_path).expanduser()
@@ -219,7 +219,7 @@ def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError
 
 
 def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Refuse to start where this user may not page-lock the buffers through which DeepSpeed reads NVMe.
+    """Reject to start where this user may not page-lock the buffers through which DeepSpeed reads NVMe.
 
     It aborts where it cannot lock them, whatever ``parallel.pin_memory`` is. Plans are for other users, too.
     """
@@ -250,7 +250,7 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> Iterator[ConfigError]:
-    """Refuse a directory that holds another run, or files that no run has put there.
+    """Reject a directory that holds another run, or files that no run has put there.
 
     Args:
         run: what is to be kept there.

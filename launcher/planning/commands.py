@@ -1,6 +1,6 @@
 """How the ranks of one host start: argv of torchrun or DeepSpeed, and environment.
 
-A rank is told everything through its run directory and its environment. Nothing else follows the module name: torchrun
+A rank gets everything through its run directory and its environment. Nothing else follows the module name: torchrun
 takes what looks like a beginning of its own flags out of a script's arguments, wherever it stands.
 """
 

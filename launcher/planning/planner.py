@@ -126,7 +126,7 @@ def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
 
 
 def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
-    """Return what ``make`` returns; keep what it refuses for the end, so that all refusals are told together."""
+    """Return what ``make`` returns; collect its errors, so that all are reported together."""
     try:
         return make()
     except ConfigError as error:

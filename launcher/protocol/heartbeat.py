@@ -23,7 +23,7 @@ _BEAT_BYTES, _RECORD_BYTES = 4096, 8192
 
 
 HEARTBEAT_BYTES = _BEAT_BYTES + _RECORD_BYTES
-"""Of the shared memory of one rank: its newest beat, then the exception that ended it where no file could take that."""
+"""Bytes of one rank's shared memory: its newest heartbeat, then its exception where no file could be written."""
 
 
 _HEADER = struct.Struct("<II")
@@ -48,7 +48,7 @@ class HeartbeatState:
 
 
 class Heartbeat:
-    """A rank's side: memory, or the file that holds it. ``Heartbeat(None)`` tells nobody."""
+    """A rank's side: memory, or the file that holds it. ``Heartbeat(None)`` writes nothing."""
 
     def __init__(self, beats: Path | mmap.mmap | None) -> None:
         self._memory = map_heartbeat_file(beats) if isinstance(beats, Path) and beats.exists() else None
@@ -58,7 +58,7 @@ class Heartbeat:
         self._numbers: dict[str, float] = {}
 
     def update(self, phase: str, step: int | None = None, **numbers: float) -> None:
-        """Say that ``phase`` begins; never blocks, never raises when nobody listens.
+        """Record that ``phase`` begins; never blocks and never raises.
 
         Args:
             phase: what this rank does from now on.
@@ -75,7 +75,7 @@ class Heartbeat:
             return
         state = {"phase": phase, "step": self._step, "at": time.monotonic(), "numbers": self._numbers}
         payload = json.dumps(state).encode()
-        assert _HEADER.size + len(payload) <= _BEAT_BYTES, "a beat holds a handful of numbers"
+        assert _HEADER.size + len(payload) <= _BEAT_BYTES, "a heartbeat holds a handful of numbers"
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
 
     def write_exception_record(self, record: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ class Heartbeat:
 
 
 def create_heartbeat_file(path: Path) -> None:
-    """Make the file a rank beats into."""
+    """Create the heartbeat file of a rank."""
     path.write_bytes(bytes(HEARTBEAT_BYTES))
 
 
@@ -128,5 +128,5 @@ def _payload_at(memory: mmap.mmap, offset: int) -> bytes | None:
 
 
 def heartbeat_file(scratch: Path, rank: int) -> Path:
-    """Return the file that ``rank`` beats into."""
+    """Return the heartbeat file of ``rank``."""
     return scratch / f"beats.{rank}"

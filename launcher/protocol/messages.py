@@ -30,9 +30,9 @@ class Assignment(AgentMessage):
     run_hash: str
     """What run.yaml must hash to, here too."""
     grace_s: float
-    """Used when nobody can be asked: the session, or the launcher of the ranks, is gone."""
+    """Used when the session, or the launcher of the ranks, is gone."""
     heartbeat_timeout_s: float
-    """Silence of the session after which it counts as gone; 0 where the pipe itself would tell."""
+    """Silence of the session after which it counts as gone; 0 where the pipe itself reports it."""
     env: dict[str, str]
     """Variables of the launching environment, secrets too: this message is the only place they are written to."""
     files: dict[str, str]
@@ -81,7 +81,7 @@ class DumpStacks(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class FinishAgent(AgentMessage):
-    """To an idle agent: tell the sidecars how the run ended, wait for them, and go."""
+    """To an idle agent: send the sidecars the outcome, wait for them, and exit."""
 
     kind: ClassVar[str] = "finish"
     exit_code: int
@@ -228,12 +228,12 @@ class CommandExited(AgentMessage):
     signal: int | None
     tail: str
     why: str = ""
-    """What to say instead of how it ended, where that would not tell the reason."""
+    """Text to show instead of the exit status, where that does not give the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentSignalled(AgentMessage):
-    """From an agent: somebody sent it a signal, so it ends the run."""
+    """From an agent: it received a signal, so it ends the run."""
 
     kind: ClassVar[str] = "agent_signalled"
     signal: int

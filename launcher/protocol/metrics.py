@@ -19,7 +19,7 @@ from launcher.protocol.results import parse_metrics_line
 from launcher.utils.files import write_atomic
 
 _TICK_S = 1e-6
-"""Two lines never carry the same time: a tracker tells by it which lines it has sent."""
+"""Two lines never carry the same time: a tracker uses it to find the lines that it has sent."""
 
 
 class MetricsWriter:

@@ -121,7 +121,7 @@ def write_build_outcome(folder: Path, outcome: BuildOutcome) -> None:
 
 
 def read_build_outcome(folder: Path, name: str) -> BuildOutcome | None:
-    """Return the last outcome, or ``None`` when nobody built this operator here."""
+    """Return the last outcome, or ``None`` when this operator was never built here."""
     path = _outcome_file(folder, name)
     return BuildOutcome(**read_json(path)) if path.exists() else None
 

@@ -19,7 +19,7 @@ class RunOutcome:
     """0; the first failing rank's own; 128+n for a signal; 75 for a preempted run; 124 for one that stood still."""
     failure: Failure | None = None
     port_taken: bool = False
-    """The port of the rendezvous belonged to somebody else, and nothing had been done: try again with another."""
+    """The rendezvous port was in use and no rank had started: retry with another port."""
     lost_hosts: tuple[str, ...] = ()
     """Hosts that were not there any more at the end."""
 

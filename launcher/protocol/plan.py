@@ -29,7 +29,7 @@ class Host:
     device_ids: tuple[str, ...] = ()
     """What CUDA_VISIBLE_DEVICES calls each of ``devices``."""
     slot_ids: tuple[int, ...] = ()
-    """Which of ``devices`` the ranks get, where somebody chose; empty means the first ones."""
+    """Which of ``devices`` the ranks get, where the user chose; empty means the first ones."""
     interface: str = ""
     """Network interface that leads to the other hosts; empty where there are none."""
     device_bytes: int = 0
@@ -45,7 +45,7 @@ class Host:
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """What tells one run from another: an input of the planner."""
+    """Identity of a run: an input of the planner."""
 
     run_id: str
     run_dir: str

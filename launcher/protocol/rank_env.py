@@ -52,7 +52,7 @@ def exception_record_file(run_dir: RunDir, rank: int) -> Path:
 
 
 def read_rank_env(run_dir: Path, environ: Mapping[str, str]) -> RankEnv:
-    """Return what ``environ`` tells a rank.
+    """Return the rank's settings from ``environ``.
 
     Raises:
         EnvironmentProblem: RANK, LOCAL_RANK, WORLD_SIZE or LAUNCHER_HOST is missing or not a number.

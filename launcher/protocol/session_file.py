@@ -47,7 +47,7 @@ class ProcessLocation:
         return Process(self.pid, self.started)
 
     def is_running(self) -> bool | None:
-        """Return whether it lives; ``None`` when that cannot be told from here.
+        """Return whether it lives; ``None`` when this machine cannot know.
 
         A machine of the same name that has been started since holds it no more.
         """
@@ -84,7 +84,7 @@ class SessionRecord:
     def is_running(self) -> bool | None:
         """Return whether session or agents live; ``None`` when some of them cannot be seen from here.
 
-        A scheduler's job may outlive whoever submitted it, so without a living session nothing is known of it.
+        A scheduler's job may outlive the process that submitted it, so without a living session nothing is known of it.
         """
         answers = [self.session.is_running(), *(agent.place.is_running() for agent in self.agents)]
         if True in answers:
@@ -98,7 +98,7 @@ class SessionRecord:
 def locate_this_process() -> ProcessLocation:
     """Return where this process is, for others to find it."""
     itself = identify(os.getpid())
-    assert itself is not None, "whoever asks is there"
+    assert itself is not None, "this process exists"
     boot, pid_space = _boot_and_pid_space()
     return ProcessLocation(
         machine=socket.gethostname(), boot=boot, pid_space=pid_space, pid=itself.pid, started=itself.started

@@ -65,7 +65,7 @@ def _lock_exclusively(lock: IO[str], heartbeat: Callable[[], None]) -> None:
 
 def _build(folder: Path, build: Callable[[Path], None]) -> None:
     prefix = f".{folder.name}.tmp-"
-    for stale in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so nobody is working on it
+    for stale in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so no other process uses it
         shutil.rmtree(stale, ignore_errors=True)
     temporary = folder.with_name(f"{prefix}{os.getpid()}")
     try:

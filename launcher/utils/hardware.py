@@ -35,7 +35,7 @@ class Gpu:
 def list_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[Gpu]:
     """Return the machine's GPUs; none when neither ``nvidia-smi`` nor the driver's folder in ``/proc`` knows any.
 
-    ``nvidia-smi`` comes first because only it tells how much memory there is.
+    ``nvidia-smi`` comes first because only it reports the size of memory.
     """
     if not driver.is_dir() and shutil.which("nvidia-smi") is None:
         return []

@@ -71,7 +71,7 @@ class _Entry:
 
 
 def identify(pid: int) -> Process | None:
-    """Return the process that has this number now; ``None`` when nobody has."""
+    """Return the process that has this number now; ``None`` if there is none."""
     entry = _read(pid)
     return entry.process if entry else None
 

@@ -100,7 +100,7 @@ def test_a_taken_port_is_refused_with_a_free_one() -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         (problem,) = problems_of(f"job.port={taken.getsockname()[1]}")
-    assert "somebody listens on" in problem.why
+    assert "is already in use" in problem.why
     assert "which is free" in problem.fix
 
 

@@ -7,7 +7,7 @@ most of what a shell holds (PATH, HOME, DISPLAY, SSH_AUTH_SOCK) is right on one 
 - PET_*: torchrun takes each as one of its own options, whatever the plan says.
 - WANDB_SERVICE: the socket of a W&B service on this machine.
 - DS_ENV_FILE: where the deepspeed command finds a file on this machine.
-- LANG, LC_*: a locale that is not installed on the host costs warnings; ssh has SendEnv for those who want theirs.
+- LANG, LC_*: a locale that is not installed on the host costs warnings; ssh has SendEnv to send a user's own.
 - LD_LIBRARY_PATH: other machines have other libraries; ``backend.forward`` takes it where they are alike.
 """
 
@@ -38,7 +38,7 @@ class Backend(Component):
     """Whether another process, started elsewhere, carries the run out and writes to its directory from then on."""
 
     restarts_itself: ClassVar[bool] = False
-    """Whether a cluster sees to ``restarts``; whoever submits then does not."""
+    """Whether the cluster restarts the run itself; the submitting process then does not."""
 
     shares_paths: ClassVar[bool] = True
     """Whether a path of an option means the same file on the hosts as on the machine that starts the run."""
@@ -97,7 +97,7 @@ class Backend(Component):
         return ()
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts and times that cannot be."""
+        """Reject counts and times that cannot be."""
         yield from self.validate_minimum(1, "ranks", "threads")
         yield from self.validate_minimum(0, "stall_timeout_s", "grace_s", "preempt_grace_s", "restarts")
         if self.port != "auto" and not 1024 <= self.port <= 65535:
@@ -111,7 +111,7 @@ class Backend(Component):
             max_ranks: most ranks that the strategy can use, where it has a limit.
 
         Raises:
-            ConfigErrors: the hosts cannot be told (a bad hostfile).
+            ConfigErrors: the hosts cannot be determined (a bad hostfile).
         """
 
     def min_hosts_for_restart(self, begun: int) -> int:

@@ -39,7 +39,7 @@ class DeepspeedBackend(HostfileBackend):
     """Configuration file for ssh instead of ``~/.ssh/config``."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse what deepspeed has no way to do."""
+        """Reject what deepspeed has no way to do."""
         yield from super().validate()
         if self.agent != "deepspeed":
             yield self.error("agent", "deepspeed starts ranks by itself", "leave it out, or set backend=ssh")
@@ -52,7 +52,7 @@ class DeepspeedBackend(HostfileBackend):
             yield self.error("ssh_config", "pdsh takes its path apart at spaces", "use a path of plain letters")
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Refuse hosts, paths and a machine that the chosen runner cannot work with."""
+        """Reject hosts, paths and a machine that the chosen runner cannot work with."""
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
             yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")

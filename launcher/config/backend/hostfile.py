@@ -102,7 +102,7 @@ def filter_hosts(
     ``--exclude``). Hosts left without a slot drop out.
 
     Raises:
-        ConfigErrors: both filters at once, a host or slot that is not there, or nobody left.
+        ConfigErrors: both filters at once, an unknown host or slot, or no host left.
     """
     if include is not None and exclude is not None:
         why = f"cannot be used together with backend.exclude={exclude}"

@@ -129,7 +129,7 @@ class KubernetesBackend(Backend):
     """Stay, show the output and end with the run's exit code; Ctrl-C deletes the run."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse what the cluster would refuse later, and less clearly."""
+        """Reject what the cluster would refuse later, and less clearly."""
         yield from super().validate()
         yield from self.validate_minimum(1, "nodes", "cpus", "heartbeat_timeout_s")
         yield from self.validate_minimum(0, "gpus_per_node", "ttl_s", "gather_timeout_s")

@@ -86,10 +86,10 @@ class SlurmBackend(Backend):
     """Nodes that must be among those of the job."""
 
     requeue: bool = True
-    """Queue the job again after it was told to save and end; it continues where it stopped, as the same run."""
+    """Queue the job again after preemption; it resumes from its checkpoint, as the same run."""
 
     signal_lead_s: int = 120
-    """Time before the limit at which the ranks are told to save and end. Slurm may be up to a minute early."""
+    """Time before the limit at which the ranks are asked to save and exit. Slurm may be up to a minute early."""
 
     wait: bool = False
     """Stay and show what the job prints until it ends; Ctrl-C cancels it. Otherwise return once it is queued."""
@@ -104,7 +104,7 @@ class SlurmBackend(Backend):
     """More options of sbatch, one word each (``--mail-type=FAIL``)."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse what sbatch would refuse or misread, and times that do not fit together."""
+        """Reject what sbatch would refuse or misread, and times that do not fit together."""
         yield from super().validate()
         yield from self.validate_minimum(1, "nodes", "gpus_per_node", "cpus_per_task", "signal_lead_s")
         yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
@@ -135,7 +135,7 @@ class SlurmBackend(Backend):
         )
 
     def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
-        """Return the names that sbatch is told to take along."""
+        """Return the names of variables that sbatch exports."""
         return forwarded_names(environ, (*DEFAULT_GLOBS, *_SHARED, *self.forward))
 
     def time_s(self) -> int | None:

@@ -43,7 +43,7 @@ class HostfileBackend(Backend):
     """Restarts go on with fewer hosts, down to this number; all of them, when not set."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse times and counts that cannot be."""
+        """Reject times and counts that cannot be."""
         yield from super().validate()
         yield from self.validate_minimum(1, "min_hosts")
         yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
@@ -74,7 +74,7 @@ class HostfileBackend(Backend):
         return self.min_hosts or begun
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Refuse more ranks than slots, and to go on with more hosts than there are."""
+        """Reject more ranks than slots, and to go on with more hosts than there are."""
         if self.min_hosts is not None and self.min_hosts > len(hosts):
             yield self.error("min_hosts", f"the run begins on {len(hosts)}", f"set backend.min_hosts={len(hosts)}")
         if self.ranks == "auto" or not Path(self.hostfile).is_file():
@@ -112,7 +112,7 @@ class SshBackend(HostfileBackend):
     """More arguments for ssh, one word each."""
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Refuse a configuration file that is not there: ssh would go on without it."""
+        """Reject a configuration file that is not there: ssh would go on without it."""
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
             yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")

@@ -102,7 +102,7 @@ class AttentionBenchmark(Benchmark):
     5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes that make no attention, and comparisons of nothing."""
+        """Reject sizes that make no attention, and comparisons of nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "batch", "width", "heads")
         if self.heads > 0 and self.width % self.heads:
@@ -120,7 +120,7 @@ class AttentionBenchmark(Benchmark):
             yield self.error("passes", why, "set benchmark.passes=forward")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse formats that the kernels do not compute in as a whole."""
+        """Reject formats that the kernels do not compute in as a whole."""
         if run.precision.kind not in TOLERANCES:
             why = "the whole layer is computed in one format"
             fix = f"set precision to {' or '.join(TOLERANCES)}"

@@ -43,7 +43,7 @@ class CollectivesBenchmark(Benchmark):
     """About how long each collective is repeated at each size in each round, but 3 times at least."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes and times that measure nothing."""
+        """Reject sizes and times that measure nothing."""
         yield from super().validate()
         yield from self.validate_minimum(VALUE_BYTES, "smallest_bytes")
         yield from self.validate_minimum(2, "factor")
@@ -56,7 +56,7 @@ class CollectivesBenchmark(Benchmark):
             yield self.error("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse one rank, and messages that have no value for each rank."""
+        """Reject one rank, and messages that have no value for each rank."""
         if world_size < 2:
             why = "a collective takes at least 2 ranks"
             also = " parallel=ddp" if run.parallel.max_ranks == 1 else ""
@@ -183,7 +183,7 @@ class PipelineBenchmark(Benchmark):
     """Time that one case gets, from building its stages to their last pass."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse pipelines that are none, and micro-batches that are not alike."""
+        """Reject pipelines that are none, and micro-batches that are not alike."""
         yield from super().validate()
         yield from self.validate_minimum(1, "batch", "case_timeout_s")
         yield from self.validate_minimum(2, "sequence")
@@ -237,7 +237,7 @@ class PipelineBenchmark(Benchmark):
         return {one.description: why for one in self._all for why in one.validate()}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse another number of ranks than stages, and models that cannot be cut so."""
+        """Reject another number of ranks than stages, and models that cannot be cut so."""
         if world_size != max(self.stages):
             why = f"benchmark.stages={max(self.stages)} takes as many ranks"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={max(self.stages)}")

@@ -56,7 +56,7 @@ class BatchingBenchmark(Benchmark):
     """Of the article's texts: ``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse an empty comparison and lengths that are none."""
+        """Reject an empty comparison and lengths that are none."""
         yield from super().validate()
         yield from self.validate_minimum(1, "requests", "max_batch", "bucket")
         yield from self.validate_minimum(0, "max_wait_s")
@@ -135,7 +135,7 @@ class ResultCacheBenchmark(Benchmark):
     """Shapes (sequences, tokens) that the engine runs through first."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a comparison of nothing."""
+        """Reject a comparison of nothing."""
         yield from super().validate()
         yield from self.validate_minimum(2, "max_length")
         yield from self.validate_minimum(0, "temperature", "top_k", "no_repeat_ngram", "max_bytes")
@@ -203,7 +203,7 @@ class QuantizationBenchmark(Benchmark):
     """The interpreter of an environment that has CTranslate2."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse ways that are none, and a comparison of nothing."""
+        """Reject ways that are none, and a comparison of nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "batch", "prompt", "tokens")
         known = [f"{weights}/{how}" for weights, how in itertools.product((*FORMATS, *METHODS), DECODING_MODES)]

@@ -37,7 +37,7 @@ class DataBenchmark(Benchmark):
     """How long batches are loaded, in each round."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that measure nothing."""
+        """Reject counts that measure nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "micro_batch")
         yield from self.validate_minimum(2, "sequence_length")
@@ -47,7 +47,7 @@ class DataBenchmark(Benchmark):
             yield self.error("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse data without text, and what its model would refuse of it."""
+        """Reject data without text, and what its model would refuse of it."""
         if not isinstance(run.data, Corpus):
             why = "its tokens are made up, and no text is read"
             yield ConfigError("data", run.data.kind, why=why, fix="set data=text or data=hf")
@@ -122,7 +122,7 @@ class CheckpointBenchmark(Benchmark):
     """Time that one loop gets, from building the model to what is restored."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse loops without saves, and ways that are none or twice there."""
+        """Reject loops without saves, and ways that are none or twice there."""
         yield from super().validate()
         yield from self.validate_minimum(1, "saves", "every", "micro_batch", "case_timeout_s")
         yield from self.validate_minimum(2, "sequence")
@@ -138,7 +138,7 @@ class CheckpointBenchmark(Benchmark):
         return {"micro_batch": self.micro_batch, "sequence_length": self.sequence, "steps": steps}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
+        """Reject strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
         kind, shape = run.parallel.kind, run.model.shape()
         if "asynchronous" in self.ways and kind not in _COPIED:
             why = f"parallel={kind} has no tensors by name that could be copied while it trains"

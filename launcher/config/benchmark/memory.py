@@ -47,7 +47,7 @@ class ActivationBenchmark(Benchmark):
     """The case between all and none: every so many layers one is recomputed, from the first one on."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes that make no encoder, and a case that is another one again."""
+        """Reject sizes that make no encoder, and a case that is another one again."""
         yield from super().validate()
         yield from self.validate_minimum(1, "layers", "width", "heads", "feedforward", "batch", "sequence")
         yield from self.validate_minimum(2, "every")
@@ -110,7 +110,7 @@ class MemoryBenchmark(Benchmark):
     """Time that one strategy gets, from building the model to its last step."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse names that are no strategy, and steps that are none."""
+        """Reject names that are no strategy, and steps that are none."""
         yield from super().validate()
         yield from self.validate_minimum(1, "warmup", "batch", "case_timeout_s")
         yield from self.validate_minimum(2, "sequence")
@@ -128,7 +128,7 @@ class MemoryBenchmark(Benchmark):
         return {**sizes, "steps": self.warmup + 1}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse models without a formula, sequences they do not take, and strategies that do not fit."""
+        """Reject models without a formula, sequences they do not take, and strategies that do not fit."""
         shape = run.model.shape()
         if shape is None:
             why = "its sizes, and so the formula, are known only once it is downloaded"

@@ -184,7 +184,7 @@ class ServingBenchmark(Benchmark):
     """A good answer's time to its end."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse addresses, lengths and levels that are none."""
+        """Reject addresses, lengths and levels that are none."""
         yield from super().validate()
         for name, parse in (
             ("inputs", parse_length_distribution),

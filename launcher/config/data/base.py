@@ -65,7 +65,7 @@ class Corpus(Data):
     """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a split or vocabulary that leaves nothing."""
+        """Reject a split or vocabulary that leaves nothing."""
         if not 0 < self.held_out < 1:
             yield self.error("held_out", "must lie between 0 and 1", "set data.held_out=0.05")
         yield from self.validate_minimum(257, "vocab_size")
@@ -181,7 +181,7 @@ class Synthetic(Data):
     """Distinct training sequences before the data repeats."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a table that cannot be drawn."""
+        """Reject a table that cannot be drawn."""
         yield from self.validate_minimum(2, "vocab_size")
         yield from self.validate_minimum(1, "branching", "num_sequences")
         if self.branching > self.vocab_size:

@@ -68,7 +68,7 @@ class HfData(Corpus):
     there were; otherwise the first one ends the run."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a format without files, and files without a format."""
+        """Reject a format without files, and files without a format."""
         yield from super().validate()
         if self.path in _FORMATS and not self.files:
             fix = f"set data.files=[file.{self.path}]"

@@ -45,7 +45,7 @@ class Text(Corpus):
     UTF-8 text as it stands."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse an empty list of files besides what every corpus refuses."""
+        """Reject an empty list of files besides what every corpus refuses."""
         yield from super().validate()
         if not self.path:
             yield ConfigError("data.path", "[]", why="names no file", fix=f"set data.path={_PYTHON_DOCS}")

@@ -26,7 +26,7 @@ class BenchmarkJob(Job):
         return "cases"
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse a seed that is none."""
+        """Reject a seed that is none."""
         yield from self.validate_minimum(0, "seed")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
@@ -47,7 +47,7 @@ class BenchmarkJob(Job):
         return min((limit for limit in limits if limit is not None), default=None)
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse a run that names nothing to measure, or has ranks that would have nothing to do."""
+        """Reject a run that names nothing to measure, or has ranks that would have nothing to do."""
         benchmark = run.benchmark
         if not isinstance(benchmark, Benchmark):
             why = "job=benchmark measures what the group benchmark names"

@@ -87,7 +87,7 @@ class Generate(GeneratingJob):
     """Sequences that beam search keeps; 1 is no beam search."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sampling that is none, and endings that say nothing of the format."""
+        """Reject sampling that is none, and endings that say nothing of the format."""
         from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 
         yield from super().validate()
@@ -136,7 +136,7 @@ class Generate(GeneratingJob):
         return 0
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse several ranks with a vLLM each."""
+        """Reject several ranks with a vLLM each."""
         yield from super().validate_run(run, world_size=world_size)
         if self.engine == "vllm" and world_size > 1:
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"

@@ -111,7 +111,7 @@ class GeneratingJob(Job):
         return super().unused_groups(run) | LEARNING_GROUPS | data
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse what the engine cannot compute, and other ranks than one engine is made of."""
+        """Reject what the engine cannot compute, and other ranks than one engine is made of."""
         yield from super().validate_run(run, world_size=world_size)
         most = run.parallel.dims(1).product
         if self.is_model_parallel(run) and self.engine != "slots":
@@ -162,7 +162,7 @@ class GeneratingJob(Job):
             return
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes that nothing fits in."""
+        """Reject sizes that nothing fits in."""
         yield from super().validate()
         yield from self.validate_minimum(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
         yield from self.validate_minimum(0, "seed", "max_wait_s", "echo_step_s")

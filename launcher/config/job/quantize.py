@@ -53,7 +53,7 @@ class Quantize(BatchedJob):
     """Times that speed is measured, original and quantized in turn."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that measure nothing."""
+        """Reject counts that measure nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "eval_sequences", "sample_tokens", "rate_prompt", "rate_tokens", "repeats")
         if any(batch < 1 for batch in self.rate_batches):
@@ -70,7 +70,7 @@ class Quantize(BatchedJob):
         return 1
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse a run that names no method, or has ranks that would have nothing to do."""
+        """Reject a run that names no method, or has ranks that would have nothing to do."""
         yield from super().validate_run(run, world_size=world_size)
         if not isinstance(run.quantization, Quantization):
             why = "job=quantize does what the group quantization says"

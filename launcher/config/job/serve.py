@@ -24,7 +24,7 @@ _MAX_BODY_BYTES = 16 * 2**20
 
 
 _SHUTDOWN_SLACK_S = 20.0
-"""Beyond the drain: to tell who still waits, close connections and let engines go; an overloaded machine needs it."""
+"""Beyond the drain: to answer waiting requests, close connections and stop engines, even on an overloaded machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class Serve(GeneratingJob):
     """How long the headers of a request, and then its body, may take to arrive."""
 
     max_connections: int = 2048
-    """Connections that are open at the same time; further ones are told to come back."""
+    """Connections that are open at the same time; further ones get 503 with Retry-After."""
 
     max_queue: int = 256
     """Sequences that may wait for an engine; further requests are refused with 429."""
@@ -87,7 +87,7 @@ class Serve(GeneratingJob):
     ended and started anew."""
 
     drain_s: float = 30.0
-    """Once told to end, how long the server finishes what it has accepted; what is left then gets an error."""
+    """How long the server finishes accepted requests after SIGTERM; requests left after that get an error."""
 
     result_cache_bytes: int = 64 * 2**20
     """Room for results of greedy and seeded requests, which are computed once; 0 keeps none."""
@@ -99,7 +99,7 @@ class Serve(GeneratingJob):
     """Seconds between lines of metrics.jsonl."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes and times that leave no server."""
+        """Reject sizes and times that leave no server."""
         yield from super().validate()
         yield from self.validate_minimum(
             1, "replicas", "rate_per_minute", "max_connections", "max_queue", "max_choices"
@@ -164,11 +164,11 @@ class Serve(GeneratingJob):
         return run.parallel.dims(1).product if self.is_model_parallel(run) else 1
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return 0: it ends when it is told to."""
+        """Return 0: it runs until a signal ends it."""
         return 0
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse ranks that would hold copies of the model, and replicas of what takes all ranks."""
+        """Reject ranks that would hold copies of the model, and replicas of what takes all ranks."""
         yield from super().validate_run(run, world_size=world_size)
         if world_size > 1 and not self.is_model_parallel(run):
             why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
@@ -255,11 +255,11 @@ def validate_address(job: Serve) -> Iterator[ConfigError]:
         (port for port in range(job.port + 1, job.port + _PORTS_TRIED) if _bind_error(job.host, port) is None), None
     )
     fix = f"set job.port={free}, which is free" if free else "set job.port to a free one"
-    yield job.error("port", f"somebody listens on {job.host}:{job.port} already", fix)
+    yield job.error("port", f"{job.host}:{job.port} is already in use", fix)
 
 
 def _bind_error(host: str, port: int) -> OSError | None:
-    """Return why nobody can listen there."""
+    """Return why the address cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:

@@ -48,7 +48,7 @@ class Train(LearningJob):
         return "steps"
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that make no training run."""
+        """Reject counts that make no training run."""
         yield from super().validate()
         yield from self.validate_minimum(1, "log_every", "eval_sequences")
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
@@ -87,7 +87,7 @@ class Evaluate(BatchedJob):
         return "steps"
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that measure nothing."""
+        """Reject counts that measure nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "eval_sequences", "repeats")
 

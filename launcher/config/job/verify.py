@@ -238,7 +238,7 @@ class Verify(LearningJob):
     """Multiply the learning rate of all but one process by 1 + this, to see the comparison fail."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse names that are in no catalogue, and counts that compare nothing."""
+        """Reject names that are in no catalogue, and counts that compare nothing."""
         yield from super().validate()
         yield from self.validate_minimum(1, "generated_tokens", "case_timeout_s")
         yield from self.validate_minimum(0, "loss_tolerance", "grad_norm_tolerance")
@@ -252,7 +252,7 @@ class Verify(LearningJob):
                 yield self.error("strategies", why, fix)
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Refuse what makes equal strategies differ, and strategies asked for by name that cannot be taken."""
+        """Reject what makes equal strategies differ, and strategies asked for by name that cannot be taken."""
         if not isinstance(run.precision, Fp32Precision):
             why = "only fp32 agrees to the tolerances of job=verify"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=fp32")

@@ -47,7 +47,7 @@ class Gpt2(Model):
     """Dropout everywhere GPT-2 has it. 0 keeps runs equal on any number of ranks."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes that make no transformer."""
+        """Reject sizes that make no transformer."""
         yield from self.validate_minimum(1, "layers", "heads", "hidden_size", "max_position_embeddings", "vocab_size")
         if self.heads > 0 and self.hidden_size % self.heads:
             better = self.hidden_size // self.heads * self.heads or self.heads

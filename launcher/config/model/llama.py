@@ -55,7 +55,7 @@ class Llama(Model):
     """Base of the wavelengths of rotary positions (arXiv:2104.09864)."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse sizes that make no transformer."""
+        """Reject sizes that make no transformer."""
         sizes = (
             "layers",
             "heads",

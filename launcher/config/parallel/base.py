@@ -105,7 +105,7 @@ class Parallel(Component):
 
     @property
     def default_gradient_accumulation_steps(self) -> int:
-        """Forward passes per optimiser step where nobody says anything about them."""
+        """Forward passes per optimiser step where no option sets them."""
         return 1
 
     def data_parallel(self, world_size: int) -> int:

@@ -37,7 +37,7 @@ class Single(_ReplicatedModel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Refuse a world of several ranks."""
+        """Reject a world of several ranks."""
         if world_size != 1:
             yield ConfigError(
                 "parallel", "single", why=f"the run has {world_size} ranks", fix="set parallel=ddp or backend.ranks=1"
@@ -54,7 +54,7 @@ class Ddp(_ReplicatedModel):
     """Gradients are reduced in buckets of this size while the backward pass goes on."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse an empty bucket."""
+        """Reject an empty bucket."""
         yield from self.validate_minimum(1, "bucket_mb")
 
 
@@ -110,7 +110,7 @@ class Fsdp(Parallel):
     """Free each layer's gathered parameters after its forward pass; false trades memory for one gather less."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse degrees below 1, and two ways to cut attention at once."""
+        """Reject degrees below 1, and two ways to cut attention at once."""
         yield from self.validate_minimum(1, "replicate", "tensor", "sequence_parallel")
         if self.sequence_parallel > 1 and self.tensor > 1:
             why = f"parallel.tensor={self.tensor} splits the heads already"
@@ -142,7 +142,7 @@ class Fsdp(Parallel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Refuse heads that do not divide and models that Transformers has no tensor plan for."""
+        """Reject heads that do not divide and models that Transformers has no tensor plan for."""
         dims = self.dims(world_size)
         if self.replicate > 1 and dims.shard * dims.sequence == 1:
             why = f"{dims} leaves each replica one rank, and nothing to shard"

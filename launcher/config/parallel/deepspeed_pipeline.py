@@ -83,7 +83,7 @@ class DeepSpeedPipeline(Parallel):
         return ParallelDims(pipeline=self.stages, data=max(1, world_size // self.stages))
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that make no pipeline, ZeRO that goes too far, and raw keys that would do nothing."""
+        """Reject counts that make no pipeline, ZeRO that goes too far, and raw keys that would do nothing."""
         yield from self.validate_minimum(1, "stages", "micro_batches", "reduce_bucket_size", "allgather_bucket_size")
         if self.stage > 1:
             why = (
@@ -93,7 +93,7 @@ class DeepSpeedPipeline(Parallel):
         yield from self._validate_raw()
 
     def _validate_raw(self) -> Iterator[ConfigError]:
-        """Refuse raw keys; those that an option of ``zero`` renders which a pipeline lacks cannot be sent there."""
+        """Reject raw keys; those that an option of ``zero`` renders which a pipeline lacks cannot be sent there."""
         for problem in validate_raw_keys(self.deepspeed):
             owner = OWNED_ZERO_KEYS.get(problem.option.removeprefix(f"{DEEPSPEED_OPTION}.zero_optimization."))
             if owner is not None and not hasattr(self, owner.removeprefix("parallel.")):
@@ -105,7 +105,7 @@ class DeepSpeedPipeline(Parallel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Refuse more stages than blocks, models that are not known here, and what ZeRO's engine would not do."""
+        """Reject more stages than blocks, models that are not known here, and what ZeRO's engine would not do."""
         yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
         if self.stage == 0 and precision.compute != "fp32":
             why = f"without ZeRO DeepSpeed has no pipeline in {precision.compute} whose numbers are known to be right"

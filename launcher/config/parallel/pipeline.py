@@ -138,7 +138,7 @@ class Pipeline(Parallel):
         return ParallelDims(pipeline=self.stages, data=beside)
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse counts that make no pipeline, and chunks that a schedule does not have."""
+        """Reject counts that make no pipeline, and chunks that a schedule does not have."""
         yield from self.validate_minimum(2, "stages")
         yield from self.validate_minimum(1, "micro_batches", "chunks_per_rank")
         if self.chunks_per_rank is None:
@@ -171,7 +171,7 @@ class Pipeline(Parallel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Refuse more stages than layers."""
+        """Reject more stages than layers."""
         wanted = self.stages * self.num_chunks
         if shape is not None and wanted > shape.layers:
             most = shape.layers // self.num_chunks
@@ -180,7 +180,7 @@ class Pipeline(Parallel):
             yield self.error("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
 
     def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:
-        """Refuse numbers of micro-batches that the schedule does not take."""
+        """Reject numbers of micro-batches that the schedule does not take."""
         wanted = batch.gradient_accumulation_steps
         choices = micro_batch_choices(self.schedule, stages=self.stages, wanted=wanted)
         if wanted in choices:

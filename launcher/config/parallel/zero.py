@@ -99,7 +99,7 @@ class Zero(Parallel):
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
     def validate(self) -> Iterator[ConfigError]:
-        """Refuse offload where the stage has none, empty buffers, and raw keys that would do nothing or contradict."""
+        """Reject offload where the stage has none, empty buffers, and raw keys that would do nothing or contradict."""
         if self.stage == 0 and self.offload_optimizer == "cpu":
             yield self.error("offload_optimizer", "ZeRO stage 0 cannot offload", "set parallel.stage=1 or more")
         if self.stage != 3 and self.offload_optimizer == "nvme":
@@ -130,7 +130,7 @@ class Zero(Parallel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Refuse what the other groups rule out."""
+        """Reject what the other groups rule out."""
         if self.low_memory_bf16 and precision.compute != "bf16":
             fix = "set precision=bf16 or parallel.low_memory_bf16=false"
             yield self.error("low_memory_bf16", f"precision is {precision.compute}", fix)

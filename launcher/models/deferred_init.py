@@ -51,6 +51,7 @@ def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) 
     own.dtype = dtype
     with torch.device("meta"), _default_dtype(dtype):
         built = causal_lm_class(own)(own)
+    _discard_values(built)
     kept = built._get_dtype_plan(dtype)  # noqa: SLF001  (from_pretrained's own list)
     if kept:
         pattern = re.compile("|".join(rf"(^|\.){re.escape(name)}($|\.)" for name in kept))
@@ -59,6 +60,15 @@ def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) 
                 tensor.data = tensor.data.to(torch.float32)
     built.tie_weights()
     return built
+
+
+def _discard_values(model: nn.Module) -> None:
+    """Move to the meta device the parameters that a class created off it, as torch.normal and FloatTensor do."""
+    for module in model.modules():
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            if not parameter.is_meta:
+                empty = torch.empty_like(parameter, device="meta")
+                setattr(module, key, nn.Parameter(empty, requires_grad=parameter.requires_grad))
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -101,7 +111,7 @@ class ModelBuilder:
     """Gives the parts of a skeleton their storage and their values.
 
     Args:
-        model: on the meta device; parts that this rank has no use for may have been taken out.
+        model: with every parameter on the meta device; parts that this rank has no use for may have been taken out.
         seed: of random weights.
         source: where to take parameters and persistent buffers from instead; known to fit the model.
         then: called with the name of each part that is filled.
@@ -118,6 +128,7 @@ class ModelBuilder:
         self._model, self._seed, self._source, self._then = model, seed, source, then
         self._names: dict[int, list[str]] = defaultdict(list)
         for name, parameter in model.named_parameters(remove_duplicate=False):
+            assert parameter.is_meta, f"{name} has values already, and would be neither loaded nor drawn"
             self._names[id(parameter)].append(name)
         self._paths = {id(module): f"{name}." if name else "" for name, module in model.named_modules()}
         self._tied: dict[int, nn.Parameter] = {}

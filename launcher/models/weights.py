@@ -221,7 +221,7 @@ def _no_findings() -> LoadStateDictInfo:
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Write what :func:`folder_problems` accepts: configuration and weights, tied ones once. Imports safetensors.
+    """Write what :func:`validate_model_folder` accepts: configuration and weights, tied ones once. Imports safetensors.
 
     Transformers' own ``save_pretrained`` imports DeepSpeed where that is installed, which takes seconds: too many for a
     run that is asked to save and leave.

@@ -13,19 +13,19 @@ from launcher.quantization.int4 import Int4Codec, Int4Linear
 
 
 class LayerCodec(Protocol):
-    """Makes quantized layers, takes them apart for files and puts them together again."""
+    """Quantize layers, split them into tensors for files, and restore them."""
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Refuse a layer whose size does not fit, by a ConfigError; ``option`` is how the method was chosen."""
+        """Raise a ConfigError for a layer whose size does not fit; ``option`` chose the method."""
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
-        """Return the layer that takes the place of one in floats."""
+        """Return the quantized layer that replaces one in floats."""
 
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        """Return the tensors that files hold of a layer without its bias, and their metadata."""
 
     def owns(self, name: str, stored: str) -> bool:
-        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
 
     def restore(
         self,
@@ -35,11 +35,11 @@ class LayerCodec(Protocol):
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
     ) -> nn.Module:
-        """Return the layer of ``size`` (outputs, inputs) that files keep; a KeyError names what they lack."""
+        """Return the stored layer of ``size`` (outputs, inputs); a KeyError names a missing tensor."""
 
 
 class AoCodec:
-    """How the methods of torchao make, keep and restore a layer, in the format that Transformers loads, too."""
+    """Codec of torchao's methods, in the format that Transformers loads too."""
 
     def __init__(self, method: Quantization) -> None:
         self._kind = method.kind
@@ -60,7 +60,7 @@ class AoCodec:
         return made(set_inductor_config=False)  # which would change the compiler for everything else
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Refuse nothing: a scale for each output fits any size."""
+        """Accept any size: there is a scale for each output."""
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the layer with its weight quantized."""
@@ -70,7 +70,7 @@ class AoCodec:
         return layer
 
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        """Return the tensors that files hold of a layer without its bias, and their metadata."""
         from torchao.prototype.safetensors.safetensors_support import flatten_tensor_state_dict
 
         tensors, metadata = flatten_tensor_state_dict({f"{name}.weight": layer.weight.data})
@@ -78,7 +78,7 @@ class AoCodec:
         return tensors, metadata
 
     def owns(self, name: str, stored: str) -> bool:
-        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
         return stored.startswith(f"{name}._weight_")
 
     def restore(
@@ -89,7 +89,7 @@ class AoCodec:
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
     ) -> nn.Module:
-        """Return the layer that files keep."""
+        """Return the stored layer."""
         import json
 
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
@@ -116,13 +116,13 @@ _NF4_TENSORS = ("weight", "weight.absmax", "weight.quant_map", _NF4_STATE)
 
 
 class Nf4Codec:
-    """How ``nf4`` makes, keeps and restores a layer, in the format that Transformers loads, too."""
+    """Codec of ``nf4``, in the format that Transformers loads too."""
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Refuse nothing: blocks run on from one output to the next."""
+        """Accept any size: blocks continue from one output to the next."""
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
-        """Return the layer that takes the place of one in floats."""
+        """Return the quantized layer that replaces one in floats."""
         from bitsandbytes.functional import quantize_4bit
         from bitsandbytes.nn import Params4bit
 
@@ -131,12 +131,12 @@ class Nf4Codec:
         return _nf4_layer(weight, layer.bias, (layer.out_features, layer.in_features))
 
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        """Return the tensors that files hold of a layer without its bias, and their metadata."""
         state = layer.state_dict()  # bitsandbytes puts its tables, and the order of weights, back for it
         return {f"{name}.{key}": value for key, value in state.items() if key != "bias"}, {}
 
     def owns(self, name: str, stored: str) -> bool:
-        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
         return stored in {f"{name}.{key}" for key in _NF4_TENSORS}
 
     def restore(
@@ -147,7 +147,7 @@ class Nf4Codec:
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
     ) -> nn.Module:
-        """Return the layer that files keep."""
+        """Return the stored layer."""
         from bitsandbytes.nn import Params4bit
 
         tables = {key: read(f"{name}.{key}") for key in _NF4_TENSORS[1:]}
@@ -167,14 +167,14 @@ def _nf4_layer(weight: Tensor, bias: nn.Parameter | None, size: tuple[int, int])
 
 
 def codec_of(method: Quantization) -> LayerCodec:
-    """Return what does a method."""
+    """Return the codec of a method."""
     if isinstance(method, Int4Weight):
         return Int4Codec(method)
     return Nf4Codec() if isinstance(method, Nf4) else AoCodec(method)
 
 
 def is_quantized(layer: nn.Module) -> bool:
-    """Return whether a layer is one that a codec has made."""
+    """Return whether a codec made this layer."""
     origin = type(getattr(layer, "weight", None)).__module__.partition(".")[0]
     return isinstance(layer, Int4Linear) or origin in ("torchao", "bitsandbytes")
 
@@ -187,5 +187,5 @@ def quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def rounds_activations(layer: nn.Module) -> bool:
-    """Return whether a layer rounds what comes in to few bits, too."""
+    """Return whether a layer also quantizes its inputs."""
     return getattr(getattr(layer, "weight", None), "act_quant_kwargs", None) is not None

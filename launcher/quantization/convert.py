@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Converter:
-    """Takes the parts of a model as they are filled and quantizes what is in them.
+    """Quantizes the layers of a model part by part, as soon as each part is filled.
 
     Args:
         model: laid out, without storage.
@@ -39,17 +39,17 @@ class Converter:
             self._codec.check(name, matrix_size(model.get_submodule(name))[1], option=option)
 
     def convert(self, part: str) -> None:
-        """Quantize the layers in one part of the model, which is filled."""
+        """Quantize the layers of one part of the model, which is filled."""
         for name in _within(self.names, part):
             replace_layer(self._model, name, self._codec.quantize(as_linear(self._model.get_submodule(name))))
 
     def check(self) -> None:
-        """Make sure that no layer was left out; call it when all parts are there."""
+        """Raise if a layer was left out; call it after the last part."""
         check_all_quantized(self._model, self.names)
 
 
 class Restorer:
-    """Puts quantized layers from files into a model, part by part.
+    """Restores quantized layers of a model from files, part by part.
 
     Args:
         model: laid out, without storage; its layers lose their matrices.
@@ -66,12 +66,12 @@ class Restorer:
             replace_layer(model, name, _Placeholder(model.get_submodule(name)))
 
     def owns(self, stored: str) -> bool:
-        """Return whether what files keep under this name is part of a quantized layer."""
+        """Return whether the stored tensor of this name is part of a quantized layer."""
         layer = next((name for name in self.names if stored.startswith(f"{name}.")), None)
         return layer is not None and self._codec.owns(layer, stored)
 
     def restore(self, part: str, read: Callable[[str], Tensor], metadata: Mapping[str, str]) -> None:
-        """Put the layers of one part in, whose biases are filled.
+        """Restore the layers of one part, whose biases are filled.
 
         Raises:
             ConfigError: files lack a part of one.
@@ -87,12 +87,12 @@ class Restorer:
             replace_layer(self._model, name, layer)
 
     def check(self) -> None:
-        """Make sure that no layer was left out; call it when all parts are there."""
+        """Raise if a layer was left out; call it after the last part."""
         check_all_quantized(self._model, self.names)
 
 
 class _Placeholder(nn.Module):  # type: ignore[misc]
-    """Keeps the place, and the bias, of a layer whose matrix comes from files."""
+    """Holds the bias of a layer until its matrix is restored from files."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def _within(names: list[str], part: str) -> list[str]:
 
 
 def metadata_of(files: list[Path]) -> dict[str, str]:
-    """Return what the headers of safetensors files say besides tensors."""
+    """Return the metadata in the headers of safetensors files."""
     from safetensors import safe_open
 
     found: dict[str, str] = {}

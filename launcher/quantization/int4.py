@@ -47,7 +47,7 @@ class Int4Linear(nn.Module):  # type: ignore[misc]
         return self.in_features // groups
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the matrix (out, in) that this stands for."""
+        """Return the matrix (out, in)."""
         grouped = levels(self.qdata).view(self.out_features, -1, self.group_size).float()
         weight = (grouped - self.zero.float()[..., None] / ZERO_STEPS) * self.scale.float()[..., None]
         return weight.view(self.out_features, self.in_features).to(dtype)
@@ -62,18 +62,18 @@ class Int4Linear(nn.Module):  # type: ignore[misc]
 
 
 def levels(qdata: Tensor) -> Tensor:
-    """Return (out, in) uint8, from 0 to 15, of two in a byte."""
+    """Return 4-bit values as uint8 (out, in), unpacked from two in a byte."""
     return torch.stack((qdata & 0xF, qdata >> 4), dim=-1).flatten(-2)
 
 
 class Int4Codec:
-    """How ``int4_weight`` makes, keeps and restores a layer."""
+    """Codec of ``int4_weight``."""
 
     def __init__(self, method: Int4Weight) -> None:
         self._group = method.group_size
 
     def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Refuse a layer whose inputs do not fill groups.
+        """Raise for a layer whose inputs do not fill groups.
 
         Raises:
             ConfigError: naming the layer and a size that fits it.
@@ -88,7 +88,7 @@ class Int4Codec:
             raise ConfigError(option, Int4Weight.kind, why=why, fix=f"keep weights by job=quantize first: {fix}")
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
-        """Return the layer that takes the place of one in floats."""
+        """Return the quantized layer that replaces one in floats."""
         weight = layer.weight.detach().float().view(layer.out_features, -1, self._group)
         low, high = (edge(dim=-1, keepdim=True) for edge in (weight.amin, weight.amax))
         low, high = low.clamp(max=0.0), high.clamp(min=0.0)
@@ -112,11 +112,11 @@ class Int4Codec:
         return Int4Linear(qdata, scale[..., 0].contiguous(), zero[..., 0].to(torch.uint8), layer.bias)
 
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return what files keep of a layer, its bias left out, and what their headers say."""
+        """Return the tensors that files hold of a layer without its bias, and their metadata."""
         return {f"{name}.{key}": getattr(layer, key) for key in _STORED}, {}
 
     def owns(self, name: str, stored: str) -> bool:
-        """Return whether files keep a part of the layer ``name`` under ``stored``."""
+        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
         return stored in {f"{name}.{key}" for key in _STORED}
 
     def restore(
@@ -127,6 +127,6 @@ class Int4Codec:
         read: Callable[[str], Tensor],
         metadata: Mapping[str, str],
     ) -> nn.Module:
-        """Return the layer that files keep."""
+        """Return the stored layer."""
         qdata, scale, zero = (read(f"{name}.{key}") for key in _STORED)
         return Int4Linear(qdata, scale, zero, bias)

@@ -64,13 +64,13 @@ def as_linear(layer: nn.Module) -> nn.Linear:
 
 
 def parent_and_name(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    """Return whose child a layer is, and under which name."""
+    """Return the parent module of a layer, and its name there."""
     parent, _, key = name.rpartition(".")
     return model.get_submodule(parent), key
 
 
 def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put another layer in the place of the one with this name."""
+    """Replace the layer of this name by another."""
     parent, key = parent_and_name(model, name)
     setattr(parent, key, layer)
 
@@ -119,6 +119,6 @@ def _plain_tensors(tensor: Any) -> Iterator[Tensor]:
 
 
 def bf16_bytes(model: PreTrainedModel, layers: set[str]) -> int:
-    """Return what the matrices of these layers take in bf16; the model is not quantized."""
+    """Return the bytes of these layers' matrices in bf16; the model is not quantized."""
     found = matrices(model)
     return sum(2 * found[name].weight.numel() for name in layers)

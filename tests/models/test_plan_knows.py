@@ -398,3 +398,10 @@ def test_the_installed_transformers_is_read_without_importing_it() -> None:
         assert plans.has_stages == bool(config.base_model_pp_plan)
     assert parallel_plans("no_such_family") is None
     assert set(_STYLES) == TENSOR_STYLES
+
+
+def test_heads_that_do_not_divide_the_hidden_size_are_refused(tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt2", "n_layer": 2, "n_head": 4, "n_embd": 130, "n_positions": 64, "vocab_size": 300}
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    (error,) = Hf(name=str(tmp_path), weights="random").validate_machine()
+    assert "n_embd=130, which is not a multiple of n_head=4" in str(error)

@@ -108,7 +108,7 @@ class Model(Component):
     """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
 
     quantization: QuantizationName = "none"
-    """Quantize the weights as they are loaded; a folder that ``job=quantize`` wrote says by itself how it is."""
+    """Quantize the weights while they are loaded; a folder that ``job=quantize`` wrote records its own method."""
 
     @abstractmethod
     def shape(self) -> Shape | None:

@@ -94,12 +94,12 @@ def _positive_int(config: ConfigJson, *names: str) -> Any:
 def _gpt2(config: ConfigJson) -> Sizes | None:
     if config.get("n_inner") not in (None, 4 * config["n_embd"]) or config.get("tie_word_embeddings") is False:
         return None  # Gpt2Sizes stands for the published layout
+    names = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    layers, heads, width, positions, vocab_size = (_positive_int(config, name) for name in names)
+    if None in (layers, heads, width, positions, vocab_size):
+        return None
     return Gpt2Sizes(
-        layers=config["n_layer"],
-        heads=config["n_head"],
-        hidden_size=config["n_embd"],
-        max_position_embeddings=config["n_positions"],
-        vocab_size=config["vocab_size"],
+        layers=layers, heads=heads, hidden_size=width, max_position_embeddings=positions, vocab_size=vocab_size
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.model.config_json import sizes_from_config
+from launcher.config.model.shape import Gpt2Sizes
 from launcher.config.model.transformers_support import causal_lm_types, rope_types
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.errors import ConfigError
@@ -197,6 +198,9 @@ def validate_config_json(
         if "auto_map" in config:
             why += ", and code that a model ships is never run"
         yield ConfigError(option, value, why=why, fix=fix)
+    if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.heads:
+        why = f"config.json has n_embd={sizes.hidden_size}, which is not a multiple of n_head={sizes.heads}"
+        yield ConfigError(option, value, why=why, fix="give a folder that save_pretrained wrote")
     for kind in _rope_types(config):
         if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
             why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"

@@ -17,6 +17,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.runs.state import read_run_state
 from launcher.supervision.finalize import closing_message
 from launcher.supervision.host_ranks import ExceptionTextFilter
+from launcher.utils.files import write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.text import format_table
 
@@ -87,6 +88,8 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
     (run_dir.checkpoints / "step_00000010" / "manifest.json").touch()
     assert "checkpoints/step_00000010" in closing_text(result, run_dir, elapsed_s=3.0)
     assert "launch resume 'runs/a b/x'" in closing_text(result, run_dir, elapsed_s=3.0)
+    write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 10}})
+    assert "launch resume 'runs/a b/x' job.steps=20" in closing_text(result, run_dir, elapsed_s=3.0)
     for status, code in (("cancelled", 130), ("preempted", 75)):
         assert "launch resume 'runs/a b/x'" in closing_message(RunOutcome(status=status, exit_code=code), run_dir)
 

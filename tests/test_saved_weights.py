@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,8 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings
 from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
+from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
 
@@ -347,6 +350,31 @@ def test_the_plan_says_where_a_learning_rate_jumps(write: Write, launch_in_proce
     write_json(manifest, {**read_json(manifest), "lr": 1e-4})
     words = ("resume", str(saved.folder.parent.parent), "job.steps=500", "dry_run=true")
     assert "the learning rate jumps from 0.0001 (step 10" in launch_in_process(*words).expect(0).stdout
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+@pytest.mark.parametrize("steps", [10, 20])
+def test_the_command_advised_after_a_training_works(
+    write: Write, launch_in_process: Launch, sharded: bool, steps: int
+) -> None:
+    """A complete run has nothing to resume: its weights generate, or more steps are needed."""
+    parallel = "parallel=fsdp" if sharded else "parallel=ddp"
+    words = (parallel, "backend.ranks=2", "job.sequence_length=16", "job.sample_tokens=0", "job.steps={steps}")
+    folder = write(10, *(word.format(steps=steps) for word in words), sharded=sharded).folder.parent.parent
+    write_json(folder / "plan.json", {"run_id": ID, "job": "train", "work": {"num_steps": steps}})
+    write_json(folder / "result.json", {"status": "completed", "exit_code": 0, "metrics": {}})
+    state = read_run_state(RunDir(folder))
+    short = f"runs/gpt2_tiny/{ID}"
+    for status in ("completed", "preempted"):
+        command = continue_command(replace(state, status=status))
+        assert command is not None
+        is_complete = status == "completed" or steps == 10
+        if is_complete and not sharded:
+            assert command == f"launch job=generate model.weights={short}"
+            assert resolved(*shlex.split(command)[1:]).model.weights.endswith("step_00000010/model")
+        else:
+            assert command == f"launch resume {short}" + (" job.steps=20" if steps == 10 else "")
+            launch_in_process(*shlex.split(command)[1:], "dry_run=true").expect(0)
 
 
 def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own() -> None:

@@ -15,7 +15,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import ProcessLocation, SessionRecord
 from launcher.runs.index import find_run
 from launcher.runs.logs import host_and_who, tail_lines
-from launcher.runs.state import ELSEWHERE, LOST, RUNNING, RunState, read_run_state
+from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
 from launcher.utils.text import counted, duration_text, format_table, json_text, short_path
 
 HELP = """\
@@ -117,8 +117,8 @@ def _next(state: RunState) -> Iterator[tuple[str, str]]:
         context = [f"--context={job['context']}"] if "context" in job else []
         space = f"--namespace={job.get('namespace', '')}"
         yield "", shlex.join(["kubectl", *context, space, "get", "--", job.get("kind", ""), job["name"]])
-    if state.is_over and (state.status in (LOST, "preempted") or state.has_checkpoint):
-        yield "", f"launch resume {folder}"
+    if state.is_over and (command := continue_command(state)):
+        yield "", command
     if state.is_over:
         yield "", f"launch rerun {folder}"
 

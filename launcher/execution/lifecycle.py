@@ -20,6 +20,7 @@ from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RUN_INDEX, RunDir
 from launcher.runs.index import add_run, forget_run, is_below
 from launcher.runs.lock import RunLock
+from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import StagedFiles, read_json
 from launcher.utils.system import describe_full_disk
 from launcher.utils.text import printable, short_path
@@ -161,12 +162,14 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
         )
         told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
     where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
-    verbs = ["report", "status", *(["resume"] if steps else [])]
+    commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
+    if more := continue_command(read_run_state(directory)):
+        commands.append(more)
     return "\n".join(
         [
             "; ".join(told),
             f"left in {where}: {', '.join(_left(directory, steps))}",
-            "next: " + "\n      ".join(shlex.join(["launch", verb, where]) for verb in verbs),
+            "next: " + "\n      ".join(commands),
         ]
     )
 

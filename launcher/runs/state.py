@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from launcher.config.model.base import has_tokenizer
+from launcher.config.model.folder import SINGLE_FILE
+from launcher.config.option_text import quoted_word
 from launcher.protocol.results import RunStatus, parse_metrics_line
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, read_session_file
 from launcher.runs.logs import tail_lines
 from launcher.utils.files import is_regular, read_object
+from launcher.utils.text import short_path
 
 RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
 """Besides the statuses of ``result.json``: somebody works on it; nobody does and it has no result; somebody may, where
@@ -92,6 +97,12 @@ class RunState:
         return any(is_regular(path) for path in self.run_dir.checkpoints.glob("step_*/manifest.json"))
 
     @property
+    def last_checkpoint(self) -> Path | None:
+        """Folder of the checkpoint of the most steps; ``None`` where there is none."""
+        manifests = [path for path in self.run_dir.checkpoints.glob("step_*/manifest.json") if is_regular(path)]
+        return max(manifests, key=_step_of).parent if manifests else None
+
+    @property
     def step(self) -> int | None:
         """Steps done."""
         step: float | None = self.metrics.get("train/step")
@@ -150,6 +161,25 @@ def read_run_state(run_dir: RunDir) -> RunState:
         session=session,
         unreadable_files=tuple(unreadable_files),
     )
+
+
+def continue_command(state: RunState) -> str | None:
+    """Return the command that uses what a run has saved: resume it, or generate with the weights of a complete one."""
+    folder, checkpoint = short_path(state.run_dir.path), state.last_checkpoint
+    if checkpoint is None:
+        return shlex.join(["launch", "resume", folder]) if state.status in (LOST, "preempted") else None
+    is_at_end = state.num_steps is not None and _step_of(checkpoint / "manifest.json") >= state.num_steps
+    weights = checkpoint / "model"
+    if (is_at_end or state.status == "completed") and is_regular(weights / SINGLE_FILE) and has_tokenizer(weights):
+        return f"launch job=generate {quoted_word('model.weights', folder)}"
+    longer = [f"job.steps={2 * (state.num_steps or 1)}"] if is_at_end else []
+    return shlex.join(["launch", "resume", folder, *longer])
+
+
+def _step_of(manifest: Path) -> int:
+    """Return the steps in the name of a checkpoint's folder; 0 where it has another name."""
+    number = manifest.parent.name.removeprefix("step_")
+    return int(number) if number.isdecimal() else 0
 
 
 def last_metrics(path: Path) -> dict[str, Any]:

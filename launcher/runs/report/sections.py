@@ -15,7 +15,7 @@ from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
 from launcher.runs.report.charts import COLOURS, MOST_METRICS, Series, chart
 from launcher.runs.report.html import Html, element, folded, png_image, render_markdown, section, table_of, verbatim
-from launcher.runs.state import RunState
+from launcher.runs.state import RunState, continue_command
 from launcher.utils.files import is_regular, open_regular, read_object, read_regular
 from launcher.utils.text import counted, duration_text
 
@@ -34,7 +34,7 @@ def status_of(state: RunState) -> Html:
 def head_of(state: RunState) -> Html:
     """Return what it is, how it went, and how to have it once more."""
     folder = shlex.quote(str(state.run_dir.path))
-    slots = state.slots
+    slots, command = state.slots, continue_command(state) if state.is_over else None
     facts: dict[str, Any] = {
         "status": status_of(state),
         "exit code": state.exit_code,
@@ -45,7 +45,7 @@ def head_of(state: RunState) -> Html:
         "took": duration_text(state.ended_at - state.started_at) if state.ended_at else None,
         "directory": element("code", str(state.run_dir.path)),
         "again": element("code", f"launch rerun {folder}"),
-        "continue": element("code", f"launch resume {folder}") if state.has_checkpoint else None,
+        "continue": element("code", command) if command else None,
     }
     told = [(key, value if isinstance(value, str) else str(value)) for key, value in facts.items() if value is not None]
     return table_of((), told)

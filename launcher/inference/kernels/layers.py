@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from ctypes import byref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from launcher.inference.kernels.native import (
     PackedMatrix,
     PackedQuantizedMatrix,
     Scratch,
+    TokensStruct,
     is_packable,
     native_library,
     pack_layers,
@@ -29,7 +30,26 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from launcher.inference.engine.kv_cache import AttentionMetadata, PagedCache
+
+class KVArenas(Protocol):
+    """Keys and values of all sequences, as the engine's paged cache holds them."""
+
+    keys: dict[int, Tensor]
+    """By number of layer: (tokens of all pages, heads, width)."""
+    values: dict[int, Tensor]
+    kernels: NativeAttention | None
+    """Computes attention over them; ``None`` is torch's."""
+
+
+class NativeStep(Protocol):
+    """Where the tokens of one step are, as the engine gives it to layers."""
+
+    @property
+    def cache(self) -> KVArenas:
+        """Keys and values of all sequences."""
+
+    def native(self, rotary: tuple[Tensor, Tensor] | None = None) -> TokensStruct:
+        """Return the step as compiled kernels take it."""
 
 
 class NativeLinear(nn.Module):  # type: ignore[misc]
@@ -101,11 +121,11 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor],
-        launcher_step: AttentionMetadata,
+        launcher_step: NativeStep,
         **_: Any,
     ) -> Tensor:
         """Return hidden states (1, tokens, width), having written keys and values."""
-        cache: PagedCache = launcher_step.cache
+        cache = launcher_step.cache
         tokens = launcher_step.native(position_embeddings)
         hidden_states = hidden_states.contiguous()
         out = torch.empty_like(hidden_states)
@@ -154,7 +174,7 @@ class ReplacedLayers:
 
 
 def replace_layers(
-    model: PreTrainedModel, cache: PagedCache, *, heartbeat: Callable[[], None] = lambda: None
+    model: PreTrainedModel, cache: KVArenas, *, heartbeat: Callable[[], None] = lambda: None
 ) -> ReplacedLayers:
     """Replace what can be replaced.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from ctypes import POINTER, Structure, byref, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import nn
@@ -24,8 +24,6 @@ from launcher.utils.build_cache import build_once, default_cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from launcher.inference.engine.step_plan import StepPlan
 
 
 _SOURCE = Path(__file__).with_name("native.c")
@@ -265,6 +263,34 @@ class Scratch:
         return address
 
 
+class SegmentLayout(Protocol):
+    """Consecutive tokens of one sequence, as the engine plans them."""
+
+    @property
+    def start(self) -> int:
+        """Position of the first token in its sequence."""
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """Ids of the tokens."""
+
+    @property
+    def pages(self) -> Sequence[int]:
+        """Pages of the sequence, up to the last of these tokens."""
+
+
+class StepLayout(Protocol):
+    """One forward pass, as the engine plans it."""
+
+    @property
+    def segments(self) -> Sequence[SegmentLayout]:
+        """The sequences of the step."""
+
+    @property
+    def padding(self) -> int:
+        """Number of tokens that belong to no sequence."""
+
+
 class StepTable:
     """Pages of each sequence, and what each token sees of them.
 
@@ -273,7 +299,7 @@ class StepTable:
         slots: where keys and values of each token go.
     """
 
-    def __init__(self, plan: StepPlan, *, slots: Tensor) -> None:
+    def __init__(self, plan: StepLayout, *, slots: Tensor) -> None:
         seen: list[int] = []
         row: list[int] = []
         width = max((len(part.pages) for part in plan.segments), default=1)

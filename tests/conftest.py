@@ -266,10 +266,10 @@ class Background:
         self._process.send_signal(number)
 
     def ranks(self) -> dict[int, psutil.Process]:
-        """Return the rank processes by number: the inner one of each pair of guard and rank."""
+        """Return the rank processes by number: the child of each rank monitor."""
         pairs = [process for process in marked(self.mark) if "RANK" in process.environ()]
-        guards = {process.pid for process in pairs}
-        return {int(process.environ()["RANK"]): process for process in pairs if process.ppid() in guards}
+        monitors = {process.pid for process in pairs}
+        return {int(process.environ()["RANK"]): process for process in pairs if process.ppid() in monitors}
 
     def wait(self, *, timeout: float = 60) -> int:
         """Return the exit code, once everything of the run is gone."""

@@ -47,7 +47,7 @@ def test_a_killed_builder_is_cleaned_up_after(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["it", "it.lock"]
 
 
-def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) -> None:
+def test_a_waiting_process_sends_heartbeats_and_uses_what_the_other_built(tmp_path: Path) -> None:
     script = (
         "import sys, time; from pathlib import Path; from launcher.utils.build_cache import build_once\n"
         "def build(folder):\n"
@@ -61,16 +61,16 @@ def test_a_waiting_process_beats_and_takes_what_the_other_built(tmp_path: Path) 
         assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "building\n"
-        beats: list[int] = []
+        heartbeats: list[int] = []
 
         def heartbeat() -> None:
-            beats.append(1)
-            if len(beats) == 2:
+            heartbeats.append(1)
+            if len(heartbeats) == 2:
                 other.stdin.write("go on\n")
                 other.stdin.flush()
 
         build_once(tmp_path / "it", lambda folder: (folder / "by-us").touch(), heartbeat=heartbeat)
-    assert len(beats) >= 2
+    assert len(heartbeats) >= 2
     assert [path.name for path in (tmp_path / "it").iterdir()] == ["by-other"]
 
 

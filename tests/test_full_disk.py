@@ -126,12 +126,12 @@ enter_rank(work, read_rank_env(Path(sys.argv[1]), os.environ))
 
 
 def test_a_rank_whose_log_fills_the_disk_ends_with_its_own_code_and_a_record(small: Path, tmp_path: Path) -> None:
-    beats = heartbeat_file(tmp_path, 0)
-    create_heartbeat_file(beats)
+    slot = heartbeat_file(tmp_path, 0)
+    create_heartbeat_file(slot)
     env = {**os.environ, "LAUNCHER_AGENT_SCRATCH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", RANK, small / "run"], env=env, check=False, timeout=120)
     assert done.returncode == 1, "Python ends with 120 where its buffers cannot be written"
-    payload = read_exception_record(map_heartbeat_file(beats))
+    payload = read_exception_record(map_heartbeat_file(slot))
     assert payload is not None, "no file took it"
     record = json.loads(payload)
     assert record["code"] == 1

@@ -64,11 +64,11 @@ def test_what_a_rank_says_when_it_fails_is_left_out_of_what_is_shown(tmp_path: P
     file = tmp_path / "failure.rank0.txt"
     file.write_text("of an earlier attempt")
     words = ExceptionTextFilter(file)
-    assert words.left_out(["of an earlier attempt", "step 1"]) == ["of an earlier attempt", "step 1"]
+    assert words.filter(["of an earlier attempt", "step 1"]) == ["of an earlier attempt", "step 1"]
     file.write_text("Traceback:\n  line 1\nValueError: x")
     shown = ["step 2", "Traceback:", "  line 1"]
-    assert words.left_out(shown) == ["step 2"]
-    assert words.left_out(["step 3", "ValueError: x", "ValueError: x"]) == ["step 3", "ValueError: x"]
+    assert words.filter(shown) == ["step 2"]
+    assert words.filter(["step 3", "ValueError: x", "ValueError: x"]) == ["step 3", "ValueError: x"]
 
 
 def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

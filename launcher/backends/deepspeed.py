@@ -47,7 +47,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
             f"# {_hostfile_path(plan)}:",
             render_hostfile(plan).rstrip(),
         ]
-        lines.append("# board/start.json in the run directory: folder and environment for the ranks, without secrets")
+        lines.append("# channel/start.json in the run directory: folder and environment for the ranks, without secrets")
         if plan.forwarded_env:
             lines.append(f"# forwarded: {' '.join(name for name in plan.forwarded_env if not _is_secret(name))}")
         if warning := _unsent_secrets(plan):

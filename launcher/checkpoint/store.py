@@ -24,12 +24,12 @@ from launcher.checkpoint.manifest import (
     write_manifest,
 )
 from launcher.config.checkpoint import Checkpoint
+from launcher.protocol.rundir import remove_unfinished_checkpoints
 from launcher.utils.files import fsync_folder, read_json, write_json
 
 Say = Callable[[str], None]
 
 _NAME = re.compile(r"step_(\d{8,})")
-_HIDDEN = re.compile(r"\.step_\d{8,}\.(tmp|old|gone)")
 _CHECKSUMS = ".sha256.{}.json"
 """In a pending folder: the checksums that one rank computed."""
 
@@ -126,7 +126,7 @@ class CheckpointStore:
 
     def clean(self) -> None:
         """Remove what a crash left: call it once, before the first ``begin``."""
-        remove_unfinished(self._folder)
+        remove_unfinished_checkpoints(self._folder)
 
     def set_aside(self, saved: SavedCheckpoint) -> Path:
         """Rename a damaged checkpoint of this run, so that it counts as none; return its new name."""
@@ -169,17 +169,6 @@ def checkpoint_folders(folder: Path) -> list[Path]:
         return []
     numbered = [(int(found[1]), entry) for entry in folder.iterdir() if (found := _NAME.fullmatch(entry.name))]
     return [entry for _, entry in sorted(numbered, reverse=True)]
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what saves that did not end left in a folder of checkpoints; no process may be writing there."""
-    for leftover in sorted(folder.glob(".step_*")):
-        if _HIDDEN.fullmatch(leftover.name):
-            final = folder / leftover.name.split(".")[1]
-            if leftover.suffix == ".old" and not final.exists():
-                leftover.rename(final)  # the crash fell between the two renames of a commit
-            else:
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def complete_checkpoints(folder: Path, *, say: Say) -> Iterator[SavedCheckpoint]:

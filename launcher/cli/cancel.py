@@ -87,7 +87,7 @@ def _here(where: SessionRecord) -> list[Process]:
     """Return whom to ask: the session, which tells everybody; without it the agents, each for its host."""
     if where.session.is_running():
         return [where.session.process]
-    return [agent.place.process for agent in where.agents if agent.place.is_running()]
+    return [agent.location.process for agent in where.agents if agent.location.is_running()]
 
 
 def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
@@ -96,7 +96,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
     assert where is not None, "they were found in it"
     signalled = ", ".join(str(process.pid) for process in processes)
     _say(f"{state.run_id}: {'interrupting' if now else 'asking'} process {signalled} to end")
-    agents = [agent.place.process for agent in where.agents if agent.place.is_running()]
+    agents = [agent.location.process for agent in where.agents if agent.location.is_running()]
     for process in processes:
         process.send(signal.SIGINT if now else signal.SIGTERM)
     grace_s = float(state.plan.get("grace_s", 0.0))
@@ -158,11 +158,11 @@ def _check_names(state: RunState, wanted: dict[str, re.Pattern[str]], job: dict[
 
 
 def _far_agents(where: SessionRecord) -> list[AgentLocation]:
-    return [agent for agent in where.agents if agent.place.is_running() is None]
+    return [agent for agent in where.agents if agent.location.is_running() is None]
 
 
 def _type_there(agent: AgentLocation, state: RunState) -> str:
     command = shlex.join(["launch", "cancel", str(state.run_dir.path)])
     return shlex.join(
-        ["ssh", f"ssh://{agent.ssh_destination}" if agent.ssh_destination else agent.place.machine, command]
+        ["ssh", f"ssh://{agent.ssh_destination}" if agent.ssh_destination else agent.location.machine, command]
     )

@@ -60,12 +60,12 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
         yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"
     yield "run by", _process(where.session)
     if len(where.agents) > _MANY:
-        counts = Counter(_LIFE[agent.place.is_running()] for agent in where.agents)
+        counts = Counter(_LIFE[agent.location.is_running()] for agent in where.agents)
         yield "agents", ", ".join(f"{count} {life}" for life, count in counts.items())
         return
     for agent in where.agents:
         login = f" ({agent.ssh_destination})" if agent.ssh_destination else ""
-        yield "agent", f"{agent.host}{login}: {_process(agent.place)}"
+        yield "agent", f"{agent.host}{login}: {_process(agent.location)}"
 
 
 def _how_far(state: RunState) -> Iterator[tuple[str, str]]:

@@ -116,7 +116,16 @@ def _stamp(file: Path) -> tuple[int, int] | None:
 
 
 _PLUMBING = frozenset(
-    {"run.yaml", "plan.json", "session.json", "result.json", "timeline.jsonl", "environment.json", "board", "hostfile"}
+    {
+        "run.yaml",
+        "plan.json",
+        "session.json",
+        "result.json",
+        "timeline.jsonl",
+        "environment.json",
+        "channel",
+        "hostfile",
+    }
 )
 
 

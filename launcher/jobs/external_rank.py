@@ -1,8 +1,8 @@
 """Entry of externally launched ranks: ``python -m launcher.jobs.external_rank WORD``.
 
-pdsh, mpirun and srun pass through remote shells what they are given, and lose or damage much of it. So this entry takes
-one word that no shell minds, the run directory in base64, and finds everything else there: who it is, the folder that
-the run was launched in, and its environment.
+pdsh, mpirun and srun pass arguments and environment through remote shells, which lose or damage much of both. So this
+entry takes one word without special characters, the run directory in base64, and reads everything else there: the
+identity of the rank, the working folder of the launch, and its environment.
 """
 
 from __future__ import annotations
@@ -38,41 +38,39 @@ _LOCAL_RANKS = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "
 
 
 def main() -> None:
-    """Become the rank that the environment and the run directory name, and do its job."""
+    """Become the rank in the environment and the run directory, and run its job."""
     try:
         run_dir = decode_run_dir(sys.argv[1])
-        env, host, link = _arrive(run_dir, os.environ)
+        env, host, channel = _read_channel(run_dir, os.environ)
     except LauncherError as problem:
         print(problem, file=sys.stderr)
         sys.exit(exit_code_of_rank(problem))
-    run_rank(partial(_prepare_and_run, prepare=host.build_commands), env, board=link)
+    run_rank(partial(_prepare_and_run, prepare=host.build_commands), env, channel=channel)
 
 
-def _arrive(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostPlan, FileChannel]:
-    """Take over the environment and the folder of the launch; return who this rank is.
+def _read_channel(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostPlan, FileChannel]:
+    """Adopt the environment and working folder of the launch; return the identity of this rank.
 
     Raises:
-        EnvironmentProblem: the run directory is not there, the run is over, or the launcher counts otherwise.
+        EnvironmentProblem: the run directory is absent, the run is over, or the launcher numbers ranks differently.
     """
-    board = channel_folder(run_dir)
-    start, orders = (
-        read_channel_file(board / "start.json", START_FIELDS),
-        read_channel_file(agent_file(board), AGENT_FIELDS),
-    )
-    if start is None or orders is None:
+    folder = channel_folder(run_dir)
+    start = read_channel_file(folder / "start.json", START_FIELDS)
+    agent = read_channel_file(agent_file(folder), AGENT_FIELDS)
+    if start is None or agent is None:
         raise EnvironmentProblem(
             f"{run_dir.path} cannot be read here: this backend needs it on a disk shared by all hosts"
         )
-    if orders["over"] or orders["token"] != start["token"]:
+    if agent["is_over"] or agent["token"] != start["token"]:
         raise EnvironmentProblem(f"the run in {run_dir.path} has ended already")
     plan = plan_from_json(read_json(run_dir.plan))
     rank = _number(environ, _RANKS)
     place = plan.ranks[rank]
     host = next(each for each in plan.hosts if each.host.name == place.host)
     if (found := _number(environ, _LOCAL_RANKS)) != place.local_rank:
-        said = f"rank {rank} is number {found} on its host, and number {place.local_rank} of {place.host} in the plan"
+        difference = f"rank {rank} has local rank {found}, and {place.local_rank} on {place.host} in the plan"
         raise EnvironmentProblem(
-            f"the launcher spreads ranks otherwise than planned: {said}; sort the hostfile as it does"
+            f"the launcher numbers ranks differently from the plan: {difference}; sort the hostfile as it does"
         )
     os.environ.update(start["env"])
     if host.host.slot_ids and "CUDA_VISIBLE_DEVICES" not in host.agent_command.env:
@@ -82,8 +80,8 @@ def _arrive(run_dir: RunDir, environ: Mapping[str, str]) -> tuple[RankEnv, HostP
     if host.build_commands or "DS_ACCELERATOR" in host.agent_command.env:
         os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
     _enter(start["cwd"])
-    link = FileChannel(board, rank=rank, token=start["token"], timeout_s=plan.heartbeat_timeout_s)
-    return read_rank_env(run_dir.path, os.environ), host, link
+    channel = FileChannel(folder, rank=rank, token=start["token"], timeout_s=plan.heartbeat_timeout_s)
+    return read_rank_env(run_dir.path, os.environ), host, channel
 
 
 def _identity(plan: Plan, rank: int) -> dict[str, str]:
@@ -100,7 +98,7 @@ def _number(environ: Mapping[str, str], names: Sequence[str]) -> int:
     for name in names:
         if environ.get(name, "").isdigit():
             return int(environ[name])
-    raise EnvironmentProblem(f"nobody said which rank this is: none of {', '.join(names)} is set")
+    raise EnvironmentProblem(f"the rank is unknown: none of {', '.join(names)} is set")
 
 
 def _enter(folder: str) -> None:
@@ -111,8 +109,8 @@ def _enter(folder: str) -> None:
 
 
 def _prepare_and_run(env: RankEnv, heartbeat: Heartbeat, *, prepare: Sequence[Command]) -> None:
-    """Build what is missing on this host, which other launchers know nothing of, and do the job."""
-    for command in prepare:  # each waits for the first one's lock
+    """Run the preparing commands of this host, which external launchers do not, and the job."""
+    for command in prepare:  # ranks of a host wait for the first one's lock
         heartbeat.update("preparing")
         ended = subprocess.run(command.argv, env={**os.environ, **command.env}, check=False)
         if ended.returncode != 0:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Become the rank that the environment names and do its job."""
+    """Become the rank in the environment and run its job."""
     try:
         env = read_rank_env(Path(sys.argv[1]), os.environ)
     except LauncherError as problem:
@@ -61,7 +61,7 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
 
 
 def _folders(run: Run, env: RankEnv) -> dict[str, Path]:
-    """Return where a run writes, by the option that says so."""
+    """Return the folders that a run writes to, by option."""
     nvme, output = getattr(run.parallel, "nvme_path", None), getattr(run.job, "output", None)
     return {
         "run.dir" if run.run.dir else "run.root": env.run_dir.path,

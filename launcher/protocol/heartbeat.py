@@ -1,7 +1,7 @@
 """Heartbeat slot: shared memory that holds only the newest state of a rank.
 
-Writing it costs microseconds and no system call, cannot block, and cannot lose the last state of a rank that then
-hangs, which is the one that matters. The host agent makes the file and reads it at its own pace.
+Writing costs microseconds and no system call, never blocks, and keeps the last state of a rank that then hangs.
+The host agent creates the file and reads it periodically.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 
 from launcher.protocol.wire import require_fields
 
-_BEAT_BYTES, _RECORD_BYTES = 4096, 8192
+_STATE_BYTES, _RECORD_BYTES = 4096, 8192
 
 
-HEARTBEAT_BYTES = _BEAT_BYTES + _RECORD_BYTES
-"""Bytes of one rank's shared memory: its newest heartbeat, then its exception where no file could be written."""
+HEARTBEAT_BYTES = _STATE_BYTES + _RECORD_BYTES
+"""Size of a rank's slot: its newest state, then its exception when the disk is too full for a file."""
 
 
 _HEADER = struct.Struct("<II")
-"""CRC-32 and length of the JSON that follows: a state read while it is written does not match."""
+"""CRC-32 and length of the JSON that follows: the checksum of a half-written state does not match."""
 
 
 HEARTBEAT_FIELDS: dict[str, Any] = {"phase": str, "step": int | None, "at": float, "numbers": dict[str, float]}
@@ -35,10 +35,10 @@ HEARTBEAT_FIELDS: dict[str, Any] = {"phase": str, "step": int | None, "at": floa
 
 @dataclass(frozen=True, kw_only=True)
 class HeartbeatState:
-    """Where a rank was."""
+    """The newest state that a rank wrote."""
 
     phase: str
-    """What it had begun to do (``forward``)."""
+    """Phase that it had entered (``forward``)."""
     step: int | None
     """Optimiser step, ``None`` before the first."""
     at: float
@@ -48,22 +48,22 @@ class HeartbeatState:
 
 
 class Heartbeat:
-    """A rank's side: memory, or the file that holds it. ``Heartbeat(None)`` writes nothing."""
+    """The rank's side of its slot, in a file or in shared memory; ``Heartbeat(None)`` writes nowhere."""
 
-    def __init__(self, beats: Path | mmap.mmap | None) -> None:
-        self._memory = map_heartbeat_file(beats) if isinstance(beats, Path) and beats.exists() else None
-        if isinstance(beats, mmap.mmap):
-            self._memory = beats
+    def __init__(self, slot: Path | mmap.mmap | None) -> None:
+        self._memory = map_heartbeat_file(slot) if isinstance(slot, Path) and slot.exists() else None
+        if isinstance(slot, mmap.mmap):
+            self._memory = slot
         self._step: int | None = None
         self._numbers: dict[str, float] = {}
 
     def update(self, phase: str, step: int | None = None, **numbers: float) -> None:
-        """Record that ``phase`` begins; never blocks and never raises.
+        """Write that ``phase`` begins; never blocks, and does nothing without a slot.
 
         Args:
             phase: what this rank does from now on.
             step: optimiser step; kept from the last call when ``None``.
-            numbers: what to show (``steps``, ``loss``, ``tokens_per_s``); those that are not finite are left out.
+            numbers: values to show (``steps``, ``loss``, ``tokens_per_s``); those that are not finite are dropped.
         """
         self._step = self._step if step is None else step
         for name, value in numbers.items():
@@ -75,35 +75,35 @@ class Heartbeat:
             return
         state = {"phase": phase, "step": self._step, "at": time.monotonic(), "numbers": self._numbers}
         payload = json.dumps(state).encode()
-        assert _HEADER.size + len(payload) <= _BEAT_BYTES, "a heartbeat holds a handful of numbers"
+        assert _HEADER.size + len(payload) <= _STATE_BYTES, "a heartbeat holds a handful of numbers"
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
 
     def write_exception_record(self, record: Mapping[str, Any]) -> None:
-        """Leave the record of an exception where the agent finds it though no disk takes a file; cut to what fits."""
+        """Write the record of an exception to the slot, truncated to fit, because the disk takes no file."""
         if self._memory is None:
             return
-        most = _RECORD_BYTES // 3
-        short = {name: value[-most:] if isinstance(value, str) else value for name, value in record.items()}
+        limit = _RECORD_BYTES // 3
+        short = {name: value[-limit:] if isinstance(value, str) else value for name, value in record.items()}
         payload = json.dumps(short).encode()
-        if _HEADER.size + len(payload) > _RECORD_BYTES:  # of letters that JSON escapes
+        if _HEADER.size + len(payload) > _RECORD_BYTES:  # the letters need JSON escapes
             payload = json.dumps({**short, "traceback": "", "error": short["error"][-500:]}).encode()
         header = _HEADER.pack(zlib.crc32(payload), len(payload))
-        self._memory[_BEAT_BYTES : _BEAT_BYTES + _HEADER.size + len(payload)] = header + payload
+        self._memory[_STATE_BYTES : _STATE_BYTES + _HEADER.size + len(payload)] = header + payload
 
 
 def create_heartbeat_file(path: Path) -> None:
-    """Create the heartbeat file of a rank."""
+    """Create the slot of a rank, empty."""
     path.write_bytes(bytes(HEARTBEAT_BYTES))
 
 
 def map_heartbeat_file(path: Path) -> mmap.mmap:
-    """Map that file; the mapping outlives it."""
+    """Map that file into memory; the mapping stays valid when the file is removed."""
     with path.open("r+b") as file:
         return mmap.mmap(file.fileno(), HEARTBEAT_BYTES)
 
 
 def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
-    """Return the newest state; ``None`` before the first, or when caught while it is being written."""
+    """Return the newest state; ``None`` before the first, or while the rank is writing."""
     payload = _payload_at(memory, 0)
     if payload is None:
         return None
@@ -111,13 +111,13 @@ def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
         state = json.loads(payload)
         require_fields(state, HEARTBEAT_FIELDS)
         return HeartbeatState(**state)
-    except (ValueError, TypeError, RecursionError):  # the rank's own code has written into its memory
+    except (ValueError, TypeError, RecursionError):  # the user's code has overwritten the memory
         return None
 
 
 def read_exception_record(memory: mmap.mmap) -> bytes | None:
-    """Return the JSON that ``write_exception_record`` left; ``None`` where there is none."""
-    return _payload_at(memory, _BEAT_BYTES)
+    """Return the JSON of ``write_exception_record``; ``None`` where there is none."""
+    return _payload_at(memory, _STATE_BYTES)
 
 
 def _payload_at(memory: mmap.mmap, offset: int) -> bytes | None:
@@ -128,5 +128,5 @@ def _payload_at(memory: mmap.mmap, offset: int) -> bytes | None:
 
 
 def heartbeat_file(scratch: Path, rank: int) -> Path:
-    """Return the heartbeat file of ``rank``."""
-    return scratch / f"beats.{rank}"
+    """Return the file of the slot of ``rank``."""
+    return scratch / f"heartbeat.{rank}"

@@ -9,18 +9,18 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True, kw_only=True)
 class AgentMessage:
-    """One line."""
+    """Base of all messages; each is sent as one line of JSON."""
 
     kind: ClassVar[str]
 
     def encode(self) -> bytes:
-        """Return the line."""
+        """Return the message as a line."""
         return json.dumps({"kind": self.kind, **asdict(self)}).encode() + b"\n"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Assignment(AgentMessage):
-    """To an agent, first: what to start."""
+    """First message to an agent: the processes to start on its host."""
 
     kind: ClassVar[str] = "assignment"
     host: dict[str, Any]
@@ -28,90 +28,90 @@ class Assignment(AgentMessage):
     run_dir: str
     run_id: str
     run_hash: str
-    """What run.yaml must hash to, here too."""
+    """Expected hash of run.yaml on this host."""
     grace_s: float
-    """Used when the session, or the launcher of the ranks, is gone."""
+    """Time between the signal and the kill when the agent ends the ranks by itself."""
     heartbeat_timeout_s: float
-    """Silence of the session after which it counts as gone; 0 where the pipe itself reports it."""
+    """Silence of the session after which it counts as lost; 0 where a pipe to it closes when it ends."""
     env: dict[str, str]
-    """Variables of the launching environment, secrets too: this message is the only place they are written to."""
+    """Variables of the launching environment, secrets too: no file or command line holds them."""
     files: dict[str, str]
     """Text of files that must be in the run directory, by name."""
     session: dict[str, Any]
-    """The ``ProcessPlace`` of the session: an agent that finds it in session.json shares the disk."""
+    """The ``ProcessLocation`` of the session: an agent that finds it in session.json shares the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StartRanks(AgentMessage):
-    """To an agent that is prepared: every host is, so start the ranks."""
+    """To an agent that is prepared: every host is prepared, so start the ranks."""
 
-    kind: ClassVar[str] = "start"
+    kind: ClassVar[str] = "start_ranks"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ping(AgentMessage):
-    """Both ways, every second: I am there."""
+    """Keepalive, both ways, every second."""
 
     kind: ClassVar[str] = "ping"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSuspended(AgentMessage):
-    """To an agent: the session is being stopped (Ctrl-Z) and will be silent until its next word."""
+    """To an agent: the session is about to be suspended (Ctrl-Z), so do not time out before its next message."""
 
-    kind: ClassVar[str] = "hold"
+    kind: ClassVar[str] = "session_suspended"
 
 
 @dataclass(frozen=True, kw_only=True)
 class EndRanks(AgentMessage):
-    """To an agent: send a signal to every rank and kill what is left after ``grace_s``."""
+    """To an agent: send a signal to every rank and kill those that still run after ``grace_s``."""
 
-    kind: ClassVar[str] = "end"
+    kind: ClassVar[str] = "end_ranks"
     signal: int
     grace_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class DumpStacks(AgentMessage):
-    """To an agent: have every rank write its Python stacks to its log, and send them. What comes next is ``End``."""
+    """To an agent: have every rank write its Python stacks to its log, and send them. ``EndRanks`` follows."""
 
-    kind: ClassVar[str] = "dump"
+    kind: ClassVar[str] = "dump_stacks"
     within_s: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinishAgent(AgentMessage):
-    """To an idle agent: send the sidecars the outcome, wait for them, and exit."""
+    """To an idle agent: send the exit code of the run to the sidecars, wait for them, and exit."""
 
-    kind: ClassVar[str] = "finish"
+    kind: ClassVar[str] = "finish_agent"
     exit_code: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentReady(AgentMessage):
-    """From an agent: it listens."""
+    """From an agent: it runs and receives messages."""
 
-    kind: ClassVar[str] = "ready"
+    kind: ClassVar[str] = "agent_ready"
     scratch: str
-    """Its temporary folder, to be removed by others should it be killed."""
-    place: dict[str, Any]
-    """The ``ProcessPlace`` of the agent, as a plain tree."""
+    """Its temporary folder, which the session removes if the agent is killed."""
+    location: dict[str, Any]
+    """The ``ProcessLocation`` of the agent, as a plain tree."""
     code: str
-    """Folder of the program it runs; code that was sent lies in one named by its hash."""
+    """Folder of the code that it runs; a code bundle is unpacked into a folder named by its hash."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostPrepared(AgentMessage):
-    """From an agent: what comes before the ranks is done."""
+    """From an agent: all commands that prepare the host have succeeded."""
 
-    kind: ClassVar[str] = "prepared"
+    kind: ClassVar[str] = "host_prepared"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AgentExited(AgentMessage):
-    """From the warden of a host: its agent has ended, and nothing of the run is left there."""
+    """From the agent supervisor of a host: its agent has exited, and no process of the run is left there."""
 
-    kind: ClassVar[str] = "agent_gone"
+    kind: ClassVar[str] = "agent_exited"
     code: int | None
     signal: int | None
 
@@ -120,18 +120,18 @@ class AgentExited(AgentMessage):
 class LauncherStarted(AgentMessage):
     """From an agent: the launcher of the ranks runs."""
 
-    kind: ClassVar[str] = "started"
+    kind: ClassVar[str] = "launcher_started"
     host: str = ""
-    """Whose ranks, where the agent watches over other hosts than its own."""
+    """Host of the ranks, when the agent supervises other hosts than its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputLine(AgentMessage):
     """From an agent: a whole line that a process wrote."""
 
-    kind: ClassVar[str] = "line"
-    who: int | str
-    """The rank, or what else wrote it (``prepare``)."""
+    kind: ClassVar[str] = "output_line"
+    source: int | str
+    """The rank, or the name of another process (``prepare``)."""
     text: str
 
 
@@ -139,49 +139,49 @@ class OutputLine(AgentMessage):
 class FileChunk(AgentMessage):
     """From an agent that shares no disk with the session: bytes of a file in its run directory."""
 
-    kind: ClassVar[str] = "file_part"
+    kind: ClassVar[str] = "file_chunk"
     path: str
     """Relative to the run directory."""
     offset: int | None
-    """Where they belong; ``None`` is the end of what is there."""
+    """Position in the file; ``None`` appends to it."""
     data: str
     """In base64."""
     size: int
-    """Of the whole file, in bytes, when they were read."""
+    """Of the whole file, in bytes, when the chunk was read."""
     grows: bool
-    """The file only grows; any other is replaced once all of it has arrived."""
+    """The file is append-only; any other is replaced once all of it has been received."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UserNote(AgentMessage):
     """From an agent: a sentence for the user."""
 
-    kind: ClassVar[str] = "note"
+    kind: ClassVar[str] = "user_note"
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankHeartbeat(AgentMessage):
-    """From an agent: where a rank is."""
+    """From an agent: the newest phase and step of a rank."""
 
-    kind: ClassVar[str] = "heartbeat"
+    kind: ClassVar[str] = "rank_heartbeat"
     rank: int
     phase: str
     step: int | None
     age_s: float
-    """Time since the rank said so; clocks of hosts differ."""
+    """Time since the rank wrote it; clocks of hosts differ."""
     numbers: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRaised(AgentMessage):
-    """From an agent: a rank wrote down its exception; it has not ended yet."""
+    """From an agent: a rank recorded its exception; it has not exited yet."""
 
-    kind: ClassVar[str] = "raised"
+    kind: ClassVar[str] = "rank_raised"
     rank: int
     time: float
     code: int
-    """What it is going to exit with."""
+    """Exit code that the rank will return."""
     error: str
     """Type and message."""
     traceback: str
@@ -189,9 +189,9 @@ class RankRaised(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class RankStack(AgentMessage):
-    """From an agent: the answer of a rank to ``Dump``, and of those beside a rank that died without a word."""
+    """From an agent: the stack of a rank, after ``DumpStacks`` or after another rank died without an exception."""
 
-    kind: ClassVar[str] = "stack"
+    kind: ClassVar[str] = "rank_stack"
     rank: int
     text: str
     """Stacks of all its threads; empty when it did not answer in time."""
@@ -201,25 +201,25 @@ class RankStack(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class RankExited(AgentMessage):
-    """From an agent: a rank is gone."""
+    """From an agent: a rank has exited."""
 
-    kind: ClassVar[str] = "rank_ended"
+    kind: ClassVar[str] = "rank_exited"
     rank: int
     time: float
     code: int | None
     """``None`` when a signal ended it."""
     signal: int | None
     tail: str
-    """The end of its log, when it did not end well."""
+    """The end of its log, when it failed."""
     by_launcher: bool = False
-    """Whether torchrun, or whatever started it, had sent it that signal: it is not the cause."""
+    """Whether its own launcher (torchrun) sent it that signal, so it is not the cause."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CommandExited(AgentMessage):
-    """From an agent: a preparation failed, or the launcher of the ranks ended."""
+    """From an agent: a preparing command failed, or the launcher of the ranks exited."""
 
-    kind: ClassVar[str] = "command_ended"
+    kind: ClassVar[str] = "command_exited"
     name: str
     role: str
     """``prepare`` or ``launcher``."""
@@ -227,8 +227,8 @@ class CommandExited(AgentMessage):
     code: int | None
     signal: int | None
     tail: str
-    why: str = ""
-    """Text to show instead of the exit status, where that does not give the reason."""
+    reason: str = ""
+    """Reason of the failure, where the exit code alone does not explain it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,9 +241,9 @@ class AgentSignalled(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class AgentIdle(AgentMessage):
-    """From an agent: every process but the sidecars is gone."""
+    """From an agent: every process of the run but the sidecars has exited."""
 
-    kind: ClassVar[str] = "idle"
+    kind: ClassVar[str] = "agent_idle"
 
 
 TO_AGENT: frozenset[type[AgentMessage]] = frozenset(

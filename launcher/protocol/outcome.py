@@ -11,22 +11,22 @@ from launcher.protocol.results import RunStatus
 
 @dataclass(frozen=True, kw_only=True)
 class RunOutcome:
-    """What a backend returns from ``submit``."""
+    """How a run ended, as a backend's ``submit`` returns it."""
 
     status: RunStatus | Literal["submitted"]
-    """``submitted``: a scheduler has it and will write down how it ends."""
+    """``submitted``: a scheduler runs it and will write the result."""
     exit_code: int
-    """0; the first failing rank's own; 128+n for a signal; 75 for a preempted run; 124 for one that stood still."""
+    """0; the first failing rank's own; 128+n for a signal; 75 for a preempted run; 124 for a stalled one."""
     failure: Failure | None = None
     port_taken: bool = False
-    """The rendezvous port was in use and no rank had started: retry with another port."""
+    """The port of the rendezvous was in use and no step was taken: retry with another port."""
     lost_hosts: tuple[str, ...] = ()
-    """Hosts that were not there any more at the end."""
+    """Hosts whose agents were lost."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Victim:
-    """A rank that ended because another one had failed; never the cause."""
+    """A rank that ended because another one failed."""
 
     rank: int
     host: str
@@ -36,18 +36,18 @@ class Victim:
 
 @dataclass(frozen=True, kw_only=True)
 class RankProgress:
-    """How far one rank had come."""
+    """Last known position of one rank."""
 
     rank: int
     host: str
     phase: str
     step: int | None
     silent_s: float
-    """Time since it last said so."""
+    """Time since its last heartbeat."""
     where: str = ""
     """The line it was at, ``launcher/training/trainer.py:88 in train_step``; empty when its stack is not known."""
     collective: str = ""
-    """What it waited for other ranks in there, if it did."""
+    """Collective in which it waited for other ranks, if it did."""
     stack: str = ""
     """Stacks of all its threads; ``logs/stacks.txt`` holds them, not ``failure.json``."""
 
@@ -58,32 +58,32 @@ class Failure:
 
     host: str
     rank: int | None
-    """``None`` when it was not a rank: a preparation, torchrun, an agent."""
+    """``None`` when it was not a rank: a preparing command, torchrun, an agent."""
     exit_code: int
-    """Of the run: the first failing rank's own, 128+n for a signal."""
+    """Exit code of the run: the first failing rank's own, 128+n for a signal."""
     signal: int | None
     reason: str
-    """One sentence: who ended how."""
+    """One sentence: which process failed and how."""
     error: str = ""
     """Type and message of the exception, where there was one."""
     traceback: str = ""
-    """The traceback, or the end of the log of what died without one."""
+    """The traceback, or the end of the log where there is none."""
     log: str = ""
-    """Path of the log that holds more."""
+    """Path of the full log."""
     time: float = 0.0
     """Seconds since the epoch."""
     victims: tuple[Victim, ...] = ()
     ranks: tuple[RankProgress, ...] = ()
-    """Where every rank was when the run stood still; or, when a rank died without a word, where the others were."""
+    """Position of every rank when the run stalled, or of the others when a rank died without an exception."""
 
     def tree(self) -> dict[str, Any]:
         """Return the content of ``failure.json``."""
         tree = asdict(self)
-        for place in tree["ranks"]:
-            del place["stack"]
+        for progress in tree["ranks"]:
+            del progress["stack"]
         return tree
 
     @property
     def is_preemption(self) -> bool:
-        """Whether a rank ended because it was asked to, after saving what it needs to continue."""
+        """Whether a rank saved a checkpoint and exited because it was asked to."""
         return self.exit_code == EXIT_PREEMPTED

@@ -10,12 +10,12 @@ from launcher.errors import EnvironmentProblem
 from launcher.protocol.rundir import RunDir
 
 EXCEPTION_RECORD_FIELDS: dict[str, type] = {"pid": int, "time": float, "code": int, "error": str, "traceback": str}
-"""What a rank writes down of its exception."""
+"""Fields of the record of a rank's exception."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnv:
-    """Who this rank is."""
+    """Identity of this rank, from its environment."""
 
     run_dir: RunDir
     rank: int
@@ -24,25 +24,25 @@ class RankEnv:
     host: str
     """The name of this machine in the plan."""
     run_hash: str | None
-    """What the snapshot's hash must be."""
+    """Expected hash of the snapshot."""
     run_id: str
-    """Of the run; empty for a rank that was started by hand."""
+    """Empty for a rank that was started by hand."""
     scratch: Path | None
     """Folder of the host agent's socket and heartbeat files; ``None`` for a rank started by hand."""
 
     @property
     def log(self) -> Path:
-        """Where everything this rank prints goes."""
+        """Log of everything that this rank prints."""
         return self.run_dir.log_of(self.host, self.rank)
 
     @property
     def record(self) -> Path:
-        """Where this rank writes down the exception that ends it."""
+        """File in which this rank records the exception that ends it."""
         return exception_record_file(self.run_dir, self.rank)
 
 
 def exception_text_file(run_dir: RunDir, rank: int) -> Path:
-    """Return the file of what a rank prints when it fails."""
+    """Return the file of the text that a rank prints when it fails."""
     return exception_record_file(run_dir, rank).with_suffix(".txt")
 
 
@@ -52,7 +52,7 @@ def exception_record_file(run_dir: RunDir, rank: int) -> Path:
 
 
 def read_rank_env(run_dir: Path, environ: Mapping[str, str]) -> RankEnv:
-    """Return the rank's settings from ``environ``.
+    """Return the identity of a rank from ``environ``.
 
     Raises:
         EnvironmentProblem: RANK, LOCAL_RANK, WORLD_SIZE or LAUNCHER_HOST is missing or not a number.

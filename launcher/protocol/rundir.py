@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import secrets
+import shutil
 import string
 import time
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from launcher.utils.files import read_regular
 
 _SNAPSHOT_GROUPS = frozenset({"job", "model", "backend", "run"})
 """Groups that the snapshot of every version holds."""
+
+
+_PENDING_CHECKPOINT = re.compile(r"\.step_\d{8,}\.(tmp|old|gone)")
+"""Hidden names that a save uses before its last rename."""
 
 
 _TOP_LEVEL_KEY = re.compile(r"^(\w+):", re.MULTILINE)
@@ -140,6 +145,17 @@ class RunDir:
     def log_of(self, host: str, who: int | str) -> Path:
         """Return the log file of a rank (a number) or of the agent on ``host``."""
         return self.logs / f"{host}.{who}.log"
+
+
+def remove_unfinished_checkpoints(folder: Path) -> None:
+    """Remove what interrupted saves left in a folder of checkpoints; no process may be writing there."""
+    for leftover in sorted(folder.glob(".step_*")):
+        if _PENDING_CHECKPOINT.fullmatch(leftover.name):
+            final = folder / leftover.name.split(".")[1]
+            if leftover.suffix == ".old" and not final.exists():
+                leftover.rename(final)  # the crash fell between the two renames of a commit
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 RUN_INDEX = ".index.jsonl"

@@ -1,8 +1,7 @@
-"""session.json: which processes, or which scheduler's job, run a run.
+"""session.json: the processes, or the scheduler's job, that execute a run.
 
-Another shell reads it to ask after the run or to end it. A process is known by its number, its start time, and where
-its number means something: the boot of the machine and the PID namespace. Containers share a boot id, machines share
-namespace numbers, and both use process numbers again.
+Another shell reads it to show or cancel the run. A process is identified by its PID, its start time, the boot of the
+machine and the PID namespace: containers share a boot id, machines share namespace numbers, and both reuse PIDs.
 """
 
 from __future__ import annotations
@@ -24,35 +23,35 @@ from launcher.utils.schema import build, to_tree
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _NAME = re.compile(r"[\w\[:][\w.:@%\[\]~+-]*")
-"""Of a machine, and ``user@name:port``."""
+"""A valid machine name, or ``user@name:port``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessLocation:
-    """One process on one machine, for ever."""
+    """Unique identity of one process on one machine."""
 
     machine: str
-    """Host name, as the machine itself says it."""
+    """Host name that the machine itself reports."""
     boot: str
     """Boot id of its kernel."""
-    pid_space: int
-    """PID namespace, in which the number counts."""
+    pid_namespace: int
+    """PID namespace in which ``pid`` is valid."""
     pid: int
     started: int
     """Clock ticks since the machine started."""
 
     @property
     def process(self) -> Process:
-        """The process itself; only of use where ``is_running`` is true."""
+        """The process; valid only while ``is_running`` is true."""
         return Process(self.pid, self.started)
 
     def is_running(self) -> bool | None:
-        """Return whether it lives; ``None`` when this machine cannot know.
+        """Return whether it runs; ``None`` when that is unknown here.
 
-        A machine of the same name that has been started since holds it no more.
+        It does not run on a machine of the same name that has rebooted since.
         """
-        boot, pid_space = _boot_and_pid_space()
-        if boot == self.boot and pid_space == self.pid_space:
+        boot, pid_namespace = _boot_and_pid_namespace()
+        if boot == self.boot and pid_namespace == self.pid_namespace:
             return self.process.is_alive()
         if boot != self.boot and socket.gethostname() == self.machine:
             return False
@@ -67,55 +66,55 @@ class AgentLocation:
     """Its name in the plan."""
     ssh_destination: str = ""
     """``user@name:port`` of the hostfile; empty for the machine of the session."""
-    place: ProcessLocation
+    location: ProcessLocation
 
 
 @dataclass(frozen=True, kw_only=True)
 class SessionRecord:
-    """Who runs a run."""
+    """The processes that execute a run."""
 
     backend: str
     session: ProcessLocation
-    """The process that decides when the run is over."""
+    """The process that decides when the run has ended."""
     agents: tuple[AgentLocation, ...] = ()
     job: dict[str, str] = field(default_factory=dict)
-    """What a scheduler calls it: ``{"id": …}`` of Slurm, ``{"kind": …, "name": …, "namespace": …}`` of Kubernetes."""
+    """Names of the job: ``{"id": …}`` in Slurm, ``{"kind": …, "name": …, "namespace": …}`` in Kubernetes."""
 
     def is_running(self) -> bool | None:
-        """Return whether session or agents live; ``None`` when some of them cannot be seen from here.
+        """Return whether session or agents run; ``None`` when some of them run out of sight of this machine.
 
-        A scheduler's job may outlive the process that submitted it, so without a living session nothing is known of it.
+        A scheduler's job may outlive the process that submitted it, so without its session its state is unknown.
         """
-        answers = [self.session.is_running(), *(agent.place.is_running() for agent in self.agents)]
+        answers = [self.session.is_running(), *(agent.location.is_running() for agent in self.agents)]
         if True in answers:
             return True
         if answers[0] is False and not self.job:
-            # agents end by themselves, seconds after their session
+            # agents exit by themselves, seconds after their session
             return False
         return None
 
 
 def locate_this_process() -> ProcessLocation:
-    """Return where this process is, for others to find it."""
-    itself = identify(os.getpid())
-    assert itself is not None, "this process exists"
-    boot, pid_space = _boot_and_pid_space()
+    """Return the location of this process."""
+    this = identify(os.getpid())
+    assert this is not None, "the calling process exists"
+    boot, pid_namespace = _boot_and_pid_namespace()
     return ProcessLocation(
-        machine=socket.gethostname(), boot=boot, pid_space=pid_space, pid=itself.pid, started=itself.started
+        machine=socket.gethostname(), boot=boot, pid_namespace=pid_namespace, pid=this.pid, started=this.started
     )
 
 
 def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
-    """Return the place that an agent sent.
+    """Return the location that an agent sent.
 
     Raises:
-        MalformedMessage: it is none.
+        MalformedMessage: ``tree`` is not a location.
     """
     mistakes: list[ConfigError] = []
-    place = build(ProcessLocation, tree, path="place", report=mistakes.append)
-    if place is None:
-        raise MalformedMessage(f"a place of a process that is none: {mistakes[0]}")
-    return place
+    location = build(ProcessLocation, tree, path="location", report=mistakes.append)
+    if location is None:
+        raise MalformedMessage(f"an invalid location of a process: {mistakes[0]}")
+    return location
 
 
 def write_session_file(run_dir: RunDir, record: SessionRecord) -> None:
@@ -130,7 +129,7 @@ def write_session_file(run_dir: RunDir, record: SessionRecord) -> None:
 
 
 def read_session_file(run_dir: RunDir) -> SessionRecord | None:
-    """Return what ``session.json`` says; ``None`` where there is none, or none that this version understands."""
+    """Return the content of ``session.json``; ``None`` without a file, or when this version cannot read it."""
     try:
         tree = read_object(run_dir.session)
     except (OSError, ValueError):
@@ -140,14 +139,14 @@ def read_session_file(run_dir: RunDir) -> SessionRecord | None:
     return found if found is not None and _has_valid_names(found) else None
 
 
-def _has_valid_names(found: SessionRecord) -> bool:
-    """Return whether names are names: they are shown in commands to type, and none may be an option of ssh."""
-    places = (found.session, *(agent.place for agent in found.agents))
-    names = [*(place.machine for place in places), *(agent.host for agent in found.agents)]
-    logins = [agent.ssh_destination for agent in found.agents if agent.ssh_destination]
-    return all(map(_NAME.fullmatch, [*names, *logins])) and all(place.pid > 0 for place in places)
+def _has_valid_names(record: SessionRecord) -> bool:
+    """Return whether all names are valid: they are shown in commands, and none may be an option of ssh."""
+    locations = (record.session, *(agent.location for agent in record.agents))
+    names = [*(location.machine for location in locations), *(agent.host for agent in record.agents)]
+    logins = [agent.ssh_destination for agent in record.agents if agent.ssh_destination]
+    return all(map(_NAME.fullmatch, [*names, *logins])) and all(location.pid > 0 for location in locations)
 
 
-def _boot_and_pid_space() -> tuple[str, int]:
+def _boot_and_pid_namespace() -> tuple[str, int]:
     """Return boot id and PID namespace of this process."""
     return _BOOT_ID.read_text(encoding="ascii").strip(), _PID_NAMESPACE.stat().st_ino

@@ -1,6 +1,6 @@
 """Encoding of messages: one checked JSON object a line, so that any pipe can carry it.
 
-What is not a message (a banner that a login shell prints) is kept apart.
+Other output on the pipe (a banner that a login shell prints) is returned separately.
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _MAX_INT = 2**63
 _SIGNAL_FIELDS = ("signal",)
 
 
-_MOST_SHOWN = 80
+_MAX_CHARS_SHOWN = 80
 
 
-_BEGINNING = b'{"kind": '
+_MESSAGE_PREFIX = b'{"kind": '
 
 
-_LONGEST_BYTES = 1 << 28
-"""Of one line; an assignment carries the whole plan, every other message is far shorter."""
+_MAX_LINE_BYTES = 1 << 28
+"""An assignment carries the whole plan, every other message is far shorter."""
 
 
 class MalformedMessage(ValueError):
-    """A peer sent what is no message; the text says why."""
+    """A peer sent data that is not a valid message; the text says why."""
 
 
 def decode_message(
     line: bytes | str, *, accepts: Collection[type[AgentMessage]] = TO_AGENT | FROM_AGENT
 ) -> AgentMessage:
-    """Return the message that a line holds, every field of its declared type.
+    """Return the message in a line, with every field checked against its declared type.
 
     Args:
         line: a JSON object.
-        accepts: the classes of messages that this side may be sent.
+        accepts: the classes of messages that this side may receive.
 
     Raises:
-        MalformedMessage: the line holds anything else.
+        MalformedMessage: the line is not such a message.
     """
     try:
         tree = json.loads(line)
@@ -61,7 +61,7 @@ def decode_message(
     kind = tree.pop("kind", None)
     cls = _KINDS.get(kind) if isinstance(kind, str) else None
     if cls is None or cls not in accepts:
-        raise MalformedMessage(f"a message of the kind {_shorten(repr(kind))}, which is not expected from that side")
+        raise MalformedMessage(f"a message of the kind {_shorten(repr(kind))}, which that side may not send")
     fields = _field_checks(cls.kind)
     if wrong := [name for name, check in fields.items() if name in tree and not check(tree[name])]:
         raise MalformedMessage(f"a message {kind} whose {wrong[0]} is {_shorten(repr(tree[wrong[0]]))}")
@@ -72,10 +72,10 @@ def decode_message(
 
 
 def require_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Check that ``tree`` has every field of ``wanted``, each of the type it names.
+    """Check that ``tree`` has every field of ``wanted``, each of its type.
 
     Raises:
-        MalformedMessage: it lacks one, or holds something else there.
+        MalformedMessage: a field is missing or has another type.
     """
     for name, hint in wanted.items():
         if name not in tree or not _type_check(hint)(tree[name]):
@@ -84,7 +84,7 @@ def require_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
 
 @functools.cache
 def _field_checks(kind: str) -> dict[str, Callable[[Any], bool]]:
-    """Return what each field of a message must satisfy."""
+    """Return the check of each field of a kind of message."""
     cls = _KINDS[kind]
     hints = typing.get_type_hints(cls)
     checks = {field.name: _type_check(hints[field.name]) for field in dataclasses.fields(cls)}
@@ -123,24 +123,24 @@ def _is_signal(value: Any, *, optional: bool) -> bool:
 def _shorten(line: bytes | str) -> str:
     text = line.decode(errors="replace") if isinstance(line, bytes) else line
     text = text.encode("ascii", "backslashreplace").decode()
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}… ({len(line)} characters)"
+    return text if len(text) <= _MAX_CHARS_SHOWN else f"{text[:_MAX_CHARS_SHOWN]}… ({len(line)} characters)"
 
 
 class MessageReader:
-    """Collects bytes and gives out the messages that are complete.
+    """Collects bytes and returns the messages that are complete.
 
     Args:
-        accepts: the classes of messages that may arrive here.
+        accepts: the classes of messages that this side may receive.
     """
 
     def __init__(self, accepts: Collection[type[AgentMessage]] = TO_AGENT | FROM_AGENT) -> None:
         self._accepts = accepts
         self._partial = bytearray()
         self.malformed = ""
-        """What the peer sent that only looked like a message: it cannot be trusted with another one."""
+        """Why a line that looked like a message is invalid; the connection must then be closed."""
 
-    def take(self, data: bytes) -> tuple[list[AgentMessage], bytes]:
-        """Return the messages that ``data`` completes, and the lines that are none."""
+    def feed(self, data: bytes) -> tuple[list[AgentMessage], bytes]:
+        """Return the messages that ``data`` completes, and the lines that are not messages."""
         *ends, rest = data.split(b"\n")
         lines: list[bytes] = []
         for end in ends:
@@ -156,11 +156,11 @@ class MessageReader:
                 messages.append(decode_message(line, accepts=self._accepts))
             except MalformedMessage as problem:
                 self.malformed = self.malformed or str(problem)
-        if len(self._partial) > _LONGEST_BYTES:
-            self.malformed = self.malformed or f"a line of more than {_LONGEST_BYTES >> 20} MiB"
+        if len(self._partial) > _MAX_LINE_BYTES:
+            self.malformed = self.malformed or f"a line of more than {_MAX_LINE_BYTES >> 20} MiB"
             self._partial.clear()
         return messages, noise
 
 
 def _is_message(line: bytes) -> bool:
-    return line.startswith(_BEGINNING) and line.endswith(b"}")
+    return line.startswith(_MESSAGE_PREFIX) and line.endswith(b"}")

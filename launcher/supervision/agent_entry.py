@@ -1,8 +1,8 @@
 """Entry of the host agent: ``python -m launcher.supervision.agent_entry``.
 
-It reads an ``Assignment`` and then orders on stdin, and writes events on stdout. When stdin ends or falls silent, or
-its parent is gone, so is the session: then it ends the run by itself. Everything below it stays below it, because it is
-a subreaper.
+It reads an ``Assignment`` and then orders from stdin, and writes events to stdout. When stdin ends or times out, or
+its parent exits, the session is lost: then it ends the run by itself. It is a subreaper, so every process that it
+starts remains its descendant.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ from launcher.utils.schema import to_tree
 from launcher.utils.system import code_root
 
 
-def serve_assignment(*, inbox: int, outbox: int, scratch: Path, agent: type[HostAgent] = HostAgent) -> int:
-    """Carry out the assignment that comes in on ``inbox``, in this process, which must be a subreaper.
+def serve_assignment(*, read_fd: int, write_fd: int, scratch: Path, agent: type[HostAgent] = HostAgent) -> int:
+    """Carry out the assignment that is read from ``read_fd``, in this process, which must be a subreaper.
 
     Args:
-        inbox: descriptor that orders are read from.
-        outbox: descriptor that events are written to.
+        read_fd: descriptor that orders are read from.
+        write_fd: descriptor that events are written to.
         scratch: folder for the sockets and files of this agent alone.
-        agent: what carries it out.
+        agent: class that carries it out.
 
     Returns:
-        The exit code of the run, as the session said it.
+        The exit code of the run.
     """
-    uplink = SessionConnection(inbox=inbox, outbox=os.dup(outbox))
-    if outbox == sys.stdout.fileno():
-        os.dup2(sys.stderr.fileno(), outbox)  # a stray print must not look like an event
-    assignment = uplink.first()
-    uplink.keep_alive(assignment.heartbeat_timeout_s)
-    uplink.send(AgentReady(scratch=str(scratch), place=to_tree(locate_this_process()), code=str(code_root())))
+    session = SessionConnection(read_fd=read_fd, write_fd=os.dup(write_fd))
+    if write_fd == sys.stdout.fileno():
+        os.dup2(sys.stderr.fileno(), write_fd)  # a stray print must not look like an event
+    assignment = session.receive_assignment()
+    session.keep_alive(assignment.heartbeat_timeout_s)
+    session.send(AgentReady(scratch=str(scratch), location=to_tree(locate_this_process()), code=str(code_root())))
     try:
         stage_run_dir(assignment)
     except (LauncherError, OSError) as problem:
-        uplink.send(staging_failure(assignment, problem))
-        uplink.send(AgentIdle())
-        uplink.flush_all()
+        session.send(staging_failure(assignment, problem))
+        session.send(AgentIdle())
+        session.flush_all()
         return EXIT_USER_ERROR
-    return agent(assignment, uplink=uplink, scratch=scratch).run()
+    return agent(assignment, session=session, scratch=scratch).run()
 
 
 def main() -> None:
     """Serve the assignment on stdin."""
     become_subreaper()
     with scratch_folder() as scratch:
-        serve_assignment(inbox=sys.stdin.fileno(), outbox=sys.stdout.fileno(), scratch=scratch)
+        serve_assignment(read_fd=sys.stdin.fileno(), write_fd=sys.stdout.fileno(), scratch=scratch)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,9 @@ from pathlib import Path
 
 from launcher.protocol.messages import (
     AgentExited,
-    AgentIdle,
     AgentMessage,
     AgentReady,
     Assignment,
-    HostPrepared,
     Ping,
     SessionSuspended,
     StartRanks,
@@ -40,7 +38,7 @@ _TICK_S = 0.1
 
 
 _CONNECT_S = 60.0
-"""Time until the first word of an agent: logins that hang end here, slow disks do not."""
+"""Time until the first message of an agent: it ends logins that hang, and is enough for a slow disk."""
 
 
 _TAIL_LINES = 30
@@ -49,34 +47,37 @@ _TAIL_LINES = 30
 Connect = Callable[[HostPlan], AgentConnection]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Agent:
-    """What is known of one agent."""
+    """State of one agent."""
 
     host: HostPlan
+    connection: AgentConnection
     log: LogTail
-    """Holds what it, or ssh, says when it breaks."""
-    began_at: float
-    heard_at: float
-    place: ProcessLocation | None = None
+    """Holds the stderr of the agent, or of ssh."""
+    started_at: float
+    last_message_at: float
+    write_fd: int | None = None
+    """Descriptor of the connection that the selector watches for writability."""
+    location: ProcessLocation | None = None
     scratch: Path | None = None
-    """Its temporary folder, for the case that it cannot remove it; ``None`` when it lies on another machine."""
-    is_up: bool = False
+    """Its temporary folder, to remove when it cannot; ``None`` when it is on another machine."""
+    is_ready: bool = False
     is_prepared: bool = False
     is_working: bool = True
     """It has, or may start, processes of the run."""
     is_finishing: bool = False
-    """It was told to go."""
-    gone: AgentExited | None = None
+    """It is expected to exit."""
+    exited: AgentExited | None = None
 
 
 class AgentGroup:
-    """Every host's agent. Single-threaded but for the pulse: it waits in ``turn`` and nowhere else.
+    """Every host's agent. Single-threaded but for the keepalive: it waits in ``poll`` and nowhere else.
 
     Args:
         plan: what to run.
-        on_message: called with a host's name and each message that is not about the agent itself.
-        on_lost: called with a host's name and why it is lost.
+        on_message: called with a host's name and each message from its agent, keepalives excepted.
+        on_lost: called with a host's name and why its agent is lost.
     """
 
     def __init__(
@@ -89,12 +90,11 @@ class AgentGroup:
         self._plan, self._run_dir = plan, RunDir(Path(plan.run_dir))
         self._on_message, self._on_lost = on_message, on_lost
         self._selector = selectors.DefaultSelector()
-        self._agents: dict[AgentConnection, _Agent] = {}
-        self._outlets: dict[AgentConnection, int] = {}
+        self._agents: dict[str, _Agent] = {}
         self._has_started = False
-        self._pulse = Keepalive(self._ping)
+        self._keepalive = Keepalive(self._ping)
         self.lost: list[str] = []
-        """Hosts that went without being told to."""
+        """Hosts whose agents exited unexpectedly."""
 
     @property
     def is_working(self) -> bool:
@@ -102,9 +102,9 @@ class AgentGroup:
         return any(agent.is_working for agent in self._agents.values())
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every agent has answered."""
-        return all(agent.is_up for agent in self._agents.values())
+    def is_ready(self) -> bool:
+        """Whether every agent is ready."""
+        return all(agent.is_ready for agent in self._agents.values())
 
     @property
     def is_gone(self) -> bool:
@@ -112,16 +112,18 @@ class AgentGroup:
         return not self._agents
 
     @property
-    def places(self) -> tuple[AgentLocation, ...]:
-        """Where the agents that have answered are."""
+    def locations(self) -> tuple[AgentLocation, ...]:
+        """Locations of the agents that are ready."""
         return tuple(
-            AgentLocation(host=agent.host.host.name, ssh_destination=agent.host.host.ssh_destination, place=agent.place)
+            AgentLocation(
+                host=agent.host.host.name, ssh_destination=agent.host.host.ssh_destination, location=agent.location
+            )
             for agent in self._agents.values()
-            if agent.place is not None
+            if agent.location is not None
         )
 
     def connect(self, connect: Connect, *, environ: Mapping[str, str] = os.environ) -> None:
-        """Open every connection at once and say what each host is to do; nothing starts there before all are ready."""
+        """Open every connection and send the assignments; no rank starts before all hosts are prepared."""
         files = {
             path.name: path.read_text(encoding="utf-8") for path in _files_to_stage(self._run_dir) if path.is_file()
         }
@@ -130,8 +132,9 @@ class AgentGroup:
         for number, host in enumerate(self._plan.hosts):
             log, now = LogTail(self._run_dir.log_of(host.host.name, "agent")), time.monotonic()
             connection = connect(host)
-            self._agents[connection] = _Agent(host=host, log=log, began_at=now, heard_at=now)
-            self._selector.register(connection, selectors.EVENT_READ, connection)
+            agent = _Agent(host=host, connection=connection, log=log, started_at=now, last_message_at=now)
+            self._agents[connection.host] = agent
+            self._selector.register(connection, selectors.EVENT_READ, agent)
             connection.send(
                 Assignment(
                     host=to_tree(host),
@@ -147,186 +150,188 @@ class AgentGroup:
                 )
             )
         if self._plan.heartbeat_timeout_s:
-            self._pulse.start()
+            self._keepalive.start()
 
-    def turn(self) -> None:
-        """Wait a moment, take what the agents tell, and notice who is silent."""
-        self._watch_outlets()
+    def poll(self) -> None:
+        """Wait briefly, read messages of the agents, and close those that have timed out."""
+        self._watch_writable()
         for key, events in self._selector.select(_TICK_S):
-            connection: AgentConnection = key.data
+            agent: _Agent = key.data
             if events & selectors.EVENT_WRITE:
-                connection.flush()
-            elif connection in self._agents:
-                self._read(connection)
-        self._notice_silence(time.monotonic())
+                agent.connection.flush()
+            elif self._agents.get(agent.connection.host) is agent:
+                self._read(agent)
+        self._close_silent(time.monotonic())
 
-    def tell(self, message: AgentMessage) -> None:
-        """Send to every agent."""
-        for connection in self._agents:
-            connection.send(message)
+    def broadcast(self, message: AgentMessage) -> None:
+        """Send a message to every agent."""
+        for agent in self._agents.values():
+            agent.connection.send(message)
 
-    def hold(self) -> None:
-        """Tell every agent that this process is about to be stopped, and see that it is sent."""
-        self.tell(SessionSuspended())
+    def agent_ready(self, host: str, message: AgentReady) -> None:
+        """Record that the agent of ``host`` runs, and where.
+
+        Raises:
+            MalformedMessage: the message holds no valid location.
+        """
+        agent = self._agents[host]
+        agent.is_ready, agent.location = True, process_location_from_tree(message.location)
+        is_here = agent.connection.program is not None and not agent.host.host.ssh_destination
+        agent.scratch = Path(message.scratch) if is_here and is_scratch_folder(message.scratch) else None
+
+    def host_prepared(self, host: str) -> None:
+        """Record that ``host`` is prepared; start the ranks everywhere once all hosts are."""
+        self._agents[host].is_prepared = True
+        if not self._has_started and not self.lost and all(agent.is_prepared for agent in self._agents.values()):
+            self._has_started = True
+            self.broadcast(StartRanks())
+
+    def agent_idle(self, host: str) -> None:
+        """Record that no process of the run but the sidecars is left on ``host``."""
+        self._agents[host].is_working = False
+
+    def agent_exited(self, host: str, message: AgentExited) -> None:
+        """Record how the agent of ``host`` exited; its connection closes next."""
+        self._agents[host].exited = message
+
+    def suspend(self) -> None:
+        """Send every agent that this process is about to be suspended."""
+        self.broadcast(SessionSuspended())
         deadline = time.monotonic() + 1.0
-        while any(connection.outlet() for connection in self._agents) and time.monotonic() < deadline:
-            self.turn()
+        while any(agent.connection.write_fd() for agent in self._agents.values()) and time.monotonic() < deadline:
+            self.poll()
 
     def resume(self) -> None:
-        """Go on after having been stopped: nobody was silent, it was we who did not listen."""
+        """Reset the timeouts of the agents: this process was suspended and read nothing."""
         now = time.monotonic()
         for agent in self._agents.values():
-            agent.heard_at = now
-        self.tell(Ping())
+            agent.last_message_at = now
+        self.broadcast(Ping())
 
     def finish(self) -> None:
-        """Expect every agent to go from now on."""
+        """Expect every agent to exit from now on."""
         for agent in self._agents.values():
             agent.is_finishing = True
 
     def give_up(self, *, working_only: bool) -> None:
-        """Break off every connection, or those to agents that still have processes of the run."""
-        for connection in [known for known, agent in self._agents.items() if agent.is_working or not working_only]:
-            self._close(connection)
+        """Close every connection, or those to agents that still have processes of the run."""
+        for agent in [agent for agent in self._agents.values() if agent.is_working or not working_only]:
+            self._close(agent)
 
     def close(self) -> None:
-        """Break everything off."""
-        self._pulse.stop()
+        """Close everything."""
+        self._keepalive.stop()
         self.give_up(working_only=False)
         self._selector.close()
 
-    def _read(self, connection: AgentConnection) -> None:
-        messages = connection.receive()
+    def _read(self, agent: _Agent) -> None:
+        messages = agent.connection.receive()
         if messages is None:
-            self._close(connection)
+            self._close(agent)
             return
-        agent = self._agents[connection]
-        agent.heard_at = time.monotonic()
-        problem = ""
+        agent.last_message_at = time.monotonic()
+        malformed = ""
         try:
             for message in messages:
-                self._take(connection, agent, message)
-        except MalformedMessage as malformed:
-            problem = str(malformed)
-        if problem := problem or connection.malformed:
-            self._close(connection, malformed=problem)
+                if not isinstance(message, Ping):
+                    self._on_message(agent.connection.host, message)
+        except MalformedMessage as problem:
+            malformed = str(problem)
+        if malformed := malformed or agent.connection.malformed:
+            self._close(agent, malformed=malformed)
 
-    def _take(self, connection: AgentConnection, agent: _Agent, message: AgentMessage) -> None:
-        match message:
-            case AgentReady(scratch=scratch, place=place):
-                agent.is_up, agent.place = True, process_location_from_tree(place)
-                is_here = connection.program is not None and not agent.host.host.ssh_destination
-                agent.scratch = Path(scratch) if is_here and is_scratch_folder(scratch) else None
-                self._on_message(connection.host, message)
-            case HostPrepared():
-                agent.is_prepared = True
-                self._on_message(connection.host, message)
-                if not self._has_started and not self.lost and all(one.is_prepared for one in self._agents.values()):
-                    self._has_started = True
-                    self.tell(StartRanks())
-            case AgentIdle():
-                agent.is_working = False
-                self._on_message(connection.host, message)
-            case AgentExited():
-                agent.gone = message
-            case Ping():
-                pass
-            case _:
-                self._on_message(connection.host, message)
-
-    def _notice_silence(self, now: float) -> None:
+    def _close_silent(self, now: float) -> None:
         limit = self._plan.heartbeat_timeout_s
-        for connection, agent in list(self._agents.items()):
-            waited = now - (agent.heard_at if agent.is_up else agent.began_at)
-            if waited > (limit if agent.is_up else _CONNECT_S) and (limit or not agent.is_up):
-                self._close(connection, silent_s=waited)
+        for agent in list(self._agents.values()):
+            silent_s = now - (agent.last_message_at if agent.is_ready else agent.started_at)
+            if silent_s > (limit if agent.is_ready else _CONNECT_S) and (limit or not agent.is_ready):
+                self._close(agent, silent_s=silent_s)
 
-    def _close(self, connection: AgentConnection, *, silent_s: float | None = None, malformed: str = "") -> None:
-        """Let an agent go. One that was not told to go was killed, or broke, or is out of reach: its host is lost."""
-        self._selector.unregister(connection)
-        outlet = self._outlets.pop(connection, None)
-        if outlet is not None:
-            self._selector.unregister(outlet)
-        agent = self._agents.pop(connection)
-        code = connection.close()
+    def _close(self, agent: _Agent, *, silent_s: float | None = None, malformed: str = "") -> None:
+        """Close a connection; unless its agent was expected to exit, its host is lost."""
+        self._selector.unregister(agent.connection)
+        if agent.write_fd is not None:
+            self._selector.unregister(agent.write_fd)
+        host = agent.connection.host
+        del self._agents[host]
+        code = agent.connection.close()
         if code == 0 and (agent.is_finishing or not agent.is_working) and not malformed:
             return
         if agent.scratch is not None:
             remove_scratch(agent.scratch)
-        self.lost.append(connection.host)
-        self._on_lost(connection.host, self._why(connection, agent, code=code, silent_s=silent_s, malformed=malformed))
+        self.lost.append(host)
+        self._on_lost(host, self._failure_of(agent, code=code, silent_s=silent_s, malformed=malformed))
 
-    def _why(
-        self, connection: AgentConnection, agent: _Agent, *, code: int, silent_s: float | None, malformed: str
-    ) -> Failure:
+    def _failure_of(self, agent: _Agent, *, code: int, silent_s: float | None, malformed: str) -> Failure:
         host, log, tail = agent.host.host.name, agent.log.path, agent.log.last(_TAIL_LINES)
         if silent_s is not None:
-            return silent_host_failure(host, for_s=silent_s, was_up=agent.is_up, log=log, tail=tail)
-        if agent.gone is not None:
-            return agent_exited_failure(host, agent.gone, log=log, tail=tail)
+            return silent_host_failure(host, silent_s=silent_s, was_ready=agent.is_ready, log=log, tail=tail)
+        if agent.exited is not None:
+            return agent_exited_failure(host, agent.exited, log=log, tail=tail)
         if malformed:
             return malformed_message_failure(host, malformed, log=log, tail=tail)
-        if not agent.host.host.ssh_destination:  # our own child: what we see is its end
-            gone = AgentExited(code=code if code >= 0 else None, signal=-code if code < 0 else None)
-            return agent_exited_failure(host, gone, log=log, tail=tail)
-        return connection_lost_failure(host, program=connection.program, code=code, log=log, tail=tail)
+        if not agent.host.host.ssh_destination:  # a child of this process, so its exit code is known
+            exited = AgentExited(code=code if code >= 0 else None, signal=-code if code < 0 else None)
+            return agent_exited_failure(host, exited, log=log, tail=tail)
+        return connection_lost_failure(host, program=agent.connection.program, code=code, log=log, tail=tail)
 
-    def _watch_outlets(self) -> None:
-        """Wait for writability exactly where something waits to be sent."""
-        for connection in self._agents:
-            outlet, watched = connection.outlet(), self._outlets.get(connection)
-            if outlet is not None and watched is None:
-                self._selector.register(outlet, selectors.EVENT_WRITE, connection)
-                self._outlets[connection] = outlet
-            elif outlet is None and watched is not None:
-                self._selector.unregister(self._outlets.pop(connection))
+    def _watch_writable(self) -> None:
+        """Watch for writability exactly the connections that have queued bytes."""
+        for agent in self._agents.values():
+            write_fd = agent.connection.write_fd()
+            if write_fd is not None and agent.write_fd is None:
+                self._selector.register(write_fd, selectors.EVENT_WRITE, agent)
+                agent.write_fd = write_fd
+            elif write_fd is None and agent.write_fd is not None:
+                self._selector.unregister(agent.write_fd)
+                agent.write_fd = None
 
     def _ping(self) -> None:
-        for connection in list(self._agents):
-            connection.send(Ping())
+        for agent in list(self._agents.values()):
+            agent.connection.send(Ping())
 
 
 def _files_to_stage(run_dir: RunDir) -> tuple[Path, ...]:
     return (run_dir.snapshot, run_dir.plan)
 
 
-def agent_exited_failure(host: str, gone: AgentExited, *, log: Path, tail: str) -> Failure:
-    """Return the failure of an agent whose end was seen: by its warden, or as our own child."""
-    reason = f"the host agent on {host} {describe_exit(gone.code, gone.signal)}"
-    code = shell_exit_code(gone.code, gone.signal) or 1
-    return _host_failure(host, reason, log=log, tail=tail, code=code, signal=gone.signal)
+def agent_exited_failure(host: str, exited: AgentExited, *, log: Path, tail: str) -> Failure:
+    """Return the failure of an agent whose exit was seen: by its supervisor, or by this process."""
+    reason = f"the host agent on {host} {describe_exit(exited.code, exited.signal)}"
+    code = shell_exit_code(exited.code, exited.signal) or 1
+    return _host_failure(host, reason, log=log, tail=tail, code=code, signal=exited.signal)
 
 
 def connection_lost_failure(host: str, *, program: str | None, code: int, log: Path, tail: str) -> Failure:
-    """Return the failure of a connection that broke off.
+    """Return the failure of a connection that closed unexpectedly.
 
     Args:
-        host: where it led.
-        program: what made it (``ssh``); ``None`` for a bare socket.
-        code: how that ended, negative for a signal.
-        log: holds what it said.
-        tail: the end of it.
+        host: at its other end.
+        program: program that carried it (``ssh``); ``None`` for a bare socket.
+        code: exit code of the program, negative for a signal.
+        log: of the agent or the program.
+        tail: the last lines of the log.
     """
     last = tail.strip().rpartition("\n")[2]
-    how = describe_exit(code, None) if code >= 0 else describe_exit(None, -code)
-    what = f"{program} {how}" if program else "its agent was killed, or hung up"
-    reason = f"the connection to {host} was lost: {what}{f', saying: {last}' if last else ''}"
+    exit_text = describe_exit(code, None) if code >= 0 else describe_exit(None, -code)
+    cause = f"{program} {exit_text}" if program else "its agent was killed or closed it"
+    reason = f"the connection to {host} was lost: {cause}{f', last line: {last}' if last else ''}"
     return _host_failure(host, reason, log=log, tail=tail)
 
 
-def silent_host_failure(host: str, *, for_s: float, was_up: bool, log: Path, tail: str) -> Failure:
-    """Return the failure of a host that is not heard of."""
-    if was_up:
-        what = f"nothing was heard of {host} for {for_s:.0f} s: it is down, frozen, or cut off from here"
-        reason = f"{what}; what runs there ends by itself when it hears nothing of us"
+def silent_host_failure(host: str, *, silent_s: float, was_ready: bool, log: Path, tail: str) -> Failure:
+    """Return the failure of a host whose agent sends no messages."""
+    if was_ready:
+        cause = f"no message from {host} for {silent_s:.0f} s: it is down, frozen, or cut off from this machine"
+        reason = f"{cause}; its processes end by themselves when they lose the session"
     else:
-        reason = f"the host agent on {host} did not answer within {for_s:.0f} s"
+        reason = f"the host agent on {host} did not answer within {silent_s:.0f} s"
     return _host_failure(host, reason, log=log, tail=tail)
 
 
-def malformed_message_failure(host: str, what: str, *, log: Path, tail: str) -> Failure:
-    """Return the failure of an agent that sent what is no message."""
-    reason = f"the connection to {host} was closed: its agent sent {what}"
+def malformed_message_failure(host: str, malformed: str, *, log: Path, tail: str) -> Failure:
+    """Return the failure of an agent that sent invalid data."""
+    reason = f"the connection to {host} was closed: its agent sent {malformed}"
     return _host_failure(host, reason, log=log, tail=tail)
 
 

@@ -24,7 +24,7 @@ _KEPT_LINES = 60
 
 
 SIDECAR_TIMEOUT_S = 60.0
-"""Time a sidecar gets to send off what it holds, once the ranks are gone."""
+"""Time for a sidecar to flush its data once the ranks have exited."""
 
 
 _REPORT_AFTER_S = 2.0
@@ -37,20 +37,20 @@ class ChildProcess:
         command: what to start, in a session of its own, so that no signal to a group reaches others.
         env: its whole environment.
         on_line: called with every whole line it prints.
-        listens: whether it reads a last message on its stdin.
+        reads_stdin: whether it reads a message on its stdin.
 
     Raises:
         OSError: it cannot be started at all.
     """
 
     def __init__(
-        self, command: Command, *, env: Mapping[str, str], on_line: Callable[[str], None], listens: bool = False
+        self, command: Command, *, env: Mapping[str, str], on_line: Callable[[str], None], reads_stdin: bool = False
     ) -> None:
         self.name = command_name(command)
         self._popen = subprocess.Popen(
             command.argv,
             env=dict(env),
-            stdin=subprocess.PIPE if listens else subprocess.DEVNULL,
+            stdin=subprocess.PIPE if reads_stdin else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -61,11 +61,11 @@ class ChildProcess:
         self._on_line, self._splitter = on_line, LineSplitter()
         self._last: deque[str] = deque(maxlen=_KEPT_LINES)
         found = identify(self._popen.pid)
-        assert found is not None, "a child that nobody waited for is still known"
+        assert found is not None, "a child that was not waited for still exists"
         self.process: Process = found
 
-    def ended(self) -> bool:
-        """Return whether it has ended."""
+    def has_exited(self) -> bool:
+        """Return whether it has exited."""
         return self._popen.poll() is not None
 
     @property
@@ -86,16 +86,16 @@ class ChildProcess:
         return "\n".join(self._last)
 
     def read(self) -> bool:
-        """Hand on what it printed; return False once there can be no more."""
+        """Read and pass on new lines; return False at the end of its output."""
         try:
             data = os.read(self.output, _CHUNK)
         except BlockingIOError:
             return True
-        self._hand_on(self._splitter.feed(data))
+        self._pass_on(self._splitter.feed(data))
         return bool(data)
 
     def drain(self) -> None:
-        """Hand on all that is left, the unfinished last line too."""
+        """Read and pass on the rest, the unfinished last line too."""
         while True:
             try:
                 data = os.read(self.output, _CHUNK)
@@ -103,26 +103,26 @@ class ChildProcess:
                 break
             if not data:
                 break
-            self._hand_on(self._splitter.feed(data))
-        self._hand_on(self._splitter.rest())
+            self._pass_on(self._splitter.feed(data))
+        self._pass_on(self._splitter.rest())
 
-    def tell_last(self, message: Mapping[str, object]) -> None:
+    def send_last(self, message: Mapping[str, object]) -> None:
         """Write one JSON line to its stdin and close it."""
-        assert self._popen.stdin is not None, "only a child that listens is told something"
+        assert self._popen.stdin is not None, "the child was started without a stdin"
         try:
             self._popen.stdin.write(json.dumps(message).encode() + b"\n")
             self._popen.stdin.close()
-        except BrokenPipeError:  # it has ended
+        except BrokenPipeError:  # it has exited
             pass
 
-    def _hand_on(self, lines: list[str]) -> None:
+    def _pass_on(self, lines: list[str]) -> None:
         self._last.extend(lines)
         for line in lines:
             self._on_line(line)
 
 
 def command_name(command: Command) -> str:
-    """Return what a person calls this command: ``torchrun``, ``deepspeed``, a module, or the program's file name."""
+    """Return a short name: ``torchrun``, ``deepspeed``, a module, or the program's file name."""
     argv = command.argv
     module = argv[2] if argv[1:2] == ("-m",) and len(argv) > 2 else ""
     known = {
@@ -139,7 +139,7 @@ def command_name(command: Command) -> str:
 class StartChild(Protocol):
     """Starts a command and reads its output."""
 
-    def __call__(self, command: Command, *, on_line: Callable[[str], None], listens: bool) -> ChildProcess:
+    def __call__(self, command: Command, *, on_line: Callable[[str], None], reads_stdin: bool) -> ChildProcess:
         """Return the running child."""
 
 
@@ -157,10 +157,10 @@ class Sidecars:
         return [child.process for child in self._children]
 
     def start(self, commands: Sequence[Command]) -> None:
-        """Start all; one that cannot start is said and passed over."""
+        """Start all; one that cannot start is reported and skipped."""
         for command in commands:
             try:
-                child = self._start(command, on_line=partial(self._pass_on, command_name(command)), listens=True)
+                child = self._start(command, on_line=partial(self._send_line, command_name(command)), reads_stdin=True)
             except OSError as error:
                 self._emit(
                     UserNote(text=f"{command_name(command)} cannot be started ({error.strerror}); the run goes on")
@@ -168,39 +168,39 @@ class Sidecars:
             else:
                 self._children.append(child)
 
-    def look(self) -> None:
-        """Say which have failed since the last look."""
+    def report_failed(self) -> None:
+        """Report those that have failed since the last call."""
         for child in self._children:
-            if child not in self._reported and child.ended():
+            if child not in self._reported and child.has_exited():
                 self._reported.add(child)
                 child.drain()
                 if child.code != 0:
                     how = f"signal {child.signal}" if child.signal else f"exit code {child.code}"
                     self._emit(UserNote(text=f"{child.name} ended with {how}; this does not change the run"))
 
-    def finish(self, exit_code: int, *, turn: Callable[[], None], killed: Callable[[], bool]) -> None:
-        """Tell all how the run ended and wait for them.
+    def finish(self, exit_code: int, *, poll: Callable[[], None], killed: Callable[[], bool]) -> None:
+        """Send the exit code of the run to all and wait until they exit.
 
         Args:
-            exit_code: of the run; they get ``{"exit_code": …}`` as one line, then the end of their stdin.
-            turn: waits a moment.
-            killed: whether the user has lost patience.
+            exit_code: of the run, sent as one line ``{"exit_code": …}`` before their stdin is closed.
+            poll: waits briefly.
+            killed: whether to stop waiting.
         """
         for child in self._children:
-            child.tell_last({"exit_code": exit_code})
-        started, said = time.monotonic(), False
-        while waiting := [child.name for child in self._children if not child.ended()]:
+            child.send_last({"exit_code": exit_code})
+        started, has_reported = time.monotonic(), False
+        while waiting := [child.name for child in self._children if not child.has_exited()]:
             waited = time.monotonic() - started
             if killed():
                 return
             if waited > SIDECAR_TIMEOUT_S:
                 self._emit(UserNote(text=f"{', '.join(waiting)} did not end within {SIDECAR_TIMEOUT_S:.0f} s: killed"))
                 return
-            if waited > _REPORT_AFTER_S and not said:
-                said = True
+            if waited > _REPORT_AFTER_S and not has_reported:
+                has_reported = True
                 self._emit(UserNote(text=f"waiting for {', '.join(waiting)} (at most {SIDECAR_TIMEOUT_S:.0f} s)"))
-            turn()
-        self.look()
+            poll()
+        self.report_failed()
 
-    def _pass_on(self, name: str, line: str) -> None:
-        self._emit(OutputLine(who=name, text=line))
+    def _send_line(self, name: str, line: str) -> None:
+        self._emit(OutputLine(source=name, text=line))

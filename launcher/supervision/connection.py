@@ -18,13 +18,66 @@ from launcher.protocol.wire import MessageReader
 from launcher.remote.command import RemoteCommand
 from launcher.utils.logs import open_log
 
-_CHUNK = 1 << 16
-
-
-_FULL = 1 << 22
+CHUNK_BYTES = 1 << 16
 
 
 KEEPALIVE_S = 1.0
+
+
+_FULL_BYTES = 1 << 22
+
+
+class WriteBuffer:
+    """Queue of bytes for a non-blocking descriptor; any thread may write to it.
+
+    Args:
+        descriptor: to write to; it stays the caller's to close, after ``close``.
+        content: bytes that are sent first.
+    """
+
+    def __init__(self, descriptor: int, *, content: bytes = b"") -> None:
+        self._descriptor, self._queue = descriptor, bytearray(content)
+        self._lock = threading.Lock()
+        self.is_closed = False
+        """It was closed, or the other end is gone: nothing is written any more."""
+
+    @property
+    def num_bytes(self) -> int:
+        """How much is queued."""
+        return len(self._queue)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether bytes wait until the descriptor is writable."""
+        return bool(self._queue) and not self.is_closed
+
+    def write(self, data: bytes) -> None:
+        """Queue ``data`` and write what the descriptor takes."""
+        with self._lock:
+            if not self.is_closed:
+                self._queue += data
+                self._flush()
+
+    def flush(self) -> None:
+        """Write what the descriptor takes."""
+        with self._lock:
+            self._flush()
+
+    def close(self) -> None:
+        """Stop writing; when this returns, no other thread uses the descriptor."""
+        with self._lock:
+            self.is_closed = True
+
+    def _flush(self) -> None:
+        while self._queue and not self.is_closed:
+            try:
+                written = os.write(self._descriptor, self._queue[:CHUNK_BYTES])
+            except BlockingIOError:
+                return
+            except OSError:
+                self.is_closed = True
+                return
+            del self._queue[:written]
 
 
 class AgentConnection(ABC):
@@ -36,29 +89,30 @@ class AgentConnection(ABC):
     host: str
     """Name of the host in the plan."""
     program: str | None
-    """What carries the messages (``ssh``), and whose exit code ``close`` returns; ``None`` for a bare socket."""
-    _inbox: MessageReader
+    """Program that carries the messages (``ssh``), whose exit code ``close`` returns; ``None`` for a bare socket."""
+    _reader: MessageReader
+    _buffer: WriteBuffer
 
     @property
     def malformed(self) -> str:
-        """What arrived that no agent sends, in words; empty while there is nothing of that kind."""
-        return self._inbox.malformed
+        """Description of invalid data that the agent sent; empty while there is none."""
+        return self._reader.malformed
 
     @abstractmethod
     def fileno(self) -> int:
         """Return the descriptor that is readable when there are messages."""
 
     @abstractmethod
-    def outlet(self) -> int | None:
-        """Return the descriptor to wait for until it is writable; ``None`` when nothing waits to be sent."""
+    def write_fd(self) -> int | None:
+        """Return the descriptor to wait for until it is writable; ``None`` when nothing is queued."""
 
-    @abstractmethod
     def send(self, message: AgentMessage) -> None:
-        """Queue one message and write what fits; an agent that is gone is noticed by ``receive``."""
+        """Queue one message and write what fits; ``receive`` reports an agent that is gone."""
+        self._buffer.write(message.encode())
 
-    @abstractmethod
     def flush(self) -> None:
         """Write what fits of the queue."""
+        self._buffer.flush()
 
     @abstractmethod
     def receive(self) -> list[AgentMessage] | None:
@@ -66,16 +120,16 @@ class AgentConnection(ABC):
 
     @abstractmethod
     def close(self) -> int:
-        """Break the connection off if it is not broken; return the exit code behind it, negative for a signal."""
+        """Close the connection; return the exit code of ``program``, negative for a signal."""
 
 
 class PipeConnection(AgentConnection):
-    """The agent's stdin and stdout are those of a child of this process: the agent itself, ssh, srun.
+    """Messages over stdin and stdout of a child of this process: the agent itself, ssh or srun.
 
     Args:
         host: its name in the plan.
-        remote: what to start, in a session of its own, so that the terminal's Ctrl-C is for the caller alone.
-        log: takes what the command itself has to say, above all when it breaks.
+        remote: command to start, in a session of its own, so that Ctrl-C in the terminal signals the caller only.
+        log: file that receives the command's stderr.
     """
 
     def __init__(self, host: str, remote: RemoteCommand, *, log: Path) -> None:
@@ -93,202 +147,171 @@ class PipeConnection(AgentConnection):
         assert self._popen.stdout is not None
         self._stdin, self._stdout = self._popen.stdin, self._popen.stdout
         os.set_blocking(self._stdin.fileno(), False)
-        self._inbox, self._log = MessageReader(FROM_AGENT), log
-        self._lock = threading.Lock()
-        self._queue = bytearray(remote.prologue)
-        self._is_broken = False
+        self._reader, self._log = MessageReader(FROM_AGENT), log
+        self._buffer = WriteBuffer(self._stdin.fileno(), content=remote.prologue)
 
     def fileno(self) -> int:
         """Return the command's stdout."""
         return self._stdout.fileno()
 
-    def outlet(self) -> int | None:
-        """Return the command's stdin while something waits."""
-        return self._stdin.fileno() if self._queue and not self._is_broken else None
-
-    def send(self, message: AgentMessage) -> None:
-        """Write to the command's stdin."""
-        with self._lock:
-            self._queue += message.encode()
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what the pipe takes."""
-        with self._lock:
-            while self._queue and not self._is_broken:
-                try:
-                    written = os.write(self._stdin.fileno(), self._queue[:_CHUNK])
-                except BlockingIOError:
-                    return
-                except BrokenPipeError:
-                    self._is_broken = True
-                    return
-                del self._queue[:written]
+    def write_fd(self) -> int | None:
+        """Return the command's stdin while bytes are queued."""
+        return self._stdin.fileno() if self._buffer.is_waiting else None
 
     def receive(self) -> list[AgentMessage] | None:
         """Read what has arrived; call it when ``fileno`` is readable."""
-        data = os.read(self._stdout.fileno(), _CHUNK)
+        data = os.read(self._stdout.fileno(), CHUNK_BYTES)
         if not data:
             return None
-        messages, noise = self._inbox.take(data)
+        messages, noise = self._reader.feed(data)
         if noise:
             with self._log.open("ab") as log:
                 log.write(noise)
         return messages
 
     def close(self) -> int:
-        """Kill the command if it has not ended."""
+        """Kill the command if it still runs."""
         self._popen.kill()
         code = self._popen.wait()
-        with self._lock:
-            self._is_broken = True
-            self._stdin.close()
+        self._buffer.close()
+        self._stdin.close()
         self._stdout.close()
         return code
 
 
 class SessionConnection:
-    """Messages in on one descriptor, out on another.
+    """The agent's side: messages from the session on one descriptor, to it on another.
 
     Args:
-        inbox: where orders come from.
-        outbox: where events go; may be the same socket.
+        read_fd: receives orders.
+        write_fd: sends events; may be the same socket.
     """
 
-    def __init__(self, *, inbox: int, outbox: int) -> None:
-        self.inbox, self.outbox = inbox, outbox
-        self.lost = False
-        """The session is gone: nothing will be read or answered any more."""
-        self._incoming, self._outgoing = MessageReader(TO_AGENT), bytearray()
-        self._waiting: list[AgentMessage] = []
-        self._lock = threading.Lock()
+    def __init__(self, *, read_fd: int, write_fd: int) -> None:
+        self.read_fd, self._write_fd = read_fd, write_fd
+        self._reader, self._buffer = MessageReader(TO_AGENT), WriteBuffer(write_fd)
+        self._received: list[AgentMessage] = []
         self._timeout_s = math.inf
-        self._heard_at = math.inf
-        self._pulse = Keepalive(lambda: self.send(Ping()))
-        os.set_blocking(inbox, False)
-        os.set_blocking(outbox, False)
+        self._last_message_at = math.inf
+        self._keepalive = Keepalive(lambda: self.send(Ping()))
+        os.set_blocking(read_fd, False)
+        os.set_blocking(write_fd, False)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether the session is gone: no message is received or sent any more."""
+        return self._buffer.is_closed
 
     @property
     def is_full(self) -> bool:
-        """Whether the session reads more slowly than we write; logs can wait in their files meanwhile."""
-        return len(self._outgoing) > _FULL and not self.lost
+        """Whether the session reads too slowly; lines of logs can wait in their files meanwhile."""
+        return self._buffer.num_bytes > _FULL_BYTES and not self.is_lost
 
     @property
-    def waiting_bytes(self) -> int:
-        """How much has been queued and not been taken by the connection."""
-        return len(self._outgoing)
+    def num_queued_bytes(self) -> int:
+        """How much is queued and not yet written."""
+        return self._buffer.num_bytes
 
-    def first(self) -> Assignment:
-        """Wait for the first message, which says what to do.
+    def receive_assignment(self) -> Assignment:
+        """Wait for the first message, the assignment.
 
         Raises:
-            EOFError: the session went before it sent one.
+            EOFError: the session ended before it sent one.
         """
-        while not self._waiting and not self.lost:
-            select.select([self.inbox], [], [])
-            self._waiting += self._read()
-        if not self._waiting:
+        while not self._received and not self.is_lost:
+            select.select([self.read_fd], [], [])
+            self._received += self._read()
+        if not self._received:
             raise EOFError("the session is gone")
-        first = self._waiting.pop(0)
+        first = self._received.pop(0)
         if not isinstance(first, Assignment):
-            self._break_off(f"a message {first.kind} before the assignment")
+            self._reject(f"a message {first.kind} before the assignment")
             raise EOFError("the session sent no assignment")  # noqa: TRY004 (it is the same as no message)
         return first
 
     def keep_alive(self, timeout_s: float) -> None:
-        """Say every second that we are there, and count the session as gone after ``timeout_s`` of silence."""
+        """Ping the session every second, and count it as lost after ``timeout_s`` of silence."""
         if timeout_s:
-            self._timeout_s, self._heard_at = timeout_s, time.monotonic()
-            self._pulse.start()
+            self._timeout_s, self._last_message_at = timeout_s, time.monotonic()
+            self._keepalive.start()
 
     def receive(self) -> list[AgentMessage]:
-        """Return the orders that have arrived whole, and look whether the session is still there."""
-        arrived, self._waiting = self._waiting + self._read(), []
-        if arrived and self._timeout_s < math.inf:
-            is_held = isinstance(arrived[-1], SessionSuspended)
-            self._heard_at = math.inf if is_held else time.monotonic()
-        if any(isinstance(order, Assignment) for order in arrived):
-            self._break_off("a second assignment")
-        return [order for order in arrived if not isinstance(order, Ping | SessionSuspended | Assignment)]
+        """Return the orders that have arrived completely; keepalives are handled here."""
+        messages, self._received = self._received + self._read(), []
+        if messages and self._timeout_s < math.inf:
+            is_suspended = isinstance(messages[-1], SessionSuspended)
+            self._last_message_at = math.inf if is_suspended else time.monotonic()
+        if any(isinstance(message, Assignment) for message in messages):
+            self._reject("a second assignment")
+        return [message for message in messages if not isinstance(message, Ping | SessionSuspended | Assignment)]
 
-    def check(self) -> None:
-        """Notice a session that has been silent for too long."""
-        if time.monotonic() - self._heard_at > self._timeout_s:
-            self.lost = True
+    def check_timeout(self) -> None:
+        """Count a session that has been silent for too long as lost."""
+        if time.monotonic() - self._last_message_at > self._timeout_s:
+            self.mark_lost()
+
+    def mark_lost(self) -> None:
+        """Count the session as lost."""
+        self._buffer.close()
 
     def send(self, message: AgentMessage) -> None:
         """Queue a message and write what fits."""
-        with self._lock:
-            if not self.lost:
-                self._outgoing += message.encode()
-                self._flush()
+        self._buffer.write(message.encode())
 
     def flush(self) -> None:
-        """Write what the connection takes."""
-        with self._lock:
-            self._flush()
+        """Write what fits of the queue."""
+        self._buffer.flush()
 
     def flush_all(self) -> None:
-        """Write everything, however slowly it is read, unless the session goes; it is the last thing we do."""
-        self._pulse.stop()
-        while self._outgoing and not self.lost:
-            readable, _, _ = select.select([self.inbox], [self.outbox], [], 1.0)
+        """Write everything, however slowly it is read, unless the session is lost; send nothing afterwards."""
+        self._keepalive.stop()
+        while self._buffer.is_waiting:
+            readable, _, _ = select.select([self.read_fd], [self._write_fd], [], 1.0)
             if readable:
                 self.receive()
-            self.check()
+            self.check_timeout()
             self.flush()
 
     def _read(self) -> list[AgentMessage]:
         try:
-            data = os.read(self.inbox, _CHUNK)
+            data = os.read(self.read_fd, CHUNK_BYTES)
         except BlockingIOError:
             return []
         except OSError:
             data = b""
         if not data:
-            self.lost = True
-        messages, noise = self._incoming.take(data)
+            self.mark_lost()
+        messages, noise = self._reader.feed(data)
         if noise:
-            sys.stderr.buffer.write(b"not an order: " + noise)
-        if self._incoming.malformed and not self.lost:
-            self._break_off(self._incoming.malformed)
+            sys.stderr.buffer.write(b"not a message: " + noise)
+        if self._reader.malformed and not self.is_lost:
+            self._reject(self._reader.malformed)
         return messages
 
-    def _break_off(self, why: str) -> None:
-        """Take the session for lost: it sent what no session sends, so what it means cannot be known."""
-        self.lost = True
-        print(f"the connection to the session is closed: it sent {why}", file=sys.stderr, flush=True)
-
-    def _flush(self) -> None:
-        while self._outgoing and not self.lost:
-            try:
-                written = os.write(self.outbox, self._outgoing[:_CHUNK])
-            except BlockingIOError:
-                return
-            except OSError:
-                self.lost = True
-                return
-            del self._outgoing[:written]
+    def _reject(self, reason: str) -> None:
+        """Count the session as lost, because it sent an invalid message."""
+        self.mark_lost()
+        print(f"the connection to the session is closed: it sent {reason}", file=sys.stderr, flush=True)
 
 
 class Keepalive:
-    """Calls ``heartbeat`` every second until it is stopped."""
+    """Calls ``ping`` every second, in a thread, until it is stopped."""
 
-    def __init__(self, heartbeat: Callable[[], None]) -> None:
-        self._heartbeat = heartbeat
+    def __init__(self, ping: Callable[[], None]) -> None:
+        self._ping = ping
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="keepalive", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
-        """End, and wait until no call is under way."""
+        """Stop it, and wait for a call in progress."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join()
 
     def _run(self) -> None:
         while not self._stop.wait(KEEPALIVE_S):
-            self._heartbeat()
+            self._ping()

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Plain lines. A reader that goes away (``| head``, a closed terminal) ends the printing, not the run.
+    """Prints plain lines. A reader that closes the pipe (``| head``) or the terminal does not end the run.
 
     Args:
         stream: where to print.
@@ -25,18 +25,18 @@ class Console:
         self._reader_is_gone = False
 
     def line(self, text: str) -> None:
-        """Print one whole line, without the escape sequences of a rank but its colours."""
+        """Print one whole line; of escape sequences, only colours are kept."""
         self._try(lambda: self._print(printable(text)))
 
     def progress(self, step: int, total: int, numbers: Mapping[str, float]) -> None:
-        """Show how far the run is; plain lines leave this to what rank 0 prints."""
+        """Show progress: nothing here, because rank 0 prints its own lines."""
 
     def _print(self, text: str) -> None:
         self._stream.write(self._printable(text) + "\n")
         self._stream.flush()
 
     def _printable(self, text: str) -> str:
-        """Return what the stream can encode: a name of a file may hold any byte, a terminal any encoding."""
+        """Return ``text`` with characters that the stream cannot encode escaped."""
         encoding = self._stream.encoding or "utf-8"
         return text.encode(encoding, "backslashreplace").decode(encoding)
 
@@ -54,8 +54,7 @@ class TerminalConsole(Console):
 
     Args:
         stream: a terminal.
-        bar: a rich progress, started, that draws only when told to: a thread of its own could not be stopped from
-            writing to a terminal that is gone.
+        bar: a started rich progress without automatic refresh: its thread would write to a closed terminal.
     """
 
     def __init__(self, stream: TextIO, bar: Progress) -> None:
@@ -72,7 +71,7 @@ class TerminalConsole(Console):
         self._try(self._bar.refresh)
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._try(self._bar.stop)
 
     def _print(self, text: str) -> None:
@@ -80,7 +79,7 @@ class TerminalConsole(Console):
 
         self._bar.console.print(
             Text.from_ansi(self._printable(text)), soft_wrap=True
-        )  # colours that a rank prints stay
+        )  # keeps the colours that a rank prints
 
 
 _SHOWN = (("loss", "loss", ".4f"), ("tokens_per_s", "tokens/s", ",.0f"))
@@ -88,7 +87,7 @@ _SHOWN = (("loss", "loss", ".4f"), ("tokens_per_s", "tokens/s", ",.0f"))
 
 @contextmanager
 def open_console(stream: TextIO = sys.stdout) -> Iterator[Console]:
-    """Yield the console that suits ``stream``."""
+    """Yield a console with a progress bar for a terminal, else one for plain lines."""
     if not stream.isatty():
         yield Console(stream)
         return

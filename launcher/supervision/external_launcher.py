@@ -2,10 +2,10 @@
 
 Started with ``python -m launcher.supervision.external_launcher``.
 
-It runs beside the session, has that launcher (pdsh, mpirun, srun) below it, and watches the ranks of every host through
-the run directory. Neither the launcher's exit code nor its way to end ranks is relied upon: deepspeed exits with 0 when
-pdsh is killed, and cleans up with a ``pkill -f`` that ends everybody's deepspeed on those hosts. So it is never asked,
-only killed.
+It runs beside the session, starts that launcher (pdsh, mpirun, srun), and supervises the ranks of every host through
+the run directory. It relies neither on the launcher's exit code nor on its way to end ranks: deepspeed exits with 0
+when pdsh is killed, and cleans up with a ``pkill -f`` that ends every deepspeed process on those hosts. So the launcher
+is only ever killed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from launcher.supervision.agent_entry import serve_assignment
 from launcher.supervision.child_process import ChildProcess
 from launcher.supervision.file_channel import (
     RANK_FIELDS,
-    RENEW_S,
+    WRITE_EVERY_S,
     Lease,
     agent_file,
     channel_folder,
@@ -53,11 +53,11 @@ _READ_EVERY_S = 0.25
 
 
 _REPORT_TIMEOUT_S = 3.0
-"""Time that guards get to report once the launcher has ended."""
+"""Time for rank monitors to report once the launcher has exited."""
 
 
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""What deepspeed exports on hosts by itself, mangled by their shells; ranks get it from us instead."""
+"""Prefixes of variables that deepspeed exports, mangled by shells; ranks read them from the channel instead."""
 
 
 _SSH_EXITED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
@@ -67,155 +67,158 @@ class FileChannelRanks(HostRanks):
     """All ranks of a run.
 
     Args:
-        mine: what the agent was assigned: it names every rank.
-        plan: says on which host each of them is.
+        own: plan of the agent, which names every rank.
+        plan: of the run, with the host of each rank.
         run_dir: shared with the hosts.
         scratch: a folder of the agent's own.
-        emit: takes what there is to tell.
+        emit: sends a message to the session.
         token: of this start.
     """
 
-    def __init__(self, mine: HostPlan, *, plan: Plan, run_dir: RunDir, scratch: Path, emit: Emit, token: str) -> None:
-        super().__init__(mine, run_dir=run_dir, scratch=scratch, emit=emit)
-        self._board, self._token = channel_folder(run_dir), token
+    def __init__(self, own: HostPlan, *, plan: Plan, run_dir: RunDir, scratch: Path, emit: Emit, token: str) -> None:
+        super().__init__(own, run_dir=run_dir, scratch=scratch, emit=emit)
+        self._folder, self._token = channel_folder(run_dir), token
         self._host_of = {place.rank: place.host for place in plan.ranks}
         self._leases = {rank: Lease(plan.heartbeat_timeout_s) for rank in self._ranks}
-        self._orphans: set[int] = set()
-        self._unsound: set[int] = set()
+        self._without_launcher: set[int] = set()
+        self._malformed: set[int] = set()
         self._signals: list[int] = []
-        self._turn = 0
-        self._next_post = self._next_look = 0.0
+        self._sequence = 0
+        self._write_at = self._read_at = 0.0
         for rank in self._ranks.values():
             rank.log = LogTail(run_dir.log_of(self._host_of[rank.number], rank.number))
-        self._post()
+        self._write()
 
     @property
     def living(self) -> list[str]:
-        """The ranks that have begun and not ended, with their hosts."""
+        """The ranks that have started and not exited, with their hosts."""
         return [f"{rank.number} on {self._host_of[rank.number]}" for rank in self._ranks.values() if rank.is_alive]
 
-    def has_begun_on(self, host: str) -> bool:
-        """Return whether a rank of ``host`` was heard of."""
-        return any(self._host_of[rank.number] == host and rank.guard for rank in self._ranks.values())
+    def has_started_on(self, host: str) -> bool:
+        """Return whether a rank of ``host`` has started."""
+        return any(self._host_of[rank.number] == host and rank.monitor for rank in self._ranks.values())
 
     def send(self, number: int) -> int:
-        """Have every guard send a signal to its rank; return how many ranks live."""
+        """Have every monitor send a signal to its rank; return the number of living ranks."""
         self._signals.append(number)
-        self._post()
+        self._write()
         return sum(rank.is_alive for rank in self._ranks.values())
 
     def dump(self, *, within_s: float) -> None:
-        """Have every rank write its Python stacks to its log; ``poll`` sends each of them on, once."""
-        asked = [rank for rank in self._ranks.values() if rank.is_alive and rank.dump is None]
-        for rank in asked:
+        """Have every rank write its Python stacks to its log; ``poll`` sends each of them once."""
+        ranks = [rank for rank in self._ranks.values() if rank.is_alive and rank.dump is None]
+        for rank in ranks:
             rank.dump = StackDump(None, rank.log.path, within_s=within_s)
-        if asked:
+        if ranks:
             self.send(signal.SIGUSR2)
-            self.send(signal.SIGCONT)  # one that a signal had stopped could not answer otherwise
+            self.send(signal.SIGCONT)  # a suspended rank could not answer otherwise
 
     def poll(self, *, logs: bool) -> bool:
-        """Renew our sign of life, and read what the guards have posted."""
+        """Write the agent's file and read those of the monitors, each when it is time."""
         now = time.monotonic()
-        if now >= self._next_post:
-            self._post()
-        if now >= self._next_look:
-            self._next_look = now + _READ_EVERY_S
+        if now >= self._write_at:
+            self._write()
+        if now >= self._read_at:
+            self._read_at = now + _READ_EVERY_S
             for number in self._ranks:
-                self._look_at(number)
-            self._notice_silence()
+                self._read(number)
+            self._drop_silent_hosts()
         return super().poll(logs=logs)
 
     def close(self) -> None:
-        """Say that the run is over, to ranks that were on their way too."""
-        self._post(over=True)
+        """Mark the run as over, also for ranks that are still starting."""
+        self._write(is_over=True)
 
-    def _post(self, *, over: bool = False) -> None:
-        self._turn += 1
-        self._next_post = time.monotonic() + RENEW_S
-        content = {"token": self._token, "turn": self._turn, "signals": self._signals, "over": over}
-        with contextlib.suppress(OSError):  # a full or absent disk: the guards end their ranks when it lasts
-            write_channel_file(agent_file(self._board), content)
+    def _write(self, *, is_over: bool = False) -> None:
+        self._sequence += 1
+        self._write_at = time.monotonic() + WRITE_EVERY_S
+        content = {"token": self._token, "sequence": self._sequence, "signals": self._signals, "is_over": is_over}
+        with contextlib.suppress(OSError):  # a full or absent disk: the monitors end their ranks if it lasts
+            write_channel_file(agent_file(self._folder), content)
 
-    def _look_at(self, number: int) -> None:
-        rank, said = self._ranks[number], read_channel_file(rank_file(self._board, number), RANK_FIELDS)
-        if rank.has_ended or said is None or said["token"] != self._token or "guard" not in said:
+    def _read(self, number: int) -> None:
+        rank, content = self._ranks[number], read_channel_file(rank_file(self._folder, number), RANK_FIELDS)
+        if rank.has_exited or content is None or content["token"] != self._token or "monitor_pid" not in content:
             return
         try:
-            _require_valid(said)
-        except MalformedMessage as problem:  # its lease is not renewed: a guard that keeps on so counts as gone
-            if number not in self._unsound:
-                self._unsound.add(number)
-                self._emit(UserNote(text=f"the guard of rank {number} posted {problem}"))
+            _require_valid(content)
+        except MalformedMessage as problem:  # its lease is not renewed, so a monitor that keeps doing so times out
+            if number not in self._malformed:
+                self._malformed.add(number)
+                self._emit(UserNote(text=f"the rank monitor of rank {number} wrote {problem}"))
             return
-        self._leases[number].renew(said["turn"])
-        rank.guard, rank.process = Process(said["guard"], 0), Process(said["pid"], 0)  # known by their numbers there
-        heartbeat = said["heartbeat"]
-        if heartbeat is not None and heartbeat["at"] != rank.beat_at:
-            rank.beat_at = heartbeat.pop("at")
-            self._emit(RankHeartbeat(rank=number, age_s=said["age_s"], **heartbeat))
-        if "is_orphan" in said and number not in self._orphans:
-            self._orphans.add(number)
+        self._leases[number].renew(content["sequence"])
+        # processes of another machine, known by their PIDs there
+        rank.monitor, rank.process = Process(content["monitor_pid"], 0), Process(content["pid"], 0)
+        heartbeat = content["heartbeat"]
+        if heartbeat is not None and heartbeat["at"] != rank.heartbeat_at:
+            rank.heartbeat_at = heartbeat.pop("at")
+            self._emit(RankHeartbeat(rank=number, age_s=content["age_s"], **heartbeat))
+        if "launcher_exited" in content and number not in self._without_launcher:
+            self._without_launcher.add(number)
             host = self._host_of[number]
-            self._tell_of_host(host, f"what started the ranks on {host} was killed; they were ended, too")
-        if "status" in said:
-            self._end(
-                rank, time=said["time"], code=exit_code_of_status(said["status"]), by_launcher=said["by_launcher"]
-            )
+            self._report_host(host, f"the launcher of the ranks on {host} was killed, so they were ended")
+        if "status" in content:
+            code = exit_code_of_status(content["status"])
+            self._report_exit(rank, time=content["time"], code=code, by_launcher=content["by_launcher"])
 
-    def _notice_silence(self) -> None:
-        """Give up ranks whose guards have fallen silent: host by host, because that is what went."""
+    def _drop_silent_hosts(self) -> None:
+        """Report hosts whose monitors are silent, and count their ranks as exited."""
         silent: dict[str, list[int]] = defaultdict(list)
         for rank in self._ranks.values():
-            if rank.is_alive and self._leases[rank.number].is_over:
-                rank.has_ended = True
+            if rank.is_alive and self._leases[rank.number].is_expired:
+                rank.has_exited = True
                 silent[self._host_of[rank.number]].append(rank.number)
         for host, numbers in silent.items():
-            for_s = self._leases[numbers[0]].silent_s
-            why = (
-                f"nothing was heard of {host} for {for_s:.0f} s: it is down, frozen, or cut off from the run directory"
-            )
-            self._tell_of_host(host, why, ago_s=for_s)
+            silent_s = self._leases[numbers[0]].silent_s
+            cause = "it is down, frozen, or cut off from the run directory"
+            self._report_host(host, f"no heartbeat from {host} for {silent_s:.0f} s: {cause}", ago_s=silent_s)
 
-    def _tell_of_host(self, host: str, why: str, *, ago_s: float = 0.0) -> None:
+    def _report_host(self, host: str, reason: str, *, ago_s: float = 0.0) -> None:
         now, role = time.time() - ago_s, f"host {host}"
-        self._emit(CommandExited(name=host, role=role, time=now, code=1, signal=None, tail="", why=why))
+        self._emit(CommandExited(name=host, role=role, time=now, code=1, signal=None, tail="", reason=reason))
 
 
-def _require_valid(said: Mapping[str, Any]) -> None:
-    """Raise ``MalformedMessage`` for a file that has the parts of a guard's file in another form."""
-    require_fields(said, {"guard": int, "pid": int})
-    if said["heartbeat"] is not None:
-        require_fields(said["heartbeat"], HEARTBEAT_FIELDS)
-        if said["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
-            raise MalformedMessage("a beat with other fields than a beat has")
-    if "status" in said:
-        require_fields(said, {"status": int, "time": float, "by_launcher": bool})
-        exit_code_of_status(said["status"])
+def _require_valid(content: Mapping[str, Any]) -> None:
+    """Raise ``MalformedMessage`` for a monitor's file with fields of the wrong form."""
+    require_fields(content, {"monitor_pid": int, "pid": int})
+    if content["heartbeat"] is not None:
+        require_fields(content["heartbeat"], HEARTBEAT_FIELDS)
+        if content["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
+            raise MalformedMessage("a heartbeat with unknown fields")
+    if "status" in content:
+        require_fields(content, {"status": int, "time": float, "by_launcher": bool})
+        exit_code_of_status(content["status"])
 
 
 class ExternalLauncherAgent(HostAgent):
-    """Watches over ranks that are elsewhere."""
+    """Supervises ranks on other machines."""
 
     def _watch_ranks(self, scratch: Path) -> HostRanks:
-        self._whole = plan_from_json(read_json(self._run_dir.plan))
-        token, board = secrets.token_hex(8), channel_folder(self._run_dir)
-        board.mkdir(exist_ok=True)
-        for path in board.iterdir():  # of an earlier attempt
+        self._run_plan = plan_from_json(read_json(self._run_dir.plan))
+        token, folder = secrets.token_hex(8), channel_folder(self._run_dir)
+        folder.mkdir(exist_ok=True)
+        for path in folder.iterdir():  # of an earlier attempt
             path.unlink()
         cwd = Path.cwd()
-        os.chdir(code_root())  # deepspeed writes its own into a remote command, without quotes
-        env = {name: os.environ[name] for name in self._whole.forwarded_env if name in os.environ}
+        os.chdir(code_root())  # deepspeed writes its working folder into a remote command, without quotes
+        env = {name: os.environ[name] for name in self._run_plan.forwarded_env if name in os.environ}
         env = {name: value for name, value in env.items() if not is_secret(name, value)}
-        write_channel_file(board / "start.json", {"token": token, "cwd": str(cwd), "env": env})
-        self._board_ranks = FileChannelRanks(
-            self._plan, plan=self._whole, run_dir=self._run_dir, scratch=scratch, emit=self._uplink.send, token=token
+        write_channel_file(folder / "start.json", {"token": token, "cwd": str(cwd), "env": env})
+        self._channel_ranks = FileChannelRanks(
+            self._plan,
+            plan=self._run_plan,
+            run_dir=self._run_dir,
+            scratch=scratch,
+            emit=self._session.send,
+            token=token,
         )
-        return self._board_ranks
+        return self._channel_ranks
 
     def _launch(self) -> ChildProcess | None:
         child = super()._launch()
-        for host in self._whole.hosts if child else ():
-            self._uplink.send(LauncherStarted(host=host.host.name))
+        for host in self._run_plan.hosts if child else ():
+            self._session.send(LauncherStarted(host=host.host.name))
         return child
 
     def _env_of(self, command: Command) -> dict[str, str]:
@@ -228,42 +231,40 @@ class ExternalLauncherAgent(HostAgent):
     def _end_command(self, child: ChildProcess, number: int) -> None:
         child.process.send(signal.SIGKILL)
 
-    def _write_down(self, line: str) -> None:
-        super()._write_down(line)
-        if (found := _SSH_EXITED.fullmatch(line.strip())) and not self._board_ranks.has_begun_on(found["host"]):
-            self._miss(found["host"], int(found["code"]))
+    def _write_log(self, line: str) -> None:
+        super()._write_log(line)
+        if (found := _SSH_EXITED.fullmatch(line.strip())) and not self._channel_ranks.has_started_on(found["host"]):
+            self._report_failed_ssh(found["host"], int(found["code"]))
 
-    def _miss(self, host: str, code: int) -> None:
-        """Tell that pdsh did not bring a rank up on ``host``: it would say nothing until every other host is done."""
-        said = (
-            [line for line in self._current.tail.splitlines() if line.startswith(f"{host}:")] if self._current else []
-        )
-        why = f"no rank began on {host}: its ssh ended with exit code {code}"
-        tail, now = "\n".join(said), time.time()
-        self._uplink.send(
-            CommandExited(name="ssh", role=f"ssh {host}", time=now, code=code, signal=None, tail=tail, why=why)
+    def _report_failed_ssh(self, host: str, code: int) -> None:
+        """Report that pdsh started no rank on ``host``: pdsh itself exits only after every other host."""
+        lines = self._current.tail.splitlines() if self._current else []
+        tail = "\n".join(line for line in lines if line.startswith(f"{host}:"))
+        reason, now = f"no rank started on {host}: its ssh ended with exit code {code}", time.time()
+        self._session.send(
+            CommandExited(name="ssh", role=f"ssh {host}", time=now, code=code, signal=None, tail=tail, reason=reason)
         )
 
-    def _report_end(self, child: ChildProcess, *, role: str) -> None:
+    def _report_exit(self, child: ChildProcess, *, role: str) -> None:
         deadline = time.monotonic() + (_REPORT_TIMEOUT_S if child.code == 0 else 0.0)
-        self._wait(lambda: not self._ranks.any_alive() or time.monotonic() > deadline or self._is_over())
-        if child.code == 0 and (living := self._board_ranks.living) and not self._is_over():
-            why = f"{child.name} ended with exit code 0 before rank {' and '.join(living)} did"
-            why += ": what connected it with the hosts was killed or cut off"
+        self._wait(lambda: not self._ranks.any_alive() or time.monotonic() > deadline or self._is_grace_over())
+        if child.code == 0 and (living := self._channel_ranks.living) and not self._is_grace_over():
+            reason = f"{child.name} ended with exit code 0 before rank {' and '.join(living)} did"
+            reason += ": its connection to the hosts was killed or cut off"
             now, role = time.time(), "connection"
-            self._uplink.send(
-                CommandExited(name=child.name, role=role, time=now, code=1, signal=None, tail=child.tail, why=why)
+            self._session.send(
+                CommandExited(name=child.name, role=role, time=now, code=1, signal=None, tail=child.tail, reason=reason)
             )
         else:
-            super()._report_end(child, role=role)
+            super()._report_exit(child, role=role)
 
     def _end_all_but_sidecars(self) -> None:
-        """Have the ranks everywhere killed, and wait for word of each, or until its guard is silent for too long."""
+        """Kill the ranks on all hosts, and wait until each has exited or its monitor has timed out."""
         if self._ranks.any_alive():
             self._ranks.send(signal.SIGKILL)
             self._wait(lambda: not self._ranks.any_alive())
         super()._end_all_but_sidecars()
-        self._board_ranks.close()
+        self._channel_ranks.close()
 
 
 def main() -> None:
@@ -271,7 +272,7 @@ def main() -> None:
     become_subreaper()
     with scratch_folder() as scratch:
         serve_assignment(
-            inbox=sys.stdin.fileno(), outbox=sys.stdout.fileno(), scratch=scratch, agent=ExternalLauncherAgent
+            read_fd=sys.stdin.fileno(), write_fd=sys.stdout.fileno(), scratch=scratch, agent=ExternalLauncherAgent
         )
 
 

@@ -1,8 +1,8 @@
 """File channel between rank monitors and an agent elsewhere: files in the run directory.
 
-Other people's launchers start ranks on other machines without an agent beside them. What both sides share then is the
-run directory. The agent renews ``agent.json`` every second, with the signals that it wants sent; each rank monitor
-renews ``rank<k>.json``, with what its rank says and how it ends. A side whose number does not change any more is gone.
+External launchers start ranks on other machines without an agent beside them; both sides share the run directory.
+The agent writes ``agent.json`` every second, with the signals to send to the ranks; each rank monitor writes
+``rank<k>.json``, with the heartbeat and the exit of its rank. A side whose sequence number stops changing is gone.
 """
 
 from __future__ import annotations
@@ -20,42 +20,42 @@ from launcher.protocol.heartbeat import HEARTBEAT_BYTES, read_heartbeat
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.wire import require_fields
 
-RENEW_S = 1.0
-"""Time between two signs of life."""
+WRITE_EVERY_S = 1.0
+"""Time between two writes of a side."""
 
-AGENT_FIELDS: dict[str, Any] = {"token": str, "turn": int, "signals": list[int], "over": bool}
+AGENT_FIELDS: dict[str, Any] = {"token": str, "sequence": int, "signals": list[int], "is_over": bool}
 START_FIELDS: dict[str, Any] = {"token": str, "cwd": str, "env": dict[str, str]}
-RANK_FIELDS: dict[str, Any] = {"token": str, "turn": int, "age_s": float, "heartbeat": dict[str, Any] | None}
+RANK_FIELDS: dict[str, Any] = {"token": str, "sequence": int, "age_s": float, "heartbeat": dict[str, Any] | None}
 
 
 def channel_folder(run_dir: RunDir) -> Path:
-    """Return the folder."""
-    return run_dir.path / "board"
+    """Return the folder of the channel in a run directory."""
+    return run_dir.path / "channel"
 
 
-def agent_file(board: Path) -> Path:
-    """Return what the agent writes: ``token`` of this start, ``turn``, ``signals`` so far, ``over``."""
-    return board / "agent.json"
+def agent_file(folder: Path) -> Path:
+    """Return the agent's file: ``token`` of this start, ``sequence``, ``signals`` so far, ``is_over``."""
+    return folder / "agent.json"
 
 
-def rank_file(board: Path, rank: int) -> Path:
-    """Return what a guard writes: ``token``, ``turn``, ``guard``, ``pid``, ``heartbeat``; in the end ``status``."""
-    return board / f"rank{rank}.json"
+def rank_file(folder: Path, rank: int) -> Path:
+    """Return a monitor's file: ``token``, ``sequence``, ``monitor_pid``, ``pid``, ``heartbeat``, then ``status``."""
+    return folder / f"rank{rank}.json"
 
 
 def write_channel_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file as a whole; unlike a file that must survive a power cut, it need not reach the disk."""
+    """Replace a file atomically, without waiting for the disk: it need not survive a power failure."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)
 
 
 def read_channel_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return what a file says; ``None`` when it cannot be read, now or at all.
+    """Return the content of a file; ``None`` when it is absent, incomplete or invalid.
 
     Args:
         path: of the file.
-        fields: that it must have, with their types; a file of another form counts as unreadable.
+        fields: required fields with their types.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -68,96 +68,97 @@ def read_channel_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def mark_run_over(run_dir: RunDir) -> None:
-    """Say that the run is over, in the place of an agent that may not have come to it."""
-    orders = read_channel_file(agent_file(channel_folder(run_dir)), AGENT_FIELDS)
-    if orders is not None and not orders["over"]:
-        with contextlib.suppress(OSError):  # then the guards end their ranks because they hear nothing
-            write_channel_file(agent_file(channel_folder(run_dir)), {**orders, "over": True})
+    """Mark the run as over, in case its agent could not."""
+    content = read_channel_file(agent_file(channel_folder(run_dir)), AGENT_FIELDS)
+    if content is not None and not content["is_over"]:
+        with contextlib.suppress(OSError):  # then the monitors time out and end their ranks
+            write_channel_file(agent_file(channel_folder(run_dir)), {**content, "is_over": True})
 
 
 class Lease:
-    """Notices that a number has not changed for ``timeout_s``; clocks of other machines play no part."""
+    """Expires when a sequence number has not changed for ``timeout_s`` of the local clock."""
 
     def __init__(self, timeout_s: float) -> None:
-        self._timeout_s, self._seen, self._at = timeout_s, -1, time.monotonic()
+        self._timeout_s, self._sequence, self._changed_at = timeout_s, -1, time.monotonic()
 
-    def renew(self, turn: int) -> None:
-        """Take the number as it is now."""
-        if turn != self._seen:
-            self._seen, self._at = turn, time.monotonic()
+    def renew(self, sequence: int) -> None:
+        """Record the present number."""
+        if sequence != self._sequence:
+            self._sequence, self._changed_at = sequence, time.monotonic()
 
     @property
     def silent_s(self) -> float:
         """Time since it last changed."""
-        return time.monotonic() - self._at
+        return time.monotonic() - self._changed_at
 
     @property
-    def is_over(self) -> bool:
-        """Whether that is too long."""
+    def is_expired(self) -> bool:
+        """Whether that exceeds the timeout."""
         return self.silent_s > self._timeout_s
 
 
 class FileChannel:
-    """A guard's side; takes the place of ``Link``.
+    """The rank monitor's side; has the interface of ``SocketChannel``.
 
     Args:
-        board: the folder.
-        rank: whose guard it is.
+        folder: of the channel.
+        rank: of this monitor.
         token: of the start that this rank belongs to.
         timeout_s: silence of the agent after which it counts as gone.
     """
 
-    def __init__(self, board: Path, *, rank: int, token: str, timeout_s: float) -> None:
-        self.beats = mmap.mmap(-1, HEARTBEAT_BYTES)
+    def __init__(self, folder: Path, *, rank: int, token: str, timeout_s: float) -> None:
+        self.heartbeat = mmap.mmap(-1, HEARTBEAT_BYTES)
         """Shared with the rank, which is forked from this process."""
-        self._board, self._rank, self._token = board, rank, token
+        self._folder, self._rank, self._token = folder, rank, token
         self._parent, self._lease = os.getppid(), Lease(timeout_s)
-        self._said: dict[str, Any] = {}
-        self._turn = self._num_obeyed = 0
-        self._next_at = 0.0
+        self._fields: dict[str, Any] = {}
+        self._sequence = self._num_signals = 0
+        self._write_at = 0.0
         self._is_over = False
 
-    def tell(self, *, kind: str, **message: Any) -> None:
-        """Post what a guard has to say."""
-        self._said.update(message)
-        self._post()
+    def send(self, *, kind: str, **message: Any) -> None:
+        """Add the fields of a message to the monitor's file."""
+        self._fields.update(message)
+        self._write()
 
-    def orders(self) -> list[int]:
-        """Return the signals that the agent wants sent and were not returned yet; show that this guard lives."""
-        if time.monotonic() >= self._next_at:
-            self._next_at = time.monotonic() + RENEW_S
-            self._post()
-        told = read_channel_file(agent_file(self._board), AGENT_FIELDS)
-        if told is None:
+    def signals(self) -> list[int]:
+        """Return new signals that the agent orders; write the monitor's file when it is time."""
+        if time.monotonic() >= self._write_at:
+            self._write_at = time.monotonic() + WRITE_EVERY_S
+            self._write()
+        content = read_channel_file(agent_file(self._folder), AGENT_FIELDS)
+        if content is None:
             return []
-        self._is_over = told["over"] or told["token"] != self._token
-        self._lease.renew(told["turn"])
-        new: list[int] = told["signals"][self._num_obeyed :] if not self._is_over else []
-        self._num_obeyed += len(new)
+        self._is_over = content["is_over"] or content["token"] != self._token
+        self._lease.renew(content["sequence"])
+        new: list[int] = content["signals"][self._num_signals :] if not self._is_over else []
+        self._num_signals += len(new)
         return new
 
-    def lost(self) -> bool:
-        """Return whether the run is over, its agent silent, or what started this rank gone."""
+    def is_closed(self) -> bool:
+        """Return whether the run is over, its agent is silent, or the launcher of this rank has exited."""
         if os.getppid() != self._parent:
-            self._said["is_orphan"] = True
-        return self._is_over or self._lease.is_over or "is_orphan" in self._said
+            self._fields["launcher_exited"] = True
+        return self._is_over or self._lease.is_expired or "launcher_exited" in self._fields
 
     def clean_up_after_agent(self) -> None:
-        """Leave the folder: others read it, and it is the run's."""
+        """Do nothing: the folder is part of the run directory, and other monitors read it."""
 
     def close(self) -> None:
-        """Leave the rank's half nothing to do."""
+        """Do nothing: the rank's process holds no resource of the channel."""
 
-    def _post(self) -> None:
-        self._turn += 1
-        heartbeat, now = read_heartbeat(self.beats), time.monotonic()
-        shown = heartbeat and {
-            "phase": heartbeat.phase,
-            "step": heartbeat.step,
-            "at": heartbeat.at,
-            "numbers": heartbeat.numbers,
+    def _write(self) -> None:
+        self._sequence += 1
+        state, now = read_heartbeat(self.heartbeat), time.monotonic()
+        fields = state and {"phase": state.phase, "step": state.step, "at": state.at, "numbers": state.numbers}
+        age_s = max(0.0, now - state.at) if state else 0.0
+        content = {
+            "token": self._token,
+            "sequence": self._sequence,
+            "heartbeat": fields,
+            "age_s": age_s,
+            **self._fields,
         }
-        age_s = max(0.0, now - heartbeat.at) if heartbeat else 0.0
-        content = {"token": self._token, "turn": self._turn, "heartbeat": shown, "age_s": age_s, **self._said}
-        with contextlib.suppress(OSError):  # a full or absent disk: the agent will notice the silence
-            write_channel_file(rank_file(self._board, self._rank), content)
+        with contextlib.suppress(OSError):  # a full or absent disk: the agent will detect the silence
+            write_channel_file(rank_file(self._folder, self._rank), content)

@@ -1,6 +1,6 @@
 """File sync: send the run directory of a host without a shared disk to the session.
 
-Checkpoints stay where they are. What the session writes itself (run.yaml, result.json, …) is left alone.
+Checkpoints are not sent, nor the files that the session writes itself (run.yaml, result.json, …).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.supervision.connection import SessionConnection
 
 MAX_FILE_BYTES = 64 * 2**20
-"""Of a file that is sent anew whenever it changes; those that only grow may be of any size."""
+"""Of a file that is sent whole whenever it changes; an append-only file may have any size."""
 
 
 _SCAN_EVERY_S = 1.0
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 1 << 17
 
 
 _MAX_QUEUED_BYTES = 1 << 19
-"""Most that waits to be sent: a rank's end must not stand in line behind minutes of logs."""
+"""Limit of queued bytes: the exit of a rank must not wait behind minutes of logs."""
 
 
 _APPENDED_SUFFIXES = (".log", ".jsonl", ".wandb")
@@ -38,19 +38,19 @@ _APPENDED_SUFFIXES = (".log", ".jsonl", ".wandb")
 
 @dataclass(eq=False)
 class _SyncedFile:
-    """What is known of one file."""
+    """State of one file."""
 
     path: Path
     name: str
     inode: int = -1
     sent: int = 0
-    """Bytes, of a file that grows."""
+    """Bytes sent."""
     until: int = 0
-    """Its size at the last look."""
+    """Its size at the last scan."""
     changed_at: int = -1
-    """Modification time (ns) of what was sent last, or is about to be."""
+    """Modification time (ns) of the content that is or was sent last."""
     payload: bytes | None = None
-    """Content of a file that is sent whole, while it is."""
+    """Content of a file that is being sent whole."""
 
     @property
     def grows(self) -> bool:
@@ -58,42 +58,42 @@ class _SyncedFile:
 
 
 class FileSyncSender:
-    """Sends one host's files. Never waits: it sends as much as the connection takes.
+    """Sends one host's files. Never blocks: it sends as much as the connection takes.
 
     Args:
         run_dir: on this host.
         plan: of this host.
-        uplink: to the session.
+        session: connection to the session.
     """
 
-    def __init__(self, run_dir: RunDir, plan: HostPlan, *, uplink: SessionConnection) -> None:
-        self._run_dir, self._plan, self._uplink = run_dir, plan, uplink
+    def __init__(self, run_dir: RunDir, plan: HostPlan, *, session: SessionConnection) -> None:
+        self._run_dir, self._plan, self._session = run_dir, plan, session
         self._files: dict[Path, _SyncedFile] = {}
         self._changed: deque[_SyncedFile] = deque()
         self._too_large: set[Path] = set()
-        self._look_at = 0.0
-        # ssh writes into the same log on the other side, so ours joins it, from where this life of the run begins
+        self._scan_at = 0.0
+        # ssh writes to the same log on the session's machine, so new lines of this one are appended there
         log = run_dir.log_of(plan.host.name, "agent")
-        self._joining = self._files[log] = _SyncedFile(log, str(log.relative_to(run_dir.path)))
+        self._appended_log = self._files[log] = _SyncedFile(log, str(log.relative_to(run_dir.path)))
         if log.exists():
-            self._joining.sent, self._joining.inode = log.stat().st_size, log.stat().st_ino
+            self._appended_log.sent, self._appended_log.inode = log.stat().st_size, log.stat().st_ino
 
-    def pump(self) -> bool:
-        """Send what is new, as far as there is room; return whether some of it is left."""
-        if time.monotonic() >= self._look_at:
-            self.look()
-        while self._changed and not self._uplink.lost and self._uplink.waiting_bytes < _MAX_QUEUED_BYTES:
+    def send_some(self) -> bool:
+        """Send new content, as far as the connection takes it; return whether some is left."""
+        if time.monotonic() >= self._scan_at:
+            self.scan()
+        while self._changed and not self._session.is_lost and self._session.num_queued_bytes < _MAX_QUEUED_BYTES:
             try:
-                is_sent = self._send_piece(self._changed[0])
-            except FileNotFoundError:  # removed since, or replaced at this moment: the next look sees what is there
+                is_sent = self._send_chunk(self._changed[0])
+            except FileNotFoundError:  # removed or being replaced; the next scan finds what is there
                 is_sent = True
             if is_sent:
                 self._changed.popleft()
         return bool(self._changed)
 
-    def look(self) -> None:
-        """Find what has changed; ``pump`` does so every second by itself."""
-        self._look_at = time.monotonic() + _SCAN_EVERY_S
+    def scan(self) -> None:
+        """Find changed files; ``send_some`` does so every second."""
+        self._scan_at = time.monotonic() + _SCAN_EVERY_S
         for path in _files_in(self._run_dir.path, self._plan):
             try:
                 status = path.lstat()
@@ -108,8 +108,8 @@ class FileSyncSender:
             if is_new and not self._is_too_large(file) and file not in self._changed:
                 self._changed.append(file)
 
-    def left(self) -> list[str]:
-        """Return what has not been sent yet."""
+    def unsent(self) -> list[str]:
+        """Return the names of files that are not completely sent."""
         return [file.name for file in self._changed]
 
     def _is_too_large(self, file: _SyncedFile) -> bool:
@@ -117,21 +117,21 @@ class FileSyncSender:
             return False
         if file.path not in self._too_large:
             self._too_large.add(file.path)
-            size, most = file.until >> 20, MAX_FILE_BYTES >> 20
-            self._uplink.send(UserNote(text=f"{file.path} stays there: {size} MiB, and at most {most} are sent"))
+            size, limit = file.until >> 20, MAX_FILE_BYTES >> 20
+            self._session.send(UserNote(text=f"{file.path} stays there: {size} MiB, over the limit of {limit} MiB"))
         return True
 
-    def _send_piece(self, file: _SyncedFile) -> bool:
-        """Send the next piece; return whether it was the last for now."""
+    def _send_chunk(self, file: _SyncedFile) -> bool:
+        """Send the next chunk; return whether it was the last for now."""
         return self._send_growth(file) if file.grows else self._send_whole(file)
 
     def _send_growth(self, file: _SyncedFile) -> bool:
         with file.path.open("rb") as opened:
             status = os.fstat(opened.fileno())
-            if status.st_ino != file.inode or status.st_size < file.sent:  # another file by now, or cut
+            if status.st_ino != file.inode or status.st_size < file.sent:  # replaced or truncated
                 file.inode, file.sent = status.st_ino, 0
             data = os.pread(opened.fileno(), _CHUNK_BYTES, file.sent)
-        offset = None if file is self._joining else file.sent
+        offset = None if file is self._appended_log else file.sent
         self._send(file, data, offset=offset, size=status.st_size)
         file.sent += len(data)
         return not data or file.sent >= file.until
@@ -139,7 +139,7 @@ class FileSyncSender:
     def _send_whole(self, file: _SyncedFile) -> bool:
         if file.payload is None:
             with file.path.open("rb") as opened:
-                status = os.fstat(opened.fileno())  # first: a change while we read is then seen as one
+                status = os.fstat(opened.fileno())  # before reading, so that a change during the read is seen later
                 file.inode, file.changed_at, file.sent = status.st_ino, status.st_mtime_ns, 0
                 file.payload = opened.read(MAX_FILE_BYTES)
         data, size = file.payload[file.sent : file.sent + _CHUNK_BYTES], len(file.payload)
@@ -152,29 +152,38 @@ class FileSyncSender:
 
     def _send(self, file: _SyncedFile, data: bytes, *, offset: int | None, size: int) -> None:
         text = base64.b64encode(data).decode("ascii")
-        self._uplink.send(FileChunk(path=file.name, offset=offset, data=text, size=size, grows=file.grows))
+        self._session.send(FileChunk(path=file.name, offset=offset, data=text, size=size, grows=file.grows))
 
 
 def is_synced(name: PurePosixPath, plan: HostPlan) -> bool:
-    """Whether a file of the run directory comes from the host of ``plan``; of what is not a log, only the first's.
+    """Whether a host sends a file of its run directory; only the first host sends files that are not logs.
 
     Args:
         name: relative to the run directory.
-        plan: of the host that has it.
+        plan: of the host.
     """
-    if name.is_absolute() or any(part.startswith(".") for part in name.parts):  # ``..`` and what is half written
+    if name.is_absolute() or any(part.startswith(".") for part in name.parts):  # ``..`` and temporary files
         return False
     run_dir = RunDir(Path())
     if name.parts[:1] == (run_dir.logs.name,):
         ranks = range(plan.first_rank, plan.first_rank + plan.host.slots)
         is_log = name.parent == PurePosixPath(run_dir.logs) and name.name.startswith(f"{plan.host.name}.")
         return is_log or Path(name) in {exception_record_file(run_dir, rank) for rank in ranks}
-    ours = (run_dir.snapshot, run_dir.plan, run_dir.session, run_dir.result, run_dir.failure, run_dir.timeline)
-    return plan.first_rank == 0 and name.parts[:1] != (run_dir.checkpoints.name,) and Path(name) not in ours
+    written_by_session = (
+        run_dir.snapshot,
+        run_dir.plan,
+        run_dir.session,
+        run_dir.result,
+        run_dir.failure,
+        run_dir.timeline,
+    )
+    return (
+        plan.first_rank == 0 and name.parts[:1] != (run_dir.checkpoints.name,) and Path(name) not in written_by_session
+    )
 
 
 def _files_in(folder: Path, plan: HostPlan) -> Iterator[Path]:
-    """Yield the files to be sent; links are the host's own affair."""
+    """Yield the files to be sent; links are not."""
     for at, folders, names in os.walk(folder):
         if at == str(folder):
             folders[:] = [name for name in folders if name != RunDir(folder).checkpoints.name]
@@ -184,7 +193,7 @@ def _files_in(folder: Path, plan: HostPlan) -> Iterator[Path]:
 
 
 class FileSyncReceiver:
-    """Takes the parts of files, those of one host in their order.
+    """Writes chunks of files; those of one host arrive in order.
 
     Args:
         plan: says which host has which files.
@@ -193,27 +202,27 @@ class FileSyncReceiver:
     def __init__(self, plan: Plan) -> None:
         self._folder = Path(plan.run_dir)
         self._hosts = {host.host.name: host for host in plan.hosts}
-        self._troubled: set[str] = set()
+        self._failed_hosts: set[str] = set()
 
-    def take(self, host: str, part: FileChunk) -> str:
-        """Write one part; return a sentence for the user when that is not possible, once for each host."""
+    def write(self, host: str, chunk: FileChunk) -> str:
+        """Write one chunk; return a sentence for the user when that fails, once for each host."""
         try:
-            path = self._place(self._hosts[host], part.path)
-            if part.grows:
-                _append_chunk(path, part)
+            path = self._destination(self._hosts[host], chunk.path)
+            if chunk.grows:
+                _append_chunk(path, chunk)
             else:
-                _collect_chunk(path, part)
+                _collect_chunk(path, chunk)
         except (OSError, ValueError) as problem:
-            told = host in self._troubled
-            self._troubled.add(host)
-            return "" if told else f"{part.path} stays on {host}: {problem}"
+            is_reported = host in self._failed_hosts
+            self._failed_hosts.add(host)
+            return "" if is_reported else f"{chunk.path} stays on {host}: {problem}"
         return ""
 
-    def _place(self, host: HostPlan, name: str) -> Path:
-        """Return where a file goes.
+    def _destination(self, host: HostPlan, name: str) -> Path:
+        """Return the path to write a file to.
 
         Raises:
-            ValueError: it is none that this host may send, or a link leads out of the run directory.
+            ValueError: this host may not send it, or a link leads out of the run directory.
         """
         if not PurePosixPath(name).parts or not is_synced(PurePosixPath(name), host):
             raise ValueError("no host may send a file of that name")
@@ -225,29 +234,29 @@ class FileSyncReceiver:
         return path
 
 
-def _append_chunk(path: Path, part: FileChunk) -> None:
-    """Write a part in its place. A file that is sent once more, after a restart, is left as it is while it agrees."""
-    data = base64.b64decode(part.data)
+def _append_chunk(path: Path, chunk: FileChunk) -> None:
+    """Write a chunk at its offset; content that is sent again after a restart is not rewritten."""
+    data = base64.b64decode(chunk.data)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644), "r+b") as file:
         size = file.seek(0, os.SEEK_END)
-        if part.offset is None:
+        if chunk.offset is None:
             file.write(data)
             return
-        file.seek(part.offset)
+        file.seek(chunk.offset)
         if file.read(len(data)) != data:
-            size = file.truncate(part.offset)
-            file.seek(part.offset)
+            size = file.truncate(chunk.offset)
+            file.seek(chunk.offset)
             file.write(data)
-        if size > part.size:
-            file.truncate(part.size)
+        if size > chunk.size:
+            file.truncate(chunk.size)
 
 
-def _collect_chunk(path: Path, part: FileChunk) -> None:
-    """Write a part beside the old content, which is replaced once everything is there."""
-    data, offset = base64.b64decode(part.data), part.offset or 0
-    arriving = path.with_name(f".{path.name}.arriving")
-    with arriving.open("r+b" if offset else "wb") as file:
+def _collect_chunk(path: Path, chunk: FileChunk) -> None:
+    """Write a chunk to a temporary file, which replaces the old one once it is complete."""
+    data, offset = base64.b64decode(chunk.data), chunk.offset or 0
+    partial = path.with_name(f".{path.name}.arriving")
+    with partial.open("r+b" if offset else "wb") as file:
         file.seek(offset)
         file.write(data)
-    if offset + len(data) >= part.size:
-        arriving.replace(path)
+    if offset + len(data) >= chunk.size:
+        partial.replace(path)

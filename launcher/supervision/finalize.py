@@ -24,13 +24,13 @@ _MAX_RANKS_SHOWN = 32
 
 
 _SESSION_KILLED = 128 + signal.SIGKILL
-"""Of the session: nothing else ends it without a word."""
+"""Exit code of a killed session: only SIGKILL ends it without an outcome."""
 
 
 def finalize_run(outcome: RunOutcome, run_dir: RunDir, *, run_id: str) -> None:
-    """Write the files and print what failed; call it once, after the last try, and print nothing after it.
+    """Write the files and print what failed; call it once, after the last attempt, and print nothing after it.
 
-    A run that was only submitted has not ended: nothing is written.
+    Nothing is written for a run that was only submitted.
     """
     failure, status = outcome.failure, outcome.status
     if status == "submitted":
@@ -44,12 +44,12 @@ def finalize_run(outcome: RunOutcome, run_dir: RunDir, *, run_id: str) -> None:
         lambda: write_result(run_dir, status=status, exit_code=outcome.exit_code, run_id=run_id),
     )
     text = "\n".join([*lines, *filter(None, [closing_message(outcome, run_dir)])])
-    with contextlib.suppress(OSError):  # the terminal is gone; the files tell the same
+    with contextlib.suppress(OSError):  # the terminal is closed; the files hold the same
         print(text, end="\n" if text else "", file=sys.stderr, flush=True)
 
 
 def try_to_write(file: Path, write: Callable[[], None]) -> list[str]:
-    """Write a file about the end of a run; return a line for the user where the disk does not take it."""
+    """Write a file about the end of a run; return a line for the user if that fails."""
     try:
         write()
     except OSError as error:
@@ -58,7 +58,7 @@ def try_to_write(file: Path, write: Callable[[], None]) -> list[str]:
 
 
 def remove_previous_result(run_dir: RunDir) -> None:
-    """Remove how an earlier attempt in the same run directory ended: it is no longer true."""
+    """Remove the result files of an earlier attempt in the same run directory."""
     for path in result_files(run_dir):
         path.unlink(missing_ok=True)
 
@@ -69,7 +69,7 @@ def result_files(run_dir: RunDir) -> list[Path]:
 
 
 def closing_message(outcome: RunOutcome, run_dir: RunDir) -> str:
-    """Return what the user reads last; nothing after a run that went well."""
+    """Return the last text for the user; empty after a completed run."""
     if outcome.failure is not None:
         return printable(redact(_failure_text(outcome.failure, run_dir), os.environ))
     if outcome.status == "cancelled":
@@ -82,11 +82,11 @@ def closing_message(outcome: RunOutcome, run_dir: RunDir) -> str:
 
 
 def _failure_text(failure: Failure, run_dir: RunDir) -> str:
-    """Return all that is shown of a failure; its last line says what failed and why."""
+    """Return the text about a failure; its last line says what failed and why."""
     lines = ["", "── the run failed ──"]
     lines += [failure.reason] if "\n" in failure.reason else []
     lines += [failure.traceback.rstrip()] if failure.traceback else []
-    lines += [f"   {_place(place)}" for place in failure.ranks[:_MAX_RANKS_SHOWN]]
+    lines += [f"   {_describe_progress(progress)}" for progress in failure.ranks[:_MAX_RANKS_SHOWN]]
     if len(failure.ranks) > _MAX_RANKS_SHOWN:
         lines.append(f"   and {len(failure.ranks) - _MAX_RANKS_SHOWN} more in failure.json")
     logs = _command("logs", run_dir) + ("" if failure.rank is None else f" --rank {failure.rank}")
@@ -101,30 +101,32 @@ def _command(verb: str, run_dir: RunDir) -> str:
     return shlex.join(["launch", verb, short_path(run_dir.path)])
 
 
-def _place(place: RankProgress) -> str:
-    said = f"rank {place.rank} on {place.host}: {place.phase}, step {place.step}, silent for {place.silent_s:.0f} s"
-    if place.where:
-        said += f", in {place.collective} ({place.where})" if place.collective else f", at {place.where}"
-    return said
+def _describe_progress(progress: RankProgress) -> str:
+    text = f"rank {progress.rank} on {progress.host}: {progress.phase}, step {progress.step}"
+    text += f", silent for {progress.silent_s:.0f} s"
+    if progress.where:
+        where = f"in {progress.collective} ({progress.where})" if progress.collective else f"at {progress.where}"
+        text += f", {where}"
+    return text
 
 
 def _write_stacks(failure: Failure, run_dir: RunDir) -> None:
-    """Write what the ranks answered when they were asked where they are."""
-    known = [place for place in failure.ranks if place.stack]
+    """Write the stacks that the ranks dumped."""
+    known = [progress for progress in failure.ranks if progress.stack]
     if known:
-        texts = (f"── {_place(place)} ──\n{place.stack.rstrip()}\n" for place in known)
+        texts = (f"── {_describe_progress(progress)} ──\n{progress.stack.rstrip()}\n" for progress in known)
         write_atomic(run_dir.stacks, "\n".join(texts))
 
 
 def _name(victim: Victim) -> str:
-    how = signal_name(victim.signal) if victim.signal else f"exit code {victim.exit_code}"
-    return f"rank {victim.rank} on {victim.host} ({how})"
+    exit = signal_name(victim.signal) if victim.signal else f"exit code {victim.exit_code}"
+    return f"rank {victim.rank} on {victim.host} ({exit})"
 
 
 def finalize_without_session(assignment: Assignment, *, is_first: bool) -> int:
     """Write ``result.json`` unless there is one, on the first host only; return the exit code of the run."""
     run_dir = RunDir(Path(assignment.run_dir))
     if is_first and not run_dir.result.exists():
-        with contextlib.suppress(OSError):  # a full disk: nothing is left that could be told of it
+        with contextlib.suppress(OSError):  # a full disk: there is no session to report it to
             write_result(run_dir, status="cancelled", exit_code=_SESSION_KILLED, run_id=assignment.run_id)
     return _SESSION_KILLED

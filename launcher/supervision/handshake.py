@@ -1,11 +1,11 @@
 """Handshake of a TCP connection: both ends prove that they know the key of the run.
 
     agent    → session  index, nonce
-    session  → agent    nonce, HMAC(key, "gate", index, both nonces)
-    agent    → session         HMAC(key, "pod",  index, both nonces)
+    session  → agent    nonce, HMAC(key, "session", index, both nonces)
+    agent    → session         HMAC(key, "agent", index, both nonces)
     session  → agent    welcome
 
-Each line is JSON. What follows is as private as the network that carries it: it is neither encrypted nor signed.
+Each line is JSON. The messages that follow are neither encrypted nor signed.
 """
 
 from __future__ import annotations
@@ -21,57 +21,57 @@ from collections.abc import Container
 from typing import Any
 
 HANDSHAKE_S = 5.0
-"""Time for a whole handshake, however many pieces its lines arrive in."""
+"""Time for a whole handshake."""
 
 _LINE_BYTES = 1024
 _NONCE_BYTES = 32
 _HEX = re.compile(r"[0-9a-f]{64}")
-"""What nonces and proofs look like: both are 32 bytes."""
+"""Form of nonces and proofs: both are 32 bytes."""
 
 
 class HandshakeError(Exception):
-    """The other end is not what it should be; the message says what it is instead."""
+    """The other end failed the handshake; the message says why."""
 
 
 def authenticate(peer: socket.socket, *, index: int, key: bytes, timeout_s: float = HANDSHAKE_S) -> None:
-    """Prove to the gate that we are pod ``index``, and have it prove itself.
+    """Prove to the session that this is the agent ``index``, and check the session's own proof.
 
     Raises:
-        HandshakeError: it does not know the key, refuses us, or did not answer within ``timeout_s``.
+        HandshakeError: it does not know the key, refuses this agent, or did not answer within ``timeout_s``.
         OSError: the connection broke.
     """
     deadline = time.monotonic() + timeout_s
-    ours = secrets.token_hex(_NONCE_BYTES)
-    _send(peer, _line(index=index, nonce=ours), deadline)
+    agent_nonce = secrets.token_hex(_NONCE_BYTES)
+    _send(peer, _line(index=index, nonce=agent_nonce), deadline)
     answer = _receive(peer, deadline, nonce=str, proof=str)
-    theirs = answer["nonce"]
-    if not hmac.compare_digest(answer["proof"].encode(), _proof(key, "gate", index, ours, theirs)):
+    session_nonce = answer["nonce"]
+    if not hmac.compare_digest(answer["proof"].encode(), _proof(key, "session", index, agent_nonce, session_nonce)):
         raise HandshakeError("it does not know the key of this run")
-    _send(peer, _line(proof=_proof(key, "pod", index, ours, theirs).decode()), deadline)
+    _send(peer, _line(proof=_proof(key, "agent", index, agent_nonce, session_nonce).decode()), deadline)
     _receive(peer, deadline, welcome=bool)
 
 
 class HandshakeServer:
-    """The gate's side of one handshake: bytes in, bytes out. It never waits, so one thread serves many peers.
+    """The session's side of one handshake: bytes in, bytes out. It never waits, so one thread serves many peers.
 
     Args:
-        known: indices of the pods that may come.
+        known: indices of the agents that may connect.
         key: that both ends know.
     """
 
     def __init__(self, *, known: Container[int], key: bytes) -> None:
         self._known, self._key = known, key
         self._received = b""
-        self._ours = secrets.token_hex(_NONCE_BYTES)
-        self._claim: tuple[int, str] | None = None
+        self._nonce = secrets.token_hex(_NONCE_BYTES)
+        self._claim: tuple[int, str] | None = None  # index and nonce of the agent
         self.index: int | None = None
-        """Of the pod, once it has proved that it is one."""
+        """Index of the agent, once it has proved that it knows the key."""
 
-    def take(self, data: bytes) -> bytes:
-        """Return what to answer to ``data``; ``index`` is set after the last line.
+    def receive(self, data: bytes) -> bytes:
+        """Return the answer to ``data``; ``index`` is set after the last line.
 
         Raises:
-            HandshakeError: the peer is none of the pods.
+            HandshakeError: the peer is not an agent of this run.
         """
         if not data:
             raise HandshakeError("it closed the connection")
@@ -87,24 +87,27 @@ class HandshakeServer:
         return self._answer(line) if self._claim is None else self._welcome(line, *self._claim)
 
     def _answer(self, line: bytes) -> bytes:
-        asked = _parse(line, index=int, nonce=str)
-        index, theirs = asked["index"], asked["nonce"]
+        claim = _parse(line, index=int, nonce=str)
+        index, agent_nonce = claim["index"], claim["nonce"]
         if index not in self._known:
-            raise HandshakeError(f"it calls itself pod {index}, and there is none")
-        self._claim = index, theirs
-        return _line(nonce=self._ours, proof=_proof(self._key, "gate", index, theirs, self._ours).decode())
+            raise HandshakeError(f"it claims the unknown index {index}")
+        self._claim = index, agent_nonce
+        proof = _proof(self._key, "session", index, agent_nonce, self._nonce)
+        return _line(nonce=self._nonce, proof=proof.decode())
 
-    def _welcome(self, line: bytes, index: int, theirs: str) -> bytes:
+    def _welcome(self, line: bytes, index: int, agent_nonce: str) -> bytes:
         answer = _parse(line, proof=str)
-        if not hmac.compare_digest(answer["proof"].encode(), _proof(self._key, "pod", index, theirs, self._ours)):
-            raise HandshakeError(f"it calls itself pod {index} and does not know the key of this run")
+        if not hmac.compare_digest(
+            answer["proof"].encode(), _proof(self._key, "agent", index, agent_nonce, self._nonce)
+        ):
+            raise HandshakeError(f"it claims index {index} and does not know the key of this run")
         self.index = index
         return _line(welcome=True)
 
 
-def _proof(key: bytes, role: str, index: int, pod_nonce: str, gate_nonce: str) -> bytes:
-    said = json.dumps([role, index, pod_nonce, gate_nonce]).encode()
-    return hmac.new(key, said, hashlib.sha256).hexdigest().encode()
+def _proof(key: bytes, role: str, index: int, agent_nonce: str, session_nonce: str) -> bytes:
+    message = json.dumps([role, index, agent_nonce, session_nonce]).encode()
+    return hmac.new(key, message, hashlib.sha256).hexdigest().encode()
 
 
 def _line(**message: Any) -> bytes:
@@ -112,18 +115,18 @@ def _line(**message: Any) -> bytes:
 
 
 def _send(peer: socket.socket, line: bytes, deadline: float) -> None:
-    peer.settimeout(_left(deadline))
+    peer.settimeout(_remaining_s(deadline))
     try:
         peer.sendall(line)
     except TimeoutError as error:
         raise HandshakeError("it did not finish the handshake in time") from error
 
 
-def _receive(peer: socket.socket, deadline: float, **wanted: type) -> dict[str, Any]:
-    """Read one line and no byte more: what follows belongs to others."""
+def _receive(peer: socket.socket, deadline: float, **fields: type) -> dict[str, Any]:
+    """Read one line and no byte more: messages follow."""
     line = b""
     while not line.endswith(b"\n"):
-        peer.settimeout(_left(deadline))
+        peer.settimeout(_remaining_s(deadline))
         try:
             byte = peer.recv(1)
         except TimeoutError as error:
@@ -133,31 +136,31 @@ def _receive(peer: socket.socket, deadline: float, **wanted: type) -> dict[str, 
         line += byte
         if len(line) > _LINE_BYTES:
             raise HandshakeError(f"its line is longer than {_LINE_BYTES} bytes")
-    return _parse(line, **wanted)
+    return _parse(line, **fields)
 
 
-def _left(deadline: float) -> float:
-    left = deadline - time.monotonic()
-    if left <= 0:
+def _remaining_s(deadline: float) -> float:
+    remaining_s = deadline - time.monotonic()
+    if remaining_s <= 0:
         raise HandshakeError("it did not finish the handshake in time")
-    return left
+    return remaining_s
 
 
-def _parse(line: bytes, **wanted: type) -> dict[str, Any]:
-    """Return the message that a line holds: exactly the fields ``wanted``, each once and of its type.
+def _parse(line: bytes, **fields: type) -> dict[str, Any]:
+    """Return the message in a line: exactly ``fields``, each once and of its type.
 
     Raises:
-        HandshakeError: the line holds anything else.
+        HandshakeError: the line has another form.
     """
     try:
         pairs = json.loads(line.decode("utf-8"), object_pairs_hook=list)
     except (ValueError, RecursionError) as error:
         raise HandshakeError("it sent a line that is not JSON") from error
     names = [pair[0] for pair in pairs if isinstance(pair, tuple)] if isinstance(pairs, list) else []
-    if sorted(names) != sorted(wanted) or len(names) != len(pairs):
-        raise HandshakeError(f"it sent a line without the fields {', '.join(wanted)}")
+    if sorted(names) != sorted(fields) or len(names) != len(pairs):
+        raise HandshakeError(f"it sent a line without the fields {', '.join(fields)}")
     message: dict[str, Any] = dict(pairs)
-    for name, kind in wanted.items():
+    for name, kind in fields.items():
         value = message[name]
         if type(value) is not kind or (isinstance(value, str) and not _HEX.fullmatch(value)):
             raise HandshakeError(f"it sent a {name} of the wrong form")

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from launcher.checkpoint.store import remove_unfinished
 from launcher.errors import EXIT_USER_ERROR, ConfigError, ConfigErrors, EnvironmentProblem
 from launcher.protocol.messages import (
     AgentIdle,
@@ -31,7 +30,7 @@ from launcher.protocol.messages import (
 )
 from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Command, HostPlan
-from launcher.protocol.rundir import RunDir
+from launcher.protocol.rundir import RunDir, remove_unfinished_checkpoints
 from launcher.protocol.session_file import process_location_from_tree, read_session_file
 from launcher.supervision.child_process import ChildProcess, Sidecars
 from launcher.supervision.connection import SessionConnection
@@ -53,22 +52,24 @@ _BUSY_S = 0.01
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 
 
-_FILES_S = 60.0
-"""Time, once everything has ended, for files to arrive at a session that does not share the disk."""
+_SEND_FILES_S = 60.0
+"""Time, after all processes have exited, to send files to a session that does not share the disk."""
 
 
-_LAST_GRACE_S = 2.0
-"""Most time that ranks get once nobody is left to wait for them."""
+_LOST_SESSION_GRACE_S = 2.0
+"""Longest grace of the ranks once the session is lost."""
 
 
 class HostAgent:
-    """Runs one assignment. Single-threaded: it waits in ``_turn`` and nowhere else."""
+    """Runs one assignment. Single-threaded: it waits in ``_poll`` and nowhere else."""
 
-    def __init__(self, assignment: Assignment, *, uplink: SessionConnection, scratch: Path) -> None:
-        self._assignment, self._uplink = assignment, uplink
+    def __init__(self, assignment: Assignment, *, session: SessionConnection, scratch: Path) -> None:
+        self._assignment, self._session = assignment, session
         self._plan = host_plan_of(assignment)
         self._run_dir = RunDir(Path(assignment.run_dir))
-        self._mirror = None if shares_disk(assignment) else FileSyncSender(self._run_dir, self._plan, uplink=uplink)
+        self._file_sender: FileSyncSender | None = None
+        if not shares_disk(assignment):
+            self._file_sender = FileSyncSender(self._run_dir, self._plan, session=session)
         self._log = open_log(self._run_dir.log_of(self._plan.host.name, "agent"))
         self._env = {**os.environ, **assignment.env, "LAUNCHER_AGENT_SCRATCH": str(scratch)}
         if "DS_ACCELERATOR" in self._plan.agent_command.env:
@@ -77,161 +78,163 @@ class HostAgent:
         self._may_start = False
         self._current: ChildProcess | None = None
         self._kill_at: float | None = None
-        self._told: LauncherSignal | None = None
-        """Why the time of the ranks is up, where nobody told us."""
+        self._launcher_signal: LauncherSignal | None = None
+        """Signal of the launcher that started the grace of the ranks, without an order of the session."""
         self._exit_code: int | None = None
         self._signals: list[int] = []
         self._pause_s = _TICK_S
         self._selector = selectors.DefaultSelector()
         self._listener = listen_for_monitors(scratch)
         self._ranks = self._watch_ranks(scratch)
-        self._sidecars = Sidecars(start=self._start, emit=uplink.send)
+        self._sidecars = Sidecars(start=self._start, emit=session.send)
         self._on_readable(self._listener.fileno(), self._accept)
-        self._on_readable(uplink.inbox, self._obey)
+        self._on_readable(session.read_fd, self._handle_orders)
 
     def run(self) -> int:
-        """Prepare, start, stay, clean up, report; return the exit code of the run when nothing of it is left here."""
+        """Prepare, start, supervise, clean up and report; return the exit code of the run."""
         for number in _HANDLED_SIGNALS:
-            signal.signal(number, self._note_signal)
-        self._obey()  # what came together with the assignment
+            signal.signal(number, self._add_signal)
+        self._handle_orders()  # those that came together with the assignment
         if self._prepare() and self._others_are_prepared():
             self._sidecars.start(self._plan.sidecars)
-            self._stay_with(self._launch())
+            self._wait_for_ranks(self._launch())
         self._end_all_but_sidecars()
         self._ranks.drain()
         self._send_files()
-        self._uplink.send(AgentIdle())
+        self._session.send(AgentIdle())
         exit_code = self._finish()
         self._send_files()
-        self._uplink.flush_all()
+        self._session.flush_all()
         return exit_code
 
     def _watch_ranks(self, scratch: Path) -> HostRanks:
-        return HostRanks(self._plan, run_dir=self._run_dir, scratch=scratch, emit=self._uplink.send)
+        return HostRanks(self._plan, run_dir=self._run_dir, scratch=scratch, emit=self._session.send)
 
     def _prepare(self) -> bool:
-        """Run the preparing commands one after the other; return whether the ranks may start."""
+        """Run the preparing commands in order; return whether the ranks may start."""
         for command in self._plan.build_commands:
-            child = self._start_or_report(command, role="prepare", on_line=partial(self._pass_on, "prepare"))
+            child = self._start_or_report(command, role="prepare", on_line=partial(self._send_line, "prepare"))
             self._current = child
             if child is None:
                 return False
-            self._wait(lambda child=child: child.ended() or self._is_over())  # type: ignore[misc]
+            self._wait(lambda child=child: child.has_exited() or self._is_grace_over())  # type: ignore[misc]
             if self._kill_at is not None:
                 return False
             child.drain()
             if child.code != 0:
-                self._report_end(child, role="prepare")
+                self._report_exit(child, role="prepare")
                 return False
         return self._kill_at is None
 
     def _others_are_prepared(self) -> bool:
-        """Wait for the word that every host is prepared: a run starts everywhere or nowhere."""
-        self._uplink.send(HostPrepared())
+        """Wait until every host is prepared; return whether the ranks may start: on all hosts or on none."""
+        self._session.send(HostPrepared())
         self._wait(lambda: self._may_start or self._kill_at is not None)
         return self._kill_at is None
 
     def _launch(self) -> ChildProcess | None:
-        """Start torchrun or deepspeed; its own words go to the agent's log, the ranks write theirs themselves."""
-        self._current = self._start_or_report(self._plan.agent_command, role="launcher", on_line=self._write_down)
+        """Start torchrun or deepspeed; its output goes to the agent's log, the ranks write their own logs."""
+        self._current = self._start_or_report(self._plan.agent_command, role="launcher", on_line=self._write_log)
         if self._current is not None:
-            self._uplink.send(LauncherStarted())
+            self._session.send(LauncherStarted())
         return self._current
 
-    def _stay_with(self, launcher: ChildProcess | None) -> None:
-        """Wait until the launcher and every rank have ended, or their time is up."""
+    def _wait_for_ranks(self, launcher: ChildProcess | None) -> None:
+        """Wait until the launcher and every rank have exited, or their grace is over."""
         if launcher is None:
             return
-        self._wait(lambda: launcher.ended() or self._is_over())
-        if launcher.ended():
-            self._catch_up()
+        self._wait(lambda: launcher.has_exited() or self._is_grace_over())
+        if launcher.has_exited():
+            self._handle_pending()
             launcher.drain()
-            self._report_end(launcher, role="launcher")
-        elif self._told is not None:
-            self._report_impatience(launcher, self._told)
+            self._report_exit(launcher, role="launcher")
+        elif self._launcher_signal is not None:
+            self._report_signalled_launcher(launcher, self._launcher_signal)
         if self._ranks.any_alive() and self._kill_at is None:
             self._end_ranks(signal.SIGTERM, self._assignment.grace_s)
-        self._wait(lambda: (launcher.ended() and not self._ranks.any_alive()) or self._is_over())
+        self._wait(lambda: (launcher.has_exited() and not self._ranks.any_alive()) or self._is_grace_over())
 
     def _end_all_but_sidecars(self) -> None:
-        self._report_left(end_descendants(os.getpid(), spare=self._sidecars.processes))
-        self._catch_up()  # the guards have hung up: their ranks are accounted for
+        self._report_unkillable(end_descendants(os.getpid(), spare=self._sidecars.processes))
+        self._handle_pending()  # the monitors have closed their sockets, so the exits of their ranks are known
 
     def _send_files(self) -> None:
-        """Wait until the session has what this host wrote: the end of a run is told from it."""
-        if self._mirror is None:
+        """Wait until the session has received the files of this host, which the end of a run needs."""
+        if self._file_sender is None:
             return
-        deadline = time.monotonic() + _FILES_S
-        self._mirror.look()
-        self._wait(lambda: not self._has_files() or time.monotonic() > deadline)
-        if left := self._mirror.left():
-            told = f"{', '.join(left)} did not arrive within {_FILES_S:.0f} s: see {self._run_dir.path} there"
-            self._uplink.send(UserNote(text=told))
+        deadline = time.monotonic() + _SEND_FILES_S
+        self._file_sender.scan()
+        self._wait(lambda: not self._send_some_files() or time.monotonic() > deadline)
+        if left := self._file_sender.unsent():
+            text = f"{', '.join(left)} did not arrive within {_SEND_FILES_S:.0f} s: see {self._run_dir.path} there"
+            self._session.send(UserNote(text=text))
 
-    def _has_files(self) -> bool:
-        """Send files as far as there is room; return whether some are left, and somebody to send them to."""
-        return self._mirror is not None and self._mirror.pump() and not self._uplink.lost
+    def _send_some_files(self) -> bool:
+        """Send files as far as the connection takes them; return whether some are left to send."""
+        return self._file_sender is not None and self._file_sender.send_some() and not self._session.is_lost
 
     def _finish(self) -> int:
-        """Wait for the verdict of the session, tell the sidecars, and let nothing remain."""
-        self._kill_at = None  # it was the ranks'; patience with sidecars starts anew
-        self._wait(lambda: self._exit_code is not None or self._uplink.lost)
+        """Wait for the exit code of the run, end the sidecars, and kill the rest."""
+        self._kill_at = None  # that was the grace of the ranks; the sidecars have their own
+        self._wait(lambda: self._exit_code is not None or self._session.is_lost)
         if self._exit_code is None:
             self._exit_code = finalize_without_session(self._assignment, is_first=self._plan.first_rank == 0)
-        if self._exit_code and (self._mirror is not None or self._uplink.lost):  # else the session sees to it
-            remove_unfinished(self._run_dir.checkpoints)
-        self._sidecars.finish(self._exit_code, turn=self._turn, killed=self._is_over)
-        self._report_left(end_descendants(os.getpid()))
+        if self._exit_code and (
+            self._file_sender is not None or self._session.is_lost
+        ):  # else the session removes them
+            remove_unfinished_checkpoints(self._run_dir.checkpoints)
+        self._sidecars.finish(self._exit_code, poll=self._poll, killed=self._is_grace_over)
+        self._report_unkillable(end_descendants(os.getpid()))
         return self._exit_code
 
     def _end_ranks(self, number: int, grace_s: float) -> None:
-        """Signal the ranks, or what is about to start them, and set the time at which the rest is killed."""
+        """Signal the ranks, or the command that would start them, and set the time at which the rest is killed."""
         deadline = time.monotonic() + (0.0 if number == signal.SIGKILL else grace_s)
         self._kill_at = deadline if self._kill_at is None else min(self._kill_at, deadline)
         if number != signal.SIGKILL and not self._ranks.send(number) and self._current is not None:
             self._end_command(self._current, number)
 
     def _end_command(self, child: ChildProcess, number: int) -> None:
-        # torchrun takes SIGUSR1 for its death and says nothing; SIGTERM it understands
+        # SIGUSR1 kills torchrun at once; SIGTERM makes it end its ranks
         child.process.send(signal.SIGTERM if number == signal.SIGUSR1 else number)
 
-    def _is_over(self) -> bool:
+    def _is_grace_over(self) -> bool:
         return self._kill_at is not None and time.monotonic() >= self._kill_at
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         while not condition():
-            self._turn()
+            self._poll()
 
-    def _turn(self) -> None:
-        """Wait a moment and handle whatever has happened."""
+    def _poll(self) -> None:
+        """Wait briefly and handle every event."""
         for key, _ in self._selector.select(self._pause_s):
             key.data()
-        more = self._ranks.poll(logs=not self._uplink.is_full)
-        more_files = self._has_files()
-        self._pause_s = 0.0 if more else _BUSY_S if more_files or self._uplink.is_full else _TICK_S
-        self._sidecars.look()
-        self._uplink.flush()
-        self._uplink.check()
+        has_lines = self._ranks.poll(logs=not self._session.is_full)
+        has_files = self._send_some_files()
+        self._pause_s = 0.0 if has_lines else _BUSY_S if has_files or self._session.is_full else _TICK_S
+        self._sidecars.report_failed()
+        self._session.flush()
+        self._session.check_timeout()
         if os.getppid() != self._parent:
-            self._uplink.lost = True
-        told = self._ranks.take_told()
-        if told is not None and self._kill_at is None:
-            self._told, self._kill_at = told, time.monotonic() + self._assignment.grace_s
+            self._session.mark_lost()
+        launcher_signal = self._ranks.pop_launcher_signal()
+        if launcher_signal is not None and self._kill_at is None:
+            self._launcher_signal, self._kill_at = launcher_signal, time.monotonic() + self._assignment.grace_s
         while self._signals:
             number = self._signals.pop(0)
-            self._uplink.send(AgentSignalled(signal=number))
+            self._session.send(AgentSignalled(signal=number))
             self._end_ranks(number, self._assignment.grace_s)
-        if self._uplink.lost and self._kill_at is None:
-            self._end_ranks(signal.SIGTERM, min(self._assignment.grace_s, _LAST_GRACE_S))
+        if self._session.is_lost and self._kill_at is None:
+            self._end_ranks(signal.SIGTERM, min(self._assignment.grace_s, _LOST_SESSION_GRACE_S))
 
-    def _catch_up(self) -> None:
-        """Handle what has arrived already: first new guards, then what they said."""
+    def _handle_pending(self) -> None:
+        """Handle what has arrived already: first new rank monitors, then their messages."""
         for _ in range(2):
             self._pause_s = 0.0
-            self._turn()
+            self._poll()
 
-    def _obey(self) -> None:
-        for order in self._uplink.receive():
+    def _handle_orders(self) -> None:
+        for order in self._session.receive():
             match order:
                 case StartRanks():
                     self._may_start = True
@@ -242,9 +245,9 @@ class HostAgent:
                 case FinishAgent(exit_code=exit_code):
                     self._exit_code = exit_code
                 case _:
-                    raise AssertionError(f"no agent takes {order}")
-        if self._uplink.lost and self._uplink.inbox in self._selector.get_map():
-            self._selector.unregister(self._uplink.inbox)
+                    raise AssertionError(f"no session sends {order}")
+        if self._session.is_lost and self._session.read_fd in self._selector.get_map():
+            self._selector.unregister(self._session.read_fd)
 
     def _accept(self) -> None:
         while True:
@@ -253,15 +256,15 @@ class HostAgent:
             except BlockingIOError:
                 return
             peer.setblocking(False)
-            self._on_readable(peer.fileno(), partial(self._hear, peer))
+            self._on_readable(peer.fileno(), partial(self._read_monitor, peer))
 
-    def _hear(self, peer: socket.socket) -> None:
-        if not self._ranks.hear(peer):
+    def _read_monitor(self, peer: socket.socket) -> None:
+        if not self._ranks.receive(peer):
             self._selector.unregister(peer)
             peer.close()
 
-    def _start(self, command: Command, *, on_line: Callable[[str], None], listens: bool = False) -> ChildProcess:
-        child = ChildProcess(command, env=self._env_of(command), on_line=on_line, listens=listens)
+    def _start(self, command: Command, *, on_line: Callable[[str], None], reads_stdin: bool = False) -> ChildProcess:
+        child = ChildProcess(command, env=self._env_of(command), on_line=on_line, reads_stdin=reads_stdin)
 
         def read() -> None:
             if not child.read():
@@ -278,61 +281,61 @@ class HostAgent:
             return self._start(command, on_line=on_line)
         except OSError as error:
             name, tail = command.argv[0], f"{command.argv[0]} cannot be started: {error.strerror}"
-            self._uplink.send(CommandExited(name=name, role=role, time=time.time(), code=127, signal=None, tail=tail))
+            self._session.send(CommandExited(name=name, role=role, time=time.time(), code=127, signal=None, tail=tail))
             return None
 
     def _on_readable(self, descriptor: int, handler: Callable[[], None]) -> None:
         self._selector.register(descriptor, selectors.EVENT_READ, handler)
 
-    def _report_end(self, child: ChildProcess, *, role: str) -> None:
+    def _report_exit(self, child: ChildProcess, *, role: str) -> None:
         code, number, tail = child.code, child.signal, child.tail
         now = time.time()
-        self._uplink.send(CommandExited(name=child.name, role=role, time=now, code=code, signal=number, tail=tail))
+        self._session.send(CommandExited(name=child.name, role=role, time=now, code=code, signal=number, tail=tail))
 
-    def _report_impatience(self, child: ChildProcess, told: LauncherSignal) -> None:
-        """Report a launcher that is about to be killed: told to end, it would wait half a minute for its ranks."""
+    def _report_signalled_launcher(self, child: ChildProcess, received: LauncherSignal) -> None:
+        """Report a signalled launcher before it exits: it would wait half a minute for its ranks."""
         name, tail = child.name, child.tail
-        self._uplink.send(
-            CommandExited(name=name, role="launcher", time=told.time, code=None, signal=told.signal, tail=tail)
+        self._session.send(
+            CommandExited(name=name, role="launcher", time=received.time, code=None, signal=received.signal, tail=tail)
         )
 
-    def _report_left(self, left: list[Process]) -> None:
-        if left:
-            self._uplink.send(UserNote(text=f"{self._plan.host.name}: the kernel does not let go of {left}"))
+    def _report_unkillable(self, processes: list[Process]) -> None:
+        if processes:
+            self._session.send(UserNote(text=f"{self._plan.host.name}: the kernel cannot kill {processes}"))
 
-    def _pass_on(self, who: str, line: str) -> None:
-        self._uplink.send(OutputLine(who=who, text=line))
-        self._write_down(line)
+    def _send_line(self, source: str, line: str) -> None:
+        self._session.send(OutputLine(source=source, text=line))
+        self._write_log(line)
 
-    def _write_down(self, line: str) -> None:
+    def _write_log(self, line: str) -> None:
         with contextlib.suppress(OSError):  # a full disk must not end the run
             self._log.write(line.encode(errors="backslashreplace") + b"\n")
 
-    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+    def _add_signal(self, number: int, _frame: FrameType | None) -> None:
         self._signals.append(number)
 
 
 def stage_run_dir(assignment: Assignment) -> None:
-    """Make the run directory and put the files of the assignment there, unless a shared disk has them already.
+    """Create the run directory and write the files of the assignment, unless a shared disk has them already.
 
     Raises:
-        EnvironmentProblem: run.yaml did not arrive as it was sent, or the directory holds files of others.
-        OSError: the directory cannot be made or written.
+        EnvironmentProblem: run.yaml did not arrive as it was sent, or the directory holds other files.
+        OSError: the directory cannot be created or written.
     """
     run_dir = RunDir(Path(assignment.run_dir))
     staged = StagedFiles()
     staged.make_folder(run_dir.logs)
-    run_dir.logs.mkdir(exist_ok=True)  # asks the server of a shared disk, which a look alone may not
+    run_dir.logs.mkdir(exist_ok=True)  # asks the server of a shared disk; reading alone may use a cache
     foreign = run_dir.unexpected_files()
     if foreign and not shares_disk(assignment):
         staged.undo()
         shown = ", ".join(foreign[:3])
-        why = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host['host']['name']}"
-        raise EnvironmentProblem(f"{why}; choose another run.dir")
+        problem = f"{run_dir.path} holds files that no run has put there ({shown}) on {assignment.host['host']['name']}"
+        raise EnvironmentProblem(f"{problem}; choose another run.dir")
     snapshot = assignment.files.get(run_dir.snapshot.name)
     if snapshot is not None and (found := sha256_of(snapshot.encode())) != assignment.run_hash:
-        said = f"{found[:12]}… instead of {assignment.run_hash[:12]}…"
-        raise EnvironmentProblem(f"run.yaml did not arrive as it was sent: its hash is {said}; start the run again")
+        hashes = f"{found[:12]}… instead of {assignment.run_hash[:12]}…"
+        raise EnvironmentProblem(f"run.yaml did not arrive as it was sent: its hash is {hashes}; start the run again")
     for name, text in assignment.files.items():
         path = run_dir.path / name
         if not path.is_file() or path.read_text(encoding="utf-8") != text:
@@ -340,30 +343,30 @@ def stage_run_dir(assignment: Assignment) -> None:
 
 
 def shares_disk(assignment: Assignment) -> bool:
-    """Whether the run directory is the one of the session; ask once it is settled.
+    """Whether the run directory is the session's own; call it once the directory exists.
 
-    Making the directory asks its server: what an NFS client remembers may be half a minute old.
+    Creating the directory asks its server; an NFS client may cache its content for half a minute.
     """
     found = read_session_file(RunDir(Path(assignment.run_dir)))
     return found is not None and found.session == process_location_from_tree(assignment.session)
 
 
 def staging_failure(assignment: Assignment, problem: Exception) -> CommandExited:
-    """Return what to tell the session when ``settle`` failed."""
+    """Return the message about a failure of ``stage_run_dir``."""
     host = assignment.host["host"]["name"]
     if isinstance(problem, OSError):
-        why = f"{assignment.run_dir} cannot be written on {host}: {problem.strerror}; choose run.root where it can"
+        reason = f"{assignment.run_dir} cannot be written on {host}: {problem.strerror}; choose run.root where it can"
     else:
-        why = str(problem)
+        reason = str(problem)
     name, now = "preparing the run directory", time.time()
-    return CommandExited(name=name, role="prepare", time=now, code=EXIT_USER_ERROR, signal=None, tail=why)
+    return CommandExited(name=name, role="prepare", time=now, code=EXIT_USER_ERROR, signal=None, tail=reason)
 
 
 def host_plan_of(assignment: Assignment) -> HostPlan:
     """Return the typed plan of this host.
 
     Raises:
-        ConfigErrors: it was not written by this version.
+        ConfigErrors: another version wrote it.
     """
     mistakes: list[ConfigError] = []
     plan = build(HostPlan, assignment.host, path="host", report=mistakes.append)

@@ -1,8 +1,8 @@
 """Run a rank below its rank monitor: a small parent that knows exactly how it ended.
 
-torchrun and DeepSpeed flatten a rank's exit code to 1, and neither tells the rank's own children to go. So each process
-they start forks at once. The child becomes the rank; the parent half stays as its monitor: it passes signals on,
-reports the exact exit code or signal, ends what the rank left behind, and then ends the same way.
+torchrun and DeepSpeed flatten a rank's exit code to 1, and neither ends the rank's own children. So each process that
+they start forks at once. The child becomes the rank; the parent stays as its monitor: it forwards signals, reports the
+exact exit code or signal, kills the processes that the rank left behind, and exits the same way.
 """
 
 from __future__ import annotations
@@ -30,40 +30,40 @@ from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like
 from launcher.utils.system import is_disk_full_error
 
-_PASSED_ON = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
+_FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
 
 
 _TICK_S = 0.25
 
 
 _ORPHAN_GRACE_S = 3.0
-"""Time a rank gets to end by itself after the host agent died."""
+"""Time for a rank to exit by itself after its host agent died."""
 
 
-_STRAGGLER_S = 0.1
-"""Time between the signals that DeepSpeed sends to a rank and to its guard."""
+_LATE_SIGNAL_S = 0.1
+"""Time between the signals that DeepSpeed sends to a rank and to its monitor."""
 
 
 RankWork = Callable[[RankEnv, Heartbeat], None]
 
 
-def run_rank(work: RankWork, env: RankEnv, *, board: FileChannel | None = None) -> NoReturn:
-    """Make this process the rank that ``env`` names: log, guard, stack dumps; do ``work``; exit with the true code.
+def run_rank(work: RankWork, env: RankEnv, *, channel: FileChannel | None = None) -> NoReturn:
+    """Make this process the rank ``env`` (log, monitor, stack dumps), do ``work``, and exit with its exit code.
 
     Call it before anything heavy is imported: it forks.
 
     Args:
-        work: what the rank does.
-        env: who it is.
-        board: leads to an agent on another machine, where the rank's own has none.
+        work: function of the rank.
+        env: identity of the rank.
+        channel: to an agent on another machine, where the rank's own host has none.
     """
     redirect_output(env.log)
     quiet_libraries()
     faulthandler.enable(file=2)
-    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # before the fork: never a moment without it
-    fork_monitor(env.rank, board or SocketChannel(env.scratch))
-    scratch_beats = heartbeat_file(env.scratch, env.rank) if env.scratch else None
-    heartbeat = Heartbeat(board.beats if board else scratch_beats)
+    faulthandler.register(signal.SIGUSR2, file=2, all_threads=True)  # before the fork, so that it is always registered
+    fork_monitor(env.rank, channel or SocketChannel(env.scratch))
+    slot = heartbeat_file(env.scratch, env.rank) if env.scratch else None
+    heartbeat = Heartbeat(channel.heartbeat if channel else slot)
     heartbeat.update("starting")
     try:
         code = _exit_code_of_work(work, env, heartbeat)
@@ -81,7 +81,7 @@ def redirect_output(log: Path) -> None:
     except OSError as error:
         if not is_disk_full_error(error):
             raise
-        descriptor = os.dup(2)  # of what starts the ranks: the agent's log, or nothing
+        descriptor = os.dup(2)  # stderr of the launcher: the agent's log, or nothing
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     for target in (1, 2):
@@ -96,28 +96,28 @@ def _by_line(stream: IO[str]) -> None:
 
 
 def _exit_code_of_work(work: RankWork, env: RankEnv, heartbeat: Heartbeat) -> int:
-    """Do the work and return the exit code; whatever went wrong is in the log and in the record."""
+    """Do the work and return the exit code; an exception is printed and recorded."""
     try:
         work(env, heartbeat)
-    except SystemExit as ending:
-        if ending.code in (None, 0, EXIT_PREEMPTED):
-            return int(ending.code or 0)
-        if isinstance(ending.code, int):
-            return _record_exception(ending, env, heartbeat, code=ending.code)
-        _print_exception(str(ending.code), env)
-        return _record_exception(ending, env, heartbeat, code=1)
+    except SystemExit as exit:
+        if exit.code in (None, 0, EXIT_PREEMPTED):
+            return int(exit.code or 0)
+        if isinstance(exit.code, int):
+            return _record_exception(exit, env, heartbeat, code=exit.code)
+        _print_exception(str(exit.code), env)
+        return _record_exception(exit, env, heartbeat, code=1)
     except LauncherError as error:
         _print_exception(str(error), env)
         return _record_exception(error, env, heartbeat, code=exit_code_of_rank(error))
-    except Exception as error:  # noqa: BLE001 (the last one who can tell what happened to this rank)
+    except Exception as error:  # noqa: BLE001 (this is the last handler of the rank)
         _print_exception("".join(_traceback(error)).rstrip(), env)
         return _record_exception(error, env, heartbeat, code=1)
     return 0
 
 
 def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, code: int) -> int:
-    """Record what ends this rank and return ``code``; its end itself may take long, or come from others."""
-    known = isinstance(error, LauncherError)
+    """Record the exception and return ``code``: the exit may take long, or another process may cause it first."""
+    is_own = isinstance(error, LauncherError)
     record = {
         "rank": env.rank,
         "host": env.host,
@@ -125,14 +125,14 @@ def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, 
         "pid": os.getpid(),
         "time": time.time(),
         "code": code,
-        "error": str(error) if known else "".join(traceback.format_exception_only(error)).strip(),
-        "traceback": "" if known else "".join(_traceback(error)),
+        "error": str(error) if is_own else "".join(traceback.format_exception_only(error)).strip(),
+        "traceback": "" if is_own else "".join(_traceback(error)),
     }
     try:
         write_json(env.record, record)
-    except OSError as trouble:  # the disk is full
+    except OSError as problem:  # the disk is full
         heartbeat.write_exception_record(record)
-        print(f"the failure could not be recorded: {trouble}", file=sys.stderr, flush=True)
+        print(f"the failure could not be recorded: {problem}", file=sys.stderr, flush=True)
     return code
 
 
@@ -143,22 +143,22 @@ def _traceback(error: BaseException) -> list[str]:
 
 
 def _print_exception(text: str, env: RankEnv) -> None:
-    """Print what ends this rank; before, write it down for the agent: the end of the run shows it, once."""
-    with contextlib.suppress(OSError):  # it is shown twice then
+    """Print the exception; first write its text for the agent, so that the end of the run shows it once."""
+    with contextlib.suppress(OSError):  # then it is shown twice
         exception_text_file(env.run_dir, env.rank).write_text(text, encoding="utf-8", errors="backslashreplace")
-    with contextlib.suppress(OSError):  # the disk of the log is full: the record says the same
+    with contextlib.suppress(OSError):  # the disk of the log is full; the record holds the text too
         print(text, file=sys.stderr, flush=True)
 
 
 def _flush_or_discard_output() -> None:
-    """Leave nothing in buffers that cannot be written: Python would exit with 120 instead of the rank's code."""
+    """Flush the streams, or discard what cannot be written: Python would exit with 120 otherwise."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
         except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, descriptor)
-            os.close(nowhere)
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, descriptor)
+            os.close(null)
 
 
 def _exit_by_signal(number: int) -> NoReturn:
@@ -169,70 +169,70 @@ def _exit_by_signal(number: int) -> NoReturn:
     raise AssertionError("a signal with its default action ends the process")
 
 
-def fork_monitor(rank: int, link: SocketChannel | FileChannel) -> None:
-    """Fork. Returns in the child only, which is killed when its guard is.
+def fork_monitor(rank: int, channel: SocketChannel | FileChannel) -> None:
+    """Fork; return in the child only, which is killed when its monitor is.
 
     Args:
-        rank: for the report.
-        link: to the host agent; the guard keeps it.
+        rank: number of the rank.
+        channel: to the host agent; the monitor keeps it.
     """
     assert threading.active_count() == 1, "a fork copies only the thread that calls it"
     become_subreaper()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON | {signal.SIGCHLD})
-    guard, started = os.getpid(), time.monotonic()
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED | {signal.SIGCHLD})
+    monitor, started = os.getpid(), time.monotonic()
     child = os.fork()
     if child == 0:
-        die_with_parent(guard)
+        die_with_parent(monitor)
         signal.pthread_sigmask(signal.SIG_SETMASK, previous)
-        link.close()
+        channel.close()
         return
-    link.tell(kind="hello", rank=rank, guard=guard, pid=child)
-    told: set[int] = set()
-    status = _wait_for(child, link, told)
+    channel.send(kind="started", rank=rank, monitor_pid=monitor, pid=child)
+    launcher_signals: set[int] = set()
+    status = _wait_for(child, channel, launcher_signals)
     wall_s = time.monotonic() - started
-    by_launcher = os.WIFSIGNALED(status) and _was_sent(os.WTERMSIG(status), told)
-    link.tell(kind="exit", status=status, time=time.time(), wall_s=wall_s, by_launcher=by_launcher)
-    end_descendants(guard)
+    by_launcher = os.WIFSIGNALED(status) and _was_sent(os.WTERMSIG(status), launcher_signals)
+    channel.send(kind="exited", status=status, time=time.time(), wall_s=wall_s, by_launcher=by_launcher)
+    end_descendants(monitor)
     exit_like(status)
 
 
-def _wait_for(child: int, link: SocketChannel | FileChannel, told: set[int]) -> int:
-    """Return the wait status of ``child``; pass signals on meanwhile, and end it when the agent is gone.
+def _wait_for(child: int, channel: SocketChannel | FileChannel, launcher_signals: set[int]) -> int:
+    """Return the wait status of ``child``; forward signals meanwhile, and end it when the agent is gone.
 
-    ``told`` gets the signals that came from what started this rank, and our own.
+    Adds to ``launcher_signals`` those that the launcher of this rank sent, and those of this function.
     """
     kill_at = None
     while True:
-        arrived = signal.sigtimedwait(_PASSED_ON | {signal.SIGCHLD}, _TICK_S)
+        arrived = signal.sigtimedwait(_FORWARDED | {signal.SIGCHLD}, _TICK_S)
         if arrived is not None and arrived.si_signo != signal.SIGCHLD:
-            os.kill(child, arrived.si_signo)  # not waited for yet, so the number is still its own
+            os.kill(child, arrived.si_signo)  # not waited for yet, so the PID is still its own
             if arrived.si_pid == os.getppid():
-                told.add(arrived.si_signo)
-                link.tell(kind="told", signal=arrived.si_signo, told_at=time.time())
-        for number in link.orders():
+                launcher_signals.add(arrived.si_signo)
+                channel.send(kind="signalled", signal=arrived.si_signo, signalled_at=time.time())
+        for number in channel.signals():
             os.kill(child, number)
         if (status := _reap(child)) is not None:
             return status
-        if kill_at is None and link.lost():
-            link.clean_up_after_agent()
+        if kill_at is None and channel.is_closed():
+            channel.clean_up_after_agent()
             os.kill(child, signal.SIGTERM)
-            told.add(signal.SIGTERM)
+            launcher_signals.add(signal.SIGTERM)
             kill_at = time.monotonic() + _ORPHAN_GRACE_S
         elif kill_at is not None and time.monotonic() > kill_at:
             os.kill(child, signal.SIGKILL)
 
 
-def _was_sent(number: int, told: set[int]) -> bool:
-    """Return whether what started this rank sent it that signal; DeepSpeed sends it to the guard a little later."""
-    if number in told or number not in _PASSED_ON:
-        return number in told
-    arrived = signal.sigtimedwait({number}, _STRAGGLER_S)
+def _was_sent(number: int, launcher_signals: set[int]) -> bool:
+    """Return whether the launcher sent this rank a signal; DeepSpeed signals the monitor a little later."""
+    if number in launcher_signals or number not in _FORWARDED:
+        return number in launcher_signals
+    arrived = signal.sigtimedwait({number}, _LATE_SIGNAL_S)
     return arrived is not None and arrived.si_pid == os.getppid()
 
 
 def _reap(child: int) -> int | None:
-    """Wait for whoever has ended, adopted orphans too; return the status of ``child`` once it is among them."""
+    """Reap all exited children, adopted ones too; return the status of ``child`` once it is among them."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == child:

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from launcher.checkpoint.store import remove_unfinished
 from launcher.errors import EXIT_PREEMPTED
 from launcher.protocol.messages import (
+    AgentExited,
     AgentIdle,
     AgentMessage,
     AgentReady,
     AgentSignalled,
+    CommandExited,
     DumpStacks,
     EndRanks,
     FileChunk,
@@ -33,7 +34,7 @@ from launcher.protocol.messages import (
 )
 from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.plan import Plan
-from launcher.protocol.rundir import RunDir
+from launcher.protocol.rundir import RunDir, remove_unfinished_checkpoints
 from launcher.protocol.session_file import SessionRecord, locate_this_process, write_session_file
 from launcher.protocol.wire import MalformedMessage
 from launcher.supervision.agent_group import AgentGroup, Connect
@@ -42,51 +43,53 @@ from launcher.supervision.console import Console, open_console
 from launcher.supervision.failure_analysis import FailureAnalysis, is_port_taken
 from launcher.supervision.file_sync import FileSyncReceiver
 from launcher.supervision.finalize import remove_previous_result
+from launcher.supervision.rank_tracker import RankTracker
 from launcher.supervision.timeline import Timeline
 from launcher.utils.processes import become_subreaper, collect_signals, descendants, end_descendants, signal_name
 from launcher.utils.system import describe_full_disk, raise_open_file_limit
 
-_DUMP_S = 2.0
-"""Time the ranks get to show their stacks when the run stands still."""
-_LOOK_S = 0.5
-"""The same when a rank has died without a word."""
-_TRAVEL_S = 0.3
-"""Time for the answers to arrive from other machines."""
-_FILES_PER_HOST, _FILES_OF_OURS = 4, 64
+_STALL_DUMP_S = 2.0
+"""Time for the ranks to dump their stacks when the run has stalled."""
+_DEATH_DUMP_S = 0.5
+"""The same when a rank has died without an exception."""
+_TRANSFER_S = 0.3
+"""Time for the stacks to arrive from other machines."""
+_FILES_PER_HOST, _FILES_OF_SESSION = 4, 64
 _ANSWER_S = 10.0
-"""Time, beyond the grace, after which an agent that was told to end the run counts as lost."""
+"""Time, beyond the grace, after which an agent that was ordered to end the ranks counts as lost."""
 
 
 def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None = None) -> RunOutcome:
-    """Start ``plan`` on every host and stay until nothing of it is left anywhere.
+    """Start ``plan`` on every host and wait until no process of it is left on any host.
 
     Args:
         plan: what to run.
-        connect: opens the agent of one host.
-        job: what a scheduler calls this run, for ``session.json``.
+        connect: opens the connection to the agent of one host.
+        job: the scheduler's names of this run, for ``session.json``.
     """
     remove_previous_result(RunDir(Path(plan.run_dir)))
-    files = _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_OURS
-    with raise_open_file_limit(files), open_console() as console, collect_signals() as arrived:
-        return Session(plan, console=console, arrived=arrived, job=dict(job or {})).run(connect)
+    num_files = _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_SESSION
+    with raise_open_file_limit(num_files), open_console() as console, collect_signals() as signals:
+        return Session(plan, console=console, signals=signals, job=dict(job or {})).run(connect)
 
 
 class Session:
-    """One attempt.
+    """One attempt of a run.
 
     Args:
         plan: what to run.
-        console: where to show what the ranks say.
-        arrived: grows by every signal that this process gets.
-        job: what a scheduler calls this run.
+        console: shows the output of the ranks.
+        signals: grows by every signal that this process receives.
+        job: the scheduler's names of this run.
     """
 
-    def __init__(self, plan: Plan, *, console: Console, arrived: list[int], job: dict[str, str]) -> None:
-        self._plan, self._console, self._arrived, self._job = plan, console, arrived, job
+    def __init__(self, plan: Plan, *, console: Console, signals: list[int], job: dict[str, str]) -> None:
+        self._plan, self._console, self._signals, self._job = plan, console, signals, job
         self._run_dir = RunDir(Path(plan.run_dir))
-        self._judge = FailureAnalysis(plan, self._run_dir)
-        self._crew = AgentGroup(plan, on_message=self._take, on_lost=self._miss)
-        self._arrivals = FileSyncReceiver(plan)
+        self._agents = AgentGroup(plan, on_message=self._handle, on_lost=self._host_lost)
+        self._tracker = RankTracker({place.rank: place.host for place in plan.ranks}, num_steps=plan.work.num_steps)
+        self._analysis = FailureAnalysis(plan, self._run_dir, self._tracker)
+        self._file_receiver = FileSyncReceiver(plan)
         self._timeline = Timeline(self._run_dir.timeline)
         self._failure: Failure | None = None
         self._cancelled_by: int | None = None
@@ -94,178 +97,217 @@ class Session:
 
     def run(self, connect: Connect) -> RunOutcome:
         """Run the plan."""
-        become_subreaper()  # should an agent be killed, what it leaves comes to us
-        strangers = set(descendants(os.getpid()))
-        self._record()
-        self._timeline.note(socket.gethostname(), f"the session begins, on {len(self._plan.hosts)} hosts")
+        become_subreaper()  # the processes of an agent that is killed become children of this one
+        unrelated = set(descendants(os.getpid()))
+        self._write_session_file()
+        self._timeline.note(socket.gethostname(), f"the session starts, on {len(self._plan.hosts)} hosts")
         try:
-            self._crew.connect(connect)
-            while self._crew.is_working:
-                self._crew.turn()
+            self._agents.connect(connect)
+            while self._agents.is_working:
+                self._agents.poll()
                 self._decide()
             outcome = self._outcome()
             self._timeline.note(socket.gethostname(), f"{outcome.status}, exit code {outcome.exit_code}")
             self._finish(outcome.exit_code)
         finally:
-            self._crew.close()
-            if self._crew.lost:
-                end_descendants(os.getpid(), spare=strangers)
+            self._agents.close()
+            if self._agents.lost:
+                end_descendants(os.getpid(), spare=unrelated)
         outcome = self._with_full_disk(outcome)
         if outcome.status != "completed":
-            remove_unfinished(self._run_dir.checkpoints)  # no rank is left that could go on writing them
+            remove_unfinished_checkpoints(self._run_dir.checkpoints)  # no rank is left that writes them
         return outcome
 
-    def _with_full_disk(self, outcome: RunOutcome) -> RunOutcome:
-        """Name a disk that is full in the reason of a failure, where the rank that failed could not."""
-        failure, full = outcome.failure, describe_full_disk(self._run_dir.path)
-        if failure is None or full is None or "the disk of" in failure.reason:
-            return outcome
-        first, _, rest = failure.reason.partition("\n")
-        return replace(outcome, failure=replace(failure, reason="\n".join(filter(None, [f"{first}; {full}", rest]))))
+    def _handle(self, agent: str, message: AgentMessage) -> None:
+        self.dispatch(agent, message, now=time.monotonic())
 
-    def _record(self) -> None:
-        """Write down who runs this run."""
-        me = locate_this_process()
-        told = SessionRecord(backend=self._plan.backend, session=me, agents=self._crew.places, job=self._job)
-        try:
-            write_session_file(self._run_dir, told)
-        except OSError as error:
-            why = describe_full_disk(self._run_dir.path) or error.strerror
-            self._console.line(f"session.json cannot be written, so other shells cannot follow this run: {why}")
+    def dispatch(self, agent: str, message: AgentMessage, *, now: float) -> None:
+        """Handle one message: the only place where messages of agents are matched.
 
-    def _take(self, agent: str, message: AgentMessage) -> None:
-        host = self._host_of(agent, message)
-        self._timeline.hear(host, message)
-        match message:
-            case AgentReady():
-                if self._crew.is_complete:
-                    self._record()
-            case HostPrepared() | AgentIdle():
-                pass
-            case OutputLine(who=who, text=text):
-                shown = self._plan.show_ranks
-                if shown is None or not isinstance(who, int) or who in shown:
-                    self._console.line(f"{host}:{who} | {text}")
-            case FileChunk():
-                self._keep(agent, message)
-            case UserNote(text=text):
-                self._console.line(f"{host} | {text}")
-            case AgentSignalled(signal=number):
-                self._cancel(number)
-            case _:
-                self._judge.hear(host, message, now=time.monotonic())
-                if isinstance(message, RankHeartbeat) and message.rank == 0:
-                    total = int(message.numbers.get("steps", self._plan.work.num_steps))  # of lines, only ranks know
-                    self._console.progress(message.step or 0, total, message.numbers)
-
-    def _keep(self, agent: str, part: FileChunk) -> None:
-        """Write down what arrives of a host's files, and have patience with whoever sends them."""
-        if trouble := self._arrivals.take(agent, part):
-            self._console.line(f"{agent} | {trouble}")
-        self._give_up_at = max(self._give_up_at, time.monotonic() + _ANSWER_S)
-
-    def _host_of(self, agent: str, message: AgentMessage) -> str:
-        """Return the host that a message is about: an agent may watch over ranks of several.
+        Args:
+            agent: host of the agent; it may supervise ranks of other hosts.
+            message: from it.
+            now: ``time.monotonic()``.
 
         Raises:
             MalformedMessage: the run has no such rank or host.
         """
         match message:
-            case RankHeartbeat(rank=rank) | RankRaised(rank=rank) | RankExited(rank=rank) | RankStack(rank=rank):
-                return self._host_of_rank(rank)
-            case OutputLine(who=int(rank)):
-                return self._host_of_rank(rank)
-            case LauncherStarted(host=host) if host:
-                if all(host != rank.host for rank in self._plan.ranks):  # one agent may stand for several hosts
-                    raise MalformedMessage("a message about a host that the run does not have")
-                return host
-        return agent
+            case AgentReady():
+                self._agents.agent_ready(agent, message)
+                self._timeline.agent_ready(agent, message)
+                if self._agents.is_ready:
+                    self._write_session_file()
+            case HostPrepared():
+                self._timeline.host_prepared(agent)
+                self._agents.host_prepared(agent)
+            case LauncherStarted():
+                host = self._check_host(message.host) if message.host else agent
+                self._timeline.launcher_started(host)
+                self._tracker.launcher_started(host, now=now)
+            case RankHeartbeat():
+                host = self._host_of_rank(message.rank)
+                self._timeline.rank_heartbeat(host, message)
+                self._tracker.rank_heartbeat(host, message, now=now)
+                self._show_progress(message)
+            case RankRaised():
+                host = self._host_of_rank(message.rank)
+                self._timeline.rank_raised(host, message)
+                self._tracker.rank_raised(message, now=now)
+                self._analysis.rank_raised(host, message, now=now)
+            case RankStack():
+                self._host_of_rank(message.rank)
+                self._tracker.rank_stack(message, now=now)
+            case RankExited():
+                host = self._host_of_rank(message.rank)
+                self._timeline.rank_exited(host, message)
+                self._tracker.rank_exited(message)
+                self._analysis.rank_exited(host, message, now=now)
+            case CommandExited():
+                self._timeline.command_exited(agent, message)
+                self._analysis.command_exited(agent, message, now=now)
+            case AgentSignalled():
+                self._timeline.agent_signalled(agent, message.signal)
+                self._cancel(message.signal)
+            case AgentIdle():
+                self._timeline.agent_idle(agent)
+                self._agents.agent_idle(agent)
+            case AgentExited():
+                self._agents.agent_exited(agent, message)
+            case OutputLine():
+                self._show_line(agent, message)
+            case UserNote():
+                self._console.line(f"{agent} | {message.text}")
+            case FileChunk():
+                self._store_chunk(agent, message)
+            case _:
+                raise AssertionError(f"no agent sends {message}")
+
+    def _check_host(self, host: str) -> str:
+        if all(host != rank.host for rank in self._plan.ranks):
+            raise MalformedMessage("a message about a host that the run does not have")
+        return host
 
     def _host_of_rank(self, rank: int) -> str:
         if not 0 <= rank < len(self._plan.ranks):
             raise MalformedMessage(f"a message about rank {rank} of {len(self._plan.ranks)}")
         return self._plan.ranks[rank].host
 
-    def _miss(self, host: str, failure: Failure) -> None:
+    def _show_line(self, agent: str, message: OutputLine) -> None:
+        source, shown = message.source, self._plan.show_ranks
+        host = agent if isinstance(source, str) else self._host_of_rank(source)
+        if shown is None or isinstance(source, str) or source in shown:
+            self._console.line(f"{host}:{source} | {message.text}")
+
+    def _show_progress(self, message: RankHeartbeat) -> None:
+        if message.rank == 0:
+            # a file of prompts has as many steps as lines, which the plan does not know
+            num_steps = int(message.numbers.get("steps", self._plan.work.num_steps))
+            self._console.progress(message.step or 0, num_steps, message.numbers)
+
+    def _store_chunk(self, agent: str, chunk: FileChunk) -> None:
+        """Write a chunk of a host's file, and extend the time limit of the agent that sends it."""
+        if problem := self._file_receiver.write(agent, chunk):
+            self._console.line(f"{agent} | {problem}")
+        self._give_up_at = max(self._give_up_at, time.monotonic() + _ANSWER_S)
+
+    def _host_lost(self, host: str, failure: Failure) -> None:
         self._timeline.note(host, failure.reason)
-        self._judge.lost_agent(host, failure, now=time.monotonic())
+        self._analysis.agent_lost(host, failure, now=time.monotonic())
 
     def _decide(self) -> None:
-        """End the run when there is a reason to."""
-        self._heed_signals()
+        """End the run if it was cancelled, has failed or has stalled."""
+        self._handle_signals()
         now = time.monotonic()
         if self._failure is None and self._cancelled_by is None:
-            if cause := self._judge.cause(now=now, all_over=False):
-                if self._judge.is_unexplained(cause):
-                    self._look(within_s=_LOOK_S)
+            if cause := self._analysis.cause(now=now, all_over=False):
+                if self._analysis.is_unexplained(cause):
+                    self._collect_stacks(within_s=_DEATH_DUMP_S)
                 self._fail(cause)
-            elif standstill := self._judge.standstill(now=now):
-                self._look(within_s=_DUMP_S)
-                self._fail(self._judge.blame(standstill))
+            elif stall := self._tracker.find_stall(now=now, timeout_s=self._plan.stall_timeout_s):
+                self._collect_stacks(within_s=_STALL_DUMP_S)
+                self._fail(self._analysis.stall_failure(stall))
         if now > self._give_up_at:
-            self._crew.give_up(working_only=True)
+            self._agents.give_up(working_only=True)
 
-    def _look(self, *, within_s: float) -> None:
-        """Have every living rank show where it is."""
-        deadline = time.monotonic() + within_s + _TRAVEL_S
-        self._crew.tell(DumpStacks(within_s=within_s))
-        while self._judge.lacks_stacks and time.monotonic() < deadline:
-            self._crew.turn()
+    def _collect_stacks(self, *, within_s: float) -> None:
+        """Have every living rank dump its stacks, and wait for them."""
+        deadline = time.monotonic() + within_s + _TRANSFER_S
+        self._agents.broadcast(DumpStacks(within_s=within_s))
+        while self._tracker.lacks_stacks and time.monotonic() < deadline:
+            self._agents.poll()
 
-    def _heed_signals(self) -> None:
-        """Pass the first signal on to the ranks; an interrupt while the run is ending kills at once."""
-        while self._arrived:
-            number = self._arrived.pop(0)
+    def _handle_signals(self) -> None:
+        """Pass the first signal on to the ranks; SIGINT while the run is ending kills them at once."""
+        while self._signals:
+            number = self._signals.pop(0)
             if number == signal.SIGTSTP:
-                self._crew.hold()
+                self._agents.suspend()
                 os.kill(os.getpid(), signal.SIGSTOP)
-                self._crew.resume()
+                self._agents.resume()
             elif math.isfinite(self._give_up_at) and number == signal.SIGINT:
-                self._crew.tell(EndRanks(signal=signal.SIGKILL, grace_s=0.0))
+                self._agents.broadcast(EndRanks(signal=signal.SIGKILL, grace_s=0.0))
             else:
                 self._cancel(number)
 
     def _cancel(self, number: int) -> None:
-        """Have every rank told: SIGTERM and SIGUSR1 ask it to save and end, SIGINT and the others to end."""
+        """Send every rank a signal: SIGTERM and SIGUSR1 ask it to save and exit, SIGINT and the others to exit."""
         if self._failure is None and self._cancelled_by is None:
-            self._timeline.note(socket.gethostname(), f"told to end by {signal_name(number)}")
+            self._timeline.note(socket.gethostname(), f"cancelled by {signal_name(number)}")
             self._cancelled_by = number
-            self._end(number, self._plan.preempt_grace_s if number == signal.SIGUSR1 else self._plan.grace_s)
+            self._end_ranks(number, self._plan.preempt_grace_s if number == signal.SIGUSR1 else self._plan.grace_s)
 
     def _fail(self, failure: Failure) -> None:
-        """End the other ranks at once: they have nothing to save that the newest checkpoint does not hold."""
+        """Kill the other ranks at once: all that they could save is in the newest checkpoint."""
         self._timeline.note(failure.host, f"the cause: {failure.reason}")
         self._failure = failure
-        self._end(signal.SIGKILL, 0.0)
+        self._end_ranks(signal.SIGKILL, 0.0)
 
-    def _end(self, number: int, grace_s: float) -> None:
-        self._crew.tell(EndRanks(signal=number, grace_s=grace_s))
+    def _end_ranks(self, number: int, grace_s: float) -> None:
+        self._agents.broadcast(EndRanks(signal=number, grace_s=grace_s))
         self._give_up_at = time.monotonic() + grace_s + _ANSWER_S
 
     def _finish(self, exit_code: int) -> None:
-        """Have every agent tell its sidecars how the run ended, and wait until all agents are gone."""
-        self._crew.finish()
-        self._crew.tell(FinishAgent(exit_code=exit_code))
+        """Have every agent send the exit code to its sidecars, and wait until all agents have exited."""
+        self._agents.finish()
+        self._agents.broadcast(FinishAgent(exit_code=exit_code))
         self._give_up_at = time.monotonic() + SIDECAR_TIMEOUT_S + _ANSWER_S
-        while not self._crew.is_gone and time.monotonic() < self._give_up_at:
-            self._crew.turn()
-            self._heed_signals()
+        while not self._agents.is_gone and time.monotonic() < self._give_up_at:
+            self._agents.poll()
+            self._handle_signals()
 
     def _outcome(self) -> RunOutcome:
-        now, lost = time.monotonic(), tuple(self._crew.lost)
+        now, lost = time.monotonic(), tuple(self._agents.lost)
         if self._cancelled_by is not None:
-            if self._judge.preempted():
+            if self._analysis.is_preempted:
                 return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
-            if self._plan.completes_on_signal and self._judge.all_ended_well:
+            if self._plan.completes_on_signal and self._tracker.all_succeeded:
                 return RunOutcome(status="completed", exit_code=0)
             return RunOutcome(status="cancelled", exit_code=128 + self._cancelled_by)
-        cause = self._failure or self._judge.cause(now=now, all_over=True) or self._judge.missing()
+        cause = self._failure or self._analysis.cause(now=now, all_over=True) or self._analysis.missing_rank_failure()
         if cause is None:
             return RunOutcome(status="completed", exit_code=0)
-        failure = self._judge.complete(cause)
+        failure = self._analysis.complete(cause)
         if failure.is_preemption:
             return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
-        taken = is_port_taken(failure) and not self._judge.has_begun
+        taken = is_port_taken(failure) and not self._tracker.has_stepped
         return RunOutcome(
             status="failed", exit_code=failure.exit_code, failure=failure, port_taken=taken, lost_hosts=lost
         )
+
+    def _with_full_disk(self, outcome: RunOutcome) -> RunOutcome:
+        """Add a full disk to the reason of a failure, unless the failed rank named it itself."""
+        failure, full = outcome.failure, describe_full_disk(self._run_dir.path)
+        if failure is None or full is None or "the disk of" in failure.reason:
+            return outcome
+        first, _, rest = failure.reason.partition("\n")
+        return replace(outcome, failure=replace(failure, reason="\n".join(filter(None, [f"{first}; {full}", rest]))))
+
+    def _write_session_file(self) -> None:
+        this, agents = locate_this_process(), self._agents.locations
+        try:
+            record = SessionRecord(backend=self._plan.backend, session=this, agents=agents, job=self._job)
+            write_session_file(self._run_dir, record)
+        except OSError as error:
+            reason = describe_full_disk(self._run_dir.path) or error.strerror
+            self._console.line(f"session.json cannot be written, so other shells cannot follow this run: {reason}")

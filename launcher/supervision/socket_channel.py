@@ -28,11 +28,11 @@ _SEND_S = 2.0
 
 
 MONITOR_FIELDS: dict[str, dict[str, type]] = {
-    "hello": {"rank": int, "guard": int, "pid": int},
-    "told": {"signal": int, "told_at": float},
-    "exit": {"status": int, "time": float, "wall_s": float, "by_launcher": bool},
+    "started": {"rank": int, "monitor_pid": int, "pid": int},
+    "signalled": {"signal": int, "signalled_at": float},
+    "exited": {"status": int, "time": float, "wall_s": float, "by_launcher": bool},
 }
-"""What a guard sends, by ``kind``."""
+"""Fields of a rank monitor's messages, by ``kind``."""
 
 
 _MAX_MESSAGE_BYTES = 4096
@@ -40,12 +40,12 @@ _MAX_MESSAGE_BYTES = 4096
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Make a private folder for the socket; in /tmp when the usual place is too deep for a socket's name.
+    """Create a private folder for the socket; in /tmp when the temporary folder's path is too long for a socket.
 
-    Folders of process trees that were killed as a whole are removed: nothing of those was left to do it.
+    Folders of dead agents, whose whole process tree was killed, are removed.
     """
-    usual = Path(tempfile.gettempdir())
-    parent = usual if len(str(usual)) < 60 else _SHORT_PARENT
+    default = Path(tempfile.gettempdir())
+    parent = default if len(str(default)) < 60 else _SHORT_PARENT
     folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
     write_json(folder / _OWNER, to_tree(locate_this_process()))
     for left in parent.glob(f"{_PREFIX}*"):
@@ -58,35 +58,35 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def remove_scratch(folder: Path) -> None:
-    """Remove the folder of an agent that could not do so itself; any other folder is left alone."""
+    """Remove the folder of an agent that was killed; do nothing to any other folder."""
     if _owner_of(folder) is not None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _owner_of(folder: Path) -> ProcessLocation | None:
-    """Return the process that made a scratch folder of this user; ``None`` where it is no such folder."""
+    """Return the process that created a scratch folder of this user; ``None`` for any other folder."""
     try:
         found = folder.lstat()
         if not (folder.name.startswith(_PREFIX) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
             return None
         return process_location_from_tree(read_object(folder / _OWNER))
-    except (OSError, ValueError):  # gone, or made by another program
+    except (OSError, ValueError):  # gone, or created by another program
         return None
 
 
 def is_scratch_folder(path: str) -> bool:
-    """Return whether ``path`` can only be what ``scratch_folder`` makes, and so may be removed after its owner."""
+    """Return whether ``path`` is one that ``scratch_folder`` creates, and so may be removed after its owner."""
     folder = Path(path)
     return folder.parent in (Path(tempfile.gettempdir()), _SHORT_PARENT) and folder.name.startswith(_PREFIX)
 
 
 def socket_in(scratch: Path) -> Path:
-    """Return where the agent listens."""
+    """Return the path of the agent's socket."""
     return scratch / "agent"
 
 
 def listen_for_monitors(scratch: Path) -> socket.socket:
-    """Open the agent's side: a socket that keeps messages apart and tells when a peer is gone."""
+    """Open the agent's side: a socket that keeps message boundaries and detects closed peers."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(socket_in(scratch)))
     listener.listen(1024)
@@ -95,11 +95,11 @@ def listen_for_monitors(scratch: Path) -> socket.socket:
 
 
 def receive_from_monitor(peer: socket.socket) -> dict[str, Any] | None:
-    """Return the next message of a guard; ``None`` once it is gone.
+    """Return the next message of a rank monitor; ``None`` once it is gone.
 
     Raises:
-        BlockingIOError: there is nothing yet.
-        MalformedMessage: it sent what is no message.
+        BlockingIOError: no message has arrived yet.
+        MalformedMessage: it sent invalid data.
     """
     try:
         data = peer.recv(_MAX_MESSAGE_BYTES)
@@ -120,22 +120,22 @@ def receive_from_monitor(peer: socket.socket) -> dict[str, Any] | None:
 
 
 class SocketChannel:
-    """The guard's side. A rank started by hand, or after its agent died, has nobody to tell."""
+    """The rank monitor's side; not connected for a rank started by hand or after its agent died."""
 
     def __init__(self, scratch: Path | None) -> None:
         self._scratch = scratch
         self._socket: socket.socket | None = None
-        self._is_lost = False
+        self._was_closed = False
         if scratch is None:
             return
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             self._socket.connect(str(socket_in(scratch)))
         except OSError:  # the agent was killed while this rank was starting
-            self._is_lost = True
+            self._was_closed = True
             self.close()
 
-    def tell(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         """Send one message, unless the agent is gone."""
         if self._socket is None:
             return
@@ -143,32 +143,32 @@ class SocketChannel:
             self._socket.settimeout(_SEND_S)
             self._socket.send(json.dumps(message).encode())
         except OSError:
-            self._is_lost = True
+            self._was_closed = True
             self.close()
 
-    def orders(self) -> tuple[int, ...]:
-        """Return nothing: this agent signals guards by itself."""
+    def signals(self) -> tuple[int, ...]:
+        """Return no signals: an agent on the same host signals the monitors itself."""
         return ()
 
-    def lost(self) -> bool:
+    def is_closed(self) -> bool:
         """Return whether there was an agent and it is gone."""
         if self._socket is None:
-            return self._is_lost
+            return self._was_closed
         try:
             self._socket.setblocking(False)
-            return self._socket.recv(1) == b""  # the agent never says anything
+            return self._socket.recv(1) == b""  # the agent sends nothing
         except BlockingIOError:
             return False
         except OSError:
             return True
 
     def clean_up_after_agent(self) -> None:
-        """Remove the folder of an agent that is gone, because it could not do so itself."""
+        """Remove the scratch folder of an agent that was killed."""
         if self._scratch is not None:
             remove_scratch(self._scratch)
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the socket."""
         if self._socket is not None:
             self._socket.close()
             self._socket = None

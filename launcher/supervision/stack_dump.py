@@ -1,6 +1,6 @@
 """Stack dumps of ranks: request one, and read the line and the collective a rank is in.
 
-A rank writes its stacks to its log, by way of faulthandler, even while it is stuck in C.
+A rank writes its stacks to its log through faulthandler, even while it is stuck in C code.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _CONTINUE_S = 0.2
 
 
 _NATIVE_S = 1.0
-"""Least time in which it makes sense to ask py-spy too."""
+"""Minimum time for a dump by py-spy."""
 
 
 NATIVE_MARK = "py-spy dump --native:"
-"""Line after which C frames follow too, where py-spy is installed."""
+"""Line before the C frames, where py-spy is installed."""
 
 
 _THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
@@ -60,18 +60,18 @@ _WAITS = {
     ("torch/autograd/graph.py", "_engine_run_backward"): "backward",  # DDP and ZeRO reduce gradients in it
     ("launcher/engines/distributed.py", "total"): "all_reduce",
 }
-"""Functions that wait for other ranks without a Python frame that says so: end of the file's path, name, what in."""
+"""Functions that wait for other ranks outside of Python: end of the file's path and name, and the collective."""
 
 
 class StackDump:
-    """One question to one rank, and its answer.
+    """A request for the stacks of one rank, and the answer.
 
-    A rank that a signal had stopped is continued for the moment that it needs to answer.
+    A suspended rank is continued for as long as it needs to answer.
 
     Args:
-        process: the rank; ``None`` when it is on another machine and somebody else asks it.
-        log: the rank's.
-        within_s: time it gets.
+        process: the rank; ``None`` when it is on another machine and its monitor signals it.
+        log: of the rank.
+        within_s: time to answer.
     """
 
     def __init__(self, process: Process | None, log: Path, *, within_s: float) -> None:
@@ -80,7 +80,7 @@ class StackDump:
         self._answer = ""
         self._native: NativeDump | None = None
         self.is_stopped = process is not None and _state_of(process.pid) in ("T", "t")
-        """Whether a signal, or a debugger, had stopped the rank."""
+        """Whether the rank was suspended, by a signal or a debugger."""
         if process is None:
             return
         process.send(signal.SIGUSR2)
@@ -90,18 +90,18 @@ class StackDump:
             self._native = NativeDump(program, process.pid)
 
     def is_complete(self) -> bool:
-        """Return whether there is nothing more to come: the log rests after the stacks, or time is up."""
+        """Return whether the answer is complete (the log is quiet after the stacks) or has timed out."""
         if time.monotonic() >= self._until:
             return True
-        return self._has_answered() and (self._native is None or self._native.is_over())
+        return self._has_answered() and (self._native is None or self._native.has_exited())
 
     def take(self) -> str:
-        """Return what the rank wrote since it was asked, and what py-spy saw."""
+        """Return the output of the rank since the request, and that of py-spy."""
         native = self._native.take() if self._native else ""
         return (self._answer or self._read()) + native
 
     def _continue_for_a_moment(self, process: Process) -> None:
-        """Let the rank go on until it has answered, and hardly further: the others may go on with it."""
+        """Continue the rank until it has answered, then suspend it again."""
         process.send(signal.SIGCONT)
         until = time.monotonic() + _CONTINUE_S
         while not self._has_answered() and time.monotonic() < until:
@@ -115,7 +115,7 @@ class StackDump:
         return self._answer != ""
 
     def _read(self) -> str:
-        """Return what was written since the question."""
+        """Return the log since the request."""
         if self._size <= self._start:
             return ""
         with self._log.open("rb") as file:
@@ -128,7 +128,7 @@ class NativeDump:
 
     Args:
         program: py-spy.
-        pid: whose stack.
+        pid: of the process.
     """
 
     def __init__(self, program: str, pid: int) -> None:
@@ -136,12 +136,12 @@ class NativeDump:
         argv = [program, "dump", "--native", "--pid", str(pid)]
         self._popen = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=self._output, stderr=self._output)
 
-    def is_over(self) -> bool:
-        """Return whether it has said all."""
+    def has_exited(self) -> bool:
+        """Return whether py-spy has exited."""
         return self._popen.poll() is not None
 
     def take(self) -> str:
-        """End it and return what it said."""
+        """Kill it and return its output."""
         self._popen.kill()
         self._popen.wait()
         with self._output as file:
@@ -168,16 +168,16 @@ def _state_of(pid: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class StackTrace:
-    """Where the main thread of a rank was."""
+    """Stack of a rank's main thread."""
 
     text: str
     """The stacks of all its threads, or its traceback."""
     where: str = ""
     """Innermost line that is not a library's: ``launcher/training/trainer.py:88 in train_step``; empty when unknown."""
     collective: str = ""
-    """What it waited for other ranks in (``all_reduce``); empty when it did not."""
+    """Collective in which it waited for other ranks (``all_reduce``); empty when it did not wait."""
     is_stopped: bool = False
-    """A signal had stopped it (SIGSTOP), as a debugger does."""
+    """It was suspended (SIGSTOP), as a debugger does."""
 
     @property
     def python(self) -> str:
@@ -186,7 +186,7 @@ class StackTrace:
 
     @property
     def place(self) -> str:
-        """Where it was, in words."""
+        """Collective and line, in words."""
         return f"{self.collective} ({self.where})" if self.collective else self.where
 
 
@@ -202,7 +202,7 @@ class _StackFrame:
 
     @property
     def wait(self) -> str:
-        """What the function waits for others in, if it does."""
+        """Collective that the function waits in, if it does."""
         for (file, function), name in _WAITS.items():
             if self.function == function and self.file.endswith(f"/{file}"):
                 return name
@@ -226,11 +226,11 @@ def _shown_path(file: str) -> str:
 
 
 def read_dump(text: str, *, is_stopped: bool = False) -> StackTrace:
-    """Return what faulthandler's dump of all threads tells of the main thread; other lines may be in between.
+    """Return the stack of the main thread from faulthandler's dump; other lines may be in between.
 
     Args:
-        text: the dump; of several the last counts.
-        is_stopped: what the kernel said of the process before.
+        text: the dump; the last of several is used.
+        is_stopped: whether the process was suspended before the dump.
     """
     threads: list[tuple[bool, list[_StackFrame]]] = []
     for line in text.splitlines():
@@ -244,7 +244,7 @@ def read_dump(text: str, *, is_stopped: bool = False) -> StackTrace:
 
 
 def read_traceback(text: str) -> StackTrace:
-    """Return where the exception that a traceback tells of was raised."""
+    """Return the stack from a traceback."""
     frames = [_StackFrame(*frame.groups()) for line in text.splitlines() if (frame := _TRACED.fullmatch(line))]
     return _stack_of(text, frames[::-1])
 

@@ -1,4 +1,4 @@
-"""Stall detection: since when a run has not moved, and which rank holds it up."""
+"""Stall detection: whether a run makes no progress, and which rank the others wait for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from launcher.supervision.stack_dump import StackTrace
 
 @dataclass(frozen=True, kw_only=True)
 class RankPosition:
-    """Where a rank was last heard of."""
+    """Last known position of a rank."""
 
     host: str
     phase: str
@@ -21,21 +21,21 @@ class RankPosition:
 
     @property
     def order(self) -> tuple[int, float]:
-        """Smaller is further behind: by step, then by how long ago it moved.
+        """Sort key, smaller is further behind: by step, then by time of the last heartbeat.
 
-        A rank that waits in a collective got there after the one it waits for stopped moving.
+        A rank enters a collective after the rank it waits for has stopped.
         """
         return (-1 if self.step is None else self.step, self.at)
 
     @property
-    def words(self) -> str:
-        """What it was doing, as far as it said so itself."""
+    def description(self) -> str:
+        """Phase and step, in words."""
         return self.phase if self.step is None else f"{self.phase} of step {self.step}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stall:
-    """The moment at which a run was found to stand still."""
+    """Positions of the living ranks when a stall was detected."""
 
     now: float
     """``time.monotonic()`` of the session."""
@@ -43,19 +43,19 @@ class Stall:
     """Every living rank."""
 
     def silence_s(self, rank: int) -> float:
-        """Return how long ago the rank moved."""
+        """Return the time since the rank's last heartbeat."""
         return self.now - self.positions[rank].at
 
 
 def is_stalled(positions: Mapping[int, RankPosition], *, now: float, timeout_s: float) -> bool:
-    """Return whether some rank has not moved for ``timeout_s`` seconds; 0 waits for ever."""
+    """Return whether some rank has been silent for ``timeout_s`` seconds; 0 disables the check."""
     return timeout_s > 0 and any(now - position.at > timeout_s for position in positions.values())
 
 
 def find_straggler(positions: Mapping[int, RankPosition], stacks: Mapping[int, StackTrace]) -> int:
     """Return the rank that the others wait for.
 
-    It is the one that is not in a collective when others are, or in another place than most; among several such
+    It is the rank that is not in a collective when others are, or not where most ranks are; among several such
     ranks, or without any, the one furthest behind.
     """
     waiting = ranks_in_collectives(positions, stacks)
@@ -63,8 +63,8 @@ def find_straggler(positions: Mapping[int, RankPosition], stacks: Mapping[int, S
     if not waiting or not elsewhere:
         places = {rank: (stack.collective, stack.where) for rank, stack in stacks.items() if rank in positions}
         elsewhere = positions.keys() - _majority(places)
-    suspects = elsewhere or positions.keys()
-    return min(suspects, key=lambda rank: positions[rank].order)
+    candidates = elsewhere or positions.keys()
+    return min(candidates, key=lambda rank: positions[rank].order)
 
 
 def ranks_in_collectives(positions: Mapping[int, RankPosition], stacks: Mapping[int, StackTrace]) -> set[int]:
@@ -72,22 +72,22 @@ def ranks_in_collectives(positions: Mapping[int, RankPosition], stacks: Mapping[
     return {rank for rank in positions if rank in stacks and stacks[rank].collective and not stacks[rank].is_stopped}
 
 
-def describe_straggler(rank: int, standstill: Stall, stacks: Mapping[int, StackTrace]) -> str:
-    """Return the sentence that names ``rank`` as the one that the others wait for."""
-    position, stack = standstill.positions[rank], stacks.get(rank)
-    said = f"rank {rank} on {position.host} has not moved for {standstill.silence_s(rank):.0f} s"
-    said += f" (last seen in {position.words})"
+def describe_straggler(rank: int, stall: Stall, stacks: Mapping[int, StackTrace]) -> str:
+    """Return a sentence that names ``rank`` as the one that the others wait for."""
+    position, stack = stall.positions[rank], stacks.get(rank)
+    said = f"rank {rank} on {position.host} has not moved for {stall.silence_s(rank):.0f} s"
+    said += f" (last seen in {position.description})"
     if stack is not None and (stack.where or stack.is_stopped):
         said += ": it was stopped by a signal" if stack.is_stopped else ": it is"
         said += f" at {stack.where}" if stack.where and not stack.collective else ""
         said += f" in {stack.place}" if stack.collective else ""
-    others = {other: place for other, place in standstill.positions.items() if other != rank}
+    others = {other: place for other, place in stall.positions.items() if other != rank}
     waits = describe_wait(others, stacks)
     return f"{said} while {waits}" if waits else said
 
 
 def describe_wait(positions: Mapping[int, RankPosition], stacks: Mapping[int, StackTrace]) -> str:
-    """Return which ranks wait in which collective, for most of them: ``ranks 0, 2 wait in all_reduce (…)``."""
+    """Return where most waiting ranks wait: ``ranks 0, 2 wait in all_reduce (…)``."""
     waiting = {rank: stacks[rank].place for rank in ranks_in_collectives(positions, stacks)}
     if not waiting:
         return ""
@@ -109,7 +109,7 @@ def format_ranks(ranks: Collection[int]) -> str:
 
 
 def _majority(places: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Return the ranks at the place where more than half of them are; nobody when there is no such place."""
+    """Return the ranks at the place where more than half of them are; empty without such a place."""
     if not places:
         return set()
     place, number = Counter(places.values()).most_common(1)[0]

@@ -1,6 +1,6 @@
-"""TCP connections of host agents that the session cannot reach: the agents connect to it.
+"""TCP connections from host agents to the session, where the session cannot reach the hosts.
 
-Each side proves that it belongs to the run (see `handshake`).
+Both sides prove that they belong to the run (see `handshake`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import errno
 import os
 import selectors
 import socket
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,20 +17,19 @@ from dataclasses import dataclass
 from launcher.errors import EnvironmentProblem
 from launcher.protocol.messages import FROM_AGENT, AgentMessage
 from launcher.protocol.wire import MessageReader
-from launcher.supervision.connection import AgentConnection
+from launcher.supervision.connection import CHUNK_BYTES, AgentConnection, WriteBuffer
 from launcher.supervision.handshake import HANDSHAKE_S, HandshakeError, HandshakeServer, authenticate
 
 Say = Callable[[str], None]
 
-_CHUNK = 1 << 16
 _TICK_S = 0.5
 _REPORT_EVERY_S = 30.0
 _BACKLOG = 1024
 _MAX_PENDING = 256
-"""Peers in their handshake at a time."""
+"""Peers that may be in their handshake at a time."""
 _MAX_REPORTED_REFUSALS = 20
 _SHORTAGE_S = 0.05
-"""Pause when the process has no descriptor left for another peer."""
+"""Pause when the process has no free descriptor for another peer."""
 
 
 @dataclass(eq=False)
@@ -40,20 +38,20 @@ class _PendingPeer:
 
     peer: socket.socket
     address: str
-    admission: HandshakeServer
+    handshake: HandshakeServer
     deadline: float
 
 
 class AgentListener:
-    """Where the session waits for its agents: one connection for each known host, and none for anybody else.
+    """Accepts the agents of a run: one connection for each known host, and none from any other peer.
 
-    Peers are served side by side, in one thread. Whatever goes wrong with one of them ends that one alone.
+    One thread serves all peers concurrently. An error of one peer closes that peer only.
 
     Args:
         port: to listen on.
-        key: that both ends know.
-        hosts: name in the plan, by the index with which a host's agent calls itself.
-        handshake_s: time for each peer's whole handshake.
+        key: secret shared by both ends.
+        hosts: name in the plan, by the index that a host's agent claims.
+        handshake_s: time for each peer's handshake.
     """
 
     def __init__(self, *, port: int, key: bytes, hosts: Mapping[int, str], handshake_s: float = HANDSHAKE_S) -> None:
@@ -63,35 +61,35 @@ class AgentListener:
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._pending: list[_PendingPeer] = []
-        self._arrived: dict[int, TcpConnection] = {}
+        self._connected: dict[int, TcpConnection] = {}
         self._num_refused = 0
 
     def gather(self, *, timeout_s: float, say: Say) -> dict[str, TcpConnection]:
-        """Wait until every host's agent is there; return their connections by host.
+        """Wait until the agents of all hosts have connected; return their connections by host.
 
-        One that comes a second time was started again: its first connection is dropped.
+        An agent that connects a second time was restarted: its first connection is closed.
 
         Raises:
-            EnvironmentProblem: they were not all there within ``timeout_s``.
+            EnvironmentProblem: some did not connect within ``timeout_s``.
         """
-        started = said = time.monotonic()
-        while absent := [name for index, name in self._hosts.items() if index not in self._arrived]:
+        started = reported = time.monotonic()
+        while absent := [name for index, name in self._hosts.items() if index not in self._connected]:
             now = time.monotonic()
             if now - started > timeout_s:
                 self.close()
-                raise EnvironmentProblem(f"{_shorten_names(absent)} did not appear within {timeout_s:.0f} s")
-            if now - said > _REPORT_EVERY_S:
-                said = now
+                raise EnvironmentProblem(f"{_shorten_names(absent)} did not connect within {timeout_s:.0f} s")
+            if now - reported > _REPORT_EVERY_S:
+                reported = now
                 refused = f" ({self._num_refused} connections were refused)" if self._num_refused else ""
                 say(f"waiting for {_shorten_names(absent)}{refused}")
-            self._turn(say)
+            self._poll(say)
         self._stop_listening()
-        return {self._hosts[index]: connection for index, connection in self._arrived.items()}
+        return {self._hosts[index]: connection for index, connection in self._connected.items()}
 
     def close(self) -> None:
-        """Stop listening and drop who has come."""
+        """Stop listening and close all connections."""
         self._stop_listening()
-        for connection in self._arrived.values():
+        for connection in self._connected.values():
             connection.close()
 
     def _stop_listening(self) -> None:
@@ -101,12 +99,12 @@ class AgentListener:
         self._selector.close()
         self._listener.close()
 
-    def _turn(self, say: Say) -> None:
-        """Wait a moment, serve every peer that has sent something, and end those whose time is up."""
+    def _poll(self, say: Say) -> None:
+        """Wait briefly, serve every peer that has sent data, and close those that have timed out."""
         for key, _ in self._selector.select(_TICK_S):
             if key.data is None:
                 self._accept(say)
-            elif key.data in self._pending:  # else it was dropped for another a moment ago
+            elif key.data in self._pending:  # else it was just closed to make room
                 self._serve(key.data, say)
         now = time.monotonic()
         for pending in [pending for pending in self._pending if now > pending.deadline]:
@@ -126,59 +124,59 @@ class AgentListener:
             peer.setblocking(False)
             if len(self._pending) >= _MAX_PENDING:
                 self._make_room(say)
-            admission = HandshakeServer(known=self._hosts, key=self._key)
-            pending = _PendingPeer(peer, str(address[0]), admission, time.monotonic() + self._handshake_s)
+            handshake = HandshakeServer(known=self._hosts, key=self._key)
+            pending = _PendingPeer(peer, str(address[0]), handshake, time.monotonic() + self._handshake_s)
             self._pending.append(pending)
             self._selector.register(peer, selectors.EVENT_READ, pending)
 
     def _make_room(self, say: Say) -> None:
-        """Drop the oldest peer of the address that has the most: a pod is done in one round trip."""
+        """Close the oldest peer of the address that has the most: an agent needs one round trip only."""
         counts = Counter(pending.address for pending in self._pending)
         if counts:
-            crowd, _ = counts.most_common(1)[0]
-            oldest = next(pending for pending in self._pending if pending.address == crowd)
-            self._refuse(oldest, f"{counts[crowd]} connections from there were open", say)
+            address, _ = counts.most_common(1)[0]
+            oldest = next(pending for pending in self._pending if pending.address == address)
+            self._refuse(oldest, f"{counts[address]} connections from there were open", say)
 
     def _serve(self, pending: _PendingPeer, say: Say) -> None:
         try:
-            answer = pending.admission.take(pending.peer.recv(_CHUNK))
+            answer = pending.handshake.receive(pending.peer.recv(CHUNK_BYTES))
             if answer and pending.peer.send(answer) != len(answer):
-                raise HandshakeError("it does not read what it is sent")
-            index = pending.admission.index
+                raise HandshakeError("it does not read the answer")
+            index = pending.handshake.index
             connection = None if index is None else TcpConnection(self._hosts[index], pending.peer)
         except BlockingIOError:
             return
-        except Exception as problem:  # noqa: BLE001  (whatever a peer causes must end that peer alone)
+        except Exception as problem:  # noqa: BLE001  (any error of a peer closes that peer only)
             self._refuse(pending, str(problem) or repr(problem), say)
             return
         if index is None or connection is None:
             return
-        self._forget(pending)
-        earlier = self._arrived.pop(index, None)
-        if earlier is not None:
-            earlier.close()
-        self._arrived[index] = connection
+        self._remove(pending)
+        previous = self._connected.pop(index, None)
+        if previous is not None:
+            previous.close()
+        self._connected[index] = connection
 
-    def _refuse(self, pending: _PendingPeer, why: str, say: Say) -> None:
-        self._forget(pending)
+    def _refuse(self, pending: _PendingPeer, reason: str, say: Say) -> None:
+        self._remove(pending)
         pending.peer.close()
         self._num_refused += 1
         if self._num_refused <= _MAX_REPORTED_REFUSALS:
-            say(f"refused a connection from {pending.address}: {why}")
+            say(f"refused a connection from {pending.address}: {reason}")
         if self._num_refused == _MAX_REPORTED_REFUSALS:
             say("further refusals are counted, not printed")
 
-    def _forget(self, pending: _PendingPeer) -> None:
+    def _remove(self, pending: _PendingPeer) -> None:
         self._selector.unregister(pending.peer)
         self._pending.remove(pending)
 
 
 class TcpConnection(AgentConnection):
-    """The agent at the other end of a socket; how it ended cannot be seen from here.
+    """Messages over a socket; the exit code of the agent is unknown.
 
     Args:
         host: its name in the plan.
-        peer: where the handshake has taken place.
+        peer: socket of a completed handshake.
     """
 
     program = None
@@ -186,75 +184,53 @@ class TcpConnection(AgentConnection):
     def __init__(self, host: str, peer: socket.socket) -> None:
         self.host = host
         _configure_socket(peer)
-        self._peer, self._outlet = peer, os.dup(peer.fileno())  # a selector tells reading and writing apart by number
-        self._inbox, self._queue = MessageReader(FROM_AGENT), bytearray()
-        self._lock = threading.Lock()
-        self._is_broken = False
+        self._peer, self._write_fd = peer, os.dup(peer.fileno())  # a selector registers one descriptor once
+        self._reader, self._buffer = MessageReader(FROM_AGENT), WriteBuffer(self._write_fd)
         self.has_hung_up = False
-        """The other end closed it, or died: what is merely cut off stays silent."""
+        """The other end closed the connection or died; a host that is cut off stays silent instead."""
 
     def fileno(self) -> int:
         """Return the socket."""
         return self._peer.fileno()
 
-    def outlet(self) -> int | None:
-        """Return the socket under another number while something waits."""
-        return self._outlet if self._queue and not self._is_broken else None
-
-    def send(self, message: AgentMessage) -> None:
-        """Write to the socket."""
-        with self._lock:
-            self._queue += message.encode()
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what the socket takes."""
-        with self._lock:
-            while self._queue and not self._is_broken:
-                try:
-                    written = os.write(self._outlet, self._queue[:_CHUNK])
-                except BlockingIOError:
-                    return
-                except OSError:
-                    self._is_broken = True
-                    return
-                del self._queue[:written]
+    def write_fd(self) -> int | None:
+        """Return a duplicate of the socket while bytes are queued."""
+        return self._write_fd if self._buffer.is_waiting else None
 
     def receive(self) -> list[AgentMessage] | None:
         """Read what has arrived; call it when ``fileno`` is readable."""
         try:
-            data = self._peer.recv(_CHUNK)
+            data = self._peer.recv(CHUNK_BYTES)
         except BlockingIOError:
             return []
         except OSError:
             data = b""
         self.has_hung_up = not data
-        return self._inbox.take(data)[0] if data else None
+        return self._reader.feed(data)[0] if data else None
 
     def close(self) -> int:
-        """Hang up."""
-        with self._lock:
-            self._is_broken = True
-            self._peer.close()
-            os.close(self._outlet)
+        """Close the socket."""
+        self._buffer.close()
+        self._peer.close()
+        os.close(self._write_fd)
         return 0
 
 
 def connect_to_session(address: str, *, port: int, index: int, key: bytes, timeout_s: float, say: Say) -> socket.socket:
-    """Return a connection to the session, however long it takes to be there.
+    """Return a connection to the session; retry until it listens.
 
     Args:
-        address: where it will be; the name need not exist yet.
-        port: of its gate.
+        address: of the session; the name need not resolve yet.
+        port: of its listener.
         index: of this host.
-        key: that both ends know.
-        timeout_s: for how long to try.
-        say: told why it does not work yet, each reason once.
+        key: secret shared by both ends.
+        timeout_s: how long to retry.
+        say: called with why an attempt failed, once for each reason.
 
     Raises:
-        EnvironmentProblem: it was not there in time.
+        EnvironmentProblem: all attempts within ``timeout_s`` failed.
     """
-    deadline, said = time.monotonic() + timeout_s, ""
+    deadline, reported = time.monotonic() + timeout_s, ""
     while True:
         try:
             peer = socket.create_connection((address, port), timeout=HANDSHAKE_S)
@@ -271,16 +247,16 @@ def connect_to_session(address: str, *, port: int, index: int, key: bytes, timeo
                 return peer
         if time.monotonic() > deadline:
             raise EnvironmentProblem(
-                f"the first pod, {address}:{port}, was not there within {timeout_s:.0f} s: {problem}"
+                f"the first pod, {address}:{port}, did not accept this agent within {timeout_s:.0f} s: {problem}"
             )
-        if problem != said:
-            said = problem
+        if problem != reported:
+            reported = problem
             say(f"waiting for the first pod, {address}:{port}: {problem}")
         time.sleep(_TICK_S)
 
 
 def _configure_socket(peer: socket.socket) -> None:
-    """Make a socket one that never blocks, sends at once, and notices a peer that vanished while both are silent."""
+    """Make a socket non-blocking, without send delay, and with TCP keepalives that detect a vanished peer."""
     peer.setblocking(False)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -8,59 +8,57 @@ import time
 from pathlib import Path
 
 from launcher.errors.secrets import hide_secrets
-from launcher.protocol.messages import (
-    AgentIdle,
-    AgentMessage,
-    AgentReady,
-    AgentSignalled,
-    CommandExited,
-    HostPrepared,
-    LauncherStarted,
-    RankExited,
-    RankHeartbeat,
-    RankRaised,
-)
+from launcher.protocol.messages import AgentReady, CommandExited, RankExited, RankHeartbeat, RankRaised
 from launcher.utils.processes import describe_exit, signal_name
 
 
 class Timeline:
-    """Appends one line an event: ``{"time": …, "host": …, "what": …}``, with the clock of the session."""
+    """Appends one line per event: ``{"time": …, "host": …, "what": …}``, with the clock of the session."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._has_stepped = False
 
     def note(self, host: str, what: str) -> None:
-        """Write an event down; a full disk must not end the run."""
+        """Append an event; a full disk must not end the run."""
         line = json.dumps({"time": round(time.time(), 3), "host": host, "what": hide_secrets(what)}, ensure_ascii=False)
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
-    def hear(self, host: str, message: AgentMessage) -> None:
-        """Write down what a message tells, where it is a turn of events."""
-        what = self._event(message)
-        if what:
-            self.note(host, what)
+    def agent_ready(self, host: str, message: AgentReady) -> None:
+        """Append that the agent of ``host`` runs."""
+        self.note(host, f"the host agent is up, with the code in {message.code}")
 
-    def _event(self, message: AgentMessage) -> str:
-        match message:
-            case AgentReady(code=code):
-                return f"the host agent is up, with the code in {code}"
-            case HostPrepared():
-                return "prepared"
-            case LauncherStarted():
-                return "the launcher of the ranks runs"
-            case RankHeartbeat(step=step) if (step or 0) > 0 and not self._has_stepped:
-                self._has_stepped = True
-                return "the first step is done"
-            case RankRaised(rank=rank, error=error):
-                return f"rank {rank} raised {error.partition(chr(10))[0]}"
-            case RankExited(rank=rank, code=code, signal=number):
-                return f"rank {rank} {describe_exit(code, number)}"
-            case CommandExited(name=name, code=code, signal=number):
-                return f"{name} {describe_exit(code, number)}"
-            case AgentSignalled(signal=number):
-                return f"somebody sent the host agent {signal_name(number)}"
-            case AgentIdle():
-                return "nothing of the run is left here"
-        return ""
+    def host_prepared(self, host: str) -> None:
+        """Append that ``host`` is prepared."""
+        self.note(host, "prepared")
+
+    def launcher_started(self, host: str) -> None:
+        """Append that the launcher of the ranks runs on ``host``."""
+        self.note(host, "the launcher of the ranks runs")
+
+    def rank_heartbeat(self, host: str, message: RankHeartbeat) -> None:
+        """Append the first step of the run; other heartbeats are not events."""
+        if (message.step or 0) > 0 and not self._has_stepped:
+            self._has_stepped = True
+            self.note(host, "the first step is done")
+
+    def rank_raised(self, host: str, message: RankRaised) -> None:
+        """Append the exception of a rank."""
+        self.note(host, f"rank {message.rank} raised {message.error.partition(chr(10))[0]}")
+
+    def rank_exited(self, host: str, message: RankExited) -> None:
+        """Append how a rank exited."""
+        self.note(host, f"rank {message.rank} {describe_exit(message.code, message.signal)}")
+
+    def command_exited(self, host: str, message: CommandExited) -> None:
+        """Append how a preparing command or the launcher exited."""
+        self.note(host, f"{message.name} {describe_exit(message.code, message.signal)}")
+
+    def agent_signalled(self, host: str, number: int) -> None:
+        """Append that the agent of ``host`` received a signal."""
+        self.note(host, f"the host agent received {signal_name(number)}")
+
+    def agent_idle(self, host: str) -> None:
+        """Append that every process of the run on ``host`` but the sidecars has exited."""
+        self.note(host, "all processes of the run have exited")

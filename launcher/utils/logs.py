@@ -9,8 +9,8 @@ from typing import IO
 
 from launcher.utils.system import is_disk_full_error
 
-_LONGEST = 1 << 20
-"""Bytes after which a line without an end is handed on in pieces."""
+_MAX_LINE_BYTES = 1 << 20
+"""Length at which an unfinished line is returned in pieces."""
 
 
 _CHUNK = 1 << 18
@@ -23,10 +23,10 @@ _SILENCED_AT_IMPORT = {
 
 
 class LineSplitter:
-    """Collects bytes and gives out the lines that are complete.
+    """Collects bytes and returns the lines that are complete.
 
-    What is not UTF-8 becomes U+FFFD. Of a line that was rewritten with carriage returns (a progress bar) the last
-    state stays.
+    Invalid UTF-8 becomes U+FFFD. Of a line that was rewritten with carriage returns (a progress bar) the last state
+    is kept.
     """
 
     def __init__(self) -> None:
@@ -35,19 +35,19 @@ class LineSplitter:
     def feed(self, data: bytes) -> list[str]:
         """Return the lines that ``data`` completes."""
         *lines, self._partial = (self._partial + data).split(b"\n")
-        if len(self._partial) > _LONGEST:
+        if len(self._partial) > _MAX_LINE_BYTES:
             lines.append(self._partial)
             self._partial = b""
         return [_text(line) for line in lines]
 
     def rest(self) -> list[str]:
-        """Return the line that never ended, if there is one."""
+        """Return the unfinished last line, if there is one."""
         partial, self._partial = self._partial, b""
         return [_text(partial)] if partial else []
 
 
 def open_log(path: Path) -> IO[bytes]:
-    """Open a log to append to it; where a full disk cannot take a new file, what is written goes nowhere."""
+    """Open a log to append to it; on a disk too full for a new file, discard what is written."""
     try:
         return path.open("ab", buffering=0)
     except OSError as error:
@@ -66,12 +66,12 @@ class LogTail:
         self._start = self._offset = path.stat().st_size if path.exists() else 0
 
     def read(self) -> list[str]:
-        """Return whole lines written since the last call: some of them when there are many, none when there is none."""
+        """Return some of the whole lines written since the last call; empty when there are none."""
         data = self._bytes()
         return self._splitter.feed(data) if data else []
 
     def drain(self) -> list[str]:
-        """Return everything that is left, the unfinished last line too."""
+        """Return the rest, the unfinished last line too."""
         lines = []
         while data := self._bytes():
             lines += self._splitter.feed(data)
@@ -87,7 +87,7 @@ class LogTail:
         return "\n".join(lines[-count:])
 
     def close(self) -> None:
-        """Let the file go."""
+        """Close the file."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
@@ -96,7 +96,7 @@ class LogTail:
         if self._descriptor is None:
             try:
                 self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:  # the rank has not begun
+            except FileNotFoundError:  # the rank has not started
                 return b""
         data = os.pread(self._descriptor, _CHUNK, self._offset)
         self._offset += len(data)
@@ -108,22 +108,22 @@ def _text(line: bytes) -> str:
 
 
 def quiet_libraries() -> None:
-    """Drop what libraries say at their import about themselves, which no user of this program can change.
+    """Drop log records of libraries at import that a user of this program cannot avoid.
 
-    torchao names each of its compiled files that is for another machine, and torch that torchao registers its enums in
-    a deprecated way, in every process.
+    In every process, torchao logs each compiled file that is for another machine, and torch logs that torchao registers
+    its enums in a deprecated way.
     """
-    for logger, saying in _SILENCED_AT_IMPORT.items():
-        logging.getLogger(logger).addFilter(_DropRecordsWith(saying))
+    for logger, text in _SILENCED_AT_IMPORT.items():
+        logging.getLogger(logger).addFilter(_DropRecordsWith(text))
 
 
 class _DropRecordsWith(logging.Filter):
     """Drops records that hold a text."""
 
-    def __init__(self, saying: str) -> None:
+    def __init__(self, text: str) -> None:
         super().__init__()
-        self._saying = saying
+        self._text = text
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Return whether to keep it."""
-        return self._saying not in str(record.msg)
+        return self._text not in str(record.msg)

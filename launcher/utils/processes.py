@@ -1,7 +1,7 @@
-"""Processes and signals on Linux: find, signal and end them, and say how they ended.
+"""Processes and signals on Linux: find, signal and end them, and describe how they exited.
 
-A process is known by its number *and* its start time, because numbers are used again. Signals go through a pidfd, so
-nothing can take the number between the check and the signal.
+A process is identified by its PID *and* its start time, because PIDs are reused. Signals are sent through a pidfd, so
+the PID cannot be reused between the check and the signal.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from types import FrameType
 
 from launcher.errors import EnvironmentProblem
 
-_PATIENCE_S = 5.0
+_KILL_TIMEOUT_S = 5.0
 
 
 _PR_SET_PDEATHSIG = 1
@@ -35,19 +35,19 @@ COLLECTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUI
 
 @dataclass(frozen=True)
 class Process:
-    """One process, for ever: never another that was later given its number."""
+    """One process, never another that reuses its PID."""
 
     pid: int
     started: int
     """Clock ticks since the machine started."""
 
     def is_alive(self) -> bool:
-        """Return whether it is there and has not ended."""
+        """Return whether it exists and is not a zombie."""
         entry = _read(self.pid)
         return entry is not None and entry.process == self and not entry.is_zombie
 
     def send(self, number: int) -> bool:
-        """Send a signal; return whether the process was still there."""
+        """Send a signal; return whether the process still existed."""
         try:
             descriptor = os.pidfd_open(self.pid)
         except ProcessLookupError:
@@ -71,13 +71,13 @@ class _Entry:
 
 
 def identify(pid: int) -> Process | None:
-    """Return the process that has this number now; ``None`` if there is none."""
+    """Return the process that has this PID now; ``None`` when there is none."""
     entry = _read(pid)
     return entry.process if entry else None
 
 
 def descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
-    """Return every living process below ``ancestor``, without those in ``spare`` and what is below them."""
+    """Return every living descendant of ``ancestor``, except those in ``spare`` and their descendants."""
     children: dict[int, list[_Entry]] = defaultdict(list)
     for name in os.listdir("/proc"):  # noqa: PTH208 (half the time of Path.iterdir, and this is a busy loop)
         entry = _read(int(name)) if name.isdigit() else None
@@ -96,14 +96,14 @@ def descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Proce
 
 
 def end_descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
-    """Kill everything below ``ancestor``, which must be a subreaper, even what forks while it is being killed.
+    """Kill all descendants of ``ancestor``, which must be a subreaper, even those that fork meanwhile.
 
-    All are stopped first, again and again until no new one appears: what is stopped cannot fork.
+    All are suspended first, repeatedly until no new one appears: a suspended process cannot fork.
 
     Returns:
-        What the kernel had not let go within five seconds (a process waiting for a dead disk).
+        Processes that still exist after five seconds (waiting for a dead disk).
     """
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + _KILL_TIMEOUT_S
     stopped: set[Process] = set()
     while living := descendants(ancestor, spare=spare):
         if time.monotonic() > deadline:
@@ -129,22 +129,19 @@ def _read(pid: int) -> _Entry | None:
 
 
 def become_subreaper() -> None:
-    """Let every orphan among the descendants of this process become its child, however it detached itself."""
+    """Make this process the parent of its orphaned descendants, however they detached themselves."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def die_with_parent(parent: int) -> None:
-    """Have the kernel kill this process as soon as ``parent``, which just forked it, is gone."""
+    """Have the kernel kill this process when ``parent``, which just forked it, exits."""
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before the promise was made
+    if os.getppid() != parent:  # it exited before the prctl call
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 def exit_like(status: int) -> None:
-    """End this process the way ``status`` (of ``waitpid``) says another one ended: same code or same signal.
-
-    No second core is dumped for a signal that made the other process dump one.
-    """
+    """Exit like another process, with the code or signal in ``status`` (of ``waitpid``), without a second core dump."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -165,12 +162,12 @@ def _prctl(option: int, value: int) -> None:
 
 
 def shell_exit_code(code: int | None, number: int | None) -> int:
-    """Return what a shell would say: the code itself, or 128 plus the signal."""
+    """Return the exit code as a shell reports it: the code itself, or 128 plus the signal."""
     return 128 + number if number else code or 0
 
 
 def describe_exit(code: int | None, number: int | None) -> str:
-    """Return the end of a process in words."""
+    """Return how a process exited, in words."""
     if not number:
         return f"ended with exit code {code}"
     return f"was ended by signal {number} ({signal_name(number)})"
@@ -186,16 +183,16 @@ def signal_name(number: int) -> str:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Yield a list that grows by every signal; what was ignored before (nohup) stays ignored."""
-    arrived: list[int] = []
+    """Yield a list that grows by every signal received; signals ignored before (nohup) stay ignored."""
+    received: list[int] = []
 
-    def note(number: int, _frame: FrameType | None) -> None:
-        arrived.append(number)
+    def add(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
 
-    heard = [number for number in COLLECTED_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    previous = {number: signal.signal(number, note) for number in heard}
+    handled = [number for number in COLLECTED_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, add) for number in handled}
     try:
-        yield arrived
+        yield received
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

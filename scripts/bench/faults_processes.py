@@ -55,7 +55,7 @@ def find(processes: Sequence[Seen], role: str, *, rank: int) -> Seen:
     """
     by_pid = {seen.pid: seen for seen in processes}
     ranks = [seen for seen in processes if seen.rank == rank]
-    parents = {seen.parent for seen in ranks}  # a guard and its rank were one program
+    parents = {seen.parent for seen in ranks}  # a rank monitor and its rank are forks of one program
     victim = next((seen for seen in ranks if seen.pid not in parents), None)
     if victim is None:
         raise LookupError(f"rank {rank} is not there")

@@ -69,7 +69,7 @@ def test_the_submission_is_shown_whole(plan_of: Any, on_path: Any) -> None:
         "# /runs/x/hostfile:",
         "node1 slots=2",
         "ada@node2 slots=1",
-        "# board/start.json in the run directory: folder and environment for the ranks, without secrets",
+        "# channel/start.json in the run directory: folder and environment for the ranks, without secrets",
         "# forwarded: NCCL_DEBUG",
         "# HF_TOKEN will not reach the hosts: deepspeed can only send them in command lines. "
         "Log in on the hosts (hf auth login), or set backend=ssh",
@@ -172,7 +172,7 @@ class Run:
         return next(child for child in self.root.children(recursive=True) if text in _command(child))
 
     def of_hosts(self) -> dict[int, str]:
-        """Return what runs for this run on the hosts: ranks, guards, and what started them."""
+        """Return what runs for this run on the hosts: ranks, rank monitors, and their launchers."""
         word = encode_run_dir(str(self.run_dir))
         found = {pid: line for name in self.lab.names for pid, line in self.lab.processes(name).items() if word in line}
         return {pid: line for pid, line in found.items() if "ssh" not in line.split()[0]}
@@ -252,7 +252,7 @@ def test_trains_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, 
     assert run.end() == 0, run.output
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
     assert [path.name for path in sorted((folder / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
-    sent = json.loads((folder / "board" / "start.json").read_text())
+    sent = json.loads((folder / "channel" / "start.json").read_text())
     assert (sent["cwd"], sent["env"]["NCCL_ODD"]) == (str(tmp_path), values["NCCL_ODD"])
     assert "HF_TOKEN will not reach the hosts" in run.output
     secret = values["HF_TOKEN"]
@@ -303,7 +303,7 @@ def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any, tmp_pa
     wait_for_answers(run.run_dir)
     lab.power_off("dark2")
     assert run.end() == 1
-    assert ": nothing was heard of dark2 for" in run.output.splitlines()[-1]
+    assert ": no heartbeat from dark2 for" in run.output.splitlines()[-1]
     assert run.survivors(20) == []
 
 

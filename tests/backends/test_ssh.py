@@ -106,7 +106,7 @@ def test_no_rank_of_three_hosts_starts_before_all_are_prepared(lab, launch, tmp_
     assert max(place for place, what in enumerate(events) if what == "prepared") < events.index(
         "the launcher of the ranks runs"
     )
-    assert events[-1] == "nothing of the run is left here" or "completed, exit code 0" in events
+    assert events[-1] == "all processes of the run have exited" or "completed, exit code 0" in events
     wait_until_nothing_is_left(lab)
 
 
@@ -148,7 +148,7 @@ def test_a_stopped_launcher_is_no_dead_one(lab, launch_in_background, tmp_path):
     before = len(ranks_of(tmp_path / "held"))
     running.send_signal(signal.SIGCONT)
     time.sleep(4)
-    assert before == len(ranks_of(tmp_path / "held")) == 6  # each with its guard
+    assert before == len(ranks_of(tmp_path / "held")) == 6  # each with its rank monitor
     running.send_signal(signal.SIGUSR1)
     assert running.wait(timeout=120) == 75
     wait_until_nothing_is_left(lab)

@@ -85,7 +85,7 @@ def test_a_killed_rank_is_named_and_the_logs_are_there(lab, launch_in_background
 
 
 def is_rank(pid, command):
-    """Whether a process is the inner one of a guard and its rank."""
+    """Whether a process is the child of a rank monitor."""
     parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     return "launcher.jobs.rank" in command and b"launcher.jobs.rank" in Path(f"/proc/{parent}/cmdline").read_bytes()
 

@@ -85,7 +85,7 @@ def test_a_real_run_is_followed_cancelled_and_gone(launch, launch_in_background,
 def test_the_session_is_asked_and_its_agents_are_waited_for(capsys, make_run, start) -> None:
     session, place = start("sleep", "600")
     agent, agent_place = start("sleep", "2")
-    make_run(session=place, agents=(AgentLocation(host="box", place=agent_place),))
+    make_run(session=place, agents=(AgentLocation(host="box", location=agent_place),))
     assert run([]) == 0
     assert (session.wait(30), agent.wait(30)) == (-signal.SIGTERM, 0)
     said = capsys.readouterr().out
@@ -104,7 +104,10 @@ def test_now_is_two_interrupts(make_run, start, tmp_path) -> None:
 
 def test_without_its_session_the_agents_are_told(capsys, make_run, start, gone, far) -> None:
     agent, place = start("sleep", "600")
-    agents = (AgentLocation(host="box", place=place), AgentLocation(host="b", ssh_destination="me@b:22", place=far))
+    agents = (
+        AgentLocation(host="box", location=place),
+        AgentLocation(host="b", ssh_destination="me@b:22", location=far),
+    )
     run_dir = make_run(session=gone, agents=agents)
     assert run([]) == 0
     assert agent.wait(30) == -signal.SIGTERM
@@ -114,7 +117,7 @@ def test_without_its_session_the_agents_are_told(capsys, make_run, start, gone, 
 def test_a_number_that_somebody_else_has_now_is_not_signalled(capsys, make_run, child, gone) -> None:
     process, place = child
     stranger = replace(place, started=place.started - 1)
-    make_run(session=stranger, agents=(AgentLocation(host="box", place=stranger),))
+    make_run(session=stranger, agents=(AgentLocation(host="box", location=stranger),))
     assert run([]) == 0
     assert "is over already: lost" in capsys.readouterr().out
     assert process.poll() is None

@@ -80,7 +80,7 @@ def test_a_job_of_a_scheduler_may_outlive_who_submitted_it(make_run, gone) -> No
 
 
 def test_an_agent_that_lives_is_the_run(make_run, alive, gone) -> None:
-    agents = (AgentLocation(host="box", place=alive),)
+    agents = (AgentLocation(host="box", location=alive),)
     assert read_run_state(make_run(session=gone, agents=agents)).status == "running"
 
 

@@ -41,7 +41,10 @@ def test_a_real_run_that_is_over(capsys, completed, monkeypatch) -> None:
 
 
 def test_a_run_that_goes_on(capsys, make_run, alive, far) -> None:
-    agents = (AgentLocation(host="box", place=alive), AgentLocation(host="b", ssh_destination="me@b:22", place=far))
+    agents = (
+        AgentLocation(host="box", location=alive),
+        AgentLocation(host="b", ssh_destination="me@b:22", location=far),
+    )
     run_dir = make_run(session=alive, agents=agents, step=4)
     run_dir.log_of("box", 0).write_bytes(b"step 3\nstep 4 \xff\n\n")
     run_dir.log_of("box", 1).write_text("")
@@ -92,7 +95,7 @@ def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job
 
 
 def test_many_hosts_and_ranks_stay_readable(capsys, make_run, alive, far) -> None:
-    agents = tuple(AgentLocation(host=f"n{n}", place=far if n else alive) for n in range(50))
+    agents = tuple(AgentLocation(host=f"n{n}", location=far if n else alive) for n in range(50))
     run_dir = make_run(session=alive, agents=agents)
     for rank in range(100):
         run_dir.log_of("box", rank).write_text("hello\n")

@@ -50,8 +50,8 @@ def test_messages_go_both_ways_whole():
         while not received.endswith(b"\n"):
             connection.flush()
             received += peer.recv(1 << 16)
-        assert json.loads(received) == {"kind": "note", "text": text}
-        peer.sendall(OutputLine(who=3, text="a").encode() + AgentSignalled(signal=7).encode()[:5])
+        assert json.loads(received) == {"kind": "user_note", "text": text}
+        peer.sendall(OutputLine(source=3, text="a").encode() + AgentSignalled(signal=7).encode()[:5])
         assert [message.text for message in connection.receive()] == ["a"]
         peer.sendall(AgentSignalled(signal=7).encode()[5:])
         assert connection.receive() == [AgentSignalled(signal=7)]
@@ -142,10 +142,10 @@ def test_a_proof_serves_once_only():
 
 def test_nobody_waits_for_ever():
     port, said = two_free_ports(), []
-    with pytest.raises(EnvironmentProblem, match="node1 did not appear within 0 s"):
+    with pytest.raises(EnvironmentProblem, match="node1 did not connect within 0 s"):
         AgentListener(port=port, key=KEY, hosts={1: "node1"}).gather(timeout_s=0, say=said.append)
-    with pytest.raises(EnvironmentProblem, match="was not there within 1 s: Connection refused"):
+    with pytest.raises(EnvironmentProblem, match="did not accept this agent within 1 s: Connection refused"):
         connect_to_session("127.0.0.1", port=port, index=1, key=KEY, timeout_s=1, say=said.append)
     assert said == [f"waiting for the first pod, 127.0.0.1:{port}: Connection refused"]
-    with pytest.raises(EnvironmentProblem, match="was not there within 0 s"):
+    with pytest.raises(EnvironmentProblem, match="did not accept this agent within 0 s"):
         connect_to_session("no-such-pod.invalid", port=port, index=1, key=KEY, timeout_s=0, say=said.append)

@@ -1,4 +1,4 @@
-"""Strangers and broken agents against one listener and one session: each ends alone, and the others go on."""
+"""Unknown peers and broken agents against one listener and one session: each is closed alone."""
 
 import contextlib
 import dataclasses
@@ -91,7 +91,7 @@ FIRST_LINES = {
     "a fraction for an index": b'{"index": 1.0, "nonce": "' + NONCE.encode() + b'"}\n',
     "truth for an index": b'{"index": true, "nonce": "' + NONCE.encode() + b'"}\n',
     "a huge index": b'{"index": ' + b"9" * 900 + b', "nonce": "' + NONCE.encode()[:30] + b'"}\n',
-    "an index of nobody": b'{"index": -1, "nonce": "' + NONCE.encode() + b'"}\n',
+    "an unknown index": b'{"index": -1, "nonce": "' + NONCE.encode() + b'"}\n',
     "text for an index": b'{"index": "1", "nonce": "' + NONCE.encode() + b'"}\n',
     "a list for a nonce": b'{"index": 1, "nonce": []}\n',
     "an empty nonce": b'{"index": 1, "nonce": ""}\n',
@@ -200,37 +200,36 @@ def message(kind, **fields):
     return json.dumps({"kind": kind, **fields}).encode() + b"\n"
 
 
-BEAT = {"rank": 0, "phase": "forward", "step": 1, "age_s": 0.0, "numbers": {}}
+HEARTBEAT = {"rank": 0, "phase": "forward", "step": 1, "age_s": 0.0, "numbers": {}}
 END = {"rank": 0, "time": 1.0, "code": 0, "signal": None, "tail": "", "by_launcher": False}
-PLACE = {"machine": "m", "boot": "b", "pid_space": 1, "pid": 1, "started": 1}
 BROKEN_MESSAGES = {
-    "half JSON": b'{"kind": "line", "who": 1}}\n',
+    "half JSON": b'{"kind": "output_line", "source": 1}}\n',
     "deep": b'{"kind": ' + b"[" * 100_000 + b"}\n",
     "no JSON at all": b'{"kind": \xff\xfe}\n',
     "no kind known": message("surprise"),
     "a kind that is a list": message([]),
     "a kind of the session": StartRanks().encode(),
     "an order": FinishAgent(exit_code=0).encode(),
-    "a field missing": message("line", who=1),
-    "a field too many": message("line", who=1, text="a", more=1),
-    "a rank that is none": message("heartbeat", **BEAT | {"rank": 999}),
-    "a negative rank": message("heartbeat", **BEAT | {"rank": -1}),
-    "a line of no rank": message("line", who=10**6, text="a"),
-    "a rank that is text": message("heartbeat", **BEAT | {"rank": "0"}),
-    "a step that is a truth": message("heartbeat", **BEAT | {"step": True}),
-    "a number of endless size": b'{"kind": "note", "text": ' + b"9" * 10_000 + b"}\n",
-    "an age that is NaN": message("heartbeat", **BEAT | {"age_s": float("nan")}),
-    "an age beyond all": message("heartbeat", **BEAT).replace(b'"age_s": 0.0', b'"age_s": 1e999'),
-    "numbers that are text": message("heartbeat", **BEAT | {"numbers": {"loss": "x"}}),
-    "numbers that are a list": message("heartbeat", **BEAT | {"numbers": []}),
-    "a signal that is none": message("rank_ended", **END | {"signal": 4000, "code": None}),
-    "a code that is huge": message("rank_ended", **END | {"code": 2**70}),
-    "a tail that is null": message("rank_ended", **END | {"tail": None}),
+    "a field missing": message("output_line", source=1),
+    "a field too many": message("output_line", source=1, text="a", more=1),
+    "a rank that is none": message("rank_heartbeat", **HEARTBEAT | {"rank": 999}),
+    "a negative rank": message("rank_heartbeat", **HEARTBEAT | {"rank": -1}),
+    "a line of no rank": message("output_line", source=10**6, text="a"),
+    "a rank that is text": message("rank_heartbeat", **HEARTBEAT | {"rank": "0"}),
+    "a step that is a truth": message("rank_heartbeat", **HEARTBEAT | {"step": True}),
+    "a number of endless size": b'{"kind": "user_note", "text": ' + b"9" * 10_000 + b"}\n",
+    "an age that is NaN": message("rank_heartbeat", **HEARTBEAT | {"age_s": float("nan")}),
+    "an age beyond all": message("rank_heartbeat", **HEARTBEAT).replace(b'"age_s": 0.0', b'"age_s": 1e999'),
+    "numbers that are text": message("rank_heartbeat", **HEARTBEAT | {"numbers": {"loss": "x"}}),
+    "numbers that are a list": message("rank_heartbeat", **HEARTBEAT | {"numbers": []}),
+    "a signal that is none": message("rank_exited", **END | {"signal": 4000, "code": None}),
+    "a code that is huge": message("rank_exited", **END | {"code": 2**70}),
+    "a tail that is null": message("rank_exited", **END | {"tail": None}),
     "a signal to end by": message("agent_signalled", signal=0),
-    "a place that is none": message("ready", scratch="/", place={"pid": "x"}, code=""),
-    "a place that is a list": message("ready", scratch="/", place=[], code=""),
-    "the start of a host unknown": message("started", host="elsewhere"),
-    "a part at half a byte": message("file_part", path="a", offset=0.5, data="", size=0, grows=True),
+    "an invalid location": message("agent_ready", scratch="/", location={"pid": "x"}, code=""),
+    "a location that is a list": message("agent_ready", scratch="/", location=[], code=""),
+    "the start of a host unknown": message("launcher_started", host="elsewhere"),
+    "a chunk at half a byte": message("file_chunk", path="a", offset=0.5, data="", size=0, grows=True),
 }
 
 
@@ -246,35 +245,35 @@ def reasons(plan_of, tmp_path_factory):
     ]
     plan = dataclasses.replace(plan_of(hosts=hosts), run_dir=str(folder), heartbeat_timeout_s=0.0)
     screen, peers, reasons = io.StringIO(), {}, {}
-    session = Session(plan, console=Console(screen), arrived=[], job={})
-    crew = session._crew
-    miss = crew._on_lost
+    session = Session(plan, console=Console(screen), signals=[], job={})
+    agents = session._agents
+    host_lost = agents._on_lost
 
     def note(host, failure):
         reasons[host] = failure.reason
-        miss(host, failure)
+        host_lost(host, failure)
 
-    crew._on_lost = note
+    agents._on_lost = note
 
     def connect(host):
         with socket.create_server(("127.0.0.1", 0)) as listener:
             peers[host.host.name] = socket.create_connection(listener.getsockname())
             return TcpConnection(host.host.name, listener.accept()[0])
 
-    crew.connect(connect)
-    place = dataclasses.asdict(locate_this_process())
-    peers["good"].sendall(AgentReady(scratch=str(folder / "precious"), place=place, code="").encode())
+    agents.connect(connect)
+    location = dataclasses.asdict(locate_this_process())
+    peers["good"].sendall(AgentReady(scratch=str(folder / "precious"), location=location, code="").encode())
     for number, payload in enumerate(BROKEN_MESSAGES.values()):
         peers[f"bad{number}"].sendall(payload)
     for _ in range(200):
-        crew.turn()
+        agents.poll()
         if len(reasons) == len(BROKEN_MESSAGES):
             break
     surrogate = UserNote(text="a\udcffb").encode()
-    peers["good"].sendall(OutputLine(who=0, text="still here").encode() + b"\n\nan ssh banner\n" + surrogate)
+    peers["good"].sendall(OutputLine(source=0, text="still here").encode() + b"\n\nan ssh banner\n" + surrogate)
     for _ in range(3):
-        crew.turn()
-    crew.close()
+        agents.poll()
+    agents.close()
     reasons["good"] = screen.getvalue()
     for peer in peers.values():
         peer.close()

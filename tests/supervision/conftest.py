@@ -1,4 +1,4 @@
-"""Runs under a real session, agent and guards, with ranks that need no torch."""
+"""Runs under a real session, agent and rank monitors, with ranks that need no torch."""
 
 import contextlib
 import json
@@ -55,12 +55,12 @@ class Supervised:
             pytest.fail(f"still running after {seconds} s:\n{self.text}")
 
     def pid(self, who: str) -> int:
-        """Return a process number; ``guard`` and ``rank`` are those of rank 1."""
+        """Return a process number; ``monitor`` and ``rank`` are those of rank 1."""
         if who == "session":
             return self.process.pid
         if who == "rank":
             return int((self.run_dir.path / "up.1").read_text())
-        if who == "guard":
+        if who == "monitor":
             return int(Path(f"/proc/{self.pid('rank')}/stat").read_text().split()[3])
         names = {
             "agent": "launcher.supervision.agent_entry",
@@ -146,9 +146,9 @@ class Starter:
         run_dir = RunDir(self.folder / mark[:8])
         run_dir.logs.mkdir(parents=True)
         plan = plan or self.plan
-        told = {str(place.rank): do if isinstance(do, str) else do[place.rank] for place in plan.ranks}
+        actions = {str(place.rank): do if isinstance(do, str) else do[place.rank] for place in plan.ranks}
         parts = {name: changes.pop(name, ()) for name in ("build_commands", "sidecars")}
-        usual = start_of(run_dir, told, torchrun_on=torchrun_on)
+        usual = start_of(run_dir, actions, torchrun_on=torchrun_on)
         box = replace(plan.hosts[0].host, python=sys.executable)
         host = replace(plan.hosts[0], host=box, agent_command=changes.pop("agent_command", usual), **parts)
         settings = {"stall_timeout_s": 0.0, "grace_s": 1.0, **changes}
@@ -163,7 +163,9 @@ class Starter:
                 self.readers.append(pipe)
                 stdout = files.enter_context(pipe.stdin)
             command = [sys.executable, PROGRAMS / "parent.py", run_dir.plan]
-            if terminal is not None:  # "setsid --ctty" makes it the one whose end is told by SIGHUP
+            if (
+                terminal is not None
+            ):  # "setsid --ctty" makes it the process that receives SIGHUP when the terminal closes
                 command = ["setsid", "--ctty", *command]
                 stdout = stderr = terminal
             process = subprocess.Popen(
@@ -179,14 +181,14 @@ class Starter:
         return run
 
 
-def start_of(run_dir: RunDir, told: dict[str, str], *, torchrun_on: int | None) -> Command:
-    """Return the command that starts ranks which do as they are told: the real torchrun when it is given a port."""
-    spawner: tuple[str, ...] = (str(PROGRAMS / "spawner.py"), str(len(told)))
+def start_of(run_dir: RunDir, actions: dict[str, str], *, torchrun_on: int | None) -> Command:
+    """Return the command that starts ranks with these actions: the real torchrun when it is given a port."""
+    spawner: tuple[str, ...] = (str(PROGRAMS / "spawner.py"), str(len(actions)))
     if torchrun_on:
-        spawner = ("-m", "torch.distributed.run", f"--nproc-per-node={len(told)}", "--rdzv-backend=static")
+        spawner = ("-m", "torch.distributed.run", f"--nproc-per-node={len(actions)}", "--rdzv-backend=static")
         spawner = (*spawner, "--master-addr=127.0.0.1", f"--master-port={torchrun_on}")
     argv = (sys.executable, *spawner, str(PROGRAMS / "worker.py"), str(run_dir.path))
-    return Command(argv=argv, env={"LAUNCHER_HOST": "box", "DO": json.dumps(told), "OMP_NUM_THREADS": "1"})
+    return Command(argv=argv, env={"LAUNCHER_HOST": "box", "DO": json.dumps(actions), "OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_a_program_that_does_not_exist(ended):
 def test_a_launcher_that_ends_well_without_its_ranks_is_a_failure(ended):
     run, code = ended["lazy"]
     assert code == 1
-    assert "rank 0 on box never reported its end" in run.failure["reason"]
+    assert "rank 0 on box never reported its exit" in run.failure["reason"]
 
 
 def test_a_port_that_is_taken_is_no_failure_of_the_run(ended):

@@ -74,10 +74,10 @@ def test_the_run_ends_truthfully(cells, cell):
     assert number.name in run.failure["reason"]
 
 
-def test_the_guard_killed(supervise):
+def test_the_rank_monitor_killed(supervise):
     run = supervise("grandchild work")
     run.wait_until_up()
-    os.kill(run.pid("guard"), signal.SIGKILL)
+    os.kill(run.pid("monitor"), signal.SIGKILL)
     assert run.end() == 137
     assert run.failure["rank"] == 1
 
@@ -102,8 +102,8 @@ def test_a_second_interrupt_kills_at_once(supervise):
     assert run.end() == 130
 
 
-def test_ranks_may_save_when_told_to_end(supervise):
-    run = supervise("save_when_told work")
+def test_ranks_may_save_when_cancelled(supervise):
+    run = supervise("save_when_cancelled work")
     run.wait_until_up()
     os.kill(run.process.pid, signal.SIGTERM)
     assert run.end() == 75

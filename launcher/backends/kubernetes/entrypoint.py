@@ -96,7 +96,7 @@ def run_agent(backend: KubernetesBackend, config: PodConfig, *, index: int, key:
         return EXIT_PREEMPTED
     with peer, scratch_folder() as scratch:
         try:
-            code = serve_assignment(inbox=peer.fileno(), outbox=peer.fileno(), scratch=scratch)
+            code = serve_assignment(read_fd=peer.fileno(), write_fd=peer.fileno(), scratch=scratch)
         except EOFError:  # the first pod went before the run began
             code = EXIT_PREEMPTED
     return 0 if code == 0 else EXIT_PREEMPTED

@@ -1,4 +1,4 @@
-"""A rank that does as it is told: ``worker.py RUN_DIR``; DO maps a rank to the names of functions below."""
+"""A rank with given actions: ``worker.py RUN_DIR``; DO maps a rank to the names of functions below."""
 
 import ctypes
 import json
@@ -125,7 +125,7 @@ def sum_later(env, heartbeat):
     sum_over_ranks()
 
 
-def never_beat(env, heartbeat):
+def no_heartbeat(env, heartbeat):
     time.sleep(600)
 
 
@@ -182,7 +182,7 @@ def segfault(env, heartbeat):
     ctypes.string_at(0)
 
 
-def save_when_told(env, heartbeat):
+def save_when_cancelled(env, heartbeat):
     def save(number, frame):
         (env.run_dir.path / f"saved.{env.rank}").touch()
         sys.exit(75)

@@ -1,4 +1,4 @@
-"""session.json: what it says of a process, here and elsewhere."""
+"""session.json: state of a process on this machine and on others."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def child(here: ProcessLocation) -> Iterator[tuple[subprocess.Popen[bytes], Proc
 
 def test_what_is_written_is_read(tmp_path: Path, here: ProcessLocation) -> None:
     agents = (
-        AgentLocation(host="a", place=here),
-        AgentLocation(host="b", ssh_destination="me@b:2222", place=replace(here, pid=7)),
+        AgentLocation(host="a", location=here),
+        AgentLocation(host="b", ssh_destination="me@b:2222", location=replace(here, pid=7)),
     )
     written = SessionRecord(backend="ssh", session=here, agents=agents, job={"id": "12"})
     write_session_file(RunDir(tmp_path), written)
@@ -68,7 +68,7 @@ def test_a_process_runs_until_it_ends(child: tuple[subprocess.Popen[bytes], Proc
 
 def test_the_same_number_elsewhere_says_nothing(here: ProcessLocation) -> None:
     assert here.is_running() is True
-    assert replace(here, pid_space=here.pid_space + 1).is_running() is None, "a container beside this one"
+    assert replace(here, pid_namespace=here.pid_namespace + 1).is_running() is None, "a container beside this one"
     assert replace(here, boot="another", machine="far").is_running() is None
     assert replace(here, boot="another").is_running() is False, "this machine has been started since"
 
@@ -77,7 +77,7 @@ def test_a_run_goes_on_while_session_or_agent_lives(here: ProcessLocation) -> No
     gone, far = replace(here, started=here.started + 1), replace(here, boot="another", machine="far")
 
     def answer(session: ProcessLocation, *agents: ProcessLocation, job: dict[str, str] | None = None) -> bool | None:
-        places = tuple(AgentLocation(host=str(number), place=place) for number, place in enumerate(agents))
+        places = tuple(AgentLocation(host=str(number), location=place) for number, place in enumerate(agents))
         return SessionRecord(backend="ssh", session=session, agents=places, job=job or {}).is_running()
 
     assert answer(here) is True

@@ -1,4 +1,4 @@
-"""The board: two sides of a folder, with real guards of real processes between them."""
+"""File channel: both sides of the folder, with real rank monitors and ranks."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from launcher.supervision.file_channel import (
     write_channel_file,
 )
 
-GUARD = """
+RANK = """
 import os, sys, time
 from pathlib import Path
-from launcher.supervision.file_channel import FileChannel as BoardLink
-from launcher.supervision.rank_monitor import fork_monitor as guard_rank
+from launcher.supervision.file_channel import FileChannel
+from launcher.supervision.rank_monitor import fork_monitor
 from launcher.protocol.heartbeat import Heartbeat
-link = BoardLink(Path(sys.argv[1]), rank=int(sys.argv[2]), token=sys.argv[3], timeout_s=3.0)
-guard_rank(int(sys.argv[2]), link)
-Heartbeat(link.beats).update("forward", step=7, loss=1.5)
+channel = FileChannel(Path(sys.argv[1]), rank=int(sys.argv[2]), token=sys.argv[3], timeout_s=3.0)
+fork_monitor(int(sys.argv[2]), channel)
+Heartbeat(channel.heartbeat).update("forward", step=7, loss=1.5)
 time.sleep(float(sys.argv[4]))
 sys.exit(int(sys.argv[5]))
 """
@@ -51,16 +51,16 @@ class Side:
         channel_folder(self.run_dir).mkdir()
         scratch = folder / "scratch"
         scratch.mkdir()
-        self.told: list[AgentMessage] = []
+        self.sent: list[AgentMessage] = []
         mine = replace(plan.hosts[0], host=replace(plan.hosts[0].host, name="here", slots=2))
         self.ranks = FileChannelRanks(
-            mine, plan=plan, run_dir=self.run_dir, scratch=scratch, emit=self.told.append, token="now"
+            mine, plan=plan, run_dir=self.run_dir, scratch=scratch, emit=self.sent.append, token="now"
         )
         self.started: list[subprocess.Popen[bytes]] = []
 
     def start(self, rank: int, *, token: str = "now", for_s: float = 60.0, code: int = 0) -> subprocess.Popen[bytes]:
-        board = str(channel_folder(self.run_dir))
-        command = [sys.executable, "-c", GUARD, board, str(rank), token, str(for_s), str(code)]
+        folder = str(channel_folder(self.run_dir))
+        command = [sys.executable, "-c", RANK, folder, str(rank), token, str(for_s), str(code)]
         self.started.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
         return self.started[-1]
 
@@ -68,11 +68,11 @@ class Side:
         deadline = time.monotonic() + seconds
         while not condition():
             self.ranks.poll(logs=True)
-            assert time.monotonic() < deadline, self.told
+            assert time.monotonic() < deadline, self.sent
             time.sleep(0.05)
 
     def of(self, kind: type[AgentMessage]) -> list[Any]:
-        return [message for message in self.told if isinstance(message, kind)]
+        return [message for message in self.sent if isinstance(message, kind)]
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def side(plan_of: Any, tmp_path: Path) -> Iterator[Side]:
         process.wait()
 
 
-def test_beats_and_exits_of_every_host_arrive(side: Side) -> None:
+def test_heartbeats_and_exits_of_every_host_arrive(side: Side) -> None:
     side.start(0, for_s=1.5, code=3)
     side.start(1, for_s=1.5)
     side.until(lambda: len(side.of(RankExited)) == 2)
@@ -104,43 +104,43 @@ def test_beats_and_exits_of_every_host_arrive(side: Side) -> None:
     assert not side.ranks.any_alive()
 
 
-def test_signals_reach_the_ranks_through_their_guards(side: Side) -> None:
-    guard = side.start(0)
+def test_signals_reach_the_ranks_through_their_monitors(side: Side) -> None:
+    monitor = side.start(0)
     side.until(side.ranks.any_alive)
     assert side.ranks.send(signal.SIGTERM) == 1
     side.until(lambda: side.of(RankExited))
     assert side.of(RankExited)[0].signal == signal.SIGTERM
-    assert guard.wait(10) == -signal.SIGTERM
+    assert monitor.wait(10) == -signal.SIGTERM
 
 
-def test_a_guard_that_falls_silent_takes_its_host_with_it(side: Side) -> None:
-    guard = side.start(1)
+def test_host_of_a_silent_monitor_is_lost(side: Side) -> None:
+    monitor = side.start(1)
     side.until(side.ranks.any_alive)
-    guard.kill()
+    monitor.kill()
     side.until(lambda: side.of(CommandExited))
-    assert side.of(CommandExited)[0].why.startswith("nothing was heard of node2 for ")
+    assert side.of(CommandExited)[0].reason.startswith("no heartbeat from node2 for ")
     assert not side.ranks.any_alive()
 
 
-def test_a_rank_ends_when_its_agent_falls_silent(side: Side) -> None:
-    guard = side.start(0)
+def test_rank_ends_when_its_agent_is_silent(side: Side) -> None:
+    monitor = side.start(0)
     side.until(side.ranks.any_alive)
-    assert guard.wait(30) == -signal.SIGTERM  # nobody polls any more
+    assert monitor.wait(30) == -signal.SIGTERM  # the agent is not polled any more
 
 
-def test_a_rank_ends_when_the_run_is_called_off_or_belongs_to_another_start(side: Side) -> None:
-    guard = side.start(0)
+def test_rank_ends_when_the_run_is_over_or_another_start(side: Side) -> None:
+    monitor = side.start(0)
     side.until(side.ranks.any_alive)
     mark_run_over(side.run_dir)
-    assert guard.wait(10) == -signal.SIGTERM
+    assert monitor.wait(10) == -signal.SIGTERM
     assert side.start(1, token="earlier").wait(20) == -signal.SIGTERM
 
 
-def test_what_an_earlier_start_left_is_not_taken_for_this_one(side: Side) -> None:
+def test_files_of_an_earlier_start_are_ignored(side: Side) -> None:
     stale = {
         "token": "earlier",
-        "turn": 9,
-        "guard": 1,
+        "sequence": 9,
+        "monitor_pid": 1,
         "pid": 2,
         "heartbeat": None,
         "age_s": 0.0,
@@ -150,16 +150,16 @@ def test_what_an_earlier_start_left_is_not_taken_for_this_one(side: Side) -> Non
     write_channel_file(rank_file(channel_folder(side.run_dir), 0), stale)
     deadline = time.monotonic() + 1.0
     side.until(lambda: time.monotonic() > deadline)
-    assert side.told == []
+    assert side.sent == []
 
 
-GUARD_POST = {"token": "now", "turn": 1, "heartbeat": None, "age_s": 0.0, "guard": 1, "pid": 2}
+MONITOR_FILE = {"token": "now", "sequence": 1, "heartbeat": None, "age_s": 0.0, "monitor_pid": 1, "pid": 2}
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"guard": "1"},
+        {"monitor_pid": "1"},
         {"heartbeat": {"phase": 1}},
         {"heartbeat": {"phase": "forward", "step": 1, "at": 1.0, "numbers": {"loss": "x"}}},
         {"status": 0x137F, "time": 1.0, "by_launcher": False},
@@ -168,11 +168,11 @@ GUARD_POST = {"token": "now", "turn": 1, "heartbeat": None, "age_s": 0.0, "guard
         {"status": 0},
     ],
 )
-def test_a_file_that_no_guard_writes_is_named_once(side: Side, wrong: dict[str, Any]) -> None:
-    write_channel_file(rank_file(channel_folder(side.run_dir), 0), GUARD_POST | wrong)
+def test_malformed_file_is_reported_once(side: Side, wrong: dict[str, Any]) -> None:
+    write_channel_file(rank_file(channel_folder(side.run_dir), 0), MONITOR_FILE | wrong)
     for _ in range(3):
-        side.ranks._look_at(0)
-    assert [note.text.partition(" posted ")[0] for note in side.of(UserNote)] == ["the guard of rank 0"]
+        side.ranks._read(0)
+    assert [note.text.partition(" wrote ")[0] for note in side.of(UserNote)] == ["the rank monitor of rank 0"]
     assert not side.ranks.any_alive()
 
 
@@ -184,51 +184,53 @@ def test_a_file_that_no_guard_writes_is_named_once(side: Side, wrong: dict[str, 
         b"\xff\xfe",
         b"[]",
         b'{"kind": []}',
-        b'{"kind": "hello", "rank": 99, "guard": 1, "pid": 1}',
-        b'{"kind": "hello", "rank": "0", "guard": 1, "pid": 1}',
-        b'{"kind": "told", "signal": 1, "told_at": NaN}',
-        b'{"kind": "exit", "status": 0, "time": 1.0, "wall_s": 1.0, "by_launcher": false}',
+        b'{"kind": "started", "rank": 99, "monitor_pid": 1, "pid": 1}',
+        b'{"kind": "started", "rank": "0", "monitor_pid": 1, "pid": 1}',
+        b'{"kind": "signalled", "signal": 1, "signalled_at": NaN}',
+        b'{"kind": "exited", "status": 0, "time": 1.0, "wall_s": 1.0, "by_launcher": false}',
     ],
 )
-def test_a_guard_that_sends_no_message_is_closed_alone(side: Side, sent: bytes) -> None:
-    guard, agent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with guard, agent:
+def test_monitor_that_sends_a_malformed_message_is_closed_alone(side: Side, sent: bytes) -> None:
+    monitor, agent = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with monitor, agent:
         agent.setblocking(False)
-        guard.send(sent)
-        assert not side.ranks.hear(agent)
-    assert [note.text.partition(":")[0] for note in side.of(UserNote)] == ["the connection to the guard was closed"]
+        monitor.send(sent)
+        assert not side.ranks.receive(agent)
+    assert [note.text.partition(":")[0] for note in side.of(UserNote)] == [
+        "the connection to the rank monitor was closed"
+    ]
 
 
-def test_a_rank_whose_launcher_is_killed_ends_and_says_so(side: Side) -> None:
-    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {GUARD!r}, *sys.argv[1:]]).wait()"
+def test_rank_whose_launcher_is_killed_ends_and_reports_it(side: Side) -> None:
+    code = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {RANK!r}, *sys.argv[1:]]).wait()"
     command = [sys.executable, "-c", code, str(channel_folder(side.run_dir)), "1", "now", "60", "0"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as launcher:
         side.until(side.ranks.any_alive)
         launcher.kill()
         side.until(lambda: side.of(RankExited))
-    assert side.of(CommandExited)[0].why == "what started the ranks on node2 was killed; they were ended, too"
+    assert side.of(CommandExited)[0].reason == "the launcher of the ranks on node2 was killed, so they were ended"
 
 
-def test_a_lease_depends_on_no_clock_but_its_own() -> None:
+def test_lease_uses_the_local_clock_only() -> None:
     lease = Lease(0.2)
     lease.renew(5)
-    assert not lease.is_over
+    assert not lease.is_expired
     time.sleep(0.3)
     lease.renew(5)
-    assert lease.is_over
+    assert lease.is_expired
     lease.renew(6)
-    assert not lease.is_over
+    assert not lease.is_expired
 
 
-def test_half_a_file_is_no_file(tmp_path: Path) -> None:
+def test_incomplete_file_is_ignored(tmp_path: Path) -> None:
     path = agent_file(tmp_path)
-    assert read_channel_file(path, {"turn": int}) is None
-    write_channel_file(path, {"turn": 1})
-    assert read_channel_file(path, {"turn": int}) == {"turn": 1}
-    assert read_channel_file(path, {"turn": str}) is None
+    assert read_channel_file(path, {"sequence": int}) is None
+    write_channel_file(path, {"sequence": 1})
+    assert read_channel_file(path, {"sequence": int}) == {"sequence": 1}
+    assert read_channel_file(path, {"sequence": str}) is None
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
-    path.write_text(json.dumps({"turn": 2})[:-1])
-    assert read_channel_file(path, {"turn": int}) is None
-    for damaged in ("[" * 100_000, "[1]", '{"turn": 1e999}', '{"turn": true}', "\udcff"):
+    path.write_text(json.dumps({"sequence": 2})[:-1])
+    assert read_channel_file(path, {"sequence": int}) is None
+    for damaged in ("[" * 100_000, "[1]", '{"sequence": 1e999}', '{"sequence": true}', "\udcff"):
         path.write_text(damaged, errors="surrogateescape")
-        assert read_channel_file(path, {"turn": int}) is None, damaged[:20]
+        assert read_channel_file(path, {"sequence": int}) is None, damaged[:20]

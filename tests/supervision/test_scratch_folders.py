@@ -1,4 +1,4 @@
-"""Temporary folders of host agents: removed with their owner, or after it, and no other folder ever."""
+"""Temporary folders of host agents: removed with or after their owner, and no other folder is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KILLED = """
 import os, signal
 from launcher.supervision.socket_channel import scratch_folder
 with scratch_folder() as folder:
-    (folder / "beats.0").touch()
+    (folder / "heartbeat.0").touch()
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -51,7 +51,7 @@ def test_folders_of_the_living_of_other_machines_and_of_other_programs_stay(
     owners = {
         "launcher-alive": to_tree(me),
         "launcher-elsewhere": to_tree(replace(me, machine="other", boot="other", pid=1 << 22, started=1)),
-        "launcher-container": to_tree(replace(me, pid_space=1, pid=1 << 22, started=1)),
+        "launcher-container": to_tree(replace(me, pid_namespace=1, pid=1 << 22, started=1)),
         "launcher-damaged": {"pid": 3},
         "settings": to_tree(replace(me, pid=1 << 22, started=1)),
     }

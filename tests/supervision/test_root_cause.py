@@ -1,4 +1,4 @@
-"""Telling the cause from its consequences."""
+"""Distinguishing the cause from its consequences."""
 
 import signal
 from dataclasses import replace
@@ -26,7 +26,7 @@ def failure(rank=0, *, time=0.0, number=None, error="", traceback=""):
     )
 
 
-def suspect(found):
+def candidate(found):
     return FailureCandidate(failure=found, is_consequence=looks_like_consequence(found))
 
 
@@ -51,15 +51,15 @@ def test_consequences(found, is_one):
 
 
 def test_the_cause_comes_before_earlier_consequences():
-    broken = suspect(failure(0, time=1.0, error="RuntimeError: Connection closed by peer"))
-    cause = suspect(failure(1, time=2.0, error="ValueError: x"))
-    late = suspect(failure(2, time=3.0, error="KeyError: y"))
+    broken = candidate(failure(0, time=1.0, error="RuntimeError: Connection closed by peer"))
+    cause = candidate(failure(1, time=2.0, error="ValueError: x"))
+    late = candidate(failure(2, time=3.0, error="KeyError: y"))
     assert root_cause([broken, late, cause]).rank == 1
     assert root_cause([broken]).rank == 0
 
 
 def test_waiting():
-    cause, broken = suspect(failure(number=9)), suspect(failure(error="RuntimeError: Broken pipe"))
+    cause, broken = candidate(failure(number=9)), candidate(failure(error="RuntimeError: Broken pipe"))
     assert not is_decided([cause], waited_s=COLLECT_FAILURES_S / 2)
     assert is_decided([cause, broken], waited_s=COLLECT_FAILURES_S)
     assert not is_decided([broken], waited_s=COLLECT_FAILURES_S)
@@ -67,10 +67,10 @@ def test_waiting():
 
 
 def test_ranks_that_leave_after_saving_get_time_to_leave_together():
-    left = suspect(replace(failure(0), exit_code=EXIT_PREEMPTED))
+    left = candidate(replace(failure(0), exit_code=EXIT_PREEMPTED))
     assert not is_decided([left, left], waited_s=COLLECT_FAILURES_S)
     assert is_decided([left, left], waited_s=WAIT_FOR_CAUSE_S)
-    assert is_decided([left, suspect(failure(error="ValueError: x"))], waited_s=COLLECT_FAILURES_S)
+    assert is_decided([left, candidate(failure(error="ValueError: x"))], waited_s=COLLECT_FAILURES_S)
 
 
 def test_port():

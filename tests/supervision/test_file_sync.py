@@ -1,4 +1,4 @@
-"""Files of a host that shares no disk, on their way to the session: a real pipe in between, and two folders."""
+"""File sync from a host without a shared disk: two folders and a real pipe between them."""
 
 import base64
 import os
@@ -28,38 +28,38 @@ class Pair:
         (self.there / "logs").mkdir(parents=True)
         (self.here / "logs").mkdir(parents=True)
         self.notes: list[str] = []
-        self.arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(self.here), hosts=(FIRST, SECOND)))
+        self.receiver = FileSyncReceiver(SimpleNamespace(run_dir=str(self.here), hosts=(FIRST, SECOND)))
         self.num_bytes = 0
         self.connect()
 
     def connect(self) -> None:
         """Begin another life of the run."""
-        self.reader, outbox = os.pipe()
-        os.set_blocking(self.reader, False)
-        inbox, self.orders = os.pipe()
-        self.uplink, self.inbox = SessionConnection(inbox=inbox, outbox=outbox), MessageReader()
-        self.mirror = FileSyncSender(RunDir(self.there), self.plan, uplink=self.uplink)
+        self.read_fd, write_fd = os.pipe()
+        os.set_blocking(self.read_fd, False)
+        orders, self.orders = os.pipe()
+        self.session, self.reader = SessionConnection(read_fd=orders, write_fd=write_fd), MessageReader()
+        self.sender = FileSyncSender(RunDir(self.there), self.plan, session=self.session)
 
     def settle(self) -> None:
         """Move everything."""
-        self.mirror.look()
-        while self.mirror.pump() or self.uplink.waiting_bytes:
-            self.uplink.flush()
+        self.sender.scan()
+        while self.sender.send_some() or self.session.num_queued_bytes:
+            self.session.flush()
             self.read()
         self.read()
 
     def read(self) -> None:
         """Take what the pipe holds."""
         try:
-            data = os.read(self.reader, 1 << 16)
+            data = os.read(self.read_fd, 1 << 16)
         except BlockingIOError:
             return
-        for message in self.inbox.take(data)[0]:
+        for message in self.reader.feed(data)[0]:
             if isinstance(message, UserNote):
                 self.notes.append(message.text)
             else:
                 self.num_bytes += len(message.data)
-                assert self.arrivals.take(self.plan.host.name, message) == ""
+                assert self.receiver.write(self.plan.host.name, message) == ""
 
     def same(self, name: str) -> bool:
         return (self.here / name).read_bytes() == (self.there / name).read_bytes()
@@ -85,10 +85,10 @@ def test_a_log_grows_here_as_it_does_there(pair):
 
 def test_a_session_that_does_not_read_is_no_reason_to_wait(pair):
     (pair.there / "logs" / "node1.1.log").write_bytes(os.urandom(5_000_000))
-    pair.mirror.look()
+    pair.sender.scan()
     for _ in range(100):
-        assert pair.mirror.pump()
-    assert pair.uplink.waiting_bytes < 2_000_000
+        assert pair.sender.send_some()
+    assert pair.session.num_queued_bytes < 2_000_000
     pair.settle()
     assert pair.same("logs/node1.1.log")
 
@@ -97,9 +97,9 @@ def test_what_is_rewritten_arrives_whole_and_at_once(pair):
     picture = pair.there / "loss.png"
     for content in (os.urandom(500_000), os.urandom(500_000), b"", b"short"):
         write_atomic(picture, content)
-        pair.mirror.look()
-        while pair.mirror.pump() or pair.uplink.waiting_bytes:
-            pair.uplink.flush()
+        pair.sender.scan()
+        while pair.sender.send_some() or pair.session.num_queued_bytes:
+            pair.session.flush()
             before = (pair.here / "loss.png").read_bytes() if (pair.here / "loss.png").exists() else None
             pair.read()
             after = (pair.here / "loss.png").read_bytes() if (pair.here / "loss.png").exists() else None
@@ -165,11 +165,11 @@ def test_a_file_that_is_too_large_is_named(pair, monkeypatch):
 
 def test_a_session_that_is_gone_is_sent_nothing(pair):
     (pair.there / "logs" / "node1.0.log").write_bytes(bytes(1 << 20))
-    pair.uplink.lost = True
-    pair.mirror.look()
-    pair.mirror.pump()
-    assert pair.uplink.waiting_bytes == 0
-    assert pair.mirror.left() == ["logs/node1.0.log"]  # nor is it read for nobody
+    pair.session.mark_lost()
+    pair.sender.scan()
+    pair.sender.send_some()
+    assert pair.session.num_queued_bytes == 0
+    assert pair.sender.unsent() == ["logs/node1.0.log"]  # nor is it read for nobody
 
 
 @pytest.mark.parametrize(
@@ -197,9 +197,9 @@ def test_a_session_that_is_gone_is_sent_nothing(pair):
 )
 def test_who_sends_what(name, plan, is_sent, tmp_path):
     assert is_synced(PurePosixPath(name), plan) == is_sent
-    arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(tmp_path), hosts=(FIRST, SECOND)))
+    receiver = FileSyncReceiver(SimpleNamespace(run_dir=str(tmp_path), hosts=(FIRST, SECOND)))
     data = base64.b64encode(b"x").decode()
-    trouble = arrivals.take(plan.host.name, FileChunk(path=name, offset=0, data=data, size=1, grows=True))
+    trouble = receiver.write(plan.host.name, FileChunk(path=name, offset=0, data=data, size=1, grows=True))
     assert (trouble == "") == is_sent
     assert [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()] == [b"x"] * is_sent
 
@@ -212,7 +212,7 @@ def test_no_link_leads_a_host_out_of_the_run_directory(tmp_path, grows):
     (outside / "secret.log").write_text("secret")
     (inside / "folder").symlink_to(outside)
     (inside / "file.log").symlink_to(outside / "secret.log")
-    arrivals = FileSyncReceiver(SimpleNamespace(run_dir=str(inside), hosts=(FIRST,)))
+    receiver = FileSyncReceiver(SimpleNamespace(run_dir=str(inside), hosts=(FIRST,)))
     for name in ("folder/new.log", "folder/secret.log", "file.log"):
-        arrivals.take("node1", FileChunk(path=name, offset=0, data="eHh4", size=3, grows=grows))
+        receiver.write("node1", FileChunk(path=name, offset=0, data="eHh4", size=3, grows=grows))
     assert {path.name: path.read_text() for path in outside.iterdir()} == {"secret.log": "secret"}

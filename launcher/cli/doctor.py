@@ -10,7 +10,7 @@ from launcher.cli.arguments import parse_command_line
 from launcher.cli.saved_run import find_run_or_option
 from launcher.config.compose import compose
 from launcher.config.run import Run
-from launcher.doctor.examine import examine_hosts, usual_deadline_s
+from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import render_report
 from launcher.errors import EXIT_UNFIT
@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         executor_of(wanted.backend).remote_command,
         request_of(wanted),
         quick=False,
-        deadline_s=usual_deadline_s(len(hosts), quick=False),
+        deadline_s=default_deadline_s(len(hosts), quick=False),
     )
     print(json_text(to_tree(report)) if line.json else printable(render_report(report)), end="")
     return EXIT_UNFIT if report.errors else 0

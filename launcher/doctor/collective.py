@@ -1,9 +1,9 @@
 """Entry of all-reduces between hosts: ``python -m launcher.doctor.collective PARENT``.
 
 The probe starts it early, because importing torch takes seconds, and sends it one line of JSON once all hosts are
-known. It prints what it measures, a line each, and the kernel kills it when the probe ends. Every pair has a process
-group of its own: when one cannot connect, it is the one that is named, and the others are measured all the same.
-Pairs are measured in rounds that share no host, so that a round runs at once.
+known. It prints one line per measurement, and the kernel kills it when the probe exits. Every pair has a process group
+of its own: one that cannot connect is named, and the others are still measured. The pairs of a round share no host, so
+a round runs concurrently.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SMALL, _MIDDLE, _LARGE = 64 * 2**10, 2**20, 16 * 2**20
 
 
 _DISTANT_S = 0.05
-"""A link with this latency is measured with little data."""
+"""A link with this latency is measured with a small buffer only."""
 
 
 _SLOW_S = 0.05
-"""A mebibyte that takes longer says enough about bandwidth."""
+"""If a mebibyte takes longer, no larger buffer is measured."""
 
 
 _BUSY_S = 0.005
@@ -39,21 +39,21 @@ _BUSY_S = 0.005
 
 
 ALL_PAIRS_UP_TO = 16
-"""Hosts among which every pair is measured (15 rounds); of more, each host measures its two neighbours on a ring."""
+"""Number of hosts up to which every pair is measured (15 rounds); of more, neighbours on a ring are."""
 
 
 T = TypeVar("T")
 
 
 PAIR_S = 5.0
-"""Most time for one pair, once both have begun."""
+"""Timeout of one pair, once both hosts have started."""
 
 
-_PLACE = re.compile(r"\[/[^\]]*:\d+\] ")
+_ADDRESS = re.compile(r"\[/[^\]]*:\d+\] ")
 
 
 class AllReduceGroup:
-    """A process group of some hosts, which measures itself."""
+    """A process group of some hosts, and its measurements."""
 
     def __init__(self, store: Any, *, rank: int, size: int, uses_gpus: bool, timeout_s: float) -> None:
         import torch
@@ -82,7 +82,7 @@ class AllReduceGroup:
         return _MIDDLE / taken if taken > _SLOW_S else _LARGE / min(self._time(_LARGE) for _ in range(3))
 
     def _time(self, num_bytes: int) -> float:
-        """Return the time of one all-reduce: the longest that any member saw, so that all decide alike what follows."""
+        """Return the longest time that any member measured, so that all members decide alike."""
         import torch
 
         values = torch.zeros(num_bytes // 4, dtype=torch.float32, device=self._device)
@@ -107,20 +107,20 @@ PairRound = list[tuple[int, int]]
 
 
 def pair_rounds(num_hosts: int) -> list[PairRound]:
-    """Return the rounds; hosts are numbers from 0, and the smaller number of a pair comes first."""
+    """Return the rounds; hosts are numbered from 0, and the smaller number of a pair comes first."""
     return _every_pair(num_hosts) if num_hosts <= ALL_PAIRS_UP_TO else _ring(num_hosts)
 
 
 def _every_pair(num_hosts: int) -> list[PairRound]:
-    """The circle method of tournaments: one seat stays, the others move on by one after each round."""
+    """Return rounds by the circle method: one seat is fixed, the others rotate after each round."""
     seats: list[int | None] = [*range(num_hosts)]
     if num_hosts % 2:
-        seats.append(None)  # whoever meets it has a rest
+        seats.append(None)  # its partner pauses
     plan = []
     for _ in range(len(seats) - 1):
         half = len(seats) // 2
-        met = zip(seats[:half], reversed(seats[half:]), strict=True)
-        plan.append([(min(a, b), max(a, b)) for a, b in met if a is not None and b is not None])
+        opposite = zip(seats[:half], reversed(seats[half:]), strict=True)
+        plan.append([(min(a, b), max(a, b)) for a, b in opposite if a is not None and b is not None])
         seats = [seats[0], seats[-1], *seats[1:-1]]
     return plan
 
@@ -134,13 +134,13 @@ def _ring(num_hosts: int) -> list[PairRound]:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasurementOrder:
-    """What the probe sends."""
+    """Order of the probe."""
 
     rank: int
     names: tuple[str, ...]
     """Hosts by rank."""
     address: str
-    """Of the first."""
+    """Of the first host."""
     port: int
     interface: str | None
     uses_gpus: bool
@@ -148,7 +148,7 @@ class MeasurementOrder:
 
 
 def main() -> None:
-    """Serve one order from stdin."""
+    """Carry out one order from stdin."""
     die_with_parent(int(sys.argv[1]))
     import torch
 
@@ -157,14 +157,14 @@ def main() -> None:
     if line:
         run_measurements(MeasurementOrder(**json.loads(line)))
     sys.stdout.flush()
-    os._exit(0)  # groups with a broken connection would wait for it at a regular end
+    os._exit(0)  # at a regular exit, groups would wait for broken connections
 
 
 def run_measurements(order: MeasurementOrder) -> None:
-    """Measure every pair this host belongs to, then all hosts together, and say each figure."""
+    """Measure every pair of this host, then all hosts together, and send each result."""
     from torch import distributed as dist
 
-    ends = time.monotonic() + order.timeout_s
+    deadline = time.monotonic() + order.timeout_s
     if order.interface is not None:
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = order.interface
     timeout = timedelta(seconds=order.timeout_s)
@@ -172,45 +172,45 @@ def run_measurements(order: MeasurementOrder) -> None:
         store = dist.TCPStore(
             order.address, order.port, None, order.rank == 0, timeout, wait_for_workers=False, use_libuv=True
         )
-    except RuntimeError as error:  # DistStoreError and its kin
-        send_message("everyone", everyone=GroupMeasurement(problem=f"cannot join the rendezvous: {_first_line(error)}"))
+    except RuntimeError as error:  # DistStoreError is one
+        send_message("group", group=GroupMeasurement(problem=f"cannot join the rendezvous: {_first_line(error)}"))
         return
-    fine = True
+    succeeded = True
     for pair in (pair for pairs in pair_rounds(len(order.names)) for pair in pairs if order.rank in pair):
-        found = _measure_pair(order, pair, store, ends=ends)
-        fine = fine and found.problem is None
+        found = _measure_pair(order, pair, store, deadline=deadline)
+        succeeded = succeeded and found.problem is None
         if found.problem is not None or order.rank == pair[0]:
             send_message("pair", pair=found)
-    if _is_everyone_fine(store, order, fine=fine):
-        send_message("everyone", everyone=_measure_everyone(order, store, timeout_s=ends - time.monotonic()))
+    if _all_succeeded(store, order, succeeded=succeeded):
+        send_message("group", group=_measure_group(order, store, timeout_s=deadline - time.monotonic()))
 
 
-def _measure_pair(order: MeasurementOrder, pair: tuple[int, int], store: Any, *, ends: float) -> PairMeasurement:
+def _measure_pair(order: MeasurementOrder, pair: tuple[int, int], store: Any, *, deadline: float) -> PairMeasurement:
     from torch import distributed as dist
 
     hosts = (order.names[pair[0]], order.names[pair[1]])
     prefix = dist.PrefixStore(f"pair/{pair[0]}/{pair[1]}", store)
-    place = pair.index(order.rank)
+    index = pair.index(order.rank)
 
-    def figures() -> PairMeasurement:
-        group = AllReduceGroup(prefix, rank=place, size=2, uses_gpus=order.uses_gpus, timeout_s=PAIR_S)
+    def measure() -> PairMeasurement:
+        group = AllReduceGroup(prefix, rank=index, size=2, uses_gpus=order.uses_gpus, timeout_s=PAIR_S)
         latency = group.latency_s()
         return PairMeasurement(hosts=hosts, latency_s=latency, bytes_per_s=group.bytes_per_s(latency_s=latency))
 
     try:
-        # the other may still be busy with a pair that fails: not a fault of this one
-        prefix.set(f"ready/{place}", "")
-        prefix.wait([f"ready/{1 - place}"], timedelta(seconds=max(0.1, ends - time.monotonic())))
-        return _within(PAIR_S, figures)
+        # the other host may still measure a pair that fails
+        prefix.set(f"ready/{index}", "")
+        prefix.wait([f"ready/{1 - index}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
+        return _within(PAIR_S, measure)
     except (RuntimeError, TimeoutError) as error:
         return PairMeasurement(hosts=hosts, problem=_first_line(error))
 
 
 def _within(timeout_s: float, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns. Gloo's own timeout holds for each of its many attempts to connect.
+    """Return what ``work`` returns; Gloo's own timeout applies to each of its many attempts to connect.
 
     Raises:
-        TimeoutError: it took longer; the thread is left behind, and ends with the process.
+        TimeoutError: it took longer; its thread ends with the process.
     """
     result: Future[T] = Future()
 
@@ -227,21 +227,21 @@ def _within(timeout_s: float, work: Callable[[], T]) -> T:
         raise TimeoutError(f"no result within {timeout_s:.0f} s") from None
 
 
-def _is_everyone_fine(store: Any, order: MeasurementOrder, *, fine: bool) -> bool:
-    """Return whether every host could talk to all of its partners; without that, all together would only hang."""
+def _all_succeeded(store: Any, order: MeasurementOrder, *, succeeded: bool) -> bool:
+    """Return whether all pairs of every host succeeded; otherwise the whole group would hang."""
     try:
-        store.set(f"fine/{order.rank}", "yes" if fine else "no")
-        return all(store.get(f"fine/{rank}") == b"yes" for rank in range(len(order.names)))
-    except RuntimeError:  # the first host had its answer and left, with the store
+        store.set(f"succeeded/{order.rank}", "yes" if succeeded else "no")
+        return all(store.get(f"succeeded/{rank}") == b"yes" for rank in range(len(order.names)))
+    except RuntimeError:  # the first host has exited, with the store
         return False
 
 
-def _measure_everyone(order: MeasurementOrder, store: Any, *, timeout_s: float) -> GroupMeasurement:
+def _measure_group(order: MeasurementOrder, store: Any, *, timeout_s: float) -> GroupMeasurement:
     from torch import distributed as dist
 
     try:
         group = AllReduceGroup(
-            dist.PrefixStore("everyone", store),
+            dist.PrefixStore("group", store),
             rank=order.rank,
             size=len(order.names),
             uses_gpus=order.uses_gpus,
@@ -253,8 +253,8 @@ def _measure_everyone(order: MeasurementOrder, store: Any, *, timeout_s: float) 
 
 
 def _first_line(error: Exception) -> str:
-    """Return what torch says, without the place in its sources."""
-    return _PLACE.sub("", (str(error).splitlines() or ["no reason given"])[0])[:300]
+    """Return the first line of torch's message, without addresses."""
+    return _ADDRESS.sub("", (str(error).splitlines() or ["no reason given"])[0])[:300]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Facts that a host finds about itself: hardware, software, disks, addresses and routes.
 
-Versions are read from metadata: importing torch takes seconds. The run directory is never made: the nearest folder
-above it that exists is checked. No packet is sent to find a route.
+Versions are read from metadata: importing torch takes seconds. The run directory is not created: its nearest existing
+parent is checked. No packet is sent to find a route.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ _NETWORK_FILE_SYSTEMS = re.compile(
 """Types of file systems whose source is the same name on every host."""
 
 
-_DOCUMENTATION_ADDRESS = "203.0.113.1"  # kept for documentation (RFC 5737): nobody's, so it takes the default route
+_DOCUMENTATION_ADDRESS = "203.0.113.1"  # reserved for documentation (RFC 5737), so it takes the default route
 
 
 _RTT_AT = 68
 
 
 _BACKLOG = 4096
-"""Hosts whose connections the kernel accepts by itself."""
+"""Number of hosts whose connections the kernel accepts without ``accept``."""
 
 
 def collect_host_facts(run_dir: Path, *, token: str | None, environ: Mapping[str, str]) -> HostFacts:
     """Return the facts of this machine.
 
     Args:
-        run_dir: of the run to come.
-        token: a file of the launching machine.
-        environ: of this process; ssh and CUDA leave their words in it.
+        run_dir: of the run.
+        token: path of a file that the launching machine wrote.
+        environ: of this process, with the variables of ssh and CUDA.
     """
     gpus = visible_gpus(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
     memory = memory_limit()
@@ -78,8 +78,8 @@ def collect_host_facts(run_dir: Path, *, token: str | None, environ: Mapping[str
         devices=tuple(gpu.name for _, gpu in gpus),
         device_ids=tuple(word for word, _ in gpus),
         device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
-        software=software(),
-        storage=storage(run_dir, token=token),
+        software=collect_software(),
+        storage=examine_storage(run_dir, token=token),
     )
 
 
@@ -87,8 +87,8 @@ def _boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
     return file.read_text(encoding="ascii").strip() if file.is_file() else ""
 
 
-def software() -> Software:
-    """Return what this interpreter would run with."""
+def collect_software() -> Software:
+    """Return the software of this interpreter."""
     found = {name: _version(name) for name in PACKAGES}
     return Software(
         python=platform.python_version(),
@@ -102,7 +102,7 @@ def software() -> Software:
 
 
 def code_hash() -> str:
-    """Return the SHA-256 over names and contents of this package's modules; the same files give the same anywhere."""
+    """Return the SHA-256 over the names and contents of this package's modules."""
     package = Path(launcher.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(package.rglob("*.py"), key=lambda file: file.relative_to(package).parts):
@@ -120,7 +120,7 @@ def _version(name: str) -> str | None:
 
 
 def _cuda() -> str | None:
-    """Return what ``torch/version.py`` says, without running it or anything else of torch."""
+    """Return the CUDA version in ``torch/version.py``, without importing torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return None
@@ -130,7 +130,7 @@ def _cuda() -> str | None:
 
 
 def _nccl() -> str | None:
-    """Return the version of the package that brings NCCL; its name ends with the CUDA version it is for."""
+    """Return the version of the NCCL package; its name ends with a CUDA version."""
     for distribution in distributions():
         if (distribution.name or "").lower().replace("_", "-").startswith("nvidia-nccl-"):
             return distribution.version
@@ -144,19 +144,19 @@ def _driver(file: Path = Path("/proc/driver/nvidia/version")) -> str | None:
 
 @dataclass(frozen=True, kw_only=True)
 class DiskToken:
-    """A file of the launching machine that hosts look for."""
+    """A file of the launching machine whose existence hosts check."""
 
     folder: str
-    """Where it is."""
+    """Folder of the file."""
     path: str | None
     """``None`` when it could not be written."""
     problem: str | None = None
 
 
 @contextmanager
-def token(run_dir: Path) -> Iterator[DiskToken]:
-    """Leave an empty file with a name nobody can know beside the run directory, for as long as the hosts look."""
-    folder = nearest(run_dir)
+def create_disk_token(run_dir: Path) -> Iterator[DiskToken]:
+    """Create an empty file with a random name beside the run directory; remove it at the end of the block."""
+    folder = nearest_existing(run_dir)
     file = folder / f".launcher-doctor-{secrets.token_hex(8)}"
     try:
         file.touch(mode=0o600, exist_ok=False)
@@ -169,20 +169,20 @@ def token(run_dir: Path) -> Iterator[DiskToken]:
         file.unlink(missing_ok=True)
 
 
-def storage(run_dir: Path, *, token: str | None) -> Storage:
-    """Return how this machine sees the run directory.
+def examine_storage(run_dir: Path, *, token: str | None) -> Storage:
+    """Return the storage of the run directory on this machine.
 
     Args:
         run_dir: absolute.
-        token: the file that the launching machine wrote, if it could.
+        token: path of the file that the launching machine wrote, if it could.
     """
-    folder = nearest(run_dir)
+    folder = nearest_existing(run_dir)
     disk = os.statvfs(folder)
     shm = os.statvfs(_SHM) if _SHM.is_dir() else None
     return Storage(
         folder=str(folder),
-        problem=_problem(folder),
-        is_ours=token is not None and Path(token).exists(),
+        problem=_write_problem(folder),
+        is_shared=token is not None and Path(token).exists(),
         served_by=served_folder(folder),
         free_bytes=disk.f_bavail * disk.f_frsize,
         shm_bytes=shm.f_blocks * shm.f_frsize if shm else 0,
@@ -190,15 +190,15 @@ def storage(run_dir: Path, *, token: str | None) -> Storage:
     )
 
 
-def nearest(folder: Path) -> Path:
-    """Return ``folder``, or the nearest one above it that exists."""
+def nearest_existing(folder: Path) -> Path:
+    """Return ``folder``, or its nearest parent that exists."""
     return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
 
 
-def _problem(folder: Path) -> str | None:
-    """Return why no file can be made; root and network file systems make permissions a poor guide, so make one."""
+def _write_problem(folder: Path) -> str | None:
+    """Return why no file can be created, by creating one: permissions say little for root and on network disks."""
     try:
-        with tempfile.TemporaryFile(dir=folder) as file:  # has no name where the file system can do without
+        with tempfile.TemporaryFile(dir=folder) as file:  # unnamed where the file system supports it
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
@@ -208,7 +208,7 @@ def _problem(folder: Path) -> str | None:
 
 
 def served_folder(folder: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """Return server and path there of an existing folder; empty where the disk is local, or of an unknown kind."""
+    """Return file server and path of an existing folder; empty for a local disk or an unknown file system."""
     folder = folder.resolve()
     found = ""
     longest = -1
@@ -216,10 +216,12 @@ def served_folder(folder: Path, *, mounts: Path = Path("/proc/self/mountinfo")) 
         before, _, after = line.partition(" - ")
         root, point = (Path(_unescape(word)) for word in before.split()[3:5])
         kind, source = after.split()[:2]
-        if len(point.parts) >= longest and folder.is_relative_to(point):  # of two at one place, the later lies on top
+        if len(point.parts) >= longest and folder.is_relative_to(
+            point
+        ):  # of two mounts at one point, the later covers the first
             longest = len(point.parts)
-            place = root / folder.relative_to(point)
-            found = f"{kind} {_unescape(source)} {place}" if _NETWORK_FILE_SYSTEMS.fullmatch(kind) else ""
+            path = root / folder.relative_to(point)
+            found = f"{kind} {_unescape(source)} {path}" if _NETWORK_FILE_SYSTEMS.fullmatch(kind) else ""
     return found
 
 
@@ -231,8 +233,8 @@ def own_address(ssh_connection: str | None) -> str:
     """Return the address that others reach this machine at.
 
     Args:
-        ssh_connection: ``client port server port`` as sshd leaves it, whose server address is known to work. A batch
-            job may have inherited another machine's.
+        ssh_connection: ``client port server port``, as sshd sets it; its server address works. A batch job may have
+            inherited that of another machine.
     """
     words = (ssh_connection or "").split()
     if len(words) == 4 and words[2] in _interfaces() and not _is_loopback(words[2]):
@@ -249,7 +251,7 @@ def local_address_towards(address: str) -> str | None:
     try:
         family, kind, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind) as route:
-            route.connect(target)  # of a datagram socket: chooses the route, sends nothing
+            route.connect(target)  # a datagram socket only chooses the route
             chosen: str = route.getsockname()[0]
             return chosen
     except OSError:
@@ -265,7 +267,7 @@ def open_rendezvous_port(port: int | None) -> socket.socket:
     """Open the rendezvous port on all addresses, as torchrun will.
 
     Raises:
-        OSError: it is taken, or not allowed.
+        OSError: it is in use, or not allowed.
     """
     if socket.has_dualstack_ipv6():
         with contextlib.suppress(_NoIpv6):
@@ -274,7 +276,7 @@ def open_rendezvous_port(port: int | None) -> socket.socket:
 
 
 def port_owner(port: int) -> str | None:
-    """Return who listens on a port of this machine, as far as this login may know."""
+    """Return the process that listens on a port of this machine, if this login may know."""
     with contextlib.suppress(psutil.Error):
         for connection in psutil.net_connections("tcp"):
             is_listening = connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,)
@@ -288,17 +290,17 @@ def _listen(port: int | None, family: socket.AddressFamily) -> socket.socket:
     try:
         return socket.create_server(("", port or 0), family=family, dualstack_ipv6=both, backlog=_BACKLOG)
     except OSError as error:
-        if both and error.errno == errno.EADDRNOTAVAIL:  # the kernel has IPv6, and it is switched off
+        if both and error.errno == errno.EADDRNOTAVAIL:  # the kernel has IPv6, but it is disabled
             raise _NoIpv6 from error
         raise
 
 
 class _NoIpv6(Exception):
-    """Only IPv4 here."""
+    """This machine has no IPv6."""
 
 
-def route(address: str) -> Contact:
-    """Return how this machine would reach another, without trying."""
+def find_route(address: str) -> Contact:
+    """Return the route from this machine to another, without connecting."""
     local = local_address_towards(address)
     interface = interface_of(local) if local is not None else None
     problem = f"no route to {address}" if local is None else None
@@ -306,20 +308,20 @@ def route(address: str) -> Contact:
 
 
 def measure_contact(address: str, port: int, *, timeout_s: float) -> Contact:
-    """Return how this machine reaches another's port, with the time of a round trip; nobody need accept there."""
+    """Return the route to another machine's port and the time of a round trip; the other need not accept."""
     latency, problem = None, None
     try:
-        _handshake_s(address, port, timeout_s=timeout_s)  # the first one asks for the hardware address, too
+        _handshake_s(address, port, timeout_s=timeout_s)  # the first one includes the ARP request
         latency = _handshake_s(address, port, timeout_s=timeout_s)
     except TimeoutError:
         problem = f"no answer within {timeout_s:.0f} s"
     except OSError as error:
         problem = "connection refused" if error.errno == errno.ECONNREFUSED else error.strerror or str(error)
-    return replace(route(address), latency_s=latency, problem=problem)
+    return replace(find_route(address), latency_s=latency, problem=problem)
 
 
 def _handshake_s(address: str, port: int, *, timeout_s: float) -> float | None:
-    """Return the kernel's own measurement of a handshake, which no busy processor or program can stretch.
+    """Return the kernel's own measurement of a handshake, which does not depend on the load.
 
     The offset is that of ``tcpi_rtt``, in microseconds, in ``struct tcp_info`` of linux/tcp.h.
     """

@@ -19,147 +19,147 @@ from launcher.utils.system import raise_open_file_limit
 PROBE_MODULE = "launcher.doctor.probe"
 
 
-_FAREWELL_S = 1.0
-"""Time for probes to end by themselves once their stdin has ended."""
+_CLOSE_S = 1.0
+"""Time for probes to exit by themselves once their stdin is closed."""
 
 
 _FILES_PER_HOST = 3
 
 
-_FILES_OF_OURS = 64
+_FILES_OF_DOCTOR = 64
 
 
-_WRITE, _READ, _COMPLAIN = "write", "read", "complain"
+_WRITE, _READ, _READ_STDERR = "write", "read", "read stderr"
 
 
 _CHUNK = 1 << 16
 
 
-_MOST_STDERR = 1 << 14
+_MAX_STDERR_BYTES = 1 << 14
 
 
-_LONGEST_LINE = 1 << 22
-"""Far more than a probe says in one; the rest of a longer one is noise."""
+_MAX_LINE_BYTES = 1 << 22
+"""More than any message; a longer line is dropped."""
 
 
 _EXIT_S = 1.0
-"""Time to exit for a command that has closed its stdout."""
+"""Time for a command to exit after it has closed its stdout."""
 
 
 class ProbeClient:
-    """Opens one channel a host, and ends all of them when the ``with`` block ends."""
+    """Starts one probe per host, and ends all of them at the end of the ``with`` block."""
 
     def __init__(self, hosts: Sequence[Host], remote: Callable[[Host, str], RemoteCommand]) -> None:
         self._hosts, self._remote = hosts, remote
-        self.channels: dict[str, ProbeProcess] = {}
+        self.probes: dict[str, ProbeProcess] = {}
         self.not_started: dict[str, str] = {}
-        """Why there is no channel, by host."""
+        """Why the probe could not be started, by host."""
         self._cleanup = contextlib.ExitStack()
         self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> ProbeClient:
         with contextlib.ExitStack() as undo:
-            undo.enter_context(raise_open_file_limit(_FILES_PER_HOST * len(self._hosts) + _FILES_OF_OURS))
+            undo.enter_context(raise_open_file_limit(_FILES_PER_HOST * len(self._hosts) + _FILES_OF_DOCTOR))
             undo.callback(self._end)
             for host in self._hosts:
                 self._open(host)
-                self._serve(0.0)  # the first ones need not wait until a thousand are started
+                self._serve(0.0)  # serves the first ones while others are started
             self._cleanup = undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._cleanup.close()
 
-    def ask(self, name: str, question: dict[str, Any]) -> None:
-        """Send a question to one host; one that is gone never answers."""
-        channel = self.channels[name]
-        if channel.is_open:
-            channel.ask(question)
-            self._watch_stdin(channel)
+    def ask(self, name: str, request: dict[str, Any]) -> None:
+        """Send a request to one host; one that is gone never answers."""
+        probe = self.probes[name]
+        if probe.is_open:
+            probe.ask(request)
+            self._watch_stdin(probe)
 
     def collect(self, kind: str, names: Iterable[str], *, until: float) -> dict[str, dict[str, Any]]:
-        """Return the answers of a kind, by host, without those that are gone or silent until ``until`` (monotonic)."""
-        waiting = {name for name in names if name in self.channels}
+        """Return the answers of a kind that arrive before ``until`` (monotonic), by host."""
+        waiting = {name for name in names if name in self.probes}
         answers: dict[str, dict[str, Any]] = {}
-        changed = {self.channels[name] for name in waiting}
+        changed = {self.probes[name] for name in waiting}
         while True:
-            for channel in changed:
-                found = next((message for message in channel.messages if message["doctor"] == kind), None)
-                if found is not None and channel.name in waiting:
-                    answers[channel.name] = found
-                if found is not None or not channel.is_open:
-                    waiting.discard(channel.name)
-            left = until - time.monotonic()
-            if not waiting or left <= 0:
+            for probe in changed:
+                found = next((message for message in probe.messages if message["doctor"] == kind), None)
+                if found is not None and probe.name in waiting:
+                    answers[probe.name] = found
+                if found is not None or not probe.is_open:
+                    waiting.discard(probe.name)
+            remaining_s = until - time.monotonic()
+            if not waiting or remaining_s <= 0:
                 return answers
-            changed = self._serve(left)
+            changed = self._serve(remaining_s)
 
-    def told(self, name: str, kind: str) -> Iterator[dict[str, Any]]:
-        """Yield every message of a kind that has come from a host."""
-        return (message for message in self.channels[name].messages if message["doctor"] == kind)
+    def messages_of(self, name: str, kind: str) -> Iterator[dict[str, Any]]:
+        """Yield every message of a kind that a host has sent."""
+        return (message for message in self.probes[name].messages if message["doctor"] == kind)
 
     def _open(self, host: Host) -> None:
         try:
-            channel = ProbeProcess(host.name, self._remote(host, PROBE_MODULE))
+            probe = ProbeProcess(host.name, self._remote(host, PROBE_MODULE))
         except OSError as error:
             self.not_started[host.name] = f"{error.filename}: {error.strerror}" if error.filename else str(error)
             return
-        self.channels[host.name] = channel
-        self._selector.register(channel.stdout, selectors.EVENT_READ, (_READ, channel))
-        self._selector.register(channel.stderr, selectors.EVENT_READ, (_COMPLAIN, channel))
-        self._watch_stdin(channel)
+        self.probes[host.name] = probe
+        self._selector.register(probe.stdout, selectors.EVENT_READ, (_READ, probe))
+        self._selector.register(probe.stderr, selectors.EVENT_READ, (_READ_STDERR, probe))
+        self._watch_stdin(probe)
 
-    def _watch_stdin(self, channel: ProbeProcess) -> None:
-        if channel.has_unsent and channel.stdin not in self._selector.get_map():
-            self._selector.register(channel.stdin, selectors.EVENT_WRITE, (_WRITE, channel))
+    def _watch_stdin(self, probe: ProbeProcess) -> None:
+        if probe.has_unsent and probe.stdin not in self._selector.get_map():
+            self._selector.register(probe.stdin, selectors.EVENT_WRITE, (_WRITE, probe))
 
     def _serve(self, timeout_s: float) -> set[ProbeProcess]:
-        """Move what can be moved, wait for the first of it, and return whose it was."""
+        """Wait until a probe is readable or writable, read and write, and return the probes that were."""
         changed = set()
         for key, _ in self._selector.select(timeout_s):
-            does, channel = key.data
-            changed.add(channel)
-            if does == _WRITE:
-                channel.write()
-                goes_on = channel.has_unsent
+            action, probe = key.data
+            changed.add(probe)
+            if action == _WRITE:
+                probe.write()
+                has_more = probe.has_unsent
             else:
-                goes_on = channel.read() if does == _READ else channel.read_complaints()
-            if not goes_on:
+                has_more = probe.read() if action == _READ else probe.read_stderr()
+            if not has_more:
                 self._selector.unregister(key.fileobj)
         return changed
 
     def _end(self) -> None:
-        for channel in self.channels.values():
-            if channel.stdin in self._selector.get_map():
-                self._selector.unregister(channel.stdin)
-            channel.hang_up()
-        answered = [channel for channel in self.channels.values() if channel.messages]  # the others have nothing to end
-        ends = time.monotonic() + _FAREWELL_S
-        while any(channel.is_open for channel in answered) and (left := ends - time.monotonic()) > 0:
-            self._serve(left)
+        for probe in self.probes.values():
+            if probe.stdin in self._selector.get_map():
+                self._selector.unregister(probe.stdin)
+            probe.close_stdin()
+        answered = [probe for probe in self.probes.values() if probe.messages]  # the others run no probe
+        deadline = time.monotonic() + _CLOSE_S
+        while any(probe.is_open for probe in answered) and (remaining_s := deadline - time.monotonic()) > 0:
+            self._serve(remaining_s)
         self._selector.close()
-        for channel in self.channels.values():
-            channel.end()
+        for probe in self.probes.values():
+            probe.end()
 
 
 class ProbeProcess:
-    """A probe that was started.
+    """The command that runs the probe of one host.
 
     Args:
         name: of the host.
-        remote: what to start, in a session of its own, so that the terminal's Ctrl-C is for the doctor alone.
+        remote: command to start, in a session of its own, so that Ctrl-C in the terminal signals the doctor only.
 
     Raises:
-        OSError: the program is not there.
+        OSError: the program does not exist.
     """
 
     def __init__(self, name: str, remote: RemoteCommand) -> None:
         self.name = name
         self.messages: list[dict[str, Any]] = []
         self.is_open = True
-        """Whether it may still say something."""
+        """Whether its stdout is open."""
         self.exit_code: int | None = None
-        """How the command ended before we hung up; ``None`` when it did not."""
+        """Exit code of the command; ``None`` when it still ran as its stdin was closed."""
         self._popen = subprocess.Popen(
             remote.argv,
             stdin=subprocess.PIPE,
@@ -169,28 +169,28 @@ class ProbeProcess:
             bufsize=0,
         )
         self.stdin, self.stdout, self.stderr = map(
-            _unblocked, (self._popen.stdin, self._popen.stdout, self._popen.stderr)
+            _non_blocking, (self._popen.stdin, self._popen.stdout, self._popen.stderr)
         )
         self._unsent = bytearray(remote.prologue)
         self._partial = b""
-        self._said = b""
+        self._stderr_bytes = b""
 
     @property
     def has_unsent(self) -> bool:
-        """Whether something waits until ``stdin`` is writable."""
+        """Whether bytes wait until ``stdin`` is writable."""
         return bool(self._unsent)
 
     @property
-    def complaint(self) -> str:
-        """The end of what came over stderr."""
-        return self._said.decode(errors="replace")
+    def stderr_tail(self) -> str:
+        """The end of its stderr."""
+        return self._stderr_bytes.decode(errors="replace")
 
-    def ask(self, question: dict[str, Any]) -> None:
-        """Queue one question."""
-        self._unsent += json.dumps(question).encode() + b"\n"
+    def ask(self, request: dict[str, Any]) -> None:
+        """Queue one request."""
+        self._unsent += json.dumps(request).encode() + b"\n"
 
     def write(self) -> None:
-        """Send what the pipe takes."""
+        """Write what the pipe takes."""
         try:
             del self._unsent[: os.write(self.stdin.fileno(), self._unsent[:_CHUNK])]
         except BlockingIOError:
@@ -199,42 +199,42 @@ class ProbeProcess:
             self._unsent.clear()
 
     def read(self) -> bool:
-        """Take what stdout has; return whether more may come."""
+        """Read what stdout has; return whether more may come."""
         data = _read(self.stdout)
         if data is None:
             return True
         *lines, self._partial = (self._partial + data).split(b"\n")
-        if len(self._partial) > _LONGEST_LINE:
+        if len(self._partial) > _MAX_LINE_BYTES:
             self._partial = b""
         now = time.time()
         for message in filter(None, map(parse_message, lines)):
-            self.messages.append({**message, "heard": now})
+            self.messages.append({**message, "received_at": now})
         self.is_open = bool(data)
         return self.is_open
 
-    def read_complaints(self) -> bool:
-        """Take what stderr has; return whether more may come."""
+    def read_stderr(self) -> bool:
+        """Read what stderr has; return whether more may come."""
         data = _read(self.stderr)
-        self._said = (self._said + (data or b""))[-_MOST_STDERR:]
+        self._stderr_bytes = (self._stderr_bytes + (data or b""))[-_MAX_STDERR_BYTES:]
         return data != b""
 
-    def hang_up(self) -> None:
-        """Close stdin, which ends the probe and with it what it started."""
+    def close_stdin(self) -> None:
+        """Close stdin, which ends the probe and its children."""
         if not self.is_open:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.exit_code = self._popen.wait(timeout=_EXIT_S)
         self.stdin.close()
 
     def end(self) -> None:
-        """Kill the command if it has not ended; keep what it said last."""
+        """Kill the command if it still runs; read the rest of its stderr."""
         self._popen.kill()
         self._popen.wait()
-        self.read_complaints()
+        self.read_stderr()
         self.stdout.close()
         self.stderr.close()
 
 
-def _unblocked(pipe: IO[bytes] | None) -> IO[bytes]:
+def _non_blocking(pipe: IO[bytes] | None) -> IO[bytes]:
     assert pipe is not None
     os.set_blocking(pipe.fileno(), False)
     return pipe

@@ -12,7 +12,7 @@ from launcher.protocol.plan import Host
 
 @dataclass(frozen=True, kw_only=True)
 class _Sign:
-    """Words of a program, and what they mean."""
+    """Output of a program, and its meaning."""
 
     pattern: str
     what: str
@@ -22,8 +22,8 @@ class _Sign:
 _SIGNS: Sequence[_Sign] = (
     _Sign(
         pattern=r"REMOTE HOST IDENTIFICATION HAS CHANGED",
-        what="its host key is not the one that ssh knows: the machine was reinstalled, or this is another one",
-        remedy="if that is as it should be: ssh-keygen -R {bare}, then ssh {login} once",
+        what="its host key has changed: the machine was reinstalled, or this is another one",
+        remedy="if that is expected: ssh-keygen -R {bare}, then ssh {login} once",
     ),
     _Sign(
         pattern=r"Host key verification failed|No \S+ host key is known for",
@@ -32,17 +32,17 @@ _SIGNS: Sequence[_Sign] = (
     ),
     _Sign(
         pattern=r"Permission denied \(|Too many authentication failures|Load key .*(denied|invalid)",
-        what="refuses our key",
+        what="rejects the ssh key",
         remedy="ssh-copy-id {login}, or name the right key in ~/.ssh/config (IdentityFile); ssh -v {login} shows more",
     ),
     _Sign(
         pattern=r"Could not resolve hostname|Name or service not known|Temporary failure in name resolution",
-        what="has a name that leads to no address",
-        remedy="mend the name in the hostfile, or give it an address in ~/.ssh/config (HostName)",
+        what="has a name that does not resolve",
+        remedy="correct the name in the hostfile, or give it an address in ~/.ssh/config (HostName)",
     ),
     _Sign(
         pattern=r"connect to .*Connection refused",
-        what="runs, and nothing listens on its ssh port",
+        what="runs, but nothing listens on its ssh port",
         remedy="start sshd there, or give the right port in the hostfile ({bare}:PORT)",
     ),
     _Sign(
@@ -62,8 +62,8 @@ _SIGNS: Sequence[_Sign] = (
     ),
     _Sign(
         pattern=r"Bad configuration option|Bad owner or permissions on|terminating, \d+ bad configuration",
-        what="is not even tried: ssh refuses its configuration",
-        remedy="mend ~/.ssh/config; ssh -G {login} shows the mistake",
+        what="is not tried: ssh rejects its configuration",
+        remedy="correct ~/.ssh/config; ssh -G {login} shows the error",
     ),
     _Sign(
         pattern=r"No module named '?launcher\.doctor",
@@ -88,7 +88,7 @@ _SIGNS: Sequence[_Sign] = (
     _Sign(
         pattern=r"^launcher: (?!cannot enter)(?P<said>.+)",
         what="{said}",
-        remedy="mend that on the host, or name another interpreter with backend.python",
+        remedy="correct that on the host, or name another interpreter with backend.python",
     ),
     _Sign(
         pattern=r"No space left on device|Disk quota exceeded",
@@ -108,20 +108,20 @@ _NOT_EXECUTABLE = _Sign(
     remedy="name an interpreter of this host's architecture that the login may run, with backend.python",
 )
 _BY_EXIT_CODE = {126: _NOT_EXECUTABLE, 127: _NOT_FOUND}
-"""What every shell but csh says by its exit code."""
+"""Exit codes of every shell but csh."""
 
 
 def explain_probe_failure(
-    host: Host, complaint: str, *, exit_code: int | None, said_hello: bool, waited_s: float
+    host: Host, stderr_tail: str, *, exit_code: int | None, has_started: bool, waited_s: float
 ) -> Finding:
-    """Return why ``host`` gave no facts.
+    """Return why the probe of ``host`` sent no facts.
 
     Args:
         host: as it was listed.
-        complaint: the end of what its command printed to stderr.
-        exit_code: of the command; ``None`` when it never ended.
-        said_hello: whether the probe was running there.
-        waited_s: how long it had.
+        stderr_tail: the end of its command's stderr.
+        exit_code: of the command; ``None`` when it did not exit.
+        has_started: whether the probe was running there.
+        waited_s: time it had.
     """
     login = host.ssh_destination or host.name
     words = {"login": login, "bare": host.name, "python": host.python}
@@ -129,16 +129,16 @@ def explain_probe_failure(
     if by_code is not None:
         return error(host.name, by_code.what.format(**words), by_code.remedy.format(**words))
     for sign in (*_SIGNS, _NOT_FOUND, _NOT_EXECUTABLE):
-        if found := re.search(sign.pattern, complaint, re.MULTILINE):
+        if found := re.search(sign.pattern, stderr_tail, re.MULTILINE):
             words |= {name: text.strip() for name, text in found.groupdict().items()}
             return error(host.name, sign.what.format(**words), sign.remedy.format(**words))
-    if exit_code is None and said_hello:
-        what = f"answers, but could not tell about itself within {waited_s:.1f} s"
+    if exit_code is None and has_started:
+        what = f"answers, but its probe sent no facts within {waited_s:.1f} s"
         return error(host.name, what, "see whether `df` or `nvidia-smi` hangs there: a file system or a GPU is stuck")
     if exit_code is None:
-        what = f"does not answer: no word within {waited_s:.1f} s"
+        what = f"does not answer within {waited_s:.1f} s"
         return error(host.name, what, f"see whether it is switched on and reachable: ssh -v {login} true")
-    last = (complaint.strip().splitlines() or ["without a word"])[-1]
+    last = (stderr_tail.strip().splitlines() or ["no output"])[-1]
     return error(
         host.name, f"its probe ended with exit code {exit_code}: {last[:300]}", f"try by hand: ssh {login} true"
     )

@@ -1,4 +1,4 @@
-"""Facts and measurements of hosts, and the lines that carry them from probe to doctor."""
+"""Facts and measurements of hosts, and the messages that carry them from probe to doctor."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ PACKAGES = ("torch", "deepspeed", "transformers")
 """Versions that must agree on all hosts."""
 
 
-_BEGINNING = b'{"doctor": '
+_MESSAGE_PREFIX = b'{"doctor": '
 
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "hello": {},
-    "survey": {},
+    "facts": {},
     "listen": {"port": int | None, "problem": str | None},
     "contact": {"contact": dict[str, Any]},
-    "hush": {},
+    "close_port": {},
     "pair": {"pair": dict[str, Any]},
-    "everyone": {"everyone": dict[str, Any]},
+    "group": {"group": dict[str, Any]},
     "collective": {"exit_code": int},
 }
-"""What a message of each kind must hold; the values inside are read by type where they are used."""
+"""Required fields of each kind of message; nested values are checked where they are used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeRequest:
-    """What a run will need of its hosts."""
+    """Requirements of a run on its hosts."""
 
     run_dir: str
     """Absolute path; it need not exist."""
     port: int | None = None
-    """Of the rendezvous on the first host; ``None`` takes any free one."""
+    """Port of the rendezvous on the first host; ``None`` takes any free one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Software:
-    """What is installed for the interpreter that answered."""
+    """Software that is installed for the interpreter of the probe."""
 
     python: str
     """Version."""
     python_path: str
     packages: dict[str, str]
-    """Versions by name; a package that is missing is left out."""
+    """Versions by name, without missing packages."""
     cuda: str | None
-    """Version torch was built for; ``None`` for a build without CUDA, and where torch is missing."""
+    """CUDA version of the torch build; ``None`` for a build without CUDA, and without torch."""
     nccl: str | None
     """Version installed beside torch."""
     driver: str | None
@@ -60,16 +60,16 @@ class Software:
 
 @dataclass(frozen=True, kw_only=True)
 class Storage:
-    """The run directory as the host sees it, and shared memory."""
+    """The run directory on the host, and its shared memory."""
 
     folder: str
     """The run directory, or the nearest folder above it that exists."""
     problem: str | None
-    """Why nothing can be written there; ``None`` when it can."""
-    is_ours: bool
-    """Whether a file that the launching machine wrote is there too."""
+    """Why the folder is not writable; ``None`` when it is."""
+    is_shared: bool
+    """Whether a file that the launching machine wrote exists there too."""
     served_by: str = ""
-    """File server of the folder and where it is there; empty where the disk is the host's own, or of unknown kind."""
+    """File server and path of the folder; empty for a local disk or an unknown file system."""
     free_bytes: int
     shm_bytes: int
     """Size of /dev/shm; 0 where there is none."""
@@ -78,41 +78,41 @@ class Storage:
 
 @dataclass(frozen=True, kw_only=True)
 class HostFacts:
-    """One host."""
+    """Hardware, software and storage of one host."""
 
     hostname: str
     address: str
-    """Where it was reached, or else where it reaches others from."""
+    """Address at which it was reached, or else of its route to other machines."""
     architecture: str
     boot_id: str
     cores: int
-    """Those this login may use."""
+    """Cores that this login may use."""
     memory_bytes: int
-    """RAM, or what the control group allows of it."""
+    """RAM, or the limit of the control group."""
     free_memory_bytes: int
     computes_bf16: bool
     devices: tuple[str, ...]
     """Names of the visible GPUs."""
     device_ids: tuple[str, ...]
-    """What CUDA_VISIBLE_DEVICES calls each."""
+    """Their names in CUDA_VISIBLE_DEVICES."""
     device_bytes: int
-    """Memory of the smallest GPU; 0 when not known."""
+    """Memory of the smallest GPU; 0 when unknown."""
     software: Software
     storage: Storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class Contact:
-    """How a host reaches the first one."""
+    """Route and latency from a host to the first one."""
 
     interface: str | None
-    """Network interface that routes there; ``None`` when the address belongs to none."""
+    """Network interface of the route; ``None`` when the address belongs to none."""
     local_address: str | None
     """Address of this host on that route; ``None`` without a route."""
     latency_s: float | None
-    """Of a round trip; ``None`` when there was none."""
+    """Time of a round trip; ``None`` when there was none."""
     problem: str | None
-    """Why the port cannot be reached; on the first host, why it cannot be opened."""
+    """Why the port cannot be reached or, on the first host, opened."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,31 +121,31 @@ class PairMeasurement:
 
     hosts: tuple[str, str]
     latency_s: float | None = None
-    """Of 8 bytes: the fastest of several."""
+    """Fastest of several all-reduces of 8 bytes."""
     bytes_per_s: float | None = None
     """Size of the buffer over the fastest time."""
     problem: str | None = None
-    """Why there are no figures."""
+    """Why the measurement failed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupMeasurement:
-    """An all-reduce among all hosts, as one of them saw it."""
+    """An all-reduce among all hosts, measured on one of them."""
 
     latency_s: float | None = None
     problem: str | None = None
 
 
 def send_message(kind: str, **values: Any) -> None:
-    """Print one message to the doctor; two processes of a host share this stdout, so it goes out in one piece."""
+    """Print one message to the doctor, in one write: two processes of a host share this stdout."""
     tree = {key: asdict(value) if is_dataclass(value) else value for key, value in values.items()}  # type: ignore[arg-type]
     sys.stdout.write(json.dumps({"doctor": kind, **tree}) + "\n")
     sys.stdout.flush()
 
 
 def parse_message(line: bytes) -> dict[str, Any] | None:
-    """Return the message that a line of a host's stdout holds; ``None`` when it holds none."""
-    if not line.startswith(_BEGINNING):
+    """Return the message in a line of a probe's stdout; ``None`` when it is not a message."""
+    if not line.startswith(_MESSAGE_PREFIX):
         return None
     try:
         message = json.loads(line)

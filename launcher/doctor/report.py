@@ -11,8 +11,8 @@ from launcher.doctor.protocol import Contact, GroupMeasurement, HostFacts, PairM
 from launcher.protocol.plan import Host
 from launcher.utils.text import bytes_text, counted, format_table
 
-_MOST_IN_MATRIX = 8
-"""Hosts up to which all pairs are shown; of more, the slowest pairs."""
+_MAX_IN_MATRIX = 8
+"""Number of hosts up to which all pairs are shown; of more, the slowest pairs."""
 
 
 _NUM_SLOWEST = 8
@@ -35,17 +35,17 @@ _HEAD = (
 
 
 class Level(StrEnum):
-    """How bad it is."""
+    """Severity of a finding."""
 
     ERROR = "error"
-    """A run would break: nothing is started."""
+    """A run would fail, so none is started."""
     WARNING = "warning"
-    """A run would work, worse than it could."""
+    """A run would work, but not well."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that is wrong."""
+    """One problem and its remedy."""
 
     host: str
     level: Level
@@ -54,66 +54,67 @@ class Finding:
 
 
 def error(host: str, what: str, remedy: str) -> Finding:
-    """Return a finding that stands against a run."""
+    """Return a finding that prevents a run."""
     return Finding(host=host, level=Level.ERROR, what=what, remedy=remedy)
 
 
 def warning(host: str, what: str, remedy: str) -> Finding:
-    """Return a finding that a run can live with."""
+    """Return a finding that does not prevent a run."""
     return Finding(host=host, level=Level.WARNING, what=what, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorReport:
-    """All of it."""
+    """Findings, facts and measurements of all hosts."""
 
     findings: tuple[Finding, ...]
     """Errors first, then in the order of hosts."""
     hosts: tuple[Host, ...]
-    """As they were listed."""
+    """In the order of the hostfile."""
     facts: dict[str, HostFacts]
-    """Of those that answered, by name."""
+    """Facts of the hosts that answered, by name."""
     skews_s: dict[str, float]
-    """How far each clock is ahead of this machine's."""
+    """Seconds by which each clock is ahead of this machine's."""
     contacts: dict[str, Contact]
-    """How each reaches the first of those that answered, which stands first."""
+    """Contact of each host with the first one that answered, which comes first."""
     port: int | None
-    """Of the rendezvous; free on the first host a moment ago. ``None`` when there is none."""
+    """Free port for the rendezvous on the first host; ``None`` when there is none."""
     is_full: bool
     """Whether all-reduces were to be measured."""
     pairs: tuple[PairMeasurement, ...] = ()
-    everyone: dict[str, GroupMeasurement]
+    group: dict[str, GroupMeasurement]
+    """All-reduces among all hosts, by the host that measured."""
     elapsed_s: float
 
     @property
     def errors(self) -> tuple[Finding, ...]:
-        """What a run would break on."""
+        """Findings that prevent a run."""
         return tuple(finding for finding in self.findings if finding.level is Level.ERROR)
 
-    def known(self, hosts: Sequence[Host]) -> tuple[Host, ...]:
-        """Return ``hosts`` with what is known of each now; one that did not answer stays as it was."""
+    def probed(self, hosts: Sequence[Host]) -> tuple[Host, ...]:
+        """Return ``hosts`` with the facts of each; a host that did not answer is unchanged."""
         return tuple(
-            replace(known_host(host, self.facts[host.name]), interface=self._interface(host))
+            replace(probed_host(host, self.facts[host.name]), interface=self._interface(host))
             if host.name in self.facts
             else host
             for host in hosts
         )
 
     def _interface(self, host: Host) -> str:
-        """Return the interface that leads to the other hosts; empty where there are none, or it cannot be told."""
+        """Return the interface of the route to the other hosts; empty without others, or when unknown."""
         contact = self.contacts.get(host.name)
         return (contact.interface or "") if contact is not None and len(self.contacts) > 1 else ""
 
 
 def lines_of(findings: Iterable[Finding]) -> Iterator[str]:
-    """Yield findings as text, each with its remedy on a line of its own."""
+    """Yield findings as text, each followed by a line with its remedy."""
     for finding in findings:
         yield f"{finding.level.value}: {finding.host}: {finding.what}"
         yield f"{' ' * len(finding.level.value)}  → {finding.remedy}"
 
 
-def known_host(host: Host, facts: HostFacts) -> Host:
-    """Return ``host`` with what it told about itself; this machine keeps its loopback address."""
+def probed_host(host: Host, facts: HostFacts) -> Host:
+    """Return ``host`` with its facts; this machine keeps its loopback address."""
     return replace(
         host,
         address=facts.address if host.ssh_destination else host.address,
@@ -173,18 +174,18 @@ def _pairs(report: DoctorReport) -> Iterator[str]:
     measured = [pair for pair in report.pairs if pair.problem is None]
     if not measured:
         if report.is_full and report.errors and not report.pairs:
-            yield from ("", "all-reduces were not measured: mend the errors first")
+            yield from ("", "all-reduces were not measured: correct the errors first")
         return
     yield ""
     names = list(dict.fromkeys(name for pair in report.pairs for name in pair.hosts))
     latency = median(pair.latency_s or 0.0 for pair in measured)
     speed = median(pair.bytes_per_s or 0.0 for pair in measured)
-    together = [found.latency_s for found in report.everyone.values() if found.latency_s is not None]
-    everyone = f", {max(together) * 1e3:.2f} ms among all" if together else ""
-    figures = f"median {latency * 1e3:.2f} ms and {bytes_text(speed)}/s{everyone}"
+    latencies = [found.latency_s for found in report.group.values() if found.latency_s is not None]
+    group = f", {max(latencies) * 1e3:.2f} ms among all" if latencies else ""
+    figures = f"median {latency * 1e3:.2f} ms and {bytes_text(speed)}/s{group}"
     yield f"all-reduce of {counted(len(measured), 'pair')}: {figures}"
     if len(names) > 2:
-        yield from _matrix(report, names) if len(names) <= _MOST_IN_MATRIX else _slowest(measured)
+        yield from _matrix(report, names) if len(names) <= _MAX_IN_MATRIX else _slowest(measured)
 
 
 def _matrix(report: DoctorReport, names: list[str]) -> Iterator[str]:
@@ -213,7 +214,7 @@ def _conclusion(report: DoctorReport) -> str:
     num_errors = len(report.errors)
     hosts = counted(len(report.hosts), "host")
     if num_errors:
-        verdict = "a run would break, and nothing was started"
-        return f"{counted(num_errors, 'error')} on {hosts} after {report.elapsed_s:.1f} s: {verdict}"
-    found = counted(len(report.findings), "warning") if report.findings else "all is well"
+        effect = "a run would fail, so nothing was started"
+        return f"{counted(num_errors, 'error')} on {hosts} after {report.elapsed_s:.1f} s: {effect}"
+    found = counted(len(report.findings), "warning") if report.findings else "no problems"
     return f"{found}: {hosts} examined in {report.elapsed_s:.1f} s"

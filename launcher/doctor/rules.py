@@ -1,4 +1,4 @@
-"""Rules: what is wrong with hosts and between them. Pure functions, each yielding findings."""
+"""Rules: pure functions that yield findings about hosts and the network between them."""
 
 from __future__ import annotations
 
@@ -16,43 +16,43 @@ from launcher.protocol.plan import Host
 from launcher.utils.text import bytes_text, counted
 
 CLOCK_SKEW_S = 2.0
-"""Logs and timelines of several hosts cannot be read together beyond this."""
+"""Beyond this, logs and timelines of several hosts cannot be compared."""
 
 
 LITTLE_MEMORY_BYTES = 2**30
-"""Free RAM for each rank; Python with torch alone takes a third of it."""
+"""Free RAM per rank; Python with torch takes a third of it."""
 
 
 LITTLE_DISK_BYTES = 10 * 2**30
-"""A few checkpoints of a small model."""
+"""Size of a few checkpoints of a small model."""
 
 
 NO_DISK_BYTES = 256 * 2**20
-"""Logs, metrics and one write of a checkpoint do not fit."""
+"""Below this, logs, metrics and a checkpoint do not fit."""
 
 
 LITTLE_SHM_BYTES = 2**30
-"""Containers come with 64 MiB of /dev/shm, which NCCL and data loaders fill at once."""
+"""Containers have 64 MiB of /dev/shm by default, which NCCL and data loaders exceed."""
 
 
 HIGH_LATENCY_S = 0.005
-"""Inside of a building a round trip takes well under a millisecond."""
+"""A round trip within a building takes less than a millisecond."""
 
 
 DISTANT_S = 0.05
-"""Over such a link an all-reduce of any size is hopeless, and measuring it takes longer than all else together."""
+"""Over such a link all-reduces are unusable, and measuring them takes longer than all other checks."""
 
 
 LOW_BYTES_PER_S = 50 * 2**20
-"""Less than half of what gigabit Ethernet carries."""
+"""Less than half the bandwidth of gigabit Ethernet."""
 
 
 ODD_SHARE = 0.25
-"""A pair with less than this share of the usual bandwidth is named."""
+"""A pair with less than this share of the median bandwidth is reported."""
 
 
 _SHOWN = 3
-"""Names of hosts in one sentence."""
+"""Maximum number of host names in one sentence."""
 
 
 _Facts = Mapping[str, HostFacts]
@@ -61,19 +61,19 @@ _Facts = Mapping[str, HostFacts]
 def host_rules(
     hosts: Sequence[Host], facts: _Facts, *, skews_s: Mapping[str, float], code_hash: str
 ) -> Iterator[Finding]:
-    """Yield everything that stands against a run on ``hosts``, as far as each can tell alone.
+    """Yield findings about each host alone and about differences between their facts.
 
     Args:
-        hosts: as they were listed.
+        hosts: in the order of the hostfile.
         facts: of those that answered, by name, in the order of hosts.
-        skews_s: how far each clock is ahead of the launching machine's.
+        skews_s: seconds by which each clock is ahead of the launching machine's.
         code_hash: of this package on the launching machine.
     """
-    asked = [host for host in hosts if host.name in facts]
+    answered = [host for host in hosts if host.name in facts]
     yield from _differing_software(facts)
     yield from _differing_code(facts, code_hash)
-    yield from _twins(facts)
-    for host in asked:
+    yield from _duplicates(facts)
+    for host in answered:
         found = facts[host.name]
         yield from _clock(host, skews_s[host.name])
         yield from _slots(host, found)
@@ -84,9 +84,9 @@ def host_rules(
 
 
 def _differing_software(facts: _Facts) -> Iterator[Finding]:
-    """Yield whoever deviates from most. A difference in the first two numbers breaks protocols; a later one may not."""
-    yield from _odd_ones(facts, "architecture", lambda found: found.architecture, "leave it out of the hostfile")
-    yield from _odd_ones(
+    """Yield hosts that differ from the majority: an error for the first two version numbers, else a warning."""
+    yield from _different_hosts(facts, "architecture", lambda found: found.architecture, "leave it out of the hostfile")
+    yield from _different_hosts(
         facts,
         "python",
         lambda found: found.software.python,
@@ -97,33 +97,35 @@ def _differing_software(facts: _Facts) -> Iterator[Finding]:
             if name not in found.software.packages:
                 remedy = f"install it for {found.software.python_path} (scripts/install)"
                 yield error(host, f"{name} is not installed", remedy)
-        yield from _odd_package(facts, name)
+        yield from _different_package(facts, name)
     install = "install the same build of torch everywhere"
-    yield from _odd_ones(facts, "torch's CUDA", lambda found: found.software.cuda or "none", install)
-    yield from _odd_ones(facts, "NCCL", lambda found: found.software.nccl or "none", install)
+    yield from _different_hosts(facts, "torch's CUDA", lambda found: found.software.cuda or "none", install)
+    yield from _different_hosts(facts, "NCCL", lambda found: found.software.nccl or "none", install)
     drivers = {host: found for host, found in facts.items() if found.software.driver}
-    for finding in _odd_ones(drivers, "NVIDIA driver", lambda found: found.software.driver or "", "update the driver"):
+    for finding in _different_hosts(
+        drivers, "NVIDIA driver", lambda found: found.software.driver or "", "update the driver"
+    ):
         yield warning(finding.host, finding.what, finding.remedy)
 
 
-def _odd_package(facts: _Facts, name: str) -> Iterator[Finding]:
+def _different_package(facts: _Facts, name: str) -> Iterator[Finding]:
     having = {host: found for host, found in facts.items() if name in found.software.packages}
-    yield from _odd_ones(
+    yield from _different_hosts(
         having, name, lambda found: found.software.packages[name], f"install the same {name} everywhere"
     )
 
 
-def _odd_ones(facts: _Facts, what: str, value: Callable[[HostFacts], str], remedy: str) -> Iterator[Finding]:
+def _different_hosts(facts: _Facts, what: str, value: Callable[[HostFacts], str], remedy: str) -> Iterator[Finding]:
     values = {host: value(found) for host, found in facts.items()}
     if len(set(values.values())) < 2:
         return
-    usual = Counter(values.values()).most_common(1)[0][0]  # of equals, the one met first
+    usual = Counter(values.values()).most_common(1)[0][0]  # the first of equally common ones
     example = next(host for host, found in values.items() if found == usual)
     others = f"{example} has" if len(values) == 2 else "most have"
     for host, found in values.items():
         if found != usual:
-            judge = warning if _minor(found) == _minor(usual) else error
-            yield judge(host, f"{what} is {found} and {others} {usual}", remedy)
+            level = warning if _minor(found) == _minor(usual) else error
+            yield level(host, f"{what} is {found} and {others} {usual}", remedy)
 
 
 def _minor(version: str) -> tuple[str, ...]:
@@ -137,7 +139,7 @@ def _differing_code(facts: _Facts, code_hash: str) -> Iterator[Finding]:
             yield error(host, what, "install the same version there, or set backend.code=sent")
 
 
-def _twins(facts: _Facts) -> Iterator[Finding]:
+def _duplicates(facts: _Facts) -> Iterator[Finding]:
     """Yield machines listed under two names: their ranks would share devices."""
     seen: dict[tuple[str, str, str], str] = {}
     for host, found in facts.items():
@@ -197,7 +199,7 @@ def _room(host: Host, found: HostFacts) -> Iterator[Finding]:
 
 
 def _shared_run_dir(facts: _Facts) -> Iterator[Finding]:
-    apart = [host for host, found in facts.items() if not found.storage.is_ours and found.storage.problem is None]
+    apart = [host for host, found in facts.items() if not found.storage.is_shared and found.storage.problem is None]
     for host in apart:
         what = f"{facts[host].storage.folder} is not the folder of that name on this machine"
         remedy = "put run.root on a file system that all hosts share: logs and metrics are sent, checkpoints stay there"
@@ -215,7 +217,7 @@ def _mixed_devices(facts: _Facts) -> Iterator[Finding]:
 
 
 def port_rules(first: str, *, port: int | None, problem: str) -> Iterator[Finding]:
-    """Yield that the first host cannot open the port of the rendezvous; ``None`` means any."""
+    """Yield the finding that the first host cannot open the rendezvous port; ``None`` means any port."""
     if port is None:
         yield error(first, f"no port can be opened for the rendezvous: {problem}", "see why no port is free there")
         return
@@ -224,32 +226,32 @@ def port_rules(first: str, *, port: int | None, problem: str) -> Iterator[Findin
 
 
 def contact_rules(contacts: Mapping[str, Contact], *, port: int) -> Iterator[Finding]:
-    """Yield what keeps hosts from the rendezvous, or slows them down.
+    """Yield hosts that cannot reach the rendezvous, or reach it slowly.
 
     Args:
-        contacts: by host; the first one is where the others meet.
+        contacts: by host; the rendezvous is on the first one.
         port: of the rendezvous.
     """
     first, *others = contacts
     unreached = [host for host in others if contacts[host].problem is not None]
     slow = [host for host in others if (contacts[host].latency_s or 0.0) > HIGH_LATENCY_S]
-    yield from _unreached(first, unreached, contacts, port, is_everyone=len(unreached) == len(others) > 1)
-    yield from _slow(first, slow, contacts, is_everyone=len(slow) == len(others) > 1)
+    yield from _unreached(first, unreached, contacts, port, are_all=len(unreached) == len(others) > 1)
+    yield from _slow(first, slow, contacts, are_all=len(slow) == len(others) > 1)
     if contacts[first].problem is not None:
-        yield error(first, f"{contacts[first].problem}", "mend the routes there: ip route get ADDRESS")
+        yield error(first, f"{contacts[first].problem}", "correct the routes there: ip route get ADDRESS")
     for host, found in contacts.items():
         if others and found.local_address is not None and found.interface in (None, "lo"):
             what = f"its route to the other hosts begins at {found.local_address}, which no network interface has"
             if found.interface == "lo":
                 what = f"its route to the other hosts leads to itself ({found.local_address})"
-            yield error(host, what, "mend /etc/hosts or the routes there: ip route get ADDRESS")
+            yield error(host, what, "correct /etc/hosts or the routes there: ip route get ADDRESS")
 
 
 def _unreached(
-    first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], port: int, *, is_everyone: bool
+    first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], port: int, *, are_all: bool
 ) -> Iterator[Finding]:
     remedy = f"open it in the firewall, or set backend.port to one that is open; try there: nc -vz {first} {port}"
-    if is_everyone:
+    if are_all:
         what = f"no other host reaches its port {port}: {contacts[hosts[0]].problem}"
         yield error(first, what, remedy)
         return
@@ -257,9 +259,9 @@ def _unreached(
         yield error(host, f"cannot reach port {port} of {first}: {contacts[host].problem}", remedy)
 
 
-def _slow(first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], *, is_everyone: bool) -> Iterator[Finding]:
+def _slow(first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], *, are_all: bool) -> Iterator[Finding]:
     remedy = "see whether it is on the same network, and whether the route takes a slow interface or a tunnel"
-    if is_everyone:
+    if are_all:
         fastest = min(contacts[host].latency_s or 0.0 for host in hosts)
         yield warning(first, f"every other host needs {fastest * 1e3:.1f} ms or more for a round trip to it", remedy)
         return
@@ -270,7 +272,7 @@ def _slow(first: str, hosts: Sequence[str], contacts: Mapping[str, Contact], *, 
 
 
 def pair_rules(pairs: Sequence[PairMeasurement]) -> Iterator[Finding]:
-    """Yield pairs that cannot talk or talk slowly."""
+    """Yield pairs whose all-reduce fails or is slow."""
     for pair in pairs:
         if pair.problem is not None:
             what = f"an all-reduce with {pair.hosts[0]} fails: {pair.problem}"
@@ -283,8 +285,8 @@ def pair_rules(pairs: Sequence[PairMeasurement]) -> Iterator[Finding]:
     for pair in measured:
         speed, latency = pair.bytes_per_s or 0.0, pair.latency_s or 0.0
         if speed < LOW_BYTES_PER_S or speed < usual * ODD_SHARE:
-            known = f", the median of all pairs is {bytes_text(usual)}/s" if usual else ""
-            what = f"an all-reduce with {pair.hosts[0]} carries {bytes_text(speed)}/s{known}"
+            compared = f", the median of all pairs is {bytes_text(usual)}/s" if usual else ""
+            what = f"an all-reduce with {pair.hosts[0]} carries {bytes_text(speed)}/s{compared}"
             yield warning(
                 pair.hosts[1], what, "see link speed and cables of both (ethtool), and what else uses the network"
             )
@@ -293,34 +295,36 @@ def pair_rules(pairs: Sequence[PairMeasurement]) -> Iterator[Finding]:
             yield warning(pair.hosts[1], what, "see the route between the two hosts, and what else runs there")
 
 
-def everyone_rules(everyone: Mapping[str, GroupMeasurement], *, silent: Mapping[str, str]) -> Iterator[Finding]:
-    """Yield hosts for which an all-reduce among all does not work.
+def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, str]) -> Iterator[Finding]:
+    """Yield hosts on which an all-reduce among all fails.
 
     Args:
-        everyone: what each host said, by name.
-        silent: why others said nothing, by name.
+        group: measurement of each host, by name.
+        silent: why other hosts measured nothing, by name.
     """
-    for host, found in everyone.items():
+    for host, found in group.items():
         if found.problem is not None:
-            yield error(host, f"an all-reduce among all hosts fails: {found.problem}", "see what torch says there")
-    for host, why in silent.items():
-        yield error(host, f"measured nothing: {why}", "see whether `import torch` works there, and how long it takes")
+            yield error(host, f"an all-reduce among all hosts fails: {found.problem}", "see the message of torch there")
+    for host, reason in silent.items():
+        yield error(
+            host, f"measured nothing: {reason}", "see whether `import torch` works there, and how long it takes"
+        )
 
 
 def validate_shared_run_dir(
     run: Run, hosts: Sequence[Host], facts: Mapping[str, HostFacts], *, folder: str
 ) -> Iterator[ConfigError]:
-    """Refuse checkpoints, and restarts from them, where every host would hold nothing but its own part of them.
+    """Yield errors for checkpoints and restarts where each host would hold only its own part of a checkpoint.
 
-    A single host holds whole ones, wherever it keeps them; so do hosts with a file server that this machine is not on.
+    A single host holds whole checkpoints; so do hosts that share a file server this machine is not connected to.
 
     Args:
         run: the configuration.
-        hosts: who takes part.
+        hosts: of the run.
         facts: of those that answered, by name.
         folder: the run directory.
     """
-    apart = [host.name for host in hosts if host.name in facts and not facts[host.name].storage.is_ours]
+    apart = [host.name for host in hosts if host.name in facts and not facts[host.name].storage.is_shared]
     servers = {facts[host.name].storage.served_by for host in hosts if host.name in facts}
     if len(hosts) < 2 or not apart or (len(servers) == 1 and "" not in servers):
         return

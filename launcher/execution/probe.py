@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from launcher.doctor.examine import examine_hosts, usual_deadline_s
+from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Level, lines_of
 from launcher.doctor.rules import validate_shared_run_dir
@@ -38,7 +38,7 @@ def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: 
     for line in lines_of(report.findings):
         print(line, file=sys.stderr)
     plan = prepared.plan
-    hosts = report.known(prepared.hosts)
+    hosts = report.probed(prepared.hosts)
     port = report.port or plan.port
     return replan(prepared.run, hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port, is_fresh=is_fresh)
 
@@ -47,7 +47,7 @@ def probe_for_restart(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tup
     """Return the hosts that a restart may use, and a free port on the first of them."""
     report = _ask(prepared, executor)
     unfit = {finding.host for finding in report.findings if finding.level is Level.ERROR}
-    hosts = report.known([host for host in prepared.hosts if host.name not in unfit])
+    hosts = report.probed([host for host in prepared.hosts if host.name not in unfit])
     return hosts, report.port or prepared.plan.port
 
 
@@ -55,5 +55,5 @@ def _ask(prepared: PreparedRun, executor: AnyExecutor) -> DoctorReport:
     backend = prepared.run.backend
     port = None if backend.port == "auto" else backend.port
     request = ProbeRequest(run_dir=prepared.plan.run_dir, port=port)
-    deadline_s = usual_deadline_s(len(prepared.hosts), quick=True)
+    deadline_s = default_deadline_s(len(prepared.hosts), quick=True)
     return examine_hosts(prepared.hosts, executor.remote_command, request, quick=True, deadline_s=deadline_s)

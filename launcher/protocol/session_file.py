@@ -113,7 +113,7 @@ def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
     mistakes: list[ConfigError] = []
     location = build(ProcessLocation, tree, path="location", report=mistakes.append)
     if location is None:
-        raise MalformedMessage(f"an invalid location of a process: {mistakes[0]}")
+        raise MalformedMessage(f"a malformed location of a process: {mistakes[0]}")
     return location
 
 

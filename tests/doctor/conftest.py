@@ -28,7 +28,7 @@ SOFTWARE = Software(
     code_hash="ab" * 32,
 )
 STORAGE = Storage(
-    folder="/runs", problem=None, is_ours=True, free_bytes=100 * _GIB, shm_bytes=8 * _GIB, shm_free_bytes=8 * _GIB
+    folder="/runs", problem=None, is_shared=True, free_bytes=100 * _GIB, shm_bytes=8 * _GIB, shm_free_bytes=8 * _GIB
 )
 FACTS = HostFacts(
     hostname="node1",

@@ -47,10 +47,10 @@ def test_hosts_that_are_well(examine_here: Examine) -> None:
     report = examine_here(2)
     assert errors_of(report) == {}
     assert list(report.facts) == list(report.contacts) == ["node1", "node2"]
-    assert all(facts.storage.is_ours for facts in report.facts.values())
+    assert all(facts.storage.is_shared for facts in report.facts.values())
     assert 0 < (report.contacts["node2"].latency_s or 0) < 1
     assert max(map(abs, report.skews_s.values())) < 2
-    known = report.known(report.hosts)
+    known = report.probed(report.hosts)
     assert all(host.is_probed and host.cores and host.memory_bytes and host.interface for host in known)
     assert known[0].address == report.facts["node1"].address
     assert report.port is not None
@@ -63,7 +63,7 @@ def test_all_reduces_are_measured_between_all_pairs(examine_here: Examine) -> No
     assert errors_of(report) == {}
     assert {pair.hosts for pair in report.pairs} == {("node1", "node2"), ("node1", "node3"), ("node2", "node3")}
     assert all(pair.latency_s and pair.bytes_per_s for pair in report.pairs)
-    assert [found.problem for found in report.everyone.values()] == [None] * 3
+    assert [found.problem for found in report.group.values()] == [None] * 3
 
 
 def test_a_host_that_says_hello_gets_more_time_than_a_silent_one(examine_here: Examine) -> None:
@@ -72,13 +72,13 @@ def test_a_host_that_says_hello_gets_more_time_than_a_silent_one(examine_here: E
     assert errors_of(examine_here(2, commands={"node2": slow}, deadline_s=8.0)) == {}
     stuck = ("sh", "-c", f"{hello}; cat >/dev/null")
     errors = errors_of(examine_here(2, commands={"node2": stuck}, deadline_s=3.0))
-    assert errors == {"node2": "answers, but could not tell about itself within 2.4 s"}
+    assert errors == {"node2": "answers, but its probe sent no facts within 2.4 s"}
 
 
 def test_hosts_that_are_unfit_already_are_not_measured(examine_here: Examine) -> None:
     report = examine_here(3, commands={"node2": ("false",)}, quick=False)
     assert list(errors_of(report)) == ["node2"]
-    assert (report.pairs, report.everyone) == ((), {})
+    assert (report.pairs, report.group) == ((), {})
 
 
 def test_one_machine_under_two_names(examine_here: Examine) -> None:
@@ -88,7 +88,7 @@ def test_one_machine_under_two_names(examine_here: Examine) -> None:
 
 def test_a_silent_host_costs_no_more_than_the_deadline_and_hides_nothing_else(examine_here: Examine) -> None:
     report = examine_here(3, commands={"node2": SILENT}, deadline_s=5.0)
-    assert errors_of(report) == {"node2": "does not answer: no word within 3.0 s"}
+    assert errors_of(report) == {"node2": "does not answer within 3.0 s"}
     assert list(report.facts) == ["node1", "node3"]
 
 
@@ -107,11 +107,11 @@ def test_a_login_shell_may_greet_and_chatter(examine_here: Examine) -> None:
     ("command", "words"),
     [
         (("/nowhere/ssh", "node2"), "nothing can be started for it: /nowhere/ssh: No such file or directory"),
-        (("sh", "-c", "echo 'me@node2: Permission denied (publickey).' >&2; exit 255"), "refuses our key"),
+        (("sh", "-c", "echo 'me@node2: Permission denied (publickey).' >&2; exit 255"), "rejects the ssh key"),
         (("sh", "-c", "exec /nowhere/python -m launcher.doctor.probe"), "has no"),
         ((sys.executable, "-S", "-m", "launcher.doctor.probe"), "lacks the package psutil"),
-        (("sh", "-c", """echo '{"doctor": "survey", "facts": {"hostname": "x"}}'; cat"""), "another version"),
-        (("sh", "-c", """echo '{"doctor": "survey", "clock": NaN, "facts": []}'; cat"""), "another version"),
+        (("sh", "-c", """echo '{"doctor": "facts", "facts": {"hostname": "x"}}'; cat"""), "incompatible version"),
+        (("sh", "-c", """echo '{"doctor": "facts", "clock": NaN, "facts": []}'; cat"""), "incompatible version"),
     ],
 )
 def test_a_host_that_cannot_be_examined_is_named_with_the_reason(
@@ -155,13 +155,13 @@ def test_what_was_started_ends_with_a_killed_probe(tmp_path: Path) -> None:
         "timeout_s": 600,
     }
     probe = psutil.Popen(PROBE, stdin=-1, stdout=-1, text=True)
-    ask(probe, ask="survey", run_dir=str(tmp_path), token=None, is_full=True, life_s=600)
+    ask(probe, ask="facts", run_dir=str(tmp_path), token=None, is_full=True, life_s=600)
     assert "hello" in probe.stdout.readline()
-    assert "survey" in probe.stdout.readline()
+    assert "facts" in probe.stdout.readline()
     (collective,) = probe.children()
     ask(probe, ask="collective", order=order)
-    ask(probe, ask="hush")
-    assert "hush" in probe.stdout.readline()
+    ask(probe, ask="close_port")
+    assert "close_port" in probe.stdout.readline()
     probe.kill()
     probe.wait()
     psutil.wait_procs([collective], timeout=30)
@@ -172,7 +172,7 @@ def test_what_was_started_ends_with_a_killed_probe(tmp_path: Path) -> None:
 
 def test_a_probe_whose_doctor_never_says_goodbye_ends_by_itself(tmp_path: Path) -> None:
     probe = psutil.Popen(PROBE, stdin=-1, stdout=-1, text=True)
-    probe.stdin.write(f'{{"ask": "survey", "run_dir": "{tmp_path}", "token": null, "is_full": false, "life_s": 0.5}}\n')
+    probe.stdin.write(f'{{"ask": "facts", "run_dir": "{tmp_path}", "token": null, "is_full": false, "life_s": 0.5}}\n')
     probe.stdin.flush()
     assert probe.wait(timeout=30) < 0
     probe.stdin.close()
@@ -192,5 +192,5 @@ def test_hundreds_of_hosts_are_asked_at_once_with_few_files_allowed(examine_here
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert time.monotonic() - started < 120
     assert len(report.findings) == 299
-    assert {found.what for found in report.errors} == {"runs, and nothing listens on its ssh port"}
+    assert {found.what for found in report.errors} == {"runs, but nothing listens on its ssh port"}
     assert list(report.facts) == ["node1"]

@@ -18,7 +18,7 @@ import pytest
 import launcher
 from launcher.backends.registry import executor_of
 from launcher.config.backend.ssh import SshBackend
-from launcher.doctor.examine import examine_hosts, usual_deadline_s
+from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Finding, Level
 from launcher.utils.system import free_port
@@ -71,7 +71,7 @@ def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None,
         executor_of(backend).remote_command,
         request,
         quick=quick,
-        deadline_s=usual_deadline_s(len(hosts), quick=quick),
+        deadline_s=default_deadline_s(len(hosts), quick=quick),
     )
     assert quick or report.errors or report.pairs
     assert not quick or report.elapsed_s < AT_ONCE_S
@@ -108,7 +108,7 @@ def test_facts_of_a_host_go_into_the_plan(three: Lab, tmp_path: Path) -> None:
     report = look(three, tmp_path)
     assert report.findings == ()
     assert [host.is_probed for host in report.hosts] == [False] * 3
-    for host in report.known(report.hosts):
+    for host in report.probed(report.hosts):
         assert (host.address, host.interface, host.is_probed) == (three.address(host.name), "eth0", True)
         assert host.cores
         assert host.memory_bytes
@@ -143,7 +143,7 @@ def test_a_key_that_is_not_welcome(three: Lab, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text(three.ssh_config.read_text().replace(f"{three.folder}/id", str(key)))
     findings = look(three, tmp_path, ssh_config=str(config)).errors
-    assert [(found.host, found.what) for found in findings] == [(name, "refuses our key") for name in three.names]
+    assert [(found.host, found.what) for found in findings] == [(name, "rejects the ssh key") for name in three.names]
 
 
 def test_a_host_key_that_nobody_has_seen(three: Lab, tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_names_that_lead_nowhere(three: Lab, tmp_path: Path) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text(f"{three.hostfile.read_text()}nowhere.invalid slots=1\n")
     found = only(look(three, tmp_path, hostfile=str(hostfile)))
-    assert (found.host, found.what) == ("nowhere.invalid", "has a name that leads to no address")
+    assert (found.host, found.what) == ("nowhere.invalid", "has a name that does not resolve")
 
 
 def test_no_interpreter(three: Lab, tmp_path: Path) -> None:
@@ -298,5 +298,5 @@ def test_hosts_are_left_alone_by_a_doctor_that_is_ended(three: Lab, tmp_path: Pa
 def test_each_host_is_known_by_its_own_facts(three: Lab, tmp_path: Path) -> None:
     report = look(three, tmp_path)
     assert {name: facts.hostname for name, facts in report.facts.items()} == {name: name for name in three.names}
-    strangers = replace(report.hosts[0], name="other")
-    assert report.known([strangers]) == (strangers,)
+    unlisted = replace(report.hosts[0], name="other")
+    assert report.probed([unlisted]) == (unlisted,)

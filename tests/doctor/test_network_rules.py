@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from launcher.doctor.protocol import Contact, GroupMeasurement, PairMeasurement
 from launcher.doctor.report import Finding, Level
-from launcher.doctor.rules import contact_rules, everyone_rules, pair_rules, port_rules
+from launcher.doctor.rules import contact_rules, group_rules, pair_rules, port_rules
 
 FIRST = Contact(interface="eth0", local_address="10.0.0.1", latency_s=None, problem=None)
 FINE = Contact(interface="eth0", local_address="10.0.0.2", latency_s=0.0002, problem=None)
@@ -73,7 +73,5 @@ def test_pairs_that_fail_or_crawl() -> None:
 
 
 def test_hosts_without_figures() -> None:
-    found = list(
-        everyone_rules({"node1": GroupMeasurement(problem="timed out")}, silent={"node2": "exit code 1: ouch"})
-    )
+    found = list(group_rules({"node1": GroupMeasurement(problem="timed out")}, silent={"node2": "exit code 1: ouch"}))
     assert [(finding.host, finding.level) for finding in found] == [("node1", Level.ERROR), ("node2", Level.ERROR)]

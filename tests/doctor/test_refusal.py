@@ -19,17 +19,17 @@ Host key verification failed.
 
 
 @pytest.mark.parametrize(
-    ("complaint", "exit_code", "what", "remedy"),
+    ("stderr_tail", "exit_code", "what", "remedy"),
     [
-        ("me@node3: Permission denied (publickey).", 255, "refuses our key", "ssh-copy-id"),
-        (CHANGED, 255, "not the one that ssh knows", "ssh-keygen -R node3"),
+        ("me@node3: Permission denied (publickey).", 255, "rejects the ssh key", "ssh-copy-id"),
+        (CHANGED, 255, "its host key has changed", "ssh-keygen -R node3"),
         ("Host key verification failed.", 255, "its host key is unknown", "by hand"),
-        ("ssh: Could not resolve hostname node3: Name or service not known", 255, "leads to no address", "HostName"),
+        ("ssh: Could not resolve hostname node3: Name or service not known", 255, "does not resolve", "HostName"),
         ("ssh: connect to host node3 port 2222: Connection refused", 255, "nothing listens", "start sshd"),
         ("ssh: connect to host node3 port 2222: No route to host", 255, "no route", "switched on"),
         ("ssh: connect to host node3 port 2222: Connection timed out", 255, "does not answer", "firewall"),
         ("kex_exchange_identification: Connection closed by remote host", 255, "drops it", "MaxStartups"),
-        ("/root/.ssh/config: line 3: Bad configuration option: prot", 255, "refuses its configuration", "ssh -G"),
+        ("/root/.ssh/config: line 3: Bad configuration option: prot", 255, "rejects its configuration", "ssh -G"),
         ("sh: 1: exec: /venv/bin/python: not found", 127, "has no /venv/bin/python", "backend.python"),
         ("/venv/bin/python: Command not found.", 1, "has no /venv/bin/python", "backend.python"),
         ("sh: 1: exec: /venv/bin/python: Permission denied", 126, "cannot run /venv/bin/python", "architecture"),
@@ -47,25 +47,25 @@ Host key verification failed.
             "launcher: the code arrived damaged: its SHA-256 is not 12ab",
             2,
             "the code arrived damaged: its SHA-256 is not 12ab",
-            "mend that",
+            "correct that",
         ),
         ("srun: error: Unable to allocate: Invalid node", 1, "not reached by srun: Unable to allocate", "salloc"),
         ("OSError: [Errno 28] No space left on device", 1, "has a full disk", "make room"),
         ("a thing nobody foresaw\nand its last line", 3, "exit code 3: and its last line", "ssh me@node3:2222"),
-        ("", 3, "exit code 3: without a word", "by hand"),
-        ("", None, "does not answer: no word within 8.0 s", "switched on"),
+        ("", 3, "exit code 3: no output", "by hand"),
+        ("", None, "does not answer within 8.0 s", "switched on"),
     ],
 )
-def test_a_host_that_gave_no_facts(complaint: str, exit_code: int | None, what: str, remedy: str) -> None:
-    found = explain_probe_failure(HOST, complaint, exit_code=exit_code, said_hello=False, waited_s=8.0)
+def test_a_host_that_gave_no_facts(stderr_tail: str, exit_code: int | None, what: str, remedy: str) -> None:
+    found = explain_probe_failure(HOST, stderr_tail, exit_code=exit_code, has_started=False, waited_s=8.0)
     assert found.host == "node3"
     assert what in found.what
     assert remedy in found.remedy
 
 
 def test_a_host_that_hangs_after_its_greeting() -> None:
-    found = explain_probe_failure(HOST, "", exit_code=None, said_hello=True, waited_s=8.0)
-    assert "could not tell about itself within 8.0 s" in found.what
+    found = explain_probe_failure(HOST, "", exit_code=None, has_started=True, waited_s=8.0)
+    assert "its probe sent no facts within 8.0 s" in found.what
     assert "nvidia-smi" in found.remedy
 
 

@@ -44,7 +44,7 @@ def test_healthy_hosts_have_no_findings(facts_of: FactsOf) -> None:
         ({"problem": "Read-only file system"}, Level.ERROR, "/runs: Read-only file system"),
         ({"free_bytes": 5 * MIB}, Level.ERROR, "is full: 5.00 MiB left"),
         ({"free_bytes": 5120 * MIB}, Level.WARNING, "little disk is left"),
-        ({"is_ours": False}, Level.WARNING, "is not the folder of that name on this machine"),
+        ({"is_shared": False}, Level.WARNING, "is not the folder of that name on this machine"),
         ({"free_memory_bytes": 100 * MIB}, Level.WARNING, "little memory is free"),
         ({"shm_bytes": 64 * MIB, "shm_free_bytes": 60 * MIB}, Level.WARNING, "60.00 MiB of 64.00 MiB in /dev/shm"),
         ({"hostname": "node1", "address": "10.0.0.1"}, Level.ERROR, "is the same machine as node1"),

@@ -23,7 +23,7 @@ def refused(facts_of: FactsOf, *words: str, num_hosts: int = 3, **storages: dict
 
 
 def test_what_needs_whole_checkpoints_is_refused_by_name(facts_of: FactsOf) -> None:
-    every, at_end, restarts = refused(facts_of, *WANTED, node2={"is_ours": False})
+    every, at_end, restarts = refused(facts_of, *WANTED, node2={"is_shared": False})
     assert every.startswith("checkpoint.every=5: not all hosts share /runs/x (node2), and each would keep")
     assert "checkpoint.every=0 checkpoint.at_end=false" in at_end
     assert restarts.startswith("backend.restarts=2: ")
@@ -31,22 +31,22 @@ def test_what_needs_whole_checkpoints_is_refused_by_name(facts_of: FactsOf) -> N
 
 
 def test_a_run_that_wants_none_may_start(facts_of: FactsOf) -> None:
-    assert refused(facts_of, "checkpoint.every=0", "checkpoint.at_end=false", node2={"is_ours": False}) == []
+    assert refused(facts_of, "checkpoint.every=0", "checkpoint.at_end=false", node2={"is_shared": False}) == []
 
 
 @pytest.mark.parametrize("num_hosts", [1, 3])
 def test_shared_or_alone(facts_of: FactsOf, num_hosts: int) -> None:
-    apart = {"node1": {"is_ours": False}} if num_hosts == 1 else {}
+    apart = {"node1": {"is_shared": False}} if num_hosts == 1 else {}
     assert refused(facts_of, *WANTED, num_hosts=num_hosts, **apart) == []
 
 
 def test_hosts_with_a_server_of_their_own(facts_of: FactsOf) -> None:
-    served = {"is_ours": False, "served_by": "nfs4 server:/export /me/runs"}
+    served = {"is_shared": False, "served_by": "nfs4 server:/export /me/runs"}
     assert refused(facts_of, *WANTED, node1=served, node2=served, node3=served) == []
     assert refused(facts_of, *WANTED, node1=served, node2=served, node3={**served, "served_by": "nfs4 other:/ /"})
-    assert refused(facts_of, *WANTED, node1=served, node2=served, node3={"is_ours": False})
+    assert refused(facts_of, *WANTED, node1=served, node2=served, node3={"is_shared": False})
 
 
 def test_many_hosts_are_not_all_listed(facts_of: FactsOf) -> None:
-    apart = {f"node{number}": {"is_ours": False} for number in range(1, 11)}
+    apart = {f"node{number}": {"is_shared": False} for number in range(1, 11)}
     assert "(node1, node2, node3 and 7 more)" in refused(facts_of, *WANTED, num_hosts=10, **apart)[0]

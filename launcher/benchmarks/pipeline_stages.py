@@ -137,7 +137,7 @@ def _own(pipelined: PipelineCase, meter: IdleMeter) -> dict[int, SleepingStage]:
 
 
 def _training(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], None], dict[int, list[SchedulePass]]]:
-    """Return what takes forward and backward passes of a step, and the order in which ranks take theirs."""
+    """Return what takes forward and backward passes of a step, and the order of passes on each rank."""
     own, meta = _own(pipelined, meter), torch.empty(1, 1, device="meta", requires_grad=True)
     schedule = make_schedule(
         pipelined.schedule,

@@ -67,7 +67,7 @@ class BenchmarkJob(Job):
             yield from mistakes
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
-        """Yield what this machine says against the benchmark, and against the model it is about."""
+        """Yield the errors of the benchmark, its model and its data on this machine."""
         yield from super().validate_machine(run, run_dir)
         if isinstance(run.benchmark, Benchmark):
             yield from run.benchmark.validate_machine()
@@ -82,7 +82,7 @@ class BenchmarkJob(Job):
             yield from run.benchmark.describe(self.measured_run(run))
 
     def measured_run(self, run: Run) -> Run:
-        """Return the run that the benchmark is about: one that trains, where its cases take steps."""
+        """Return the run that is measured: one that trains, if the cases take optimiser steps."""
         options = run.benchmark.train_options if isinstance(run.benchmark, Benchmark) else None
         return run if options is None else replace(run, job=Train(seed=self.seed, **options))
 

@@ -40,21 +40,21 @@ CLAIM_FILE = "output"
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GeneratingJob):
-    """Every rank has the model and does its share of the lines, or all ranks hold one model between them.
+    """Every rank has the model and processes its share of the lines, or all ranks hold one model together.
 
-    What a line says itself wins over the options here.
+    Fields of a line take precedence over the options here.
     """
 
     kind: ClassVar[str] = "generate"
     handles_preemption: ClassVar[bool] = True
 
     input: PathText = SAMPLE_INPUT
-    """File of prompts; ``sample`` is one of 16 that comes with the program. A line says ``prompt`` (text, or token
-    numbers) or ``messages`` (a chat), and whatever of ``id``, ``stop`` and the ways to sample it wants otherwise."""
+    """File of prompts; ``sample`` is a file of 16 prompts that comes with the program. A line has ``prompt`` (text or
+    token ids) or ``messages`` (a chat), and optionally ``id``, ``stop`` and sampling parameters of its own."""
 
     format: Literal["auto", "jsonl", "json", "csv", "text"] = "auto"
-    """How it is written; ``auto`` goes by content and ending: JSON lines, a JSON list, a table with a header, or text
-    with a prompt a line. It may be compressed (gzip, bz2, xz, zstd)."""
+    """Format of the file: JSON lines, a JSON list, a table with a header, or text with a prompt in each line. ``auto``
+    detects it by content and ending. It may be compressed (gzip, bz2, xz, zstd)."""
 
     output: PathText | None = None
     """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
@@ -101,12 +101,12 @@ class Generate(GeneratingJob):
 
     @property
     def default_fields(self) -> dict[str, Any]:
-        """Values of a line's fields where it says nothing."""
+        """Values of the fields that a line does not set."""
         return {name: getattr(self, name) for name in _LINE_OPTIONS}
 
     @property
     def max_concurrent(self) -> int:
-        """Requests that an engine works on together."""
+        """Requests that an engine processes at the same time."""
         return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
 
     @property
@@ -132,7 +132,7 @@ class Generate(GeneratingJob):
         return Path(self.output).expanduser() if self.output else run_dir.path / "generated.jsonl"
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return 0: the lines are counted by the ranks, who read the file."""
+        """Return 0: the ranks count the lines when they read the file."""
         return 0
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
@@ -143,13 +143,13 @@ class Generate(GeneratingJob):
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
 
     def max_ranks(self, run: Run) -> int | None:
-        """Return the ranks of one engine where several are one, else as many as the strategy takes; 1 beside a vLLM."""
+        """Return the ranks of a model-parallel engine, else those of the strategy; 1 for vLLM."""
         if self.engine == "vllm":
             return 1
         return run.parallel.dims(1).product if self.is_model_parallel(run) else super().max_ranks(run)
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
-        """Yield files that are missing or in the way, and a run directory that holds answers to something else."""
+        """Yield missing or existing files, and a run directory that holds answers to another task."""
         yield from super().validate_machine(run, run_dir)
         output = self.output_path(run_dir)
         if self.input != SAMPLE_INPUT and not Path(self.input).expanduser().is_file():

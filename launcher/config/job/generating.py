@@ -178,7 +178,7 @@ class GeneratingJob(Job):
 
 
 def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
-    """Yield an interpreter that is none, or whose environment has no vLLM."""
+    """Yield an interpreter that does not run, or whose environment has no vLLM."""
     if job.engine != "vllm" or job.vllm_python is None:
         return
     python = Path(job.vllm_python).expanduser()

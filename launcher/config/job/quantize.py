@@ -19,7 +19,7 @@ QUANTIZE_STAGES = ("build", "save", "compare", "measure", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(BatchedJob):
-    """The group ``quantization`` says how. Compares with the original: bytes, held-out text, speed, a sample."""
+    """Quantize by the group ``quantization``, and compare with the original: bytes, held-out loss, speed, a sample."""
 
     kind: ClassVar[str] = "quantize"
     trains: ClassVar[bool] = False

@@ -135,12 +135,12 @@ class Serve(GeneratingJob):
 
     @property
     def num_replicas(self) -> int:
-        """One set of weights in each replica."""
+        """Return the replicas; each holds all weights."""
         return self.replicas
 
     @property
     def shutdown_grace_s(self) -> float:
-        """The drain and what comes after it."""
+        """The drain, and the time to stop after it."""
         return self.drain_s + _SHUTDOWN_SLACK_S
 
     @property
@@ -192,7 +192,7 @@ class Serve(GeneratingJob):
             yield self.error("tokenizer", why, "set model.vocab_size=257 or more")
 
     def validate_machine(self, run: Run, run_dir: RunDir) -> Iterator[ConfigError]:
-        """Yield missing packages, a port that is taken, keys that cannot be read."""
+        """Yield missing packages, a port in use, and unreadable keys."""
         yield from super().validate_machine(run, run_dir)
         yield from validate_packages(self)
         yield from validate_address(self)
@@ -233,7 +233,7 @@ _PORTS_TRIED = 50
 
 
 def validate_packages(job: Serve) -> Iterator[ConfigError]:
-    """Yield what has to be installed first, in one line."""
+    """Yield missing packages, in one line."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         why = f"it needs {', '.join(missing)}"
@@ -272,7 +272,7 @@ def _bind_error(host: str, port: int) -> OSError | None:
 
 
 def validate_api_keys(job: Serve) -> Iterator[ConfigError]:
-    """Yield a variable that is set and holds no key, and a file of keys that cannot be read or holds none."""
+    """Yield a variable or a file of keys that holds no key or cannot be read."""
     yield from validate_api_keys_variable(os.environ)
     if API_KEYS_VARIABLE in os.environ and job.allowed_hosts:
         why = f"clients show keys ({API_KEYS_VARIABLE}), so Host headers are not checked"

@@ -40,7 +40,7 @@ class Strategy:
     micro_batch: int | None = None
     """Sequences in one forward pass; by default as many as the run has, or as divide a rank's share."""
     ranks: int = 1
-    """Fewest ranks that make it what its name says."""
+    """Least ranks for this strategy."""
 
     def batch(self, run: Run, *, world_size: int, sequences: int) -> Batch:
         """Return how ``world_size`` ranks go through a global batch of ``sequences``.

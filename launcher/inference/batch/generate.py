@@ -136,7 +136,7 @@ class BatchWorker:
         elif finish == "error":
             self._refuse(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
         else:
-            raise JobError(f"the engine ended line {answer.record.line} as {finish}, which nobody asked for")
+            raise JobError(f"the engine ended line {answer.record.line} as {finish}, which was not requested")
 
 
 _POLL_S = 0.2

@@ -1,55 +1,51 @@
-"""Start a prepared run and stay until its end: probe, run directory, submission, summary."""
+"""The life of a run: probe, stage, submit, restart, finalize.
+
+The parent goes through all of it with ``start_run``. Where a cluster carries the run out, the parent's submission ends
+once the run is queued, and the entry point on the far side calls ``execute_run`` with an executor of its own.
+"""
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun
-from launcher.execution.restart import submit_with_restarts
+from launcher.execution.restart import PORT_TRIES, submit_with_restarts
+from launcher.execution.summary import closing_text, opening_lines
 from launcher.execution.validate import validate_memlock, validate_nvme_space, validate_run_dir
-from launcher.planning.render import placement_lines
-from launcher.planning.topology import group_hosts
-from launcher.protocol.plan import Plan
+from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RUN_INDEX, RunDir
 from launcher.runs.index import add_run, forget_run, is_below
 from launcher.runs.lock import RunLock
-from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import StagedFiles, read_json
 from launcher.utils.system import describe_full_disk
-from launcher.utils.text import printable, short_path
+from launcher.utils.text import printable
 
 
 def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
-    """Ask the hosts, write the run directory, start the ranks, stay until they end, and return the exit code."""
+    """Probe the hosts, stage the run directory, execute the run in it, and return the exit code.
+
+    Raises:
+        LauncherError: the run cannot start; nothing was started, and the run directory is as it was.
+    """
     if prepared.run.backend.probes_hosts:
         from launcher.execution.probe import probe_and_replan
 
         prepared = probe_and_replan(prepared, executor)
-    directory, backend, staged = prepared.directory, prepared.run.backend, StagedFiles()
-    with _locked(directory, staged, is_detached=backend.is_detached) as lock:
+    directory, staged = prepared.directory, StagedFiles()
+    with _lock_run_dir(directory, staged, is_detached=prepared.run.backend.is_detached) as lock:
         staged.remember(directory.snapshot, directory.plan)
         is_indexed = False
         session = _stamp(directory.session)
-        started = time.monotonic()
         try:
-            occupied = list(validate_run_dir(prepared.run, directory, is_locked=True))
-            unfit = (
-                *validate_nvme_space(prepared.run, prepared.hosts),
-                *validate_memlock(prepared.run, prepared.hosts),
-            )
-            if mistakes := [*occupied, *unfit]:
-                raise ConfigErrors(mistakes)
+            _validate_staged(prepared)
             executor.validate_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
-            print(printable("\n".join(opening_lines(prepared.plan))), flush=True)
-            code = submit_with_restarts(prepared, executor)
+            return execute_run(prepared, executor).exit_code
         except LauncherError:
             if _stamp(directory.session) == session:  # nothing was started
                 if is_indexed:
@@ -57,10 +53,50 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
                 lock.remove()
                 staged.undo()
             raise
-        if code == 0 and not backend.is_detached and directory.result.exists():
-            last = closing_text(read_json(directory.result), directory, elapsed_s=time.monotonic() - started)
-            print(printable(last), flush=True)
-        return code
+
+
+def execute_run(
+    prepared: PreparedRun,
+    executor: AnyExecutor,
+    *,
+    port_tries: int = PORT_TRIES,
+    prints_summary: bool = True,
+    on_end: Callable[[], None] = lambda: None,
+) -> RunOutcome:
+    """Submit a run whose directory this process has locked, restart it, finalize it, and return how it ended.
+
+    Args:
+        prepared: the run, planned on its real hosts.
+        executor: starts it.
+        port_tries: attempts on different ports, where the port of the rendezvous is taken.
+        prints_summary: whether to print what starts, and what a completed run has left.
+        on_end: called once the run is finalized.
+
+    Raises:
+        LauncherError: nothing was started.
+    """
+    started = time.monotonic()
+    if prints_summary:
+        print(printable("\n".join(opening_lines(prepared.plan))), flush=True)
+    outcome = submit_with_restarts(prepared, executor, port_tries=port_tries)
+    on_end()
+    directory = prepared.directory
+    if prints_summary and outcome.status == "completed" and directory.result.exists():
+        last = closing_text(read_json(directory.result), directory, elapsed_s=time.monotonic() - started)
+        print(printable(last), flush=True)
+    return outcome
+
+
+def _validate_staged(prepared: PreparedRun) -> None:
+    """Check what counts once this process holds the run directory.
+
+    Raises:
+        ConfigErrors: it holds another run, or this machine lacks disk or lockable memory.
+    """
+    run, hosts = prepared.run, prepared.hosts
+    occupied = validate_run_dir(run, prepared.directory, is_locked=True)
+    if mistakes := [*occupied, *validate_nvme_space(run, hosts), *validate_memlock(run, hosts)]:
+        raise ConfigErrors(mistakes)
 
 
 def _index(prepared: PreparedRun, staged: StagedFiles) -> bool:
@@ -79,7 +115,7 @@ def _index(prepared: PreparedRun, staged: StagedFiles) -> bool:
         return False
 
 
-def _locked(directory: RunDir, staged: StagedFiles, *, is_detached: bool) -> RunLock:
+def _lock_run_dir(directory: RunDir, staged: StagedFiles, *, is_detached: bool) -> RunLock:
     """Make the run directory and return the lock that this process holds on it.
 
     A run that is handed over is locked by the process that carries it out; the submission has a lock of its own.
@@ -113,80 +149,3 @@ def _stamp(file: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return stat.st_ino, stat.st_mtime_ns
-
-
-_PLUMBING = frozenset(
-    {
-        "run.yaml",
-        "plan.json",
-        "session.json",
-        "result.json",
-        "timeline.jsonl",
-        "environment.json",
-        "channel",
-        "hostfile",
-    }
-)
-
-
-def opening_lines(plan: Plan) -> Iterator[str]:
-    """Yield what is about to happen, where it is kept, where W&B goes, and what may surprise."""
-    hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
-    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
-    params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
-    yield f"{plan.name}: {params}{ranks}, {_amount(plan)}"
-    if len(plan.hosts) > 1:
-        yield from placement_lines(group_hosts(plan.hosts))
-    yield f"run directory: {plan.run_dir}"
-    yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
-    yield from (f"warning: {warning}" for warning in plan.warnings)
-
-
-def _amount(plan: Plan) -> str:
-    """Return how much there is to do; for work without an end, what is done."""
-    work = plan.work
-    if work.batch is not None:
-        return f"{work.batch} sequences a step, {work.num_steps} steps"
-    if work.num_steps == 0:
-        return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.details.items() if name == "address")])
-    return f"{work.num_steps} {'requests' if plan.summary.model else 'measurements'}"
-
-
-def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:
-    """Return how a completed run went, what it left, and what to type next.
-
-    Args:
-        result: its ``result.json``.
-        directory: of the run.
-        elapsed_s: time it took.
-    """
-    metrics = result["metrics"]
-    loss = metrics.get("eval/loss")
-    told = [f"{result['status']} in {elapsed_s:.0f} s"]
-    if loss is not None:
-        beaten = ", ".join(
-            f"{name.removeprefix('baseline/')} {value:.4f}"
-            for name, value in metrics.items()
-            if name.startswith("baseline/") and value is not None
-        )
-        told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
-    where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
-    commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
-    if more := continue_command(read_run_state(directory)):
-        commands.append(more)
-    return "\n".join(
-        [
-            "; ".join(told),
-            f"left in {where}: {', '.join(_left(directory, steps))}",
-            "next: " + "\n      ".join(commands),
-        ]
-    )
-
-
-def _left(directory: RunDir, steps: Sequence[Path]) -> Iterator[str]:
-    """Yield what a user may want of the files of a run; not those that only this program reads."""
-    for entry in sorted(directory.path.iterdir()):
-        if entry == directory.checkpoints and steps:
-            yield f"checkpoints/{steps[-1].parent.name}"
-        elif not entry.name.startswith(".") and entry.name not in _PLUMBING and entry != directory.checkpoints:
-            yield f"{entry.name}/" if entry.is_dir() else entry.name

@@ -20,18 +20,18 @@ from launcher.utils.files import write_atomic, write_json
 from launcher.utils.schema import to_tree
 from launcher.utils.system import describe_full_disk, free_port
 
-_PORT_TRIES = 3
+PORT_TRIES = 3
 _PAUSE_S = 1.0
 """Before a restart: what killed the run may take its machine along a moment later."""
 
 
-def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor) -> int:
-    """Submit the plan, as often as ``backend.restarts`` and taken ports ask for, and return the exit code.
+def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor, *, port_tries: int = PORT_TRIES) -> RunOutcome:
+    """Submit the plan, again where a port is taken or ``backend.restarts`` allows it, finalize, and return the outcome.
 
     The run's directory exists.
     """
     backend = prepared.run.backend
-    restarts, tries = 0 if backend.restarts_itself else backend.restarts, _PORT_TRIES
+    restarts, tries = 0 if backend.restarts_itself else backend.restarts, port_tries
     _write(prepared)
     while True:
         outcome = executor.submit(prepared.plan)
@@ -49,7 +49,7 @@ def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor) -> int:
         else:
             break
     finalize_run(outcome, prepared.directory, run_id=prepared.plan.run_id)
-    return outcome.exit_code
+    return outcome
 
 
 def _write(prepared: PreparedRun) -> None:

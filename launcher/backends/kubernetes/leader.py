@@ -12,6 +12,8 @@ from launcher.backends.kubernetes.pod_config import PodConfig, pod_address
 from launcher.config.backend.kubernetes import KubernetesBackend
 from launcher.config.run import Run
 from launcher.errors import EXIT_PREEMPTED, ConfigError, ConfigErrors
+from launcher.execution.executor import Executor
+from launcher.execution.lifecycle import execute_run
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.execution.validate import validate_run_dir
 from launcher.protocol.outcome import RunOutcome
@@ -20,11 +22,9 @@ from launcher.protocol.rundir import RunDir
 from launcher.remote.command import RemoteCommand
 from launcher.runs.lock import RunLock
 from launcher.supervision.connection import AgentConnection, PipeConnection
-from launcher.supervision.finalize import finalize_run
 from launcher.supervision.session import run_session
 from launcher.supervision.tcp_connection import AgentListener, Say, TcpConnection
-from launcher.utils.files import read_json, write_atomic, write_json
-from launcher.utils.schema import to_tree
+from launcher.utils.files import read_json
 
 
 def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: bytes, say: Say) -> int:
@@ -42,30 +42,59 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
         EnvironmentProblem: the other pods never came.
     """
     prepared = prepare_in_cluster(run, backend, config)
-    run_dir, plan = prepared.directory, prepared.plan
+    run_dir = prepared.directory
     run_dir.logs.mkdir(parents=True, exist_ok=True)
     try:
         lock = RunLock(run_dir.path).acquire()
     except ConfigError as problem:  # the pod before this one is still ending, or its node is out of reach
         say(str(problem))
         return EXIT_PREEMPTED
+    executor = PodExecutor(backend, config, key=key, say=say)
     with lock:
-        write_atomic(run_dir.snapshot, prepared.snapshot)
-        write_json(run_dir.plan, to_tree(plan))
+        # on another port: the controller's restart, for the other pods would have to dial in again
+        outcome = execute_run(prepared, executor, port_tries=1, prints_summary=False)
+    return _code_for_controller(outcome, executor.agents)
+
+
+class PodExecutor(Executor[KubernetesBackend]):
+    """Runs the session in the first pod, with the agents of the other pods, which connect to it.
+
+    Args:
+        backend: the options of the cluster.
+        config: what else was submitted.
+        key: with which the other pods prove that they belong to the run.
+        say: prints a line.
+    """
+
+    def __init__(self, backend: KubernetesBackend, config: PodConfig, *, key: bytes, say: Say) -> None:
+        super().__init__(backend)
+        self._config, self._key, self._say = config, key, say
+        self.agents: Mapping[str, TcpConnection] = {}
+        """Connections to the agents of the other pods, by host."""
+
+    def remote_command(self, host: Host, module: str) -> RemoteCommand:
+        """Return the command that runs ``module`` in this pod; no other pod can be reached from here."""
+        return RemoteCommand(argv=(sys.executable, "-m", module))
+
+    def submit(self, plan: Plan) -> RunOutcome:
+        """Wait for the agents of the other pods and run the session.
+
+        Raises:
+            EnvironmentProblem: the other pods never came.
+        """
+        run_dir = RunDir(Path(plan.run_dir))
         others = {number: host.host.name for number, host in enumerate(plan.hosts) if number}
-        gate = AgentListener(port=config.session_port, key=key, hosts=others)
-        arrived = gate.gather(timeout_s=backend.gather_timeout_s, say=say)
+        listener = AgentListener(port=self._config.session_port, key=self._key, hosts=others)
+        self.agents = listener.gather(timeout_s=self.backend.gather_timeout_s, say=self._say)
 
         def connect(host: HostPlan) -> AgentConnection:
             name = host.host.name
-            if name in arrived:
-                return arrived[name]
-            remote = RemoteCommand(argv=(sys.executable, "-m", "launcher.supervision.agent_entry"))
+            if name in self.agents:
+                return self.agents[name]
+            remote = self.remote_command(host.host, "launcher.supervision.agent_entry")
             return PipeConnection(name, remote, log=run_dir.log_of(name, "agent"))
 
-        outcome = run_session(plan, connect, job=job_reference(backend, config.job))
-        finalize_run(outcome, run_dir, run_id=plan.run_id)
-    return _code_for_controller(outcome, arrived)
+        return run_session(plan, connect, job=job_reference(self.backend, self._config.job))
 
 
 def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:

@@ -23,10 +23,9 @@ from launcher.config.backend.slurm import SlurmAllocation, SlurmBackend
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
 from launcher.errors import EXIT_PREEMPTED, EnvironmentProblem, LauncherError
-from launcher.execution.lifecycle import closing_text, opening_lines
+from launcher.execution.lifecycle import execute_run
 from launcher.execution.prepare import PreparedRun, replan
 from launcher.execution.probe import probe_and_replan
-from launcher.execution.restart import submit_with_restarts
 from launcher.protocol.plan import Host
 from launcher.protocol.results import write_result
 from launcher.protocol.rundir import RunDir
@@ -97,13 +96,7 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
     except LauncherError as problem:
         write_result(run_dir, status="failed", exit_code=problem.exit_code, run_id=run_id)
         raise
-    print("\n".join(opening_lines(prepared.plan)), flush=True)
-    started = time.monotonic()
-    code = submit_with_restarts(prepared, executor)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it is over: nothing is left to be saved
-    if code == 0:
-        print(closing_text(read_json(run_dir.result), run_dir, elapsed_s=time.monotonic() - started), flush=True)
-    return code
+    return execute_run(prepared, executor, on_end=_ignore_preemption).exit_code
 
 
 def with_auto_resume(run: Run, run_dir: RunDir) -> Run:
@@ -163,6 +156,10 @@ def requeue() -> None:
         return
     print(f"job {job_id()} is queued again and will go on from there", flush=True)
     time.sleep(_REQUEUE_S)
+
+
+def _ignore_preemption() -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run has ended: nothing is left to save
 
 
 def _raise_preempted(_number: int, _frame: FrameType | None) -> None:

@@ -1,0 +1,91 @@
+"""What a run prints before its ranks start and after it has completed."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.planning.render import placement_lines
+from launcher.planning.topology import group_hosts
+from launcher.protocol.plan import Plan
+from launcher.protocol.rundir import RunDir
+from launcher.runs.state import continue_command, read_run_state
+from launcher.utils.text import short_path
+
+_INTERNAL_FILES = frozenset(
+    {
+        "run.yaml",
+        "plan.json",
+        "session.json",
+        "result.json",
+        "timeline.jsonl",
+        "environment.json",
+        "channel",
+        "hostfile",
+    }
+)
+
+
+def opening_lines(plan: Plan) -> Iterator[str]:
+    """Yield what is about to happen, where it is kept, where W&B goes, and what may surprise."""
+    hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
+    ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
+    params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
+    yield f"{plan.name}: {params}{ranks}, {_amount(plan)}"
+    if len(plan.hosts) > 1:
+        yield from placement_lines(group_hosts(plan.hosts))
+    yield f"run directory: {plan.run_dir}"
+    yield f"tracker: {plan.tracker.kind}, {plan.tracker.mode}: {plan.tracker.reason}"
+    yield from (f"warning: {warning}" for warning in plan.warnings)
+
+
+def _amount(plan: Plan) -> str:
+    """Return how much there is to do; for work without an end, what is done."""
+    work = plan.work
+    if work.batch is not None:
+        return f"{work.batch} sequences a step, {work.num_steps} steps"
+    if work.num_steps == 0:
+        return ", ".join([plan.job, *(f"{name} {value}" for name, value in plan.details.items() if name == "address")])
+    return f"{work.num_steps} {'requests' if plan.summary.model else 'measurements'}"
+
+
+def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:
+    """Return how a completed run went, what it left, and what to type next.
+
+    Args:
+        result: its ``result.json``.
+        directory: of the run.
+        elapsed_s: time it took.
+    """
+    metrics = result["metrics"]
+    loss = metrics.get("eval/loss")
+    told = [f"{result['status']} in {elapsed_s:.0f} s"]
+    if loss is not None:
+        beaten = ", ".join(
+            f"{name.removeprefix('baseline/')} {value:.4f}"
+            for name, value in metrics.items()
+            if name.startswith("baseline/") and value is not None
+        )
+        told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
+    where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
+    commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
+    if more := continue_command(read_run_state(directory)):
+        commands.append(more)
+    return "\n".join(
+        [
+            "; ".join(told),
+            f"left in {where}: {', '.join(_left(directory, steps))}",
+            "next: " + "\n      ".join(commands),
+        ]
+    )
+
+
+def _left(directory: RunDir, steps: Sequence[Path]) -> Iterator[str]:
+    """Yield what a user may want of the files of a run; not those that only this program reads."""
+    for entry in sorted(directory.path.iterdir()):
+        if entry == directory.checkpoints and steps:
+            yield f"checkpoints/{steps[-1].parent.name}"
+        elif not entry.name.startswith(".") and entry.name not in _INTERNAL_FILES and entry != directory.checkpoints:
+            yield f"{entry.name}/" if entry.is_dir() else entry.name

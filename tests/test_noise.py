@@ -11,7 +11,7 @@ import pytest
 from launcher.__main__ import main
 from launcher.config.compose import compose, groups
 from launcher.errors import ConfigErrors
-from launcher.execution.lifecycle import closing_text
+from launcher.execution.summary import closing_text
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import read_run_state

@@ -20,7 +20,7 @@ from launcher.utils.processes import Process
 from launcher.utils.text import printable
 
 HELP = """\
-launch cancel [RUN] [--now] [--root DIR]: end a run; return once nothing of it is left.
+launch cancel [RUN] [--now] [--root DIR]: end a run; return once its processes have ended.
 
   launch cancel                       the newest run in ./runs
   launch cancel 20260101              the one whose id begins so
@@ -57,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
             _say(f"  should {agent.host} still work on it: {_type_there(agent, state)}")
         return 0
     if where is None:
-        raise EnvironmentProblem(f"{state.run_id} has not yet said who runs it: try again in a moment")
+        raise EnvironmentProblem(f"{state.run_id} has no session.json yet: try again in a moment")
     _refuse_foreign(state)
     if where.job:
         return _cancel_job(where, state)
@@ -112,7 +112,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
             raise EnvironmentProblem(f"{state.run_id}: process {pids} is still there: try launch cancel --now")
         time.sleep(_POLL_S)
     state = read_run_state(state.run_dir)
-    _say(f"{state.run_id}: nothing of it is left on this machine; it is {state.status}")
+    _say(f"{state.run_id}: no process of it is left on this machine; it is {state.status}")
     if state.status == "preempted":
         _say(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
     for agent in _far_agents(where):

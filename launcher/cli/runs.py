@@ -23,7 +23,7 @@ launch runs [RUN…] [--root DIR] [--json]: list runs, the last started first.
   launch runs --json         with all digits
 
 status      running, or how it ended: completed, failed, preempted (launch resume continues it), cancelled;
-            lost: it left no result and nobody works on it; elsewhere: another machine or a scheduler has it
+            lost: its session ended without a result; elsewhere: another machine or a scheduler runs it
 ranks       hosts × ranks on each
 age         since it was started, or last resumed; took: how long that lasted
 

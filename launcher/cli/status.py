@@ -54,7 +54,7 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
     yield "started", f"{_clock(state.started_at)}, {duration_text(time.time() - state.started_at)} ago"
     where = state.session
     if where is None:
-        yield "run by", "nobody wrote it down"
+        yield "run by", "not recorded"
         return
     if where.job:
         yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"

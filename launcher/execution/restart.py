@@ -79,7 +79,7 @@ def _is_written(prepared: PreparedRun) -> bool:
 
 def _on_another_port(prepared: PreparedRun) -> PreparedRun:
     port = free_port()
-    print(f"port {prepared.plan.port} was taken meanwhile: trying again on {port}", flush=True)
+    print(f"port {prepared.plan.port} is in use: trying again on {port}", flush=True)
     plan = prepared.plan
     return replan(prepared.run, prepared.hosts, run_id=plan.run_id, folder=Path(plan.run_dir), port=port)
 

@@ -111,7 +111,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # no permission, or too long a name: whoever opens it says so
+    except OSError:  # no permission, or too long a name: opening it raises the error
         return True
 
 
@@ -204,16 +204,16 @@ def _model_of(weights: Path, composed: Composition) -> Model:
     Raises:
         ConfigError: they are of another model than the one chosen.
     """
-    ours = composed.run.model
-    theirs = _model_of_run(weights) or Hf(name=str(weights))
-    is_equal = theirs.architecture() == ours.architecture()
+    configured = composed.run.model
+    saved = _model_of_run(weights) or Hf(name=str(weights))
+    is_equal = saved.architecture() == configured.architecture()
     if _is_chosen(composed) and not is_equal:
-        fix = f"leave the model out, and that of the run is taken ({default_run_name(theirs.name)})"
-        why = f"is of another model: {_differences(theirs, ours)}"
-        raise ConfigError(WEIGHTS, ours.weights, why=why, fix=fix)
-    if is_equal and (_is_chosen(composed) or isinstance(theirs, Hf)):
-        return replace(ours, weights=str(weights))
-    return replace(theirs, weights=str(weights), quantization=ours.quantization)
+        fix = f"leave the model out, and that of the run is taken ({default_run_name(saved.name)})"
+        why = f"is of another model: {_differences(saved, configured)}"
+        raise ConfigError(WEIGHTS, configured.weights, why=why, fix=fix)
+    if is_equal and (_is_chosen(composed) or isinstance(saved, Hf)):
+        return replace(configured, weights=str(weights))
+    return replace(saved, weights=str(weights), quantization=configured.quantization)
 
 
 def _self_contained(model: Model, weights: Path) -> Model:
@@ -236,8 +236,8 @@ def _model_of_run(weights: Path) -> Model | None:
     return None
 
 
-def _differences(theirs: Model, ours: Model) -> str:
-    wanted, given = theirs.architecture(), ours.architecture()
+def _differences(saved: Model, configured: Model) -> str:
+    wanted, given = saved.architecture(), configured.architecture()
     if wanted.get("family") != given.get("family"):
         return f"its family is {wanted.get('family')}, this run's is {given.get('family')}"
     names = [name for name in sorted(wanted.keys() | given.keys()) if wanted.get(name) != given.get(name)]

@@ -76,7 +76,7 @@ def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: B
 
 _SSH_OPTIONS = (
     "-T",  # a terminal would change bytes on their way
-    *("-o", "BatchMode=yes"),  # fail instead of asking for a password that nobody is there to type
+    *("-o", "BatchMode=yes"),  # fail instead of asking for a password
     *("-o", "ControlPath=none"),  # a connection of its own: a shared one outlives us, and takes all others with it
     *("-o", "RemoteCommand=none"),
     *("-o", "ClearAllForwardings=yes"),  # many connections at once cannot all bind the ports of a LocalForward

@@ -59,7 +59,7 @@ class GrowingLog:
 
 
 class RunLogs:
-    """All logs of a run that somebody wants to see, those too that are not there yet.
+    """The selected logs of a run, including those that do not exist yet.
 
     Args:
         run_dir: of the run.

@@ -21,12 +21,12 @@ from launcher.utils.files import is_regular, read_object
 from launcher.utils.text import short_path
 
 RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
-"""Besides the statuses of ``result.json``: somebody works on it; nobody does and it has no result; somebody may, where
-this machine cannot see it."""
+"""Besides the statuses of ``result.json``: its session runs; its session has ended and left no result; its session may
+run, on a machine that cannot be seen from here."""
 
 
 _YOUNG_S = 30.0
-"""Time in which a new run may not have said yet who runs it."""
+"""Age below which a run without session.json counts as starting."""
 
 
 _LATEST = 253_402_300_799.0
@@ -69,7 +69,7 @@ class RunState:
 
     @property
     def backend(self) -> str | None:
-        """The backend's kind; ``None`` where nobody wrote it down."""
+        """The backend's kind; ``None`` where it is not recorded."""
         written: str | None = self.plan.get("backend")
         return self.session.backend if self.session else written
 

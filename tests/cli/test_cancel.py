@@ -71,13 +71,13 @@ def test_a_real_run_is_followed_cancelled_and_gone(launch, launch_in_background,
     following = launch_in_background("logs", run_id, "-f", "--rank", "0", "-n", "1")
     following.wait_for_output(":0 | step ")
     said = launch("cancel", run_id).expect(0).stdout
-    assert "nothing of it is left on this machine" in said
+    assert "no process of it is left on this machine" in said
     code = running.wait()
     assert code in (75, 128 + signal.SIGTERM)
     assert following.wait() == code
     assert "is over already" in launch("cancel", run_id).expect(0).stdout
     beside.wait_for_output(":0 | step ")
-    assert "nothing of it is left" in launch("cancel", "beside", "--now").expect(0).stdout
+    assert "no process of it is left" in launch("cancel", "beside", "--now").expect(0).stdout
     assert beside.wait() == 128 + signal.SIGINT
     assert read_json(tmp_path / "beside" / "result.json")["status"] == "cancelled"
 
@@ -186,7 +186,7 @@ def test_a_job_is_cancelled_by_its_scheduler(
 
 def test_a_run_that_has_not_said_who_runs_it(make_run) -> None:
     make_run(age_s=1)
-    with pytest.raises(EnvironmentProblem, match="has not yet said who runs it"):
+    with pytest.raises(EnvironmentProblem, match="has no session.json yet"):
         run([])
 
 

@@ -110,7 +110,7 @@ def test_a_run_that_left_nothing_but_its_configuration(capsys, make_run) -> None
     run_dir = make_run()
     run_dir.plan.unlink()
     text = told(capsys, str(run_dir.path))
-    assert value(text, "run by") == "nobody wrote it down"
+    assert value(text, "run by") == "not recorded"
     assert value(text, "ranks") == "not known"
     assert value(text, "progress") == "no step yet"
 

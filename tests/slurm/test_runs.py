@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from launcher.backends.registry import executor_of
 from launcher.config.compose import compose
-from launcher.execution.lifecycle import start
+from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import prepare
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
@@ -88,7 +89,8 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     monkeypatch.chdir(tmp_path)
     composed = compose(("backend=slurm", *endless(tmp_path), "backend.nodes=2", "run.dir=nasty"))
     run = replace(composed.run, backend=replace(composed.run.backend, env=sent))
-    assert start(prepare(replace(composed, run=run))) == 0
+    prepared = prepare(replace(composed, run=run))
+    assert start_run(prepared, executor_of(prepared.run.backend)) == 0
     run_dir = tmp_path / "nasty"
     wait_for_answers(run_dir)
     found = [environ for environ in map(environ_of, cluster.working()) if "RANK" in environ]

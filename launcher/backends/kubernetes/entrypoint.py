@@ -76,7 +76,7 @@ def index_of(environ: Mapping[str, str]) -> int:
 
 
 def run_agent(backend: KubernetesBackend, config: PodConfig, *, index: int, key: bytes) -> int:
-    """Be the agent of this pod and return what its controller must hear.
+    """Run the agent of this pod and return the exit code for its controller.
 
     That is 0 after a run that went well. After any other it is 75, "start me again": the first pod alone says whether
     the run failed, so that one failure counts once, however many pods it ends.

@@ -109,7 +109,7 @@ def delete_run(submission: Submission, kubectl: Kubectl) -> None:
 
 
 def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
-    """Return the document that holds what nobody may read: it goes to kubectl's stdin and nowhere else."""
+    """Return the document with the secrets: it goes to kubectl's stdin and nowhere else."""
     forwarded = {name: environ[name] for name in submission.plan.forwarded_env if name in environ}
     values = {KEY_FILE: secrets.token_hex(_KEY_BYTES), **forwarded}
     document = {
@@ -123,7 +123,7 @@ def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
 
 
 def _set_owner(submission: Submission, kubectl: Kubectl) -> None:
-    """Make the run the owner of what was made for it: when it goes, by whoever's hand, that goes too."""
+    """Make the workload the owner of what was created for it, so that deleting it deletes everything."""
     kind = WORKLOADS[submission.backend.workload]
     run = kubectl.get(f"{kind.resource}/{submission.job}")
     owner = {
@@ -138,7 +138,7 @@ def _set_owner(submission: Submission, kubectl: Kubectl) -> None:
 
 
 def _record(submission: Submission) -> None:
-    """Write down here who runs the run, for ``status`` and ``cancel``."""
+    """Write session.json on this machine, for ``status`` and ``cancel``."""
     job = job_reference(submission.backend, submission.job)
     record = SessionRecord(backend=submission.plan.backend, session=locate_this_process(), job=job)
     write_session_file(RunDir(Path(submission.plan.run_dir)), record)

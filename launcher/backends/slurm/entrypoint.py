@@ -144,7 +144,7 @@ def job_id() -> str:
 
 
 def requeue() -> None:
-    """Queue this job again, unless somebody has cancelled it; what ends this process then is Slurm."""
+    """Queue this job again unless it was cancelled; Slurm then ends this process."""
     state = run_slurm(["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]).stdout.strip()
     if state != "RUNNING":
         print(f"not queued again: the job is {state.lower() or 'gone'}", flush=True)

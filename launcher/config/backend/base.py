@@ -32,10 +32,10 @@ class Backend(Component):
     group: ClassVar[str] = "backend"
 
     probes_hosts: ClassVar[bool] = False
-    """Whether its hosts are other machines, to be examined before a start; a dry run knows only their names."""
+    """Whether its hosts are other machines, which are probed before a start; a dry run knows only their names."""
 
     is_detached: ClassVar[bool] = False
-    """Whether another process, started elsewhere, carries the run out and writes to its directory from then on."""
+    """Whether a process started elsewhere executes the run and writes to its directory from then on."""
 
     restarts_itself: ClassVar[bool] = False
     """Whether the cluster restarts the run itself; the submitting process then does not."""
@@ -51,7 +51,7 @@ class Backend(Component):
     """Which launcher starts the ranks of one host."""
 
     port: int | Literal["auto"] = "auto"
-    """Port of the rendezvous; ``auto`` finds a free one for each run and another if it is taken meanwhile."""
+    """Port of the rendezvous; ``auto`` finds a free one for each run, and another if that is in use by the time ranks start."""
 
     threads: int | Literal["auto"] = "auto"
     """OMP_NUM_THREADS of each rank; ``auto`` shares the cores of the host among its ranks."""

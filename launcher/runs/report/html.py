@@ -72,7 +72,7 @@ def section(title: str, *content: Content) -> Html:
 
 
 def folded(title: str, *content: Content) -> Html:
-    """Return what is shown once somebody asks for it."""
+    """Return content that a reader unfolds."""
     return element("details", element("summary", title), *content)
 
 

@@ -122,7 +122,7 @@ def environment_of(state: RunState) -> Html:
 
 
 def known_environment(run_dir: RunDir) -> Mapping[str, str]:
-    """Return machine and versions; nothing where nobody wrote them down."""
+    """Return machine and versions; empty where they are not recorded."""
     try:
         return {key: str(value) for key, value in read_object(run_dir.environment).items()}
     except (OSError, ValueError):

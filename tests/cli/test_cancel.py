@@ -186,7 +186,7 @@ def test_a_job_is_cancelled_by_its_scheduler(
 
 def test_a_run_that_has_not_said_who_runs_it(make_run) -> None:
     make_run(age_s=1)
-    with pytest.raises(EnvironmentProblem, match="has no session.json yet"):
+    with pytest.raises(EnvironmentProblem, match=r"has no session\.json yet"):
         run([])
 
 

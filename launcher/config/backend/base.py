@@ -51,7 +51,8 @@ class Backend(Component):
     """Which launcher starts the ranks of one host."""
 
     port: int | Literal["auto"] = "auto"
-    """Port of the rendezvous; ``auto`` finds a free one for each run, and another if that is in use by the time ranks start."""
+    """Port of the rendezvous; ``auto`` finds a free one for each run, and another if that is in use when the ranks
+    start."""
 
     threads: int | Literal["auto"] = "auto"
     """OMP_NUM_THREADS of each rank; ``auto`` shares the cores of the host among its ranks."""

@@ -110,12 +110,12 @@ def read_manifest(folder: Path) -> CheckpointManifest:
     if manifest is None:
         why = mistakes[0] if mistakes else "not a mapping"
         raise ValueError(f"its {MANIFEST} is damaged, or of another version ({why})")
-    if problem := next(_problems(folder, manifest), None):
+    if problem := next(_validate(folder, manifest), None):
         raise ValueError(f"its {MANIFEST} is damaged ({problem})")
     return manifest
 
 
-def _problems(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
+def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
     """Yield what no run writes: counts below their minimum, and paths that leave the checkpoint."""
     if manifest.step < 0 or manifest.world_size < 1:
         yield f"step={manifest.step} world_size={manifest.world_size}"

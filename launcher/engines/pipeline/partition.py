@@ -171,7 +171,7 @@ def child_names_of(model: PreTrainedModel) -> ChildNames:
     shaped = tuple(list(outputs) for _, outputs in plan.values()) == _PLAN
     if not shaped or not isinstance(getattr(model.base_model, names[1], None), nn.ModuleList):
         why = f"Transformers' pipeline plan for {family} is {names or 'missing'}, not embedding, blocks, norm"
-        raise _refusal(why)
+        raise _error(why)
     return ChildNames(embedding=names[0], blocks=names[1], norm=names[2])
 
 
@@ -252,10 +252,10 @@ def check_passthrough(model: PreTrainedModel) -> None:
             setattr(base, name, module)
         base.train(training)
     if not torch.equal(passed, hidden):
-        raise _refusal(f"{config.model_type} changes what enters its first block, and every stage would do it again")
+        raise _error(f"{config.model_type} changes what enters its first block, and every stage would do it again")
 
 
-def _refusal(why: str) -> ConfigError:
+def _error(why: str) -> ConfigError:
     return ConfigError("parallel", "pipeline", why=why, fix="set parallel=fsdp, or choose a model of the Llama family")
 
 

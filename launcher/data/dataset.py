@@ -211,8 +211,8 @@ def _open_corpus(
     cut = len(stream) - round(len(stream) * data.held_out)
     train = TokenWindows(stream=stream, first=0, last=cut, length=sequence_length)
     held_out = TokenWindows(stream=stream, first=cut, last=len(stream), length=sequence_length)
-    if problem := data.split_problem(len(stream), sequence_length):
-        raise problem
+    if error := data.split_error(len(stream), sequence_length):
+        raise error
     heartbeat()
     known, asked = (stream.read(part.first, min(part.last, part.first + _COUNTED_TOKENS)) for part in (train, held_out))
     vocab_size = tokenizer.vocab_size

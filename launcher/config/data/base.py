@@ -91,8 +91,8 @@ class Corpus(Data):
         """
         try:
             pieces = self.small_pieces()
-        except ConfigError as error:
-            yield error
+        except ConfigError as unreadable:
+            yield unreadable
             return
         if pieces is None:
             return
@@ -101,10 +101,10 @@ class Corpus(Data):
             num_tokens = count_tokens([piece.text for piece in pieces], vocab_size=self.vocab_size) + documents
         else:
             num_tokens = _MOST_TOKENS_OF_A_BYTE * sum(len(piece.text.encode()) for piece in pieces) + documents
-        if problem := self.split_problem(num_tokens, sequence_length):
-            yield problem
+        if error := self.split_error(num_tokens, sequence_length):
+            yield error
 
-    def split_problem(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
+    def split_error(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
         """Return why a corpus of ``num_tokens`` leaves a split without a sequence; ``None`` if both have one."""
         needed, held_out = sequence_length + 1, round(num_tokens * self.held_out)
         train = num_tokens - held_out

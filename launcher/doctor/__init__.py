@@ -1,1 +1,1 @@
-"""The doctor: asks all hosts at once what they have and whether they reach each other, before anything starts there."""
+"""Examine all hosts and the network between them before anything starts there."""

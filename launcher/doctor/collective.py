@@ -107,7 +107,7 @@ PairRound = list[tuple[int, int]]
 
 
 def pair_rounds(num_hosts: int) -> list[PairRound]:
-    """Return the rounds; hosts are numbered from 0, and the smaller number of a pair comes first."""
+    """Return the rounds of pairs of host numbers; the smaller number of a pair comes first."""
     return _every_pair(num_hosts) if num_hosts <= ALL_PAIRS_UP_TO else _ring(num_hosts)
 
 
@@ -207,7 +207,7 @@ def _measure_pair(order: MeasurementOrder, pair: tuple[int, int], store: Any, *,
 
 
 def _within(timeout_s: float, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns; Gloo's own timeout applies to each of its many attempts to connect.
+    """Return what ``work`` returns; Gloo's own timeout applies to each attempt to connect.
 
     Raises:
         TimeoutError: it took longer; its thread ends with the process.

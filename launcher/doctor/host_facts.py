@@ -155,7 +155,7 @@ class DiskToken:
 
 @contextmanager
 def create_disk_token(run_dir: Path) -> Iterator[DiskToken]:
-    """Create an empty file with a random name beside the run directory; remove it at the end of the block."""
+    """Create a file with a random name beside the run directory; remove it after the block."""
     folder = nearest_existing(run_dir)
     file = folder / f".launcher-doctor-{secrets.token_hex(8)}"
     try:
@@ -196,7 +196,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def _write_problem(folder: Path) -> str | None:
-    """Return why no file can be created, by creating one: permissions say little for root and on network disks."""
+    """Return why no file can be created; permissions alone do not tell on network disks."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:  # unnamed where the file system supports it
             file.write(b"\0" * 4096)
@@ -208,7 +208,7 @@ def _write_problem(folder: Path) -> str | None:
 
 
 def served_folder(folder: Path, *, mounts: Path = Path("/proc/self/mountinfo")) -> str:
-    """Return file server and path of an existing folder; empty for a local disk or an unknown file system."""
+    """Return file server and path of a folder; empty for a local disk or an unknown type."""
     folder = folder.resolve()
     found = ""
     longest = -1
@@ -308,7 +308,7 @@ def find_route(address: str) -> Contact:
 
 
 def measure_contact(address: str, port: int, *, timeout_s: float) -> Contact:
-    """Return the route to another machine's port and the time of a round trip; the other need not accept."""
+    """Return the route to another machine's listening port and the time of a round trip."""
     latency, problem = None, None
     try:
         _handshake_s(address, port, timeout_s=timeout_s)  # the first one includes the ARP request

@@ -114,7 +114,7 @@ class ProbeClient:
             self._selector.register(probe.stdin, selectors.EVENT_WRITE, (_WRITE, probe))
 
     def _serve(self, timeout_s: float) -> set[ProbeProcess]:
-        """Wait until a probe is readable or writable, read and write, and return the probes that were."""
+        """Wait for probes that are readable or writable, serve them, and return them."""
         changed = set()
         for key, _ in self._selector.select(timeout_s):
             action, probe = key.data

@@ -101,7 +101,7 @@ class DoctorReport:
         )
 
     def _interface(self, host: Host) -> str:
-        """Return the interface of the route to the other hosts; empty without others, or when unknown."""
+        """Return the interface of the route to other hosts; empty without any, or when unknown."""
         contact = self.contacts.get(host.name)
         return (contact.interface or "") if contact is not None and len(self.contacts) > 1 else ""
 

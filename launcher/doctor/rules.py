@@ -84,7 +84,7 @@ def host_rules(
 
 
 def _differing_software(facts: _Facts) -> Iterator[Finding]:
-    """Yield hosts that differ from the majority: an error for the first two version numbers, else a warning."""
+    """Yield hosts that differ from the majority: errors in the first two version numbers."""
     yield from _different_hosts(facts, "architecture", lambda found: found.architecture, "leave it out of the hostfile")
     yield from _different_hosts(
         facts,
@@ -217,7 +217,7 @@ def _mixed_devices(facts: _Facts) -> Iterator[Finding]:
 
 
 def port_rules(first: str, *, port: int | None, problem: str) -> Iterator[Finding]:
-    """Yield the finding that the first host cannot open the rendezvous port; ``None`` means any port."""
+    """Yield that the first host cannot open the rendezvous port; ``None`` means any port."""
     if port is None:
         yield error(first, f"no port can be opened for the rendezvous: {problem}", "see why no port is free there")
         return
@@ -314,7 +314,7 @@ def group_rules(group: Mapping[str, GroupMeasurement], *, silent: Mapping[str, s
 def validate_shared_run_dir(
     run: Run, hosts: Sequence[Host], facts: Mapping[str, HostFacts], *, folder: str
 ) -> Iterator[ConfigError]:
-    """Yield errors for checkpoints and restarts where each host would hold only its own part of a checkpoint.
+    """Yield errors for checkpoints that would be spread over the local disks of hosts.
 
     A single host holds whole checkpoints; so do hosts that share a file server this machine is not connected to.
 

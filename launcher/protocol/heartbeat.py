@@ -48,7 +48,7 @@ class HeartbeatState:
 
 
 class Heartbeat:
-    """The rank's side of its slot, in a file or in shared memory; ``Heartbeat(None)`` writes nowhere."""
+    """Writes a rank's state to its slot, a file or shared memory; ``None`` writes nowhere."""
 
     def __init__(self, slot: Path | mmap.mmap | None) -> None:
         self._memory = map_heartbeat_file(slot) if isinstance(slot, Path) and slot.exists() else None
@@ -79,7 +79,7 @@ class Heartbeat:
         self._memory[: _HEADER.size + len(payload)] = _HEADER.pack(zlib.crc32(payload), len(payload)) + payload
 
     def write_exception_record(self, record: Mapping[str, Any]) -> None:
-        """Write the record of an exception to the slot, truncated to fit, because the disk takes no file."""
+        """Write the record of an exception to the slot, truncated to fit, when the disk is full."""
         if self._memory is None:
             return
         limit = _RECORD_BYTES // 3

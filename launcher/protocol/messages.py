@@ -57,7 +57,7 @@ class Ping(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class SessionSuspended(AgentMessage):
-    """To an agent: the session is about to be suspended (Ctrl-Z), so do not time out before its next message."""
+    """To an agent: the session will be suspended (Ctrl-Z); no timeout until its next message."""
 
     kind: ClassVar[str] = "session_suspended"
 
@@ -73,7 +73,7 @@ class EndRanks(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class DumpStacks(AgentMessage):
-    """To an agent: have every rank write its Python stacks to its log, and send them. ``EndRanks`` follows."""
+    """To an agent: have every rank dump its stacks, and send them. ``EndRanks`` follows."""
 
     kind: ClassVar[str] = "dump_stacks"
     within_s: float
@@ -109,7 +109,7 @@ class HostPrepared(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class AgentExited(AgentMessage):
-    """From the agent supervisor of a host: its agent has exited, and no process of the run is left there."""
+    """From an agent supervisor: its agent has exited, and no process of the run is left there."""
 
     kind: ClassVar[str] = "agent_exited"
     code: int | None
@@ -189,7 +189,7 @@ class RankRaised(AgentMessage):
 
 @dataclass(frozen=True, kw_only=True)
 class RankStack(AgentMessage):
-    """From an agent: the stack of a rank, after ``DumpStacks`` or after another rank died without an exception."""
+    """From an agent: the stack of a rank, after ``DumpStacks`` or the death of another rank."""
 
     kind: ClassVar[str] = "rank_stack"
     rank: int

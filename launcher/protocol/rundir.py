@@ -148,7 +148,7 @@ class RunDir:
 
 
 def remove_unfinished_checkpoints(folder: Path) -> None:
-    """Remove what interrupted saves left in a folder of checkpoints; no process may be writing there."""
+    """Remove the files of interrupted saves; no process may be writing to the folder."""
     for leftover in sorted(folder.glob(".step_*")):
         if _PENDING_CHECKPOINT.fullmatch(leftover.name):
             final = folder / leftover.name.split(".")[1]

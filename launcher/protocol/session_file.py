@@ -81,7 +81,7 @@ class SessionRecord:
     """Names of the job: ``{"id": …}`` in Slurm, ``{"kind": …, "name": …, "namespace": …}`` in Kubernetes."""
 
     def is_running(self) -> bool | None:
-        """Return whether session or agents run; ``None`` when some of them run out of sight of this machine.
+        """Return whether session or agents run; ``None`` when this machine cannot know.
 
         A scheduler's job may outlive the process that submitted it, so without its session its state is unknown.
         """
@@ -129,7 +129,7 @@ def write_session_file(run_dir: RunDir, record: SessionRecord) -> None:
 
 
 def read_session_file(run_dir: RunDir) -> SessionRecord | None:
-    """Return the content of ``session.json``; ``None`` without a file, or when this version cannot read it."""
+    """Return the content of ``session.json``; ``None`` when it is absent or invalid."""
     try:
         tree = read_object(run_dir.session)
     except (OSError, ValueError):
@@ -140,7 +140,7 @@ def read_session_file(run_dir: RunDir) -> SessionRecord | None:
 
 
 def _has_valid_names(record: SessionRecord) -> bool:
-    """Return whether all names are valid: they are shown in commands, and none may be an option of ssh."""
+    """Return whether all names are valid: they are shown as arguments of ssh."""
     locations = (record.session, *(agent.location for agent in record.agents))
     names = [*(location.machine for location in locations), *(agent.host for agent in record.agents)]
     logins = [agent.ssh_destination for agent in record.agents if agent.ssh_destination]

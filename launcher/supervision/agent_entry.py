@@ -23,7 +23,7 @@ from launcher.utils.system import code_root
 
 
 def serve_assignment(*, read_fd: int, write_fd: int, scratch: Path, agent: type[HostAgent] = HostAgent) -> int:
-    """Carry out the assignment that is read from ``read_fd``, in this process, which must be a subreaper.
+    """Carry out the assignment from ``read_fd`` in this process, which must be a subreaper.
 
     Args:
         read_fd: descriptor that orders are read from.

@@ -72,7 +72,7 @@ class _Agent:
 
 
 class AgentGroup:
-    """Every host's agent. Single-threaded but for the keepalive: it waits in ``poll`` and nowhere else.
+    """The agents of all hosts. Single-threaded but for the keepalive: it waits in ``poll`` only.
 
     Args:
         plan: what to run.
@@ -123,7 +123,7 @@ class AgentGroup:
         )
 
     def connect(self, connect: Connect, *, environ: Mapping[str, str] = os.environ) -> None:
-        """Open every connection and send the assignments; no rank starts before all hosts are prepared."""
+        """Open every connection and send the assignments; ranks start once all hosts are prepared."""
         files = {
             path.name: path.read_text(encoding="utf-8") for path in _files_to_stage(self._run_dir) if path.is_file()
         }

@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def _wait_for(child: int) -> int:
-    """Return the wait status of ``child``; forward signals, and kill it if it outlives the connection."""
+    """Return the wait status of ``child``, which is killed if it outlives the connection."""
     hangup = select.poll()
     hangup.register(sys.stdin.fileno(), select.POLLHUP | select.POLLRDHUP)
     kill_at = None

@@ -263,7 +263,7 @@ class SessionConnection:
         self._buffer.flush()
 
     def flush_all(self) -> None:
-        """Write everything, however slowly it is read, unless the session is lost; send nothing afterwards."""
+        """Write everything that is queued, unless the session is lost; send nothing afterwards."""
         self._keepalive.stop()
         while self._buffer.is_waiting:
             readable, _, _ = select.select([self.read_fd], [self._write_fd], [], 1.0)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Console:
-    """Prints plain lines. A reader that closes the pipe (``| head``) or the terminal does not end the run.
+    """Prints plain lines; a closed pipe (``| head``) or terminal does not end the run.
 
     Args:
         stream: where to print.

@@ -237,7 +237,7 @@ class ExternalLauncherAgent(HostAgent):
             self._report_failed_ssh(found["host"], int(found["code"]))
 
     def _report_failed_ssh(self, host: str, code: int) -> None:
-        """Report that pdsh started no rank on ``host``: pdsh itself exits only after every other host."""
+        """Report that pdsh started no rank on ``host``; pdsh exits only after all other hosts."""
         lines = self._current.tail.splitlines() if self._current else []
         tail = "\n".join(line for line in lines if line.startswith(f"{host}:"))
         reason, now = f"no rank started on {host}: its ssh ended with exit code {code}", time.time()

@@ -45,7 +45,7 @@ _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
 class FailureAnalysis:
-    """Collects the failures of a run and finds the cause; every ``now`` is ``time.monotonic()``.
+    """Collects the failures of a run and finds the cause; ``now`` is monotonic time.
 
     Args:
         plan: of the run.
@@ -96,12 +96,12 @@ class FailureAnalysis:
         return self._signalled_launcher_failure(cause) if self._is_launcher_unreported(cause) else cause
 
     def is_unexplained(self, failure: Failure) -> bool:
-        """Return whether a rank died without an exception: then the stacks of the others may explain it."""
+        """Return whether a rank died without an exception; stacks of the others may explain it."""
         is_explained = failure.error or failure.is_preemption or failure.exit_code == EXIT_STALLED
         return failure.rank is not None and not is_explained
 
     def stall_failure(self, stall: Stall) -> Failure:
-        """Return the failure of a stalled run, which names the rank that the others wait for; uses known stacks."""
+        """Return the failure of a stalled run: it names the rank that the others wait for."""
         stacks, early = self._tracker.stacks, self._tracker.first_early_exit()
         ranks = self._tracker.progress(stall)
         if early is not None and stalls.ranks_in_collectives(stall.positions, stacks) == stall.positions.keys():
@@ -204,11 +204,11 @@ class FailureAnalysis:
         return min(alone, key=lambda failure: failure.time)
 
     def _is_launcher_unreported(self, cause: Failure) -> bool:
-        """Return whether the launcher that killed a rank has not reported its own exit, which takes it a while."""
+        """Return whether the launcher that killed a rank has not reported its own exit yet."""
         return cause in self._killed_by_launcher and f"{cause.host}launcher" not in self._candidates
 
     def _signalled_launcher_failure(self, rank_failure: Failure) -> Failure:
-        """Return the failure of a launcher that received a signal, inferred from the signal it sent to a rank."""
+        """Return the failure of a signalled launcher, inferred from the signal it sent to a rank."""
         host = rank_failure.host
         plans = self._plan.hosts
         start = next((plan.agent_command for plan in plans if plan.host.name == host), plans[0].agent_command)

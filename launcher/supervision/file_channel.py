@@ -34,17 +34,17 @@ def channel_folder(run_dir: RunDir) -> Path:
 
 
 def agent_file(folder: Path) -> Path:
-    """Return the agent's file: ``token`` of this start, ``sequence``, ``signals`` so far, ``is_over``."""
+    """Return the agent's file, which holds ``AGENT_FIELDS``."""
     return folder / "agent.json"
 
 
 def rank_file(folder: Path, rank: int) -> Path:
-    """Return a monitor's file: ``token``, ``sequence``, ``monitor_pid``, ``pid``, ``heartbeat``, then ``status``."""
+    """Return a monitor's file: ``RANK_FIELDS``, the PIDs, and in the end the exit status."""
     return folder / f"rank{rank}.json"
 
 
 def write_channel_file(path: Path, content: Mapping[str, Any]) -> None:
-    """Replace a file atomically, without waiting for the disk: it need not survive a power failure."""
+    """Replace a file atomically, without waiting until it is on the disk."""
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(path)
@@ -137,7 +137,7 @@ class FileChannel:
         return new
 
     def is_closed(self) -> bool:
-        """Return whether the run is over, its agent is silent, or the launcher of this rank has exited."""
+        """Return whether the run is over, its agent silent, or the launcher of this rank gone."""
         if os.getppid() != self._parent:
             self._fields["launcher_exited"] = True
         return self._is_over or self._lease.is_expired or "launcher_exited" in self._fields

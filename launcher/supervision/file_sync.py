@@ -156,7 +156,7 @@ class FileSyncSender:
 
 
 def is_synced(name: PurePosixPath, plan: HostPlan) -> bool:
-    """Whether a host sends a file of its run directory; only the first host sends files that are not logs.
+    """Whether a host sends a file of its run directory; only the first sends more than logs.
 
     Args:
         name: relative to the run directory.

@@ -28,7 +28,7 @@ _SESSION_KILLED = 128 + signal.SIGKILL
 
 
 def finalize_run(outcome: RunOutcome, run_dir: RunDir, *, run_id: str) -> None:
-    """Write the files and print what failed; call it once, after the last attempt, and print nothing after it.
+    """Write the result files and print what failed; call it once, after the last attempt.
 
     Nothing is written for a run that was only submitted.
     """
@@ -124,7 +124,7 @@ def _name(victim: Victim) -> str:
 
 
 def finalize_without_session(assignment: Assignment, *, is_first: bool) -> int:
-    """Write ``result.json`` unless there is one, on the first host only; return the exit code of the run."""
+    """Write ``result.json`` on the first host, unless it exists; return the run's exit code."""
     run_dir = RunDir(Path(assignment.run_dir))
     if is_first and not run_dir.result.exists():
         with contextlib.suppress(OSError):  # a full disk: there is no session to report it to

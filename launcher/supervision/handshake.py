@@ -52,7 +52,7 @@ def authenticate(peer: socket.socket, *, index: int, key: bytes, timeout_s: floa
 
 
 class HandshakeServer:
-    """The session's side of one handshake: bytes in, bytes out. It never waits, so one thread serves many peers.
+    """The session's side of one handshake, without I/O, so that one thread serves many peers.
 
     Args:
         known: indices of the agents that may connect.

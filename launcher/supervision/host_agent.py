@@ -127,13 +127,13 @@ class HostAgent:
         return self._kill_at is None
 
     def _others_are_prepared(self) -> bool:
-        """Wait until every host is prepared; return whether the ranks may start: on all hosts or on none."""
+        """Wait until every host is prepared; return whether the ranks may start."""
         self._session.send(HostPrepared())
         self._wait(lambda: self._may_start or self._kill_at is not None)
         return self._kill_at is None
 
     def _launch(self) -> ChildProcess | None:
-        """Start torchrun or deepspeed; its output goes to the agent's log, the ranks write their own logs."""
+        """Start torchrun or deepspeed, with its output in the agent's log."""
         self._current = self._start_or_report(self._plan.agent_command, role="launcher", on_line=self._write_log)
         if self._current is not None:
             self._session.send(LauncherStarted())
@@ -188,7 +188,7 @@ class HostAgent:
         return self._exit_code
 
     def _end_ranks(self, number: int, grace_s: float) -> None:
-        """Signal the ranks, or the command that would start them, and set the time at which the rest is killed."""
+        """Signal the ranks, or the command that starts them, and set when the rest is killed."""
         deadline = time.monotonic() + (0.0 if number == signal.SIGKILL else grace_s)
         self._kill_at = deadline if self._kill_at is None else min(self._kill_at, deadline)
         if number != signal.SIGKILL and not self._ranks.send(number) and self._current is not None:
@@ -316,7 +316,7 @@ class HostAgent:
 
 
 def stage_run_dir(assignment: Assignment) -> None:
-    """Create the run directory and write the files of the assignment, unless a shared disk has them already.
+    """Create the run directory and the files of the assignment that do not exist yet.
 
     Raises:
         EnvironmentProblem: run.yaml did not arrive as it was sent, or the directory holds other files.

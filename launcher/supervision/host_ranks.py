@@ -86,7 +86,7 @@ class _Rank:
 
 
 class ExceptionTextFilter:
-    """Drops the text that a failing rank prints from its live output: the end of the run shows it.
+    """Drops the exception text of a failing rank from its live output: the run ends with it.
 
     Args:
         path: file to which the rank writes the text before it prints it.
@@ -154,13 +154,13 @@ class HostRanks:
         return sum(monitor.send(number) for monitor in monitors)
 
     def dump(self, *, within_s: float) -> None:
-        """Have every living rank write its Python stacks to its log; ``poll`` sends each of them once."""
+        """Have every living rank write its stacks to its log; ``poll`` sends each of them once."""
         for rank in self._ranks.values():
             if rank.is_alive and rank.process and rank.dump is None:
                 rank.dump = StackDump(rank.process, rank.log.path, within_s=within_s)
 
     def receive(self, peer: socket.socket) -> bool:
-        """Handle the messages of one monitor; return False once it is gone. One without an exit message was killed."""
+        """Handle the messages of one rank monitor; return False once it is gone."""
         try:
             while message := receive_from_monitor(peer):
                 self._handle(peer, message)
@@ -175,7 +175,7 @@ class HostRanks:
         return False
 
     def poll(self, *, logs: bool) -> bool:
-        """Send new heartbeats and exceptions, and new lines if ``logs``; return whether there may be more lines."""
+        """Send new heartbeats and exceptions, and lines if ``logs``; return whether more may follow."""
         now = time.monotonic()
         for rank in self._ranks.values():
             if rank.dump is not None and not rank.is_stack_sent and rank.dump.is_complete():
@@ -211,7 +211,7 @@ class HostRanks:
         self._report_exit(rank, time=message["time"], code=code, by_launcher=message["by_launcher"])
 
     def _report_exit(self, rank: _Rank, *, time: float, code: int, by_launcher: bool = False) -> None:
-        """Report an exit; ``code`` is negative for a signal. Without an exception, the others dump their stacks."""
+        """Report an exit; ``code`` is negative for a signal. If unexplained, dump other stacks."""
         self._send_heartbeat(rank)
         self._send_exception(rank)
         if rank.dump is not None and not rank.is_stack_sent:

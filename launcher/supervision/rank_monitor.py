@@ -48,7 +48,7 @@ RankWork = Callable[[RankEnv, Heartbeat], None]
 
 
 def run_rank(work: RankWork, env: RankEnv, *, channel: FileChannel | None = None) -> NoReturn:
-    """Make this process the rank ``env`` (log, monitor, stack dumps), do ``work``, and exit with its exit code.
+    """Make this process the rank ``env`` with log and monitor; do ``work``; exit with its code.
 
     Call it before anything heavy is imported: it forks.
 
@@ -116,7 +116,7 @@ def _exit_code_of_work(work: RankWork, env: RankEnv, heartbeat: Heartbeat) -> in
 
 
 def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, code: int) -> int:
-    """Record the exception and return ``code``: the exit may take long, or another process may cause it first."""
+    """Record the exception now, because the exit may take long; return ``code``."""
     is_own = isinstance(error, LauncherError)
     record = {
         "rank": env.rank,
@@ -143,7 +143,7 @@ def _traceback(error: BaseException) -> list[str]:
 
 
 def _print_exception(text: str, env: RankEnv) -> None:
-    """Print the exception; first write its text for the agent, so that the end of the run shows it once."""
+    """Print the exception, after writing its text to the file that the agent's filter reads."""
     with contextlib.suppress(OSError):  # then it is shown twice
         exception_text_file(env.run_dir, env.rank).write_text(text, encoding="utf-8", errors="backslashreplace")
     with contextlib.suppress(OSError):  # the disk of the log is full; the record holds the text too
@@ -151,7 +151,7 @@ def _print_exception(text: str, env: RankEnv) -> None:
 
 
 def _flush_or_discard_output() -> None:
-    """Flush the streams, or discard what cannot be written: Python would exit with 120 otherwise."""
+    """Flush the streams, or discard their data: otherwise Python would exit with 120."""
     for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
         try:
             stream.flush()
@@ -198,7 +198,7 @@ def fork_monitor(rank: int, channel: SocketChannel | FileChannel) -> None:
 
 
 def _wait_for(child: int, channel: SocketChannel | FileChannel, launcher_signals: set[int]) -> int:
-    """Return the wait status of ``child``; forward signals meanwhile, and end it when the agent is gone.
+    """Return the wait status of ``child``; forward signals; end it when the agent is gone.
 
     Adds to ``launcher_signals`` those that the launcher of this rank sent, and those of this function.
     """
@@ -224,7 +224,7 @@ def _wait_for(child: int, channel: SocketChannel | FileChannel, launcher_signals
 
 
 def _was_sent(number: int, launcher_signals: set[int]) -> bool:
-    """Return whether the launcher sent this rank a signal; DeepSpeed signals the monitor a little later."""
+    """Return whether the launcher sent this rank a signal; DeepSpeed signals monitors later."""
     if number in launcher_signals or number not in _FORWARDED:
         return number in launcher_signals
     arrived = signal.sigtimedwait({number}, _LATE_SIGNAL_S)
@@ -232,7 +232,7 @@ def _was_sent(number: int, launcher_signals: set[int]) -> bool:
 
 
 def _reap(child: int) -> int | None:
-    """Reap all exited children, adopted ones too; return the status of ``child`` once it is among them."""
+    """Reap all exited children, adopted ones too; return the status of ``child`` if it exited."""
     while True:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == child:

@@ -14,7 +14,7 @@ NOT_STARTED = "not started"
 
 
 class RankTracker:
-    """Keeps the newest position, exit and stack of every rank; every ``now`` is ``time.monotonic()``.
+    """Keeps the newest position, exit and stack of every rank; ``now`` is monotonic time.
 
     Args:
         host_of: the host of every rank.
@@ -79,7 +79,7 @@ class RankTracker:
         return not started <= self.stacks.keys()
 
     def find_stall(self, *, now: float, timeout_s: float) -> Stall | None:
-        """Return a stall once some rank has been silent for ``timeout_s`` seconds; 0 disables the check."""
+        """Return a stall once some rank has been silent for ``timeout_s``; 0 disables the check."""
         positions = self.living
         return Stall(now=now, positions=positions) if is_stalled(positions, now=now, timeout_s=timeout_s) else None
 
@@ -97,7 +97,7 @@ class RankTracker:
         return f"rank {exit.rank} on {self._host_of[exit.rank]} left early, {when}, with exit code 0"
 
     def progress(self, stall: Stall | None = None) -> tuple[RankProgress, ...]:
-        """Return the progress of every rank at ``stall``; without one, of the ranks whose stacks are known."""
+        """Return the progress of all ranks at ``stall``, or of those with known stacks without one."""
         if stall is None:
             return tuple(self._progress(rank, self._positions[rank], at) for rank, at in sorted(self._stack_at.items()))
         exited = [

@@ -251,7 +251,7 @@ class Session:
                 self._cancel(number)
 
     def _cancel(self, number: int) -> None:
-        """Send every rank a signal: SIGTERM and SIGUSR1 ask it to save and exit, SIGINT and the others to exit."""
+        """Send every rank a signal: SIGTERM and SIGUSR1 let it save a checkpoint, others do not."""
         if self._failure is None and self._cancelled_by is None:
             self._timeline.note(socket.gethostname(), f"cancelled by {signal_name(number)}")
             self._cancelled_by = number
@@ -268,7 +268,7 @@ class Session:
         self._give_up_at = time.monotonic() + grace_s + _ANSWER_S
 
     def _finish(self, exit_code: int) -> None:
-        """Have every agent send the exit code to its sidecars, and wait until all agents have exited."""
+        """Send the exit code to all agents, for their sidecars, and wait until they have exited."""
         self._agents.finish()
         self._agents.broadcast(FinishAgent(exit_code=exit_code))
         self._give_up_at = time.monotonic() + SIDECAR_TIMEOUT_S + _ANSWER_S

@@ -40,7 +40,7 @@ _MAX_MESSAGE_BYTES = 4096
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """Create a private folder for the socket; in /tmp when the temporary folder's path is too long for a socket.
+    """Create a private folder for the socket; in /tmp when TMPDIR is too long for a socket.
 
     Folders of dead agents, whose whole process tree was killed, are removed.
     """
@@ -64,7 +64,7 @@ def remove_scratch(folder: Path) -> None:
 
 
 def _owner_of(folder: Path) -> ProcessLocation | None:
-    """Return the process that created a scratch folder of this user; ``None`` for any other folder."""
+    """Return the creator of a scratch folder of this user; ``None`` for any other folder."""
     try:
         found = folder.lstat()
         if not (folder.name.startswith(_PREFIX) and stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()):
@@ -75,7 +75,7 @@ def _owner_of(folder: Path) -> ProcessLocation | None:
 
 
 def is_scratch_folder(path: str) -> bool:
-    """Return whether ``path`` is one that ``scratch_folder`` creates, and so may be removed after its owner."""
+    """Return whether ``path`` has the form of a folder that ``scratch_folder`` creates."""
     folder = Path(path)
     return folder.parent in (Path(tempfile.gettempdir()), _SHORT_PARENT) and folder.name.startswith(_PREFIX)
 

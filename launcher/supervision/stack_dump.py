@@ -90,7 +90,7 @@ class StackDump:
             self._native = NativeDump(program, process.pid)
 
     def is_complete(self) -> bool:
-        """Return whether the answer is complete (the log is quiet after the stacks) or has timed out."""
+        """Return whether the answer is complete or has timed out."""
         if time.monotonic() >= self._until:
             return True
         return self._has_answered() and (self._native is None or self._native.has_exited())
@@ -226,7 +226,7 @@ def _shown_path(file: str) -> str:
 
 
 def read_dump(text: str, *, is_stopped: bool = False) -> StackTrace:
-    """Return the stack of the main thread from faulthandler's dump; other lines may be in between.
+    """Return the main thread's stack from faulthandler's dump, which other lines may interrupt.
 
     Args:
         text: the dump; the last of several is used.

@@ -109,7 +109,7 @@ def format_ranks(ranks: Collection[int]) -> str:
 
 
 def _majority(places: Mapping[int, tuple[str, str]]) -> set[int]:
-    """Return the ranks at the place where more than half of them are; empty without such a place."""
+    """Return the ranks at the place of more than half of them; empty without such a place."""
     if not places:
         return set()
     place, number = Counter(places.values()).most_common(1)[0]

@@ -43,7 +43,7 @@ class _PendingPeer:
 
 
 class AgentListener:
-    """Accepts the agents of a run: one connection for each known host, and none from any other peer.
+    """Accepts the agents of a run: one connection for each known host, and no other peer.
 
     One thread serves all peers concurrently. An error of one peer closes that peer only.
 
@@ -130,7 +130,7 @@ class AgentListener:
             self._selector.register(peer, selectors.EVENT_READ, pending)
 
     def _make_room(self, say: Say) -> None:
-        """Close the oldest peer of the address that has the most: an agent needs one round trip only."""
+        """Close the oldest peer of the address with most peers: an agent needs one round trip."""
         counts = Counter(pending.address for pending in self._pending)
         if counts:
             address, _ = counts.most_common(1)[0]
@@ -256,7 +256,7 @@ def connect_to_session(address: str, *, port: int, index: int, key: bytes, timeo
 
 
 def _configure_socket(peer: socket.socket) -> None:
-    """Make a socket non-blocking, without send delay, and with TCP keepalives that detect a vanished peer."""
+    """Make a socket non-blocking, with TCP_NODELAY and with TCP keepalives."""
     peer.setblocking(False)
     peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)

@@ -13,7 +13,7 @@ from launcher.utils.processes import describe_exit, signal_name
 
 
 class Timeline:
-    """Appends one line per event: ``{"time": …, "host": …, "what": …}``, with the clock of the session."""
+    """Appends ``{"time": …, "host": …, "what": …}`` per event, by the session's clock."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

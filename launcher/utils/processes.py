@@ -77,7 +77,7 @@ def identify(pid: int) -> Process | None:
 
 
 def descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
-    """Return every living descendant of ``ancestor``, except those in ``spare`` and their descendants."""
+    """Return every living descendant of ``ancestor``, except ``spare`` and their descendants."""
     children: dict[int, list[_Entry]] = defaultdict(list)
     for name in os.listdir("/proc"):  # noqa: PTH208 (half the time of Path.iterdir, and this is a busy loop)
         entry = _read(int(name)) if name.isdigit() else None
@@ -96,7 +96,7 @@ def descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Proce
 
 
 def end_descendants(ancestor: int, *, spare: Collection[Process] = ()) -> list[Process]:
-    """Kill all descendants of ``ancestor``, which must be a subreaper, even those that fork meanwhile.
+    """Kill all descendants of ``ancestor``, a subreaper, even those that fork meanwhile.
 
     All are suspended first, repeatedly until no new one appears: a suspended process cannot fork.
 
@@ -129,7 +129,7 @@ def _read(pid: int) -> _Entry | None:
 
 
 def become_subreaper() -> None:
-    """Make this process the parent of its orphaned descendants, however they detached themselves."""
+    """Make this process the parent of its orphaned descendants."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -141,7 +141,7 @@ def die_with_parent(parent: int) -> None:
 
 
 def exit_like(status: int) -> None:
-    """Exit like another process, with the code or signal in ``status`` (of ``waitpid``), without a second core dump."""
+    """Exit like another process, with the code or signal in its wait ``status``; no core dump."""
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -183,7 +183,7 @@ def signal_name(number: int) -> str:
 
 @contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Yield a list that grows by every signal received; signals ignored before (nohup) stay ignored."""
+    """Yield a list that grows by every signal; signals ignored before (nohup) stay ignored."""
     received: list[int] = []
 
     def add(number: int, _frame: FrameType | None) -> None:

@@ -56,7 +56,9 @@ def refusals(made: DeepspeedBackend, hosts: Sequence[Host] = HOSTS) -> list[str]
 
 def test_the_submission_is_shown_whole(plan_of: Any, on_path: Any) -> None:
     on_path("pdsh")
-    plan = plan_of(*TINY, hosts=HOSTS, HF_TOKEN="hf_secret", WANDB_API_KEY="key", NCCL_DEBUG="INFO")
+    plan = plan_of(
+        *TINY, "backend=deepspeed", hosts=HOSTS, HF_TOKEN="hf_secret", WANDB_API_KEY="key", NCCL_DEBUG="INFO"
+    )
     options = "-o BatchMode=yes -o ControlPath=none -o ClearAllForwardings=yes"
     assert DeepspeedExecutor(DeepspeedBackend()).render(plan, snapshot="").splitlines() == [
         "export PYTHONPATH=/code",

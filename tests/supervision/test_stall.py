@@ -43,7 +43,7 @@ def test_every_rank_dumps_its_stack_to_its_log(stalled):
     assert "in stand_still" in stalled.stderr
 
 
-def test_a_rank_that_no_heartbeats_is_named(supervise):
+def test_a_rank_without_heartbeats_is_named(supervise):
     run = supervise({0: "work", 1: "no_heartbeat"}, stall_timeout_s=2.0)
     assert run.end() == 124
     assert run.failure["rank"] == 1
@@ -58,9 +58,8 @@ def test_a_launcher_that_never_starts_its_ranks_is_not_waited_for(supervise):
 
 
 def test_a_rank_that_has_finished_is_not_waited_for(supervise):
-    run = supervise(
-        {0: "some_steps", 1: "no_heartbeat"}, stall_timeout_s=6.0
-    )  # on a busy machine a start takes seconds
+    # on a busy machine a start takes seconds
+    run = supervise({0: "some_steps", 1: "no_heartbeat"}, stall_timeout_s=6.0)
     assert run.end() == 124
     assert run.failure["rank"] == 1
     assert [(place["rank"], place["phase"], place["step"]) for place in run.failure["ranks"]] == [

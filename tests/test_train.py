@@ -13,6 +13,7 @@ from launcher.errors import EnvironmentProblem
 from launcher.execution.validate import lockable_bytes
 from launcher.ops.build import build_ops
 from launcher.utils.files import read_json
+from tests.helpers import losses
 
 SMALL = (
     "model.layers=2",
@@ -25,11 +26,6 @@ SMALL = (
     "schedule.warmup_steps=2",
     "tracker=local",
 )
-
-
-def losses(run_dir, name="train/loss"):
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {line["train/step"]: line[name] for line in lines if name in line}
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "zero3"])

@@ -5,8 +5,9 @@ For tests of what lies around ranks: hosts, signals, ends. What ranks compute, o
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
+
+from tests.helpers import wait_for
 
 NUM_PROMPTS = 20_000
 """For two ranks, an hour at the pace of ``endless``."""
@@ -24,7 +25,4 @@ def endless(folder: Path) -> tuple[str, ...]:
 def wait_for_answers(run_dir: Path, *, ranks: int = 2, seconds: float = 120) -> None:
     """Wait until every rank has written an answer."""
     parts = [run_dir / "generated" / f"rank{rank}.part" for rank in range(ranks)]
-    deadline = time.monotonic() + seconds
-    while not all(part.exists() and b"\n" in part.read_bytes() for part in parts):
-        assert time.monotonic() < deadline, f"no answers in {run_dir}"
-        time.sleep(0.05)
+    wait_for(lambda: all(part.exists() and b"\n" in part.read_bytes() for part in parts), seconds=seconds)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -21,6 +20,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from launcher.utils.schema import to_tree
 from tests.conftest import MadeOnce
+from tests.helpers import losses, wait_until_empty
 
 Ended = tuple[int, str, RunDir]
 """Exit code, what was printed, and where the session wrote."""
@@ -75,7 +75,7 @@ class BackendContract:
             command = [sys.executable, "-m", "launcher", *SMALL, "backend=local", "backend.ranks=2", "run.dir=near"]
             subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
 
-        found = losses(RunDir(made_once("one_machine", fill) / "near"))
+        found = losses(made_once("one_machine", fill) / "near")
         assert len(found) == 6
         return found
 
@@ -140,13 +140,13 @@ class BackendContract:
         code, output, run_dir = run()
         assert code == 0, output
         assert read_json(run_dir.result)["status"] == "completed"
-        assert losses(run_dir) == pytest.approx(losses_of_one_machine, rel=1e-6)
+        assert losses(run_dir.path) == pytest.approx(losses_of_one_machine, rel=1e-6)
         ranks = read_json(run_dir.plan)["ranks"]
         assert len(ranks) == 2
         assert all(run_dir.log_of(place["host"], place["rank"]).is_file() for place in ranks)
         assert read_json(run_dir.session)["backend"]
         assert [json.loads(line)["what"] for line in run_dir.timeline.read_text().splitlines()]
-        wait_until_nothing_is(left, seconds=self.gone_within_s)
+        wait_until_empty(left, seconds=self.gone_within_s)
 
     def test_a_run_that_fails_ends_with_its_code_and_names_the_rank(
         self, run: Callable[..., Ended], left: Callable[[], object]
@@ -158,18 +158,4 @@ class BackendContract:
         assert "loss is" in failure["reason"]
         assert f"exit code 1: rank {failure['rank']} " in output.splitlines()[-1]
         assert read_json(run_dir.result)["exit_code"] == 1
-        wait_until_nothing_is(left, seconds=self.gone_within_s)
-
-
-def losses(run_dir: RunDir) -> dict[int, float]:
-    """Return the loss of every step."""
-    lines = map(json.loads, run_dir.metrics.read_text().splitlines())
-    return {line["train/step"]: line["train/loss"] for line in lines if "train/loss" in line}
-
-
-def wait_until_nothing_is(left: Callable[[], object], *, seconds: float) -> None:
-    """Wait until ``left`` finds nothing; fail when it still does."""
-    deadline = time.monotonic() + seconds
-    while found := left():
-        assert time.monotonic() < deadline, found
-        time.sleep(0.1)
+        wait_until_empty(left, seconds=self.gone_within_s)

@@ -23,7 +23,8 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir, decode_run_dir, encode_run_dir
 from launcher.utils.system import code_root
-from tests.torchless import endless, wait_for_answers
+from tests.helpers import wait_for
+from tests.torchless import ECHO, endless, wait_for_answers
 
 from .contract import SMALL, BackendContract, Ended
 
@@ -245,11 +246,11 @@ class TestContract(BackendContract):
         return lambda: {name: found for name in lab.names if (found := lab.processes(name))}
 
 
-def test_trains_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
+def test_runs_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, start: Any, tmp_path: Path) -> None:
     values = {"NCCL_ODD": 'a "b" $HOME `id` \\ {x,y} %n é', "HF_TOKEN": "hf_0123456789secret", "UCX_ODD": "$(id)"}
     folder = tmp_path / "it's a $HOME `dir`"
-    run = start(lab, *TINY, "job.steps=2", f"run.dir={json.dumps(str(folder))}", **values)
-    run.wait_for("step 1/2")
+    run = start(lab, *ECHO, "job.echo_step_s=0.05", f"run.dir={json.dumps(str(folder))}", **values)
+    wait_for((folder / "generated" / "rank1.part").exists)
     lines = [_command(process) for process in psutil.process_iter()]
     assert run.end() == 0, run.output
     assert json.loads((folder / "result.json").read_text())["status"] == "completed"
@@ -318,10 +319,10 @@ def test_ranks_that_are_asked_to_save_and_go_are_continued_later(lab: Any, start
     assert run.survivors(20) == []
 
 
-def test_trains_with_openmpi(lab: Any, start: Any, tmp_path: Path) -> None:
+def test_runs_with_openmpi(lab: Any, start: Any, tmp_path: Path) -> None:
     if backend.shutil.which("mpirun") is None:
         pytest.skip("mpirun is not installed (apt: openmpi-bin)")
-    run = start(lab, *TINY, "job.steps=2", "backend.runner=openmpi")
+    run = start(lab, *ECHO, "backend.runner=openmpi")
     assert run.end() == 0, run.output
     assert [path.name for path in sorted((run.run_dir / "logs").glob("node*.log"))] == ["node1.0.log", "node2.1.log"]
     assert run.survivors(20) == []

@@ -10,6 +10,7 @@ import pytest
 
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
+from tests.helpers import losses, wait_until_empty
 from tests.torchless import ECHO, endless, wait_for_answers
 
 from .contract import SMALL as SMALL_FOR_ALL
@@ -41,13 +42,6 @@ def over_ssh(lab, *words):
     return (*on(lab), *SMALL, *words)
 
 
-def losses(run_dir, *, after=0):
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return {
-        line["train/step"]: line["train/loss"] for line in lines if "train/loss" in line and line["train/step"] > after
-    }
-
-
 def ranks_of(run_dir):
     """Return number and environment of every rank process of a run, on whichever host."""
     needle = f"launcher.jobs.rank\0{run_dir}".encode()
@@ -69,10 +63,7 @@ def left_on(lab):
 
 
 def wait_until_nothing_is_left(lab, seconds=10):
-    deadline = time.monotonic() + seconds
-    while left := left_on(lab):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.1)
+    wait_until_empty(lambda: left_on(lab), seconds=seconds)
 
 
 class TestContract(BackendContract):

@@ -64,6 +64,11 @@ def run_cases(weights: dict[str, str]) -> RunCases:
     return run
 
 
+def losses(answer: Answer, steps: str = "steps") -> list[float]:
+    """Return the loss of each step that a case took."""
+    return [step["loss"] for step in answer[steps]]
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

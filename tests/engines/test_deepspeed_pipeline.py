@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import losses
+
 STEPS = 10
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "pp2": (2, {"stages": 2}),
@@ -74,10 +76,6 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
         found[one["name"]]["held_out"] = [sum(numbers) for numbers in zip(*(p["held_out"] for p in parts), strict=True)]
         found[one["name"]]["agreed"] = all(part["steps"] == parts[0]["steps"] for part in parts)
     return found
-
-
-def losses(answer: Any) -> list[float]:
-    return [step["loss"] for step in answer["steps"]]
 
 
 def same(answer: Any, reference: Any) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import losses
+
 STEPS = 10
 ZERO3 = {"kind": "zero", "stage": 3, "persistence_threshold": 0}  # the test model is small: partition all of it
 STRATEGIES: dict[str, dict[str, Any]] = {
@@ -69,10 +71,6 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     cases.append(case("planted", STRATEGIES["zero2"], job={"clip_norm": 0.0}))
     cases.append(case("unclipped", {"kind": "single"}, job={"clip_norm": 0.0, "micro_batch": 16}) | {"world": 1})
     return run_cases(cases, folder)
-
-
-def losses(answer: Any) -> list[float]:
-    return [step["loss"] for step in answer["steps"]]
 
 
 def same(answer: Any, reference: Any) -> bool:

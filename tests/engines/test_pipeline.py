@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import losses
+
 STEPS = 10
 SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b", "interleaved_zero_bubble", "zbv")
 STAGES = (2, 4)
@@ -131,10 +133,6 @@ def answers(run_cases: Any, folder: Path) -> dict[str, Any]:
 def single(answers: dict[str, Any], name: str) -> Any:
     """Return what one process found for the same model."""
     return answers[next((family for family in ("llama", "files") if name.startswith(family)), "gpt2")]
-
-
-def losses(answer: Any, steps: str = "steps") -> list[float]:
-    return [step["loss"] for step in answer[steps]]
 
 
 def norms(answer: Any) -> list[float]:

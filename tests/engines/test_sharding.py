@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from .conftest import losses
+
 STEPS = 10
 FSDP = {"kind": "fsdp"}
 STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
@@ -56,10 +58,6 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     for world in (4, 2):
         cases.append(case(f"resumed{world}", "llama", world, FSDP, load=saved) | {"steps": 0})
     return run_cases(cases, folder)
-
-
-def losses(answer: Any) -> list[float]:
-    return [step["loss"] for step in answer["steps"]]
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

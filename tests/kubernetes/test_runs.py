@@ -3,7 +3,6 @@
 import contextlib
 import json
 import signal
-import time
 
 import psutil
 import pytest
@@ -12,15 +11,8 @@ import yaml
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import read_session_file
 from tests.backends.contract import SMALL, BackendContract
+from tests.helpers import wait_for
 from tests.torchless import wait_for_answers
-
-
-def wait_for(condition, *, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.1)
-    return found
 
 
 def run_dir_in_claim(cluster):

@@ -8,8 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 
 from launcher.utils.files import read_json
 from launcher.utils.processes import descendants
+from tests.helpers import wait_for
 
 LAB = Path(__file__).resolve().parent.parent.parent / "scripts" / "lab" / "slurm.py"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
@@ -71,14 +71,6 @@ class Cluster:
                 if b"launcher." in Path(f"/proc/{process.pid}/cmdline").read_bytes():
                     found.append(process.pid)
         return found
-
-
-def wait_for(condition: Callable[[], object], *, seconds: float = 120) -> None:
-    """Wait until ``condition`` holds; fail when it never does."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager

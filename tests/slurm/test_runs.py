@@ -16,21 +16,22 @@ from launcher.execution.prepare import prepare
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from tests.backends import contract
+from tests.helpers import wait_for
 from tests.torchless import endless, wait_for_answers
 
-from .conftest import SMALL, wait_for
+from .conftest import SMALL
 
 FOR_EVER = ("job.steps=1000000", "checkpoint.every=0")
 
 
-def losses(run_dir: Path) -> list[tuple[int, float]]:
+def losses_in_order(run_dir: Path) -> list[tuple[int, float]]:
     """Return step and loss of every line that has one, in the order of the file."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
     return [(line["train/step"], line["train/loss"]) for line in lines if "train/loss" in line]
 
 
 def has_begun(run_dir: Path) -> bool:
-    return (run_dir / "metrics.jsonl").exists() and len(losses(run_dir)) > 2
+    return (run_dir / "metrics.jsonl").exists() and len(losses_in_order(run_dir)) > 2
 
 
 def is_over(cluster, run_dir: Path) -> bool:
@@ -70,13 +71,13 @@ def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluste
     cluster.ask("scancel", "--signal=USR1", "--batch", job_id)
     log = run_dir / "logs" / f"slurm.{job_id}.log"
     wait_for(lambda: "is queued again" in log.read_text())
-    assert len(losses(run_dir)) < 150, "it was over before it could be told"
+    assert len(losses_in_order(run_dir)) < 150, "it was over before it could be told"
     wait_for(lambda: is_over(cluster, run_dir), seconds=240)
     result = read_json(run_dir / "result.json")
     assert (result["status"], result["run_id"]) == ("completed", run_id)
     assert "continuing after step" in log.read_text()
     launch(*words, "backend=local", "backend.ranks=2", "run.dir=whole").expect(0)
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert losses_in_order(run_dir) == losses_in_order(tmp_path / "whole")
 
 
 def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(

@@ -23,6 +23,7 @@ from launcher.protocol.results import last_metrics
 from launcher.trackers import sidecar as sidecar_program
 from launcher.trackers.sidecar import RunEndListener
 from launcher.utils.files import write_json
+from tests.helpers import wait_for
 
 from .conftest import PlannedRun, Sidecar, Start, shown
 from .wandb_file import read_offline_run
@@ -45,13 +46,6 @@ def scratch() -> Iterator[Path]:
     """Return a folder with a short name, as the agent has one."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # sockets have short names
         yield Path(folder)
-
-
-def wait_until(true: Callable[[], bool], *, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
 
 
 def tracked_steps(sidecar: Sidecar) -> int:
@@ -140,7 +134,7 @@ def test_when_everything_is_killed_only_the_last_second_is_lost(planned: Planned
     sidecar = start(run)
     run.record(1, 20, resumed_at=0)
     sidecar.read_line()
-    wait_until(lambda: tracked_steps(sidecar) == 20, seconds=10)  # left alone, the client writes every 15 s
+    wait_for(lambda: tracked_steps(sidecar) == 20, seconds=10)  # left alone, the client writes every 15 s
     for process in [*sidecar.family, psutil.Process(sidecar.process.pid)]:
         process.kill()
     sidecar.process.wait(timeout=30)
@@ -270,8 +264,8 @@ def test_without_a_server_the_run_is_kept_offline_and_one_line_says_so(
 def test_it_yields_to_training_and_waits_for_the_first_metrics(planned: Planned, start: Start) -> None:
     sidecar = start(planned())
     process = psutil.Process(sidecar.process.pid)
-    wait_until(lambda: process.nice() > os.nice(0))
-    wait_until(lambda: process.num_threads() > 1)
+    wait_for(lambda: process.nice() > os.nice(0))
+    wait_for(lambda: process.num_threads() > 1)
     time.sleep(1)
     assert sidecar.family == []
     assert not any("wandb" in mapped.path for mapped in process.memory_maps())

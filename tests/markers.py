@@ -60,6 +60,8 @@ _BY_PLACE = (
     ("supervision/test_heartbeat.py::test_it_crosses_processes", "process"),
     ("supervision/test_link.py::test_what_a_killed_tree_left_is_removed_at_the_next_start", "process"),
     ("supervision/test_processes.py::test_the_spared_are_spared_with_all_below_them", "process"),
+    ("test_machine.py::test_gpus_are_read_from_*", "process"),
+    ("test_machine.py::test_this_machine_takes_a_rank_for_each_gpu", "process"),
     ("test_compose.py::test_the_advice_for_such_a_file_works", "process"),
     ("test_overrides.py::test_quoted_words_pasted_into_a_shell_set_the_text", "process"),
     ("test_render.py::test_a_pasted_command_is_the_command", "process"),

@@ -23,39 +23,39 @@ from .conftest import two_free_ports
 KEY = b"k" * 64
 NONCE, PROOF = "a" * 64, "b" * 64
 HANDSHAKE_S = 1.0
-KNOCK = json.dumps({"index": 1, "nonce": NONCE}).encode() + b"\n"
+CLAIM = json.dumps({"index": 1, "nonce": NONCE}).encode() + b"\n"
 
 
-class Door:
-    """A gate in a thread. Host 1 comes again and again, host 2 only at the end, so it stays open."""
+class Listening:
+    """A listener in a thread. Host 1 connects repeatedly, host 2 only at the end, so it stays open."""
 
     def __init__(self):
         self.port, self.said, self.arrived = two_free_ports(), [], {}
-        self.gate = AgentListener(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
+        self.listener = AgentListener(port=self.port, key=KEY, hosts={1: "node1", 2: "node2"}, handshake_s=HANDSHAKE_S)
         self.thread = threading.Thread(target=self._gather, daemon=True)
         self.thread.start()
 
     def _gather(self):
-        self.arrived.update(self.gate.gather(timeout_s=300, say=self.said.append))
+        self.arrived.update(self.listener.gather(timeout_s=300, say=self.said.append))
 
-    def knock_as(self, index):
-        """Come as a pod that knows the key; with one attempt only."""
+    def connect_as(self, index):
+        """Connect as an agent that knows the key, with one attempt only."""
         return connect_to_session("127.0.0.1", port=self.port, index=index, key=KEY, timeout_s=0, say=lambda text: None)
 
-    def stranger(self):
+    def connect_peer(self):
         peer = socket.create_connection(("127.0.0.1", self.port), timeout=10)
         peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return peer
 
 
 @pytest.fixture(scope="module")
-def door():
-    opened = Door()
+def listening():
+    opened = Listening()
     yield opened
     if opened.thread.is_alive():
-        opened.knock_as(2).close()
+        opened.connect_as(2).close()
     opened.thread.join(30)
-    opened.gate.close()
+    opened.listener.close()
 
 
 def is_closed(peer):
@@ -97,20 +97,20 @@ FIRST_LINES = {
     "an empty nonce": b'{"index": 1, "nonce": ""}\n',
     "a duplicate name": b'{"index": 2, "index": 1, "nonce": "' + NONCE.encode() + b'"}\n',
     "a field too many": b'{"index": 1, "nonce": "' + NONCE.encode() + b'", "x": 1}\n',
-    "two lines at once": KNOCK + KNOCK,
+    "two lines at once": CLAIM + CLAIM,
     "an end in mid-line": None,
 }
 
 
 @pytest.mark.parametrize("name", FIRST_LINES)
-def test_a_first_line_that_is_none_ends_its_sender_alone(door, name):
-    with door.stranger() as stranger:
+def test_invalid_first_line_closes_its_peer_alone(listening, name):
+    with listening.connect_peer() as peer:
         with contextlib.suppress(ConnectionError):  # it may be refused while it still sends
-            stranger.sendall(FIRST_LINES[name] or KNOCK[:20])
+            peer.sendall(FIRST_LINES[name] or CLAIM[:20])
             if FIRST_LINES[name] is None:
-                stranger.shutdown(socket.SHUT_WR)
-        assert is_closed(stranger)
-    door.knock_as(1).close()
+                peer.shutdown(socket.SHUT_WR)
+        assert is_closed(peer)
+    listening.connect_as(1).close()
 
 
 SECOND_LINES = {
@@ -118,82 +118,82 @@ SECOND_LINES = {
     "a lone surrogate": b'{"proof": "\\ud800"}',
     "letters beyond ASCII": json.dumps({"proof": "ü" * 64}).encode(),
     "deep lists": b"[" * 1023,
-    "the first line again": KNOCK.strip(),
+    "the first line again": CLAIM.strip(),
     "no proof": b'{"proof": null}',
     "a number of many digits": b'{"proof": ' + b"1" * 1000 + b"}",
 }
 
 
 @pytest.mark.parametrize("name", SECOND_LINES)
-def test_a_second_line_that_proves_nothing_ends_its_sender_alone(door, name):
-    with door.stranger() as stranger:
-        stranger.sendall(KNOCK)
-        assert stranger.recv(1000).endswith(b"\n")
-        stranger.sendall(SECOND_LINES[name] + b"\n")
-        assert is_closed(stranger)
-    door.knock_as(1).close()
+def test_invalid_second_line_closes_its_peer_alone(listening, name):
+    with listening.connect_peer() as peer:
+        peer.sendall(CLAIM)
+        assert peer.recv(1000).endswith(b"\n")
+        peer.sendall(SECOND_LINES[name] + b"\n")
+        assert is_closed(peer)
+    listening.connect_as(1).close()
 
 
-@pytest.mark.parametrize("sent", [b"", KNOCK[:9], KNOCK])
-def test_a_reset_in_the_middle_ends_its_sender_alone(door, sent):
-    stranger = door.stranger()
-    stranger.sendall(sent)
-    stranger.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    stranger.close()
-    door.knock_as(1).close()
+@pytest.mark.parametrize("sent", [b"", CLAIM[:9], CLAIM])
+def test_reset_closes_its_peer_alone(listening, sent):
+    peer = listening.connect_peer()
+    peer.sendall(sent)
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    peer.close()
+    listening.connect_as(1).close()
 
 
-def test_a_byte_now_and_then_does_not_hold_the_listener(door):
-    """One deadline for the whole handshake, and nobody waits for it but the one who drips."""
-    with door.stranger() as dripping:
-        dripping.settimeout(0.1)
+def test_slow_peer_does_not_block_the_listener(listening):
+    """The whole handshake has one deadline, and other peers do not wait for it."""
+    with listening.connect_peer() as slow:
+        slow.settimeout(0.1)
         gone = None
-        for byte in KNOCK[:-1]:
+        for byte in CLAIM[:-1]:
             with contextlib.suppress(ConnectionError):
-                dripping.send(bytes([byte]))
+                slow.send(bytes([byte]))
             try:
-                gone = dripping.recv(1) == b""
+                gone = slow.recv(1) == b""
             except TimeoutError:
                 continue
             except ConnectionResetError:
                 gone = True
             break
         assert gone, "it was never closed"
-        door.knock_as(1).close()
+        listening.connect_as(1).close()
 
 
-def test_many_idle_connections_leave_room_for_a_pod(door):
+def test_many_idle_connections_leave_room_for_an_agent(listening):
     with contextlib.ExitStack() as crowd:
         for _ in range(400):
-            crowd.enter_context(door.stranger())
-        door.knock_as(1).close()
+            crowd.enter_context(listening.connect_peer())
+        listening.connect_as(1).close()
 
 
-def test_a_gate_tells_why_it_refuses_and_does_not_fill_the_log(door):
-    assert any("refused a connection from 127.0.0.1: it " in text for text in door.said)
+def test_refusals_are_reported_and_limited(listening):
+    assert any("refused a connection from 127.0.0.1: it " in text for text in listening.said)
     for _ in range(30):
-        with door.stranger() as stranger:
-            stranger.sendall(b"x\n")
-            assert is_closed(stranger)
-    assert len(door.said) <= 30
+        with listening.connect_peer() as peer:
+            peer.sendall(b"x\n")
+            assert is_closed(peer)
+    assert len(listening.said) <= 30
 
 
-def test_a_pod_gives_up_a_gate_that_drips():
-    ours, theirs = socket.socketpair()
+def test_agent_times_out_on_a_slow_session():
+    agent, session = socket.socketpair()
     over = threading.Event()
 
     def drip():
         while not over.wait(0.05):
-            theirs.send(b" ")
+            session.send(b" ")
 
     thread = threading.Thread(target=drip)
     thread.start()
     with pytest.raises(HandshakeError, match="did not finish the handshake"):
-        authenticate(ours, index=1, key=KEY, timeout_s=0.3)
+        authenticate(agent, index=1, key=KEY, timeout_s=0.3)
     over.set()
     thread.join()
-    ours.close()
-    theirs.close()
+    agent.close()
+    session.close()
 
 
 def message(kind, **fields):
@@ -282,7 +282,7 @@ def reasons(plan_of, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BROKEN_MESSAGES)
-def test_a_broken_message_loses_its_host_with_a_named_cause(reasons, name):
+def test_malformed_message_loses_its_host_with_a_named_cause(reasons, name):
     host = f"bad{list(BROKEN_MESSAGES).index(name)}"
     assert reasons[host].startswith(f"the connection to {host} was closed: its agent sent a ")
     assert len(reasons[host]) < 300

@@ -1,4 +1,4 @@
-"""Asking a process for its stack: answers, silence, a process that was stopped, and py-spy."""
+"""Stack dumps of a process: answers, timeouts, a suspended process, and py-spy."""
 
 import os
 import signal

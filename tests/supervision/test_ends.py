@@ -1,4 +1,4 @@
-"""How runs end: exit codes are the rank's own, and the one named is the one to blame."""
+"""How runs end: the exit code is that of the first failing rank, and the cause is named."""
 
 import json
 import sys
@@ -97,14 +97,14 @@ def test_death_without_python_shows_the_end_of_the_log(ended):
     assert "in segfault" in run.failure["traceback"]
 
 
-def test_who_only_noticed_the_death_of_another_is_not_blamed(ended):
+def test_a_consequence_is_not_the_cause(ended):
     run, code = ended["patient"]
     assert code == 1
     assert run.failure["rank"] == 1, run.text
     assert run.failure["victims"] == [{"rank": 0, "host": "box", "exit_code": 1, "signal": None}]
 
 
-def test_a_broken_connection_that_nobody_explains_is_the_cause(ended):
+def test_an_unexplained_lost_connection_is_the_cause(ended):
     run, code = ended["unexplained"]
     assert code == 1
     assert run.failure["rank"] == 0
@@ -185,7 +185,7 @@ class TestPreparation:
 
 
 class TestSidecars:
-    def test_is_told_how_the_run_ended_and_may_finish(self, supervise, tmp_path):
+    def test_receives_the_exit_code_and_may_finish(self, supervise, tmp_path):
         told = str(tmp_path / "told")
         code = f"import sys, time; said = sys.stdin.read(); time.sleep(1); open({told!r}, 'w').write(said)"
         run = supervise({0: "work", 1: "wait_a_moment exit_3"}, sidecars=(Command(argv=(sys.executable, "-c", code)),))

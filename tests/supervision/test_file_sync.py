@@ -70,7 +70,7 @@ def pair(tmp_path):
     return Pair(tmp_path)
 
 
-def test_a_log_grows_here_as_it_does_there(pair):
+def test_a_log_is_appended(pair):
     log = pair.there / "logs" / "node1.0.log"
     log.write_bytes(b"")
     pair.settle()
@@ -83,7 +83,7 @@ def test_a_log_grows_here_as_it_does_there(pair):
     assert pair.num_bytes < 1.5 * log.stat().st_size  # each byte once, in base64
 
 
-def test_a_session_that_does_not_read_is_no_reason_to_wait(pair):
+def test_sender_does_not_wait_for_a_session_that_does_not_read(pair):
     (pair.there / "logs" / "node1.1.log").write_bytes(os.urandom(5_000_000))
     pair.sender.scan()
     for _ in range(100):
@@ -93,7 +93,7 @@ def test_a_session_that_does_not_read_is_no_reason_to_wait(pair):
     assert pair.same("logs/node1.1.log")
 
 
-def test_what_is_rewritten_arrives_whole_and_at_once(pair):
+def test_rewritten_files_are_replaced_atomically(pair):
     picture = pair.there / "loss.png"
     for content in (os.urandom(500_000), os.urandom(500_000), b"", b"short"):
         write_atomic(picture, content)
@@ -110,7 +110,7 @@ def test_what_is_rewritten_arrives_whole_and_at_once(pair):
 
 
 @pytest.mark.parametrize("is_another_agent", [True, False])
-def test_metrics_that_a_resumed_run_takes_back(pair, is_another_agent):
+def test_metrics_that_a_resumed_run_truncates(pair, is_another_agent):
     metrics = pair.there / "metrics.jsonl"
     metrics.write_bytes(b"1\n2\n3\n4\n")
     pair.settle()
@@ -125,7 +125,7 @@ def test_metrics_that_a_resumed_run_takes_back(pair, is_another_agent):
     assert pair.same("metrics.jsonl")
 
 
-def test_a_file_sent_once_more_keeps_its_place_on_this_disk(pair):
+def test_a_file_sent_again_is_not_rewritten(pair):
     (pair.there / "metrics.jsonl").write_bytes(b"1\n2\n")
     pair.settle()
     before = (pair.here / "metrics.jsonl").stat()
@@ -135,7 +135,7 @@ def test_a_file_sent_once_more_keeps_its_place_on_this_disk(pair):
     assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
 
 
-def test_the_log_of_an_agent_joins_what_ssh_said(pair):
+def test_the_log_of_an_agent_is_appended_to_that_of_ssh(pair):
     ours, theirs = (folder / "logs" / "node1.agent.log" for folder in (pair.here, pair.there))
     theirs.write_text("of an earlier life\n")
     ours.write_text("ssh: something\n")
@@ -163,13 +163,13 @@ def test_a_file_that_is_too_large_is_named(pair, monkeypatch):
     assert pair.same("logs/node1.0.log")
 
 
-def test_a_session_that_is_gone_is_sent_nothing(pair):
+def test_nothing_is_sent_to_a_lost_session(pair):
     (pair.there / "logs" / "node1.0.log").write_bytes(bytes(1 << 20))
     pair.session.mark_lost()
     pair.sender.scan()
     pair.sender.send_some()
     assert pair.session.num_queued_bytes == 0
-    assert pair.sender.unsent() == ["logs/node1.0.log"]  # nor is it read for nobody
+    assert pair.sender.unsent() == ["logs/node1.0.log"]  # and it is not read
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_a_session_that_is_gone_is_sent_nothing(pair):
         ("/etc/passwd", FIRST, False),
     ],
 )
-def test_who_sends_what(name, plan, is_sent, tmp_path):
+def test_is_synced(name, plan, is_sent, tmp_path):
     assert is_synced(PurePosixPath(name), plan) == is_sent
     receiver = FileSyncReceiver(SimpleNamespace(run_dir=str(tmp_path), hosts=(FIRST, SECOND)))
     data = base64.b64encode(b"x").decode()

@@ -17,7 +17,7 @@ def child():
         process.kill()
 
 
-def test_a_process_is_its_number_and_its_start(child):
+def test_a_process_is_its_pid_and_its_start(child):
     known = identify(child.pid)
     assert known in descendants(os.getpid())
     assert replace(known, started=known.started + 1).send(signal.SIGKILL) is False
@@ -27,12 +27,12 @@ def test_a_process_is_its_number_and_its_start(child):
     assert known.send(signal.SIGKILL) is False
 
 
-def test_nobody_has_the_number():
+def test_unused_pid():
     assert identify(2**22 + 1) is None
     assert Process(2**22 + 1, 0).send(signal.SIGTERM) is False
 
 
-def test_the_spared_are_spared_with_all_below_them():
+def test_spared_processes_and_their_descendants_live():
     with subprocess.Popen(["sh", "-c", "sleep 600 & echo; wait"], stdout=subprocess.PIPE) as shell:
         shell.stdout.readline()
         below = descendants(shell.pid)

@@ -35,7 +35,7 @@ def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         yield Path(folder)
 
 
-def test_what_a_killed_tree_left_is_removed_at_the_next_start(temporary: Path) -> None:
+def test_folder_of_a_killed_agent_is_removed_at_the_next_start(temporary: Path) -> None:
     assert subprocess.run([sys.executable, "-c", KILLED], check=False, timeout=60).returncode == -9
     (left,) = temporary.iterdir()
     with scratch_folder() as folder:
@@ -44,9 +44,7 @@ def test_what_a_killed_tree_left_is_removed_at_the_next_start(temporary: Path) -
     assert list(temporary.iterdir()) == []
 
 
-def test_folders_of_the_living_of_other_machines_and_of_other_programs_stay(
-    temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_folders_of_other_owners_stay(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     me = locate_this_process()
     owners = {
         "launcher-alive": to_tree(me),
@@ -74,7 +72,7 @@ def test_folders_of_the_living_of_other_machines_and_of_other_programs_stay(
     monkeypatch.undo()
 
 
-def test_a_number_that_was_given_to_another_process_is_a_dead_owner(temporary: Path) -> None:
+def test_owner_whose_pid_was_reused_is_dead(temporary: Path) -> None:
     me = locate_this_process()
     (temporary / "launcher-reused").mkdir()
     write_json(temporary / "launcher-reused" / "owner.json", to_tree(replace(me, started=me.started - 1)))
@@ -83,7 +81,7 @@ def test_a_number_that_was_given_to_another_process_is_a_dead_owner(temporary: P
 
 
 @pytest.mark.parametrize("name", ["mine", "launcher-mine"])
-def test_a_rank_removes_no_folder_that_a_variable_names(tmp_path: Path, name: str) -> None:
+def test_rank_removes_no_folder_that_is_not_an_agents(tmp_path: Path, name: str) -> None:
     mine = tmp_path / name
     mine.mkdir()
     (mine / "thesis.tex").touch()

@@ -37,7 +37,7 @@ def child(here: ProcessLocation) -> Iterator[tuple[subprocess.Popen[bytes], Proc
         process.kill()
 
 
-def test_what_is_written_is_read(tmp_path: Path, here: ProcessLocation) -> None:
+def test_round_trip(tmp_path: Path, here: ProcessLocation) -> None:
     agents = (
         AgentLocation(host="a", location=here),
         AgentLocation(host="b", ssh_destination="me@b:2222", location=replace(here, pid=7)),
@@ -49,7 +49,7 @@ def test_what_is_written_is_read(tmp_path: Path, here: ProcessLocation) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", "7", "{}", '{"backend": "ssh", "session": {"pid": "x"}}'])
-def test_what_cannot_be_understood_is_nothing(tmp_path: Path, text: str | None) -> None:
+def test_invalid_file_is_none(tmp_path: Path, text: str | None) -> None:
     if text is not None:
         RunDir(tmp_path).session.write_text(text)
     assert read_session_file(RunDir(tmp_path)) is None
@@ -66,14 +66,14 @@ def test_a_process_runs_until_it_ends(child: tuple[subprocess.Popen[bytes], Proc
     assert place.is_running() is False
 
 
-def test_the_same_number_elsewhere_says_nothing(here: ProcessLocation) -> None:
+def test_pid_of_another_machine_is_unknown(here: ProcessLocation) -> None:
     assert here.is_running() is True
     assert replace(here, pid_namespace=here.pid_namespace + 1).is_running() is None, "a container beside this one"
     assert replace(here, boot="another", machine="far").is_running() is None
     assert replace(here, boot="another").is_running() is False, "this machine has been started since"
 
 
-def test_a_run_goes_on_while_session_or_agent_lives(here: ProcessLocation) -> None:
+def test_a_run_is_running_while_session_or_agent_is(here: ProcessLocation) -> None:
     gone, far = replace(here, started=here.started + 1), replace(here, boot="another", machine="far")
 
     def answer(session: ProcessLocation, *agents: ProcessLocation, job: dict[str, str] | None = None) -> bool | None:

@@ -1,4 +1,4 @@
-"""Whoever is signalled, and however: the run ends, nothing of it is left, and the cause is named."""
+"""Any signal to any process of a run: the run ends, no process is left, and the cause is named."""
 
 import os
 import signal
@@ -28,7 +28,7 @@ def name_of(cell):
 
 @pytest.fixture(scope="module")
 def bystander():
-    """Somebody else's process, started in the same way as ranks are."""
+    """A process of another program, started in the same way as ranks are."""
     with subprocess.Popen(["sleep", "600"], start_new_session=True) as process:
         yield process
         assert process.poll() is None

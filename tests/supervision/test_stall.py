@@ -1,4 +1,4 @@
-"""A run that stands still: who holds it up, where everybody is, and the end of it."""
+"""A stalled run: the straggler, the position of every rank, and the end of the run."""
 
 import pytest
 
@@ -21,7 +21,7 @@ def stalled(supervise):
     return run
 
 
-def test_the_rank_that_holds_up_the_others_is_named(stalled):
+def test_the_straggler_is_named(stalled):
     assert stalled.failure["rank"] == 1
     assert stalled.failure["exit_code"] == stalled.result["exit_code"] == 124
     assert "rank 1 on box has not moved for" in stalled.failure["reason"]
@@ -30,7 +30,7 @@ def test_the_rank_that_holds_up_the_others_is_named(stalled):
     assert last.endswith("in stand_still")
 
 
-def test_where_everybody_was_is_told(stalled):
+def test_the_position_of_every_rank_is_reported(stalled):
     places = [(place["rank"], place["phase"], place["step"]) for place in stalled.failure["ranks"]]
     assert places == [(0, "backward", 2), (1, "forward", 2)]
 
@@ -104,7 +104,7 @@ STOPPED = StackTrace(text="", where="loop.py:88 in train_step", collective="all_
         ([SUM, SUM, SUM, SUM], 0),
     ],
 )
-def test_odd_one_out(stacks, odd):
+def test_find_straggler(stacks, odd):
     places = {rank: place(5, 10.0 + rank) for rank in range(4)}
     assert find_straggler(places, {rank: stack for rank, stack in enumerate(stacks) if stack}) == odd
 

@@ -1,4 +1,4 @@
-"""Agents that dial in: who is let in, who is not, and what travels."""
+"""Agents that connect to the session over TCP: handshake, refusals and messages."""
 
 import contextlib
 import json
@@ -18,22 +18,22 @@ KEY = b"k" * 64
 
 
 @contextlib.contextmanager
-def gate(*names):
-    """Open a gate in a thread; yield its port, what it says, and a function that waits for the connections."""
+def listening(*names):
+    """Open a listener in a thread; yield its port, its reports, and a function that waits for the connections."""
     port, said, arrived = two_free_ports(), [], {}
-    opened = AgentListener(port=port, key=KEY, hosts=dict(enumerate(names, start=1)))
-    thread = threading.Thread(target=lambda: arrived.update(opened.gather(timeout_s=30, say=said.append)))
+    listener = AgentListener(port=port, key=KEY, hosts=dict(enumerate(names, start=1)))
+    thread = threading.Thread(target=lambda: arrived.update(listener.gather(timeout_s=30, say=said.append)))
     thread.start()
 
-    def everybody():
+    def wait_for_all():
         thread.join()
         return arrived
 
     try:
-        yield port, said, everybody
+        yield port, said, wait_for_all
     finally:
         thread.join()
-        opened.close()
+        listener.close()
 
 
 def call(port, index, key=KEY, timeout_s=10):
@@ -41,8 +41,8 @@ def call(port, index, key=KEY, timeout_s=10):
 
 
 def test_messages_go_both_ways_whole():
-    with gate("node1") as (port, _, everybody):
-        peer, connection = call(port, 1), everybody()["node1"]
+    with listening("node1") as (port, _, wait_for_all):
+        peer, connection = call(port, 1), wait_for_all()["node1"]
         text = "ü" * 100_000
         connection.send(UserNote(text=text))
         peer.setblocking(True)
@@ -59,12 +59,12 @@ def test_messages_go_both_ways_whole():
         assert connection.receive() is None
 
 
-def test_the_gate_waits_for_everybody_and_takes_the_later_of_two():
-    with gate("node1", "node2") as (port, _, everybody):
+def test_listener_waits_for_all_agents_and_uses_the_latest_connection():
+    with listening("node1", "node2") as (port, _, wait_for_all):
         first = call(port, 1)
         again = call(port, 1)
         other = call(port, 2)
-        assert everybody().keys() == {"node1", "node2"}
+        assert wait_for_all().keys() == {"node1", "node2"}
         first.setblocking(True)
         assert first.recv(1) == b""
         for peer in (again, other):
@@ -75,8 +75,8 @@ def test_the_gate_waits_for_everybody_and_takes_the_later_of_two():
 
 
 @pytest.mark.parametrize("index", [1, 2, -1])
-def test_who_does_not_know_the_key_is_refused(index):
-    with gate("node1") as (port, said, _):
+def test_peer_without_the_key_is_refused(index):
+    with listening("node1") as (port, said, _):
         with pytest.raises(EnvironmentProblem, match=f"127.0.0.1:{port}"):
             call(port, index, key=b"other", timeout_s=0)
         call(port, 1).close()
@@ -88,59 +88,59 @@ NOISE = (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b"[]\n", b'{"index": "1", "non
 
 
 @pytest.mark.parametrize("noise", NOISE)
-def test_strangers_disturb_nobody(noise):
-    with gate("node1") as (port, said, everybody):
-        with socket.create_connection(("127.0.0.1", port), timeout=10) as stranger:
-            stranger.sendall(noise)
-            with contextlib.suppress(OSError):  # it may have been hung up on by now
-                stranger.shutdown(socket.SHUT_WR)
-                assert stranger.recv(100) == b""
+def test_unknown_peers_do_not_disturb_agents(noise):
+    with listening("node1") as (port, said, wait_for_all):
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as peer:
+            peer.sendall(noise)
+            with contextlib.suppress(OSError):  # it may be closed already
+                peer.shutdown(socket.SHUT_WR)
+                assert peer.recv(100) == b""
         call(port, 1).close()
-        assert list(everybody()) == ["node1"]
+        assert list(wait_for_all()) == ["node1"]
     assert len(said) == 1
 
 
-def test_a_pod_refuses_a_gate_that_does_not_know_the_key():
-    ours, theirs = socket.socketpair()
+def test_agent_refuses_a_session_without_the_key():
+    agent, session = socket.socketpair()
 
     def pretend():
-        theirs.recv(1000)
-        theirs.sendall(json.dumps({"nonce": "0" * 64, "proof": "0" * 64}).encode() + b"\n")
+        session.recv(1000)
+        session.sendall(json.dumps({"nonce": "0" * 64, "proof": "0" * 64}).encode() + b"\n")
 
     thread = threading.Thread(target=pretend)
     thread.start()
     with pytest.raises(HandshakeError, match="does not know the key"):
-        authenticate(ours, index=1, key=KEY)
+        authenticate(agent, index=1, key=KEY)
     thread.join()
-    ours.close()
-    theirs.close()
+    agent.close()
+    session.close()
 
 
-def test_a_proof_serves_once_only():
-    """What one pod was heard to say does not let another in: the gate's nonce is new each time."""
-    heard = []
+def test_a_proof_is_valid_once():
+    """A replayed proof is refused, because the session's nonce is new each time."""
+    sent = []
 
     class Recorder(socket.socket):
         def sendall(self, data, *flags):
-            heard.append(data)
+            sent.append(data)
             super().sendall(data, *flags)
 
-    with gate("node1", "node2") as (port, said, everybody):
+    with listening("node1", "node2") as (port, said, wait_for_all):
         recorder = Recorder()
         recorder.connect(("127.0.0.1", port))
         authenticate(recorder, index=1, key=KEY)
         with socket.create_connection(("127.0.0.1", port), timeout=10) as replay:
-            replay.sendall(heard[0])
+            replay.sendall(sent[0])
             replay.recv(1000)
-            replay.sendall(heard[1])
+            replay.sendall(sent[1])
             assert replay.recv(100) == b""
         call(port, 2).close()
-        assert len(everybody()) == 2
+        assert len(wait_for_all()) == 2
     assert [text.rpartition(" and ")[2] for text in said] == ["does not know the key of this run"]
     recorder.close()
 
 
-def test_nobody_waits_for_ever():
+def test_timeouts():
     port, said = two_free_ports(), []
     with pytest.raises(EnvironmentProblem, match="node1 did not connect within 0 s"):
         AgentListener(port=port, key=KEY, hosts={1: "node1"}).gather(timeout_s=0, say=said.append)

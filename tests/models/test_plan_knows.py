@@ -120,6 +120,15 @@ def test_given_weights_with_a_foreign_tokenizer_or_a_rate_for_random_ones_are_wa
         ({"model_type": "llama17"}, "no causal language model of type llama17"),
         ({"model_type": "t17", "auto_map": {}}, "code that a model ships is never run"),
         ({"model_type": None}, "names no model_type"),
+        ({"num_hidden_layers": "two"}, 'config.json says num_hidden_layers: "two"'),
+        ({"num_hidden_layers": -1}, "config.json says num_hidden_layers: -1"),
+        ({"num_attention_heads": 0}, "config.json says num_attention_heads: 0"),
+        ({"num_key_value_heads": True}, "config.json says num_key_value_heads: true"),
+        ({"hidden_size": 32.5}, "config.json says hidden_size: 32.5"),
+        ({"vocab_size": [67]}, "config.json says vocab_size: [67]"),
+        ({"intermediate_size": [48, 0]}, "config.json says intermediate_size: [48, 0]"),
+        ({"max_position_embeddings": {}}, "config.json says max_position_embeddings: {}"),
+        ({"head_dim": "x"}, 'config.json says head_dim: "x"'),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by gptq"),
     ],
 )
@@ -167,6 +176,7 @@ def damaged(**changes: object) -> dict[str, Any]:
         damaged(shape=[True, 32]),
         damaged(dtype=None),
         damaged(dtype=["F32"]),
+        damaged(dtype="Q77"),
         {"model.norm.weight": HEADER[FIRST], **HEADER},
     ],
 )

@@ -33,12 +33,22 @@ class Sizes(Protocol):
 def sizes_from_config(config: ConfigJson) -> Sizes | None:
     """Return the sizes that the content of a ``config.json`` gives, ``None`` for a family that is not known here."""
     family = _FAMILIES.get(str(config.get("model_type")))
-    if family is None:
+    if family is None or any(invalid_sizes(config)) or any(isinstance(config.get(key), list) for key in _CHECKED_SIZES):
         return None
     try:
         return family(config)
     except (KeyError, TypeError):  # an older or hand-written file that leaves out a size
         return None
+
+
+def invalid_sizes(config: ConfigJson) -> Iterator[tuple[str, object]]:
+    """Yield the key and value of each size that is not a whole number of at least 1, or a list of these by layer."""
+    for part in (config, text) if (text := _text_part(config)) is not config else (config,):
+        for key in _CHECKED_SIZES:
+            size = part.get(key)
+            sizes = size if isinstance(size, list) and key in _SIZES_BY_LAYER else [size]
+            if size is not None and not all(type(each) is int and each >= 1 for each in sizes):
+                yield key, size
 
 
 def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]]) -> Shape | None:
@@ -64,8 +74,8 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
         num_params=total,
         active_params=total - experts + experts * used // all_experts if experts and used and all_experts else total,
         largest_param=max(sizes.values()),
-        kv_heads=_positive_int(config, "num_key_value_heads", "num_kv_heads") or heads,
-        intermediate_size=_positive_int(config, "intermediate_size", "n_inner", "ffn_dim") or 4 * width,
+        kv_heads=_positive_int(config, *_KV_HEAD_KEYS) or heads,
+        intermediate_size=_positive_int(config, *_INTERMEDIATE_KEYS) or 4 * width,
         block_params=blocks // layers,
         tie_word_embeddings=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
         family=str(config.get("model_type")),
@@ -83,6 +93,17 @@ _SIZE_KEYS = (
     ("max_position_embeddings", "n_positions", "max_seq_len"),
 )
 """Words of families for layers, width, heads, tokens and longest sequence."""
+
+
+_KV_HEAD_KEYS, _INTERMEDIATE_KEYS = ("num_key_value_heads", "num_kv_heads"), ("intermediate_size", "n_inner", "ffn_dim")
+
+
+_SIZES_BY_LAYER = (*_SIZE_KEYS[2], *_KV_HEAD_KEYS, *_INTERMEDIATE_KEYS, "head_dim")
+"""Keys whose value is a list in some families, an entry for each layer."""
+
+
+_CHECKED_SIZES = (*(key for keys in _SIZE_KEYS for key in keys), *_SIZES_BY_LAYER)
+"""Keys whose value is a size of at least 1 in every family."""
 
 
 def _positive_int(config: ConfigJson, *names: str) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launcher.config.model.config_json import sizes_from_config
+from launcher.config.model.config_json import invalid_sizes, sizes_from_config
 from launcher.config.model.shape import Gpt2Sizes
 from launcher.config.model.transformers_support import causal_lm_types, rope_types
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
@@ -24,9 +24,11 @@ _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
     **dict.fromkeys(("F32", "I32", "U32"), 32),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 16),
-    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 8),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    "F4": 4,
 }
-"""Size of an element by its name in safetensors; newer formats than these are only checked by their bytes."""
+"""Bits of an element by the name of its format: every format that safetensors 0.8 can read."""
 
 
 _OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
@@ -130,7 +132,10 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         if not is_whole:
             raise ValueError(f"{file.name} has a damaged header: {name} has no shape, format and place")
         bits = _BITS.get(dtype)
-        if bits is not None and math.prod(shape) * bits != 8 * (end - start):
+        if bits is None:
+            why = f"{name} is of format {dtype!r}, not one of {', '.join(_BITS)}"
+            raise ValueError(f"{file.name} is damaged, or of a newer safetensors: {why}")
+        if math.prod(shape) * bits != 8 * (end - start):
             raise ValueError(f"{file.name} has a damaged header: {name} is {dtype} {shape} in {end - start} bytes")
         spans.append((start, end, name))
     place = 0
@@ -201,6 +206,9 @@ def validate_config_json(
     if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.heads:
         why = f"config.json has n_embd={sizes.hidden_size}, which is not a multiple of n_head={sizes.heads}"
         yield ConfigError(option, value, why=why, fix="give a folder that save_pretrained wrote")
+    for key, size in invalid_sizes(config):
+        why = f"config.json says {key}: {json.dumps(size)}, which is not a whole number of at least 1"
+        yield ConfigError(option, value, why=why, fix=f"correct {key} in its config.json, or choose another model")
     for kind in _rope_types(config):
         if (scaled := rope_types()) is not None and kind not in scaled | _OTHER_ROPE_TYPES:
             why = f"config.json asks for rotary positions of type {kind!r}, unknown to the installed Transformers"

@@ -16,7 +16,7 @@ from launcher.config.data.base import Corpus, TextChunk
 from launcher.config.data.bpe import END, train_byte_level_bpe
 from launcher.config.model.base import Model
 from launcher.data.corpus import read_corpus
-from launcher.models.pretrained import tokenizer_folder
+from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import sha256_of, write_atomic, write_json
@@ -74,7 +74,9 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 
 def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:
     """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
-    return load_tokenizer(_given_folder(data, model, heartbeat=heartbeat), option="data.tokenizer")
+    folder, option = _given_folder(data, model, heartbeat=heartbeat), "data.tokenizer"
+    config_option = tokenizer_folder_option(model) if data.tokenizer == "model" else option
+    return load_tokenizer(folder, option=option, config_option=config_option)
 
 
 def _given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> Path:

@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.inference import DEFAULT_TEMPLATE
-from launcher.config.model.base import has_tokenizer
 from launcher.errors import ConfigError
-from launcher.models.pretrained import tokenizer_folder
-from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder
+from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
+from launcher.models.tokenizer import decoder_of, fallback_byte, has_decoder, load_transformers_tokenizer
 from launcher.utils.files import sha256_of
 from launcher.utils.text import did_you_mean
 
@@ -252,34 +251,28 @@ def open_tokenizer(
             why = f"data={run.data.kind} has no text, and so no tokenizer"
             raise ConfigError("job.tokenizer", choice, why=why, fix="set job.tokenizer=bytes")
         return TextTokenizer(token_folder(run.data, run.model, heartbeat=heartbeat)[1].inner)
-    folder = tokenizer_folder(run.model, heartbeat=heartbeat) if choice == "model" else Path(choice).expanduser()
-    return load_text_tokenizer(folder, template=template)
+    if choice == "model":
+        folder, option = tokenizer_folder(run.model, heartbeat=heartbeat), tokenizer_folder_option(run.model)
+        return load_text_tokenizer(folder, template=template, config_option=option)
+    return load_text_tokenizer(Path(choice).expanduser(), template=template)
 
 
-def load_text_tokenizer(folder: Path, *, template: str | None = None) -> TextTokenizer:
+def load_text_tokenizer(
+    folder: Path, *, template: str | None = None, config_option: str = "job.tokenizer"
+) -> TextTokenizer:
     """Return the tokenizer of a folder, with its chat templates. Imports Transformers.
 
     Args:
         folder: of the tokenizer.
         template: name of the chat template that is used where none is named.
+        config_option: the option that names the folder, for messages about its config.json.
 
     Raises:
         ConfigError: there is no fast one, or it has no such template.
     """
-    from transformers import AutoTokenizer
-
     fix = "set job.tokenizer=bytes, or give the folder of a fast tokenizer"
-    try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # damaged files raise whatever the library of their format raises
-        first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
-        why = f"no tokenizer can be loaded: {first if has_tokenizer(folder) else 'the folder holds none'}"
-        raise ConfigError("job.tokenizer", folder, why=why, fix=fix) from error
-    if not loaded.is_fast:
-        raise ConfigError("job.tokenizer", folder, why="has only a slow tokenizer written in Python", fix=fix)
+    loaded = load_transformers_tokenizer(folder, option="job.tokenizer", config_option=config_option, fix=fix)
     inner = loaded.backend_tokenizer
-    inner.no_truncation()
-    inner.no_padding()
     templates = templates_by_name(loaded.chat_template)
     if template is not None and template not in templates:
         why = f"the tokenizer in {folder} has no such chat template"

@@ -15,6 +15,7 @@ from launcher.config.model.gpt2 import GPT2_VOCAB_SIZE
 from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_folder, smollm2_gguf
 from launcher.errors import EnvironmentProblem
 from launcher.models.gguf import convert_llama
+from launcher.models.tokenizer import config_json_error
 from launcher.utils.build_cache import build_once
 from launcher.utils.hub import fetch_model
 
@@ -83,6 +84,12 @@ def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:
     if model.weights not in ("random", "pretrained") and has_tokenizer(own):
         return own
     return pretrained_folder(model, with_weights=False, heartbeat=heartbeat)
+
+
+def tokenizer_folder_option(model: Model) -> str:
+    """Return the option that names the folder of the model's own tokenizer."""
+    has_own = model.weights not in ("random", "pretrained") and has_tokenizer(Path(model.weights).expanduser())
+    return "model.weights" if has_own else "model.name"
 
 
 def _source_of(model: Model) -> ModelSource:
@@ -217,10 +224,7 @@ class HfSource:
         try:
             return AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # a broken file raises whatever the class's own checks raise
-            first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            fix = "mend it, or choose a model whose code is part of the installed Transformers"
-            why = f"Transformers cannot read {folder}/config.json: {first}"
-            raise self._model.error("name", why, fix) from error
+            raise config_json_error("model.name", self._model.name, folder, error) from error
 
     def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
         """Return the local folder, or that of the hub's cache, fetched where missing."""

@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.config.model.base import TOKENIZER_FILES, VOCABULARY_FILES, has_tokenizer
 from launcher.errors import ConfigError
+from launcher.utils.files import exists
 
 if TYPE_CHECKING:
     import tokenizers
+    from transformers import PreTrainedTokenizerFast
 
 
 REPLACEMENT = "\ufffd"
@@ -137,33 +139,69 @@ class FastTokenizer:
         return text
 
 
-def load_tokenizer(folder: Path, *, option: str) -> FastTokenizer:
+def load_tokenizer(folder: Path, *, option: str, config_option: str | None = None) -> FastTokenizer:
     """Return the tokenizer of a model folder. Imports Transformers.
 
     Args:
         folder: what ``save_pretrained`` of a tokenizer writes, alone or among a model's files.
         option: the option that chose it, for messages.
+        config_option: the option that names the folder, for messages about its config.json; ``option`` by default.
 
     Raises:
         ConfigError: there is none, or it is not a fast one.
     """
+    fix = "set data.tokenizer=bpe to train one on the text"
+    loaded = load_transformers_tokenizer(folder, option=option, config_option=config_option or option, fix=fix)
+    return FastTokenizer(inner=loaded.backend_tokenizer, end_id=loaded.eos_token_id)
+
+
+def load_transformers_tokenizer(folder: Path, *, option: str, config_option: str, fix: str) -> PreTrainedTokenizerFast:
+    """Return a folder's tokenizer as Transformers loads it, without truncation and padding.
+
+    Args:
+        folder: what ``save_pretrained`` of a tokenizer writes, alone or among a model's files.
+        option: the option that chose it, for messages.
+        config_option: the option that names the folder; named when its config.json is at fault.
+        fix: what to do instead.
+
+    Raises:
+        ConfigError: there is no fast tokenizer, or Transformers cannot read config.json, which it reads first.
+    """
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        loaded: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # damaged files raise whatever the library of their format raises
+        _raise_for_config(folder, config_option)
         first = " ".join(line.strip() for line in str(error).strip().splitlines()[:2])
         if not has_tokenizer(folder):
             first = f"{folder} holds none of {', '.join(VOCABULARY_FILES)}"
-        fix = "set data.tokenizer=bpe to train one on the text"
         raise ConfigError(option, folder, why=f"no tokenizer can be loaded: {first}", fix=fix) from error
     if not loaded.is_fast:
-        fix = "set data.tokenizer=bpe to train one on the text"
         raise ConfigError(option, folder, why="has only a slow tokenizer written in Python", fix=fix)
     inner = loaded.backend_tokenizer
     inner.no_truncation()
     inner.no_padding()
-    return FastTokenizer(inner=inner, end_id=loaded.eos_token_id)
+    return loaded
+
+
+def _raise_for_config(folder: Path, option: str) -> None:
+    """Raise a ConfigError if Transformers cannot read the folder's config.json, which names the tokenizer's class."""
+    from transformers import AutoConfig
+
+    if not exists(folder / "config.json"):
+        return
+    try:
+        AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # a broken file raises whatever the class's own checks raise
+        raise config_json_error(option, folder, folder, error) from error
+
+
+def config_json_error(option: str, value: object, folder: Path, error: Exception) -> ConfigError:
+    """Return the refusal of a folder whose config.json Transformers cannot read."""
+    said = " ".join(line.strip() for line in f"{type(error).__name__}: {error}".strip().splitlines()[:2])
+    fix = "correct it, or choose a model whose code is part of the installed Transformers"
+    return ConfigError(option, value, why=f"Transformers cannot read {folder}/config.json: {said}", fix=fix)
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:

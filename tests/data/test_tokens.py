@@ -13,15 +13,17 @@ import datasets
 import numpy as np
 import pytest
 
+from launcher.config.compose import compose
 from launcher.config.data.text import Text
 from launcher.config.model.gpt2 import Gpt2
+from launcher.config.model.hf import Hf
 from launcher.data.corpus import read_corpus
 from launcher.data.dataset import open_splits, open_stream
-from launcher.data.token_cache import save_tokenizer, token_folder, train_bpe
+from launcher.data.token_cache import given_tokenizer, save_tokenizer, token_folder, train_bpe
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.inference.tokenizer import load_text_tokenizer
+from launcher.inference.tokenizer import load_text_tokenizer, open_tokenizer
 from launcher.models.tokenizer import load_tokenizer
-from launcher.utils.files import read_json
+from launcher.utils.files import read_json, write_json
 
 MakeText = Callable[..., Text]
 
@@ -182,3 +184,33 @@ def test_a_tokenizer_of_a_folder_is_saved_with_its_chat_templates(text: MakeText
         *("chat_template.jinja", "additional_chat_templates/tools.jinja"),
     }
     assert load_tokenizer(saved, option="x").encode("the cat") == tokenizer.encode("the cat")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"num_attention_heads": 3}, "not a multiple of the number of attention heads"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "factor"),
+        ({"eos_token_id": "x"}, "eos_token_id"),
+        ({"dtype": "float7"}, "float7"),
+    ],
+)
+def test_a_config_that_keeps_the_tokenizer_from_loading_is_named(
+    text: MakeText, tmp_path: Path, changes: dict[str, object], said: str
+) -> None:
+    (tmp_path / "tokenizer.json").write_text(train_bpe(read_corpus(Text()), vocab_size=300).to_json())
+    sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    write_json(tmp_path / "config.json", {"model_type": "llama", "vocab_size": 300, **sizes, **changes})
+    own, other = Hf(name=str(tmp_path)), Gpt2(name="small", layers=1, heads=1, hidden_size=8, weights=str(tmp_path))
+    for model, option in ((own, "model.name"), (other, "model.weights")):
+        expected = rf"{option}={tmp_path}: Transformers cannot read {tmp_path}/config.json: .*{said}"
+        with pytest.raises(ConfigError, match=expected):
+            given_tokenizer(text(tokenizer="model"), model, heartbeat=quiet)
+        run = replace(compose(["backend.ranks=1"]).run, model=model)
+        with pytest.raises(ConfigError, match=expected):
+            open_tokenizer("model", run, heartbeat=quiet)
+    with pytest.raises(ConfigError, match=rf"data.tokenizer={tmp_path}: Transformers cannot read .*{said}"):
+        given_tokenizer(text(tokenizer=str(tmp_path)), own, heartbeat=quiet)
+    with pytest.raises(ConfigError, match=rf"job.tokenizer={tmp_path}: Transformers cannot read .*{said}"):
+        open_tokenizer(str(tmp_path), run, heartbeat=quiet)

@@ -1,7 +1,7 @@
 """The life of a run: probe, stage, submit, restart, finalize.
 
-The parent goes through all of it with ``start_run``. Where a cluster carries the run out, the parent's submission ends
-once the run is queued, and the entry point on the far side calls ``execute_run`` with an executor of its own.
+The parent calls ``start_run``. Where a cluster executes the run, the parent's submission ends once the run is queued,
+and the entry point on the far side calls ``execute_run`` with an executor of its own.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def _validate_staged(prepared: PreparedRun) -> None:
 def _index(prepared: PreparedRun, staged: StagedFiles) -> bool:
     """Let ``launch runs`` find a run outside of ``run.root``; return whether this is new there.
 
-    A run that cannot be noted there runs all the same.
+    Failing to write the index does not stop the run.
     """
     root, plan, directory = Path(prepared.run.run.root), prepared.plan, prepared.directory
     if is_below(directory, root):
@@ -118,7 +118,7 @@ def _index(prepared: PreparedRun, staged: StagedFiles) -> bool:
 def _lock_run_dir(directory: RunDir, staged: StagedFiles, *, is_detached: bool) -> RunLock:
     """Make the run directory and return the lock that this process holds on it.
 
-    A run that is handed over is locked by the process that carries it out; the submission has a lock of its own.
+    A detached run is locked by the process that executes it; the submission has a lock of its own.
 
     Raises:
         ConfigError: the directory cannot be written, or another launcher has it; nothing was made.

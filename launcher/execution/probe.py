@@ -16,15 +16,15 @@ from launcher.protocol.plan import Host
 
 
 def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: bool = True) -> PreparedRun:
-    """Return the run planned with what its hosts say of themselves.
+    """Return the run planned with the probed facts of its hosts.
 
     Args:
-        prepared: the run, planned with what was assumed of them.
+        prepared: the run, planned with assumed facts.
         executor: reaches the hosts.
         is_fresh: look at this machine's disk and ports as well; not where the run has its directory already.
 
     Raises:
-        Unfit: something would break it; nothing was started.
+        Unfit: a host is unfit for the run; nothing was started.
         ConfigErrors: it does not fit what the hosts are (more ranks than GPUs, checkpoints without a shared disk).
     """
     report = _ask(prepared, executor)

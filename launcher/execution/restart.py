@@ -22,7 +22,7 @@ from launcher.utils.system import describe_full_disk, free_port
 
 PORT_TRIES = 3
 _PAUSE_S = 1.0
-"""Before a restart: what killed the run may take its machine along a moment later."""
+"""Before a restart: the cause of a failure may take its host down a moment later."""
 
 
 def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor, *, port_tries: int = PORT_TRIES) -> RunOutcome:
@@ -68,7 +68,7 @@ def _write(prepared: PreparedRun) -> None:
 
 
 def _is_written(prepared: PreparedRun) -> bool:
-    """Write what another attempt needs; where the disk does not take it, say so."""
+    """Write what another attempt needs; print an error and return False where the disk is full."""
     try:
         _write(prepared)
     except EnvironmentProblem as problem:
@@ -85,12 +85,12 @@ def _on_another_port(prepared: PreparedRun) -> PreparedRun:
 
 
 def _may_be_restarted(outcome: RunOutcome) -> bool:
-    """Return whether another attempt can end otherwise: bad options, data, weights and hosts stay as they are."""
+    """Return whether another attempt can succeed: bad options, data, weights and hosts do not change."""
     return outcome.status == "failed" and outcome.exit_code not in (EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT)
 
 
 def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor, *, left: int) -> PreparedRun | None:
-    """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` when that cannot be."""
+    """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` if it cannot restart."""
     directory, backend = prepared.directory, prepared.run.backend
     print(closing_message(outcome, directory), flush=True)
     if outcome.failure is not None:
@@ -102,8 +102,8 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
     hosts, port = _answering(prepared, executor)
     if len(hosts) < backend.min_hosts_for_restart(len(prepared.hosts)):
         gone = ", ".join(sorted({host.name for host in prepared.hosts} - {host.name for host in hosts}))
-        told = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
-        print(told + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
+        line = f"not restarted: {len(hosts)} of {len(prepared.hosts)} hosts answer, {gone} not"
+        print(line + (f"; backend.min_hosts={len(hosts)} would go on without" if hosts else ""), flush=True)
         return None
     run = prepared.run
     resume = resume_of_restart(run.checkpoint.resume, directory)

@@ -29,7 +29,7 @@ _INTERNAL_FILES = frozenset(
 
 
 def opening_lines(plan: Plan) -> Iterator[str]:
-    """Yield what is about to happen, where it is kept, where W&B goes, and what may surprise."""
+    """Yield what starts, the run directory, the tracker and the warnings of a plan."""
     hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
@@ -42,7 +42,7 @@ def opening_lines(plan: Plan) -> Iterator[str]:
 
 
 def _amount(plan: Plan) -> str:
-    """Return how much there is to do; for work without an end, what is done."""
+    """Return the amount of work; for a server, its address."""
     work = plan.work
     if work.batch is not None:
         return f"{work.batch} sequences a step, {work.num_steps} steps"
@@ -52,7 +52,7 @@ def _amount(plan: Plan) -> str:
 
 
 def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:
-    """Return how a completed run went, what it left, and what to type next.
+    """Return how a completed run ended, its files, and what to type next.
 
     Args:
         result: its ``result.json``.
@@ -61,21 +61,21 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
     """
     metrics = result["metrics"]
     loss = metrics.get("eval/loss")
-    told = [f"{result['status']} in {elapsed_s:.0f} s"]
+    parts = [f"{result['status']} in {elapsed_s:.0f} s"]
     if loss is not None:
         beaten = ", ".join(
             f"{name.removeprefix('baseline/')} {value:.4f}"
             for name, value in metrics.items()
             if name.startswith("baseline/") and value is not None
         )
-        told.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
+        parts.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
     where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
     commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
     if more := continue_command(read_run_state(directory)):
         commands.append(more)
     return "\n".join(
         [
-            "; ".join(told),
+            "; ".join(parts),
             f"left in {where}: {', '.join(_left(directory, steps))}",
             "next: " + "\n      ".join(commands),
         ]
@@ -83,7 +83,7 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
 
 
 def _left(directory: RunDir, steps: Sequence[Path]) -> Iterator[str]:
-    """Yield what a user may want of the files of a run; not those that only this program reads."""
+    """Yield the files of a run that users read, without those that only this program reads."""
     for entry in sorted(directory.path.iterdir()):
         if entry == directory.checkpoints and steps:
             yield f"checkpoints/{steps[-1].parent.name}"

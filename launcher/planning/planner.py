@@ -119,7 +119,7 @@ def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
     )
 
     ops = run.parallel.native_ops(run.optimizer)
-    # other machines are not looked into: there, the command that builds finds out by itself
+    # other machines are not inspected: there, the build command checks what is missing
     is_elsewhere = run.backend.probes_hosts or not run.backend.sees_files_of_hosts(run_dir)
     missing_ops = ops_arguments(ops) if is_elsewhere else ops_to_build(ops)
     return LocalFacts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing_ops)

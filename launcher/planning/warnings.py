@@ -106,6 +106,6 @@ def _schedule_warnings(run: Run) -> Iterator[str]:
 
 
 def numerics_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
-    """Yield what a user should know of options that work."""
+    """Yield warnings about options that work."""
     if isinstance(run.activation, OffloadCheckpointing) and any(host.is_probed and not host.devices for host in hosts):
         yield "activation=offload moves nothing without a GPU: activations are in host RAM already, as activation=full"

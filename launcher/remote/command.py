@@ -63,7 +63,7 @@ def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: B
 
     Args:
         module: reads the rest of stdin.
-        cwd: entered where it exists; where it does not and the code is shared, the host says so and goes on.
+        cwd: entered where it exists; where it does not and the code is shared, the host prints a warning and continues.
         pythonpath: folders on the host that come first in PYTHONPATH.
         bundle: the code, for hosts that do not share it; it comes before ``pythonpath``.
     """
@@ -91,7 +91,7 @@ def ssh_command(
 ) -> RemoteCommand:
     """Return how to run on ``host`` what ``prologue`` says.
 
-    Of an option given twice, ssh takes the first: ours, then ``options``, then the user's configuration.
+    Of an option given twice, ssh takes the first: the launcher's, then ``options``, then the user's configuration.
 
     Args:
         host: with a ``login``.

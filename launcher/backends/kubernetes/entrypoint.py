@@ -1,7 +1,7 @@
 """Entry point of every pod: ``python -m launcher.backends.kubernetes.entrypoint FOLDER``.
 
 The folder holds snapshot, config and key. The first pod runs the session and the agent of its own ranks. The others
-dial in to it and are agents.
+connect to it and run agents.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
     from launcher.config.backend.kubernetes import KubernetesBackend
 
 _INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", "RANK")
-"""Who tells a pod its number: Indexed Jobs and what is made of them; PyTorchJobs."""
+"""Variables with the number of a pod: of Indexed Jobs and what is built on them; of PyTorchJobs."""
 
 _CONTROLLER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_")
-"""Beginnings of variables that controllers set for torchrun; ours come from the plan."""
+"""Prefixes of variables that controllers set for torchrun; the plan sets its own."""
 
 
 def main() -> None:
-    """Do this pod's part of the run and exit as its controller must see it."""
-    # The first process of a container has no default action: what is imported before this line leaves it deaf so long.
+    """Run this pod's part of the run and exit with the code for its controller."""
+    # The first process of a container ignores signals without a handler: import as little as possible before this.
     signal.signal(signal.SIGTERM, _end_as_preempted)
     try:
         sys.exit(_code_of_pod(Path(sys.argv[1])))
@@ -65,7 +65,7 @@ def index_of(environ: Mapping[str, str]) -> int:
     """Return the number of this pod.
 
     Raises:
-        EnvironmentProblem: no controller told it.
+        EnvironmentProblem: no controller set it.
     """
     for name in _INDEX_VARIABLES:
         if environ.get(name, "").isdigit():

@@ -1,4 +1,4 @@
-"""What the first pod of a run does: plan, wait for the other pods, run the session."""
+"""The first pod of a run: plan, wait for the agents of the other pods, run the session."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
 
     Args:
         run: as it was submitted.
-        backend: its options of the cluster.
+        backend: the options of the cluster.
         config: what else was submitted.
-        key: that the other pods know too.
+        key: shared with the other pods.
         say: prints a line.
 
     Raises:
@@ -51,7 +51,7 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
         return EXIT_PREEMPTED
     executor = PodExecutor(backend, config, key=key, say=say)
     with lock:
-        # on another port: the controller's restart, for the other pods would have to dial in again
+        # no retry on another port: the agents of the other pods would have to connect again
         outcome = execute_run(prepared, executor, port_tries=1, prints_summary=False)
     return _code_for_controller(outcome, executor.agents)
 
@@ -98,10 +98,10 @@ class PodExecutor(Executor[KubernetesBackend]):
 
 
 def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:
-    """Return the exit code of this pod: 75, "start me again", wherever the end is not this pod's to answer for.
+    """Return the exit code of this pod: 75, "start me again", where this pod did not cause the end.
 
-    Whoever ends a pod wants its run to go on elsewhere, also where nothing was there to be saved yet. And of a pod that
-    died its controller knows more: it counts a crash, and forgives a node that was taken away.
+    A deleted pod is replaced, even before its first checkpoint. Of a pod that died, its controller knows more: it
+    counts a crash and does not count a node that was taken away.
     """
     failure = outcome.failure
     if failure is not None and failure.rank is None and failure.host in others and others[failure.host].has_hung_up:
@@ -130,7 +130,7 @@ def prepare_in_cluster(run: Run, backend: KubernetesBackend, config: PodConfig) 
 
 
 def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
-    """Return the run, told to go on from the newest checkpoint that an earlier pod of it has left, if one has."""
+    """Return the run, set to resume from the newest checkpoint of an earlier pod, if there is one."""
     if foreign := list(validate_run_dir(replace(run, checkpoint=replace(run.checkpoint, resume="auto")), run_dir)):
         raise ConfigErrors(foreign)
     found = read_json(run_dir.plan)["run_id"] if run_dir.plan.is_file() else run_id

@@ -45,7 +45,7 @@ class Submission:
 
     @property
     def labels(self) -> dict[str, str]:
-        """By which everything of the run is found."""
+        """Labels of everything that belongs to the run."""
         return {"app.kubernetes.io/name": "launcher", "app.kubernetes.io/instance": self.job}
 
     def metadata(self) -> Manifest:
@@ -70,9 +70,9 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
         "imagePullSecrets": [{"name": name} for name in backend.image_pull_secrets],
     }
     return {
-        "restartPolicy": "Never",  # a pod is replaced, never patched up: then its controller counts
+        "restartPolicy": "Never",  # a pod is replaced, never restarted in place, so that its controller counts failures
         "terminationGracePeriodSeconds": math.ceil(max(plan.grace_s, plan.preempt_grace_s) + _SLACK_S),
-        "enableServiceLinks": False,  # variables of other people's services
+        "enableServiceLinks": False,  # variables of other services in the namespace
         **{key: value for key, value in optional.items() if value},
         "containers": [_container(submission, container)],
         "volumes": _volumes(submission),
@@ -115,11 +115,11 @@ def _forwarded(submission: Submission) -> list[Manifest]:
 
 def _volumes(submission: Submission) -> list[Manifest]:
     backend, job = submission.backend, submission.job
-    told = {"name": job, "items": [{"key": name, "path": name} for name in (SNAPSHOT_FILE, CONFIG_FILE)]}
+    config = {"name": job, "items": [{"key": name, "path": name} for name in (SNAPSHOT_FILE, CONFIG_FILE)]}
     key = {"name": job, "items": [{"key": KEY_FILE, "path": KEY_FILE}]}
     runs: Manifest = {"persistentVolumeClaim": {"claimName": backend.claim}} if backend.claim else {"emptyDir": {}}
     return [
-        {"name": "launcher", "projected": {"sources": [{"configMap": told}, {"secret": key}]}},
+        {"name": "launcher", "projected": {"sources": [{"configMap": config}, {"secret": key}]}},
         {"name": "runs", **runs},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": backend.shared_memory}},
         *(

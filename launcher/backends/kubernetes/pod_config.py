@@ -44,7 +44,7 @@ def _dashed(text: str) -> str:
 def pod_address(workload: Workload, job: str, index: int) -> str:
     """Return the DNS name of the pod with ``index``, as its controller arranges it.
 
-    Of a PyTorchJob only the first pod has one; the others are never dialled.
+    Of a PyTorchJob only the first pod has one; nothing connects to the others.
     """
     match workload:
         case "indexed_job":
@@ -71,7 +71,7 @@ KEY_FILE = "key"
 
 @dataclass(frozen=True, kw_only=True)
 class PodConfig:
-    """All that the pods cannot find in the snapshot. From both they make the plan themselves, so it need not travel."""
+    """What pods need beside the snapshot. From both they make the plan themselves, so it is not sent."""
 
     job: str
     """Name of the run in the cluster; addresses follow from it."""

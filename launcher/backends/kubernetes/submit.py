@@ -38,7 +38,7 @@ _KEY_BYTES = 32
 
 
 class KubernetesExecutor(Executor[KubernetesBackend]):
-    """Applies the manifests of a run; the first pod carries it out."""
+    """Applies the manifests of a run; the first pod executes it."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Refuse: pods exist only while their run lasts, and their agents connect to the session by themselves.
@@ -92,7 +92,7 @@ def create_run(
 
 
 def delete_run(submission: Submission, kubectl: Kubectl) -> None:
-    """Delete everything of the run; its pods get their time to save.
+    """Delete everything of the run; its pods get time to save.
 
     Raises:
         EnvironmentProblem: the cluster refuses; what else can be deleted is.
@@ -145,7 +145,7 @@ def _record(submission: Submission) -> None:
 
 
 def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
-    """Return what to tell the user: where it is, and what to type next."""
+    """Return lines for the user: where the run is, and what to type next."""
     kind = WORKLOADS[submission.backend.workload]
     first = f"--selector=app.kubernetes.io/instance={submission.job},{kind.first_pod}"
     commands = {
@@ -166,7 +166,7 @@ _TICK_S = 0.1
 
 
 _PATIENCE_S = 300.0
-"""Time that the cluster may leave us without an answer."""
+"""Time without an answer of the cluster after which following fails."""
 
 
 _LOST = 255
@@ -174,9 +174,9 @@ _LOST = 255
 
 
 def follow(submission: Submission, kubectl: Kubectl) -> RunOutcome:
-    """Show the output of the first pod, of each that takes its place too, until the run ends.
+    """Print the output of the first pod, and of each that replaces it, until the run ends.
 
-    A signal deletes the run: its ranks get their time to save.
+    A signal deletes the run; its ranks get time to save.
 
     Raises:
         EnvironmentProblem: kubectl is missing, or the cluster has not answered for minutes.
@@ -198,7 +198,7 @@ class _Follower:
             try:
                 outcome = self._look()
                 self._answered_at = time.monotonic()
-            except EnvironmentProblem as problem:  # the run goes on without us: no reason to give up at once
+            except EnvironmentProblem as problem:  # the run continues without this process: retry
                 if time.monotonic() - self._answered_at > _PATIENCE_S:
                     raise
                 self._say(str(problem))
@@ -224,7 +224,7 @@ class _Follower:
         return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def _show(self, pod: Any) -> None:
-        """Print a pod's output until it ends; while it has not begun, say once what it waits for."""
+        """Print a pod's output until it ends; while it is pending, print once why."""
         name = pod["metadata"]["name"]
         if name in self._shown:
             return
@@ -246,12 +246,16 @@ class _Follower:
     def _ended(self) -> bool | None:
         """Return whether the run went well; ``None`` while it has not ended."""
         run = self._kubectl.get(f"{self._kind.resource}/{self._submission.job}")
-        true = {told["type"] for told in run.get("status", {}).get("conditions", ()) if told["status"] == "True"}
-        succeeded, failed = (condition in true for condition in self._kind.conditions)
+        true = {
+            condition["type"]
+            for condition in run.get("status", {}).get("conditions", ())
+            if condition["status"] == "True"
+        }
+        succeeded, failed = (name in true for name in self._kind.conditions)
         return succeeded if succeeded or failed else None
 
     def _outcome(self, *, succeeded: bool) -> RunOutcome:
-        """Return the end of the run: what its first pod said, or else the end of the pod that took it along."""
+        """Return how the run ended: as its first pod reports, or else the pod whose end caused it."""
         if succeeded:
             return RunOutcome(status="completed", exit_code=0)
         first = self._ends(all_pods=False)
@@ -291,13 +295,13 @@ class _Follower:
 
 
 def _waiting_reason(pod: Any) -> str:
-    """Return why a pod has not begun: the cluster has no room, or an image cannot be had."""
-    for told in pod["status"].get("containerStatuses", ()):
-        if waiting := told["state"].get("waiting"):
+    """Return why a pod is pending: no node has room, or its image cannot be pulled."""
+    for container in pod["status"].get("containerStatuses", ()):
+        if waiting := container["state"].get("waiting"):
             return ": ".join(filter(None, (waiting.get("reason"), waiting.get("message"))))
-    for told in pod["status"].get("conditions", ()):
-        if told["status"] == "False" and told.get("message"):
-            return f"{told.get('reason', told['type'])}: {told['message']}"
+    for condition in pod["status"].get("conditions", ()):
+        if condition["status"] == "False" and condition.get("message"):
+            return f"{condition.get('reason', condition['type'])}: {condition['message']}"
     return "waits to be placed"
 
 
@@ -308,12 +312,12 @@ class _ContainerEnd:
     pod: str
     code: int
     said: str
-    """The cause that its last line names; where it had no time to write one, what the cluster knows."""
+    """The cause in its last line; without one, what the cluster reports."""
 
 
 def _container_end(pod: Any) -> _ContainerEnd | None:
-    for told in pod["status"].get("containerStatuses", ()):
-        if ended := told["state"].get("terminated"):
+    for container in pod["status"].get("containerStatuses", ()):
+        if ended := container["state"].get("terminated"):
             name, code = str(pod["metadata"]["name"]), int(ended["exitCode"])
             last = str(ended.get("message", "")).strip().rpartition("\n")[2]
             beginning = f"exit code {code}: "

@@ -1,4 +1,4 @@
-"""Slurm's own programs: what they say about the cluster and about a job."""
+"""Slurm's own programs: partitions of the cluster and the state of a job."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def run_slurm(
 
 
 def error_text(stderr: str) -> str:
-    """Return what a program of Slurm complained about, in one line."""
+    """Return the errors that a program of Slurm printed, in one line."""
     lines = [line.partition("error: ")[2] or line for line in stderr.splitlines()]
     return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) or "nothing"
 
@@ -100,24 +100,24 @@ _OVER = (
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """What Slurm knows of a job."""
+    """The state of a job, as Slurm reports it."""
 
     name: str
     """``RUNNING``, ``PENDING``, …; empty once Slurm has forgotten the job."""
     reason: str = ""
-    """Why it waits."""
+    """Why it is pending."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come of it."""
+        """Whether the job has ended."""
         return self.name in _OVER or not self.name
 
 
 def job_state(job_id: str) -> JobState:
-    """Return what Slurm says of a job; its controller may be away for a while, and then it is asked again.
+    """Return the state of a job; retry while Slurm's controller does not answer.
 
     Raises:
-        EnvironmentProblem: it stays away.
+        EnvironmentProblem: it does not answer after several tries.
     """
     for pause_s in (1.0, 5.0, 20.0, 60.0, 0.0):
         answer = run_slurm(["squeue", "--noheader", "--states=all", f"--jobs={job_id}", "--format=%T|%r"])

@@ -1,8 +1,8 @@
 """Entry point of a Slurm job: the batch process on the first node.
 
-``python -m launcher.backends.slurm.entrypoint RUN_DIR``. It asks Slurm which nodes it got, plans the run
-on them and executes it, with an agent on each node behind srun. A run that was preempted is queued again, and then
-continues in the same directory under the same id.
+``python -m launcher.backends.slurm.entrypoint RUN_DIR``. It reads the job's nodes from Slurm, plans the run
+on them and executes it, with an agent on each node behind srun. A preempted run is requeued, and then resumes in the
+same directory under the same id.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class AllocationExecutor(AgentExecutor[SlurmAllocation]):
 
 
 class _PreemptedBeforeStart(Exception):
-    """Slurm wants the nodes back before any rank has started."""
+    """Slurm preempts the job before any rank has started."""
 
 
 def main() -> None:
-    """Carry out the run whose directory is the first argument."""
+    """Execute the run whose directory is the first argument."""
     run_dir = RunDir(Path(sys.argv[1]))
     # programs that came with this interpreter (ninja) are found as in an activated environment
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -81,10 +81,10 @@ def main() -> None:
 
 
 def run_on_nodes(run: Run, run_dir: RunDir) -> int:
-    """Carry out ``run`` on the nodes of this job and return its exit code.
+    """Execute ``run`` on the nodes of this job and return its exit code.
 
     Raises:
-        LauncherError: something stands against it; nothing was started.
+        LauncherError: the run cannot start on these nodes.
     """
     assert isinstance(run.backend, SlurmBackend), "its batch script started this"
     executor = AllocationExecutor(SlurmAllocation(**vars(run.backend)))
@@ -100,14 +100,14 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
 
 
 def with_auto_resume(run: Run, run_dir: RunDir) -> Run:
-    """Return ``run``, set to go on from its own newest checkpoint where it has one: then it has been here before."""
+    """Return ``run``, set to resume from its own newest checkpoint, which it has after a requeue."""
     if find_checkpoint("auto", run_dir, say=silent) is None:
         return run
     return replace(run, run=replace(run.run, dir=str(run_dir.path)), checkpoint=replace(run.checkpoint, resume="auto"))
 
 
 def plan_on_nodes(run: Run, run_dir: RunDir, *, run_id: str) -> PreparedRun:
-    """Return ``run`` planned on the nodes of this job, which have not been asked yet for what they are."""
+    """Return ``run`` planned on the nodes of this job, which are not probed yet."""
     assumed = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     names, addresses = node_names(), node_addresses()
     if len(names) != len(assumed):

@@ -34,7 +34,7 @@ def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:
         yield from _set_if_given(backend, option)
     yield "requeue" if backend.requeue else "no-requeue"
     yield f"signal=B:USR1@{backend.signal_lead_s}"
-    yield "open-mode=append"  # a job that is queued again goes on in the same file
+    yield "open-mode=append"  # a requeued job appends to the same file
     yield _set("output", str(slurm_log_path(plan, "%j")))
     yield _set("export", ",".join(plan.forwarded_env) or "NONE")
     for word in backend.sbatch_options:

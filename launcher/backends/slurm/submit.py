@@ -1,4 +1,4 @@
-"""Submit a run with sbatch, and follow its job: its output is shown, its end becomes ours."""
+"""Submit a run with sbatch; follow its job: print its output and return its exit code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from launcher.utils.processes import collect_signals
 from launcher.utils.text import printable
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
-"""SBATCH_… variables that stand for options of ours which are not set. All others would change the script unseen."""
+"""SBATCH_… variables that replace our options where these are not set. All others would override the script."""
 
 
 _OPTION_BY_MESSAGE = {
@@ -45,11 +45,11 @@ _OPTION_BY_MESSAGE = {
     "node configuration": "nodes",
     "nodes": "nodes",
 }
-"""What Slurm's own words are about; the first that occurs counts."""
+"""Our options by words in Slurm's messages; the first that occurs counts."""
 
 
 class SlurmExecutor(Executor[SlurmBackend]):
-    """Queues a batch job, whose entry point carries the run out on the nodes that Slurm chooses."""
+    """Queues a batch job, whose entry point executes the run on the nodes that Slurm chooses."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Refuse: Slurm has not chosen the nodes yet; the job itself reaches them later.
@@ -57,8 +57,8 @@ class SlurmExecutor(Executor[SlurmBackend]):
         Raises:
             EnvironmentProblem: always.
         """
-        told = "its job examines the nodes that it is given before anything starts there"
-        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {told}")
+        why = "its job examines the nodes that it is given before anything starts there"
+        raise EnvironmentProblem(f"{host.name} stands for a node that Slurm has not chosen yet: {why}")
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the batch script."""
@@ -68,13 +68,13 @@ class SlurmExecutor(Executor[SlurmBackend]):
         """Check that the run is not queued already, and that a partition can give what it asks for.
 
         Raises:
-            ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+            ConfigErrors: Slurm would reject it, or leave it pending for ever.
             EnvironmentProblem: there is no Slurm here, or it does not answer.
         """
         validate(self.backend, plan)
 
     def submit(self, plan: Plan) -> RunOutcome:
-        """Queue the job; where ``wait`` is set, stay until it has ended.
+        """Queue the job; wait until it has ended where ``wait`` is set.
 
         Raises:
             ConfigError: Slurm rejects it; the message says why.
@@ -110,10 +110,10 @@ def submit_job(backend: SlurmBackend, plan: Plan) -> str:
 
 
 def validate(backend: SlurmBackend, plan: Plan) -> None:
-    """Refuse a run that is queued already, and what no partition can give.
+    """Check that the run is not queued already, and that a partition can give what it asks for.
 
     Raises:
-        ConfigErrors: Slurm would not take it, or would keep it waiting for ever.
+        ConfigErrors: Slurm would reject it, or leave it pending for ever.
         EnvironmentProblem: there is no Slurm here, or it does not answer.
     """
     _refuse_queued(RunDir(Path(plan.run_dir)))
@@ -136,7 +136,7 @@ def _record(run_dir: RunDir, job_id: str) -> None:
 
 
 def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) -> Iterator[ConfigError]:
-    """Yield what no partition can give: left to itself, Slurm may keep such a job waiting without a word."""
+    """Yield what no partition can give: Slurm may leave such a job pending without an error."""
     wanted = backend.partition or os.environ.get("SBATCH_PARTITION")
     named = wanted.split(",") if wanted else [queue.name for queue in known if queue.is_default]
     chosen = [queue for queue in known if queue.name in named]
@@ -156,9 +156,9 @@ def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) 
 
 
 def submission_env(backend: SlurmBackend, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment for sbatch: nothing in it may change what the script says.
+    """Return the environment for sbatch, without variables that override the script.
 
-    SBATCH_… variables win over a script, and SLURM_… of a job that we may be in go along into the new one.
+    SBATCH_… variables override a script, and SLURM_… variables of an enclosing job leak into the new one.
     """
     unset = {f"SBATCH_{name}" for name in _HABITS if getattr(backend, name.lower()) is None}
     kept = {"SLURM_CONF", *unset}
@@ -175,7 +175,7 @@ def _sbatch(backend: SlurmBackend, file: Path) -> str:
 
 
 def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
-    """Return what sbatch said as a mistake in one option, where its words tell which."""
+    """Return the error of sbatch as the error of one option, where its words name one."""
     lower = words.lower()
     for about, option in _OPTION_BY_MESSAGE.items():
         if about in lower:
@@ -207,20 +207,20 @@ _TICK_S = 0.2
 
 
 _ASK_S = 5.0
-"""Between two questions to the scheduler: it serves everybody."""
+"""Between two queries of the scheduler, which all users share."""
 
 
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
 
 
 _CODES = {"TIMEOUT": EXIT_STALLED, "CANCELLED": 128 + signal.SIGTERM, "PREEMPTED": EXIT_PREEMPTED}
-"""For jobs that were killed before the run could say how it ended; 1 for the others."""
+"""Exit codes of jobs that were killed before they wrote result.json; 1 for other states."""
 
 
 def follow(plan: Plan, job_id: str) -> int:
-    """Show what the job prints until it has ended, through requeues; return the exit code of the run.
+    """Print the job's output until it has ended, requeues included; return the exit code of the run.
 
-    The first signal that comes cancels the job; its end is waited for all the same.
+    The first signal cancels the job; this function still waits until it has ended.
     """
     run_dir, printed = RunDir(Path(plan.run_dir)), _LogTail(slurm_log_path(plan, job_id))
     shown = cancelled_by = None
@@ -247,7 +247,7 @@ def follow(plan: Plan, job_id: str) -> int:
 
 
 def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> int:
-    """Return the code that the session wrote down; where it could not, what Slurm says, and say so."""
+    """Return the exit code in result.json; without one, derive it from the state that Slurm reports and print that."""
     if run_dir.result.exists():
         return int(read_json(run_dir.result)["exit_code"])
     if cancelled_by is not None:
@@ -259,7 +259,7 @@ def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> in
 
 
 class _LogTail:
-    """Prints what is appended to a file that may not be there yet."""
+    """Prints what is appended to a file, which may not exist yet."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._seen = path, 0

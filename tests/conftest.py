@@ -27,7 +27,7 @@ from launcher.protocol.plan import Host, Plan, RunIdentity
 
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
-from .markers import mark
+from .markers import mark, refusing_processes
 
 pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
 
@@ -62,6 +62,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         mark(item)
     order = {REPOSITORY / "tests" / name: number for number, name in enumerate(_LONGEST_FIRST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Hold a unit test to what its marker says."""
+    with refusing_processes(item):
+        return (yield)
 
 
 def pytest_make_parametrize_id(val: object) -> str | None:

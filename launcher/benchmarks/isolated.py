@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def run_isolated(
         JobError: the process failed; what it printed is in this rank's log.
     """
     command = [sys.executable, "-m", "launcher.benchmarks.isolated", function, json.dumps(profile)]
-    answer: dict[str, Any] | None = None
+    answer: dict[str, Any] | str | None = None
     env = {**os.environ, **(_ALLOCATOR if exact_peaks else {})}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env) as process:
         assert process.stdin is not None, "asked for above"
@@ -72,28 +73,35 @@ def run_isolated(
         for line in process.stdout:
             heartbeat()
             answer = json.loads(line)
+    if isinstance(answer, str):
+        raise JobError(f"{function} failed: {answer}; the log of this rank has its traceback")
     if process.returncode or answer is None:
-        raise JobError(
-            f"{function} ended with {process.returncode} for {dict(arguments)}; the log of this rank says why"
-        )
+        raise JobError(f"{function} ended with {process.returncode}; the log of this rank says why")
     return answer
 
 
 def main() -> None:
-    """Be that process: arguments come on stdin; each line on stdout is progress (null), the last one is the answer."""
+    """Be that process: arguments come on stdin; each line on stdout is progress (null), the last one is the answer.
+
+    Text as the answer is the exception that ended the function.
+    """
     import importlib
 
     protocol = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever libraries print goes to the log
 
-    def send(value: dict[str, Any] | None) -> None:
+    def send(value: dict[str, Any] | str | None) -> None:
         protocol.write(json.dumps(value) + "\n")
         protocol.flush()
 
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
-    with _profiler(json.loads(sys.argv[2])):
-        answer = function(**json.load(sys.stdin), progress=lambda: send(None))
+    try:
+        with _profiler(json.loads(sys.argv[2])):
+            answer = function(**json.load(sys.stdin), progress=lambda: send(None))
+    except Exception as error:
+        send(traceback.format_exception_only(error)[-1].strip())
+        raise
     send(answer)
 
 

@@ -109,6 +109,16 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iter
         yield from _unused_pipeline_options(run.parallel)
 
 
+def validate_warm_up(run: Run, option: str, shapes: Sequence[tuple[int, int]]) -> Iterator[ConfigError]:
+    """Yield the shapes (sequences, tokens) that are longer than the model's longest sequence."""
+    sizes = run.model.shape()
+    for at, (_, tokens) in enumerate(shapes):
+        if sizes is not None and tokens > sizes.max_position_embeddings:
+            most = sizes.max_position_embeddings
+            why = f"{run.model.name} takes at most {most} tokens"
+            yield ConfigError(f"{option}[{at}]", tokens, why=why, fix=f"set {option}=[[1,{most}]]")
+
+
 def _unsupported_reason(run: Run) -> str | None:
     """Return why paged attention does not support a model, judged by its files; ranks also compare results."""
     config = run.model.stored_config()

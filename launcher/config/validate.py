@@ -41,7 +41,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         yield from _validate_accumulation(run, run.job)
         yield from _validate_split_sequences(run, run.job, world_size)
         yield from validate_numerics(run, run.job, hosts)
-        yield from _validate_sequence_length(run, run.job)
+        yield from run.model.validate_length(job__sequence_length=run.job.sequence_length)
         yield from _validate_vocabulary(run)
     yield from _validate_name(run)
     yield from _validate_family(run, world_size)
@@ -194,13 +194,6 @@ def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
         and (refusal := unsupported_attention(run.attention, str(run.model.family()), marks)) is not None
     ):
         yield refusal
-
-
-def _validate_sequence_length(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
-    shape = run.model.shape()
-    if shape is not None and job.sequence_length > shape.max_position_embeddings:
-        why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-        yield job.error("sequence_length", why, f"set job.sequence_length={shape.max_position_embeddings}")
 
 
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.errors import ConfigErrors
+from launcher.benchmarks.isolated import run_isolated
+from launcher.config.compose import compose
+from launcher.errors import ConfigErrors, JobError
+from launcher.execution.prepare import prepare
 from launcher.utils.files import read_json
 
 WAYS = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
@@ -65,3 +68,40 @@ def test_what_cannot_be_measured_is_refused(plan_of, words: tuple[str, ...], sai
     with pytest.raises(ConfigErrors) as refused:
         plan_of(*WORDS, *words)
     assert said in str(refused.value)
+
+
+SHORT = ("model=gpt2_tiny", "model.max_position_embeddings=64", "backend.ranks=1")
+
+
+@pytest.mark.parametrize(
+    ("words", "option", "fix"),
+    [
+        (("job=quantize", "quantization=int8_weight"), "job.rate_prompt=128", "job.rate_prompt=32"),
+        (
+            ("job=quantize", "quantization=int8_weight", "job.rate_tokens=70"),
+            "job.rate_prompt=128",
+            "job.rate_tokens=32",
+        ),
+        (("job=quantize", "quantization=int8_weight", "job.sample_tokens=64"), "job.sample_tokens=64", "=63"),
+        (("benchmark=quantization",), "benchmark.prompt=64", "benchmark.prompt=31"),
+        (("benchmark=batching", "benchmark.outputs=64"), "benchmark.outputs=64", "benchmark.outputs=63"),
+        (("benchmark=batching", "benchmark.inputs=16-50"), "benchmark.inputs=50", "benchmark.inputs=32"),
+        (("benchmark=cache",), "benchmark.max_length=100", "benchmark.max_length=64"),
+        (("benchmark=cache", "benchmark.warm_up=[[1,65]]"), "benchmark.warm_up[0]=65", "[[1,64]]"),
+        (("job=serve", "job.warm_up=[[1,65]]"), "job.warm_up[0]=65", "[[1,64]]"),
+        (("job=train", "job.sequence_length=65"), "job.sequence_length=65", "job.sequence_length=64"),
+    ],
+)
+def test_lengths_beyond_the_models_longest_are_refused_in_the_plan(words, option: str, fix: str) -> None:
+    job = () if words[0].startswith("job=") else ("job=benchmark",)
+    with pytest.raises(ConfigErrors) as errors:
+        prepare(compose([*job, *SHORT, *words]))
+    found = [line for line in str(errors.value).splitlines() if line.startswith(option)]
+    assert found, errors.value
+    assert "takes at most 64 tokens" in found[0]
+    assert fix in found[0].rpartition("; ")[2]
+
+
+def test_what_failed_in_a_process_of_its_own_is_named() -> None:
+    with pytest.raises(JobError, match=r"^json:loads failed: TypeError: .*'progress'; the log"):
+        run_isolated("json:loads", {"s": "1"}, heartbeat=lambda: None)

@@ -251,9 +251,7 @@ class PipelineBenchmark(Benchmark):
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model, or benchmark.passes=[sleep]")
             return
-        if self.sequence > shape.max_position_embeddings:
-            why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-            yield self.error("sequence", why, f"set benchmark.sequence={shape.max_position_embeddings}")
+        yield from run.model.validate_length(benchmark__sequence=self.sequence)
         wanted = {(one.schedule, one.stages) for one in self.pipelines if one.passes == "model" and one.stages > 1}
         for schedule, stages in sorted(wanted):
             pipeline = Pipeline(schedule=schedule, stages=stages)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from launcher.config.benchmark.serving import parse_length_distribution
-from launcher.config.inference import BatchingMode, EngineLimits
+from launcher.config.inference import BatchingMode, EngineLimits, validate_warm_up
 from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS
 from launcher.config.run import Benchmark, Run
@@ -70,6 +70,16 @@ class BatchingBenchmark(Benchmark):
                 parse_length_distribution(text)
             except ValueError as error:
                 yield self.error(name, str(error), f"set benchmark.{name}=32")
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject requests that are longer than the model's longest sequence."""
+        yield from super().validate_run(run, world_size=world_size)
+        outputs = parse_length_distribution(self.outputs).maximum
+        if self.inputs == "article":  # a rank counts the tokens of its texts
+            yield from run.model.validate_length(benchmark__outputs=outputs, spare=1)
+        else:
+            inputs = parse_length_distribution(self.inputs).maximum
+            yield from run.model.validate_length(benchmark__inputs=inputs, benchmark__outputs=outputs)
 
     @property
     def num_measurements(self) -> int:
@@ -141,6 +151,12 @@ class ResultCacheBenchmark(Benchmark):
         yield from self.validate_minimum(0, "temperature", "top_k", "no_repeat_ngram", "max_bytes")
         if not all(self.prompts) or not self.prompts:
             yield self.error("prompts", "a prompt must not be empty", "leave benchmark.prompts out")
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject lengths above the model's longest sequence."""
+        yield from super().validate_run(run, world_size=world_size)
+        yield from run.model.validate_length(benchmark__max_length=self.max_length)
+        yield from validate_warm_up(run, "benchmark.warm_up", self.warm_up)
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the prompts."""
@@ -228,6 +244,11 @@ class QuantizationBenchmark(Benchmark):
     def names(self) -> tuple[str, ...]:
         """The ways, the peer's among them."""
         return (*self.ways, f"int8/{CTRANSLATE2}") if self.ctranslate2 else self.ways
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject sequences that are longer than the model's longest."""
+        yield from super().validate_run(run, world_size=world_size)
+        yield from run.model.validate_length(benchmark__prompt=self.prompt, benchmark__tokens=self.tokens, spare=1)
 
     @property
     def num_measurements(self) -> int:

@@ -55,9 +55,7 @@ class DataBenchmark(Benchmark):
         shape = run.model.shape()
         if shape is None:
             return
-        if self.sequence_length > shape.max_position_embeddings:
-            why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-            yield self.error("sequence_length", why, f"set benchmark.sequence_length={shape.max_position_embeddings}")
+        yield from run.model.validate_length(benchmark__sequence_length=self.sequence_length)
         if run.data.trains_tokenizer and run.data.vocab_size > shape.vocab_size:
             why = f"{run.model.name} has {shape.vocab_size} rows of embedding, one a token"
             yield run.data.error("vocab_size", why, f"set data.vocab_size={shape.vocab_size}")
@@ -146,9 +144,8 @@ class CheckpointBenchmark(Benchmark):
         if shape is None:
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
-        elif self.sequence > shape.max_position_embeddings:
-            why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-            yield self.error("sequence", why, f"set benchmark.sequence={shape.max_position_embeddings}")
+        else:
+            yield from run.model.validate_length(benchmark__sequence=self.sequence)
         yield from run.parallel.validate_batch(run.batched_job.batch(run, world_size=world_size))
 
     @property

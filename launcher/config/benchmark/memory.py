@@ -134,9 +134,7 @@ class MemoryBenchmark(Benchmark):
             why = "its sizes, and so the formula, are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
             return
-        if self.sequence > shape.max_position_embeddings:
-            why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-            yield self.error("sequence", why, f"set benchmark.sequence={shape.max_position_embeddings}")
+        yield from run.model.validate_length(benchmark__sequence=self.sequence)
         for name in self.strategies:
             why_not = next(
                 STRATEGIES[name].validate(run, world_size=num_ranks(name, world_size), sequences=self.batch), None

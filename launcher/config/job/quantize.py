@@ -84,6 +84,10 @@ class Quantize(BatchedJob):
         if run.precision.kind in ("fp8", "fp16", "tf32"):
             why = "what is not quantized stays in fp32 or bf16"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
+        if self.rate_batches:
+            yield from run.model.validate_length(job__rate_prompt=self.rate_prompt, job__rate_tokens=self.rate_tokens)
+        prompt = len(self.prompt.encode()) if self.tokenizer == "bytes" else 1  # at least: a rank counts its tokens
+        yield from run.model.validate_length(job__sample_tokens=self.sample_tokens, spare=prompt)
 
     def folder(self, run_dir: RunDir) -> Path:
         """Return where the weights go."""

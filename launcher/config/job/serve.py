@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from launcher.config.inference import API_KEYS_VARIABLE, validate_api_keys_variable
+from launcher.config.inference import API_KEYS_VARIABLE, validate_api_keys_variable, validate_warm_up
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.paths import PathText
 from launcher.config.run import Run
@@ -180,13 +180,8 @@ class Serve(GeneratingJob):
         if self.engine == "vllm" and (self.replicas > 1 or self.is_model_parallel(run)):
             why = "the launcher starts one vLLM, which spreads over GPUs by itself"
             yield self.error("engine", why, "set job.replicas=1 parallel=single")
+        yield from validate_warm_up(run, "job.warm_up", self.warm_up)
         shape = run.model.shape()
-        for at, (_, tokens) in enumerate(self.warm_up):
-            if shape is not None and tokens > shape.max_position_embeddings:
-                why = f"{run.model.name} takes at most {shape.max_position_embeddings} tokens"
-                yield ConfigError(
-                    f"job.warm_up[{at}]", tokens, why=why, fix=f"set job.warm_up=[[1,{shape.max_position_embeddings}]]"
-                )
         if shape is not None and self.tokenizer == "bytes" and shape.vocab_size < 257:
             why = f"it has 257 tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             yield self.error("tokenizer", why, "set model.vocab_size=257 or more")

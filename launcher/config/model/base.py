@@ -114,6 +114,30 @@ class Model(Component):
     def shape(self) -> Shape | None:
         """Return the sizes, or ``None`` when they are only known once files are downloaded."""
 
+    def validate_length(self, *, spare: int = 0, **lengths: int) -> Iterator[ConfigError]:
+        """Yield an error if sequences that are as long as all of these together exceed the model's longest.
+
+        Args:
+            spare: tokens besides.
+            lengths: tokens by option, its dot written as two underscores (``job__rate_prompt``); the first is named.
+        """
+        shape, total = self.shape(), sum(lengths.values()) + spare
+        if shape is None or total <= shape.max_position_embeddings:
+            return
+        most = shape.max_position_embeddings
+        (option, length), *others = [(name.replace("__", "."), length) for name, length in lengths.items()]
+        rest = total - length
+        sizes = {option: most - rest}
+        if rest >= most:
+            share = (most - spare) // len(lengths)
+            sizes = {option: share, **{name: min(other, share) for name, other in others}}
+        why = f"{self.name} takes at most {most} tokens"
+        if others:
+            why += f", not {' + '.join(map(str, (*lengths.values(), *filter(None, [spare]))))} = {total}"
+            why += f" (with {', '.join(f'{name}={other}' for name, other in others)})"
+        fix = f"set {' '.join(f'{name}={size}' for name, size in sizes.items())}"
+        yield ConfigError(option, length, why=why, fix=fix)
+
     def family(self) -> str | None:
         """Return the name of the architecture in Transformers, ``None`` where it is not known on this machine."""
         shape = self.shape()

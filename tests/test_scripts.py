@@ -99,6 +99,7 @@ def test_a_module_beside_the_packages_is_refused(program: Path) -> None:
     [
         ({"utils/planted": "launcher.protocol.plan"}, "Imports point down", "launcher.utils.planted"),
         ({"models/planted": "launcher.cli.plan"}, "Imports point down", "launcher.models.planted"),
+        ({"planning/planted": "launcher.training.trainer"}, "The parent's wing", "launcher.planning.planted"),
         ({"cli/one": "launcher.cli.other", "cli/other": "launcher.cli.one"}, "No circles", "launcher.cli"),
     ],
 )

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from launcher.cli.report import run as report
+from launcher.config.data.text import Text
+from launcher.config.model.gpt2 import Gpt2
+from launcher.data.token_cache import token_folder
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.errors import EnvironmentProblem, JobError
 from launcher.protocol.heartbeat import create_heartbeat_file, heartbeat_file, map_heartbeat_file, read_exception_record
@@ -21,7 +24,7 @@ from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.supervision.finalize import finalize_run
 from launcher.utils.build_cache import build_once
-from launcher.utils.files import read_json, write_atomic
+from launcher.utils.files import atomic_file, read_json, write_atomic
 from launcher.utils.system import describe_full_disk, disk_full_message
 
 from .conftest import Launch
@@ -201,6 +204,27 @@ def test_a_cache_that_does_not_fit_is_removed_and_its_disk_named(small: Path) ->
     assert disk_full_message(refused.value, {"run.root": small}) == str(refused.value), "named twice, with two remedies"
     assert [path.name for path in (small / "cache").iterdir()] == ["key.lock"]
     assert describe_full_disk(small) is None
+
+
+def test_the_cache_of_a_corpus_names_the_option_that_moves_it(small: Path) -> None:
+    text = small / "text.txt"
+    text.write_text("some words of text\n" * 2000)
+    fill(small)
+    model = Gpt2(name="x", layers=1, heads=1, hidden_size=8)
+    with pytest.raises(EnvironmentProblem, match=NAMED) as refused:
+        token_folder(Text(path=str(text), cache=str(small / "cache")), model, heartbeat=lambda: None)
+    assert str(refused.value).endswith("set data.cache to a folder on another disk")
+
+
+def test_a_file_that_is_removed_again_names_the_option_of_its_folder(small: Path, tmp_path: Path) -> None:
+    folders = {"run.dir": tmp_path / "run", "job.output": small, "TMPDIR": tmp_path}
+    with pytest.raises(OSError, match="No space left") as caught, atomic_file(small / "out.jsonl") as file:
+        file.write(bytes(7_000_000))
+    assert describe_full_disk(small) is None, "there is room again"
+    said = disk_full_message(caught.value, folders)
+    assert said is not None
+    assert said.startswith(f"the disk of {small / 'out.jsonl'} was full, or its quota used up")
+    assert said.endswith("set job.output to a folder on another disk")
 
 
 def test_a_report_that_does_not_fit_leaves_nothing(small: Path) -> None:

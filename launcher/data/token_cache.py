@@ -68,7 +68,8 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
         (folder / _TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
         write_tokens(folder, data, tokenizer, heartbeat=heartbeat)
 
-    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat)
+    option = "data.cache" if data.cache else "XDG_CACHE_HOME"
+    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat, option=option)
     return folder, given or read_bpe(folder / _TOKENIZER)
 
 

@@ -26,7 +26,9 @@ def default_cache_folder(*parts: str) -> Path:
     return Path(root, "launcher", *parts)
 
 
-def build_once(folder: Path, build: Callable[[Path], None], *, heartbeat: Callable[[], None]) -> Path:
+def build_once(
+    folder: Path, build: Callable[[Path], None], *, heartbeat: Callable[[], None], option: str = "XDG_CACHE_HOME"
+) -> Path:
     """Return ``folder``, after building it unless some process already has.
 
     The first process builds into a temporary neighbour and renames it; the others wait. The lock is the kernel's and
@@ -36,6 +38,7 @@ def build_once(folder: Path, build: Callable[[Path], None], *, heartbeat: Callab
         folder: the finished folder; it exists only when it is complete.
         build: fills the empty folder it is given, or raises.
         heartbeat: called while waiting, so that the wait does not look like a stall.
+        option: what to set to have the folder on another disk.
 
     Raises:
         EnvironmentProblem: the folder cannot be written.
@@ -50,7 +53,7 @@ def build_once(folder: Path, build: Callable[[Path], None], *, heartbeat: Callab
     with lock:
         _lock_exclusively(lock, heartbeat)
         if not folder.is_dir():
-            _build(folder, build)
+            _build(folder, build, option)
     return folder
 
 
@@ -63,7 +66,7 @@ def _lock_exclusively(lock: IO[str], heartbeat: Callable[[], None]) -> None:
         time.sleep(_POLL_S)
 
 
-def _build(folder: Path, build: Callable[[Path], None]) -> None:
+def _build(folder: Path, build: Callable[[Path], None], option: str) -> None:
     prefix = f".{folder.name}.tmp-"
     for stale in folder.parent.glob(f"{prefix}*"):  # we hold the lock, so no other process uses it
         shutil.rmtree(stale, ignore_errors=True)
@@ -74,7 +77,7 @@ def _build(folder: Path, build: Callable[[Path], None]) -> None:
         temporary.rename(folder)
         fsync_folder(folder.parent)
     except BaseException as error:
-        trouble = disk_full_message(error, {"XDG_CACHE_HOME": folder.parent})  # before there is room again
+        trouble = disk_full_message(error, {option: folder.parent})  # before there is room again
         shutil.rmtree(temporary, ignore_errors=True)
         if trouble:
             raise EnvironmentProblem(trouble) from error

@@ -27,6 +27,10 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says where a disk or its quota has no room."""
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """Yield a new file that replaces ``path`` when the block ends, and is removed when the block fails.
@@ -42,7 +46,9 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL_ERRNOS and error.filename is None:
+            error.filename = str(path.absolute())  # write() names no file, and there may be room once this one is gone
         temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import ipaddress
 import os
 import re
@@ -13,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import launcher
+from launcher.utils.files import DISK_FULL_ERRNOS
 from launcher.utils.text import bytes_text
 
 LOOPBACK = "127.0.0.1"
@@ -58,9 +58,6 @@ def raise_open_file_limit(num_files: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-
-
 _FULL_MESSAGES = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
 """Errors of libraries that carry no errno: safetensors is Rust."""
 
@@ -97,7 +94,7 @@ def describe_full_disk(folder: Path) -> str | None:
 def is_disk_full_error(error: BaseException) -> bool:
     """Return whether an error, or one that it came of, says that a disk is full."""
     return any(
-        (isinstance(one, OSError) and one.errno in _FULL_ERRNOS) or _FULL_MESSAGES.search(str(one))
+        (isinstance(one, OSError) and one.errno in DISK_FULL_ERRNOS) or _FULL_MESSAGES.search(str(one))
         for one in _exception_chain(error)
     )
 
@@ -118,11 +115,16 @@ def disk_full_message(error: BaseException, folders: Mapping[str, Path]) -> str 
     if not full and not is_sure:
         return None
     named = next((one.filename for one in _exception_chain(error) if isinstance(one, OSError) and one.filename), None)
-    own = (option for option, folder in folders.items() if named and Path(str(named)).is_relative_to(folder.absolute()))
-    option = next(iter(full), next(own, next(iter(folders))))
+    holding = [option for option, folder in folders.items() if named and _holds(folder, Path(str(named)))]
+    own = max(holding, key=lambda option: len(folders[option].absolute().parts), default=None)
+    option = own or next(iter(full), next(iter(folders)))
     words = full.get(option) or f"{_NAMED}{named or folders[option]} was full, or its quota used up"
     said = " ".join(str(error).split())
     return f"{words}: {type(error).__name__}: {said}. Free some of it, or set {option} to a folder on another disk"
+
+
+def _holds(folder: Path, file: Path) -> bool:
+    return file.is_absolute() and file.is_relative_to(folder.absolute())
 
 
 def _exception_chain(error: BaseException) -> Iterator[BaseException]:

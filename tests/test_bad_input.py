@@ -1,5 +1,6 @@
 """What a user can do wrong, through the whole command line: one message, exit code 2, nothing started or written."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -46,6 +47,13 @@ def refused(launch_in_process, tmp_path):
         (["tracker.mode=online"], ["tracker.mode=online", "WANDB_API_KEY"]),
         (["backend.ranks=0"], ["backend.ranks=0", "must be at least 1"]),
         (["backend.env.MY_TOKEN=x"], ["backend.env.MY_TOKEN", "secret"]),
+        (["backend.env={1: x}"], ["backend.env", "has the key 1", "write backend.env.1=<value>"]),
+        (["parallel=zero3", "parallel.deepspeed={true: x}"], ["parallel.deepspeed", "has the key true"]),
+        (
+            ["backend=kubernetes", "backend.image=a/b:1", "backend.volumes={1: /x}"],
+            ["backend.volumes", "has the key 1,"],
+        ),
+        (["job=benchmark", "benchmark=serving", "benchmark.extra={1: 2}"], ["benchmark.extra", "has the key 1"]),
         (["pln"], ["pln", "did you mean plan?"]),
         (["--jsn"], ["--jsn: no such flag; did you mean --json?"]),
         (["dry_run=maybe"], ["dry_run=maybe"]),
@@ -198,3 +206,51 @@ def test_help_teaches(launch_in_process):
     for verb in VERBS:
         assert verb in said
         assert "launch" in launch_in_process(verb, "--help").expect(0).stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "messages"),
+    [
+        (None, ["odd.yaml cannot be read: is not a regular file"]),
+        ("defaults:\n  - override /model: gpt2\n", ["does not begin with the line `# @package _global_`"]),
+        ("# @package _global_\ndefaults:\n  - /exp: odd\n", ["in its own defaults"]),
+        ("# @package _global_\noptimizer: {kind: [adamw]}\n", ["optimizer.kind", "did you mean adamw?"]),
+        ("# @package _global_\njob: {kind: {a: 1}}\n", ["job.kind", "is not known; choose from: benchmark"]),
+        ("# @package _global_\nrun: 5\n", ["run=5", "is not a set of options"]),
+    ],
+    ids=["a FIFO", "no package", "itself", "a list for a kind", "a mapping for a kind", "a number for a group"],
+)
+def test_an_experiment_that_is_none(launch_in_process, tmp_path, text, messages):
+    file = tmp_path / "own" / "exp" / "odd.yaml"
+    file.parent.mkdir(parents=True)
+    if text is None:
+        os.mkfifo(file)
+    else:
+        file.write_text(text)
+    said = launch_in_process("plan", "--config-dir", "own", "+exp=odd").expect(2).stderr
+    assert "Traceback" not in said
+    for message in messages:
+        assert message in said
+
+
+def test_files_of_a_model_that_would_never_end(launch_in_process, tmp_path):
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    said = launch_in_process("plan", "model=hf", "model.name=model").expect(2).stderr
+    assert "is not a regular file" in said
+    (tmp_path / "model" / "config.json").unlink()
+    (tmp_path / "model" / "config.json").symlink_to("/dev/zero")
+    assert "is not a regular file" in launch_in_process("plan", "model=hf", "model.name=model").expect(2).stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
+@pytest.mark.parametrize("verb", ["runs", "show", "diff", "status"])
+def test_a_run_in_a_folder_that_is_closed(launch_in_process, tmp_path, verb):
+    (tmp_path / "closed" / "run").mkdir(parents=True)
+    (tmp_path / "closed").chmod(0)
+    try:
+        said = launch_in_process(verb, "closed/run", *(["closed/run"] if verb == "diff" else [])).expect(2).stderr
+    finally:
+        (tmp_path / "closed").chmod(0o700)
+    assert "cannot be" in said
+    assert "Traceback" not in said

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.config.paths import is_named_path
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run, is_below, list_runs
 from launcher.runs.state import RunState, read_run_state
@@ -56,7 +57,7 @@ def _wanted(line: Arguments) -> list[RunDir]:
     """Return the runs to list: all, or those that the words name, a folder of runs among them."""
     found: list[RunDir] = []
     for word in line.words:
-        inside = list_runs(Path(word)) if Path(word).is_dir() else []
+        inside = list_runs(Path(word)) if is_named_path("run", word) and Path(word).is_dir() else []
         found += inside or [find_run(word, line.root)]
     return list(dict.fromkeys(found)) if line.words else list_runs(line.root)
 

@@ -24,9 +24,10 @@ def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     full = dict(tree)
     for group, kinds in KINDS.items():
         given = tree.get(group)
-        if isinstance(given, Mapping) and given.get("kind") in kinds:
+        if isinstance(given, Mapping) and isinstance(given.get("kind"), str) and given["kind"] in kinds:
             full[group] = {**defaults(component_class(group, given["kind"])), **given}
-    full["run"] = {**defaults(RunOptions), **(tree.get("run") or {})}
+    options = tree.get("run") or {}
+    full["run"] = {**defaults(RunOptions), **options} if isinstance(options, Mapping) else options
     return full
 
 
@@ -50,7 +51,12 @@ def build_run(
     for group, kinds in KINDS.items():
         # a pod has another home
         parts[group] = _build_group(group, kinds, tree.get(group), elsewhere, expands_home=is_here)
-    parts["run"] = build(RunOptions, expand_homes(RunOptions, tree.get("run") or {}), path="run", report=report)
+    options = tree.get("run") or {}
+    if isinstance(options, Mapping):
+        parts["run"] = build(RunOptions, expand_homes(RunOptions, options), path="run", report=report)
+    else:
+        report(ConfigError("run", options, why="is not a set of options", fix="write run.name=<name>"))
+        parts["run"] = None
     if any(part is None for part in parts.values()):
         return None
     options, model = parts["run"], parts["model"]
@@ -133,7 +139,7 @@ def _build_group(
         return None
     values = dict(given)
     kind = values.pop("kind", None)
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         report(ConfigError(f"{group}.kind", kind, why="is not known", fix=did_you_mean(str(kind), kinds)))
         return None
     cls = component_class(group, kind)

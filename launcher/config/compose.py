@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from launcher.config.overrides import (
 )
 from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.utils.files import exists
+from launcher.utils.files import exists, read_named
 from launcher.utils.schema import ReportError
 
 _GLOBAL = "# @package _global_"
@@ -127,7 +128,7 @@ def _unusable_files(overrides: Sequence[Override], config_dir: Path | None) -> I
         if not override.is_group or not exists(file):
             continue
         try:
-            raw = file.read_bytes()
+            raw = read_named(file)
             tree = yaml.safe_load(raw.decode())
         except OSError as error:
             why, fix = f"{file} cannot be read: {error.strerror}", "check its permissions"
@@ -146,6 +147,9 @@ def _unusable_files(overrides: Sequence[Override], config_dir: Path | None) -> I
                 )
             elif tree is not None and not isinstance(tree, dict):
                 why, fix = f"{file} holds no options, each `name: value`", "see docs/configuration.md"
+            elif override.key == "exp" and not _is_global(raw):
+                yield _missing_package(file)
+                continue
             elif not isinstance((tree or {}).get("defaults", []), list):
                 why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
             else:
@@ -187,6 +191,10 @@ def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             fix = "mend it there (`launch list` shows what exists)"
             report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
+            return None
+        except RecursionError:
+            why, fix = "an experiment is in its own defaults, itself or through another one", "take it out there"
+            report(ConfigError("the configuration", why=why, fix=fix))
             return None
         except ValueError as error:  # Hydra's, of an experiment that says `override /compile: true`
             fix = 'put an option that YAML reads as a truth value in quotes (override /compile: "true")'
@@ -238,8 +246,18 @@ def _without_package(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigErro
     """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
     for package, file in sources:
         if package.partition(".")[0] == "exp":
-            why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
-            yield ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
+            yield _missing_package(file)
+
+
+def _missing_package(file: Path) -> ConfigError:
+    why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
+    return ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
+
+
+def _is_global(raw: bytes) -> bool:
+    """Whether the comments at the top of a file put its options where they are read."""
+    header = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith(b"#"), raw.splitlines())
+    return any(b"".join(line.split()) == b"#@package_global_" for line in header)
 
 
 def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:

@@ -14,6 +14,7 @@ from launcher.config.model.transformers_support import attention_support
 from launcher.config.parallel.pipeline import Pipeline
 from launcher.config.run import Run
 from launcher.errors import ConfigError
+from launcher.utils.files import read_named
 
 BatchingMode = Literal["continuous", "dynamic", "static", "none"]
 
@@ -67,7 +68,7 @@ def template_names(folder: Path) -> Sequence[str]:
     if found:  # with files of templates, Transformers does not look at those in the settings
         return sorted(found)
     try:
-        given = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template")
+        given = json.loads(read_named(folder / "tokenizer_config.json").decode()).get("chat_template")
     except (OSError, ValueError, AttributeError):
         given = None
     if isinstance(given, str):

@@ -140,6 +140,28 @@ def read_regular(path: Path, *, inside: Path | None = None, limit: int = MAX_BYT
     return data
 
 
+def read_named(path: Path, *, limit: int = MAX_BYTES) -> bytes:
+    """Return the content of a file that a user named: links are followed, FIFOs and devices are not waited for.
+
+    Args:
+        path: the file.
+        limit: bytes that it may have.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UnreadableFile: it is no regular file, or larger.
+        OSError: it cannot be read.
+    """
+    descriptor = os.open(path, _FLAGS & ~os.O_NOFOLLOW)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise UnreadableFile(errno.EINVAL, "is not a regular file", str(path))
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UnreadableFile(errno.EFBIG, f"is larger than {limit:,} bytes", str(path))
+    return data
+
+
 def read_object(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
     """Return the JSON object in a regular file.
 

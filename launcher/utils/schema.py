@@ -108,6 +108,14 @@ def convert(wanted: Any, value: Any, *, path: str, report: ReportError) -> Any:
         items = [convert(kind, entry, path=f"{path}[{i}]", report=report) for i, (kind, entry) in enumerate(pairs)]
         return _INVALID if any(entry is _INVALID for entry in items) else tuple(items)
     if origin is dict and isinstance(value, Mapping):
+        for key in value:
+            if not isinstance(key, str):
+                word = str(key).lower() if isinstance(key, bool) else key
+                why = f"has the key {word}, which is {_kind_of(key)}"
+                fix = f'write {path}.{word}=<value>, or "{word}" in YAML'
+                report(ConfigError(path, _shown(value), why=why, fix=fix))
+        if not all(isinstance(key, str) for key in value):
+            return _INVALID
         items_of = {k: convert(arguments[1], v, path=f"{path}.{k}", report=report) for k, v in value.items()}
         return _INVALID if any(entry is _INVALID for entry in items_of.values()) else items_of
     if dataclasses.is_dataclass(wanted) and isinstance(value, Mapping):

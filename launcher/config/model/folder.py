@@ -13,6 +13,7 @@ from launcher.config.model.shape import Gpt2Sizes
 from launcher.config.model.transformers_support import causal_lm_types, rope_types
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.errors import ConfigError
+from launcher.utils.files import read_named
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 
@@ -72,7 +73,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def _json_object(file: Path) -> dict[str, Any]:
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
+        tree = json.loads(read_named(file).decode())
     except UnicodeDecodeError as error:
         raise ValueError(f"{file.name} is not UTF-8 text (byte {error.start})") from None
     except (ValueError, RecursionError) as error:

@@ -13,6 +13,7 @@ import h11
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from launcher.inference.server.protocol import shorten_value
 from launcher.inference.server.requests import read_object
 from launcher.inference.server.responses import ApiError, invalid
 
@@ -108,13 +109,15 @@ class Proxy:
         if path not in _GENERATION_PATHS:
             return 0
         tree = await read_object(body)
-        count = max(_content_length(tree.get("n")), _content_length(tree.get("best_of")))
+        counts = {name: _sequence_count(tree, name) for name in ("n", "best_of")}
+        largest = max(counts, key=lambda name: counts[name])
+        count = counts[largest]
         prompt = tree.get("prompt")
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             count *= len(prompt)
         if count > self._limits.max_choices:
             said = f"asks for {count:,} sequences at once; this server allows {self._limits.max_choices}"
-            raise invalid(said, "n" if isinstance(tree.get("n"), int) else "prompt")
+            raise invalid(said, largest if counts[largest] > 1 else "prompt")
         return count
 
     async def _enter(self, sequences: int) -> None:
@@ -292,8 +295,18 @@ def _check_allowed(scope: Scope) -> None:
         raise problem
 
 
-def _content_length(value: object) -> int:
-    return value if isinstance(value, int) and value > 0 else 1
+def _sequence_count(tree: Mapping[str, object], name: str) -> int:
+    """Return how many sequences a field asks for. vLLM reads "1000" and 1e3 as numbers too: what is not one is refused.
+
+    Raises:
+        ApiError: it is no whole number of at least 1.
+    """
+    value = tree.get(name)
+    if value is None:
+        return 1
+    if type(value) is not int or value < 1:
+        raise invalid(f"is {shorten_value(value)}; give a whole number of at least 1", name)
+    return value
 
 
 async def _disconnected(receive: Receive) -> None:

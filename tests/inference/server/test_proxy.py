@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
+import pytest
 
 from launcher.inference.server.proxy import Proxy, ProxyLimits
 
@@ -77,6 +78,19 @@ def test_sequences_are_handed_on_in_turn_and_no_more_than_fit() -> None:
             assert [body["number"] for body in behind.asked] == [1, 2]
             assert (await ask(client, n=8))[0] == 200  # more than fit, but alone
             assert proxy.open_requests == 0
+
+    asyncio.run(go())
+
+
+@pytest.mark.parametrize("field", ["n", "best_of"])
+@pytest.mark.parametrize("value", ["1000", 1000.0, 0, -1, True, [2], {}], ids=repr)
+def test_a_count_of_sequences_that_is_no_whole_number_is_refused(field: str, value: object) -> None:
+    """The server behind reads "1000" and 1e3 as a number."""
+
+    async def go() -> None:
+        async with proxied() as (client, behind, _):
+            assert (await ask(client, **{field: value}))[0] == 400
+            assert not behind.asked
 
     asyncio.run(go())
 

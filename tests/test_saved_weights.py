@@ -19,7 +19,7 @@ from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
-from launcher.execution.validate import path_warnings
+from launcher.execution.validate import path_warnings, validate_machine
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import continue_command, read_run_state
@@ -375,6 +375,62 @@ def test_the_command_advised_after_a_training_works(
         else:
             assert command == f"launch resume {short}" + (" job.steps=20" if steps == 10 else "")
             launch_in_process(*shlex.split(command)[1:], "dry_run=true").expect(0)
+
+
+OTHER_TEXT = "other words, of which no tokenizer of the first text knows the numbers. " * 200
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> None:
+    """Two texts in the current folder, and the words of a run on the first."""
+    (tmp_path / "one.txt").write_text("Some words of the first text, with tokens of its own. " * 200)
+    (tmp_path / "other.txt").write_text(OTHER_TEXT)
+
+
+@pytest.mark.usefixtures("texts")
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+@pytest.mark.parametrize("resume", [ID, "auto"])
+def test_the_tokenizer_of_a_checkpoint_stays_on_other_text(write: Write, job: str, resume: str) -> None:
+    """A BPE trained on the other text has other token numbers than those that the weights know."""
+    folder = write(10, "data=text", "data.path=one.txt").folder.parent.parent
+    words = (f"job={job}", *TRAINED[:-1], f"run.dir={folder}", f"checkpoint.resume={resume}")
+    same = resolved(*words, "data=text", "data.path=one.txt", "data.vocab_size=300")
+    assert to_tree(same.data)["tokenizer"] == "bpe", "which the same text gives again"
+    other = resolved(*words, "data=text", "data.path=other.txt")
+    assert to_tree(other.data)["tokenizer"] == "checkpoint"
+    assert not _tokenizer_errors(other)
+    chosen = resolved(*words, "data=text", "data.path=other.txt", "data.tokenizer=bpe")
+    assert to_tree(chosen.data)["tokenizer"] == "bpe", "ranks refuse to load the checkpoint with it"
+    again = replace(other, run=replace(other.run, dir=str(folder)), checkpoint=replace(other.checkpoint, resume="auto"))
+    assert to_tree(resolve_run_references(_composition(again)).data)["tokenizer"] == "checkpoint"
+
+
+def _tokenizer_errors(run: Run) -> list[ConfigError]:
+    errors = validate_machine(run, Path(run.run.dir or "."), hosts=[Host(name="a", slots=2, cores=1, memory_bytes=1)])
+    return [error for error in errors if error.option == "data.tokenizer"]
+
+
+def _composition(run: Run) -> Composition:
+    return Composition(run=run, tree={}, sweep=None, overrides=())
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_tokenizer_of_a_checkpoint_needs_one(write: Write) -> None:
+    write(10)
+    for words in ((), ("job=generate", f"model.weights={ID}")):
+        assert "the run resumes from no checkpoint" in refused(*words, "data.tokenizer=checkpoint")
+
+
+@pytest.mark.usefixtures("texts")
+def test_a_vocabulary_is_sized_only_where_it_is_trained(write: Write) -> None:
+    saved = write(10, "data=text", "data.path=one.txt")
+    for words in (
+        ("job=evaluate", f"model.weights={ID}"),
+        ("job=evaluate", f"model.weights={saved.folder}/model", "data.tokenizer=model"),
+        ("job=train", f"checkpoint.resume={ID}", "data=text", "data.path=other.txt"),
+    ):
+        with pytest.raises((ConfigError, ConfigErrors), match=r"data.vocab_size=300.* brings its own vocabulary"):
+            resolved(*words, "data.vocab_size=300")
 
 
 def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.cli.arguments import parse_command_line
 from launcher.cli.saved_run import start_saved_run
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus
 from launcher.config.run import Run
 from launcher.runs.config_source import load_saved_run
 from launcher.runs.index import find_run
@@ -41,4 +42,7 @@ def _anew(folder: Path, words: Sequence[str]) -> Run:
         run = replace(run, run=replace(run.run, dir=None))
     if run.checkpoint.resume == "auto" and "checkpoint.resume" not in given:  # left by launch resume
         run = replace(run, checkpoint=replace(run.checkpoint, resume="none"))
+        data = run.data
+        if isinstance(data, Corpus) and data.tokenizer == CHECKPOINT_TOKENIZER and "data.tokenizer" not in given:
+            run = replace(run, data=replace(data, tokenizer="bpe"))
     return run

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -25,6 +25,9 @@ from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.utils.files import exists, read_named
 from launcher.utils.schema import ReportError
+
+if TYPE_CHECKING:
+    from launcher.config.data.base import Corpus
 
 _GLOBAL = "# @package _global_"
 
@@ -108,11 +111,15 @@ def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) 
         data = replace(data, tokenizer="model" if run.model.has_own_tokenizer else "bpe")
     if not data.trains_tokenizer:
         if "data.vocab_size" in typed:
-            why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
-            fix = "leave it out, or set data.tokenizer=bpe"
-            report(ConfigError("data.vocab_size", data.vocab_size, why=why, fix=fix))
+            report(unused_vocab_size(data))
         data = replace(data, vocab_size=Corpus.vocab_size)  # what the group's option says of a BPE would mislead
     return replace(run, data=data)
+
+
+def unused_vocab_size(data: Corpus) -> ConfigError:
+    """Return the error of ``data.vocab_size`` beside a tokenizer that is not trained here."""
+    why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
+    return ConfigError("data.vocab_size", data.vocab_size, why=why, fix="leave it out, or set data.tokenizer=bpe")
 
 
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:

@@ -13,19 +13,27 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.checkpoint.manifest import damaged_files
-from launcher.checkpoint.resume import BEST, CheckpointReference, find_checkpoints, is_checkpoint, parse_reference
-from launcher.checkpoint.store import SavedCheckpoint
-from launcher.config.compose import Composition, compose
-from launcher.config.data.base import Corpus
+from launcher.checkpoint.resume import (
+    BEST,
+    CheckpointReference,
+    find_checkpoint,
+    find_checkpoints,
+    is_checkpoint,
+    parse_reference,
+)
+from launcher.checkpoint.store import SavedCheckpoint, silent
+from launcher.config.compose import Composition, compose, unused_vocab_size
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus
 from launcher.config.model.base import Model
 from launcher.config.model.folder import SINGLE_FILE
 from launcher.config.model.hf import Hf
 from launcher.config.run import Run, default_run_name
-from launcher.config.snapshot import load_run
+from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run
 from launcher.utils.hub import cached_folder
+from launcher.utils.schema import to_tree
 from launcher.utils.text import counted
 
 WEIGHTS, RESUME = "model.weights", "checkpoint.resume"
@@ -45,6 +53,10 @@ def resolve_run_references(composed: Composition) -> Run:
     Raises:
         ConfigError: a reference leads to no checkpoint, an ambiguous one, one that is damaged, or one that is sharded.
     """
+    return _with_checkpoint_tokenizer(_with_folders(composed), composed)
+
+
+def _with_folders(composed: Composition) -> Run:
     run = composed.run
     if run.checkpoint.resume not in ("none", "auto") and run.job.resumes:
         run = replace(run, checkpoint=replace(run.checkpoint, resume=str(_resumed(run))))
@@ -59,8 +71,47 @@ def resolve_run_references(composed: Composition) -> Run:
         run = replace(run, run=replace(run.run, name=default_run_name(run.model.name)))
     run = replace(run, model=_self_contained(run.model, weights))
     if isinstance(run.data, Corpus) and (weights / "tokenizer.json").is_file() and _uses_default_tokenizer(composed):
-        run = replace(run, data=replace(run.data, tokenizer="model"))
+        run = replace(run, data=_given_tokenizer(run.data, "model", composed))
     return run
+
+
+def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
+    """Return ``run`` with the tokenizer of the checkpoint it resumes from, unless the same data gives the same one.
+
+    The weights know the token numbers of that tokenizer alone, and a BPE trained on other text has other ones.
+    """
+    data, resume = run.data, run.checkpoint.resume
+    if not isinstance(data, Corpus):
+        return run
+    if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
+        why = "the run resumes from no checkpoint"
+        raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set checkpoint.resume=RUN, or leave it out")
+    if not run.job.resumes or not _uses_default_tokenizer(composed) or not data.trains_tokenizer:
+        return run
+    if resume == "none" or not run.backend.shares_paths or (resume == "auto" and run.run.dir is None):
+        return run
+    try:
+        saved = find_checkpoint(resume, RunDir(Path(run.run.dir or ".")), say=silent)
+        if saved is None or not (saved.folder / PAYLOAD / "tokenizer.json").is_file():
+            return run
+        if to_tree(data) == read_snapshot(RunDir(saved.folder.parent.parent).snapshot).get("data"):
+            return run
+    except ConfigError as error:
+        if error.option != "run.yaml":
+            return run  # validate_machine reports it
+    return replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
+
+
+def _given_tokenizer(data: Corpus, tokenizer: str, composed: Composition) -> Corpus:
+    """Return ``data`` with a tokenizer that is not trained on it.
+
+    Raises:
+        ConfigError: the size of a vocabulary was chosen, which only a BPE trained here takes.
+    """
+    data = replace(data, tokenizer=tokenizer)
+    if "data.vocab_size" in _keys(composed.overrides):
+        raise unused_vocab_size(data)
+    return data
 
 
 def _resumed(run: Run) -> Path:

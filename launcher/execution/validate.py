@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
-from launcher.config.data.base import Corpus
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
@@ -175,7 +175,8 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
     """Yield the options that name a tokenizer for ranks to load, each with its value."""
     choice = getattr(run.job, "tokenizer", None)
     uses_data = isinstance(run.job, BatchedJob) or choice == "data"
-    if uses_data and isinstance(run.data, Corpus) and not run.data.trains_tokenizer:
+    trained_here = ("auto", "bpe", CHECKPOINT_TOKENIZER)  # or saved where validate_resume looks
+    if uses_data and isinstance(run.data, Corpus) and run.data.tokenizer not in trained_here:
         yield "data.tokenizer", run.data.tokenizer
     computes = not isinstance(run.job, GeneratingJob) or run.job.engine != "echo"
     if choice is not None and choice not in ("data", "bytes") and computes:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import itertools
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from launcher.checkpoint.manifest import damaged_files, describe_checkpoint, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
-from launcher.checkpoint.store import silent
-from launcher.errors import JobError
+from launcher.checkpoint.store import complete_checkpoints, silent
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
+from launcher.errors import ConfigError, JobError
 from launcher.utils.files import read_json
 
 if TYPE_CHECKING:
@@ -21,11 +24,24 @@ if TYPE_CHECKING:
     from launcher.models.tokenizer import FastTokenizer
 
 
-def restore_checkpoint(store: CheckpointStore, context: Context, engine: Engine) -> int:
+_TOKENIZER = "model/tokenizer.json"
+DataT = TypeVar("DataT", bound=Data)
+
+
+def restore_checkpoint(
+    store: CheckpointStore, context: Context, engine: Engine, *, tokenizer: FastTokenizer | None = None
+) -> int:
     """Load what the run continues from, on every rank; return the steps already done.
 
+    Args:
+        store: of the run's checkpoints.
+        context: of this rank.
+        engine: takes the state.
+        tokenizer: of the data; must be the one that the weights were trained with.
+
     Raises:
-        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made, or damaged.
+        ConfigError: the folder named by ``checkpoint.resume`` is gone since the plan was made, damaged, or was trained
+            with another tokenizer.
         JobError: ranks see different checkpoints.
     """
     from launcher.engines.distributed import barrier
@@ -36,6 +52,8 @@ def restore_checkpoint(store: CheckpointStore, context: Context, engine: Engine)
     saved = _find_intact(store, context, engine)
     if saved is None:
         return 0
+    if tokenizer is not None:
+        _validate_tokenizer(saved, tokenizer)
     engine.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
@@ -45,6 +63,48 @@ def restore_checkpoint(store: CheckpointStore, context: Context, engine: Engine)
         ):
             print(line, flush=True)
     return saved.manifest.step
+
+
+def resolve_tokenizer(context: Context, data: DataT) -> DataT:
+    """Return the data of a run; in it ``data.tokenizer=checkpoint`` becomes the folder of the newest intact tokenizer.
+
+    Checkpoints of the run itself come first: the one that it began from may be removed while it trains.
+
+    Raises:
+        ConfigError: no checkpoint holds a tokenizer.
+    """
+    resume = context.run.checkpoint.resume
+    if not isinstance(data, Corpus) or data.tokenizer != CHECKPOINT_TOKENIZER:
+        return data
+    own = complete_checkpoints(context.run_dir.checkpoints, say=silent)
+    named = iter(()) if resume in ("none", "auto") else resume_candidates(resume, context.run_dir, say=silent)
+    for saved in itertools.chain(own, named):
+        names = [name for name in saved.manifest.files if name.startswith("model/") and "safetensors" not in name]
+        if _TOKENIZER in names and not damaged_files(saved.folder, saved.manifest, names):
+            return replace(data, tokenizer=str(saved.folder / "model"))
+    why, fix = f"no checkpoint of checkpoint.resume={resume} holds an intact tokenizer", "set data.tokenizer=FOLDER"
+    raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
+
+
+def _validate_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
+    """Refuse other token numbers than those the weights know.
+
+    Transformers may add tokens to those of ``tokenizer.json`` as it loads a folder, so both ways of reading count.
+    """
+    from launcher.data.token_cache import read_bpe
+    from launcher.models.tokenizer import load_tokenizer
+
+    file = saved.folder / _TOKENIZER
+    if not file.is_file():
+        return
+    vocabulary = tokenizer.inner.get_vocab()
+    if vocabulary == read_bpe(file).inner.get_vocab():
+        return
+    if vocabulary == load_tokenizer(file.parent, option="checkpoint.resume").inner.get_vocab():
+        return
+    why = f"{saved.folder} was trained with another tokenizer than that of this run's data"
+    fix = "set data.tokenizer=checkpoint, or model.weights=RUN checkpoint.resume=none to start anew with this tokenizer"
+    raise ConfigError("checkpoint.resume", saved.folder, why=why, fix=fix)
 
 
 def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> SavedCheckpoint | None:
@@ -154,11 +214,14 @@ def make_manifest(context: Context, *, step: int, held_out_loss: float | None) -
 
 
 def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) -> None:
-    from launcher.config.data.base import Corpus
     from launcher.data.token_cache import save_tokenizer
 
     data = context.run.data
     assert isinstance(data, Corpus), "what has a tokenizer has text"
+    try:
+        data = resolve_tokenizer(context, data)
+    except ConfigError:  # the checkpoint it came from is gone
+        data = replace(data, tokenizer="bpe")
     save_tokenizer(data, context.run.model, tokenizer, folder, heartbeat=lambda: context.heartbeat.update("checkpoint"))
 
 

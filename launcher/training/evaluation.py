@@ -19,7 +19,7 @@ from launcher.engines.base import make_engine, never_preempted
 from launcher.profiling.performance import StepClock, peak_memory_bytes
 from launcher.profiling.profiler import NO_PROFILER, Profiler
 from launcher.protocol.metrics import MetricsWriter
-from launcher.training.checkpointing import restore_checkpoint
+from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
 
 if TYPE_CHECKING:
     from launcher.config.job.train import Evaluate
@@ -70,7 +70,7 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
     """Go through the held-out sequences ``job.repeats`` times, on every rank; rank 0 records and prints each time."""
     heartbeat = context.heartbeat.update
     splits = open_splits(
-        context.run.data,
+        resolve_tokenizer(context, context.run.data),
         context.run.model,
         sequence_length=job.sequence_length,
         seed=job.seed,
@@ -82,7 +82,8 @@ def run_evaluation(job: Evaluate, context: Context) -> None:
     steps, fastest_s = itertools.count(1), math.inf
     clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
     with make_engine(context, clock) as engine:
-        done = restore_checkpoint(CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint), context, engine)
+        store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
+        done = restore_checkpoint(store, context, engine, tokenizer=splits.tokenizer)
         with MetricsWriter(context.run_dir.metrics, start_step=done) if context.is_main else nullcontext() as writer:
             if writer is not None:
                 writer.record(done, **{f"baseline/{name}": loss for name, loss in splits.baselines.items()})

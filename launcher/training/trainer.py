@@ -13,7 +13,7 @@ from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED, JobError
 from launcher.profiling.performance import StepClock
-from launcher.training.checkpointing import restore_checkpoint, save_checkpoint
+from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint, save_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.recorder import Recorder, draw_curve
 from launcher.utils.files import write_atomic
@@ -34,7 +34,7 @@ def train(job: Train, context: Context) -> None:
     clock = StepClock(context.heartbeat, cuda=torch.cuda.is_available(), profiler=context.profiler)
     with clock.phase("load"):
         splits = open_splits(
-            context.run.data,
+            resolve_tokenizer(context, context.run.data),
             context.run.model,
             sequence_length=job.sequence_length,
             seed=job.seed,
@@ -58,7 +58,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train, then leave a sample, a curve and the last evaluation."""
-        first = restore_checkpoint(self.store, self.context, self.engine)
+        first = restore_checkpoint(self.store, self.context, self.engine, tokenizer=self.splits.tokenizer)
         with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.hold()

@@ -38,6 +38,24 @@ def metrics_of(folder: Any) -> dict[str, Any]:
     return metrics
 
 
+def test_a_checkpoint_keeps_its_tokenizer_on_other_text(launch, tmp_path) -> None:
+    (tmp_path / "one.txt").write_text("Some words of the first text, with tokens of its own. " * 200)
+    (tmp_path / "other.txt").write_text("other words, of which that tokenizer knows no numbers. " * 200)
+    model = (*(word for word in MODEL if word != "data=synthetic"), "model.vocab_size=300", "data=text")
+    alone = ("parallel=single", "backend.ranks=1", "data.cache=cache")
+    train = (*alone, "job.eval_every=0", "checkpoint.at_end=true", "job.sample_tokens=0", "checkpoint.keep=1")
+    launch(*model, *train, "job.steps=2", "data.path=one.txt", "data.vocab_size=300", "run.dir=trained").expect(0)
+    words = ("job=evaluate", *model, *alone, "data.path=other.txt")
+    launch(*words, "checkpoint.resume=trained", "run.dir=resumed").expect(0)
+    launch(*words, "model.weights=trained", "run.dir=loaded").expect(0)
+    losses = [metrics_of(tmp_path / name)["eval/loss"] for name in ("resumed", "loaded")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    before = (tmp_path / "trained/checkpoints/step_00000002/model/tokenizer.json").read_bytes()
+    launch("resume", "trained", "data.path=other.txt", "job.steps=4", "checkpoint.every=1").expect(0)
+    (saved,) = (tmp_path / "trained" / "checkpoints").iterdir()
+    assert (saved.name, (saved / "model" / "tokenizer.json").read_bytes()) == ("step_00000004", before)
+
+
 def test_every_strategy_measures_the_same(launch, tmp_path) -> None:
     losses = {}
     for name, words in {

@@ -14,12 +14,16 @@ import torch
 from launcher.checkpoint.manifest import CheckpointManifest
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config.checkpoint import Checkpoint
+from launcher.config.data.base import TextChunk
+from launcher.config.data.text import Text
 from launcher.config.optimizer import AdamW
 from launcher.config.schedule import CosineSchedule
+from launcher.data.token_cache import train_bpe
 from launcher.errors import ConfigError, exit_code_of_rank
+from launcher.models.tokenizer import FastTokenizer
 from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.rundir import RunDir
-from launcher.training.checkpointing import restore_checkpoint
+from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
 from launcher.utils.files import read_json, write_json
 
 ABOUT: dict[str, Any] = {"created": 0.0, "run_id": "a", "run_hash": "b", "engine": "torch", "precision": "fp32"}
@@ -53,7 +57,9 @@ def store(tmp_path: Path) -> CheckpointStore:
 def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int, list[Path]]]:
     """Restore a run of one rank; return its step and what the engine loaded."""
 
-    def run(resume: str = "auto", *, folder: Path = tmp_path) -> tuple[int, list[Path]]:
+    def run(
+        resume: str = "auto", *, folder: Path = tmp_path, tokenizer: FastTokenizer | None = None
+    ) -> tuple[int, list[Path]]:
         job = SimpleNamespace(optimizer_steps=100)
         checkpoint = Checkpoint(resume=resume)
         described = SimpleNamespace(checkpoint=checkpoint, job=job, optimizer=AdamW(lr=1e-3), schedule=CosineSchedule())
@@ -67,7 +73,7 @@ def continued(store: CheckpointStore, tmp_path: Path) -> Callable[..., tuple[int
         )
         engine: Any = Loader()
         own = CheckpointStore(folder / "checkpoints", checkpoint)
-        return restore_checkpoint(own, context, engine), engine.loaded
+        return restore_checkpoint(own, context, engine, tokenizer=tokenizer), engine.loaded
 
     return run
 
@@ -80,6 +86,37 @@ def damage(saved: Path, name: str = "model/model.safetensors") -> None:
 
 def folder_of(tmp_path: Path, step: int) -> Path:
     return tmp_path / "checkpoints" / f"step_{step:08d}"
+
+
+def test_weights_of_another_tokenizer_are_refused(store, tmp_path, continued):
+    texts = {"own": "aaa bbb ccc " * 50, "other": "xxx yyy zzz " * 50}
+    own, other = (train_bpe([TextChunk(text, ends=True)], vocab_size=270) for text in texts.values())
+    newest = folder_of(tmp_path, 30)
+    (newest / "model" / "tokenizer.json").write_text(own.to_json())
+    assert continued(tokenizer=own)[0] == 30
+    with pytest.raises(ConfigError, match="was trained with another tokenizer") as refused:
+        continued(tokenizer=other)
+    assert exit_code_of_rank(refused.value) == 65
+
+
+def test_the_tokenizer_of_a_checkpoint_is_the_newest_intact_one(tmp_path):
+    saved, data = (
+        CheckpointStore(tmp_path / "from" / "checkpoints", Checkpoint(keep=0)),
+        Text(path="x", tokenizer="checkpoint"),
+    )
+    context: Any = SimpleNamespace(
+        run=SimpleNamespace(checkpoint=Checkpoint(resume=str(tmp_path / "from"))), run_dir=RunDir(tmp_path / "own")
+    )
+    with pytest.raises(ConfigError, match="no such folder"):
+        resolve_tokenizer(context, data)
+    own = CheckpointStore(tmp_path / "own" / "checkpoints", Checkpoint(keep=0))
+    for store, step in ((saved, 10), (own, 20), (own, 30)):
+        (store.begin(step) / "model").mkdir()
+        (store.pending(step) / "model" / "tokenizer.json").write_text("{}")
+        folder = store.commit(CheckpointManifest(step=step, architecture={}, parallel={}, world_size=1, **ABOUT)).folder
+        assert resolve_tokenizer(context, data).tokenizer == f"{folder}/model"
+    damage(folder, "model/tokenizer.json")
+    assert resolve_tokenizer(context, data).tokenizer == f"{tmp_path}/own/checkpoints/step_00000020/model"
 
 
 def test_the_newest_is_loaded_and_a_rate_that_jumps_is_said(continued, tmp_path, capsys):

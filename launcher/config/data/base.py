@@ -35,6 +35,10 @@ _MOST_TOKENS_OF_A_BYTE = 11
 _SHORTEST_SEQUENCE = 2
 
 
+CHECKPOINT_TOKENIZER = "checkpoint"
+"""Value of ``data.tokenizer``: the tokenizer that was saved beside the weights a run resumes from."""
+
+
 SMALL_CHARS = 1 << 18
 """A corpus up to this size is read whole before anything starts."""
 
@@ -52,8 +56,9 @@ class Corpus(Data):
     """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
 
     tokenizer: PathText = "auto"
-    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, else a name or local folder.
-    ``auto`` is ``model`` where the model's weights came with a tokenizer, else ``bpe``."""
+    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, ``checkpoint`` that of the one
+    a run resumes from, else a name or local folder. ``auto`` is ``model`` where the model's weights came with a
+    tokenizer, ``checkpoint`` where a run resumes on other data than the checkpoint was trained on, else ``bpe``."""
 
     vocab_size: int = 4096
     """Size of the BPE that is trained here; other tokenizers bring their own."""

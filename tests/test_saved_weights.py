@@ -20,6 +20,7 @@ from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.run_references import resolve_run_references
 from launcher.execution.validate import path_warnings, validate_machine
+from launcher.planning.warnings import warnings_of_run
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import continue_command, read_run_state
@@ -431,6 +432,50 @@ def test_a_vocabulary_is_sized_only_where_it_is_trained(write: Write) -> None:
     ):
         with pytest.raises((ConfigError, ConfigErrors), match=r"data.vocab_size=300.* brings its own vocabulary"):
             resolved(*words, "data.vocab_size=300")
+
+
+def test_a_folder_of_a_damaged_checkpoint_is_refused_under_every_option(write: Write) -> None:
+    folder = write(10).folder / "model"
+    choices = {
+        "model.name": ("job=evaluate", "model=hf", f"model.name={folder}", "data.tokenizer=bpe"),
+        "data.tokenizer": ("job=evaluate", *TRAINED[:-1], f"data.tokenizer={folder}"),
+        "job.tokenizer": ("job=generate", *TRAINED[:-1], f"job.tokenizer={folder}"),
+    }
+    runs = {option: compose(words).run for option, words in choices.items()}
+    hosts = [Host(name="a", slots=2, cores=1, memory_bytes=1)]
+
+    def refused_options() -> list[str]:
+        return [
+            option
+            for option, run in runs.items()
+            for error in validate_machine(run, Path("new"), hosts=hosts)
+            if error.option == option and "is of a damaged checkpoint: the content of model/" in error.why
+        ]
+
+    assert refused_options() == []
+    damage(folder / "model.safetensors")
+    assert refused_options() == ["model.name"]
+    damage(folder / "tokenizer.json")
+    assert refused_options() == list(choices)
+
+
+@pytest.mark.parametrize("job", ["generate", "serve", "quantize", "evaluate"])
+def test_a_tokenizer_that_the_weights_do_not_know_is_warned_of(write: Write, tmp_path: Path, job: str) -> None:
+    folder = write(10).folder / "model"
+    (tmp_path / "same").mkdir()
+    (tmp_path / "same" / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    (tmp_path / "foreign").mkdir()
+    write_json(tmp_path / "foreign" / "tokenizer.json", {"model": {"vocab": {"a": 0}}})
+    extra = ("quantization=int8_weight", "parallel=single") if job == "quantize" else ()
+    option = "data.tokenizer" if job == "evaluate" else "job.tokenizer"
+    known = {"model": True, "./same": True, "./foreign": False}
+    known["bpe" if job == "evaluate" else "bytes"] = False
+    for choice, is_known in known.items():
+        for weights in (ID, "random"):
+            run = resolved(f"job={job}", *extra, f"{option}={choice}", f"model.weights={weights}")
+            lines = [line for line in warnings_of_run(run, [], None) if "know the token numbers" in line]
+            expected = [] if is_known or weights == "random" else [f"{option}={choice}"]
+            assert [line.partition(":")[0] for line in lines] == expected
 
 
 def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own() -> None:

@@ -159,6 +159,25 @@ def damaged_files(
     return sorted(name for name, digest in expected.items() if found.get(name) != digest)
 
 
+def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
+    """Return how a model folder differs from its checkpoint's manifest; ``None`` where it does not, or has none.
+
+    Args:
+        folder: perhaps ``model/`` of a checkpoint, under any option that takes a folder.
+        weights: whether the weights are loaded too, and not only the config and the tokenizer.
+    """
+    folder = folder.resolve()
+    if not (folder.parent / MANIFEST).exists():
+        return None
+    try:
+        manifest = read_manifest(folder.parent)
+    except ValueError as error:
+        return str(error)
+    names = [name for name in manifest.files if name.startswith(f"{folder.name}/")]
+    bad = damaged_files(folder.parent, manifest, [name for name in names if weights or ".safetensors" not in name])
+    return f"the content of {', '.join(bad)} is not what was written (SHA-256)" if bad else None
+
+
 def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None) -> dict[str, str]:
     """Return the SHA-256 of each file, by its path below ``folder``; a file that cannot be read has none."""
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from launcher.checkpoint.manifest import model_folder_damage
 from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
@@ -17,6 +18,7 @@ from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
 from launcher.config.model.base import tokenizer_alternative, validate_tokenizer_folder
+from launcher.config.model.hf import Hf
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import read_snapshot
@@ -61,6 +63,7 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
             yield from _validate_checkpoint(run, RunDir(run_dir), world_size)
         yield from _validate_missing_tools(run, hosts)
     yield from _validate_tokenizers(run, hosts)
+    yield from _validate_model_folders(run)
     yield from _validate_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _validate_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
@@ -169,6 +172,20 @@ def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErro
         if run.model.kind == "hf":
             option, value, instead = "model.name", source, "choose a model that is here (model=smollm2_135m)"
         yield from validate_hub_fetch(option, value, name=source, pattern="*.safetensors", instead=instead)
+
+
+def _validate_model_folders(run: Run) -> Iterator[ConfigError]:
+    """Compare folders of checkpoints with their checksums, whichever option names them but ``model.weights``.
+
+    That one has been resolved to an intact checkpoint.
+    """
+    named = [(option, choice, False) for option, choice in _tokenizers_of(run) if choice != "model"]
+    if isinstance(run.model, Hf) and run.model.is_local:
+        named.append(("model.name", run.model.name, run.model.weights == "pretrained"))
+    for option, choice, weights in named:
+        if damage := model_folder_damage(Path(choice).expanduser(), weights=weights):
+            fix = "name the folder of an intact checkpoint"
+            yield ConfigError(option, choice, why=f"is of a damaged checkpoint: {damage}", fix=fix)
 
 
 def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:

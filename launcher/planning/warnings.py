@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from launcher.config.activation import OffloadCheckpointing
-from launcher.config.data.base import Corpus, Synthetic
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.job.generating import GeneratingJob
+from launcher.config.model.base import VOCABULARY_FILES, Model, has_tokenizer
 from launcher.config.run import BatchedJob, LearningJob, Run
+from launcher.errors import ConfigError
 from launcher.protocol.plan import Host, MemoryEstimate, host_ram
+from launcher.utils.hub import cached_folder
 from launcher.utils.text import bytes_text
 
 
@@ -26,6 +30,7 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
     if isinstance(run.job, GeneratingJob):
         yield from _memory_warnings(hosts, memory)
         yield from _format_warnings(run, [host for host in hosts if host.is_probed and not host.devices])
+    yield from _tokenizer_warnings(run)
     yield from run.job.warnings(run, world_size=sum(host.slots for host in hosts))
 
 
@@ -74,15 +79,56 @@ _FINE_TUNING_LR = 2e-4
 """Above this, AdamW at a full model's weights undoes what pretraining taught (SmolLM2, Llama: 1e-5 to 1e-4)."""
 
 
+def _tokenizer_warnings(run: Run) -> Iterator[str]:
+    """Warn of tokenizers that the given weights do not know."""
+    job, chosen = run.job, getattr(run.job, "tokenizer", None)
+    if run.model.weights == "random" or (isinstance(job, GeneratingJob) and job.engine == "echo"):
+        return
+    choices = {} if chosen is None else {"job.tokenizer": chosen}
+    if isinstance(run.data, Corpus) and (isinstance(job, BatchedJob) or chosen == "data"):
+        choices = {**choices, "data.tokenizer": run.data.tokenizer}
+    for option, choice in choices.items():
+        if choice != "data" and not _knows_tokenizer(run.model, choice, option):
+            owns = run.model.has_own_tokenizer
+            fix = f"set {option}=model" if owns else "name the one that they were trained with"
+            yield (
+                f"{option}={choice}: the weights of {run.model.name} know the token numbers of their own tokenizer "
+                f"alone: {fix}"
+            )
+
+
+def _knows_tokenizer(model: Model, choice: str, option: str) -> bool:
+    """Return whether the weights were trained with a tokenizer, as far as its files are on this machine."""
+    if choice in ("model", CHECKPOINT_TOKENIZER):
+        return True
+    if choice == "bytes":
+        return not model.has_own_tokenizer  # then it is the one choice there is
+    folder = Path(choice).expanduser()
+    if option == "job.tokenizer" and not has_tokenizer(folder):
+        return True  # refused elsewhere, or on a machine that this one does not see
+    try:
+        source = model.tokenizer_source()
+    except ConfigError:
+        return False
+    own = cached_folder(source) if isinstance(source, str) else source
+    if choice == source or own is None:
+        return choice == source
+    contents = [_content(place / VOCABULARY_FILES[0]) for place in (folder, own)]
+    return contents[0] is not None and contents[0] == contents[1]
+
+
+def _content(file: Path) -> bytes | None:
+    try:
+        return file.read_bytes()
+    except OSError:
+        return None
+
+
 def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
-    """Warn of a tokenizer that the given weights do not know, and of a learning rate for random ones."""
+    """Warn of data and of a learning rate that are for random weights."""
     if run.model.weights == "random":
         return
-    if isinstance(run.data, Corpus) and run.data.tokenizer != "model":
-        own = "set data.tokenizer=model" if run.model.has_own_tokenizer else "name the one that they were trained with"
-        said = f"the weights of {run.model.name} know the token numbers of their own tokenizer alone"
-        yield f"data.tokenizer={run.data.tokenizer}: {said}: {own}"
-    elif isinstance(run.data, Synthetic):
+    if isinstance(run.data, Synthetic):
         yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
     if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
         yield (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from launcher.__main__ import main
 from launcher.config.compose import compose, groups
 from launcher.errors import ConfigErrors
-from launcher.execution.summary import closing_text
+from launcher.execution.summary import closing_text, opening_lines
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import read_run_state
@@ -20,6 +21,8 @@ from launcher.supervision.host_ranks import ExceptionTextFilter
 from launcher.utils.files import write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.text import format_table
+
+from .conftest import BOX, PlanOf
 
 
 def test_no_table_of_list_is_wider_than_the_terminal(
@@ -71,6 +74,12 @@ def test_what_a_rank_says_when_it_fails_is_left_out_of_what_is_shown(tmp_path: P
     assert words.filter(["step 3", "ValueError: x", "ValueError: x"]) == ["step 3", "ValueError: x"]
 
 
+def test_a_quantization_is_not_announced_in_steps_of_a_batch(plan_of: PlanOf) -> None:
+    plan = plan_of("job=quantize", "quantization=int8_weight", "parallel=single", hosts=[replace(BOX, slots=1)])
+    first = next(opening_lines(plan))
+    assert first.endswith("quantize, compared on 64 held-out sequences of 128 tokens")
+
+
 def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run_dir = RunDir(tmp_path / "runs" / "a b" / "x")
@@ -89,6 +98,9 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
     assert "checkpoints/step_00000010" in closing_text(result, run_dir, elapsed_s=3.0)
     assert "launch resume 'runs/a b/x'" in closing_text(result, run_dir, elapsed_s=3.0)
     write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 10}})
+    assert "metrics.jsonl" in closing_text(result, run_dir, elapsed_s=3.0).splitlines()[1]
+    write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 10}, "details": {"output": "/else/where"}})
+    assert closing_text(result, run_dir, elapsed_s=3.0).splitlines()[1].endswith(", /else/where")
     assert "launch resume 'runs/a b/x' job.steps=20" in closing_text(result, run_dir, elapsed_s=3.0)
     for status, code in (("cancelled", 130), ("preempted", 75)):
         assert "launch resume 'runs/a b/x'" in closing_message(RunOutcome(status=status, exit_code=code), run_dir)

@@ -276,6 +276,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_taken(
     assert resolved(f"model.weights={ID}").model.weights == f"{ten.folder}/model"
     said = capsys.readouterr().err
     assert f"{twenty.folder} is damaged: the content of model/model.safetensors is not what was written" in said
+    assert f"{ten.folder} is loaded instead" in said
     damage(ten.folder / "model" / "tokenizer.json")
     message = refused(f"model.weights={ID}")
     assert "no checkpoint is intact" in message
@@ -413,6 +414,14 @@ def _tokenizer_errors(run: Run) -> list[ConfigError]:
 
 def _composition(run: Run) -> Composition:
     return Composition(run=run, tree={}, sweep=None, overrides=())
+
+
+def test_a_model_without_a_name_is_left_to_the_weights() -> None:
+    with pytest.raises(ConfigErrors) as mistakes:
+        compose(("model=hf", f"model.weights={ID}"))
+    (error,) = mistakes.value.errors
+    assert error.option == "model.name"
+    assert "leave model out" in error.fix
 
 
 @pytest.mark.usefixtures("texts")

@@ -90,6 +90,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         resolved = _resolve(with_defaults(tree), found.append)
         _restore_text(resolved, lambda: _source_files(fixed, config_dir))
         run = build_run(resolved, found.append, typed=typed)
+        found = [_without_model_option(error, typed) for error in found]
         if run is not None:
             run = _with_tokenizer(run, typed, found.append)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]
@@ -98,6 +99,14 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
     assert run is not None, "no run and no reason"
     return Composition(run=run, tree=run_to_tree(run), sweep=sweep, overrides=tuple(words))
+
+
+def _without_model_option(error: ConfigError, typed: Mapping[str, object]) -> ConfigError:
+    """Return ``error``; of a missing model beside weights, with the advice to leave the model to these."""
+    if error.option != "model.name" or error.value is not None or "model.weights" not in typed:
+        return error
+    fix = f"{error.fix}, or leave model out where model.weights names a run: the run says which model it is"
+    return ConfigError(error.option, why=error.why, fix=fix)
 
 
 def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) -> Run:
@@ -228,7 +237,7 @@ def _source_files(overrides: Sequence[Override], config_dir: Path | None) -> lis
 def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
     """Return ``tree`` with every ``${…}`` replaced, reporting the ones that lead nowhere."""
     from omegaconf import DictConfig, ListConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
+    from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
     def resolved(node: Any, path: str) -> Any:
         keys = range(len(node)) if isinstance(node, ListConfig) else list(node)
@@ -237,6 +246,8 @@ def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
             option = f"{path}.{key}".lstrip(".")
             try:
                 value = "???" if OmegaConf.is_missing(node, key) else node[key]
+            except InterpolationToMissingValueError:
+                continue  # the option that it refers to is reported
             except OmegaConfBaseException as error:
                 written = OmegaConf.to_container(node)[key]
                 why = str(error).splitlines()[0]

@@ -226,6 +226,8 @@ def _weights_in(folder: Path, run: Run) -> Path:
         if not bad:
             if not saved.manifest.sha256:
                 _warn(f"{WEIGHTS}={word}: {saved.folder} has no checksums (an earlier version wrote it): not verified")
+            if damaged:
+                _warn(f"{WEIGHTS}={word}: {saved.folder} is loaded instead")
             return saved.folder / PAYLOAD
         damaged.append(f"{saved.folder} is damaged: the content of {', '.join(bad)} is not what was written (SHA-256)")
         _warn(damaged[-1])

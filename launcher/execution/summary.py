@@ -43,7 +43,9 @@ def opening_lines(plan: Plan) -> Iterator[str]:
 
 def _amount(plan: Plan) -> str:
     """Return the amount of work; for a server, its address."""
-    work = plan.work
+    work, compared = plan.work, plan.details.get("compared on")
+    if compared is not None:
+        return f"{plan.job}, compared on {compared}"
     if work.batch is not None:
         return f"{work.batch} sequences a step, {work.num_steps} steps"
     if work.num_steps == 0:
@@ -71,12 +73,15 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
         parts.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
     where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
     commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
-    if more := continue_command(read_run_state(directory)):
+    state = read_run_state(directory)
+    output = state.plan.get("details", {}).get("output")
+    is_elsewhere = output is not None and (Path(output).is_absolute() or not (directory.path / output).exists())
+    if more := continue_command(state):
         commands.append(more)
     return "\n".join(
         [
             "; ".join(parts),
-            f"left in {where}: {', '.join(_left(directory, steps))}",
+            f"left in {where}: {', '.join([*_left(directory, steps), *([output] if is_elsewhere else [])])}",
             "next: " + "\n      ".join(commands),
         ]
     )

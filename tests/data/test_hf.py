@@ -50,6 +50,16 @@ def test_every_format_gives_the_rows_in_order(
     assert splits.tokenizer.decode(splits.train.sequence(0).tolist()).startswith("Row number 0 holds some words.Row")
 
 
+def test_a_folder_of_several_formats_is_refused(tmp_path: Path) -> None:
+    """``datasets`` would read the files of one format and skip the others in silence."""
+    json_file(tmp_path)
+    assert list(HfData(path=str(tmp_path)).validate_machine()) == []
+    csv_file(tmp_path)
+    (error,) = HfData(path=str(tmp_path)).validate_machine()
+    assert "holds files of 2 formats (1 .csv, 1 .jsonl)" in error.why or "(1 .jsonl, 1 .csv)" in error.why
+    assert str(tmp_path) in error.fix
+
+
 def test_a_local_folder_is_a_data_set(rows: MakeRows, tmp_path: Path) -> None:
     (tmp_path / "set").mkdir()
     json_file(tmp_path / "set")

@@ -90,7 +90,7 @@ def folder_of(tmp_path: Path, step: int) -> Path:
 
 def test_weights_of_another_tokenizer_are_refused(store, tmp_path, continued):
     texts = {"own": "aaa bbb ccc " * 50, "other": "xxx yyy zzz " * 50}
-    own, other = (train_bpe([TextChunk(text, ends=True)], vocab_size=270) for text in texts.values())
+    own, other = (train_bpe([TextChunk(text, ends_document=True)], vocab_size=270) for text in texts.values())
     newest = folder_of(tmp_path, 30)
     (newest / "model" / "tokenizer.json").write_text(own.to_json())
     assert continued(tokenizer=own)[0] == 30

@@ -306,6 +306,11 @@ class HfData(Corpus):
             yield self.error(
                 "path", "holds zstd files, which datasets does not unpack", f"set data.path={kind} {words}"
             )
+        elif len(readers := {FORMAT_OF[kind_of_ending(ending)] for ending in known}) > 1:
+            shown = ", ".join(f"{count} {ending}" for ending, count in found.items() if ending in known)
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{known[0]}"])
+            why = f"holds files of {len(readers)} formats ({shown}), of which datasets reads one and skips the others"
+            yield self.error("path", why, f"set data.path={FORMAT_OF[kind_of_ending(known[0])]} {words}")
         elif len(known) == 1 and self.split == "train":
             yield from self._validate_folder_column(folder, known[0])
 

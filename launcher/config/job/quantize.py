@@ -114,3 +114,5 @@ class Quantize(BatchedJob):
             doc = type(run.quantization).__doc__ or ""
             yield "method", f"{run.quantization.kind}: {doc.strip().splitlines()[0].rstrip('.')}"
         yield "compared on", f"{self.eval_sequences} held-out sequences of {self.sequence_length} tokens"
+        if self.output is not None:
+            yield "output", self.output

@@ -113,7 +113,7 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
     Raises:
         BadFile: a byte further in than validate_machine looked is NUL or not UTF-8, or the file is damaged or blank.
     """
-    rest, position, is_empty = "", 0, True
+    rest, position, is_empty, is_ascii = "", 0, True, True
     decoder = codecs.getincrementaldecoder("utf-8")()
     newlines = io.IncrementalNewlineDecoder(None, translate=True)
     with open_bytes(file, found.compression) as stream:
@@ -124,12 +124,16 @@ def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
                 decoded = decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
                 at, byte = start + error.start, error.object[error.start]
-                raise not_utf8(file, position=at, byte=byte, compression=found.compression) from error
+                content, packed = error.object, found.compression
+                raise not_utf8(
+                    file, position=at, byte=byte, compression=packed, content=content, is_utf8=not is_ascii
+                ) from error
             if "\0" in decoded:
                 raise has_nul(file, position=position + block.index(0), compression=found.compression)
             if start == 0:
                 decoded = decoded.removeprefix("\ufeff")
             is_empty = is_empty and not decoded.strip()
+            is_ascii = is_ascii and decoded.isascii()
             text = rest + newlines.decode(decoded, final=not block)
             position += len(block)
             if not block:

@@ -92,6 +92,9 @@ _BINARY = (
     *((magic, "a picture", "give text") for magic in (b"\x89PNG", b"\xff\xd8\xff", b"GIF87a", b"GIF89a")),
     (b"\x7fELF", "a program", "give text"),
 )
+_CONTROL_BYTES = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\b\x1b")
+"""What text does not hold, and binary files are full of."""
+_REPLACEMENT = "\ufffd"
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # first: UTF-16's is its beginning
     (codecs.BOM_UTF32_BE, "utf-32"),
@@ -147,15 +150,11 @@ def inspect_file(
     whole, ending = len(start) < look_bytes, _ending(file)
     columnar = _columnar(start, ending)
     if columnar and compression:
-        target = shlex.quote(str(_without_compression(file)))
-        why, fix = (
-            f"is {KIND_NAMES[columnar]} inside {compression}",
-            f"{_UNPACKERS[compression]} {_quoted(file)} > {target}",
-        )
-        raise BadFile(why, f"unpack it (it is compressed inside): {fix}")
+        why = f"is {KIND_NAMES[columnar]} inside {compression}"
+        raise BadFile(why, f"unpack it (it is compressed inside): {_unpack(file, compression)}")
     if columnar:
         return FileFormat(columnar)
-    _raise_if_binary(file, start)
+    _raise_if_binary(file, start, compression)
     text = _decoded(file, start, compression, whole=whole, by_row=by_row)
     kind = "text" if as_text else _kind_of(text, ending, whole=whole)
     if kind == "text" and ending in ("jsonl", "json", "parquet", "arrow") and not as_text:
@@ -220,9 +219,29 @@ class _Unpacked(io.RawIOBase):
         super().close()
 
 
-def not_utf8(file: Path, *, position: int, byte: int, compression: Compression) -> BadFile:
-    """Return the error for a byte that is no part of UTF-8 text, at ``position`` of the unpacked content."""
+def not_utf8(
+    file: Path, *, position: int, byte: int, compression: Compression, content: bytes, is_utf8: bool = False
+) -> BadFile:
+    """Return the error for a byte that is no part of UTF-8 text, with a command that keeps what can be kept.
+
+    Args:
+        file: that holds it.
+        position: of the byte, in the unpacked content.
+        byte: its value.
+        compression: of the file.
+        content: a part of the unpacked content that holds the byte.
+        is_utf8: text before this part has letters beyond ASCII that are valid UTF-8.
+    """
     why = f"is not UTF-8: byte 0x{byte:02x} at position {position}"
+    num_control = len(content) - len(content.translate(None, _CONTROL_BYTES))
+    if num_control > max(_STRAY_BYTES, len(content) // 50):
+        what = "ORC" if content.startswith(b"ORC") else "a binary file"
+        return BadFile(f"is {what}, not text: it {why}", "export its text, or its rows as JSON lines or Parquet")
+    text = codecs.getincrementaldecoder("utf-8")("replace").decode(content)
+    num_broken, num_letters = text.count(_REPLACEMENT), sum(not letter.isascii() for letter in text)
+    if is_utf8 or num_letters > 2 * num_broken:
+        command = _through(file, "iconv -c -f utf-8 -t utf-8", compression)
+        return BadFile(why, f"leave such bytes out, since the rest is valid: {command}")
     return BadFile(why, f"convert it: {_through(file, 'iconv -f latin1 -t utf-8', compression)}")
 
 
@@ -255,14 +274,19 @@ def _columnar(start: bytes, ending: Kind) -> Kind | None:
     return "arrow" if is_stream or start.startswith(b"ARROW1") else None
 
 
-def _raise_if_binary(file: Path, start: bytes) -> None:
-    plain = _without_compression(file)
-    unpacked = plain.with_suffix("") if plain.suffix else plain.with_name(f"{plain.name}.unpacked")
-    text = shlex.quote(str(plain.with_suffix(".txt")))
+def _raise_if_binary(file: Path, start: bytes, compression: Compression) -> None:
+    if compression and (inner := _compression(start[:8])):
+        target = _quoted(_unpacked_name(_unpacked_name(file)))
+        fix = f"unpack both: {_UNPACKERS[compression]} {_quoted(file)} | {_UNPACKERS[inner]} > {target}"
+        raise BadFile(f"is {inner} inside {compression}", fix)
+    plain = _unpacked_name(file) if compression else file
+    unpacked, text = _quoted(_unpacked_name(plain, any_ending=True)), _quoted(plain.with_suffix(".txt"))
     for magic, what, fix in _BINARY:
         if start.startswith(magic):
-            words = fix.format(file=_quoted(file), unpacked=shlex.quote(str(unpacked)), text=text)
-            raise BadFile(f"is {what}", words)
+            advice, colon, command = fix.format(file=_quoted(plain), unpacked=unpacked, text=text).partition(": ")
+            if compression and "{file}" in fix:
+                command = f"{_unpack(file, compression)} && {command}"
+            raise BadFile(f"is {what}{f' inside {compression}' if compression else ''}", f"{advice}{colon}{command}")
     if start[257:262] == b"ustar":
         raise BadFile("is a tar archive", f"unpack it: tar -xf {_quoted(file)}")
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 100 << 20:
@@ -282,8 +306,9 @@ def _decoded(file: Path, start: bytes, compression: Compression, *, whole: bool,
         text = decoder().decode(start, final=whole)
     except UnicodeDecodeError as error:
         text = decoder("replace").decode(start, final=whole)
-        if not by_row or text.count("\ufffd") > max(_STRAY_BYTES, len(text) // 50):
-            raise not_utf8(file, position=error.start, byte=start[error.start], compression=compression) from error
+        if not by_row or text.count(_REPLACEMENT) > max(_STRAY_BYTES, len(text) // 50):
+            at = error.start
+            raise not_utf8(file, position=at, byte=start[at], compression=compression, content=start) from error
     if nuls and not by_row:
         raise has_nul(file, position=start.index(0), compression=compression)
     text = text.removeprefix("\ufeff")
@@ -390,6 +415,19 @@ def _ending(file: Path) -> Kind:
 
 def _without_compression(file: Path) -> Path:
     return file.with_suffix("") if file.suffix.lower() in _COMPRESSED_ENDINGS else file
+
+
+def _unpacked_name(file: Path, *, any_ending: bool = False) -> Path:
+    """Return the name of what a file unpacks to: never its own."""
+    if any_ending and file.suffix:
+        return file.with_suffix("")
+    plain = _without_compression(file)
+    return plain if plain != file else file.with_name(f"{file.name}.unpacked")
+
+
+def _unpack(file: Path, compression: Compression) -> str:
+    """Return the command line that unpacks a compressed file beside it."""
+    return f"{_UNPACKERS[compression]} {_quoted(file)} > {_quoted(_unpacked_name(file))}"
 
 
 def _quoted(file: Path) -> str:

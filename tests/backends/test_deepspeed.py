@@ -266,7 +266,7 @@ def test_runs_with_pdsh_in_a_directory_that_shells_would_take_apart(lab: Any, st
 
 FAULTS = {
     "rank": (137, r"rank \d on node\d was ended by signal 9 \(SIGKILL\)"),
-    "launcher of a host": (1, r"what started the ranks on node\d was killed"),
+    "launcher of a host": (1, r"the launcher of the ranks on node\d was killed"),
     "pdsh": (1, r"deepspeed ended with exit code 0 before rank 0 on node1 and 1 on node2 did"),
     "deepspeed": (137, r"deepspeed on \S+ was ended by signal 9 \(SIGKILL\)"),
     "agent": (137, r"the host agent on \S+ was ended by signal 9 \(SIGKILL\)"),
@@ -275,7 +275,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("victim", FAULTS)
-def test_whoever_is_killed_nothing_is_left_and_the_cause_is_named(
+def test_no_process_is_left_and_the_cause_is_named(
     victim: str, lab: Any, start: Any, tmp_path: Path
 ) -> None:
     run = start(lab, *endless(tmp_path))

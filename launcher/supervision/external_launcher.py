@@ -154,10 +154,11 @@ class FileChannelRanks(HostRanks):
         if heartbeat is not None and heartbeat["at"] != rank.heartbeat_at:
             rank.heartbeat_at = heartbeat.pop("at")
             self._emit(RankHeartbeat(rank=number, age_s=content["age_s"], **heartbeat))
-        if "launcher_exited" in content and number not in self._without_launcher:
+        if "launcher_exited_at" in content and number not in self._without_launcher:
             self._without_launcher.add(number)
             host = self._host_of[number]
-            self._report_host(host, f"the launcher of the ranks on {host} was killed, so they were ended")
+            reason = f"the launcher of the ranks on {host} was killed, so they were ended"
+            self._report_host(host, reason, at=content["launcher_exited_at"])
         if "status" in content:
             code = exit_code_of_status(content["status"])
             self._report_exit(rank, time=content["time"], code=code, by_launcher=content["by_launcher"])
@@ -172,11 +173,13 @@ class FileChannelRanks(HostRanks):
         for host, numbers in silent.items():
             silent_s = self._leases[numbers[0]].silent_s
             cause = "it is down, frozen, or cut off from the run directory"
-            self._report_host(host, f"no heartbeat from {host} for {silent_s:.0f} s: {cause}", ago_s=silent_s)
+            self._report_host(
+                host, f"no heartbeat from {host} for {silent_s:.0f} s: {cause}", at=time.time() - silent_s
+            )
 
-    def _report_host(self, host: str, reason: str, *, ago_s: float = 0.0) -> None:
-        now, role = time.time() - ago_s, f"host {host}"
-        self._emit(CommandExited(name=host, role=role, time=now, code=1, signal=None, tail="", reason=reason))
+    def _report_host(self, host: str, reason: str, *, at: float) -> None:
+        role = f"host {host}"
+        self._emit(CommandExited(name=host, role=role, time=at, code=1, signal=None, tail="", reason=reason))
 
 
 def _require_valid(content: Mapping[str, Any]) -> None:
@@ -186,6 +189,8 @@ def _require_valid(content: Mapping[str, Any]) -> None:
         require_fields(content["heartbeat"], HEARTBEAT_FIELDS)
         if content["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
             raise MalformedMessage("a heartbeat with unknown fields")
+    if "launcher_exited_at" in content:
+        require_fields(content, {"launcher_exited_at": float})
     if "status" in content:
         require_fields(content, {"status": int, "time": float, "by_launcher": bool})
         exit_code_of_status(content["status"])

@@ -139,8 +139,8 @@ class FileChannel:
     def is_closed(self) -> bool:
         """Return whether the run is over, its agent silent, or the launcher of this rank gone."""
         if os.getppid() != self._parent:
-            self._fields["launcher_exited"] = True
-        return self._is_over or self._lease.is_expired or "launcher_exited" in self._fields
+            self._fields.setdefault("launcher_exited_at", time.time())
+        return self._is_over or self._lease.is_expired or "launcher_exited_at" in self._fields
 
     def clean_up_after_agent(self) -> None:
         """Do nothing: the folder is part of the run directory, and other monitors read it."""

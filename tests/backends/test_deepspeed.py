@@ -275,9 +275,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("victim", FAULTS)
-def test_no_process_is_left_and_the_cause_is_named(
-    victim: str, lab: Any, start: Any, tmp_path: Path
-) -> None:
+def test_no_process_is_left_and_the_cause_is_named(victim: str, lab: Any, start: Any, tmp_path: Path) -> None:
     run = start(lab, *endless(tmp_path))
     run.wait_for("run directory: ")
     wait_for_answers(run.run_dir)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
+import types
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import _distutils_hack
 import pytest
 
 from launcher.__main__ import main
@@ -61,6 +65,19 @@ def test_libraries_are_quiet_about_themselves(caplog: pytest.LogCaptureFixture) 
     finally:
         for logger, filters in zip(loggers, before, strict=True):
             logger.filters[:] = filters
+
+
+def test_a_rank_with_deepspeed_is_quiet_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
+    from launcher.engines.deepspeed.common import silence_deepspeed_log
+
+    monkeypatch.setattr(sys, "modules", {**sys.modules, "distutils": types.ModuleType("distutils")})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        silence_deepspeed_log()
+        _distutils_hack.warn_distutils_present()
+        _distutils_hack.clear_distutils()
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in caught] == ["something else"]
 
 
 def test_what_a_rank_says_when_it_fails_is_left_out_of_what_is_shown(tmp_path: Path) -> None:

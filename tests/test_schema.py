@@ -70,6 +70,14 @@ def test_a_tree_becomes_values_and_a_tree_again():
         ({"count": 1.5}, "s.count=1.5: is a number; it takes a whole number"),
         ({"count": True}, "s.count=true: is true or false; it takes a whole number"),
         ({"count": None}, "s.count=null: is null"),
+        (
+            {"count": 99999999999999999999},
+            "s.count=99999999999999999999: does not fit into 64 bits; give a number from -",
+        ),
+        ({"count": -(2**63) - 1}, "does not fit into 64 bits"),
+        ({"count": 1e30}, "s.count=1e+30: does not fit into 64 bits"),
+        ({"count": 1, "slots": 2**63}, "s.slots=9223372036854775808: does not fit into 64 bits"),
+        ({"count": 1, "table": {"k": 2**63}}, "s.table.k=9223372036854775808: does not fit into 64 bits"),
         ({"count": 1, "ratio": "fast"}, "s.ratio=fast: is text; it takes a number"),
         ({"count": 1, "ratio": "nan"}, "s.ratio=nan"),
         ({"count": 1, "mode": "c"}, "s.mode=c: is not one of a, b"),
@@ -85,6 +93,11 @@ def test_a_tree_becomes_values_and_a_tree_again():
 def test_a_mistake_is_named(tree, message):
     _, messages = problems_of(tree)
     assert any(message in text for text in messages), messages
+
+
+def test_the_largest_whole_numbers_fit():
+    built, messages = problems_of({"count": 2**63 - 1, "slots": -(2**63), "ratio": 1e30})
+    assert (built.count, built.slots, built.ratio, messages) == (2**63 - 1, -(2**63), 1e30, [])
 
 
 def test_all_mistakes_come_at_once():

@@ -63,7 +63,7 @@ def random_batches(context: Context) -> list[MicroBatch]:
     run, batch = context.run, context.batch
     shape, length = run.model.shape(), run.batched_job.sequence_length
     assert shape is not None, "refused before anything starts"
-    generator = torch.Generator().manual_seed(run.job.seed * 1009 + context.data_rank)
+    generator = torch.Generator().manual_seed((run.job.seed * 1009 + context.data_rank) % 2**63)
     drawn = torch.randint(
         shape.vocab_size, (batch.gradient_accumulation_steps, batch.micro_batch, length + 1), generator=generator
     )

@@ -132,7 +132,7 @@ def _convert_scalar(wanted: Any, value: Any, *, path: str, report: ReportError) 
             return number
     if wanted is int and not is_bool:
         number = _number(value)
-        if number is not None and number == int(number):  # 5e8 is a whole number
+        if number is not None and number == int(number) and not _is_too_large(value):  # 5e8 is a whole number
             return int(number)
     if wanted is str and isinstance(value, str | int | float) and not is_bool:
         return str(value)
@@ -166,7 +166,21 @@ def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path:
     return _mismatch(wanted, value, path, report)
 
 
+def _is_too_large(value: Any) -> bool:
+    """Return whether this is a whole number that does not fit into 64 bits, which tensors and files give it."""
+    number = _number(value)
+    return number is not None and not -(2**63) <= number < 2**63
+
+
+def _takes_int(wanted: Any) -> bool:
+    return wanted is int or any(_takes_int(choice) for choice in typing.get_args(wanted))
+
+
 def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
+    if _takes_int(wanted) and not isinstance(value, bool) and _is_too_large(value):
+        why, fix = "does not fit into 64 bits", f"give a number from {-(2**63)} to {2**63 - 1}"
+        report(ConfigError(path, value, why=why, fix=fix))
+        return _INVALID
     report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=f"it takes {describe_type(wanted)}"))
     return _INVALID
 

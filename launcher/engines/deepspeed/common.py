@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from launcher.engines.context import Context
 
 
+_SETUPTOOLS_MESSAGES = ("Distutils was imported before Setuptools", "Setuptools is replacing distutils")
+"""What setuptools warns of when torch imports it to load an operator, after something imported distutils."""
+
+
 def prepare_environment(context: Context) -> None:
     """Set what DeepSpeed reads from the environment and its own launcher alone would set; before importing it."""
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
@@ -46,6 +50,8 @@ def silence_deepspeed_log() -> None:
     """Leave the warnings of DeepSpeed's log; drop what it tells of itself, and what torch tells DeepSpeed's authors."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
+    for message in _SETUPTOOLS_MESSAGES:
+        warnings.filterwarnings("ignore", message=message)
 
 
 def connect_deepspeed(context: Context, *, device: torch.device) -> None:

@@ -254,3 +254,21 @@ def test_a_run_in_a_folder_that_is_closed(launch_in_process, tmp_path, verb):
         (tmp_path / "closed").chmod(0o700)
     assert "cannot be" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("verb", ["show", "diff", "status"])
+def test_a_path_that_is_no_run(launch_in_process, tmp_path, verb):
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "dangling").symlink_to("/no/such/place")
+    (tmp_path / "plain").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    reasons = {
+        "loop": "leads back to itself",
+        "dangling": "does not exist",
+        "plain": "holds no run.yaml",
+        "pipe": "neither",
+    }
+    for word, why in reasons.items():
+        said = launch_in_process(verb, word, *([word] if verb == "diff" else [])).expect(2).stderr
+        assert why in said
+        assert "choose from" not in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +71,8 @@ def _config_of_run(word: str, changes: Sequence[str], root: Path, known: Mapping
     try:
         folder = find_run(word, root).path
     except ConfigError as error:
-        if "begin like this" in error.why and "no run in" not in error.why:
+        is_path = "/" in word or os.path.lexists(word)
+        if is_path or ("begin like this" in error.why and "no run in" not in error.why):
             raise
         why, meant = "is neither an experiment nor a run", suggest_overrides(word, known)
         fix = f"write {' or '.join(meant)}" if meant else did_you_mean(word, [*known.get("exp", []), NO_EXPERIMENT])

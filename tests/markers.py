@@ -16,6 +16,7 @@ _BY_PLACE = (
     ("bench/*", "bench"),
     ("benchmarks/test_peak.py*", "bench"),
     ("benchmarks/*::test_a_wrong_value_on_one_rank_ends_the_job_on_all", "bench"),
+    ("benchmarks/test_quantization.py::test_what_failed_in_a_process_of_its_own_is_named", "bench"),
     ("benchmarks/*::test_a_kernel_that_cannot_do_something_here_says_why", "bench"),
     ("benchmarks/test_activation.py::test_files_of_gradients_are_compared_by_tensor_and_bit", "bench"),
     ("benchmarks/test_activation.py::test_recomputing_takes_less_memory_and_changes_no_bit_of_a_gradient", "bench"),

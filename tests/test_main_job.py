@@ -12,7 +12,7 @@ def test_the_default_run_learns_and_leaves_everything(launch) -> None:
     run_dir = RunDir(ended.run_dir)
     result = json.loads(run_dir.result.read_text())
     assert (result["status"], result["exit_code"]) == ("completed", 0)
-    steps = json.loads(run_dir.plan.read_text())["work"]["steps"]
+    steps = json.loads(run_dir.plan.read_text())["work"]["num_steps"]
     metrics = result["metrics"]
     assert metrics["train/step"] == steps
     assert metrics["eval/loss"] < metrics["baseline/unigram"] - 0.5 < metrics["baseline/uniform"]

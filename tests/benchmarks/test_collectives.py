@@ -40,7 +40,7 @@ PLANTED = """
 import sys
 from types import SimpleNamespace
 from torch import distributed as dist
-from launcher.benchmarks import collectives as exchange
+from launcher.benchmarks.collectives import measure_collectives
 from launcher.config.benchmark.distributed import CollectivesBenchmark
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.heartbeat import Heartbeat
@@ -58,7 +58,7 @@ context = SimpleNamespace(run=run, run_dir=RunDir(Path(folder)), rank=rank, loca
                           heartbeat=Heartbeat(None), is_main=rank == 0)
 benchmark = CollectivesBenchmark(smallest_bytes=64, largest_bytes=256, seconds=0.001, repeats=1)
 try:
-    exchange.exchange(benchmark, context)
+    measure_collectives(benchmark, context)
 except Exception as error:
     print("ENDED", type(error).__name__, error)
 """

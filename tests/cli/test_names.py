@@ -135,7 +135,7 @@ def test_the_version(capsys: pytest.CaptureFixture[str], word: str) -> None:
 
 def test_plan_of_a_run_as_json(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(stored.path), "job.steps=7", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["work"]["steps"] == 7
+    assert json.loads(capsys.readouterr().out)["work"]["num_steps"] == 7
 
 
 @pytest.mark.parametrize("words", [["zero2"], ["plan", "zero2"], ["doctor", "zero2"]], ids=" ".join)

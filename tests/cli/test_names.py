@@ -26,7 +26,7 @@ def stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     run_dir = RunDir(tmp_path / "other" / "tiny" / RUN)
     run_dir.logs.mkdir(parents=True)
     save_run(compose(["model=gpt2", "run.name=tiny", "tracker=local", "backend.ranks=1"]).run, run_dir.snapshot)
-    write_json(run_dir.plan, {"run_id": RUN, "name": "tiny", "hosts": [], "forward": ["HF_HOME", "GITHUB_PAT"]})
+    write_json(run_dir.plan, {"run_id": RUN, "name": "tiny", "hosts": [], "forwarded_env": ["HF_HOME", "GITHUB_PAT"]})
     write_json(run_dir.result, {"status": "failed", "exit_code": 1, "run_id": RUN, "metrics": {}})
     return run_dir
 

@@ -92,7 +92,7 @@ def test_a_case_that_fails_ends_the_run_and_is_named(launch) -> None:
     ended = launch(*TINY, "benchmark.sequence=100000000", "benchmark.repeats=1").expect(1)
     failure = json.loads((ended.run_dir / "failure.json").read_text())
     assert "launcher.benchmarks.activation:encoder_step failed: RuntimeError" in failure["error"]
-    assert "'sequence': 100000000" in failure["error"]
+    assert "tried to allocate" in failure["error"]
 
 
 @pytest.mark.parametrize(

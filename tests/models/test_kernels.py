@@ -112,8 +112,8 @@ def test_ranks_share_the_sequences_of_attention_over_all_tokens_alone() -> None:
         own_code = transformers.FalconForCausalLM(transformers.FalconConfig(**sizes))
     check_cut(windowed, degree=2, length=16)
     with pytest.raises(
-        ConfigError, match=r"parallel\.sequence=2: mistral has layers that see 16 tokens .* have 32; set"
+        ConfigError, match=r"parallel\.sequence_parallel=2: mistral has layers that see 16 tokens .* have 32; set"
     ):
         check_cut(windowed, degree=2, length=32)
-    with pytest.raises(ConfigError, match=r"parallel\.sequence=2: falcon computes attention in its own code"):
+    with pytest.raises(ConfigError, match=r"parallel\.sequence_parallel=2: falcon computes attention in its own code"):
         check_cut(own_code, degree=2, length=16)

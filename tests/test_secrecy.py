@@ -24,7 +24,17 @@ ENVIRON = {"HF_TOKEN": "hf_abcdefgh", "MY_PASSWORD": "hunter2hunter2", "API_KEY"
 
 SECRET_NAMES = (
     *("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "DBPASSWORD", "client_secret"),
-    *("HTTP_AUTH", "MY_CREDENTIALS", "GITHUB_PAT", "HFTOKEN", "SSH_PASSPHRASE", "SSHPASS", "SENTRY_DSN", "DB_PWD"),
+    *(
+        "HTTP_AUTH",
+        "AUTHORIZATION",
+        "MY_CREDENTIALS",
+        "GITHUB_PAT",
+        "HFTOKEN",
+        "SSH_PASSPHRASE",
+        "SSHPASS",
+        "SENTRY_DSN",
+        "DB_PWD",
+    ),
     *("S3_ACCESSKEY", "NPM_AUTHTOKEN", "API_TOKENS", "LAUNCHER_API_KEYS", "accountKey", "SLACK_WEBHOOK_URL"),
     *("AZURE_STORAGE_CONNECTION_STRING", "GOOGLE_APIKEY", "ghToken", "MY_JWT", "SESSION_COOKIE"),
 )

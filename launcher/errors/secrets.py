@@ -13,7 +13,21 @@ _SHORTEST = 8
 
 _SECRET_WORDS = frozenset(
     {
-        *("KEY", "KEYS", "APIKEY", "APIKEYS", "TOKEN", "PAT", "JWT", "OTP", "BEARER", "AUTH", "DSN", "WEBHOOK"),
+        *(
+            "KEY",
+            "KEYS",
+            "APIKEY",
+            "APIKEYS",
+            "TOKEN",
+            "PAT",
+            "JWT",
+            "OTP",
+            "BEARER",
+            "AUTH",
+            "AUTHORIZATION",
+            "DSN",
+            "WEBHOOK",
+        ),
         *("PASS", "PASSCODE", "PASSWRD", "PWD", "PW", "CRED", "CREDS", "COOKIE", "COOKIES"),
     }
 )

@@ -20,7 +20,7 @@ from launcher.config.paths import is_named_path
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RUN_INDEX, RunDir
 from launcher.runs.state import written_at
-from launcher.utils.files import read_regular
+from launcher.utils.files import read_regular, write_atomic
 from launcher.utils.text import did_you_mean
 
 _FIELDS = ("run_dir", "relative", "run_id", "name")
@@ -75,10 +75,9 @@ def forget_run(root: Path, run_dir: RunDir) -> None:
     with _locked(file) as descriptor:
         before = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         kept = [entry for entry in _entries(before) if entry["run_dir"] != path]
-        os.ftruncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-        _write(descriptor, b"".join(map(_line, kept)))
-        if not kept:
+        if kept:
+            write_atomic(file, b"".join(map(_line, kept)))  # who waits for the lock opens the new file
+        else:
             file.unlink(missing_ok=True)
 
 

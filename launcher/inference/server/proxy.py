@@ -207,6 +207,8 @@ class Proxy:
                 await answer.fail(ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True))
             elif work.done():
                 await work
+        except ConnectionRefusedError:
+            await answer.fail(ApiError(503, "vLLM does not answer yet", code="starting", retry_s=5))
         except (OSError, h11.ProtocolError):
             await answer.fail(ApiError(502, "vLLM broke off before its answer ended", code="engine_failed"))
         finally:

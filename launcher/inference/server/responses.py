@@ -21,8 +21,9 @@ API_FIELD_NAMES = {
     "bias": "logit_bias",
     "ignore_end": "ignore_eos",
     "beams": "num_beams",
+    "stop_ids": "stop_token_ids",
 }
-"""Fields of ``Sampling`` by what clients call them, where that differs."""
+"""Fields of ``SamplingParams`` by what clients call them, where that differs."""
 
 
 class ApiError(Exception):

@@ -73,6 +73,12 @@ def test_stop_strings(client: openai.OpenAI) -> None:
         assert answer.usage.completion_tokens == 4  # those that were needed to see it
 
 
+def test_a_stop_token_that_is_none_is_named_as_the_client_does(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="stop_token_ids") as refused:
+        client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body={"stop_token_ids": [99_999]})
+    assert refused.value.param == "stop_token_ids"
+
+
 def test_stop_ids_are_no_text(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model=MODEL, prompt="abcdef", max_tokens=50, temperature=0, extra_body={"stop_token_ids": [ord("c")]}

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from launcher.inference.server.proxy import Proxy, ProxyLimits
+from launcher.utils.system import free_port
 
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\ndata: 1\n\n"
 
@@ -145,6 +146,17 @@ def test_a_client_that_goes_while_it_waits_leaves_its_place() -> None:
             assert (await running)[0] == (await queued)[0] == 200
             assert not sent
             assert len(behind.asked) == 2
+
+    asyncio.run(go())
+
+
+def test_a_server_that_is_not_there_yet_is_asked_again_later() -> None:
+    async def go() -> None:
+        async with proxied() as (client, _, proxy):
+            proxy._port = free_port()
+            answer = await client.post("/v1/completions", json={})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "starting")
+            assert answer.headers["retry-after"] == "5"
 
     asyncio.run(go())
 

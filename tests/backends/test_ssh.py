@@ -87,6 +87,12 @@ class TestContract(BackendContract):
         return lambda: left_on(lab)
 
 
+def test_three_hosts_take_the_steps_of_one(lab, launch, tmp_path):
+    launch(*over_ssh(lab, "job.steps=6", "run.dir=many")).expect(0)
+    launch(*SMALL, "backend.ranks=3", "job.steps=6", "run.dir=one").expect(0)
+    assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+
+
 def test_no_rank_of_three_hosts_starts_before_all_are_prepared(lab, launch, tmp_path):
     ended = launch(*on(lab), *ECHO, "run.dir=many").expect(0)
     assert "rank 0 on " in ended.stdout or "ranks 0-2 on " in ended.stdout

@@ -243,16 +243,12 @@ def test_files_of_a_model_that_would_never_end(launch_in_process, tmp_path):
     assert "is not a regular file" in launch_in_process("plan", "model=hf", "model.name=model").expect(2).stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may look into every folder")
 @pytest.mark.parametrize("verb", ["runs", "show", "diff", "status"])
-def test_a_run_in_a_folder_that_is_closed(launch_in_process, tmp_path, verb):
-    (tmp_path / "closed" / "run").mkdir(parents=True)
-    (tmp_path / "closed").chmod(0)
-    try:
-        said = launch_in_process(verb, "closed/run", *(["closed/run"] if verb == "diff" else [])).expect(2).stderr
-    finally:
-        (tmp_path / "closed").chmod(0o700)
-    assert "cannot be" in said
+def test_a_run_that_cannot_be_looked_at(launch_in_process, verb):
+    """Python 3.11 raises for a path with a name that is too long as it does for a folder that is closed."""
+    word = f"{'x' * 300}/run"
+    said = launch_in_process(verb, word, *([word] if verb == "diff" else [])).expect(2).stderr
+    assert "file systems take 255" in said
     assert "Traceback" not in said
 
 

@@ -99,7 +99,7 @@ def test_a_runner_that_is_not_installed_is_refused_with_what_to_install(
 def test_logins_that_a_runner_has_no_word_for_are_refused(runner: Any, login: str, on_path: Any) -> None:
     on_path("pdsh", "mpirun", "srun")
     (said,) = refusals(DeepspeedBackend(runner=runner), (Host(name="node1", slots=1, ssh_destination=login),))
-    assert f"{runner} cannot be told to reach {login}" in said
+    assert f"{runner} cannot reach {login}" in said
 
 
 def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pytest.MonkeyPatch, on_path: Any) -> None:

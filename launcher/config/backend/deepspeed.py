@@ -80,8 +80,6 @@ class DeepspeedBackend(HostfileBackend):
                 continue
             if self.runner == "pdsh" and re.fullmatch(r"[^@:\[\]]+@[^@:\[\]]+", host.ssh_destination):
                 continue
-            why = (
-                f"{self.runner} cannot be told to reach {host.ssh_destination} under another user, port or IPv6 address"
-            )
+            why = f"{self.runner} cannot reach {host.ssh_destination} under another user, port or IPv6 address"
             fix = "name the host by an alias of your ssh configuration that says so, or set backend=ssh"
             yield ConfigError("backend.hostfile", self.hostfile, why=why, fix=fix)

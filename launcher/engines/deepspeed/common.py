@@ -58,7 +58,7 @@ def connect_deepspeed(context: Context, *, device: torch.device) -> None:
     """Join the process group of the run, through DeepSpeed.
 
     On a CPU DeepSpeed would first compile its shared-memory operator, which serves tensor-parallel inference only, and
-    leave 66 MiB of it a rank in ``/dev/shm`` when the run ends. Its table of operators is told that there is none.
+    leave 66 MiB of it a rank in ``/dev/shm`` when the run ends. Its table of operators says that there is none.
     """
     import deepspeed
 

@@ -119,11 +119,11 @@ def _size(module: nn.Module) -> float:
 
 def _costs_from_rank_0(context: Context, *, num_blocks: int, device: torch.device) -> LayerCosts:
     """Return what rank 0 measured."""
-    told = torch.zeros(3, dtype=torch.float64, device=device)
+    costs = torch.zeros(3, dtype=torch.float64, device=device)
     if context.is_main:
-        told.copy_(torch.tensor(measure_costs(context, device=device)))
-    dist.broadcast(told, src=0)
-    block, first, last = told.tolist()
+        costs.copy_(torch.tensor(measure_costs(context, device=device)))
+    dist.broadcast(costs, src=0)
+    block, first, last = costs.tolist()
     if context.is_main:
         print(f"balance: a block takes {block:.4f} s, embeddings {first:.4f} s, output head {last:.4f} s", flush=True)
     return LayerCosts(blocks=[block] * num_blocks, first=first, last=last)

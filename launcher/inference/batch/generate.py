@@ -61,7 +61,7 @@ class BatchWorker:
     """Requests that the engine works on together."""
     seed: int
     heartbeat: Callable[[int, float], None]
-    """Told how many records are done, by all ranks, and this rank's tokens a second."""
+    """Called with the number of records that all ranks have done, and this rank's tokens a second."""
 
     _answers: dict[str, GenerationResult] = field(default_factory=dict)
     _tokens: int = 0

@@ -81,7 +81,7 @@ class EngineStats:
     preemptions_total: int = 0
     """Requests put back into the queue for want of room."""
     since_step_s: float = 0.0
-    """Seconds since the last step ended, 0 where there is nothing to do: how an engine that hangs is told."""
+    """Seconds since the last step ended, 0 where there is nothing to do. A high value means that the engine hangs."""
 
 
 class Refused(Exception):

@@ -39,7 +39,6 @@ _NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
 """Variables that change what is printed; pytest-xdist sets the width of the terminal in its workers."""
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
-
 _LONGEST_FIRST = (
     *("backends/test_ssh.py", "backends/test_deepspeed.py", "kubernetes/test_runs.py", "slurm/test_runs.py"),
     *("engines/test_sharding.py", "engines/test_deepspeed_pipeline.py", "quantization/test_layers.py"),

@@ -106,16 +106,10 @@ def choose_points(
 
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
-
-
 _AROUND_BYTES = 2**20
 """What threads and matrix products keep for themselves, at most."""
-
-
 _TIMES_AROUND = 4
 """Peaks are fitted that are at least so many times what does not depend on the length."""
-
-
 _BASELINE, _FLASH = "mha_weights", "sdpa_flash"
 
 

@@ -22,16 +22,10 @@ from launcher.utils.build_cache import quote_torch_library_path
 
 KernelFunction = Callable[[nn.MultiheadAttention, Tensor], Tensor]
 """From hidden states (sequences, tokens, width) to the layer's output, of the same shape."""
-
-
 _MAY_LACK = ("sdpa_flash", "flex")
 """Kernels that are not for every device, number format and direction."""
-
-
 _SMALL = 128
 """Tokens of the first, small pass: what is loaded at first use is no part of a step."""
-
-
 _ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
 """Steps are repeated until they took so long together, or are so many."""
 

@@ -29,11 +29,8 @@ if TYPE_CHECKING:
 
 
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-
-
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 """torch 2.13 has new names for them, and complains of the old ones."""
-
 
 _PERIOD = 31
 """Of the values of a message. Sums over up to a thousand ranks stay exact in fp32, and values that land in the wrong
@@ -245,7 +242,6 @@ COLLECTIVES: dict[str, type[Collective]] = {
     "broadcast": Broadcast,
     "all_to_all": AllToAll,
 }
-
 
 _FEWEST, _MOST = 3, 10_000
 """Calls in one measurement."""

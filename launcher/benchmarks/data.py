@@ -24,11 +24,7 @@ from launcher.engines.context import Context
 from launcher.protocol.plan import Batch
 
 _DIGESTED_STEPS = 4
-
-
 _MEASURE, _PREPARE = "launcher.benchmarks.data:measure_reading", "launcher.benchmarks.data:prepare_cache"
-
-
 _LOAD = "load"
 
 

@@ -235,8 +235,6 @@ def decode_by_ctranslate2(
 
 
 _BYTES = 2**30
-
-
 _TIMES = 5
 
 

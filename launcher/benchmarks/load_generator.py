@@ -46,7 +46,6 @@ would write like so these her long make thing see him two has look more day coul
 who over know water than call first people may down side been now find
 """
 
-
 PROMPT_WORDS = tuple(_COMMON_WORDS.split())
 """Common words that are one token each, with the space before them, in the vocabulary of any language model."""
 

@@ -108,8 +108,6 @@ class UpdateClock(StepClock):
 
 _NOTABLE = 0.05
 """Relative difference from the formula that is reported: padding and step counters are less."""
-
-
 Formulas = Mapping[str, tuple["StateBytes", str]]
 """Bytes of a rank by strategy, and the sum in words."""
 

@@ -25,8 +25,6 @@ from launcher.errors import JobError
 
 SchedulePass = tuple[int, str, int]
 """Chunk, kind (F forward, B backward, I and W its two halves), micro-batch."""
-
-
 _SAME = 1e-9
 
 

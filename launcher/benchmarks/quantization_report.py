@@ -82,8 +82,6 @@ def _logits(model: PreTrainedModel, batch: MicroBatch, wanted: Tensor) -> Tensor
 
 
 BEFORE, AFTER = "before", "after"
-
-
 _WAYS = {"forward": "plain forward passes", "engine": "the launcher's engine"}
 
 

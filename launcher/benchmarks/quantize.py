@@ -219,8 +219,6 @@ def _sizes(job: Quantize, batch: int) -> dict[str, int]:
 
 _SLOW_S = 20.0
 """A round of both that takes longer needs no warming up."""
-
-
 Measured = dict[int, dict[str, list[Rates]]]
 """By batch, then before and after: one entry a round."""
 

@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 
 _READY_S, _END_S, _POLL_S = 600.0, 60.0, 0.2
 
-
 _RANK_VARIABLES = (
     "RANK",
     "LOCAL_RANK",
@@ -134,10 +133,7 @@ def _free_port() -> int:
 
 
 _SEEDS_A_ROUND = 1000
-
-
 _SHOWN = ("requests", "errors", "tokens_per_s", "first_p50_s", "first_p99_s", "gap_p99_s", "client_share")
-
 
 _QUANTITIES = (
     *("tokens_per_s", "requests_per_s", "goodput_per_s", "first_p50_s", "first_p99_s"),

@@ -15,8 +15,6 @@ from launcher.utils.schema import defaults, to_tree
 
 INTERPOLATION = "${"
 """What begins a variable in Hydra's grammar."""
-
-
 _PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
 """Text that means itself in Hydra's grammar, and in a list there."""
 

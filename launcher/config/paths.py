@@ -20,21 +20,15 @@ from launcher.errors import ConfigError
 from launcher.utils.files import exists
 
 _MARK = "path"
-
-
 PathText = Annotated[str, _MARK]
 """The type of an option that holds a path, or may hold one instead of a word."""
-
 
 _KEYWORDS = frozenset(
     {"auto", "none", "random", "pretrained", "model", "data", "bytes", "bpe", "sample", "python-docs"}
 )
 """What such options take instead of a path."""
 
-
 _GLOB_CHARACTERS = frozenset("*?[")
-
-
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
 
 

@@ -17,27 +17,14 @@ from launcher.utils.text import did_you_mean
 
 SAMPLE_PROMPTS = Path(__file__).with_name("sample_prompts.jsonl")
 """The 16 prompts that come with the program."""
-
-
 PromptFormat = Literal["jsonl", "json", "csv", "text"]
-
-
 MAX_LINE_BYTES = 16 * 2**20
 """A longer line is refused: a file without line breaks must not fill the memory."""
-
-
 _BLOCK = 1 << 20
-
-
 _TEXT_COLUMNS = ("prompt", "id", "chat_template")
 """Of a table; what stands in others is read as JSON where it is some."""
-
-
 _PLAIN = "job.format=text"
-
-
 _TO_LINES = "import datasets, sys; datasets.Dataset.from_{kind}(sys.argv[1]).to_json(sys.argv[2])"
-
 
 _SUGGESTIONS = {
     **dict.fromkeys(
@@ -189,8 +176,6 @@ def _value(name: str, cell: str) -> Any:
 
 
 SAMPLING_FIELDS = tuple(field.name for field in fields(SamplingParams))
-
-
 FIELDS = ("prompt", "messages", "chat_template", "id", "stop", *SAMPLING_FIELDS)
 """All that a line may say."""
 

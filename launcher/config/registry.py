@@ -94,7 +94,6 @@ KINDS: dict[str, dict[str, str]] = {
 }
 """Every component, by group and kind: a new one is its file, its YAML and a line here."""
 
-
 GROUPS_ADDED_LATER: dict[str, dict[str, Any]] = {"quantization": {"kind": "none"}, "profile": {"kind": "false"}}
 """Groups that runs on disk may lack because they were not there yet, and what such runs did."""
 

@@ -104,26 +104,15 @@ RANGES: Mapping[str, ParameterRange] = {
 }
 """Fields of ``SamplingParams`` that are numbers."""
 
-
 LOGIT_BIAS_RANGE = ParameterRange(-100.0, 100.0, 0.0)
 """What is added to the score of one token."""
-
-
 MAX_LOGIT_BIASES = 1024
 """Tokens whose scores one request changes: more would make each step longer for all."""
-
-
 MAX_STOP_IDS = 64
-
-
 MAX_STOPS, MAX_STOP_LENGTH = 16, 256
 """Strings that end a text, and characters of each."""
-
-
 NUM_CHOICES_RANGE = ParameterRange(1, 1024, 1)
 """Answers to one prompt."""
-
-
 PRIORITY_RANGE = ParameterRange(-(2**31), _INT32_MAX, 0)
 
 

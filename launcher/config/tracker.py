@@ -60,7 +60,6 @@ _WANDB_MODES = {
 }
 """What W&B's own client understands in WANDB_MODE, and what it means here."""
 
-
 SYNC_HINT = "`wandb sync` uploads it later"
 
 
@@ -133,8 +132,6 @@ class Wandb(Tracker):
 
 
 WANDB_SERVER = "https://api.wandb.ai"
-
-
 _MIN_KEY_LENGTH = 40
 """Characters of a key, after an optional prefix and dash; the client refuses shorter ones."""
 

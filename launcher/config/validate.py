@@ -26,8 +26,6 @@ from launcher.protocol.rundir import RUN_INDEX
 
 _MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
-
-
 _NO_CHECKPOINTS = ("0", "false", "default")
 """Values of the group checkpoint that ask for none."""
 

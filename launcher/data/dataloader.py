@@ -17,8 +17,6 @@ from launcher.data.dataset import Splits
 from launcher.protocol.plan import Batch
 
 _ROUNDS = 6
-
-
 _MASK_64 = (1 << 64) - 1
 
 

@@ -38,17 +38,9 @@ def read_bpe(file: Path) -> FastTokenizer:
 
 
 _FORMAT = 1
-
-
 _TOKENS, _LAYOUT, _TOKENIZER = "tokens.arrow", "stream.json", "tokenizer.json"
-
-
 _GENERATION = "generation_config.json"
-
-
 _PIECES_AT_ONCE = 64
-
-
 _ROWS_AT_ONCE = 4096
 
 

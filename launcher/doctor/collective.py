@@ -24,31 +24,17 @@ from launcher.doctor.protocol import GroupMeasurement, PairMeasurement, send_mes
 from launcher.utils.processes import die_with_parent
 
 _SMALL, _MIDDLE, _LARGE = 64 * 2**10, 2**20, 16 * 2**20
-
-
 _DISTANT_S = 0.05
 """A link with this latency is measured with a small buffer only."""
-
-
 _SLOW_S = 0.05
 """If a mebibyte takes longer, no larger buffer is measured."""
-
-
 _BUSY_S = 0.005
 """An all-reduce of 8 bytes that takes longer is repeated less often."""
-
-
 ALL_PAIRS_UP_TO = 16
 """Number of hosts up to which every pair is measured (15 rounds); of more, neighbours on a ring are."""
-
-
 T = TypeVar("T")
-
-
 PAIR_S = 5.0
 """Timeout of one pair, once both hosts have started."""
-
-
 _ADDRESS = re.compile(r"\[/[^\]]*:\d+\] ")
 
 

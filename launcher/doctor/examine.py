@@ -21,40 +21,20 @@ from launcher.utils.schema import build
 
 QUICK_S, FULL_S = 20.0, 60.0
 """Deadlines for a few hosts; most of the full one is for importing torch from a slow disk."""
-
-
 PER_HOST_S = 0.05
 """Added per host: a handshake of ssh takes some 20 ms of CPU time on the launching machine."""
-
-
 _REACH_S, _REACH_SHARE = 10.0, 0.6
 """Time to reach hosts, and its maximum share of the deadline; a dead host takes all of it."""
-
-
 _FACTS_S, _FACTS_SHARE = 20.0, 0.8
 """The same for the facts of hosts that have been reached."""
-
-
 _CONTACT_S = 4.0
-
-
 _LIFE_S = 5.0
 """Probes exit by themselves this long after the deadline, in case the network is cut."""
-
-
 _THIS_MACHINE = "this machine"
-
-
 T = TypeVar("T")
-
-
 _CLOSE_PORT_S = 2.0
-
-
 _MAX_CLOCK_S = 1e12
 """Largest plausible time since 1970; NaN compares as false."""
-
-
 _MARGIN_S = 0.5
 """Hosts time out this much earlier than the doctor, so that their answers arrive."""
 

@@ -32,26 +32,16 @@ from launcher.doctor.protocol import PACKAGES, Contact, HostFacts, Software, Sto
 from launcher.utils.hardware import cpu_computes_bf16, list_gpus, memory_limit, visible_gpus
 
 _CUDA = re.compile(r"^cuda\b[^=]*=\s*['\"]([0-9.]+)['\"]", re.MULTILINE)
-
-
 _DRIVER = re.compile(r"Kernel Module(?: for \S+)?\s+([0-9.]+)")
-
-
 _SHM = Path("/dev/shm")  # noqa: S108 (only its size is asked)
-
 
 _NETWORK_FILE_SYSTEMS = re.compile(
     r"(fuse\.)?(nfs4?|lustre|gpfs|beegfs|beegfs_nodev|ceph|cifs|smb3|glusterfs|afs|pvfs2|wekafs)"
 )
 """Types of file systems whose source is the same name on every host."""
 
-
 _DOCUMENTATION_ADDRESS = "203.0.113.1"  # reserved for documentation (RFC 5737), so it takes the default route
-
-
 _RTT_AT = 68
-
-
 _BACKLOG = 4096
 """Number of hosts whose connections the kernel accepts without ``accept``."""
 

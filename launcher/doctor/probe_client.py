@@ -17,31 +17,15 @@ from launcher.remote.command import RemoteCommand
 from launcher.utils.system import raise_open_file_limit
 
 PROBE_MODULE = "launcher.doctor.probe"
-
-
 _CLOSE_S = 1.0
 """Time for probes to exit by themselves once their stdin is closed."""
-
-
 _FILES_PER_HOST = 3
-
-
 _FILES_OF_DOCTOR = 64
-
-
 _WRITE, _READ, _READ_STDERR = "write", "read", "read stderr"
-
-
 _CHUNK = 1 << 16
-
-
 _MAX_STDERR_BYTES = 1 << 14
-
-
 _MAX_LINE_BYTES = 1 << 22
 """More than any message; a longer line is dropped."""
-
-
 _EXIT_S = 1.0
 """Time for a command to exit after it has closed its stdout."""
 

@@ -11,10 +11,7 @@ from launcher.protocol.wire import require_fields
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Versions that must agree on all hosts."""
-
-
 _MESSAGE_PREFIX = b'{"doctor": '
-
 
 _FIELDS: dict[str, dict[str, Any]] = {
     "hello": {},

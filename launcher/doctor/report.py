@@ -13,10 +13,7 @@ from launcher.utils.text import bytes_text, counted, format_table
 
 _MAX_IN_MATRIX = 8
 """Number of hosts up to which all pairs are shown; of more, the slowest pairs."""
-
-
 _NUM_SLOWEST = 8
-
 
 _HEAD = (
     "host",

@@ -17,44 +17,24 @@ from launcher.utils.text import bytes_text, counted
 
 CLOCK_SKEW_S = 2.0
 """Beyond this, logs and timelines of several hosts cannot be compared."""
-
-
 LITTLE_MEMORY_BYTES = 2**30
 """Free RAM per rank; Python with torch takes a third of it."""
-
-
 LITTLE_DISK_BYTES = 10 * 2**30
 """Size of a few checkpoints of a small model."""
-
-
 NO_DISK_BYTES = 256 * 2**20
 """Below this, logs, metrics and a checkpoint do not fit."""
-
-
 LITTLE_SHM_BYTES = 2**30
 """Containers have 64 MiB of /dev/shm by default, which NCCL and data loaders exceed."""
-
-
 HIGH_LATENCY_S = 0.005
 """A round trip within a building takes less than a millisecond."""
-
-
 DISTANT_S = 0.05
 """Over such a link all-reduces are unusable, and measuring them takes longer than all other checks."""
-
-
 LOW_BYTES_PER_S = 50 * 2**20
 """Less than half the bandwidth of gigabit Ethernet."""
-
-
 ODD_SHARE = 0.25
 """A pair with less than this share of the median bandwidth is reported."""
-
-
 _SHOWN = 3
 """Maximum number of host names in one sentence."""
-
-
 _Facts = Mapping[str, HostFacts]
 
 

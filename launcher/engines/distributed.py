@@ -25,11 +25,7 @@ if TYPE_CHECKING:
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """torch's names of the compute formats."""
-
-
 _DAY_S = 86400.0
-
-
 _AFTER_STALL_S = 300.0
 
 

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 
 _NO_CONTENT = "is null, which only an assistant's may be"
-
-
 _CONTENT = 'takes text, or a list of parts {"type": "text", "text": "…"}'
 
 
@@ -107,8 +105,6 @@ def templates_by_name(loaded: str | Mapping[str, str] | None) -> dict[str, str]:
 
 ChatRenderer = Callable[[Sequence[Mapping[str, str]], str | None], str]
 """Text of a conversation, ready for the answer, by the template of a name or the default one."""
-
-
 END_OF_TEXT = "<|endoftext|>"
 
 

@@ -97,8 +97,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 TensorSource = Callable[[Sequence[str]], torch.Tensor | None]
 """Returns the tensor that the model knows by one of these names (a tied parameter has several), ``None`` for none."""
-
-
 PartCallback = Callable[[str, nn.Module], None]
 """What happens to a part, given its name, once it is filled: it is sharded, say."""
 

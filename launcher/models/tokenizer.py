@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 REPLACEMENT = "\ufffd"
 """What decoders put for bytes that make no character, or none yet."""
-
-
 _MANY = 1000
 """Tokens that take so long that other threads should run meanwhile: ``decode`` keeps Python's lock."""
 

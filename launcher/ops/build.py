@@ -28,11 +28,7 @@ from launcher.protocol.native_ops import (
 )
 
 Say = Callable[[str], None]
-
-
 _POLL_S = 0.5
-
-
 _SAY_EVERY_S = 10.0
 
 
@@ -99,8 +95,6 @@ def _open_files(descriptors: Path) -> Iterator[str]:
 
 LIMIT_S = 1800.0
 """Time one operator may take: minutes on a quiet machine, half an hour on a crowded one."""
-
-
 _JOB_BYTES = 2 * 1024**3
 """Memory one compiler process may take."""
 

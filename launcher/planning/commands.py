@@ -18,8 +18,6 @@ from launcher.utils.system import LOOPBACK
 
 RANK_MODULE = "launcher.jobs.rank"
 EXTERNAL_RANK_MODULE = "launcher.jobs.external_rank"
-
-
 AgentArgv = Callable[[Sequence[Host], RunIdentity], list[tuple[str, ...]]]
 
 
@@ -89,12 +87,8 @@ def cuda_visible_devices(host: Host) -> list[int | str]:
 
 AGENTS: dict[str, AgentArgv] = {"torchrun": torchrun_argv, "deepspeed": deepspeed_argv}
 """Every value of ``backend.agent``."""
-
-
 RANK_LAUNCHERS: dict[str, AgentArgv] = {**AGENTS, "external": external_argv}
 """Every value of ``Backend.rank_launcher``."""
-
-
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
 """Without them Gloo takes the interface that the host's own name resolves to: on Debian, the loopback."""
 

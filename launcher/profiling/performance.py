@@ -98,7 +98,6 @@ PEAK_TFLOPS: Final = {
 }
 """Peak TFLOP/s by a part of the device's name, the first match counts; ``None`` where it lacks the format."""
 
-
 _COLUMNS: Final = {"bf16": 0, "fp16": 0, "fp32": 1, "tf32": 2, "fp8": 3}
 
 

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 _MOST_BLOCKS = 100_000
 """Allocations and releases that the snapshot of a GPU holds at most; the last ones stay."""
-
-
 _LEVEL = 4
 """Of compression: a trace shrinks to a tenth with any of them."""
 
@@ -177,8 +175,6 @@ def _shape(sizes: Any) -> str:
 
 
 _TITLES: Mapping[OperatorKind, str] = {"operator": "Operators", "kernel": "Kernels", "stretch": "Stretches of the work"}
-
-
 _CPU_TEXT, _GPU_TEXT = "self CPU", "self GPU"
 
 

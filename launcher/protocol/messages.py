@@ -251,7 +251,6 @@ TO_AGENT: frozenset[type[AgentMessage]] = frozenset(
 )
 """What a session sends."""
 
-
 FROM_AGENT: frozenset[type[AgentMessage]] = frozenset(
     {
         *(

@@ -16,8 +16,6 @@ from launcher.utils.files import UnreadableFile, open_regular, read_object, writ
 
 RunStatus = Literal["completed", "failed", "preempted", "cancelled"]
 """How a run ended: all steps done, a rank or the launcher failed, preempted and resumable, cancelled by the user."""
-
-
 _MAX_LINE_BYTES = 1 << 20
 
 

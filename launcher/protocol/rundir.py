@@ -16,15 +16,9 @@ from launcher.utils.files import read_regular
 
 _SNAPSHOT_GROUPS = frozenset({"job", "model", "backend", "run"})
 """Groups that the snapshot of every version holds."""
-
-
 _PENDING_CHECKPOINT = re.compile(r"\.step_\d{8,}\.(tmp|old|gone)")
 """Hidden names that a save uses before its last rename."""
-
-
 _TOP_LEVEL_KEY = re.compile(r"^(\w+):", re.MULTILINE)
-
-
 _PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
 """What a launcher makes before it writes the snapshot; all that one which was killed then leaves."""
 
@@ -159,8 +153,6 @@ def remove_unfinished_checkpoints(folder: Path) -> None:
 
 
 RUN_INDEX = ".index.jsonl"
-
-
 _ENCODED_PREFIX = "dir."
 
 

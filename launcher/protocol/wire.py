@@ -18,20 +18,10 @@ from typing import Any
 from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage
 
 _KINDS: dict[str, type[AgentMessage]] = {cls.kind: cls for cls in TO_AGENT | FROM_AGENT}
-
-
 _MAX_INT = 2**63
-
-
 _SIGNAL_FIELDS = ("signal",)
-
-
 _MAX_CHARS_SHOWN = 80
-
-
 _MESSAGE_PREFIX = b'{"kind": '
-
-
 _MAX_LINE_BYTES = 1 << 28
 """An assignment carries the whole plan, every other message is far shorter."""
 

@@ -107,11 +107,7 @@ class AoCodec:
 
 
 _NF4_BLOCK = 64
-
-
 _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
-
-
 _NF4_TENSORS = ("weight", "weight.absmax", "weight.quant_map", _NF4_STATE)
 
 

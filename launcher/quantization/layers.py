@@ -76,8 +76,6 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 
 LAYERS, EMBEDDINGS, REST = "quantized layers", "embeddings and head", "everything else"
-
-
 GROUPS = (LAYERS, EMBEDDINGS, REST)
 
 

@@ -36,10 +36,7 @@ ONE_LINER = "import json,os;exec(json.loads(bytes(iter(lambda:os.read(0,1)[0],10
 """Reads byte by byte, so that what follows the line is left for others. Holds nothing that sh, bash, csh, fish or zsh
 would touch between single quotes, where csh still minds ``!`` and fish the backslash."""
 
-
 _PLAIN_PATH = re.compile(r"(~/)?[A-Za-z0-9_@%+:,./-]+")
-
-
 _UNQUOTABLE = re.compile(r"['\\!\x00-\x1f\x7f]")
 
 
@@ -81,7 +78,6 @@ _SSH_OPTIONS = (
     *("-o", "RemoteCommand=none"),
     *("-o", "ClearAllForwardings=yes"),  # many connections at once cannot all bind the ports of a LocalForward
 )
-
 
 _LOGIN = re.compile(r"(?P<user>[^@]+@)?(?:\[(?P<ipv6>[^\]]+)\]|(?P<name>[^:\[\]]+))(?::(?P<port>\d+))?")
 

@@ -24,8 +24,6 @@ from launcher.utils.files import read_regular, write_atomic
 from launcher.utils.text import did_you_mean
 
 _FIELDS = ("run_dir", "relative", "run_id", "name")
-
-
 _MOST_RUNS = 10_000
 """Of the newest lines that are read."""
 

@@ -11,11 +11,7 @@ from launcher.utils.files import open_regular
 from launcher.utils.logs import LineSplitter
 
 AGENT = "agent"
-
-
 _CHUNK = 1 << 18
-
-
 _MOST_BACK = 1 << 28
 """Bytes in which the last lines are looked for."""
 

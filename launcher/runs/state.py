@@ -24,15 +24,10 @@ RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
 """Besides the statuses of ``result.json``: its session runs; its session has ended and left no result; its session may
 run, on a machine that cannot be seen from here."""
 
-
 _YOUNG_S = 30.0
 """Age below which a run without session.json counts as starting."""
-
-
 _LATEST = 253_402_300_799.0
 """The last second of the year 9999: a file may claim to be of any time, and a clock shows no later one."""
-
-
 _LARGEST = 1e300
 
 

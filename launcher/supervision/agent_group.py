@@ -35,15 +35,9 @@ from launcher.utils.processes import describe_exit, shell_exit_code
 from launcher.utils.schema import to_tree
 
 _TICK_S = 0.1
-
-
 _CONNECT_S = 60.0
 """Time until the first message of an agent: it ends logins that hang, and is enough for a slow disk."""
-
-
 _TAIL_LINES = 30
-
-
 Connect = Callable[[HostPlan], AgentConnection]
 
 

@@ -18,15 +18,9 @@ from launcher.utils.logs import LineSplitter
 from launcher.utils.processes import Process, identify
 
 _CHUNK = 1 << 16
-
-
 _KEPT_LINES = 60
-
-
 SIDECAR_TIMEOUT_S = 60.0
 """Time for a sidecar to flush its data once the ranks have exited."""
-
-
 _REPORT_AFTER_S = 2.0
 
 

@@ -19,11 +19,7 @@ from launcher.remote.command import RemoteCommand
 from launcher.utils.logs import open_log
 
 CHUNK_BYTES = 1 << 16
-
-
 KEEPALIVE_S = 1.0
-
-
 _FULL_BYTES = 1 << 22
 
 

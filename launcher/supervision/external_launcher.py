@@ -50,16 +50,10 @@ from launcher.utils.processes import Process, become_subreaper
 from launcher.utils.system import code_root
 
 _READ_EVERY_S = 0.25
-
-
 _REPORT_TIMEOUT_S = 3.0
 """Time for rank monitors to report once the launcher has exited."""
-
-
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Prefixes of variables that deepspeed exports, mangled by shells; ranks read them from the channel instead."""
-
-
 _SSH_EXITED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
 
 

@@ -25,22 +25,16 @@ from launcher.utils.processes import describe_exit, shell_exit_code
 
 COLLECT_FAILURES_S = 0.3
 """Time after the first failure in which others are collected."""
-
-
 WAIT_FOR_CAUSE_S = 3.0
 """The same while every failure seen may be the consequence of one not seen yet, or is a preemption."""
-
 
 _CONSEQUENCE = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|Watchdog caught collective operation timeout"
     r"|Connection (closed|reset|refused)|Broken pipe|Socket closed|closed by peer|Application timeout"
 )
 
-
 _WAS_SIGNALLED = re.compile(r"SignalException.* got signal: (\d+)")
 """Printed by torchrun, before it exits with code 1, when it received a signal."""
-
-
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 

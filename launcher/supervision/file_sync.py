@@ -21,18 +21,10 @@ from launcher.supervision.connection import SessionConnection
 
 MAX_FILE_BYTES = 64 * 2**20
 """Of a file that is sent whole whenever it changes; an append-only file may have any size."""
-
-
 _SCAN_EVERY_S = 1.0
-
-
 _CHUNK_BYTES = 1 << 17
-
-
 _MAX_QUEUED_BYTES = 1 << 19
 """Limit of queued bytes: the exit of a rank must not wait behind minutes of logs."""
-
-
 _APPENDED_SUFFIXES = (".log", ".jsonl", ".wandb")
 
 

@@ -21,8 +21,6 @@ from launcher.utils.system import describe_full_disk
 from launcher.utils.text import printable, short_path
 
 _MAX_RANKS_SHOWN = 32
-
-
 _SESSION_KILLED = 128 + signal.SIGKILL
 """Exit code of a killed session: only SIGKILL ends it without an outcome."""
 

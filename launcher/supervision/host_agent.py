@@ -44,18 +44,10 @@ from launcher.utils.processes import Process, end_descendants
 from launcher.utils.schema import build
 
 _TICK_S = 0.1
-
-
 _BUSY_S = 0.01
-
-
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
-
-
 _SEND_FILES_S = 60.0
 """Time, after all processes have exited, to send files to a session that does not share the disk."""
-
-
 _LOST_SESSION_GRACE_S = 2.0
 """Longest grace of the ranks once the session is lost."""
 

@@ -43,15 +43,9 @@ from launcher.utils.logs import LogTail
 from launcher.utils.processes import Process, identify
 
 _TAIL_LINES = 60
-
-
 _HEARTBEAT_EVERY_S = 0.2
-
-
 _DUMP_S = 0.5
 """Time for the other ranks to dump their stacks when one has died: torchrun is about to end them."""
-
-
 Emit = Callable[[AgentMessage], None]
 
 

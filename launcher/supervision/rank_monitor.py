@@ -31,19 +31,11 @@ from launcher.utils.processes import become_subreaper, die_with_parent, end_desc
 from launcher.utils.system import is_disk_full_error
 
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
-
-
 _TICK_S = 0.25
-
-
 _ORPHAN_GRACE_S = 3.0
 """Time for a rank to exit by itself after its host agent died."""
-
-
 _LATE_SIGNAL_S = 0.1
 """Time between the signals that DeepSpeed sends to a rank and to its monitor."""
-
-
 RankWork = Callable[[RankEnv, Heartbeat], None]
 
 

@@ -19,13 +19,8 @@ from launcher.utils.files import read_object, write_json
 from launcher.utils.schema import to_tree
 
 _SHORT_PARENT = Path("/tmp")  # noqa: S108 (mkdtemp makes a private folder in it)
-
-
 _PREFIX, _OWNER = "launcher-", "owner.json"
-
-
 _SEND_S = 2.0
-
 
 MONITOR_FIELDS: dict[str, dict[str, type]] = {
     "started": {"rank": int, "monitor_pid": int, "pid": int},
@@ -33,7 +28,6 @@ MONITOR_FIELDS: dict[str, dict[str, type]] = {
     "exited": {"status": int, "time": float, "wall_s": float, "by_launcher": bool},
 }
 """Fields of a rank monitor's messages, by ``kind``."""
-
 
 _MAX_MESSAGE_BYTES = 4096
 

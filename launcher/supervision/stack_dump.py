@@ -19,42 +19,19 @@ from pathlib import Path
 from launcher.utils.processes import Process
 
 _MAX_BYTES = 1 << 16
-
-
 _DUMP_MARK = "(most recent call first)"
-
-
 _CONTINUE_S = 0.2
-
-
 _NATIVE_S = 1.0
 """Minimum time for a dump by py-spy."""
-
-
 NATIVE_MARK = "py-spy dump --native:"
 """Line before the C frames, where py-spy is installed."""
-
-
 _THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
-
-
 _DUMPED = re.compile(r' *File "(.+)", line (\d+) in (.+)')
-
-
 _TRACED = re.compile(r' *File "(.+)", line (\d+), in (.+)')
-
-
 _PACKAGE = Path(__file__).resolve().parent.parent
-
-
 _LIBRARY = re.compile(r"^<|/(site|dist)-packages/(?!launcher/)|/lib\d*/python3\.\d+/(?!(site|dist)-packages/launcher/)")
-
-
 _COLLECTIVES = re.compile(r"/(torch/distributed/(distributed_c10d|_functional_collectives)|deepspeed/comm/\w+)\.py$")
-
-
 _WRAPPERS = ("wrapper", "log_wrapper")
-
 
 _WAITS = {
     ("torch/autograd/graph.py", "_engine_run_backward"): "backward",  # DDP and ZeRO reduce gradients in it

@@ -112,18 +112,10 @@ class MetricsTail:
 
 FINISH_S = 30.0
 """Longest wait for an upload once the run is over."""
-
-
 ORPHAN_S = 5.0
 """The same when the launcher is gone: then everything of the run goes."""
-
-
 _POLL_S = 0.5
-
-
 _NICENESS = 10
-
-
 _MAX_SCRATCH_LENGTH = 56
 """Characters: W&B's socket in it has about 45 more, and the name of a socket at most 107."""
 

@@ -22,11 +22,7 @@ from launcher.protocol.results import last_metrics, read_benchmark_record
 from launcher.protocol.rundir import RunDir
 
 _FLUSH_S = 0.5
-
-
 _INIT_TIMEOUT_S = 10
-
-
 _CONNECT_TIMEOUT_S = 5.0
 
 

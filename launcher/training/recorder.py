@@ -122,8 +122,6 @@ class Recorder:
 
 
 _TRAIN, _HELD_OUT, _GREY = "#9db8d9", "#c2410c", "#6b7280"
-
-
 _SMOOTHING = 0.1
 """Share of the steps that the smoothed line averages over, at most."""
 

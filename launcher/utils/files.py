@@ -86,8 +86,6 @@ def read_json(path: Path) -> Any:
 
 MAX_BYTES = 64 << 20
 """Of a file that is read whole; the plan of a thousand hosts has a tenth."""
-
-
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 
 

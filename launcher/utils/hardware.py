@@ -16,8 +16,6 @@ import launcher
 from launcher.utils.text import bytes_text
 
 _QUERY = ("--query-gpu=index,uuid,name,memory.total", "--format=csv,noheader,nounits")
-
-
 _MIB = 1024 * 1024
 
 
@@ -106,8 +104,6 @@ def cpu_computes_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "accelerate", "hydra-core", "wandb")
-
-
 _DRIVER = Path("/proc/driver/nvidia/version")
 
 

@@ -11,10 +11,7 @@ from launcher.utils.system import is_disk_full_error
 
 _MAX_LINE_BYTES = 1 << 20
 """Length at which an unfinished line is returned in pieces."""
-
-
 _CHUNK = 1 << 18
-
 
 _SILENCED_AT_IMPORT = {
     "torchao": "Failed to load ",

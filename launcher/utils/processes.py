@@ -22,14 +22,8 @@ from types import FrameType
 from launcher.errors import EnvironmentProblem
 
 _KILL_TIMEOUT_S = 5.0
-
-
 _PR_SET_PDEATHSIG = 1
-
-
 _PR_SET_CHILD_SUBREAPER = 36
-
-
 COLLECTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTSTP)
 
 

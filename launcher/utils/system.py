@@ -61,17 +61,13 @@ def raise_open_file_limit(num_files: int) -> Iterator[None]:
 _FULL_MESSAGES = re.compile(r"No space left on device|Disk quota exceeded|os error (?:28|122)\b")
 """Errors of libraries that carry no errno: safetensors is Rust."""
 
-
 _WRITER_MESSAGES = re.compile(
     r"inline_container|PytorchStreamWriter|iostream error|requested and \d+ written|[Ss]hort write"
 )
 """What torch's and NumPy's writers say where the system said "No space left": they drop that."""
 
-
 _MIN_FREE_BYTES = 1 << 16
 """Less than this counts as nothing: file systems hand out blocks, and the first that does not fit is lost."""
-
-
 _NAMED = "the disk of "
 """What messages about a full disk say."""
 

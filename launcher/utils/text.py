@@ -57,7 +57,6 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 _COLOUR = r"\x1b\[[0-9;:]*m"
 
-
 _SEQUENCES = re.compile(
     rf"(?P<colour>{_COLOUR})"
     r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)"  # OSC: title, clipboard, links
@@ -67,19 +66,10 @@ _SEQUENCES = re.compile(
     r"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]"
 )
 
-
 _RESET = "\x1b[0m"
-
-
 _COLOURS = re.compile(_COLOUR)
-
-
 _SURROGATES = re.compile("[\ud800-\udfff]")
-
-
 _IN_JSON = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0xD800, 0xE000))}
-
-
 _WITHOUT_TERMINAL = 100
 """Columns where nothing says how many there are."""
 

@@ -26,19 +26,11 @@ if TYPE_CHECKING:
 
 
 CaseAnswer = dict[str, Any]
-
-
 ERROR_KEY = "trouble"
 """Key of an answer that says why there is none."""
-
-
 TIME_KEY = "at"
 """Key beside it: when, in seconds since 1970."""
-
-
 _POLL_S = 0.1
-
-
 _STACK_DUMP_S = 0.5
 """Time between asking a hung process for its stacks, which go into the log, and ending it."""
 
@@ -108,8 +100,6 @@ def _exit_text(status: int) -> str:
 
 
 _LEFT = "left"
-
-
 _FAILURE_GRACE_S = 5.0
 """Time that a rank gets to fail by itself once another has: its own reason may say more."""
 
@@ -279,7 +269,6 @@ _TORCH_MODULES = (
     "transformers.generation.utils",
     "transformers.integrations",
 )
-
 
 _DEEPSPEED_MODULES = (
     "launcher.engines.deepspeed.zero",

@@ -35,7 +35,6 @@ while True:
     signal.pause()
 """
 
-
 Start = Callable[..., tuple[subprocess.Popen[bytes], ProcessLocation]]
 
 

@@ -43,7 +43,6 @@ NUMERICS: dict[str, dict[str, Any]] = {
 }
 """Ways to compute the same numbers."""
 
-
 GROUPS = ("job", "model", "activation", "attention", "compile")
 
 

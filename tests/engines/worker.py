@@ -30,7 +30,6 @@ TOKENS, VOCABULARY, GLOBAL_BATCH = 32, 256, 16
 AFTER = range(100, 103)
 """Steps taken after saving, and after loading."""
 
-
 SLOW_IMPORTS = (
     "launcher.engines.pipeline.engine",
     "launcher.engines.torch",

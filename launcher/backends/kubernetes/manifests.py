@@ -21,11 +21,7 @@ from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
 from launcher.protocol.plan import Plan, RunIdentity
 
 Manifest = dict[str, Any]
-
-
 GPU = "nvidia.com/gpu"
-
-
 _SLACK_S = 15.0
 """Beyond what ranks get to save: time to write down how the run ended."""
 

@@ -15,11 +15,7 @@ from launcher.utils.schema import build, to_tree
 
 REPLICATED_JOB = "node"
 """Name of the only group of pods inside of a JobSet; Kubeflow's Trainer looks for it."""
-
-
 _MAX_LABEL = 63
-
-
 _LONGEST_SUFFIX = len(f"-{REPLICATED_JOB}-0-99999")
 
 
@@ -57,14 +53,8 @@ def pod_address(workload: Workload, job: str, index: int) -> str:
 
 MOUNT_PATH = "/run/launcher"
 """Where the folder is mounted."""
-
-
 SNAPSHOT_FILE = "run.yaml"
-
-
 CONFIG_FILE = "pod.json"
-
-
 KEY_FILE = "key"
 """Name of the file, and of the entry in the Secret."""
 

@@ -160,15 +160,9 @@ def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
 
 
 _LOOK_EVERY_S = 2.0
-
-
 _TICK_S = 0.1
-
-
 _PATIENCE_S = 300.0
 """Time without an answer of the cluster after which following fails."""
-
-
 _LOST = 255
 """Exit code of a run whose first pod left none."""
 

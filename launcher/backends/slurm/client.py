@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from launcher.errors import EnvironmentProblem
 
 _TIMEOUT_S = 60.0
-
-
 _UNLIMITED = ("infinite", "n/a")
 
 

@@ -27,7 +27,6 @@ from launcher.utils.text import printable
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
 """SBATCH_… variables that replace our options where these are not set. All others would override the script."""
 
-
 _OPTION_BY_MESSAGE = {
     "account": "account",
     "partition": "partition",
@@ -204,15 +203,9 @@ def _known_partitions(known: Sequence[SlurmPartition]) -> str:
 
 
 _TICK_S = 0.2
-
-
 _ASK_S = 5.0
 """Between two queries of the scheduler, which all users share."""
-
-
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
-
-
 _CODES = {"TIMEOUT": EXIT_STALLED, "CANCELLED": 128 + signal.SIGTERM, "PREEMPTED": EXIT_PREEMPTED}
 """Exit codes of jobs that were killed before they wrote result.json; 1 for other states."""
 

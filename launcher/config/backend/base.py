@@ -133,10 +133,7 @@ DEFAULT_GLOBS = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
 
-
 _NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
-
-
 _BUT = ("LAUNCHER_API_KEYS",)
 """What of ``_NEVER`` is the user's after all: the keys that clients of ``job=serve`` show."""
 

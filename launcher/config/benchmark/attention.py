@@ -11,31 +11,19 @@ from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
 
 Kernel = Literal["mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash", "flex"]
-
-
 Direction = Literal["forward", "backward"]
-
-
 KERNELS: tuple[Kernel, ...] = get_args(Kernel)
-
-
 NO_BACKWARD: tuple[Kernel, ...] = ("mha_eval",)
 """torch takes its fast path of evaluation where no gradient is wanted, and there only."""
-
-
 _HIDDEN = {"forward": 12, "backward": 22}
 """Arrays of the size of the input (sequences x tokens x width) that live at the peak, at most: measured, rounded up."""
-
-
 _SCORES = {"forward": 3, "backward": 4}
 """The same for arrays of scores (sequences x heads x tokens x tokens), in kernels that write them out."""
-
 
 _WRITES_NO_SCORES = {
     "forward": ("mha", "sdpa_flash", "flex"),
     "backward": ("mha", "sdpa_flash", "flex"),
 }
-
 
 _PROCESS_BYTES = 10**9
 """The interpreter, torch, and what a comparison with the reference takes besides."""

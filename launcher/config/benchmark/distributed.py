@@ -12,8 +12,6 @@ from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
 
 CollectiveName = Literal["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"]
-
-
 VALUE_BYTES = 4
 """Messages are made of fp32."""
 
@@ -86,11 +84,7 @@ class CollectivesBenchmark(Benchmark):
 
 
 PassKind = Literal["sleep", "model"]
-
-
 WorkKind = Literal["train", "infer"]
-
-
 FORWARD_SCHEDULE: PipelineScheduleName = "gpipe"
 """Forward passes alone go through stages in one order whatever the schedule: chunks are laid out as under GPipe."""
 

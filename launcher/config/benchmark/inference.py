@@ -165,13 +165,8 @@ class ResultCacheBenchmark(Benchmark):
 
 
 DECODING_MODES = ("eager", "compiled", "blocks", "engine")
-
-
 FORMATS = ("fp32", "bf16")
-
-
 CTRANSLATE2 = "ctranslate2"
-
 
 DEFAULT_CASES = (
     "fp32/eager",

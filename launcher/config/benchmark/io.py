@@ -78,11 +78,7 @@ def thread_words(count: int) -> str:
 
 
 SavingMode = Literal["none", "blocking", "asynchronous"]
-
-
 NO_SAVING: Final[SavingMode] = "none"
-
-
 _COPIED = ("single", "ddp", "fsdp")
 """Strategies whose state can be copied by name and written beside the steps."""
 

@@ -69,7 +69,6 @@ class ActivationBenchmark(Benchmark):
 
 SINGLE_STRATEGY: Final = "single"
 
-
 STRATEGIES: Final[dict[str, Strategy]] = {
     SINGLE_STRATEGY: SINGLE_PROCESS,
     # DeepSpeed's pipeline takes a step in one call, with no moment at which all of the state is there to be seen

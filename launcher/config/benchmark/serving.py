@@ -17,11 +17,7 @@ from launcher.config.run import Benchmark, Run
 from launcher.errors import ConfigError
 
 LENGTHS_GRAMMAR = "64, 16-256 (even over that range), or lognormal:96:0.8:1024 (median, sigma, most)"
-
-
 _NUMBER, _RANGE = re.compile(r"\d+"), re.compile(r"(\d+)-(\d+)")
-
-
 _LOGNORMAL = re.compile(r"lognormal:(\d+):(\d*\.?\d+):(\d+)")
 
 

@@ -30,15 +30,9 @@ class Data(Component):
 
 _MOST_TOKENS_OF_A_BYTE = 11
 """Normalisation (NFKC) makes at most eleven bytes of one, and no tokenizer has tokens below bytes."""
-
-
 _SHORTEST_SEQUENCE = 2
-
-
 CHECKPOINT_TOKENIZER = "checkpoint"
 """Value of ``data.tokenizer``: the tokenizer that was saved beside the weights a run resumes from."""
-
-
 SMALL_CHARS = 1 << 18
 """A corpus up to this size is read whole before anything starts."""
 

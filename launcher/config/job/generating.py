@@ -19,8 +19,6 @@ from launcher.utils.files import exists
 from launcher.utils.text import counted, did_you_mean
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
-
-
 VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm_python=ENV/bin/python"
 
 

@@ -21,8 +21,6 @@ from launcher.utils.system import is_loopback
 from launcher.utils.text import bytes_text, counted
 
 _MAX_BODY_BYTES = 16 * 2**20
-
-
 _SHUTDOWN_SLACK_S = 20.0
 """Beyond the drain: to answer waiting requests, close connections and stop engines, even on an overloaded machine."""
 
@@ -222,8 +220,6 @@ class Serve(GeneratingJob):
 
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
-
-
 _PORTS_TRIED = 50
 
 

@@ -103,16 +103,9 @@ class Strategy:
 
 SINGLE_PROCESS = Strategy(Single())
 """One process, which all others are compared with."""
-
-
 _ZERO3: Final = Zero(stage=3, persistence_threshold=0)  # models are small here: partition all of it
-
-
 _FULL_CHECKPOINTING: Final = FullCheckpointing()
-
-
 _CHECKPOINT_EVERY_2: Final = SelectiveCheckpointing(k=2)
-
 
 STRATEGIES: Final[dict[str, Strategy]] = {
     # the whole model on every rank
@@ -164,7 +157,6 @@ STRATEGIES: Final[dict[str, Strategy]] = {
     "deepspeed_pipeline4": Strategy(DeepSpeedPipeline(stages=4), ranks=4),
 }
 """Name to strategy, in the order in which they are taken."""
-
 
 OWN_STRATEGY = "run"
 """Name of the strategy that the run itself has: ``parallel`` and ``activation``."""

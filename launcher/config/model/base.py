@@ -24,13 +24,11 @@ TOKENIZER_FILES = (
 )
 """Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
 
-
 VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
     *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
 """Files of which a tokenizer needs one."""
-
 
 _INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
 

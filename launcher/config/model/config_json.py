@@ -84,7 +84,6 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
 
 _BLOCK_TENSOR = re.compile(r"\.\d+\.|^\d+\.")
 
-
 _SIZE_KEYS = (
     ("num_hidden_layers", "n_layer", "n_layers"),
     ("hidden_size", "n_embd", "d_model"),
@@ -94,14 +93,9 @@ _SIZE_KEYS = (
 )
 """Words of families for layers, width, heads, tokens and longest sequence."""
 
-
 _KV_HEAD_KEYS, _INTERMEDIATE_KEYS = ("num_key_value_heads", "num_kv_heads"), ("intermediate_size", "n_inner", "ffn_dim")
-
-
 _SIZES_BY_LAYER = (*_SIZE_KEYS[2], *_KV_HEAD_KEYS, *_INTERMEDIATE_KEYS, "head_dim")
 """Keys whose value is a list in some families, an entry for each layer."""
-
-
 _CHECKED_SIZES = (*(key for keys in _SIZE_KEYS for key in keys), *_SIZES_BY_LAYER)
 """Keys whose value is a size of at least 1 in every family."""
 
@@ -161,15 +155,10 @@ _FAMILIES: dict[str, Callable[[ConfigJson], Sizes | None]] = {
     "qwen3": _qwen3,
 }
 
-
 _FULL_ATTENTION_TYPES = frozenset({"full_attention", "attention"})
 """Kinds of layers that attend to all earlier tokens; the second is the name in older files."""
-
-
 STATEFUL_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba"})
 """Kinds of layers that attend to none, and carry a state from token to token."""
-
-
 _WINDOW_KEYS: Mapping[str, str] = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
 """Kinds of layers that attend to some tokens only, and the key of ``config.json`` that says to how many."""
 

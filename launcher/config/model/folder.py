@@ -16,10 +16,7 @@ from launcher.errors import ConfigError
 from launcher.utils.files import read_named
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
-
-
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-
 
 _BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -30,7 +27,6 @@ _BITS = {
     "F4": 4,
 }
 """Bits of an element by the name of its format: every format that safetensors 0.8 can read."""
-
 
 _OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
 """Kinds of rotary positions that no table of Transformers holds: unscaled ones, and old names of others."""

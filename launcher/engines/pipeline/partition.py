@@ -151,8 +151,6 @@ class ChildNames:
 
 _FAMILIES_WITHOUT_PLAN = {"gpt2": ChildNames(embedding="wte", blocks="h", norm="ln_f", positions="wpe", dropout="drop")}
 """Families that Transformers has no pipeline plan for."""
-
-
 _PLAN = (["inputs_embeds"], ["hidden_states"], ["hidden_states"])
 """What the three parts of a plan return, in order."""
 

@@ -31,13 +31,11 @@ if TYPE_CHECKING:
 
 _SINGLE_CHUNK = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}
 
-
 _MULTI_CHUNK = {
     "interleaved_1f1b": ScheduleInterleaved1F1B,
     "interleaved_zero_bubble": ScheduleInterleavedZeroBubble,
     "zbv": ScheduleZBVZeroBubble,
 }
-
 
 Metas = tuple[Tensor, Tensor]
 """What goes into a chunk and what comes out, without storage."""

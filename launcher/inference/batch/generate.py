@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 
 _QUEUE_FACTOR = 4
 """Times the requests that are worked on: as many lines are in memory, for a scheduler to choose among."""
-
-
 _SCAN_S = 1.0
-
-
 _MAX_PRINTED_ERRORS = 20
 
 

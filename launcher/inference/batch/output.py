@@ -30,11 +30,7 @@ def claim_output(folder: Path, output: Path) -> None:
 
 _SYNC_S = 1.0
 """Answers of so many seconds are lost at most when the power fails; a killed process loses none."""
-
-
 _MISSING = 2**64 - 1
-
-
 _OFFSET_BITS = 44
 """Files of 16 TiB, and a million of them."""
 

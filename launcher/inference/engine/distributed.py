@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 _SPIN_S = 0.01
 """How long a rank asks without pause whether the next plan is there."""
-
-
 _POLL_S = 0.001
-
-
 _HEARTBEAT_S = 0.5
 
 

@@ -25,12 +25,8 @@ from launcher.inference.engine.base import (
 )
 
 LENGTH_PREFIX = struct.Struct("<I")
-
-
 MAX_MESSAGE_BYTES = 1 << 28
 """A longer frame can only be a mistake."""
-
-
 WireMessage = dict[str, Any]
 
 
@@ -169,8 +165,6 @@ class EngineConnection:
 
 _IDLE_S = 0.5
 """Longest time without a word to the front, when there is nothing to do."""
-
-
 _QUIET_S = 0.1
 """The same between steps that bring nothing."""
 

@@ -109,15 +109,11 @@ class ModelRunner:
 
 
 _SPANS = ((0, 3), (3, 6), *((at, at + 1) for at in range(6, 12)))
-
-
 _HIDDEN_SCALE = 0.02
-
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
 """Half precision rounds at each of many layers (for SmolLM2 that is 0.01 to 0.04, and 0.2 for the odd token); what a
 missing part changes is far more."""
-
 
 _INT8_TOLERANCE = 0.1
 """Where activations are rounded to 8 bits, the last bit of a float decides now and then which way: 0.03 for SmolLM2."""

@@ -129,8 +129,6 @@ def filter_logits(scores: Tensor, ways: Sequence[SamplingParams]) -> Tensor:
 
 
 _HEAD = 1024
-
-
 _BELOW_ONE = 1 - 1e-15
 """Keeps a number just below 1 from being rounded to the end of the cumulated probabilities."""
 

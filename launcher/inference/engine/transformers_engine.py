@@ -36,12 +36,8 @@ if TYPE_CHECKING:
 
 
 _POLL_S, _NO_WAIT_S, _ENDS_IN_S = 0.05, 0.0, 1.0
-
-
 _SUPPORTED = frozenset({"max_tokens", "ignore_end", "stop_ids"})
 """Fields of ``Sampling`` that may differ from greedy decoding as it is."""
-
-
 _NO_END = -1
 
 

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
 
 _VLLM_MODULE = "vllm.entrypoints.openai.api_server"
-
-
 _TERMINATE_S = 3.0
 
 
@@ -123,20 +121,10 @@ class VllmServer:
 
 
 _POLL_S = 0.05
-
-
 _HEALTH_CHECK_S = 0.5
-
-
 _SHUTDOWN_S = 2.0
-
-
 _UNLIMITED_BLOCKS = 1 << 40
-
-
 _UNSUPPORTED = ("beams", "no_repeat_ngram")
-
-
 _ID_PREFIX = "token_id:"
 
 

@@ -142,11 +142,7 @@ class NativeBlock(nn.Module):  # type: ignore[misc]
 
 
 _PARTS = ["self_attn", "mlp", "input_layernorm", "post_attention_layernorm"]
-
-
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-
-
 _PANEL = 32
 """Outputs in the widest panel of any machine."""
 

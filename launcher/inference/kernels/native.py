@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 
 _SOURCE = Path(__file__).with_name("native.c")
-
-
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 
@@ -326,8 +324,6 @@ class StepTable:
 
 VECTOR_WIDTH = 16
 """Widths of heads must be multiples of this, the most numbers in a register of any machine."""
-
-
 MAX_GROUP_SIZE = 16
 """Heads that may share keys."""
 

@@ -39,22 +39,13 @@ if TYPE_CHECKING:
 
 
 _BACKLOG = 2048
-
-
 _KEEP_ALIVE_S = 15
-
-
 _READ_TIMEOUT_S = 60.0
 """A client that takes nothing for so long is gone; so is one whose machine does not answer."""
-
-
 _ALIVE_S = 30
 """After so much silence the system asks whether the client's machine is there."""
-
-
 _LAST_S = 3
 """Time that answers get to leave once there is nothing to wait for."""
-
 
 _WATCHED = {
     (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT): int(_READ_TIMEOUT_S * 1000),
@@ -117,16 +108,10 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 _HEARTBEAT_S = 1.0
-
-
 _DISCONNECT_TURNS = 10
 """Turns of the event loop in which clients that are gone when the signal comes are noticed."""
-
-
 _FLUSH_S = 2.0
 """For answers that say the server is ending to get out."""
-
-
 Heartbeat = Callable[[str], None]
 
 

@@ -154,11 +154,7 @@ class ReplicaBackend(ModelBackend):
 
 
 _HEALTH_CHECK_S = 0.5
-
-
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
-
-
 _HEALTHY_S = 60.0
 """A server that lived so long was well: the next pause is the first again."""
 

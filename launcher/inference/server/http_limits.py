@@ -22,38 +22,18 @@ from launcher.utils.system import is_loopback
 
 MAX_HEAD_BYTES = 1 << 14
 """Request line and headers."""
-
-
 MAX_HEADERS = 256
-
-
 _END_OF_HEAD = re.compile(rb"\r?\n\r?\n")
-
-
 _SINGLE = (b"host", b"content-length", b"transfer-encoding", b"authorization", b"expect")
 """Headers that may be there once only: two programs may take two different ones."""
-
-
 _LENGTH = re.compile(rb"[0-9]{1,18}")
-
-
 _VERSION = re.compile(rb"HTTP/1\.[01]")
-
-
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
-
-
 _HIDDEN = re.compile(rb"%(?:00|2e|2f|5c|0[ad]|25)|[\\#]", re.IGNORECASE)
 """In a path: an encoded NUL, dot, slash, backslash, line end or percent sign, and what no path holds unencoded."""
-
-
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
-
-
 _MODELS = b"/v1/models/"
 """What follows is a name, in which OpenAI's client encodes slashes."""
-
-
 _TAKES_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -212,11 +192,9 @@ def _unmapped(name: str) -> str:
 _MAX_CHUNKS, _SMALL_CHUNK = 1024, 256
 """Chunks that any body may have; further ones must have so many bytes on average, for each takes time to read."""
 
-
 _LINGER_S, _LINGER_BYTES = 10.0, 1 << 25
 """How long, and for how much, a client is listened to that sends on after its answer: closing at once would reset the
 connection, and then the answer is lost before the client reads it."""
-
 
 _SHARE_PER_CLIENT = 0.75
 """Share of all connections that one address may hold."""

@@ -94,16 +94,10 @@ def _hash_key(key: str) -> bytes:
 
 _MAX_BODIES = 64
 """Largest bodies that may be in memory at the same time."""
-
-
 _MAX_BODIES_PER_CLIENT = 16
 """Those of one address."""
-
-
 _SMALL_BODY_BYTES = 1 << 16
 """Bytes of each body that are not counted: ordinary requests get in while others send large ones."""
-
-
 OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready", "/metrics", "/version", "/openapi.json"})
 """Paths that ask for no key and take no body. Every other path asks for one, whether it exists or not."""
 

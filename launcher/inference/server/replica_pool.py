@@ -32,8 +32,6 @@ from launcher.inference.server.request_state import Draining, Failed, RequestSta
 from launcher.utils.processes import Process, identify
 
 _CONNECTION_LOST = "its link broke"
-
-
 _TERMINATE_S = 3.0
 """Time that an engine gets to end once it is told to."""
 
@@ -210,23 +208,13 @@ def _left(deadline_s: float | None, waited_s: float) -> float | None:
 
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 30.0
 """Before a lost engine is started anew; the pause doubles while it is lost again soon."""
-
-
 _HEALTHY_S = 60.0
 """An engine that lived so long was well."""
-
-
 _MAX_ATTEMPTS = 3
 """Engines that one request may be on: one that kills engines must not go round for ever."""
-
-
 _TICK_S = 0.25
-
-
 _DEADLINE_MARGIN_S = 1.0
 """After the end of its time, for an engine to say so itself."""
-
-
 StartReplica = Callable[[int, "ReplicaPool"], ReplicaClient]
 
 

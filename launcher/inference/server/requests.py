@@ -31,36 +31,20 @@ from launcher.inference.server.responses import API_FIELD_NAMES, ApiError, inval
 from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, TextTokenizer, normalize_messages
 
 B = TypeVar("B", bound=RequestBody)
-
-
 MAX_VALUES = 1 << 18
 """Commas outside of strings: values of lists and objects in a body. They are parsed in some 20 ms."""
-
-
 MAX_CONTAINERS = 1 << 14
 """Lists and objects in a body."""
-
-
 MAX_NAMES = 1 << 14
 """Fields of all objects in a body."""
-
-
 SLICE_ITEMS = 64
 """Elements of a long list that are written before other requests have their turn."""
-
-
 _LARGE_BODY_BYTES = 1 << 14
 """Bytes of a body that is parsed in a millisecond, whatever it holds."""
-
-
 _num_waiting = 0
 """Large bodies that have come and are not parsed."""
-
-
 _DEPTH = 4
 """Where answers have their long lists: choices, choice, logprobs, list."""
-
-
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,:]', re.DOTALL)
 """A string, with an end or without one, or a character that begins or separates values. It never backtracks."""
 
@@ -194,26 +178,14 @@ def _dumps(value: Any) -> str:
 
 
 T = TypeVar("T")
-
-
 _INLINE_CHARACTERS = 2000
 """Characters that are tokenised in well under a millisecond."""
-
-
 _LARGE_CHARACTERS = 1 << 16
 """Characters whose tokens take tens of megabytes meanwhile; texts of more are tokenised one after the other."""
-
-
 _CHARACTERS_PER_MESSAGE = 100
 """Characters that a template spends on a message, by the time that this takes."""
-
-
 _pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
-
-
 _pool_of_large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
-
-
 Prompts = str | list[int] | list[str] | list[list[int]]
 
 

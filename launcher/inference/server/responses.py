@@ -119,8 +119,6 @@ def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 STREAM_KEEP_ALIVE_S = 5.0
 """A stream that has nothing to say for so long sends a comment, so that nobody in between takes it for dead."""
-
-
 EventData = dict[str, Any]
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 CacheStatus = Literal["hit", "shared", "miss", "bypass"]
 """Kept already; on its way for somebody else; begun now and to be kept; begun now, never the same again."""
-
-
 _ENTRY_BYTES, _TOKEN_BYTES, _TOP_BYTES = 512, 64, 48
 """About what CPython takes for an entry, a token, and each of a token's alternatives."""
 

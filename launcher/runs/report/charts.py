@@ -14,18 +14,10 @@ from launcher.protocol.results import read_metrics
 from launcher.runs.report.html import Html, element
 
 COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a16207", "#be185d", "#4d7c0f", "#475569")
-
-
 _WIDTH, _HEIGHT = 640, 230
-
-
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 34
-
-
 _MOST_POINTS = 600
 """Of a line: more are not to be told apart. Highest and lowest of each stretch stay, so no spike is lost."""
-
-
 Point = tuple[float, float | None]
 """A step and its value; ``None`` leaves a gap."""
 
@@ -163,22 +155,12 @@ def _swatch(line: Series) -> Html:
 
 MOST_METRICS = 256 << 20
 """Bytes of a file of metrics or events that is shown."""
-
-
 Curves = Mapping[str, Sequence[Point]]
 """Points by metric."""
-
-
 _STEP, _TIME = "train/step", "time"
-
-
 _NOT_DRAWN = ("train/tokens", "train/skipped", "baseline/", "benchmark/", "verify/", "quantize/")
 """Ramps and flags, levels that are drawn with the loss, and figures that stand in tables."""
-
-
 _BASELINE, _PARTS = "baseline/", "time/"
-
-
 _GREY = "#6b7280"
 
 

@@ -92,8 +92,6 @@ def png_image(path: Path, *, alt: str, limit: int) -> Html:
 
 
 _CODE = re.compile(r"`([^`]+)`")
-
-
 _TABLE_RULE = re.compile(r"^\|[\s:|-]+\|?$")
 
 

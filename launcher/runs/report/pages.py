@@ -37,11 +37,7 @@ from launcher.runs.state import RunState, read_run_state
 from launcher.runs.sweeps import SweepResult
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
 _HEAD_BYTES = 1000
-
-
 _COMPARED = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
 
 

@@ -20,8 +20,6 @@ from launcher.utils.files import is_regular, open_regular, read_object, read_reg
 from launcher.utils.text import counted, duration_text
 
 _LARGEST_PICTURE = 8 << 20
-
-
 _MOST_TEXT = 200_000
 """Bytes of a text file that are shown."""
 
@@ -183,8 +181,6 @@ def _text(path: Path) -> str:
 
 
 _MOST_TABLE_BYTES = 8 << 20
-
-
 _TABLES, _MEMORY, _TRACE = ".operators.md", ".memory.json", ".trace.json.gz"
 
 

@@ -40,6 +40,8 @@ def refused(launch_in_process, tmp_path):
         (["parallel=zero3", "precision=fp16", "+parallel.deepspeed.bf16.enabled=true"], ["parallel.deepspeed.bf16"]),
         (["precision=tf32"], ["precision=tf32", "only GPUs", "set precision=fp32"]),
         (["activation=every_k", "activation.k=0"], ["activation.k=0", "must be at least 1"]),
+        (["optimizer.lr=nan"], ["optimizer.lr=nan", "must be finite"]),
+        (["job.clip_norm=-inf"], ["job.clip_norm=-inf", "must be finite"]),
         (["compile=maybe"], ["compile=maybe", "no such option"]),
         (["compile=true", "parallel=zero3"], ["compile=true", "ZeRO-3", "set parallel=zero2 or compile=false"]),
         (["optimizer.implementation=native"], ["optimizer.implementation=native", "=torch"]),

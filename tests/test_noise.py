@@ -17,7 +17,7 @@ from launcher.__main__ import main
 from launcher.config.compose import compose, groups
 from launcher.errors import ConfigErrors
 from launcher.execution.summary import closing_text, opening_lines
-from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import read_run_state
 from launcher.supervision.finalize import closing_message
@@ -121,6 +121,36 @@ def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch
     assert "launch resume 'runs/a b/x' job.steps=20" in closing_text(result, run_dir, elapsed_s=3.0)
     for status, code in (("cancelled", 130), ("preempted", 75)):
         assert "launch resume 'runs/a b/x'" in closing_message(RunOutcome(status=status, exit_code=code), run_dir)
+
+
+def test_the_end_of_a_run_that_did_not_complete_names_what_status_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = RunDir(tmp_path / "runs" / "x")
+    weights = run_dir.checkpoints / "step_00000010" / "model"
+    weights.mkdir(parents=True)
+    write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 20}})
+    failure = Failure(host="box", rank=0, exit_code=1, signal=None, reason="it broke", log="x.log")
+    ends = (
+        RunOutcome(status="failed", exit_code=1, failure=failure),
+        RunOutcome(status="cancelled", exit_code=143),
+        RunOutcome(status="preempted", exit_code=75),
+    )
+    failed, cancelled, preempted = (closing_message(end, run_dir) for end in ends)
+    assert "resume" not in failed + cancelled
+    assert "launch resume runs/x" in preempted
+    for name in ("../manifest.json", "model.safetensors", "tokenizer.json"):
+        (weights / name).touch()
+    for end in ends:
+        assert "launch resume runs/x" in closing_message(end, run_dir)
+    last = [line.removeprefix("next:").strip() for line in closing_message(ends[0], run_dir).splitlines()]
+    at = last.index("launch logs runs/x --rank 0")
+    assert last[at + 1 : at + 4] == ["launch report runs/x", "launch resume runs/x", "launch rerun runs/x"]
+    write_json(run_dir.plan, {"job": "train", "work": {"num_steps": 10}})  # its last step is saved
+    for end in ends:
+        assert "launch job=generate model.weights=runs/x" in closing_message(end, run_dir)
+        assert "launch resume" not in closing_message(end, run_dir)
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,22 @@
 
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 
+from launcher.__main__ import main
 from launcher.config.compose import compose, groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import suggest_overrides
 from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
 from launcher.execution.sweep import expand_grid
+from launcher.protocol.outcome import RunOutcome
+from launcher.protocol.rundir import RunDir
 from launcher.runs.config_source import load_saved_run
+from launcher.supervision.finalize import closing_message
+from launcher.utils.text import printable
 
 
 def mistakes(*words, **options):
@@ -255,3 +261,25 @@ def test_a_pattern_is_a_sweep_over_the_options_that_match():
 def test_a_word_without_an_equals_sign_is_written_out(word, written):
     assert suggest_overrides(word, groups()) == [written]
     compose([written.replace("<option>", "train").replace("<value>", "5").replace("~", "")])
+
+
+def test_quoted_words_with_line_ends_are_one_line_that_a_shell_reads_back(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["two\nlines", "it's\r\n\x1b[31m \\n", "tab\tonly"]
+    for text in texts:
+        word = quoted_word("data.path", text)
+        assert "\n" not in printable(word)
+        assert printable(word) == word
+        answer = subprocess.run(["bash", "-c", f"printf '%s\\0' {word}"], capture_output=True, check=True)
+        assert compose([answer.stdout.decode().removesuffix("\0")]).run.data.path == text  # type: ignore[attr-defined]
+    assert main(["plan", "data.path=[a\nb,c]", "data.format=two\nlines", "job.steps=1\n,2"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len([line for line in said if line.startswith("error: ")]) >= 2, said
+    words = RunDir(tmp_path / "two\nlines" / "x")
+    assert "\n" not in continue_or_rerun(words)
+
+
+def continue_or_rerun(run_dir: RunDir) -> str:
+    """Return the last command that a cancelled run prints."""
+    return closing_message(RunOutcome(status="cancelled", exit_code=130), run_dir).partition("next: ")[2]

@@ -6,6 +6,8 @@ import pytest
 from launcher.errors import ConfigError
 from launcher.utils.schema import build, defaults, to_tree
 
+NOT_FINITE = ("nan", "-Infinity", float("nan"), float("inf"), 10**400)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Inner:
@@ -79,7 +81,12 @@ def test_a_tree_becomes_values_and_a_tree_again():
         ({"count": 1, "slots": 2**63}, "s.slots=9223372036854775808: does not fit into 64 bits"),
         ({"count": 1, "table": {"k": 2**63}}, "s.table.k=9223372036854775808: does not fit into 64 bits"),
         ({"count": 1, "ratio": "fast"}, "s.ratio=fast: is text; it takes a number"),
-        ({"count": 1, "ratio": "nan"}, "s.ratio=nan"),
+        *(({"count": 1, "ratio": value}, "must be finite; it takes a number") for value in NOT_FINITE),
+        *(({"count": value}, "must be finite; it takes a whole number") for value in NOT_FINITE[:-1]),
+        ({"count": 1, "slots": float("nan")}, "s.slots=nan: must be finite; it takes a whole number or auto"),
+        ({"count": 1, "pair": [1, float("inf")]}, "s.pair[1]=inf: must be finite"),
+        ({"count": 1, "table": {"k": "-inf"}}, "s.table.k=-inf: must be finite"),
+        ({"count": 10**400}, "does not fit into 64 bits"),
         ({"count": 1, "mode": "c"}, "s.mode=c: is not one of a, b"),
         ({"count": 1, "slots": "many"}, "it takes a whole number or auto"),
         ({"count": 1, "pair": [1]}, "s.pair"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from functools import cached_property
 
 from launcher.backends.base import AgentExecutor
@@ -12,6 +11,7 @@ from launcher.protocol.plan import Host, Plan
 from launcher.remote.bundle import Bundle, make_bundle
 from launcher.remote.command import RemoteCommand, prologue, ssh_command
 from launcher.utils.system import code_root
+from launcher.utils.text import shell_command
 
 _MAX_HOSTS_SHOWN = 3
 """Hosts whose command a plan shows."""
@@ -29,7 +29,7 @@ class SshExecutor(AgentExecutor[SshBackend]):
     def render(self, plan: Plan, *, snapshot: str) -> str:
         """Return the ssh command of the first hosts; the others differ only in the destination."""
         shown = plan.hosts[:_MAX_HOSTS_SHOWN]
-        lines = [shlex.join(self.remote_command(host.host, self.agent_module).argv) for host in shown]
+        lines = [shell_command(self.remote_command(host.host, self.agent_module).argv) for host in shown]
         if len(plan.hosts) > len(shown):
             lines.append(f"# and {len(plan.hosts) - len(shown):,} more, which differ in the destination only")
         lines.append("# over its stdin: the bootstrap, the plan of the host, run.yaml and the variables forwarded")

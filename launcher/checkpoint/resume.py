@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from launcher.config.schedule import Schedule
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
+from launcher.utils.text import shell_word
 
 BEST = "best"
 _SELECTED = re.compile(r"(?P<of>.+)@(?P<which>best|step_(?P<step>\d+))", re.DOTALL)
@@ -158,7 +158,7 @@ def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     if "family" not in names and all(name in written and hasattr(model, name) for name in names):
         fix = f"set {' '.join(f'model.{name}={written[name]}' for name in names)}"
     elif RunDir(run).snapshot.is_file():
-        fix = f"choose the model it was trained with, which this prints: launch show {shlex.quote(str(run))}"
+        fix = f"choose the model it was trained with, which this prints: launch show {shell_word(str(run))}"
     else:
         fix = f"choose the model it was trained with, as {saved.folder / 'model/config.json'} describes it"
     yield _error(saved, f"is of another model: {differences}", fix)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +15,7 @@ from launcher.protocol.session_file import AgentLocation, SessionRecord
 from launcher.runs.index import find_run
 from launcher.runs.state import RunState, read_run_state
 from launcher.utils.processes import Process
-from launcher.utils.text import printable
+from launcher.utils.text import printable, shell_command, shell_word
 
 HELP = """\
 launch cancel [RUN] [--now] [--root DIR]: end a run; return once its processes have ended.
@@ -33,9 +31,6 @@ Slurm or Kubernetes is cancelled by its id. A run on another machine is left alo
 whose session.json belongs to another user is refused: the file could name your own processes and jobs.
 """
 _POLL_S = 0.1
-_SLURM_ID = re.compile(r"\d+(?:_\d+)?(?:\+\d+)?", re.ASCII)
-"""A job, a task of an array, a part of a heterogeneous job."""
-_KUBERNETES_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 _BETWEEN_S = 1.0
 """Time between two interrupts: two at once arrive as one."""
 _PATIENCE_S = 60.0
@@ -64,7 +59,7 @@ def run(arguments: Sequence[str]) -> int:
     processes = _here(where)
     if not processes:
         far = where.session
-        command = shlex.join(["ssh", far.machine, shlex.join(["launch", "cancel", str(state.run_dir.path)])])
+        command = shell_command(["ssh", far.machine, shell_command(["launch", "cancel", str(state.run_dir.path)])])
         raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
     return _end(processes, state, now="--now" in line.flags)
 
@@ -114,7 +109,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
     state = read_run_state(state.run_dir)
     _say(f"{state.run_id}: no process of it is left on this machine; it is {state.status}")
     if state.status == "preempted":
-        _say(f"  it saved first: launch resume {shlex.quote(str(state.run_dir.path))} continues it")
+        _say(f"  it saved first: launch resume {shell_word(str(state.run_dir.path))} continues it")
     for agent in _far_agents(where):
         _say(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
     return 0
@@ -125,8 +120,8 @@ def _cancel_job(where: SessionRecord, state: RunState) -> int:
     argv = list(_cancelling(where, state))
     program = shutil.which(argv[0])
     if program is None:
-        raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shlex.join(argv)}")
-    _say(f"{state.run_id}: {shlex.join(argv)}")
+        raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shell_command(argv)}")
+    _say(f"{state.run_id}: {shell_command(argv)}")
     ended = subprocess.run([program, *argv[1:]], check=False)
     if ended.returncode:
         raise EnvironmentProblem(f"{argv[0]} ended with exit code {ended.returncode}: the job may still run")
@@ -141,20 +136,14 @@ def _cancelling(where: SessionRecord, state: RunState) -> Iterator[str]:
         EnvironmentProblem: what ``session.json`` calls it is not what the scheduler calls jobs.
     """
     job = where.job
+    for key in where.invalid_job_names:
+        said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
+        raise EnvironmentProblem(f"{said} is no name that the scheduler gives; cancel the job with its own command")
     if where.backend == "slurm":
-        _check_names(state, {"id": _SLURM_ID}, job)
         yield from ("scancel", "--", job["id"])
     else:
-        _check_names(state, dict.fromkeys(("kind", "name", "namespace"), _KUBERNETES_NAME), job)
         context = (f"--context={job['context']}",) if "context" in job else ()
         yield from ("kubectl", *context, f"--namespace={job['namespace']}", "delete", "--", job["kind"], job["name"])
-
-
-def _check_names(state: RunState, wanted: dict[str, re.Pattern[str]], job: dict[str, str]) -> None:
-    for key, pattern in wanted.items():
-        if not pattern.fullmatch(job.get(key, "")):
-            said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
-            raise EnvironmentProblem(f"{said} is no name that the scheduler gives; cancel the job with its own command")
 
 
 def _far_agents(where: SessionRecord) -> list[AgentLocation]:
@@ -162,7 +151,7 @@ def _far_agents(where: SessionRecord) -> list[AgentLocation]:
 
 
 def _type_there(agent: AgentLocation, state: RunState) -> str:
-    command = shlex.join(["launch", "cancel", str(state.run_dir.path)])
-    return shlex.join(
+    command = shell_command(["launch", "cancel", str(state.run_dir.path)])
+    return shell_command(
         ["ssh", f"ssh://{agent.ssh_destination}" if agent.ssh_destination else agent.location.machine, command]
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.runs.config_source import load_saved_run
 from launcher.runs.index import find_run
 from launcher.runs.state import read_run_state
+from launcher.utils.text import shell_word
 
 HELP = """\
 launch resume RUN [OVERRIDES] [--root DIR]: continue RUN from its newest complete checkpoint.
@@ -49,11 +49,11 @@ def _continued(folder: Path, words: Sequence[str]) -> Run:
     if run.job.resumes and not state.has_checkpoint:
         if state.status == "completed":
             why = "has completed and kept no checkpoint, so there is nothing to continue from"
-            fix = f"launch rerun {shlex.quote(str(folder))} starts it anew; checkpoint.at_end=true keeps a checkpoint"
+            fix = f"launch rerun {shell_word(str(folder))} starts it anew; checkpoint.at_end=true keeps a checkpoint"
             raise ConfigError("run", folder, why=why, fix=fix)
         if resume_of_restart(run.checkpoint.resume, RunDir(folder)) != "auto":
             why = f"has no checkpoint of its own yet; it began from checkpoint.resume={run.checkpoint.resume}"
-            fix = f"launch rerun {shlex.quote(str(folder))} begins there again, in a new directory"
+            fix = f"launch rerun {shell_word(str(folder))} begins there again, in a new directory"
             raise ConfigError("run", folder, why=why, fix=fix)
     return replace(
         run,

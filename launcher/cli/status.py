@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -16,7 +15,7 @@ from launcher.protocol.session_file import ProcessLocation, SessionRecord
 from launcher.runs.index import find_run
 from launcher.runs.logs import host_and_who, tail_lines
 from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
-from launcher.utils.text import counted, duration_text, format_table, json_text, short_path
+from launcher.utils.text import counted, duration_text, format_table, json_text, shell_command, shell_word, short_path
 
 HELP = """\
 launch status [RUN] [--root DIR] [--json]: one run in detail: who runs it, how far it is, what each rank said last.
@@ -56,8 +55,11 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
     if where is None:
         yield "run by", "not recorded"
         return
-    if where.job:
+    if where.job and not where.invalid_job_names:
         yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"
+    elif where.job:
+        names = ", ".join(f"{key} {where.job.get(key, '')!r}" for key in where.invalid_job_names)
+        yield "job", f"{where.backend}: not known ({names} of session.json is no name that the scheduler gives)"
     yield "run by", _process(where.session)
     if len(where.agents) > _MANY:
         counts = Counter(_LIFE[agent.location.is_running()] for agent in where.agents)
@@ -106,21 +108,25 @@ def _end(state: RunState) -> Iterator[tuple[str, str]]:
 
 def _next(state: RunState) -> Iterator[tuple[str, str]]:
     """Yield what one may type now."""
-    folder = shlex.quote(short_path(state.run_dir.path))
+    folder = shell_word(short_path(state.run_dir.path))
     yield "next", f"launch logs {folder}" + ("" if state.is_over else " -f")
     if not state.is_over:
         yield "", f"launch cancel {folder}"
-    job = state.session.job if state.session else {}
-    if state.status == ELSEWHERE and "id" in job:
-        yield "", shlex.join(["squeue", f"--jobs={job['id']}"])
-    elif state.status == ELSEWHERE and "name" in job:
-        context = [f"--context={job['context']}"] if "context" in job else []
-        space = f"--namespace={job.get('namespace', '')}"
-        yield "", shlex.join(["kubectl", *context, space, "get", "--", job.get("kind", ""), job["name"]])
+    if state.session and state.status == ELSEWHERE and not state.session.invalid_job_names:
+        yield "", shell_command(_asking(state.session))
     if state.is_over and (command := continue_command(state)):
         yield "", command
     if state.is_over:
         yield "", f"launch rerun {folder}"
+
+
+def _asking(where: SessionRecord) -> list[str]:
+    """Return the command that asks the scheduler about its job."""
+    job = where.job
+    if where.backend == "slurm":
+        return ["squeue", f"--jobs={job['id']}"]
+    context = [f"--context={job['context']}"] if "context" in job else []
+    return ["kubectl", *context, f"--namespace={job['namespace']}", "get", "--", job["kind"], job["name"]]
 
 
 def _last_words(state: RunState) -> list[dict[str, Any]]:

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import json
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.config.component import Component
 from launcher.utils.schema import defaults, to_tree
+from launcher.utils.text import shell_word
 
 INTERPOLATION = "${"
 """What begins a variable in Hydra's grammar."""
@@ -59,9 +59,8 @@ def quoted_word(key: str, value: str | Sequence[str]) -> str:
     plain = all(_PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null") for text in texts)
     quoted = [text if plain else quoted_text(text, escape=True) for text in texts]
     word = f"{key}={quoted[0]}" if isinstance(value, str) else f"{key}=[{','.join(quoted)}]"
-    if plain or any(re.search(r"""['"$`\\!]""", text) for text in texts):
-        return shlex.quote(word)
-    return f'"{word}"'
+    as_it_stands = plain or any(re.search(r"""['"$`\\!]""", text) or not text.isprintable() for text in texts)
+    return shell_word(word) if as_it_stands else f'"{word}"'
 
 
 def quoted_text(text: str, *, escape: bool = False) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
 from launcher.errors import ConfigError
 from launcher.utils.schema import ReportError, field_types
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import did_you_mean, shell_word
 
 COMMAND_LINE = "command line"
 """Source of a value, in errors."""
@@ -296,7 +295,7 @@ def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mappi
     """Return the error of a word that is a sweep where none is wanted, with every way to say what was meant."""
     ways = ["add -m to run them all"] if groups else []  # a stored run has none, and is no grid
     if any(typing.get_origin(hint) is tuple for hint in types_of):
-        ways.append(f"write {shlex.quote(f'{key}=[{typed}]')} for a list")
+        ways.append(f"write {shell_word(f'{key}=[{typed}]')} for a list")
     if takes_only_text(types_of):
         ways.append(f"quote it if it is one text: {quoted_word(key, typed)}")
     if key.partition("@")[0] in groups:

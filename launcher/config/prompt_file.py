@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, Literal
 from launcher.config.data.formats import KIND_NAMES, BadFile, FileFormat, has_lone_returns, inspect_file
 from launcher.config.data.rows import Record, read_rows, table_header
 from launcher.config.sampling import SamplingParams
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import did_you_mean, shell_command
 
 SAMPLE_PROMPTS = Path(__file__).with_name("sample_prompts.jsonl")
 """The 16 prompts that come with the program."""
@@ -127,7 +126,7 @@ def open_prompt_file(path: Path, format_: Literal[PromptFormat, "auto"] = "auto"
     found = inspect_file(path, plain=_PLAIN, as_text=format_ == "text", by_row=True)
     if found.kind in ("parquet", "arrow"):
         code = _TO_LINES.format(kind="parquet" if found.kind == "parquet" else "file")
-        command = shlex.join(["python", "-c", code, str(path), str(path.with_suffix(".jsonl"))])
+        command = shell_command(["python", "-c", code, str(path), str(path.with_suffix(".jsonl"))])
         raise BadFile(f"is {KIND_NAMES[found.kind]}, which is not read for prompts", f"write JSON lines: {command}")
     if found.kind == "markup":
         raise BadFile(f"holds {KIND_NAMES[found.kind]}", f"extract its text, or set {_PLAIN} for a prompt a line")

@@ -24,6 +24,9 @@ EXIT_UNFIT = 69
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 124
 
+_LINE_ENDS = {ord("\n"): "\\n", ord("\r"): "\\r"}
+"""An error is one line, also of a path or value that holds line ends."""
+
 
 class LauncherError(Exception):
     """Base of all errors meant to be read by a user."""
@@ -49,7 +52,7 @@ class ConfigError(LauncherError):
     def __str__(self) -> str:
         shown = self.option if self.value is None else f"{self.option}={self.value}"
         origin = f" ({self.source})" if self.source else ""
-        return hide_secrets(f"{shown}{origin}: {self.why}; {self.fix}")
+        return hide_secrets(f"{shown}{origin}: {self.why}; {self.fix}").translate(_LINE_ENDS)
 
 
 class ConfigErrors(ConfigError):

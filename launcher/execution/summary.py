@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import continue_command, read_run_state
-from launcher.utils.text import short_path
+from launcher.utils.text import shell_command, short_path
 
 _INTERNAL_FILES = frozenset(
     {
@@ -72,7 +71,7 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
         )
         parts.append(f"held-out loss {loss:.4f}" + (f" ({beaten})" if beaten else ""))
     where, steps = short_path(directory.path), sorted(directory.checkpoints.glob("step_*/manifest.json"))
-    commands = [shlex.join(["launch", verb, where]) for verb in ("report", "status")]
+    commands = [shell_command(["launch", verb, where]) for verb in ("report", "status")]
     state = read_run_state(directory)
     output = state.plan.get("details", {}).get("output")
     is_elsewhere = output is not None and (Path(output).is_absolute() or not (directory.path / output).exists())

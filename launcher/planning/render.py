@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 
 from launcher.planning.topology import HostGroup, group_hosts
 from launcher.protocol.plan import Command, Host, HostPlan, MemoryEstimate, Plan
-from launcher.utils.text import bytes_text, counted, format_table, printable
+from launcher.utils.text import bytes_text, counted, format_table, printable, shell_word
 
 _LABEL = 12
 _SHELL_WIDTH = 100
@@ -133,8 +132,8 @@ def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
 
 def shell_lines(command: Command) -> list[str]:
     """Return the lines of one shell command: its variables, then its argv, joined by backslashes."""
-    words = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
-    lines = _wrap(words) + _wrap(_with_flags([shlex.quote(word) for word in command.argv]))
+    words = [f"{name}={shell_word(value)}" for name, value in command.env.items()]
+    lines = _wrap(words) + _wrap(_with_flags([shell_word(word) for word in command.argv]))
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 

@@ -24,6 +24,10 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _PID_NAMESPACE = Path("/proc/self/ns/pid")
 _NAME = re.compile(r"[\w\[:][\w.:@%\[\]~+-]*")
 """A valid machine name, or ``user@name:port``."""
+_SLURM_ID = re.compile(r"\d+(?:_\d+)?(?:\+\d+)?", re.ASCII)
+"""A job, a task of an array, a part of a heterogeneous job."""
+_KUBERNETES_KEYS = ("kind", "name", "namespace")
+_KUBERNETES_NAME = re.compile(r"[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +83,15 @@ class SessionRecord:
     agents: tuple[AgentLocation, ...] = ()
     job: dict[str, str] = field(default_factory=dict)
     """Names of the job: ``{"id": …}`` in Slurm, ``{"kind": …, "name": …, "namespace": …}`` in Kubernetes."""
+
+    @property
+    def invalid_job_names(self) -> tuple[str, ...]:
+        """Keys of ``job`` that are missing or no name that the scheduler gives: they could be options of its commands.
+
+        Another user may have written them.
+        """
+        wanted = {"id": _SLURM_ID} if self.backend == "slurm" else dict.fromkeys(_KUBERNETES_KEYS, _KUBERNETES_NAME)
+        return tuple(key for key, pattern in wanted.items() if not pattern.fullmatch(self.job.get(key, "")))
 
     def is_running(self) -> bool | None:
         """Return whether session or agents run; ``None`` when this machine cannot know.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, read_session_file
 from launcher.runs.logs import tail_lines
 from launcher.utils.files import is_regular, read_object
-from launcher.utils.text import short_path
+from launcher.utils.text import shell_command, short_path
 
 RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
 """Besides the statuses of ``result.json``: its session runs; its session has ended and left no result; its session may
@@ -162,13 +161,13 @@ def continue_command(state: RunState) -> str | None:
     """Return the command that uses what a run has saved: resume it, or generate with the weights of a complete one."""
     folder, checkpoint = short_path(state.run_dir.path), state.last_checkpoint
     if checkpoint is None:
-        return shlex.join(["launch", "resume", folder]) if state.status in (LOST, "preempted") else None
+        return shell_command(["launch", "resume", folder]) if state.status in (LOST, "preempted") else None
     is_at_end = state.num_steps is not None and _step_of(checkpoint / "manifest.json") >= state.num_steps
     weights = checkpoint / "model"
     if (is_at_end or state.status == "completed") and is_regular(weights / SINGLE_FILE) and has_tokenizer(weights):
         return f"launch job=generate {quoted_word('model.weights', folder)}"
     longer = [f"job.steps={2 * (state.num_steps or 1)}"] if is_at_end else []
-    return shlex.join(["launch", "resume", folder, *longer])
+    return shell_command(["launch", "resume", folder, *longer])
 
 
 def _step_of(manifest: Path) -> int:

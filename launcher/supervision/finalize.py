@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -15,10 +14,11 @@ from launcher.protocol.messages import Assignment
 from launcher.protocol.outcome import Failure, RankProgress, RunOutcome, Victim
 from launcher.protocol.results import write_result
 from launcher.protocol.rundir import RunDir
+from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import write_atomic, write_json
 from launcher.utils.processes import signal_name
 from launcher.utils.system import describe_full_disk
-from launcher.utils.text import printable, short_path
+from launcher.utils.text import printable, shell_command, short_path
 
 _MAX_RANKS_SHOWN = 32
 _SESSION_KILLED = 128 + signal.SIGKILL
@@ -71,11 +71,10 @@ def closing_message(outcome: RunOutcome, run_dir: RunDir) -> str:
     if outcome.failure is not None:
         return printable(redact(_failure_text(outcome.failure, run_dir), os.environ))
     if outcome.status == "cancelled":
-        again = "resume" if any(run_dir.checkpoints.glob("step_*/manifest.json")) else "rerun"
         how = f"cancelled by {signal_name(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
-        return f"{how}\nnext: {_command(again, run_dir)}"
+        return f"{how}\nnext: {_use_of_checkpoint(run_dir) or _command('rerun', run_dir)}"
     if outcome.status == "preempted":
-        return f"preempted: continue with `{_command('resume', run_dir)}`"
+        return f"preempted: continue with `{_use_of_checkpoint(run_dir) or _command('resume', run_dir)}`"
     return ""
 
 
@@ -88,15 +87,23 @@ def _failure_text(failure: Failure, run_dir: RunDir) -> str:
     if len(failure.ranks) > _MAX_RANKS_SHOWN:
         lines.append(f"   and {len(failure.ranks) - _MAX_RANKS_SHOWN} more in failure.json")
     logs = _command("logs", run_dir) + ("" if failure.rank is None else f" --rank {failure.rank}")
-    lines += [f"next: {logs}", f"      {_command('report', run_dir)}", f"      {_command('rerun', run_dir)}"]
+    more = filter(None, [_use_of_checkpoint(run_dir)])
+    commands = [logs, _command("report", run_dir), *more, _command("rerun", run_dir)]
+    lines.append("next: " + "\n      ".join(commands))
     if failure.victims:
         lines.append(f"ended with it: {', '.join(map(_name, failure.victims))}")
     lines.append(f"log: {failure.log}")
     return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
 
 
+def _use_of_checkpoint(run_dir: RunDir) -> str | None:
+    """Return the command that continues from the last checkpoint, or uses that of the last step; ``None`` without."""
+    state = read_run_state(run_dir)
+    return continue_command(state) if state.has_checkpoint else None
+
+
 def _command(verb: str, run_dir: RunDir) -> str:
-    return shlex.join(["launch", verb, short_path(run_dir.path)])
+    return shell_command(["launch", verb, short_path(run_dir.path)])
 
 
 def _describe_progress(progress: RankProgress) -> str:

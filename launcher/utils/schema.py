@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from launcher.errors import ConfigError, ConfigErrors
@@ -143,15 +144,14 @@ def _convert_scalar(wanted: Any, value: Any, *, path: str, report: ReportError) 
 
 def _number(value: Any) -> float | None:
     """Return a finite number; text counts when it spells one, because YAML reads ``1e-4`` as text."""
+    if not isinstance(value, int | float | str) or _is_infinite(value):
+        return None
     if isinstance(value, int):
         return value
-    if not isinstance(value, float | str):
-        return None
     try:
-        number = float(value)
+        return float(value)
     except ValueError:
         return None
-    return number if abs(number) != float("inf") and number == number else None
 
 
 def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path: str, report: ReportError) -> Any:
@@ -168,18 +168,32 @@ def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path:
 
 def _is_too_large(value: Any) -> bool:
     """Return whether this is a whole number that does not fit into 64 bits, which tensors and files give it."""
-    number = _number(value)
+    number = value if isinstance(value, int) else _number(value)
     return number is not None and not -(2**63) <= number < 2**63
 
 
-def _takes_int(wanted: Any) -> bool:
-    return wanted is int or any(_takes_int(choice) for choice in typing.get_args(wanted))
+def _is_infinite(value: Any) -> bool:
+    """Return whether this is, or spells, a number that is not finite, or one beyond what a float holds."""
+    try:
+        return isinstance(value, int | float | str) and not math.isfinite(float(value))
+    except OverflowError:  # of an int
+        return True
+    except ValueError:
+        return False
+
+
+def _takes(kinds: Container[type], wanted: Any) -> bool:
+    return wanted in kinds or any(_takes(kinds, choice) for choice in typing.get_args(wanted))
 
 
 def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
-    if _takes_int(wanted) and not isinstance(value, bool) and _is_too_large(value):
+    is_number = not isinstance(value, bool) and _takes((int, float), wanted)
+    if is_number and _takes((int,), wanted) and _is_too_large(value):
         why, fix = "does not fit into 64 bits", f"give a number from {-(2**63)} to {2**63 - 1}"
         report(ConfigError(path, value, why=why, fix=fix))
+        return _INVALID
+    if is_number and _is_infinite(value):
+        report(ConfigError(path, _shown(value), why="must be finite", fix=f"it takes {describe_type(wanted)}"))
         return _INVALID
     report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=f"it takes {describe_type(wanted)}"))
     return _INVALID

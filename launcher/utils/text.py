@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shlex
 import shutil
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,6 +42,23 @@ def short_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
+def shell_word(text: str) -> str:
+    """Return text as one word to paste into a shell, on one line; with control characters in ``$'…'`` (bash, zsh)."""
+    if not _CONTROLS.search(text):
+        return shlex.quote(text)
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'")
+    return f"$'{_CONTROLS.sub(_as_escape, escaped)}'"
+
+
+def shell_command(words: Iterable[str]) -> str:
+    """Return words as a command to paste into a shell, on one line."""
+    return " ".join(map(shell_word, words))
+
+
+def _as_escape(found: re.Match[str]) -> str:
+    return _NAMED_ESCAPES.get(found[0]) or "".join(f"\\x{byte:02x}" for byte in found[0].encode())
+
+
 def counted(count: int, noun: str) -> str:
     """Return ``1 rank`` or ``2 ranks``."""
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
@@ -70,6 +88,9 @@ _RESET = "\x1b[0m"
 _COLOURS = re.compile(_COLOUR)
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _IN_JSON = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0xD800, 0xE000))}
+_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+"""Control characters and what else ends a line; tabs, which any quotes keep, are none of them."""
+_NAMED_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 _WITHOUT_TERMINAL = 100
 """Columns where nothing says how many there are."""
 

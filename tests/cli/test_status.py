@@ -94,6 +94,23 @@ def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job
     assert command in text
 
 
+@pytest.mark.parametrize(
+    ("backend", "job"),
+    [
+        ("slurm", {"id": "--me; rm -rf ~"}),
+        ("slurm", {"name": "a"}),
+        ("kubernetes", {"kind": "job", "name": "a b", "namespace": "ml"}),
+        ("kubernetes", {"id": "7"}),
+    ],
+)
+def test_a_job_that_no_scheduler_names_so_is_not_asked_about(capsys, make_run, gone, backend, job) -> None:
+    make_run(session=gone, backend=backend, job=job)
+    text = told(capsys)
+    assert value(text, "job").endswith("is no name that the scheduler gives)")
+    assert "squeue" not in text
+    assert "kubectl" not in text
+
+
 def test_many_hosts_and_ranks_stay_readable(capsys, make_run, alive, far) -> None:
     agents = tuple(AgentLocation(host=f"n{n}", location=far if n else alive) for n in range(50))
     run_dir = make_run(session=alive, agents=agents)

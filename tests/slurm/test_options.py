@@ -2,10 +2,14 @@
 
 import os
 import shlex
+import signal
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from launcher.backends.slurm import entrypoint
 from launcher.backends.slurm.client import SlurmPartition, error_text
 from launcher.backends.slurm.sbatch import render_sbatch
 from launcher.backends.slurm.submit import sbatch_error, submission_env, validate_partitions
@@ -124,3 +128,24 @@ def test_the_script(plan_of):
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(text, encoding="utf-8")
     assert text == file.read_text(encoding="utf-8")
+
+
+def test_a_job_preempted_while_run_yaml_loads_is_queued_again(tmp_path, monkeypatch):
+    queued = []
+
+    def load(_path):
+        signal.raise_signal(signal.SIGUSR1)
+        return SimpleNamespace(backend=SimpleNamespace(requeue=True))
+
+    before = signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(sys, "argv", ["entrypoint", str(tmp_path)])
+    monkeypatch.setenv("PATH", os.environ["PATH"])
+    monkeypatch.setattr(entrypoint, "load_run", load)
+    monkeypatch.setattr(entrypoint, "requeue", lambda: queued.append(True))
+    try:
+        with pytest.raises(SystemExit) as ended:
+            entrypoint.main()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    assert (ended.value.code, queued) == (75, [True])

@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import shlex
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import SessionRecord, locate_this_process, write_session_file
 from launcher.remote.command import RemoteCommand
 from launcher.utils.processes import collect_signals
+from launcher.utils.text import shell_command
 
 _KEY_BYTES = 32
 
@@ -155,7 +155,7 @@ def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
     }
     return [
         f"submitted {kind.resource}/{submission.job} to the namespace {submission.backend.namespace}",
-        *(f"  {what:8}{shlex.join(argv)}" for what, argv in commands.items()),
+        *(f"  {what:8}{shell_command(argv)}" for what, argv in commands.items()),
     ]
 
 

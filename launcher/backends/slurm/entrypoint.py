@@ -65,10 +65,12 @@ def main() -> None:
     run_dir = RunDir(Path(sys.argv[1]))
     # programs that came with this interpreter (ninja) are found as in an activated environment
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # delivered once `run` says whether to requeue
     signal.signal(signal.SIGUSR1, _raise_preempted)
     try:
         with RunLock(run_dir.path).acquire():
             run = with_auto_resume(load_run(run_dir.snapshot), run_dir)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             code = run_on_nodes(run, run_dir)
     except _PreemptedBeforeStart:
         code = EXIT_PREEMPTED

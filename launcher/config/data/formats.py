@@ -14,12 +14,13 @@ import itertools
 import json
 import lzma
 import re
-import shlex
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+from launcher.utils.text import shell_word
 
 Kind = Literal["text", "jsonl", "json", "csv", "parquet", "arrow", "markup"]
 Compression = Literal["", "gzip", "bz2", "xz", "zstd"]
@@ -431,13 +432,13 @@ def _unpack(file: Path, compression: Compression) -> str:
 
 
 def _quoted(file: Path) -> str:
-    return shlex.quote(str(file))
+    return shell_word(str(file))
 
 
 def _through(file: Path, command: str, compression: Compression) -> str:
     """Return the command line that writes what ``command`` makes of the unpacked content, beside the file."""
     plain = _without_compression(file)
-    target = shlex.quote(str(plain.with_name(f"{plain.stem}.utf8{plain.suffix}")))
+    target = shell_word(str(plain.with_name(f"{plain.stem}.utf8{plain.suffix}")))
     if compression:
         return f"{_UNPACKERS[compression]} {_quoted(file)} | {command} > {target}"
     return f"{command} < {_quoted(file)} > {target}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from launcher.config.data.formats import (
     has_lone_returns,
     open_bytes,
 )
+from launcher.utils.text import shell_word
 
 _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
@@ -274,7 +274,7 @@ def _list_items(
         if str(error).startswith("Extra data") and content.lstrip().startswith(b"["):
             raise BadFile("holds several JSON lists, and a row is an object", "write one object a line") from error
         if str(error).startswith("Extra data"):
-            fix = f"write each in one line: jq -c . {shlex.quote(str(file))} > {_as_lines(file)}"
+            fix = f"write each in one line: jq -c . {shell_word(str(file))} > {_as_lines(file)}"
             raise BadFile("holds several JSON documents, none of them in one line", fix) from error
         raise BadFile(f"is damaged JSON: {error}", "mend it") from error
     if not isinstance(found, list):
@@ -294,19 +294,19 @@ def _rows_of_object(file: Path, found: object) -> str:
     """Return the command that writes the rows that an object holds as JSON lines."""
     values = found if isinstance(found, dict) and not {"prompt", "messages"} & found.keys() else {}
     tables = [key for key, value in values.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    name, target = shlex.quote(str(file)), _as_lines(file)
+    name, target = shell_word(str(file)), _as_lines(file)
     if tables:
         code = f"import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1]))[{tables[0]!r}]]"
-        return f"python -c {shlex.quote(code)} {name} > {target}"
+        return f"python -c {shell_word(code)} {name} > {target}"
     if values and all(isinstance(value, list) for value in values.values()):
         code = "import pandas, sys; pandas.read_json(sys.argv[1]).to_json(sys.stdout, orient='records', lines=True)"
-        return f"python -c {shlex.quote(code)} {name} > {target}"
+        return f"python -c {shell_word(code)} {name} > {target}"
     code = "import json, sys; print(json.dumps(json.load(open(sys.argv[1]))))"
-    return f"python -c {shlex.quote(code)} {name} > {target}"
+    return f"python -c {shell_word(code)} {name} > {target}"
 
 
 def _as_lines(file: Path) -> str:
-    return shlex.quote(str(file.with_name(f"{file.name.split('.')[0]}.rows.jsonl")))
+    return shell_word(str(file.with_name(f"{file.name.split('.')[0]}.rows.jsonl")))
 
 
 class _Decoded:

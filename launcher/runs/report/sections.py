@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from launcher.runs.report.charts import COLOURS, MOST_METRICS, Series, chart
 from launcher.runs.report.html import Html, element, folded, png_image, render_markdown, section, table_of, verbatim
 from launcher.runs.state import RunState, continue_command
 from launcher.utils.files import is_regular, open_regular, read_object, read_regular
-from launcher.utils.text import counted, duration_text
+from launcher.utils.text import counted, duration_text, shell_word
 
 _LARGEST_PICTURE = 8 << 20
 _MOST_TEXT = 200_000
@@ -31,7 +30,7 @@ def status_of(state: RunState) -> Html:
 
 def head_of(state: RunState) -> Html:
     """Return what it is, how it went, and how to have it once more."""
-    folder = shlex.quote(str(state.run_dir.path))
+    folder = shell_word(str(state.run_dir.path))
     slots, command = state.slots, continue_command(state) if state.is_over else None
     facts: dict[str, Any] = {
         "status": status_of(state),

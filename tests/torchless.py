@@ -19,7 +19,7 @@ def endless(folder: Path) -> tuple[str, ...]:
     """Return the overrides of a run that no test sees end; its prompts are written into ``folder``."""
     prompts = folder / "prompts.txt"
     prompts.write_text("x\n" * NUM_PROMPTS)
-    return (*ECHO, f"job.input={prompts}", "job.max_tokens=1", "job.max_requests=2", "job.echo_step_s=0.2")
+    return (*ECHO, f"job.input={prompts}", "job.max_tokens=1", "job.max_num_seqs=2", "job.echo_step_s=0.2")
 
 
 def wait_for_answers(run_dir: Path, *, ranks: int = 2, seconds: float = 120) -> None:

@@ -87,7 +87,9 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
                 generator = make_paged_engine(run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
-                        answer_queue(generator, requests[: benchmark.max_batch], heartbeat=partial(tell, "warm up"))
+                        answer_queue(
+                            generator, requests[: benchmark.max_batch_size], heartbeat=partial(tell, "warm up")
+                        )
                     sample = answer_queue(generator, requests, heartbeat=partial(tell, "measure"))
                 finally:
                     generator.close()
@@ -121,7 +123,7 @@ def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[Engin
     outputs = parse_length_distribution(benchmark.outputs)
     prompts = itertools.islice(_prompts(benchmark, context, random_), benchmark.requests)
     for number, prompt in enumerate(prompts):
-        sampling = SamplingParams(max_tokens=outputs.draw(random_), ignore_end=True)
+        sampling = SamplingParams(max_tokens=outputs.draw(random_), ignore_eos=True)
         yield EngineRequest(id=str(number), prompt=prompt, sampling=sampling)
 
 

@@ -27,7 +27,7 @@ def run_cache_benchmark(benchmark: ResultCacheBenchmark, context: Context) -> Be
     """Go through the prompts ``repeats`` times."""
     heartbeat = context.heartbeat.update
     words = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: heartbeat("load"))
-    limits = EngineLimits(prefix_cache=False)  # it would make a repeated prompt cheap without any result
+    limits = EngineLimits(enable_prefix_caching=False)  # it would make a repeated prompt cheap without any result
     engine = make_paged_engine(context.run, limits=limits, rank=0, world_size=1, heartbeat=lambda: heartbeat("build"))
     engine.warm_up(benchmark.warm_up)
     prompts = [tuple(words.encode(text)) for text in benchmark.prompts]
@@ -65,9 +65,9 @@ def _answer(
         temperature=benchmark.temperature,
         top_k=benchmark.top_k,
         top_p=benchmark.top_p,
-        no_repeat_ngram=benchmark.no_repeat_ngram,
+        no_repeat_ngram_size=benchmark.no_repeat_ngram_size,
         seed=seed,
-        ignore_end=True,
+        ignore_eos=True,
     )
     started = time.perf_counter()
     key = result_key("this process", prompt, sampling, ())

@@ -135,13 +135,16 @@ class EngineDecoding:
 
     def __init__(self, model: PreTrainedModel, *, batch: int, length: int) -> None:
         limits = EngineLimits(
-            max_requests=batch, prefix_cache=False, kv_tokens=batch * (length + 64), prefill_chunk=batch * length
+            max_num_seqs=batch,
+            enable_prefix_caching=False,
+            kv_cache_tokens=batch * (length + 64),
+            prefill_chunk_size=batch * length,
         )
         self._engine = paged_engine_for(model, limits=limits, ends=())
 
     def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
         """Return seconds, and the tokens chosen."""
-        sampling = SamplingParams(max_tokens=tokens + 2, ignore_end=True)
+        sampling = SamplingParams(max_tokens=tokens + 2, ignore_eos=True)
         for number, row in enumerate(ids.tolist()):
             self._engine.add(EngineRequest(id=str(number), prompt=tuple(row), sampling=sampling))
         chosen: dict[str, list[int]] = {}

@@ -76,7 +76,10 @@ def forward_rates(model: PreTrainedModel, *, batch: int, prompt: int, new: int) 
 def engine_of(model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> PagedEngine:
     """Return the launcher's engine around a model, whose layers it may replace."""
     limits = EngineLimits(
-        max_requests=batch, prefix_cache=False, kv_tokens=batch * (prompt + new + 64), prefill_chunk=batch * prompt
+        max_num_seqs=batch,
+        enable_prefix_caching=False,
+        kv_cache_tokens=batch * (prompt + new + 64),
+        prefill_chunk_size=batch * prompt,
     )
     return paged_engine_for(model, limits=limits, ends=())
 
@@ -84,7 +87,7 @@ def engine_of(model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> P
 def engine_rates(engine: PagedEngine, model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> Rates:
     """Return how fast the engine is with as many requests as ``batch`` at a time."""
     ids = _prompts(model, batch=batch, prompt=prompt).tolist()
-    sampling = SamplingParams(max_tokens=new + 1, ignore_end=True)
+    sampling = SamplingParams(max_tokens=new + 1, ignore_eos=True)
     for number, row in enumerate(ids):
         engine.add(EngineRequest(id=str(number), prompt=tuple(row), sampling=sampling))
     started = _now(model)
@@ -270,7 +273,7 @@ def _by_engine(
 
 def _continue(engine: PagedEngine, prompt: list[int], ends: tuple[int, ...], most: int) -> list[int]:
     engine.add(
-        EngineRequest(id="sample", prompt=tuple(prompt), sampling=SamplingParams(max_tokens=most, stop_ids=ends))
+        EngineRequest(id="sample", prompt=tuple(prompt), sampling=SamplingParams(max_tokens=most, stop_token_ids=ends))
     )
     tokens: list[int] = []
     while not engine.idle:

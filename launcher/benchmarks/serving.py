@@ -80,7 +80,7 @@ def temporary_server(options: Mapping[str, Any], context: Context) -> Iterator[s
     tree = to_tree(context.run)
     tree["job"] = {"kind": "serve", "seed": context.run.job.seed, "port": port, **options}
     tree["benchmark"], tree["tracker"] = {"kind": "none"}, {"kind": "local"}
-    if options.get("engine", "slots") != "slots":
+    if options.get("engine", "paged") != "paged":
         tree["profile"] = {"kind": "false"}  # other engines have nothing to record
     (folder / "run.yaml").write_text(yaml.safe_dump(tree, allow_unicode=True), encoding="utf-8")
     env = {name: value for name, value in os.environ.items() if not _is_rank_variable(name)}
@@ -244,7 +244,7 @@ def resolve_target(benchmark: ServingBenchmark, url: str) -> LoadTarget:
         JobError: the server does not respond or names no model.
     """
     address, key = parse_server_address(url), os.environ.get(benchmark.key_variable, "")
-    model = benchmark.served_name or first_model(address, key=key)
+    model = benchmark.served_model_name or first_model(address, key=key)
     return LoadTarget(address=address, model=model, extra=benchmark.extra, key=key)
 
 
@@ -265,4 +265,4 @@ def first_model(address: ServerAddress, *, key: str) -> str:
     try:
         return str(json.loads(asyncio.run(ask()))["data"][0]["id"])
     except (RequestError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise JobError(f"{address.base} names no model: {error}; set benchmark.served_name") from error
+        raise JobError(f"{address.base} names no model: {error}; set benchmark.served_model_name") from error

@@ -24,18 +24,18 @@ class EngineLimits:
     """Room and rhythm of an engine; fields mean what those of ``GeneratingJob`` of the same name do."""
 
     batching: BatchingMode = "continuous"
-    max_requests: int = 32
-    kv_tokens: int | None = None
-    prefill_chunk: int = 256
-    prefix_cache: bool = True
-    max_batch: int = 16
+    max_num_seqs: int = 32
+    kv_cache_tokens: int | None = None
+    prefill_chunk_size: int = 256
+    enable_prefix_caching: bool = True
+    max_batch_size: int = 16
     max_wait_s: float = 0.1
-    bucket: int = 32
-    ageing_s: float = 10.0
+    bucket_size: int = 32
+    aging_s: float = 10.0
 
     def rank(self, *, arrived_s: float, priority: int) -> float:
-        """Return a request's place in line, the smallest first: waiting for ``ageing_s`` makes up for one priority."""
-        return arrived_s / self.ageing_s - priority
+        """Return a request's place in line, the smallest first: waiting for ``aging_s`` makes up for one priority."""
+        return arrived_s / self.aging_s - priority
 
 
 API_KEYS_VARIABLE = "LAUNCHER_API_KEYS"
@@ -78,18 +78,18 @@ def template_names(folder: Path) -> Sequence[str]:
     return sorted(found)
 
 
-def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iterator[ConfigError]:
+def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iterator[ConfigError]:
     """Yield why an engine cannot compute what a run asks for.
 
     Args:
         run: of a job that generates.
         world_size: ranks that hold one model between them.
-        engine: ``slots`` or ``transformers``.
+        engine: ``paged`` or ``transformers``.
     """
-    if engine == "slots" and run.attention.kind != "sdpa":
-        why = "job.engine=slots computes attention over pages by kernels of its own"
+    if engine == "paged" and run.attention.kind != "sdpa":
+        why = "job.engine=paged computes attention over pages by kernels of its own"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
-    if engine == "slots" and (why_not := _unsupported_reason(run)) is not None:
+    if engine == "paged" and (why_not := _unsupported_reason(run)) is not None:
         yield unsupported_model(str(run.model.family()), why_not)
     if engine == "transformers" and run.attention.kind == "flex":
         why = "Transformers' continuous batching knows eager, sdpa and flash"
@@ -103,7 +103,7 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "slots") -> Iter
     dims = run.parallel.dims(world_size)
     spread = {"fsdp": dims.tensor, "pipeline": dims.pipeline}.get(run.parallel.kind)
     if world_size > 1 and spread != world_size:
-        why = f"job.engine=slots spreads a model over {world_size} ranks as slices of its matrices, or as stages"
+        why = f"job.engine=paged spreads a model over {world_size} ranks as slices of its matrices, or as stages"
         fix = f"set parallel=tensor parallel.tensor={world_size}, or parallel=pipeline parallel.stages={world_size}"
         yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
     if isinstance(run.parallel, Pipeline):
@@ -139,7 +139,7 @@ def unsupported_model(family: str, why: str) -> ConfigError:
     """Return the refusal of a model of that family."""
     why = f"{family} {why}, which pages cannot hold exactly"
     fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
-    return ConfigError("job.engine", "slots", why=why, fix=fix)
+    return ConfigError("job.engine", "paged", why=why, fix=fix)
 
 
 def _unused_pipeline_options(parallel: Pipeline) -> Iterator[ConfigError]:

@@ -44,13 +44,8 @@ _SUGGESTIONS = {
     ),
     **dict.fromkeys(("conversation", "conversations", "chat", "dialog", "dialogue", "history"), "messages"),
     **dict.fromkeys(("max_new_tokens", "max_length", "max_completion_tokens", "n_predict"), "max_tokens"),
-    "num_beams": "beams",
     "stop_strings": "stop",
     "stop_sequences": "stop",
-    "stop_token_ids": "stop_ids",
-    "ignore_eos": "ignore_end",
-    "logit_bias": "bias",
-    "no_repeat_ngram_size": "no_repeat_ngram",
 }
 """Names that other programs and data sets have for a field."""
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 class SamplingParams:
     """How the next token is chosen. The defaults are greedy decoding without any change to the scores.
 
-    Everything is applied in the order of Transformers' ``generate``: penalties, n-grams, ``bias``, ``min_tokens``,
-    temperature, top-k, top-p, min-p.
+    Names are vLLM's, or Transformers' where vLLM has none. Everything is applied in the order of Transformers'
+    ``generate``: penalties, n-grams, ``logit_bias``, ``min_tokens``, temperature, top-k, top-p, min-p.
     """
 
     max_tokens: int
@@ -35,25 +35,25 @@ class SamplingParams:
     """Subtract this from scores of tokens in the output, as OpenAI does."""
     frequency_penalty: float = 0.0
     """Subtract this from scores of tokens, once for each time that they are in the output."""
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
     """No sequence of this many tokens, prompt included, occurs twice; 0 allows all."""
-    bias: tuple[tuple[int, float], ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens and what is added to their scores."""
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence, besides the model's own; the last token of the output is then one of them."""
-    ignore_end: bool = False
+    ignore_eos: bool = False
     """Whether the model's own end-of-sequence tokens are tokens like any other."""
     seed: int | None = None
     """Of this request's own random generator: the same seed and prompt give the same tokens in any company."""
     logprobs: int | None = None
     """Also return the log-probability of each chosen token and of this many most likely ones (of unchanged scores)."""
-    beams: int = 1
+    num_beams: int = 1
     """Sequences that beam search keeps; 1 is no beam search. With more, tokens come all at once, at the end."""
     length_penalty: float = 1.0
     """Beam search compares sums of log-probabilities divided by length to the power of this."""
 
     @property
-    def repeatable(self) -> bool:
+    def is_deterministic(self) -> bool:
         """Whether the same prompt gives the same tokens again."""
         return self.temperature == 0.0 or self.seed is not None
 
@@ -96,10 +96,10 @@ RANGES: Mapping[str, ParameterRange] = {
     "repetition_penalty": ParameterRange(0.01, 100.0, 1.0),
     "presence_penalty": ParameterRange(-2.0, 2.0, 0.0),
     "frequency_penalty": ParameterRange(-2.0, 2.0, 0.0),
-    "no_repeat_ngram": ParameterRange(0, _INT32_MAX, 0),
+    "no_repeat_ngram_size": ParameterRange(0, _INT32_MAX, 0),
     "seed": ParameterRange(0, 2**63 - 1, 0),
     "logprobs": ParameterRange(0, 20, 0),
-    "beams": ParameterRange(1, 64, 1),
+    "num_beams": ParameterRange(1, 64, 1),
     "length_penalty": ParameterRange(-10.0, 10.0, 1.0),
 }
 """Fields of ``SamplingParams`` that are numbers."""
@@ -108,8 +108,8 @@ LOGIT_BIAS_RANGE = ParameterRange(-100.0, 100.0, 0.0)
 """What is added to the score of one token."""
 MAX_LOGIT_BIASES = 1024
 """Tokens whose scores one request changes: more would make each step longer for all."""
-MAX_STOP_IDS = 64
-MAX_STOPS, MAX_STOP_LENGTH = 16, 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_STOP_STRINGS, MAX_STOP_LENGTH = 16, 256
 """Strings that end a text, and characters of each."""
 NUM_CHOICES_RANGE = ParameterRange(1, 1024, 1)
 """Answers to one prompt."""
@@ -122,25 +122,25 @@ def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, floa
         value = getattr(sampling, name)
         if value is not None and (why := limits.validate(value)):
             yield name, why, limits.default
-    if len(sampling.bias) > MAX_LOGIT_BIASES:
-        yield "bias", f"must be of at most {MAX_LOGIT_BIASES} tokens, not {len(sampling.bias)}", 0
-    if len({token for token, _ in sampling.bias}) < len(sampling.bias):
-        yield "bias", "must name each token once", 0
-    why = next((why for _, added in sampling.bias if (why := LOGIT_BIAS_RANGE.validate(added))), "")
+    if len(sampling.logit_bias) > MAX_LOGIT_BIASES:
+        yield "logit_bias", f"must be of at most {MAX_LOGIT_BIASES} tokens, not {len(sampling.logit_bias)}", 0
+    if len({token for token, _ in sampling.logit_bias}) < len(sampling.logit_bias):
+        yield "logit_bias", "must name each token once", 0
+    why = next((why for _, added in sampling.logit_bias if (why := LOGIT_BIAS_RANGE.validate(added))), "")
     if why:
-        yield "bias", f"{why}, for each token", 0
-    if len(sampling.stop_ids) > MAX_STOP_IDS:
-        yield "stop_ids", f"must be at most {MAX_STOP_IDS} tokens, not {len(sampling.stop_ids)}", 0
-    if sampling.beams > 1 and sampling.temperature > 0:
-        yield "beams", "beam search takes the likeliest sequences: it goes with temperature 0 alone", 1
-    if sampling.beams > 1 and sampling.logprobs is not None:
+        yield "logit_bias", f"{why}, for each token", 0
+    if len(sampling.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+        yield "stop_token_ids", f"must be at most {MAX_STOP_TOKEN_IDS} tokens, not {len(sampling.stop_token_ids)}", 0
+    if sampling.num_beams > 1 and sampling.temperature > 0:
+        yield "num_beams", "beam search takes the likeliest sequences: it goes with temperature 0 alone", 1
+    if sampling.num_beams > 1 and sampling.logprobs is not None:
         yield "logprobs", "beam search gives no log-probabilities", 0
 
 
 def validate_stop_strings(stops: Sequence[str]) -> str:
     """Return what is wrong with the strings that are to end a text, nothing where all are right."""
-    if len(stops) > MAX_STOPS:
-        return f"takes at most {MAX_STOPS} texts, not {len(stops)}"
+    if len(stops) > MAX_STOP_STRINGS:
+        return f"takes at most {MAX_STOP_STRINGS} texts, not {len(stops)}"
     longest = max(map(len, stops), default=0)
     if longest > MAX_STOP_LENGTH:
         return f"takes texts of at most {MAX_STOP_LENGTH} characters, not {longest}"

@@ -257,5 +257,5 @@ def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[H
         per_host_ram=max(host_ram(host, state) for host in hosts),
         per_host_nvme=0,
         formula=f"{size} bytes of {run.precision.compute} a parameter{shared}, in {engines}; "
-        "keys and values by job.kv_tokens",
+        "keys and values by job.kv_cache_tokens",
     )

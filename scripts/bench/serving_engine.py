@@ -77,7 +77,7 @@ def slots(engine: Any, todo: Work) -> None:
     """The launcher's engine."""
     for index, (prompt, num) in enumerate(todo):
         engine.add(
-            EngineRequest(id=str(index), prompt=prompt, sampling=SamplingParams(max_tokens=num, ignore_end=True))
+            EngineRequest(id=str(index), prompt=prompt, sampling=SamplingParams(max_tokens=num, ignore_eos=True))
         )
     while not engine.idle:
         engine.step()
@@ -98,7 +98,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     run = compose([*options.overrides, "job=evaluate", "data=synthetic"]).run
     model = load_model(run, device=torch.device("cpu"))
-    engine = paged_engine_for(copy.deepcopy(model), limits=EngineLimits(prefix_cache=False, kv_tokens=1 << 16), ends=())
+    engine = paged_engine_for(
+        copy.deepcopy(model), limits=EngineLimits(enable_prefix_caching=False, kv_cache_tokens=1 << 16), ends=()
+    )
     contenders: dict[str, Callable[[Work], None]] = {
         "slots": lambda todo: slots(engine, todo),
         "one by one": lambda todo: one_by_one(model, todo),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SOAK = REPOSITORY / "scripts" / "bench" / "serving_soak.py"
-ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_step_s=0.02", "job.max_requests=4")
+ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_step_s=0.02", "job.max_num_seqs=4")
 
 
 def test_a_short_soak_of_echoing_engines() -> None:

@@ -40,8 +40,13 @@ def test_the_articles_requests_get_the_same_answers_under_every_way(launch) -> N
 
 
 def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arrival(launch) -> None:
-    words = ("benchmark.inputs=2-40", "benchmark.outputs=2", "benchmark.bucket=8", "benchmark.ways=[static,dynamic]")
-    ended = launch(*TINY, *words, "benchmark.max_batch=8").expect(0)
+    words = (
+        "benchmark.inputs=2-40",
+        "benchmark.outputs=2",
+        "benchmark.bucket_size=8",
+        "benchmark.ways=[static,dynamic]",
+    )
+    ended = launch(*TINY, *words, "benchmark.max_batch_size=8").expect(0)
     found = json.loads((ended.run_dir / "benchmark.json").read_text())["facts"]
     assert 0 < found["dynamic"]["padding_share"] < found["static"]["padding_share"]
     assert found["dynamic"]["answers"] == found["static"]["answers"]

@@ -10,7 +10,7 @@ from launcher.errors import ConfigErrors
 
 ECHO = (
     *("job=benchmark", "benchmark=serving", "parallel=single", "tracker=local", "model=gpt2_tiny", "backend.ranks=1"),
-    *("benchmark.serve={engine: echo, tokenizer: bytes, echo_step_s: 0.01, max_requests: 4}", "benchmark.inputs=4-9"),
+    *("benchmark.serve={engine: echo, tokenizer: bytes, echo_step_s: 0.01, max_num_seqs: 4}", "benchmark.inputs=4-9"),
     *("benchmark.outputs=2-8", "benchmark.extra={ignore_eos: true}"),
 )
 
@@ -57,7 +57,7 @@ def test_a_server_that_is_not_there_ends_the_run(launch) -> None:
         ("benchmark.levels=[1.5]", "whole numbers above 0"),
         ("benchmark.inputs=x", "no distribution of lengths"),
         ("benchmark.serve={batchin: none}", r"benchmark\.serve\.batchin: no such option; did you mean batching"),
-        ("benchmark.serve={max_requests: 0}", "max_requests"),
+        ("benchmark.serve={max_num_seqs: 0}", "max_num_seqs"),
         ("benchmark.seconds=0", "must be above 0"),
     ],
 )

@@ -20,14 +20,14 @@ def main() -> None:
     run = compose(["precision=fp32", "job=evaluate", "data=synthetic", *sys.argv[1:]]).run
     if world_size > 1:
         dist.init_process_group("gloo")
-    limits = EngineLimits(max_requests=3, kv_tokens=1024 if rank else None, prefill_chunk=40)
+    limits = EngineLimits(max_num_seqs=3, kv_cache_tokens=1024 if rank else None, prefill_chunk_size=40)
     if rank:
         follow_paged_engine(run, limits=limits, rank=rank, world_size=world_size, heartbeat=lambda: None)
         dist.destroy_process_group()
         return
     engine = make_paged_engine(run, limits=limits, rank=0, world_size=world_size, heartbeat=lambda: None)
     for index in range(20):
-        way = SamplingParams(max_tokens=8, temperature=float(index % 2), seed=index, beams=1 + (index == 2))
+        way = SamplingParams(max_tokens=8, temperature=float(index % 2), seed=index, num_beams=1 + (index == 2))
         engine.add(EngineRequest(id=str(index), prompt=tuple(range(index, 3 * index + 2)), sampling=way))
     found: dict[str, list[int]] = {}
     while not engine.idle:

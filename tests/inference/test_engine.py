@@ -78,12 +78,12 @@ def ask(name: str, *prompt: int, **options: object) -> EngineRequest:
         ("top_k", {"top_k": -1}),
         ("min_p", {"min_p": 1.5}),
         ("repetition_penalty", {"repetition_penalty": 0.0}),
-        ("bias", {"bias": ((VOCABULARY, 1.0),)}),
-        ("stop_ids", {"stop_ids": (-1,)}),
+        ("logit_bias", {"logit_bias": ((VOCABULARY, 1.0),)}),
+        ("stop_token_ids", {"stop_token_ids": (-1,)}),
         ("logprobs", {"logprobs": -1}),
         ("seed", {"seed": -1}),
-        ("beams", {"beams": 2, "temperature": 1.0}),
-        ("beams", {"beams": 99}),
+        ("num_beams", {"num_beams": 2, "temperature": 1.0}),
+        ("num_beams", {"num_beams": 99}),
     ],
 )
 def test_what_cannot_be_served_is_refused_and_harms_nobody(field: str, changes: dict[str, object]) -> None:
@@ -119,7 +119,7 @@ def test_a_step_that_fails_ends_those_alone_whose_tokens_are_to_blame() -> None:
 
 def test_deadlines_of_queue_and_whole() -> None:
     clock = Clock()
-    slots, _ = echo(clock, max_requests=1)
+    slots, _ = echo(clock, max_num_seqs=1)
     for request in (
         EngineRequest(id="runs", prompt=(30,), sampling=SamplingParams(max_tokens=50), deadline_s=5),
         ask("waits", 20, queue_deadline_s=2),
@@ -135,7 +135,7 @@ def test_deadlines_of_queue_and_whole() -> None:
 
 def test_priorities_and_ageing() -> None:
     clock = Clock()
-    slots, _ = echo(clock, max_requests=1, ageing_s=10)
+    slots, _ = echo(clock, max_num_seqs=1, aging_s=10)
     slots.add(ask("old", 20))
     clock.now = 5
     slots.add(ask("urgent", 20, priority=1))
@@ -148,7 +148,7 @@ def test_priorities_and_ageing() -> None:
 
 
 def test_one_long_prompt_holds_nobody_up() -> None:
-    slots, runner = echo(prefill_chunk=8, prefix_cache=False)
+    slots, runner = echo(prefill_chunk_size=8, enable_prefix_caching=False)
     slots.add(EngineRequest(id="talks", prompt=(20,), sampling=SamplingParams(max_tokens=30)))
     slots.step()
     slots.add(ask("long", *range(20, 90)))
@@ -160,7 +160,7 @@ def test_one_long_prompt_holds_nobody_up() -> None:
 def test_batches_of_like_length_compute_less_padding() -> None:
     padding = {}
     for batching in ("static", "dynamic", "continuous"):
-        slots, _ = echo(batching=batching, max_batch=4, max_wait_s=0, bucket=8)
+        slots, _ = echo(batching=batching, max_batch_size=4, max_wait_s=0, bucket_size=8)
         prompts = [(20,) * (4 if index % 2 else 60) for index in range(8)]
         requests = [ask(str(index), *prompt) for index, prompt in enumerate(prompts)]
         finish(slots, requests)
@@ -170,7 +170,7 @@ def test_batches_of_like_length_compute_less_padding() -> None:
 
 def test_a_batch_waits_for_others_but_not_for_ever() -> None:
     clock = Clock()
-    slots, _ = echo(clock, batching="static", max_batch=2, max_wait_s=1)
+    slots, _ = echo(clock, batching="static", max_batch_size=2, max_wait_s=1)
     slots.add(ask("a", 20))
     assert not slots.step()
     clock.now = 1
@@ -188,7 +188,7 @@ def test_a_plan_survives_the_wire() -> None:
 
 
 def test_warming_up_leaves_no_trace() -> None:
-    slots = engine("llama", kv_tokens=512)
+    slots = engine("llama", kv_cache_tokens=512)
     slots.warm_up([(1, 4), (99, 999)])
     assert slots.idle
     stats = slots.stats()

@@ -31,19 +31,19 @@ random_ways = st.builds(
     top_p=st.sampled_from([1.0, 0.9, 0.5]),
     min_p=st.sampled_from([0.0, 0.05]),
     repetition_penalty=st.sampled_from([1.0, 1.3]),
-    no_repeat_ngram=st.sampled_from([0, 2]),
+    no_repeat_ngram_size=st.sampled_from([0, 2]),
     seed=st.integers(0, 5),
 )
 greedy_ways = st.builds(SamplingParams, max_tokens=st.integers(1, 24))
 limits = st.fixed_dictionaries(
     {
         "batching": st.sampled_from(["continuous", "continuous", "continuous", "none", "static", "dynamic"]),
-        "max_requests": st.integers(1, 6),
-        "max_batch": st.integers(1, 5),
+        "max_num_seqs": st.integers(1, 6),
+        "max_batch_size": st.integers(1, 5),
         "max_wait_s": st.just(0.0),
-        "prefill_chunk": st.sampled_from([1, 3, 16, 256]),
-        "prefix_cache": st.booleans(),
-        "kv_tokens": st.sampled_from([CONTEXT, 256, 1024]),
+        "prefill_chunk_size": st.sampled_from([1, 3, 16, 256]),
+        "enable_prefix_caching": st.booleans(),
+        "kv_cache_tokens": st.sampled_from([CONTEXT, 256, 1024]),
     }
 )
 few = settings(
@@ -93,7 +93,7 @@ def expected(family: str, arrival: Arrival) -> list[int]:
         return alone(family, arrival.prompt, arrival.sampling.max_tokens)
     key = (family, arrival.prompt, arrival.sampling)
     if key not in _seeded:
-        slots = engine(family, max_requests=1, prefix_cache=False, kv_tokens=CONTEXT)
+        slots = engine(family, max_num_seqs=1, enable_prefix_caching=False, kv_cache_tokens=CONTEXT)
         request = EngineRequest(id="alone", prompt=arrival.prompt, sampling=arrival.sampling)
         _seeded[key] = tokens(finish(slots, [request])["alone"])
     return _seeded[key]
@@ -142,7 +142,7 @@ def test_every_result_is_that_of_the_request_alone(family: str, kernels: bool) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(family: str) -> None:
-    slots = engine(family, kv_tokens=1024)
+    slots = engine(family, kv_cache_tokens=1024)
     first = EngineRequest(id="0", prompt=COMMON, sampling=SamplingParams(max_tokens=9))
     finish(slots, [first])
     again = [dataclasses.replace(first, id="1"), dataclasses.replace(first, id="2", prompt=(*COMMON[:70], 5, 6))]
@@ -153,10 +153,10 @@ def test_a_shared_beginning_is_computed_once_and_changes_nothing(family: str) ->
 
 
 def test_requests_are_put_back_for_want_of_room_and_nothing_is_lost() -> None:
-    slots = engine("llama", kv_tokens=192, max_requests=6, prefix_cache=False)
+    slots = engine("llama", kv_cache_tokens=192, max_num_seqs=6, enable_prefix_caching=False)
     requests = [
         EngineRequest(
-            id=str(index), prompt=(index, *COMMON[:20]), sampling=SamplingParams(max_tokens=60, ignore_end=True)
+            id=str(index), prompt=(index, *COMMON[:20]), sampling=SamplingParams(max_tokens=60, ignore_eos=True)
         )
         for index in range(6)
     ]
@@ -164,7 +164,7 @@ def test_requests_are_put_back_for_want_of_room_and_nothing_is_lost() -> None:
     assert slots.stats().preemptions_total > 0
     for request in requests:
         assert len(tokens(found[request.id])) == 60
-    fresh = engine("llama", kv_tokens=128, max_requests=1)
+    fresh = engine("llama", kv_cache_tokens=128, max_num_seqs=1)
     assert finish(fresh, requests).keys() == found.keys()
-    again = finish(engine("llama", kv_tokens=128, max_requests=1), requests)
+    again = finish(engine("llama", kv_cache_tokens=128, max_num_seqs=1), requests)
     assert {name: tokens(updates) for name, updates in again.items()} == {n: tokens(u) for n, u in found.items()}

@@ -24,21 +24,21 @@ def test_probabilities_are_those_of_the_request_alone(family: str, dtype: torch.
         EngineRequest(
             id=str(length),
             prompt=tuple(torch.randint(VOCABULARY, (length,)).tolist()),
-            sampling=SamplingParams(max_tokens=20, ignore_end=True, logprobs=3, temperature=length % 2, seed=length),
+            sampling=SamplingParams(max_tokens=20, ignore_eos=True, logprobs=3, temperature=length % 2, seed=length),
         )
         for length in LENGTHS
     ]
 
     def served(together: list[EngineRequest], **limits: object) -> dict[str, list[object]]:
         model = copy.deepcopy(stock(family)).to(dtype)
-        slots = paged_engine_for(model, limits=EngineLimits(kv_tokens=2048, **limits), ends=())
+        slots = paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=2048, **limits), ends=())
         return {
             name: [token for update in updates for token in update.tokens]
             for name, updates in finish(slots, together).items()
         }
 
-    alone = {name: found for each in requests for name, found in served([each], prefix_cache=False).items()}
+    alone = {name: found for each in requests for name, found in served([each], enable_prefix_caching=False).items()}
     assert len({str(found) for found in alone.values()}) == len(requests)
-    assert served(requests, prefill_chunk=7) == alone
-    assert served(requests, prefill_chunk=256, max_requests=3) == alone
-    assert served(requests[::-1], prefill_chunk=64, batching="static", max_wait_s=0.0) == alone
+    assert served(requests, prefill_chunk_size=7) == alone
+    assert served(requests, prefill_chunk_size=256, max_num_seqs=3) == alone
+    assert served(requests[::-1], prefill_chunk_size=64, batching="static", max_wait_s=0.0) == alone

@@ -23,16 +23,16 @@ from tests.inference.values import FLOATS, INTEGERS, VOCABULARY, Table
 
 CONTEXT, END = 40, 3
 CONTROLS = (
-    EngineRequest(id="greedy", prompt=(5, 6, 7), sampling=SamplingParams(max_tokens=6, ignore_end=True, logprobs=2)),
+    EngineRequest(id="greedy", prompt=(5, 6, 7), sampling=SamplingParams(max_tokens=6, ignore_eos=True, logprobs=2)),
     EngineRequest(
-        id="seeded", prompt=(8, 9), sampling=SamplingParams(max_tokens=6, ignore_end=True, temperature=1.0, seed=4)
+        id="seeded", prompt=(8, 9), sampling=SamplingParams(max_tokens=6, ignore_eos=True, temperature=1.0, seed=4)
     ),
 )
 
 
 @cache
 def of_kind(kind: str) -> InferenceEngine:
-    limits = EngineLimits(max_requests=8)
+    limits = EngineLimits(max_num_seqs=8)
     if kind == "echo":
         return EchoEngine(limits=limits, context=CONTEXT, vocab_size=VOCABULARY, ends=(END,))
     runner = Table(isolates=kind == "alone")  # ranks in lockstep end where a step fails
@@ -58,11 +58,11 @@ _IDS = st.one_of(st.integers(0, VOCABULARY - 1), INTEGERS)
 FIELDS = {
     **dict.fromkeys(["temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty"], FLOATS),
     **dict.fromkeys(["frequency_penalty", "length_penalty"], FLOATS),
-    **dict.fromkeys(["max_tokens", "min_tokens", "top_k", "no_repeat_ngram", "beams"], INTEGERS),
+    **dict.fromkeys(["max_tokens", "min_tokens", "top_k", "no_repeat_ngram_size", "num_beams"], INTEGERS),
     **dict.fromkeys(["seed", "logprobs"], st.one_of(st.none(), INTEGERS)),
-    "bias": st.lists(st.tuples(_IDS, FLOATS), max_size=4).map(tuple),
-    "stop_ids": st.lists(_IDS, max_size=4).map(tuple),
-    "ignore_end": st.booleans(),
+    "logit_bias": st.lists(st.tuples(_IDS, FLOATS), max_size=4).map(tuple),
+    "stop_token_ids": st.lists(_IDS, max_size=4).map(tuple),
+    "ignore_eos": st.booleans(),
 }
 WAYS = st.dictionaries(st.sampled_from(sorted(FIELDS)), st.none(), min_size=1, max_size=4).flatmap(
     lambda names: st.fixed_dictionaries({name: FIELDS[name] for name in names})
@@ -103,23 +103,23 @@ def test_what_no_check_has_kept_out_ends_alone(
 ) -> None:
     monkeypatch.setattr(engine_module, "validate_request", lambda *arguments, **sizes: None)
     way = SamplingParams(**{"max_tokens": 5, "temperature": temperature, **changes})
-    way = dataclasses.replace(way, beams=min(8, max(1, way.beams)))  # rows to schedule, not scores
+    way = dataclasses.replace(way, num_beams=min(8, max(1, way.num_beams)))  # rows to schedule, not scores
     bad = EngineRequest(id="bad", prompt=(1, 2, 1, 2), sampling=way)
     found = finish(of_kind(kind), [CONTROLS[0], bad, CONTROLS[1]])
     assert {name: tokens(found[name]) for name in expected(kind)} == expected(kind)
 
 
 def test_a_request_that_rules_every_token_out_is_the_one_to_blame() -> None:
-    way = SamplingParams(max_tokens=30, ignore_end=True, no_repeat_ngram=1, temperature=1.0, seed=1)
+    way = SamplingParams(max_tokens=30, ignore_eos=True, no_repeat_ngram_size=1, temperature=1.0, seed=1)
     slots = PagedEngine(
         Table(isolates=True), limits=EngineLimits(), num_pages=64, context=200, vocab_size=VOCABULARY, ends=(END,)
     )
     asked = [EngineRequest(id="bad", prompt=tuple(range(VOCABULARY - 2)), sampling=way), *CONTROLS]
     for beams in (1, 3):
-        asked[0] = dataclasses.replace(asked[0], sampling=dataclasses.replace(way, beams=beams, temperature=0.0))
+        asked[0] = dataclasses.replace(asked[0], sampling=dataclasses.replace(way, num_beams=beams, temperature=0.0))
         found = finish(slots, asked)
         assert {name: tokens(found[name]) for name in expected("alone")} == expected("alone")
-        assert (found["bad"][-1].finish, found["bad"][-1].field) == ("error", "no_repeat_ngram")
+        assert (found["bad"][-1].finish, found["bad"][-1].field) == ("error", "no_repeat_ngram_size")
 
 
 def test_an_error_on_the_way_in_is_the_requests_own() -> None:

@@ -116,7 +116,7 @@ def test_rounding_is_that_of_the_stock_model(family: str) -> None:
 
 def test_a_block_with_other_parts_than_it_seems_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     config = GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, residual_multiplier=0.3)
-    paged_engine_for(AutoModelForCausalLM.from_config(config).eval(), limits=EngineLimits(kv_tokens=64), ends=())
+    paged_engine_for(AutoModelForCausalLM.from_config(config).eval(), limits=EngineLimits(kv_cache_tokens=64), ends=())
     assert "differ by" in capfd.readouterr().out
 
 
@@ -143,14 +143,14 @@ def test_biases_of_queries_are_added() -> None:
 def test_models_that_pages_cannot_hold_are_refused(config: object, why: str) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ConfigError, match=why):
-        paged_engine_for(model, limits=EngineLimits(kv_tokens=64), ends=())
+        paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=64), ends=())
 
 
 def test_without_a_compiler_the_stock_layers_run_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    paged_engine_for(copy.deepcopy(stock("llama")), limits=EngineLimits(kv_tokens=64), ends=())
+    paged_engine_for(copy.deepcopy(stock("llama")), limits=EngineLimits(kv_cache_tokens=64), ends=())
     assert "no C compiler (no-such-compiler)" in capfd.readouterr().out
 
 

@@ -122,13 +122,13 @@ OTHER = {
     "repetition_penalty": 2.0,
     "presence_penalty": 1.0,
     "frequency_penalty": 1.0,
-    "no_repeat_ngram": 2,
-    "bias": ((1, 1.0),),
-    "stop_ids": (1,),
-    "ignore_end": True,
+    "no_repeat_ngram_size": 2,
+    "logit_bias": ((1, 1.0),),
+    "stop_token_ids": (1,),
+    "ignore_eos": True,
     "seed": 1,
     "logprobs": 1,
-    "beams": 2,
+    "num_beams": 2,
     "length_penalty": 2.0,
 }
 

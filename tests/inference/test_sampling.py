@@ -31,8 +31,8 @@ ways = st.builds(
     top_p=st.sampled_from([1.0, 0.8, 0.3, 0.01]),
     min_p=st.sampled_from([0.0, 0.1]),
     repetition_penalty=st.sampled_from([1.0, 1.5, 0.8]),
-    no_repeat_ngram=st.sampled_from([0, 1, 2, 3]),
-    bias=st.sampled_from([(), ((4, 2.5), (END, -1.0))]),
+    no_repeat_ngram_size=st.sampled_from([0, 1, 2, 3]),
+    logit_bias=st.sampled_from([(), ((4, 2.5), (END, -1.0))]),
     seed=st.just(0),
 )
 pasts = st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.lists(st.integers(0, 6), max_size=9))
@@ -40,12 +40,12 @@ pasts = st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.lists(
 
 def theirs(scores: torch.Tensor, way: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
     chain = LogitsProcessorList()
-    if way.bias:
-        chain.append(SequenceBiasLogitsProcessor({(token,): added for token, added in way.bias}))
+    if way.logit_bias:
+        chain.append(SequenceBiasLogitsProcessor({(token,): added for token, added in way.logit_bias}))
     if way.repetition_penalty != 1.0:
         chain.append(RepetitionPenaltyLogitsProcessor(way.repetition_penalty))
-    if way.no_repeat_ngram:
-        chain.append(NoRepeatNGramLogitsProcessor(way.no_repeat_ngram))
+    if way.no_repeat_ngram_size:
+        chain.append(NoRepeatNGramLogitsProcessor(way.no_repeat_ngram_size))
     if way.min_tokens:
         chain.append(MinNewTokensLengthLogitsProcessor(len(prompt), way.min_tokens, END, device="cpu"))
     chain.append(TemperatureLogitsWarper(way.temperature))

@@ -27,7 +27,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def engine(family: str) -> Iterator[TransformersEngine]:
-    limits = EngineLimits(kv_tokens=1024, max_requests=3, prefill_chunk=16)
+    limits = EngineLimits(kv_cache_tokens=1024, max_num_seqs=3, prefill_chunk_size=16)
     made = transformers_engine_for(copy.deepcopy(stock(family)), limits=limits, ends=(END,))
     assert isinstance(made, TransformersEngine)
     yield made
@@ -50,12 +50,12 @@ def test_results_are_those_of_each_request_alone(engine: TransformersEngine, fam
     stats = engine.stats()
     assert stats.generated_tokens_total == sum(len(tokens(updates)) for updates in found.values())
     assert (stats.running, stats.waiting, stats.since_step_s) == (0, 0, 0.0)
-    through = finish(engine, requests(8, ignore_end=True))
+    through = finish(engine, requests(8, ignore_eos=True))
     assert [len(tokens(updates)) for updates in through.values()] == [16] * 8
 
 
 def test_cancelled_and_late_requests_get_a_last_word(engine: TransformersEngine) -> None:
-    running, *others = requests(3, max_tokens=100, ignore_end=True)
+    running, *others = requests(3, max_tokens=100, ignore_eos=True)
     engine.add(running)
     while not engine.step():
         pass
@@ -65,7 +65,7 @@ def test_cancelled_and_late_requests_get_a_last_word(engine: TransformersEngine)
     ends = {update.request: update.finish for update in engine.step()}
     assert ends == {"0": "cancelled", "1": "timeout", "2": "timeout"}
     assert engine.idle
-    assert len(tokens(finish(engine, requests(1, ignore_end=True))["0"])) == 16
+    assert len(tokens(finish(engine, requests(1, ignore_eos=True))["0"])) == 16
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_cancelled_and_late_requests_get_a_last_word(engine: TransformersEngine)
     [
         ((1,), {"temperature": 0.5}, "temperature"),
         ((1,), {"logprobs": 1}, "logprobs"),
-        ((1,), {"beams": 2}, "beams"),
+        ((1,), {"num_beams": 2}, "num_beams"),
         ((VOCABULARY,), {}, "prompt"),
         ((1,) * CONTEXT, {}, "prompt"),
     ],
@@ -85,7 +85,7 @@ def test_what_it_cannot_do_is_refused_and_the_next_request_served(
     with pytest.raises(Refused) as refusal:
         engine.add(EngineRequest(id="x", prompt=prompt, sampling=SamplingParams(max_tokens=4, **sampling)))
     assert refusal.value.field == field
-    assert len(tokens(finish(engine, requests(1, ignore_end=True))["0"])) == 16
+    assert len(tokens(finish(engine, requests(1, ignore_eos=True))["0"])) == 16
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
@@ -100,14 +100,14 @@ def test_a_request_that_cannot_be_handed_over_ends_alone(
         return hand_over(prompt, **options)
 
     monkeypatch.setattr(engine._manager, "add_request", fails)
-    found = finish(engine, requests(3, ignore_end=True))
+    found = finish(engine, requests(3, ignore_eos=True))
     assert [len(tokens(found[name])) for name in ("0", "1", "2")] == [16, 0, 16]
     assert (found["1"][-1].finish, found["1"][-1].problem) == ("error", "ArithmeticError: unlucky")
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
 def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: TransformersEngine) -> None:
-    for request in requests(2, max_tokens=100, ignore_end=True):
+    for request in requests(2, max_tokens=100, ignore_eos=True):
         engine.add(request)
     while not engine.step():
         pass
@@ -123,5 +123,5 @@ def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: 
 
 def test_without_a_gpu_it_is_refused_with_what_works() -> None:
     run = compose(["model=llama_tiny", "precision=fp32", "job=serve", "job.engine=transformers"]).run
-    with pytest.raises(ConfigError, match=r"there is none here; .*set job.engine=slots"):
+    with pytest.raises(ConfigError, match=r"there is none here; .*set job.engine=paged"):
         make_transformers_engine(run, limits=EngineLimits(), heartbeat=lambda: None)

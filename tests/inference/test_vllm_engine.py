@@ -63,7 +63,7 @@ def engine(python: Path) -> Iterator[VllmEngine]:
     assert isinstance(run.job, Generate)
     server = VllmServer(run, run.job, name="m")
     server.start("/weights")
-    made = VllmEngine(server, name="m", limits=EngineLimits(max_requests=2), context=64, vocab_size=100)
+    made = VllmEngine(server, name="m", limits=EngineLimits(max_num_seqs=2), context=64, vocab_size=100)
     yield made
     made.close()
 
@@ -88,7 +88,7 @@ def test_what_it_refuses_is_an_error_of_that_request(engine: VllmEngine) -> None
     assert "not this one" in found["1"][-1].problem
     assert tokens(found["10"]) == [10, 11, 12]
     with pytest.raises(Refused, match="does not have it"):
-        engine.add(EngineRequest(id="b", prompt=(5,), sampling=SamplingParams(max_tokens=3, beams=2)))
+        engine.add(EngineRequest(id="b", prompt=(5,), sampling=SamplingParams(max_tokens=3, num_beams=2)))
 
 
 def test_a_cancelled_request_makes_room(engine: VllmEngine) -> None:
@@ -130,7 +130,7 @@ def test_it_ends_with_the_engine(engine: VllmEngine) -> None:
 
 def test_every_way_to_sample_is_sent() -> None:
     way = SamplingParams(
-        max_tokens=3, temperature=0.5, top_k=4, seed=1, bias=((7, 2.0),), stop_ids=(9,), ignore_end=True
+        max_tokens=3, temperature=0.5, top_k=4, seed=1, logit_bias=((7, 2.0),), stop_token_ids=(9,), ignore_eos=True
     )
     body = request_body(EngineRequest(id="x", prompt=(1, 2), sampling=way), model="m")
     wanted = {"temperature": 0.5, "top_k": 4, "seed": 1, "logit_bias": {"7": 2.0}, "stop_token_ids": [9]}

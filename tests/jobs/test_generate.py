@@ -151,7 +151,7 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
         (("job.engine=vllm",), "job.vllm_python does not say where"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
-        (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only slots can be"),
+        (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only paged can be"),
         (("job.engine=transformers", "job.batching=static"), "knows continuous alone"),
         (("+job.temprature=1",), "did you mean temperature"),
     ],

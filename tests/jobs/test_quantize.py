@@ -81,7 +81,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
         (("job=benchmark", "benchmark=memory", "model.quantization=fp8"), "benchmark=memory trains the model"),
         (
             ("job=generate", "job.engine=vllm", "job.vllm_python=python", "model.quantization=fp8"),
-            "vLLM loads the weights as they are in the folder; set job.engine=slots",
+            "vLLM loads the weights as they are in the folder; set job.engine=paged",
         ),
         (("job=quantize", "quantization=int4_weight", "quantization.group_size=33"), "two weights share a byte"),
         (("job=evaluate", "model.quantization=int3"), "model.quantization=int3"),

@@ -35,9 +35,9 @@ def test_the_plan_says_what_is_served(plan_of) -> None:
     assert plan.completes_on_signal
     assert plan.grace_s == 50
     assert plan.work.batch is None
-    assert (plan.summary.engine, plan.summary.optimizer, plan.summary.data) == ("slots", "", "")
+    assert (plan.summary.engine, plan.summary.optimizer, plan.summary.data) == ("paged", "", "")
     assert plan.details["address"] == "http://127.0.0.1:8000"
-    assert plan.details["engines"] == "2 replicas of engine=slots"
+    assert plan.details["engines"] == "2 replicas of engine=paged"
     assert plan.memory.per_rank.total == 2 * 2 * plan.memory.num_params
     text = render_plan(plan)
     assert "Parts of serve" in text
@@ -67,8 +67,8 @@ def test_ranks_follow_the_strategy(tmp_path, monkeypatch: pytest.MonkeyPatch) ->
         (["job.tokenizer=bytes", "model.vocab_size=100"], "it has 257 tokens"),
         (["job.rate_per_minute=0"], "job.rate_per_minute=0"),
         (["+job.steps=3"], "job.steps"),
-        (["attention=eager"], "attention=eager: job.engine=slots"),
-        (["compile=true"], "compile=true: .*job.engine=slots"),
+        (["attention=eager"], "attention=eager: job.engine=paged"),
+        (["compile=true"], "compile=true: .*job.engine=paged"),
     ],
 )
 def test_what_cannot_be_served_is_refused(plan_of, words: list[str], said: str) -> None:

@@ -348,13 +348,13 @@ def test_a_kernel_that_a_family_lacks_is_refused(plan_of: Callable[..., object],
         plan_of(*model, "job.sequence_length=32")
     plan_of(*model, "job.sequence_length=32", "attention=eager")
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
-    assert line.startswith("job.engine=slots: gemma2 keeps other things than keys and values of all tokens (sliding_")
+    assert line.startswith("job.engine=paged: gemma2 keeps other things than keys and values of all tokens (sliding_")
     model_folder(tmp_path, {**LLAMA, "model_type": "bloom"})
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
-    assert line.startswith("job.engine=slots: bloom computes attention by code that the engine cannot replace")
+    assert line.startswith("job.engine=paged: bloom computes attention by code that the engine cannot replace")
     model_folder(tmp_path, {**LLAMA, "model_type": "mamba"})
     (line,) = refused(*model, "job=generate", "job.input=sample", length=None)
-    assert line.startswith("job.engine=slots: mamba keeps other things than keys and values of all tokens (a state)")
+    assert line.startswith("job.engine=paged: mamba keeps other things than keys and values of all tokens (a state)")
     plan_of(*model, "job=generate", "job.input=sample", "job.engine=echo", "job.tokenizer=bytes")
 
 

@@ -246,7 +246,7 @@ def test_cases_in_the_process_of_a_rank_are_taken_once_more(tmp_path, words, cas
 
 
 def test_the_engine_of_a_server(tmp_path) -> None:
-    job = ("job=serve", "job.tokenizer=bytes", "job.warm_up=[[1,4]]", "job.kv_tokens=256", "precision=fp32")
+    job = ("job=serve", "job.tokenizer=bytes", "job.warm_up=[[1,4]]", "job.kv_cache_tokens=256", "precision=fp32")
     save_run(compose([*ONE_RANK, *TINY, *job, "profile=true", "profile.active=4"]).run, tmp_path / "run.yaml")
     ours, theirs = socket.socketpair()
     words = (str(tmp_path), "7", str(theirs.fileno()), str(os.getpid()))
@@ -254,7 +254,7 @@ def test_the_engine_of_a_server(tmp_path) -> None:
     with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as engine, ours:
         theirs.close()
         link, heard = EngineConnection(ours), []
-        request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_end=True))
+        request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
         link.send({"kind": "add", "request": request_to_wire(request)})
         while not any(row[2] for message in heard for row in message.get("updates", [])):
             heard += link.receive(wait_s=100)

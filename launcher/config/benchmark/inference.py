@@ -23,7 +23,7 @@ class BatchingBenchmark(Benchmark):
     """The run's model answers a queue that is there at once, under each way in turn. The defaults are the article's."""
 
     kind: ClassVar[str] = "batching"
-    summary_fields: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch", "max_wait_s")
+    summary_fields: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch_size", "max_wait_s")
     isolation: ClassVar[str] = "each with an engine of its own"
     needs_model: ClassVar[bool] = True
     supports_quantized: ClassVar[bool] = True
@@ -40,16 +40,16 @@ class BatchingBenchmark(Benchmark):
     outputs: str = "32"
     """Tokens of each answer, in the same grammar; the model's end-of-sequence token ends none."""
 
-    max_batch: int = 16
+    max_batch_size: int = 16
     """Requests in a batch, and requests that are worked on at the same time under ``continuous``."""
 
     max_wait_s: float = 0.1
     """How long the first request of a batch waits for others."""
 
-    bucket: int = 32
+    bucket_size: int = 32
     """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
 
-    prefix_cache: bool = False
+    enable_prefix_caching: bool = False
     """Whether equal beginnings are computed once: it would spare most of the work where texts repeat."""
 
     tokenizer: PathText = "model"
@@ -58,7 +58,7 @@ class BatchingBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty comparison and lengths that are none."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "requests", "max_batch", "bucket")
+        yield from self.validate_minimum(1, "requests", "max_batch_size", "bucket_size")
         yield from self.validate_minimum(0, "max_wait_s")
         if not self.ways or len(set(self.ways)) < len(self.ways):
             yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
@@ -90,11 +90,11 @@ class BatchingBenchmark(Benchmark):
         """Return what an engine is given."""
         return EngineLimits(
             batching=way,
-            max_requests=self.max_batch,
-            max_batch=self.max_batch,
+            max_num_seqs=self.max_batch_size,
+            max_batch_size=self.max_batch_size,
             max_wait_s=self.max_wait_s,
-            bucket=self.bucket,
-            prefix_cache=self.prefix_cache,
+            bucket_size=self.bucket_size,
+            enable_prefix_caching=self.enable_prefix_caching,
         )
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
@@ -112,7 +112,7 @@ class ResultCacheBenchmark(Benchmark):
     """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
 
     kind: ClassVar[str] = "cache"
-    summary_fields: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram")
+    summary_fields: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
     isolation: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True
     supports_quantized: ClassVar[bool] = True
@@ -132,7 +132,7 @@ class ResultCacheBenchmark(Benchmark):
     top_p: float = 0.95
     """Share of the probability that is kept."""
 
-    no_repeat_ngram: int = 3
+    no_repeat_ngram_size: int = 3
     """No so many tokens in a row occur twice."""
 
     max_bytes: int = 64 * 2**20
@@ -148,7 +148,7 @@ class ResultCacheBenchmark(Benchmark):
         """Reject a comparison of nothing."""
         yield from super().validate()
         yield from self.validate_minimum(2, "max_length")
-        yield from self.validate_minimum(0, "temperature", "top_k", "no_repeat_ngram", "max_bytes")
+        yield from self.validate_minimum(0, "temperature", "top_k", "no_repeat_ngram_size", "max_bytes")
         if not all(self.prompts) or not self.prompts:
             yield self.error("prompts", "a prompt must not be empty", "leave benchmark.prompts out")
 

@@ -138,14 +138,14 @@ class ServingBenchmark(Benchmark):
     url: str | None = None
     """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one with the run's model and ends it again."""
 
-    served_name: str | None = None
+    served_model_name: str | None = None
     """What requests call the model; ``null`` takes the first that the server names."""
 
     key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the API key, where the server wants one."""
 
     serve: dict[str, Any] = field(default_factory=dict)
-    """Options of job=serve for the server that is started here: ``{batching: dynamic, max_requests: 16}``."""
+    """Options of job=serve for the server that is started here: ``{batching: dynamic, max_num_seqs: 16}``."""
 
     mode: Literal["closed", "open"] = "closed"
     """``closed`` keeps so many requests under way; in ``open`` they come when they come, and latencies count from the

@@ -21,7 +21,7 @@ from launcher.utils.schema import to_tree
 SAMPLE_INPUT = "sample"
 _LINE_OPTIONS = (
     *("max_tokens", "stop", "temperature", "top_k", "top_p", "min_p"),
-    *("repetition_penalty", "no_repeat_ngram", "beams"),
+    *("repetition_penalty", "no_repeat_ngram_size", "num_beams"),
 )
 """Options that are fields of a line, too."""
 _LINES_CHECKED = 1000
@@ -29,8 +29,8 @@ _LINES_CHECKED = 1000
 
 _IRRELEVANT_OPTIONS = frozenset(
     (
-        *("input", "output", "batching", "max_requests", "kv_tokens", "prefill_chunk"),
-        *("prefix_cache", "max_batch", "max_wait_s", "bucket", "ageing_s", "echo_step_s"),
+        *("input", "output", "batching", "max_num_seqs", "kv_cache_tokens", "prefill_chunk_size"),
+        *("enable_prefix_caching", "max_batch_size", "max_wait_s", "bucket_size", "aging_s", "echo_step_s"),
     )
 )
 """Options of the job that no answer depends on."""
@@ -80,10 +80,10 @@ class Generate(GeneratingJob):
     repetition_penalty: float = 1.0
     """Divide scores of tokens that are in prompt or answer by this."""
 
-    no_repeat_ngram: int = 0
+    no_repeat_ngram_size: int = 0
     """No sequence of this many tokens occurs twice; 0 allows all."""
 
-    beams: int = 1
+    num_beams: int = 1
     """Sequences that beam search keeps; 1 is no beam search."""
 
     def validate(self) -> Iterator[ConfigError]:
@@ -107,7 +107,7 @@ class Generate(GeneratingJob):
     @property
     def max_concurrent(self) -> int:
         """Requests that an engine processes at the same time."""
-        return {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+        return {"continuous": self.max_num_seqs, "none": 1}.get(self.batching, self.max_batch_size)
 
     @property
     def has_own_input(self) -> bool:

@@ -26,8 +26,8 @@ VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm
 class GeneratingJob(Job):
     """A job whose ranks generate text for many requests."""
 
-    engine: Literal["slots", "transformers", "vllm", "echo"] = "slots"
-    """``slots`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
+    engine: Literal["paged", "transformers", "vllm", "echo"] = "paged"
+    """``paged`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
     batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a
     model."""
 
@@ -42,29 +42,29 @@ class GeneratingJob(Job):
     """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
     ends with the longest; ``static`` does so in order of arrival, unsorted; ``none`` is one request after the other."""
 
-    max_requests: int = 32
+    max_num_seqs: int = 32
     """Requests that are worked on at the same time under ``continuous``."""
 
-    kv_tokens: int | None = None
-    """Tokens whose keys and values may be held at a time; ``null`` takes what max_requests of full length need, but
+    kv_cache_tokens: int | None = None
+    """Tokens whose keys and values may be held at a time; ``null`` takes what max_num_seqs of full length need, but
     no more than a quarter of the memory that is free at the start."""
 
-    prefill_chunk: int = 256
+    prefill_chunk_size: int = 256
     """Prompt tokens in one step: what longest keeps others waiting for their next token."""
 
-    prefix_cache: bool = True
+    enable_prefix_caching: bool = True
     """Whether keys and values of equal beginnings are computed once and shared."""
 
-    max_batch: int = 16
+    max_batch_size: int = 16
     """Requests in a batch under ``dynamic`` and ``static``."""
 
     max_wait_s: float = 0.1
     """How long the first request of a batch waits for others under ``dynamic`` and ``static``."""
 
-    bucket: int = 32
+    bucket_size: int = 32
     """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
 
-    ageing_s: float = 10.0
+    aging_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
 
     vllm_python: PathText | None = None
@@ -86,7 +86,7 @@ class GeneratingJob(Job):
     @property
     def uses_bf16_kernels(self) -> bool:
         """Whether the engine is the launcher's own."""
-        return self.engine == "slots"
+        return self.engine == "paged"
 
     @property
     def reads_data(self) -> bool:
@@ -112,19 +112,19 @@ class GeneratingJob(Job):
         """Reject what the engine cannot compute, and other ranks than one engine is made of."""
         yield from super().validate_run(run, world_size=world_size)
         most = run.parallel.dims(1).product
-        if self.is_model_parallel(run) and self.engine != "slots":
-            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only slots can be"
-            yield self.error("engine", why, "set job.engine=slots or parallel=single")
+        if self.is_model_parallel(run) and self.engine != "paged":
+            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only paged can be"
+            yield self.error("engine", why, "set job.engine=paged or parallel=single")
         if self.is_model_parallel(run) and world_size != most:
             why = f"parallel={run.parallel.kind} makes an engine of {counted(most, 'rank')}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=f"set backend.ranks={most}")
         if self.engine == "vllm":
             yield from self._validate_for_vllm(run)
-        if run.profile.kind == "true" and self.engine != "slots":
+        if run.profile.kind == "true" and self.engine != "paged":
             why = f"engine={self.engine} computes nothing where torch's profiler would listen"
-            yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=slots")
-        if self.engine in ("slots", "transformers"):
-            together = most if self.is_model_parallel(run) and self.engine == "slots" else 1
+            yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=paged")
+        if self.engine in ("paged", "transformers"):
+            together = most if self.is_model_parallel(run) and self.engine == "paged" else 1
             yield from validate_engine(run, world_size=together, engine=self.engine)
 
     def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:
@@ -133,7 +133,7 @@ class GeneratingJob(Job):
             yield self.error("engine", why, VLLM_REMEDY)
         if run.model.quantization != "none":
             why = "vLLM loads the weights as they are in the folder"
-            yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=slots")
+            yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=paged")
         if run.model.weights == "random":
             why = "vLLM loads weights from a folder, and random ones are in none"
             fix = "set model.weights=pretrained or a folder"
@@ -162,7 +162,9 @@ class GeneratingJob(Job):
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that nothing fits in."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "max_requests", "kv_tokens", "prefill_chunk", "max_batch", "bucket")
+        yield from self.validate_minimum(
+            1, "max_num_seqs", "kv_cache_tokens", "prefill_chunk_size", "max_batch_size", "bucket_size"
+        )
         yield from self.validate_minimum(0, "seed", "max_wait_s", "echo_step_s")
         if self.engine in ("transformers", "vllm") and self.batching != "continuous":
             yield self.error("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
@@ -170,9 +172,9 @@ class GeneratingJob(Job):
             yield self.error("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
         if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
             why = "vLLM's server takes its own, and this option would have no effect"
-            yield self.error("chat_template", why, "set job.engine=slots, or leave it out")
-        if self.ageing_s <= 0:
-            yield self.error("ageing_s", "must be above 0", "set job.ageing_s=10")
+            yield self.error("chat_template", why, "set job.engine=paged, or leave it out")
+        if self.aging_s <= 0:
+            yield self.error("aging_s", "must be above 0", "set job.aging_s=10")
 
 
 def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:

@@ -38,7 +38,7 @@ class Serve(GeneratingJob):
     port: int = 8000
     """Port to listen on."""
 
-    served_name: str | None = None
+    served_model_name: str | None = None
     """What clients call the model; ``null`` takes model.name."""
 
     replicas: int = 1
@@ -144,7 +144,7 @@ class Serve(GeneratingJob):
     @property
     def capacity(self) -> int:
         """Sequences that all engines work on at the same time."""
-        at_once = {"continuous": self.max_requests, "none": 1}.get(self.batching, self.max_batch)
+        at_once = {"continuous": self.max_num_seqs, "none": 1}.get(self.batching, self.max_batch_size)
         return self.replicas * at_once
 
     @property
@@ -155,7 +155,7 @@ class Serve(GeneratingJob):
 
     def name_of(self, run: Run) -> str:
         """Return what clients call the model."""
-        return self.served_name or run.model.name
+        return self.served_model_name or run.model.name
 
     def max_ranks(self, run: Run) -> int:
         """Return the ranks of one engine: replicas are no ranks."""

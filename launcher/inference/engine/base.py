@@ -26,7 +26,7 @@ class EngineRequest:
     """Token ids, at least one."""
     sampling: SamplingParams
     priority: int = 0
-    """Higher is sooner; waiting makes up for a lower one (``Limits.ageing_s``)."""
+    """Higher is sooner; waiting makes up for a lower one (``Limits.aging_s``)."""
     queue_deadline_s: float | None = None
     """Seconds that it may wait before it is begun."""
     deadline_s: float | None = None
@@ -67,9 +67,9 @@ class EngineStats:
 
     running: int = 0
     waiting: int = 0
-    kv_tokens: int = 0
+    kv_cache_tokens: int = 0
     """Tokens whose keys and values are held for running requests."""
-    kv_capacity: int = 0
+    kv_cache_capacity: int = 0
     """Tokens that can be held."""
     steps_total: int = 0
     prompt_tokens_total: int = 0
@@ -144,7 +144,7 @@ class InferenceEngine(ABC):
 
 
 def validate_request(
-    request: EngineRequest, *, known: Container[str], context: int, vocab_size: int, num_pages: int, max_requests: int
+    request: EngineRequest, *, known: Container[str], context: int, vocab_size: int, num_pages: int, max_num_seqs: int
 ) -> None:
     """Refuse what can never be served.
 
@@ -154,7 +154,7 @@ def validate_request(
         context: most tokens of a sequence.
         vocab_size: of the model.
         num_pages: for keys and values.
-        max_requests: sequences at a time.
+        max_num_seqs: sequences at a time.
 
     Raises:
         Refused: with the field.
@@ -172,13 +172,14 @@ def validate_request(
             raise Refused(field, f"is {limit}, and must be at least 0")
     way = request.sampling
     _check_sampling(way, vocab_size)
-    if way.beams > max_requests:
-        raise Refused("beams", f"{way.beams} beams; at most {max_requests} sequences go on at a time")
+    if way.num_beams > max_num_seqs:
+        raise Refused("num_beams", f"{way.num_beams} beams; at most {max_num_seqs} sequences go on at a time")
     longest = min(len(request.prompt) + way.max_tokens, context)
-    if way.beams > 1 and way.beams * (longest // BLOCK_SIZE + 1) > num_pages:
+    if way.num_beams > 1 and way.num_beams * (longest // BLOCK_SIZE + 1) > num_pages:
         room = num_pages * BLOCK_SIZE
         raise Refused(
-            "beams", f"{way.beams} beams of {longest} tokens need more room than the {room} tokens that there are"
+            "num_beams",
+            f"{way.num_beams} beams of {longest} tokens need more room than the {room} tokens that there are",
         )
 
 
@@ -186,8 +187,8 @@ def _check_sampling(way: SamplingParams, vocab_size: int) -> None:
     for field, why, _ in validate_sampling(way):
         value = getattr(way, field)
         raise Refused(field, why if isinstance(value, tuple) else f"is {value}: {why}")
-    _in_vocabulary("bias", [token for token, _ in way.bias], vocab_size)
-    _in_vocabulary("stop_ids", way.stop_ids, vocab_size)
+    _in_vocabulary("logit_bias", [token for token, _ in way.logit_bias], vocab_size)
+    _in_vocabulary("stop_token_ids", way.stop_token_ids, vocab_size)
 
 
 def _in_vocabulary(field: str, ids: tuple[int, ...] | list[int], vocab_size: int) -> None:

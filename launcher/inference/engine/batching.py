@@ -28,16 +28,16 @@ Item = TypeVar("Item", bound=Queueable)
 
 
 class WaitingQueue(Generic[Item]):
-    """Orders by priority, which grows by one for every ``ageing_s`` of waiting; then by arrival.
+    """Orders by priority, which grows by one for every ``aging_s`` of waiting; then by arrival.
 
     All of them age alike, so what is due first never depends on when it is asked: one key for each, made once.
 
     Args:
-        ageing_s: seconds of waiting that make up for one step of priority.
+        aging_s: seconds of waiting that make up for one step of priority.
     """
 
-    def __init__(self, ageing_s: float) -> None:
-        self._ageing_s = ageing_s
+    def __init__(self, aging_s: float) -> None:
+        self._ageing_s = aging_s
         self._heap: list[tuple[float, int, Item]] = []
         self._count = itertools.count()
         self._gone: set[int] = set()
@@ -98,7 +98,7 @@ class BatchingPolicy:
         if not len(waiting):
             return []
         if self._limits.batching == "continuous":
-            room = self._limits.max_requests - sum(task.width for task in running)
+            room = self._limits.max_num_seqs - sum(task.width for task in running)
             return _fitting(waiting, room)
         if running:
             return []
@@ -108,7 +108,7 @@ class BatchingPolicy:
             return self._first_of(list(waiting), now_s)
         alike: dict[int, list[SequenceGroup]] = defaultdict(list)
         for task in waiting:
-            alike[-(-len(task.rows[0].tokens) // self._limits.bucket)].append(task)
+            alike[-(-len(task.rows[0].tokens) // self._limits.bucket_size_size)].append(task)
         batches = [self._first_of(tasks, now_s) for tasks in alike.values()]
         # of those that are ready, the one whose first is due most: dictionaries keep the order of the queue
         return next(filter(None, batches), [])
@@ -116,9 +116,9 @@ class BatchingPolicy:
     def _first_of(self, tasks: Sequence[SequenceGroup], now_s: float) -> list[SequenceGroup]:
         """Return a batch if it is full or has waited long enough, else nobody."""
         oldest = min(task.arrived_s for task in tasks)
-        if len(tasks) < self._limits.max_batch and now_s - oldest < self._limits.max_wait_s:
+        if len(tasks) < self._limits.max_batch_size and now_s - oldest < self._limits.max_wait_s:
             return []
-        return list(tasks[: self._limits.max_batch])
+        return list(tasks[: self._limits.max_batch_size])
 
 
 def _fitting(waiting: WaitingQueue[SequenceGroup], room: int) -> list[SequenceGroup]:

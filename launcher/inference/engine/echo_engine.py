@@ -42,11 +42,11 @@ class _ActiveRequest:
 class EchoEngine(InferenceEngine):
     """Repeats prompts from their beginning; with a temperature, draws from their tokens.
 
-    Of the ways to sample it knows ``max_tokens``, ``min_tokens``, ``stop_ids``, ``ignore_end``, ``seed``, ``logprobs``
-    and ``beams`` (which only bring all tokens at once); the others change nothing.
+    Of the sampling parameters it applies ``max_tokens``, ``min_tokens``, ``stop_token_ids``, ``ignore_eos``, ``seed``,
+    ``logprobs`` and ``num_beams`` (all tokens come at once); the others change nothing.
 
     Args:
-        limits: ``max_requests`` are worked on at a time.
+        limits: ``max_num_seqs`` are worked on at a time.
         context: most tokens of a sequence.
         vocab_size: ids from this one on are refused.
         ends: ids that end a sequence by themselves.
@@ -71,7 +71,7 @@ class EchoEngine(InferenceEngine):
             context=self._context,
             vocab_size=self._vocab_size,
             num_pages=_UNLIMITED_BLOCKS,
-            max_requests=self._limits.max_requests,
+            max_num_seqs=self._limits.max_num_seqs,
         )
         generator = random.Random(request.sampling.seed)
         self._all[request.id] = _ActiveRequest(request, time.monotonic(), generator)
@@ -103,8 +103,8 @@ class EchoEngine(InferenceEngine):
         return EngineStats(
             running=len(begun),
             waiting=len(self._all) - len(begun),
-            kv_tokens=sum(len(sequence.request.prompt) + len(sequence.output) for sequence in begun),
-            kv_capacity=self._limits.max_requests * self._context,
+            kv_cache_tokens=sum(len(sequence.request.prompt) + len(sequence.output) for sequence in begun),
+            kv_cache_capacity=self._limits.max_num_seqs * self._context,
             steps_total=self._steps,
             prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated,
@@ -137,7 +137,7 @@ class EchoEngine(InferenceEngine):
             (sequence for sequence in self._all.values() if not sequence.begun),
             key=lambda sequence: (-sequence.request.priority, sequence.arrived),
         )
-        for sequence in waiting[: self._limits.max_requests - len(running)]:
+        for sequence in waiting[: self._limits.max_num_seqs - len(running)]:
             sequence.begun = True
             self._prompt_tokens += len(sequence.request.prompt)
             running.append(sequence)
@@ -156,15 +156,15 @@ class EchoEngine(InferenceEngine):
         sequence.output.append(token)
         self._generated += 1
         length = len(sequence.output)
-        ends = set(sampling.stop_ids) | (set() if sampling.ignore_end else self._ends)
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._ends)
         is_full = length >= sampling.max_tokens or length + len(sequence.request.prompt) >= self._context
         is_over = token in ends and length > sampling.min_tokens
         finish = "stop" if is_over else "length" if is_full else None
         if finish:
             del self._all[sequence.request.id]
-        if sampling.beams > 1 and not finish:
+        if sampling.num_beams > 1 and not finish:
             return None
-        new = sequence.output if sampling.beams > 1 else [token]
+        new = sequence.output if sampling.num_beams > 1 else [token]
         tokens = tuple(self._token(each, sampling.logprobs) for each in new)
         return EngineOutput(request=sequence.request.id, tokens=tokens, finish=finish)  # type: ignore[arg-type]
 

@@ -274,10 +274,10 @@ def num_kv_blocks(limits: EngineLimits, shapes: KVShapes, model: PreTrainedModel
         model: on its device.
         page: tokens of one.
     """
-    if limits.kv_tokens is not None:
-        return max(1, limits.kv_tokens // page)
+    if limits.kv_cache_tokens is not None:
+        return max(1, limits.kv_cache_tokens // page)
     device = model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     affordable = free // _FREE_MEMORY_DIVISOR // (shapes.token_bytes * page)
-    wanted = limits.max_requests * -(-model.config.get_text_config().max_position_embeddings // page)
+    wanted = limits.max_num_seqs * -(-model.config.get_text_config().max_position_embeddings // page)
     return int(max(1, min(wanted, affordable)))

@@ -51,8 +51,8 @@ def request_to_wire(request: EngineRequest) -> WireMessage:
 def request_from_wire(tree: WireMessage) -> EngineRequest:
     """Return the request that ``request_to_wire`` took apart."""
     sampling = dict(tree["sampling"])
-    sampling["bias"] = tuple((int(token), float(value)) for token, value in sampling["bias"])
-    sampling["stop_ids"] = tuple(sampling["stop_ids"])
+    sampling["logit_bias"] = tuple((int(token), float(value)) for token, value in sampling["logit_bias"])
+    sampling["stop_token_ids"] = tuple(sampling["stop_token_ids"])
     return EngineRequest(**{**tree, "prompt": tuple(tree["prompt"]), "sampling": SamplingParams(**sampling)})
 
 

@@ -68,7 +68,7 @@ def load_model_part(
     """Return what a rank holds of a run's model: all of it, its slices, or its stage.
 
     Raises:
-        ConfigErrors: the engine ``slots`` computes nothing the way that the run says.
+        ConfigErrors: the engine ``paged`` computes nothing the way that the run says.
         EnvironmentProblem: weights cannot be fetched.
     """
     stages = run.parallel.dims(world_size).pipeline
@@ -86,7 +86,7 @@ def load_model(
     *,
     device: torch.device,
     world_size: int = 1,
-    engine: str = "slots",
+    engine: str = "paged",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
     """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
@@ -119,7 +119,7 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def _validate(run: Run, *, world_size: int, device: torch.device, engine: str = "slots") -> None:
+def _validate(run: Run, *, world_size: int, device: torch.device, engine: str = "paged") -> None:
     problems = list(validate_engine(run, world_size=world_size, engine=engine))
     if problems:
         raise ConfigErrors(problems)

@@ -164,7 +164,7 @@ class OutputProcessor:
 
     def _finish(self, row: Row, choice: SamplerState, token: int) -> FinishReason | None:
         way = choice.sampling
-        if token in way.stop_ids or (token in self._ends and not way.ignore_end):
+        if token in way.stop_token_ids or (token in self._ends and not way.ignore_eos):
             return "stop"
         return "length" if len(choice.output) >= way.max_tokens or len(row.tokens) >= self._context else None
 
@@ -187,5 +187,5 @@ def _failed(task: SequenceGroup, error: Exception) -> StepOutput:
 def _no_candidates(task: SequenceGroup) -> StepOutput:
     """Return the end of a request that rules every token out."""
     way = task.request.sampling
-    field = "no_repeat_ngram" if way.no_repeat_ngram else "min_tokens" if way.min_tokens else ""
+    field = "no_repeat_ngram_size" if way.no_repeat_ngram_size else "min_tokens" if way.min_tokens else ""
     return StepOutput(task, finish="error", problem="no token is left that the sequence could go on with", field=field)

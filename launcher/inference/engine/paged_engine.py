@@ -102,7 +102,7 @@ class PagedEngine(InferenceEngine):
             context=self._context,
             vocab_size=self._vocab_size,
             num_pages=self._num_pages,
-            max_requests=self._limits.max_requests,
+            max_num_seqs=self._limits.max_num_seqs,
         )
         if not self._tasks:
             self._stepped_s = self._clock()
@@ -132,8 +132,8 @@ class PagedEngine(InferenceEngine):
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_tokens=self._scheduler.held_tokens,
-            kv_capacity=self._num_pages * BLOCK_SIZE,
+            kv_cache_tokens=self._scheduler.held_tokens,
+            kv_cache_capacity=self._num_pages * BLOCK_SIZE,
             steps_total=self._steps,
             prompt_tokens_total=counts.prompt_tokens,
             generated_tokens_total=self._generated,
@@ -148,11 +148,11 @@ class PagedEngine(InferenceEngine):
         """Have sequences of each shape go through, one shape after the other, cut to what fits."""
         assert not self._tasks, "warming up is for before the first request"
         for number, (sequences, tokens) in enumerate(shapes):
-            for index in range(min(sequences, self._limits.max_requests)):
+            for index in range(min(sequences, self._limits.max_num_seqs)):
                 prompt = tuple(
                     (number + index + place) % self._vocab_size for place in range(min(tokens, self._context - 2))
                 )
-                sampling = SamplingParams(max_tokens=2, ignore_end=True)
+                sampling = SamplingParams(max_tokens=2, ignore_eos=True)
                 self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt or (0,), sampling=sampling))
             while self._tasks:
                 self.step()

@@ -47,8 +47,8 @@ class SamplerState:
         return float(torch.rand((), generator=self.generator, dtype=torch.float64))
 
     def banned(self) -> Sequence[int]:
-        """Return the tokens that would repeat a sequence of ``no_repeat_ngram`` tokens."""
-        size = self.sampling.no_repeat_ngram
+        """Return the tokens that would repeat a sequence of ``no_repeat_ngram_size`` tokens."""
+        size = self.sampling.no_repeat_ngram_size
         past = [*self.prompt, *self.output]
         for end in range(max(self._seen, size - 1), len(past)):
             self._grams.setdefault(tuple(past[end - size + 1 : end]), []).append(past[end])
@@ -66,8 +66,8 @@ def apply_penalties(scores: Tensor, choices: Sequence[SamplerState], *, ends: Se
     """
     for row, choice in enumerate(choices):
         way = choice.sampling
-        if way.bias:
-            ids, added = zip(*way.bias, strict=True)
+        if way.logit_bias:
+            ids, added = zip(*way.logit_bias, strict=True)
             scores[row, list(ids)] += torch.tensor(added, dtype=scores.dtype, device=scores.device)
         if way.repetition_penalty != 1.0:
             ids = torch.tensor(sorted({*choice.prompt, *choice.output}), device=scores.device)
@@ -76,12 +76,12 @@ def apply_penalties(scores: Tensor, choices: Sequence[SamplerState], *, ends: Se
         if (way.presence_penalty or way.frequency_penalty) and choice.output:
             ids, counts = torch.tensor(choice.output, device=scores.device).unique(return_counts=True)
             scores[row, ids] -= way.presence_penalty + way.frequency_penalty * counts.to(scores.dtype)
-        if way.no_repeat_ngram:
+        if way.no_repeat_ngram_size:
             banned = choice.banned()
             if banned:
                 scores[row, list(banned)] = _MASKED
         if len(choice.output) < way.min_tokens:
-            never = [*way.stop_ids, *(() if way.ignore_end else ends)]
+            never = [*way.stop_token_ids, *(() if way.ignore_eos else ends)]
             if never:
                 scores[row, never] = _MASKED
     return scores
@@ -90,11 +90,11 @@ def apply_penalties(scores: Tensor, choices: Sequence[SamplerState], *, ends: Se
 def is_unchanged(way: SamplingParams) -> bool:
     """Whether scores stay as the model gives them, but for what sampling itself does."""
     return (
-        not way.bias
+        not way.logit_bias
         and way.repetition_penalty == 1.0
         and not way.presence_penalty
         and not way.frequency_penalty
-        and not way.no_repeat_ngram
+        and not way.no_repeat_ngram_size
         and not way.min_tokens
     )
 
@@ -238,7 +238,7 @@ class BeamSearch:
     def __init__(self, choice: SamplerState, *, ends: Sequence[int], longest: int) -> None:
         self._choice, self._longest = choice, longest
         way = choice.sampling
-        self.ends = frozenset((*way.stop_ids, *(() if way.ignore_end else ends)))
+        self.ends = frozenset((*way.stop_token_ids, *(() if way.ignore_eos else ends)))
         self._model_ends = tuple(ends)
         self._beams = [Beam(0, [], 0.0)]
         self._finished: list[tuple[float, list[int]]] = []
@@ -259,7 +259,7 @@ class BeamSearch:
             logs = apply_penalties(logs, pasts, ends=self._model_ends)
         sums = logs + torch.tensor([beam.score for beam in self._beams], device=logs.device)[:, None]
         # enough that as many as are kept remain where all others end
-        count = min(max(2, 1 + len(self.ends)) * way.beams, sums.numel())
+        count = min(max(2, 1 + len(self.ends)) * way.num_beams, sums.numel())
         best, places = sums.view(-1).topk(count)
         if not isfinite(float(best[0])):
             if self._finished:
@@ -272,9 +272,9 @@ class BeamSearch:
             # those that end count only among the first, as in Transformers
             if not isfinite(score):
                 break  # ruled out, and so is all that comes after it
-            if rank < way.beams and (token in self.ends or len(output) >= self._longest):
+            if rank < way.num_beams and (token in self.ends or len(output) >= self._longest):
                 self._finish(score, output)
-            if token not in self.ends and len(going) < way.beams:
+            if token not in self.ends and len(going) < way.num_beams:
                 going.append(Beam(parent, output, score))
         self._beams = going
         return None if self._over() else going
@@ -287,14 +287,14 @@ class BeamSearch:
     def _finish(self, score: float, output: list[int]) -> None:
         self._finished.append((score / len(output) ** self._choice.sampling.length_penalty, output))
         self._finished.sort(key=lambda entry: -entry[0])
-        del self._finished[self._choice.sampling.beams :]
+        del self._finished[self._choice.sampling.num_beams :]
 
     def _over(self) -> bool:
         """Whether nothing can come that is better than what has ended (``early_stopping=False``)."""
         way = self._choice.sampling
         if not self._beams or len(self._beams[0].output) >= self._longest:
             return True
-        if len(self._finished) < way.beams:
+        if len(self._finished) < way.num_beams:
             return False
         hoped: float = self._beams[0].score / len(self._beams[0].output) ** way.length_penalty
         return hoped <= self._finished[-1][0]

@@ -46,9 +46,9 @@ class Scheduler:
     """
 
     def __init__(self, limits: EngineLimits, *, num_pages: int) -> None:
-        self.waiting: WaitingQueue[SequenceGroup] = WaitingQueue(limits.ageing_s)
+        self.waiting: WaitingQueue[SequenceGroup] = WaitingQueue(limits.aging_s)
         self.running: list[SequenceGroup] = []
-        self.pages = BlockManager(num_pages, share=limits.prefix_cache)
+        self.pages = BlockManager(num_pages, share=limits.enable_prefix_caching)
         self.counts = SchedulerCounts()
         self._limits = limits
         self._forming = BatchingPolicy(limits)
@@ -72,7 +72,7 @@ class Scheduler:
             if task in self.running and all(row.pending == 1 for row in task.rows):
                 chosen += [(row, 1) for row in task.rows]
                 self._make_room(task, dict.fromkeys(task.rows, 1))
-        budget, padding = self._limits.prefill_chunk, self._absent
+        budget, padding = self._limits.prefill_chunk_size, self._absent
         for task in self.running:
             if all(row.pending == 1 for row in task.rows):
                 continue

@@ -50,4 +50,4 @@ class SequenceGroup:
     @property
     def width(self) -> int:
         """Sequences that it may come to have."""
-        return self.request.sampling.beams
+        return self.request.sampling.num_beams

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 _POLL_S, _NO_WAIT_S, _ENDS_IN_S = 0.05, 0.0, 1.0
-_SUPPORTED = frozenset({"max_tokens", "ignore_end", "stop_ids"})
+_SUPPORTED = frozenset({"max_tokens", "ignore_eos", "stop_token_ids"})
 """Fields of ``Sampling`` that may differ from greedy decoding as it is."""
 _NO_END = -1
 
@@ -82,9 +82,9 @@ class TransformersEngine(InferenceEngine):
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=TRANSFORMERS_BLOCK_SIZE,
                 num_blocks=num_pages,
-                max_batch_tokens=limits.prefill_chunk + limits.max_requests,
-                max_requests_per_batch=limits.max_requests,
-                allow_block_sharing=limits.prefix_cache,
+                max_batch_tokens=limits.prefill_chunk_size + limits.max_num_seqs,
+                max_requests_per_batch=limits.max_num_seqs,
+                allow_block_sharing=limits.enable_prefix_caching,
                 auto_switch_to_flash=False,
             ),
         )
@@ -103,7 +103,7 @@ class TransformersEngine(InferenceEngine):
             context=self._context,
             vocab_size=self._vocab_size,
             num_pages=self._num_pages,
-            max_requests=self._limits.max_requests,
+            max_num_seqs=self._limits.max_num_seqs,
         )
         usual = SamplingParams(max_tokens=1)
         for name in SamplingParams.__dataclass_fields__:
@@ -155,8 +155,8 @@ class TransformersEngine(InferenceEngine):
         return EngineStats(
             running=len(begun),
             waiting=len(self._tasks) - len(begun),
-            kv_tokens=sum(_length(task) for task in begun),
-            kv_capacity=self._num_pages * TRANSFORMERS_BLOCK_SIZE,
+            kv_cache_tokens=sum(_length(task) for task in begun),
+            kv_cache_capacity=self._num_pages * TRANSFORMERS_BLOCK_SIZE,
             steps_total=self._steps,
             prompt_tokens_total=self._prompted,
             generated_tokens_total=self._generated,
@@ -166,9 +166,9 @@ class TransformersEngine(InferenceEngine):
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
         """Have sequences of each shape go through, cut to what fits."""
         for number, (sequences, tokens) in enumerate(shapes):
-            for index in range(min(sequences, self._limits.max_requests)):
+            for index in range(min(sequences, self._limits.max_num_seqs)):
                 prompt = tuple((number + index + at) % self._vocab_size for at in range(min(tokens, self._context - 2)))
-                sampling = SamplingParams(max_tokens=2, ignore_end=True)
+                sampling = SamplingParams(max_tokens=2, ignore_eos=True)
                 self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt, sampling=sampling))
             while not self.idle:
                 self.step()
@@ -204,14 +204,14 @@ class TransformersEngine(InferenceEngine):
         failed: list[EngineOutput] = []
         begun = [task for task in self._tasks.values() if task.begun]
         free = self._num_pages - sum(self._pages(task) for task in begun)
-        room = self._limits.max_requests - len(begun)
+        room = self._limits.max_num_seqs - len(begun)
         waiting = [task for task in self._tasks.values() if not task.begun]
         for task in sorted(waiting, key=self._rank):
             free, room = free - self._pages(task), room - 1
             if free < 0 or room < 0:
                 break
             sampling = task.request.sampling
-            ends = [*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)]
+            ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._ends)]
             try:
                 self._manager.add_request(
                     list(task.request.prompt),
@@ -270,7 +270,7 @@ class TransformersEngine(InferenceEngine):
             finish = "error"
         elif result.is_finished():
             sampling = task.request.sampling
-            ends = {*sampling.stop_ids, *(() if sampling.ignore_end else self._ends)}
+            ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._ends)}
             finish = "stop" if task.output and task.output[-1] in ends else "length"
         if finish:
             del self._tasks[request], self._ids[task.name]
@@ -293,8 +293,8 @@ def make_transformers_engine(
     """
     device = choose_device(local_rank)
     if device.type == "cpu":
-        why = "Transformers' continuous batching is made for GPUs, and there is none here; slots is faster on CPUs"
-        raise ConfigError("job.engine", "transformers", why=why, fix="set job.engine=slots")
+        why = "Transformers' continuous batching is made for GPUs, and there is none here; paged is faster on CPUs"
+        raise ConfigError("job.engine", "transformers", why=why, fix="set job.engine=paged")
     model = load_model(run, device=device, engine="transformers", heartbeat=heartbeat)
     return transformers_engine_for(model, limits=limits, ends=end_of_sequence_ids(run, model, heartbeat=heartbeat))
 

@@ -71,10 +71,10 @@ class VllmServer:
         python = str(Path(job.vllm_python or "").expanduser())
         # the module: the command `vllm` looks for a package of that name, which builds for CPUs do not have
         words = [python, "-m", _VLLM_MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
-        words += ["--served-model-name", self._name, "--max-num-seqs", str(job.max_requests)]
+        words += ["--served-model-name", self._name, "--max-num-seqs", str(job.max_num_seqs)]
         words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[run.precision.compute]]
         words += ["--seed", str(job.seed)]
-        if not job.prefix_cache:
+        if not job.enable_prefix_caching:
             words += ["--no-enable-prefix-caching"]
         return words
 
@@ -124,7 +124,7 @@ _POLL_S = 0.05
 _HEALTH_CHECK_S = 0.5
 _SHUTDOWN_S = 2.0
 _UNLIMITED_BLOCKS = 1 << 40
-_UNSUPPORTED = ("beams", "no_repeat_ngram")
+_UNSUPPORTED = ("num_beams", "no_repeat_ngram_size")
 _ID_PREFIX = "token_id:"
 
 
@@ -198,7 +198,7 @@ class VllmEngine(InferenceEngine):
             context=self._context,
             vocab_size=self._vocab_size,
             num_pages=_UNLIMITED_BLOCKS,
-            max_requests=self._limits.max_requests,
+            max_num_seqs=self._limits.max_num_seqs,
         )
         usual = SamplingParams(max_tokens=1)
         for name in _UNSUPPORTED:
@@ -285,7 +285,7 @@ class VllmEngine(InferenceEngine):
 
     def _begin(self) -> None:
         waiting = [task for task in self._tasks.values() if task.connection is None]
-        room = self._limits.max_requests - (len(self._tasks) - len(waiting))
+        room = self._limits.max_num_seqs - (len(self._tasks) - len(waiting))
         for task in sorted(waiting, key=self._rank)[: max(0, room)]:
             task.connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
             threading.Thread(target=self._ask, args=(task, task.connection), daemon=True).start()
@@ -337,9 +337,9 @@ def request_body(request: EngineRequest, *, model: str) -> dict[str, Any]:
         "prompt": list(request.prompt),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
-        "ignore_eos": way.ignore_end,
-        "stop_token_ids": list(way.stop_ids),
-        "logit_bias": {str(token): added for token, added in way.bias} or None,
+        "ignore_eos": way.ignore_eos,
+        "stop_token_ids": list(way.stop_token_ids),
+        "logit_bias": {str(token): added for token, added in way.logit_bias} or None,
     }
     names = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")

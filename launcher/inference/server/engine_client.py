@@ -322,7 +322,7 @@ class EngineClient:
             queue_deadline_s=self.policy.queue_timeout_s,
             deadline_s=self.policy.request_timeout_s,
         )
-        if not sampling.repeatable:
+        if not sampling.is_deterministic:
             flight, how = RequestState(request, on_end=self._ended), "bypass"
         else:
             key = result_key(self.identity, prompt, sampling, stops)

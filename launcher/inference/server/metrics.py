@@ -120,7 +120,7 @@ class _StateCollector(Collector):
         """Yield every number."""
         now, totals, results = self._pool.stats(), self._pool.totals(), self._results
         running, waiting = sum(s.running for s in now), sum(s.waiting for s in now) + self._pool.num_unplaced
-        held, room = sum(s.kv_tokens for s in now), sum(s.kv_capacity for s in now)
+        held, room = sum(s.kv_cache_tokens for s in now), sum(s.kv_cache_capacity for s in now)
         gauges = {
             "num_requests_running": ("Sequences that engines work on", running),
             "num_requests_waiting": ("Sequences that wait for an engine", waiting),

@@ -21,9 +21,9 @@ from pydantic_core import PydanticCustomError
 from launcher.config.sampling import (
     LOGIT_BIAS_RANGE,
     MAX_LOGIT_BIASES,
-    MAX_STOP_IDS,
     MAX_STOP_LENGTH,
-    MAX_STOPS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
     NUM_CHOICES_RANGE,
     PRIORITY_RANGE,
     RANGES,
@@ -140,8 +140,8 @@ def _check_stop(value: Any) -> str | list[str]:
     given = [value] if isinstance(value, str) else value
     if not isinstance(given, list):
         raise _error(f"is {shorten_value(value)}; give a text or a list of texts")
-    if len(given) > MAX_STOPS:
-        raise _error(f"has {len(given):,} texts; at most {MAX_STOPS} are allowed")
+    if len(given) > MAX_STOP_STRINGS:
+        raise _error(f"has {len(given):,} texts; at most {MAX_STOP_STRINGS} are allowed")
     for each in given:
         if not isinstance(each, str):
             raise _error(f"has {shorten_value(each)} in it; give a text or a list of texts")
@@ -218,7 +218,7 @@ Prompt = Annotated[
 Tokens = Annotated[list[int], *_checked(_check_tokens, {**_IDS_SCHEMA, "minItems": 0, "maxItems": MAX_DETOKENIZED})]
 Stop = Annotated[
     str | list[str],
-    *_checked(_check_stop, _STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOPS}),
+    *_checked(_check_stop, _STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOP_STRINGS}),
 ]
 _BIAS_SCHEMA = {"type": "number", "minimum": LOGIT_BIAS_RANGE.minimum, "maximum": LOGIT_BIAS_RANGE.maximum}
 LogitBias = Annotated[
@@ -283,11 +283,11 @@ class GenerationBody(RequestBody):
     """0 and -1 keep all."""
     min_p: Annotated[float, _within(RANGES["min_p"])] = 0.0
     repetition_penalty: Annotated[float, _within(RANGES["repetition_penalty"])] = 1.0
-    no_repeat_ngram_size: Annotated[int, _within(RANGES["no_repeat_ngram"])] = 0
-    num_beams: Annotated[int, _within(RANGES["beams"])] = 1
+    no_repeat_ngram_size: Annotated[int, _within(RANGES["no_repeat_ngram_size"])] = 0
+    num_beams: Annotated[int, _within(RANGES["num_beams"])] = 1
     length_penalty: Annotated[float, _within(RANGES["length_penalty"])] = 1.0
     min_tokens: Annotated[int, _within(RANGES["min_tokens"])] = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_IDS, fail_fast=True)] = []
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] = []
     ignore_eos: bool = False
     priority: Annotated[int, _within(PRIORITY_RANGE)] = 0
     """Higher is sooner."""

@@ -287,7 +287,7 @@ class ReplicaPool:
         if not able:
             self._waiting.append(flight)
             return
-        best = min(calm or able, key=lambda engine: (len(engine.flights), engine.stats.kv_tokens))
+        best = min(calm or able, key=lambda engine: (len(engine.flights), engine.stats.kv_cache_tokens))
         self._where[flight.request.id] = best
         best.give(flight)
 
@@ -340,7 +340,7 @@ class ReplicaPool:
             return
         if flight.lives >= _MAX_ATTEMPTS:
             flight.fail(Failed(f"{flight.lives} engines were lost with this request on them"))
-        elif flight.is_untouched or flight.request.sampling.repeatable:
+        elif flight.is_untouched or flight.request.sampling.is_deterministic:
             flight.start_over()
             self.submit(flight)
         else:

@@ -27,7 +27,7 @@ from launcher.inference.server.protocol import (
     GenerationBody,
     RequestBody,
 )
-from launcher.inference.server.responses import API_FIELD_NAMES, ApiError, invalid, validation_error
+from launcher.inference.server.responses import ApiError, invalid, validation_error
 from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, TextTokenizer, normalize_messages
 
 B = TypeVar("B", bound=RequestBody)
@@ -278,19 +278,19 @@ def sampling_params(body: GenerationBody, *, max_tokens: int, vocab_size: int) -
         repetition_penalty=body.repetition_penalty,
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
-        no_repeat_ngram=body.no_repeat_ngram_size,
-        bias=_logit_bias(body, vocab_size),
-        stop_ids=tuple(body.stop_token_ids),
-        ignore_end=body.ignore_eos,
+        no_repeat_ngram_size=body.no_repeat_ngram_size,
+        logit_bias=_logit_bias(body, vocab_size),
+        stop_token_ids=tuple(body.stop_token_ids),
+        ignore_eos=body.ignore_eos,
         seed=None if body.seed is None else body.seed % 2**63,
         logprobs=_logprobs(body),
-        beams=body.num_beams,
+        num_beams=body.num_beams,
         length_penalty=body.length_penalty,
     )
     for field, why, _ in validate_sampling(sampling):
         value = getattr(sampling, field)
         said = why if isinstance(value, tuple) else f"is {value}: {why}"
-        raise invalid(said, API_FIELD_NAMES.get(field, field), code="invalid_value")
+        raise invalid(said, field, code="invalid_value")
     return sampling
 
 

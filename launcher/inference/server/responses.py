@@ -16,15 +16,6 @@ from starlette.types import Receive, Scope, Send
 from launcher.inference.engine.base import Refused
 from launcher.inference.server.request_state import Draining, Failed, TooLate
 
-API_FIELD_NAMES = {
-    "no_repeat_ngram": "no_repeat_ngram_size",
-    "bias": "logit_bias",
-    "ignore_end": "ignore_eos",
-    "beams": "num_beams",
-    "stop_ids": "stop_token_ids",
-}
-"""Fields of ``SamplingParams`` by what clients call them, where that differs."""
-
 
 class ApiError(Exception):
     """An answer that is not what was asked for.
@@ -99,7 +90,7 @@ def failure_error(trouble: Exception, *, prompt_field: str) -> ApiError:
         case ApiError():
             return trouble
         case Refused(field=field):
-            name = prompt_field if field == "prompt" else API_FIELD_NAMES.get(field, field)
+            name = prompt_field if field == "prompt" else field
             return invalid(str(trouble), name, code="unsupported_value")
         case TooLate(while_queued=True):
             return ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5)

@@ -62,9 +62,9 @@ def test_text(tmp_path) -> None:
 
 
 def test_csv(tmp_path) -> None:
-    content = 'id,prompt,max_tokens,stop,ignore_end\n1,"two\nlines",5,"[""a""]",true\n2,007,,x,\n'
+    content = 'id,prompt,max_tokens,stop,ignore_eos\n1,"two\nlines",5,"[""a""]",true\n2,007,,x,\n'
     assert read(tmp_path / "x", "csv", content.encode()) == [
-        (0, 2, {"id": "1", "prompt": "two\nlines", "max_tokens": 5, "stop": ["a"], "ignore_end": True}, ""),
+        (0, 2, {"id": "1", "prompt": "two\nlines", "max_tokens": 5, "stop": ["a"], "ignore_eos": True}, ""),
         (1, 4, {"id": "2", "prompt": "007", "stop": "x"}, ""),
     ]
 

@@ -18,10 +18,10 @@ def wish(*, line: int = 1, seed: int = 0, **fields):
 
 
 def test_a_line_wins_over_the_options_and_null_says_nothing() -> None:
-    found = wish(prompt="ab", max_tokens=3, temperature=None, stop="x", logprobs=2, bias=[[5, -1.5]])
+    found = wish(prompt="ab", max_tokens=3, temperature=None, stop="x", logprobs=2, logit_bias=[[5, -1.5]])
     assert found.prompt == (97, 98)
     assert (found.sampling.max_tokens, found.sampling.temperature, found.stop) == (3, 0.0, ("x",))
-    assert (found.sampling.logprobs, found.sampling.bias) == (2, ((5, -1.5),))
+    assert (found.sampling.logprobs, found.sampling.logit_bias) == (2, ((5, -1.5),))
     assert wish(prompt=[1, 2]).prompt == (1, 2)
     assert wish(prompt="a").sampling.max_tokens == 16
 

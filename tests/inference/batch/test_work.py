@@ -32,7 +32,7 @@ class Asked:
 
 
 def echo() -> EchoEngine:
-    return EchoEngine(limits=EngineLimits(max_requests=4), context=64, vocab_size=300)
+    return EchoEngine(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
 
 
 def work(folder, records, *, generator=None, asked=None, size=100) -> list[dict]:
@@ -74,7 +74,7 @@ def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp
             cancelled.append(request_id)
             super().cancel(request_id)
 
-    engine = Noting(limits=EngineLimits(max_requests=4), context=64, vocab_size=300)
+    engine = Noting(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
     (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]), generator=engine)
     assert cancelled == ["0"]  # nobody waits for the rest of it
     assert (answer["text"], answer["finish"], answer["stop"], answer["tokens"]) == ("abc", "stop", "de", 5)
@@ -128,7 +128,7 @@ def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_pat
                 if self._all.pop(name)
             ]
 
-    failing = Failing(limits=EngineLimits(max_requests=4), context=64, vocab_size=300)
+    failing = Failing(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
     (answer,) = work(tmp_path, prompts("a"), generator=failing)
     assert answer == {"line": 1, "error": "broken"}
     failing.finish = "timeout"

@@ -191,7 +191,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     chat_tokenizer(folder)
     starter = _starter(lambda: tmp_path_factory.mktemp("served"))
     begin = next(starter)
-    yield begin(f"job.tokenizer={folder}", "job.max_requests=64", "job.read_timeout_s=3")
+    yield begin(f"job.tokenizer={folder}", "job.max_num_seqs=64", "job.read_timeout_s=3")
     next(starter, None)
 
 

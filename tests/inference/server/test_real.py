@@ -39,7 +39,7 @@ def alone() -> object:
 
 
 def test_answers_in_company_are_those_alone(serve: Start, alone, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    served = serve("job.engine=slots", *SIZES, "job.replicas=2", "job.result_cache_bytes=0", "job.warm_up=[[1,4]]")
+    served = serve("job.engine=paged", *SIZES, "job.replicas=2", "job.result_cache_bytes=0", "job.warm_up=[[1,4]]")
     prompts = [f"{'word ' * (number % 5)}number {number}" for number in range(10)]
 
     def ask(number: int) -> str:

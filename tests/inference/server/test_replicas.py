@@ -106,7 +106,7 @@ def test_engines_die_with_their_front(serve: Start) -> None:
 
 
 def test_an_engine_that_cannot_be_built_ends_the_run(serve: Start) -> None:
-    served = serve("job.engine=slots", "model.weights=/nowhere", wait=False)
+    served = serve("job.engine=paged", "model.weights=/nowhere", wait=False)
     assert served.process.wait(120) != 0
     assert "model.weights=/nowhere" in served.output
     assert "there is no such folder" in served.output
@@ -114,7 +114,7 @@ def test_an_engine_that_cannot_be_built_ends_the_run(serve: Start) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_told_to_end_under_load_it_loses_nothing(serve: Start, number: int) -> None:
-    served = serve("job.replicas=2", "job.max_requests=4", *SLOW)
+    served = serve("job.replicas=2", "job.max_num_seqs=4", *SLOW)
     sent, lock = 0, threading.Lock()
     answers: list[Any] = []
 

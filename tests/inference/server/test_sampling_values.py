@@ -19,7 +19,6 @@ from launcher.errors import ConfigErrors
 from launcher.inference.batch.requests import parse_request
 from launcher.inference.engine.base import EngineRequest, Refused, validate_request
 from launcher.inference.engine.paged_engine import PagedEngine
-from launcher.inference.server.responses import API_FIELD_NAMES as NAMES
 from launcher.inference.tokenizer import byte_tokenizer
 from tests.inference.server.in_process import MODEL, InProcess, in_process
 from tests.inference.values import FLOATS, INTEGERS, Table, around
@@ -48,7 +47,7 @@ def some_of(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[InProcess]:
-    limits = EngineLimits(max_requests=64)
+    limits = EngineLimits(max_num_seqs=64)
     slots = PagedEngine(
         Table(isolates=True, size=257), limits=limits, num_pages=256, context=40, vocab_size=257, ends=(256,)
     )
@@ -99,12 +98,12 @@ def test_one_table_says_what_server_files_and_engines_take(server: InProcess, na
             continue  # only the server has a meaning for it
         most = value if name == "min_tokens" and taken else 5
         body = {"model": MODEL, "prompt": "ab", "temperature": 0, "max_tokens": max(1, most)}
-        (answer,) = server.post("/v1/completions", {**body, NAMES.get(name, name): value})
+        (answer,) = server.post("/v1/completions", {**body, name: value})
         assert (answer.status_code == 200) is taken, answer.text
 
 
 def refused(request: EngineRequest) -> bool:
-    sizes = {"context": 40, "vocab_size": 257, "num_pages": 1 << 40, "max_requests": 64}
+    sizes = {"context": 40, "vocab_size": 257, "num_pages": 1 << 40, "max_num_seqs": 64}
     try:
         validate_request(request, known=(), **sizes)
     except Refused:
@@ -129,6 +128,6 @@ def bad_line(way: dict[str, Any]) -> str:
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
-@given(changes=some_of(dict.fromkeys((*RANGES, "bias", "stop_ids", "stop"), _NUMBERS)))
+@given(changes=some_of(dict.fromkeys((*RANGES, "logit_bias", "stop_token_ids", "stop"), _NUMBERS)))
 def test_a_line_of_a_file_is_taken_or_refused(changes: dict[str, Any]) -> None:
     bad_line(changes)

@@ -20,7 +20,7 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests.inference.server.conftest import _starter
 
     starter = _starter(lambda: tmp_path_factory.mktemp("slow"))
-    yield next(starter)("job.echo_step_s=0.02", "job.max_requests=8", "job.max_queue=64")
+    yield next(starter)("job.echo_step_s=0.02", "job.max_num_seqs=8", "job.max_queue=64")
     next(starter, None)
 
 
@@ -134,7 +134,7 @@ def test_one_of_two_readers_may_vanish(slow: Served) -> None:
 
 
 def test_the_queue_is_limited_and_says_when_to_come_back(serve: Start) -> None:
-    tight = serve("job.echo_step_s=0.02", "job.max_requests=1", "job.max_queue=2", "job.result_cache_bytes=0")
+    tight = serve("job.echo_step_s=0.02", "job.max_num_seqs=1", "job.max_queue=2", "job.result_cache_bytes=0")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda n: tight.complete(f"queue {n}", max_tokens=50), range(8)))
     done, full = ([each for each in answers if each.status_code == code] for code in (200, 429))
@@ -163,7 +163,7 @@ def test_the_queue_is_limited_and_says_when_to_come_back(serve: Start) -> None:
 def test_deadlines_are_kept(serve: Start) -> None:
     late = serve(
         "job.echo_step_s=0.05",
-        "job.max_requests=1",
+        "job.max_num_seqs=1",
         "job.queue_timeout_s=0.5",
         "job.request_timeout_s=2",
     )
@@ -189,7 +189,7 @@ def test_a_deadline_is_kept_although_the_engine_is_in_a_long_step(serve: Start) 
 
 
 def test_a_stream_that_waits_says_that_it_is_alive(serve: Start) -> None:
-    waiting = serve("job.echo_step_s=6", "job.max_requests=1")
+    waiting = serve("job.echo_step_s=6", "job.max_num_seqs=1")
     response = waiting.complete("slow", max_tokens=1, stream=True)
     assert response.text.startswith(": waiting\n\n")
     assert text_of(list(events(response))) == "s"

@@ -18,7 +18,7 @@ from tests.inference.server.conftest import MODEL, Start, eventually
 
 
 def test_those_that_are_gone_are_not_waited_for(serve: Start) -> None:
-    slow = serve("job.echo_step_s=0.05", "job.max_requests=4")
+    slow = serve("job.echo_step_s=0.05", "job.max_num_seqs=4")
     connections = []
     for number in range(9):
         connection = socket.create_connection(("127.0.0.1", slow.port), timeout=30)

@@ -108,7 +108,7 @@ class BatchingPolicy:
             return self._first_of(list(waiting), now_s)
         alike: dict[int, list[SequenceGroup]] = defaultdict(list)
         for task in waiting:
-            alike[-(-len(task.rows[0].tokens) // self._limits.bucket_size_size)].append(task)
+            alike[-(-len(task.rows[0].tokens) // self._limits.bucket_size)].append(task)
         batches = [self._first_of(tasks, now_s) for tasks in alike.values()]
         # of those that are ready, the one whose first is due most: dictionaries keep the order of the queue
         return next(filter(None, batches), [])

@@ -51,6 +51,11 @@ SECRET_VALUES = (
     "https://bucket/x?X-Amz-Signature=hunter2&a=1",
     "https://hooks.slack.com/services/T1/B2/hunter2hunter2",
     "Authorization: Bearer hunter2hunter2hunter2",
+    'curl -H "authorization: bearer hunter2"',
+    "{'Authorization': 'Basic hunter2='}",
+    "user:hunter2@db.internal:5432",
+    "hosts=a:hunter2@10.0.0.1:9092,b:hunter2@[::1]:9093",
+    "user:hunter2@example.com/repository",
     "ghp_hunter2hunter2hunter2hunter2",
     "github_pat_hunter2hunter2hunter2",
     "glpat-hunter2hunter2hunter2",
@@ -65,6 +70,8 @@ SECRET_VALUES = (
 HARMLESS_VALUES = (
     *("http://host:8080/path@v1", "ssh://user@node:22", "ssh://root@[::1]:22", "registry:5000/image@sha256:abcd"),
     *("hf_transfer", "sk-learn", "task-abcdefghijklmnopqrstuvwxyz", "git@github.com:a/b.git", "key=value"),
+    *("key:value@12:30:05", "mailto:me@example.com/x", "sip:me@example.com:5060", "a:0,1@b:22", "loss:0.5@step:1000"),
+    *("image:tag@sha256:1234567890", "Authorization: Bearer", "Bearer bonds", "me@host:22", "work1:8@work2:8080"),
     *("https://huggingface.co/org/model@main", "job.api_keys_file=/x", "job.max_tokens=5", "s3://bucket/day=1/x"),
 )
 
@@ -105,6 +112,10 @@ def test_a_secret_is_known_by_its_value_and_hidden_in_any_text(value: str) -> No
         ("OPTIONS", "--x=1 API_KEY=hunter2"),
         ("HTTPS_PROXY", "user:hunter2@proxy:3128"),
         ("all_proxy", "user:hunter2@proxy:3128/"),
+        ("X", "Bearer hunter2"),
+        ("X", "bearer  hunter2"),
+        ("X", "Basic dTpodW50ZXIy"),
+        ("X", "user:hunter2@db:5432"),
     ],
 )
 def test_a_variable_is_secret_by_what_its_value_assigns_or_logs_in_with(name: str, value: str) -> None:
@@ -113,7 +124,13 @@ def test_a_variable_is_secret_by_what_its_value_assigns_or_logs_in_with(name: st
 
 
 def test_a_proxy_or_a_pair_of_words_without_a_password_is_no_secret() -> None:
-    pairs = {"HTTPS_PROXY": "proxy:3128", "NO_PROXY": "localhost,127.0.0.1", "HOSTS": "a:0,1@b:2", "OPTIONS": "--key=1"}
+    pairs = {
+        "HTTPS_PROXY": "proxy:3128",
+        "NO_PROXY": "localhost,127.0.0.1",
+        "HOSTS": "a:0,1@b:22",
+        "OPTIONS": "--key=1",
+    }
+    pairs |= {"A": "Basic English", "B": "Basic", "C": "bearer", "D": "key:value@time", "E": "key:value@12:30"}
     assert not any(is_secret(name, value) for name, value in pairs.items())
 
 

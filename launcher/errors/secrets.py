@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -60,6 +61,12 @@ _SHAPES = (
         r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"'<>]*:)(?!\d+/)(?P<secret>[^\s/@\"'<>]*/[^\s@\"'<>]*)(?=@)"
     ),
     re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<secret>(?=[^@\s]*\d)[\w-]{20,})(?=@)"),
+    # the same without a scheme: user:password@host:port, not slots of hosts (a:0,1@b:22), and no time or e-mail address
+    re.compile(
+        r"(?P<before>(?<![\w.:@/%+-])(?!(?:mailto|sips?|xmpp|acct|npm|pkg|urn):)[^\s/:@,;=\"'<>()\[\]{}]+:)"
+        r"(?![\d.,-]{1,5}@)(?P<secret>[^\s/:@\"'<>]+)"
+        r"(?=@(?:(?:[A-Za-z][\w.-]*|\d{1,3}(?:\.\d{1,3}){3}|\[[\da-fA-F:]+\]):\d{2,5}(?!\w)|[\w.-]+\.[A-Za-z]{2,}/))"
+    ),
     # signed addresses and headers
     re.compile(
         r"(?P<before>[?&;](?:X-Amz-Signature|X-Amz-Security-Token|X-Goog-Signature|sig|signature|access_token|auth_token"
@@ -68,6 +75,10 @@ _SHAPES = (
     ),
     re.compile(r"(?P<before>\bhooks\.slack\.com/(?:services|workflows)/)(?P<secret>[\w/-]{8,})"),
     re.compile(r"(?P<before>\b(?:Bearer|Basic) )(?P<secret>(?=\S*[\d=])[\w.~+/-]{16,}=*)"),
+    re.compile(
+        r"(?P<before>\bAuthorization[\"']?\s*[:=]\s*[\"']?(?:Bearer|Basic|Token)\s+)(?P<secret>[^\s\"',}*]+)",
+        re.IGNORECASE,
+    ),
     # private keys, and tokens whose beginning says whose they are
     re.compile(
         r"(?P<before>)(?P<secret>-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----[A-Za-z0-9+/=\s\\:,]*"
@@ -88,6 +99,8 @@ _ASSIGNED = re.compile(
 )
 _BARE_PROXY = re.compile(r"[^\s/:@]*:[^\s/@]+@[^\s/@]+/?")
 """``user:password@host:port``, which curl and requests take as a proxy without a scheme."""
+_HEADER = re.compile(r"\s*(?:(?P<bearer>Bearer)|Basic)\s+(?P<secret>[\w.~+/-]+=*)\s*", re.IGNORECASE)
+"""The whole value of a header ``Authorization``, whose secret may be short (RFC 6750, RFC 7617)."""
 _ENTRY = re.compile(
     r"(?P<name>(?:^|[{,])[ \t]*[\"']?(?P<word>[A-Za-z]\w*)[\"']?: ?)"
     r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,}\]\"'][^,}\]\n\"']*)",
@@ -120,7 +133,8 @@ def is_secret_value(value: str) -> bool:
 def is_secret(name: str, value: str) -> bool:
     """Return whether a variable holds a secret, by its name or by its value (``AccountKey=…`` inside it, too)."""
     has_assigned = _ASSIGNED.sub(_hide_assigned, value) != value
-    return is_secret_name(name) or is_secret_value(value) or has_assigned or _is_proxy_with_password(name, value)
+    by_value = is_secret_value(value) or has_assigned or _is_authorization(value)
+    return is_secret_name(name) or by_value or _is_proxy_with_password(name, value)
 
 
 def secret_variable_in(text: str, environ: Mapping[str, str]) -> str | None:
@@ -154,12 +168,24 @@ def _secrets_of(environ: Mapping[str, str]) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if len(value) >= _SHORTEST and (is_secret_name(name) or _is_proxy_with_password(name, value))
+        if len(value) >= _SHORTEST
+        and (is_secret_name(name) or _is_proxy_with_password(name, value) or _is_authorization(value))
     }
 
 
 def _is_proxy_with_password(name: str, value: str) -> bool:
     return name.upper().endswith("PROXY") and _BARE_PROXY.fullmatch(value) is not None
+
+
+def _is_authorization(value: str) -> bool:
+    """Return whether text is ``Bearer TOKEN``, or ``Basic`` with what decodes to ``user:password``."""
+    header = _HEADER.fullmatch(value)
+    if header is None or header["bearer"]:
+        return header is not None
+    try:
+        return b":" in base64.b64decode(header["secret"], validate=True)
+    except ValueError:
+        return False
 
 
 def _redacted(tree: Any, known: list[str]) -> Any:
@@ -175,7 +201,8 @@ def _redacted(tree: Any, known: list[str]) -> Any:
 
 
 def _redacted_under(key: str, value: Any, known: list[str]) -> Any:
-    return HIDDEN if isinstance(value, str) and value and _is_secret_key(key) else _redacted(value, known)
+    is_secret_here = isinstance(value, str) and value and (_is_secret_key(key) or _is_authorization(value))
+    return HIDDEN if is_secret_here else _redacted(value, known)
 
 
 def _without_shapes(text: str) -> str:
@@ -193,7 +220,8 @@ def _hide_assigned(found: re.Match[str]) -> str:
 
 def _hide_entry(found: re.Match[str]) -> str:
     """Hide the value in ``NAME: value``."""
-    return f"{found['name']}{_hidden(found['value'])}" if _is_secret_key(found["word"]) else found[0]
+    is_secret_here = _is_secret_key(found["word"]) or _is_authorization(found["value"].strip("\"'"))
+    return f"{found['name']}{_hidden(found['value'])}" if is_secret_here else found[0]
 
 
 def _is_secret_key(key: str) -> bool:

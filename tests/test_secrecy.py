@@ -71,7 +71,7 @@ HARMLESS_VALUES = (
     *("http://host:8080/path@v1", "ssh://user@node:22", "ssh://root@[::1]:22", "registry:5000/image@sha256:abcd"),
     *("hf_transfer", "sk-learn", "task-abcdefghijklmnopqrstuvwxyz", "git@github.com:a/b.git", "key=value"),
     *("key:value@12:30:05", "mailto:me@example.com/x", "sip:me@example.com:5060", "a:0,1@b:22", "loss:0.5@step:1000"),
-    *("image:tag@sha256:1234567890", "Authorization: Bearer", "Bearer bonds", "me@host:22", "work1:8@work2:8080"),
+    *("image:tag@sha256:1234567890", "Bearer bonds", "me@host:22", "work1:8@work2:8080"),
     *("https://huggingface.co/org/model@main", "job.api_keys_file=/x", "job.max_tokens=5", "s3://bucket/day=1/x"),
 )
 
@@ -185,6 +185,8 @@ def test_an_error_repeats_no_secret_and_keeps_its_advice() -> None:
     ("word", "option"),
     [
         ("backend.env={HTTPS_PROXY: 'http://user:hunter2@proxy:3128'}", "backend.env.HTTPS_PROXY"),
+        ("backend.env.X=Bearer hunter2", "backend.env.X"),
+        ("backend.env={X: 'user:hunter2@db:5432'}", "backend.env.X"),
         ("backend.env.SENTRY_DSN=hunter2", "backend.env.SENTRY_DSN"),
         ("data.path='https://user:hunter2@host/x.txt'", "data.path"),
         ("job.sample_prompt=hf_hunter2hunter2hunter2", "job.sample_prompt"),

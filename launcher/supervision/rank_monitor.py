@@ -27,7 +27,7 @@ from launcher.supervision.file_channel import FileChannel
 from launcher.supervision.socket_channel import SocketChannel
 from launcher.utils.files import write_json
 from launcher.utils.logs import quiet_libraries
-from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like
+from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like, signal_main_thread
 from launcher.utils.system import is_disk_full_error
 
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
@@ -203,7 +203,8 @@ def _wait_for(child: int, channel: SocketChannel | FileChannel, launcher_signals
                 launcher_signals.add(arrived.si_signo)
                 channel.send(kind="signalled", signal=arrived.si_signo, signalled_at=time.time())
         for number in channel.signals():
-            os.kill(child, number)
+            send = signal_main_thread if number == signal.SIGUSR2 else os.kill  # the stacks that are asked for
+            send(child, number)
         if (status := _reap(child)) is not None:
             return status
         if kill_at is None and channel.is_closed():

@@ -20,7 +20,14 @@ from launcher.utils.processes import Process
 
 _MAX_BYTES = 1 << 16
 _DUMP_MARK = "(most recent call first)"
-_CONTINUE_S = 0.2
+_MAIN_MARK = "Current thread 0x"
+"""Begins the stack of the thread that took the signal, the main thread, which comes last."""
+_SETTLED_S = 0.05
+"""Time without output after which the main thread's stack is taken as complete."""
+_SETTLED_WITHOUT_MAIN_S = 0.5
+"""The same for a dump without ``_MAIN_MARK``: another thread than Python's took the signal, or more is to come."""
+_CONTINUE_S = 2.0
+"""Longest time that a suspended rank runs to answer; its main thread answers before it does anything else."""
 _NATIVE_S = 1.0
 """Minimum time for a dump by py-spy."""
 NATIVE_MARK = "py-spy dump --native:"
@@ -54,13 +61,14 @@ class StackDump:
     def __init__(self, process: Process | None, log: Path, *, within_s: float) -> None:
         self._log, self._until = log, time.monotonic() + within_s
         self._start = self._size = _size_of(log)
+        self._grew_at = time.monotonic()
         self._answer = ""
         self._native: NativeDump | None = None
         self.is_stopped = process is not None and _state_of(process.pid) in ("T", "t")
         """Whether the rank was suspended, by a signal or a debugger."""
         if process is None:
             return
-        process.send(signal.SIGUSR2)
+        process.send_to_main_thread(signal.SIGUSR2)
         if self.is_stopped:
             self._continue_for_a_moment(process)
         elif within_s >= _NATIVE_S and (program := find_py_spy()):
@@ -82,13 +90,17 @@ class StackDump:
         process.send(signal.SIGCONT)
         until = time.monotonic() + _CONTINUE_S
         while not self._has_answered() and time.monotonic() < until:
-            time.sleep(_CONTINUE_S / 50)
+            time.sleep(_SETTLED_S / 10)
         process.send(signal.SIGSTOP)
 
     def _has_answered(self) -> bool:
         before, self._size = self._size, _size_of(self._log)
-        if not self._answer and self._size == before and _DUMP_MARK in (text := self._read()):
-            self._answer = text
+        if self._size != before:
+            self._grew_at = time.monotonic()
+        elif not self._answer and _DUMP_MARK in (text := self._read()):
+            settled_s = _SETTLED_S if _MAIN_MARK in text else _SETTLED_WITHOUT_MAIN_S
+            if time.monotonic() - self._grew_at >= settled_s:
+                self._answer = text
         return self._answer != ""
 
     def _read(self) -> str:

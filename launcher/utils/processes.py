@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 import resource
 import signal
 import sys
@@ -24,6 +25,8 @@ from launcher.errors import EnvironmentProblem
 _KILL_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_TGKILL = {"x86_64": 234, "aarch64": 131}
+"""Number of the system call, which the C libraries of older systems (glibc before 2.30) do not wrap."""
 COLLECTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTSTP)
 
 
@@ -56,12 +59,40 @@ class Process:
             os.close(descriptor)
         return True
 
+    def send_to_main_thread(self, number: int) -> bool:
+        """Send a signal to the main thread; return whether the process still existed."""
+        try:
+            if identify(self.pid) != self:
+                return False
+            signal_main_thread(self.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
 
 @dataclass(frozen=True)
 class _Entry:
     process: Process
     parent: int
     is_zombie: bool
+
+
+def signal_main_thread(pid: int, number: int) -> None:
+    """Send a signal to the main thread of a process.
+
+    The kernel may hand a signal for a whole process to any of its threads; where the process is suspended, the main
+    thread can then run on before another one takes the signal. A signal for the main thread is handled before that
+    thread's next instruction.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
+    call = _TGKILL.get(platform.machine())
+    if call is None:
+        os.kill(pid, number)
+    elif ctypes.CDLL(None, use_errno=True).syscall(call, pid, pid, int(number)) != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, os.strerror(error))  # its class follows from the number
 
 
 def identify(pid: int) -> Process | None:

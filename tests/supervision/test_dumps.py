@@ -48,7 +48,8 @@ def ask(tmp_path, started):
             time.sleep(0.02)
         time.sleep(0.1)
         if stopped:
-            os.kill(process.pid, signal.SIGSTOP)
+            if FREEZES not in setup:
+                os.kill(process.pid, signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         dump = StackDump(identify(process.pid), log, within_s=within_s)
         while not dump.is_complete():
@@ -88,6 +89,20 @@ def test_a_stopped_process_answers_too_and_is_stopped_again(ask, state_of):
     while state_of() != "T":
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+THREADS = f"""{ANSWERS}
+import os, threading
+def spin():
+    while True: pass
+for _ in range(4): threading.Thread(target=spin, daemon=True).start()
+"""
+FREEZES = "print('up', flush=True)\ndef freeze(): os.kill(os.getpid(), signal.SIGSTOP)\nfreeze()\n"
+
+
+def test_a_process_with_busy_threads_answers_from_where_it_was_stopped(ask, state_of):
+    _, stack = ask(THREADS + FREEZES, within_s=60.0, stopped=True)
+    assert stack.where == "train.py:7 in freeze"
 
 
 def test_no_answer_is_not_waited_for(ask):

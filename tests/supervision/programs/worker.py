@@ -106,9 +106,10 @@ def receive(env, heartbeat):
 
 
 def freeze(env, heartbeat):
-    """Be stopped in step 2."""
+    """Be stopped in step 2, again after each time that something continues this rank."""
     heartbeat.update("forward", 2)
-    os.kill(os.getpid(), signal.SIGSTOP)
+    while True:
+        os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def leave(env, heartbeat):

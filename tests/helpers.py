@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from launcher.cli.parser import run_command
+
 T = TypeVar("T")
+
+
+def launch_verb(name: str) -> Callable[[Sequence[str]], int]:
+    """Return ``launch VERB`` as a function of the words behind it, which raises its errors."""
+    return lambda words: run_command([name, *words])
 
 
 def wait_for(condition: Callable[[], T], *, seconds: float = 120) -> T:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.__main__ import VERBS
+from launcher.cli.verbs import VERBS
 from launcher.utils.files import write_json
 
 

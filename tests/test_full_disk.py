@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.report import run as report
 from launcher.config.data.text import Text
 from launcher.config.model.gpt2 import Gpt2
 from launcher.data.token_cache import token_folder
@@ -26,8 +25,11 @@ from launcher.supervision.finalize import finalize_run
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import atomic_file, read_json, write_atomic
 from launcher.utils.system import describe_full_disk, disk_full_message
+from tests.helpers import launch_verb
 
 from .conftest import Launch
+
+report = launch_verb("report")
 
 SIZE = "6m"
 SMALL = (

@@ -42,6 +42,12 @@ def test_verbs_and_components_import_nothing_heavy() -> None:
     assert ended.returncode == 0, ended.stderr
 
 
+def test_help_of_a_verb_does_not_load_the_configuration() -> None:
+    refused = (*HEAVY, "hydra", "omegaconf", "yaml", "launcher.config.run")
+    ended = python("from launcher.__main__ import main; main(['plan', '--help'])", refused=refused)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_processes_beside_the_ranks_import_nothing_heavy() -> None:
     ended = python(importing("launcher.trackers.sidecar"))
     assert ended.returncode == 0, ended.stderr

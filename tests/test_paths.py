@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.arguments import parse_command_line
+from launcher.cli.parser import parse
 from launcher.config.compose import compose
 from launcher.config.paths import path_fields
 from launcher.config.registry import KINDS, component_class
@@ -206,6 +206,6 @@ def test_verbs_that_take_a_run(launch_in_process, verb):
 
 def test_flags_that_take_a_folder(launch_in_process):
     with pytest.raises(ConfigError, match=r"^--config-dir=/tmp/y+: a name in it has 300 bytes"):
-        parse_command_line(["--config-dir", f"/tmp/{TOO_LONG}"])
+        parse("", ["--config-dir", f"/tmp/{TOO_LONG}"])
     assert launch_in_process("runs", "--root", f"/tmp/{TOO_LONG}").returncode == 2
     assert launch_in_process("show", f"data.path=/tmp/{TOO_LONG}").returncode == 0  # no path, but overrides

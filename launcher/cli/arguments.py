@@ -1,191 +1,175 @@
-"""Parse the command lines of verbs: overrides with their flags, or words with the flags of one verb."""
+"""Arguments of verbs: how one is declared, the parsed values, and their checks."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
+from typing import Literal
 
 from launcher.config.paths import validate_path
 from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean
 
-HELP = ("-h", "--help")
-ROOT = "--root"
-_OVERRIDE_FLAGS = ("-m", "--multirun", "--config-dir", "--json", "--help", "-h")
+
+class Completion(Enum):
+    """What a shell offers for an argument."""
+
+    RUN = auto()
+    OVERRIDE = auto()
+    EXPERIMENT = auto()
+    GROUP = auto()
+    FILE = auto()
+    """The shell completes paths itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CommandLine:
-    """The command line of a verb that takes overrides."""
+class Positional:
+    """A word of a command line that stands for itself (``RUN``)."""
 
-    words: tuple[str, ...]
-    """Hydra overrides."""
-    multirun: bool = False
+    name: str
+    """Field of :class:`Arguments`."""
+    metavar: str
+    help: str
+    nargs: Literal["?", "*"] | None = None
+    """Optional, any number, or exactly one."""
+    convert: Callable[[str], object] = str
+    completes: tuple[Completion | str, ...] = ()
+    """Kinds of words that a shell offers, and words themselves."""
+
+    @property
+    def usage(self) -> str:
+        """Return how a synopsis shows it."""
+        return {None: "{}", "?": "[{}]", "*": "[{}…]"}[self.nargs].format(self.metavar)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A flag (``--json``), or an option with a value (``--root DIR``)."""
+
+    names: tuple[str, ...]
+    help: str
+    metavar: str | None = None
+    """The value; ``None`` for a flag."""
+    convert: Callable[[str], object] = str
+    completes: tuple[Completion | str, ...] = ()
+    is_hidden: bool = False
+    """Accepted, but neither explained nor completed: the verb says why it has no use for it."""
+
+    @property
+    def destination(self) -> str:
+        """Return the field of :class:`Arguments`."""
+        return self.names[-1].lstrip("-").replace("-", "_")
+
+    @property
+    def usage(self) -> str:
+        """Return how a synopsis shows it."""
+        return f"[{self.names[0]} {self.metavar}]" if self.metavar else f"[{self.names[0]}]"
+
+
+class Arguments(argparse.Namespace):
+    """The parsed command line of one verb; what the verb does not declare has its default."""
+
+    overrides: Sequence[str] = ()
+    """Hydra overrides, without ``dry_run``."""
+    run: str | None = None
+    runs: Sequence[str] = ()
+    source: str = ""
+    """An experiment or a run."""
+    a: str = ""
+    b: str = ""
+    groups: Sequence[str] = ()
+    action: str = ""
+    shell: str | None = None
+    words: Sequence[str] | None = None
+
     dry_run: bool = False
+    multirun: bool = False
     json: bool = False
-    help: bool = False
     config_dir: Path | None = None
     root: Path = Path("runs")
     """The folder of all runs, in which ids are looked up."""
+    output: Path | None = None
+    follow: bool = False
+    agents: bool = False
+    rank: int | None = None
+    host: str | None = None
+    lines: int | None = None
+    now: bool = False
+    threshold: str | None = None
+    agree: bool = False
 
 
-def parse_command_line(arguments: Sequence[str], *, takes_runs: bool = False) -> CommandLine:
-    """Take flags and ``dry_run`` out of ``arguments``.
-
-    Args:
-        arguments: what followed the verb.
-        takes_runs: whether the verb takes a run, and so ``--root DIR``.
-
-    Raises:
-        ConfigError: a flag that does not exist, or a folder that is not there.
-    """
-    words: list[str] = []
-    flags: set[str] = set()
-    config_dir, dry_run, root = None, False, Path("runs")
-    remaining = iter(arguments)
-    for word in remaining:
-        name, _, value = word.partition("=")
-        if name == "--config-dir":
-            config_dir = _folder(value or next(remaining, ""))
-        elif takes_runs and name == "--root":
-            root = _root(value or next(remaining, ""))
-        elif name.lstrip("+") == "dry_run":
-            dry_run = _truth(value)
-        elif word in _OVERRIDE_FLAGS:
-            flags.add(word)
-        elif word.startswith("-"):
-            raise ConfigError(word, why="no such flag", fix=_no_flag(name, value))
-        else:
-            words.append(word)
-    return CommandLine(
-        words=tuple(words),
-        multirun=bool(flags & {"-m", "--multirun"}),
-        dry_run=dry_run,
-        json="--json" in flags,
-        help=bool(flags & {"-h", "--help"}),
-        config_dir=config_dir,
-        root=root,
-    )
+def is_override(word: str) -> bool:
+    """Return whether a word is a Hydra override, not the name of a verb or a run."""
+    return "=" in word or word.startswith(("+", "~"))
 
 
-@dataclass(frozen=True, kw_only=True)
-class Arguments:
-    """The command line of a verb that takes words and flags of its own."""
-
-    words: tuple[str, ...]
-    flags: frozenset[str]
-    values: dict[str, str]
-
-    @property
-    def help(self) -> bool:
-        """Whether help was asked for."""
-        return not self.flags.isdisjoint(HELP)
-
-    @property
-    def root(self) -> Path:
-        """The folder of all runs.
-
-        Raises:
-            ConfigError: it cannot be looked at.
-        """
-        return self.path(ROOT, Path("runs"))
-
-    def path(self, name: str, default: Path) -> Path:
-        """Return the path that follows the flag ``name``.
-
-        Raises:
-            ConfigError: it cannot be looked at.
-        """
-        if name not in self.values:
-            return default
-        if problem := validate_path(name, self.values[name]):
-            raise problem
-        return Path(self.values[name]).expanduser()
-
-    def number(self, name: str) -> int | None:
-        """Return the value of ``name`` as a count; ``None`` when it was not given.
-
-        Raises:
-            ConfigError: it is no whole number.
-        """
-        text = self.values.get(name)
-        if text is None:
-            return None
-        if not (text.isascii() and text.isdigit()):
-            raise ConfigError(name, text, why="is not a whole number", fix=f"write {name} 3")
-        return int(text)
-
-    def one_word(self, verb: str) -> str | None:
-        """Return the only word; ``None`` when there is none.
-
-        Raises:
-            ConfigError: there are more.
-        """
-        if len(self.words) > 1:
-            why = f"takes one run, not {len(self.words)}"
-            raise ConfigError(verb, " ".join(self.words), why=why, fix=f"see launch {verb} --help")
-        return self.words[0] if self.words else None
-
-
-def parse_arguments(arguments: Sequence[str], *, flags: Sequence[str] = (), values: Sequence[str] = ()) -> Arguments:
-    """Take ``arguments`` apart; ``--help`` and ``--root DIR`` are always understood.
-
-    Args:
-        arguments: what followed the verb.
-        flags: those without a value (``--json``).
-        values: those with one (``--rank``), as the next word or after ``=``.
+def path_value(option: str) -> Callable[[str], Path]:
+    """Return a conversion that accepts a path this process may read.
 
     Raises:
-        ConfigError: a flag that does not exist, or one that lacks its value.
+        ConfigError: by the conversion; the path cannot be examined.
     """
-    words: list[str] = []
-    seen: set[str] = set()
-    given: dict[str, str] = {}
-    remaining = iter(arguments)
-    for word in remaining:
-        name, equals, value = word.partition("=")
-        if word in (*HELP, *flags):
-            seen.add(word)
-        elif name in (ROOT, *values):
-            found = value if equals else next(remaining, "")
-            if not found:
-                raise ConfigError(name, why="lacks its value", fix=f"write {name} VALUE")
-            given[name] = found
-        elif word.startswith("-"):
-            raise ConfigError(word, why="no such flag", fix=did_you_mean(word, [*HELP, ROOT, *flags, *values]))
-        else:
-            words.append(word)
-    return Arguments(words=tuple(words), flags=frozenset(seen), values=given)
+
+    def convert(text: str) -> Path:
+        if error := validate_path(option, text):
+            raise error
+        return Path(text).expanduser()
+
+    return convert
 
 
-def _no_flag(name: str, value: str) -> str:
-    """Return what to write instead of a flag: options have no dashes."""
-    from launcher.config.build import options_named
+def config_dir_value(text: str) -> Path:
+    """Return the folder that ``--config-dir`` names.
 
-    options = options_named(name.lstrip("-").replace("-", "_"), {}) if len(name) > 2 else []
-    if not options:
-        return did_you_mean(name, _OVERRIDE_FLAGS)
-    meant = " or ".join(f"{option}={value or 'VALUE'}" for option in options[:3])
-    return f"options have no dashes: write {meant}"
-
-
-def _folder(value: str) -> Path:
-    if problem := validate_path("--config-dir", value) if value else None:
-        raise problem
-    folder = Path(value).expanduser()
-    if not value or not folder.is_dir():
-        raise ConfigError("--config-dir", value, why="is not a folder", fix="name a folder that holds exp/, model/, …")
+    Raises:
+        ConfigError: it is not a folder.
+    """
+    folder = path_value("--config-dir")(text)
+    if not folder.is_dir():
+        raise ConfigError("--config-dir", text, why="is not a folder", fix="name a folder that holds exp/, model/, …")
     return folder
 
 
-def _root(value: str) -> Path:
-    if not value:
-        raise ConfigError("--root", why="lacks its value", fix="write --root DIR, the run.root of the runs")
-    return Path(value)
+def count_value(option: str) -> Callable[[str], int]:
+    """Return a conversion that accepts a whole number from 0 on.
+
+    Raises:
+        ConfigError: by the conversion; the text is not a whole number.
+    """
+
+    def convert(text: str) -> int:
+        if not (text.isascii() and text.isdigit()):
+            raise ConfigError(option, text, why="is not a whole number", fix=f"write {option} 3")
+        return int(text)
+
+    return convert
 
 
-def _truth(value: str) -> bool:
-    if value.lower() not in ("true", "false"):
-        raise ConfigError("dry_run", value, why="is neither true nor false", fix="set dry_run=true")
-    return value.lower() == "true"
+def choice_value(name: str, choices: Sequence[str]) -> Callable[[str], str]:
+    """Return a conversion that accepts one of a few words.
+
+    Raises:
+        ConfigError: by the conversion; the word is not one of them.
+    """
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            raise ConfigError(name, text, why="is not one of the choices", fix=did_you_mean(text, choices))
+        return text
+
+    return convert
+
+
+def truth_value(option: str, text: str) -> bool:
+    """Return whether ``text`` is ``true``; ``false`` is the other choice.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if text.lower() not in ("true", "false"):
+        raise ConfigError(option, text, why="is neither true nor false", fix=f"set {option}=true")
+    return text.lower() == "true"

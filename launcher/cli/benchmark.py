@@ -7,62 +7,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.cli.arguments import Arguments
 from launcher.config.paths import is_named_path
 from launcher.errors import ConfigError
 from launcher.protocol.quantities import label, spread
 from launcher.protocol.results import BenchmarkRecord, read_benchmark_record
 from launcher.runs.benchmark_comparison import BenchmarkComparison, Difference, compare_measurements
 from launcher.runs.index import find_run
-from launcher.utils.text import did_you_mean, format_table, json_text, printable
+from launcher.utils.text import format_table, json_text, printable
 
-HELP = """\
-launch benchmark compare A B [--threshold 5%] [--agree] [--json] [--root DIR]: B against A, two runs of a benchmark.
-
-  launch benchmark compare 20260101 20260102              two runs, by id, by how it begins, or by directory
-  launch benchmark compare main.json runs/activation/2026…  a benchmark.json that was kept, and a run
-  launch benchmark compare A B --threshold 10%            let pass what changes by a tenth
-  launch benchmark compare A B --agree                    is each median within the other's range?
-
-A quantity is worse, or better, when its median has changed by more than the threshold (5%) and neither median lies
-within the range of the other side. Of what ends in _per_s more is better, of seconds and bytes less; what has another
-unit is told as changed, and fails nothing.
-
-Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 your mistake.
-"""
 _USUAL = "5%"
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Compare two runs of a benchmark."""
-    line = parse_arguments(arguments, flags=("--json", "--agree"), values=("--threshold",))
-    if line.help or not line.words:
-        print(HELP)
-        return 0 if line.help else 2
-    action, *names = line.words
-    if action != "compare":
-        raise ConfigError("benchmark", action, why="is nothing it can do", fix=did_you_mean(action, ["compare"]))
-    if len(names) != 2:
-        raise ConfigError("benchmark compare", " ".join(names), why=f"takes two runs, not {len(names)}", fix="name A B")
-    agree, threshold = "--agree" in line.flags, _threshold(line)
-    before, after = (_measured(name, line.root) for name in names)
+    names = (arguments.a, arguments.b)
+    agree, threshold = arguments.agree, _threshold(arguments)
+    before, after = (_measured(name, arguments.root) for name in names)
     found = _comparable(names, before, after)
     failed = [one for one in found.differences if (not one.agrees if agree else one.verdict(threshold) == "worse")]
-    if "--json" in line.flags:
+    if arguments.json:
         print(json_text(_tree(found, threshold)))
     else:
         print(printable("\n".join(_lines(found, threshold, agree=agree, num_failed=len(failed)))))
     return 1 if failed else 0
 
 
-def _threshold(line: Arguments) -> float:
+def _threshold(arguments: Arguments) -> float:
     """Return what is let pass, as a share.
 
     Raises:
         ConfigError: it is no share, or has no part in what is asked.
     """
-    given = line.values.get("--threshold")
-    if given is not None and "--agree" in line.flags:
+    given = arguments.threshold
+    if given is not None and arguments.agree:
         raise ConfigError(
             "--threshold", given, why="has no part in --agree, which asks for ranges", fix="leave one out"
         )

@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
-from launcher.cli.arguments import parse_arguments
+from launcher.cli.arguments import Arguments
 from launcher.errors import EnvironmentProblem
 from launcher.protocol.session_file import AgentLocation, SessionRecord
 from launcher.runs.index import find_run
@@ -17,19 +17,6 @@ from launcher.runs.state import RunState, read_run_state
 from launcher.utils.processes import Process
 from launcher.utils.text import printable, shell_command, shell_word
 
-HELP = """\
-launch cancel [RUN] [--now] [--root DIR]: end a run; return once its processes have ended.
-
-  launch cancel                       the newest run in ./runs
-  launch cancel 20260101              the one whose id begins so
-  launch cancel runs/gpt2_tiny/2026…  the one in this directory
-  launch cancel --now                 without time to save
-
-It asks as SIGTERM does: ranks may save before they end. --now is Ctrl-C twice.
-It signals only processes that the run wrote down, known by number and start time, on the machine they run on; a job of
-Slurm or Kubernetes is cancelled by its id. A run on another machine is left alone, and what to type is said. A run
-whose session.json belongs to another user is refused: the file could name your own processes and jobs.
-"""
 _POLL_S = 0.1
 _BETWEEN_S = 1.0
 """Time between two interrupts: two at once arrive as one."""
@@ -37,13 +24,9 @@ _PATIENCE_S = 60.0
 """Time, beyond the run's own grace, after which a process counts as stuck."""
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """End one run."""
-    line = parse_arguments(arguments, flags=("--now",))
-    if line.help:
-        print(HELP)
-        return 0
-    state = read_run_state(find_run(line.one_word("cancel"), line.root))
+    state = read_run_state(find_run(arguments.run, arguments.root))
     where = state.session
     if state.is_over:
         left = _far_agents(where) if where and not state.result else []
@@ -61,7 +44,7 @@ def run(arguments: Sequence[str]) -> int:
         far = where.session
         command = shell_command(["ssh", far.machine, shell_command(["launch", "cancel", str(state.run_dir.path)])])
         raise EnvironmentProblem(f"{state.run_id} is run by process {far.pid} on {far.machine}: type\n{command}")
-    return _end(processes, state, now="--now" in line.flags)
+    return _end(processes, state, now=arguments.now)
 
 
 def _say(text: str) -> None:

@@ -9,49 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
+from launcher.cli.arguments import Arguments, Completion
+from launcher.cli.verbs import LAUNCH, SHELLS, VERBS, Verb
 from launcher.config.compose import groups
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
 from launcher.errors import ConfigError
 from launcher.runs.index import is_below, list_runs
 from launcher.utils.schema import field_types
-from launcher.utils.text import did_you_mean
 
-HELP = """\
-launch completion SHELL: print what makes a shell complete launch's verbs, groups, options, keys, values and runs.
-
-  eval "$(launch completion bash)"                                    in ~/.bashrc
-  eval "$(launch completion zsh)"                                     in ~/.zshrc, after compinit
-  launch completion fish > ~/.config/fish/completions/launch.fish     once
-
-Then launch job.st<Tab> becomes launch job.steps=, launch parallel=<Tab> shows its options, launch logs <Tab> the runs.
-"""
-_FLAGS: dict[str, tuple[str, ...]] = {
-    "": ("--help", "--version", "--multirun", "--config-dir"),
-    "plan": ("--json", "--config-dir", "--root", "--help"),
-    "list": ("--config-dir", "--help"),
-    "show": ("--json", "--config-dir", "--root", "--help"),
-    "diff": ("--json", "--config-dir", "--root", "--help"),
-    "doctor": ("--json", "--config-dir", "--root", "--help"),
-    "resume": ("--root", "--help"),
-    "rerun": ("--root", "--help"),
-    "sweep": ("--config-dir", "--help"),
-    "runs": ("--json", "--root", "--help"),
-    "status": ("--json", "--root", "--help"),
-    "report": ("--output", "--root", "--help"),
-    "logs": ("--follow", "--rank", "--host", "--agents", "--root", "--help"),
-    "cancel": ("--now", "--root", "--help"),
-    "benchmark": ("--threshold", "--agree", "--json", "--root", "--help"),
-    "completion": ("--help",),
-}
-_RUNS = frozenset(
-    {"runs", "status", "logs", "cancel", "report", "rerun", "resume", "plan", "show", "diff", "benchmark", "doctor"}
-)
-"""Verbs that take runs."""
 _TYPEABLE = re.compile(r"[\w./@+-]+")
 """A shell inserts what is offered as it is: a folder may be called ``$(…)``."""
-_OVERRIDES = frozenset({"", "plan", "show", "doctor", "sweep", "rerun", "resume"})
-"""Verbs that take overrides; the empty one is a run."""
 
 _BASH = r"""
 _launch() {
@@ -99,22 +67,18 @@ function __launch_words
 end
 complete -c launch -f -a '(__launch_words)'
 """
-SCRIPTS = {"bash": _BASH, "zsh": _ZSH, "fish": _FISH}
+SCRIPTS = dict(zip(SHELLS, (_BASH, _ZSH, _FISH), strict=True))
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print the script of a shell, or, for that script, the words that may stand where the last one is."""
-    words = list(arguments)
-    if words[:1] == ["--words"]:
-        for candidate in candidates(words[1:]):
+    if arguments.words is not None:
+        for candidate in candidates(arguments.words):
             print(candidate)
-        return 0
-    if not words or words[0] in ("-h", "--help"):
-        print(HELP)
-        return 0 if words else 2
-    if words[0] not in SCRIPTS or len(words) > 1:
-        raise ConfigError("completion", " ".join(words), why="is no shell", fix=did_you_mean(words[0], SCRIPTS))
-    print(SCRIPTS[words[0]].strip())
+    elif arguments.shell is not None:
+        print(SCRIPTS[arguments.shell].strip())
+    else:
+        raise ConfigError("completion", why="lacks the name of a shell", fix=f"choose from: {', '.join(SHELLS)}")
     return 0
 
 
@@ -125,31 +89,35 @@ def candidates(words: Sequence[str]) -> list[str]:
         words: what was typed after ``launch``, the last one perhaps empty or half a word.
     """
     *before, word = words or [""]
-    verb = before[0] if before and before[0] in _FLAGS else ""
-    if before[-1:] == ["--config-dir"] or before[-1:] == ["--root"] or before[-1:] == ["--output"]:
-        return []  # the shell completes files
-    return sorted({found for found in _offered(verb, word, place=len(before)) if found.startswith(word)})
+    name = before[0] if before and before[0] in VERBS else ""
+    verb = VERBS[name] if name else LAUNCH
+    for option in verb.options:
+        if option.metavar and before and before[-1] in option.names:
+            return []  # its value: the shell completes files
+    return sorted({found for found in _offered(name, verb, word, place=len(before)) if found.startswith(word)})
 
 
-def _offered(verb: str, word: str, *, place: int) -> Iterator[str]:
+def _offered(name: str, verb: Verb, word: str, *, place: int) -> Iterator[str]:
     """Yield what may stand at ``place`` behind a verb, counted from the verb's own place."""
     if word.startswith("-"):
-        yield from _FLAGS[verb]
+        yield from verb.flags
         return
     if place == 0:
-        yield from (name for name in _FLAGS if name)
-    if verb == "completion":
-        yield from SCRIPTS
-    elif verb == "benchmark" and place == 1:
+        yield from VERBS
+    if name == "benchmark" and place == 1:
         yield "compare"
-    elif verb == "list":
-        yield from _listed(word)
-    if verb in _RUNS and "=" not in word:
-        yield from _run_ids()
-    if verb in ("show", "diff"):
-        yield from groups().get("exp", [])
-    if verb in _OVERRIDES:
-        yield from _overrides(word)
+        return
+    for source in verb.completions():
+        if source is Completion.RUN and "=" not in word:
+            yield from _run_ids()
+        elif source is Completion.EXPERIMENT:
+            yield from groups().get("exp", [])
+        elif source is Completion.GROUP:
+            yield from _listed(word)
+        elif source is Completion.OVERRIDE:
+            yield from _overrides(word)
+        elif isinstance(source, str):
+            yield source
 
 
 def _listed(word: str) -> Iterator[str]:

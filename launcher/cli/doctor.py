@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from launcher.backends.registry import executor_of
-from launcher.cli.arguments import parse_command_line
+from launcher.cli.arguments import Arguments, is_override
 from launcher.cli.saved_run import find_run_or_option
 from launcher.config.compose import compose
 from launcher.config.run import Run
@@ -18,35 +17,14 @@ from launcher.runs.config_source import load_saved_run
 from launcher.utils.schema import to_tree
 from launcher.utils.text import json_text, printable
 
-HELP = """\
-launch doctor [RUN] [OVERRIDES] [--json] [--root DIR]: examine the hosts of a run, and start nothing.
 
-  launch doctor                                              this machine
-  launch doctor backend=ssh backend.hostfile=hostfile        every host of a hostfile, all at once
-  launch doctor +exp=zero3_gpt2xl backend=ssh backend.hostfile=hostfile run.root=/shared/runs
-  launch doctor backend=ssh backend.hostfile=hostfile --json everything, for programs
-  launch doctor 20260101                                     the hosts of a run that was started before
-
-It finds: hosts that cannot be reached and why, clocks that differ, other versions of python, torch, deepspeed,
-transformers, CUDA, NCCL or of this program, a run directory that cannot be written or is not shared, more slots than
-GPUs, little memory, disk or /dev/shm, a port of the rendezvous that is taken or that others cannot reach, slow links,
-and pairs of hosts between which an all-reduce (NCCL where all have GPUs, else gloo) fails or crawls.
-
-A run on several hosts makes all of these checks but the all-reduces by itself before it starts.
-Exit codes: 0 fit for a run, if with warnings; 69 unfit; 2 your mistake.
-"""
-
-
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print a report."""
-    line = parse_command_line(arguments, takes_runs=True)
-    if line.help:
-        print(HELP)
-        return 0
-    if line.words and "=" not in line.words[0]:
-        wanted = load_saved_run(find_run_or_option(line.words[0], line), line.words[1:])
+    first, *overrides = arguments.overrides or [""]
+    if first and not is_override(first):
+        wanted = load_saved_run(find_run_or_option(first, arguments), overrides)
     else:
-        wanted = compose(line.words, config_dir=line.config_dir).run
+        wanted = compose(arguments.overrides, config_dir=arguments.config_dir).run
     hosts = wanted.backend.hosts(max_ranks=wanted.job.max_ranks(wanted))
     report = examine_hosts(
         hosts,
@@ -55,7 +33,7 @@ def run(arguments: Sequence[str]) -> int:
         quick=False,
         deadline_s=default_deadline_s(len(hosts), quick=False),
     )
-    print(json_text(to_tree(report)) if line.json else printable(render_report(report)), end="")
+    print(json_text(to_tree(report)) if arguments.json else printable(render_report(report)), end="")
     return EXIT_UNFIT if report.errors else 0
 
 

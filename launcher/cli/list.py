@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from launcher.cli.arguments import parse_command_line
+from launcher.cli.arguments import Arguments
 from launcher.config.component import Component, class_title, field_docs
 from launcher.config.compose import conf_folder, groups
 from launcher.config.option_text import value_text
@@ -19,35 +19,23 @@ from launcher.errors import ConfigError
 from launcher.utils.schema import defaults, describe_type, field_types
 from launcher.utils.text import did_you_mean, format_table, terminal_width
 
-HELP = """\
-launch list [GROUP[/OPTION]]: what can be configured.
-
-  launch list                   groups and their options
-  launch list exp               experiments, one line each
-  launch list parallel          options of a group, then its keys with type, default and meaning
-  launch list parallel/zero3    one option: its keys with the values it gives them
-"""
 _LEAST_BESIDE = 64
 """Columns that default, type and meaning of a key need beside its name; in a narrower terminal they stand below it."""
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print groups, options or keys."""
-    line = parse_command_line(arguments)
-    if line.help:
-        print(HELP)
-        return 0
-    known = groups(line.config_dir)
+    known = groups(arguments.config_dir)
     width = terminal_width()
-    if not line.words:
+    if not arguments.groups:
         print("\n".join(_overview(known, width)))
-    for word in line.words:
+    for word in arguments.groups:
         group, _, option = word.partition("/")
         if group not in (*known, "run"):
             raise ConfigError(group, why="no such group", fix=did_you_mean(group, [*known, "run"]))
         if option and option not in known.get(group, []):
             raise ConfigError(word, why="no such option", fix=did_you_mean(option, known.get(group, [])))
-        folders = [folder for folder in (line.config_dir, conf_folder()) if folder is not None]
+        folders = [folder for folder in (arguments.config_dir, conf_folder()) if folder is not None]
         lines = _one(group, option, folders, width) if option else _all(group, known, folders, width)
         print("\n".join(lines))
     return 0

@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from io import TextIOWrapper
 
-from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.cli.arguments import Arguments
 from launcher.errors import ConfigError
 from launcher.runs.index import find_run
 from launcher.runs.logs import RunLogs
 from launcher.runs.state import RunState, read_run_state
 from launcher.utils.text import did_you_mean, printable
 
-HELP = """\
-launch logs [RUN] [-f] [--rank K] [--host H] [-n LINES] [--agents] [--root DIR]: what the ranks print.
-
-  launch logs                  all that the newest run has printed, rank after rank
-  launch logs -f               follow it until it ends; the exit code is then the run's own
-  launch logs 2026 --rank 3    one rank of the run whose id begins so
-  launch logs -f -n 5          begin with the last 5 lines of each log
-  launch logs --agents         what torchrun, deepspeed and the host agents said
-
-Each line begins with host:rank. What was there before comes log by log, what is added meanwhile in order of arrival.
-Ctrl-C ends the following, not the run.
-"""
 _POLL_S = 0.2
 _EXIT_LOST = 1
 _EXIT_INTERRUPTED = 130
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print the logs of a run."""
-    line = parse_arguments(arguments, flags=("-f", "--follow", "--agents"), values=("--rank", "--host", "-n"))
-    if line.help:
-        print(HELP)
-        return 0
-    run_dir = find_run(line.one_word("logs"), line.root)
+    run_dir = find_run(arguments.run, arguments.root)
     state = read_run_state(run_dir)
-    _check(line, state)
+    _check(arguments, state)
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a rank prints what this terminal may not know
     logs = RunLogs(
         run_dir,
-        rank=line.number("--rank"),
-        host=line.values.get("--host"),
-        agents="--agents" in line.flags,
-        last=line.number("-n"),
+        rank=arguments.rank,
+        host=arguments.host,
+        agents=arguments.agents,
+        last=arguments.lines,
     )
-    if line.flags.isdisjoint({"-f", "--follow"}):
+    if not arguments.follow:
         _print(logs.read())
         _print(logs.rest())
         return 0
@@ -59,13 +43,13 @@ def run(arguments: Sequence[str]) -> int:
         return _EXIT_INTERRUPTED
 
 
-def _check(line: Arguments, state: RunState) -> None:
+def _check(arguments: Arguments, state: RunState) -> None:
     """Refuse a rank or host that the run does not have."""
     hosts = [host["name"] for host in state.hosts]
-    host, rank = line.values.get("--host"), line.number("--rank")
+    host, rank = arguments.host, arguments.rank
     if hosts and host is not None and host not in hosts:
         raise ConfigError("--host", host, why="takes no part in this run", fix=did_you_mean(host, hosts))
-    if rank is not None and "--agents" in line.flags:
+    if rank is not None and arguments.agents:
         raise ConfigError("--rank", rank, why="has no meaning beside --agents", fix="use --host to choose an agent")
     if state.slots and rank is not None and rank >= sum(state.slots):
         raise ConfigError("--rank", rank, why="is not in this run", fix=f"choose from 0 to {sum(state.slots) - 1}")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launcher.checkpoint.resume import resume_of_restart
-from launcher.cli.arguments import parse_command_line
+from launcher.cli.arguments import Arguments
 from launcher.cli.saved_run import start_saved_run
 from launcher.config.run import Run
 from launcher.errors import ConfigError
@@ -17,26 +17,11 @@ from launcher.runs.index import find_run
 from launcher.runs.state import read_run_state
 from launcher.utils.text import shell_word
 
-HELP = """\
-launch resume RUN [OVERRIDES] [--root DIR]: continue RUN from its newest complete checkpoint.
 
-  launch resume runs/gpt2_tiny/20260101-120000-abcd
-  launch resume 20260101-120000-abcd                   the same; an id, or how it begins, is looked up in ./runs
-  launch resume 20260101-120000-abcd job.steps=400     train on, further than planned
-  launch resume 20260101-120000-abcd dry_run=true      print the plan, start nothing
-
-The run keeps its directory and its W&B id. At the same number of ranks it continues exactly.
-"""
-
-
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Resume the run whose directory is the first argument."""
-    line = parse_command_line(arguments, takes_runs=True)
-    if line.help or not line.words:
-        print(HELP)
-        return 0 if line.help else 2
-    folder, words = find_run(line.words[0], line.root).path, line.words[1:]
-    return start_saved_run(_continued(folder, words), line, folder=folder)
+    folder = find_run(arguments.run, arguments.root).path
+    return start_saved_run(_continued(folder, arguments.overrides), arguments, folder=folder)
 
 
 def _continued(folder: Path, words: Sequence[str]) -> Run:

@@ -4,62 +4,41 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.cli.arguments import Arguments, parse_arguments
+from launcher.cli.arguments import Arguments
 from launcher.config.paths import is_named_path
 from launcher.protocol.rundir import RunDir
 from launcher.runs.index import find_run, is_below, list_runs
 from launcher.runs.state import RunState, read_run_state
 from launcher.utils.text import duration_text, format_table, json_text, one_line
 
-HELP = """\
-launch runs [RUN…] [--root DIR] [--json]: list runs, the last started first.
 
-  launch runs                those in ./runs
-  launch runs DIR            those in another folder (run.root); the same as --root DIR
-  launch runs 20260101       the one whose id begins so
-  launch runs --json         with all digits
-
-status      running, or how it ended: completed, failed, preempted (launch resume continues it), cancelled;
-            lost: its session ended without a result; elsewhere: another machine or a scheduler runs it
-ranks       hosts × ranks on each
-age         since it was started, or last resumed; took: how long that lasted
-
-Every verb that takes a RUN takes an id, or how it begins, or a run directory; without one it takes the newest.
-"""
-
-
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print a table of runs."""
-    line = parse_arguments(arguments, flags=("--json",))
-    if line.help:
-        print(HELP)
-        return 0
-    states = [read_run_state(run_dir) for run_dir in _wanted(line)]
-    if "--json" in line.flags:
+    states = [read_run_state(run_dir) for run_dir in _wanted(arguments)]
+    if arguments.json:
         print(json_text([_tree(state) for state in states]))
         return 0
     if not states:
-        print(f"no runs in {line.root}: start one with launch, or name another folder with --root DIR")
+        print(f"no runs in {arguments.root}: start one with launch, or name another folder with --root DIR")
         return 0
     head, now = ("id", "name", "status", "step", "loss", "ranks", "backend", "age", "took"), time.time()
-    print("\n".join(format_table([head, *(_row(state, line.root, now) for state in states)])))
+    print("\n".join(format_table([head, *(_row(state, arguments.root, now) for state in states)])))
     for state in states:
         for why in state.unreadable_files:
             print(one_line(f"{state.run_dir.path}: {why}, and is left out"), file=sys.stderr)
     return 0
 
 
-def _wanted(line: Arguments) -> list[RunDir]:
+def _wanted(arguments: Arguments) -> list[RunDir]:
     """Return the runs to list: all, or those that the words name, a folder of runs among them."""
     found: list[RunDir] = []
-    for word in line.words:
+    for word in arguments.runs:
         inside = list_runs(Path(word)) if is_named_path("run", word) and Path(word).is_dir() else []
-        found += inside or [find_run(word, line.root)]
-    return list(dict.fromkeys(found)) if line.words else list_runs(line.root)
+        found += inside or [find_run(word, arguments.root)]
+    return list(dict.fromkeys(found)) if arguments.runs else list_runs(arguments.root)
 
 
 def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:

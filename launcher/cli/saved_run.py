@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from launcher.backends.registry import executor_of
-from launcher.cli.arguments import CommandLine
+from launcher.cli.arguments import Arguments
 from launcher.config.compose import Composition, groups
 from launcher.config.overrides import suggest_overrides
 from launcher.config.run import Run, run_to_tree
@@ -23,46 +23,46 @@ from launcher.utils.schema import to_tree
 from launcher.utils.text import json_text
 
 
-def find_run_or_option(word: str, line: CommandLine) -> Path:
+def find_run_or_option(word: str, arguments: Arguments) -> Path:
     """Return the folder of the run that ``word`` names, of a verb that takes options there too.
 
     Raises:
         ConfigError: there is no such run; the message says how an option of that name is written.
     """
     try:
-        return find_run(word, line.root).path
+        return find_run(word, arguments.root).path
     except ConfigError as error:
-        meant = suggest_overrides(word, groups(line.config_dir))
+        meant = suggest_overrides(word, groups(arguments.config_dir))
         if not meant:
             raise
         why = "is no run, and not of the form option=value"
         raise ConfigError(word, why=why, fix=f"write {' or '.join(meant)}") from error
 
 
-def start_saved_run(run: Run, line: CommandLine, *, folder: Path) -> int:
-    """Start ``run`` and return its exit code, or print its plan where ``line`` asks for that.
+def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
+    """Start ``run`` and return its exit code, or print its plan where ``arguments`` ask for that.
 
     Args:
         run: the stored run, changed.
-        line: what the user typed.
+        arguments: the parsed command line.
         folder: the run directory that it was stored in.
 
     Raises:
         ConfigErrors: what stands against it.
     """
-    if line.multirun or line.config_dir:
-        flag = "-m" if line.multirun else "--config-dir"
+    if arguments.multirun or arguments.config_dir:
+        flag = "-m" if arguments.multirun else "--config-dir"
         raise ConfigError(flag, why="has no meaning for a stored run, which is composed already", fix="leave it out")
-    if line.json and not line.dry_run:
+    if arguments.json and not arguments.dry_run:
         raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
     for name in _missing_secrets(folder):
         why = f"the run had {name} from its shell, and this shell does not set it"
         print(f"warning: {why}: export it if ranks need it", file=sys.stderr)
-    prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=line.words[1:]))
-    if not line.dry_run:
+    prepared = prepare(Composition(run=run, tree=run_to_tree(run), sweep=None, overrides=tuple(arguments.overrides)))
+    if not arguments.dry_run:
         return start_run(prepared, executor_of(prepared.run.backend))
     plan = prepared.plan
-    print(json_text(to_tree(plan)) if line.json else render_plan(plan), end="")
+    print(json_text(to_tree(plan)) if arguments.json else render_plan(plan), end="")
     return 0
 
 

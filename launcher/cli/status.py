@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from launcher.cli.arguments import parse_arguments
+from launcher.cli.arguments import Arguments
 from launcher.protocol.rundir import RunDir
 from launcher.protocol.session_file import ProcessLocation, SessionRecord
 from launcher.runs.index import find_run
@@ -17,28 +17,15 @@ from launcher.runs.logs import host_and_who, tail_lines
 from launcher.runs.state import ELSEWHERE, RUNNING, RunState, continue_command, read_run_state
 from launcher.utils.text import counted, duration_text, format_table, json_text, shell_command, shell_word, short_path
 
-HELP = """\
-launch status [RUN] [--root DIR] [--json]: one run in detail: who runs it, how far it is, what each rank said last.
-
-  launch status                        the newest run in ./runs
-  launch status 20260101               the one whose id begins so
-  launch status runs/gpt2_tiny/2026…   the one in this directory
-
-The exit code is 0 for every run there is; launch logs -f has the run's own.
-"""
 _LIFE = {True: "alive", False: "gone", None: "not to be seen from here"}
 _MANY = 16
 """Of more ranks or agents than these the text does not show each."""
 
 
-def run(arguments: Sequence[str]) -> int:
+def run(arguments: Arguments) -> int:
     """Print what is known of one run."""
-    line = parse_arguments(arguments, flags=("--json",))
-    if line.help:
-        print(HELP)
-        return 0
-    state = read_run_state(find_run(line.one_word("status"), line.root))
-    if "--json" in line.flags:
+    state = read_run_state(find_run(arguments.run, arguments.root))
+    if arguments.json:
         print(json_text(_tree(state)))
         return 0
     print("\n".join(format_table([*_who(state), *_how_far(state), *_ranks(state), *_end(state), *_next(state)])))

@@ -11,11 +11,13 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
-from launcher.cli.benchmark import run
 from launcher.config.benchmark.memory import ActivationBenchmark
 from launcher.errors import ConfigError
 from launcher.runs.benchmark_comparison import improvement_sign
 from launcher.utils.files import write_json
+from tests.helpers import launch_verb
+
+run = launch_verb("benchmark")
 
 Samples = dict[str, tuple[float, ...]]
 MACHINE = {"date": "today", "processor": "x", "load": "1"}
@@ -121,7 +123,7 @@ def test_mistakes(make_run, results, tmp_path) -> None:
     make_run("20260101-a", name="tiny", status="completed")
     for words, said in (
         (("comapre", good, good), "did you mean compare"),
-        (("compare", good), "takes two runs, not 1"),
+        (("compare", good), "lacks B; write launch benchmark compare A B"),
         (("compare", good, str(tmp_path / "c.json")), "benchmark=activation, the other of benchmark=serving"),
         (("compare", good, other), "no case is in both: full in one, none in the other"),
         (("compare", good, str(tmp_path / "d.json")), "is not what a benchmark writes"),
@@ -139,5 +141,6 @@ def test_mistakes(make_run, results, tmp_path) -> None:
 
 def test_help(capsys) -> None:
     assert run(["--help"]) == 0
-    assert run([]) == 2
+    with pytest.raises(ConfigError, match="lacks compare, A, B; write launch benchmark compare A B"):
+        run([])
     assert "launch benchmark compare A B" in capsys.readouterr().out

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.cancel import run
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.protocol.session_file import AgentLocation, ProcessLocation
 from launcher.utils.files import read_json
 from launcher.utils.processes import identify
 from tests.cli.conftest import SMALL
+from tests.helpers import launch_verb
+
+run = launch_verb("cancel")
 
 LONG = (*SMALL, "job.steps=100000", "job.eval_every=0")
 TRAP = """

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.__main__ import VERBS, main
-from launcher.cli.completion import _FLAGS, SCRIPTS, candidates, run
+from launcher.__main__ import main
+from launcher.cli.completion import SCRIPTS, candidates
+from launcher.cli.parser import parse, run_command
+from launcher.cli.verbs import LAUNCH, VERBS
 from launcher.errors import ConfigError
 from tests.cli.conftest import Make
-
-_WITH_VALUE = ("--config-dir", "--root", "--output", "--rank", "--host", "--threshold")
 
 
 @pytest.mark.parametrize(
@@ -37,6 +37,9 @@ _WITH_VALUE = ("--config-dir", "--root", "--output", "--rank", "--host", "--thre
         ("list precision/bf", ["precision/bf16"]),
         ("benchmark c", ["compare"]),
         ("logs --ag", ["--agents"]),
+        ("logs --li", ["--lines"]),
+        ("resume --mu", []),
+        ("logs --rank ", []),
         ("status 2026", ["20260101-120000-abcd"]),
         ("resume 2026", ["20260101-120000-abcd"]),
         ("rerun 2026 job.ste", ["job.steps="]),
@@ -58,15 +61,30 @@ def test_what_may_stand_there(make_run: Make, typed: str, offered: list[str]) ->
 
 
 def test_every_verb_is_completed() -> None:
-    assert set(_FLAGS) == {"", *VERBS}
     assert set(VERBS) <= set(candidates([""]))
+    for name in VERBS:
+        assert callable(importlib.import_module(f"launcher.cli.{name}").run)
 
 
-def test_every_flag_offered_is_taken(tmp_path: Path) -> None:
-    for verb, flags in _FLAGS.items():
-        for flag in (flag for flag in flags if verb and flag != "--help"):
-            words = [flag, str(tmp_path), "--help"] if flag in _WITH_VALUE else [flag, "--help"]
-            assert importlib.import_module(f"launcher.cli.{verb}").run(words) == 0, (verb, flag)
+VALUES = {"K": "3", "LINES": "3", "SHARE": "5%"}
+"""A value that an option accepts, by its metavar; the others take a path."""
+
+
+@pytest.mark.parametrize("name", ["", *VERBS])
+def test_every_option_is_explained_offered_and_parsed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    assert run_command([*filter(None, [name]), "--help"]) == 0
+    said = capsys.readouterr().out
+    verb = VERBS[name] if name else LAUNCH
+    words = ["compare" if one.metavar == "compare" else "bash" for one in verb.positionals if one.nargs != "*"]
+    offered = candidates([*filter(None, [name]), "-"])
+    for option in verb.options:
+        assert (option.names[-1] in offered) != option.is_hidden
+        assert (f"  {', '.join(option.names)}" in said) != option.is_hidden
+        value = [VALUES.get(option.metavar, str(tmp_path))] if option.metavar else []
+        parsed = parse(name, [*words, option.names[0], *value])
+        assert getattr(parsed, option.destination) not in (None, False), option.names
 
 
 @pytest.mark.parametrize("shell", [name for name in SCRIPTS if shutil.which(name)])
@@ -117,4 +135,4 @@ def _completed(shell: str, script: Path, line: str) -> list[str]:
 
 def test_a_shell_that_is_none() -> None:
     with pytest.raises(ConfigError, match="did you mean bash"):
-        run(["bsh"])
+        run_command(["completion", "bsh"])

@@ -2,10 +2,12 @@ import json
 
 import pytest
 
-from launcher.cli.diff import run
 from launcher.config.compose import compose
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
+from tests.helpers import launch_verb
+
+run = launch_verb("diff")
 
 
 def differences(capsys, *words):
@@ -55,7 +57,7 @@ def test_both_sides_are_refused_together():
 
 
 def test_one_name_is_not_enough():
-    with pytest.raises(ConfigError, match="takes two names, not 1"):
+    with pytest.raises(ConfigError, match="lacks B; write launch diff A B"):
         run(["default"])
 
 

@@ -35,4 +35,4 @@ def test_a_mistake_is_a_mistake_and_no_finding(launch):
 
 def test_help_teaches(launch):
     ended = launch("doctor", "--help").expect(0)
-    assert "69 unfit" in ended.stdout
+    assert "69 a host is not fit" in ended.stdout

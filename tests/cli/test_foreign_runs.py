@@ -20,6 +20,9 @@ from launcher.runs.sweeps import read_sweep
 from launcher.supervision.console import Console
 from launcher.utils.files import UnreadableFile, open_regular, read_object, read_regular
 from tests.cli.conftest import Make
+from tests.helpers import launch_verb
+
+cancel = launch_verb("cancel")
 
 PRIVATE = "PRIVATE-KEY-OF-THE-READER"
 FILES = (
@@ -184,22 +187,18 @@ def test_cancel_passes_no_option_from_a_file(
 
     make_run(session=gone, backend=backend, job=job)
     monkeypatch.setattr("subprocess.run", no_process)
-    from launcher.cli.cancel import run
-
     with pytest.raises(EnvironmentProblem, match="no name that the scheduler gives"):
-        run([])
+        cancel([])
 
 
 def test_cancel_signals_nothing_that_another_user_names(
     make_run: Make, child: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launcher.cli.cancel import run
-
     process, place = child
     run_dir = make_run(session=place)
     monkeypatch.setattr(os, "geteuid", lambda: run_dir.session.stat().st_uid + 1)
     with pytest.raises(EnvironmentProblem, match=r"session\.json is of user"):
-        run([])
+        cancel([])
     assert process.poll() is None
 
 

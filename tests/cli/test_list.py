@@ -1,10 +1,12 @@
 import pytest
 
-from launcher.cli.list import run
 from launcher.config.component import class_title, field_docs
 from launcher.config.compose import groups
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError
+from tests.helpers import launch_verb
+
+run = launch_verb("list")
 
 
 def listed(capsys, *words):

@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.logs import run
 from launcher.errors import ConfigError
 from launcher.runs.logs import GrowingLog, RunLogs, start_of_last_lines
 from launcher.utils.files import write_json
+from tests.helpers import launch_verb
+
+run = launch_verb("logs")
 
 
 def printed(capsys: pytest.CaptureFixture[str], *words: str) -> list[str]:

@@ -4,9 +4,11 @@ import sys
 
 import pytest
 
-from launcher.cli.plan import run
 from launcher.errors import ConfigErrors
 from launcher.protocol.plan import plan_from_json
+from tests.helpers import launch_verb
+
+run = launch_verb("plan")
 
 HEAVY = ("torch", "deepspeed", "transformers", "wandb", "datasets", "numpy", "rich", "matplotlib", "psutil")
 

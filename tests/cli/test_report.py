@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.report import run
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.protocol.metrics import MetricsWriter
 from launcher.runs.report.charts import charts_of, read_curves, stretches, thin_out, ticks
 from launcher.runs.report.html import render_markdown
 from launcher.utils.files import write_json
 from tests.browser import open_browser
+from tests.helpers import launch_verb
+
+run = launch_verb("report")
 
 HOSTILE = "</title><script>document.title='owned'</script><img src=x onerror=document.title='owned'>"
 PIXEL = base64.b64decode(

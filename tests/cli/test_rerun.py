@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launcher.cli.rerun import run
 from launcher.config.compose import compose
 from launcher.config.snapshot import load_run, save_run
 from launcher.errors import ConfigError
 from launcher.runs.config_source import load_saved_run
+from tests.helpers import launch_verb
+
+run = launch_verb("rerun")
 
 RUN = "20260101-120000-abcd"
 
@@ -109,4 +111,5 @@ def test_a_real_run_again(launch, completed, tmp_path) -> None:
 def test_help(capsys) -> None:
     assert run(["--help"]) == 0
     assert "launch rerun RUN" in capsys.readouterr().out
-    assert run([]) == 2
+    with pytest.raises(ConfigError, match="lacks RUN; write launch rerun RUN"):
+        run([])

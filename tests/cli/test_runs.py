@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli.runs import run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RUN_INDEX, RunDir
 from launcher.protocol.session_file import AgentLocation
 from launcher.runs.index import add_run, find_run, forget_run, list_runs
 from launcher.runs.state import last_metrics, read_run_state
+from tests.helpers import launch_verb
+
+run = launch_verb("runs")
 
 ROOT = Path("runs")
 
@@ -166,7 +168,7 @@ def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:
 
 def test_help(capsys) -> None:
     assert run(["--help"]) == 0
-    assert "launch runs [RUN…] [--root DIR]" in capsys.readouterr().out
+    assert "launch runs [RUN…] [--json] [--root DIR]" in capsys.readouterr().out
 
 
 def test_a_machine_started_anew_runs_nothing_of_before(make_run, alive) -> None:

@@ -3,10 +3,12 @@ import json
 import pytest
 import yaml
 
-from launcher.cli.show import run
 from launcher.config.compose import compose
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError
+from tests.helpers import launch_verb
+
+run = launch_verb("show")
 
 
 def shown(capsys, *words):
@@ -56,4 +58,5 @@ def test_a_misspelt_experiment_is_guessed():
 
 def test_help(capsys):
     assert "launch show EXP" in shown(capsys, "-h")
-    assert run([]) == 2
+    with pytest.raises(ConfigError, match=r"lacks EXP\|RUN; write launch show EXP\|RUN"):
+        run([])

@@ -6,10 +6,12 @@ import json
 
 import pytest
 
-from launcher.cli.status import run
 from launcher.errors import ConfigError
 from launcher.protocol.session_file import AgentLocation
 from launcher.utils.files import write_json
+from tests.helpers import launch_verb
+
+run = launch_verb("status")
 
 
 def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
@@ -133,7 +135,7 @@ def test_a_run_that_left_nothing_but_its_configuration(capsys, make_run) -> None
 
 
 def test_one_run_at_a_time() -> None:
-    with pytest.raises(ConfigError, match="takes one run, not 2"):
+    with pytest.raises(ConfigError, match=r"unexpected argument b; write launch status \[RUN\]"):
         run(["a", "b"])
 
 

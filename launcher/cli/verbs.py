@@ -1,0 +1,452 @@
+"""Every verb of the command line: what it does, its arguments and options, and its examples.
+
+The parser, the help texts and shell completion are made from this table, so nothing heavy is imported here.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from launcher.cli.arguments import (
+    Completion,
+    Option,
+    Positional,
+    choice_value,
+    config_dir_value,
+    count_value,
+    path_value,
+)
+from launcher.utils.text import terminal_width
+
+_EXPERIMENT_OR_RUN = (Completion.EXPERIMENT, Completion.RUN)
+_RUN_HELP = "a run id or how it begins, or a run directory"
+SHELLS = ("bash", "zsh", "fish")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """One verb: ``launcher.cli.<verb>`` executes it."""
+
+    summary: str
+    """What it does, as one imperative sentence without a full stop."""
+    positionals: tuple[Positional, ...] = ()
+    options: tuple[Option, ...] = ()
+    examples: str = ""
+    notes: str = ""
+    takes_version: bool = False
+    """Whether ``--version`` prints the version."""
+    takes_raw_words: bool = False
+    """Whether ``--words`` passes on everything behind it: the half-typed line that a shell completes."""
+
+    @property
+    def takes_overrides(self) -> bool:
+        """Whether Hydra overrides, and ``dry_run=true`` among them, may be typed."""
+        return any(one.name == "overrides" for one in self.positionals)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """The options that help and completion offer, by their long names."""
+        own = (one.names[-1] for one in self.options if not one.is_hidden)
+        return (*own, *(["--version"] if self.takes_version else []), "--help")
+
+    def completions(self) -> Iterator[Completion | str]:
+        """Yield what a shell offers for its words."""
+        for one in self.positionals:
+            yield from one.completes
+
+
+OVERRIDES = Positional(
+    name="overrides",
+    metavar="OVERRIDE",
+    nargs="*",
+    completes=(Completion.OVERRIDE,),
+    help="Hydra overrides: group=option, key=value, +exp=NAME; dry_run=true prints the plan only",
+)
+RUN_OR_OVERRIDES = replace(
+    OVERRIDES,
+    metavar="RUN|OVERRIDE",
+    completes=(Completion.RUN, Completion.OVERRIDE),
+    help="Hydra overrides: group=option, key=value, +exp=NAME. The first word may name a run instead: "
+    f"{_RUN_HELP}; the overrides then change its configuration",
+)
+OPTIONAL_RUN = Positional(
+    name="run",
+    metavar="RUN",
+    nargs="?",
+    completes=(Completion.RUN,),
+    help=f"{_RUN_HELP} (default: the newest run)",
+)
+RUN = replace(OPTIONAL_RUN, nargs=None, help=_RUN_HELP)
+RUNS = replace(RUN, name="runs", nargs="*")
+
+JSON = Option(names=("--json",), help="print JSON, for programs")
+ROOT = Option(
+    names=("--root",),
+    metavar="DIR",
+    convert=path_value("--root"),
+    completes=(Completion.FILE,),
+    help="the folder of all runs, run.root, in which run ids are looked up (default: runs)",
+)
+CONFIG_DIR = Option(
+    names=("--config-dir",),
+    metavar="DIR",
+    convert=config_dir_value,
+    completes=(Completion.FILE,),
+    help="a folder of your own options and experiments, used beside the shipped ones",
+)
+MULTIRUN = Option(
+    names=("-m", "--multirun"), help="run every combination of the values given as a,b,c, one run after the other"
+)
+JSON_PLAN = replace(JSON, help="with dry_run=true: print the plan as JSON")
+REFUSED_WITH_RUN = (replace(MULTIRUN, is_hidden=True), replace(CONFIG_DIR, is_hidden=True))
+
+LAUNCH = Verb(
+    summary="compose, plan, launch and supervise language-model jobs",
+    positionals=(OVERRIDES,),
+    options=(MULTIRUN, JSON_PLAN, CONFIG_DIR),
+    takes_version=True,
+)
+"""The command without a verb: a run."""
+
+VERBS: dict[str, Verb] = {
+    "plan": Verb(
+        summary="print what a run would do, and start nothing",
+        positionals=(RUN_OR_OVERRIDES,),
+        options=(MULTIRUN, replace(JSON, help="print the plan as plan.json holds it"), CONFIG_DIR, ROOT),
+        examples="""\
+  launch plan                                    the default run
+  launch plan +exp=zero3_gpt2xl                  an experiment; the same as launch +exp=zero3_gpt2xl dry_run=true
+  launch plan +exp=zero3_gpt2xl backend.ranks=1  the experiment with one option changed
+  launch plan +exp=zero3_gpt2xl --json           the whole plan as JSON
+  launch plan 20260101                           what the run whose id begins with 20260101 would do if started again
+""",
+        notes="A plan makes every check that a run makes before it starts. Nothing is written.",
+    ),
+    "list": Verb(
+        summary="list groups, their options, and what each key means",
+        positionals=(
+            Positional(
+                name="groups",
+                metavar="GROUP[/OPTION]",
+                nargs="*",
+                completes=(Completion.GROUP,),
+                help="a group, or one of its options (default: all groups)",
+            ),
+        ),
+        options=(CONFIG_DIR,),
+        examples="""\
+  launch list                   groups and their options
+  launch list exp               experiments, one line each
+  launch list parallel          options of a group, then its keys with type, default and meaning
+  launch list parallel/zero3    one option: its keys with the values it sets
+""",
+    ),
+    "show": Verb(
+        summary="print the whole configuration of an experiment or a run, every value resolved",
+        positionals=(
+            Positional(
+                name="source",
+                metavar="EXP|RUN",
+                completes=_EXPERIMENT_OR_RUN,
+                help=f"an experiment, default, or {_RUN_HELP}",
+            ),
+            OVERRIDES,
+        ),
+        options=(JSON, CONFIG_DIR, ROOT),
+        examples="""\
+  launch show zero3_gpt2xl                an experiment
+  launch show default model=gpt2          the default run with another model
+  launch show runs/gpt2_tiny/20260101-…   the configuration that a run was started with
+  launch show 20260101                    the run in ./runs whose id begins with 20260101
+""",
+    ),
+    "diff": Verb(
+        summary="print the options in which two experiments or runs differ",
+        positionals=tuple(
+            Positional(
+                name=name.lower(),
+                metavar=name,
+                completes=_EXPERIMENT_OR_RUN,
+                help=f"an experiment, default, or {_RUN_HELP}; quote it together with its overrides",
+            )
+            for name in "AB"
+        ),
+        options=(JSON, CONFIG_DIR, ROOT),
+        examples="""\
+  launch diff zero1_gpt2 zero2_gpt2_large                two experiments
+  launch diff default "default model=gpt2 job.steps=20"  with overrides: quote them
+  launch diff runs/a/20260101-… runs/a/20260102-…        two runs
+  launch diff 20260101 20260102                          two runs, by how their ids begin
+  launch diff zero3_gpt2xl runs/zero3_gpt2xl/20260101-…  an experiment and a run
+""",
+        notes="The exit code is 0 whether or not they differ.",
+    ),
+    "doctor": Verb(
+        summary="examine the hosts of a run (versions, clocks, disks, ports, links), and start nothing",
+        positionals=(RUN_OR_OVERRIDES,),
+        options=(JSON, CONFIG_DIR, ROOT),
+        examples="""\
+  launch doctor                                               this machine
+  launch doctor backend=ssh backend.hostfile=hostfile         every host of a hostfile, all at once
+  launch doctor +exp=zero3_gpt2xl backend=ssh backend.hostfile=hostfile run.root=/shared/runs
+  launch doctor backend=ssh backend.hostfile=hostfile --json  the whole report as JSON
+  launch doctor 20260101                                      the hosts of an earlier run
+""",
+        notes="""\
+The doctor reports:
+  hosts that cannot be reached, and why; clocks that differ
+  different versions of Python, torch, DeepSpeed, Transformers, CUDA, NCCL or of this program
+  a run directory that is not writable or not shared; more slots than GPUs; little memory, disk space or /dev/shm
+  a rendezvous port that is in use or that other hosts cannot reach; slow links
+  pairs of hosts between which an all-reduce (NCCL where all have GPUs, else Gloo) fails or is slow
+
+A run on several hosts makes these checks before it starts, except the all-reduces.
+Exit codes: 0 the hosts are fit (there may be warnings), 69 a host is not fit, 2 a mistake in the command.""",
+    ),
+    "resume": Verb(
+        summary="continue a run in its own directory, from its newest complete checkpoint",
+        positionals=(RUN, OVERRIDES),
+        options=(JSON_PLAN, ROOT, *REFUSED_WITH_RUN),
+        examples="""\
+  launch resume runs/gpt2_tiny/20260101-120000-abcd
+  launch resume 20260101-120000-abcd                  the same run: an id, or how it begins, is looked up in ./runs
+  launch resume 20260101-120000-abcd job.steps=400    train for more steps than planned
+  launch resume 20260101-120000-abcd dry_run=true     print the plan, start nothing
+""",
+        notes="The run keeps its directory and its W&B id. With the same number of ranks it continues exactly.",
+    ),
+    "rerun": Verb(
+        summary="start a run with the configuration of an earlier one, in a new run directory",
+        positionals=(RUN, OVERRIDES),
+        options=(JSON_PLAN, ROOT, *REFUSED_WITH_RUN),
+        examples="""\
+  launch rerun runs/gpt2_tiny/20260101-120000-abcd
+  launch rerun 20260101-120000-abcd optimizer.lr=1e-4  with one value changed; an id is looked up in ./runs
+  launch rerun 20260101-120000-abcd dry_run=true       print the plan, start nothing
+""",
+        notes="The new run starts at step 0 and leaves the checkpoints of RUN alone. launch resume continues a run.",
+    ),
+    "sweep": Verb(
+        summary="run every combination of a grid, one run after the other; the same as -m",
+        positionals=(OVERRIDES,),
+        options=(replace(MULTIRUN, is_hidden=True), CONFIG_DIR),
+        examples="""\
+  launch sweep +sweep=lr_batch                      a shipped grid; the same as launch +sweep=lr_batch
+  launch sweep optimizer.lr=1e-4,3e-4 job.seed=1,2  your own grid; the same as launch -m …
+  launch sweep … dry_run=true                       list the runs and start none
+""",
+        notes="""\
+All runs are checked before the first one starts. When a run fails, the others still run; the exit code is that of the
+first failed run. The table is printed at the end and kept in sweep.json beside the runs.""",
+    ),
+    "runs": Verb(
+        summary="list runs and their states, the most recently started first",
+        positionals=(replace(RUNS, help=f"{_RUN_HELP}, or another folder of runs (default: every run in --root)"),),
+        options=(JSON, ROOT),
+        examples="""\
+  launch runs            the runs in ./runs
+  launch runs DIR        the runs in another folder (run.root); the same as --root DIR
+  launch runs 20260101   the run whose id begins with 20260101
+  launch runs --json     with all digits
+""",
+        notes="""\
+columns:
+  status   running, completed, failed, cancelled, preempted (launch resume continues it),
+           lost: its session ended without a result; elsewhere: another machine or a scheduler runs it
+  ranks    hosts × ranks on each
+  age      time since it was started or last resumed
+  took     how long it ran
+
+Every verb that takes a RUN takes an id, or how it begins, or a run directory; without one it takes the newest.""",
+    ),
+    "status": Verb(
+        summary="show one run in detail: its processes, its progress, and the last line of each rank",
+        positionals=(OPTIONAL_RUN,),
+        options=(JSON, ROOT),
+        examples="""\
+  launch status                        the newest run in ./runs
+  launch status 20260101               the run whose id begins with 20260101
+  launch status runs/gpt2_tiny/2026…   the run in this directory
+""",
+        notes="The exit code is 0 for every run that exists; launch logs -f ends with the exit code of the run.",
+    ),
+    "report": Verb(
+        summary="write a run, several runs or a sweep as one self-contained HTML file",
+        positionals=(
+            replace(RUNS, help=f"{_RUN_HELP}, or a sweep directory; several are compared (default: the newest run)"),
+        ),
+        options=(
+            Option(
+                names=("--output",),
+                metavar="FILE",
+                convert=path_value("--output"),
+                completes=(Completion.FILE,),
+                help="the file (default: report.html in the directory of the run or sweep; of several runs, here)",
+            ),
+            ROOT,
+        ),
+        examples="""\
+  launch report                             the newest run in ./runs, into its own directory
+  launch report 20260101                    the run whose id begins with 20260101
+  launch report runs/a/2026… runs/a/2026…   several runs: their curves in one plot, and where they differ
+  launch report runs/a/sweep-2026…          a sweep: its trials
+  launch report --output today.html         into another file
+""",
+        notes="""\
+It holds curves, tables, pictures, configuration, plan and environment, and why a run failed. It holds no secrets and no
+scripts, and loads nothing from a network.""",
+    ),
+    "logs": Verb(
+        summary="print what the ranks of a run print",
+        positionals=(OPTIONAL_RUN,),
+        options=(
+            Option(names=("-f", "--follow"), help="print new lines until the run ends; exit with the run's exit code"),
+            Option(names=("--rank",), metavar="K", convert=count_value("--rank"), help="only this rank"),
+            Option(names=("--host",), metavar="H", help="only ranks, or with --agents the agent, of this host"),
+            Option(
+                names=("-n", "--lines"),
+                metavar="LINES",
+                convert=count_value("-n"),
+                help="only the last LINES lines of each log, then what is added",
+            ),
+            Option(names=("--agents",), help="what torchrun, deepspeed and the host agents print, instead of ranks"),
+            ROOT,
+        ),
+        examples="""\
+  launch logs                  everything the newest run has printed, rank after rank
+  launch logs -f               follow it until it ends; the exit code is the run's own
+  launch logs 2026 --rank 3    one rank of the run whose id begins with 2026
+  launch logs -f -n 5          begin with the last 5 lines of each log
+  launch logs --agents         what torchrun, deepspeed and the host agents printed
+""",
+        notes="""\
+Each line begins with host:rank. Lines that exist already come log by log, new lines in the order of their arrival.
+Ctrl-C ends only this command, not the run.""",
+    ),
+    "cancel": Verb(
+        summary="end a run from any shell, and return once its processes have exited",
+        positionals=(OPTIONAL_RUN,),
+        options=(Option(names=("--now",), help="do not let ranks save first; the same as Ctrl-C twice"), ROOT),
+        examples="""\
+  launch cancel                       the newest run in ./runs
+  launch cancel 20260101              the run whose id begins with 20260101
+  launch cancel runs/gpt2_tiny/2026…  the run in this directory
+  launch cancel --now                 without time to save
+""",
+        notes="""\
+The run receives SIGTERM, so ranks may save a checkpoint before they exit. Only processes recorded by the run are
+signalled: by number and start time, on the machine they run on. A Slurm or Kubernetes job is cancelled by its id. For a
+run on another machine, the command to type there is printed. A session.json of another user is refused: it could name
+your own processes and jobs.""",
+    ),
+    "benchmark": Verb(
+        summary="compare two runs of a benchmark: does any quantity become worse from A to B",
+        positionals=(
+            Positional(
+                name="action",
+                metavar="compare",
+                convert=choice_value("benchmark", ("compare",)),
+                completes=("compare",),
+                help="the only action",
+            ),
+            *(
+                replace(RUN, name=name.lower(), metavar=name, help=f"{_RUN_HELP}, or a benchmark.json file")
+                for name in "AB"
+            ),
+        ),
+        options=(
+            Option(
+                names=("--threshold",),
+                metavar="SHARE",
+                help="the change of a median that is accepted, as 5% or 0.05 (default: 5%)",
+            ),
+            Option(names=("--agree",), help="ask instead whether each median lies within the range of the other run"),
+            JSON,
+            ROOT,
+        ),
+        examples="""\
+  launch benchmark compare 20260101 20260102                two runs, by id, by how it begins, or by directory
+  launch benchmark compare main.json runs/activation/2026…  a benchmark.json that was kept, and a run
+  launch benchmark compare A B --threshold 10%              accept changes of up to a tenth
+  launch benchmark compare A B --agree                      is each median within the range of the other run?
+""",
+        notes="""\
+A quantity is worse, or better, when its median changed by more than the threshold and neither median lies within the
+range of the other run. Higher is better for quantities that end in _per_s, lower for seconds and bytes. A quantity of
+another unit is reported as changed and never fails.
+
+Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mistake in the command.""",
+    ),
+    "completion": Verb(
+        summary="print a script that makes a shell complete verbs, groups, options, keys, values and runs",
+        positionals=(
+            Positional(
+                name="shell",
+                metavar="SHELL",
+                nargs="?",
+                convert=choice_value("completion", SHELLS),
+                completes=SHELLS,
+                help="bash, zsh or fish",
+            ),
+        ),
+        examples="""\
+  eval "$(launch completion bash)"                                  in ~/.bashrc
+  eval "$(launch completion zsh)"                                   in ~/.zshrc, after compinit
+  launch completion fish > ~/.config/fish/completions/launch.fish   once
+""",
+        notes="Then job.st<Tab> becomes job.steps=, parallel=<Tab> shows its options, and launch logs <Tab> the runs.",
+        takes_raw_words=True,
+    ),
+}
+"""Each is ``launcher.cli.<verb>`` with ``run(arguments) -> exit code``; without a verb it is ``launcher.cli.run``."""
+
+_LAUNCH_DESCRIPTION = """\
+Compose, plan, launch and supervise language-model jobs.
+
+examples:
+  launch                                 train a small model on this machine, now
+  launch +exp=zero3_gpt2xl dry_run=true  print the plan of an experiment, start nothing
+  launch +exp=zero3_gpt2xl job.steps=20  run it, with one option changed
+  launch model=gpt2 parallel=zero2       choose other options of the groups
+  launch -m optimizer.lr=1e-4,3e-4       run a grid, one run after the other
+
+verbs (launch VERB --help explains one):
+{verbs}
+
+overrides (Hydra's grammar):
+  group=option    another option of a group; launch list GROUP shows them all
+  key=value       one value, as job.steps=20; launch list job shows keys, defaults and meaning
+  +exp=NAME       an experiment; launch list exp explains each
+  dry_run=true    print the plan instead of running
+
+groups:
+{groups}
+
+experiments:
+{exps}"""
+
+LAUNCH_EPILOG = """\
+A run writes runs/<name>/<time>-<letters>/: run.yaml, plan.json, metrics.jsonl, logs, checkpoints, result.json.
+Exit codes: 0 done, 2 a mistake in the command and nothing started, 65 invalid data or weights found after the start,
+69 a host is not fit for the run, 75 preempted, 124 stalled, otherwise that of the first failing rank, or 128+n
+for signal n."""
+
+
+def launch_description() -> str:
+    """Return the part of ``launch --help`` above its options."""
+    from launcher.config.compose import groups
+
+    options = groups()
+    names = [group for group in options if group not in ("exp", "sweep")]
+    return _LAUNCH_DESCRIPTION.format(
+        verbs="\n".join(f"  {name:12}{verb.summary}" for name, verb in VERBS.items()),
+        groups=_wrapped(names),
+        exps=_wrapped(options.get("exp", [])),
+    )
+
+
+def _wrapped(words: Sequence[str]) -> str:
+    """Return words as an indented paragraph."""
+    return textwrap.fill(" ".join(words), min(terminal_width(), 100), initial_indent="  ", subsequent_indent="  ")

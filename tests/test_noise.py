@@ -17,6 +17,7 @@ from launcher.__main__ import main
 from launcher.config.compose import compose, groups
 from launcher.errors import ConfigErrors
 from launcher.execution.summary import closing_text, opening_lines
+from launcher.planning.render import render_plan
 from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.state import read_run_state
@@ -95,6 +96,18 @@ def test_a_quantization_is_not_announced_in_steps_of_a_batch(plan_of: PlanOf) ->
     plan = plan_of("job=quantize", "quantization=int8_weight", "parallel=single", hosts=[replace(BOX, slots=1)])
     first = next(opening_lines(plan))
     assert first.endswith("quantize, compared on 64 held-out sequences of 128 tokens")
+    text = render_plan(plan)
+    assert "a step" not in text
+    assert "compared on  64 held-out sequences of 128 tokens" in text
+
+
+@pytest.mark.parametrize(
+    ("sequences", "said"),
+    [("64", "1,024 a step × 8 steps = 8,192"), ("60", "1,024 a step, 7,680 in 8 steps, the last not full")],
+)
+def test_an_evaluation_counts_the_tokens_of_its_sequences(plan_of: PlanOf, sequences: str, said: str) -> None:
+    words = ("job=evaluate", "parallel=single", f"job.eval_sequences={sequences}")
+    assert said in render_plan(plan_of(*words, hosts=[replace(BOX, slots=1)]))
 
 
 def test_the_end_names_what_is_left_and_what_to_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

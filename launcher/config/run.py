@@ -192,6 +192,10 @@ class BatchedJob(Job):
         """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""
         return 0.0
 
+    def num_sequences(self, run: Run, *, world_size: int) -> int | None:
+        """Return the sequences of all steps together; ``None`` where its steps are no batches."""
+        return self.num_steps(run, world_size=world_size) * self.batch(run, world_size=world_size).global_batch
+
     def unused_groups(self, run: Run) -> frozenset[str]:
         """Add what only optimiser steps use, where none are taken."""
         return super().unused_groups(run) | (frozenset() if self.trains else LEARNING_GROUPS)

@@ -136,8 +136,13 @@ def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
 
 def _work(run: Run, batch: Batch | None, *, world_size: int) -> Work:
     steps = run.job.num_steps(run, world_size=world_size)
-    tokens = 0 if batch is None else batch.global_batch * run.batched_job.sequence_length
-    return Work(batch=batch, num_steps=steps, tokens_per_step=tokens, total_tokens=tokens * steps)
+    sequences = None if batch is None else run.batched_job.num_sequences(run, world_size=world_size)
+    if batch is None or sequences is None:
+        return Work(batch=None, num_steps=steps, tokens_per_step=0, total_tokens=0)
+    length = run.batched_job.sequence_length
+    return Work(
+        batch=batch, num_steps=steps, tokens_per_step=batch.global_batch * length, total_tokens=sequences * length
+    )
 
 
 def _engine_config(run: Run, batch: Batch | None) -> dict[str, Any] | None:

@@ -61,7 +61,11 @@ def _batch(plan: Plan) -> Iterator[str]:
     if work.batch is None:
         return
     yield _row("sequences", f"{work.batch} a step")
-    yield _row("tokens", f"{work.tokens_per_step:,} a step × {counted(work.num_steps, 'step')} = {work.total_tokens:,}")
+    steps = counted(work.num_steps, "step")
+    if work.tokens_per_step * work.num_steps == work.total_tokens:
+        yield _row("tokens", f"{work.tokens_per_step:,} a step × {steps} = {work.total_tokens:,}")
+    else:
+        yield _row("tokens", f"{work.tokens_per_step:,} a step, {work.total_tokens:,} in {steps}, the last not full")
 
 
 def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterator[str]:

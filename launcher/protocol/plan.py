@@ -124,11 +124,12 @@ class Work:
     """How much the run will do."""
 
     batch: Batch | None
-    """``None`` for a job that has none: a benchmark."""
+    """``None`` for a job whose steps are no batches: a benchmark, a quantization."""
     num_steps: int
     """Optimiser steps, or what else the job counts its progress in."""
     tokens_per_step: int
     total_tokens: int
+    """Of all steps; the last ones of an evaluation may not be full."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -86,6 +86,8 @@ SHORT = ("model=gpt2_tiny", "model.max_position_embeddings=64", "backend.ranks=1
         (("benchmark=quantization",), "benchmark.prompt=64", "benchmark.prompt=31"),
         (("benchmark=batching", "benchmark.outputs=64"), "benchmark.outputs=64", "benchmark.outputs=63"),
         (("benchmark=batching", "benchmark.inputs=16-50"), "benchmark.inputs=50", "benchmark.inputs=32"),
+        (("benchmark=serving",), "benchmark.inputs=256", "benchmark.inputs=32 benchmark.outputs=32"),
+        (("benchmark=serving", "benchmark.inputs=lognormal:9:1:60"), "benchmark.inputs=60", "benchmark.inputs=32"),
         (("benchmark=cache",), "benchmark.max_length=100", "benchmark.max_length=64"),
         (("benchmark=cache", "benchmark.warm_up=[[1,65]]"), "benchmark.warm_up[0]=65", "[[1,64]]"),
         (("job=serve", "job.warm_up=[[1,65]]"), "job.warm_up[0]=65", "[[1,64]]"),

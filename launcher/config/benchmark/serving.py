@@ -202,6 +202,13 @@ class ServingBenchmark(Benchmark):
         if self.url is not None and self.serve:
             yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.url out")
 
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject requests that are longer than what the server that is started here takes, at a token a word."""
+        yield from super().validate_run(run, world_size=world_size)
+        if self.url is None and self.trace is None:
+            inputs, outputs = (parse_length_distribution(text).maximum for text in (self.inputs, self.outputs))
+            yield from run.model.validate_length(benchmark__inputs=inputs, benchmark__outputs=outputs)
+
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a trace that cannot be read."""
         if self.trace is not None:

@@ -65,6 +65,10 @@ class Quantize(BatchedJob):
         """Return the stages of the work."""
         return len(QUANTIZE_STAGES)
 
+    def num_sequences(self, run: Run, *, world_size: int) -> None:
+        """Stages are no batches; ``describe`` says what the models are compared on."""
+        return
+
     def max_ranks(self, run: Run) -> int | None:
         """One rank holds both models."""
         return 1

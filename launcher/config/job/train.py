@@ -94,3 +94,7 @@ class Evaluate(BatchedJob):
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the global batches of all repeats, the last of each perhaps not full."""
         return self.repeats * -(-self.eval_sequences // self.batch(run, world_size=world_size).global_batch)
+
+    def num_sequences(self, run: Run, *, world_size: int) -> int:
+        """Return those of all repeats: the last batch of each may not be full."""
+        return self.repeats * self.eval_sequences

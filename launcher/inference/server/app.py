@@ -14,13 +14,12 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 import launcher
 from launcher.inference.server.completions import create_chat_completion, create_completion
 from launcher.inference.server.engine_client import EngineClient
-from launcher.inference.server.protocol import ChatBody, CompletionBody, DetokenizeBody, RequestBody, TokenizeBody
+from launcher.inference.server.protocol import GENERATION_ENDPOINTS, DetokenizeBody, RequestBody, TokenizeBody
 from launcher.inference.server.requests import decode, encode, encode_chat, encode_json, parse_body
 from launcher.inference.server.responses import ApiError, invalid
 
 _ENDPOINT_BODIES: dict[str, type[RequestBody]] = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
+    **GENERATION_ENDPOINTS,
     "/tokenize": TokenizeBody,
     "/detokenize": DetokenizeBody,
 }

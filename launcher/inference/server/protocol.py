@@ -365,3 +365,46 @@ class DetokenizeBody(RequestBody):
 
     model: str | None = None
     tokens: Tokens
+
+
+GENERATION_ENDPOINTS: dict[str, type[GenerationBody]] = {
+    "/v1/completions": CompletionBody,
+    "/v1/chat/completions": ChatBody,
+}
+_LOGPROBS = {
+    "/v1/completions": "a number of tokens for each position",
+    "/v1/chat/completions": "true or false, with that number in top_logprobs",
+}
+_UNSUPPORTED_FIELDS = frozenset(
+    (
+        *("suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "modalities", "audio"),
+        *("prediction", "store", "metadata", "service_tier", "reasoning_effort", "verbosity", "web_search_options"),
+        *("safety_identifier", "prompt_cache_key"),
+    )
+)
+"""Fields of OpenAI's API that this server takes at no endpoint."""
+
+
+def endpoint_that_takes(name: str, body_type: type[BaseModel]) -> str | None:
+    """Return the other endpoint that makes text, where it takes a field that the endpoint of ``body_type`` does not."""
+    if body_type not in GENERATION_ENDPOINTS.values() or name in body_type.model_fields:
+        return None
+    found = (path for path, other in GENERATION_ENDPOINTS.items() if name in other.model_fields)
+    return next(found, None)
+
+
+def unknown_field(name: str, body_type: type[BaseModel]) -> str:
+    """Return why a body cannot have a field, naming the endpoint that takes it."""
+    if (other := endpoint_that_takes(name, body_type)) is not None:
+        own = next(path for path, each in GENERATION_ENDPOINTS.items() if each is body_type)
+        return f"{own} does not take this field, {other} does"
+    if name in _UNSUPPORTED_FIELDS:
+        return "this server does not support this field of OpenAI's API"
+    return "this server has no such field"
+
+
+def logprobs_of_endpoints(name: str, body_type: type[BaseModel]) -> str:
+    """Return what each endpoint takes as ``logprobs``, for an error about its type; empty for other fields."""
+    if name != "logprobs" or body_type not in GENERATION_ENDPOINTS.values():
+        return ""
+    return "".join(f"; {path} takes {what}" for path, what in _LOGPROBS.items())

@@ -66,7 +66,7 @@ async def parse_body(body_type: type[B], data: bytes, bounds: BodyLimits) -> B:
             with _without_collections():
                 return body_type.model_validate(tree, context=bounds)
         except ValidationError as error:
-            raise validation_error(error) from None
+            raise validation_error(error, body_type) from None
 
 
 async def read_object(data: bytes) -> dict[str, Any]:

@@ -14,6 +14,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from launcher.inference.engine.base import Refused
+from launcher.inference.server.protocol import (
+    RequestBody,
+    endpoint_that_takes,
+    logprobs_of_endpoints,
+    unknown_field,
+)
 from launcher.inference.server.request_state import Draining, Failed, TooLate
 
 
@@ -68,18 +74,25 @@ def invalid(message: str, param: str, *, code: str | None = None) -> ApiError:
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
-def validation_error(error: ValidationError) -> ApiError:
-    """Return the answer to a body that is not one, naming the first thing that is wrong."""
-    first = error.errors(include_url=False, include_context=False)[0]
+def validation_error(error: ValidationError, body_type: type[RequestBody]) -> ApiError:
+    """Return the answer to a body that is not one, naming the first thing that is wrong.
+
+    A field of another endpoint comes first: such a request also lacks required fields of this one.
+    """
+    errors = error.errors(include_url=False, include_context=False)
+    elsewhere = (each for each in errors if endpoint_that_takes(str(each["loc"][0] if each["loc"] else ""), body_type))
+    first = next(elsewhere, errors[0])
     name, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind == "extra_forbidden":
         name = name[:100]
-        return ApiError(400, f"{name}: this server has no such field", param=name, code="unsupported_field")
+        return ApiError(400, f"{name}: {unknown_field(name, body_type)}", param=name, code="unsupported_field")
     said = (
         "is null, and this field must have a value"
         if first["input"] is None and name
         else first["msg"].replace(" after validation", "")
     )
+    if kind in ("int_type", "bool_type"):
+        said += logprobs_of_endpoints(name, body_type)
     code = kind if kind == "context_length_exceeded" else "invalid_value"
     return ApiError(400, f"{name}: {said}" if name else f"the body {said}", param=name or None, code=code)
 

@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any, Protocol
 
 import psutil
 import pytest
@@ -28,6 +30,7 @@ from launcher.protocol.plan import Host, Plan, RunIdentity
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
 from .markers import mark, refusing_processes
+from .preloading import PreloadingProcess, preloading_modules
 
 pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
 
@@ -166,7 +169,19 @@ def launch(tmp_path: Path) -> Launch:
 
     ``command`` replaces ``python -m launcher``; ``env`` is added to the environment; ``timeout`` is in seconds.
     """
+    return _launcher(tmp_path, start_interpreter)
 
+
+@pytest.fixture
+def launch_forked(tmp_path: Path, preloading: Start) -> Launch:
+    """Do as ``launch`` does, all processes forked from one that has imported torch: for tests of what jobs compute.
+
+    A module takes this with a fixture ``launch`` of its own that returns it.
+    """
+    return _launcher(tmp_path, preloading)
+
+
+def _launcher(tmp_path: Path, start_process: Start) -> Launch:
     def start(
         *arguments: str,
         cwd: Path = tmp_path,
@@ -176,27 +191,28 @@ def launch(tmp_path: Path) -> Launch:
     ) -> Launched:
         mark = uuid.uuid4().hex
         started = time.monotonic()
-        process = subprocess.Popen(
-            [*command, *arguments],
-            cwd=cwd,
-            env={**os.environ, **(env or {}), MARK: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        try:
-            stdout, stderr = process.communicate(timeout=timeout)
-        except subprocess.TimeoutExpired:
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+
+            def printed() -> tuple[str, ...]:
+                texts = []
+                for stream in (stdout, stderr):
+                    stream.seek(0)
+                    texts.append(stream.read().decode())
+                return tuple(texts)
+
+            whole = {**os.environ, **(env or {}), MARK: mark}
+            process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr)
+            try:
+                process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                kill_marked(mark)
+                process.wait()
+                pytest.fail(f"still running after {timeout} s: {' '.join(arguments)}\n{''.join(printed())}")
+            seconds = time.monotonic() - started
+            left = wait_for_marked(mark, seconds=10)
             kill_marked(mark)
-            stdout, stderr = process.communicate()
-            pytest.fail(f"still running after {timeout} s: {' '.join(arguments)}\n{stdout}{stderr}")
-        seconds = time.monotonic() - started
-        left = wait_for_marked(mark, seconds=10)
-        kill_marked(mark)
-        assert not left, f"processes left behind: {left}"
-        return Launched(process.returncode, stdout, stderr, cwd, seconds)
+            assert not left, f"processes left behind: {left}"
+            return Launched(process.returncode, *printed(), cwd, seconds)
 
     return start
 
@@ -253,19 +269,22 @@ def plan_of() -> PlanOf:
 
 
 class Background:
-    """A run of the program that has not ended yet."""
+    """A run of the program that has not ended yet; what it prints goes into a file."""
 
-    def __init__(self, process: subprocess.Popen[str], mark: str) -> None:
-        self._process, self.mark, self.output = process, mark, ""
+    def __init__(self, process: Started, mark: str, printed: Path) -> None:
+        self._process, self._printed, self.mark = process, printed, mark
+
+    @property
+    def output(self) -> str:
+        """Return what it has printed so far."""
+        return self._printed.read_text(errors="replace")
 
     def wait_for_output(self, text: str) -> None:
-        """Read until a line holds ``text``; fail when the program ends without it."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.output += line
-            if text in line:
-                return
-        pytest.fail(f"never said {text!r}:\n{self.output}")
+        """Wait until a line holds ``text``; fail when the program ends without it."""
+        while text not in self.output.rpartition("\n")[0]:
+            if self._process.poll() is not None and text not in self.output:
+                pytest.fail(f"never said {text!r}:\n{self.output}")
+            time.sleep(0.02)
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the launcher alone."""
@@ -279,37 +298,91 @@ class Background:
 
     def wait(self, *, timeout: float = 60) -> int:
         """Return the exit code, once everything of the run is gone."""
-        assert self._process.stdout is not None
-        self.output += self._process.communicate(timeout=timeout)[0]
+        code = self._process.wait(timeout)
         left = wait_for_marked(self.mark, seconds=30)
         assert not left, f"processes left behind: {left}"
-        return self._process.returncode
+        return code
 
 
 @pytest.fixture
 def launch_in_background(tmp_path: Path) -> Iterator[Callable[..., Background]]:
     """Start ``python -m launcher`` with the arguments given, in ``tmp_path``; whatever is left is killed in the end."""
-    started: list[Background] = []
+    with _background(tmp_path, start_interpreter) as start:
+        yield start
 
-    def start(*arguments: str) -> Background:
-        mark = uuid.uuid4().hex
-        process = subprocess.Popen(
-            [sys.executable, "-m", "launcher", *arguments],
-            cwd=tmp_path,
-            env={**os.environ, MARK: mark},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        started.append(Background(process, mark))
-        return started[-1]
+
+@pytest.fixture
+def launch_forked_in_background(tmp_path: Path, preloading: Start) -> Iterator[Callable[..., Background]]:
+    """Do as ``launch_in_background`` does, all processes forked as those of ``launch_forked``."""
+    with _background(tmp_path, preloading) as start:
+        yield start
+
+
+@contextlib.contextmanager
+def _background(tmp_path: Path, start_process: Start) -> Iterator[Callable[..., Background]]:
+    started: list[Background] = []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def start(*arguments: str) -> Background:
+            mark, printed = uuid.uuid4().hex, Path(folder) / str(len(started))
+            env = {**os.environ, MARK: mark}
+            with printed.open("wb") as output:
+                command = [sys.executable, "-m", "launcher", *arguments]
+                process = start_process(command, cwd=tmp_path, env=env, stdout=output, stderr=output)
+            started.append(Background(process, mark, printed))
+            return started[-1]
+
+        yield start
+        for running in started:
+            kill_marked(running.mark)
+            running.wait()
+
+
+class Started(Protocol):
+    """A process that a test has started."""
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the exit code once it has ended."""
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended."""
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+
+
+Start = Callable[..., Started]
+
+
+def start_interpreter(
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
+) -> Started:
+    """Start a program in a session of its own, with nothing to read."""
+    streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+    return subprocess.Popen(command, cwd=cwd, env=env, start_new_session=True, **streams)
+
+
+@pytest.fixture(scope="session")
+def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
+    """Start programs as ``start_interpreter`` does, forked from one that has imported torch (preloading.py)."""
+    folder = tmp_path_factory.mktemp("preloading")
+    servers: dict[str, PreloadingProcess] = {}
+
+    def start(command: Sequence[str], **options: Any) -> Started:
+        assert list(command[:2]) == [sys.executable, "-m"], "a module of Python"
+        kind = "deepspeed" if any("zero" in word for word in command) else "torch"
+        if kind not in servers:
+            modules = preloading_modules(kind)
+            servers[kind] = PreloadingProcess(
+                modules, folder / kind, env={"DS_ACCELERATOR": "cpu"} if kind == "deepspeed" else {}
+            )
+        return servers[kind].start(command[1:], **options)
 
     yield start
-    for running in started:
-        kill_marked(running.mark)
-        running.wait()
+    for server in servers.values():
+        server.close()
 
 
 def marked(mark: str) -> Iterator[psutil.Process]:

@@ -74,7 +74,8 @@ _BY_PLACE = (
 _BY_FIXTURE = {
     **dict.fromkeys(("lab_hosts", "lab_hosts_of_module", "cluster", "doomed_cluster"), "cluster"),
     **dict.fromkeys(
-        ("launch", "launch_in_background", "completed", "supervise", "child", "open_page", "browser"), "process"
+        ("launch", "launch_in_background", "preloading", "completed", "supervise", "child", "open_page", "browser"),
+        "process",
     ),
 }
 """Fixtures that start processes, asked for by the test itself or through others; the first that is there decides."""

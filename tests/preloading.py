@@ -1,0 +1,330 @@
+"""Starts of the program without its imports: processes forked from one that has imported torch and Transformers.
+
+    python preloading.py SOCKET_FD MODULES PADDING
+
+``PreloadingProcess`` starts that server and asks it for processes, ``ForkedProcess`` stands for one as ``Popen`` does.
+A forked process becomes what ``python -m MODULE …`` would be: arguments, environment (in ``/proc`` as well), folder,
+streams, session and signals are those given, its parent and its children are the real ones. It forks the agent, the
+launcher of the ranks and the ranks in the same way, wherever it would start ``python -m`` of ``FORKED_MODULES``; all
+else is started as always. What starts with an import of torch takes five seconds of a core, a fork some milliseconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import faulthandler
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+import weakref
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+FORKED_MODULES = (
+    "launcher",
+    "launcher.supervision.agent_entry",
+    "launcher.jobs.torchrun",
+    "launcher.jobs.rank",
+    "torch.distributed.run",
+    "deepspeed.launcher.launch",
+)
+"""Modules whose processes are forked; others may be started by ranks, which have threads that a fork would lose."""
+
+MODULES = (
+    "launcher.cli.run",
+    "launcher.cli.resume",
+    "launcher.supervision.agent_entry",
+    "launcher.jobs.torchrun",
+    "launcher.jobs.rank",
+    "launcher.jobs.registry",
+    "launcher.config.snapshot",
+    "launcher.training.trainer",
+    "launcher.engines.torch",
+    "launcher.profiling.profiler",
+    "matplotlib.figure",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "transformers.generation.utils",
+    "transformers.models.gpt2.modeling_gpt2",
+)
+DEEPSPEED_MODULES = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
+"""Only for runs with DeepSpeed: it changes torch where it is imported."""
+
+_PADDING = 1 << 16
+"""Bytes of an argument that makes room for the environments of forked processes in ``/proc/<pid>/environ``."""
+
+
+def preloading_modules(kind: str) -> tuple[str, ...]:
+    """Return what to import for runs of a kind: ``torch`` or ``deepspeed``."""
+    return (*MODULES, *(DEEPSPEED_MODULES if kind == "deepspeed" else ()))
+
+
+class PreloadingProcess:
+    """The server's side in pytest: forks processes on request; ends with this process, or by ``close``.
+
+    Args:
+        modules: imported once.
+        log: file for what the server prints.
+        env: added to the environment of the server, which libraries read when they are imported.
+    """
+
+    def __init__(self, modules: Collection[str], log: Path, *, env: Mapping[str, str]) -> None:
+        ours, its = socket.socketpair()
+        with log.open("wb") as output, its:
+            self._server = subprocess.Popen(
+                [sys.executable, __file__, str(its.fileno()), ",".join(modules)],
+                env={**os.environ, **env, "PADDING": "x" * _PADDING},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(its.fileno(),),
+                start_new_session=True,
+            )
+        self._socket, self._log, self._replies = ours, log, ours.makefile("rb")
+
+    def start(
+        self,
+        command: Sequence[str],
+        *,
+        cwd: Path,
+        env: Mapping[str, str],
+        stdout: IO[bytes],
+        stderr: IO[bytes],
+    ) -> ForkedProcess:
+        """Fork ``python -m MODULE ARGUMENTS…``, without the interpreter's name, in a session of its own."""
+        ours, its = socket.socketpair()
+        with its, Path(os.devnull).open() as stdin:
+            request = json.dumps({"command": list(command), "cwd": str(cwd), "env": dict(env)}).encode()
+            descriptors = [stdin.fileno(), stdout.fileno(), stderr.fileno(), its.fileno()]
+            self._socket.sendall(len(request).to_bytes(4, "big"))
+            socket.send_fds(self._socket, [b"."], descriptors)
+            self._socket.sendall(request)
+        line = self._replies.readline()
+        assert line, f"the preloading process has ended:\n{self._log.read_text()}"
+        return ForkedProcess(int(line), ours)
+
+    def close(self) -> None:
+        """End the server; what it has forked must have ended."""
+        self._replies.close()
+        self._socket.close()
+        self._server.wait(60)
+
+
+class ForkedProcess:
+    """One forked process, which is a child of the server: as much of ``Popen`` as tests need."""
+
+    def __init__(self, pid: int, ended: socket.socket) -> None:
+        self.pid, self.returncode = pid, None
+        self._ended = ended
+
+    returncode: int | None
+
+    def poll(self) -> int | None:
+        """Return the exit code once it has ended, negative for a signal."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait until it has ended."""
+        if self.returncode is None:
+            if not select.select([self._ended], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
+            status = self._ended.recv(16)
+            assert status, "the preloading process has ended"
+            self.returncode = os.waitstatus_to_exitcode(int(status))
+            self._ended.close()
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def serve(connection: socket.socket, modules: Sequence[str]) -> None:
+    """Import ``modules``, then fork what is asked for until the other side is closed."""
+    registered: list[tuple[Callable[..., object], Any, Any]] = []
+    register = atexit.register
+
+    def note(function: Callable[..., object], *args: Any, **kwargs: Any) -> Callable[..., object]:
+        registered.append((function, args, kwargs))
+        return register(function, *args, **kwargs)
+
+    atexit.register = note
+    for module in modules:
+        importlib.import_module(module)
+    atexit.register = register
+    gc.collect()
+    gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
+    kept = _open_descriptors() - {connection.fileno()}
+    become = partial(_become, kept=kept, registered=registered, sys_path=list(sys.path))
+    _fork_python_modules(become)
+
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    signal.set_wakeup_fd(write_fd)
+    signal.signal(signal.SIGCHLD, lambda number, frame: None)
+    children: dict[int, socket.socket] = {}
+    while True:
+        ready = select.select([connection, read_fd], [], [])[0]
+        if read_fd in ready:
+            os.read(read_fd, 4096)
+        for pid in list(children):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                with contextlib.suppress(BrokenPipeError), children.pop(pid) as listener:
+                    listener.send(str(status).encode())
+        if connection not in ready:
+            continue
+        if not (size := connection.recv(4)):
+            return
+        _, descriptors, _, _ = socket.recv_fds(connection, 1, 4)
+        request = json.loads(_receive(connection, int.from_bytes(size, "big")))
+        *streams, listener = descriptors
+        if (child := os.fork()) == 0:
+            with _InterpreterExit():
+                os.setsid()
+                os.chdir(request["cwd"])
+                for target, source in enumerate(streams):
+                    os.dup2(source, target)
+                become(request["command"], env=request["env"], pass_fds=())
+        children[child] = socket.socket(fileno=listener)
+        for descriptor in streams:
+            os.close(descriptor)
+        connection.sendall(b"%d\n" % child)
+
+
+def _open_descriptors() -> set[int]:
+    return {int(entry.name) for entry in Path("/proc/self/fd").iterdir()}
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    received = b""
+    while len(received) < size:
+        received += connection.recv(size - len(received))
+    return received
+
+
+def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
+    """Have ``subprocess.Popen`` of this process and its forks fork instead of starting an interpreter."""
+    start = subprocess.Popen.__init__
+
+    def forking(self: Any, args: Any, *rest: Any, **options: Any) -> None:
+        words = list(map(os.fspath, args)) if isinstance(args, (list, tuple)) else []
+        if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
+            command = words[2:] if words[1] == "-u" else words[1:]
+            if command[:1] == ["-m"] and command[1] in FORKED_MODULES:
+                env, pass_fds = options.get("env"), options.get("pass_fds", ())
+
+                def run() -> NoReturn:
+                    with _InterpreterExit():
+                        become(command, env=dict(os.environ if env is None else env), pass_fds=pass_fds)
+                    raise AssertionError("it has ended")
+
+                options["preexec_fn"] = run  # called last before the new program would start, and does not return
+        start(self, args, *rest, **options)
+
+    subprocess.Popen.__init__ = forking  # type: ignore[method-assign]
+
+
+class _InterpreterExit:
+    """Ends this process with what the body comes to, as an interpreter ends after its program."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, frames: Any) -> NoReturn:
+        code: object = 0
+        if isinstance(error, SystemExit):
+            code = error.code
+        elif error is not None:
+            traceback.print_exception(error)
+            code = 1
+        if code is not None and not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+        with contextlib.suppress(BaseException):
+            threading._shutdown()  # type: ignore[attr-defined]
+        with contextlib.suppress(BaseException):
+            atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except (OSError, ValueError):
+                code = code or 120
+        if isinstance(error, KeyboardInterrupt):
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        os._exit((code or 0) & 0xFF)  # type: ignore[operator]
+
+
+def _become(
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    pass_fds: Collection[int],
+    kept: Collection[int],
+    registered: Sequence[tuple[Callable[..., object], Any, Any]],
+    sys_path: Sequence[str],
+) -> None:
+    """Run ``-m MODULE ARGUMENTS…`` in this fork as in a new interpreter; standard streams and folder are right."""
+    signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):  # what is ignored stays so
+            signal.signal(number, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    faulthandler.disable()
+    faulthandler.unregister(signal.SIGUSR2)
+    for descriptor in _open_descriptors() - {0, 1, 2, *kept, *pass_fds}:
+        with contextlib.suppress(OSError):  # the one that the list was read with
+            os.close(descriptor)
+    atexit._clear()
+    for function, args, kwargs in registered:
+        atexit.register(function, *args, **kwargs)
+    weakref.finalize._registry.clear()  # type: ignore[attr-defined]
+    weakref.finalize._registered_with_atexit = False  # type: ignore[attr-defined]
+    _set_environment(env)
+    for descriptor, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        errors = "backslashreplace" if name == "stderr" else "strict"
+        stream = open(descriptor, mode, closefd=False, encoding="utf-8", errors=errors)  # noqa: SIM115
+        if name == "stderr":
+            stream.reconfigure(line_buffering=True)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    _, module, *arguments = command
+    sys.path[:] = [str(Path.cwd()), *sys_path[1:]]
+    sys.argv = [module, *arguments]
+    if "OMP_NUM_THREADS" in env and "torch" in sys.modules:  # read when its library is loaded
+        sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _set_environment(env: Mapping[str, str]) -> None:
+    """Make ``env`` the environment, also in ``/proc``, where tests and the program look processes up."""
+    for name in set(os.environ) - env.keys():
+        del os.environ[name]
+    os.environ.update(env)  # all are stored anew, so that nothing points to where they were
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    start, end = int(fields[47]), int(fields[48])
+    text = b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in env.items())
+    ctypes.memset(start, 0, end - start)
+    ctypes.memmove(start, text, min(len(text), end - start - 1))
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2].split(","))

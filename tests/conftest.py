@@ -45,7 +45,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting th
 _LONGEST_FIRST = (
     *("backends/test_ssh.py", "backends/test_deepspeed.py", "kubernetes/test_runs.py", "slurm/test_runs.py"),
     *("engines/test_sharding.py", "engines/test_deepspeed_pipeline.py", "quantization/test_layers.py"),
-    *("jobs/test_generate.py", "jobs/test_quantize.py", "test_train.py", "hosts/test_faults.py", "jobs/test_verify.py"),
+    *(
+        "jobs/test_generate.py",
+        "jobs/test_quantize.py",
+        "training/test_train.py",
+        "hosts/test_faults.py",
+        "jobs/test_verify.py",
+    ),
     *("engines/test_parity.py", "benchmarks/test_attention.py", "engines/test_half_precision.py"),
     *("training/test_preemption.py", "engines/test_offload.py", "engines/test_nvme.py", "engines/test_pipeline.py"),
     *("jobs/test_serve.py", "backends/test_unshared.py", "benchmarks/test_serving.py", "benchmarks/test_memory.py"),

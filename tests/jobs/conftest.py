@@ -1,21 +1,4 @@
-"""Runs of jobs, forked: how a run starts is what tests of backends and supervision see."""
+"""Runs of this folder are forked."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
-
-import pytest
-
-from tests.conftest import Background, Launch
-
-
-@pytest.fixture
-def launch(launch_forked: Launch) -> Launch:
-    """Run the program in the folder of the test."""
-    return launch_forked
-
-
-@pytest.fixture
-def launch_in_background(launch_forked_in_background: Callable[..., Background]) -> Callable[..., Background]:
-    """Start the program in the folder of the test."""
-    return launch_forked_in_background
+from tests.forked_runs import launch as launch
+from tests.forked_runs import launch_in_background as launch_in_background

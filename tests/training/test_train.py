@@ -5,7 +5,6 @@ import math
 import re
 import shlex
 import signal
-from pathlib import Path
 
 import pytest
 
@@ -13,6 +12,7 @@ from launcher.errors import EnvironmentProblem
 from launcher.execution.validate import lockable_bytes
 from launcher.ops.build import build_ops
 from launcher.utils.files import read_json
+from tests.conftest import REPOSITORY
 from tests.helpers import losses
 
 SMALL = (
@@ -102,7 +102,7 @@ def test_interrupting_a_grid_ends_it(launch_in_background, tmp_path):
 
 
 def test_the_readmes_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (REPOSITORY / "README.md").read_text()
     (command,) = re.findall(
         r"^launch (\+exp=zero3_gpt2xl parallel=zero_infinity.*?[^\\])$", readme, re.DOTALL | re.MULTILINE
     )

@@ -1,0 +1,25 @@
+"""Fixtures ``launch`` and ``launch_in_background`` whose processes are forked from one that has imported torch.
+
+For the conftest.py of folders whose tests check what ranks compute. How processes start is what the tests of backends
+and supervision check, and ``test_main_job.py``, all without forks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.conftest import Background, Launch
+
+
+@pytest.fixture
+def launch(launch_forked: Launch) -> Launch:
+    """Run the program in the folder of the test."""
+    return launch_forked
+
+
+@pytest.fixture
+def launch_in_background(launch_forked_in_background: Callable[..., Background]) -> Callable[..., Background]:
+    """Start the program in the folder of the test."""
+    return launch_forked_in_background

@@ -59,7 +59,8 @@ NONSENSE = (
 _REFUSED = ("429", "503")
 _LOST = ("cut", "timeout")
 _CALIBRATE_S, _BUSY = 60.0, 64
-_TERM_AFTER_S, _TERM_STORM_S = 8.0, 20.0
+_TERM_STORM_S, _TERM_AT = 20.0, 0.4
+"""Longest duration of the load in which SIGTERM comes, and after which part of it."""
 _TIMEOUT_S = REQUEST_TIMEOUT_S + 60.0
 """Whoever has heard nothing for so long was forgotten."""
 
@@ -182,18 +183,19 @@ async def storm_and_end(
     expected: list[str],
     *,
     rate: float,
+    seconds: float,
     seed: int,
     tally: Tally,
 ) -> int | None:
     """Send SIGTERM in the middle of a short storm; return the exit code."""
 
     async def end() -> int | None:
-        await asyncio.sleep(_TERM_AFTER_S)
+        await asyncio.sleep(seconds * _TERM_AT)
         return await asyncio.to_thread(server.terminate)
 
     async with asyncio.TaskGroup() as group:
         ended = group.create_task(end())
-        await storm(target, calls, expected, rate=rate, seconds=_TERM_STORM_S, seed=seed, tally=tally)
+        await storm(target, calls, expected, rate=rate, seconds=seconds, seed=seed, tally=tally)
     return ended.result()
 
 
@@ -243,8 +245,8 @@ def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
         asyncio.run(storm(target, calls, expected, rate=rate, seconds=seconds, seed=arguments.seed, tally=tally))
     left = server.wait_until_idle()
     last = Tally(ends=True)
-    told = storm_and_end(server, target, calls, expected, rate=rate, seed=arguments.seed + 1, tally=last)
-    code = asyncio.run(told)
+    short = {"seconds": min(_TERM_STORM_S, seconds), "seed": arguments.seed + 1}
+    code = asyncio.run(storm_and_end(server, target, calls, expected, rate=rate, tally=last, **short))
     print("\n".join(tally.lines()))
     print("\n".join(watch.lines()))
     print(f"requests left in engines afterwards: {left}")

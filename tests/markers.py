@@ -13,7 +13,7 @@ import pytest
 
 _BY_PLACE = (
     ("gpu/*", "gpu"),
-    ("bench/*", "bench"),
+    *((f"scripts/test_{name}.py*", "bench") for name in ("gpu_check", "serving_peers", "serving_soak")),
     ("benchmarks/test_peak.py*", "bench"),
     ("benchmarks/*::test_a_wrong_value_on_one_rank_ends_the_job_on_all", "bench"),
     ("benchmarks/test_quantization.py::test_what_failed_in_a_process_of_its_own_is_named", "bench"),
@@ -21,7 +21,7 @@ _BY_PLACE = (
     ("benchmarks/test_activation.py::test_files_of_gradients_are_compared_by_tensor_and_bit", "bench"),
     ("benchmarks/test_activation.py::test_recomputing_takes_less_memory_and_changes_no_bit_of_a_gradient", "bench"),
     ("benchmarks/*::test_blocks_share_one_compilation_*", "bench"),
-    ("hosts/*", "cluster"),
+    *((f"scripts/test_{name}.py*", "cluster") for name in ("faults", "lab")),
     # Models, engines and servers: in this process or in others, seconds of torch each.
     ("engines/*", "process"),
     ("quantization/*", "process"),
@@ -32,11 +32,20 @@ _BY_PLACE = (
     *((f"inference/test_{name}.py*", "process") for name in ("text", "theirs", "vllm_engine")),
     ("inference/server/*", "process"),
     # Whole files that start processes by themselves.
-    *((f"{name}.py*", "process") for name in ("test_agents", "test_build_once", "test_layers", "test_package")),
-    *((f"{name}.py*", "process") for name in ("test_rank", "test_scripts", "test_full_disk", "remote/test_bootstrap")),
+    *(
+        (f"{name}.py*", "process")
+        for name in ("planning/test_agents", "utils/test_build_once", "test_layers", "test_package")
+    ),
+    *(
+        (f"{name}.py*", "process")
+        for name in ("jobs/test_rank", "scripts/test_scripts", "supervision/test_full_disk", "remote/test_bootstrap")
+    ),
     *((f"trackers/test_{name}.py*", "process") for name in ("orders", "revision", "sidecar", "wandb_sweep")),
     *((f"{name}.py*", "process") for name in ("ops/test_build", "ops/test_locks", "checkpoint/test_lock")),
-    *((f"{name}.py*", "process") for name in ("doctor/test_examine", "kubernetes/test_kubectl", "remote/test_bundle")),
+    *(
+        (f"{name}.py*", "process")
+        for name in ("doctor/test_examine", "backends/kubernetes/test_kubectl", "remote/test_bundle")
+    ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel")),
     # Single tests that do.
     ("*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
@@ -62,11 +71,11 @@ _BY_PLACE = (
     ("supervision/test_heartbeat.py::test_it_crosses_processes", "process"),
     ("supervision/test_scratch_folders.py::test_folder_of_a_killed_agent_is_removed_at_the_next_start", "process"),
     ("supervision/test_processes.py::test_spared_processes_and_their_descendants_live", "process"),
-    ("test_machine.py::test_gpus_are_read_from_*", "process"),
-    ("test_machine.py::test_this_machine_takes_a_rank_for_each_gpu", "process"),
-    ("test_compose.py::test_the_advice_for_such_a_file_works", "process"),
-    ("test_overrides.py::test_quoted_words_*", "process"),
-    ("test_render.py::test_a_pasted_command_is_the_command", "process"),
+    ("utils/test_machine.py::test_gpus_are_read_from_*", "process"),
+    ("utils/test_machine.py::test_this_machine_takes_a_rank_for_each_gpu", "process"),
+    ("config/test_compose.py::test_the_advice_for_such_a_file_works", "process"),
+    ("config/test_overrides.py::test_quoted_words_*", "process"),
+    ("planning/test_render.py::test_a_pasted_command_is_the_command", "process"),
     ("training/test_metrics.py::test_killed_at_any_moment_it_has_every_line_that_was_recorded", "process"),
 )
 """Patterns of tests, by their names below ``tests``; the first that matches decides, before any fixture."""

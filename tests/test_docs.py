@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY
+
 PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/*.md"))]
 
 SLOW = {
@@ -42,22 +43,22 @@ SLOW = {
         "training/test_train.py::test_a_run_is_continued_in_its_own_directory"
     ),
     "launch job=serve model.weights=20260101-120000-abcd": (
-        "test_saved_weights.py::test_every_job_takes_the_model_and_the_tokenizer_of_the_run"
+        "execution/test_saved_weights.py::test_every_job_takes_the_model_and_the_tokenizer_of_the_run"
     ),
     "python scripts/bench/faults.py --out faults.json": (
-        "hosts/test_faults.py::test_a_run_ends_everywhere_and_tells_why"
+        "scripts/test_faults.py::test_a_run_ends_everywhere_and_tells_why"
     ),
     "launch +exp=generate_smollm2 job.input=questions.jsonl job.output=answers.jsonl": (
         "jobs/test_generate.py::test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same"
     ),
-    "python scripts/bench/serving_peers_make.py PEERS": "bench/test_serving_peers.py::test_cells_become_a_table",
+    "python scripts/bench/serving_peers_make.py PEERS": "scripts/test_serving_peers.py::test_cells_become_a_table",
     "python scripts/bench/serving_peers.py --peers PEERS --out cells.json": (
-        "bench/test_serving_peers.py::test_cells_become_a_table"
+        "scripts/test_serving_peers.py::test_cells_become_a_table"
     ),
     "python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32": (
-        "bench/test_serving_soak.py::test_a_short_soak_of_echoing_engines"
+        "scripts/test_serving_soak.py::test_a_short_soak_of_echoing_engines"
     ),
-    "scripts/test": "test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
+    "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""
 

@@ -11,8 +11,9 @@ from launcher.backends.registry import executor_of
 from launcher.config.compose import compose
 from launcher.protocol.plan import Host
 from launcher.utils.schema import to_tree
+from tests.conftest import REPOSITORY
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = REPOSITORY / "tests" / "golden"
 CLUSTERS = {
     "ssh": ("backend=ssh", "backend.ssh_options=[-i,/keys/my key]"),
     "deepspeed": ("backend=deepspeed",),

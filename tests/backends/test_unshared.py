@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from launcher.utils.files import read_json, sha256_of
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SMALL = (
     *("backend.threads=1", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=4"),
     *(

@@ -10,9 +10,11 @@ from pathlib import Path
 
 import yaml
 
+from tests.conftest import REPOSITORY
+
 from .wandb_stub import KEY, serve
 
-SHIPPED = Path(__file__).parents[2] / "scripts" / "sweeps" / "wandb_lr.yaml"
+SHIPPED = REPOSITORY / "scripts" / "sweeps" / "wandb_lr.yaml"
 SMALL = ["job.steps=3", "model.layers=1", "job.eval_sequences=4", "job.sample_tokens=0", "job.sequence_length=32"]
 
 

@@ -25,9 +25,8 @@ from launcher.supervision.finalize import finalize_run
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import atomic_file, read_json, write_atomic
 from launcher.utils.system import describe_full_disk, disk_full_message
+from tests.conftest import Launch
 from tests.helpers import launch_verb
-
-from .conftest import Launch
 
 report = launch_verb("report")
 

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -13,8 +12,9 @@ from launcher.planning.render import render_plan, shell_lines
 from launcher.planning.topology import group_hosts
 from launcher.protocol.plan import Command, Host
 from launcher.utils.schema import to_tree
+from tests.conftest import REPOSITORY
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = REPOSITORY / "tests" / "golden"
 BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 GPUS = Host(
     name="big",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +14,8 @@ from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision, Fp16Precision, Fp32Precision
 from launcher.config.run import Run
 from launcher.protocol.plan import Batch
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 GOLDEN = REPOSITORY / "tests" / "golden" / "deepspeed"
 OPTIONS = sorted(path.stem for path in (REPOSITORY / "conf" / "parallel").glob("zero*.yaml"))
 PRECISIONS = {"zero0": "fp32", "zero2": "fp16"}

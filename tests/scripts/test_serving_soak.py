@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.conftest import REPOSITORY
+
 SOAK = REPOSITORY / "scripts" / "bench" / "serving_soak.py"
 ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_step_s=0.02", "job.max_num_seqs=4")
 

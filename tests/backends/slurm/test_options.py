@@ -4,7 +4,6 @@ import os
 import shlex
 import signal
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,8 +14,9 @@ from launcher.backends.slurm.sbatch import render_sbatch
 from launcher.backends.slurm.submit import sbatch_error, submission_env, validate_partitions
 from launcher.config.backend.slurm import SlurmBackend
 from launcher.errors import ConfigErrors
+from tests.conftest import REPOSITORY
 
-GOLDEN = Path(__file__).parent.parent / "golden"
+GOLDEN = REPOSITORY / "tests" / "golden"
 MAIN = SlurmPartition(name="main", is_default=True, limit="infinite", num_nodes=4)
 SHORT = SlurmPartition(name="short", is_default=False, limit="5:00", num_nodes=2)
 

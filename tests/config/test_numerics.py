@@ -5,8 +5,7 @@ from dataclasses import replace
 import pytest
 
 from launcher.errors import ConfigErrors
-
-from .conftest import BOX
+from tests.conftest import BOX
 
 GPUS = replace(BOX, name="big", devices=("NVIDIA H100",) * 2, device_ids=("0", "1"))
 UNKNOWN = replace(BOX, name="far", is_probed=False)

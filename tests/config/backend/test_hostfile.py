@@ -9,8 +9,7 @@ import pytest
 
 from launcher.config.backend.hostfile import HostfileEntry, filter_hosts, read_hostfile
 from launcher.errors import ConfigError, ConfigErrors
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.conftest import REPOSITORY
 
 
 def written(folder: Path, text: str) -> Path:

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hostlab.needs import missing
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "bench" / "faults.py"
+from tests.conftest import REPOSITORY
+
+SCRIPT = REPOSITORY / "scripts" / "bench" / "faults.py"
 OURS = (
     "ours, 1 hosts, torchrun TERM, rank ignores TERM",
     "ours, 2 hosts, parent KILL, rank has a child",

@@ -16,9 +16,10 @@ import pytest
 
 from launcher.utils.files import read_json
 from launcher.utils.processes import descendants
+from tests.conftest import REPOSITORY
 from tests.helpers import wait_for
 
-LAB = Path(__file__).resolve().parent.parent.parent / "scripts" / "lab" / "slurm.py"
+LAB = REPOSITORY / "scripts" / "lab" / "slurm.py"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 SBIN = f"{os.environ['PATH']}:/usr/sbin"
 

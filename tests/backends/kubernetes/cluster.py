@@ -26,9 +26,10 @@ from typing import Any
 import psutil
 import yaml
 
+from tests.conftest import REPOSITORY
+
 from .schemas import problems
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KINDS = {
     "configmaps": "ConfigMap",
     "secrets": "Secret",

@@ -26,8 +26,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.runs.state import continue_command, read_run_state
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
-
-from .conftest import Launch, PlanOf
+from tests.conftest import Launch, PlanOf
 
 TRAINED = (
     "model.layers=2",

@@ -28,8 +28,7 @@ from launcher.runs.lock import RunLock
 from launcher.supervision.finalize import result_files
 from launcher.supervision.host_agent import stage_run_dir
 from launcher.utils.files import atomic_file, write_atomic, write_json
-
-from .conftest import Launch
+from tests.conftest import Launch
 
 SMALL = ("model.layers=1", "model.hidden_size=32", "tracker=local", "data=synthetic")
 SLURM = (*SMALL, "backend=slurm")

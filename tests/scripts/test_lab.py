@@ -18,8 +18,10 @@ from hostlab.lab import Lab, load
 from hostlab.network import links
 from hostlab.process import LabError, inhabitants
 
+from tests.conftest import REPOSITORY
+
 LabHosts = Callable[..., Lab]
-HOSTS = Path(__file__).resolve().parents[2] / "scripts" / "lab" / "hosts.py"
+HOSTS = REPOSITORY / "scripts" / "lab" / "hosts.py"
 
 
 @pytest.fixture(scope="module")

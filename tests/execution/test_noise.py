@@ -26,8 +26,7 @@ from launcher.supervision.host_ranks import ExceptionTextFilter
 from launcher.utils.files import write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.text import format_table
-
-from .conftest import BOX, PlanOf
+from tests.conftest import BOX, PlanOf
 
 
 def test_no_table_of_list_is_wider_than_the_terminal(

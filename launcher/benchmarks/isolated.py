@@ -29,10 +29,10 @@ def pack_component(component: Component) -> dict[str, Any]:
 def unpack_component(tree: dict[str, Any]) -> Any:
     """Return the component that ``pack_component`` was given."""
     module, _, name = tree["class"].partition(":")
-    return build(getattr(importlib.import_module(module), name), tree["values"], path=name, report=_refuse)
+    return build(getattr(importlib.import_module(module), name), tree["values"], path=name, report=_raise)
 
 
-def _refuse(error: ConfigError) -> None:
+def _raise(error: ConfigError) -> None:
     raise error
 
 

@@ -36,7 +36,7 @@ def run(arguments: Arguments) -> int:
         return 0
     if where is None:
         raise EnvironmentProblem(f"{state.run_id} has no session.json yet: try again in a moment")
-    _refuse_foreign(state)
+    _check_owner(state)
     if where.job:
         return _cancel_job(where, state)
     processes = _here(where)
@@ -52,8 +52,8 @@ def _say(text: str) -> None:
     print(printable(text), flush=True)
 
 
-def _refuse_foreign(state: RunState) -> None:
-    """Refuse what another user wrote down: it may name processes and jobs of the user who types ``launch cancel``."""
+def _check_owner(state: RunState) -> None:
+    """Raise if another user owns session.json: it could name processes and jobs of the user who cancels."""
     owner = state.run_dir.session.lstat().st_uid
     if owner != os.geteuid():
         file = state.run_dir.session

@@ -44,7 +44,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _check(arguments: Arguments, state: RunState) -> None:
-    """Refuse a rank or host that the run does not have."""
+    """Raise for a rank or host that the run does not have."""
     hosts = [host["name"] for host in state.hosts]
     host, rank = arguments.host, arguments.rank
     if hosts and host is not None and host not in hosts:

@@ -23,7 +23,7 @@ def run(arguments: Arguments) -> int:
     """Write a report and say where."""
     folder, text = _page(arguments)
     file = arguments.output or folder / _FILE
-    _refuse(file)
+    _check_output(file)
     try:
         write_atomic(file, text)
     except OSError as error:
@@ -53,7 +53,7 @@ def _runs(arguments: Arguments) -> Iterator[RunDir]:
             yield from (trial.run_dir for trial in read_sweep(sweep).trials)
 
 
-def _refuse(file: Path) -> None:
+def _check_output(file: Path) -> None:
     if file.is_dir():
         raise ConfigError("--output", file, why="is a folder", fix=f"write --output {file / _FILE}")
     if not file.parent.is_dir():

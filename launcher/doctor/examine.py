@@ -82,7 +82,7 @@ def examine_hosts(
                 for host in hosts
                 if host.name in collected.facts
             }
-            checked = check_contacts(
+            checked = probe_contacts(
                 client, addresses, port=request.port, until=min(deadline, time.monotonic() + _CONTACT_S)
             )
         findings = [
@@ -233,7 +233,7 @@ def collect_facts(
     )
 
 
-def check_contacts(
+def probe_contacts(
     client: ProbeClient, addresses: Mapping[str, str], *, port: int | None, until: float
 ) -> CheckedContacts:
     """Open the port on the first host and connect to it from the others.

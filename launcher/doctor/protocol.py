@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict, dataclass, is_dataclass
 from typing import Any
 
-from launcher.protocol.wire import require_fields
+from launcher.protocol.wire import check_message_fields
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Versions that must agree on all hosts."""
@@ -150,7 +150,7 @@ def parse_message(line: bytes) -> dict[str, Any] | None:
         fields = _FIELDS.get(kind) if isinstance(kind, str) else None
         if fields is None:
             return None
-        require_fields(message, fields)
+        check_message_fields(message, fields)
     except (ValueError, RecursionError):
         return None
     return dict(message)

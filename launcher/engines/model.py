@@ -82,7 +82,7 @@ def prepare_precision(precision: Precision, *, device: torch.device) -> None:
 
 
 def check_capability(precision: Precision, capability: tuple[int, int] | None) -> None:
-    """Refuse a GPU that is older than the format, or none at all.
+    """Raise if the GPU is older than the format, or if there is none.
 
     Args:
         precision: of the run.

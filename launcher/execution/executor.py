@@ -40,7 +40,7 @@ class Executor(ABC, Generic[B]):
         """
         return ""
 
-    def validate_submission(self, plan: Plan) -> None:
+    def check_submission(self, plan: Plan) -> None:
         """Check what only the cluster knows, before the run directory is written.
 
         Raises:

@@ -42,8 +42,8 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
         is_indexed = False
         session = _stamp(directory.session)
         try:
-            _validate_staged(prepared)
-            executor.validate_submission(prepared.plan)
+            _check_staged(prepared)
+            executor.check_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
             return execute_run(prepared, executor).exit_code
         except LauncherError:
@@ -87,8 +87,8 @@ def execute_run(
     return outcome
 
 
-def _validate_staged(prepared: PreparedRun) -> None:
-    """Check what counts once this process holds the run directory.
+def _check_staged(prepared: PreparedRun) -> None:
+    """Raise if the run directory, now locked by this process, is not fit for the run.
 
     Raises:
         ConfigErrors: it holds another run, or this machine lacks disk or lockable memory.

@@ -220,7 +220,7 @@ def _weights_in(folder: Path, run: Run) -> Path:
         return quantized  # what job=quantize left
     damaged: list[str] = []
     for saved in _selected(folder, reference, word, option=WEIGHTS):
-        _refuse_sharded(saved, word)
+        _check_whole(saved, word)
         names = [name for name in saved.manifest.files if name.startswith(f"{PAYLOAD}/")]
         bad = damaged_files(saved.folder, saved.manifest, names)
         if not bad:
@@ -235,7 +235,7 @@ def _weights_in(folder: Path, run: Run) -> Path:
     raise ConfigError(WEIGHTS, word, why=f"no checkpoint is intact: {'; '.join(damaged)}", fix=fix)
 
 
-def _refuse_sharded(saved: SavedCheckpoint, word: str) -> None:
+def _check_whole(saved: SavedCheckpoint, word: str) -> None:
     manifest = saved.manifest
     if f"{PAYLOAD}/{SINGLE_FILE}" in manifest.files:
         return

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launcher.protocol.wire import require_fields
+from launcher.protocol.wire import check_message_fields
 
 _STATE_BYTES, _RECORD_BYTES = 4096, 8192
 HEARTBEAT_BYTES = _STATE_BYTES + _RECORD_BYTES
@@ -103,7 +103,7 @@ def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
         return None
     try:
         state = json.loads(payload)
-        require_fields(state, HEARTBEAT_FIELDS)
+        check_message_fields(state, HEARTBEAT_FIELDS)
         return HeartbeatState(**state)
     except (ValueError, TypeError, RecursionError):  # the user's code has overwritten the memory
         return None

@@ -61,7 +61,7 @@ def decode_message(
         raise MalformedMessage(f"a message {kind} with other fields than {', '.join(fields) or 'none'}") from error
 
 
-def require_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def check_message_fields(tree: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Check that ``tree`` has every field of ``wanted``, each of its type.
 
     Raises:

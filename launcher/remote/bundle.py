@@ -40,7 +40,7 @@ def make_bundle(root: Path) -> Bundle:
     paths = sorted(set(_listed(root)))
     if not paths:
         raise EnvironmentProblem(f"git lists no file in {root}: install the same version on every host instead")
-    _refuse_big(root, paths)
+    _check_size(root, paths)
     packed = io.BytesIO()
     try:
         with (
@@ -82,7 +82,7 @@ def _git_ls_files(folder: Path) -> Iterable[bytes]:
     return filter(None, ended.stdout.split(b"\0"))
 
 
-def _refuse_big(root: Path, paths: Iterable[Path]) -> None:
+def _check_size(root: Path, paths: Iterable[Path]) -> None:
     sizes = sorted(((path.lstat().st_size, path) for path in paths), reverse=True)
     total = sum(size for size, _ in sizes)
     if total > LIMIT_BYTES:

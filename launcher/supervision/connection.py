@@ -241,8 +241,8 @@ class SessionConnection:
             self._reject("a second assignment")
         return [message for message in messages if not isinstance(message, Ping | SessionSuspended | Assignment)]
 
-    def check_timeout(self) -> None:
-        """Count a session that has been silent for too long as lost."""
+    def mark_lost_if_silent(self) -> None:
+        """Mark the session as lost if it has been silent for too long."""
         if time.monotonic() - self._last_message_at > self._timeout_s:
             self.mark_lost()
 
@@ -265,7 +265,7 @@ class SessionConnection:
             readable, _, _ = select.select([self.read_fd], [self._write_fd], [], 1.0)
             if readable:
                 self.receive()
-            self.check_timeout()
+            self.mark_lost_if_silent()
             self.flush()
 
     def _read(self) -> list[AgentMessage]:

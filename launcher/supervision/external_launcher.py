@@ -27,7 +27,7 @@ from launcher.protocol.heartbeat import HEARTBEAT_FIELDS
 from launcher.protocol.messages import CommandExited, LauncherStarted, RankHeartbeat, UserNote
 from launcher.protocol.plan import Command, HostPlan, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import MalformedMessage, require_fields
+from launcher.protocol.wire import MalformedMessage, check_message_fields
 from launcher.supervision.agent_entry import serve_assignment
 from launcher.supervision.child_process import ChildProcess
 from launcher.supervision.file_channel import (
@@ -135,7 +135,7 @@ class FileChannelRanks(HostRanks):
         if rank.has_exited or content is None or content["token"] != self._token or "monitor_pid" not in content:
             return
         try:
-            _require_valid(content)
+            _check_content(content)
         except MalformedMessage as problem:  # its lease is not renewed, so a monitor that keeps doing so times out
             if number not in self._malformed:
                 self._malformed.add(number)
@@ -176,17 +176,17 @@ class FileChannelRanks(HostRanks):
         self._emit(CommandExited(name=host, role=role, time=at, code=1, signal=None, tail="", reason=reason))
 
 
-def _require_valid(content: Mapping[str, Any]) -> None:
+def _check_content(content: Mapping[str, Any]) -> None:
     """Raise ``MalformedMessage`` for a monitor's file with fields of the wrong form."""
-    require_fields(content, {"monitor_pid": int, "pid": int})
+    check_message_fields(content, {"monitor_pid": int, "pid": int})
     if content["heartbeat"] is not None:
-        require_fields(content["heartbeat"], HEARTBEAT_FIELDS)
+        check_message_fields(content["heartbeat"], HEARTBEAT_FIELDS)
         if content["heartbeat"].keys() != HEARTBEAT_FIELDS.keys():
             raise MalformedMessage("a heartbeat with unknown fields")
     if "launcher_exited_at" in content:
-        require_fields(content, {"launcher_exited_at": float})
+        check_message_fields(content, {"launcher_exited_at": float})
     if "status" in content:
-        require_fields(content, {"status": int, "time": float, "by_launcher": bool})
+        check_message_fields(content, {"status": int, "time": float, "by_launcher": bool})
         exit_code_of_status(content["status"])
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from launcher.protocol.heartbeat import HEARTBEAT_BYTES, read_heartbeat
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import require_fields
+from launcher.protocol.wire import check_message_fields
 
 WRITE_EVERY_S = 1.0
 """Time between two writes of a side."""
@@ -61,7 +61,7 @@ def read_channel_file(path: Path, fields: Mapping[str, Any]) -> dict[str, Any] |
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             return None
-        require_fields(content, fields)
+        check_message_fields(content, fields)
     except (OSError, ValueError, RecursionError):
         return None
     return content

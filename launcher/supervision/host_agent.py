@@ -206,7 +206,7 @@ class HostAgent:
         self._pause_s = 0.0 if has_lines else _BUSY_S if has_files or self._session.is_full else _TICK_S
         self._sidecars.report_failed()
         self._session.flush()
-        self._session.check_timeout()
+        self._session.mark_lost_if_silent()
         if os.getppid() != self._parent:
             self._session.mark_lost()
         launcher_signal = self._ranks.pop_launcher_signal()

@@ -35,7 +35,7 @@ from launcher.protocol.messages import (
 from launcher.protocol.plan import HostPlan
 from launcher.protocol.rank_env import EXCEPTION_RECORD_FIELDS, exception_record_file, exception_text_file
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import MalformedMessage, require_fields
+from launcher.protocol.wire import MalformedMessage, check_message_fields
 from launcher.supervision.socket_channel import receive_from_monitor
 from launcher.supervision.stack_dump import StackDump
 from launcher.utils.files import read_json
@@ -245,7 +245,7 @@ class HostRanks:
             record = read_json(rank.record) if from_slot is None else json.loads(from_slot)
             if not isinstance(record, dict):
                 raise MalformedMessage("a record that is not an object")
-            require_fields(record, EXCEPTION_RECORD_FIELDS)
+            check_message_fields(record, EXCEPTION_RECORD_FIELDS)
         except (OSError, ValueError, RecursionError) as problem:
             rank.has_raised = True  # do not read it again
             self._emit(UserNote(text=f"the record of rank {rank.number}'s exception cannot be read: {problem}"))

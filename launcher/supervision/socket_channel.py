@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.protocol.session_file import ProcessLocation, locate_this_process, process_location_from_tree
-from launcher.protocol.wire import MalformedMessage, require_fields
+from launcher.protocol.wire import MalformedMessage, check_message_fields
 from launcher.utils.files import read_object, write_json
 from launcher.utils.schema import to_tree
 
@@ -109,7 +109,7 @@ def receive_from_monitor(peer: socket.socket) -> dict[str, Any] | None:
     fields = MONITOR_FIELDS.get(kind) if isinstance(kind, str) else None
     if fields is None:
         raise MalformedMessage("a message of no known kind")
-    require_fields(message, fields)
+    check_message_fields(message, fields)
     return dict(message)
 
 

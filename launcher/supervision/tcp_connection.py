@@ -27,7 +27,7 @@ _REPORT_EVERY_S = 30.0
 _BACKLOG = 1024
 _MAX_PENDING = 256
 """Peers that may be in their handshake at a time."""
-_MAX_REPORTED_REFUSALS = 20
+_MAX_REPORTED_REJECTIONS = 20
 _SHORTAGE_S = 0.05
 """Pause when the process has no free descriptor for another peer."""
 
@@ -62,7 +62,7 @@ class AgentListener:
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._pending: list[_PendingPeer] = []
         self._connected: dict[int, TcpConnection] = {}
-        self._num_refused = 0
+        self._num_rejected = 0
 
     def gather(self, *, timeout_s: float, say: Say) -> dict[str, TcpConnection]:
         """Wait until the agents of all hosts have connected; return their connections by host.
@@ -80,7 +80,7 @@ class AgentListener:
                 raise EnvironmentProblem(f"{_shorten_names(absent)} did not connect within {timeout_s:.0f} s")
             if now - reported > _REPORT_EVERY_S:
                 reported = now
-                refused = f" ({self._num_refused} connections were refused)" if self._num_refused else ""
+                refused = f" ({self._num_rejected} connections were refused)" if self._num_rejected else ""
                 say(f"waiting for {_shorten_names(absent)}{refused}")
             self._poll(say)
         self._stop_listening()
@@ -108,7 +108,7 @@ class AgentListener:
                 self._serve(key.data, say)
         now = time.monotonic()
         for pending in [pending for pending in self._pending if now > pending.deadline]:
-            self._refuse(pending, f"it did not finish the handshake within {self._handshake_s:g} s", say)
+            self._reject(pending, f"it did not finish the handshake within {self._handshake_s:g} s", say)
 
     def _accept(self, say: Say) -> None:
         for _ in range(_MAX_PENDING):
@@ -135,7 +135,7 @@ class AgentListener:
         if counts:
             address, _ = counts.most_common(1)[0]
             oldest = next(pending for pending in self._pending if pending.address == address)
-            self._refuse(oldest, f"{counts[address]} connections from there were open", say)
+            self._reject(oldest, f"{counts[address]} connections from there were open", say)
 
     def _serve(self, pending: _PendingPeer, say: Say) -> None:
         try:
@@ -147,7 +147,7 @@ class AgentListener:
         except BlockingIOError:
             return
         except Exception as problem:  # noqa: BLE001  (any error of a peer closes that peer only)
-            self._refuse(pending, str(problem) or repr(problem), say)
+            self._reject(pending, str(problem) or repr(problem), say)
             return
         if index is None or connection is None:
             return
@@ -157,13 +157,13 @@ class AgentListener:
             previous.close()
         self._connected[index] = connection
 
-    def _refuse(self, pending: _PendingPeer, reason: str, say: Say) -> None:
+    def _reject(self, pending: _PendingPeer, reason: str, say: Say) -> None:
         self._remove(pending)
         pending.peer.close()
-        self._num_refused += 1
-        if self._num_refused <= _MAX_REPORTED_REFUSALS:
+        self._num_rejected += 1
+        if self._num_rejected <= _MAX_REPORTED_REJECTIONS:
             say(f"refused a connection from {pending.address}: {reason}")
-        if self._num_refused == _MAX_REPORTED_REFUSALS:
+        if self._num_rejected == _MAX_REPORTED_REJECTIONS:
             say("further refusals are counted, not printed")
 
     def _remove(self, pending: _PendingPeer) -> None:

@@ -53,7 +53,7 @@ def restore_checkpoint(
     if saved is None:
         return 0
     if tokenizer is not None:
-        _validate_tokenizer(saved, tokenizer)
+        _check_tokenizer(saved, tokenizer)
     engine.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
@@ -86,8 +86,8 @@ def resolve_tokenizer(context: Context, data: DataT) -> DataT:
     raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
 
 
-def _validate_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
-    """Refuse other token numbers than those the weights know.
+def _check_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
+    """Raise if the tokenizer is not the one that the weights were trained with.
 
     Transformers may add tokens to those of ``tokenizer.json`` as it loads a folder, so both ways of reading count.
     """

@@ -75,7 +75,7 @@ def slurm(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[Path], str]], 
     def install(sbatch: Callable[[Path], str]) -> None:
         queues = [SlurmPartition(name="main", is_default=True, limit="infinite", num_nodes=4)]
         monkeypatch.setattr(submit, "partitions", lambda: queues)
-        monkeypatch.setattr(submit, "_refuse_queued", lambda _run_dir: None)
+        monkeypatch.setattr(submit, "_check_not_queued", lambda _run_dir: None)
         monkeypatch.setattr(submit, "_sbatch", lambda _backend, file: sbatch(file))
 
     return install

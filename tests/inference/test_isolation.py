@@ -101,7 +101,7 @@ def test_any_value_is_refused_or_served(kind: str, changes: dict[str, object], t
 def test_what_no_check_has_kept_out_ends_alone(
     kind: str, changes: dict[str, object], temperature: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "validate_request", lambda *arguments, **sizes: None)
+    monkeypatch.setattr(engine_module, "check_request", lambda *arguments, **sizes: None)
     way = SamplingParams(**{"max_tokens": 5, "temperature": temperature, **changes})
     way = dataclasses.replace(way, num_beams=min(8, max(1, way.num_beams)))  # rows to schedule, not scores
     bad = EngineRequest(id="bad", prompt=(1, 2, 1, 2), sampling=way)

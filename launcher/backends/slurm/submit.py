@@ -63,14 +63,14 @@ class SlurmExecutor(Executor[SlurmBackend]):
         """Return the batch script."""
         return render_sbatch(self.backend, plan)
 
-    def validate_submission(self, plan: Plan) -> None:
+    def check_submission(self, plan: Plan) -> None:
         """Check that the run is not queued already, and that a partition can give what it asks for.
 
         Raises:
             ConfigErrors: Slurm would reject it, or leave it pending for ever.
             EnvironmentProblem: there is no Slurm here, or it does not answer.
         """
-        validate(self.backend, plan)
+        check_submission(self.backend, plan)
 
     def submit(self, plan: Plan) -> RunOutcome:
         """Queue the job; wait until it has ended where ``wait`` is set.
@@ -108,14 +108,14 @@ def submit_job(backend: SlurmBackend, plan: Plan) -> str:
     return job_id
 
 
-def validate(backend: SlurmBackend, plan: Plan) -> None:
+def check_submission(backend: SlurmBackend, plan: Plan) -> None:
     """Check that the run is not queued already, and that a partition can give what it asks for.
 
     Raises:
         ConfigErrors: Slurm would reject it, or leave it pending for ever.
         EnvironmentProblem: there is no Slurm here, or it does not answer.
     """
-    _refuse_queued(RunDir(Path(plan.run_dir)))
+    _check_not_queued(RunDir(Path(plan.run_dir)))
     if mistakes := list(validate_partitions(backend, partitions())):
         raise ConfigErrors(mistakes)
 
@@ -187,8 +187,8 @@ def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
     return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it can give")
 
 
-def _refuse_queued(run_dir: RunDir) -> None:
-    """Refuse to queue a run twice: both jobs would write into its directory."""
+def _check_not_queued(run_dir: RunDir) -> None:
+    """Raise if the run is queued already: both jobs would write into its directory."""
     before = read_session_file(run_dir)
     if before is None or before.backend != "slurm" or "id" not in before.job:
         return

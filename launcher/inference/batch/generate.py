@@ -61,7 +61,7 @@ class BatchWorker:
 
     _answers: dict[str, GenerationResult] = field(default_factory=dict)
     _tokens: int = 0
-    _refused: int = 0
+    _num_rejected: int = 0
     _scanned_at: float = 0.0
     _started: float = field(default_factory=time.monotonic)
 
@@ -111,16 +111,16 @@ class BatchWorker:
                 self.generator.add(request)
             except (BadLine, Refused) as bad:
                 why = f"{bad.field}: {bad}" if isinstance(bad, Refused) else str(bad)
-                self._refuse(record, why)
+                self._reject(record, why)
             else:
                 self._answers[request.id] = GenerationResult(record, wish, self.words)
         return taken < room
 
-    def _refuse(self, record: Record, why: str) -> None:
-        self._refused += 1
-        if self._refused <= _MAX_PRINTED_ERRORS:
+    def _reject(self, record: Record, why: str) -> None:
+        self._num_rejected += 1
+        if self._num_rejected <= _MAX_PRINTED_ERRORS:
             print(f"line {record.line}: {why}", flush=True)
-        elif self._refused == _MAX_PRINTED_ERRORS + 1:
+        elif self._num_rejected == _MAX_PRINTED_ERRORS + 1:
             print("more lines are bad: only the answers say which", flush=True)
         self.parts.append(record.number, error_line(record, why), is_error=True)
 
@@ -130,7 +130,7 @@ class BatchWorker:
             line = answer.line("stop" if finish == "stop" else "length")
             self.parts.append(answer.record.number, line, tokens=answer.num_tokens)
         elif finish == "error":
-            self._refuse(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
+            self._reject(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
         else:
             raise JobError(f"the engine ended line {answer.record.line} as {finish}, which was not requested")
 

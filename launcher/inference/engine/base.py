@@ -143,10 +143,10 @@ class InferenceEngine(ABC):
         return not stats.running and not stats.waiting
 
 
-def validate_request(
+def check_request(
     request: EngineRequest, *, known: Container[str], context: int, vocab_size: int, num_pages: int, max_num_seqs: int
 ) -> None:
-    """Refuse what can never be served.
+    """Raise for a request that can never be served.
 
     Args:
         request: as it came.

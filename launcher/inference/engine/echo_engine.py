@@ -14,7 +14,7 @@ from launcher.inference.engine.base import (
     EngineStats,
     GeneratedToken,
     InferenceEngine,
-    validate_request,
+    check_request,
 )
 
 _LOGPROB = -0.5
@@ -65,7 +65,7 @@ class EchoEngine(InferenceEngine):
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request."""
-        validate_request(
+        check_request(
             request,
             known=self._all,
             context=self._context,

@@ -74,7 +74,7 @@ def load_model_part(
     stages = run.parallel.dims(world_size).pipeline
     if stages == 1:
         return load_model(run, world_size=world_size, device=device, heartbeat=heartbeat), WHOLE_MODEL
-    _validate(run, world_size=world_size, device=device)
+    _check(run, world_size=world_size, device=device)
     model, stage = load_stage(
         run, number=rank, count=stages, after=lambda _, part: part.to(device), heartbeat=heartbeat
     )
@@ -94,7 +94,7 @@ def load_model(
     Raises:
         ConfigErrors: the engine computes nothing the way that the run says.
     """
-    _validate(run, world_size=world_size, device=device, engine=engine)
+    _check(run, world_size=world_size, device=device, engine=engine)
     plan: list[TensorPlan] = []
 
     def laid_out(model: PreTrainedModel) -> None:
@@ -119,7 +119,7 @@ def load_model(
     return model.eval().requires_grad_(False).to(device)
 
 
-def _validate(run: Run, *, world_size: int, device: torch.device, engine: str = "paged") -> None:
+def _check(run: Run, *, world_size: int, device: torch.device, engine: str = "paged") -> None:
     problems = list(validate_engine(run, world_size=world_size, engine=engine))
     if problems:
         raise ConfigErrors(problems)

@@ -19,7 +19,7 @@ from launcher.inference.engine.base import (
     FinishReason,
     GeneratedToken,
     InferenceEngine,
-    validate_request,
+    check_request,
 )
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.distributed import LeaderRunner, PipelinedRunner, follow_leader
@@ -96,7 +96,7 @@ class PagedEngine(InferenceEngine):
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or refuse it."""
-        validate_request(
+        check_request(
             request,
             known=self._tasks,
             context=self._context,

@@ -22,7 +22,7 @@ from launcher.inference.engine.base import (
     GeneratedToken,
     InferenceEngine,
     Refused,
-    validate_request,
+    check_request,
 )
 from launcher.inference.engine.block_manager import TRANSFORMERS_BLOCK_SIZE
 from launcher.inference.engine.kv_cache import KVShapes, num_kv_blocks
@@ -97,7 +97,7 @@ class TransformersEngine(InferenceEngine):
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or refuse it."""
-        validate_request(
+        check_request(
             request,
             known=self._tasks,
             context=self._context,

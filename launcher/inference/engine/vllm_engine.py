@@ -31,7 +31,7 @@ from launcher.inference.engine.base import (
     GeneratedToken,
     InferenceEngine,
     Refused,
-    validate_request,
+    check_request,
 )
 from launcher.utils.processes import Process, identify
 from launcher.utils.system import free_port
@@ -192,7 +192,7 @@ class VllmEngine(InferenceEngine):
 
     def add(self, request: EngineRequest) -> None:
         """Queue a request, or refuse it."""
-        validate_request(
+        check_request(
             request,
             known=self._tasks,
             context=self._context,

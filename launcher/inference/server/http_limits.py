@@ -37,7 +37,7 @@ _MODELS = b"/v1/models/"
 _TAKES_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
-def check_head(data: bytes) -> ApiError | None:
+def validate_head(data: bytes) -> ApiError | None:
     """Return what is wrong with the request that ``data`` begins with; ``None`` too while its head is incomplete."""
     end = _END_OF_HEAD.search(data, 0, MAX_HEAD_BYTES + 4)
     if end is None:
@@ -63,10 +63,10 @@ def check_head(data: bytes) -> ApiError | None:
         if name in _SINGLE and name in found:
             return _malformed(f"the header {name.decode()} is there twice")
         found[name] = value.strip()
-    return _check_framing(found, is_old=version == b"HTTP/1.0")
+    return _validate_framing(found, is_old=version == b"HTTP/1.0")
 
 
-def _check_framing(headers: Mapping[bytes, bytes], *, is_old: bool) -> ApiError | None:
+def _validate_framing(headers: Mapping[bytes, bytes], *, is_old: bool) -> ApiError | None:
     length, encoding = headers.get(b"content-length"), headers.get(b"transfer-encoding")
     if length is not None and encoding is not None:
         return _malformed("it has both Content-Length and Transfer-Encoding; send one of them")
@@ -291,7 +291,7 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             self._address = client_network(self.client[0]) if self.client else ""
             open_by[self._address] += 1
             if len(self.connections) > max_connections or open_by[self._address] > of_one_address:
-                self._refuse(ApiError(503, "too many connections", code="too_many_connections", retry_s=2))
+                self._reject(ApiError(503, "too many connections", code="too_many_connections", retry_s=2))
                 return
             self._expect()
 
@@ -320,9 +320,9 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             if self.transport.left is not None:
                 return
             if self.conn.their_state is h11.IDLE:
-                problem = check_head(self.conn.trailing_data[0])
+                problem = validate_head(self.conn.trailing_data[0])
                 if problem is not None:
-                    self._refuse(problem)
+                    self._reject(problem)
                     return
             super().handle_events()
 
@@ -330,7 +330,7 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             """Say that this is no HTTP, unless an answer has begun already; called while h11's error is handled."""
             why = sys.exception()
             said = str(why) if isinstance(why, ChunksTooSmall) else f"this is no valid HTTP request: {msg}"
-            self._refuse(ApiError(400, said, code="invalid_http"))
+            self._reject(ApiError(400, said, code="invalid_http"))
 
         def on_response_complete(self) -> None:
             """Go on, unless the answer came before the body: nothing waits for that any more."""
@@ -365,9 +365,9 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
         def _give_up(self) -> None:
             self._deadline = None
             if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
-                self._refuse(ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout"))
+                self._reject(ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout"))
 
-        def _refuse(self, problem: ApiError) -> None:
+        def _reject(self, problem: ApiError) -> None:
             """Answer outside of any request, and close; a request that has begun counts as gone."""
             has_begun = False
             if self.cycle is not None and not self.cycle.response_complete:

@@ -168,7 +168,7 @@ class ReplicaClient:
                     flight.hear(update)
             case "refused":
                 if flight := self.flights.pop(message["request"], None):
-                    flight.refuse(message["field"], message["why"])
+                    flight.reject(message["field"], message["why"])
             case "ready":
                 self.context = message["context"]
                 self._progress_at = self.heard_at

@@ -106,7 +106,7 @@ class RequestState:
             return
         match update.finish:
             case "error" if update.field:
-                self.refuse(update.field, update.problem)
+                self.reject(update.field, update.problem)
             case "error":
                 self.fail(Failed(update.problem or "the engine failed"))
             case "timeout":
@@ -133,7 +133,7 @@ class RequestState:
             self._on_end(self)
             self._wake()
 
-    def refuse(self, field: str, why: str) -> None:
+    def reject(self, field: str, why: str) -> None:
         """End it because no engine can ever do it."""
         self.fail(Refused(field, why))
 

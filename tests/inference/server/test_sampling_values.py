@@ -17,7 +17,7 @@ from launcher.config.prompt_file import BadLine
 from launcher.config.sampling import RANGES, SamplingParams
 from launcher.errors import ConfigErrors
 from launcher.inference.batch.requests import parse_request
-from launcher.inference.engine.base import EngineRequest, Refused, validate_request
+from launcher.inference.engine.base import EngineRequest, Refused, check_request
 from launcher.inference.engine.paged_engine import PagedEngine
 from launcher.inference.tokenizer import byte_tokenizer
 from tests.inference.server.in_process import MODEL, InProcess, in_process
@@ -105,7 +105,7 @@ def test_one_table_says_what_server_files_and_engines_take(server: InProcess, na
 def refused(request: EngineRequest) -> bool:
     sizes = {"context": 40, "vocab_size": 257, "num_pages": 1 << 40, "max_num_seqs": 64}
     try:
-        validate_request(request, known=(), **sizes)
+        check_request(request, known=(), **sizes)
     except Refused:
         return True
     return False

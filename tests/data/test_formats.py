@@ -41,6 +41,10 @@ def json_lines(rows: list[str] = ROWS, column: str = "text") -> bytes:
     return "".join(json.dumps({"id": i, column: row}) + "\n" for i, row in enumerate(rows)).encode()
 
 
+def json_list(rows: list[str]) -> bytes:
+    return json.dumps([{"text": row} for row in rows]).encode()
+
+
 def table(delimiter: str = ",", column: str = "text") -> bytes:
     file = io.StringIO(newline="")
     csv.writer(file, delimiter=delimiter).writerows([["id", column], *([i, row] for i, row in enumerate(ROWS))])
@@ -256,6 +260,45 @@ def test_what_must_be_converted_is_refused_with_the_command_that_does(
     made = follow(message, tmp_path)
     assert made.read_bytes() == (inside.encode() if isinstance(inside, str) else inside)
     inspect_file(made, plain="data.format=text")
+
+
+FAR = [f"Row {i} is of plain words and nothing else." for i in range(26_000)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why", "last"),
+    [
+        ("x.jsonl", json_lines([*FAR, "caf@"]).replace(b"@", b"\xe9"), "line 26,001 of", "café"),
+        ("x.jsonl.gz", gzip.compress(json_lines([*FAR, "caf@"]).replace(b"@", b"\xe9")), "line 26,001 of", "café"),
+        ("x.jsonl", '{"text": "é"}\n'.encode() + json_lines([*FAR, "a@b"]).replace(b"@", b"\xe9"), "26,002 of", "ab"),
+        ("x.jsonl", json_lines([*FAR, "a@b"]).replace(b"@", b"\0"), "has a NUL byte at position", "ab"),
+        ("x.csv", "\r\n".join(["text", *FAR, "caf@"]).encode().replace(b"@", b"\xe9"), "line 26,002 of", "café"),
+        ("x.csv", "\r\n".join(["text", *FAR, "a@b"]).encode().replace(b"@", b"\0"), "has a NUL byte at position", "ab"),
+        (
+            "x.json",
+            f"[{','.join(json_lines([*FAR, 'caf@']).decode().splitlines())}]".encode().replace(b"@", b"\xe9"),
+            "is not UTF-8: byte 0xe9 at",
+            "café",
+        ),
+    ],
+)
+def test_what_must_be_converted_is_refused_with_the_command_that_does_far_into_rows_too(
+    tmp_path: Path, name: str, content: bytes, why: str, last: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    data = HfData(path=name.split(".")[1].replace("jsonl", "json"), files=(str(tmp_path / name),))
+    assert problems(data) == []
+    with pytest.raises(ConfigError) as refused:
+        texts(data)
+    message = str(refused.value)
+    assert why in message
+    at = int(re.findall(r"at position (\d+)", message)[-1])
+    raw = gzip.decompress(content) if name.endswith(".gz") else content
+    assert raw[at] in b"\xe9\0"
+    advice = message.partition("leave such rows out, or ")[2] or message.partition("; ")[2]
+    made = follow(f"; {advice}", tmp_path)
+    mended = replace(data, files=(str(made),))
+    assert (problems(mended), texts(mended)[-1]) == ([], last)
 
 
 @pytest.mark.parametrize(
@@ -545,6 +588,28 @@ def test_damage_of_columns_is_named(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         with pytest.raises(BadFile, match="damaged or cut off"):
             rows_module.first_rows(tmp_path / name, inspect_file(tmp_path / name, plain=""), longest_line=99)
+        for data in (
+            Text(path=str(tmp_path / name)),
+            HfData(path=name.partition(".")[2], files=(str(tmp_path / name),)),
+        ):
+            (message,) = problems(data)
+            assert "data.format=text" not in message
+            assert message.endswith(str(tmp_path / name)), message
+            code = re.findall(r"until this ends without an error: python -c '(.*)' /", message)[0]
+            with pytest.raises((pa.ArrowException, OSError)):
+                run_code(code, str(tmp_path / name))
+            (tmp_path / name).write_bytes(parquet() if name == "x.parquet" else arrow(is_stream=False))
+            run_code(code, str(tmp_path / name))
+            (tmp_path / name).write_bytes(content)
+
+
+def run_code(code: str, *arguments: str) -> None:
+    """Run what ``python -c`` would, in this process."""
+    before, sys.argv = sys.argv, ["-c", *arguments]
+    try:
+        exec(code, {})
+    finally:
+        sys.argv = before
 
 
 def test_slices_of_local_files(tmp_path: Path) -> None:

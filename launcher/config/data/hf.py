@@ -194,7 +194,8 @@ class HfData(Corpus):
 
     def _row_error(self, record: Record, problem: str, where: str) -> ConfigError:
         if record.problem:
-            return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=f"mend it, or {_SKIP}")
+            fix = f"{_SKIP}, or {record.fix}" if record.fix else f"mend it, or {_SKIP}"
+            return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=fix)
         return self.error("column", f"{where} {problem}", _SKIP)
 
     def inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:

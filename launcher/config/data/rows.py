@@ -16,8 +16,11 @@ from launcher.config.data.formats import (
     LOOKED_AT_BYTES,
     TEXT_COLUMNS,
     BadFile,
+    Compression,
     FileFormat,
     has_lone_returns,
+    has_nul,
+    not_utf8,
     open_bytes,
 )
 from launcher.utils.text import shell_word
@@ -25,6 +28,16 @@ from launcher.utils.text import shell_word
 _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _ROWS_AT_ONCE = 1024
+_AROUND_BYTES = 1 << 16
+"""Of the content beside a bad byte, by which it is decided how the file is mended."""
+_READ_WHOLE = {
+    "parquet": "import pyarrow.parquet, sys; pyarrow.parquet.read_table(sys.argv[1])",
+    "arrow": (
+        'import pyarrow as pa, sys; f = pa.memory_map(sys.argv[1]); is_file = f.read(6) == b"ARROW1"; f.seek(0); '
+        "(pa.ipc.open_file if is_file else pa.ipc.open_stream)(f).read_all()"
+    ),
+}
+"""Programs that end with an error if a file is damaged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,8 @@ class Record:
     """Its line in the file, from 1; where it begins, if it takes several. Without lines, its place from 1."""
     fields: dict[str, Any]
     problem: str = ""
+    fix: str = ""
+    """The command that mends the whole file, where there is one."""
 
 
 def _every(number: int) -> bool:
@@ -76,13 +91,13 @@ def read_rows(
         raise has_lone_returns(file, found.compression)
     with open_bytes(file, found.compression) as stream:
         if found.kind == "csv":
-            yield from _table_rows(stream, found.delimiter, wanted, longest_line)
+            yield from _table_rows(_Decoded(stream, longest_line, file, found), found.delimiter, wanted)
         elif found.kind == "jsonl":
-            yield from _lines(stream, wanted, longest_line, lambda text: _object(loads(text)))
+            yield from _lines(_Decoded(stream, longest_line, file, found), wanted, lambda text: _object(loads(text)))
         elif found.kind == "json":
-            yield from _list_items(file, stream, wanted, text_field, loads)
+            yield from _list_items(file, stream, found.compression, wanted, text_field, loads)
         elif found.kind == "text":
-            yield from _lines(stream, wanted, longest_line, lambda text: {text_field: text})
+            yield from _lines(_Decoded(stream, longest_line, file, found), wanted, lambda text: {text_field: text})
         else:
             raise BadFile(f"holds {KIND_NAMES[found.kind]}, which has no rows", "give JSON lines, CSV or Parquet")
 
@@ -146,7 +161,7 @@ def _first_of_schema(file: Path, found: FileFormat) -> FirstRows:
     import pyarrow as pa
     import pyarrow.parquet
 
-    with _damage_is_bad_file(found), pa.memory_map(str(file)) as source:
+    with _damage_is_bad_file(file, found), pa.memory_map(str(file)) as source:
         if found.kind == "parquet":
             parquet = pyarrow.parquet.ParquetFile(source)
             schema, is_empty = parquet.schema_arrow, not parquet.metadata.num_rows
@@ -173,12 +188,13 @@ def table_header(file: Path, found: FileFormat, *, longest_line: int) -> list[st
     if found.lone_returns:
         raise has_lone_returns(file, found.compression)
     with open_bytes(file, found.compression) as stream:
-        return _header(csv.reader(_Decoded(stream, longest_line), delimiter=found.delimiter, strict=True))
+        decoded = _Decoded(stream, longest_line, file, found)
+        return _header(csv.reader(decoded, delimiter=found.delimiter, strict=True))
 
 
 class _damage_is_bad_file:  # noqa: N801 (a context manager reads as a phrase)
-    def __init__(self, found: FileFormat) -> None:
-        self._name = KIND_NAMES[found.kind]
+    def __init__(self, file: Path, found: FileFormat) -> None:
+        self._file, self._kind = file, found.kind
 
     def __enter__(self) -> None:
         return None
@@ -188,7 +204,9 @@ class _damage_is_bad_file:  # noqa: N801 (a context manager reads as a phrase)
 
         if isinstance(error, pa.ArrowException | OSError):
             first = str(error).strip().split("\n")[0]
-            raise BadFile(f"is damaged or cut off ({self._name}: {first})", "copy it again") from error
+            command = f"python -c {shell_word(_READ_WHOLE[self._kind])} {shell_word(str(self._file))}"
+            fix = f"copy it again, until this ends without an error: {command}"
+            raise BadFile(f"is damaged or cut off ({KIND_NAMES[self._kind]}: {first})", fix) from error
 
 
 def _object(found: object) -> dict[str, Any]:
@@ -233,43 +251,94 @@ def _raw_lines(stream: BinaryIO, longest: int) -> Iterator[tuple[int, int, bytes
             yield number, start, line
 
 
+class _Decoded:
+    """Lines as text. Bytes that are no text stay visible in a table, so that only their row is refused."""
+
+    def __init__(self, stream: BinaryIO, longest: int, file: Path, found: FileFormat) -> None:
+        self._lines, self._file, self._compression = _raw_lines(stream, longest), file, found.compression
+        self._is_ascii = True
+        self.longest = longest
+        """Bytes of a line; a longer one is a bad row."""
+        self.problem = self.fix = ""
+        """What is wrong with the last line that had something wrong, and the command that mends the file."""
+
+    def __iter__(self) -> Iterator[str]:
+        for _, position, raw in self._lines:
+            yield self._as_long_line() if raw is None else self._decoded(raw, position)
+
+    def texts(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, str | None]]:
+        """Yield each line that is not blank and is wanted: its number among these, in the file, and its text.
+
+        The text of one with a problem is ``None``.
+        """
+        number = -1
+        for line, position, raw in self._lines:
+            if raw is not None and not raw.strip():
+                continue
+            number += 1
+            if not wanted(number):
+                continue
+            self.problem = self.fix = ""
+            text = self._as_long_line() if raw is None else self._decoded(raw, position).rstrip("\r\n")
+            yield number, line, None if self.problem else text
+
+    def _as_long_line(self) -> str:
+        self.problem, self.fix = f"is longer than {self.longest:,} bytes", ""
+        return "\udcff\n"
+
+    def _decoded(self, raw: bytes, position: int) -> str:
+        packed = self._compression
+        try:
+            text = raw.decode()
+        except UnicodeDecodeError as error:
+            at, is_utf8 = position + error.start, not self._is_ascii
+            bad = not_utf8(
+                self._file, position=at, byte=raw[error.start], compression=packed, content=raw, is_utf8=is_utf8
+            )
+            self.problem, self.fix = bad.why, bad.fix
+            return raw.decode(errors="surrogateescape")
+        self._is_ascii = self._is_ascii and text.isascii()
+        if "\0" in text:
+            at = position + raw.index(0)
+            self.problem = f"has a NUL byte at position {at}"
+            self.fix = has_nul(self._file, position=at, compression=packed).fix
+        return text
+
+
 def _lines(
-    stream: BinaryIO, wanted: Callable[[int], bool], longest: int, fields_of: Callable[[str], dict[str, Any]]
+    decoded: _Decoded, wanted: Callable[[int], bool], fields_of: Callable[[str], dict[str, Any]]
 ) -> Iterator[Record]:
-    number = -1
-    for line, position, raw in _raw_lines(stream, longest):
-        if raw is not None and not raw.strip():
-            continue
-        number += 1
-        if not wanted(number):
-            continue
-        if raw is None:
-            yield Record(number, line, {}, f"is longer than {longest:,} bytes")
+    for number, line, text in decoded.texts(wanted):
+        if text is None:
+            yield Record(number, line, {}, decoded.problem, decoded.fix)
             continue
         try:
-            text = raw.rstrip(b"\r\n").decode()
-            if "\0" in text:
-                yield Record(number, line, {}, f"has a NUL byte at position {position + raw.index(0)}")
-            else:
-                yield Record(number, line, fields_of(text))
-        except UnicodeDecodeError as error:
-            yield Record(number, line, {}, _not_utf8(raw, position, error))
+            yield Record(number, line, fields_of(text))
         except (ValueError, RecursionError) as error:
             yield Record(number, line, {}, f"is no JSON object: {error}")
 
 
-def _not_utf8(raw: bytes, position: int, error: UnicodeDecodeError) -> str:
-    return f"is not UTF-8: byte 0x{raw[error.start]:02x} at position {position + error.start}"
-
-
 def _list_items(
-    file: Path, stream: BinaryIO, wanted: Callable[[int], bool], text_field: str, loads: Callable[[str], Any]
+    file: Path,
+    stream: BinaryIO,
+    compression: Compression,
+    wanted: Callable[[int], bool],
+    text_field: str,
+    loads: Callable[[str], Any],
 ) -> Iterator[Record]:
-    content = stream.read().removeprefix(_BOM)
+    raw = stream.read()
+    content = raw.removeprefix(_BOM)
     try:
         found = loads(content.decode())
     except UnicodeDecodeError as error:
-        raise BadFile(_not_utf8(content, 0, error), "convert it to UTF-8") from error
+        raise not_utf8(
+            file,
+            position=len(raw) - len(content) + error.start,
+            byte=content[error.start],
+            compression=compression,
+            content=content[max(0, error.start - _AROUND_BYTES) : error.start + _AROUND_BYTES],
+            is_utf8=not content[: error.start].isascii(),
+        ) from error
     except (ValueError, RecursionError) as error:
         if str(error).startswith("Extra data") and content.lstrip().startswith(b"["):
             raise BadFile("holds several JSON lists, and a row is an object", "write one object a line") from error
@@ -309,30 +378,8 @@ def _as_lines(file: Path) -> str:
     return shell_word(str(file.with_name(f"{file.name.split('.')[0]}.rows.jsonl")))
 
 
-class _Decoded:
-    """Lines of a table as text; bytes that are not UTF-8 stay visible, so that only their row is refused."""
-
-    def __init__(self, stream: BinaryIO, longest: int) -> None:
-        self._lines, self._longest = _raw_lines(stream, longest), longest
-        self.problem = ""
-        """What is wrong with the last line that had something wrong."""
-
-    def __iter__(self) -> Iterator[str]:
-        for _, position, raw in self._lines:
-            if raw is None:
-                self.problem = f"is longer than {self._longest:,} bytes"
-                yield "\udcff\n"
-                continue
-            try:
-                yield raw.decode()
-            except UnicodeDecodeError as error:
-                self.problem = _not_utf8(raw, position, error)
-                yield raw.decode(errors="surrogateescape")
-
-
-def _table_rows(stream: BinaryIO, delimiter: str, wanted: Callable[[int], bool], longest: int) -> Iterator[Record]:
-    decoded = _Decoded(stream, longest)
-    csv.field_size_limit(longest)
+def _table_rows(decoded: _Decoded, delimiter: str, wanted: Callable[[int], bool]) -> Iterator[Record]:
+    csv.field_size_limit(decoded.longest)
     rows = csv.reader(decoded, delimiter=delimiter, strict=True)
     header = _header(rows)
     number = -1
@@ -350,7 +397,7 @@ def _table_rows(stream: BinaryIO, delimiter: str, wanted: Callable[[int], bool],
         if row:
             number += 1
             if wanted(number):
-                yield _table_record(number, line, header, row, decoded.problem)
+                yield _table_record(number, line, header, row, decoded)
 
 
 def _header(rows: Any) -> list[str]:
@@ -365,13 +412,13 @@ def _header(rows: Any) -> list[str]:
     return header
 
 
-def _table_record(number: int, line: int, header: list[str], row: list[str], problem: str) -> Record:
+def _table_record(number: int, line: int, header: list[str], row: list[str], decoded: _Decoded) -> Record:
     if any("\udc80" <= character <= "\udcff" for cell in row for character in cell if not cell.isascii()):
-        return Record(number, line, {}, problem)
+        return Record(number, line, {}, decoded.problem, decoded.fix)
     if len(row) != len(header):
         return Record(number, line, {}, f"has {len(row)} cells, and the header names {len(header)} columns")
     if any("\0" in cell for cell in row):
-        return Record(number, line, {}, "has a NUL byte")
+        return Record(number, line, {}, decoded.problem, decoded.fix)
     return Record(number, line, dict(zip(header, row, strict=True)))
 
 
@@ -382,7 +429,7 @@ def _columnar_rows(
     import pyarrow.parquet
 
     number = 0
-    with _damage_is_bad_file(found), pa.memory_map(str(file)) as source:
+    with _damage_is_bad_file(file, found), pa.memory_map(str(file)) as source:
         if found.kind == "parquet":
             columns = None if column is None else [column]
             batches = pyarrow.parquet.ParquetFile(source).iter_batches(batch_size=_ROWS_AT_ONCE, columns=columns)

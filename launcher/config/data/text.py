@@ -92,7 +92,8 @@ class Text(Corpus):
             if self.vocab_size != defaults(HfData)["vocab_size"]:
                 fix += f" data.vocab_size={self.vocab_size}"
         except BadFile as bad:
-            return ConfigError("data.path", first, why=bad.why, fix=f"{bad.fix}{_AS_IT_STANDS}")
+            fix = bad.fix + ("" if kind in COLUMNAR else _AS_IT_STANDS)
+            return ConfigError("data.path", first, why=bad.why, fix=fix)
         return ConfigError("data.path", first, why=why, fix=fix + ("" if kind in COLUMNAR else _AS_IT_STANDS))
 
     def _inspect(self, file: Path, *, look_bytes: int = LOOKED_AT_BYTES) -> FileFormat:

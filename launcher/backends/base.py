@@ -1,4 +1,4 @@
-"""Executor of the backends that start an agent on every host and supervise the ranks through it."""
+"""Executor of backends that start an agent on every host, which supervises the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class AgentExecutor(Executor[B]):
     """Runs an agent on every host with ``remote_command`` and the session in this process."""
 
     agent_module: ClassVar[str] = "launcher.supervision.agent_supervisor"
-    """The agent, below a process that survives it and ends what it leaves behind."""
+    """The module that starts the agent below a process that survives it and kills its descendants."""
 
     def submit(self, plan: Plan) -> RunOutcome:
         """Start ``plan`` under an agent on every host."""
@@ -33,5 +33,5 @@ class AgentExecutor(Executor[B]):
 
     @property
     def job(self) -> dict[str, str]:
-        """What a scheduler calls this run, for ``session.json``; empty where there is none."""
+        """Scheduler's names of this run, for ``session.json``; empty without a scheduler."""
         return {}

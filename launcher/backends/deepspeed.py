@@ -1,9 +1,9 @@
 """Executor of ``backend=deepspeed``: the real ``deepspeed`` command with a hostfile.
 
-It is protected from its own defects. Its hostfile always exists, because without one it would run on this machine. Its
-only argument holds no character that a shell changes. It gets no variables to export, because it quotes them wrongly.
-Its exit code does not decide how the run ended. Ranks read the rest from the run directory, and are supervised
-through it.
+It works around defects of that command. The hostfile always exists, because without one deepspeed runs on this machine.
+Its only argument holds no character that a shell changes. It gets no variables to export, because it quotes them
+wrongly. Its exit code does not decide the outcome. Ranks read everything else from the run directory, and are
+supervised through it.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         return "\n".join(lines) + "\n"
 
     def submit(self, plan: Plan) -> RunOutcome:
-        """Run deepspeed below an agent of this machine, which supervises the ranks through the run directory."""
+        """Run deepspeed under an agent on this machine, and return the outcome of the run.
+
+        The agent supervises the ranks through the run directory.
+        """
         from launcher.supervision.connection import PipeConnection  # printing a plan imports no session
         from launcher.supervision.file_channel import mark_run_over
         from launcher.supervision.session import run_session
@@ -81,7 +84,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
             mark_run_over(run_dir)
 
     def _command(self, plan: Plan) -> Command:
-        """Return the deepspeed command line; one host is started in the same way as many."""
+        """Return the deepspeed command line; it is the same for one host as for many."""
         script = (
             ("--module", EXTERNAL_RANK_MODULE)
             if self.backend.runner != "slurm"
@@ -123,7 +126,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
 
 
 def render_hostfile(plan: Plan) -> str:
-    """Return the hostfile that deepspeed gets: the hosts of the plan and no others."""
+    """Return the hostfile for deepspeed: the hosts of the plan and no others."""
     return "".join(f"{host.host.ssh_destination} slots={host.host.slots}\n" for host in plan.hosts)
 
 
@@ -132,7 +135,10 @@ def _hostfile_path(plan: Plan) -> str:
 
 
 def _unsent_secrets(plan: Plan) -> str:
-    """Return a warning about secrets that ranks do not get; the W&B key is used here, where the tracker runs."""
+    """Return a warning about secrets that ranks do not get.
+
+    The W&B key is not among them: it is used here, where the tracker runs.
+    """
     secrets = [name for name in plan.forwarded_env if _is_secret(name) and not name.startswith("WANDB_")]
     if not secrets:
         return ""

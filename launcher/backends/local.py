@@ -14,7 +14,7 @@ class LocalExecutor(AgentExecutor[LocalBackend]):
     """Starts ranks on this machine."""
 
     agent_module: ClassVar[str] = "launcher.supervision.agent_entry"
-    """The agent itself: what it leaves behind if it is killed is adopted and ended by the session."""
+    """The agent itself: if it is killed, the session adopts and kills its descendants."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return a command that uses no network."""

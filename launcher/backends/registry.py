@@ -14,11 +14,11 @@ EXECUTORS: dict[str, str] = {
     "slurm": "launcher.backends.slurm.submit:SlurmExecutor",
     "ssh": "launcher.backends.ssh:SshExecutor",
 }
-"""By ``Backend.kind``: a new backend is its options, its executor, its YAML and a line here."""
+"""By ``Backend.kind``: a new backend needs its options, its executor, its YAML and a line here."""
 
 
 def executor_of(backend: Backend) -> AnyExecutor:
-    """Import the executor of ``backend`` and return one with its options."""
+    """Return the executor of ``backend``, which is imported now, with its options."""
     module, _, name = EXECUTORS[backend.kind].partition(":")
     executor: AnyExecutor = getattr(importlib.import_module(module), name)(backend)
     return executor

@@ -14,7 +14,7 @@ from launcher.utils.system import code_root
 from launcher.utils.text import shell_command
 
 _MAX_HOSTS_SHOWN = 3
-"""Hosts whose command a plan shows."""
+"""Number of hosts whose command a plan shows."""
 
 
 class SshExecutor(AgentExecutor[SshBackend]):
@@ -27,7 +27,7 @@ class SshExecutor(AgentExecutor[SshBackend]):
         return ssh_command(host, prologue=text, config=self.backend.ssh_config, options=self.backend.ssh_options)
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the ssh command of the first hosts; the others differ only in the destination."""
+        """Return the ssh commands of the first hosts; the others differ only in the destination."""
         shown = plan.hosts[:_MAX_HOSTS_SHOWN]
         lines = [shell_command(self.remote_command(host.host, self.agent_module).argv) for host in shown]
         if len(plan.hosts) > len(shown):

@@ -1,4 +1,4 @@
-"""What the life of a run needs of a backend; ``launcher.backends.registry`` has one executor for each kind."""
+"""The interface of every backend's executor; see ``launcher.backends.registry``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ B = TypeVar("B", bound=Backend)
 
 
 class Executor(ABC, Generic[B]):
-    """Shows and starts plans as the options of one backend say.
+    """Renders and submits plans, with the options of one backend.
 
     Args:
         backend: its options.
@@ -25,14 +25,16 @@ class Executor(ABC, Generic[B]):
 
     @abstractmethod
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
-        """Return the command that runs ``python -m module`` on ``host``, connected to this process by stdin and stdout.
+        """Return the command that runs ``python -m module`` on ``host``.
+
+        Its stdin and stdout are connected to this process.
 
         Raises:
             EnvironmentProblem: the host does not exist before the run starts.
         """
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
-        """Return the submission as text: what is started or applied beyond the commands of the plan itself.
+        """Return the submission as text, beyond the commands of the plan itself.
 
         Args:
             plan: what to run.
@@ -41,7 +43,7 @@ class Executor(ABC, Generic[B]):
         return ""
 
     def check_submission(self, plan: Plan) -> None:
-        """Check what only the cluster knows, before the run directory is written.
+        """Raise if the cluster would reject the run, before the run directory is written.
 
         Raises:
             ConfigErrors: the cluster would reject the run.
@@ -51,9 +53,9 @@ class Executor(ABC, Generic[B]):
 
     @abstractmethod
     def submit(self, plan: Plan) -> RunOutcome:
-        """Start ``plan``, wait until all of its processes have ended, and return how it ended.
+        """Start ``plan``, wait until all of its processes have exited, and return the outcome.
 
-        It does not write how the run ended: ``submit_with_restarts`` does, after the last attempt.
+        It writes no result files: ``submit_with_restarts`` does, after the last attempt.
         """
 
 

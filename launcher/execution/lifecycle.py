@@ -63,13 +63,13 @@ def execute_run(
     prints_summary: bool = True,
     on_end: Callable[[], None] = lambda: None,
 ) -> RunOutcome:
-    """Submit a run whose directory this process has locked, restart it, finalize it, and return how it ended.
+    """Submit, restart and finalize a run whose directory this process has locked.
 
     Args:
         prepared: the run, planned on its real hosts.
         executor: starts it.
-        port_tries: attempts on different ports, where the port of the rendezvous is taken.
-        prints_summary: whether to print what starts, and what a completed run has left.
+        port_tries: attempts on different ports, when the port of the rendezvous is in use.
+        prints_summary: whether to print what starts, and the files of a completed run.
         on_end: called once the run is finalized.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From a composition to a run that may start: identity, plan, snapshot."""
+"""From a composition to a run that can start: identity, plan, snapshot."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _PATHS_OF_HOSTS = ("backend.python",)
 _LONGEST_ID = "20260101-120000-abcd"
 
 DEFAULT_PORT = 29500
-"""Torch's own; shown by dry runs that cannot know what is free on another machine."""
+"""Torch's default; shown by dry runs, which cannot know the free ports of another machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedRun:
-    """A run that may start: nothing has been written yet."""
+    """A run that can start; nothing has been written yet."""
 
     run: Run
     plan: Plan
@@ -40,17 +40,17 @@ class PreparedRun:
 
     @property
     def directory(self) -> RunDir:
-        """Where the run will live."""
+        """The run directory."""
         return RunDir(Path(self.plan.run_dir))
 
     @property
     def hosts(self) -> tuple[Host, ...]:
-        """Who takes part."""
+        """The hosts of the run."""
         return tuple(host.host for host in self.plan.hosts)
 
 
 def prepare(composed: Composition) -> PreparedRun:
-    """Plan a composed run, without asking any other machine.
+    """Return the plan and snapshot of a composed run, without connecting to other machines.
 
     Raises:
         ConfigErrors: everything that stands against it, found in one pass.
@@ -74,7 +74,10 @@ def prepare(composed: Composition) -> PreparedRun:
 
 
 def _unreachable(run: Run) -> Iterator[ConfigError]:
-    """Yield every path of ``run`` that cannot be looked at; all other checks ask only whether it is there."""
+    """Yield every path of ``run`` that cannot be examined.
+
+    The other checks ask only whether a path exists.
+    """
     for option, value in run.paths():
         is_here = run.backend.shares_paths or option in ("run.root", "run.dir")
         if is_here and option not in _PATHS_OF_HOSTS and (problem := validate_path(option, value)):
@@ -91,15 +94,15 @@ def _unreachable(run: Run) -> Iterator[ConfigError]:
 def replan(
     run: Run, hosts: Sequence[Host], *, run_id: str, folder: Path, port: int, is_fresh: bool = False
 ) -> PreparedRun:
-    """Plan ``run`` on ``hosts``.
+    """Return the plan of ``run`` on ``hosts``.
 
     Args:
         run: the typed configuration.
-        hosts: who takes part, in the order of ranks.
+        hosts: the hosts of the run, in the order of ranks.
         run_id: of the run.
         folder: its directory, absolute.
         port: of the rendezvous.
-        is_fresh: look at this machine's disk and ports too, as before anything has been started.
+        is_fresh: check this machine's disk and ports too, because nothing has been started yet.
 
     Raises:
         ConfigErrors: everything that stands against it, found in one pass.
@@ -125,14 +128,14 @@ def _first_port(run: Run) -> int:
 
 
 def _run_id_in(folder: str) -> str | None:
-    """Return the id of the run that ``folder`` holds, so that a continued run keeps its name in W&B.
+    """Return the id of the run that ``folder`` holds: a continued run keeps it, also in W&B.
 
     Raises:
         ConfigError: its plan cannot be read, or names no id.
     """
     run_dir = RunDir(Path(folder))
     plan = run_dir.plan
-    if not run_dir.is_run:  # files of others, which validate_machine reports
+    if not run_dir.is_run:  # other files, which validate_machine reports
         return None
     try:
         run_id = read_object(plan).get("run_id")

@@ -21,11 +21,11 @@ def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: 
     Args:
         prepared: the run, planned with assumed facts.
         executor: reaches the hosts.
-        is_fresh: look at this machine's disk and ports as well; not where the run has its directory already.
+        is_fresh: check this machine's disk and ports too; not for a run that has its directory already.
 
     Raises:
         Unfit: a host is unfit for the run; nothing was started.
-        ConfigErrors: it does not fit what the hosts are (more ranks than GPUs, checkpoints without a shared disk).
+        ConfigErrors: it cannot work on these hosts (more ranks than GPUs, checkpoints without a shared disk).
     """
     report = _ask(prepared, executor)
     errors = [finding for finding in report.findings if finding.level is Level.ERROR]
@@ -44,7 +44,7 @@ def probe_and_replan(prepared: PreparedRun, executor: AnyExecutor, *, is_fresh: 
 
 
 def probe_for_restart(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:
-    """Return the hosts that a restart may use, and a free port on the first of them."""
+    """Return the hosts that a restart can use, and a free port on the first of them."""
     report = _ask(prepared, executor)
     unfit = {finding.host for finding in report.findings if finding.level is Level.ERROR}
     hosts = report.probed([host for host in prepared.hosts if host.name not in unfit])

@@ -22,11 +22,13 @@ from launcher.utils.system import describe_full_disk, free_port
 
 PORT_TRIES = 3
 _PAUSE_S = 1.0
-"""Before a restart: the cause of a failure may take its host down a moment later."""
+"""Pause before a restart: the cause of a failure may take its host down a moment later."""
 
 
 def submit_with_restarts(prepared: PreparedRun, executor: AnyExecutor, *, port_tries: int = PORT_TRIES) -> RunOutcome:
-    """Submit the plan, again where a port is taken or ``backend.restarts`` allows it, finalize, and return the outcome.
+    """Submit the plan, retry or restart it, finalize the run, and return its outcome.
+
+    It retries when a port is in use, and restarts as often as ``backend.restarts`` allows.
 
     The run's directory exists.
     """
@@ -56,7 +58,7 @@ def _write(prepared: PreparedRun) -> None:
     """Write run.yaml and plan.json.
 
     Raises:
-        EnvironmentProblem: the disk does not take them.
+        EnvironmentProblem: the disk is full or not writable.
     """
     directory = prepared.directory
     try:
@@ -68,7 +70,7 @@ def _write(prepared: PreparedRun) -> None:
 
 
 def _is_written(prepared: PreparedRun) -> bool:
-    """Write what another attempt needs; print an error and return False where the disk is full."""
+    """Write the files of another attempt; return False, with a message, if the disk is full."""
     try:
         _write(prepared)
     except EnvironmentProblem as problem:
@@ -85,12 +87,18 @@ def _on_another_port(prepared: PreparedRun) -> PreparedRun:
 
 
 def _may_be_restarted(outcome: RunOutcome) -> bool:
-    """Return whether another attempt can succeed: bad options, data, weights and hosts do not change."""
+    """Return whether another attempt can succeed.
+
+    Invalid options, data, weights and hosts do not change.
+    """
     return outcome.status == "failed" and outcome.exit_code not in (EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT)
 
 
 def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor, *, left: int) -> PreparedRun | None:
-    """Return the run on the hosts that still answer, from its newest checkpoint; ``None`` if it cannot restart."""
+    """Return the run on the hosts that still answer, from its newest checkpoint.
+
+    ``None`` if it cannot restart.
+    """
     directory, backend = prepared.directory, prepared.run.backend
     print(closing_message(outcome, directory), flush=True)
     if outcome.failure is not None:
@@ -112,7 +120,7 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
         run=replace(run.run, dir=prepared.plan.run_dir),
         checkpoint=replace(run.checkpoint, resume=resume),
     )
-    is_fresh = resume == "auto"  # else the directory is looked at as that of a new run, which must be empty
+    is_fresh = resume == "auto"  # otherwise the directory is checked as that of a new run, which must be empty
     try:
         again = replan(run, hosts, run_id=prepared.plan.run_id, folder=directory.path, port=port, is_fresh=is_fresh)
     except ConfigError as problem:
@@ -128,7 +136,7 @@ def _restarted(prepared: PreparedRun, outcome: RunOutcome, executor: AnyExecutor
 
 
 def _answering(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tuple[Host, ...], int]:
-    """Return the hosts that a restart may use, and a port for it."""
+    """Return the hosts that a restart can use, and a port for it."""
     backend = prepared.run.backend
     if not backend.probes_hosts:
         return prepared.hosts, free_port() if backend.port == "auto" else backend.port

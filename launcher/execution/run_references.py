@@ -1,8 +1,8 @@
 """Resolve ``model.weights=RUN`` and ``checkpoint.resume=RUN`` to the folder of a checkpoint.
 
 A user names a run by its id or folder, or one checkpoint of it: ``RUN`` (the newest), ``RUN@best`` (the lowest held-out
-loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent finds it, checks it and puts a
-plain folder into the run, so that ranks see no difference from any other folder of weights.
+loss), ``RUN@step_00000010``, or the folder ``RUN/checkpoints/step_00000010``. The parent resolves it, verifies it and
+puts a plain folder into the run, which ranks load like any other folder of weights.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ PAYLOAD = "model"
 """Folder in a checkpoint that holds whole weights and the tokenizer, as ``save_pretrained`` writes them."""
 
 _KEPT = ("weights", "quantization")
-"""Options of the group model that say nothing about which model it is."""
+"""Options of the group model that do not choose the model."""
 
 
 def resolve_run_references(composed: Composition) -> Run:
-    """Return the composed run with runs and checkpoints named by its options replaced by their folders.
+    """Return the composed run with each reference to a run replaced by a checkpoint's folder.
 
     The model is that of the run which wrote the weights, unless the command line or an experiment chooses one: then
-    the two must be equal. So is the tokenizer of the data, where the checkpoint has one.
+    the two must be equal. The tokenizer of the data is the checkpoint's, if it has one.
 
     Raises:
         ConfigError: a reference leads to no checkpoint, an ambiguous one, one that is damaged, or one that is sharded.
@@ -76,9 +76,11 @@ def _with_folders(composed: Composition) -> Run:
 
 
 def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
-    """Return ``run`` with the tokenizer of the checkpoint it resumes from, unless the same data gives the same one.
+    """Return ``run`` with the tokenizer of the checkpoint that it resumes from.
 
-    The weights know the token numbers of that tokenizer alone, and a BPE trained on other text has other ones.
+    Unchanged when the same data gives the same tokenizer.
+
+    The weights were trained with the token ids of that tokenizer, and a BPE trained on other text has other ids.
     """
     data, resume = run.data, run.checkpoint.resume
     if not isinstance(data, Corpus):
@@ -106,7 +108,7 @@ def _given_tokenizer(data: Corpus, tokenizer: str, composed: Composition) -> Cor
     """Return ``data`` with a tokenizer that is not trained on it.
 
     Raises:
-        ConfigError: the size of a vocabulary was chosen, which only a BPE trained here takes.
+        ConfigError: a vocabulary size is set, which is an option of a BPE trained by this run only.
     """
     data = replace(data, tokenizer=tokenizer)
     if "data.vocab_size" in _keys(composed.overrides):
@@ -126,7 +128,7 @@ def _resumed(run: Run) -> Path:
 
 
 def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
-    """Return the folder that ``word`` stands for without its ``@…``; ``None`` for one that is neither.
+    """Return the folder of a run or checkpoint named without ``@…``; ``None`` if it is neither.
 
     Raises:
         ConfigError: it is no folder, and no run, or more than one, begins like it.
@@ -183,7 +185,7 @@ def _holds_checkpoints(folder: Path) -> bool:
 
 
 def _selected(folder: Path, reference: CheckpointReference, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
-    """Yield the checkpoints in ``folder`` that ``reference`` allows, the one to take first; at least one."""
+    """Yield the checkpoints in ``folder`` that ``reference`` allows, the preferred one first."""
     if is_checkpoint(folder) and reference.which is not None:
         why = f"{reference.of} is one checkpoint already"
         raise ConfigError(option, word, why=why, fix=f"leave @{reference.which} out, or name its run")
@@ -210,14 +212,14 @@ def _selected(folder: Path, reference: CheckpointReference, word: str, *, option
 
 
 def _weights_in(folder: Path, run: Run) -> Path:
-    """Return the folder of whole weights in a run or checkpoint, its content compared with its checksums."""
+    """Return the folder of whole weights in a run or checkpoint, verified by its checksums."""
     word, reference = run.model.weights, parse_reference(run.model.weights)
     quantized = RunDir(folder).path / PAYLOAD
     if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):
         if reference.which is not None:
             why, fix = f"{reference.of} holds one model and no checkpoints", f"leave @{reference.which} out"
             raise ConfigError(WEIGHTS, word, why=why, fix=fix)
-        return quantized  # what job=quantize left
+        return quantized  # written by job=quantize
     damaged: list[str] = []
     for saved in _selected(folder, reference, word, option=WEIGHTS):
         _check_whole(saved, word)
@@ -250,9 +252,11 @@ def _check_whole(saved: SavedCheckpoint, word: str) -> None:
 
 
 def _model_of(weights: Path, composed: Composition) -> Model:
-    """Return the model to load ``weights`` into: that of their run, or the one chosen, where the two are equal.
+    """Return the model to load ``weights`` into.
 
-    Weights without a run.yaml around them say what they are of in their ``config.json``.
+    It is the model of their run, or the chosen one, which must be equal to it.
+
+    Weights without a run.yaml describe their model in ``config.json``.
 
     Raises:
         ConfigError: they are of another model than the one chosen.
@@ -270,14 +274,14 @@ def _model_of(weights: Path, composed: Composition) -> Model:
 
 
 def _self_contained(model: Model, weights: Path) -> Model:
-    """Return ``model``, of ``weights`` alone where the folder or hub model it was made from is not on this machine."""
+    """Return ``model`` built from ``weights`` alone if its own folder or hub model is not here."""
     if not isinstance(model, Hf) or Path(model.name).is_dir() or cached_folder(model.name) is not None:
         return model
     return replace(model, name=str(weights), weights="pretrained")
 
 
 def _model_of_run(weights: Path) -> Model | None:
-    """Return the model that the run around ``weights`` describes, if it is there and of this version."""
+    """Return the model in the run.yaml around ``weights``, if there is one of this version."""
     for folder in (weights.parent.parent.parent, weights.parent):
         snapshot = RunDir(folder).snapshot
         if snapshot.is_file():
@@ -298,7 +302,7 @@ def _differences(saved: Model, configured: Model) -> str:
 
 
 def _is_chosen(composed: Composition) -> bool:
-    """Whether the command line or an experiment says which model it is."""
+    """Whether the command line or an experiment chooses the model."""
     keys = _keys(composed.overrides)
     options = {key.partition(".")[2] for key in keys if key.startswith("model.")}
     if "model" in keys or options - set(_KEPT):

@@ -28,7 +28,7 @@ _INTERNAL_FILES = frozenset(
 
 
 def opening_lines(plan: Plan) -> Iterator[str]:
-    """Yield what starts, the run directory, the tracker and the warnings of a plan."""
+    """Yield the lines printed at a start: work, run directory, tracker and warnings."""
     hosts = "" if len(plan.hosts) == 1 else f" on {len(plan.hosts)} hosts"
     ranks = f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}{hosts}"
     params = f"{plan.memory.num_params:,} parameters, " if plan.memory else ""
@@ -53,7 +53,7 @@ def _amount(plan: Plan) -> str:
 
 
 def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: float) -> str:
-    """Return how a completed run ended, its files, and what to type next.
+    """Return the text printed after a completed run: outcome, files, and next commands.
 
     Args:
         result: its ``result.json``.

@@ -1,4 +1,4 @@
-"""Sweeps: every trial is checked before the first one starts; a failed trial stops no other."""
+"""Sweeps: all trials are checked before the first starts; a failed one stops no other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from launcher.utils.schema import build
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
-    """What ``+sweep=NAME`` holds."""
+    """Content of a ``+sweep=NAME`` file."""
 
     parameters: dict[str, str] = field(default_factory=dict)
     """Values to try for each option, in Hydra's grammar: ``1e-4,3e-4`` or ``range(1,5)``."""
@@ -35,15 +35,15 @@ class SweepConfig:
     """The metric that ranks the runs."""
 
     goal: Literal["minimize", "maximize"] = "minimize"
-    """Which end of it is best."""
+    """Whether the lowest or the highest value is best."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """One combination, ready to start."""
+    """One combination of values, ready to start."""
 
     words: tuple[str, ...]
-    """The overrides that make it differ."""
+    """The overrides in which it differs from the base."""
     prepared: PreparedRun
 
 
@@ -69,7 +69,7 @@ def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepC
     """Compose, check and plan every run of a sweep; start none.
 
     Raises:
-        ConfigErrors: what is wrong with any of them, each mistake once.
+        ConfigErrors: the errors of all of them, each once.
     """
     base = compose(words, config_dir=config_dir, sweeping=True)
     mistakes: list[ConfigError] = []
@@ -97,7 +97,7 @@ def _without_sweeps(words: Sequence[str], config_dir: Path | None) -> list[str]:
 
 
 def _placed(composed: Composition, base: Composition, sweep_id: str, number: int) -> Composition:
-    """Give a trial its own directory below the sweep's."""
+    """Return a trial with its own directory below the sweep's."""
     where = composed.run.run
     folder = Path(where.root) / base.run.run.name / sweep_id / f"{number:03d}"
     return replace(composed, run=replace(composed.run, run=replace(where, dir=str(folder))))
@@ -114,7 +114,7 @@ def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable
         print(f"trial {number}/{len(trials)}: {' '.join(trial.words)}", flush=True)
         try:
             code = start_run(trial.prepared, executor_of(trial.prepared.run.backend))
-        except LauncherError as problem:  # found at its start: the others may still work
+        except LauncherError as problem:  # raised at its start: the other trials may still work
             print(problem, file=sys.stderr, flush=True)
             code = problem.exit_code
         first_failure = first_failure or code
@@ -130,7 +130,7 @@ def run_sweep(sweep: SweepConfig, trials: Sequence[Trial], executor_of: Callable
 
 
 def _keep(file: Path, table: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)  # not there when nothing of the first trial could be started
+    file.parent.mkdir(parents=True, exist_ok=True)  # absent when nothing of the first trial could be started
     write_json(file, table)
 
 

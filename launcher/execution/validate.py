@@ -1,4 +1,4 @@
-"""Checks that look at this machine's disk, ports and limits before anything is started."""
+"""Checks of this machine's disk, ports and limits before anything is started."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from launcher.utils.hub import HUB_NAME, validate_hub_fetch
 from launcher.utils.text import bytes_text
 
 _CAP_IPC_LOCK = 14
-"""Number of Linux' capability to lock any amount of memory."""
+"""Number of Linux's capability to lock any amount of memory."""
 
 
 def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield everything on this machine that stands against ``run`` on ``hosts``.
+    """Yield every reason on this machine why ``run`` cannot start on ``hosts``.
 
-    Of a run whose paths, packages and ports are those of pods, only the run directory is this machine's; the first pod
-    checks the rest before any rank starts.
+    On Kubernetes, paths, packages and ports are those of the pods: only the run directory is checked here, and the
+    first pod checks the rest before any rank starts.
     """
     yield from _validate_unwritable("run.dir" if run.run.dir else "run.root", run_dir)
     yield from validate_run_dir(run, RunDir(run_dir))
@@ -70,7 +70,7 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
 
 
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
-    """Look for what quantized weights need, and at folders that hold such: the options alone do not tell."""
+    """Yield missing packages for quantized weights, also for folders that hold such weights."""
     problems = list(run.model.validate_quantization())
     yield from problems
     if not problems and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
@@ -108,7 +108,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
 
 
 def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
-    """Yield what a run that continues from a checkpoint does otherwise than the user may expect."""
+    """Yield what a resumed run does differently from what the user may expect."""
     if not run.job.resumes:
         return
     try:
@@ -127,7 +127,7 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
 
 
 def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
-    """Yield folders of this machine that hosts reached by ssh look for on disks of their own."""
+    """Yield local folders that hosts reached by ssh would look for on their own disks."""
     if run.backend.kind != "ssh" or not any(host.ssh_destination for host in hosts):
         return
     if (folder := run.model.local_weights) is not None:
@@ -142,7 +142,7 @@ def _warn(line: str) -> None:
 
 
 def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Look for the tokenizers and weights that ranks will load, and for the hub where they are to be fetched from."""
+    """Yield missing tokenizers and weights that ranks would load, and an unreachable hub."""
     fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
     shape = run.model.shape()
     num_rows = None if shape is None else shape.vocab_size
@@ -157,7 +157,7 @@ def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErro
         elif not Path(choice).expanduser().is_dir():
             source = choice
         if isinstance(source, Path):
-            if source.is_dir():  # a folder that is not there is refused where it is named
+            if source.is_dir():  # a missing folder is reported where it is named
                 yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows)
         elif source is not None and fetches_here and HUB_NAME.fullmatch(source):
             instead = f"set {tokenizer_alternative(option)}"
@@ -175,7 +175,9 @@ def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErro
 
 
 def _validate_model_folders(run: Run) -> Iterator[ConfigError]:
-    """Compare folders of checkpoints with their checksums, whichever option names them but ``model.weights``.
+    """Yield checkpoint folders whose files differ from their checksums.
+
+    ``model.weights`` is left out: it has been resolved to an intact checkpoint.
 
     That one has been resolved to an intact checkpoint.
     """
@@ -201,7 +203,10 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _validate_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Look for packages and compilers where ranks run on this machine; elsewhere the ranks look themselves."""
+    """Yield packages and compilers that ranks on this machine need and that are missing.
+
+    On other machines the ranks check themselves.
+    """
     if any(host.ssh_destination or not host.is_probed for host in hosts):
         return
     if all(host.devices for host in hosts):
@@ -219,7 +224,10 @@ def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
 
 
 def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Reject to start where a disk of this machine has no room for the optimiser state. Plans are for later, too."""
+    """Yield an error if a disk of this machine has no room for the optimiser state.
+
+    It is checked at the start, not in plans, which may be for later.
+    """
     if not isinstance(run.parallel, Zero) or run.parallel.offload_optimizer != "nvme" or not run.parallel.nvme_path:
         return
     folder = Path(run.parallel.nvme_path).expanduser()
@@ -237,9 +245,10 @@ def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError
 
 
 def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Reject to start where this user may not page-lock the buffers through which DeepSpeed reads NVMe.
+    """Yield an error if this user may not page-lock DeepSpeed's buffers for NVMe.
 
-    It aborts where it cannot lock them, whatever ``parallel.pin_memory`` is. Plans are for other users, too.
+    DeepSpeed aborts if it cannot lock them, whatever ``parallel.pin_memory`` is. Plans skip this check: they may be for
+    another user.
     """
     zero = run.parallel
     if not isinstance(zero, Zero) or zero.offload_parameters != "nvme":
@@ -255,7 +264,7 @@ def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
 
 
 def lockable_bytes() -> int | None:
-    """Return how much memory a process of this user may page-lock; ``None`` where nothing limits it."""
+    """Return how much memory a process of this user may page-lock; ``None`` without a limit."""
     status = Path("/proc/self/status")
     lines = status.read_text(encoding="ascii", errors="replace").splitlines() if status.exists() else []
     effective = next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), 0)
@@ -268,12 +277,12 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> Iterator[ConfigError]:
-    """Reject a directory that holds another run, or files that no run has put there.
+    """Yield an error for a directory that holds another run, or files of no run.
 
     Args:
-        run: what is to be kept there.
+        run: the run that will be written there.
         run_dir: its directory.
-        is_locked: whether this process has made and locked it, so that what that leaves is no other run's.
+        is_locked: whether this process has created and locked it, so that the lock's file is its own.
     """
     if foreign := run_dir.unexpected_files():
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
@@ -290,7 +299,7 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
 
 
 def _saved_job(run_dir: RunDir) -> str:
-    """Return the job of the run in ``run_dir``, as overrides; of a damaged run.yaml, that it is not known."""
+    """Return the job of the run in ``run_dir``, as overrides; "not known" if damaged."""
     try:
         tree = read_snapshot(run_dir.snapshot)
         job, benchmark = tree["job"]["kind"], tree.get("benchmark")

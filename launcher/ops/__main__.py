@@ -1,4 +1,7 @@
-"""``python -m launcher.ops NAME…``: what a host runs before its ranks; a ``?`` after a name makes it optional."""
+"""``python -m launcher.ops NAME…``: build operators on a host before its ranks start.
+
+A name that ends in ``?`` is optional.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Turn a signal into an exit, so that compilers are stopped on the way out."""
+    """Turn a signal into an exit, so that compilers are stopped before it."""
     raise SystemExit(128 + number)
 
 

@@ -34,7 +34,10 @@ _SAY_EVERY_S = 10.0
 
 @contextmanager
 def only_builder(folder: Path, *, say: Say) -> Iterator[None]:
-    """Hold the folder's lock, waiting for another run that builds; the kernel drops it when its holder dies."""
+    """Hold the folder's lock while building; wait while another run builds.
+
+    The kernel releases it when its holder dies.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("a") as file:
         started, told = time.monotonic(), float("-inf")
@@ -56,7 +59,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def clear_stale_lock(path: Path, *, say: Say) -> None:
-    """Wait until no living process holds torch's lock at ``path``, then remove it if it is still there.
+    """Wait until no living process holds torch's lock at ``path``, then remove it.
 
     torch keeps the file open while it holds the lock, so a lock that no process has open belongs to a dead one. Only
     processes of this machine are seen.
@@ -72,7 +75,7 @@ def clear_stale_lock(path: Path, *, say: Say) -> None:
 
 
 def lock_owner(path: Path) -> int | None:
-    """Return the process that has ``path`` open, or ``None``. Linux only: elsewhere nothing can be told."""
+    """Return the process that has ``path`` open, or ``None``; on Linux only."""
     target = str(path.resolve())
     for descriptors in Path("/proc").glob("[0-9]*/fd"):
         if target in _open_files(descriptors):
@@ -81,7 +84,7 @@ def lock_owner(path: Path) -> int | None:
 
 
 def _open_files(descriptors: Path) -> Iterator[str]:
-    """Yield what a process has open; nothing of one that ended meanwhile or belongs to another user."""
+    """Yield the files a process has open; none if it has exited or is another user's."""
     try:
         links = list(descriptors.iterdir())
     except OSError:
@@ -94,24 +97,24 @@ def _open_files(descriptors: Path) -> Iterator[str]:
 
 
 LIMIT_S = 1800.0
-"""Time one operator may take: minutes on a quiet machine, half an hour on a crowded one."""
+"""Time limit for one operator: it takes minutes on an idle machine, half an hour on a loaded one."""
 _JOB_BYTES = 2 * 1024**3
-"""Memory one compiler process may take."""
+"""Memory of one compiler process."""
 
 
 def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -> list[BuildOutcome]:
-    """Build what is missing, one operator after the other.
+    """Build the missing operators, one after the other, and return each outcome.
 
     Args:
-        arguments: names of operators; one that ends in ``?`` is recorded and not fatal when it cannot be built.
-        say: takes each line meant for the user.
+        arguments: names of operators; the failure of one that ends in ``?`` is recorded and not fatal.
+        say: prints a line for the user.
         limit_s: time for one operator.
 
     Returns:
-        What came of each; empty where the folder is another user's, and those in it are taken as they are.
+        The outcome of each; empty if the folder is another user's, whose operators are used as they are.
 
     Raises:
-        EnvironmentProblem: one that the run needs cannot be built; the message says what to type.
+        EnvironmentProblem: a required operator cannot be built; the message says what to type.
     """
     folder, outcomes = ops_folder(), []
     if (why := _not_writable(folder)) is not None:
@@ -137,7 +140,7 @@ def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -
 
 
 def _not_writable(folder: Path) -> str | None:
-    """Return why nothing can be built in ``folder``, with what to set, or ``None``."""
+    """Return why nothing can be built in ``folder``, with the option to set, or ``None``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "building").open("a").close()
@@ -171,7 +174,7 @@ def _build_one(name: str, folder: Path, *, say: Say, limit_s: float) -> BuildOut
 
 
 def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
-    """Run the compiler process; return its exit status, or ``None`` when the limit ended it."""
+    """Run the compiler process; return its exit status, or ``None`` if it timed out."""
     started = time.monotonic()
     with log.open("w") as output:
         command = [sys.executable, "-m", "launcher.ops.compile", name]
@@ -192,7 +195,7 @@ def _compile(name: str, log: Path, *, say: Say, limit_s: float) -> int | None:
 
 
 def _stop_tree(process: subprocess.Popen[bytes]) -> None:
-    """End the process and the compilers below it."""
+    """Kill the process and the compilers below it."""
     import psutil
 
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
@@ -217,7 +220,7 @@ def _environment() -> dict[str, str]:
 
 
 def _failure_reason(name: str, output: str) -> tuple[str, str]:
-    """Return why a build failed and what would help."""
+    """Return why a build failed and how to fix it."""
     if name == "async_io" and "not being compatible" in output:
         return "libaio's headers are not installed", "apt-get install libaio-dev"
     if "Python.h" in output:

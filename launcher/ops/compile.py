@@ -1,4 +1,4 @@
-"""``python -m launcher.ops.compile NAME``: compile and load one operator, in a process of its own."""
+"""``python -m launcher.ops.compile NAME``: compile and load one operator in its own process."""
 
 from __future__ import annotations
 

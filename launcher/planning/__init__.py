@@ -1,1 +1,1 @@
-"""Run and hosts to a plan: validation, warnings, memory, environment, render."""
+"""Planning: checks, memory estimate, environment and rendering of a plan."""

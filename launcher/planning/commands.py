@@ -1,7 +1,7 @@
-"""How the ranks of one host start: argv of torchrun or DeepSpeed, and environment.
+"""Command lines and environment of the ranks of one host, for torchrun and DeepSpeed.
 
-A rank gets everything through its run directory and its environment. Nothing else follows the module name: torchrun
-takes what looks like a beginning of its own flags out of a script's arguments, wherever it stands.
+A rank gets everything through its run directory and its environment. No argument follows the module name: torchrun
+parses arguments of the script that look like a prefix of its own flags.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ AgentArgv = Callable[[Sequence[Host], RunIdentity], list[tuple[str, ...]]]
 def torchrun_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
     """Return torchrun's argv for each host.
 
-    The static rendezvous fails at once when the port is taken, which lets the caller try another. No restarts: a
-    resumed run is a new plan.
+    The static rendezvous fails at once when the port is in use, so the caller can retry on another port. No
+    restarts: a resumed run is a new plan.
     """
     return [
         (
@@ -37,7 +37,7 @@ def torchrun_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[st
             *("--master-addr", master_address(hosts)),
             *("--master-port", str(identity.port)),
             *("--max-restarts", "0"),
-            *("--log-dir", f"{identity.run_dir}/logs/torchrun"),  # else it leaves a folder in /tmp
+            *("--log-dir", f"{identity.run_dir}/logs/torchrun"),  # otherwise torchrun leaves a folder in /tmp
             *("--module", RANK_MODULE, identity.run_dir),
         )
         for number, host in enumerate(hosts)
@@ -47,10 +47,10 @@ def torchrun_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[st
 def deepspeed_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
     """Return the argv of ``deepspeed.launcher.launch`` for each host.
 
-    It writes the devices named in ``world_info`` into CUDA_VISIBLE_DEVICES, so these are the host's own names for them,
-    and -1, which hides every GPU, for ranks on the CPU.
+    DeepSpeed writes the devices in ``world_info`` into CUDA_VISIBLE_DEVICES, so these are the host's own indices, or
+    -1, which hides every GPU, for ranks on the CPU.
 
-    ``world_info`` lists every host on every host, so these plans grow with the square of the hosts; torchrun's do not.
+    Every host gets ``world_info`` with all hosts, so the size of these plans is quadratic in the number of hosts.
     """
     world = {host.name: cuda_visible_devices(host) or [-1] * host.slots for host in hosts}
     encoded = base64.urlsafe_b64encode(json.dumps(world, separators=(",", ":")).encode()).decode()
@@ -69,17 +69,20 @@ def deepspeed_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[s
 
 
 def external_argv(hosts: Sequence[Host], identity: RunIdentity) -> list[tuple[str, ...]]:
-    """Return the argv that becomes a rank on each host, where another launcher starts every rank by itself."""
+    """Return the argv that becomes a rank on each host, for launchers that start every rank."""
     return [(host.python, "-u", "-m", EXTERNAL_RANK_MODULE, encode_run_dir(identity.run_dir)) for host in hosts]
 
 
 def master_address(hosts: Sequence[Host]) -> str:
-    """Return where rank 0 is found by the others: on the loopback interface where all are on one host."""
+    """Return the address of rank 0; the loopback interface if all ranks are on one host."""
     return hosts[0].address if len(hosts) > 1 else LOOPBACK
 
 
 def cuda_visible_devices(host: Host) -> list[int | str]:
-    """Return the CUDA_VISIBLE_DEVICES entries of the GPUs that get a rank; none where ranks compute on the CPU."""
+    """Return the CUDA_VISIBLE_DEVICES entries of the GPUs that get a rank.
+
+    Empty when the ranks compute on the CPU.
+    """
     chosen = host.slot_ids or range(host.slots)
     words = [host.device_ids[slot] for slot in chosen if slot < len(host.device_ids)]
     return [int(word) if word.isdigit() else word for word in words]
@@ -90,7 +93,7 @@ AGENTS: dict[str, AgentArgv] = {"torchrun": torchrun_argv, "deepspeed": deepspee
 RANK_LAUNCHERS: dict[str, AgentArgv] = {**AGENTS, "external": external_argv}
 """Every value of ``Backend.rank_launcher``."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
-"""Without them Gloo takes the interface that the host's own name resolves to: on Debian, the loopback."""
+"""Without them Gloo binds the interface that the host's own name resolves to: on Debian, the loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +116,7 @@ def rank_environment(
         place: the host.
         identity: of the run.
         ops_folder: where DeepSpeed's native ops are built for this environment.
-        inherited: names of variables that the ranks have already.
+        inherited: names of variables that the ranks inherit.
     """
     host = place.host
     added = {
@@ -121,7 +124,7 @@ def rank_environment(
         "LAUNCHER_RUN_ID": identity.run_id,
         "LAUNCHER_RUN_HASH": identity.run_hash,
         "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",  # its threads and a later fork do not go together
+        "TOKENIZERS_PARALLELISM": "false",  # its threads do not survive a later fork
         # DeepSpeed reads these three and sets them only in its own launcher.
         "LOCAL_SIZE": str(host.slots),
         "CROSS_RANK": str(place.number),
@@ -130,13 +133,15 @@ def rank_environment(
     if host.is_probed or run.backend.threads != "auto":
         added["OMP_NUM_THREADS"] = str(omp_num_threads(run, host))
     if "deepspeed" in (run.parallel.engine, run.backend.agent):
-        if not host.ssh_destination:  # other machines have processors of their own: their agents know the folder
+        if not host.ssh_destination:  # other machines may have other processors: their agents choose the folder
             added["TORCH_EXTENSIONS_DIR"] = ops_folder
         if host.is_probed:
             added["DS_ACCELERATOR"] = "cuda" if host.devices else "cpu"
     if host.slots < len(host.devices) or (host.devices and host.slot_ids):
         added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, cuda_visible_devices(host)))
-    interface = host.interface if place.num_hosts > 1 else "lo"  # ranks of one host are reached by no other machine
+    interface = (
+        host.interface if place.num_hosts > 1 else "lo"
+    )  # no other machine connects to ranks that are all on one host
     if interface:
         added |= {name: interface for name in _INTERFACES if name not in inherited}
     return {**added, **run.backend.env}

@@ -1,4 +1,4 @@
-"""``make_plan``: a pure function from a run and its hosts to everything a backend needs."""
+"""``make_plan``: a pure function from a run and its hosts to the plan."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class LocalFacts:
-    """Answers of the file system and the environment."""
+    """Facts about this machine that a plan depends on: environment, home, native ops."""
 
     environ: Mapping[str, str] = field(repr=False)
-    """What ranks and trackers inherit. It holds secrets: nothing of it goes into a plan but what a tracker says."""
+    """The environment that ranks and trackers inherit. It holds secrets: a plan gets only what a tracker derives."""
     home: Path
     """The user's home, where trackers keep credentials."""
     ops_folder: str = ""
-    """Where DeepSpeed's native ops of this environment are built; empty when the run has no use for it."""
+    """Folder in which DeepSpeed's native ops of this environment are built; empty when the run needs none."""
     missing_ops: tuple[str, ...] = ()
     """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 
@@ -58,10 +58,10 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         run: the typed configuration.
         hosts: where ranks go, in the order of ranks.
         identity: id, directory, hash and port of this run.
-        facts: what was found on the machine that plans.
+        facts: of the machine that plans.
 
     Raises:
-        ConfigErrors: everything that keeps the run from working there.
+        ConfigErrors: every reason why the run cannot work there.
     """
     world_size = sum(host.slots for host in hosts)
     mistakes = list(validate_run(run, hosts))
@@ -112,14 +112,14 @@ def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
     environ, home = dict(os.environ), Path.home()
     if "deepspeed" not in (run.parallel.engine, run.backend.agent):
         return LocalFacts(environ=environ, home=home)
-    from launcher.protocol.native_ops import (  # reads package versions, which takes its time
+    from launcher.protocol.native_ops import (  # reads package versions, which is slow
         ops_arguments,
         ops_folder,
         ops_to_build,
     )
 
     ops = run.parallel.native_ops(run.optimizer)
-    # other machines are not inspected: there, the build command checks what is missing
+    # other machines are not inspected: their build command finds what is missing
     is_elsewhere = run.backend.probes_hosts or not run.backend.sees_files_of_hosts(run_dir)
     missing_ops = ops_arguments(ops) if is_elsewhere else ops_to_build(ops)
     return LocalFacts(environ=environ, home=home, ops_folder=str(ops_folder()), missing_ops=missing_ops)
@@ -158,7 +158,7 @@ def _tracker(run: Run, identity: RunIdentity, facts: LocalFacts) -> TrackerPlan:
 
 
 def _summary(run: Run, batch: Batch | None) -> PlanSummary:
-    if isinstance(run.job, GeneratingJob):  # a model, but nothing that is learnt from or resumed
+    if isinstance(run.job, GeneratingJob):  # uses a model, but neither training data nor checkpoints
         return PlanSummary(
             model=component_text(run.model),
             strategy=component_text(run.parallel) if run.job.is_model_parallel(run) else "",
@@ -167,7 +167,7 @@ def _summary(run: Run, batch: Batch | None) -> PlanSummary:
             attention=component_text(run.attention),
             compile=component_text(run.compile),
         )
-    if batch is None:  # the other groups have no say in what is measured
+    if batch is None:  # the other groups do not affect the measurement
         return PlanSummary(benchmark=component_text(run.benchmark), engine=run.parallel.engine)
     return PlanSummary(
         model=component_text(run.model),
@@ -201,20 +201,23 @@ def _host_plans(
 
 
 def _build_commands(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> Iterator[Command]:
-    """Yield the command that builds DeepSpeed's missing native ops, for the device and folder the ranks will use."""
+    """Yield the command that builds DeepSpeed's missing native ops.
+
+    It builds them for the device that the ranks use, in the folder that they load from.
+    """
     if facts.missing_ops:
         needed = {name: env[name] for name in ("DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR") if name in env}
         yield Command(argv=(host.python, "-m", "launcher.ops", *facts.missing_ops), env=needed)
 
 
 def _sidecars(host: Host, identity: RunIdentity, tracker: TrackerPlan) -> Iterator[Command]:
-    """Yield the process that carries metrics.jsonl to W&B."""
+    """Yield the process that sends metrics.jsonl to W&B."""
     if tracker.kind == "wandb" and tracker.mode != "disabled":
         yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir))
 
 
 def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[str]:
-    """Yield what the run writes, relative to its directory."""
+    """Yield the files that the run writes, relative to its directory."""
     yield from ("run.yaml", "plan.json", "metrics.jsonl", "result.json", *run.job.files())
     yield "failure.json (if a rank fails)"
     yield f"logs/<host>.<rank>.log, {counted(sum(host.slots for host in hosts), 'rank')}"
@@ -227,7 +230,10 @@ def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[st
 
 
 def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
-    """Return the model state by formula; ``None`` when the model's sizes are only known once it is downloaded."""
+    """Return the memory of the model state, by formula.
+
+    ``None`` when the sizes of the model are known only after its download.
+    """
     shape = run.model.shape()
     if shape is None:
         return None
@@ -250,7 +256,7 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
 
 
 def _weights_alone(run: Run, job: GeneratingJob, shape: Shape, hosts: Sequence[Host]) -> MemoryEstimate:
-    """Return what weights take that nothing is learnt from: the compute format alone, once in each copy."""
+    """Return the memory of weights without training state: the compute format per copy."""
     size = run.precision.compute_bytes
     ways = run.parallel.dims(1).product if job.is_model_parallel(run) else 1
     parameters = job.num_replicas * size * shape.num_params // ways

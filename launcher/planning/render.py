@@ -1,4 +1,4 @@
-"""Render a plan as text, its commands ready to paste into a shell. Hosts that are planned alike are shown once."""
+"""Render a plan as text, with commands to paste into a shell; equal hosts are shown once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _SHELL_WIDTH = 100
 
 
 def render_plan(plan: Plan, *, submission: str = "") -> str:
-    """Return the plan as aligned text; the same plan always gives the same text.
+    """Return the plan as aligned text; equal plans give equal text.
 
     Args:
         plan: what to show.
-        submission: how the backend starts it, as the backend puts it.
+        submission: the backend's own text about how it starts the plan.
     """
     groups = group_hosts(plan.hosts)
     sections = {
@@ -105,7 +105,7 @@ def _ranks(plan: Plan, groups: Sequence[HostGroup]) -> Iterator[str]:
 
 
 def _room(host: Host, *, each: bool) -> str:
-    """Return what a host offers, and which of it is used."""
+    """Return the resources of a host, and which of them the run uses."""
     slots = f"slots {','.join(map(str, host.slot_ids))}" if host.slot_ids else counted(host.slots, "slot")
     if not host.is_probed:
         return f"{slots}{' each' if each else ''}; cores, memory and devices are asked for at the start"
@@ -135,14 +135,14 @@ def _commands(groups: Sequence[HostGroup]) -> Iterator[str]:
 
 
 def shell_lines(command: Command) -> list[str]:
-    """Return the lines of one shell command: its variables, then its argv, joined by backslashes."""
+    """Return the lines of one shell command: variables and argv, joined by backslashes."""
     words = [f"{name}={shell_word(value)}" for name, value in command.env.items()]
     lines = _wrap(words) + _wrap(_with_flags([shell_word(word) for word in command.argv]))
     return [f"{line} \\" for line in lines[:-1]] + lines[-1:]
 
 
 def _with_flags(words: Sequence[str]) -> list[str]:
-    """Return ``words`` with every flag and its value in one piece, so that no line ends between them."""
+    """Return ``words`` with each flag joined to its value, so that no line breaks between them."""
     pieces: list[str] = []
     for word in words:
         if pieces and pieces[-1].startswith("-") and " " not in pieces[-1] and not word.startswith("-"):
@@ -153,7 +153,7 @@ def _with_flags(words: Sequence[str]) -> list[str]:
 
 
 def _wrap(words: Sequence[str]) -> list[str]:
-    """Return ``words`` in lines of about _SHELL_WIDTH characters, the second and later ones indented."""
+    """Return ``words`` in lines of about _SHELL_WIDTH characters, indented from the second on."""
     lines: list[list[str]] = []
     room = 0
     for word in words:

@@ -1,4 +1,4 @@
-"""Where each rank runs, and groups of hosts that are planned alike."""
+"""Where each rank runs, and groups of hosts with equal plans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def rank_places(hosts: Sequence[Host]) -> Iterator[RankPlacement]:
 
 @dataclass(frozen=True, kw_only=True)
 class HostGroup:
-    """Consecutive hosts planned alike."""
+    """Consecutive hosts with equal plans."""
 
     first: HostPlan
     last: HostPlan
@@ -38,7 +38,10 @@ class HostGroup:
 
 
 def group_hosts(hosts: Sequence[HostPlan]) -> list[HostGroup]:
-    """Return ``hosts`` as groups, in order; every host is compared once, with the first of its group."""
+    """Return ``hosts`` as groups, in order.
+
+    Every host is compared once, with the first of its group.
+    """
     groups: list[HostGroup] = []
     for number, host in enumerate(hosts):
         varying = _varying(groups[-1], host, number) if groups else None
@@ -50,7 +53,10 @@ def group_hosts(hosts: Sequence[HostPlan]) -> list[HostGroup]:
 
 
 def _varying(group: HostGroup, other: HostPlan, number: int) -> tuple[str, ...] | None:
-    """Return what varies once ``other`` joins, or ``None`` when it differs in more than number and name."""
+    """Return what varies once ``other`` joins; ``None`` if the hosts differ in more.
+
+    Hosts of one group may differ in their number and name only.
+    """
     mine, yours = list(_words(group.first)), list(_words(other))
     if _shape(group.first.host) != _shape(other.host) or [m[0] for m in mine] != [y[0] for y in yours]:
         return None

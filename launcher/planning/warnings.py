@@ -1,4 +1,4 @@
-"""Warnings: options that work, but perhaps not as meant."""
+"""Warnings about options that work, but perhaps not as intended."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
 
 
 _FINE_TUNING_LR = 2e-4
-"""Above this, AdamW at a full model's weights undoes what pretraining taught (SmolLM2, Llama: 1e-5 to 1e-4)."""
+"""Above this, AdamW on all weights destroys pretrained ones (SmolLM2 and Llama were tuned at 1e-5 to 1e-4)."""
 
 
 def _tokenizer_warnings(run: Run) -> Iterator[str]:
-    """Warn of tokenizers that the given weights do not know."""
+    """Yield warnings about tokenizers that the given weights were not trained with."""
     job, chosen = run.job, getattr(run.job, "tokenizer", None)
     if run.model.weights == "random" or (isinstance(job, GeneratingJob) and job.engine == "echo"):
         return
@@ -98,14 +98,17 @@ def _tokenizer_warnings(run: Run) -> Iterator[str]:
 
 
 def _knows_tokenizer(model: Model, choice: str, option: str) -> bool:
-    """Return whether the weights were trained with a tokenizer, as far as its files are on this machine."""
+    """Return whether the weights were trained with a tokenizer.
+
+    Only files on this machine are compared.
+    """
     if choice in ("model", CHECKPOINT_TOKENIZER):
         return True
     if choice == "bytes":
-        return not model.has_own_tokenizer  # then it is the one choice there is
+        return not model.has_own_tokenizer  # then it is the only choice
     folder = Path(choice).expanduser()
     if option == "job.tokenizer" and not has_tokenizer(folder):
-        return True  # refused elsewhere, or on a machine that this one does not see
+        return True  # reported elsewhere, or on a machine that this one cannot see
     try:
         source = model.tokenizer_source()
     except ConfigError:
@@ -125,7 +128,7 @@ def _content(file: Path) -> bytes | None:
 
 
 def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
-    """Warn of data and of a learning rate that are for random weights."""
+    """Yield warnings about data and a learning rate that suit random weights only."""
     if run.model.weights == "random":
         return
     if isinstance(run.data, Synthetic):
@@ -152,6 +155,6 @@ def _schedule_warnings(run: Run) -> Iterator[str]:
 
 
 def numerics_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
-    """Yield warnings about options that work."""
+    """Yield warnings about precision, attention, compilation and other numerics."""
     if isinstance(run.activation, OffloadCheckpointing) and any(host.is_probed and not host.devices for host in hosts):
         yield "activation=offload moves nothing without a GPU: activations are in host RAM already, as activation=full"

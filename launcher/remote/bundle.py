@@ -1,4 +1,4 @@
-"""The working tree as one file: what git tracks, as it is now, and what git neither tracks nor ignores."""
+"""The working tree as one archive: files that git tracks or does not ignore, as they are."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
 LIMIT_BYTES = 64 * 2**20
-"""Of all files together, before packing: the whole goes to every host."""
+"""Limit of all files together, before packing: every host receives the whole archive."""
 
 _TIMEOUT_S = 60
 _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")  # set where a git hook starts a run
@@ -23,10 +23,10 @@ _REDIRECTS = ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX")  # set
 
 @dataclass(frozen=True, kw_only=True)
 class Bundle:
-    """Code, packed."""
+    """The packed code."""
 
     sha256: str
-    """Of ``payload``; the same tree gives the same."""
+    """SHA-256 of ``payload``; equal trees give equal hashes."""
     payload: bytes = field(repr=False)
     """A tar.gz."""
 
@@ -35,7 +35,7 @@ def make_bundle(root: Path) -> Bundle:
     """Return the working tree at ``root``.
 
     Raises:
-        EnvironmentProblem: git is missing or refuses, the tree is too big, a file cannot be read, or a link leads out.
+        EnvironmentProblem: git is missing or fails, the tree is too big, a file cannot be read, or a link leads out.
     """
     paths = sorted(set(_listed(root)))
     if not paths:
@@ -56,17 +56,17 @@ def make_bundle(root: Path) -> Bundle:
 
 
 def _listed(folder: Path) -> Iterator[Path]:
-    """Yield the files to send, absolute; a repository inside of the tree (a submodule) is listed by itself."""
+    """Yield the absolute paths of the files to send; a nested repository is listed by itself."""
     for name in _git_ls_files(folder):
         path = folder / os.fsdecode(name)
-        if path.is_symlink() or path.is_file():  # not what was deleted and not committed
+        if path.is_symlink() or path.is_file():  # not files that were deleted and not committed
             yield path
         elif path.is_dir() and (path / ".git").exists():
             yield from _listed(path)
 
 
 def _git_ls_files(folder: Path) -> Iterable[bytes]:
-    # Bytecode, too, where no .gitignore names it: it differs from run to run, and with it the SHA-256 would.
+    # Not bytecode either, even if no .gitignore names it: it differs from run to run, and so would the SHA-256.
     others = ["--others", "--exclude-standard", "--exclude=__pycache__/"]
     command = ["git", "-C", str(folder), "ls-files", "--cached", *others, "-z"]
     env = {name: value for name, value in os.environ.items() if name not in _REDIRECTS}
@@ -98,7 +98,10 @@ def _mebibytes(num_bytes: int) -> str:
 
 
 def _add(archive: tarfile.TarFile, root: Path, path: Path) -> None:
-    """Add one file without what differs from checkout to checkout: times, owners, modes beyond "executable"."""
+    """Add one file without times, owners, or modes beyond "executable".
+
+    These differ between checkouts.
+    """
     info = tarfile.TarInfo(str(path.relative_to(root)))
     if path.is_symlink():
         target = path.readlink()

@@ -1,10 +1,10 @@
-"""The command that runs a module on a host, and what its stdin begins with.
+"""The command that runs a module on a host, and the header written to its stdin.
 
-A remote command line passes through the login shell of the host, whichever that is, and stands in its process list. So
-nothing travels there but the interpreter's path and a line of Python that never changes. It reads the first line of
-stdin, a JSON string with the source of ``on_host.py``, and runs it; that reads the second.
+A remote command line passes through the login shell of the host, whichever that is, and is visible in its process list.
+So it holds only the interpreter's path and a constant line of Python. That line reads the first line of stdin, a JSON
+string with the source of ``on_host.py``, and executes it; ``on_host.py`` reads the second line.
 
-    stdin:  "source of on_host.py" ⏎  {"module": …, "cwd": …, …} ⏎  code, if it is sent  what the module reads …
+    stdin:  "source of on_host.py" ⏎  {"module": …, "cwd": …, …} ⏎  code, if it is sent  stdin of the module …
 
 The ssh command is OpenSSH with the user's own configuration.
 """
@@ -24,12 +24,12 @@ from launcher.remote.bundle import Bundle
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteCommand:
-    """How to start it from here."""
+    """A command line of this machine that starts a module on a host."""
 
     argv: tuple[str, ...]
-    """Passed as it is, never through a shell of this machine."""
+    """Executed directly, not through a shell of this machine."""
     prologue: bytes = b""
-    """Written to its stdin before anything else."""
+    """Bytes written first to its stdin."""
 
 
 ONE_LINER = "import json,os;exec(json.loads(bytes(iter(lambda:os.read(0,1)[0],10))))"
@@ -56,13 +56,13 @@ def shell_command(python: str) -> str:
 
 
 def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: Bundle | None = None) -> bytes:
-    """Return what stdin begins with, so that the host becomes ``python -m module``.
+    """Return the bytes that make the host run ``python -m module``.
 
     Args:
         module: reads the rest of stdin.
-        cwd: entered where it exists; where it does not and the code is shared, the host prints a warning and continues.
+        cwd: the working directory, if it exists; if it does not and the code is shared, the host prints a warning.
         pythonpath: folders on the host that come first in PYTHONPATH.
-        bundle: the code, for hosts that do not share it; it comes before ``pythonpath``.
+        bundle: the code, for hosts that do not share it; it precedes ``pythonpath``.
     """
     source = Path(__file__).with_name("on_host.py").read_text(encoding="utf-8")
     sent = None if bundle is None else {"sha256": bundle.sha256, "num_bytes": len(bundle.payload)}
@@ -72,9 +72,9 @@ def prologue(module: str, *, cwd: str, pythonpath: Sequence[str] = (), bundle: B
 
 
 _SSH_OPTIONS = (
-    "-T",  # a terminal would change bytes on their way
+    "-T",  # a terminal would change bytes
     *("-o", "BatchMode=yes"),  # fail instead of asking for a password
-    *("-o", "ControlPath=none"),  # a connection of its own: a shared one outlives us, and takes all others with it
+    *("-o", "ControlPath=none"),  # no shared connection: it outlives this process, and ends all others with it
     *("-o", "RemoteCommand=none"),
     *("-o", "ClearAllForwardings=yes"),  # many connections at once cannot all bind the ports of a LocalForward
 )
@@ -85,14 +85,14 @@ _LOGIN = re.compile(r"(?P<user>[^@]+@)?(?:\[(?P<ipv6>[^\]]+)\]|(?P<name>[^:\[\]]
 def ssh_command(
     host: Host, *, prologue: bytes, config: str | None = None, options: Sequence[str] = ()
 ) -> RemoteCommand:
-    """Return how to run on ``host`` what ``prologue`` says.
+    """Return the ssh command that runs ``prologue`` on ``host``.
 
     Of an option given twice, ssh takes the first: the launcher's, then ``options``, then the user's configuration.
 
     Args:
         host: with a ``login``.
-        prologue: as ``bootstrap.prologue`` made it.
-        config: a file to be used instead of ``~/.ssh/config``.
+        prologue: returned by :func:`prologue`.
+        config: a file used instead of ``~/.ssh/config``.
         options: more arguments of ssh, one word each (``-i``, ``~/.ssh/id_cluster``).
     """
     destination, port = split_login(host.ssh_destination)
@@ -107,7 +107,10 @@ def ssh_command(
 
 
 def split_login(login: str) -> tuple[str, str | None]:
-    """Return destination and port of ``user@name:port``; ssh takes an IPv6 address without its brackets."""
+    """Return destination and port of ``user@name:port``.
+
+    ssh takes an IPv6 address without brackets.
+    """
     found = _LOGIN.fullmatch(login)
     assert found is not None, f"the hostfile let {login!r} through"
     return f"{found['user'] or ''}{found['ipv6'] or found['name']}", found["port"]

@@ -1,10 +1,10 @@
-"""What runs first on a host: it puts code, folder and PATH in place and becomes the module that was asked for.
+"""First program on a host: put code, folder and PATH in place, then run the module.
 
-``bootstrap.py`` sends this file over stdin, so it may use nothing but the standard library, and it must parse on a
-Python that is too old to run the rest, to be able to say so.
+``command.py`` sends this file over stdin, so it may use only the standard library. It must parse on a Python that is
+too old for the rest, to report that.
 
-After its own source it reads one line of JSON, and with it as many bytes of code as that line announces. It never
-reads further: what follows belongs to the module, which inherits the same stdin.
+After its own source it reads one line of JSON, and as many bytes of code as that line announces. It reads no further:
+the remaining bytes belong to the module, which inherits the same stdin.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _CHUNK_BYTES = 1 << 16
 
 
 def main() -> None:
-    """Serve the header on stdin; does not return."""
+    """Handle the header on stdin; does not return."""
     if sys.version_info < _OLDEST:
         found = ".".join(str(number) for number in sys.version_info[:3])
         _give_up(f"{sys.executable} is Python {found}, and Python 3.11 or newer is needed")
@@ -39,10 +39,10 @@ def main() -> None:
         sources.insert(0, _code(header["bundle"]["sha256"], header["bundle"]["num_bytes"]))
         _enter(header["cwd"], needed=False)
         env["PYTHONSAFEPATH"] = (
-            "1"  # else a checkout in the working directory would be taken for the code that was sent
+            "1"  # otherwise a checkout in the working directory would be imported instead of the code that was sent
         )
     env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [env.get("PYTHONPATH")])])
-    # programs that came with this interpreter (ninja) are found as in an activated environment
+    # programs installed beside this interpreter (ninja) are found as in an activated environment
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     os.execve(sys.executable, [sys.executable, "-m", header["module"]], env)  # noqa: S606  (no shell is wanted)
 
@@ -56,7 +56,7 @@ def _enter(folder: str, *, needed: bool) -> None:
 
 
 def _code(sha256: str, num_bytes: int) -> str:
-    """Return the folder that holds the code on stdin; unpack it unless an earlier run has."""
+    """Return the folder with the code from stdin; unpack it unless an earlier run has."""
     packed = b"".join(_read(num_bytes))
     if hashlib.sha256(packed).hexdigest() != sha256:
         _give_up(f"the code arrived damaged: its SHA-256 is not {sha256}")
@@ -72,9 +72,9 @@ def _code(sha256: str, num_bytes: int) -> str:
 
 
 def _unpack(packed: bytes, folder: Path) -> None:
-    """Make ``folder`` appear whole: several runs may arrive at once, and any may die half-way."""
+    """Create ``folder`` atomically: several runs may unpack at once, and each may die half-way."""
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unpacking-"))
-    # the filter is missing before 3.11.4; the hash says already that the archive is the sender's
+    # the filter is missing before 3.11.4; the hash has already proved that the archive is the sender's
     safely: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     try:
         with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:

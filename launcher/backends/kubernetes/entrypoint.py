@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.config.backend.kubernetes import KubernetesBackend
 
 _INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", "RANK")
-"""Variables with the number of a pod: of Indexed Jobs and what is built on them; of PyTorchJobs."""
+"""Variables with the index of a pod, set for Indexed Jobs (JobSet, TrainJob) and for PyTorchJobs."""
 
 _CONTROLLER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_")
 """Prefixes of variables that controllers set for torchrun; the plan sets its own."""
@@ -62,7 +62,7 @@ def _code_of_pod(folder: Path) -> int:
 
 
 def index_of(environ: Mapping[str, str]) -> int:
-    """Return the number of this pod.
+    """Return the index of this pod.
 
     Raises:
         EnvironmentProblem: no controller set it.
@@ -78,8 +78,8 @@ def index_of(environ: Mapping[str, str]) -> int:
 def run_agent(backend: KubernetesBackend, config: PodConfig, *, index: int, key: bytes) -> int:
     """Run the agent of this pod and return the exit code for its controller.
 
-    That is 0 after a run that went well. After any other it is 75, "start me again": the first pod alone says whether
-    the run failed, so that one failure counts once, however many pods it ends.
+    That is 0 after a completed run, otherwise 75, "start me again": only the first pod reports a failed run, so that
+    one failure counts once, however many pods exit.
     """
     from launcher.backends.kubernetes.pod_config import pod_address
     from launcher.supervision.agent_entry import serve_assignment
@@ -97,7 +97,7 @@ def run_agent(backend: KubernetesBackend, config: PodConfig, *, index: int, key:
     with peer, scratch_folder() as scratch:
         try:
             code = serve_assignment(read_fd=peer.fileno(), write_fd=peer.fileno(), scratch=scratch)
-        except EOFError:  # the first pod went before the run began
+        except EOFError:  # the first pod exited before the run began
             code = EXIT_PREEMPTED
     return 0 if code == 0 else EXIT_PREEMPTED
 

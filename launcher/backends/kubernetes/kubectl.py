@@ -1,4 +1,4 @@
-"""Run kubectl: argument lists, documents over stdin, and errors with their remedy."""
+"""Run kubectl: argument lists, documents over stdin, and errors with a remedy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REMEDIES = (
     ("unable to connect", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
     ("no such host", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
 )
-"""Words that must both stand in what kubectl says, in small letters, and the remedy; the first that fits."""
+"""Two words of kubectl's message, in lower case, and the remedy; the first entry that matches is used."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Kubectl:
             document: its stdin.
 
         Raises:
-            EnvironmentProblem: kubectl is missing, does not end, or refuses.
+            EnvironmentProblem: kubectl is missing, times out, or fails.
         """
         argv = self.argv(*words)
         try:
@@ -73,7 +73,7 @@ class Kubectl:
 
 
 def kubectl_missing() -> EnvironmentProblem:
-    """Return the error to raise where kubectl is not installed."""
+    """Return the error for a machine without kubectl."""
     return EnvironmentProblem(
         "kubectl is not installed, and backend=kubernetes starts everything with it: see "
         "https://kubernetes.io/docs/tasks/tools/, or print the manifests with `launch plan` and apply them elsewhere"

@@ -33,13 +33,13 @@ def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: 
     Args:
         run: as it was submitted.
         backend: the options of the cluster.
-        config: what else was submitted.
+        config: the pod config that was submitted with it.
         key: shared with the other pods.
         say: prints a line.
 
     Raises:
         ConfigError: the run cannot work here.
-        EnvironmentProblem: the other pods never came.
+        EnvironmentProblem: the other pods did not connect.
     """
     prepared = prepare_in_cluster(run, backend, config)
     run_dir = prepared.directory
@@ -73,14 +73,14 @@ class PodExecutor(Executor[KubernetesBackend]):
         """Connections to the agents of the other pods, by host."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
-        """Return the command that runs ``module`` in this pod; no other pod can be reached from here."""
+        """Return the command that runs ``module`` in this pod; others cannot be reached."""
         return RemoteCommand(argv=(sys.executable, "-m", module))
 
     def submit(self, plan: Plan) -> RunOutcome:
         """Wait for the agents of the other pods and run the session.
 
         Raises:
-            EnvironmentProblem: the other pods never came.
+            EnvironmentProblem: the other pods did not connect.
         """
         run_dir = RunDir(Path(plan.run_dir))
         others = {number: host.host.name for number, host in enumerate(plan.hosts) if number}
@@ -98,10 +98,10 @@ class PodExecutor(Executor[KubernetesBackend]):
 
 
 def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:
-    """Return the exit code of this pod: 75, "start me again", where this pod did not cause the end.
+    """Return the exit code of this pod: 75, "start me again", if it did not cause the end.
 
-    A deleted pod is replaced, even before its first checkpoint. Of a pod that died, its controller knows more: it
-    counts a crash and does not count a node that was taken away.
+    A deleted pod is replaced, even before its first checkpoint. The controller of a pod that died knows more: it counts
+    a crash, and does not count a node that was removed.
     """
     failure = outcome.failure
     if failure is not None and failure.rank is None and failure.host in others and others[failure.host].has_hung_up:
@@ -113,7 +113,7 @@ def prepare_in_cluster(run: Run, backend: KubernetesBackend, config: PodConfig) 
     """Return the run with the addresses that this cluster gives its pods.
 
     Raises:
-        ConfigErrors: everything that stands against it.
+        ConfigErrors: every reason why the run cannot work.
     """
     identity = config.identity
     folder = Path(identity.run_dir)
@@ -130,7 +130,7 @@ def prepare_in_cluster(run: Run, backend: KubernetesBackend, config: PodConfig) 
 
 
 def _continued(run: Run, run_dir: RunDir, *, run_id: str) -> Run:
-    """Return the run, set to resume from the newest checkpoint of an earlier pod, if there is one."""
+    """Return the run, set to resume from the newest checkpoint of an earlier pod."""
     if foreign := list(validate_run_dir(replace(run, checkpoint=replace(run.checkpoint, resume="auto")), run_dir)):
         raise ConfigErrors(foreign)
     found = read_json(run_dir.plan)["run_id"] if run_dir.plan.is_file() else run_id
@@ -146,7 +146,7 @@ def _hosts_here(backend: KubernetesBackend, config: PodConfig, *, max_ranks: int
     hosts = []
     for number, host in enumerate(backend.hosts(max_ranks=max_ranks)):
         address = pod_address(backend.workload, config.job, number)
-        login = address if number else ""  # the first one is where this is
+        login = address if number else ""  # the first pod is this one
         hosts.append(replace(host, address=address, ssh_destination=login, python=sys.executable))
     return hosts
 
@@ -154,8 +154,8 @@ def _hosts_here(backend: KubernetesBackend, config: PodConfig, *, max_ranks: int
 def _in_cluster(plan: Plan) -> Plan:
     return replace(
         plan,
-        # a cluster knows one signal: SIGTERM means "save, you will continue" here, as SIGUSR1 does elsewhere
+        # Kubernetes sends SIGTERM only: here it means "save, you will be resumed", as SIGUSR1 does elsewhere
         grace_s=max(plan.grace_s, plan.preempt_grace_s),
-        # every pod has them from the Secret; on the network between pods they would travel for all to see
+        # every pod has them from the Secret; the network between pods is not encrypted
         forwarded_env=(),
     )

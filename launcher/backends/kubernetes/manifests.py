@@ -23,12 +23,12 @@ from launcher.protocol.plan import Plan, RunIdentity
 Manifest = dict[str, Any]
 GPU = "nvidia.com/gpu"
 _SLACK_S = 15.0
-"""Beyond what ranks get to save: time to write down how the run ended."""
+"""Time, beyond the ranks' grace, to write the result files."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What manifests are made from."""
+    """Input of the manifests."""
 
     backend: KubernetesBackend
     plan: Plan
@@ -66,9 +66,9 @@ def pod_spec(submission: Submission, *, container: str, subdomain: str | None = 
         "imagePullSecrets": [{"name": name} for name in backend.image_pull_secrets],
     }
     return {
-        "restartPolicy": "Never",  # a pod is replaced, never restarted in place, so that its controller counts failures
+        "restartPolicy": "Never",  # a pod is replaced, so that its controller counts failures
         "terminationGracePeriodSeconds": math.ceil(max(plan.grace_s, plan.preempt_grace_s) + _SLACK_S),
-        "enableServiceLinks": False,  # variables of other services in the namespace
+        "enableServiceLinks": False,  # no variables of other services in the namespace
         **{key: value for key, value in optional.items() if value},
         "containers": [_container(submission, container)],
         "volumes": _volumes(submission),
@@ -89,7 +89,7 @@ def _container(submission: Submission, name: str) -> Manifest:
         ],
         **({"envFrom": [{"secretRef": {"name": backend.secret}}]} if backend.secret else {}),
         **({"env": env} if (env := _forwarded(submission)) else {}),
-        # requests like limits: neither the cores of the plan nor its memory are promised to anybody else
+        # requests equal limits: cores and memory of the plan are reserved for this pod
         "resources": {"requests": resources, "limits": resources.copy()},
         "terminationMessagePolicy": "FallbackToLogsOnError",  # so that `kubectl describe` shows the last block
         "volumeMounts": [
@@ -102,7 +102,7 @@ def _container(submission: Submission, name: str) -> Manifest:
 
 
 def _forwarded(submission: Submission) -> list[Manifest]:
-    """Return the variables of the launching environment: by name alone, their values are in the run's Secret."""
+    """Return the forwarded variables by name; their values are in the run's Secret."""
     return [
         {"name": name, "valueFrom": {"secretKeyRef": {"name": submission.job, "key": name}}}
         for name in submission.plan.forwarded_env
@@ -126,7 +126,7 @@ def _volumes(submission: Submission) -> list[Manifest]:
 
 
 def escape_references(word: str) -> str:
-    """Return ``word`` so that it arrives unchanged: Kubernetes replaces ``$(NAME)`` and turns ``$$`` into ``$``."""
+    """Return ``word`` escaped: Kubernetes expands ``$(NAME)`` and turns ``$$`` into ``$``."""
     return word.replace("$", "$$")
 
 
@@ -139,13 +139,13 @@ class WorkloadKind:
 
     manifests: Callable[[Submission], list[Manifest]]
     resource: str
-    """What kubectl calls it, with its group, so that a namesake of another group is not meant."""
+    """Kubectl's name with the API group, so that an equal name in another group does not match."""
     others: tuple[str, ...] = ()
     """Further resources that ``manifests`` makes."""
     first_pod: str = f"{_INDEX_LABEL}=0"
-    """Label of the pod that speaks for the run."""
+    """Label of the pod that reports for the run."""
     conditions: tuple[str, str] = ("Complete", "Failed")
-    """Its condition after success, and after failure."""
+    """Its conditions after success and after failure."""
 
 
 def indexed_job(submission: Submission) -> list[Manifest]:
@@ -156,7 +156,7 @@ def indexed_job(submission: Submission) -> list[Manifest]:
         "metadata": submission.metadata(),
         "spec": {
             "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # the pods look for each other before anything else
+            "publishNotReadyAddresses": True,  # the pods resolve each other's names before they are ready
             "selector": {"app.kubernetes.io/instance": submission.job},
         },
     }
@@ -185,9 +185,9 @@ def jobset(submission: Submission) -> list[Manifest]:
 
 
 def trainjob(submission: Submission) -> list[Manifest]:
-    """Return a TrainJob of Kubeflow's Trainer and the runtime, of this run alone, that it refers to.
+    """Return a TrainJob of Kubeflow's Trainer and the runtime that it refers to.
 
-    The runtime leaves out the policy for torch: torchrun is started by us, with our own rendezvous.
+    The runtime has no policy for torch: the agent starts torchrun, with the rendezvous of the plan.
     """
     num_nodes = submission.backend.nodes
     runtime = {
@@ -262,8 +262,8 @@ def _jobset_spec(submission: Submission, *, labels: dict[str, str]) -> Manifest:
 def _job_spec(submission: Submission, *, container: str, subdomain: str | None = None) -> Manifest:
     """Return an Indexed Job's spec.
 
-    The first pod speaks for the run; the others end with 75 whenever it did not end well. So 75 starts a pod again and
-    counts for nothing, and every other code counts once a run.
+    The first pod reports for the run; the others exit with 75 unless it completed. So 75 starts a pod again without
+    counting as a failure, and any other code counts once per run.
     """
     num_nodes = submission.backend.nodes
     return {
@@ -305,13 +305,13 @@ WORKLOADS: dict[Workload, WorkloadKind] = {
 
 
 def job_reference(backend: KubernetesBackend, job: str) -> dict[str, str]:
-    """Return what the cluster calls a run, for ``session.json``."""
+    """Return the cluster's names of a run, for ``session.json``."""
     context = {"context": backend.context} if backend.context else {}
     return {"kind": WORKLOADS[backend.workload].resource, "name": job, "namespace": backend.namespace, **context}
 
 
 def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
-    """Return what the manifests of ``plan`` are made from."""
+    """Return the input of the manifests of ``plan``."""
     identity = RunIdentity(
         run_id=plan.run_id,
         run_dir=backend.run_dir_on_hosts(plan.run_dir),
@@ -323,7 +323,7 @@ def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
 
 
 def render_manifests(submission: Submission, *, snapshot: str) -> str:
-    """Return every manifest as YAML. Its size does not depend on the number of hosts.
+    """Return every manifest as YAML; its size does not depend on the number of hosts.
 
     Args:
         submission: the run.
@@ -354,7 +354,7 @@ def _yaml(manifest: Manifest) -> str:
     import yaml
 
     class Dumper(yaml.SafeDumper):
-        """Without anchors, and with texts of several lines as they are."""
+        """YAML without anchors, with multi-line texts as blocks."""
 
         def ignore_aliases(self, data: object) -> bool:
             return True

@@ -14,16 +14,16 @@ from launcher.utils.files import read_json
 from launcher.utils.schema import build, to_tree
 
 REPLICATED_JOB = "node"
-"""Name of the only group of pods inside of a JobSet; Kubeflow's Trainer looks for it."""
+"""Name of the only group of pods in a JobSet; Kubeflow's Trainer requires it."""
 _MAX_LABEL = 63
 _LONGEST_SUFFIX = len(f"-{REPLICATED_JOB}-0-99999")
 
 
 def job_name(run_name: str, run_id: str) -> str:
-    """Return the name of everything that belongs to one run: a DNS label that begins with a letter.
+    """Return the name of every object of one run: a DNS label that begins with a letter.
 
-    What the cluster does not take is replaced by dashes, and so long a name is cut that the host name of every pod
-    remains a DNS label too. The run id keeps apart runs whose names become alike.
+    Invalid characters are replaced by dashes, and the name is cut so that the host name of every pod is a DNS label
+    too. The run id keeps names unique that become equal.
     """
     tail = _dashed(run_id)
     room = _MAX_LABEL - _LONGEST_SUFFIX - len(tail) - 1
@@ -40,7 +40,7 @@ def _dashed(text: str) -> str:
 def pod_address(workload: Workload, job: str, index: int) -> str:
     """Return the DNS name of the pod with ``index``, as its controller arranges it.
 
-    Of a PyTorchJob only the first pod has one; nothing connects to the others.
+    In a PyTorchJob only the first pod has one; nothing connects to the others.
     """
     match workload:
         case "indexed_job":
@@ -61,7 +61,7 @@ KEY_FILE = "key"
 
 @dataclass(frozen=True, kw_only=True)
 class PodConfig:
-    """What pods need beside the snapshot. From both they make the plan themselves, so it is not sent."""
+    """Options of the pods beside the snapshot; each pod makes the plan from both."""
 
     job: str
     """Name of the run in the cluster; addresses follow from it."""
@@ -69,7 +69,7 @@ class PodConfig:
 
     @property
     def session_port(self) -> int:
-        """Where the first pod waits for the others: beside the port of the rendezvous."""
+        """Port on which the first pod listens for the others: next to the port of the rendezvous."""
         port = self.identity.port
         return port + 1 if port < 65535 else port - 1
 
@@ -82,7 +82,7 @@ def load_pod_config(folder: Path) -> PodConfig:
     """Return the configuration in ``folder``.
 
     Raises:
-        EnvironmentProblem: there are none.
+        EnvironmentProblem: the folder holds none.
         ConfigErrors: they were not written by this version.
     """
     path = folder / CONFIG_FILE

@@ -38,10 +38,10 @@ _KEY_BYTES = 32
 
 
 class KubernetesExecutor(Executor[KubernetesBackend]):
-    """Applies the manifests of a run; the first pod executes it."""
+    """Applies the manifests of a run, which the first pod executes."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
-        """Refuse: pods exist only while their run lasts, and their agents connect to the session by themselves.
+        """Raise: pods exist only during the run, and their agents connect to the session themselves.
 
         Raises:
             EnvironmentProblem: always.
@@ -75,7 +75,7 @@ def create_run(
     """Create the Secret and apply the manifests.
 
     Raises:
-        EnvironmentProblem: kubectl is missing or the cluster refuses; nothing of the run is left there.
+        EnvironmentProblem: kubectl is missing or the cluster rejects a manifest; everything created is deleted.
     """
     manifests = render_manifests(submission, snapshot=snapshot)
     kubectl.run("create", "--filename=-", document=_secret(submission, environ))
@@ -87,29 +87,29 @@ def create_run(
         is_there = True
     finally:
         if not is_there:
-            with contextlib.suppress(EnvironmentProblem):  # what went wrong first is what counts
+            with contextlib.suppress(EnvironmentProblem):  # the first error is the one to report
                 delete_run(submission, kubectl)
 
 
 def delete_run(submission: Submission, kubectl: Kubectl) -> None:
-    """Delete everything of the run; its pods get time to save.
+    """Delete every object of the run; its pods get time to save.
 
     Raises:
-        EnvironmentProblem: the cluster refuses; what else can be deleted is.
+        EnvironmentProblem: the cluster rejects a deletion; the other objects are deleted.
     """
     kind = WORKLOADS[submission.backend.workload]
     problems = []
     for resource in (kind.resource, *kind.others, "secrets", "configmaps"):
         try:
             kubectl.run("delete", f"{resource}/{submission.job}", "--ignore-not-found", "--wait=false")
-        except EnvironmentProblem as problem:  # the resource itself may be unknown there
+        except EnvironmentProblem as problem:  # the cluster may not have this kind of resource
             problems.append(problem)
     if problems:
         raise problems[0]
 
 
 def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
-    """Return the document with the secrets: it goes to kubectl's stdin and nowhere else."""
+    """Return the Secret's document, which is passed to kubectl's stdin only."""
     forwarded = {name: environ[name] for name in submission.plan.forwarded_env if name in environ}
     values = {KEY_FILE: secrets.token_hex(_KEY_BYTES), **forwarded}
     document = {
@@ -123,7 +123,7 @@ def _secret(submission: Submission, environ: Mapping[str, str]) -> str:
 
 
 def _set_owner(submission: Submission, kubectl: Kubectl) -> None:
-    """Make the workload the owner of what was created for it, so that deleting it deletes everything."""
+    """Make the workload own every other object, so that deleting it deletes all."""
     kind = WORKLOADS[submission.backend.workload]
     run = kubectl.get(f"{kind.resource}/{submission.job}")
     owner = {
@@ -145,7 +145,7 @@ def _record(submission: Submission) -> None:
 
 
 def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
-    """Return lines for the user: where the run is, and what to type next."""
+    """Return lines for the user: where the run is, and the next commands."""
     kind = WORKLOADS[submission.backend.workload]
     first = f"--selector=app.kubernetes.io/instance={submission.job},{kind.first_pod}"
     commands = {
@@ -162,9 +162,9 @@ def next_steps(submission: Submission, kubectl: Kubectl) -> list[str]:
 _LOOK_EVERY_S = 2.0
 _TICK_S = 0.1
 _PATIENCE_S = 300.0
-"""Time without an answer of the cluster after which following fails."""
+"""Following fails when the cluster has not answered for this time."""
 _LOST = 255
-"""Exit code of a run whose first pod left none."""
+"""Exit code of a run whose first pod reported none."""
 
 
 def follow(submission: Submission, kubectl: Kubectl) -> RunOutcome:
@@ -204,21 +204,21 @@ class _Follower:
         return RunOutcome(status="cancelled", exit_code=128 + self._arrived[0])
 
     def _look(self) -> RunOutcome | None:
-        """Show what is new; return the end of the run once there is one."""
+        """Print new output; return the outcome of the run once it has ended."""
         for pod in self._pods(all_pods=False):
             self._show(pod)
         succeeded = self._ended()
         return None if succeeded is None else self._outcome(succeeded=succeeded)
 
     def _pods(self, *, all_pods: bool) -> list[Any]:
-        """Return every first pod there has been, the oldest first; or every pod of the run."""
+        """Return every first pod of the run, the oldest first; or all of its pods."""
         labels = f"app.kubernetes.io/instance={self._submission.job}"
         labels += "" if all_pods else f",{self._kind.first_pod}"
         found: list[Any] = self._kubectl.get("pods", f"--selector={labels}")["items"]
         return sorted(found, key=lambda pod: str(pod["metadata"]["creationTimestamp"]))
 
     def _show(self, pod: Any) -> None:
-        """Print a pod's output until it ends; while it is pending, print once why."""
+        """Print a pod's output until it exits; while it is pending, print the reason once."""
         name = pod["metadata"]["name"]
         if name in self._shown:
             return
@@ -238,7 +238,7 @@ class _Follower:
             logs.wait()
 
     def _ended(self) -> bool | None:
-        """Return whether the run went well; ``None`` while it has not ended."""
+        """Return whether the run completed; ``None`` while it has not ended."""
         run = self._kubectl.get(f"{self._kind.resource}/{self._submission.job}")
         true = {
             condition["type"]
@@ -249,7 +249,7 @@ class _Follower:
         return succeeded if succeeded or failed else None
 
     def _outcome(self, *, succeeded: bool) -> RunOutcome:
-        """Return how the run ended: as its first pod reports, or else the pod whose end caused it."""
+        """Return the outcome reported by the first pod, else by the pod whose exit caused the end."""
         if succeeded:
             return RunOutcome(status="completed", exit_code=0)
         first = self._ends(all_pods=False)
@@ -306,7 +306,7 @@ class _ContainerEnd:
     pod: str
     code: int
     said: str
-    """The cause in its last line; without one, what the cluster reports."""
+    """The cause in its last line; without one, the cluster's own reason."""
 
 
 def _container_end(pod: Any) -> _ContainerEnd | None:

@@ -16,7 +16,7 @@ _UNLIMITED = ("infinite", "n/a")
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmPartition:
-    """A queue, as sinfo shows it."""
+    """A partition, as sinfo reports it."""
 
     name: str
     is_default: bool
@@ -40,10 +40,10 @@ class SlurmPartition:
 
 
 def partitions() -> list[SlurmPartition]:
-    """Return the queues of the cluster.
+    """Return the partitions of the cluster.
 
     Raises:
-        EnvironmentProblem: there is no Slurm here, or it does not answer.
+        EnvironmentProblem: Slurm is not installed here, or does not answer.
     """
     answer = run_slurm(["sinfo", "--noheader", "--format=%P|%l|%D"])
     if answer.returncode:
@@ -60,7 +60,7 @@ def partitions() -> list[SlurmPartition]:
 def run_slurm(
     command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = _TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Run one of Slurm's programs and return its answer.
+    """Run one of Slurm's programs and return its output.
 
     Raises:
         EnvironmentProblem: it is not installed, or does not answer.
@@ -85,7 +85,7 @@ def run_slurm(
 
 
 def error_text(stderr: str) -> str:
-    """Return the errors that a program of Slurm printed, in one line."""
+    """Return the errors that a program of Slurm printed, as one line."""
     lines = [line.partition("error: ")[2] or line for line in stderr.splitlines()]
     return "; ".join(line.strip().rstrip(".") for line in lines if line.strip()) or "nothing"
 

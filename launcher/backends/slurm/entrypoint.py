@@ -35,24 +35,24 @@ from launcher.supervision.finalize import remove_previous_result
 from launcher.utils.files import read_json
 
 _REQUEUE_S = 60.0
-"""Time Slurm gets to end a job that is queued again."""
+"""Time for Slurm to end a job after requeueing it."""
 
 
 class AllocationExecutor(AgentExecutor[SlurmAllocation]):
-    """Starts ranks on the nodes of the job that this process is in."""
+    """Starts ranks on the nodes of the job that this process runs in."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return the srun command that runs ``module`` on a node of this job.
 
-        A job step of its own, which shares what the job holds. Not ``--unbuffered``: it would put a terminal between,
-        which changes bytes. No binding: the ranks together use every core of the node.
+        It is a separate job step that shares the resources of the job. Not ``--unbuffered``, which inserts a terminal
+        that changes bytes. No binding: the ranks together use every core of the node.
         """
         step = ("--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap", "--cpu-bind=none", "--mpi=none")
         return RemoteCommand(argv=("srun", "--quiet", *step, "--export=ALL", host.python, "-m", module))
 
     @property
     def job(self) -> dict[str, str]:
-        """The number of this job."""
+        """The id of this job."""
         return {"id": job_id()}
 
 
@@ -63,7 +63,7 @@ class _PreemptedBeforeStart(Exception):
 def main() -> None:
     """Execute the run whose directory is the first argument."""
     run_dir = RunDir(Path(sys.argv[1]))
-    # programs that came with this interpreter (ninja) are found as in an activated environment
+    # programs installed beside this interpreter (ninja) are found as in an activated environment
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # delivered once `run` says whether to requeue
     signal.signal(signal.SIGUSR1, _raise_preempted)
@@ -102,7 +102,7 @@ def run_on_nodes(run: Run, run_dir: RunDir) -> int:
 
 
 def with_auto_resume(run: Run, run_dir: RunDir) -> Run:
-    """Return ``run``, set to resume from its own newest checkpoint, which it has after a requeue."""
+    """Return ``run``, set to resume from its own newest checkpoint after a requeue."""
     if find_checkpoint("auto", run_dir, say=silent) is None:
         return run
     return replace(run, run=replace(run.run, dir=str(run_dir.path)), checkpoint=replace(run.checkpoint, resume="auto"))
@@ -122,7 +122,7 @@ def plan_on_nodes(run: Run, run_dir: RunDir, *, run_id: str) -> PreparedRun:
 
 
 def node_names() -> list[str]:
-    """Return the nodes of this job; the first is the one that this process is on."""
+    """Return the nodes of this job; this process runs on the first one."""
     listed = run_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
     if listed.returncode:
         raise EnvironmentProblem(f"Slurm does not say which nodes it gave: {error_text(listed.stderr)}")
@@ -130,7 +130,7 @@ def node_names() -> list[str]:
 
 
 def node_addresses() -> dict[str, str]:
-    """Return where Slurm reaches the nodes of this job, which is not always their name."""
+    """Return the addresses at which Slurm reaches the nodes, which may differ from their names."""
     shown = run_slurm(["scontrol", "--oneliner", "show", "node", os.environ["SLURM_JOB_NODELIST"]])
     addresses = {}
     for line in shown.stdout.splitlines():
@@ -141,17 +141,17 @@ def node_addresses() -> dict[str, str]:
 
 
 def job_id() -> str:
-    """Return the number of the job that this process is in."""
+    """Return the id of the job that this process runs in."""
     return os.environ["SLURM_JOB_ID"]
 
 
 def requeue() -> None:
-    """Queue this job again unless it was cancelled; Slurm then ends this process."""
+    """Requeue this job unless it was cancelled; Slurm then ends this process."""
     state = run_slurm(["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]).stdout.strip()
     if state != "RUNNING":
         print(f"not queued again: the job is {state.lower() or 'gone'}", flush=True)
         return
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's way to end a job that it queues again
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # how Slurm ends a job that it requeues
     answer = run_slurm(["scontrol", "requeue", job_id()])
     if answer.returncode:
         print(f"cannot be queued again: {error_text(answer.stderr)}", file=sys.stderr, flush=True)
@@ -161,7 +161,7 @@ def requeue() -> None:
 
 
 def _ignore_preemption() -> None:
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run has ended: nothing is left to save
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # the run has ended: there is nothing to save
 
 
 def _raise_preempted(_number: int, _frame: FrameType | None) -> None:

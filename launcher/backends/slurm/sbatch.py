@@ -15,9 +15,9 @@ _PLAIN = re.compile(r"[\w./:,=+@%^~\[\]-]*", re.ASCII)
 
 
 def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
-    """Return the script: options of sbatch, then the session, which takes the place of the shell.
+    """Return the batch script: options of sbatch, then ``exec`` of the session.
 
-    So Slurm's signals, which go to the batch process, reach the session itself.
+    The session replaces the shell, so it receives the signals that Slurm sends to the batch process.
     """
     directives = [f"#SBATCH --{line}" for line in _directives(backend, plan)]
     command = shlex.join([plan.hosts[0].host.python, "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
@@ -27,7 +27,7 @@ def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
 def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:
     yield _set("job-name", plan.name)
     yield _set("nodes", backend.nodes)
-    yield "ntasks-per-node=1"  # the agent of that node
+    yield "ntasks-per-node=1"  # that node's agent
     for option in ("cpus_per_task", "gpus_per_node", "mem", "time"):
         yield from _set_if_given(backend, option)
     for option in ("partition", "account", "qos", "reservation", "constraint", "nodelist", "exclude"):
@@ -43,7 +43,7 @@ def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:
 
 
 def slurm_log_path(plan: Plan, job_id: str) -> Path:
-    """Return the file that takes what the session prints; Slurm puts the job's number for ``%j``."""
+    """Return the file of the session's output; Slurm replaces ``%j`` by the job id."""
     folder = RunDir(Path(plan.run_dir.replace("%", "%%") if job_id == "%j" else plan.run_dir)).logs
     return folder / f"slurm.{job_id}.log"
 
@@ -55,7 +55,7 @@ def _set_if_given(backend: SlurmBackend, option: str) -> Iterator[str]:
 
 
 def _set(name: str, value: object) -> str:
-    """Return one option; sbatch reads quotes and backslashes much as a shell does, and # as a comment."""
+    """Return one option, quoted: sbatch parses quotes, backslashes and # like a shell."""
     text = str(value)
     if _PLAIN.fullmatch(text):
         return f"{name}={text}"

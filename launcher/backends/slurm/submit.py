@@ -25,7 +25,7 @@ from launcher.utils.processes import collect_signals
 from launcher.utils.text import printable
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
-"""SBATCH_… variables that replace our options where these are not set. All others would override the script."""
+"""SBATCH_… variables that are used where our own option is not set. All others would override the script."""
 
 _OPTION_BY_MESSAGE = {
     "account": "account",
@@ -44,14 +44,14 @@ _OPTION_BY_MESSAGE = {
     "node configuration": "nodes",
     "nodes": "nodes",
 }
-"""Our options by words in Slurm's messages; the first that occurs counts."""
+"""Our options by words of Slurm's messages; the first match is used."""
 
 
 class SlurmExecutor(Executor[SlurmBackend]):
     """Queues a batch job, whose entry point executes the run on the nodes that Slurm chooses."""
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
-        """Refuse: Slurm has not chosen the nodes yet; the job itself reaches them later.
+        """Raise: Slurm has not chosen the nodes yet; the job itself reaches them later.
 
         Raises:
             EnvironmentProblem: always.
@@ -68,7 +68,7 @@ class SlurmExecutor(Executor[SlurmBackend]):
 
         Raises:
             ConfigErrors: Slurm would reject it, or leave it pending for ever.
-            EnvironmentProblem: there is no Slurm here, or it does not answer.
+            EnvironmentProblem: Slurm is not installed here, or does not answer.
         """
         check_submission(self.backend, plan)
 
@@ -77,18 +77,18 @@ class SlurmExecutor(Executor[SlurmBackend]):
 
         Raises:
             ConfigError: Slurm rejects it; the message says why.
-            EnvironmentProblem: there is no Slurm here, or it does not answer.
+            EnvironmentProblem: Slurm is not installed here, or does not answer.
         """
         job_id = submit_job(self.backend, plan)
         return RunOutcome(status="submitted", exit_code=follow(plan, job_id) if self.backend.wait else 0)
 
 
 def submit_job(backend: SlurmBackend, plan: Plan) -> str:
-    """Write the batch script into the run directory, submit it, and return the number of the job.
+    """Write the batch script into the run directory, submit it, and return the job id.
 
     Raises:
-        ConfigError: Slurm refuses it; the run directory is as it was.
-        EnvironmentProblem: there is no Slurm here, or it does not answer.
+        ConfigError: Slurm rejects it; the run directory is unchanged.
+        EnvironmentProblem: Slurm is not installed here, or does not answer.
     """
     run_dir, staged = RunDir(Path(plan.run_dir)), StagedFiles()
     file = run_dir.path / "job.sbatch"
@@ -113,7 +113,7 @@ def check_submission(backend: SlurmBackend, plan: Plan) -> None:
 
     Raises:
         ConfigErrors: Slurm would reject it, or leave it pending for ever.
-        EnvironmentProblem: there is no Slurm here, or it does not answer.
+        EnvironmentProblem: Slurm is not installed here, or does not answer.
     """
     _check_not_queued(RunDir(Path(plan.run_dir)))
     if mistakes := list(validate_partitions(backend, partitions())):
@@ -121,9 +121,9 @@ def check_submission(backend: SlurmBackend, plan: Plan) -> None:
 
 
 def _record(run_dir: RunDir, job_id: str) -> None:
-    """Write the job's number to session.json, unless the job has begun and did so itself.
+    """Write the job id to session.json, unless the job has started and did so itself.
 
-    A full disk does not change that it is queued.
+    On a full disk, a message is printed: the job is queued anyway.
     """
     written = read_session_file(run_dir)
     if written is not None and written.job.get("id") == job_id:
@@ -135,7 +135,10 @@ def _record(run_dir: RunDir, job_id: str) -> None:
 
 
 def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) -> Iterator[ConfigError]:
-    """Yield what no partition can give: Slurm may leave such a job pending without an error."""
+    """Yield options that no partition can satisfy.
+
+    Slurm may leave such a job pending without an error.
+    """
     wanted = backend.partition or os.environ.get("SBATCH_PARTITION")
     named = wanted.split(",") if wanted else [queue.name for queue in known if queue.is_default]
     chosen = [queue for queue in known if queue.name in named]
@@ -174,7 +177,7 @@ def _sbatch(backend: SlurmBackend, file: Path) -> str:
 
 
 def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
-    """Return the error of sbatch as the error of one option, where its words name one."""
+    """Return sbatch's message as the error of the option that it names, if it names one."""
     lower = words.lower()
     for about, option in _OPTION_BY_MESSAGE.items():
         if about in lower:
@@ -204,14 +207,16 @@ def _known_partitions(known: Sequence[SlurmPartition]) -> str:
 
 _TICK_S = 0.2
 _ASK_S = 5.0
-"""Between two queries of the scheduler, which all users share."""
+"""Time between two queries of the scheduler, which all users share."""
 _WAITING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING")
 _CODES = {"TIMEOUT": EXIT_STALLED, "CANCELLED": 128 + signal.SIGTERM, "PREEMPTED": EXIT_PREEMPTED}
 """Exit codes of jobs that were killed before they wrote result.json; 1 for other states."""
 
 
 def follow(plan: Plan, job_id: str) -> int:
-    """Print the job's output until it has ended, requeues included; return the exit code of the run.
+    """Print the job's output until it ends; return the exit code of the run.
+
+    A requeued job is followed further.
 
     The first signal cancels the job; this function still waits until it has ended.
     """
@@ -240,7 +245,10 @@ def follow(plan: Plan, job_id: str) -> int:
 
 
 def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> int:
-    """Return the exit code in result.json; without one, derive it from the state that Slurm reports and print that."""
+    """Return the exit code in result.json; without one, that of the state that Slurm reports.
+
+    The state is printed.
+    """
     if run_dir.result.exists():
         return int(read_json(run_dir.result)["exit_code"])
     if cancelled_by is not None:

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,11 +30,11 @@ from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
 from .markers import mark, refusing_processes
 from .preloading import PreloadingProcess, preloading_modules
+from .processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
 pytest.register_assert_rewrite("tests.backends.contract")  # it holds tests, and is imported by files of tests
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-MARK = "LAUNCHER_TEST_MARK"
 _INHERITED = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
 """Signals that a process passes on ignored to those it starts, where it ignores them."""
 _NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
@@ -200,7 +199,7 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
         timeout: float = 300,
         command: tuple[str, ...] = (sys.executable, "-m", "launcher"),
     ) -> Launched:
-        mark = uuid.uuid4().hex
+        mark = new_mark()
         started = time.monotonic()
         with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
 
@@ -211,7 +210,7 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
                     texts.append(stream.read().decode())
                 return tuple(texts)
 
-            whole = {**os.environ, **(env or {}), MARK: mark}
+            whole = marked_environment(mark, env)
             process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr)
             try:
                 process.wait(timeout)
@@ -318,25 +317,26 @@ class Background:
 @pytest.fixture
 def launch_in_background(tmp_path: Path) -> Iterator[Callable[..., Background]]:
     """Start ``python -m launcher`` with the arguments given, in ``tmp_path``; whatever is left is killed in the end."""
-    with _background(tmp_path, start_interpreter) as start:
+    with running_in_background(tmp_path, start_interpreter) as start:
         yield start
 
 
 @pytest.fixture
 def launch_forked_in_background(tmp_path: Path, preloading: Start) -> Iterator[Callable[..., Background]]:
     """Do as ``launch_in_background`` does, all processes forked as those of ``launch_forked``."""
-    with _background(tmp_path, preloading) as start:
+    with running_in_background(tmp_path, preloading) as start:
         yield start
 
 
 @contextlib.contextmanager
-def _background(tmp_path: Path, start_process: Start) -> Iterator[Callable[..., Background]]:
+def running_in_background(tmp_path: Path, start_process: Start) -> Iterator[Callable[..., Background]]:
+    """Give what starts ``python -m launcher`` in ``tmp_path`` by ``start_process``; kill what is left in the end."""
     started: list[Background] = []
     with tempfile.TemporaryDirectory() as folder:
 
         def start(*arguments: str) -> Background:
-            mark, printed = uuid.uuid4().hex, Path(folder) / str(len(started))
-            env = {**os.environ, MARK: mark}
+            mark, printed = new_mark(), Path(folder) / str(len(started))
+            env = marked_environment(mark)
             with printed.open("wb") as output:
                 command = [sys.executable, "-m", "launcher", *arguments]
                 process = start_process(command, cwd=tmp_path, env=env, stdout=output, stderr=output)
@@ -394,30 +394,3 @@ def preloading(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Start]:
     yield start
     for server in servers.values():
         server.close()
-
-
-def marked(mark: str) -> Iterator[psutil.Process]:
-    """Yield the live processes that inherited ``mark``, whoever their parent is now."""
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                yield process
-
-
-def wait_for_marked(mark: str, *, seconds: float) -> list[str]:
-    """Return the command lines of what is still there once ``seconds`` have passed; empty as soon as nothing is."""
-    deadline = time.monotonic() + seconds
-    while left := list(marked(mark)):
-        if time.monotonic() > deadline:
-            return [repr(process) for process in left]
-        time.sleep(0.05)
-    return []
-
-
-def kill_marked(mark: str) -> None:
-    """Kill every process that inherited ``mark``."""
-    while left := list(marked(mark)):
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(left, timeout=5)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import psutil
 import pytest
 
-from tests.conftest import Background, marked
+from tests.conftest import Background
+from tests.processes import marked
 
 SMALL = (
     *(

@@ -22,6 +22,7 @@ from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Finding, Level
 from launcher.utils.system import free_port
+from tests.helpers import wait_until_empty
 
 if TYPE_CHECKING:
     from hostlab.lab import Lab
@@ -55,10 +56,7 @@ def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def _wait_until_idle(lab: Lab, name: str) -> None:
-    ends = time.monotonic() + 20
-    while left := lab.processes(name):
-        assert time.monotonic() < ends, f"{name} still runs {left}"
-        time.sleep(0.05)
+    wait_until_empty(lambda: lab.processes(name), seconds=20)
 
 
 def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None, **options: Any) -> DoctorReport:

@@ -19,7 +19,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -33,6 +33,7 @@ AFTER = range(100, 103)
 SLOW_IMPORTS = (
     "launcher.engines.pipeline.engine",
     "launcher.engines.torch",
+    "launcher.profiling.profiler",
     "torch.distributed.checkpoint",
     "torch._dynamo",
     "torch._inductor.compile_fx",
@@ -50,7 +51,15 @@ class QuietClock:
         yield
 
 
-DEEPSPEED_IMPORTS = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
+DEEPSPEED_IMPORTS = (
+    "launcher.engines.deepspeed.zero",
+    "deepspeed.comm.mori",
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.runtime.zero.muon.original_muon",
+    "deepspeed.runtime.zero.stage3",
+)
 """Only where some case is DeepSpeed's."""
 
 
@@ -184,8 +193,13 @@ def run_case(case: dict[str, Any], weights: dict[str, str], output: Path, rank: 
 def main(cases_file: str, output: str) -> None:
     given = json.loads(Path(cases_file).read_text())
     kinds = {case["run"]["parallel"]["kind"] for case in given["cases"]}
-    for name in (*SLOW_IMPORTS, *(DEEPSPEED_IMPORTS if "zero" in kinds else ())):  # once, before forking
+    for name in SLOW_IMPORTS:  # once, before forking
         importlib.import_module(name)
+    for name in DEEPSPEED_IMPORTS if kinds & {"zero", "deepspeed_pipeline"} else ():
+        with suppress(ModuleNotFoundError):  # of another version
+            importlib.import_module(name)
+    for case in given["cases"]:  # what the configuration imports
+        make_context(case, given["weights"], Path(output), rank=0)
     gc.freeze()  # else every collection in a child touches, and so copies, all that was imported
 
     ranks = set()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from launcher.config.sampling import SamplingParams
 from launcher.errors import JobError
 from launcher.inference.engine.base import EngineRequest, Refused
 from launcher.inference.engine.vllm_engine import VllmEngine, VllmServer, request_body
+from tests.helpers import wait_for
 from tests.inference.models import finish, tokens
 
 _PROGRAM = """
@@ -123,9 +123,7 @@ def _is_server(process: psutil.Process) -> bool:
 def test_it_ends_with_the_engine(engine: VllmEngine) -> None:
     (child,) = [each for each in psutil.Process().children() if _is_server(each)]
     engine.close()
-    until = time.monotonic() + 20
-    while child.is_running() and child.status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, seconds=20)
 
 
 def test_every_way_to_sample_is_sent() -> None:

@@ -10,7 +10,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -22,6 +21,7 @@ from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigError, ConfigE
 from launcher.planning.render import render_plan
 from launcher.protocol.plan import Host
 from launcher.utils.files import read_json
+from tests.helpers import wait_for
 
 ECHO = ("job=generate", "job.engine=echo", "job.tokenizer=bytes", "tracker=local", "backend.threads=1")
 WITH_MODEL = (
@@ -46,10 +46,7 @@ def answers(path: Path) -> list[dict]:
 
 
 def wait_for_answers(folder: Path, count: int = 50) -> None:
-    until = time.monotonic() + 120
-    while sum(part.read_bytes().count(b"\n") for part in folder.glob("generated/*.part")) < count:
-        assert time.monotonic() < until, "no answers came"
-        time.sleep(0.05)
+    wait_for(lambda: sum(part.read_bytes().count(b"\n") for part in folder.glob("generated/*.part")) >= count)
 
 
 def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(

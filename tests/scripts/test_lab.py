@@ -19,6 +19,7 @@ from hostlab.network import links
 from hostlab.process import LabError, inhabitants
 
 from tests.conftest import REPOSITORY
+from tests.helpers import wait_for
 
 LabHosts = Callable[..., Lab]
 HOSTS = REPOSITORY / "scripts" / "lab" / "hosts.py"
@@ -212,10 +213,8 @@ os.kill(os.getpid(), 9)
     assert ended.returncode == -signal.SIGKILL
     lab = load(tmp_path / "lab")
     assert lab is not None
-    deadline = time.monotonic() + 30
-    while lab.switch.is_alive() or any(host.is_on() for host in lab.hosts.values()) or "lab10.99.99" in links():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    hosts = lab.hosts.values()
+    wait_for(lambda: not (lab.switch.is_alive() or any(host.is_on() for host in hosts) or "lab10.99.99" in links()))
 
 
 @pytest.mark.usefixtures("lab_hosts")

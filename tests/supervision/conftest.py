@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -18,9 +17,9 @@ from launcher.protocol.plan import Command, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
+from tests.processes import marked, marked_environment, new_mark
 
 PROGRAMS = Path(__file__).parent / "programs"
-MARK = "SUPERVISE_TEST_MARK"
 
 
 @dataclass
@@ -72,7 +71,7 @@ class Supervised:
 
     def left(self) -> list[int]:
         """Return the living processes that inherited the mark of this run."""
-        return list(marked(self.mark))
+        return [process.pid for process in marked(self.mark)]
 
     def seconds_until_gone(self, limit: float = 10) -> float:
         """Wait until nothing of the run is left; fail after ``limit`` seconds."""
@@ -107,19 +106,6 @@ class Supervised:
         return self.stdout + self.stderr
 
 
-def marked(mark: str):
-    """Yield the living processes whose environment holds ``mark``."""
-    needle = f"{MARK}={mark}".encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
-            if needle in (entry / "environ").read_bytes() and b") Z " not in (entry / "stat").read_bytes():
-                yield int(entry.name)
-        except OSError:
-            continue
-
-
 @dataclass
 class Starter:
     """Starts runs below one folder."""
@@ -142,7 +128,7 @@ class Starter:
         **changes,
     ) -> Supervised:
         """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host."""
-        mark = uuid.uuid4().hex
+        mark = new_mark()
         run_dir = RunDir(self.folder / mark[:8])
         run_dir.logs.mkdir(parents=True)
         plan = plan or self.plan
@@ -170,7 +156,7 @@ class Starter:
                 stdout = stderr = terminal
             process = subprocess.Popen(
                 command,
-                env={**os.environ, "TMPDIR": str(self.scratch), **(env or {}), MARK: mark},
+                env=marked_environment(mark, {"TMPDIR": str(self.scratch), **(env or {})}),
                 stdin=subprocess.DEVNULL if terminal is None else terminal,
                 stdout=stdout,
                 stderr=stderr,

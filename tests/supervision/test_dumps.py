@@ -11,6 +11,7 @@ import pytest
 
 from launcher.supervision.stack_dump import StackDump, read_dump
 from launcher.utils.processes import identify
+from tests.helpers import wait_for
 
 ANSWERS = "import faulthandler, signal; faulthandler.register(signal.SIGUSR2, file=2)"
 IGNORES = "import signal; signal.signal(signal.SIGUSR2, signal.SIG_IGN)"
@@ -42,10 +43,7 @@ def ask(tmp_path, started):
         with log.open("w") as output:
             process = subprocess.Popen([sys.executable, program], stdout=output, stderr=output)
         started.append(process)
-        deadline = time.monotonic() + 60
-        while "up" not in log.read_text():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: "up" in log.read_text())
         time.sleep(0.1)
         if stopped:
             if FREEZES not in setup:
@@ -85,10 +83,7 @@ def test_a_stopped_process_answers_too_and_is_stopped_again(ask, state_of):
     _, stack = ask(ANSWERS, within_s=60.0, stopped=True)
     assert stack.is_stopped
     assert stack.where == "train.py:5 in nap"
-    deadline = time.monotonic() + 60
-    while state_of() != "T":
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_for(lambda: state_of() == "T")
 
 
 THREADS = f"""{ANSWERS}

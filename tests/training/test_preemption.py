@@ -21,6 +21,7 @@ from launcher.protocol.results import read_metrics
 from launcher.protocol.rundir import RunDir
 from launcher.training.trainer import Trainer
 from launcher.utils.files import read_json, write_json
+from tests.helpers import wait_for
 
 STEPS = 150
 SMALL = (
@@ -184,13 +185,14 @@ def test_ranks_that_heed_sigterm_do_not_delay_the_end_of_a_failed_run(launch_in_
     assert not list((tmp_path / "cut").glob("checkpoints/*"))
 
 
-def test_a_run_that_is_preempted_while_it_loads_starts_anew(launch, launch_in_background, tmp_path):
-    running = launch_in_background(*SMALL, "job.steps=8", "parallel=ddp", "run.dir=cut")
-    deadline = time.monotonic() + 60
-    while 0 not in (ranks := running.ranks()) or "libtorch" not in Path(f"/proc/{ranks[0].pid}/maps").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    ranks[0].send_signal(signal.SIGUSR1)
+def test_a_run_that_is_preempted_while_it_loads_starts_anew(launch, launch_interpreter_in_background, tmp_path):
+    running = launch_interpreter_in_background(*SMALL, "job.steps=8", "parallel=ddp", "run.dir=cut")
+
+    def loading():
+        rank = running.ranks().get(0)
+        return rank if rank and "libtorch" in Path(f"/proc/{rank.pid}/maps").read_text() else None
+
+    wait_for(loading).send_signal(signal.SIGUSR1)
     assert running.wait() == 75, running.output
     assert read_json(tmp_path / "cut" / "result.json")["status"] == "preempted"
     launch("resume", "cut").expect(0)

@@ -42,7 +42,6 @@ KINDS = {
     "trainingruntimes.trainer.kubeflow.org": "TrainingRuntime",
 }
 WORKLOADS = {"Job": "Complete", "JobSet": "Completed", "TrainJob": "Complete", "PyTorchJob": "Succeeded"}
-MARK = "TEST_CLUSTER_MARK"
 
 
 class Refusal(Exception):
@@ -97,7 +96,7 @@ class Cluster:
     """Everything, until ``close``."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.mark = folder, uuid.uuid4().hex
+        self.folder = folder
         self.calls: list[list[str]] = []
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.runs: dict[str, Run] = {}
@@ -315,7 +314,6 @@ class Cluster:
             **{key: os.environ[key] for key in ("PATH", "HOME", "XDG_CACHE_HOME", "TORCH_EXTENSIONS_DIR")},
             "PYTHONPATH": str(REPOSITORY),
             "HF_HUB_OFFLINE": "1",
-            MARK: self.mark,
         }
         for source in container.get("envFrom", ()):
             env |= self.values("Secret", source["secretRef"]["name"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.inference.tokenizer import byte_tokenizer
 from launcher.utils.system import free_port
-from tests.conftest import MARK, kill_marked, marked, wait_for_marked
+from tests.processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
 _RANK = """
 import sys
@@ -128,25 +127,16 @@ class Served:
         return code
 
 
-def eventually(condition: Callable[[], Any], *, seconds: float = 30) -> Any:
-    """Return what ``condition`` returns once that is true."""
-    deadline = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < deadline, f"still not after {seconds} s"
-        time.sleep(0.02)
-    return found
-
-
 def start(folder: Path, *words: str, env: dict[str, str] | None = None, wait: bool = True) -> Served:
     """Start a server in ``folder`` and wait until it is ready."""
     folder.mkdir(parents=True, exist_ok=True)
-    port, mark = free_port(), uuid.uuid4().hex
+    port, mark = free_port(), new_mark()
     run = compose([*WORDS, f"job.port={port}", *words]).run
     (folder / "run.yaml").write_text(dump_run(run))
     with (folder / "output.txt").open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-c", _RANK, str(folder)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {}), MARK: mark},
+            env=marked_environment(mark, {"OMP_NUM_THREADS": "1", **(env or {})}),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

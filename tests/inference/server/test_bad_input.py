@@ -13,7 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from tests.inference.server.conftest import MODEL, Served, Start, eventually
+from tests.helpers import wait_for
+from tests.inference.server.conftest import MODEL, Served, Start
 
 OK = {"model": MODEL, "prompt": "abc", "max_tokens": 3, "temperature": 0}
 HUGE = b'{"model": "gpt2_tiny", "prompt": "a", "max_tokens": 1' + b"0" * 5000 + b"}"
@@ -211,7 +212,7 @@ def test_ten_thousand_connections(served: Served) -> None:
         for connection in open_ones:
             connection.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    eventually(lambda: served.complete("abc").status_code == 200)
+    wait_for(lambda: served.complete("abc").status_code == 200)
 
 
 def test_keys_are_asked_for_and_rates_are_kept(serve: Start, tmp_path: Any) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.inference.server.conftest import MODEL, Served, Start, events, eventually, text_of
+from tests.helpers import wait_for
+from tests.inference.server.conftest import MODEL, Served, Start, events, text_of
 
 SLOW = ("job.echo_step_s=0.01", "job.result_cache_bytes=0")
 
@@ -22,7 +23,7 @@ SLOW = ("job.echo_step_s=0.01", "job.result_cache_bytes=0")
 def load(served: Served, number: int, ask: Callable[[int], httpx.Response]) -> list[Future[httpx.Response]]:
     pool = ThreadPoolExecutor(number)
     answers = [pool.submit(ask, each) for each in range(number)]
-    eventually(lambda: served.metric("num_requests_running") >= min(number, 4))
+    wait_for(lambda: served.metric("num_requests_running") >= min(number, 4))
     pool.shutdown(wait=False)
     return answers
 
@@ -52,7 +53,7 @@ def test_a_killed_replica_costs_nobody_a_repeatable_answer(serve: Start) -> None
         assert response.status_code == 200
         text = text_of(list(events(response))) if number % 2 == 0 else response.json()["choices"][0]["text"]
         assert text == expected(number, 150)
-    eventually(lambda: served.metric("engines_ready") == 2)
+    wait_for(lambda: served.metric("engines_ready") == 2)
     assert served.metric("engine_restarts_total") == 1
     assert served.stop() == 0
 
@@ -76,7 +77,7 @@ def test_what_cannot_be_repeated_fails_and_says_so(serve: Start) -> None:
         response = answer.result()
         assert (response.status_code, response.json()["error"]["code"]) == (500, "engine_failed")
     assert not served.ready() or served.metric("engine_restarts_total") == 1
-    again = eventually(lambda: (r := served.complete()).status_code == 200 and r)
+    again = wait_for(lambda: (r := served.complete()).status_code == 200 and r)
     assert again.json()["choices"][0]["text"] == "abcabcab"
 
 
@@ -84,7 +85,7 @@ def test_an_engine_that_hangs_is_not_ready_and_started_anew(serve: Start) -> Non
     served = serve("job.stall_s=1", *SLOW)
     answers = load(served, 4, lambda number: served.complete(prompt_of(number), max_tokens=100))
     served.replicas()[0].send_signal(signal.SIGSTOP)
-    eventually(lambda: served.http.get("/health/ready").json().get("why") == "no engine makes progress", seconds=10)
+    wait_for(lambda: served.http.get("/health/ready").json().get("why") == "no engine makes progress", seconds=10)
     assert served.http.get("/health/live").status_code == 200
     for number, answer in enumerate(answers):
         assert answer.result().json()["choices"][0]["text"] == expected(number, 100)
@@ -96,7 +97,7 @@ def test_an_idle_engine_that_dies_comes_back(serve: Start) -> None:
     served = serve(*SLOW)
     for _ in range(2):
         served.replicas()[0].send_signal(signal.SIGKILL)
-        eventually(lambda: not served.ready())
+        wait_for(lambda: not served.ready())
         assert served.complete("waits", max_tokens=3).json()["choices"][0]["text"] == "wai"  # until there is one again
 
 
@@ -138,7 +139,7 @@ def test_told_to_end_under_load_it_loses_nothing(serve: Start, number: int) -> N
     clients = [threading.Thread(target=client) for _ in range(12)]
     for each in clients:
         each.start()
-    eventually(lambda: len(answers) > 20)
+    wait_for(lambda: len(answers) > 20)
     assert served.stop(number) == 0
     for each in clients:
         each.join()
@@ -160,8 +161,8 @@ def test_what_does_not_end_in_time_is_told(serve: Start) -> None:
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(lambda: served.complete("whole", max_tokens=200))
         stream = pool.submit(lambda: served.complete("stream", max_tokens=200, stream=True))
-        eventually(lambda: served.metric("num_requests_running") == 2)
-        late = eventually(lambda: socket.create_connection(("127.0.0.1", served.port)))
+        wait_for(lambda: served.metric("num_requests_running") == 2)
+        late = wait_for(lambda: socket.create_connection(("127.0.0.1", served.port)))
         assert served.stop() == 0
         late.close()
         assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "draining")
@@ -187,8 +188,8 @@ def test_before_it_is_ready_it_says_so(serve: Start) -> None:
         except httpx.TransportError:
             return None
 
-    first = eventually(answer)
+    first = wait_for(answer)
     if first.status_code == 503:  # the engine is started after the address is there
         assert first.json()["why"].startswith("the server is starting")
         assert first.headers["retry-after"]
-    eventually(served.ready)
+    wait_for(served.ready)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.inference.server.conftest import MODEL, Served, Start, events, eventually, text_of
+from tests.helpers import wait_for
+from tests.inference.server.conftest import MODEL, Served, Start, events, text_of
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +111,19 @@ def test_equal_requests_at_once_are_computed_once(slow: Served) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_vanishes_is_let_go_of(slow: Served, *, stream: bool) -> None:
-    eventually(lambda: slow.metric("num_requests_running") == 0)
+    wait_for(lambda: slow.metric("num_requests_running") == 0)
     gone = slow.metric("request_failure_total", reason="abandoned")
     connection = raw(slow.port, {"model": MODEL, "prompt": "gone", "max_tokens": 250, "stream": stream})
-    eventually(lambda: slow.metric("num_requests_running") == 1)
+    wait_for(lambda: slow.metric("num_requests_running") == 1)
     connection.close()
-    eventually(lambda: slow.metric("num_requests_running") == 0, seconds=4)  # five seconds were left
+    wait_for(lambda: slow.metric("num_requests_running") == 0, seconds=4)  # five seconds were left
     assert slow.metric("request_failure_total", reason="abandoned") == gone + 1
 
 
 def test_one_of_two_readers_may_vanish(slow: Served) -> None:
     body = {"model": MODEL, "prompt": "two readers", "max_tokens": 100, "temperature": 0}
     first = raw(slow.port, body)
-    eventually(lambda: slow.metric("num_requests_running") == 1)
+    wait_for(lambda: slow.metric("num_requests_running") == 1)
     answers: list[Any] = []
     reader = threading.Thread(target=lambda: answers.append(slow.complete("two readers", max_tokens=100)))
     reader.start()
@@ -153,9 +154,9 @@ def test_the_queue_is_limited_and_says_when_to_come_back(serve: Start) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         pool.submit(ask, "first", 0)
-        eventually(lambda: tight.metric("num_requests_running") == 1)
+        wait_for(lambda: tight.metric("num_requests_running") == 1)
         pool.submit(ask, "low", 0)
-        eventually(lambda: tight.metric("num_requests_waiting") == 1)
+        wait_for(lambda: tight.metric("num_requests_waiting") == 1)
         pool.submit(ask, "high", 1)
     assert ended == ["first", "high", "low"]
 
@@ -169,7 +170,7 @@ def test_deadlines_are_kept(serve: Start) -> None:
     )
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(lambda: late.complete("whole", max_tokens=200))
-        eventually(lambda: late.metric("num_requests_running") == 1)
+        wait_for(lambda: late.metric("num_requests_running") == 1)
         second = late.complete("queued", max_tokens=2)
         assert (second.status_code, second.json()["error"]["code"]) == (408, "queue_timeout")
         assert (first.result().status_code, first.result().json()["error"]["code"]) == (504, "request_timeout")

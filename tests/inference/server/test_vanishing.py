@@ -14,7 +14,8 @@ import pytest
 
 from launcher.inference.server.api_server import listen, make_server
 from launcher.inference.server.responses import ApiError, EventData, EventStream
-from tests.inference.server.conftest import MODEL, Start, eventually
+from tests.helpers import wait_for
+from tests.inference.server.conftest import MODEL, Start
 
 
 def test_those_that_are_gone_are_not_waited_for(serve: Start) -> None:
@@ -27,7 +28,7 @@ def test_those_that_are_gone_are_not_waited_for(serve: Start) -> None:
         head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(payload)}\r\n\r\n"
         connection.sendall(head.encode() + payload)
         connections.append(connection)
-    eventually(lambda: slow.metric("num_requests_running") + slow.metric("num_requests_waiting") == 9)
+    wait_for(lambda: slow.metric("num_requests_running") + slow.metric("num_requests_waiting") == 9)
     for connection in connections:
         connection.close()
     assert slow.stop() == 0

@@ -14,8 +14,9 @@ from launcher.config import inference
 from launcher.config.compose import compose
 from launcher.protocol.rundir import RunDir
 from launcher.utils.system import free_port
-from tests.conftest import MARK
-from tests.inference.server.conftest import Served, Start, eventually, fake_vllm
+from tests.helpers import wait_for
+from tests.inference.server.conftest import Served, Start, fake_vllm
+from tests.processes import marked
 
 
 @pytest.fixture
@@ -36,15 +37,8 @@ def words(environment: Path, weights: Path) -> tuple[str, ...]:
 
 
 def vllm_of(served: Served) -> psutil.Process:
-    (found,) = [each for each in psutil.process_iter() if _is_ours(each, served.mark)]
+    (found,) = [each for each in marked(served.mark) if "--served-model-name" in each.cmdline()]
     return found
-
-
-def _is_ours(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.environ().get(MARK) == mark and "--served-model-name" in process.cmdline()
-    except psutil.Error:
-        return False
 
 
 def test_requests_are_handed_on_and_answers_back(serve: Start, environment: Path, weights: Path) -> None:
@@ -69,13 +63,13 @@ def test_one_that_dies_is_started_anew(serve: Start, environment: Path, weights:
     served = serve(*words(environment, weights))
     answer = served.http.post("/v1/completions", json={"die": True})
     assert (answer.status_code, answer.json()["error"]["code"]) == (502, "engine_failed")
-    eventually(lambda: not served.ready())
-    eventually(served.ready)
+    wait_for(lambda: not served.ready())
+    wait_for(served.ready)
     vllm_of(served).send_signal(signal.SIGKILL)
-    eventually(lambda: "SIGKILL" in served.output or "exit code -9" in served.output)
-    eventually(served.ready)
+    wait_for(lambda: "SIGKILL" in served.output or "exit code -9" in served.output)
+    wait_for(served.ready)
     served.process.kill()  # what is below goes with it: the fixture would find it
-    eventually(lambda: not [each for each in psutil.process_iter() if _is_ours(each, served.mark)])
+    wait_for(lambda: not [each for each in marked(served.mark) if "--served-model-name" in each.cmdline()])
 
 
 def test_one_that_never_answers_ends_the_run(serve: Start, environment: Path, weights: Path) -> None:
@@ -94,7 +88,7 @@ def test_answers_are_finished_when_told_to_end(serve: Start, environment: Path, 
     body = {"sleep": 0.3}
     asking = threading.Thread(target=lambda: answers.append(served.http.post("/v1/completions", json=body)))
     asking.start()
-    eventually(lambda: vllm_of(served).net_connections())
+    wait_for(lambda: vllm_of(served).net_connections())
     assert served.stop() == 0
     asking.join()
     assert answers[0].text.endswith("data: [DONE]\n\n")

@@ -1,0 +1,54 @@
+"""Marks: what a test starts inherits a variable of its environment, by which all of it is found, whoever its parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import psutil
+
+MARK = "LAUNCHER_TEST_MARK"
+
+
+def new_mark() -> str:
+    """Return a mark that no other process has."""
+    return uuid.uuid4().hex
+
+
+def marked_environment(mark: str, env: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of this process with ``env`` and ``mark``."""
+    return {**os.environ, **(env or {}), MARK: mark}
+
+
+def marked(mark: str) -> Iterator[psutil.Process]:
+    """Yield the live processes that inherited ``mark``."""
+    needle = f"{MARK}={mark}".encode()
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, psutil.Error):
+            if needle in (entry / "environ").read_bytes() and b") Z " not in (entry / "stat").read_bytes():
+                yield psutil.Process(int(entry.name))
+
+
+def wait_for_marked(mark: str, *, seconds: float) -> list[str]:
+    """Return the command lines of what is still there once ``seconds`` have passed; empty as soon as nothing is."""
+    deadline = time.monotonic() + seconds
+    while left := list(marked(mark)):
+        if time.monotonic() > deadline:
+            return [repr(process) for process in left]
+        time.sleep(0.05)
+    return []
+
+
+def kill_marked(mark: str) -> None:
+    """Kill every process that inherited ``mark``."""
+    while left := list(marked(mark)):
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=5)

@@ -43,6 +43,9 @@ FORKED_MODULES = (
 )
 """Modules whose processes are forked; others may be started by ranks, which have threads that a fork would lose."""
 
+FORKED_PROGRAMS = "programs"
+"""Name of the folder of programs that are forked too."""
+
 MODULES = (
     "launcher.cli.run",
     "launcher.cli.resume",
@@ -104,7 +107,7 @@ class PreloadingProcess:
         stdout: IO[bytes],
         stderr: IO[bytes],
     ) -> ForkedProcess:
-        """Fork ``python -m MODULE ARGUMENTS…``, without the interpreter's name, in a session of its own."""
+        """Fork ``python COMMAND``, which is ``-m`` and a module, or a program, in a session of its own."""
         ours, its = socket.socketpair()
         with its, Path(os.devnull).open() as stdin:
             request = json.dumps({"command": list(command), "cwd": str(cwd), "env": dict(env)}).encode()
@@ -153,6 +156,10 @@ class ForkedProcess:
         """Send it a signal, unless it has ended."""
         if self.poll() is None:
             os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, unless it has ended."""
+        self.send_signal(signal.SIGKILL)
 
 
 def serve(connection: socket.socket, modules: Sequence[str]) -> None:
@@ -227,7 +234,8 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
         words = list(map(os.fspath, args)) if isinstance(args, (list, tuple)) else []
         if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
             command = words[2:] if words[1] == "-u" else words[1:]
-            if command[:1] == ["-m"] and command[1] in FORKED_MODULES:
+            is_module = command[:1] == ["-m"] and command[1] in FORKED_MODULES
+            if is_module or Path(command[0]).parent.name == FORKED_PROGRAMS:
                 env, pass_fds = options.get("env"), options.get("pass_fds", ())
 
                 def run() -> NoReturn:
@@ -281,7 +289,7 @@ def _become(
     registered: Sequence[tuple[Callable[..., object], Any, Any]],
     sys_path: Sequence[str],
 ) -> None:
-    """Run ``-m MODULE ARGUMENTS…`` in this fork as in a new interpreter; standard streams and folder are right."""
+    """Run a module or a program in this fork as in a new interpreter; standard streams and folder are right."""
     signal.set_wakeup_fd(-1)
     for number in signal.valid_signals():
         if callable(signal.getsignal(number)):  # what is ignored stays so
@@ -306,12 +314,15 @@ def _become(
             stream.reconfigure(line_buffering=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    _, module, *arguments = command
-    sys.path[:] = [str(Path.cwd()), *sys_path[1:]]
-    sys.argv = [module, *arguments]
+    is_module = command[0] == "-m"
+    sys.argv = list(command[1:] if is_module else command)
+    sys.path[:] = [str(Path.cwd() if is_module else Path(sys.argv[0]).parent), *sys_path[1:]]
     if "OMP_NUM_THREADS" in env and "torch" in sys.modules:  # read when its library is loaded
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if is_module:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def _set_environment(env: Mapping[str, str]) -> None:

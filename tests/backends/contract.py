@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
@@ -19,7 +18,7 @@ from launcher.protocol.plan import Host, Plan, plan_from_json
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
 from launcher.utils.schema import to_tree
-from tests.conftest import MadeOnce
+from tests.conftest import Launch, MadeOnce
 from tests.helpers import losses, wait_until_empty
 
 Ended = tuple[int, str, RunDir]
@@ -68,12 +67,11 @@ class BackendContract:
         subprocess.run(["/bin/sh", "-n"], input=submission, text=True, check=True, timeout=20)
 
     @pytest.fixture
-    def losses_of_one_machine(self, made_once: MadeOnce) -> dict[int, float]:
+    def losses_of_one_machine(self, made_once: MadeOnce, launch_forked: Launch) -> dict[int, float]:
         """Return the losses that two ranks of this machine come to; they compute once for all backends."""
 
         def fill(folder: Path) -> None:
-            command = [sys.executable, "-m", "launcher", *SMALL, "backend=local", "backend.ranks=2", "run.dir=near"]
-            subprocess.run(command, cwd=folder, check=True, capture_output=True, timeout=300)
+            launch_forked(*SMALL, "backend=local", "backend.ranks=2", "run.dir=near", cwd=folder).expect(0)
 
         found = losses(made_once("one_machine", fill) / "near")
         assert len(found) == 6

@@ -44,9 +44,9 @@ def listening(mark: str) -> list[tuple[str, str]]:
     ids=["torchrun", "deepspeed"],
 )
 def test_no_port_is_open_beyond_the_loopback_interface(
-    launch_in_background: Callable[..., Background], words: tuple[str, ...]
+    launch_forked_in_background: Callable[..., Background], words: tuple[str, ...]
 ) -> None:
-    run = launch_in_background(*SMALL, *words)
+    run = launch_forked_in_background(*SMALL, *words)
     run.wait_for_output("step 1/")
     found = listening(run.mark)
     run.send_signal(signal.SIGINT)

@@ -87,9 +87,9 @@ class TestContract(BackendContract):
         return lambda: left_on(lab)
 
 
-def test_three_hosts_take_the_steps_of_one(lab, launch, tmp_path):
+def test_three_hosts_take_the_steps_of_one(lab, launch, launch_forked, tmp_path):
     launch(*over_ssh(lab, "job.steps=6", "run.dir=many")).expect(0)
-    launch(*SMALL, "backend.ranks=3", "job.steps=6", "run.dir=one").expect(0)
+    launch_forked(*SMALL, "backend.ranks=3", "job.steps=6", "run.dir=one").expect(0)
     assert losses(tmp_path / "many") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
@@ -162,7 +162,7 @@ def test_nothing_starts_where_one_host_is_missing(lab, launch, tmp_path):
     assert left_on(lab) == {}
 
 
-def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch, launch_in_background, tmp_path):
+def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch_forked, launch_in_background, tmp_path):
     lab = lab_hosts(3)
     words = ("job.steps=24", "job.global_batch=12", "checkpoint.every=8", "checkpoint.keep=0", "job.micro_batch=1")
     restarting = ("backend.restarts=1", "backend.min_hosts=2")
@@ -179,7 +179,7 @@ def test_a_run_goes_on_without_a_host_that_died(lab_hosts, launch, launch_in_bac
     assert read_json(tmp_path / "cut" / "result.json")["status"] == "completed"
     assert sorted(losses(tmp_path / "cut")) == list(range(1, 25))
     start_from = f"checkpoint.resume=cut/checkpoints/step_{resumed_at:08}"
-    launch(*SMALL, *words, "backend.ranks=2", "run.dir=undisturbed", start_from).expect(0)
+    launch_forked(*SMALL, *words, "backend.ranks=2", "run.dir=undisturbed", start_from).expect(0)
     assert losses(tmp_path / "cut", after=resumed_at) == pytest.approx(losses(tmp_path / "undisturbed"), rel=1e-6)
     wait_until_nothing_is_left(lab)
 

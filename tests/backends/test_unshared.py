@@ -44,9 +44,9 @@ def lines_without_times(run_dir):
     return [{name: line[name] for name in line if name.startswith(("train/", "eval/", "base"))} for line in lines]
 
 
-def test_what_two_hosts_write_arrives(lab, launch, tmp_path):
+def test_what_two_hosts_write_arrives(lab, launch, launch_forked, tmp_path):
     ended = launch(*over_ssh(lab, "tracker=wandb", *WITHOUT_CHECKPOINTS, "run.dir=apart")).expect(0)
-    launch(*SMALL, "backend.ranks=2", "tracker=local", "run.dir=here").expect(0)
+    launch_forked(*SMALL, "backend.ranks=2", "tracker=local", "run.dir=here").expect(0)
     apart, here = tmp_path / "apart", tmp_path / "here"
     assert lines_without_times(apart) == lines_without_times(here)
     result, expected = read_json(apart / "result.json"), read_json(here / "result.json")

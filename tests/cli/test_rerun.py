@@ -95,11 +95,11 @@ def test_several_numbers_are_one_message(stored) -> None:
         run([RUN, "job.steps=1,2"])
 
 
-def test_a_real_run_again(launch, completed, tmp_path) -> None:
+def test_a_real_run_again(launch_forked, completed, tmp_path) -> None:
     completed = Path(shutil.copytree(completed, tmp_path / "completed"))
     before = set(completed.glob("runs/*/*"))
     (folder,) = before
-    ended = launch("rerun", folder.name, "job.steps=2", cwd=completed).expect(0)
+    ended = launch_forked("rerun", folder.name, "job.steps=2", cwd=completed).expect(0)
     assert "step 2/2" in ended.stdout
     (again,) = set(completed.glob("runs/*/*")) - before
     one, other = (yaml.safe_load((path / "run.yaml").read_text()) for path in (folder, again))

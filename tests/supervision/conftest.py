@@ -17,6 +17,7 @@ from launcher.protocol.plan import Command, Plan
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
+from tests.conftest import Start, Started, start_interpreter
 from tests.processes import marked, marked_environment, new_mark
 
 PROGRAMS = Path(__file__).parent / "programs"
@@ -27,7 +28,7 @@ class Supervised:
     """One run, started as a process."""
 
     run_dir: RunDir
-    process: subprocess.Popen
+    process: Started
     mark: str
     out: Path
     err: Path
@@ -125,9 +126,13 @@ class Starter:
         terminal: int | None = None,
         plan: Plan | None = None,
         torchrun_on: int | None = None,
+        start: Start = start_interpreter,
         **changes,
     ) -> Supervised:
-        """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host."""
+        """Start ranks that each do what ``do`` says; ``changes`` replaces fields of the plan or of its host.
+
+        With ``start=preloading`` all its processes are forked from one that has imported torch.
+        """
         mark = new_mark()
         run_dir = RunDir(self.folder / mark[:8])
         run_dir.logs.mkdir(parents=True)
@@ -148,20 +153,13 @@ class Starter:
                 pipe = subprocess.Popen([reader], stdin=subprocess.PIPE, stdout=stdout)
                 self.readers.append(pipe)
                 stdout = files.enter_context(pipe.stdin)
-            command = [sys.executable, PROGRAMS / "parent.py", run_dir.plan]
-            if (
-                terminal is not None
-            ):  # "setsid --ctty" makes it the process that receives SIGHUP when the terminal closes
+            command = [sys.executable, str(PROGRAMS / "parent.py"), str(run_dir.plan)]
+            whole = marked_environment(mark, {"TMPDIR": str(self.scratch), **(env or {})})
+            if terminal is None:
+                process = start(command, cwd=Path.cwd(), env=whole, stdout=stdout, stderr=stderr)
+            else:  # "setsid --ctty" makes it the process that receives SIGHUP when the terminal closes
                 command = ["setsid", "--ctty", *command]
-                stdout = stderr = terminal
-            process = subprocess.Popen(
-                command,
-                env=marked_environment(mark, {"TMPDIR": str(self.scratch), **(env or {})}),
-                stdin=subprocess.DEVNULL if terminal is None else terminal,
-                stdout=stdout,
-                stderr=stderr,
-                start_new_session=terminal is None,
-            )
+                process = subprocess.Popen(command, env=whole, stdin=terminal, stdout=terminal, stderr=terminal)
         run = Supervised(run_dir, process, mark, out, err)
         self.started.append(run)
         return run

@@ -66,9 +66,11 @@ def fill(disk: Path, *, leave: int = 0) -> None:
         file.write(bytes(free.f_bavail * free.f_frsize - leave))
 
 
-def test_a_run_whose_checkpoints_fill_the_disk_says_so_restarts_and_leaves_room(launch: Launch, small: Path) -> None:
+def test_a_run_whose_checkpoints_fill_the_disk_says_so_restarts_and_leaves_room(
+    launch_forked: Launch, small: Path
+) -> None:
     words = ("job.steps=4", "checkpoint.every=1", "checkpoint.keep=0", "backend.restarts=1")
-    ended = launch(*SMALL, *words, f"run.dir={small / 'run'}").expect(1)
+    ended = launch_forked(*SMALL, *words, f"run.dir={small / 'run'}").expect(1)
     run_dir = RunDir(small / "run")
     last = ended.stderr.strip().splitlines()[-1]
     assert last.startswith("exit code 1: rank 0 on ")

@@ -32,7 +32,7 @@ WAITS = f"all_reduce ({line_of('sum_over_ranks', 'all_reduce')})"
 
 
 @pytest.fixture(scope="module")
-def ended(supervise, plan_of):
+def ended(supervise, plan_of, preloading):
     """Every run of this file, some at a time: name to run and exit code."""
 
     hosts = {size: Host(name="box", slots=size, cores=4, memory_bytes=2**34) for size in (2, 3)}
@@ -40,10 +40,10 @@ def ended(supervise, plan_of):
 
     def run(name):
         do = ASKED[name]
-        started = supervise(do, plan=plans[len(do)], torchrun_on=free_port(), stall_timeout_s=25.0)
+        started = supervise(do, plan=plans[len(do)], torchrun_on=free_port(), stall_timeout_s=10.0, start=preloading)
         return name, (started, started.end(300))
 
-    with ThreadPoolExecutor(3) as threads:
+    with ThreadPoolExecutor(len(ASKED)) as threads:
         return dict(threads.map(run, ASKED))
 
 

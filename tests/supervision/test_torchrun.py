@@ -11,16 +11,16 @@ from launcher.utils.system import free_port
 
 
 @pytest.fixture(scope="module")
-def ended(supervise):
+def ended(supervise, preloading):
     """Runs that end by themselves, side by side."""
     asked = {
-        "stalled": ({0: "meet sum_later", 1: "meet hold_up"}, {"stall_timeout_s": 20.0}),
+        "stalled": ({0: "meet sum_later", 1: "meet hold_up"}, {"stall_timeout_s": 10.0}),
         "failed": ({0: "meet sum_later", 1: "meet exit_3"}, {}),
     }
 
     def run(name):
         do, settings = asked[name]
-        started = supervise(do, torchrun_on=free_port(), **settings)
+        started = supervise(do, torchrun_on=free_port(), start=preloading, **settings)
         return name, (started, started.end(300))
 
     with ThreadPoolExecutor(2) as threads:

@@ -61,7 +61,7 @@ class TestContract(contract.BackendContract):
         return cluster.working
 
 
-def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluster, launch, tmp_path):
+def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluster, launch, launch_forked, tmp_path):
     words = (*SMALL, "job.steps=150")
     queued = launch(*words, "backend.nodes=2", "run.dir=cut", env=cluster.env, timeout=60).expect(0)
     assert "launch status" in queued.stdout
@@ -76,7 +76,7 @@ def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluste
     result = read_json(run_dir / "result.json")
     assert (result["status"], result["run_id"]) == ("completed", run_id)
     assert "continuing after step" in log.read_text()
-    launch(*words, "backend=local", "backend.ranks=2", "run.dir=whole").expect(0)
+    launch_forked(*words, "backend=local", "backend.ranks=2", "run.dir=whole").expect(0)
     assert losses_in_order(run_dir) == losses_in_order(tmp_path / "whole")
 
 

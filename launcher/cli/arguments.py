@@ -56,7 +56,7 @@ class Option:
     convert: Callable[[str], object] = str
     completes: tuple[Completion | str, ...] = ()
     is_hidden: bool = False
-    """Accepted, but neither explained nor completed: the verb says why it has no use for it."""
+    """Parsed, but neither explained nor completed: the verb raises an error that explains why it is of no use."""
 
     @property
     def destination(self) -> str:

@@ -1,4 +1,4 @@
-"""``launch benchmark compare``: whether anything has become worse between two runs of a benchmark."""
+"""``launch benchmark compare``: whether any quantity is worse in the second of two runs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def run(arguments: Arguments) -> int:
 
 
 def _threshold(arguments: Arguments) -> float:
-    """Return what is let pass, as a share.
+    """Return the accepted change as a share.
 
     Raises:
-        ConfigError: it is no share, or has no part in what is asked.
+        ConfigError: it is not a share, or --agree is given too.
     """
     given = arguments.threshold
     if given is not None and arguments.agree:
@@ -55,10 +55,10 @@ def _threshold(arguments: Arguments) -> float:
 
 
 def _measured(name: str, root: Path) -> BenchmarkRecord:
-    """Return what a run, or a file of results, holds.
+    """Return the record of a run or of a benchmark.json file.
 
     Raises:
-        ConfigError: there is no such thing, or it is not of a benchmark.
+        ConfigError: there is no such run or file, or it is not of a benchmark.
     """
     path = (
         Path(name).resolve()
@@ -78,7 +78,7 @@ def _comparable(names: Sequence[str], before: BenchmarkRecord, after: BenchmarkR
     """Return the comparison.
 
     Raises:
-        ConfigError: the two have nothing in common.
+        ConfigError: the two have no case in common.
     """
     shown = " ".join(names)
     if before.kind != after.kind:

@@ -1,4 +1,4 @@
-"""``launch cancel``: end a run from any shell, and nothing but this run."""
+"""``launch cancel``: end one run from any shell."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from launcher.utils.text import printable, shell_command, shell_word
 
 _POLL_S = 0.1
 _BETWEEN_S = 1.0
-"""Time between two interrupts: two at once arrive as one."""
+"""Time between two SIGINT: two at once are delivered as one."""
 _PATIENCE_S = 60.0
-"""Time, beyond the run's own grace, after which a process counts as stuck."""
+"""Time, beyond the run's grace, after which a process counts as stuck."""
 
 
 def run(arguments: Arguments) -> int:
@@ -48,12 +48,12 @@ def run(arguments: Arguments) -> int:
 
 
 def _say(text: str) -> None:
-    """Print a line, whatever the files of the run say in it."""
+    """Print a line without control characters that files of the run may hold."""
     print(printable(text), flush=True)
 
 
 def _check_owner(state: RunState) -> None:
-    """Raise if another user owns session.json: it could name processes and jobs of the user who cancels."""
+    """Raise if another user owns session.json, which could name this user's processes."""
     owner = state.run_dir.session.lstat().st_uid
     if owner != os.geteuid():
         file = state.run_dir.session
@@ -62,14 +62,14 @@ def _check_owner(state: RunState) -> None:
 
 
 def _here(where: SessionRecord) -> list[Process]:
-    """Return whom to ask: the session, which tells everybody; without it the agents, each for its host."""
+    """Return the processes to signal: the session, or without it the agents of this machine."""
     if where.session.is_running():
         return [where.session.process]
     return [agent.location.process for agent in where.agents if agent.location.is_running()]
 
 
 def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
-    """Signal ``processes`` and wait until they, and the agents of this machine, are gone."""
+    """Signal ``processes`` and wait until they and the agents of this machine have exited."""
     where = state.session
     assert where is not None, "they were found in it"
     signalled = ", ".join(str(process.pid) for process in processes)
@@ -99,7 +99,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
 
 
 def _cancel_job(where: SessionRecord, state: RunState) -> int:
-    """Have the scheduler end its job."""
+    """Cancel the job through its scheduler."""
     argv = list(_cancelling(where, state))
     program = shutil.which(argv[0])
     if program is None:
@@ -116,7 +116,7 @@ def _cancelling(where: SessionRecord, state: RunState) -> Iterator[str]:
     """Yield the command that cancels the job.
 
     Raises:
-        EnvironmentProblem: what ``session.json`` calls it is not what the scheduler calls jobs.
+        EnvironmentProblem: its name in ``session.json`` is not a name that the scheduler gives.
     """
     job = where.job
     for key in where.invalid_job_names:

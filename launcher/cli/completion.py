@@ -1,4 +1,4 @@
-"""``launch completion``: completion of verbs, groups, options, keys and runs for bash, zsh and fish."""
+"""``launch completion``: completion scripts for bash, zsh and fish, and their candidates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from launcher.runs.index import is_below, list_runs
 from launcher.utils.schema import field_types
 
 _TYPEABLE = re.compile(r"[\w./@+-]+")
-"""A shell inserts what is offered as it is: a folder may be called ``$(…)``."""
+"""A shell inserts candidates unquoted, and a folder may be called ``$(…)``."""
 
 _BASH = r"""
 _launch() {
@@ -71,7 +71,7 @@ SCRIPTS = dict(zip(SHELLS, (_BASH, _ZSH, _FISH), strict=True))
 
 
 def run(arguments: Arguments) -> int:
-    """Print the script of a shell, or, for that script, the words that may stand where the last one is."""
+    """Print the script of a shell, or the candidates that this script asks for."""
     if arguments.words is not None:
         for candidate in candidates(arguments.words):
             print(candidate)
@@ -93,12 +93,12 @@ def candidates(words: Sequence[str]) -> list[str]:
     verb = VERBS[name] if name else LAUNCH
     for option in verb.options:
         if option.metavar and before and before[-1] in option.names:
-            return []  # its value: the shell completes files
+            return []  # the value of an option: the shell completes files
     return sorted({found for found in _offered(name, verb, word, place=len(before)) if found.startswith(word)})
 
 
 def _offered(name: str, verb: Verb, word: str, *, place: int) -> Iterator[str]:
-    """Yield what may stand at ``place`` behind a verb, counted from the verb's own place."""
+    """Yield the candidates for the word at ``place``, counted from the verb."""
     if word.startswith("-"):
         yield from verb.flags
         return
@@ -156,7 +156,7 @@ def _overrides(word: str) -> Iterator[str]:
 
 
 def _keys(group: str) -> dict[str, Any]:
-    """Return the type of each key of a group, of whatever kind."""
+    """Return the type of each key of a group, over all of its kinds."""
     if group == "run":
         return field_types(RunOptions)
     found: dict[str, Any] = {}
@@ -167,7 +167,7 @@ def _keys(group: str) -> dict[str, Any]:
 
 
 def _values(key: str) -> list[str]:
-    """Return the values of a key, where it takes one of a few."""
+    """Return the values of a key that has a few choices."""
     group, _, name = key.partition(".")
     wanted: Any = bool if key == "dry_run" else _keys(group).get(name)
     return list(_choices(wanted))

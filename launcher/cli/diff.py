@@ -1,4 +1,4 @@
-"""``launch diff``: what two configurations do not have in common."""
+"""``launch diff``: the options in which two configurations differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _both(arguments: Arguments) -> list[dict[str, str]]:
-    """Return the options of each side, or refuse both at once."""
+    """Return the options of each side; the errors of both are raised together."""
     sides: list[dict[str, str]] = []
     mistakes: list[ConfigError] = []
     for word in (arguments.a, arguments.b):

@@ -19,7 +19,7 @@ from launcher.utils.text import json_text, printable
 
 
 def run(arguments: Arguments) -> int:
-    """Print a report."""
+    """Examine the hosts and print a report."""
     first, *overrides = arguments.overrides or [""]
     if first and not is_override(first):
         wanted = load_saved_run(find_run_or_option(first, arguments), overrides)
@@ -38,6 +38,6 @@ def run(arguments: Arguments) -> int:
 
 
 def request_of(wanted: Run) -> ProbeRequest:
-    """Return what a run asks of its hosts."""
+    """Return what the probes of a run's hosts need to know."""
     folder = Path(wanted.run.dir or wanted.run.root).absolute()
     return ProbeRequest(run_dir=str(folder), port=None if wanted.backend.port == "auto" else wanted.backend.port)

@@ -20,7 +20,7 @@ from launcher.utils.schema import defaults, describe_type, field_types
 from launcher.utils.text import did_you_mean, format_table, terminal_width
 
 _LEAST_BESIDE = 64
-"""Columns that default, type and meaning of a key need beside its name; in a narrower terminal they stand below it."""
+"""Columns for default, type and meaning beside a key's name; in a narrower terminal they are printed below it."""
 
 
 def run(arguments: Arguments) -> int:

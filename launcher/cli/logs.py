@@ -25,7 +25,7 @@ def run(arguments: Arguments) -> int:
     state = read_run_state(run_dir)
     _check(arguments, state)
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a rank prints what this terminal may not know
+        sys.stdout.reconfigure(errors="backslashreplace")  # a rank may print characters that the terminal cannot encode
     logs = RunLogs(
         run_dir,
         rank=arguments.rank,
@@ -57,7 +57,7 @@ def _check(arguments: Arguments, state: RunState) -> None:
 
 def _follow(logs: RunLogs, state: RunState) -> int:
     while True:
-        is_over = state.is_over  # asked before reading: what was written before the end is all read
+        is_over = state.is_over  # looked up before reading, so that everything written before the end is read
         _print(logs.read())
         if is_over:
             break

@@ -71,7 +71,7 @@ def help_text(name: str) -> str:
 
 
 def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the verb, empty where the command begins with an override or an option, and the words behind it."""
+    """Return the verb, empty if the command begins with an override or option, and the rest."""
     first, *rest = words or [""]
     if first == "help":
         return _split_verb([*rest[:1], "--help"])
@@ -94,7 +94,7 @@ def _suggest_word(word: str) -> str:
 
 
 def _take_dry_run(words: Sequence[str], arguments: Arguments) -> list[str]:
-    """Return the words without ``dry_run``, which is set in ``arguments``: Hydra does not know it."""
+    """Return the words without ``dry_run``, which is set in ``arguments``."""
     kept = []
     for word in words:
         key, _, value = word.partition("=")
@@ -157,7 +157,7 @@ def _escape(text: str) -> str:
 
 
 def _non_empty(option: Option) -> Callable[[str], object]:
-    """Return the conversion of an option's value that refuses an empty one (``--root=``)."""
+    """Return the conversion of an option's value that rejects an empty one (``--root=``)."""
 
     def convert(text: str) -> object:
         if not text:
@@ -173,7 +173,7 @@ def _missing_value(option: Option) -> ConfigError:
 
 
 def _value_error(error: argparse.ArgumentError, verb: Verb) -> ConfigError:
-    """Return what argparse found wrong with an option, as an error of ours."""
+    """Return argparse's error about an option as a ConfigError."""
     name = (error.argument_name or "").split("/")[-1]
     option = next((option for option in verb.options if name in option.names), None)
     if option is None or not option.metavar:
@@ -182,7 +182,7 @@ def _value_error(error: argparse.ArgumentError, verb: Verb) -> ConfigError:
 
 
 def _unknown_flag(word: str, verb: Verb) -> ConfigError:
-    """Return the error for a flag that the verb does not have; options of a run have no dashes."""
+    """Return the error for an unknown flag; options of a run have no dashes."""
     name, _, value = word.partition("=")
     if name in _HYDRA_COMPLETION:
         return ConfigError(name, why="is an option of Hydra that knows no verbs", fix="see launch completion --help")
@@ -206,7 +206,7 @@ class _Answer(Exception):
 
 
 class _AnswerAction(argparse.Action):
-    """``--help`` and ``--version``: they win over whatever else is typed, and nothing is checked."""
+    """``--help`` and ``--version``: they take precedence, and nothing else is checked."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(nargs=0, **keywords)

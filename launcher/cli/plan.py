@@ -12,7 +12,7 @@ from launcher.utils.text import json_text
 
 
 def run(arguments: Arguments) -> int:
-    """Print a plan, or the runs of a sweep."""
+    """Print a plan, or the trials of a sweep."""
     arguments.dry_run = True
     first, *overrides = arguments.overrides or [""]
     if first and not is_override(first):

@@ -20,7 +20,7 @@ _FILE = "report.html"
 
 
 def run(arguments: Arguments) -> int:
-    """Write a report and say where."""
+    """Write a report and print its path."""
     folder, text = _page(arguments)
     file = arguments.output or folder / _FILE
     _check_output(file)
@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _page(arguments: Arguments) -> tuple[Path, str]:
-    """Return where the report belongs, and its text."""
+    """Return the default folder of the report, and its text."""
     sweep = find_sweep(arguments.runs[0], arguments.root) if len(arguments.runs) == 1 else None
     if sweep is not None:
         return sweep, page_of_sweep(read_sweep(sweep))
@@ -44,7 +44,7 @@ def _page(arguments: Arguments) -> tuple[Path, str]:
 
 
 def _runs(arguments: Arguments) -> Iterator[RunDir]:
-    """Yield the runs that are named; of a sweep among several names, its trials."""
+    """Yield the named runs; of a sweep among several names, its trials."""
     for word in arguments.runs or (None,):
         sweep = find_sweep(word, arguments.root) if word is not None else None
         if sweep is None:

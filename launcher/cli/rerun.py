@@ -1,4 +1,4 @@
-"""``launch rerun RUN``: start what a stored run describes once more, in a directory of its own."""
+"""``launch rerun RUN``: start a saved run again, in a new run directory."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from launcher.runs.index import find_run
 
 
 def run(arguments: Arguments) -> int:
-    """Run what the first argument describes, changed by the others."""
+    """Run the configuration of the first argument, changed by the overrides."""
     folder = find_run(arguments.run, arguments.root).path
     return start_saved_run(_anew(folder, arguments.overrides), arguments, folder=folder)
 
 
 def _anew(folder: Path, words: Sequence[str]) -> Run:
-    """Return the run of ``folder`` with values changed by ``words``, set to begin in a directory of its own."""
+    """Return the run of ``folder``, changed by ``words``, set to start in a new directory."""
     run = load_saved_run(folder, words)
     given = {word.partition("=")[0].lstrip("+") for word in words}
     if "run.dir" not in given:
         run = replace(run, run=replace(run.run, dir=None))
-    if run.checkpoint.resume == "auto" and "checkpoint.resume" not in given:  # left by launch resume
+    if run.checkpoint.resume == "auto" and "checkpoint.resume" not in given:  # set by launch resume
         run = replace(run, checkpoint=replace(run.checkpoint, resume="none"))
         data = run.data
         if isinstance(data, Corpus) and data.tokenizer == CHECKPOINT_TOKENIZER and "data.tokenizer" not in given:

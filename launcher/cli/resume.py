@@ -1,4 +1,4 @@
-"""``launch resume RUN``: continue a run in its own directory, from its newest complete checkpoint."""
+"""``launch resume RUN``: continue a run in its directory, from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def run(arguments: Arguments) -> int:
 
 
 def _continued(folder: Path, words: Sequence[str]) -> Run:
-    """Return the run of ``folder`` with values changed by ``words``, set to continue where it stopped.
+    """Return the run of ``folder``, changed by ``words``, set to continue where it stopped.
 
     Raises:
-        ConfigError: beginning anew would replace what it has, or lose the checkpoint that it began from.
+        ConfigError: starting over would replace its results, or lose the checkpoint that it started from.
     """
     run, state = load_saved_run(folder, words), read_run_state(RunDir(folder))
     if run.job.resumes and not state.has_checkpoint:

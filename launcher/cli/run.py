@@ -1,4 +1,4 @@
-"""No verb: compose, plan, then print the plan or run it."""
+"""The command without a verb: compose and plan a run, then start it."""
 
 from __future__ import annotations
 

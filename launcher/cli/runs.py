@@ -1,4 +1,4 @@
-"""``launch runs``: every run below a folder, and how it is doing."""
+"""``launch runs``: every run below a folder, with its state."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> int:
 
 
 def _wanted(arguments: Arguments) -> list[RunDir]:
-    """Return the runs to list: all, or those that the words name, a folder of runs among them."""
+    """Return the runs to list: all, or those named; a word may also name a folder of runs."""
     found: list[RunDir] = []
     for word in arguments.runs:
         inside = list_runs(Path(word)) if is_named_path("run", word) and Path(word).is_dir() else []
@@ -58,7 +58,7 @@ def _row(state: RunState, root: Path, now: float) -> tuple[str, ...]:
 
 
 def _id_below(run_dir: RunDir, root: Path) -> str:
-    """Return the run's id, with the sweep it belongs to; the directory of a run that is elsewhere."""
+    """Return the run's id with its sweep; the directory of a run outside of the root."""
     if is_below(run_dir, root):
         return run_dir.path.relative_to(root.absolute()).as_posix().partition("/")[2]
     here = Path.cwd()
@@ -66,7 +66,7 @@ def _id_below(run_dir: RunDir, root: Path) -> str:
 
 
 def _ranks(state: RunState) -> str:
-    """Return ``2×8``, or each host's number where they differ."""
+    """Return ``2×8``, or each host's number if they differ."""
     slots = state.slots
     if not slots:
         return "-"

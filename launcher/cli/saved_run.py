@@ -24,10 +24,10 @@ from launcher.utils.text import json_text
 
 
 def find_run_or_option(word: str, arguments: Arguments) -> Path:
-    """Return the folder of the run that ``word`` names, of a verb that takes options there too.
+    """Return the folder of the run that ``word`` names.
 
     Raises:
-        ConfigError: there is no such run; the message says how an option of that name is written.
+        ConfigError: there is no such run; the message shows how to write an option of that name.
     """
     try:
         return find_run(word, arguments.root).path
@@ -40,15 +40,15 @@ def find_run_or_option(word: str, arguments: Arguments) -> Path:
 
 
 def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
-    """Start ``run`` and return its exit code, or print its plan where ``arguments`` ask for that.
+    """Start ``run`` and return its exit code; with ``dry_run``, print its plan.
 
     Args:
-        run: the stored run, changed.
+        run: the saved run, changed.
         arguments: the parsed command line.
-        folder: the run directory that it was stored in.
+        folder: its run directory.
 
     Raises:
-        ConfigErrors: what stands against it.
+        ConfigErrors: every reason why it cannot start.
     """
     if arguments.multirun or arguments.config_dir:
         flag = "-m" if arguments.multirun else "--config-dir"
@@ -67,6 +67,9 @@ def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
 
 
 def _missing_secrets(folder: Path) -> list[str]:
-    """Return the secret variables that the run was sent and that this process does not have: no file holds them."""
+    """Return the secret variables that the run used and this process lacks.
+
+    No file stores their values.
+    """
     names = read_run_state(RunDir(folder)).plan.get("forwarded_env", [])
     return [name for name in names if is_secret_name(name) and name not in os.environ]

@@ -19,11 +19,11 @@ from launcher.utils.text import counted, duration_text, format_table, json_text,
 
 _LIFE = {True: "alive", False: "gone", None: "not to be seen from here"}
 _MANY = 16
-"""Of more ranks or agents than these the text does not show each."""
+"""Limit of ranks or agents that the text lists one by one."""
 
 
 def run(arguments: Arguments) -> int:
-    """Print what is known of one run."""
+    """Print the state of one run."""
     state = read_run_state(find_run(arguments.run, arguments.root))
     if arguments.json:
         print(json_text(_tree(state)))
@@ -64,13 +64,13 @@ def _how_far(state: RunState) -> Iterator[tuple[str, str]]:
     if state.step is None:
         yield "progress", "no step yet"
         return
-    told = [f"evaluation {state.steps_text}" if state.num_steps is None else f"step {state.steps_text}"]
-    told += [f"loss {metrics['train/loss']:.4f}"] if metrics.get("train/loss") is not None else []
-    told += [f"held-out loss {metrics['eval/loss']:.4f}"] if metrics.get("eval/loss") is not None else []
-    told += [f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"] if metrics.get("perf/tokens_per_s") is not None else []
+    parts = [f"evaluation {state.steps_text}" if state.num_steps is None else f"step {state.steps_text}"]
+    parts += [f"loss {metrics['train/loss']:.4f}"] if metrics.get("train/loss") is not None else []
+    parts += [f"held-out loss {metrics['eval/loss']:.4f}"] if metrics.get("eval/loss") is not None else []
+    parts += [f"{metrics['perf/tokens_per_s']:,.0f} tokens/s"] if metrics.get("perf/tokens_per_s") is not None else []
     if state.status == RUNNING and metrics.get("time"):
-        told.append(f"{duration_text(time.time() - metrics['time'])} ago")
-    yield "progress", ", ".join(told)
+        parts.append(f"{duration_text(time.time() - metrics['time'])} ago")
+    yield "progress", ", ".join(parts)
 
 
 def _ranks(state: RunState) -> Iterator[tuple[str, str]]:
@@ -94,7 +94,7 @@ def _end(state: RunState) -> Iterator[tuple[str, str]]:
 
 
 def _next(state: RunState) -> Iterator[tuple[str, str]]:
-    """Yield what one may type now."""
+    """Yield the commands one can type now."""
     folder = shell_word(short_path(state.run_dir.path))
     yield "next", f"launch logs {folder}" + ("" if state.is_over else " -f")
     if not state.is_over:
@@ -108,7 +108,7 @@ def _next(state: RunState) -> Iterator[tuple[str, str]]:
 
 
 def _asking(where: SessionRecord) -> list[str]:
-    """Return the command that asks the scheduler about its job."""
+    """Return the command that shows the state of its job."""
     job = where.job
     if where.backend == "slurm":
         return ["squeue", f"--jobs={job['id']}"]
@@ -128,7 +128,7 @@ def _last_words(state: RunState) -> list[dict[str, Any]]:
 
 
 def _last_line(path: Path, run_dir: RunDir) -> tuple[str, float]:
-    """Return the last line of a log and when it was written; why there is none, where the file is not read."""
+    """Return the last line of a log and its time, or why the file is not read."""
     try:
         *_, line = [b"", *(line for line in tail_lines(path, inside=run_dir.path) if line.strip())]
         return line.decode(errors="replace").rstrip("\r").rpartition("\r")[2], path.lstat().st_mtime

@@ -38,7 +38,7 @@ class Verb:
     takes_version: bool = False
     """Whether ``--version`` prints the version."""
     takes_raw_words: bool = False
-    """Whether ``--words`` passes on everything behind it: the half-typed line that a shell completes."""
+    """Whether ``--words`` takes everything behind it: the unfinished line that a shell completes."""
 
     @property
     def takes_overrides(self) -> bool:

@@ -1,1 +1,1 @@
-"""Runs on disk: finding, listing and reading them."""
+"""Runs on disk: find, list and read them."""

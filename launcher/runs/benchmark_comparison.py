@@ -15,7 +15,7 @@ Verdict = Literal["worse", "better", "changed", "within spread", "within thresho
 _HIGHER_IS_BETTER = ("_per_s",)
 _LOWER_IS_BETTER = ("_s", "_ms", "_us", "_bytes", "_mb")
 _NOT_OF_THE_CASES = ("repeats", "warmup")
-"""Options that change how well something is known, not what is measured."""
+"""Options that change the precision of a measurement, not what is measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Difference:
 
     @property
     def ratio(self) -> float:
-        """Median of B as a multiple of that of A."""
+        """Median of B divided by the median of A."""
         one, other = statistics.median(self.before), statistics.median(self.after)
         if one == other:
             return 1.0
@@ -46,10 +46,10 @@ class Difference:
         return not _holds(self.before, self.after) and not _holds(self.after, self.before)
 
     def verdict(self, threshold: float) -> Verdict:
-        """Return what to think of it.
+        """Return the result of the comparison.
 
         Args:
-            threshold: change of the median that is let pass, as a share of A.
+            threshold: accepted change of the median, as a share of A.
         """
         if not self.is_beyond_spread:
             return "within spread"
@@ -62,7 +62,10 @@ class Difference:
 
 
 def improvement_sign(quantity: str) -> int:
-    """Return 1 where more is better, -1 where less is, 0 where the unit, the end of the name, does not tell."""
+    """Return 1 if higher is better, -1 if lower is, 0 if the unit does not say.
+
+    The unit is the end of the name.
+    """
     if quantity.endswith(_HIGHER_IS_BETTER):
         return 1
     return -1 if quantity.endswith(_LOWER_IS_BETTER) else 0
@@ -70,7 +73,7 @@ def improvement_sign(quantity: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkComparison:
-    """What two runs of a benchmark have in common, and what not."""
+    """Differences of two runs of a benchmark, and what only one of them has."""
 
     differences: tuple[Difference, ...]
     only_before: tuple[str, ...]
@@ -79,11 +82,11 @@ class BenchmarkComparison:
     options: tuple[tuple[str, Any, Any], ...]
     """Options of the benchmark that differ: name, A, B."""
     machine: tuple[tuple[str, Any, Any], ...]
-    """The same for where it was measured; dates and loads always differ."""
+    """The same for the machine; dates and loads are left out."""
 
 
 def compare_measurements(before: BenchmarkRecord, after: BenchmarkRecord) -> BenchmarkComparison:
-    """Put two runs of the same benchmark beside each other."""
+    """Return the comparison of two runs of the same benchmark."""
     common = [case for case in before.cases if case in after.cases]
     return BenchmarkComparison(
         differences=tuple(

@@ -1,4 +1,4 @@
-"""What a verb was given as a run: a saved run, an experiment or a composition."""
+"""The configuration that a word of the command line names: a saved run or an experiment."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ NO_EXPERIMENT = "default"
 
 
 def split_source(text: str) -> list[str]:
-    """Return the words of one side of a comparison: a run or an experiment, and overrides behind it.
+    """Return the words of one side of a comparison: a run or an experiment, then overrides.
 
     Raises:
-        ConfigError: a quote that begins in it does not end.
+        ConfigError: a quote is not closed.
     """
     if exists(RunDir(Path(text)).snapshot):
         return [text]
@@ -50,7 +50,7 @@ def resolved_config(words: Sequence[str], *, config_dir: Path | None, root: Path
         root: the folder of all runs.
 
     Raises:
-        ConfigError: there is no such thing, or it does not compose.
+        ConfigError: there is no such run or experiment, or it does not compose.
     """
     first, *rest = words or ("",)
     is_run = exists(RunDir(Path(first)).snapshot)
@@ -66,7 +66,7 @@ def _config_of_run(word: str, changes: Sequence[str], root: Path, known: Mapping
     """Return the configuration of the run that ``word`` names, with values changed.
 
     Raises:
-        ConfigError: it is neither a run nor, for all that is known, an experiment.
+        ConfigError: it is neither a run nor a known experiment.
     """
     try:
         folder = find_run(word, root).path
@@ -81,10 +81,10 @@ def _config_of_run(word: str, changes: Sequence[str], root: Path, known: Mapping
 
 
 def load_saved_run(folder: Path, words: Sequence[str]) -> Run:
-    """Return the run that the run.yaml in ``folder`` describes, with values changed by ``words``.
+    """Return the run saved in ``folder``, with values changed by ``words``.
 
     Raises:
-        ConfigErrors: everything that is wrong with the changes, or with the run of another version.
+        ConfigErrors: every error in the changes, or in the run.yaml of another version.
     """
     mistakes: list[ConfigError] = []
     tree = run_to_tree(load_run(RunDir(folder).snapshot))
@@ -127,7 +127,7 @@ def _apply_override(tree: dict[str, Any], override: Override, mistakes: list[Con
 
 
 def _resolve_environment(value: Any) -> Any:
-    """Return ``value`` with its ``${oc.env:…}`` replaced; options of the stored run are values, not names."""
+    """Return ``value`` with each ``${oc.env:…}`` replaced."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_container(OmegaConf.create({"value": value}), resolve=True)["value"]

@@ -1,8 +1,8 @@
 """Find runs: by id, by directory, and by the index of runs outside of ``run.root``.
 
 The index is a file in ``run.root`` with one JSON object a line:
-``{"run_dir": …, "relative": …, "run_id": …, "name": …}``. A line whose folder holds no run, because that was removed or
-moved, is passed over. ``relative`` finds folders that moved together with the root.
+``{"run_dir": …, "relative": …, "run_id": …, "name": …}``. A line whose folder holds no run, because it was removed or
+moved, is skipped. ``relative`` finds folders that moved together with the root.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from launcher.utils.text import did_you_mean
 
 _FIELDS = ("run_dir", "relative", "run_id", "name")
 _MOST_RUNS = 10_000
-"""Of the newest lines that are read."""
+"""Limit of runs that are read, the newest ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexedRun:
-    """A run that the index names, and that is there."""
+    """A run in the index whose directory exists."""
 
     run_dir: RunDir
     full_id: str
-    """``<name>/<id>``, as of a run below the root."""
+    """``<name>/<id>``, the form of a run below the root."""
 
 
 def is_below(run_dir: RunDir, root: Path) -> bool:
-    """Whether a run is found without the index: ``<root>/<name>/<id>``, or a trial of a sweep there."""
+    """Whether a run is found without the index: ``<root>/<name>/<id>``, or a sweep's trial."""
     path, folder = run_dir.path.absolute(), root.absolute()
     if not path.is_relative_to(folder):
         return False
@@ -47,7 +47,9 @@ def is_below(run_dir: RunDir, root: Path) -> bool:
 
 
 def add_run(root: Path, run_dir: RunDir, *, run_id: str, name: str) -> bool:
-    """Note a run in the index of an existing ``root``; return False where it is there, or is found without.
+    """Add a run to the index of an existing ``root``; return False if it is not needed.
+
+    It is not needed for a run that is in the index already, or that is found without it.
 
     Raises:
         OSError: the index cannot be written.
@@ -66,7 +68,7 @@ def add_run(root: Path, run_dir: RunDir, *, run_id: str, name: str) -> bool:
 
 
 def forget_run(root: Path, run_dir: RunDir) -> None:
-    """Take a run out of the index: nothing of it was started."""
+    """Remove a run from the index, because nothing of it was started."""
     file, path = root / RUN_INDEX, str(run_dir.path.absolute())
     if not file.is_file():
         return
@@ -74,13 +76,13 @@ def forget_run(root: Path, run_dir: RunDir) -> None:
         before = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         kept = [entry for entry in _entries(before) if entry["run_dir"] != path]
         if kept:
-            write_atomic(file, b"".join(map(_line, kept)))  # who waits for the lock opens the new file
+            write_atomic(file, b"".join(map(_line, kept)))  # a process that waits for the lock opens the new file
         else:
             file.unlink(missing_ok=True)
 
 
 def indexed_runs(root: Path) -> list[IndexedRun]:
-    """Return the runs that the index of ``root`` names and that are there, each once."""
+    """Return the existing runs in the index of ``root``, each once."""
     try:
         entries = list(_entries(read_regular(root / RUN_INDEX)))[-_MOST_RUNS:]
     except OSError:
@@ -96,7 +98,7 @@ def indexed_runs(root: Path) -> list[IndexedRun]:
 
 
 def _entries(data: bytes) -> Iterator[dict[str, str]]:
-    """Yield the lines that are whole and say what they should."""
+    """Yield the lines that are complete and have the expected fields."""
     for line in data.splitlines():
         try:
             entry: Any = json.loads(line)
@@ -117,7 +119,7 @@ def _write(descriptor: int, data: bytes) -> None:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[int]:
-    """Open the index alone; another launcher may have removed it between opening and locking."""
+    """Open and lock the index; retry if another launcher removed it in between."""
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
@@ -134,11 +136,11 @@ def find_run(word: str | None, root: Path) -> RunDir:
 
     Args:
         word: a run directory, a run id or how it begins, with or without its name before it (``gpt2/20260101``);
-            ``None`` is the run below ``root`` that was started last.
+            ``None`` is the newest run below ``root``.
         root: the folder of all runs.
 
     Raises:
-        ConfigError: nothing is meant by it, or several runs are.
+        ConfigError: it names no run, or several.
     """
     if word is not None and is_named_path("run", word) and _is_run(Path(word).expanduser()):
         return RunDir(Path(word).expanduser().absolute())
@@ -162,17 +164,20 @@ def find_run(word: str | None, root: Path) -> RunDir:
 
 
 def list_runs(root: Path) -> list[RunDir]:
-    """Return every run of ``root``, the last started first: those below it, and those its index names (``run.dir``)."""
+    """Return every run of ``root``, the newest first.
+
+    These are the runs below it, and those in its index (``run.dir``).
+    """
     return list(_known(root).values())
 
 
 def _known(root: Path) -> dict[str, RunDir]:
-    """Return the runs of ``root`` by their full ids, the last started first."""
+    """Return the runs of ``root`` by their full ids, the newest first."""
     snapshots = [*root.glob("*/*/run.yaml"), *root.glob("*/sweep-*/*/run.yaml")]
     below = (RunDir(path.parent.absolute()) for path in snapshots)
     found = {run_dir.path.relative_to(root.absolute()).as_posix(): run_dir for run_dir in below}
     for indexed in indexed_runs(root):
-        # two directories may hold one run, copied: then the path tells them apart
+        # a run may have been copied to a second directory: then the path distinguishes them
         full_id = indexed.full_id if indexed.full_id not in found else str(indexed.run_dir.path)
         found[full_id] = indexed.run_dir
     return dict(sorted(found.items(), key=lambda item: written_at(item[1].snapshot), reverse=True))

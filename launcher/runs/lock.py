@@ -12,10 +12,10 @@ from launcher.errors import ConfigError
 
 
 class RunLock:
-    """The right to write to one run directory; held by the launcher for the whole run.
+    """Exclusive right to write to one run directory, held by the launcher for the whole run.
 
-    It is ``flock`` (POSIX systems; over NFS since Linux 2.6.12) on an open file that programs started meanwhile do not
-    inherit: it ends with its holder, however that ends, and ranks that outlive the launcher do not keep it.
+    It is ``flock`` (POSIX systems; over NFS since Linux 2.6.12) on an open file that children do not inherit: the
+    kernel releases it when its holder exits for any reason, and ranks that outlive the launcher do not keep it.
 
         with RunLock(folder).acquire():
             ...
@@ -39,7 +39,7 @@ class RunLock:
         return self
 
     def _try(self) -> bool:
-        """Take the lock; return False where the file that was locked is no longer the one in the folder."""
+        """Take the lock; return False if the locked file was replaced in the folder meanwhile."""
         is_new = not self._path.exists()
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         try:
@@ -55,20 +55,20 @@ class RunLock:
         if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.lstat()):
             os.close(descriptor)
             return False
-        with contextlib.suppress(OSError):  # a full disk: the lock holds without the note of its holder
+        with contextlib.suppress(OSError):  # a full disk: the lock works without the name of its holder
             os.truncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         self._descriptor, self._is_new = descriptor, is_new
         return True
 
     def remove(self) -> None:
-        """Remove the lock's file if this process made it, while it still holds the lock."""
+        """Remove the lock's file, if this process created it, while it still holds the lock."""
         if self._descriptor is not None and self._is_new:
             self._path.unlink(missing_ok=True)
         self.release()
 
     def release(self) -> None:
-        """Let others have the directory; doing so twice is fine."""
+        """Release the lock; a second call does nothing."""
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None

@@ -13,15 +13,15 @@ from launcher.utils.logs import LineSplitter
 AGENT = "agent"
 _CHUNK = 1 << 18
 _MOST_BACK = 1 << 28
-"""Bytes in which the last lines are looked for."""
+"""Bytes at the end of a file in which the last lines are searched."""
 
 
 class GrowingLog:
-    """One log file, read on from where the last read ended.
+    """One log file; each read continues where the previous one ended.
 
     Args:
         path: ``<host>.<who>.log``, where ``who`` is a rank or ``agent``.
-        last: begin with so many last lines of what is there; ``None`` with the first.
+        last: begin with this many last lines of the file; ``None`` begins with the first line.
     """
 
     def __init__(self, path: Path, *, last: int | None) -> None:
@@ -31,13 +31,13 @@ class GrowingLog:
         try:
             self._offset = 0 if last is None else start_of_last_lines(path, last)
         except OSError:
-            self._offset = 0  # the first read says why
+            self._offset = 0  # the first read returns the reason
         self._splitter = LineSplitter()
 
     def read(self) -> list[str]:
-        """Return whole lines that are new: some of them when there are many, none when there is none.
+        """Return new whole lines, a limited number at a time; none if there are none.
 
-        Of a file that is not read (a link, a FIFO) the reason is the one line.
+        For a file that is not read (a link, a FIFO), the only line is the reason.
         """
         try:
             with open_regular(self.path, inside=self.path.parent.parent) as file:
@@ -50,7 +50,7 @@ class GrowingLog:
         return self._splitter.feed(data)
 
     def rest(self) -> list[str]:
-        """Return the line that never ended, if there is one."""
+        """Return the last line if it has no line end."""
         return self._splitter.rest()
 
 
@@ -61,8 +61,8 @@ class RunLogs:
         run_dir: of the run.
         rank: only this one; ``None`` means all.
         host: only on this one.
-        agents: what host agents write instead of what ranks print.
-        last: begin with so many lines of each log; ``None`` with the first line.
+        agents: the logs of host agents instead of those of ranks.
+        last: begin with this many last lines of each log; ``None`` begins with the first line.
     """
 
     def __init__(self, run_dir: RunDir, *, rank: int | None, host: str | None, agents: bool, last: int | None) -> None:
@@ -75,7 +75,7 @@ class RunLogs:
         for path in sorted(self._folder.glob("*.log"), key=_order):
             if path not in self._known and self._wants(path):
                 self._known[path] = GrowingLog(path, last=self._last)
-        self._last = None  # a log that begins from now on is shown from its first line
+        self._last = None  # a log that is created from now on is shown from its first line
         for log in self._known.values():
             while lines := log.read():
                 yield from (_named(log, line) for line in lines)
@@ -86,7 +86,7 @@ class RunLogs:
             yield from (_named(log, line) for line in log.rest())
 
     def names(self) -> list[str]:
-        """Return who has a log so far, as ``host:rank``."""
+        """Return the logs that exist so far, as ``host:rank``."""
         return [":".join(map(str, host_and_who(path))) for path in sorted(self._folder.glob("*.log"), key=_order)]
 
     def _wants(self, path: Path) -> bool:
@@ -102,12 +102,12 @@ def host_and_who(path: Path) -> tuple[str, int | str]:
 
 
 def start_of_last_lines(path: Path, count: int) -> int:
-    """Return the offset at which the last ``count`` lines of a file begin, without reading the rest of it."""
+    """Return the offset of the last ``count`` lines of a file, which is not read whole."""
     with open_regular(path, inside=path.parent.parent) as file:
         end = file.seek(0, os.SEEK_END)
         if count == 0:
             return end
-        wanted = count + 1  # the line breaks to pass; the last one ends the file
+        wanted = count + 1  # the line ends to skip; the last one ends the file
         position = end
         while position > max(0, end - _MOST_BACK):
             begin = max(0, position - _CHUNK)
@@ -138,10 +138,10 @@ _TAIL_BYTES = 1 << 16
 
 
 def tail_lines(path: Path, *, inside: Path | None = None) -> Iterator[bytes]:
-    """Yield the whole lines in the last 64 KiB of a file; none of one that does not exist.
+    """Yield the whole lines in the last 64 KiB of a file; none if it does not exist.
 
     Raises:
-        OSError: it is a link or no regular file, or cannot be read; see ``open_regular``.
+        OSError: it is a link or not a regular file, or cannot be read; see ``open_regular``.
     """
     try:
         with open_regular(path, inside=inside) as file:

@@ -20,56 +20,56 @@ from launcher.utils.files import is_regular, read_object
 from launcher.utils.text import shell_command, short_path
 
 RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
-"""Besides the statuses of ``result.json``: its session runs; its session has ended and left no result; its session may
+"""Besides the statuses of ``result.json``: its session runs; its session has ended without a result; its session may
 run, on a machine that cannot be seen from here."""
 
 _YOUNG_S = 30.0
 """Age below which a run without session.json counts as starting."""
 _LATEST = 253_402_300_799.0
-"""The last second of the year 9999: a file may claim to be of any time, and a clock shows no later one."""
+"""The last second of the year 9999: files may have any time, and ``strftime`` fails for later ones."""
 _LARGEST = 1e300
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunState:
-    """What is known of one run."""
+    """The state of one run."""
 
     run_dir: RunDir
     run_id: str
     name: str
     status: str
     started_at: float
-    """Of its last life, in seconds since the epoch."""
+    """When it was last started or resumed, in seconds since the epoch."""
     ended_at: float | None
     result: dict[str, Any]
     """``result.json``; empty while there is none."""
     plan: dict[str, Any]
     """``plan.json``; empty while there is none."""
     metrics: dict[str, Any]
-    """The last values."""
+    """The last value of each metric."""
     session: SessionRecord | None
     unreadable_files: tuple[str, ...] = ()
-    """Files that are there and cannot be used, each with the reason; they count as missing."""
+    """Files that exist and cannot be used, each with the reason; they count as missing."""
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing more will come."""
+        """Whether the run has ended."""
         return self.status not in (RUNNING, ELSEWHERE)
 
     @property
     def exit_code(self) -> int | None:
-        """Of the launcher; ``None`` where it left none."""
+        """Exit code of the launcher; ``None`` if it wrote none."""
         return self.result.get("exit_code")
 
     @property
     def backend(self) -> str | None:
-        """The backend's kind; ``None`` where it is not recorded."""
+        """The kind of its backend; ``None`` if it is not recorded."""
         written: str | None = self.plan.get("backend")
         return self.session.backend if self.session else written
 
     @property
     def slots(self) -> list[int]:
-        """Ranks of each host."""
+        """Number of ranks of each host."""
         return [host["slots"] for host in self.hosts]
 
     @property
@@ -87,24 +87,24 @@ class RunState:
 
     @property
     def has_checkpoint(self) -> bool:
-        """Whether a checkpoint is there to continue from."""
+        """Whether there is a checkpoint to continue from."""
         return any(is_regular(path) for path in self.run_dir.checkpoints.glob("step_*/manifest.json"))
 
     @property
     def last_checkpoint(self) -> Path | None:
-        """Folder of the checkpoint of the most steps; ``None`` where there is none."""
+        """Folder of the checkpoint with the most steps; ``None`` without one."""
         manifests = [path for path in self.run_dir.checkpoints.glob("step_*/manifest.json") if is_regular(path)]
         return max(manifests, key=_step_of).parent if manifests else None
 
     @property
     def step(self) -> int | None:
-        """Steps done."""
+        """Number of steps done."""
         step: float | None = self.metrics.get("train/step")
         return None if step is None else int(step)
 
     @property
     def steps_text(self) -> str:
-        """How far it is (``20/300``); of an evaluation the checkpoint it measures; ``-`` for work without steps."""
+        """Progress (``20/300``); of an evaluation, the step of the checkpoint; ``-`` without steps."""
         if self.plan.get("job") == "evaluate":
             return f"of step {self.step}" if self.step else "-"
         if self.num_steps == 0:
@@ -113,9 +113,9 @@ class RunState:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps planned; ``None`` too where they are not those that ``step`` counts.
+        """Number of planned steps; ``None`` if they are not those that ``step`` counts.
 
-        An evaluation works through batches, and its ``step`` is that of the checkpoint it measures.
+        An evaluation counts batches, and its ``step`` is that of the checkpoint it measures.
         """
         if self.plan.get("job") == "evaluate":
             return None
@@ -124,17 +124,19 @@ class RunState:
 
 
 def read_run_state(run_dir: RunDir) -> RunState:
-    """Return what is known of a run from its directory and this machine's processes.
+    """Return the state of a run from its directory and this machine's processes.
 
-    Another user may have written its files: one that is no regular file, or does not hold what a run writes, counts as
-    missing, and ``unreadable_files`` says so.
+    Another user may have written its files: one that is not a regular file, or has unexpected content, counts as
+    missing and is listed in ``unreadable_files``.
     """
     unreadable_files: list[str] = []
     session, plan = read_session_file(run_dir), _read(run_dir.plan, _plan_fault, unreadable_files)
     if session is None and os.path.lexists(run_dir.session):
         unreadable_files.append(f"{run_dir.session.name} is not what a run writes")
     status, result = _status(run_dir, session), {}
-    if status != RUNNING or written_at(run_dir.result) > written_at(run_dir.session):  # else of an earlier life
+    if status != RUNNING or written_at(run_dir.result) > written_at(
+        run_dir.session
+    ):  # otherwise it is of an earlier start
         result = _read(run_dir.result, _result_fault, unreadable_files)
         status = str(result.get("status", status))
     try:
@@ -158,7 +160,7 @@ def read_run_state(run_dir: RunDir) -> RunState:
 
 
 def continue_command(state: RunState) -> str | None:
-    """Return the command that uses what a run has saved: resume it, or generate with the weights of a complete one."""
+    """Return the command that continues a run, or generates with the weights of a completed one."""
     folder, checkpoint = short_path(state.run_dir.path), state.last_checkpoint
     if checkpoint is None:
         return shell_command(["launch", "resume", folder]) if state.status in (LOST, "preempted") else None
@@ -171,16 +173,16 @@ def continue_command(state: RunState) -> str | None:
 
 
 def _step_of(manifest: Path) -> int:
-    """Return the steps in the name of a checkpoint's folder; 0 where it has another name."""
+    """Return the steps in the name of a checkpoint folder; 0 for another name."""
     number = manifest.parent.name.removeprefix("step_")
     return int(number) if number.isdecimal() else 0
 
 
 def last_metrics(path: Path) -> dict[str, Any]:
-    """Return the last value of each metric in the end of a ``metrics.jsonl``, however long it is.
+    """Return the last value of each metric at the end of a ``metrics.jsonl`` of any length.
 
     Raises:
-        OSError: it is a link or no regular file, or cannot be read.
+        OSError: it is a link or not a regular file, or cannot be read.
     """
     last: dict[str, Any] = {}
     for line in tail_lines(path):
@@ -189,14 +191,17 @@ def last_metrics(path: Path) -> dict[str, Any]:
 
 
 def _status(run_dir: RunDir, session: SessionRecord | None) -> str:
-    """Return the status of a run, its result aside; run.yaml is written whenever one starts or goes on."""
+    """Return the status of a run without a result.
+
+    run.yaml is written at every start or restart.
+    """
     if session is None:
         return RUNNING if time.time() - written_at(run_dir.snapshot) < _YOUNG_S else LOST
     return {True: RUNNING, False: LOST, None: ELSEWHERE}[session.is_running()]
 
 
 def _read(path: Path, fault: Callable[[dict[str, Any]], str], unreadable_files: list[str]) -> dict[str, Any]:
-    """Return the object in a file; nothing, and a word on it in ``unreadable_files``, where it cannot be used."""
+    """Return the object in a file; empty, with a reason in ``unreadable_files``, if unusable."""
     try:
         tree = read_object(path)
         if why := fault(tree):
@@ -212,7 +217,7 @@ def _read(path: Path, fault: Callable[[dict[str, Any]], str], unreadable_files: 
 
 
 def _plan_fault(tree: dict[str, Any]) -> str:
-    """Return why a ``plan.json`` cannot be used: what is shown of it is not of the right type."""
+    """Return why a ``plan.json`` cannot be used: a shown field has the wrong type."""
     hosts, work = tree.get("hosts", []), tree.get("work", {})
     kinds = {
         **{name: isinstance(tree.get(name, ""), str) for name in ("run_id", "name", "job", "backend")},
@@ -249,17 +254,19 @@ def _result_fault(tree: dict[str, Any]) -> str:
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metrics that are numbers, or were not finite."""
+    """Return the metrics that are numbers, or that were not finite."""
     return {name: value for name, value in metrics.items() if value is None or _is_number(value)}
 
 
 def _is_number(value: object) -> bool:
-    """Return whether a value is a number that can be shown: finite, and not of a million digits."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST  # NaN is not less
+    """Return whether a value is a finite number of reasonable size."""
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _LARGEST
+    )  # NaN compares as False
 
 
 def written_at(path: Path) -> float:
-    """Return when a file was written, in seconds since the epoch; 0 when it is not there."""
+    """Return when a file was written, in seconds since the epoch; 0 if it does not exist."""
     try:
         return min(max(0.0, path.lstat().st_mtime), _LATEST)
     except OSError:

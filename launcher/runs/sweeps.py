@@ -1,4 +1,4 @@
-"""A sweep as its ``sweep.json`` describes it: trials, their overrides, how they ended."""
+"""A sweep as its ``sweep.json`` describes it: trials, overrides, outcomes."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ class TrialResult:
     status: str
     exit_code: int
     value: float | None
-    """Of the metric that ranks the trials."""
+    """Value of the metric that ranks the trials."""
 
     @property
     def name(self) -> str:
-        """What tells it from the others."""
+        """The overrides in which it differs from other trials."""
         return " ".join(self.overrides) or self.run_dir.path.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """A sweep, as far as it has come."""
+    """A sweep, finished or not."""
 
     folder: Path
     metric: str
@@ -51,10 +51,10 @@ class SweepResult:
 
 
 def find_sweep(word: str, root: Path) -> Path | None:
-    """Return the folder of the sweep that ``word`` names: a directory, or an id or how it begins, as of runs.
+    """Return the folder of the sweep that ``word`` names: a directory, an id or how it begins.
 
     Raises:
-        ConfigError: several are meant.
+        ConfigError: it names several sweeps.
     """
     if is_named_path("run", word) and (Path(word) / _SWEEP_FILE).is_file():
         return Path(word).absolute()
@@ -70,10 +70,10 @@ def find_sweep(word: str, root: Path) -> Path | None:
 
 
 def read_sweep(folder: Path) -> SweepResult:
-    """Return what a sweep has written.
+    """Return the content of a ``sweep.json``.
 
     Raises:
-        ConfigError: its file is not what a sweep writes.
+        ConfigError: the file has unexpected content.
     """
     try:
         tree = read_object(folder / _SWEEP_FILE)

@@ -97,7 +97,7 @@ def _failure_text(failure: Failure, run_dir: RunDir) -> str:
 
 
 def _use_of_checkpoint(run_dir: RunDir) -> str | None:
-    """Return the command that continues from the last checkpoint, or uses that of the last step; ``None`` without."""
+    """Return the command that continues from, or uses, the last checkpoint; ``None`` without."""
     state = read_run_state(run_dir)
     return continue_command(state) if state.has_checkpoint else None
 

@@ -65,9 +65,8 @@ def start(alive: ProcessLocation, tmp_path: Path) -> Iterator[Start]:
 def test_a_real_run_is_followed_cancelled_and_gone(launch, launch_forked_in_background, tmp_path) -> None:
     """From other shells: ``logs -f`` ends with the run's own exit code, and a run beside it goes on."""
     running, beside = launch_forked_in_background(*LONG), launch_forked_in_background(*LONG, "run.dir=beside")
-    running.wait_for_output("run directory: ")
-    run_id = Path(running.output.split()[-1]).name
     running.wait_for_output(":0 | step 2/")
+    run_id = Path(re.findall(r"run directory: (\S+)", running.output)[0]).name
     assert "running" in launch("status", run_id).expect(0).stdout
     following = launch_forked_in_background("logs", run_id, "-f", "--rank", "0", "-n", "1")
     following.wait_for_output(":0 | step ")

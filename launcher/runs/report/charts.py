@@ -1,4 +1,4 @@
-"""Curves of ``metrics.jsonl`` as inline SVG, those of several runs over each other."""
+"""Curves of ``metrics.jsonl`` as inline SVG; those of several runs share one chart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a
 _WIDTH, _HEIGHT = 640, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 34
 _MOST_POINTS = 600
-"""Of a line: more are not to be told apart. Highest and lowest of each stretch stay, so no spike is lost."""
+"""Points of a line: more cannot be distinguished. The extremes of each interval are kept, so no spike is lost."""
 Point = tuple[float, float | None]
 """A step and its value; ``None`` leaves a gap."""
 
@@ -36,9 +36,9 @@ def chart(title: str, lines: Sequence[Series], *, along: str) -> Html:
     """Return a chart with its legend.
 
     Args:
-        title: what goes up and down.
+        title: what the vertical axis shows.
         lines: at least one of them with a value.
-        along: what goes to the right.
+        along: what the horizontal axis shows.
     """
     known = [(x, y) for line in lines for x, y in line.points if y is not None]
     frame = _Axes(*_span([x for x, _ in known]), *_span([y for _, y in known]))
@@ -56,7 +56,7 @@ def chart(title: str, lines: Sequence[Series], *, along: str) -> Html:
 
 @dataclass(frozen=True)
 class _Axes:
-    """Where values stand."""
+    """Ranges of both axes, and positions of values."""
 
     least_x: float
     most_x: float
@@ -72,7 +72,7 @@ class _Axes:
         return _HEIGHT - _BOTTOM - share * (_HEIGHT - _TOP - _BOTTOM)
 
     def grid(self, along: str) -> Iterator[Html]:
-        """Yield what values are read from."""
+        """Yield grid lines and labels."""
         for value in ticks(self.least_y, self.most_y):
             at = f"{self.y(value):.1f}"
             yield element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=at, y2=at, class_="grid")
@@ -84,7 +84,7 @@ class _Axes:
         yield element("text", along, x=_WIDTH - _RIGHT, y=_HEIGHT - 4, class_="along")
 
     def draw(self, line: Series) -> Iterator[Html]:
-        """Yield a line's stretches without gaps; a point alone is a dot."""
+        """Yield the parts of a line without gaps; a single point is a dot."""
         dash = {"stroke_dasharray": "5 4"} if line.dashed else {}
         for stretch in stretches(line.points):
             places = [(self.x(x), self.y(y)) for x, y in thin_out(stretch)]
@@ -110,7 +110,10 @@ def stretches(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
 
 
 def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points enough to look the same: of each stretch the first, the lowest, the highest and the last."""
+    """Return fewer points that look the same.
+
+    Of each interval these are the first, the lowest, the highest and the last.
+    """
     if len(points) <= _MOST_POINTS:
         return list(points)
     size = math.ceil(4 * len(points) / _MOST_POINTS)
@@ -132,7 +135,7 @@ def ticks(least: float, most: float, *, about: int = 5) -> list[float]:
 
 
 def short_number(value: float) -> str:
-    """Return a number in few characters."""
+    """Return a number as a short text."""
     size = abs(value)
     for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
@@ -154,12 +157,12 @@ def _swatch(line: Series) -> Html:
 
 
 MOST_METRICS = 256 << 20
-"""Bytes of a file of metrics or events that is shown."""
+"""Limit of a file of metrics or events, in bytes."""
 Curves = Mapping[str, Sequence[Point]]
 """Points by metric."""
 _STEP, _TIME = "train/step", "time"
 _NOT_DRAWN = ("train/tokens", "train/skipped", "baseline/", "benchmark/", "verify/", "quantize/")
-"""Ramps and flags, levels that are drawn with the loss, and figures that stand in tables."""
+"""Ramps and flags, baselines drawn with the loss, and figures shown in tables."""
 _BASELINE, _PARTS = "baseline/", "time/"
 _GREY = "#6b7280"
 
@@ -181,7 +184,7 @@ _FIRST = (
 
 
 def read_curves(path: Path) -> Curves:
-    """Return the points of every metric; a value that was not finite is a gap."""
+    """Return the points of every metric; a value that is not finite is a gap."""
     curves: dict[str, list[Point]] = defaultdict(list)
     for line in read_metrics(path, limit=MOST_METRICS):
         step = line.get(_STEP)
@@ -194,10 +197,10 @@ def read_curves(path: Path) -> Curves:
 
 
 def charts_of(runs: Mapping[str, Curves]) -> Iterator[Html]:
-    """Yield a chart for each group of metrics that some run has at more than one step.
+    """Yield a chart for each group of metrics that a run has at more than one step.
 
     Args:
-        runs: curves by the name a reader knows the run by. One run has its baselines and the parts of a step as well.
+        runs: curves by the displayed name of the run. A single run also has baselines and the parts of a step.
     """
     names = list(dict.fromkeys(name for curves in runs.values() for name in curves))
     taken = {metric for group in _FIRST for metric in group.metrics}
@@ -217,7 +220,10 @@ def charts_of(runs: Mapping[str, Curves]) -> Iterator[Html]:
 
 
 def _lines(group: _Chart, runs: Mapping[str, Curves]) -> Iterator[Series]:
-    """Yield a line for each run and metric: runs differ in colour, metrics of one run in dashes; one run in colours."""
+    """Yield a line for each run and metric.
+
+    Several runs differ in colour and their metrics in dashes; metrics of a single run differ in colour.
+    """
     alone, colours = len(runs) == 1, cycle(COLOURS)
     for run, curves in runs.items():
         of_run = next(colours) if not alone else ""
@@ -230,7 +236,7 @@ def _lines(group: _Chart, runs: Mapping[str, Curves]) -> Iterator[Series]:
 
 
 def _baselines(curves: Curves, lines: Sequence[Series]) -> Iterator[Series]:
-    """Yield the losses that a model has to beat, from the first step to the last."""
+    """Yield the losses to beat, from the first step to the last."""
     steps = [step for line in lines for step, _ in line.points]
     for name, points in curves.items():
         value = points[-1][1] if name.startswith(_BASELINE) else None

@@ -1,6 +1,6 @@
-"""HTML from values that are escaped by themselves, and from the Markdown that runs write.
+"""HTML that escapes every value, and the Markdown that runs write.
 
-What comes from a run can never become markup.
+Content of a run can never become markup.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VOID = frozenset({"img", "meta"})
 
 
 class Html(str):
-    """Text that is markup already; whatever is not of this class is escaped where it is put."""
+    """Markup; any value that is not of this class is escaped."""
 
     __slots__ = ()
 
@@ -34,8 +34,8 @@ def element(name: str, /, *content: Content, **attributes: str | float) -> Html:
 
     Args:
         name: of the element.
-        content: what is in it.
-        attributes: written with ``_`` for ``-``, and behind a word that Python keeps (``class_``).
+        content: of the element.
+        attributes: with ``_`` for ``-``, and a trailing ``_`` after reserved words of Python (``class_``).
     """
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items()
@@ -59,25 +59,25 @@ def _escaped(content: Content) -> str:
 
 
 def table_of(head: Sequence[Content], rows: Iterable[Sequence[Content]]) -> Html:
-    """Return a table; without a head the first cell of each row is one."""
+    """Return a table; without a head, the first cell of each row is its head."""
     top = element("thead", element("tr", [element("th", cell) for cell in head])) if head else None
     body = [element("tr", [element("th" if not head and not n else "td", c) for n, c in enumerate(r)]) for r in rows]
     return element("div", element("table", top, element("tbody", body)), class_="wide")
 
 
 def section(title: str, *content: Content) -> Html:
-    """Return a part of a page under its title; nothing where it has no content."""
+    """Return a part of a page under its title; empty without content."""
     inside = join(*content)
     return element("section", element("h2", title), inside) if inside else Html()
 
 
 def folded(title: str, *content: Content) -> Html:
-    """Return content that a reader unfolds."""
+    """Return content that a reader can unfold."""
     return element("details", element("summary", title), *content)
 
 
 def verbatim(text: str) -> Html:
-    """Return text with its line ends and spaces."""
+    """Return text with its line ends and spaces kept."""
     return element("pre", text)
 
 
@@ -85,7 +85,7 @@ def png_image(path: Path, *, alt: str, limit: int) -> Html:
     """Return a PNG as part of the page.
 
     Raises:
-        OSError: it is no regular file, or has more than ``limit`` bytes.
+        OSError: it is not a regular file, or has more than ``limit`` bytes.
     """
     data = base64.b64encode(read_regular(path, limit=limit)).decode("ascii")
     return element("img", src=f"data:image/png;base64,{data}", alt=alt)

@@ -1,4 +1,4 @@
-"""A report from first line to last: of one run, of several, of a sweep."""
+"""Whole reports: of one run, of several runs, of a sweep."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def page_of_run(state: RunState, *, render_plan: Callable[[Plan], str]) -> str:
 
 
 def page_of_runs(states: Sequence[RunState]) -> str:
-    """Return the report of several runs: side by side, their curves over each other."""
+    """Return the report of several runs: side by side, with shared charts."""
     named = {f"{state.name} {state.run_id}": state for state in states}
     return _page(
         f"{len(named)} runs: {', '.join(dict.fromkeys(state.name for state in states))}",
@@ -72,7 +72,7 @@ def page_of_runs(states: Sequence[RunState]) -> str:
 
 
 def page_of_sweep(sweep: SweepResult) -> str:
-    """Return the report of a sweep: its trials and their curves over each other."""
+    """Return the report of a sweep: its trials, with shared charts."""
     named = {trial.name: read_run_state(trial.run_dir) for trial in sweep.trials}
     return _page(
         f"{sweep.folder.parent.name} {sweep.folder.name}",
@@ -82,7 +82,7 @@ def page_of_sweep(sweep: SweepResult) -> str:
 
 
 def _together(named: Mapping[str, RunState]) -> list[Html]:
-    """Return what is told of several runs."""
+    """Return the comparison of several runs."""
     return [
         section("Curves", list(charts_of({name: _curves(one) for name, one in named.items()}))),
         section("Configurations, where they differ", _apart({name: _options(one) for name, one in named.items()})),
@@ -113,7 +113,7 @@ def _side_by_side(named: Mapping[str, RunState]) -> Html:
 
 
 def _apart(sides: Mapping[str, Mapping[str, str]]) -> Html | None:
-    """Return what is not the same in all of them."""
+    """Return the options in which the runs differ."""
     keys = list(dict.fromkeys(key for side in sides.values() for key in side))
     differing = [key for key in keys if len({side.get(key) for side in sides.values()}) > 1]
     rows = [[key, *(side.get(key, "-") for side in sides.values())] for key in differing]
@@ -121,7 +121,7 @@ def _apart(sides: Mapping[str, Mapping[str, str]]) -> Html | None:
 
 
 def _options(state: RunState) -> dict[str, str]:
-    """Return the configuration of a run of whatever version; where it lives is no part of what it does."""
+    """Return the configuration of a run of any version, without the group ``run``."""
     try:
         options = dict(flatten_options(redact(read_snapshot(state.run_dir.snapshot), os.environ)))
     except ConfigError:
@@ -130,13 +130,13 @@ def _options(state: RunState) -> dict[str, str]:
 
 
 def is_report(file: Path) -> bool:
-    """Return whether a file is a report of this program, which another report may replace."""
+    """Return whether a file is a report of this program, which another report can replace."""
     with file.open("rb") as opened:
         return html.escape(_POLICY).encode() in opened.read(_HEAD_BYTES)
 
 
 def _part(title: str, make: Callable[[], Html]) -> Html:
-    """Return a part of the page; why it cannot be shown, where the files of the run are damaged."""
+    """Return a part of the page, or why it cannot be shown when files are damaged."""
     try:
         return make()
     except OSError as error:
@@ -147,7 +147,7 @@ def _part(title: str, make: Callable[[], Html]) -> Html:
 
 
 def _curves(state: RunState) -> Curves:
-    """Return the curves of one run of several; none where its file cannot be read."""
+    """Return the curves of one of several runs; none if its file cannot be read."""
     try:
         return read_curves(state.run_dir.metrics)
     except OSError:
@@ -155,7 +155,7 @@ def _curves(state: RunState) -> Curves:
 
 
 def _page(title: str, *content: Html) -> str:
-    """Return the file: no address in it leads anywhere, and no value of a secret variable is in it."""
+    """Return the file, without external addresses and without values of secret variables."""
     style = files("launcher.runs.report").joinpath("page.css").read_text(encoding="utf-8")
     head = element(
         "head",
@@ -175,14 +175,14 @@ def _page(title: str, *content: Html) -> str:
 
 
 _TRIAL_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
-"""Last metrics beside the one that ranks the trials."""
+"""Metrics shown for a trial beside the one that ranks the trials."""
 
 
 def trials_table(sweep: SweepResult, last: Sequence[dict[str, Any]]) -> Html:
     """Return the table of trials, the best one marked.
 
     Args:
-        sweep: what it has written.
+        sweep: its sweep.json.
         last: last metrics of each trial, in order.
     """
     keys = [key for key in _TRIAL_METRICS if key != sweep.metric and any(key in metrics for metrics in last)]

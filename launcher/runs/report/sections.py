@@ -1,4 +1,4 @@
-"""Sections of the report of one run; a section is left out where the run has nothing for it."""
+"""Sections of the report of one run; a section without content is left out."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from launcher.utils.text import counted, duration_text, shell_word
 
 _LARGEST_PICTURE = 8 << 20
 _MOST_TEXT = 200_000
-"""Bytes of a text file that are shown."""
+"""Limit of a text file, in bytes."""
 
 
 def status_of(state: RunState) -> Html:
-    """Return how a run does, as a badge."""
+    """Return the status of a run as a badge."""
     return element("span", state.status, class_=f"status {state.status}")
 
 
 def head_of(state: RunState) -> Html:
-    """Return what it is, how it went, and how to have it once more."""
+    """Return the run's summary, its outcome, and the command to run it again."""
     folder = shell_word(str(state.run_dir.path))
     slots, command = state.slots, continue_command(state) if state.is_over else None
     facts: dict[str, Any] = {
@@ -49,7 +49,7 @@ def head_of(state: RunState) -> Html:
 
 
 def failure_of(state: RunState) -> Html:
-    """Return why it failed, who else ended because of that, and where every rank was."""
+    """Return the cause of a failure, the victims, and the position of every rank."""
     failure = state.failure
     if not failure or state.status not in ("failed", "cancelled", "preempted"):
         return Html()
@@ -68,7 +68,10 @@ def failure_of(state: RunState) -> Html:
 
 
 def findings_of(run_dir: RunDir) -> Html:
-    """Return the tables that its job wrote in Markdown, and its pictures; loss curves are drawn anew."""
+    """Return the tables that the job wrote in Markdown, and its pictures.
+
+    Loss curves are drawn from the metrics instead.
+    """
     pages = [render_markdown(_text(path)) for path in sorted(run_dir.path.glob("*.md")) if is_regular(path)]
     pictures = [path for path in sorted(run_dir.path.glob("*.png")) if path != run_dir.curve and is_regular(path)]
     small = [path for path in pictures if path.lstat().st_size <= _LARGEST_PICTURE]
@@ -77,7 +80,7 @@ def findings_of(run_dir: RunDir) -> Html:
 
 
 def sample_of(run_dir: RunDir) -> Html:
-    """Return the text that its model wrote at the end."""
+    """Return the text that the model wrote at the end."""
     return section("Sample", verbatim(_text(run_dir.sample)) if is_regular(run_dir.sample) else None)
 
 
@@ -94,7 +97,7 @@ def metrics_of(state: RunState) -> Html:
 
 
 def plan_of(run_dir: RunDir, *, render_plan: Callable[[Plan], str]) -> Html:
-    """Return the plan as ``launch plan`` prints it; that of another version as it stands in the file."""
+    """Return the plan as ``launch plan`` prints it; of another version, the file as it is."""
     if not is_regular(run_dir.plan):
         return Html()
     try:
@@ -110,7 +113,7 @@ def config_of(run_dir: RunDir) -> Html:
 
 
 def environment_of(state: RunState) -> Html:
-    """Return on what it ran: as rank 0 found it, and the hosts of the plan."""
+    """Return the versions recorded by rank 0, and the hosts of the plan."""
     found = known_environment(state.run_dir)
     hosts = state.hosts
     devices = {host["name"]: ", ".join(host.get("devices") or ["CPU"]) for host in hosts}
@@ -119,7 +122,7 @@ def environment_of(state: RunState) -> Html:
 
 
 def known_environment(run_dir: RunDir) -> Mapping[str, str]:
-    """Return machine and versions; empty where they are not recorded."""
+    """Return machine and versions; empty if they are not recorded."""
     try:
         return {key: str(value) for key, value in read_object(run_dir.environment).items()}
     except (OSError, ValueError):
@@ -127,8 +130,8 @@ def known_environment(run_dir: RunDir) -> Mapping[str, str]:
 
 
 def events_of(run_dir: RunDir) -> Html:
-    """Return what happened when."""
-    events = list(read_metrics(run_dir.timeline, limit=MOST_METRICS))  # the same format: an object a line
+    """Return the events with their times."""
+    events = list(read_metrics(run_dir.timeline, limit=MOST_METRICS))  # the same format: one object per line
     if not events:
         return Html()
     began = float(events[0].get("time", 0.0))
@@ -139,14 +142,14 @@ def events_of(run_dir: RunDir) -> Html:
 
 
 def files_of(run_dir: RunDir) -> Html:
-    """Return what it left behind; checkpoints and what W&B keeps as folders."""
+    """Return the files of the run; checkpoints and W&B's files as folders."""
     rows = [(name, f"{size:,}" if size is not None else "") for name, size in _files(run_dir.path)]
     return section("Files", folded(counted(len(rows), "file"), table_of(("file", "bytes"), rows)))
 
 
 def _files(folder: Path) -> Iterator[tuple[str, int | None]]:
     for path in sorted(folder.iterdir()):
-        if path.is_symlink():  # may lead into folders of the reader
+        if path.is_symlink():  # a link may lead into folders of the reader
             yield f"{path.name} (a symbolic link)", None
         elif path.is_dir() and path.name in ("logs", "profile"):
             yield from ((f"{path.name}/{name}", size) for name, size in _files(path))
@@ -184,7 +187,7 @@ _TABLES, _MEMORY, _TRACE = ".operators.md", ".memory.json", ".trace.json.gz"
 
 
 def profiles_of(run_dir: RunDir) -> Html:
-    """Return the profiles of all processes of a run, those of a server inside a benchmark included."""
+    """Return the profiles of all processes of a run, also of a server in a benchmark."""
     folders = (run_dir.profile, RunDir(run_dir.path / "server").profile)
     return section(
         "Profile", [list(_profiles(folder, inside=run_dir.path)) for folder in folders if _is_inside(folder, run_dir)]
@@ -192,7 +195,7 @@ def profiles_of(run_dir: RunDir) -> Html:
 
 
 def _is_inside(folder: Path, run_dir: RunDir) -> bool:
-    """Return whether a folder of the run is there and is not a link to a folder elsewhere."""
+    """Return whether a folder of the run exists and is not a link to another place."""
     return folder.is_dir() and folder.resolve() == run_dir.path.resolve() / folder.relative_to(run_dir.path)
 
 

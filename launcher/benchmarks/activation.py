@@ -113,15 +113,20 @@ class Encoder(nn.Module):  # type: ignore[misc]
         every: recompute layers 0, every, 2 x every, …; 0 keeps all activations.
     """
 
-    def __init__(self, *, layers: int, width: int, heads: int, feedforward: int, every: int) -> None:
+    def __init__(
+        self, *, num_hidden_layers: int, hidden_size: int, num_attention_heads: int, intermediate_size: int, every: int
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, heads, feedforward, dropout=0.0, batch_first=True) for _ in range(layers)
+            nn.TransformerEncoderLayer(
+                hidden_size, num_attention_heads, intermediate_size, dropout=0.0, batch_first=True
+            )
+            for _ in range(num_hidden_layers)
         )
         self._every = every
 
     def forward(self, hidden: Tensor, progress: Callable[[], None]) -> Tensor:
-        """Return what the last layer makes of ``hidden`` (sequences, tokens, width); the same shape."""
+        """Return what the last layer makes of ``hidden`` (sequences, tokens, hidden size); the same shape."""
         for number, layer in enumerate(self.layers):
             if self._every and number % self._every == 0:
                 hidden = checkpoint(layer, hidden, use_reentrant=False)
@@ -134,12 +139,12 @@ class Encoder(nn.Module):  # type: ignore[misc]
 
 def encoder_step(
     *,
-    layers: int,
-    width: int,
-    heads: int,
-    feedforward: int,
-    batch: int,
-    sequence: int,
+    num_hidden_layers: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    intermediate_size: int,
+    batch_size: int,
+    sequence_length: int,
     every: int,
     warmup: int,
     seed: int,
@@ -150,7 +155,7 @@ def encoder_step(
     """Take one forward and backward pass and return its peak memory, its seconds and digests of what went in and out.
 
     Args:
-        layers: as ``width``, ``heads``, ``feedforward``, ``batch`` and ``sequence``: sizes.
+        num_hidden_layers: as other sizes, in ``ActivationBenchmark``.
         every: see :class:`Encoder`.
         warmup: whole passes before the one that is measured, and after one on a single sequence.
         seed: of weights, inputs and the gradient that comes in at the output.
@@ -162,11 +167,17 @@ def encoder_step(
 
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(seed)
-    model = Encoder(layers=layers, width=width, heads=heads, feedforward=feedforward, every=every).to(device)
-    inputs, incoming = (torch.randn(batch, sequence, width).to(device) for _ in range(2))
-    incoming /= batch * sequence
+    model = Encoder(
+        num_hidden_layers=num_hidden_layers,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        intermediate_size=intermediate_size,
+        every=every,
+    ).to(device)
+    inputs, incoming = (torch.randn(batch_size, sequence_length, hidden_size).to(device) for _ in range(2))
+    incoming /= batch_size * sequence_length
     weights = tensors_digest(parameter for _, parameter in sorted(model.named_parameters()))
-    for count in (1, *[batch] * warmup):  # one sequence first: what is loaded at first use is not part of the step
+    for count in (1, *[batch_size] * warmup):  # one sequence first: what is loaded at first use is not part of the step
         model(inputs[:count], progress).backward(incoming[:count])
         model.zero_grad()
     peak = PeakMemory(device)

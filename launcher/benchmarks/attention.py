@@ -41,9 +41,9 @@ def run_attention_benchmark(benchmark: AttentionBenchmark, context: Context) -> 
                 **_sizes(benchmark, context),
                 "kernel": point.kernel,
                 "backward": point.direction == "backward",
-                "sequence": point.sequence,
+                "sequence_length": point.sequence_length,
                 "warmup": benchmark.warmup,
-                "reference": files[point.sequence],
+                "reference": files[point.sequence_length],
             }
             for point in points
         }
@@ -65,7 +65,7 @@ def _references(
     benchmark: AttentionBenchmark, context: Context, points: Sequence[AttentionPoint], folder: Path
 ) -> dict[int, str]:
     """Compute the formula at each length; return the files."""
-    files = {point.sequence: str(folder / f"{point.sequence}.safetensors") for point in points}
+    files = {point.sequence_length: str(folder / f"{point.sequence_length}.safetensors") for point in points}
     backward = any(point.direction == "backward" for point in points)
     asked = {**_sizes(benchmark, context), "keep": files, "backward": backward}
     run_isolated(_EXACT, asked, heartbeat=lambda: context.heartbeat.update("reference"))
@@ -74,7 +74,7 @@ def _references(
 
 def _sizes(benchmark: AttentionBenchmark, context: Context) -> dict[str, Any]:
     return {
-        **{name: getattr(benchmark, name) for name in ("batch", "width", "heads")},
+        **{name: getattr(benchmark, name) for name in ("batch_size", "hidden_size", "num_attention_heads")},
         "precision": context.run.precision.kind,
         "seed": context.run.job.seed,
         "rank": context.local_rank,
@@ -132,7 +132,7 @@ class AttentionReport:
 
     def results(self) -> BenchmarkResults:
         """Return all of it."""
-        several = len({point.sequence for point in self._points}) > 1
+        several = len({point.sequence_length for point in self._points}) > 1
         return BenchmarkResults(
             benchmark=self._benchmark,
             cases=list(self._cases.values()),
@@ -146,7 +146,7 @@ class AttentionReport:
         """Yield direction, kernel and points by length, in the order in which they were asked for."""
         for direction in dict.fromkeys(point.direction for point in self._points):
             for kernel in self._benchmark.kernels:
-                line = {p.sequence: p for p in self._points if (p.direction, p.kernel) == (direction, kernel)}
+                line = {p.sequence_length: p for p in self._points if (p.direction, p.kernel) == (direction, kernel)}
                 if line:
                     yield direction, kernel, line
 
@@ -192,7 +192,7 @@ class AttentionReport:
             yield self._error_line(direction, kernel, list(line.values()))
         starts: dict[int, set[Any]] = {}
         for point in self._points:
-            starts.setdefault(point.sequence, set()).update(
+            starts.setdefault(point.sequence_length, set()).update(
                 (sample["weights"], sample["inputs"]) for sample in self._samples[point.name]
             )
         same = "the same in every process" if all(len(found) == 1 for found in starts.values()) else "NOT the same"
@@ -206,7 +206,7 @@ class AttentionReport:
             if not sizes:
                 continue
             size = max(sizes)
-            at = f"({_pass_words(direction)}, sequence {size:,}, batch {self._benchmark.batch})"
+            at = f"({_pass_words(direction)}, sequence {size:,}, batch {self._benchmark.batch_size})"
             for kernel, words in ((_BASELINE, "nn.MultiheadAttention"), (_FLASH, "flash attention")):
                 peak = self._cases[by_name[f"{kernel}/{direction}/{size}"]].median("peak_mb")
                 yield f"peak of {words} {at}: {peak:,.2f} MB"
@@ -219,7 +219,9 @@ class AttentionReport:
         """Return the lengths at which both a kernel and the baseline were measured."""
         names = {point.name for point in self._points}
         wanted = (kernel, _BASELINE)
-        return [size for size in self._benchmark.sequences if all(f"{k}/{direction}/{size}" in names for k in wanted)]
+        return [
+            size for size in self._benchmark.sequence_lengths if all(f"{k}/{direction}/{size}" in names for k in wanted)
+        ]
 
     def _saved(self, direction: str, kernel: str, size: int) -> float:
         by_name = {point.name: case for point, case in self._cases.items()}
@@ -231,7 +233,7 @@ class AttentionReport:
 
         A backward pass holds the gradient of the largest weight besides, until it is added to that weight's others.
         """
-        weight_bytes = 3 * self._benchmark.width**2 * self._value_bytes if direction == "backward" else 0
+        weight_bytes = 3 * self._benchmark.hidden_size**2 * self._value_bytes if direction == "backward" else 0
         floor = _TIMES_AROUND * (_AROUND_BYTES + weight_bytes)
         peaks = {size: 1e6 * self._cases[point].median("peak_mb") for size, point in sorted(line.items())}
         return {size: peak for size, peak in peaks.items() if peak >= floor}

@@ -39,9 +39,9 @@ def probe_kernels(
         kernels: to look at.
         passes: ``forward``, ``backward``.
         progress: called from time to time.
-        sizes: as ``make_layer`` takes them, but for the sequence.
+        sizes: as ``make_layer`` takes them, but for ``sequence_length``.
     """
-    layer, inputs, incoming = make_layer(sequence=_SMALL, **{**sizes, "batch": 1})
+    layer, inputs, incoming = make_layer(sequence_length=_SMALL, **{**sizes, "batch_size": 1})
     lacking = {}
     for kernel in (kernel for kernel in _MAY_LACK if kernel in kernels):
         for name in passes:
@@ -170,15 +170,22 @@ def _errors(reference: str, **found: Tensor | None) -> dict[str, float]:
 
 
 def make_layer(
-    *, batch: int, sequence: int, width: int, heads: int, precision: str, seed: int, rank: int
+    *,
+    batch_size: int,
+    sequence_length: int,
+    hidden_size: int,
+    num_attention_heads: int,
+    precision: str,
+    seed: int,
+    rank: int,
 ) -> tuple[nn.MultiheadAttention, Tensor, Tensor]:
     """Return the layer, its input and the gradient that comes in at its output: the same numbers in every process."""
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(seed)
-    layer = nn.MultiheadAttention(width, heads, batch_first=True)
+    layer = nn.MultiheadAttention(hidden_size, num_attention_heads, batch_first=True)
     for bias in (layer.in_proj_bias, layer.out_proj.bias):
         nn.init.uniform_(bias, -0.1, 0.1)  # zeros would hide one that is left out
-    inputs, incoming = (torch.randn(batch, sequence, width) for _ in range(2))
+    inputs, incoming = (torch.randn(batch_size, sequence_length, hidden_size) for _ in range(2))
     to = {"device": device, "dtype": DTYPES[precision]}
     return layer.to(**to), inputs.to(**to), incoming.to(**to)
 
@@ -273,12 +280,12 @@ def write_reference(
         keep: file by tokens of a sequence, whose number is text as JSON has it.
         backward: whether there is a gradient.
         progress: called from time to time.
-        sizes: as ``launcher.benchmarks.attention_kernels.make_layer`` takes them, but for the sequence.
+        sizes: as ``launcher.benchmarks.attention_kernels.make_layer`` takes them, but for ``sequence_length``.
     """
     from safetensors.torch import save_file
 
     for tokens, file in keep.items():
-        layer, inputs, incoming = make_layer(sequence=int(tokens), **sizes)
+        layer, inputs, incoming = make_layer(sequence_length=int(tokens), **sizes)
         layer, inputs = layer.double().requires_grad_(False), inputs.double().requires_grad_(backward)
         output = layer.out_proj(merge_heads(_exact_attention(*split_heads(layer, inputs), progress)))
         found = {"output": output.detach().cpu()}

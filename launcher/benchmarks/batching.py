@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 def run_batching_benchmark(benchmark: BatchingBenchmark, context: Context) -> BenchmarkResults:
     """Measure each batching mode with the same queue."""
     found = measure_batching(benchmark, context)
-    quantities = ("elapsed_s", "requests_per_s", "each_s", "whole_p50_s", "whole_p99_s", "padding_share")
-    cases = [collect_case(way, found[way], quantities) for way in benchmark.ways]
+    quantities = ("elapsed_s", "requests_per_s", "per_request_s", "e2el_p50_s", "e2el_p99_s", "padding_share")
+    cases = [collect_case(mode, found[mode], quantities) for mode in benchmark.modes]
     digests = {sample["answers"] for samples in found.values() for sample in samples}
     return BenchmarkResults(
         benchmark=benchmark,
         cases=cases,
-        facts={way: found[way][-1] for way in benchmark.ways},
+        facts={mode: found[mode][-1] for mode in benchmark.modes},
         findings=tuple(_findings(benchmark, cases, len(digests), context)),
         metrics=_metrics(cases),
     )
@@ -51,12 +51,12 @@ def _findings(
     """Yield the lines that the article prints for each batching mode."""
     for case in cases:
         yield (
-            f"{case.name}: {benchmark.requests} requests in {case.median('elapsed_s'):.2f} s, "
+            f"{case.name}: {benchmark.num_prompts} requests in {case.median('elapsed_s'):.2f} s, "
             f"{case.median('requests_per_s'):.2f} requests/s, "
             f"mean {1000 * case.median('each_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
         )
     yield from (f"{name}: {value:.2f} times none" for name, value in _metrics(cases).items())
-    same = "the same under every way" if num_answers == 1 else f"{num_answers} different sets of them"
+    same = "the same in every mode" if num_answers == 1 else f"{num_answers} different sets of them"
     yield f"answers: {same} (precision={context.run.precision.kind})"
     if context.run.model.weights == "random":
         yield "weights: random, so the answers mean nothing; their speed is that of trained ones"
@@ -76,15 +76,15 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
     The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
     """
     run = context.run
-    found: dict[str, list[dict[str, Any]]] = {way: [] for way in benchmark.ways}
+    found: dict[str, list[dict[str, Any]]] = {mode: [] for mode in benchmark.modes}
     done, total = 0, benchmark.num_measurements
     requests = list(make_queue(benchmark, context))
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(benchmark.repeats):
-            for way in benchmark.ways:
+            for mode in benchmark.modes:
                 tell = partial(context.heartbeat.update, step=done, steps=total)
                 build = partial(tell, "build")
-                generator = make_paged_engine(run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=build)
+                generator = make_paged_engine(run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
                         answer_queue(
@@ -93,24 +93,24 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
                     sample = answer_queue(generator, requests, heartbeat=partial(tell, "measure"))
                 finally:
                     generator.close()
-                found[way].append(sample)
+                found[mode].append(sample)
                 done += 1
                 numbers = {name: value for name, value in sample.items() if isinstance(value, int | float)}
-                metrics.record(done, **{f"benchmark/{way}/{name}": value for name, value in numbers.items()})
+                metrics.record(done, **{f"benchmark/{mode}/{name}": value for name, value in numbers.items()})
                 figures = ", ".join(f"{name} {value:,.4g}" for name, value in numbers.items())
-                print(f"round {round_ + 1}/{benchmark.repeats}  {way}: {figures}", flush=True)
+                print(f"round {round_ + 1}/{benchmark.repeats}  {mode}: {figures}", flush=True)
     if isinstance(run.profile, TorchProfile):
-        for way in benchmark.ways:
-            _profile(benchmark, way, requests, context)
+        for mode in benchmark.modes:
+            _profile(benchmark, mode, requests, context)
     return found
 
 
-def _profile(benchmark: BatchingBenchmark, way: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
+def _profile(benchmark: BatchingBenchmark, mode: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
     """Answer the queue once more under one batching mode, with the profiler."""
     heartbeat = partial(context.heartbeat.update, "profile")
-    generator = make_paged_engine(context.run, limits=benchmark.limits(way), rank=0, world_size=1, heartbeat=heartbeat)
+    generator = make_paged_engine(context.run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=heartbeat)
     try:
-        with case_profiler(way, context) as profiler:
+        with case_profiler(mode, context) as profiler:
             generator.profiler = profiler
             answer_queue(generator, requests, heartbeat=heartbeat)
     finally:
@@ -120,20 +120,20 @@ def _profile(benchmark: BatchingBenchmark, way: BatchingMode, requests: list[Eng
 def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[EngineRequest]:
     """Yield the requests, always the same for the same seed."""
     random_ = random.Random(context.run.job.seed)
-    outputs = parse_length_distribution(benchmark.outputs)
-    prompts = itertools.islice(_prompts(benchmark, context, random_), benchmark.requests)
+    outputs = parse_length_distribution(benchmark.output_len)
+    prompts = itertools.islice(_prompts(benchmark, context, random_), benchmark.num_prompts)
     for number, prompt in enumerate(prompts):
         sampling = SamplingParams(max_tokens=outputs.draw(random_), ignore_eos=True)
         yield EngineRequest(id=str(number), prompt=prompt, sampling=sampling)
 
 
 def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Random) -> Iterator[tuple[int, ...]]:
-    if benchmark.inputs == "article":
+    if benchmark.input_len == "article":
         words = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("load"))
         yield from itertools.cycle([tuple(words.encode(text)) for text in EXAMPLE_TEXTS])
     shape = context.run.model.shape()
     vocabulary = shape.vocab_size if shape is not None else 256
-    lengths = parse_length_distribution(benchmark.inputs)
+    lengths = parse_length_distribution(benchmark.input_len)
     while True:
         yield tuple(random_.choices(range(vocabulary), k=lengths.draw(random_)))
 
@@ -143,8 +143,8 @@ def answer_queue(
 ) -> dict[str, Any]:
     """Hand an engine all requests at once and return what it took.
 
-    ``each_s`` is the time of all divided by their number, as the article has it; ``whole`` is how long one of them took
-    from being handed over to its last token. ``padding_share`` is that of all positions that were computed.
+    ``per_request_s`` is the time of all divided by their number, as the article has it; ``e2el`` is the end-to-end
+    latency of one of them, from being added to its last token. ``padding_share`` is that of all computed positions.
     """
     before = generator.stats()
     started = time.perf_counter()
@@ -166,10 +166,10 @@ def answer_queue(
     return {
         "elapsed_s": elapsed_s,
         "requests_per_s": len(requests) / elapsed_s,
-        "each_s": elapsed_s / len(requests),
-        "whole_mean_s": statistics.fmean(ended.values()),
-        "whole_p50_s": percentile(list(ended.values()), 50),
-        "whole_p99_s": percentile(list(ended.values()), 99),
+        "per_request_s": elapsed_s / len(requests),
+        "e2el_mean_s": statistics.fmean(ended.values()),
+        "e2el_p50_s": percentile(list(ended.values()), 50),
+        "e2el_p99_s": percentile(list(ended.values()), 99),
         "padding_share": padding / (padding + useful),
         "tokens": sum(map(len, tokens.values())),
         "answers": hashlib.sha256(repr([tokens[request.id] for request in requests]).encode()).hexdigest(),

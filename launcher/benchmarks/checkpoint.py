@@ -1,4 +1,4 @@
-"""The checkpoint benchmark: a training loop that saves in several ways, and its report."""
+"""The checkpoint benchmark: a training loop in each saving mode, and its report."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ _SHARDS = "shards"
 
 
 def run_checkpoint_benchmark(benchmark: CheckpointBenchmark, context: Context) -> BenchmarkResults | None:
-    """Train in each way in turn, on all ranks."""
+    """Train in each mode in turn, on all ranks."""
     loop = partial(train_and_save, every=benchmark.every, saves=benchmark.saves, warmup=benchmark.warmup)
     cases: dict[str, DistributedCase] = {
-        way: DistributedCase(
-            run=context.run, world_size=context.world_size, work=partial(loop, way=way), fold=fold_ranks
+        mode: DistributedCase(
+            run=context.run, world_size=context.world_size, work=partial(loop, mode=mode), fold=fold_ranks
         )
-        for way in benchmark.ways
+        for mode in benchmark.modes
     }
     preload_modules(context, deepspeed=context.run.parallel.engine == "deepspeed")
     found = run_interleaved(cases, repeats=benchmark.repeats, limit_s=benchmark.case_timeout_s, context=context)
@@ -58,7 +58,7 @@ def run_checkpoint_benchmark(benchmark: CheckpointBenchmark, context: Context) -
 
 
 class Saver(Protocol):
-    """A way to save. Every method is called by all ranks together."""
+    """A mode to save. Every method is called by all ranks together."""
 
     durable_s: list[float]
     """For each save on rank 0: seconds from its beginning until it was complete and on the disk."""
@@ -70,7 +70,7 @@ class Saver(Protocol):
         """Return once everything that was begun is on the disk."""
 
     def restore(self, folder: Path) -> None:
-        """Load what this way has written."""
+        """Load what this mode has written."""
 
 
 class BlockingSaver:
@@ -143,12 +143,12 @@ SAVERS: dict[str, type[BlockingSaver | AsynchronousSaver]] = {
 }
 
 
-def train_and_save(context: Context, *, way: str, every: int, saves: int, warmup: int) -> CaseAnswer:
+def train_and_save(context: Context, *, mode: str, every: int, saves: int, warmup: int) -> CaseAnswer:
     """Train and save, then save once more and restore that; return seconds and bytes.
 
     Args:
         context: of this rank.
-        way: of ``SAVERS``, or ``none``.
+        mode: of ``SAVERS``, or ``none``.
         every: steps before each save and after the last.
         saves: in the loop.
         warmup: steps before it.
@@ -156,7 +156,7 @@ def train_and_save(context: Context, *, way: str, every: int, saves: int, warmup
     folder = context.run_dir.path / "saved"
     store = CheckpointStore(folder, Checkpoint(keep=1, keep_best=False), say=silent)
     with make_engine(context, StepClock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
-        saver = SAVERS[way](context, engine, store) if way in SAVERS else None
+        saver = SAVERS[mode](context, engine, store) if mode in SAVERS else None
         batches = random_batches(context)
 
         def train() -> None:
@@ -237,20 +237,20 @@ def fold_ranks(answers: Sequence[CaseAnswer]) -> Numbers:
 
 
 def checkpoint_report(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]]) -> BenchmarkResults:
-    """Return the findings of all ways."""
+    """Return the findings of all modes."""
     added = _added(benchmark, found)
     cases = [
         BenchmarkCase(
-            name=way,
+            name=mode,
             samples={key: tuple(taken.numbers[key] for taken in rounds) for key in rounds[0].numbers}
-            | ({"added_per_save_s": added[way]} if way in added else {}),
+            | ({"added_per_save_s": added[mode]} if mode in added else {}),
         )
-        for way, rounds in found.items()
+        for mode, rounds in found.items()
     ]
     return BenchmarkResults(
         benchmark=benchmark,
         cases=cases,
-        facts={way: {"rounds": [list(taken.answers) for taken in rounds]} for way, rounds in found.items()},
+        facts={mode: {"rounds": [list(taken.answers) for taken in rounds]} for mode, rounds in found.items()},
         findings=tuple(_findings(cases)),
         metrics={f"{case.name}/{key}": case.median(key) for case in cases for key in case.samples},
     )
@@ -262,11 +262,11 @@ def _added(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]
         return {}
     plain = [taken.numbers["loop_s"] for taken in found[NO_SAVING]]
     return {
-        way: tuple(
+        mode: tuple(
             (taken.numbers["loop_s"] - before) / benchmark.saves for taken, before in zip(rounds, plain, strict=True)
         )
-        for way, rounds in found.items()
-        if way != NO_SAVING
+        for mode, rounds in found.items()
+        if mode != NO_SAVING
     }
 
 
@@ -284,4 +284,4 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
             f"restored in {case.median('restore_s'):.3f} s, weights equal bit for bit"
         )
     if any(case.name == "asynchronous" for case in cases):
-        yield "asynchronous: by torch's async_save of the same tensors; job=train saves in the way of blocking"
+        yield "asynchronous: by torch's async_save of the same tensors; job=train saves in the mode of blocking"

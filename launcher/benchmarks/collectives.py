@@ -284,7 +284,7 @@ def measure_collectives(benchmark: CollectivesBenchmark, context: Context) -> Co
                 heartbeat("measure", done, steps=total)
                 collective = COLLECTIVES[name](_count(size), device)
                 _check(name, collective, size=size, device=device)
-                taken_s = _time(collective, warmup=benchmark.warmup, seconds=benchmark.seconds, device=device)
+                taken_s = _time(collective, warmup=benchmark.warmup, seconds=benchmark.duration_s, device=device)
                 found.seconds.setdefault((name, size), []).append(taken_s)
                 found.checks += 1
                 done += 1

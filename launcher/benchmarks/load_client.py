@@ -53,7 +53,7 @@ class RequestOutcome:
         return self.chunks_s[0] - self.due_s
 
     @property
-    def e2e_latency_s(self) -> float:
+    def e2el_s(self) -> float:
         """End-to-end latency, in seconds."""
         return self.end_s - self.due_s
 
@@ -179,7 +179,7 @@ class LoadTarget:
 
     address: ServerAddress
     model: str
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Fields added to every body; those of the request itself take precedence."""
     key: str = ""
     """API key; empty sends none."""
@@ -200,7 +200,7 @@ class LoadTarget:
             "stream": True,
             "stream_options": {"include_usage": True},
             "temperature": 0,
-            **self.extra,
+            **self.extra_body,
             **request.fields,
         }
         return path, json.dumps({name: value for name, value in body.items() if value is not None}).encode()

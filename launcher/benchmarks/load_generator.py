@@ -24,7 +24,7 @@ class Slo:
     """Time to first token."""
     tpot_s: float | None = None
     """Time per output token after the first."""
-    e2e_latency_s: float | None = None
+    e2el_s: float | None = None
     """End-to-end latency."""
 
     def is_met_by(self, outcome: RequestOutcome) -> bool:
@@ -34,7 +34,7 @@ class Slo:
         limits = (
             (self.ttft_s, outcome.ttft_s),
             (self.tpot_s, outcome.tpot_s or 0.0),
-            (self.e2e_latency_s, outcome.e2e_latency_s),
+            (self.e2el_s, outcome.e2el_s),
         )
         return all(limit is None or value <= limit for limit, value in limits)
 
@@ -50,25 +50,27 @@ PROMPT_WORDS = tuple(_COMMON_WORDS.split())
 """Common words that are one token each, with the space before them, in the vocabulary of any language model."""
 
 
-def random_requests(*, seed: int, inputs: LengthDistribution, outputs: LengthDistribution) -> Iterator[LoadRequest]:
+def random_requests(
+    *, seed: int, input_len: LengthDistribution, output_len: LengthDistribution
+) -> Iterator[LoadRequest]:
     """Yield an endless stream of requests, the same for the same seed.
 
     Args:
         seed: of prompts and lengths.
-        inputs: words of a prompt, about one token each.
-        outputs: ``max_tokens``.
+        input_len: words of a prompt, about one token each.
+        output_len: ``max_tokens``.
     """
     random_ = random.Random(seed)
     while True:
-        prompt = " ".join(random_.choices(PROMPT_WORDS, k=inputs.draw(random_)))
-        yield LoadRequest({"prompt": prompt, "max_tokens": outputs.draw(random_)})
+        prompt = " ".join(random_.choices(PROMPT_WORDS, k=input_len.draw(random_)))
+        yield LoadRequest({"prompt": prompt, "max_tokens": output_len.draw(random_)})
 
 
-def poisson_arrivals(*, seed: int, rate: float) -> Iterator[float]:
-    """Yield the times of a Poisson process: ``rate`` requests a second, with exponentially distributed gaps."""
+def poisson_arrivals(*, seed: int, request_rate: float) -> Iterator[float]:
+    """Yield the times of a Poisson process: ``request_rate`` requests a second, with exponentially distributed gaps."""
     random_, at_s = random.Random(seed), 0.0
     while True:
-        at_s += random_.expovariate(rate)
+        at_s += random_.expovariate(request_rate)
         yield at_s
 
 
@@ -90,16 +92,16 @@ def closed_loop(
     target: LoadTarget,
     requests: Iterable[LoadRequest],
     *,
-    concurrency: int,
+    max_concurrency: int,
     seconds: float | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LoadResult:
-    """Keep ``concurrency`` requests in flight: each that completes is followed by the next.
+    """Keep ``max_concurrency`` requests in flight: each that completes is followed by the next.
 
     Args:
         target: the server.
         requests: what to send, in this order.
-        concurrency: requests in flight.
+        max_concurrency: requests in flight.
         seconds: length of the load; ``None`` runs until all requests have completed.
         progress: called periodically with the number of completed requests.
     """
@@ -116,7 +118,7 @@ def closed_loop(
     source = enumerate(requests)
 
     def make(outcomes: list[RequestOutcome], start: float) -> list[asyncio.Task[None]]:
-        return [asyncio.create_task(send_in_turn(source, outcomes, start)) for _ in range(concurrency)]
+        return [asyncio.create_task(send_in_turn(source, outcomes, start)) for _ in range(max_concurrency)]
 
     return asyncio.run(_load(make, pool, seconds=seconds, progress=progress))
 
@@ -191,8 +193,8 @@ def percentile(values: Sequence[float], share: float) -> float:
 def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
     """Return the figures of a period of load by name; times end in ``_s``.
 
-    ``first`` is the time to first token, ``per_token`` the time per output token, ``gap`` the inter-token latency,
-    ``whole`` the end-to-end latency. ``late`` is the delay with which a request was sent after it was due.
+    ``ttft`` is the time to first token, ``tpot`` the time per output token, ``itl`` the inter-token latency, ``e2el``
+    the end-to-end latency. ``send_delay`` is the time from when a request was due to when it was sent.
     """
     good = [outcome for outcome in load.outcomes if outcome.is_good]
     errors = Counter(outcome.error for outcome in load.outcomes if not outcome.is_good)
@@ -205,15 +207,15 @@ def summarize_load(load: LoadResult, *, slo: Slo) -> dict[str, float]:
         "goodput_per_s": sum(map(slo.is_met_by, load.outcomes)) / load.elapsed_s,
         "prompt_tokens": sum(outcome.prompt_tokens for outcome in good),
         "tokens_per_s": tokens_between(load.outcomes, 0.0, load.elapsed_s) / load.elapsed_s,
-        "client_share": load.cpu_s / load.elapsed_s,
-        "late_p99_s": percentile([outcome.sent_s - outcome.due_s for outcome in load.outcomes], 99),
+        "client_cpu_share": load.cpu_s / load.elapsed_s,
+        "send_delay_p99_s": percentile([outcome.sent_s - outcome.due_s for outcome in load.outcomes], 99),
     }
     answered = [outcome for outcome in good if outcome.chunks_s]
     columns = {
-        "first": [outcome.ttft_s for outcome in answered],
-        "per_token": [outcome.tpot_s for outcome in answered if outcome.tpot_s is not None],
-        "gap": [gap for outcome in answered for gap in outcome.itl_s],
-        "whole": [outcome.e2e_latency_s for outcome in answered],
+        "ttft": [outcome.ttft_s for outcome in answered],
+        "tpot": [outcome.tpot_s for outcome in answered if outcome.tpot_s is not None],
+        "itl": [gap for outcome in answered for gap in outcome.itl_s],
+        "e2el": [outcome.e2el_s for outcome in answered],
     }
     for name, values in columns.items():
         found |= {f"{name}_p{share}_s": percentile(values, share) for share in PERCENTILES}

@@ -41,7 +41,7 @@ def run_memory_benchmark(benchmark: MemoryBenchmark, context: Context) -> Benchm
 def _make_case(benchmark: MemoryBenchmark, name: str, context: Context) -> DistributedCase:
 
     world_size = num_ranks(name, context.world_size)
-    run = STRATEGIES[name].apply(context.run, world_size=world_size, sequences=benchmark.batch)
+    run = STRATEGIES[name].apply(context.run, world_size=world_size, sequences=benchmark.batch_size)
     return DistributedCase(
         run=run, world_size=world_size, work=partial(measure_state, warmup=benchmark.warmup), fold=largest_of_ranks
     )

@@ -38,13 +38,13 @@ def _make_case(benchmark: PipelineBenchmark, one: PipelineCase, run: Run) -> Dis
     if one.passes == "sleep":
         work = partial(run_sleeping_stages, pipelined=one, unit_s=benchmark.unit_ms / 1000, warmup=benchmark.warmup)
         return DistributedCase(run=run, world_size=one.stages, work=work, fold=partial(fold_ranks, tokens=0))
-    job = replace(run.batched_job, micro_batch=benchmark.batch // one.micro_batches)
+    job = replace(run.batched_job, micro_batch=benchmark.batch_size // one.micro_batches)
     parallel = Pipeline(stages=one.stages, schedule=one.schedule) if one.stages > 1 else Single()
     return DistributedCase(
         run=replace(run, job=job, parallel=parallel),
         world_size=one.stages,
         work=partial(run_model_stages, trains=one.work == "train", warmup=benchmark.warmup),
-        fold=partial(fold_ranks, tokens=benchmark.batch * benchmark.sequence),
+        fold=partial(fold_ranks, tokens=benchmark.batch_size * benchmark.sequence_length),
     )
 
 

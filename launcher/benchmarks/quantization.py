@@ -43,9 +43,9 @@ def _arguments(benchmark: QuantizationBenchmark, context: Context, name: str) ->
         "how": how,
         "rest": weights if weights in FORMATS else run.precision.compute,
         "seed": run.job.seed,
-        "batch": benchmark.batch,
-        "prompt": benchmark.prompt,
-        "tokens": benchmark.tokens,
+        "batch_size": benchmark.batch_size,
+        "input_len": benchmark.input_len,
+        "output_len": benchmark.output_len,
         "warmup": benchmark.warmup,
         "rank": context.local_rank,
         "peer": [benchmark.ctranslate2_python, benchmark.ctranslate2],
@@ -64,7 +64,8 @@ def _findings(
         seconds = case.median("token_s")
         share = case.median("read_bytes") / seconds / bandwidth
         yield (
-            f"{case.name}: {benchmark.batch / seconds:.1f} tokens/s, {first.median('token_s') / seconds:.2f} times "
+            f"{case.name}: {benchmark.batch_size / seconds:.1f} tokens/s, "
+            f"{first.median('token_s') / seconds:.2f} times "
             f"{first.name}; {share:.0%} of what reading {case.median('read_bytes') / 1e6:.0f} MB a token allows"
         )
     for case in cases:

@@ -133,11 +133,11 @@ def _free_port() -> int:
 
 
 _SEEDS_A_ROUND = 1000
-_SHOWN = ("requests", "errors", "tokens_per_s", "first_p50_s", "first_p99_s", "gap_p99_s", "client_share")
+_SHOWN = ("requests", "errors", "tokens_per_s", "ttft_p50_s", "ttft_p99_s", "itl_p99_s", "client_cpu_share")
 
 _QUANTITIES = (
-    *("tokens_per_s", "requests_per_s", "goodput_per_s", "first_p50_s", "first_p99_s"),
-    *("per_token_p50_s", "gap_p99_s", "whole_p50_s", "whole_p99_s"),
+    *("tokens_per_s", "requests_per_s", "goodput_per_s", "ttft_p50_s", "ttft_p99_s"),
+    *("tpot_p50_s", "itl_p99_s", "e2el_p50_s", "e2el_p99_s"),
 )
 """Figures that the table shows; the JSON holds all."""
 
@@ -160,9 +160,9 @@ def _findings(
 ) -> Iterator[str]:
     for case in cases:
         yield (
-            f"{case.name}: {case.median('tokens_per_s'):.1f} tokens/s; first token after "
-            f"{case.median('first_p50_s'):.3f} s (99 %: {case.median('first_p99_s'):.3f} s), "
-            f"{case.median('goodput_per_s'):.2f} good answers/s"
+            f"{case.name}: {case.median('tokens_per_s'):.1f} tokens/s; TTFT "
+            f"{case.median('ttft_p50_s'):.3f} s (p99: {case.median('ttft_p99_s'):.3f} s), "
+            f"{case.median('goodput_per_s'):.2f} requests/s goodput"
         )
     for name, answers in found.items():
         bad: Counter[str] = Counter()
@@ -170,12 +170,12 @@ def _findings(
             bad.update({key: int(count) for key, count in answer.items() if _is_error(key)})
         if bad:
             yield f"{name}: errors {', '.join(f'{key[6:]} {count}' for key, count in bad.items())}"
-    most = max(answer["client_share"] for answers in found.values() for answer in answers)
-    late = max(answer["late_p99_s"] for answers in found.values() for answer in answers)
+    most = max(answer["client_cpu_share"] for answers in found.values() for answer in answers)
+    late = max(answer["send_delay_p99_s"] for answers in found.values() for answer in answers)
     yield f"load generator: at most {most:.1%} of a core; requests sent at most {1000 * late:.1f} ms late (99 %)"
-    slo = {"first token": benchmark.slo_first_s, "a token": benchmark.slo_per_token_s, "end": benchmark.slo_whole_s}
-    asked = ", ".join(f"{name} within {value:g} s" for name, value in slo.items() if value is not None)
-    yield f"good answers: {asked or 'all whole ones'}"
+    slo = {"TTFT": benchmark.slo_ttft_s, "TPOT": benchmark.slo_tpot_s, "E2EL": benchmark.slo_e2el_s}
+    limits = ", ".join(f"{name} at most {value:g} s" for name, value in slo.items() if value is not None)
+    yield f"goodput: {limits or 'all complete answers'}"
 
 
 def _is_error(name: str) -> bool:
@@ -191,8 +191,10 @@ def measure_levels(benchmark: ServingBenchmark, context: Context) -> dict[str, l
     """
     found: dict[str, list[dict[str, Any]]] = {benchmark.name_of(level): [] for level in benchmark.levels}
     done, total = 0, benchmark.num_measurements
-    server = contextlib.nullcontext(benchmark.url) if benchmark.url else temporary_server(benchmark.serve, context)
-    slo = Slo(ttft_s=benchmark.slo_first_s, tpot_s=benchmark.slo_per_token_s, e2e_latency_s=benchmark.slo_whole_s)
+    server = (
+        contextlib.nullcontext(benchmark.base_url) if benchmark.base_url else temporary_server(benchmark.serve, context)
+    )
+    slo = Slo(ttft_s=benchmark.slo_ttft_s, tpot_s=benchmark.slo_tpot_s, e2el_s=benchmark.slo_e2el_s)
     with server as url, MetricsWriter(context.run_dir.metrics) as metrics:
         target = resolve_target(benchmark, url)
         for round_ in range(benchmark.repeats):
@@ -219,11 +221,13 @@ def run_level(
 ) -> LoadResult:
     """Put a server under one level of load."""
     requests = level_requests(benchmark, seed=seed)
-    if benchmark.mode == "closed":
-        return closed_loop(target, requests, concurrency=int(level), seconds=benchmark.seconds, progress=progress)
-    times = poisson_arrivals(seed=seed + 1, rate=level)
+    if not benchmark.is_open_loop:
+        return closed_loop(
+            target, requests, max_concurrency=int(level), seconds=benchmark.duration_s, progress=progress
+        )
+    times = poisson_arrivals(seed=seed + 1, request_rate=level)
     due = (LoadRequest(request.fields, at_s) for request, at_s in zip(requests, times, strict=False))
-    return open_loop(target, due, seconds=benchmark.seconds, progress=progress)
+    return open_loop(target, due, seconds=benchmark.duration_s, progress=progress)
 
 
 def level_requests(benchmark: ServingBenchmark, *, seed: int) -> Iterator[LoadRequest]:
@@ -232,8 +236,8 @@ def level_requests(benchmark: ServingBenchmark, *, seed: int) -> Iterator[LoadRe
         return itertools.cycle(read_trace(Path(benchmark.trace).expanduser()))
     return random_requests(
         seed=seed,
-        inputs=parse_length_distribution(benchmark.inputs),
-        outputs=parse_length_distribution(benchmark.outputs),
+        input_len=parse_length_distribution(benchmark.input_len),
+        output_len=parse_length_distribution(benchmark.output_len),
     )
 
 
@@ -243,9 +247,9 @@ def resolve_target(benchmark: ServingBenchmark, url: str) -> LoadTarget:
     Raises:
         JobError: the server does not respond or names no model.
     """
-    address, key = parse_server_address(url), os.environ.get(benchmark.key_variable, "")
+    address, key = parse_server_address(url), os.environ.get(benchmark.api_key_variable, "")
     model = benchmark.served_model_name or first_model(address, key=key)
-    return LoadTarget(address=address, model=model, extra=benchmark.extra, key=key)
+    return LoadTarget(address=address, model=model, extra_body=benchmark.extra_body, key=key)
 
 
 def first_model(address: ServerAddress, *, key: str) -> str:

@@ -83,10 +83,10 @@ def measure(cell: Cell, server: Server, *, most_s: float) -> dict[str, Any]:
     server.ask("One two", max_tokens=1)  # answered once what the cell before has left behind is over
     context, peer = CONTEXTS[cell.context], server.peer
     inputs, outputs = parse_length_distribution(context.inputs), parse_length_distribution(context.outputs)
-    target = LoadTarget(address=parse_server_address(server.url), model=peer.model, extra=peer.extra)
-    calls = random_requests(seed=1000 * cell.round_ + cell.concurrency, inputs=inputs, outputs=outputs)
+    target = LoadTarget(address=parse_server_address(server.url), model=peer.model, extra_body=peer.extra)
+    calls = random_requests(seed=1000 * cell.round_ + cell.concurrency, input_len=inputs, output_len=outputs)
     some = itertools.islice(calls, max(FEWEST, context.turns * cell.concurrency))
-    load = closed_loop(target, some, concurrency=cell.concurrency, seconds=most_s)
+    load = closed_loop(target, some, max_concurrency=cell.concurrency, seconds=most_s)
     found: dict[str, Any] = summarize_load(load, slo=Slo())
     found["tokens_per_s"] = tokens_between(load.outcomes, 0.0, load.elapsed_s) / load.elapsed_s
     found["load_average"] = os.getloadavg()[0]

@@ -79,8 +79,8 @@ def _latencies(cells: Cells, peers: Sequence[str], context: str, counts: Sequenc
             if not rounds or not any(cell["requests"] for cell in rounds):
                 row.append("")
                 continue
-            first = " / ".join(f"{_median(rounds, f'first_p{share}_s'):.2f}" for share in (50, 99))
-            gap = " / ".join(f"{1000 * _median(rounds, f'gap_p{share}_s'):.0f}" for share in (50, 99))
+            first = " / ".join(f"{_median(rounds, f'ttft_p{share}_s'):.2f}" for share in (50, 99))
+            gap = " / ".join(f"{1000 * _median(rounds, f'itl_p{share}_s'):.0f}" for share in (50, 99))
             row.append(f"{first}; {gap}")
         if any(row[1:]):
             rows.append(row)
@@ -90,7 +90,7 @@ def _latencies(cells: Cells, peers: Sequence[str], context: str, counts: Sequenc
 def _notes(kept: Mapping[str, Any], cells: Cells) -> Iterator[str]:
     everything = [cell for rounds in cells.values() for cell in rounds]
     if everything:
-        shares = [cell["client_share"] for cell in everything]
+        shares = [cell["client_cpu_share"] for cell in everything]
         loads = [cell["load_average"] for cell in everything]
         yield f"- load generator: {statistics.median(shares):.1%} of a core, at most {max(shares):.1%}"
         yield f"- load average of the machine: {statistics.median(loads):.1f}, at most {max(loads):.1f}"

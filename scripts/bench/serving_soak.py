@@ -107,7 +107,7 @@ def answers_alone(target: LoadTarget, calls: list[LoadRequest]) -> list[str]:
     Raises:
         RuntimeError: the server does not answer, or answers cannot be told apart.
     """
-    outcomes = closed_loop(target, calls, concurrency=1).outcomes
+    outcomes = closed_loop(target, calls, max_concurrency=1).outcomes
     for outcome in outcomes:
         if not outcome.is_good:
             raise RuntimeError(f"asked alone: {outcome.why}")
@@ -147,7 +147,7 @@ async def storm(
         tally.note_outcome(outcome, expected[which])
 
     async with asyncio.TaskGroup() as group:
-        for number, at_s in enumerate(poisson_arrivals(seed=seed, rate=rate)):
+        for number, at_s in enumerate(poisson_arrivals(seed=seed, request_rate=rate)):
             if at_s > seconds:
                 break
             await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
@@ -226,16 +226,16 @@ def soak(server: SoakServer, arguments: argparse.Namespace) -> int:
     target = LoadTarget(
         address=parse_server_address(server.url),
         model=server.model(),
-        extra={"ignore_eos": True},
+        extra_body={"ignore_eos": True},
         timeout_s=_TIMEOUT_S,
         keep_text=True,
     )
     inputs, outputs = parse_length_distribution(arguments.inputs), parse_length_distribution(arguments.outputs)
-    calls = list(islice(random_requests(seed=arguments.seed, inputs=inputs, outputs=outputs), NUM_PROMPTS))
+    calls = list(islice(random_requests(seed=arguments.seed, input_len=inputs, output_len=outputs), NUM_PROMPTS))
     expected = answers_alone(target, calls)
     calibrate_s = min(_CALIBRATE_S, 60 * arguments.minutes)
     many = (calls[number % len(calls)] for number in range(10**9))
-    busy = closed_loop(target, many, concurrency=_BUSY, seconds=calibrate_s)
+    busy = closed_loop(target, many, max_concurrency=_BUSY, seconds=calibrate_s)
     late = [outcome for outcome in busy.outcomes if outcome.is_good and outcome.end_s > calibrate_s / 3]  # all are busy
     capacity = len(late) / (busy.elapsed_s - calibrate_s / 3)
     rate, seconds = arguments.times * capacity, 60 * arguments.minutes

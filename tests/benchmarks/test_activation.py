@@ -12,12 +12,12 @@ from launcher.errors import ConfigErrors
 TINY = (
     "+exp=checkpointed_encoder",
     "tracker=local",
-    "benchmark.layers=4",
-    "benchmark.width=32",
-    "benchmark.heads=2",
-    "benchmark.feedforward=128",
-    "benchmark.batch=64",
-    "benchmark.sequence=64",
+    "benchmark.num_hidden_layers=4",
+    "benchmark.hidden_size=32",
+    "benchmark.num_attention_heads=2",
+    "benchmark.intermediate_size=128",
+    "benchmark.batch_size=64",
+    "benchmark.sequence_length=64",
 )
 
 
@@ -31,7 +31,14 @@ def steps(tmp_path_factory) -> dict[int, dict]:
     from launcher.benchmarks.isolated import run_isolated
 
     folder = tmp_path_factory.mktemp("gradients")
-    sizes = {"layers": 4, "width": 64, "heads": 2, "feedforward": 256, "batch": 64, "sequence": 128}
+    sizes = {
+        "num_hidden_layers": 4,
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "intermediate_size": 256,
+        "batch_size": 64,
+        "sequence_length": 128,
+    }
     found = {}
     for every in (0, 2, 1):
         arguments = {**sizes, "every": every, "warmup": 0, "seed": 3, "rank": 0, "keep": str(folder / f"{every}")}
@@ -89,7 +96,7 @@ def test_the_command_leaves_figures_table_picture_and_metrics(launch) -> None:
 
 
 def test_a_case_that_fails_ends_the_run_and_is_named(launch) -> None:
-    ended = launch(*TINY, "benchmark.sequence=100000000", "benchmark.repeats=1").expect(1)
+    ended = launch(*TINY, "benchmark.sequence_length=100000000", "benchmark.repeats=1").expect(1)
     failure = json.loads((ended.run_dir / "failure.json").read_text())
     assert "launcher.benchmarks.activation:encoder_step failed: RuntimeError" in failure["error"]
     assert "tried to allocate" in failure["error"]
@@ -100,7 +107,10 @@ def test_a_case_that_fails_ends_the_run_and_is_named(launch) -> None:
     [
         (("job=benchmark", "parallel=single"), "benchmark=none.*: .*set benchmark=activation"),
         ((*TINY, "backend.ranks=2", "parallel=ddp"), "backend.ranks=2: .*measures on 1 of the 2 ranks"),
-        ((*TINY, "benchmark.heads=7"), r"benchmark\.heads=7.*: 7 heads do not divide width 32; set benchmark\.heads=4"),
+        (
+            (*TINY, "benchmark.num_attention_heads=7"),
+            r"benchmark\.num_attention_heads=7.*: 7 heads do not divide hidden_size=32; set .*_heads=4",
+        ),
         ((*TINY, "benchmark.every=1"), r"benchmark\.every=1.*: must be at least 2"),
         ((*TINY, "benchmark.repeats=0"), r"benchmark\.repeats=0.*: must be at least 1"),
     ],

@@ -11,8 +11,8 @@ from launcher.config.compose import compose
 from launcher.errors import ConfigErrors
 
 WORDS = ("job=benchmark", "benchmark=attention", "parallel=single", "tracker=local")
-SIZES = {"batch": 2, "width": 64, "heads": 4, "precision": "fp32", "seed": 3, "rank": 0}
-BRIEF = ("benchmark.repeats=1", "benchmark.passes=forward", "benchmark.batch=2")
+SIZES = {"batch_size": 2, "hidden_size": 64, "num_attention_heads": 4, "precision": "fp32", "seed": 3, "rank": 0}
+BRIEF = ("benchmark.repeats=1", "benchmark.passes=forward", "benchmark.batch_size=2")
 NO_FLEX = ("mha_weights", "mha", "mha_eval", "eager", "sdpa_math", "sdpa_flash")
 
 
@@ -28,7 +28,7 @@ def reference(tmp_path_factory) -> str:
 def measured(kernel: str, reference: str, *, backward: bool, **others) -> dict:
     from launcher.benchmarks.attention_kernels import measure_kernel
 
-    sizes = {**SIZES, "sequence": 160, **others}
+    sizes = {**SIZES, "sequence_length": 160, **others}
     return measure_kernel(
         kernel=kernel, backward=backward, warmup=0, reference=reference, progress=lambda: None, **sizes
     )
@@ -41,7 +41,7 @@ def test_the_reference_is_what_torch_computes_in_fp64(reference, monkeypatch) ->
     from launcher.benchmarks import attention_kernels as module
     from launcher.benchmarks.attention_kernels import make_layer
 
-    layer, inputs, incoming = make_layer(sequence=160, **SIZES)
+    layer, inputs, incoming = make_layer(sequence_length=160, **SIZES)
     leaf = inputs.double().requires_grad_()
     output = layer.double()(leaf, leaf, leaf)[0]
     output.backward(incoming.double())
@@ -93,7 +93,7 @@ def test_a_kernel_that_cannot_do_something_here_says_why() -> None:
 
 
 def test_the_command_finds_how_memory_grows(launch) -> None:
-    kernels, sizes = "benchmark.kernels=[mha_weights,eager,sdpa_flash]", "benchmark.sequences=[1024,2048]"
+    kernels, sizes = "benchmark.kernels=[mha_weights,eager,sdpa_flash]", "benchmark.sequence_lengths=[1024,2048]"
     ended = launch(*WORDS, kernels, sizes, *BRIEF).expect(0)
     found = json.loads((ended.run_dir / "benchmark.json").read_text())
     metrics = found["metrics"]
@@ -123,7 +123,7 @@ def test_the_command_finds_how_memory_grows(launch) -> None:
 def test_what_does_not_fit_into_memory_or_is_not_offered_is_left_out_with_a_line_each() -> None:
     from launcher.benchmarks.attention import choose_points
 
-    run = compose([*WORDS, "benchmark.kernels=[eager,sdpa_flash,flex]", "benchmark.sequences=[256,8192]"]).run
+    run = compose([*WORDS, "benchmark.kernels=[eager,sdpa_flash,flex]", "benchmark.sequence_lengths=[256,8192]"]).run
     why = {"flex/backward": "no backward on CPU"}
     points, left_out = choose_points(run.benchmark, run, free_bytes=4 * 10**9, lacking=why)
     names = [point.name for point in points]
@@ -145,9 +145,12 @@ def test_an_exponent_is_that_of_the_power_law() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("benchmark.heads=7",), r"benchmark\.heads=7.*: 7 heads do not divide width 512; set benchmark\.heads=4"),
-        (("benchmark.sequences=[]",), r"benchmark\.sequences.*: takes different lengths"),
-        (("benchmark.sequences=[64,64]",), r"benchmark\.sequences.*: takes different lengths"),
+        (
+            ("benchmark.num_attention_heads=7",),
+            r"benchmark\.num_attention_heads=7.*: 7 heads do not divide hidden_size=512; set .*_heads=4",
+        ),
+        (("benchmark.sequence_lengths=[]",), r"benchmark\.sequence_lengths.*: takes different lengths"),
+        (("benchmark.sequence_lengths=[64,64]",), r"benchmark\.sequence_lengths.*: takes different lengths"),
         (("benchmark.kernels=[eager,eager]",), r"benchmark\.kernels.*: names nothing to measure, or something twice"),
         (("benchmark.kernels=[flush]",), "is not one of mha_weights, mha, "),
         (

@@ -1,4 +1,4 @@
-"""Row 6 of the article: its fifty requests one by one and under each way of batching, by the real command."""
+"""Row 6 of the article: its fifty requests one by one and in each batching mode, by the real command."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TINY = (
         "model.hidden_size=32",
         "model.max_position_embeddings=64",
     ),
-    *("model.vocab_size=257", "benchmark.repeats=1", "benchmark.outputs=2-6"),
+    *("model.vocab_size=257", "benchmark.repeats=1", "benchmark.output_len=2-6"),
 )
 
 
-def test_the_articles_requests_get_the_same_answers_under_every_way(launch) -> None:
+def test_the_articles_requests_get_the_same_answers_in_every_mode(launch) -> None:
     ended = launch(*TINY).expect(0)
     found = json.loads((ended.run_dir / "benchmark.json").read_text())
     assert list(found["cases"]) == ["none", "static", "dynamic", "continuous"]
@@ -34,17 +34,17 @@ def test_the_articles_requests_get_the_same_answers_under_every_way(launch) -> N
     for case in found["cases"].values():
         assert case["requests_per_s"][0] == pytest.approx(50 / case["elapsed_s"][0])
     table = (ended.run_dir / "benchmark.md").read_text()
-    for word in ("none: 50 requests in ", " ms a request", "answers: the same under every way (precision=fp32)"):
+    for word in ("none: 50 requests in ", " ms a request", "answers: the same in every mode (precision=fp32)"):
         assert word in table
     assert (ended.run_dir / "benchmark.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arrival(launch) -> None:
     words = (
-        "benchmark.inputs=2-40",
-        "benchmark.outputs=2",
+        "benchmark.input_len=2-40",
+        "benchmark.output_len=2",
         "benchmark.bucket_size=8",
-        "benchmark.ways=[static,dynamic]",
+        "benchmark.modes=[static,dynamic]",
     )
     ended = launch(*TINY, *words, "benchmark.max_batch_size=8").expect(0)
     found = json.loads((ended.run_dir / "benchmark.json").read_text())["facts"]
@@ -55,10 +55,10 @@ def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arriv
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("benchmark.ways=[]", "names nothing to compare"),
-        ("benchmark.ways=[none,none]", "something twice"),
-        ("benchmark.inputs=many", "no distribution of lengths"),
-        ("benchmark.requests=0", "must be at least 1"),
+        ("benchmark.modes=[]", "names nothing to compare"),
+        ("benchmark.modes=[none,none]", "something twice"),
+        ("benchmark.input_len=many", "no distribution of lengths"),
+        ("benchmark.num_prompts=0", "must be at least 1"),
     ],
 )
 def test_what_compares_nothing_is_refused(plan_of, word, message) -> None:

@@ -18,7 +18,7 @@ TINY = (
         "model.max_position_embeddings=32",
         "model.vocab_size=256",
     ),
-    *("benchmark.saves=2", "benchmark.every=1", "benchmark.sequence=16", "benchmark.repeats=1"),
+    *("benchmark.saves=2", "benchmark.every=1", "benchmark.sequence_length=16", "benchmark.repeats=1"),
 )
 STATE_BYTES = 12 * ((256 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64)
 """Weights and both moments."""
@@ -52,7 +52,7 @@ def test_each_way_to_save_is_measured_and_restores_what_it_saved(launch) -> None
 
 
 def test_deepspeed_saves_as_it_does(launch) -> None:
-    ended = launch(*TINY, "parallel=zero1", "benchmark.ways=[blocking]").expect(0)
+    ended = launch(*TINY, "parallel=zero1", "benchmark.modes=[blocking]").expect(0)
     (case,) = results(ended.run_dir)["cases"].values()
     assert "added_per_save_s" not in case, "nothing was measured that it could be added to"
     assert case["checkpoint_bytes"][0] > STATE_BYTES
@@ -61,12 +61,12 @@ def test_deepspeed_saves_as_it_does(launch) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("parallel=zero1",), r"parallel=zero has no tensors by name.*; set benchmark\.ways=\[none,blocking\]"),
-        (("benchmark.ways=[]",), "names nothing to compare"),
-        (("benchmark.ways=[none]",), "saves nothing"),
-        (("benchmark.ways=[blocking,blocking]",), "something twice"),
+        (("parallel=zero1",), r"parallel=zero has no tensors by name.*; set benchmark\.modes=\[none,blocking\]"),
+        (("benchmark.modes=[]",), "names nothing to compare"),
+        (("benchmark.modes=[none]",), "saves nothing"),
+        (("benchmark.modes=[blocking,blocking]",), "something twice"),
         (("benchmark.saves=0",), "must be at least 1"),
-        (("benchmark.sequence=33",), "takes at most 32 tokens"),
+        (("benchmark.sequence_length=33",), "takes at most 32 tokens"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:

@@ -18,7 +18,7 @@ NAMES = ["all_reduce", "all_gather", "reduce_scatter", "broadcast", "all_to_all"
 
 def test_the_command_measures_every_collective_at_every_size_on_all_ranks(launch) -> None:
     sizes = ("benchmark.smallest_bytes=1000", "benchmark.largest_bytes=100_000", "benchmark.factor=10")
-    ended = launch(*WORDS, *sizes, "benchmark.seconds=0.01", "benchmark.repeats=2", "backend.ranks=3").expect(0)
+    ended = launch(*WORDS, *sizes, "benchmark.duration_s=0.01", "benchmark.repeats=2", "backend.ranks=3").expect(0)
     found = json.loads((ended.run_dir / "benchmark.json").read_text())
     assert list(found["cases"]) == [f"{name}/{size}" for size in (1000, 10_000, 100_000) for name in NAMES]
     assert found["facts"]["all_gather/1000"]["bytes"] == 996  # 83 values of each of the 3 ranks
@@ -102,7 +102,7 @@ def test_bandwidths_are_those_of_nccl_tests() -> None:
             r"benchmark\.largest_bytes=512.*: is below benchmark\.smallest_bytes=1024",
         ),
         (("benchmark.factor=1",), 2, r"benchmark\.factor=1.*: must be at least 2"),
-        (("benchmark.seconds=0",), 2, r"benchmark\.seconds=0.*: must be above 0"),
+        (("benchmark.duration_s=0",), 2, r"benchmark\.duration_s=0.*: must be above 0"),
         (("benchmark.collectives=[]",), 2, r"benchmark\.collectives.*: names nothing"),
         (("benchmark.collectives=[all_reduse]",), 2, "did you mean all_reduce"),
     ],

@@ -20,7 +20,7 @@ def test_the_command_tokenises_into_an_empty_cache_and_loads_from_a_full_one(lau
     text.write_text("\n".join(f"Line {i} says that {i} times {i} is {i * i}." for i in range(3000)))
     cache = tmp_path / "cache"
     own = (f"data.path={text}", "data.vocab_size=300", f"data.cache={cache}")
-    brief = ("benchmark.repeats=1", "benchmark.warmup=0", "benchmark.seconds=0.2", "benchmark.sequence_length=32")
+    brief = ("benchmark.repeats=1", "benchmark.warmup=0", "benchmark.duration_s=0.2", "benchmark.sequence_length=32")
     ended = launch(*WORDS, *own, *brief).expect(0)
     assert not cache.exists(), "the run's own cache is no part of it"
     found = json.loads((ended.run_dir / "benchmark.json").read_text())
@@ -79,7 +79,7 @@ def test_components_survive_the_way_into_another_process(words) -> None:
         (("data=synthetic",), r"data=synthetic.*: its tokens are made up.*; set data=text"),
         (("benchmark.threads=[]",), r"benchmark\.threads.*: takes different numbers"),
         (("benchmark.threads=[-1]",), r"benchmark\.threads.*: takes different numbers"),
-        (("benchmark.seconds=0",), r"benchmark\.seconds=0.*: must be above 0"),
+        (("benchmark.duration_s=0",), r"benchmark\.duration_s=0.*: must be above 0"),
         (("benchmark.sequence_length=100000",), r"benchmark\.sequence_length=100000.*takes at most"),
         (("data.vocab_size=100000",), r"data\.vocab_size=100000.*rows of embedding"),
     ],

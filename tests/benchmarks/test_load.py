@@ -135,7 +135,7 @@ def test_a_closed_loop_keeps_as_many_calls_under_way_as_it_is_told(fake) -> None
 
     server = fake(counting)
     load = closed_loop(
-        server.target(extra={"top_k": 1, "stream_options": None}, keep_text=True), calls(9), concurrency=3
+        server.target(extra_body={"top_k": 1, "stream_options": None}, keep_text=True), calls(9), max_concurrency=3
     )
     assert (most, server.connections, len(load.outcomes)) == (3, 3, 9)
     sent = {"model": "m", "stream": True, "temperature": 0, "top_k": 1, "prompt": "a b c", "max_tokens": 4}
@@ -148,9 +148,9 @@ def test_a_closed_loop_keeps_as_many_calls_under_way_as_it_is_told(fake) -> None
 
 def test_the_end_of_the_time_breaks_off_what_is_under_way_and_its_tokens_count(fake) -> None:
     server = fake(stream)
-    load = closed_loop(server.target(), iter(calls(1)[0] for _ in iter(int, 1)), concurrency=2, seconds=0.5)
+    load = closed_loop(server.target(), iter(calls(1)[0] for _ in iter(int, 1)), max_concurrency=2, seconds=0.5)
     assert sum(outcome.error == "unfinished" for outcome in load.outcomes) == 2
-    endless = closed_loop(server.target(), calls(2, max_tokens=10_000), concurrency=2, seconds=0.3)
+    endless = closed_loop(server.target(), calls(2, max_tokens=10_000), max_concurrency=2, seconds=0.3)
     assert [outcome.error for outcome in endless.outcomes] == ["unfinished"] * 2
     found = summarize_load(endless, slo=Slo())
     assert (found["errors"], found["unfinished"], found["requests"]) == (0, 2, 0)
@@ -202,7 +202,7 @@ def test_errors_are_counted_by_kind_and_the_next_call_goes_on(fake, answer, kind
             await asyncio.sleep(60)
 
     bad, good = calls(1, prompt="bad"), calls(1, prompt="good")
-    load = closed_loop(fake(badly).target(timeout_s=1.0), bad + good, concurrency=1)
+    load = closed_loop(fake(badly).target(timeout_s=1.0), bad + good, max_concurrency=1)
     assert [outcome.error for outcome in load.outcomes] == [kind, ""]
     found = summarize_load(load, slo=Slo())
     assert (found[f"error/{kind}"], found["errors"], found["requests"]) == (1, 1, 1)
@@ -214,25 +214,28 @@ def test_an_answer_that_is_no_stream_counts_too(fake) -> None:
         data = json.dumps(answer, indent=1).encode()
         writer.write(f"HTTP/1.1 200 OK\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
 
-    (outcome,) = closed_loop(fake(whole).target(), calls(1), concurrency=1).outcomes
+    (outcome,) = closed_loop(fake(whole).target(), calls(1), max_concurrency=1).outcomes
     assert (outcome.error, outcome.tokens, len(outcome.chunks_s)) == ("", 2, 1)
 
 
 def test_nobody_there() -> None:
     target = LoadTarget(address=parse_server_address("http://127.0.0.1:9"), model="m")
-    (outcome,) = closed_loop(target, calls(1), concurrency=1).outcomes
+    (outcome,) = closed_loop(target, calls(1), max_concurrency=1).outcomes
     assert outcome.error == "connect"
 
 
 def test_the_same_seed_gives_the_same_load() -> None:
-    lengths = {"inputs": parse_length_distribution("lognormal:20:1.0:90"), "outputs": parse_length_distribution("3-9")}
+    lengths = {
+        "input_len": parse_length_distribution("lognormal:20:1.0:90"),
+        "output_len": parse_length_distribution("3-9"),
+    }
     one, two, other = (list(islice(random_requests(seed=seed, **lengths), 200)) for seed in (1, 1, 2))
     assert one == two != other
     words = [len(call.fields["prompt"].split()) for call in one]
     assert max(words) <= 90
     assert 12 < percentile(words, 50) < 32
     assert {call.fields["max_tokens"] for call in one} == set(range(3, 10))
-    times = list(islice(poisson_arrivals(seed=1, rate=50.0), 5000))
+    times = list(islice(poisson_arrivals(seed=1, request_rate=50.0), 5000))
     assert times == sorted(times)
     assert times[-1] == pytest.approx(100, rel=0.05)
 
@@ -274,12 +277,12 @@ def test_figures_of_known_outcomes() -> None:
     outcomes = [outcome(0, [1, 2, 4], 3), outcome(1, [4, 5], 4), outcome(2, [3.0], 1, error="cut")]
     found = summarize_load(LoadResult(outcomes=outcomes, elapsed_s=5.0, cpu_s=0.1), slo=Slo(ttft_s=2.0, tpot_s=1.5))
     assert (found["requests"], found["errors"], found["error/cut"]) == (2, 1, 1)
-    assert (found["first_p50_s"], found["first_mean_s"], found["whole_p99_s"]) == (2.0, 2.0, 4.0)
-    assert found["gap_p50_s"] == 1.0
-    assert found["per_token_mean_s"] == pytest.approx((1.5 + 1 / 3) / 2)
+    assert (found["ttft_p50_s"], found["ttft_mean_s"], found["e2el_p99_s"]) == (2.0, 2.0, 4.0)
+    assert found["itl_p50_s"] == 1.0
+    assert found["tpot_mean_s"] == pytest.approx((1.5 + 1 / 3) / 2)
     assert found["goodput_per_s"] == 1 / 5
-    assert found["client_share"] == pytest.approx(0.02)
-    assert found["late_p99_s"] == 0.5
+    assert found["client_cpu_share"] == pytest.approx(0.02)
+    assert found["send_delay_p99_s"] == 0.5
 
 
 def test_tokens_between_two_times_count_pieces_at_their_worth() -> None:

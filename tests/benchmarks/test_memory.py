@@ -19,7 +19,7 @@ TINY = (
         "model.max_position_embeddings=32",
         "model.vocab_size=256",
     ),
-    *("benchmark.batch=2", "benchmark.sequence=16"),
+    *("benchmark.batch_size=2", "benchmark.sequence_length=16"),
 )
 STRATEGIES = ("single", "ddp", "zero1", "zero2", "zero3", "fsdp")
 NUM_PARAMS = (256 + 32) * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64
@@ -88,9 +88,9 @@ def test_a_storage_counts_once_and_with_the_first_part_that_it_belongs_to() -> N
         (("benchmark.strategies=[deepspeed_pipeline2]",), "there is no strategy deepspeed_pipeline2 to measure"),
         (("benchmark.strategies=[]",), "names nothing"),
         (("benchmark.strategies=[hsdp]",), "hsdp: needs 4 ranks"),
-        (("benchmark.batch=3",), r"ddp: .* does not divide 3"),
+        (("benchmark.batch_size=3",), r"ddp: .* does not divide 3"),
         (("benchmark.warmup=0",), "must be at least 1"),
-        (("benchmark.sequence=33",), "takes at most 32 tokens; set benchmark.sequence=32"),
+        (("benchmark.sequence_length=33",), "takes at most 32 tokens; set benchmark.sequence_length=32"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(plan_of, words, message) -> None:

@@ -22,7 +22,7 @@ TINY = (
         "model.max_position_embeddings=32",
         "model.vocab_size=64",
     ),
-    *("benchmark.batch=4", "benchmark.sequence=16", "benchmark.micro_batches=[2]", "benchmark.repeats=1"),
+    *("benchmark.batch_size=4", "benchmark.sequence_length=16", "benchmark.micro_batches=[2]", "benchmark.repeats=1"),
 )
 UNIT_S = 0.03
 CASES = [
@@ -136,7 +136,7 @@ def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
         (("benchmark.micro_batches=[]",), "names nothing"),
         (
             ("benchmark.micro_batches=[3]",),
-            "4 sequences do not make 3 micro-batches of one size; set benchmark.batch=6",
+            "4 sequences do not make 3 micro-batches of one size; set benchmark.batch_size=6",
         ),
         (("benchmark.schedules=[gpipe,gpipe]",), "something twice"),
         (("benchmark.schedules=[zbv]", "model.layers=3"), r"zbv: 2 stages × 2 = 4 chunks, and there are 3 layers"),

@@ -15,23 +15,23 @@ from launcher.errors import ConfigErrors, JobError
 from launcher.execution.prepare import prepare
 from launcher.utils.files import read_json
 
-WAYS = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
+CASES = ("fp32/eager", "fp32/engine", "int4_weight/eager", "int4_weight/engine")
 WORDS = ("job=benchmark", "benchmark=quantization", "model=llama_tiny", "parallel=single", "tracker=local")
 
 
 def test_ways_are_timed_and_the_engine_chooses_the_tokens_of_plain_passes(launch, tmp_path: Path) -> None:
-    quick = ("benchmark.prompt=8", "benchmark.tokens=6", "benchmark.repeats=1", "benchmark.warmup=0")
-    made = launch(*WORDS, *quick, f"benchmark.ways=[{','.join(WAYS)}]", "run.dir=made").expect(0)
+    quick = ("benchmark.input_len=8", "benchmark.output_len=6", "benchmark.repeats=1", "benchmark.warmup=0")
+    made = launch(*WORDS, *quick, f"benchmark.cases=[{','.join(CASES)}]", "run.dir=made").expect(0)
     found = read_json(tmp_path / "made" / "benchmark.json")
-    tokens = {way: found["facts"][way]["tokens"] for way in WAYS}
+    tokens = {way: found["facts"][way]["tokens"] for way in CASES}
     assert tokens["fp32/eager"] == tokens["fp32/engine"]
     assert tokens["int4_weight/eager"] == tokens["int4_weight/engine"]
-    read = {way: found["cases"][way]["read_bytes"][0] for way in WAYS}
+    read = {way: found["cases"][way]["read_bytes"][0] for way in CASES}
     matrices, head, norms = 4 * (2 * 128 * 128 + 2 * 64 * 128 + 3 * 128 * 352), 2048 * 128, (2 * 4 + 1) * 128
     assert read["fp32/eager"] == pytest.approx(4 * (matrices + head + norms), rel=1e-4)
     assert read["fp32/eager"] - read["int4_weight/engine"] == pytest.approx(matrices * (4 - 4.75 / 8), rel=1e-3)
     assert found["metrics"]["fp32/eager/speedup"] == 1.0
-    seconds = {way: found["cases"][way]["token_s"][0] for way in WAYS}
+    seconds = {way: found["cases"][way]["token_s"][0] for way in CASES}
     assert found["metrics"]["fp32/engine/speedup"] == pytest.approx(seconds["fp32/eager"] / seconds["fp32/engine"])
     assert 0 < found["metrics"]["int4_weight/engine/roofline_share"] < 2
     assert "memory is read at" in made.output
@@ -57,10 +57,10 @@ def test_blocks_share_one_compilation_and_choose_the_tokens_of_plain_passes(fami
     ("words", "said"),
     [
         (
-            ("benchmark.ways=[int8_weights/eager]",),
+            ("benchmark.cases=[int8_weights/eager]",),
             "int8_weights/eager is no WEIGHTS/HOW; did you mean int8_weight/eager",
         ),
-        (("benchmark.ways=[]",), "names nothing to compare"),
+        (("benchmark.cases=[]",), "names nothing to compare"),
         (("benchmark.ctranslate2=folder",), "benchmark.ctranslate2_python"),
     ],
 )
@@ -83,11 +83,11 @@ SHORT = ("model=gpt2_tiny", "model.max_position_embeddings=64", "backend.ranks=1
             "job.rate_tokens=32",
         ),
         (("job=quantize", "quantization=int8_weight", "job.sample_tokens=64"), "job.sample_tokens=64", "=63"),
-        (("benchmark=quantization",), "benchmark.prompt=64", "benchmark.prompt=31"),
-        (("benchmark=batching", "benchmark.outputs=64"), "benchmark.outputs=64", "benchmark.outputs=63"),
-        (("benchmark=batching", "benchmark.inputs=16-50"), "benchmark.inputs=50", "benchmark.inputs=32"),
-        (("benchmark=serving",), "benchmark.inputs=256", "benchmark.inputs=32 benchmark.outputs=32"),
-        (("benchmark=serving", "benchmark.inputs=lognormal:9:1:60"), "benchmark.inputs=60", "benchmark.inputs=32"),
+        (("benchmark=quantization",), "benchmark.input_len=64", "benchmark.input_len=31"),
+        (("benchmark=batching", "benchmark.output_len=64"), "benchmark.output_len=64", "benchmark.output_len=63"),
+        (("benchmark=batching", "benchmark.input_len=16-50"), "benchmark.input_len=50", "benchmark.input_len=32"),
+        (("benchmark=serving",), "benchmark.input_len=256", "benchmark.input_len=32 benchmark.output_len=32"),
+        (("benchmark=serving", "benchmark.input_len=lognormal:9:1:60"), "benchmark.input_len=60", "benchmark.input_len=32"),
         (("benchmark=cache",), "benchmark.max_length=100", "benchmark.max_length=64"),
         (("benchmark=cache", "benchmark.warm_up=[[1,65]]"), "benchmark.warm_up[0]=65", "[[1,64]]"),
         (("job=serve", "job.warm_up=[[1,65]]"), "job.warm_up[0]=65", "[[1,64]]"),

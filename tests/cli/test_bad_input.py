@@ -55,7 +55,10 @@ def refused(launch_in_process, tmp_path):
             ["backend=kubernetes", "backend.image=a/b:1", "backend.volumes={1: /x}"],
             ["backend.volumes", "has the key 1,"],
         ),
-        (["job=benchmark", "benchmark=serving", "benchmark.extra={1: 2}"], ["benchmark.extra", "has the key 1"]),
+        (
+            ["job=benchmark", "benchmark=serving", "benchmark.extra_body={1: 2}"],
+            ["benchmark.extra_body", "has the key 1"],
+        ),
         (["pln"], ["pln", "did you mean plan?"]),
         (["--jsn"], ["--jsn: no such flag; did you mean --json?"]),
         (["dry_run=maybe"], ["dry_run=maybe"]),

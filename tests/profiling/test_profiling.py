@@ -230,13 +230,13 @@ def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
     [
         (("benchmark=cache", "benchmark.tokenizer=bytes", "benchmark.max_length=40"), ("computed",)),
         (
-            ("benchmark=batching", "benchmark.requests=4", "benchmark.inputs=4", "benchmark.outputs=8"),
+            ("benchmark=batching", "benchmark.num_prompts=4", "benchmark.input_len=4", "benchmark.output_len=8"),
             ("none", "static"),
         ),
     ],
 )
 def test_cases_in_the_process_of_a_rank_are_taken_once_more(tmp_path, words, cases) -> None:
-    more = ("benchmark.ways=[none,static]",) if len(cases) > 1 else ()
+    more = ("benchmark.modes=[none,static]",) if len(cases) > 1 else ()
     context = context_of(tmp_path, "job=benchmark", *words, *more, "benchmark.repeats=1", "profile.active=3")
     assert isinstance(context.run.benchmark, Benchmark)
     execute_benchmark(context)

@@ -35,16 +35,19 @@ class AttentionPoint:
 
     kernel: Kernel
     direction: Direction
-    sequence: int
+    sequence_length: int
 
     @property
     def name(self) -> str:
         """Return what it is called in results and metrics."""
-        return f"{self.kernel}/{self.direction}/{self.sequence}"
+        return f"{self.kernel}/{self.direction}/{self.sequence_length}"
 
-    def bytes_needed(self, *, batch: int, width: int, heads: int, value_bytes: int) -> int:
+    def bytes_needed(self, *, batch_size: int, hidden_size: int, num_attention_heads: int, value_bytes: int) -> int:
         """Return how much memory its process takes at most: an estimate that errs on the large side."""
-        hidden, scores = batch * self.sequence * width, batch * heads * self.sequence**2
+        hidden, scores = (
+            batch_size * self.sequence_length * hidden_size,
+            batch_size * num_attention_heads * self.sequence_length**2,
+        )
         num_scores = 0 if self.kernel in _WRITES_NO_SCORES[self.direction] else _SCORES[self.direction]
         compared = 4 * 8 * hidden  # output and gradient against a reference in fp64
         return value_bytes * (_HIDDEN[self.direction] * hidden + num_scores * scores) + compared + _PROCESS_BYTES
@@ -64,22 +67,28 @@ class AttentionBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "attention"
-    summary_fields: ClassVar[tuple[str, ...]] = ("sequences", "batch", "width", "heads", "passes")
+    summary_fields: ClassVar[tuple[str, ...]] = (
+        "sequence_lengths",
+        "batch_size",
+        "hidden_size",
+        "num_attention_heads",
+        "passes",
+    )
 
     kernels: tuple[Kernel, ...] = KERNELS
     """What is compared; nn.MultiheadAttention as called by default (mha_weights) is what memory saved refers to."""
 
-    sequences: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
+    sequence_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
     """Tokens of a sequence, each measured; those that would not fit into memory are left out, and said to be."""
 
-    batch: int = 1
+    batch_size: int = 1
     """Sequences."""
 
-    width: int = 512
+    hidden_size: int = 512
     """Size of a token's vector."""
 
-    heads: int = 8
-    """Attention heads; they divide the width."""
+    num_attention_heads: int = 8
+    """Attention heads; they divide hidden_size."""
 
     passes: Literal["forward", "backward", "both"] = "both"
     """``forward`` computes the output without gradients, ``backward`` both and all gradients; ``both`` measures each
@@ -92,15 +101,21 @@ class AttentionBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no attention, and comparisons of nothing."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "batch", "width", "heads")
-        if self.heads > 0 and self.width % self.heads:
-            fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
-            why = f"{self.heads} heads do not divide width {self.width}"
-            yield self.error("heads", why, f"set benchmark.heads={fitting}")
+        yield from self.validate_minimum(1, "batch_size", "hidden_size", "num_attention_heads")
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            fitting = max(heads for heads in range(1, self.num_attention_heads + 1) if self.hidden_size % heads == 0)
+            why = f"{self.num_attention_heads} heads do not divide hidden_size={self.hidden_size}"
+            yield self.error("num_attention_heads", why, f"set benchmark.num_attention_heads={fitting}")
         if not self.kernels or len(set(self.kernels)) < len(self.kernels):
             yield self.error("kernels", "names nothing to measure, or something twice", "leave benchmark.kernels out")
-        if not self.sequences or len(set(self.sequences)) < len(self.sequences) or min(self.sequences) < 1:
-            yield self.error("sequences", "takes different lengths of at least 1", "set benchmark.sequences=[512,1024]")
+        if (
+            not self.sequence_lengths
+            or len(set(self.sequence_lengths)) < len(self.sequence_lengths)
+            or min(self.sequence_lengths) < 1
+        ):
+            yield self.error(
+                "sequence_lengths", "takes different lengths of at least 1", "set benchmark.sequence_lengths=[512,1024]"
+            )
         if self.tolerance is not None and self.tolerance <= 0:
             yield self.error("tolerance", "must be above 0", "leave benchmark.tolerance out")
         if self.passes == "backward" and set(self.kernels) <= set(NO_BACKWARD):
@@ -123,8 +138,8 @@ class AttentionBenchmark(Benchmark):
     def points(self) -> list[AttentionPoint]:
         """What is to be measured, kernels next to each other."""
         return [
-            AttentionPoint(kernel=kernel, direction=direction, sequence=sequence)
-            for sequence in self.sequences
+            AttentionPoint(kernel=kernel, direction=direction, sequence_length=length)
+            for length in self.sequence_lengths
             for direction in self.chosen_passes
             for kernel in self.kernels
             if direction == "forward" or kernel not in NO_BACKWARD
@@ -149,4 +164,9 @@ class AttentionBenchmark(Benchmark):
     def bytes_needed(self, point: AttentionPoint, run: Run) -> int:
         """Return what the process of a point takes at most, by estimate."""
         size = run.precision.compute_bytes
-        return point.bytes_needed(batch=self.batch, width=self.width, heads=self.heads, value_bytes=size)
+        return point.bytes_needed(
+            batch_size=self.batch_size,
+            hidden_size=self.hidden_size,
+            num_attention_heads=self.num_attention_heads,
+            value_bytes=size,
+        )

@@ -37,7 +37,7 @@ class CollectivesBenchmark(Benchmark):
     factor: int = 4
     """From one size to the next."""
 
-    seconds: float = 0.2
+    duration_s: float = 0.2
     """About how long each collective is repeated at each size in each round, but 3 times at least."""
 
     def validate(self) -> Iterator[ConfigError]:
@@ -48,8 +48,8 @@ class CollectivesBenchmark(Benchmark):
         if self.largest_bytes < self.smallest_bytes:
             why = f"is below benchmark.smallest_bytes={self.smallest_bytes}"
             yield self.error("largest_bytes", why, f"set benchmark.largest_bytes={self.smallest_bytes}")
-        if self.seconds <= 0:
-            yield self.error("seconds", "must be above 0", "set benchmark.seconds=0.2")
+        if self.duration_s <= 0:
+            yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=0.2")
         if not self.collectives or len(set(self.collectives)) < len(self.collectives):
             yield self.error("collectives", "names nothing, or something twice", "leave benchmark.collectives out")
 
@@ -167,10 +167,10 @@ class PipelineBenchmark(Benchmark):
     """How long a rank that sleeps takes for a micro-batch's forward pass; the gradients of its input and of its weight
     take as long each. A busy machine wakes a sleeper late: give it a longer unit."""
 
-    batch: int = 16
+    batch_size: int = 16
     """Sequences in a step of the model, all micro-batches together."""
 
-    sequence: int = 64
+    sequence_length: int = 64
     """Tokens in each of them."""
 
     case_timeout_s: float = 600.0
@@ -179,8 +179,8 @@ class PipelineBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject pipelines that are none, and micro-batches that are not alike."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "batch", "case_timeout_s")
-        yield from self.validate_minimum(2, "sequence")
+        yield from self.validate_minimum(1, "batch_size", "case_timeout_s")
+        yield from self.validate_minimum(2, "sequence_length")
         for name, least in (("stages", 2), ("micro_batches", 1), ("schedules", ""), ("passes", ""), ("work", "")):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
@@ -189,10 +189,12 @@ class PipelineBenchmark(Benchmark):
                 yield self.error(name, f"must each be at least {least}", f"leave benchmark.{name} out")
         if self.unit_ms <= 0:
             yield self.error("unit_ms", "must be above 0", "set benchmark.unit_ms=100")
-        uneven = [number for number in self.micro_batches if number > 0 and self.batch % number]
+        uneven = [number for number in self.micro_batches if number > 0 and self.batch_size % number]
         if uneven and "model" in self.passes:
-            why = f"{self.batch} sequences do not make {uneven[0]} micro-batches of one size"
-            yield self.error("batch", why, f"set benchmark.batch={-(-self.batch // uneven[0]) * uneven[0]}")
+            why = f"{self.batch_size} sequences do not make {uneven[0]} micro-batches of one size"
+            yield self.error(
+                "batch_size", why, f"set benchmark.batch_size={-(-self.batch_size // uneven[0]) * uneven[0]}"
+            )
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]
@@ -202,7 +204,11 @@ class PipelineBenchmark(Benchmark):
     @property
     def train_options(self) -> Mapping[str, Any]:
         """Steps of the whole batch; each case cuts it up."""
-        sizes = {"micro_batch": self.batch, "global_batch": self.batch, "sequence_length": self.sequence}
+        sizes = {
+            "micro_batch": self.batch_size,
+            "global_batch": self.batch_size,
+            "sequence_length": self.sequence_length,
+        }
         return {**sizes, "steps": self.warmup + 1}
 
     @property
@@ -245,7 +251,7 @@ class PipelineBenchmark(Benchmark):
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model, or benchmark.passes=[sleep]")
             return
-        yield from run.model.validate_length(benchmark__sequence=self.sequence)
+        yield from run.model.validate_length(benchmark__sequence_length=self.sequence_length)
         wanted = {(one.schedule, one.stages) for one in self.pipelines if one.passes == "model" and one.stages > 1}
         for schedule, stages in sorted(wanted):
             pipeline = Pipeline(schedule=schedule, stages=stages)
@@ -262,7 +268,7 @@ class PipelineBenchmark(Benchmark):
         if "sleep" in self.passes:
             yield "stages that sleep", f"{self.unit_ms:g} ms for a forward pass, twice that for a backward pass"
         if "model" in self.passes:
-            size = f"{self.batch} sequences of {self.sequence} tokens"
+            size = f"{self.batch_size} sequences of {self.sequence_length} tokens"
             yield "stages of", f"{run.model.name}, precision={run.precision.kind}: {size}, compared with one stage"
         yield "pipelines", f"{len(self.pipelines)} in each of {self.repeats} rounds"
         if self.left_out:

@@ -20,24 +20,33 @@ EXAMPLE_TEXTS = ("人工智能的发展趋势", "机器学习的未来", "深度
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingBenchmark(Benchmark):
-    """The run's model answers a queue that is there at once, under each way in turn. The defaults are the article's."""
+    """The run's model answers a queue that is there at once, in each batching mode in turn.
+
+    The defaults are the article's.
+    """
 
     kind: ClassVar[str] = "batching"
-    summary_fields: ClassVar[tuple[str, ...]] = ("requests", "inputs", "outputs", "max_batch_size", "max_wait_s")
+    summary_fields: ClassVar[tuple[str, ...]] = (
+        "num_prompts",
+        "input_len",
+        "output_len",
+        "max_batch_size",
+        "max_wait_s",
+    )
     isolation: ClassVar[str] = "each with an engine of its own"
     needs_model: ClassVar[bool] = True
     supports_quantized: ClassVar[bool] = True
 
-    ways: tuple[BatchingMode, ...] = ("none", "static", "dynamic", "continuous")
+    modes: tuple[BatchingMode, ...] = ("none", "static", "dynamic", "continuous")
     """What is compared, as job.batching has it."""
 
-    requests: int = 50
+    num_prompts: int = 50
     """Requests in the queue."""
 
-    inputs: str = "article"
+    input_len: str = "article"
     """``article`` takes its five texts in turn; else tokens of each prompt: 64, 16-256, lognormal:48:0.8:256."""
 
-    outputs: str = "32"
+    output_len: str = "32"
     """Tokens of each answer, in the same grammar; the model's end-of-sequence token ends none."""
 
     max_batch_size: int = 16
@@ -58,13 +67,13 @@ class BatchingBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty comparison and lengths that are none."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "requests", "max_batch_size", "bucket_size")
+        yield from self.validate_minimum(1, "num_prompts", "max_batch_size", "bucket_size")
         yield from self.validate_minimum(0, "max_wait_s")
-        if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
-        for name in ("inputs", "outputs"):
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            yield self.error("modes", "names nothing to compare, or something twice", "leave benchmark.modes out")
+        for name in ("input_len", "output_len"):
             text = getattr(self, name)
-            if (name, text) == ("inputs", "article"):
+            if (name, text) == ("input_len", "article"):
                 continue
             try:
                 parse_length_distribution(text)
@@ -74,22 +83,22 @@ class BatchingBenchmark(Benchmark):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject requests that are longer than the model's longest sequence."""
         yield from super().validate_run(run, world_size=world_size)
-        outputs = parse_length_distribution(self.outputs).maximum
-        if self.inputs == "article":  # a rank counts the tokens of its texts
-            yield from run.model.validate_length(benchmark__outputs=outputs, spare=1)
+        longest = parse_length_distribution(self.output_len).maximum
+        if self.input_len == "article":  # a rank counts the tokens of its texts
+            yield from run.model.validate_length(benchmark__output_len=longest, spare=1)
         else:
-            inputs = parse_length_distribution(self.inputs).maximum
-            yield from run.model.validate_length(benchmark__inputs=inputs, benchmark__outputs=outputs)
+            prompt = parse_length_distribution(self.input_len).maximum
+            yield from run.model.validate_length(benchmark__input_len=prompt, benchmark__output_len=longest)
 
     @property
     def num_measurements(self) -> int:
         """Each way in each round."""
-        return self.repeats * len(self.ways)
+        return self.repeats * len(self.modes)
 
-    def limits(self, way: BatchingMode) -> EngineLimits:
+    def limits(self, mode: BatchingMode) -> EngineLimits:
         """Return what an engine is given."""
         return EngineLimits(
-            batching=way,
+            batching=mode,
             max_num_seqs=self.max_batch_size,
             max_batch_size=self.max_batch_size,
             max_wait_s=self.max_wait_s,
@@ -100,8 +109,11 @@ class BatchingBenchmark(Benchmark):
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the queue."""
         yield "model", f"{run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
-        yield "queue", f"{self.requests} requests of {self.inputs}, answers of {self.outputs} tokens, all there at once"
-        yield "compared", ", ".join(self.ways)
+        yield (
+            "queue",
+            f"{self.num_prompts} requests of {self.input_len}, answers of {self.output_len} tokens, all there at once",
+        )
+        yield "compared", ", ".join(self.modes)
 
 
 EXAMPLE_PROMPTS = ("人工智能的发展", "机器学习的应用", "深度学习的未来", "人工智能的发展")
@@ -190,21 +202,21 @@ class QuantizationBenchmark(Benchmark):
     """Greedy decoding of the run's model; the first way is what the others are compared with."""
 
     kind: ClassVar[str] = "quantization"
-    summary_fields: ClassVar[tuple[str, ...]] = ("batch", "prompt", "tokens")
+    summary_fields: ClassVar[tuple[str, ...]] = ("batch_size", "input_len", "output_len")
     needs_model: ClassVar[bool] = True
 
-    ways: tuple[str, ...] = DEFAULT_CASES
+    cases: tuple[str, ...] = DEFAULT_CASES
     """WEIGHTS/HOW: weights are fp32, bf16 or a method of the group quantization; ``eager`` is plain forward passes with
     a growing cache, ``compiled`` has torch.compile and a static cache, ``blocks`` too but compiles one block for all,
     ``engine`` is what job=serve computes with."""
 
-    batch: int = 1
+    batch_size: int = 1
     """Sequences at a time."""
 
-    prompt: int = 64
+    input_len: int = 64
     """Tokens that each begins with."""
 
-    tokens: int = 32
+    output_len: int = 32
     """Tokens that each is continued by, timed."""
 
     ctranslate2: str | None = None
@@ -216,34 +228,36 @@ class QuantizationBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject ways that are none, and a comparison of nothing."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "batch", "prompt", "tokens")
+        yield from self.validate_minimum(1, "batch_size", "input_len", "output_len")
         known = [f"{weights}/{how}" for weights, how in itertools.product((*FORMATS, *METHODS), DECODING_MODES)]
-        for way in self.ways:
+        for way in self.cases:
             if way not in known:
                 from launcher.utils.text import did_you_mean
 
-                yield self.error("ways", f"{way} is no WEIGHTS/HOW", did_you_mean(way, known))
-        if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
+                yield self.error("cases", f"{way} is no WEIGHTS/HOW", did_you_mean(way, known))
+        if not self.cases or len(set(self.cases)) < len(self.cases):
+            yield self.error("cases", "names nothing to compare, or something twice", "leave benchmark.cases out")
         if (self.ctranslate2 is None) != (self.ctranslate2_python is None):
             why = "a converted model and an interpreter that has CTranslate2 go together"
             yield self.error("ctranslate2", why, "give benchmark.ctranslate2 and benchmark.ctranslate2_python, or none")
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield packages that are missing for one of the ways."""
-        for method in sorted({way.partition("/")[0] for way in self.ways} & METHODS.keys()):
-            for problem in METHODS[method]().validate_machine("benchmark.ways"):
-                yield ConfigError("benchmark.ways", method, why=problem.why, fix=problem.fix.split(",")[0])
+        for method in sorted({way.partition("/")[0] for way in self.cases} & METHODS.keys()):
+            for problem in METHODS[method]().validate_machine("benchmark.cases"):
+                yield ConfigError("benchmark.cases", method, why=problem.why, fix=problem.fix.split(",")[0])
 
     @property
     def names(self) -> tuple[str, ...]:
         """The ways, the peer's among them."""
-        return (*self.ways, f"int8/{CTRANSLATE2}") if self.ctranslate2 else self.ways
+        return (*self.cases, f"int8/{CTRANSLATE2}") if self.ctranslate2 else self.cases
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject sequences that are longer than the model's longest."""
         yield from super().validate_run(run, world_size=world_size)
-        yield from run.model.validate_length(benchmark__prompt=self.prompt, benchmark__tokens=self.tokens, spare=1)
+        yield from run.model.validate_length(
+            benchmark__input_len=self.input_len, benchmark__output_len=self.output_len, spare=1
+        )
 
     @property
     def num_measurements(self) -> int:

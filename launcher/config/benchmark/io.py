@@ -33,7 +33,7 @@ class DataBenchmark(Benchmark):
     micro_batch: int = 8
     """Sequences of a batch."""
 
-    seconds: float = 1.0
+    duration_s: float = 1.0
     """How long batches are loaded, in each round."""
 
     def validate(self) -> Iterator[ConfigError]:
@@ -41,8 +41,8 @@ class DataBenchmark(Benchmark):
         yield from super().validate()
         yield from self.validate_minimum(1, "micro_batch")
         yield from self.validate_minimum(2, "sequence_length")
-        if self.seconds <= 0:
-            yield self.error("seconds", "must be above 0", "set benchmark.seconds=1")
+        if self.duration_s <= 0:
+            yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=1")
         if not self.threads or len(set(self.threads)) < len(self.threads) or min(self.threads) < 0:
             yield self.error("threads", "takes different numbers of at least 0", "set benchmark.threads=[1,0]")
 
@@ -69,7 +69,7 @@ class DataBenchmark(Benchmark):
         """Yield the data and what is done with it."""
         yield "data", component_text(run.data)
         yield "tokenised", f"whole, into an empty cache, by {', '.join(map(thread_words, self.threads))}"
-        yield "loaded", f"batches of {self.micro_batch} x {self.sequence_length} tokens for {self.seconds:g} s"
+        yield "loaded", f"batches of {self.micro_batch} x {self.sequence_length} tokens for {self.duration_s:g} s"
 
 
 def thread_words(count: int) -> str:
@@ -92,12 +92,12 @@ class CheckpointBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "checkpoint"
-    summary_fields: ClassVar[tuple[str, ...]] = ("ways", "saves", "every", "micro_batch", "sequence")
+    summary_fields: ClassVar[tuple[str, ...]] = ("modes", "saves", "every", "micro_batch", "sequence_length")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "on forks of the run's ranks"
     needs_model: ClassVar[bool] = True
 
-    ways: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
+    modes: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
     """What is compared; how many seconds saves add to the loop is known only beside ``none``."""
 
     saves: int = 3
@@ -109,7 +109,7 @@ class CheckpointBenchmark(Benchmark):
     micro_batch: int = 2
     """Sequences of each rank in a step."""
 
-    sequence: int = 64
+    sequence_length: int = 64
     """Tokens in each of them."""
 
     case_timeout_s: float = 600.0
@@ -119,39 +119,39 @@ class CheckpointBenchmark(Benchmark):
         """Reject loops without saves, and ways that are none or twice there."""
         yield from super().validate()
         yield from self.validate_minimum(1, "saves", "every", "micro_batch", "case_timeout_s")
-        yield from self.validate_minimum(2, "sequence")
-        if not self.ways or len(set(self.ways)) < len(self.ways):
-            yield self.error("ways", "names nothing to compare, or something twice", "leave benchmark.ways out")
-        elif self.ways == (NO_SAVING,):
-            yield self.error("ways", "saves nothing", "leave benchmark.ways out")
+        yield from self.validate_minimum(2, "sequence_length")
+        if not self.modes or len(set(self.modes)) < len(self.modes):
+            yield self.error("modes", "names nothing to compare, or something twice", "leave benchmark.modes out")
+        elif self.modes == (NO_SAVING,):
+            yield self.error("modes", "saves nothing", "leave benchmark.modes out")
 
     @property
     def train_options(self) -> Mapping[str, Any]:
         """The loop."""
         steps = self.warmup + self.every * (self.saves + 2)
-        return {"micro_batch": self.micro_batch, "sequence_length": self.sequence, "steps": steps}
+        return {"micro_batch": self.micro_batch, "sequence_length": self.sequence_length, "steps": steps}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
         kind, shape = run.parallel.kind, run.model.shape()
-        if "asynchronous" in self.ways and kind not in _COPIED:
+        if "asynchronous" in self.modes and kind not in _COPIED:
             why = f"parallel={kind} has no tensors by name that could be copied while it trains"
-            yield self.error("ways", why, f"set benchmark.ways=[none,blocking], or parallel={' or '.join(_COPIED)}")
+            yield self.error("modes", why, f"set benchmark.modes=[none,blocking], or parallel={' or '.join(_COPIED)}")
         if shape is None:
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
         else:
-            yield from run.model.validate_length(benchmark__sequence=self.sequence)
+            yield from run.model.validate_length(benchmark__sequence_length=self.sequence_length)
         yield from run.parallel.validate_batch(run.batched_job.batch(run, world_size=world_size))
 
     @property
     def num_measurements(self) -> int:
         """Each way in each round."""
-        return self.repeats * len(self.ways)
+        return self.repeats * len(self.modes)
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the model and the loop."""
         yield "model", f"{run.model.name}, parallel={run.parallel.kind}, precision={run.precision.kind}"
         steps = self.every * (self.saves + 1)
         yield "loop", f"{steps} steps, a save after every {self.every} of them but the last"
-        yield "compared", ", ".join(self.ways)
+        yield "compared", ", ".join(self.modes)

@@ -23,24 +23,32 @@ class ActivationBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "activation"
-    summary_fields: ClassVar[tuple[str, ...]] = ("layers", "width", "heads", "batch", "sequence", "every", "repeats")
+    summary_fields: ClassVar[tuple[str, ...]] = (
+        "num_hidden_layers",
+        "hidden_size",
+        "num_attention_heads",
+        "batch_size",
+        "sequence_length",
+        "every",
+        "repeats",
+    )
 
-    layers: int = 12
+    num_hidden_layers: int = 12
     """Encoder layers."""
 
-    width: int = 768
+    hidden_size: int = 768
     """Size of a token's vector."""
 
-    heads: int = 12
-    """Attention heads; they divide the width."""
+    num_attention_heads: int = 12
+    """Attention heads; they divide hidden_size."""
 
-    feedforward: int = 3072
+    intermediate_size: int = 3072
     """Width of the hidden layer of each feed-forward block."""
 
-    batch: int = 32
+    batch_size: int = 32
     """Sequences."""
 
-    sequence: int = 512
+    sequence_length: int = 512
     """Tokens in each of them."""
 
     every: int = 2
@@ -49,12 +57,20 @@ class ActivationBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no encoder, and a case that is another one again."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "layers", "width", "heads", "feedforward", "batch", "sequence")
+        yield from self.validate_minimum(
+            1,
+            "num_hidden_layers",
+            "hidden_size",
+            "num_attention_heads",
+            "intermediate_size",
+            "batch_size",
+            "sequence_length",
+        )
         yield from self.validate_minimum(2, "every")
-        if self.heads > 0 and self.width % self.heads:
-            fitting = max(heads for heads in range(1, self.heads + 1) if self.width % heads == 0)
-            why = f"{self.heads} heads do not divide width {self.width}"
-            yield self.error("heads", why, f"set benchmark.heads={fitting}")
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            fitting = max(heads for heads in range(1, self.num_attention_heads + 1) if self.hidden_size % heads == 0)
+            why = f"{self.num_attention_heads} heads do not divide hidden_size={self.hidden_size}"
+            yield self.error("num_attention_heads", why, f"set benchmark.num_attention_heads={fitting}")
 
     @property
     def policies(self) -> Mapping[str, int]:
@@ -85,7 +101,7 @@ class MemoryBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "memory"
-    summary_fields: ClassVar[tuple[str, ...]] = ("strategies", "batch", "sequence")
+    summary_fields: ClassVar[tuple[str, ...]] = ("strategies", "batch_size", "sequence_length")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "largest of all ranks, which are forks of the run's"
     needs_model: ClassVar[bool] = True
@@ -99,10 +115,10 @@ class MemoryBenchmark(Benchmark):
     strategies: tuple[str, ...] = (SINGLE_STRATEGY, "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
     """What is measured: ``single`` on one rank, others on all; the names are those of job=verify."""
 
-    batch: int = 4
+    batch_size: int = 4
     """Sequences in a step, over all ranks."""
 
-    sequence: int = 64
+    sequence_length: int = 64
     """Tokens in each of them."""
 
     case_timeout_s: float = 600.0
@@ -111,8 +127,8 @@ class MemoryBenchmark(Benchmark):
     def validate(self) -> Iterator[ConfigError]:
         """Reject names that are no strategy, and steps that are none."""
         yield from super().validate()
-        yield from self.validate_minimum(1, "warmup", "batch", "case_timeout_s")
-        yield from self.validate_minimum(2, "sequence")
+        yield from self.validate_minimum(1, "warmup", "batch_size", "case_timeout_s")
+        yield from self.validate_minimum(2, "sequence_length")
         if not self.strategies or len(set(self.strategies)) < len(self.strategies):
             yield self.error("strategies", "names nothing, or something twice", "leave benchmark.strategies out")
         for name in self.strategies:
@@ -123,7 +139,11 @@ class MemoryBenchmark(Benchmark):
     @property
     def train_options(self) -> Mapping[str, Any]:
         """Steps of the whole batch; each strategy shares it out."""
-        sizes = {"micro_batch": self.batch, "global_batch": self.batch, "sequence_length": self.sequence}
+        sizes = {
+            "micro_batch": self.batch_size,
+            "global_batch": self.batch_size,
+            "sequence_length": self.sequence_length,
+        }
         return {**sizes, "steps": self.warmup + 1}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
@@ -133,10 +153,10 @@ class MemoryBenchmark(Benchmark):
             why = "its sizes, and so the formula, are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")
             return
-        yield from run.model.validate_length(benchmark__sequence=self.sequence)
+        yield from run.model.validate_length(benchmark__sequence_length=self.sequence_length)
         for name in self.strategies:
             why_not = next(
-                STRATEGIES[name].validate(run, world_size=num_ranks(name, world_size), sequences=self.batch), None
+                STRATEGIES[name].validate(run, world_size=num_ranks(name, world_size), sequences=self.batch_size), None
             )
             if why_not is not None:
                 yield self.error("strategies", f"{name}: {why_not}", "leave it out, or change what it names")

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from launcher.config.paths import PathText
@@ -128,64 +128,64 @@ class ServingBenchmark(Benchmark):
     """Load on an OpenAI-compatible server: any that runs, or one that is started here with the run's model."""
 
     kind: ClassVar[str] = "serving"
-    summary_fields: ClassVar[tuple[str, ...]] = ("mode", "inputs", "outputs", "seconds")
+    summary_fields: ClassVar[tuple[str, ...]] = ("input_len", "output_len", "duration_s")
     isolation: ClassVar[str] = "all levels in turn, on one server"
     supports_quantized: ClassVar[bool] = True
 
     repeats: int = 1
     """Rounds; each goes through all levels, with prompts of its own, so that no cache of prompts helps."""
 
-    url: str | None = None
+    base_url: str | None = None
     """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one with the run's model and ends it again."""
 
     served_model_name: str | None = None
     """What requests call the model; ``null`` takes the first that the server names."""
 
-    key_variable: str = "OPENAI_API_KEY"
+    api_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the API key, where the server wants one."""
 
     serve: dict[str, Any] = field(default_factory=dict)
     """Options of job=serve for the server that is started here: ``{batching: dynamic, max_num_seqs: 16}``."""
 
-    mode: Literal["closed", "open"] = "closed"
-    """``closed`` keeps so many requests under way; in ``open`` they come when they come, and latencies count from the
-    time at which a request was due, so that a server that stalls cannot hide it (coordinated omission)."""
+    max_concurrency: tuple[int, ...] = (1, 4, 8, 16)
+    """Closed loop: requests in flight, one level of load each; a request that completes is followed by the next."""
 
-    levels: tuple[float, ...] = (1, 4, 8, 16)
-    """Requests at a time where ``mode`` is ``closed``, requests a second (Poisson) where it is ``open``."""
+    request_rate: tuple[float, ...] = ()
+    """Open loop instead: requests a second, one level of load each. Arrivals are a Poisson process, and latencies count
+    from the time at which a request was due, so that a server that stalls cannot hide it (coordinated omission)."""
 
-    seconds: float = 30.0
-    """How long each level lasts; requests that are under way at its end are broken off."""
+    duration_s: float = 30.0
+    """Length of each level; requests in flight at its end are cancelled."""
 
     trace: PathText | None = None
     """File of requests: JSON lines of what goes into each body (``prompt`` or ``messages``, ``max_tokens``, …), again
     from its beginning where it ends; ``null`` draws words from ``job.seed``."""
 
-    inputs: str = "16-256"
+    input_len: str = "16-256"
     """Words of a prompt, about a token each: 64, 16-256, or lognormal:96:0.8:1024 (median, sigma, most)."""
 
-    outputs: str = "16-128"
+    output_len: str = "16-128"
     """``max_tokens``, in the same grammar."""
 
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra_body: dict[str, Any] = field(default_factory=dict)
     """Fields that every body gets: ``{ignore_eos: true}`` where a server knows it."""
 
-    slo_first_s: float | None = 2.0
-    """A good answer's time to the first token; ``null`` asks for nothing."""
+    slo_ttft_s: float | None = 2.0
+    """Goodput counts answers whose time to first token (TTFT) is at most this; ``null`` sets no limit."""
 
-    slo_per_token_s: float | None = 0.2
-    """A good answer's mean time a token after it."""
+    slo_tpot_s: float | None = 0.2
+    """The same for the mean time per output token after the first (TPOT)."""
 
-    slo_whole_s: float | None = None
-    """A good answer's time to its end."""
+    slo_e2el_s: float | None = None
+    """The same for the end-to-end latency (E2EL)."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject addresses, lengths and levels that are none."""
         yield from super().validate()
         for name, parse in (
-            ("inputs", parse_length_distribution),
-            ("outputs", parse_length_distribution),
-            ("url", parse_server_address),
+            ("input_len", parse_length_distribution),
+            ("output_len", parse_length_distribution),
+            ("base_url", parse_server_address),
         ):
             text = getattr(self, name)
             try:
@@ -193,14 +193,16 @@ class ServingBenchmark(Benchmark):
                     parse(text)
             except ValueError as error:
                 yield self.error(name, str(error), f"leave benchmark.{name} out, or write it so")
-        if self.seconds <= 0:
-            yield self.error("seconds", "must be above 0", "set benchmark.seconds=30")
-        wrong = [level for level in self.levels if level <= 0 or (self.mode == "closed" and level != int(level))]
-        if wrong or not self.levels or len(set(self.levels)) < len(self.levels):
-            kind = "whole numbers above 0" if self.mode == "closed" else "numbers above 0"
-            yield self.error("levels", f"takes different {kind}", "set benchmark.levels=[1,4,8,16]")
-        if self.url is not None and self.serve:
-            yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.url out")
+        if self.duration_s <= 0:
+            yield self.error("duration_s", "must be above 0", "set benchmark.duration_s=30")
+        for name, fix in (("max_concurrency", "[1,4,8,16]"), ("request_rate", "[0.5,1,2]")):
+            levels = getattr(self, name)
+            if min(levels, default=1) <= 0 or len(set(levels)) < len(levels):
+                yield self.error(name, "takes different numbers above 0", f"set benchmark.{name}={fix}")
+        if not self.levels:
+            yield self.error("max_concurrency", "names no level of load", "leave benchmark.max_concurrency out")
+        if self.base_url is not None and self.serve:
+            yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.base_url out")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject requests that are longer than what the server that is started here takes, at a token a word."""
@@ -220,25 +222,35 @@ class ServingBenchmark(Benchmark):
     @property
     def needs_model(self) -> bool:  # type: ignore[override]
         """Whether it starts a server."""
-        return self.url is None
+        return self.base_url is None
 
     @property
     def server_options(self) -> Mapping[str, Any] | None:
         """Options of the job=serve that it starts, if it does."""
-        return self.serve if self.url is None else None
+        return self.serve if self.base_url is None else None
 
     @property
     def num_measurements(self) -> int:
         """Each level in each round."""
         return self.repeats * len(self.levels)
 
+    @property
+    def is_open_loop(self) -> bool:
+        """Whether requests are sent at a rate, whether or not others have completed."""
+        return bool(self.request_rate)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """Levels of load, in the order in which they are measured."""
+        return self.request_rate or self.max_concurrency
+
     def name_of(self, level: float) -> str:
-        """Return what a level is called."""
-        return f"{level:g} at a time" if self.mode == "closed" else f"{level:g} a second"
+        """Return the name of a level in results and metrics."""
+        return f"{'request_rate' if self.is_open_loop else 'max_concurrency'}={level:g}"
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
         """Yield the server and the load."""
         own = f"job=serve with {run.model.name}, weights={run.model.weights}, precision={run.precision.kind}"
-        yield "server", self.url or own
-        yield "requests", self.trace or f"{self.inputs} words, {self.outputs} tokens"
-        yield "load", f"{self.mode}: {', '.join(map(self.name_of, self.levels))}; {self.seconds:g} s each"
+        yield "server", self.base_url or own
+        yield "requests", self.trace or f"{self.input_len} words, {self.output_len} tokens"
+        yield "load", f"{', '.join(map(self.name_of, self.levels))}; {self.duration_s:g} s each"

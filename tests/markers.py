@@ -28,8 +28,11 @@ _BY_PLACE = (
     *((f"models/test_{name}.py*", "process") for name in ("build", "compiled", "float8", "from_pretrained", "hub")),
     *((f"models/test_{name}.py*", "process") for name in ("kernels", "lazy", "recompute", "smollm2", "weights")),
     *((f"inference/test_{name}.py*", "process") for name in ("beams", "chat", "engine", "exactness", "invariance")),
-    *((f"inference/test_{name}.py*", "process") for name in ("isolation", "kernels", "lockstep", "sampling", "split")),
-    *((f"inference/test_{name}.py*", "process") for name in ("text", "theirs", "vllm_engine")),
+    *(
+        (f"inference/test_{name}.py*", "process")
+        for name in ("distributed", "isolation", "kernels", "sampling", "step_plan")
+    ),
+    *((f"inference/test_{name}.py*", "process") for name in ("detokenizer", "transformers_engine", "vllm_engine")),
     ("inference/server/*", "process"),
     # Whole files that start processes by themselves.
     *(

@@ -53,7 +53,7 @@ def _findings(
         yield (
             f"{case.name}: {benchmark.num_prompts} requests in {case.median('elapsed_s'):.2f} s, "
             f"{case.median('requests_per_s'):.2f} requests/s, "
-            f"mean {1000 * case.median('each_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
+            f"mean {1000 * case.median('per_request_s'):.1f} ms a request, padding {case.median('padding_share'):.1%}"
         )
     yield from (f"{name}: {value:.2f} times none" for name, value in _metrics(cases).items())
     same = "the same in every mode" if num_answers == 1 else f"{num_answers} different sets of them"
@@ -84,15 +84,13 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
             for mode in benchmark.modes:
                 tell = partial(context.heartbeat.update, step=done, steps=total)
                 build = partial(tell, "build")
-                generator = make_paged_engine(run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=build)
+                engine = make_paged_engine(run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
-                        answer_queue(
-                            generator, requests[: benchmark.max_batch_size], heartbeat=partial(tell, "warm up")
-                        )
-                    sample = answer_queue(generator, requests, heartbeat=partial(tell, "measure"))
+                        answer_queue(engine, requests[: benchmark.max_batch_size], heartbeat=partial(tell, "warm up"))
+                    sample = answer_queue(engine, requests, heartbeat=partial(tell, "measure"))
                 finally:
-                    generator.close()
+                    engine.close()
                 found[mode].append(sample)
                 done += 1
                 numbers = {name: value for name, value in sample.items() if isinstance(value, int | float)}
@@ -108,13 +106,13 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
 def _profile(benchmark: BatchingBenchmark, mode: BatchingMode, requests: list[EngineRequest], context: Context) -> None:
     """Answer the queue once more under one batching mode, with the profiler."""
     heartbeat = partial(context.heartbeat.update, "profile")
-    generator = make_paged_engine(context.run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=heartbeat)
+    engine = make_paged_engine(context.run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=heartbeat)
     try:
         with case_profiler(mode, context) as profiler:
-            generator.profiler = profiler
-            answer_queue(generator, requests, heartbeat=heartbeat)
+            engine.profiler = profiler
+            answer_queue(engine, requests, heartbeat=heartbeat)
     finally:
-        generator.close()
+        engine.close()
 
 
 def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[EngineRequest]:
@@ -129,8 +127,8 @@ def make_queue(benchmark: BatchingBenchmark, context: Context) -> Iterator[Engin
 
 def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Random) -> Iterator[tuple[int, ...]]:
     if benchmark.input_len == "article":
-        words = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("load"))
-        yield from itertools.cycle([tuple(words.encode(text)) for text in EXAMPLE_TEXTS])
+        tokenizer = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("load"))
+        yield from itertools.cycle([tuple(tokenizer.encode(text)) for text in EXAMPLE_TEXTS])
     shape = context.run.model.shape()
     vocabulary = shape.vocab_size if shape is not None else 256
     lengths = parse_length_distribution(benchmark.input_len)
@@ -139,27 +137,29 @@ def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Ran
 
 
 def answer_queue(
-    generator: InferenceEngine, requests: list[EngineRequest], *, heartbeat: Callable[[], None]
+    engine: InferenceEngine, requests: list[EngineRequest], *, heartbeat: Callable[[], None]
 ) -> dict[str, Any]:
     """Hand an engine all requests at once and return what it took.
 
     ``per_request_s`` is the time of all divided by their number, as the article has it; ``e2el`` is the end-to-end
     latency of one of them, from being added to its last token. ``padding_share`` is that of all computed positions.
     """
-    before = generator.stats()
+    before = engine.stats()
     started = time.perf_counter()
     for request in requests:
-        generator.add(request)
+        engine.add(request)
     tokens: dict[str, list[int]] = {request.id: [] for request in requests}
     ended: dict[str, float] = {}
     while len(ended) < len(requests):
-        for update in generator.step():
-            tokens[update.request] += [token.id for token in update.tokens]
-            if update.finish is not None:
-                assert update.finish == "length", f"{update.request} ended as {update.finish}: {update.problem}"
-                ended[update.request] = time.perf_counter() - started
+        for output in engine.step():
+            tokens[output.request_id] += [token.id for token in output.tokens]
+            if output.finish_reason is not None:
+                assert output.finish_reason == "length", (
+                    f"{output.request_id} ended as {output.finish_reason}: {output.error}"
+                )
+                ended[output.request_id] = time.perf_counter() - started
         heartbeat()
-    elapsed_s, after = time.perf_counter() - started, generator.stats()
+    elapsed_s, after = time.perf_counter() - started, engine.stats()
     padding = after.padding_tokens_total - before.padding_tokens_total
     useful = after.prompt_tokens_total - before.prompt_tokens_total
     useful += after.generated_tokens_total - before.generated_tokens_total

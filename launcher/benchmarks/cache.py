@@ -35,8 +35,8 @@ def run_cache_benchmark(benchmark: ResultCacheBenchmark, context: Context) -> Be
     for number in range(benchmark.repeats):
         cache = ResultCache(benchmark.max_bytes, ttl_s=3600.0)
         for prompt in prompts:
-            how, seconds = _answer(benchmark, engine, cache, prompt, seed=context.run.job.seed)
-            times["kept" if how == "hit" else "computed"].append(seconds)
+            status, seconds = _answer(benchmark, engine, cache, prompt, seed=context.run.job.seed)
+            times["kept" if status == "hit" else "computed"].append(seconds)
         heartbeat("measure", number + 1)
     if isinstance(context.run.profile, TorchProfile):  # once more, which counts for nothing
         with case_profiler("computed", context) as engine.profiler:
@@ -59,7 +59,7 @@ def run_cache_benchmark(benchmark: ResultCacheBenchmark, context: Context) -> Be
 def _answer(
     benchmark: ResultCacheBenchmark, engine: InferenceEngine, cache: ResultCache, prompt: tuple[int, ...], *, seed: int
 ) -> tuple[str, float]:
-    """Return whether the result was there, and after what time."""
+    """Return the cache status of a prompt, and the seconds until its result."""
     sampling = SamplingParams(
         max_tokens=max(1, benchmark.max_length - len(prompt)),
         temperature=benchmark.temperature,
@@ -71,16 +71,16 @@ def _answer(
     )
     started = time.perf_counter()
     key = result_key("this process", prompt, sampling, ())
-    flight, how = cache.find(key, RequestState(EngineRequest(id="one", prompt=prompt, sampling=sampling)))
-    if how == "miss":
-        engine.add(flight.request)
-        while not flight.ended:
-            for update in engine.step():
-                flight.hear(update)
-        cache.landed(key, flight)
-    if flight.trouble is not None:
-        raise flight.trouble
-    return how, time.perf_counter() - started
+    state, status = cache.find(key, RequestState(EngineRequest(id="one", prompt=prompt, sampling=sampling)))
+    if status == "miss":
+        engine.add(state.request)
+        while not state.is_done:
+            for output in engine.step():
+                state.handle_output(output)
+        cache.complete(key, state)
+    if state.error is not None:
+        raise state.error
+    return status, time.perf_counter() - started
 
 
 def _facts(cache: ResultCache) -> Mapping[str, Any]:

@@ -140,7 +140,7 @@ class EngineDecoding:
             kv_cache_tokens=batch * (length + 64),
             prefill_chunk_size=batch * length,
         )
-        self._engine = paged_engine_for(model, limits=limits, ends=())
+        self._engine = paged_engine_for(model, limits=limits, eos_token_ids=())
 
     def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
         """Return seconds, and the tokens chosen."""
@@ -150,8 +150,8 @@ class EngineDecoding:
         chosen: dict[str, list[int]] = {}
         times = [synchronized_time(ids.device)]
         while not self._engine.idle:
-            for update in self._engine.step():
-                chosen.setdefault(update.request, []).extend(token.id for token in update.tokens)
+            for output in self._engine.step():
+                chosen.setdefault(output.request_id, []).extend(token.id for token in output.tokens)
             times.append(synchronized_time(ids.device))
             progress()
         picked = [chosen[key][1:] for key in sorted(chosen, key=int)]

@@ -24,7 +24,7 @@ from launcher.data.dataset import open_splits
 from launcher.engines.distributed import DTYPES, choose_device
 from launcher.engines.model import prepare_precision
 from launcher.inference.engine.base import EngineRequest
-from launcher.inference.engine.model_loader import end_of_sequence_ids
+from launcher.inference.engine.model_loader import load_eos_token_ids
 from launcher.inference.engine.model_runner import cache_argument
 from launcher.inference.engine.paged_engine import paged_engine_for
 from launcher.inference.kernels.layers import replace_quantized_layers
@@ -81,7 +81,7 @@ def engine_of(model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> P
         kv_cache_tokens=batch * (prompt + new + 64),
         prefill_chunk_size=batch * prompt,
     )
-    return paged_engine_for(model, limits=limits, ends=())
+    return paged_engine_for(model, limits=limits, eos_token_ids=())
 
 
 def engine_rates(engine: PagedEngine, model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> Rates:
@@ -255,15 +255,15 @@ def _by_engine(
     """Return how fast the launcher's engine is with both, and what both say; layers of the models are replaced."""
     most = max(job.rate_batches, default=1)
     engines = {which: engine_of(model, **_sizes(job, most)) for which, model in models.items()}
-    words = open_tokenizer(job.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("sample", 4))
+    tokenizer = open_tokenizer(job.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("sample", 4))
 
     def measure(which: str, batch: int) -> Rates:
         return engine_rates(engines[which], models[which], **_sizes(job, batch))
 
     rates = _rates(job, measure, context)
-    ends = end_of_sequence_ids(context.run, models[BEFORE])
+    eos_token_ids = load_eos_token_ids(context.run, models[BEFORE])
     samples = {
-        which: words.decode(_continue(engine, words.encode(job.prompt), ends, job.sample_tokens))
+        which: tokenizer.decode(_continue(engine, tokenizer.encode(job.prompt), eos_token_ids, job.sample_tokens))
         for which, engine in engines.items()
     }
     for engine in engines.values():
@@ -271,14 +271,13 @@ def _by_engine(
     return rates, samples
 
 
-def _continue(engine: PagedEngine, prompt: list[int], ends: tuple[int, ...], most: int) -> list[int]:
-    engine.add(
-        EngineRequest(id="sample", prompt=tuple(prompt), sampling=SamplingParams(max_tokens=most, stop_token_ids=ends))
-    )
+def _continue(engine: PagedEngine, prompt: list[int], eos_token_ids: tuple[int, ...], max_tokens: int) -> list[int]:
+    sampling = SamplingParams(max_tokens=max_tokens, stop_token_ids=eos_token_ids)
+    engine.add(EngineRequest(id="sample", prompt=tuple(prompt), sampling=sampling))
     tokens: list[int] = []
     while not engine.idle:
-        for update in engine.step():
-            tokens += (token.id for token in update.tokens)
+        for output in engine.step():
+            tokens += (token.id for token in output.tokens)
     return tokens
 
 

@@ -50,7 +50,7 @@ def normalize_messages(messages: Any, *, field: str = "messages") -> list[dict[s
         field: where they stand, for the error.
 
     Raises:
-        BadMessages: they are none, and why.
+        InvalidMessages: they are none, and why.
     """
     if not isinstance(messages, list) or not messages:
         raise InvalidMessages(field, "takes a list of objects with role and content, at least one")
@@ -84,7 +84,7 @@ def select_template(templates: Mapping[str, str], name: str | None) -> str:
     """Return the template of a name, the default one where no name is given.
 
     Raises:
-        NoTemplate: there is none.
+        ChatTemplateNotFound: there is none.
     """
     if not templates:
         raise ChatTemplateNotFound("this tokenizer has no chat template")
@@ -137,7 +137,7 @@ class TextTokenizer:
         found = self._inner.encode_batch_fast(list(texts), add_special_tokens=special)
         return [each.ids for each in found]
 
-    def most_characters(self, tokens: int) -> int:
+    def max_characters(self, tokens: int) -> int:
         """Return the characters that no text of so many tokens can exceed."""
         if not (self._is_bytes or self._falls_back):  # one token for an unknown word, however long it is
             return sys.maxsize
@@ -161,7 +161,7 @@ class TextTokenizer:
             template: name of one of the tokenizer's chat templates; ``None`` is the default.
 
         Raises:
-            NoTemplate: the tokenizer has none, or none of this name.
+            ChatTemplateNotFound: the tokenizer has none, or none of this name.
             ValueError: the template refuses these messages, and why.
         """
         if self._chat is None:

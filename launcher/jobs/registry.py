@@ -24,7 +24,7 @@ def execute_job(context: Context) -> None:
     """Execute the job of ``context.run`` on this rank."""
     job = context.run.job
     if job.handles_preemption:
-        context.preemption.listen()  # before the import below, because importing torch takes seconds
+        context.preemption.install()  # before the import below, because importing torch takes seconds
     _load(EXECUTORS[job.kind])(job, context)
 
 

@@ -61,7 +61,7 @@ class Trainer:
         first = restore_checkpoint(self.store, self.context, self.engine, tokenizer=self.splits.tokenizer)
         with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
-            self.preemption.hold()
+            self.preemption.defer()
             for step in range(first, self.job.steps):
                 with self.context.profiler.step():
                     self.advance(step)

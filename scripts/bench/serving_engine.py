@@ -1,7 +1,7 @@
 """Speed of the generation engine against Transformers in the same process, alternately, on the same prompts.
 
     .venv/bin/python scripts/bench/serving_engine.py --at 1 8 32 --rounds 2
-    .venv/bin/python scripts/bench/serving_engine.py --at 16 --context 512 --contenders slots continuous
+    .venv/bin/python scripts/bench/serving_engine.py --at 16 --context 512 --contenders paged continuous
 
 Seconds are of the processor, of this process alone: on a shared machine the clock on the wall measures the neighbours.
 With one thread, which is the default, both are the same on a machine that is free.
@@ -73,7 +73,7 @@ def continuous(model: Any, todo: Work) -> None:
     model.generate_batch([list(p) for p, _ in todo], generation_config=way, continuous_batching_config=config)
 
 
-def slots(engine: Any, todo: Work) -> None:
+def paged(engine: Any, todo: Work) -> None:
     """The launcher's engine."""
     for index, (prompt, num) in enumerate(todo):
         engine.add(
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--overrides", nargs="*", default=["model=smollm2_135m", "precision=bf16"])
-    names = ["slots", "one by one", "static", "continuous"]
+    names = ["paged", "one by one", "static", "continuous"]
     parser.add_argument("--contenders", nargs="+", default=names, choices=names)
     options = parser.parse_args()
     print_machine("torch", "transformers")
@@ -99,10 +99,12 @@ def main() -> None:
     run = compose([*options.overrides, "job=evaluate", "data=synthetic"]).run
     model = load_model(run, device=torch.device("cpu"))
     engine = paged_engine_for(
-        copy.deepcopy(model), limits=EngineLimits(enable_prefix_caching=False, kv_cache_tokens=1 << 16), ends=()
+        copy.deepcopy(model),
+        limits=EngineLimits(enable_prefix_caching=False, kv_cache_tokens=1 << 16),
+        eos_token_ids=(),
     )
     contenders: dict[str, Callable[[Work], None]] = {
-        "slots": lambda todo: slots(engine, todo),
+        "paged": lambda todo: paged(engine, todo),
         "one by one": lambda todo: one_by_one(model, todo),
         "static": lambda todo: static(model, todo),
         "continuous": lambda todo: continuous(copy.deepcopy(model), todo),

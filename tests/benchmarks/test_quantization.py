@@ -87,7 +87,11 @@ SHORT = ("model=gpt2_tiny", "model.max_position_embeddings=64", "backend.ranks=1
         (("benchmark=batching", "benchmark.output_len=64"), "benchmark.output_len=64", "benchmark.output_len=63"),
         (("benchmark=batching", "benchmark.input_len=16-50"), "benchmark.input_len=50", "benchmark.input_len=32"),
         (("benchmark=serving",), "benchmark.input_len=256", "benchmark.input_len=32 benchmark.output_len=32"),
-        (("benchmark=serving", "benchmark.input_len=lognormal:9:1:60"), "benchmark.input_len=60", "benchmark.input_len=32"),
+        (
+            ("benchmark=serving", "benchmark.input_len=lognormal:9:1:60"),
+            "benchmark.input_len=60",
+            "benchmark.input_len=32",
+        ),
         (("benchmark=cache",), "benchmark.max_length=100", "benchmark.max_length=64"),
         (("benchmark=cache", "benchmark.warm_up=[[1,65]]"), "benchmark.warm_up[0]=65", "[[1,64]]"),
         (("job=serve", "job.warm_up=[[1,65]]"), "job.warm_up[0]=65", "[[1,64]]"),

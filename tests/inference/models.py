@@ -39,7 +39,9 @@ def stock(family: str) -> PreTrainedModel:
 
 
 def engine(family: str, *, kernels: bool = False, **limits: object) -> PagedEngine:
-    return paged_engine_for(copy.deepcopy(stock(family)), limits=EngineLimits(**limits), ends=(END,), kernels=kernels)
+    return paged_engine_for(
+        copy.deepcopy(stock(family)), limits=EngineLimits(**limits), eos_token_ids=(END,), kernels=kernels
+    )
 
 
 @cache
@@ -62,18 +64,18 @@ def tokens(updates: Sequence[EngineOutput]) -> list[int]:
 
 
 def finish(
-    slots: PagedEngine, requests: Sequence[EngineRequest], *, steps: int = 4000
+    paged: PagedEngine, requests: Sequence[EngineRequest], *, steps: int = 4000
 ) -> dict[str, list[EngineOutput]]:
     """Have requests served together; each must end exactly once."""
     for request in requests:
-        slots.add(request)
+        paged.add(request)
     updates: dict[str, list[EngineOutput]] = {request.id: [] for request in requests}
-    while not slots.idle and steps:
+    while not paged.idle and steps:
         steps -= 1
-        for update in slots.step():
-            updates[update.request].append(update)
-    assert slots.idle, slots.stats()
+        for update in paged.step():
+            updates[update.request_id].append(update)
+    assert paged.idle, paged.stats()
     for all_of_it in updates.values():
-        assert [bool(update.finish) for update in all_of_it].count(True) == 1
-        assert all_of_it[-1].finish
+        assert [bool(update.finish_reason) for update in all_of_it].count(True) == 1
+        assert all_of_it[-1].finish_reason
     return updates

@@ -32,7 +32,7 @@ def main() -> None:
     found: dict[str, list[int]] = {}
     while not engine.idle:
         for update in engine.step():
-            found.setdefault(update.request, []).extend(token.id for token in update.tokens)
+            found.setdefault(update.request_id, []).extend(token.id for token in update.tokens)
     engine.close()
     print("found", json.dumps(found, sort_keys=True), flush=True)
     if world_size > 1:

@@ -25,7 +25,7 @@ def test_beams_are_those_of_generate(family: str, pages: int) -> None:
         requests.append(EngineRequest(id=str(index), prompt=prompt, sampling=way))
         options = {"num_beams": beams, "length_penalty": penalty} if beams > 1 else {}
         expected[str(index)] = alone(family, prompt, max_tokens, **options)
-    slots = engine(family, kv_cache_tokens=pages * 32, max_num_seqs=7, prefill_chunk_size=16)
-    found = finish(slots, requests)
+    paged = engine(family, kv_cache_tokens=pages * 32, max_num_seqs=7, prefill_chunk_size=16)
+    found = finish(paged, requests)
     assert {name: tokens(updates) for name, updates in found.items()} == expected
-    assert slots._scheduler.pages.held == 0
+    assert paged._scheduler.block_manager.num_used == 0

@@ -119,7 +119,7 @@ def test_what_is_no_chat_is_refused_by_its_place(
 ) -> None:
     with pytest.raises(InvalidMessages) as bad:
         normalize_messages(messages)
-    assert bad.value.field == field
+    assert bad.value.param == field
     with pytest.raises(BadLine, match=r"^messages: ") as refused:
         line(words, messages=messages)
     assert field in str(refused.value)
@@ -135,7 +135,9 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
 
 @pytest.fixture(scope="module")
 def server(words: TextTokenizer) -> Iterator[InProcess]:
-    with in_process(EchoEngine(limits=EngineLimits(), context=512, vocab_size=257, ends=(256,)), words) as begun:
+    with in_process(
+        EchoEngine(limits=EngineLimits(), max_model_len=512, vocab_size=257, eos_token_ids=(256,)), words
+    ) as begun:
         yield begun
 
 

@@ -10,7 +10,7 @@ import torch
 
 from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams
-from launcher.inference.engine.base import EngineRequest, Refused
+from launcher.inference.engine.base import EngineRequest, InvalidRequest
 from launcher.inference.engine.paged_engine import PagedEngine
 from launcher.inference.engine.step_plan import StepPlan
 from tests.inference.models import CONTEXT, END, VOCABULARY, alone, engine, finish, tokens
@@ -37,7 +37,7 @@ class Echo:
         self.seen.append(plan)
         if any(13 in part.tokens for part in plan.segments):
             raise ArithmeticError("unlucky")
-        last = [part.tokens[-1] for part in plan.segments if part.wanted]
+        last = [part.tokens[-1] for part in plan.segments if part.needs_logits]
         scores = torch.nn.functional.one_hot(torch.tensor([t + 1 for t in last], dtype=torch.long), VOCABULARY).float()
         scores[[index for index, token in enumerate(last) if token == 14]] = float("nan")
         return scores
@@ -51,10 +51,10 @@ def echo(clock: Clock | None = None, **limits: object) -> tuple[PagedEngine, Ech
     made = PagedEngine(
         runner,
         limits=EngineLimits(**limits),
-        num_pages=64,
-        context=CONTEXT,
+        num_blocks=64,
+        max_model_len=CONTEXT,
         vocab_size=VOCABULARY,
-        ends=(END,),
+        eos_token_ids=(END,),
         clock=clock or Clock(),
     )
     return made, runner
@@ -87,119 +87,119 @@ def ask(name: str, *prompt: int, **options: object) -> EngineRequest:
     ],
 )
 def test_what_cannot_be_served_is_refused_and_harms_nobody(field: str, changes: dict[str, object]) -> None:
-    slots, _ = echo()
+    paged, _ = echo()
     bad = PLAIN
     if "prompt" in changes:
         bad = dataclasses.replace(bad, **changes)
     else:
         bad = dataclasses.replace(bad, sampling=dataclasses.replace(bad.sampling, **changes))
-    with pytest.raises(Refused) as refused:
-        slots.add(bad)
-    assert refused.value.field == field
-    assert tokens(finish(slots, [PLAIN])["a"]) == [8, 9, 10, 11]
+    with pytest.raises(InvalidRequest) as refused:
+        paged.add(bad)
+    assert refused.value.param == field
+    assert tokens(finish(paged, [PLAIN])["a"]) == [8, 9, 10, 11]
 
 
 def test_an_id_in_use_is_refused() -> None:
-    slots, _ = echo()
-    slots.add(PLAIN)
-    with pytest.raises(Refused, match="in use"):
-        slots.add(PLAIN)
+    paged, _ = echo()
+    paged.add(PLAIN)
+    with pytest.raises(InvalidRequest, match="in use"):
+        paged.add(PLAIN)
 
 
 def test_a_step_that_fails_ends_those_alone_whose_tokens_are_to_blame() -> None:
-    slots, _ = echo()
-    found = finish(slots, [ask("good", 20), ask("raises", 13), ask("no number", 14), ask("later", 12)])
-    assert [found[name][-1].finish for name in found] == ["length", "error", "error", "error"]
-    assert "unlucky" in found["raises"][-1].problem
-    assert "finite" in found["no number"][-1].problem
+    paged, _ = echo()
+    found = finish(paged, [ask("good", 20), ask("raises", 13), ask("no number", 14), ask("later", 12)])
+    assert [found[name][-1].finish_reason for name in found] == ["length", "error", "error", "error"]
+    assert "unlucky" in found["raises"][-1].error
+    assert "finite" in found["no number"][-1].error
     assert tokens(found["good"]) == [21, 22, 23]
     assert tokens(found["later"]) == [13]
-    assert tokens(finish(slots, [ask("next", 30)])["next"]) == [31, 32, 33]
+    assert tokens(finish(paged, [ask("next", 30)])["next"]) == [31, 32, 33]
 
 
 def test_deadlines_of_queue_and_whole() -> None:
     clock = Clock()
-    slots, _ = echo(clock, max_num_seqs=1)
+    paged, _ = echo(clock, max_num_seqs=1)
     for request in (
         EngineRequest(id="runs", prompt=(30,), sampling=SamplingParams(max_tokens=50), deadline_s=5),
         ask("waits", 20, queue_deadline_s=2),
         ask("patient", 20),
     ):
-        slots.add(request)
-    assert [u.request for u in slots.step()] == ["runs"]
+        paged.add(request)
+    assert [u.request_id for u in paged.step()] == ["runs"]
     clock.now = 3
-    assert {(u.request, u.finish) for u in slots.step()} == {("waits", "timeout"), ("runs", None)}
+    assert {(u.request_id, u.finish_reason) for u in paged.step()} == {("waits", "timeout"), ("runs", None)}
     clock.now = 6
-    assert {(u.request, u.finish) for u in slots.step()} == {("runs", "timeout"), ("patient", None)}
+    assert {(u.request_id, u.finish_reason) for u in paged.step()} == {("runs", "timeout"), ("patient", None)}
 
 
 def test_priorities_and_ageing() -> None:
     clock = Clock()
-    slots, _ = echo(clock, max_num_seqs=1, aging_s=10)
-    slots.add(ask("old", 20))
+    paged, _ = echo(clock, max_num_seqs=1, aging_s=10)
+    paged.add(ask("old", 20))
     clock.now = 5
-    slots.add(ask("urgent", 20, priority=1))
+    paged.add(ask("urgent", 20, priority=1))
     clock.now = 14
-    slots.add(ask("too late to overtake", 20, priority=1))
+    paged.add(ask("too late to overtake", 20, priority=1))
     order = []
-    while not slots.idle:
-        order += [update.request for update in slots.step() if update.finish]
+    while not paged.idle:
+        order += [update.request_id for update in paged.step() if update.finish_reason]
     assert order == ["urgent", "old", "too late to overtake"]
 
 
 def test_one_long_prompt_holds_nobody_up() -> None:
-    slots, runner = echo(prefill_chunk_size=8, enable_prefix_caching=False)
-    slots.add(EngineRequest(id="talks", prompt=(20,), sampling=SamplingParams(max_tokens=30)))
-    slots.step()
-    slots.add(ask("long", *range(20, 90)))
+    paged, runner = echo(prefill_chunk_size=8, enable_prefix_caching=False)
+    paged.add(EngineRequest(id="talks", prompt=(20,), sampling=SamplingParams(max_tokens=30)))
+    paged.step()
+    paged.add(ask("long", *range(20, 90)))
     for _ in range(9):
-        assert "talks" in [update.request for update in slots.step()]
+        assert "talks" in [update.request_id for update in paged.step()]
     assert max(sum(len(part.tokens) for part in plan.segments) for plan in runner.seen) == 9
 
 
 def test_batches_of_like_length_compute_less_padding() -> None:
     padding = {}
     for batching in ("static", "dynamic", "continuous"):
-        slots, _ = echo(batching=batching, max_batch_size=4, max_wait_s=0, bucket_size=8)
+        paged, _ = echo(batching=batching, max_batch_size=4, max_wait_s=0, bucket_size=8)
         prompts = [(20,) * (4 if index % 2 else 60) for index in range(8)]
         requests = [ask(str(index), *prompt) for index, prompt in enumerate(prompts)]
-        finish(slots, requests)
-        padding[batching] = slots.stats().padding_tokens_total
+        finish(paged, requests)
+        padding[batching] = paged.stats().padding_tokens_total
     assert padding == {"static": 2 * 2 * 56, "dynamic": 0, "continuous": 0}
 
 
 def test_a_batch_waits_for_others_but_not_for_ever() -> None:
     clock = Clock()
-    slots, _ = echo(clock, batching="static", max_batch_size=2, max_wait_s=1)
-    slots.add(ask("a", 20))
-    assert not slots.step()
+    paged, _ = echo(clock, batching="static", max_batch_size=2, max_wait_s=1)
+    paged.add(ask("a", 20))
+    assert not paged.step()
     clock.now = 1
-    assert slots.step()
-    slots.add(ask("b", 20))
-    slots.add(ask("c", 20))
-    assert {update.request for update in slots.step()} == {"a"}
+    assert paged.step()
+    paged.add(ask("b", 20))
+    paged.add(ask("c", 20))
+    assert {update.request_id for update in paged.step()} == {"a"}
 
 
 def test_a_plan_survives_the_wire() -> None:
-    slots, runner = echo()
-    finish(slots, [ask("a", *range(20, 80)), ask("b", 9)])
+    paged, runner = echo()
+    finish(paged, [ask("a", *range(20, 80)), ask("b", 9)])
     for plan in runner.seen:
         assert StepPlan.decode(plan.encode()) == plan
 
 
 def test_warming_up_leaves_no_trace() -> None:
-    slots = engine("llama", kv_cache_tokens=512)
-    slots.warm_up([(1, 4), (99, 999)])
-    assert slots.idle
-    stats = slots.stats()
+    paged = engine("llama", kv_cache_tokens=512)
+    paged.warm_up([(1, 4), (99, 999)])
+    assert paged.idle
+    stats = paged.stats()
     assert (stats.steps_total, stats.generated_tokens_total, stats.prompt_tokens_total) == (0, 0, 0)
     request = copy.copy(PLAIN)
-    assert tokens(finish(slots, [request])["a"]) == alone("llama", PLAIN.prompt, 4)
+    assert tokens(finish(paged, [request])["a"]) == alone("llama", PLAIN.prompt, 4)
 
 
 def test_sampling_that_fails_ends_its_step_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    slots, _ = echo()
+    paged, _ = echo()
     with monkeypatch.context() as patch:
         patch.setattr("launcher.inference.engine.output_processor.sample_tokens", lambda *_: 1 / 0)
-        assert finish(slots, [ask("a", 20)])["a"][-1].problem == "ZeroDivisionError: division by zero"
-    assert tokens(finish(slots, [ask("b", 20)])["b"]) == [21, 22, 23]
+        assert finish(paged, [ask("a", 20)])["a"][-1].error == "ZeroDivisionError: division by zero"
+    assert tokens(finish(paged, [ask("b", 20)])["b"]) == [21, 22, 23]

@@ -93,14 +93,14 @@ def expected(family: str, arrival: Arrival) -> list[int]:
         return alone(family, arrival.prompt, arrival.sampling.max_tokens)
     key = (family, arrival.prompt, arrival.sampling)
     if key not in _seeded:
-        slots = engine(family, max_num_seqs=1, enable_prefix_caching=False, kv_cache_tokens=CONTEXT)
+        paged = engine(family, max_num_seqs=1, enable_prefix_caching=False, kv_cache_tokens=CONTEXT)
         request = EngineRequest(id="alone", prompt=arrival.prompt, sampling=arrival.sampling)
-        _seeded[key] = tokens(finish(slots, [request])["alone"])
+        _seeded[key] = tokens(finish(paged, [request])["alone"])
     return _seeded[key]
 
 
 def serve(family: str, coming: list[Arrival], *, kernels: bool, options: dict[str, Any]) -> None:
-    slots = engine(family, kernels=kernels, **options)
+    paged = engine(family, kernels=kernels, **options)
     found: dict[int, list[EngineOutput]] = {index: [] for index in range(len(coming))}
     for step in range(3000):
         for index, arrival in enumerate(coming):
@@ -108,24 +108,24 @@ def serve(family: str, coming: list[Arrival], *, kernels: bool, options: dict[st
                 request = EngineRequest(
                     id=str(index), prompt=arrival.prompt, sampling=arrival.sampling, priority=arrival.priority
                 )
-                slots.add(request)
+                paged.add(request)
             if arrival.cancelled_after is not None and arrival.at_step + arrival.cancelled_after == step:
-                slots.cancel(str(index))
-        for update in slots.step():
-            found[int(update.request)].append(update)
-        if step > 12 and slots.idle:
+                paged.cancel(str(index))
+        for update in paged.step():
+            found[int(update.request_id)].append(update)
+        if step > 12 and paged.idle:
             break
-    assert slots.idle
-    assert slots._scheduler.pages.held == 0
+    assert paged.idle
+    assert paged._scheduler.block_manager.num_used == 0
     for index, arrival in enumerate(coming):
-        assert [update.finish for update in found[index]].count(None) == len(found[index]) - 1
+        assert [update.finish_reason for update in found[index]].count(None) == len(found[index]) - 1
         last = found[index][-1]
         wanted = expected(family, arrival)
-        if last.finish == "cancelled":
+        if last.finish_reason == "cancelled":
             assert arrival.cancelled_after is not None
             assert tokens(found[index]) == wanted[: len(tokens(found[index]))]
         else:
-            assert last.finish in ("stop", "length"), last
+            assert last.finish_reason in ("stop", "length"), last
             assert tokens(found[index]) == wanted
 
 
@@ -142,26 +142,26 @@ def test_every_result_is_that_of_the_request_alone(family: str, kernels: bool) -
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_shared_beginning_is_computed_once_and_changes_nothing(family: str) -> None:
-    slots = engine(family, kv_cache_tokens=1024)
+    paged = engine(family, kv_cache_tokens=1024)
     first = EngineRequest(id="0", prompt=COMMON, sampling=SamplingParams(max_tokens=9))
-    finish(slots, [first])
+    finish(paged, [first])
     again = [dataclasses.replace(first, id="1"), dataclasses.replace(first, id="2", prompt=(*COMMON[:70], 5, 6))]
-    found = finish(slots, again)
-    assert [found[name][0].cached_tokens for name in ("1", "2")] == [64, 64]
+    found = finish(paged, again)
+    assert [found[name][0].num_cached_tokens for name in ("1", "2")] == [64, 64]
     assert tokens(found["1"]) == alone(family, COMMON, 9)
     assert tokens(found["2"]) == alone(family, again[1].prompt, 9)
 
 
 def test_requests_are_put_back_for_want_of_room_and_nothing_is_lost() -> None:
-    slots = engine("llama", kv_cache_tokens=192, max_num_seqs=6, enable_prefix_caching=False)
+    paged = engine("llama", kv_cache_tokens=192, max_num_seqs=6, enable_prefix_caching=False)
     requests = [
         EngineRequest(
             id=str(index), prompt=(index, *COMMON[:20]), sampling=SamplingParams(max_tokens=60, ignore_eos=True)
         )
         for index in range(6)
     ]
-    found = finish(slots, requests)
-    assert slots.stats().preemptions_total > 0
+    found = finish(paged, requests)
+    assert paged.stats().preemptions_total > 0
     for request in requests:
         assert len(tokens(found[request.id])) == 60
     fresh = engine("llama", kv_cache_tokens=128, max_num_seqs=1)

@@ -31,10 +31,10 @@ def test_probabilities_are_those_of_the_request_alone(family: str, dtype: torch.
 
     def served(together: list[EngineRequest], **limits: object) -> dict[str, list[object]]:
         model = copy.deepcopy(stock(family)).to(dtype)
-        slots = paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=2048, **limits), ends=())
+        paged = paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=2048, **limits), eos_token_ids=())
         return {
             name: [token for update in updates for token in update.tokens]
-            for name, updates in finish(slots, together).items()
+            for name, updates in finish(paged, together).items()
         }
 
     alone = {name: found for each in requests for name, found in served([each], enable_prefix_caching=False).items()}

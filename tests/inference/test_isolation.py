@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine import paged_engine as engine_module
-from launcher.inference.engine.base import EngineRequest, InferenceEngine, Refused
+from launcher.inference.engine.base import EngineRequest, InferenceEngine, InvalidRequest
 from launcher.inference.engine.echo_engine import EchoEngine
 from launcher.inference.engine.loop import EngineConnection, run_engine_loop
 from launcher.inference.engine.paged_engine import PagedEngine
@@ -34,9 +34,11 @@ CONTROLS = (
 def of_kind(kind: str) -> InferenceEngine:
     limits = EngineLimits(max_num_seqs=8)
     if kind == "echo":
-        return EchoEngine(limits=limits, context=CONTEXT, vocab_size=VOCABULARY, ends=(END,))
+        return EchoEngine(limits=limits, max_model_len=CONTEXT, vocab_size=VOCABULARY, eos_token_ids=(END,))
     runner = Table(isolates=kind == "alone")  # ranks in lockstep end where a step fails
-    return PagedEngine(runner, limits=limits, num_pages=64, context=CONTEXT, vocab_size=VOCABULARY, ends=(END,))
+    return PagedEngine(
+        runner, limits=limits, num_blocks=64, max_model_len=CONTEXT, vocab_size=VOCABULARY, eos_token_ids=(END,)
+    )
 
 
 @cache
@@ -47,7 +49,7 @@ def expected(kind: str) -> dict[str, list[int]]:
 def refused_field(engine: InferenceEngine, request: EngineRequest) -> str | None:
     try:
         engine.add(request)
-    except Refused as refusal:
+    except InvalidRequest as refusal:
         return refusal.field
     engine.cancel(request.id)
     engine.step()
@@ -87,7 +89,7 @@ def test_any_value_is_refused_or_served(kind: str, changes: dict[str, object], t
     assert {name: tokens(found[name]) for name in expected(kind)} == expected(kind)
     if bad in asked:
         last = found["bad"][-1]
-        assert last.finish in ("stop", "length") or last.field in changes
+        assert last.finish_reason in ("stop", "length") or last.param in changes
         assert all(0 <= token < VOCABULARY for token in tokens(found["bad"]))
         shown = [token for update in found["bad"] for token in update.tokens if token.logprob is not None]
         assert all(math.isfinite(score) for token in shown for score in (token.logprob, *dict(token.top).values()))
@@ -111,15 +113,20 @@ def test_what_no_check_has_kept_out_ends_alone(
 
 def test_a_request_that_rules_every_token_out_is_the_one_to_blame() -> None:
     way = SamplingParams(max_tokens=30, ignore_eos=True, no_repeat_ngram_size=1, temperature=1.0, seed=1)
-    slots = PagedEngine(
-        Table(isolates=True), limits=EngineLimits(), num_pages=64, context=200, vocab_size=VOCABULARY, ends=(END,)
+    paged = PagedEngine(
+        Table(isolates=True),
+        limits=EngineLimits(),
+        num_blocks=64,
+        max_model_len=200,
+        vocab_size=VOCABULARY,
+        eos_token_ids=(END,),
     )
     asked = [EngineRequest(id="bad", prompt=tuple(range(VOCABULARY - 2)), sampling=way), *CONTROLS]
     for beams in (1, 3):
         asked[0] = dataclasses.replace(asked[0], sampling=dataclasses.replace(way, num_beams=beams, temperature=0.0))
-        found = finish(slots, asked)
+        found = finish(paged, asked)
         assert {name: tokens(found[name]) for name in expected("alone")} == expected("alone")
-        assert (found["bad"][-1].finish, found["bad"][-1].field) == ("error", "no_repeat_ngram_size")
+        assert (found["bad"][-1].finish_reason, found["bad"][-1].param) == ("error", "no_repeat_ngram_size")
 
 
 def test_an_error_on_the_way_in_is_the_requests_own() -> None:
@@ -152,7 +159,9 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
             return next(self._rounds)
 
     run_engine_loop(
-        Breaks(limits=EngineLimits(), context=CONTEXT, vocab_size=VOCABULARY), Link(), heartbeat=lambda phase: None
+        Breaks(limits=EngineLimits(), max_model_len=CONTEXT, vocab_size=VOCABULARY),
+        Link(),
+        heartbeat=lambda phase: None,
     )
     rows = [row for message in sent if message["kind"] == "step" for row in message["updates"]]
     ends = {row[0]: (row[2], row[3]) for row in rows if row[2]}

@@ -105,18 +105,20 @@ def _check_products(layer: torch.nn.Module, weight: torch.Tensor, dtype: torch.d
 def test_rounding_is_that_of_the_stock_model(family: str) -> None:
     exact = KVSelfTest(copy.deepcopy(stock(family)).bfloat16().float())
     half = copy.deepcopy(stock(family)).bfloat16()
-    theirs = KVSelfTest(half)
-    theirs.use_pages(half)
-    cache = PagedCache(theirs.shapes, num_pages=1, dtype=half.dtype, device=half.device)
+    reference = KVSelfTest(half)
+    reference.install(half)
+    cache = PagedCache(reference.shapes, num_blocks=1, dtype=half.dtype, device=half.device)
     assert "compiled" in replace_layers(half, cache).what
     ours = exact.difference(ModelRunner(half, cache))
-    stock_error = (theirs._expected - exact._expected).norm(dim=-1) / exact._expected.norm(dim=-1)
+    stock_error = (reference._expected - exact._expected).norm(dim=-1) / exact._expected.norm(dim=-1)
     assert 0 < ours < 3 * float(stock_error.median())
 
 
 def test_a_block_with_other_parts_than_it_seems_is_left_alone(capfd: pytest.CaptureFixture[str]) -> None:
     config = GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, residual_multiplier=0.3)
-    paged_engine_for(AutoModelForCausalLM.from_config(config).eval(), limits=EngineLimits(kv_cache_tokens=64), ends=())
+    paged_engine_for(
+        AutoModelForCausalLM.from_config(config).eval(), limits=EngineLimits(kv_cache_tokens=64), eos_token_ids=()
+    )
     assert "differ by" in capfd.readouterr().out
 
 
@@ -126,8 +128,8 @@ def test_biases_of_queries_are_added() -> None:
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.q_proj.bias)
     sample = KVSelfTest(model)
-    sample.use_pages(model)
-    cache = PagedCache(sample.shapes, num_pages=1, dtype=model.dtype, device=model.device)
+    sample.install(model)
+    cache = PagedCache(sample.shapes, num_blocks=1, dtype=model.dtype, device=model.device)
     assert replace_layers(model, cache).what.startswith("2 blocks")
     assert sample.difference(ModelRunner(model, cache)) < 1e-5
 
@@ -143,14 +145,14 @@ def test_biases_of_queries_are_added() -> None:
 def test_models_that_pages_cannot_hold_are_refused(config: object, why: str) -> None:
     model = AutoModelForCausalLM.from_config(config).eval()
     with pytest.raises(ConfigError, match=why):
-        paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=64), ends=())
+        paged_engine_for(model, limits=EngineLimits(kv_cache_tokens=64), eos_token_ids=())
 
 
 def test_without_a_compiler_the_stock_layers_run_and_it_is_said(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    paged_engine_for(copy.deepcopy(stock("llama")), limits=EngineLimits(kv_cache_tokens=64), ends=())
+    paged_engine_for(copy.deepcopy(stock("llama")), limits=EngineLimits(kv_cache_tokens=64), eos_token_ids=())
     assert "no C compiler (no-such-compiler)" in capfd.readouterr().out
 
 
@@ -159,7 +161,7 @@ def test_without_a_compiler_the_stock_layers_run_and_it_is_said(
 def test_attention_over_pages_is_that_of_torch(heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(dim)
     shapes = KVShapes(keys=((kv_heads, dim),), values=((kv_heads, dim),), item_bytes=dtype.itemsize)
-    caches = [PagedCache(shapes, num_pages=120, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
+    caches = [PagedCache(shapes, num_blocks=120, dtype=dtype, device=torch.device("cpu")) for _ in range(2)]
     caches[0].kernels = NativeAttention(Scratch())
     pages = torch.randperm(120, generator=generator).tolist()
     spans = ((0, 1), (0, 33), (1, 2), (33, 100), (2, 40), (100, 101), (0, 3000))
@@ -168,7 +170,10 @@ def test_attention_over_pages_is_that_of_torch(heads: int, kv_heads: int, dim: i
     for first in range(0, len(spans), 2):  # parts of two sequences at a time, and a last one that is long
         parts = tuple(
             Segment(
-                start=start, tokens=(1,) * (end - start), pages=tuple(held[name][: -(-end // BLOCK_SIZE)]), wanted=True
+                start=start,
+                tokens=(1,) * (end - start),
+                block_table=tuple(held[name][: -(-end // BLOCK_SIZE)]),
+                needs_logits=True,
             )
             for name, (start, end) in list(zip(sequences, spans, strict=True))[first : first + 2]
         )

@@ -38,7 +38,7 @@ ways = st.builds(
 pasts = st.tuples(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.lists(st.integers(0, 6), max_size=9))
 
 
-def theirs(scores: torch.Tensor, way: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
+def reference(scores: torch.Tensor, way: SamplingParams, prompt: list[int], output: list[int]) -> torch.Tensor:
     chain = LogitsProcessorList()
     if way.logit_bias:
         chain.append(SequenceBiasLogitsProcessor({(token,): added for token, added in way.logit_bias}))
@@ -65,8 +65,8 @@ def test_scores_are_changed_as_transformers_does(
 ) -> None:
     scores = torch.randn(len(rows), SIZE, generator=torch.Generator().manual_seed(seed)) * 3
     choices = [SamplerState(way, prompt, list(output)) for way, (prompt, output) in rows]
-    expected = torch.stack([theirs(row, way, *past) for row, (way, past) in zip(scores, rows, strict=True)])
-    found = filter_logits(apply_penalties(scores.clone(), choices, ends=[END]), [way for way, _ in rows])
+    expected = torch.stack([reference(row, way, *past) for row, (way, past) in zip(scores, rows, strict=True)])
+    found = filter_logits(apply_penalties(scores.clone(), choices, eos_token_ids=[END]), [way for way, _ in rows])
     assert (found.isinf() == expected.isinf()).all()
     assert torch.allclose(found, expected, atol=1e-5)
 
@@ -83,7 +83,7 @@ def test_draws_follow_the_probabilities() -> None:
 
 def test_penalties_of_openai_count_the_output_alone() -> None:
     way = SamplingParams(max_tokens=9, presence_penalty=0.5, frequency_penalty=0.25)
-    found = apply_penalties(torch.zeros(1, 6), [SamplerState(way, [5, 5], [1, 1, 1, 2])], ends=[])
+    found = apply_penalties(torch.zeros(1, 6), [SamplerState(way, [5, 5], [1, 1, 1, 2])], eos_token_ids=[])
     assert found[0].tolist() == [0, -1.25, -0.75, 0, 0, 0]
 
 

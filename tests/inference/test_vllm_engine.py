@@ -15,7 +15,7 @@ from launcher.config.inference import EngineLimits
 from launcher.config.job.generate import Generate
 from launcher.config.sampling import SamplingParams
 from launcher.errors import JobError
-from launcher.inference.engine.base import EngineRequest, Refused
+from launcher.inference.engine.base import EngineRequest, InvalidRequest
 from launcher.inference.engine.vllm_engine import VllmEngine, VllmServer, request_body
 from tests.helpers import wait_for
 from tests.inference.models import finish, tokens
@@ -63,7 +63,7 @@ def engine(python: Path) -> Iterator[VllmEngine]:
     assert isinstance(run.job, Generate)
     server = VllmServer(run, run.job, name="m")
     server.start("/weights")
-    made = VllmEngine(server, name="m", limits=EngineLimits(max_num_seqs=2), context=64, vocab_size=100)
+    made = VllmEngine(server, name="m", limits=EngineLimits(max_num_seqs=2), max_model_len=64, vocab_size=100)
     yield made
     made.close()
 
@@ -72,7 +72,7 @@ def test_sequences_go_there_and_come_back(engine: VllmEngine) -> None:
     asked = [EngineRequest(id=str(number), prompt=(number, 5), sampling=WAY) for number in range(10, 16)]
     found = finish(engine, asked)
     assert [tokens(found[request.id]) for request in asked] == [[n, n + 1, n + 2] for n in range(10, 16)]
-    assert {updates[-1].finish for updates in found.values()} == {"length"}
+    assert {updates[-1].finish_reason for updates in found.values()} == {"length"}
     told = finish(engine, [EngineRequest(id="x", prompt=(20,), sampling=SamplingParams(max_tokens=1, logprobs=2))])[
         "x"
     ][0].tokens[0]
@@ -83,11 +83,11 @@ def test_sequences_go_there_and_come_back(engine: VllmEngine) -> None:
 def test_what_it_refuses_is_an_error_of_that_request(engine: VllmEngine) -> None:
     bad, good = (EngineRequest(id=str(first), prompt=(first,), sampling=WAY) for first in (1, 10))
     found = finish(engine, [bad, good])
-    assert found["1"][-1].finish == "error"
-    assert "400" in found["1"][-1].problem
-    assert "not this one" in found["1"][-1].problem
+    assert found["1"][-1].finish_reason == "error"
+    assert "400" in found["1"][-1].error
+    assert "not this one" in found["1"][-1].error
     assert tokens(found["10"]) == [10, 11, 12]
-    with pytest.raises(Refused, match="does not have it"):
+    with pytest.raises(InvalidRequest, match="does not have it"):
         engine.add(EngineRequest(id="b", prompt=(5,), sampling=SamplingParams(max_tokens=3, num_beams=2)))
 
 
@@ -98,7 +98,7 @@ def test_a_cancelled_request_makes_room(engine: VllmEngine) -> None:
     assert engine.stats().running == 2
     engine.cancel("a")
     engine.cancel("b")
-    assert [update.finish for update in engine.step()] == ["cancelled"] * 2
+    assert [update.finish_reason for update in engine.step()] == ["cancelled"] * 2
     assert tokens(finish(engine, [EngineRequest(id="a", prompt=(10,), sampling=WAY)])["a"]) == [10, 11, 12]
 
 

@@ -21,7 +21,7 @@ class Table:
         self._scores = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 3
 
     def run(self, plan: StepPlan) -> torch.Tensor:
-        return self._scores[[part.tokens[-1] for part in plan.segments if part.wanted]]
+        return self._scores[[part.tokens[-1] for part in plan.segments if part.needs_logits]]
 
     def close(self) -> None:
         pass

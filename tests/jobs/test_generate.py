@@ -66,9 +66,9 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
         "line": 1,
         "id": 0,
         "text": ("line 0;" * 20)[:128],
-        "finish": "length",
+        "finish_reason": "length",
         "prompt_tokens": 7,
-        "tokens": 128,
+        "completion_tokens": 128,
     }
     assert found[7] == {"line": 8, "error": "promt: no such field; did you mean prompt?"}
     metrics = read_json(tmp_path / "one" / "result.json")["metrics"]

@@ -47,7 +47,7 @@ def preemption():
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = {number: signal.getsignal(number) for number in numbers}
     preemption = Preemption()
-    preemption.listen()
+    preemption.install()
     yield preemption
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -61,14 +61,14 @@ class TestSignals:
         assert ending.value.code == 75
 
     def test_work_is_finished_first_whatever_follows(self, preemption):
-        preemption.hold()
+        preemption.defer()
         assert not preemption.requested()
         for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
             os.kill(os.getpid(), number)
         assert preemption.requested()
 
     def test_an_interrupt_is_no_preemption(self, preemption):
-        preemption.hold()
+        preemption.defer()
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
         assert not preemption.requested()

@@ -17,7 +17,7 @@ from launcher.config.prompt_file import BadLine
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, ConfigErrors, JobError
 from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.inference.batch.requests import GenerationResult, error_line, parse_request
-from launcher.inference.engine.base import EngineRequest, Refused
+from launcher.inference.engine.base import EngineRequest, InvalidRequest
 from launcher.inference.engine.registry import make_engine
 from launcher.inference.tokenizer import TextTokenizer, open_tokenizer
 from launcher.profiling.performance import peak_memory_bytes
@@ -43,57 +43,57 @@ _MAX_PRINTED_ERRORS = 20
 
 @dataclass(kw_only=True)
 class BatchWorker:
-    """Generates what is not there yet of one rank's share."""
+    """Generates the missing answers of one rank's share."""
 
     records: Iterator[Record]
     default_fields: Mapping[str, Any]
     """Sampling of lines that say nothing else."""
-    words: TextTokenizer
-    generator: InferenceEngine
+    tokenizer: TextTokenizer
+    engine: InferenceEngine
     parts: PartWriter
     index: PartIndex
     preemption: Preemption
     max_concurrent: int
-    """Requests that the engine works on together."""
+    """Requests that the engine processes at the same time."""
     seed: int
     heartbeat: Callable[[int, float], None]
     """Called with the number of records that all ranks have done, and this rank's tokens a second."""
 
-    _answers: dict[str, GenerationResult] = field(default_factory=dict)
+    _results: dict[str, GenerationResult] = field(default_factory=dict)
     _tokens: int = 0
     _num_rejected: int = 0
     _scanned_at: float = 0.0
     _started: float = field(default_factory=time.monotonic)
 
     def run(self) -> None:
-        """Go on until this rank's share is done.
+        """Run until this rank's share is done.
 
         Raises:
             SystemExit: with the code that means "resume me", when the run was asked to make room.
         """
         exhausted = False
-        while not exhausted or self._answers:
-            self.leave_if_asked()
-            room = _QUEUE_FACTOR * self.max_concurrent - len(self._answers)
+        while not exhausted or self._results:
+            self.exit_if_preempted()
+            room = _QUEUE_FACTOR * self.max_concurrent - len(self._results)
             if not exhausted:
                 exhausted = self._admit(room)
-            for update in self.generator.step():
-                if answer := self._answers.get(update.request):
-                    self._tokens += len(update.tokens)
-                    if finish := answer.take(update):
-                        self._write(update, answer, finish)
-                        if update.finish is None:
-                            self.generator.cancel(update.request)
-            self.tell()
+            for output in self.engine.step():
+                if result := self._results.get(output.request_id):
+                    self._tokens += len(output.tokens)
+                    if finish := result.add_output(output):
+                        self._write(output, result, finish)
+                        if output.finish_reason is None:
+                            self.engine.cancel(output.request_id)
+            self.report_progress()
 
-    def leave_if_asked(self) -> None:
-        """End this process where it was asked to: what is on disk is kept, what is under way is done again."""
+    def exit_if_preempted(self) -> None:
+        """Exit if a preemption was requested: answers on disk are kept, others are generated again."""
         if self.preemption.requested():
             self.parts.sync()
             raise SystemExit(EXIT_PREEMPTED)
 
-    def tell(self) -> None:
-        """Say how far the run is, as all ranks' files have it, from time to time."""
+    def report_progress(self) -> None:
+        """Report the progress of all ranks, from their files."""
         now = time.monotonic()
         if now - self._scanned_at > _SCAN_S:
             self._scanned_at = now
@@ -101,19 +101,19 @@ class BatchWorker:
         self.heartbeat(self.index.num_done, self._tokens / (now - self._started + 1e-9))
 
     def _admit(self, room: int) -> bool:
-        """Hand lines to the engine; return whether none is left."""
+        """Submit lines to the engine; return whether none is left."""
         taken = 0
         for record in itertools.islice(self.records, max(0, room)):
             taken += 1
             try:
-                wish = parse_request(record, self.default_fields, self.words, seed=self.seed)
-                request = EngineRequest(id=str(record.number), prompt=wish.prompt, sampling=wish.sampling)
-                self.generator.add(request)
-            except (BadLine, Refused) as bad:
-                why = f"{bad.field}: {bad}" if isinstance(bad, Refused) else str(bad)
+                parsed = parse_request(record, self.default_fields, self.tokenizer, seed=self.seed)
+                request = EngineRequest(id=str(record.number), prompt=parsed.prompt, sampling=parsed.sampling)
+                self.engine.add(request)
+            except (BadLine, InvalidRequest) as bad:
+                why = f"{bad.param}: {bad}" if isinstance(bad, InvalidRequest) else str(bad)
                 self._reject(record, why)
             else:
-                self._answers[request.id] = GenerationResult(record, wish, self.words)
+                self._results[request.id] = GenerationResult(record, parsed, self.tokenizer)
         return taken < room
 
     def _reject(self, record: Record, why: str) -> None:
@@ -124,23 +124,23 @@ class BatchWorker:
             print("more lines are bad: only the answers say which", flush=True)
         self.parts.append(record.number, error_line(record, why), is_error=True)
 
-    def _write(self, update: EngineOutput, answer: GenerationResult, finish: str) -> None:
-        del self._answers[update.request]
+    def _write(self, output: EngineOutput, result: GenerationResult, finish: str) -> None:
+        del self._results[output.request_id]
         if finish in ("stop", "length"):
-            line = answer.line("stop" if finish == "stop" else "length")
-            self.parts.append(answer.record.number, line, tokens=answer.num_tokens)
+            line = result.line("stop" if finish == "stop" else "length")
+            self.parts.append(result.record.number, line, tokens=result.num_tokens)
         elif finish == "error":
-            self._reject(answer.record, f"{update.field}: {update.problem}" if update.field else update.problem)
+            self._reject(result.record, f"{output.param}: {output.error}" if output.param else output.error)
         else:
-            raise JobError(f"the engine ended line {answer.record.line} as {finish}, which was not requested")
+            raise JobError(f"the engine ended line {result.record.line} as {finish}, which was not requested")
 
 
 _POLL_S = 0.2
 
 
-def _records(job: Generate, records: Iterator[Record], words: TextTokenizer, *, is_main: bool) -> Iterator[Record]:
+def _records(job: Generate, records: Iterator[Record], tokenizer: TextTokenizer, *, is_main: bool) -> Iterator[Record]:
     """Return the lines of the input; chats of the shipped file become prompts where there is no chat template."""
-    if job.has_own_input or words.has_chat_template:
+    if job.has_own_input or tokenizer.has_chat_template:
         return records
     if is_main:
         print("job.input=sample: this tokenizer has no chat template, so chats are given as plain prompts", flush=True)
@@ -189,25 +189,25 @@ def generate(job: Generate, context: Context) -> None:
     index = PartIndex(folder, size)
     index.scan()
     before = index.num_tokens
-    words = open_tokenizer(job.tokenizer, context.run, heartbeat=heartbeat, template=job.chat_template)
+    tokenizer = open_tokenizer(job.tokenizer, context.run, heartbeat=heartbeat, template=job.chat_template)
     if job.is_model_parallel(context.run):
         ranks = 1
-        generator = _engine_of_ranks(job, context, heartbeat=heartbeat)
-        if generator is None:
+        engine = _engine_of_ranks(job, context, heartbeat=heartbeat)
+        if engine is None:
             return
     else:
-        generator = make_engine(context.run, job, heartbeat=heartbeat, local_rank=context.local_rank)
+        engine = make_engine(context.run, job, heartbeat=heartbeat, local_rank=context.local_rank)
         ranks = context.world_size
     share = _share(context, index, ranks=ranks)
-    generator.profiler = context.profiler
-    preemption.hold()
+    engine.profiler = context.profiler
+    preemption.defer()
     started = time.monotonic()
     with PartWriter(folder / f"rank{context.rank}.part") as parts:
         worker = BatchWorker(
-            records=_records(job, source.records(share), words, is_main=context.is_main),
+            records=_records(job, source.records(share), tokenizer, is_main=context.is_main),
             default_fields=job.default_fields,
-            words=words,
-            generator=generator,
+            tokenizer=tokenizer,
+            engine=engine,
             parts=parts,
             index=index,
             preemption=preemption,
@@ -218,7 +218,7 @@ def generate(job: Generate, context: Context) -> None:
         try:
             worker.run()
         finally:
-            generator.close()
+            engine.close()
             if job.is_model_parallel(context.run):
                 from launcher.engines.distributed import disconnect
 
@@ -227,8 +227,8 @@ def generate(job: Generate, context: Context) -> None:
         if not context.is_main:
             return
         while not index.is_complete:  # the other ranks are still at it
-            worker.leave_if_asked()
-            worker.tell()
+            worker.exit_if_preempted()
+            worker.report_progress()
             time.sleep(_POLL_S)
     seconds = time.monotonic() - started
     claim_output(folder, output)
@@ -251,7 +251,7 @@ def _line_of(output: Path, number: int | None) -> str:
 
 
 def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: Path, size: int) -> None:
-    """End the run on the first rank as one with bad input if a line had no answer; the output is there all the same.
+    """End the run on the first rank as one with bad input if a line had no result; the output is there all the same.
 
     Raises:
         JobError: with the code for bad input.
@@ -276,7 +276,7 @@ def _engine_of_ranks(job: Generate, context: Context, *, heartbeat: Callable[[],
     if context.is_main:
         return make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     preemption = context.preemption
-    preemption.hold()
+    preemption.defer()
     try:
         make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
     except RuntimeError:

@@ -31,14 +31,14 @@ class GenerationRequest:
 
 
 def parse_request(
-    record: Record, default_fields: Mapping[str, Any], words: TextTokenizer, *, seed: int
+    record: Record, default_fields: Mapping[str, Any], tokenizer: TextTokenizer, *, seed: int
 ) -> GenerationRequest:
     """Return what a record asks for.
 
     Args:
         record: the line.
         default_fields: values of ``stop`` and of sampling fields that hold where the line says nothing.
-        words: the tokenizer.
+        tokenizer: the tokenizer.
         seed: of the run: a line that draws tokens and names no seed gets one from it and its own number.
 
     Raises:
@@ -51,7 +51,7 @@ def parse_request(
     if sampling.seed is None and sampling.temperature > 0:
         asked["seed"] = line_seed(seed, record.line)
         sampling = _sampling({name: asked[name] for name in SAMPLING_FIELDS if name in asked})
-    return GenerationRequest(prompt=_prompt(given, words), sampling=sampling, stop=_stop(asked.get("stop", ())))
+    return GenerationRequest(prompt=_prompt(given, tokenizer), sampling=sampling, stop=_stop(asked.get("stop", ())))
 
 
 def line_seed(seed: int, line: int) -> int:
@@ -70,22 +70,22 @@ def _sampling(values: Mapping[str, Any]) -> SamplingParams:
     return built
 
 
-def _prompt(given: Mapping[str, Any], words: TextTokenizer) -> tuple[int, ...]:
-    ids = _chat(given, words) if "messages" in given else _text_or_ids(given["prompt"], words)
+def _prompt(given: Mapping[str, Any], tokenizer: TextTokenizer) -> tuple[int, ...]:
+    ids = _chat(given, tokenizer) if "messages" in given else _text_or_ids(given["prompt"], tokenizer)
     if not ids:
         raise BadLine("prompt: is empty")
     return tuple(ids)
 
 
-def _text_or_ids(prompt: Any, words: TextTokenizer) -> list[int]:
+def _text_or_ids(prompt: Any, tokenizer: TextTokenizer) -> list[int]:
     if isinstance(prompt, str):
-        return words.encode(_check_unicode(prompt, "prompt"))
+        return tokenizer.encode(_check_unicode(prompt, "prompt"))
     if isinstance(prompt, list) and all(type(token) is int for token in prompt):
         return cast("list[int]", prompt)
     raise BadLine("prompt: takes text, or a list of token numbers")
 
 
-def _chat(given: Mapping[str, Any], words: TextTokenizer) -> list[int]:
+def _chat(given: Mapping[str, Any], tokenizer: TextTokenizer) -> list[int]:
     template = given.get("chat_template")
     if template is not None and not isinstance(template, str):
         raise BadLine("chat_template: takes the name of one of the tokenizer's templates")
@@ -93,7 +93,7 @@ def _chat(given: Mapping[str, Any], words: TextTokenizer) -> list[int]:
         messages = normalize_messages(given["messages"])
         for message in messages:
             _check_unicode(message["content"], "messages")
-        return words.encode(words.render(messages, template), special=False)
+        return tokenizer.encode(tokenizer.render(messages, template), special=False)
     except InvalidMessages as error:
         raise BadLine(f"messages: {error}{f' ({error.field})' if error.field != 'messages' else ''}") from error
     except ChatTemplateNotFound as error:
@@ -125,14 +125,14 @@ class GenerationResult:
     """Collects the tokens of one request.
 
     Args:
-        record: the line that asks.
-        wish: what it asks for.
-        words: the tokenizer.
+        record: the line.
+        request: of the line.
+        tokenizer: the tokenizer.
     """
 
-    def __init__(self, record: Record, wish: GenerationRequest, words: TextTokenizer) -> None:
-        self.record, self._wish = record, wish
-        self._text = TextStream(words.decode, wish.stop)
+    def __init__(self, record: Record, request: GenerationRequest, tokenizer: TextTokenizer) -> None:
+        self.record, self._request = record, request
+        self._text = TextStream(tokenizer.decode, request.stop)
         self._pieces: list[str] = []
         self._tokens: list[GeneratedToken] = []
 
@@ -141,31 +141,31 @@ class GenerationResult:
         """Tokens that were generated."""
         return len(self._tokens)
 
-    def take(self, update: EngineOutput) -> FinishReason | None:
-        """Take in what a step brought; return why the answer is over, once it is."""
-        for token in update.tokens:
+    def add_output(self, output: EngineOutput) -> FinishReason | None:
+        """Add the output of a step; return the finish reason once the answer has ended."""
+        for token in output.tokens:
             self._tokens.append(token)
             self._pieces.append(self._text.feed(token.id))
             if self._text.stopped is not None:
                 return "stop"
-        if update.finish is not None:
+        if output.finish_reason is not None:
             self._pieces.append(self._text.rest())
-        return "stop" if self._text.stopped is not None else update.finish
+        return "stop" if self._text.stopped is not None else output.finish_reason
 
-    def line(self, finish: FinishReason) -> bytes:
-        """Return the answer as it stands in the output."""
+    def line(self, finish_reason: FinishReason) -> bytes:
+        """Return the line of the answer."""
         found: dict[str, Any] = {
             **_head(self.record),
             "text": "".join(self._pieces),
-            "finish": finish,
-            "prompt_tokens": len(self._wish.prompt),
-            "tokens": self.num_tokens,
+            "finish_reason": finish_reason,
+            "prompt_tokens": len(self._request.prompt),
+            "completion_tokens": self.num_tokens,
         }
         if self._text.stopped is not None:
-            found["stop"] = self._text.stopped
-        if self._wish.sampling.seed is not None:
-            found["seed"] = self._wish.sampling.seed
-        if self._wish.sampling.logprobs is not None:
+            found["stop_reason"] = self._text.stopped
+        if self._request.sampling.seed is not None:
+            found["seed"] = self._request.sampling.seed
+        if self._request.sampling.logprobs is not None:
             found["logprobs"] = [
                 {"id": token.id, "logprob": token.logprob, "top": [list(pair) for pair in token.top]}
                 for token in self._tokens

@@ -13,7 +13,7 @@ from launcher.profiling.profiler import NO_PROFILER, Profiler
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
 """Why a request ended. ``stop``: a token that ends it; ``length``: ``max_tokens`` or the end of the context;
-``timeout``: its deadline; ``error``: ``Update.problem`` says which."""
+``timeout``: its deadline; ``error``: ``EngineOutput.error`` says which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -26,11 +26,11 @@ class EngineRequest:
     """Token ids, at least one."""
     sampling: SamplingParams
     priority: int = 0
-    """Higher is sooner; waiting makes up for a lower one (``Limits.aging_s``)."""
+    """Higher is sooner; waiting makes up for a lower one (``EngineLimits.aging_s``)."""
     queue_deadline_s: float | None = None
-    """Seconds that it may wait before it is begun."""
+    """Seconds that it may wait in the queue."""
     deadline_s: float | None = None
-    """Seconds that it may take as a whole, waiting included."""
+    """Seconds that it may take as a whole, the queue included."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,26 +39,26 @@ class GeneratedToken:
 
     id: int
     logprob: float | None = None
-    """Log-probability under unchanged scores, where ``Sampling.logprobs`` asks for it."""
+    """Log-probability under unchanged scores, where ``SamplingParams.logprobs`` asks for it."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens with their log-probabilities, likeliest first."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOutput:
-    """What became of a request in one step; those that nothing happened to have none."""
+    """What one step brought one request."""
 
-    request: str
+    request_id: str
     tokens: tuple[GeneratedToken, ...] = ()
     """New ones, in order."""
-    finish: FinishReason | None = None
-    """Set in the last update of a request, of which there is exactly one, whatever happens."""
-    problem: str = ""
-    """What went wrong, for a person, where ``finish`` is ``error``."""
-    field: str = ""
-    """Of ``Sampling``: set where the request's own value is what went wrong, and not the engine."""
-    cached_tokens: int = 0
-    """Prompt tokens whose keys and values were there already; in the first update."""
+    finish_reason: FinishReason | None = None
+    """Set in the last output of a request; there is exactly one, whatever happens."""
+    error: str = ""
+    """What went wrong, for a person, where ``finish_reason`` is ``error``."""
+    param: str = ""
+    """The field of ``SamplingParams`` whose value is at fault, where one is; empty where the engine failed."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the prefix cache; set in the first output."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,130 +68,141 @@ class EngineStats:
     running: int = 0
     waiting: int = 0
     kv_cache_tokens: int = 0
-    """Tokens whose keys and values are held for running requests."""
+    """Tokens whose keys and values are cached for running requests."""
     kv_cache_capacity: int = 0
-    """Tokens that can be held."""
+    """Tokens that fit into the KV cache."""
     steps_total: int = 0
     prompt_tokens_total: int = 0
     generated_tokens_total: int = 0
     padding_tokens_total: int = 0
-    """Positions computed for no request's sake."""
+    """Padding positions that were computed."""
     prefix_hit_tokens_total: int = 0
     prefix_query_tokens_total: int = 0
     preemptions_total: int = 0
-    """Requests put back into the queue for want of room."""
+    """Requests put back into the queue because the KV cache was full."""
     since_step_s: float = 0.0
     """Seconds since the last step ended, 0 where there is nothing to do. A high value means that the engine hangs."""
 
 
-class Refused(Exception):
-    """A request that the engine will never be able to serve; the message is for who sent it.
+class InvalidRequest(Exception):
+    """A request that the engine can never serve; the message is for the client.
 
     Attributes:
-        field: of ``Request`` or ``Sampling``, the one that is wrong.
+        param: the field of ``EngineRequest`` or ``SamplingParams`` that is wrong.
     """
 
-    def __init__(self, field: str, why: str) -> None:
+    reason = "invalid"
+
+    def __init__(self, param: str, why: str) -> None:
         super().__init__(why)
-        self.field = field
+        self.param = param
 
 
 class InferenceEngine(ABC):
-    """Continues many sequences at once. One thread calls it; nothing in it waits but ``step``."""
+    """Generates for many requests at once. One thread calls it; only ``step`` blocks."""
 
     profiler: Profiler = NO_PROFILER
-    """Whatever is computed in this process is computed in steps of it; may be set at any time between two."""
+    """Records the steps that this process computes; may be set between any two."""
 
     @abstractmethod
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
 
         Raises:
-            Refused: it can never be served: longer than the context or the room for keys and values, an id outside
-                the vocabulary, a way of sampling that this engine or model lacks.
+            InvalidRequest: it can never be served: it is longer than the model or the KV cache takes, has ids outside
+                the vocabulary, or sampling parameters that this engine or model does not support.
         """
 
     @abstractmethod
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step; its last update says ``cancelled``. Unknown ones are let be."""
+        """End a request before the next step; its last output says ``cancelled``. Unknown ids are ignored."""
 
     @abstractmethod
     def step(self) -> Sequence[EngineOutput]:
-        """Go one step further with whatever is most due; returns at once, with nothing, where nothing is to be done."""
+        """Compute one step and return what it brought; return at once where there is no work."""
 
     @abstractmethod
     def stats(self) -> EngineStats:
-        """Return where it stands."""
+        """Return its counts."""
 
     @abstractmethod
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Run once through each shape (sequences, tokens), so that no request pays for first times."""
+        """Run each shape (sequences, tokens) once, so that no request pays for compilation and allocation."""
 
     @abstractmethod
     def close(self) -> None:
-        """Give everything back; requests still in it get no further update."""
+        """Free everything; requests still in it get no further output."""
 
     @property
     @abstractmethod
-    def context(self) -> int:
-        """Most tokens of a sequence, prompt and output together."""
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to do."""
+        """Whether no request is running or waiting."""
         stats = self.stats()
         return not stats.running and not stats.waiting
 
 
 def check_request(
-    request: EngineRequest, *, known: Container[str], context: int, vocab_size: int, num_pages: int, max_num_seqs: int
+    request: EngineRequest,
+    *,
+    known: Container[str],
+    max_model_len: int,
+    vocab_size: int,
+    num_blocks: int,
+    max_num_seqs: int,
 ) -> None:
     """Raise for a request that can never be served.
 
     Args:
         request: as it came.
         known: ids in use.
-        context: most tokens of a sequence.
+        max_model_len: longest sequence, prompt and output together.
         vocab_size: of the model.
-        num_pages: for keys and values.
-        max_num_seqs: sequences at a time.
+        num_blocks: of the KV cache.
+        max_num_seqs: sequences in one step.
 
     Raises:
-        Refused: with the field.
+        InvalidRequest: with the field.
     """
     if request.id in known:
-        raise Refused("id", f"the id {request.id!r} is in use")
+        raise InvalidRequest("id", f"the id {request.id!r} is in use")
     if not request.prompt:
-        raise Refused("prompt", "the prompt has no tokens")
-    if len(request.prompt) >= context:
-        raise Refused("prompt", f"the prompt has {len(request.prompt)} tokens; {context - 1} leave room for an answer")
+        raise InvalidRequest("prompt", "the prompt has no tokens")
+    if len(request.prompt) >= max_model_len:
+        raise InvalidRequest(
+            "prompt",
+            f"the prompt has {len(request.prompt)} tokens; the model takes {max_model_len}, its answer included",
+        )
     _in_vocabulary("prompt", request.prompt, vocab_size)
     for field in ("queue_deadline_s", "deadline_s"):
         limit = getattr(request, field)
         if limit is not None and not limit >= 0:
-            raise Refused(field, f"is {limit}, and must be at least 0")
-    way = request.sampling
-    _check_sampling(way, vocab_size)
-    if way.num_beams > max_num_seqs:
-        raise Refused("num_beams", f"{way.num_beams} beams; at most {max_num_seqs} sequences go on at a time")
-    longest = min(len(request.prompt) + way.max_tokens, context)
-    if way.num_beams > 1 and way.num_beams * (longest // BLOCK_SIZE + 1) > num_pages:
-        room = num_pages * BLOCK_SIZE
-        raise Refused(
+            raise InvalidRequest(field, f"is {limit}; must be at least 0")
+    params = request.sampling
+    _check_sampling(params, vocab_size)
+    if params.num_beams > max_num_seqs:
+        raise InvalidRequest("num_beams", f"{params.num_beams} beams; at most {max_num_seqs} sequences run at a time")
+    longest = min(len(request.prompt) + params.max_tokens, max_model_len)
+    if params.num_beams > 1 and params.num_beams * (longest // BLOCK_SIZE + 1) > num_blocks:
+        capacity = num_blocks * BLOCK_SIZE
+        raise InvalidRequest(
             "num_beams",
-            f"{way.num_beams} beams of {longest} tokens need more room than the {room} tokens that there are",
+            f"{params.num_beams} beams of {longest} tokens do not fit into the KV cache of {capacity} tokens",
         )
 
 
-def _check_sampling(way: SamplingParams, vocab_size: int) -> None:
-    for field, why, _ in validate_sampling(way):
-        value = getattr(way, field)
-        raise Refused(field, why if isinstance(value, tuple) else f"is {value}: {why}")
-    _in_vocabulary("logit_bias", [token for token, _ in way.logit_bias], vocab_size)
-    _in_vocabulary("stop_token_ids", way.stop_token_ids, vocab_size)
+def _check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    for field, why, _ in validate_sampling(params):
+        value = getattr(params, field)
+        raise InvalidRequest(field, why if isinstance(value, tuple) else f"is {value}: {why}")
+    _in_vocabulary("logit_bias", [token for token, _ in params.logit_bias], vocab_size)
+    _in_vocabulary("stop_token_ids", params.stop_token_ids, vocab_size)
 
 
 def _in_vocabulary(field: str, ids: tuple[int, ...] | list[int], vocab_size: int) -> None:
     strange = next((token for token in ids if not 0 <= token < vocab_size), None)
     if strange is not None:
-        raise Refused(field, f"{strange} is no token: ids go from 0 to {vocab_size - 1}")
+        raise InvalidRequest(field, f"{strange} is not a token id: ids go from 0 to {vocab_size - 1}")

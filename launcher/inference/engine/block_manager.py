@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BLOCK_SIZE = 32
-"""Tokens in a page. Only full pages are shared: smaller ones share more, larger ones are quicker to go through."""
+"""Tokens in a block. Only full blocks are shared: smaller blocks share more, larger ones are faster to iterate over."""
 TRANSFORMERS_BLOCK_SIZE = 256
 """The same under ``engine=transformers``, as that library has it by default."""
 
@@ -15,122 +15,124 @@ _Key = tuple[int, tuple[int, ...]]
 
 
 class PrefixHash(NamedTuple):
-    """How many pages of a sequence are remembered, and the mark of the last of them."""
+    """How many blocks of a sequence are registered for sharing, and the id of what the last of them holds."""
 
-    pages: int = 0
-    mark: int = 0
+    num_blocks: int = 0
+    content_id: int = 0
 
 
 NO_PREFIX = PrefixHash()
 
 
 class BlockManager:
-    """Hands pages out, counts who holds each, and remembers what full ones hold.
+    """Allocates blocks, counts references to each, and registers full ones for sharing.
 
-    A page that nobody holds keeps what is in it until the room is needed; the one unused for longest goes first. What a
-    page holds is known by its own tokens and the page before it, compared token by token: a hit is never a guess.
+    A block without references keeps its content until it is needed; the least recently used one is evicted first.
+    Content is identified by the tokens of a block and the block before it, compared token by token, not by a hash.
 
     Args:
-        count: pages that there are.
-        share: whether full pages are remembered.
+        num_blocks: of the KV cache.
+        share: whether full blocks are registered for sharing.
     """
 
-    def __init__(self, count: int, *, share: bool) -> None:
+    def __init__(self, num_blocks: int, *, share: bool) -> None:
         self._share = share
-        self._free = list(range(count - 1, -1, -1))
-        self._holders = [0] * count
-        self._idle: OrderedDict[int, None] = OrderedDict()
-        self._known: dict[_Key, int] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._ref_counts = [0] * num_blocks
+        self._evictable: OrderedDict[int, None] = OrderedDict()
+        self._cached: dict[_Key, int] = {}
         self._key: dict[int, _Key] = {}
-        self._mark: dict[int, int] = {}
-        self._next_mark = 1
-        self.count = count
+        self._content_id: dict[int, int] = {}
+        self._next_content_id = 1
+        self.num_blocks = num_blocks
 
     @property
-    def available(self) -> int:
-        """Pages that can be taken now."""
-        return len(self._free) + len(self._idle)
+    def num_free(self) -> int:
+        """Blocks that can be allocated now, evictable ones included."""
+        return len(self._free) + len(self._evictable)
 
     @property
-    def held(self) -> int:
-        """Pages that somebody holds."""
-        return self.count - self.available
+    def num_used(self) -> int:
+        """Blocks with references."""
+        return self.num_blocks - self.num_free
 
-    def take(self, num: int) -> list[int] | None:
-        """Return ``num`` pages, each held once, or ``None`` where there are not as many."""
-        if num > self.available:
+    def allocate(self, num: int) -> list[int] | None:
+        """Return ``num`` blocks with one reference each, or ``None`` where fewer are free."""
+        if num > self.num_free:
             return None
-        taken = []
+        allocated = []
         for _ in range(num):
             if self._free:
-                page = self._free.pop()
+                block = self._free.pop()
             else:
-                page, _ = self._idle.popitem(last=False)
-                self._forget(page)
-            self._holders[page] = 1
-            taken.append(page)
-        return taken
+                block, _ = self._evictable.popitem(last=False)
+                self._evict(block)
+            self._ref_counts[block] = 1
+            allocated.append(block)
+        return allocated
 
-    def hold(self, pages: Sequence[int]) -> None:
-        """Count one more holder of each."""
-        for page in pages:
-            if not self._holders[page]:
-                del self._idle[page]
-            self._holders[page] += 1
+    def acquire(self, blocks: Sequence[int]) -> None:
+        """Add a reference to each block."""
+        for block in blocks:
+            if not self._ref_counts[block]:
+                del self._evictable[block]
+            self._ref_counts[block] += 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Count one holder less of each; last pages of a sequence are the first to be taken again."""
-        for page in reversed(pages):
-            self._holders[page] -= 1
-            if self._holders[page]:
+    def free(self, blocks: Sequence[int]) -> None:
+        """Drop a reference to each block; the last blocks of a sequence are evicted first."""
+        for block in reversed(blocks):
+            self._ref_counts[block] -= 1
+            if self._ref_counts[block]:
                 continue
-            if page in self._key:
-                self._idle[page] = None
+            if block in self._key:
+                self._evictable[block] = None
             else:
-                self._free.append(page)
+                self._free.append(block)
 
-    def shared(self, page: int) -> bool:
-        """Whether writing into it would change what others read."""
-        return self._holders[page] > 1 or page in self._key
+    def is_shared(self, block: int) -> bool:
+        """Whether writing into a block would change what other sequences read."""
+        return self._ref_counts[block] > 1 or block in self._key
 
-    def match(self, tokens: Sequence[int]) -> list[int]:
-        """Return the full pages that hold the beginning of ``tokens``; never all of it: one is left to compute."""
+    def match_prefix(self, tokens: Sequence[int]) -> list[int]:
+        """Return the cached blocks of the longest prefix of ``tokens``, all but its last token at most."""
         found: list[int] = []
-        before = 0
+        previous = 0
         if not self._share:
             return found
         for start in range(0, len(tokens) - BLOCK_SIZE, BLOCK_SIZE):
-            page = self._known.get((before, tuple(tokens[start : start + BLOCK_SIZE])))
-            if page is None:
+            block = self._cached.get((previous, tuple(tokens[start : start + BLOCK_SIZE])))
+            if block is None:
                 break
-            found.append(page)
-            before = self._mark[page]
+            found.append(block)
+            previous = self._content_id[block]
         return found
 
-    def remember(self, tokens: Sequence[int], pages: Sequence[int], *, noted: PrefixHash) -> PrefixHash:
-        """Note what full pages hold.
+    def cache_full_blocks(self, tokens: Sequence[int], blocks: Sequence[int], *, prefix: PrefixHash) -> PrefixHash:
+        """Register full blocks of a sequence for sharing.
 
         Args:
-            tokens: of a sequence, those alone whose keys and values are there.
-            pages: of it.
-            noted: what this returned for the sequence before.
+            tokens: of the sequence, as far as their keys and values are computed.
+            blocks: of the sequence.
+            prefix: what the last call for this sequence returned.
 
         Returns:
-            How far it has come.
+            The prefix that is registered now.
         """
         if not self._share:
-            return noted
-        before = noted.mark
-        for index in range(noted.pages, len(tokens) // BLOCK_SIZE):
-            key = (before, tuple(tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]))
-            page = self._known.get(key)
-            if page is None:
-                page = pages[index]
-                self._known[key], self._key[page], self._mark[page] = page, key, self._next_mark
-                self._next_mark += 1
-            before = self._mark[page]  # where another page holds the same, what follows is found behind that one
-        return PrefixHash(max(noted.pages, len(tokens) // BLOCK_SIZE), before)
+            return prefix
+        previous = prefix.content_id
+        for index in range(prefix.num_blocks, len(tokens) // BLOCK_SIZE):
+            key = (previous, tuple(tokens[index * BLOCK_SIZE : (index + 1) * BLOCK_SIZE]))
+            block = self._cached.get(key)
+            if block is None:
+                block = blocks[index]
+                self._cached[key], self._key[block], self._content_id[block] = block, key, self._next_content_id
+                self._next_content_id += 1
+            previous = self._content_id[
+                block
+            ]  # of an equal block, if there is one, so that both sequences match the same blocks
+        return PrefixHash(max(prefix.num_blocks, len(tokens) // BLOCK_SIZE), previous)
 
-    def _forget(self, page: int) -> None:
-        del self._known[self._key.pop(page)]
-        del self._mark[page]
+    def _evict(self, block: int) -> None:
+        del self._cached[self._key.pop(block)]
+        del self._content_id[block]

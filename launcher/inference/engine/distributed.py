@@ -28,10 +28,10 @@ class PlanRunner(Protocol):
     """What computes the same plans on every rank."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Compute one; what the first rank gets are the scores."""
+        """Compute one; the first rank gets the logits."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
 
 
 class LeaderRunner:
@@ -49,12 +49,12 @@ class LeaderRunner:
         self._runner, self._group = runner, group
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Return the scores that are asked for; (wanted, vocabulary), fp32."""
+        """Return the logits of sampled sequences; (sampled sequences, vocabulary), fp32."""
         self._send(plan)
         return self._runner.run(plan)
 
     def close(self) -> None:
-        """Let the others go, and the model."""
+        """End the other ranks' loops, and free the model."""
         self._send(StepPlan((), stop=True))
         self._runner.close()
 
@@ -73,7 +73,7 @@ def follow_leader(
     Args:
         runner: of this rank.
         group: that plans come over.
-        heartbeat: called while there is none, at least every half second: to wait for requests is no stall.
+        heartbeat: called while there is none, at least every half second: waiting for requests is no stall.
         profiler: each plan is a step of it.
     """
     source = dist.get_global_rank(group, 0)
@@ -92,13 +92,13 @@ def follow_leader(
 
 
 def _wait(work: dist.Work, *, heartbeat: Callable[[], None]) -> None:
-    begun_s = beaten_s = time.monotonic()
+    started_s = heartbeat_s = time.monotonic()
     while not work.is_completed():
         now_s = time.monotonic()
-        if now_s - beaten_s > _HEARTBEAT_S:
+        if now_s - heartbeat_s > _HEARTBEAT_S:
             heartbeat()
-            beaten_s = now_s
-        if now_s - begun_s > _SPIN_S:
+            heartbeat_s = now_s
+        if now_s - started_s > _SPIN_S:
             time.sleep(_POLL_S)
     work.wait()
 
@@ -117,38 +117,41 @@ class PipelinedRunner:
     def __init__(self, runner: ModelRunner, group: dist.ProcessGroup) -> None:
         self._runner, self._group, self._stage = runner, group, runner.stage
         config = runner.model.config.get_text_config()
-        self._width, self._vocab_size = config.hidden_size, config.vocab_size
+        self._hidden_size, self._vocab_size = config.hidden_size, config.vocab_size
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Return on the first rank the scores that are asked for; (wanted, vocabulary), fp32; on others nothing."""
+        """Return the logits of sampled sequences on the first rank, an empty tensor on others.
+
+        Their shape is (sampled sequences, vocabulary), in fp32.
+        """
         stage, model = self._stage, self._runner.model
         parts = split_plan(plan, stage.count)
-        # what waits to be taken stays alive here; nobody waits for a neighbour who waits for him
-        under_way: list[tuple[dist.Work, Tensor]] = []
+        # tensors stay alive here until they are received; no rank waits for a neighbour that waits for it
+        in_flight: list[tuple[dist.Work, Tensor]] = []
         for part in parts:
             hidden = None
             if not stage.first:
                 tokens = sum(len(segment.tokens) for segment in part.segments) + part.padding
-                hidden = torch.empty((1, tokens, self._width), dtype=model.dtype, device=model.device)
+                hidden = torch.empty((1, tokens, self._hidden_size), dtype=model.dtype, device=model.device)
                 dist.recv(hidden, stage.number - 1)
             made = self._runner.run(part, hidden).contiguous()
             if not stage.last:
-                under_way.append((dist.isend(made, stage.number + 1), made))
+                in_flight.append((dist.isend(made, stage.number + 1), made))
             elif len(made):
                 made = made.cpu()
-                under_way.append((dist.isend(made, 0, group=self._group), made))
-        scores = [self._scores(part) for part in parts] if stage.first else []
-        for work, _ in under_way:
+                in_flight.append((dist.isend(made, 0, group=self._group), made))
+        logits = [self._logits(part) for part in parts] if stage.first else []
+        for work, _ in in_flight:
             work.wait()
-        return torch.cat(scores).to(model.device) if scores else torch.empty(0)
+        return torch.cat(logits).to(model.device) if logits else torch.empty(0)
 
-    def _scores(self, part: StepPlan) -> Tensor:
+    def _logits(self, part: StepPlan) -> Tensor:
         """Return what the last stage makes of a part."""
-        room = torch.empty((sum(segment.wanted for segment in part.segments), self._vocab_size))
-        if len(room):
-            dist.recv(room, self._stage.count - 1, group=self._group)
-        return room
+        received = torch.empty((sum(segment.needs_logits for segment in part.segments), self._vocab_size))
+        if len(received):
+            dist.recv(received, self._stage.count - 1, group=self._group)
+        return received
 
     def close(self) -> None:
-        """Let the model go."""
+        """Free the model."""
         self._runner.close()

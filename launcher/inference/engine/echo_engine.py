@@ -28,7 +28,7 @@ class _ActiveRequest:
     request: EngineRequest
     arrived: float
     random: random.Random
-    begun: bool = False
+    started: bool = False
     output: list[int] = field(default_factory=list)
 
     def next_token(self) -> int:
@@ -46,19 +46,25 @@ class EchoEngine(InferenceEngine):
     ``logprobs`` and ``num_beams`` (all tokens come at once); the others change nothing.
 
     Args:
-        limits: ``max_num_seqs`` are worked on at a time.
-        context: most tokens of a sequence.
+        limits: ``max_num_seqs`` run at a time.
+        max_model_len: longest active, prompt and output together.
         vocab_size: ids from this one on are refused.
-        ends: ids that end a sequence by themselves.
+        eos_token_ids: ids that end a sequence.
         step_s: what each step with something to do takes.
     """
 
     def __init__(
-        self, *, limits: EngineLimits, context: int, vocab_size: int, ends: Collection[int] = (), step_s: float = 0.0
+        self,
+        *,
+        limits: EngineLimits,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Collection[int] = (),
+        step_s: float = 0.0,
     ) -> None:
-        self._limits, self._context, self._vocab_size = limits, context, vocab_size
-        self._ends, self._step_s = frozenset(ends), step_s
-        self._all: dict[str, _ActiveRequest] = {}
+        self._limits, self._max_model_len, self._vocab_size = limits, max_model_len, vocab_size
+        self._eos_token_ids, self._step_s = frozenset(eos_token_ids), step_s
+        self._active: dict[str, _ActiveRequest] = {}
         self._cancelled: list[str] = []
         self._steps = self._prompt_tokens = self._generated = 0
         self._stepped_at = time.monotonic()
@@ -67,106 +73,110 @@ class EchoEngine(InferenceEngine):
         """Queue a request."""
         check_request(
             request,
-            known=self._all,
-            context=self._context,
+            known=self._active,
+            max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
-            num_pages=_UNLIMITED_BLOCKS,
+            num_blocks=_UNLIMITED_BLOCKS,
             max_num_seqs=self._limits.max_num_seqs,
         )
         generator = random.Random(request.sampling.seed)
-        self._all[request.id] = _ActiveRequest(request, time.monotonic(), generator)
+        self._active[request.id] = _ActiveRequest(request, time.monotonic(), generator)
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
-        if request_id in self._all:
+        if request_id in self._active:
             self._cancelled.append(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
         """Give every running request its next token."""
-        updates = [
-            EngineOutput(request=name, finish="cancelled") for name in self._cancelled if self._all.pop(name, None)
+        outputs = [
+            EngineOutput(request_id=name, finish_reason="cancelled")
+            for name in self._cancelled
+            if self._active.pop(name, None)
         ]
         self._cancelled.clear()
-        updates += self._expired()
+        outputs += self._expired()
         running = self._admitted()
         if running and self._step_s:
             time.sleep(self._step_s)
-        updates += filter(None, map(self._advanced, running))
+        outputs += filter(None, map(self._try_advance, running))
         if running:
             self._steps += 1
         self._stepped_at = time.monotonic()
-        return updates
+        return outputs
 
     def stats(self) -> EngineStats:
-        """Return where it stands."""
-        begun = [sequence for sequence in self._all.values() if sequence.begun]
+        """Return its counts."""
+        started = [active for active in self._active.values() if active.started]
         return EngineStats(
-            running=len(begun),
-            waiting=len(self._all) - len(begun),
-            kv_cache_tokens=sum(len(sequence.request.prompt) + len(sequence.output) for sequence in begun),
-            kv_cache_capacity=self._limits.max_num_seqs * self._context,
+            running=len(started),
+            waiting=len(self._active) - len(started),
+            kv_cache_tokens=sum(len(active.request.prompt) + len(active.output) for active in started),
+            kv_cache_capacity=self._limits.max_num_seqs * self._max_model_len,
             steps_total=self._steps,
             prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated,
-            since_step_s=time.monotonic() - self._stepped_at if self._all else 0.0,
+            since_step_s=time.monotonic() - self._stepped_at if self._active else 0.0,
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Do nothing: nothing is slow the first time."""
+        """Do nothing: there is nothing to compile."""
 
     def close(self) -> None:
-        """Forget everything."""
-        self._all.clear()
+        """Drop all requests."""
+        self._active.clear()
 
     @property
-    def context(self) -> int:
-        """Most tokens of a sequence."""
-        return self._context
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
+        return self._max_model_len
 
     def _expired(self) -> list[EngineOutput]:
         now = time.monotonic()
-        late = [sequence.request.id for sequence in self._all.values() if _is_late(sequence, now)]
+        late = [active.request.id for active in self._active.values() if _is_late(active, now)]
         for name in late:
-            del self._all[name]
-        return [EngineOutput(request=name, finish="timeout") for name in late]
+            del self._active[name]
+        return [EngineOutput(request_id=name, finish_reason="timeout") for name in late]
 
     def _admitted(self) -> list[_ActiveRequest]:
-        """Begin what there is room for, the most urgent first; return all that are begun."""
-        running = [sequence for sequence in self._all.values() if sequence.begun]
+        """Start the requests that fit, by priority; return all that are running."""
+        running = [active for active in self._active.values() if active.started]
         waiting = sorted(
-            (sequence for sequence in self._all.values() if not sequence.begun),
-            key=lambda sequence: (-sequence.request.priority, sequence.arrived),
+            (active for active in self._active.values() if not active.started),
+            key=lambda active: (-active.request.priority, active.arrived),
         )
-        for sequence in waiting[: self._limits.max_num_seqs - len(running)]:
-            sequence.begun = True
-            self._prompt_tokens += len(sequence.request.prompt)
-            running.append(sequence)
+        for active in waiting[: self._limits.max_num_seqs - len(running)]:
+            active.started = True
+            self._prompt_tokens += len(active.request.prompt)
+            running.append(active)
         return running
 
-    def _advanced(self, sequence: _ActiveRequest) -> EngineOutput | None:
-        """Return what a step brings one request; what goes wrong ends that one alone."""
+    def _try_advance(self, active: _ActiveRequest) -> EngineOutput | None:
+        """Return the output of one request; an error ends that request only."""
         try:
-            return self._advance(sequence)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-            self._all.pop(sequence.request.id, None)
-            return EngineOutput(request=sequence.request.id, finish="error", problem=f"{type(error).__name__}: {error}")
+            return self._advance(active)
+        except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+            self._active.pop(active.request.id, None)
+            return EngineOutput(
+                request_id=active.request.id, finish_reason="error", error=f"{type(error).__name__}: {error}"
+            )
 
-    def _advance(self, sequence: _ActiveRequest) -> EngineOutput | None:
-        sampling, token = sequence.request.sampling, sequence.next_token()
-        sequence.output.append(token)
+    def _advance(self, active: _ActiveRequest) -> EngineOutput | None:
+        sampling, token = active.request.sampling, active.next_token()
+        active.output.append(token)
         self._generated += 1
-        length = len(sequence.output)
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._ends)
-        is_full = length >= sampling.max_tokens or length + len(sequence.request.prompt) >= self._context
+        length = len(active.output)
+        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos_token_ids)
+        is_full = length >= sampling.max_tokens or length + len(active.request.prompt) >= self._max_model_len
         is_over = token in ends and length > sampling.min_tokens
-        finish = "stop" if is_over else "length" if is_full else None
-        if finish:
-            del self._all[sequence.request.id]
-        if sampling.num_beams > 1 and not finish:
+        finish_reason = "stop" if is_over else "length" if is_full else None
+        if finish_reason:
+            del self._active[active.request.id]
+        if sampling.num_beams > 1 and not finish_reason:
             return None
-        new = sequence.output if sampling.num_beams > 1 else [token]
+        new = active.output if sampling.num_beams > 1 else [token]
         tokens = tuple(self._token(each, sampling.logprobs) for each in new)
-        return EngineOutput(request=sequence.request.id, tokens=tokens, finish=finish)  # type: ignore[arg-type]
+        return EngineOutput(request_id=active.request.id, tokens=tokens, finish_reason=finish_reason)  # type: ignore[arg-type]
 
     def _token(self, number: int, logprobs: int | None) -> GeneratedToken:
         if logprobs is None:
@@ -176,7 +186,7 @@ class EchoEngine(InferenceEngine):
         return GeneratedToken(id=number, logprob=_LOGPROB, top=top)
 
 
-def _is_late(sequence: _ActiveRequest, now: float) -> bool:
-    waited, request = now - sequence.arrived, sequence.request
-    queued_too_long = request.queue_deadline_s is not None and not sequence.begun and waited > request.queue_deadline_s
+def _is_late(active: _ActiveRequest, now: float) -> bool:
+    waited, request = now - active.arrived, active.request
+    queued_too_long = request.queue_deadline_s is not None and not active.started and waited > request.queue_deadline_s
     return queued_too_long or (request.deadline_s is not None and waited > request.deadline_s)

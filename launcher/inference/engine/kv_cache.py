@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class KVShapes:
-    """What a layer keeps of a token, for each layer."""
+    """Shapes of the keys and values of a token, for each layer."""
 
     keys: tuple[tuple[int, int], ...]
-    """Heads and width."""
+    """Number of heads and their size."""
     values: tuple[tuple[int, int], ...]
     item_bytes: int
     first_layer: int = 0
@@ -42,7 +42,7 @@ class KVShapes:
 
 
 class GatherIndices:
-    """Indexes into the tokens of all pages.
+    """Indices into the tokens of all blocks.
 
     Args:
         plan: of the step.
@@ -62,8 +62,8 @@ class GatherIndices:
         first = 0
         for part in plan.segments:
             count = len(part.tokens)
-            pages = torch.tensor(part.pages)[:, None] * BLOCK_SIZE
-            past = (pages + torch.arange(BLOCK_SIZE)).view(-1)[: part.start + count].to(device)
+            blocks = torch.tensor(part.block_table)[:, None] * BLOCK_SIZE
+            past = (blocks + torch.arange(BLOCK_SIZE)).view(-1)[: part.start + count].to(device)
             if count == 1:
                 single.append(first)
                 pasts.append(past)
@@ -86,7 +86,7 @@ def gathered_attention(
     Args:
         places: of keys and values.
         query: (1, heads, tokens, width).
-        keys: (tokens of all pages, heads, width).
+        keys: (tokens of all blocks, heads, width).
         values: likewise.
         scale: of scores.
     """
@@ -112,32 +112,32 @@ def gathered_attention(
     return out[None]
 
 
-ATTENTION_NAME = "launcher_pages"
+ATTENTION_NAME = "launcher_paged"
 """The name under which models find the attention of this module; one that has no mask made for it."""
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """Keys and values of all sequences, a tensor of each by number of layer: (tokens of all pages, heads, width).
+    """Keys and values of all sequences, a tensor of each by number of layer: (tokens of all blocks, heads, width).
 
-    Compiled kernels order numbers within a page in their own way.
+    Compiled kernels order numbers within a block in their own way.
 
     Args:
         shapes: of what each layer keeps of a token.
-        num_pages: besides one that takes what is computed for no sequence.
+        num_blocks: besides one that takes padding tokens.
         dtype: of keys and values.
         device: where they are.
     """
 
-    def __init__(self, shapes: KVShapes, *, num_pages: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shapes: KVShapes, *, num_blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__(layers=[])
-        size = (num_pages + 1) * BLOCK_SIZE
+        size = (num_blocks + 1) * BLOCK_SIZE
 
         def room(sizes: tuple[tuple[int, int], ...]) -> dict[int, Tensor]:
             numbered = enumerate(sizes, shapes.first_layer)
             return {layer: torch.zeros((size, *shape), dtype=dtype, device=device) for layer, shape in numbered}
 
         self.keys, self.values = room(shapes.keys), room(shapes.values)
-        self.scratch = num_pages
+        self.scratch = num_blocks
         self.step: AttentionMetadata | None = None
         self.kernels: NativeAttention | None = None
 
@@ -146,8 +146,8 @@ class PagedCache(Cache):  # type: ignore[misc]
         assert self.step is not None
         if self.kernels is not None:  # they write themselves
             return key_states, value_states
-        self.keys[layer_idx].index_copy_(0, self.step.slots, key_states[0].transpose(0, 1))
-        self.values[layer_idx].index_copy_(0, self.step.slots, value_states[0].transpose(0, 1))
+        self.keys[layer_idx].index_copy_(0, self.step.slot_mapping, key_states[0].transpose(0, 1))
+        self.values[layer_idx].index_copy_(0, self.step.slot_mapping, value_states[0].transpose(0, 1))
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -155,7 +155,7 @@ class PagedCache(Cache):  # type: ignore[misc]
         return 0
 
     def copy(self, pairs: tuple[tuple[int, int], ...]) -> None:
-        """Copy pages: to, from."""
+        """Copy blocks: target, source."""
         for target, source in pairs:
             for arena in (*self.keys.values(), *self.values.values()):
                 arena[target * BLOCK_SIZE : (target + 1) * BLOCK_SIZE] = arena[
@@ -176,21 +176,21 @@ class AttentionMetadata:
         self.cache, self._plan, self._device = cache, plan, device
         tokens: list[int] = []
         positions: list[int] = []
-        wanted: list[int] = []
-        slots: list[int] = []
+        logits_indices: list[int] = []
+        slot_mapping: list[int] = []
         for part in plan.segments:
             span = range(part.start, part.start + len(part.tokens))
             tokens += part.tokens
             positions += span
-            slots += [part.pages[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in span]
-            if part.wanted:
-                wanted.append(len(tokens) - 1)
-        for numbers, filler in ((tokens, 0), (positions, 0), (slots, cache.scratch * BLOCK_SIZE)):
+            slot_mapping += [part.block_table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE for at in span]
+            if part.needs_logits:
+                logits_indices.append(len(tokens) - 1)
+        for numbers, filler in ((tokens, 0), (positions, 0), (slot_mapping, cache.scratch * BLOCK_SIZE)):
             numbers += [filler] * plan.padding
         self.input_ids = torch.tensor([tokens], device=device)
         self.position_ids = torch.tensor([positions], device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.wanted = torch.tensor(wanted, dtype=torch.long, device=device)
+        self.slot_mapping = torch.tensor(slot_mapping, device=device)
+        self.logits_indices = torch.tensor(logits_indices, dtype=torch.long, device=device)
 
     @cached_property
     def _places(self) -> GatherIndices:
@@ -198,7 +198,7 @@ class AttentionMetadata:
 
     @cached_property
     def _table(self) -> StepTable:
-        return StepTable(self._plan, slots=self.slots)
+        return StepTable(self._plan, slot_mapping=self.slot_mapping)
 
     def native(self, rotary: tuple[Tensor, Tensor] | None = None) -> TokensStruct:
         """Return the step as compiled kernels take it.
@@ -235,7 +235,7 @@ def paged_attention(
     launcher_step: AttentionMetadata,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as Transformers' ``sdpa`` does, over pages.
+    """Compute attention as Transformers' ``sdpa`` does, over blocks.
 
     Args:
         module: the attention layer.
@@ -257,27 +257,29 @@ def paged_attention(
 
 
 def register_attention() -> None:
-    """Tell Transformers of this attention."""
+    """Register this attention with Transformers."""
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, paged_attention)
 
 
 _FREE_MEMORY_DIVISOR = 4
-"""Keys and values take at most one part in this many of the memory that is free at the start, unless told otherwise."""
+"""Keys and values take at most one part in this many of the memory that is free at the start, by default."""
 
 
-def num_kv_blocks(limits: EngineLimits, shapes: KVShapes, model: PreTrainedModel, *, page: int = BLOCK_SIZE) -> int:
-    """Return how many pages an engine keeps.
+def num_kv_blocks(
+    limits: EngineLimits, shapes: KVShapes, model: PreTrainedModel, *, block_size: int = BLOCK_SIZE
+) -> int:
+    """Return the number of blocks of an engine's KV cache.
 
     Args:
-        limits: what it is told.
+        limits: of the engine.
         shapes: of what a layer keeps of a token.
         model: on its device.
-        page: tokens of one.
+        block_size: tokens of a block.
     """
     if limits.kv_cache_tokens is not None:
-        return max(1, limits.kv_cache_tokens // page)
+        return max(1, limits.kv_cache_tokens // block_size)
     device = model.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    affordable = free // _FREE_MEMORY_DIVISOR // (shapes.token_bytes * page)
-    wanted = limits.max_num_seqs * -(-model.config.get_text_config().max_position_embeddings // page)
-    return int(max(1, min(wanted, affordable)))
+    affordable = free // _FREE_MEMORY_DIVISOR // (shapes.token_bytes * block_size)
+    needed = limits.max_num_seqs * -(-model.config.get_text_config().max_position_embeddings // block_size)
+    return int(max(1, min(needed, affordable)))

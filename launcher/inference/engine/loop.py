@@ -21,7 +21,7 @@ from launcher.inference.engine.base import (
     EngineStats,
     GeneratedToken,
     InferenceEngine,
-    Refused,
+    InvalidRequest,
 )
 
 LENGTH_PREFIX = struct.Struct("<I")
@@ -56,23 +56,23 @@ def request_from_wire(tree: WireMessage) -> EngineRequest:
     return EngineRequest(**{**tree, "prompt": tuple(tree["prompt"]), "sampling": SamplingParams(**sampling)})
 
 
-def update_to_wire(update: EngineOutput) -> list[Any]:
-    """Return an update as a short list: there is one for each running request and step."""
-    plain = all(token.logprob is None and not token.top for token in update.tokens)
-    tokens = [token.id if plain else [token.id, token.logprob, token.top] for token in update.tokens]
-    return [update.request, tokens, update.finish, update.problem, update.field, update.cached_tokens]
+def output_to_wire(output: EngineOutput) -> list[Any]:
+    """Return an output as a short list: there is one for each running request and step."""
+    plain = all(token.logprob is None and not token.top for token in output.tokens)
+    tokens = [token.id if plain else [token.id, token.logprob, token.top] for token in output.tokens]
+    return [output.request_id, tokens, output.finish_reason, output.error, output.param, output.num_cached_tokens]
 
 
-def update_from_wire(row: list[Any]) -> EngineOutput:
-    """Return the update that ``update_to_wire`` took apart."""
-    request, tokens, finish, problem, field, cached = row
+def output_from_wire(row: list[Any]) -> EngineOutput:
+    """Return the output that ``output_to_wire`` took apart."""
+    request_id, tokens, finish_reason, error, param, num_cached_tokens = row
     return EngineOutput(
-        request=request,
+        request_id=request_id,
         tokens=tuple(map(_token, tokens)),
-        finish=finish,
-        problem=problem,
-        field=field,
-        cached_tokens=cached,
+        finish_reason=finish_reason,
+        error=error,
+        param=param,
+        num_cached_tokens=num_cached_tokens,
     )
 
 
@@ -97,7 +97,7 @@ _RECEIVE_BYTES = 1 << 18
 
 
 class ConnectionLost(Exception):
-    """The other end is not there any more."""
+    """The other process closed the connection."""
 
 
 class EngineConnection:
@@ -111,10 +111,10 @@ class EngineConnection:
         self._socket, self._buffer = connection, bytearray()
 
     def send(self, message: WireMessage) -> None:
-        """Send one message; waits while the front does not read.
+        """Send one message; blocks while the server does not read.
 
         Raises:
-            Gone: the front has ended.
+            ConnectionLost: the server has ended.
         """
         try:
             self._socket.sendall(pack_message(message))
@@ -125,7 +125,7 @@ class EngineConnection:
         """Return the messages that are there, waiting at most ``wait_s`` for the first.
 
         Raises:
-            Gone: the front has ended.
+            ConnectionLost: the server has ended.
         """
         found = self._whole()
         ready, _, _ = select.select([self._socket], [], [], 0.0 if found else wait_s)
@@ -141,7 +141,7 @@ class EngineConnection:
         return found + self._whole()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._socket.close()
 
     def _whole(self) -> list[WireMessage]:
@@ -150,68 +150,72 @@ class EngineConnection:
         while len(self._buffer) - at >= LENGTH_PREFIX.size:
             (length,) = LENGTH_PREFIX.unpack_from(self._buffer, at)
             if length > MAX_MESSAGE_BYTES:
-                raise ConnectionLost(f"the front sent a frame of {length} bytes")
+                raise ConnectionLost(f"the server sent a frame of {length} bytes")
             end = at + LENGTH_PREFIX.size + length
             if len(self._buffer) < end:
                 break
             try:
                 messages.append(unpack_message(bytes(self._buffer[at + LENGTH_PREFIX.size : end])))
             except (ValueError, RecursionError) as error:
-                raise ConnectionLost("the front sent a frame that is not JSON") from error
+                raise ConnectionLost("the server sent a frame that is not JSON") from error
             at = end
         del self._buffer[:at]
         return messages
 
 
 _IDLE_S = 0.5
-"""Longest time without a word to the front, when there is nothing to do."""
+"""Longest time between two messages to the server without work."""
 _QUIET_S = 0.1
-"""The same between steps that bring nothing."""
+"""The same between steps without output."""
 
 
-def run_engine_loop(generator: InferenceEngine, link: EngineConnection, *, heartbeat: Callable[[str], None]) -> None:
-    """Serve the front until it says ``end``.
+def run_engine_loop(engine: InferenceEngine, connection: EngineConnection, *, heartbeat: Callable[[str], None]) -> None:
+    """Serve requests until the ``shutdown`` message.
 
     Args:
-        generator: warmed up.
-        link: to the front.
+        engine: warmed up.
+        connection: to the server.
         heartbeat: called at every turn.
 
     Raises:
-        Gone: the front has ended without saying so.
+        ConnectionLost: the server ended without a shutdown message.
     """
-    link.send({"kind": "ready", "context": generator.context})
-    told_at = 0.0
+    connection.send({"kind": "ready", "max_model_len": engine.max_model_len})
+    sent_at = 0.0
     while True:
-        idle = generator.idle
+        idle = engine.idle
         heartbeat("idle" if idle else "step")
-        for message in link.receive(wait_s=_IDLE_S if idle else 0.0):
-            if message["kind"] == "end":
+        for message in connection.receive(wait_s=_IDLE_S if idle else 0.0):
+            if message["kind"] == "shutdown":
                 return
-            _handle_message(generator, link, message)
-        updates = generator.step()
+            _handle_message(engine, connection, message)
+        outputs = engine.step()
         now = time.monotonic()
-        if updates or now - told_at >= (_IDLE_S if idle else _QUIET_S):
-            told_at = now
-            rows = [update_to_wire(update) for update in updates]
-            link.send({"kind": "step", "updates": rows, "stats": stats_to_wire(generator.stats())})
+        if outputs or now - sent_at >= (_IDLE_S if idle else _QUIET_S):
+            sent_at = now
+            rows = [output_to_wire(output) for output in outputs]
+            connection.send({"kind": "step", "outputs": rows, "stats": stats_to_wire(engine.stats())})
 
 
-def _handle_message(generator: InferenceEngine, link: EngineConnection, message: WireMessage) -> None:
+def _handle_message(engine: InferenceEngine, connection: EngineConnection, message: WireMessage) -> None:
     match message["kind"]:
         case "add":
             request = request_from_wire(message["request"])
             try:
-                generator.add(request)
-            except Refused as refusal:
-                link.send({"kind": "refused", "request": request.id, "field": refusal.field, "why": str(refusal)})
+                engine.add(request)
+            except InvalidRequest as invalid:
+                connection.send(
+                    {"kind": "invalid", "request_id": request.id, "param": invalid.param, "why": str(invalid)}
+                )
             except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-                lost = EngineOutput(request=request.id, finish="error", problem=f"{type(error).__name__}: {error}")
-                generator.cancel(request.id)
-                link.send(
-                    {"kind": "step", "updates": [update_to_wire(lost)], "stats": stats_to_wire(generator.stats())}
+                lost = EngineOutput(
+                    request_id=request.id, finish_reason="error", error=f"{type(error).__name__}: {error}"
+                )
+                engine.cancel(request.id)
+                connection.send(
+                    {"kind": "step", "outputs": [output_to_wire(lost)], "stats": stats_to_wire(engine.stats())}
                 )
         case "cancel":
-            generator.cancel(message["request"])
+            engine.cancel(message["request_id"])
         case kind:
-            raise AssertionError(f"the front sends no {kind}")
+            raise AssertionError(f"the server sends no {kind}")

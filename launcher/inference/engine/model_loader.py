@@ -126,7 +126,7 @@ def _check(run: Run, *, world_size: int, device: torch.device, engine: str = "pa
     prepare_precision(run.precision, device=device)
 
 
-def end_of_sequence_ids(
+def load_eos_token_ids(
     run: Run, model: PreTrainedModel, *, heartbeat: Callable[[], None] = lambda: None
 ) -> tuple[int, ...]:
     """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
@@ -134,5 +134,5 @@ def end_of_sequence_ids(
     config = model.generation_config
     if folder is not None and (folder / "generation_config.json").is_file():
         config = GenerationConfig.from_pretrained(folder)
-    ends = config.eos_token_id
-    return () if ends is None else tuple(ends) if isinstance(ends, list) else (ends,)
+    ids = config.eos_token_id
+    return () if ids is None else tuple(ids) if isinstance(ids, list) else (ids,)

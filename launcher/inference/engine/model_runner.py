@@ -46,7 +46,7 @@ class ModelStage:
 
     @property
     def last(self) -> bool:
-        """Whether it gives scores, not hidden states."""
+        """Whether it returns logits, not hidden states."""
         return self.number == self.count - 1
 
 
@@ -61,7 +61,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 class ModelRunner:
-    """Computes what plans say.
+    """Computes the forward passes of step plans.
 
     Args:
         model: in inference mode, with the attention of ``launcher.inference.engine.kv_cache``.
@@ -70,7 +70,7 @@ class ModelRunner:
     """
 
     isolates = True
-    """After a step that failed another one may be tried."""
+    """After a step that failed, others may be computed."""
 
     def __init__(self, model: PreTrainedModel, cache: PagedCache, stage: ModelStage = WHOLE_MODEL) -> None:
         self.model, self.cache, self.stage = model, cache, stage
@@ -81,11 +81,11 @@ class ModelRunner:
 
         Args:
             plan: of the step.
-            hidden: what the stage before gives, (1, tokens, width).
+            hidden: output of the stage before, (1, tokens, hidden size).
 
         Returns:
-            The scores that are asked for, in order; (wanted, vocabulary), fp32. Of a stage that is not the last one,
-            hidden states like those that it was given.
+            The logits of sampled sequences, in order; (sampled sequences, vocabulary), fp32. A stage that is not the
+            last one returns hidden states.
         """
         with torch.inference_mode():
             self.cache.copy(plan.copies)
@@ -100,11 +100,11 @@ class ModelRunner:
             if not self.stage.last:
                 passed: Tensor = self.model.base_model(**given).last_hidden_state
                 return passed
-            scores: Tensor = self.model(**given, logits_to_keep=step.wanted).logits[0].float()
-            return scores
+            logits: Tensor = self.model(**given, logits_to_keep=step.logits_indices).logits[0].float()
+            return logits
 
     def close(self) -> None:
-        """Let model, keys and values go."""
+        """Free the model and the KV cache."""
         del self.model, self.cache
 
 
@@ -120,7 +120,7 @@ _INT8_TOLERANCE = 0.1
 
 
 class KVSelfTest:
-    """A few tokens, and what the stock model makes of them: scores or, of a stage of a pipeline, hidden states.
+    """The output of the stock model for a few tokens: logits or, of a stage of a pipeline, hidden states.
 
     Args:
         model: as Transformers has it.
@@ -159,7 +159,7 @@ class KVSelfTest:
             first_layer=stage.first_block,
         )
 
-    def use_pages(self, model: PreTrainedModel) -> None:
+    def install(self, model: PreTrainedModel) -> None:
         """Give the model the attention of ``launcher.inference.engine.kv_cache``.
 
         Raises:
@@ -170,20 +170,20 @@ class KVSelfTest:
         for module in model.modules():
             if hasattr(module, "config"):  # blocks of a stage have that of the whole model
                 module.config._attn_implementation = ATTENTION_NAME  # noqa: SLF001  (as the line above does for its own)
-        cache = PagedCache(self.shapes, num_pages=1, dtype=model.dtype, device=model.device)
+        cache = PagedCache(self.shapes, num_blocks=1, dtype=model.dtype, device=model.device)
         try:
             difference = self.difference(ModelRunner(model, cache, self._stage))
         except NotImplementedError as error:
             raise unsupported(model, f"asks for {error}") from error
         if not difference <= self.tolerance(model):
-            raise unsupported(model, f"comes out different by {difference:.2g} of its scores")
+            raise unsupported(model, f"comes out different by {difference:.2g} of its logits")
 
     def difference(self, runner: ModelRunner) -> float:
-        """Return the share of their norm by which results differ, at the median token; the first page is written to."""
+        """Return the relative difference of the results, at the median token; the first block is overwritten."""
         ids = self._ids[0].tolist()
         made = []
         for start, end in _SPANS:
-            plan = StepPlan((Segment(start=start, tokens=tuple(ids[start:end]), pages=(0,), wanted=True),))
+            plan = StepPlan((Segment(start=start, tokens=tuple(ids[start:end]), block_table=(0,), needs_logits=True),))
             answer = runner.run(plan, None if self._hidden is None else self._hidden[:, start:end])
             made.append(answer if self._stage.last else answer[0, -1:].float())
         found = torch.cat(made)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from collections.abc import Sequence as AbstractSequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -22,8 +23,7 @@ from launcher.inference.engine.sampler import (
     sample_tokens,
 )
 from launcher.inference.engine.scheduler import ScheduledStep, Scheduler
-from launcher.inference.engine.sequence import Sequence as Row
-from launcher.inference.engine.sequence import SequenceGroup
+from launcher.inference.engine.sequence import Sequence, SequenceGroup
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,161 +31,175 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What a step has brought one request."""
+    """What one step brought one request."""
 
-    task: SequenceGroup
+    group: SequenceGroup
     tokens: tuple[GeneratedToken, ...] = ()
-    finish: FinishReason | None = None
-    problem: str = ""
-    field: str = ""
-    """Of ``Sampling``: whose value is to blame, if one is."""
+    finish_reason: FinishReason | None = None
+    error: str = ""
+    param: str = ""
+    """The field of ``SamplingParams`` whose value is at fault, where one is."""
 
 
 class OutputProcessor:
-    """Samples, and says which requests end.
+    """Samples the tokens of a step, and finishes requests.
 
     Args:
-        scheduler: that has the rows.
-        context: most tokens of a sequence.
-        ends: tokens that end a sequence.
+        scheduler: of the sequences.
+        max_model_len: longest sequence, prompt and output together.
+        eos_token_ids: tokens that end a sequence.
     """
 
-    def __init__(self, scheduler: Scheduler, *, context: int, ends: Sequence[int]) -> None:
-        self._scheduler, self._context, self._ends = scheduler, context, tuple(ends)
-        self._choices: dict[SequenceGroup, SamplerState] = {}
+    def __init__(self, scheduler: Scheduler, *, max_model_len: int, eos_token_ids: AbstractSequence[int]) -> None:
+        self._scheduler, self._max_model_len, self._eos_token_ids = scheduler, max_model_len, tuple(eos_token_ids)
+        self._states: dict[SequenceGroup, SamplerState] = {}
         self._beams: dict[SequenceGroup, BeamSearch] = {}
 
-    def forget(self, task: SequenceGroup) -> None:
-        """Let the state of a request go."""
-        self._choices.pop(task, None)
-        self._beams.pop(task, None)
+    def release(self, group: SequenceGroup) -> None:
+        """Drop the state of a request."""
+        self._states.pop(group, None)
+        self._beams.pop(group, None)
 
     @torch.inference_mode()  # type: ignore[untyped-decorator]
-    def go_on(self, step: ScheduledStep, scores: Tensor) -> list[StepOutput]:
-        """Return what each request of a step comes to.
+    def process(self, step: ScheduledStep, logits: Tensor) -> list[StepOutput]:
+        """Sample from the logits of a step; return the output of each request.
 
         Args:
             step: computed.
-            scores: of its wanted rows; (rows, vocabulary), fp32.
+            logits: of its sampled sequences; (sequences, vocabulary), fp32.
         """
-        rows = list(step.wanted)
-        if not rows:
+        sequences = list(step.sampled)
+        if not sequences:
             return []
-        # the largest is not finite where any is not a number; minus infinity alone is how models rule tokens out
-        lost = {row.task for row, best in zip(rows, scores.amax(-1).tolist(), strict=True) if not isfinite(best)}
-        outcomes = [StepOutput(task, finish="error", problem="the model's scores are not finite") for task in lost]
-        single = [i for i, row in enumerate(rows) if row.task not in lost and row.task.width == 1]
+        # the maximum is NaN or infinite where any value is; minus infinity is how models mask tokens
+        failed = {
+            sequence.group
+            for sequence, best in zip(sequences, logits.amax(-1).tolist(), strict=True)
+            if not isfinite(best)
+        }
+        outcomes = [
+            StepOutput(group, finish_reason="error", error="the model's logits are not finite") for group in failed
+        ]
+        single = [
+            i
+            for i, sequence in enumerate(sequences)
+            if sequence.group not in failed and sequence.group.max_num_seqs == 1
+        ]
         if single:
-            chosen = scores if len(single) == len(rows) else scores[single]
-            outcomes += self._sampled([rows[i] for i in single], chosen)
+            selected = logits if len(single) == len(sequences) else logits[single]
+            outcomes += self._sample([sequences[i] for i in single], selected)
         beams: dict[SequenceGroup, list[int]] = defaultdict(list)
-        for index, row in enumerate(rows):
-            if row.task not in lost and row.task.width > 1:
-                beams[row.task].append(index)
-        for task, places in beams.items():
+        for index, sequence in enumerate(sequences):
+            if sequence.group not in failed and sequence.group.max_num_seqs > 1:
+                beams[sequence.group].append(index)
+        for group, places in beams.items():
             try:
-                outcome = self._searched(task, scores[places])
+                outcome = self._advance_beams(group, logits[places])
             except NoCandidates:
-                outcome = _no_candidates(task)
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-                outcome = _failed(task, error)
+                outcome = _no_candidates(group)
+            except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+                outcome = _failed(group, error)
             outcomes += [outcome] if outcome else []
         return outcomes
 
-    def _searched(self, task: SequenceGroup, scores: Tensor) -> StepOutput | None:
-        """Go on with a beam search, whose rows are all here."""
-        if task not in self._beams:
-            longest = min(task.request.sampling.max_tokens, self._context - len(task.request.prompt))
-            self._beams[task] = BeamSearch(self._choice(task), ends=self._ends, longest=longest)
-        search = self._beams[task]
-        going = search.go_on(scores)
-        if going is None:
+    def _advance_beams(self, group: SequenceGroup, logits: Tensor) -> StepOutput | None:
+        """Advance a beam search by one token; all of its sequences are in the step."""
+        if group not in self._beams:
+            longest = min(group.request.sampling.max_tokens, self._max_model_len - len(group.request.prompt))
+            self._beams[group] = BeamSearch(self._state(group), eos_token_ids=self._eos_token_ids, longest=longest)
+        search = self._beams[group]
+        beams_left = search.advance(logits)
+        if beams_left is None:
             best = search.best
-            finish: FinishReason = "stop" if best[-1] in search.ends else "length"
-            return StepOutput(task, tuple(GeneratedToken(id=token) for token in best), finish)
-        old = task.rows
-        prompt = list(task.request.prompt)
-        task.rows = [self._scheduler.fork(old[beam.parent], prompt + beam.output) for beam in going]
-        for row in old:
-            self._scheduler.drop(row)
+            finish: FinishReason = "stop" if best[-1] in search.eos_token_ids else "length"
+            return StepOutput(group, tuple(GeneratedToken(id=token) for token in best), finish)
+        old = group.sequences
+        prompt = list(group.request.prompt)
+        group.sequences = [self._scheduler.fork(old[beam.parent], prompt + beam.output) for beam in beams_left]
+        for sequence in old:
+            self._scheduler.free(sequence)
         return None
 
-    def _sampled(self, rows: Sequence[Row], scores: Tensor) -> list[StepOutput]:
-        """Give each sequence its next token; what cannot be done for one of them ends that one alone."""
-        ways = [row.task.request.sampling for row in rows]
-        told = scores  # as the model gave them
-        if not all(map(is_unchanged, ways)) and any(way.logprobs is not None for way in ways):
-            told = scores.clone()
+    def _sample(self, sequences: AbstractSequence[Sequence], logits: Tensor) -> list[StepOutput]:
+        """Give each sequence its next token; an error ends only the request that caused it."""
+        params = [sequence.group.request.sampling for sequence in sequences]
+        model_logits = logits  # before penalties
+        if not all(map(is_unchanged, params)) and any(sampling.logprobs is not None for sampling in params):
+            model_logits = logits.clone()
         outcomes, drawn = [], []
-        for index, row in enumerate(rows):
+        for index, sequence in enumerate(sequences):
             try:
-                choice = self._choice(row.task)
-                if not is_unchanged(ways[index]):
-                    apply_penalties(scores[index : index + 1], [choice], ends=self._ends)
-                drawn.append(_Draw(index, row, choice, choice.draw() if ways[index].temperature > 0 else 0.0))
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-                outcomes.append(_failed(row.task, error))
-        for each, token in self._picked(drawn, scores, told):
+                state = self._state(sequence.group)
+                if not is_unchanged(params[index]):
+                    apply_penalties(logits[index : index + 1], [state], eos_token_ids=self._eos_token_ids)
+                drawn.append(_Draw(index, sequence, state, state.draw() if params[index].temperature > 0 else 0.0))
+            except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+                outcomes.append(_failed(sequence.group, error))
+        for each, token in self._sample_isolated(drawn, logits, model_logits):
             if isinstance(token, Exception):
-                outcomes.append(_failed(each.row.task, token))
+                outcomes.append(_failed(each.sequence.group, token))
             elif token.id == NO_TOKEN:
-                outcomes.append(_no_candidates(each.row.task))
+                outcomes.append(_no_candidates(each.sequence.group))
             else:
-                each.choice.output.append(token.id)
-                each.row.tokens.append(token.id)
-                finish = self._finish(each.row, each.choice, token.id)
-                outcomes.append(StepOutput(each.row.task, (token,), finish))
+                each.state.output.append(token.id)
+                each.sequence.tokens.append(token.id)
+                finish = self._finish(each.sequence, each.state, token.id)
+                outcomes.append(StepOutput(each.sequence.group, (token,), finish))
         return outcomes
 
-    def _picked(
-        self, drawn: Sequence[_Draw], scores: Tensor, told: Tensor
+    def _sample_isolated(
+        self, drawn: AbstractSequence[_Draw], logits: Tensor, model_logits: Tensor
     ) -> Iterator[tuple[_Draw, GeneratedToken | Exception]]:
-        """Yield each with its token, or why it has none: where all together fail, one by one."""
+        """Yield each with its token or its error: where all together fail, sample one by one."""
         if not drawn:
             return
-        indexes, choices = [each.index for each in drawn], [each.choice for each in drawn]
-        is_whole = len(drawn) == len(scores)
+        indexes, states = [each.index for each in drawn], [each.state for each in drawn]
+        is_whole = len(drawn) == len(logits)
         try:
-            picked = sample_tokens(scores if is_whole else scores[indexes], choices, [each.number for each in drawn])
-            tokens = make_tokens(told if is_whole else told[indexes], picked, choices)
-        except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+            picked = sample_tokens(logits if is_whole else logits[indexes], states, [each.number for each in drawn])
+            tokens = make_tokens(model_logits if is_whole else model_logits[indexes], picked, states)
+        except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
             if len(drawn) == 1:
                 yield drawn[0], error
                 return
             for each in drawn:
-                yield from self._picked([each], scores, told)
+                yield from self._sample_isolated([each], logits, model_logits)
         else:
             yield from zip(drawn, tokens, strict=True)
 
-    def _choice(self, task: SequenceGroup) -> SamplerState:
-        if task not in self._choices:
-            self._choices[task] = SamplerState(task.request.sampling, task.request.prompt)
-        return self._choices[task]
+    def _state(self, group: SequenceGroup) -> SamplerState:
+        if group not in self._states:
+            self._states[group] = SamplerState(group.request.sampling, group.request.prompt)
+        return self._states[group]
 
-    def _finish(self, row: Row, choice: SamplerState, token: int) -> FinishReason | None:
-        way = choice.sampling
-        if token in way.stop_token_ids or (token in self._ends and not way.ignore_eos):
+    def _finish(self, sequence: Sequence, state: SamplerState, token: int) -> FinishReason | None:
+        sampling = state.sampling
+        if token in sampling.stop_token_ids or (token in self._eos_token_ids and not sampling.ignore_eos):
             return "stop"
-        return "length" if len(choice.output) >= way.max_tokens or len(row.tokens) >= self._context else None
+        return (
+            "length"
+            if len(state.output) >= sampling.max_tokens or len(sequence.tokens) >= self._max_model_len
+            else None
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """A sequence of a step, with its random number: drawn once, however often its token is looked for."""
+    """A sequence of a step, with its random number: drawn once, even where it is sampled twice."""
 
     index: int
-    """Of its scores."""
-    row: Row
-    choice: SamplerState
+    """Of its logits in the step."""
+    sequence: Sequence
+    state: SamplerState
     number: float
 
 
-def _failed(task: SequenceGroup, error: Exception) -> StepOutput:
-    return StepOutput(task, finish="error", problem=f"{type(error).__name__}: {error}")
+def _failed(group: SequenceGroup, error: Exception) -> StepOutput:
+    return StepOutput(group, finish_reason="error", error=f"{type(error).__name__}: {error}")
 
 
-def _no_candidates(task: SequenceGroup) -> StepOutput:
-    """Return the end of a request that rules every token out."""
-    way = task.request.sampling
-    field = "no_repeat_ngram_size" if way.no_repeat_ngram_size else "min_tokens" if way.min_tokens else ""
-    return StepOutput(task, finish="error", problem="no token is left that the sequence could go on with", field=field)
+def _no_candidates(group: SequenceGroup) -> StepOutput:
+    """Return the end of a request that masks every token."""
+    sampling = group.request.sampling
+    param = "no_repeat_ngram_size" if sampling.no_repeat_ngram_size else "min_tokens" if sampling.min_tokens else ""
+    return StepOutput(group, finish_reason="error", error="no token can continue the sequence", param=param)

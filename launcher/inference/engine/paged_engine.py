@@ -24,7 +24,7 @@ from launcher.inference.engine.base import (
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.distributed import LeaderRunner, PipelinedRunner, follow_leader
 from launcher.inference.engine.kv_cache import PagedCache, num_kv_blocks
-from launcher.inference.engine.model_loader import end_of_sequence_ids, load_model_part
+from launcher.inference.engine.model_loader import load_eos_token_ids, load_model_part
 from launcher.inference.engine.model_runner import WHOLE_MODEL, KVSelfTest, ModelRunner, ModelStage
 from launcher.inference.engine.output_processor import OutputProcessor, StepOutput
 from launcher.inference.engine.scheduler import ScheduledStep, Scheduler, SchedulerCounts
@@ -42,29 +42,29 @@ if TYPE_CHECKING:
 
 
 class StepRunner(Protocol):
-    """What computes plans."""
+    """Computes step plans."""
 
     @property
     def isolates(self) -> bool:
-        """Whether another plan may be tried after one that failed."""
+        """Whether other plans may be computed after one that failed."""
 
     def run(self, plan: StepPlan) -> Tensor:
-        """Return the scores that are asked for, in order; (wanted, vocabulary), fp32."""
+        """Return the logits of sampled sequences, in order; (sampled sequences, vocabulary), fp32."""
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
 
 
 class PagedEngine(InferenceEngine):
-    """Schedules, has computed, samples.
+    """Schedules, computes and samples.
 
     Args:
-        runner: computes.
-        limits: how much at a time.
-        num_pages: room for keys and values.
-        context: most tokens of a sequence that the model takes.
+        runner: computes the forward passes.
+        limits: sizes of steps and batches.
+        num_blocks: of the KV cache.
+        max_model_len: longest sequence that the model takes.
         vocab_size: of the model.
-        ends: tokens that end a sequence.
+        eos_token_ids: tokens that end a sequence.
         clock: seconds.
     """
 
@@ -73,67 +73,69 @@ class PagedEngine(InferenceEngine):
         runner: StepRunner,
         *,
         limits: EngineLimits,
-        num_pages: int,
-        context: int,
+        num_blocks: int,
+        max_model_len: int,
         vocab_size: int,
-        ends: Sequence[int],
+        eos_token_ids: Sequence[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner, self._limits, self._clock = runner, limits, clock
-        self._context = min(context, num_pages * BLOCK_SIZE)
-        self._num_pages, self._vocab_size = num_pages, vocab_size
-        self._scheduler = Scheduler(limits, num_pages=num_pages)
-        self._continuing = OutputProcessor(self._scheduler, context=self._context, ends=ends)
-        self._tasks: dict[str, SequenceGroup] = {}
+        self._max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
+        self._num_blocks, self._vocab_size = num_blocks, vocab_size
+        self._scheduler = Scheduler(limits, num_blocks=num_blocks)
+        self._output_processor = OutputProcessor(
+            self._scheduler, max_model_len=self._max_model_len, eos_token_ids=eos_token_ids
+        )
+        self._groups: dict[str, SequenceGroup] = {}
         self._cancelled: set[str] = set()
         self._steps = self._generated = 0
         self._stepped_s = clock()
 
     @property
-    def context(self) -> int:
-        """Most tokens of a sequence: what the model takes, or the room where that is less."""
-        return self._context
+    def max_model_len(self) -> int:
+        """Longest sequence: what the model takes, or the KV cache where that is less."""
+        return self._max_model_len
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request, or refuse it."""
+        """Queue a request."""
         check_request(
             request,
-            known=self._tasks,
-            context=self._context,
+            known=self._groups,
+            max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
-            num_pages=self._num_pages,
+            num_blocks=self._num_blocks,
             max_num_seqs=self._limits.max_num_seqs,
         )
-        if not self._tasks:
+        if not self._groups:
             self._stepped_s = self._clock()
-        task = SequenceGroup(request, self._clock())
-        self._tasks[request.id] = task
-        self._scheduler.waiting.add(task)
+        group = SequenceGroup(request, self._clock())
+        self._groups[request.id] = group
+        self._scheduler.waiting.add(group)
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
-        if request_id in self._tasks:
+        if request_id in self._groups:
             self._cancelled.add(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
-        """Go one step further."""
-        updates = self._overdue()
-        step = self._scheduler.step(self._clock())
+        """Compute one step."""
+        outputs = self._expired()
+        step = self._scheduler.schedule(self._clock())
         if step is not None:
             with self.profiler.step():
-                updates += self._compute(step)
+                outputs += self._compute(step)
             self._steps += 1
         self._stepped_s = self._clock()
-        return updates
+        return outputs
 
     def stats(self) -> EngineStats:
-        """Return where it stands."""
+        """Return its counts."""
         counts = self._scheduler.counts
         return EngineStats(
             running=len(self._scheduler.running),
             waiting=len(self._scheduler.waiting),
-            kv_cache_tokens=self._scheduler.held_tokens,
-            kv_cache_capacity=self._num_pages * BLOCK_SIZE,
+            kv_cache_tokens=self._scheduler.kv_cache_tokens,
+            kv_cache_capacity=self._num_blocks * BLOCK_SIZE,
             steps_total=self._steps,
             prompt_tokens_total=counts.prompt_tokens,
             generated_tokens_total=self._generated,
@@ -141,100 +143,113 @@ class PagedEngine(InferenceEngine):
             prefix_hit_tokens_total=counts.prefix_hits,
             prefix_query_tokens_total=counts.prefix_queries,
             preemptions_total=counts.preemptions,
-            since_step_s=self._clock() - self._stepped_s if self._tasks else 0.0,
+            since_step_s=self._clock() - self._stepped_s if self._groups else 0.0,
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Have sequences of each shape go through, one shape after the other, cut to what fits."""
-        assert not self._tasks, "warming up is for before the first request"
+        """Run sequences of each shape, one shape after the other, cut to what fits."""
+        assert not self._groups, "warm up before the first request"
         for number, (sequences, tokens) in enumerate(shapes):
             for index in range(min(sequences, self._limits.max_num_seqs)):
                 prompt = tuple(
-                    (number + index + place) % self._vocab_size for place in range(min(tokens, self._context - 2))
+                    (number + index + place) % self._vocab_size for place in range(min(tokens, self._max_model_len - 2))
                 )
                 sampling = SamplingParams(max_tokens=2, ignore_eos=True)
                 self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt or (0,), sampling=sampling))
-            while self._tasks:
+            while self._groups:
                 self.step()
         self._scheduler.counts = SchedulerCounts()
         self._steps = self._generated = 0
 
     def close(self) -> None:
-        """Give everything back."""
+        """Free everything."""
         self._runner.close()
 
-    def _overdue(self) -> list[EngineOutput]:
-        """End what was cancelled or is out of time."""
+    def _expired(self) -> list[EngineOutput]:
+        """Finish the requests that were cancelled or whose deadline has passed."""
         now = self._clock()
-        updates = []
-        for name, task in list(self._tasks.items()):
-            request, age_s = task.request, now - task.arrived_s
-            limits = (request.deadline_s, None if task.begun else request.queue_deadline_s)
+        outputs = []
+        for name, group in list(self._groups.items()):
+            request, age_s = group.request, now - group.arrived_s
+            limits = (request.deadline_s, None if group.is_started else request.queue_deadline_s)
             if name in self._cancelled:
-                updates.append(self._end(task, "cancelled"))
+                outputs.append(self._finish(group, "cancelled"))
             elif any(limit is not None and age_s > limit for limit in limits):
-                updates.append(self._end(task, "timeout"))
+                outputs.append(self._finish(group, "timeout"))
         self._cancelled.clear()
-        return updates
+        return outputs
 
     def _compute(self, step: ScheduledStep) -> list[EngineOutput]:
-        """Run a step; where it fails, run what each request has in it alone, to tell whose fault it is."""
+        """Run a step; where it fails, run each request of it alone, to find the one at fault."""
         try:
-            scores = self._runner.run(step.plan)
-        except Exception as error:  # whatever it is, the other requests go on
+            logits = self._runner.run(step.plan)
+        except Exception as error:  # any error: the other requests continue
             if not self._runner.isolates:
                 raise
-            tasks = list(dict.fromkeys(row.task for row in step.rows))
-            if len(tasks) == 1:
-                return [self._end(tasks[0], "error", f"{type(error).__name__}: {error}")]
-            return [update for task in tasks for update in self._compute(_part_of_group(step, task))]
-        self._scheduler.computed(step)
-        return [self._report(outcome) for outcome in self._continuing.go_on(step, scores)]
+            groups = list(dict.fromkeys(sequence.group for sequence in step.sequences))
+            if len(groups) == 1:
+                return [self._finish(groups[0], "error", f"{type(error).__name__}: {error}")]
+            return [output for group in groups for output in self._compute(_part_of_group(step, group))]
+        self._scheduler.mark_computed(step)
+        return [self._report(outcome) for outcome in self._output_processor.process(step, logits)]
 
     def _report(self, outcome: StepOutput) -> EngineOutput:
-        task = outcome.task
+        group = outcome.group
         self._generated += len(outcome.tokens)
-        if outcome.finish is not None:
-            return self._end(task, outcome.finish, outcome.problem, field=outcome.field, tokens=outcome.tokens)
-        return self._update(task, tokens=outcome.tokens)
+        if outcome.finish_reason is not None:
+            return self._finish(group, outcome.finish_reason, outcome.error, param=outcome.param, tokens=outcome.tokens)
+        return self._output(group, tokens=outcome.tokens)
 
-    def _end(
+    def _finish(
         self,
-        task: SequenceGroup,
-        finish: FinishReason,
-        problem: str = "",
+        group: SequenceGroup,
+        finish_reason: FinishReason,
+        error: str = "",
         *,
-        field: str = "",
+        param: str = "",
         tokens: tuple[GeneratedToken, ...] = (),
     ) -> EngineOutput:
-        self._scheduler.finish(task)
-        self._continuing.forget(task)
-        del self._tasks[task.request.id]
-        return self._update(task, tokens=tokens, finish=finish, problem=problem, field=field)
+        self._scheduler.finish(group)
+        self._output_processor.release(group)
+        del self._groups[group.request.id]
+        return self._output(group, tokens=tokens, finish_reason=finish_reason, error=error, param=param)
 
-    def _update(
-        self, task: SequenceGroup, *, tokens: tuple[GeneratedToken, ...], finish: FinishReason | None = None, **why: str
+    def _output(
+        self,
+        group: SequenceGroup,
+        *,
+        tokens: tuple[GeneratedToken, ...],
+        finish_reason: FinishReason | None = None,
+        **why: str,
     ) -> EngineOutput:
-        cached = 0 if task.told else task.cached_tokens
-        task.told = True
-        return EngineOutput(request=task.request.id, tokens=tokens, finish=finish, cached_tokens=cached, **why)
+        num_cached = 0 if group.is_reported else group.num_cached_tokens
+        group.is_reported = True
+        return EngineOutput(
+            request_id=group.request.id, tokens=tokens, finish_reason=finish_reason, num_cached_tokens=num_cached, **why
+        )
 
 
-def _part_of_group(step: ScheduledStep, task: SequenceGroup) -> ScheduledStep:
-    """Return what one task has in a step; pages have been copied by then, or are copied once more."""
-    pairs = [(row, part) for row, part in zip(step.rows, step.plan.segments, strict=True) if row.task is task]
+def _part_of_group(step: ScheduledStep, group: SequenceGroup) -> ScheduledStep:
+    """Return the part of a step that is one request's; copying its blocks again does no harm."""
+    pairs = [
+        (sequence, part)
+        for sequence, part in zip(step.sequences, step.plan.segments, strict=True)
+        if sequence.group is group
+    ]
     plan = StepPlan(tuple(part for _, part in pairs), copies=step.plan.copies)
-    return ScheduledStep(plan, tuple(row for row, _ in pairs))
+    return ScheduledStep(plan, tuple(sequence for sequence, _ in pairs))
 
 
 def make_paged_engine(
     run: Run, *, limits: EngineLimits, rank: int, world_size: int, heartbeat: Callable[[], None], local_rank: int = 0
 ) -> InferenceEngine:
-    """Return the engine of the first rank, with its model built and checked; the others call ``follow`` meanwhile.
+    """Return the engine of the first rank, with its model built and checked.
+
+    The other ranks call ``follow_paged_engine`` at the same time.
 
     Args:
         run: what to build, and how it is computed.
-        limits: how much at a time.
+        limits: sizes of steps and batches.
         rank: of this process among those that hold the model, 0.
         world_size: processes that hold the model between them; 1 where each holds it whole. They have joined torch's
             process group, and are all of it.
@@ -249,8 +264,10 @@ def make_paged_engine(
     model, stage = load_model_part(
         run, rank=0, world_size=world_size, device=choose_device(local_rank), heartbeat=heartbeat
     )
-    ends = end_of_sequence_ids(run, model, heartbeat=heartbeat)
-    return paged_engine_for(model, limits=limits, ends=ends, stage=stage, world_size=world_size, heartbeat=heartbeat)
+    eos_token_ids = load_eos_token_ids(run, model, heartbeat=heartbeat)
+    return paged_engine_for(
+        model, limits=limits, eos_token_ids=eos_token_ids, stage=stage, world_size=world_size, heartbeat=heartbeat
+    )
 
 
 def follow_paged_engine(
@@ -279,7 +296,7 @@ def paged_engine_for(
     model: PreTrainedModel,
     *,
     limits: EngineLimits,
-    ends: tuple[int, ...],
+    eos_token_ids: tuple[int, ...],
     stage: ModelStage = WHOLE_MODEL,
     world_size: int = 1,
     kernels: bool = True,
@@ -289,8 +306,8 @@ def paged_engine_for(
 
     Args:
         model: in inference mode; its layers may be replaced.
-        limits: how much at a time.
-        ends: tokens that end a sequence.
+        limits: sizes of steps and batches.
+        eos_token_ids: tokens that end a sequence.
         stage: which one it is.
         world_size: ranks that hold slices or stages of it.
         kernels: whether layers are replaced by compiled ones where there are any.
@@ -299,7 +316,7 @@ def paged_engine_for(
     Raises:
         ConfigError: it cannot hold the model exactly.
     """
-    runner, pages = _make_runner(
+    runner, num_blocks = _make_runner(
         model, stage, limits=limits, world_size=world_size, kernels=kernels, heartbeat=heartbeat
     )
     config = model.config.get_text_config()
@@ -310,10 +327,10 @@ def paged_engine_for(
     return PagedEngine(
         runs,
         limits=limits,
-        num_pages=pages,
-        context=config.max_position_embeddings,
+        num_blocks=num_blocks,
+        max_model_len=config.max_position_embeddings,
         vocab_size=config.vocab_size,
-        ends=ends,
+        eos_token_ids=eos_token_ids,
     )
 
 
@@ -326,25 +343,25 @@ def _make_runner(
     kernels: bool,
     heartbeat: Callable[[], None],
 ) -> tuple[ModelRunner, int]:
-    """Return what computes plans on this rank, and how many pages all ranks have room for."""
-    sample = KVSelfTest(model, stage)
-    sample.use_pages(model)
-    pages = num_kv_blocks(limits, sample.shapes, model)
+    """Return what computes plans on this rank, and how many KV blocks every rank has."""
+    self_test = KVSelfTest(model, stage)
+    self_test.install(model)
+    num_blocks = num_kv_blocks(limits, self_test.shapes, model)
     if world_size > 1:
-        least = torch.tensor([pages], device=model.device)
+        least = torch.tensor([num_blocks], device=model.device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)
-        pages = int(least)
-    cache = PagedCache(sample.shapes, num_pages=pages, dtype=model.dtype, device=model.device)
+        num_blocks = int(least)
+    cache = PagedCache(self_test.shapes, num_blocks=num_blocks, dtype=model.dtype, device=model.device)
     runner = ModelRunner(model, cache, stage)
     if kernels and world_size == stage.count:  # slices of matrices are computed by torch
         swapped = replace_layers(model, cache, heartbeat=heartbeat)
-        difference = sample.difference(runner)
-        if not difference <= sample.tolerance(model):
+        difference = self_test.difference(runner)
+        if not difference <= self_test.tolerance(model):
             swapped.undo()
             cache.kernels = None
-            swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its scores"
+            swapped.what = f"the model's own layers: compiled ones differ by {difference:.2g} of its logits"
         print(f"engine: {swapped.what}", flush=True)
-    return runner, pages
+    return runner, num_blocks
 
 
 def make_engine_across_ranks(
@@ -354,7 +371,7 @@ def make_engine_across_ranks(
 
     Args:
         context: of this rank, which joins the others and, where it is not the first, leaves them again.
-        limits: how much at a time.
+        limits: sizes of steps and batches.
         heartbeat: called while the model is built, and by those that wait for something to compute.
 
     Raises:

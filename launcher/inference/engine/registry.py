@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from launcher.config.job.generating import GeneratingJob
     from launcher.config.run import Run
 
-_CONTEXT, _VOCAB_SIZE = 2048, 1 << 20
+_MAX_MODEL_LEN, _VOCAB_SIZE = 2048, 1 << 20
 """Of an echo of a model whose sizes are not known."""
 
 
@@ -26,8 +26,10 @@ def make_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], None], 
     """
     if job.engine == "echo":
         shape = run.model.shape()
-        context, vocab_size = (shape.max_position_embeddings, shape.vocab_size) if shape else (_CONTEXT, _VOCAB_SIZE)
-        return EchoEngine(limits=job.limits, context=context, vocab_size=vocab_size, step_s=job.echo_step_s)
+        max_model_len, vocab_size = (
+            (shape.max_position_embeddings, shape.vocab_size) if shape else (_MAX_MODEL_LEN, _VOCAB_SIZE)
+        )
+        return EchoEngine(limits=job.limits, max_model_len=max_model_len, vocab_size=vocab_size, step_s=job.echo_step_s)
     if job.engine == "vllm":
         return _make_vllm_engine(run, job, heartbeat=heartbeat)
     if job.engine == "transformers":
@@ -47,5 +49,5 @@ def _make_vllm_engine(run: Run, job: GeneratingJob, *, heartbeat: Callable[[], N
     config = transformers_config(run.model).get_text_config()
     server = VllmServer(run, job, name=run.model.name)
     server.start(str(folder))
-    sizes = {"context": config.max_position_embeddings, "vocab_size": config.vocab_size}
+    sizes = {"max_model_len": config.max_position_embeddings, "vocab_size": config.vocab_size}
     return VllmEngine(server, name=run.model.name, limits=job.limits, **sizes, heartbeat=heartbeat)

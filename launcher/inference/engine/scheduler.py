@@ -14,7 +14,7 @@ from launcher.inference.engine.step_plan import Segment, StepPlan
 
 @dataclass(slots=True)
 class SchedulerCounts:
-    """What only grows."""
+    """Totals since the start."""
 
     prompt_tokens: int = 0
     padding_tokens: int = 0
@@ -25,176 +25,182 @@ class SchedulerCounts:
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:
-    """A plan, and whose its segments are."""
+    """A plan, and the sequences that its segments belong to."""
 
     plan: StepPlan
-    rows: tuple[Sequence, ...]
+    sequences: tuple[Sequence, ...]
     """Of each segment."""
 
     @property
-    def wanted(self) -> Iterator[Sequence]:
-        """Yield the rows whose scores are asked for, in the order in which they come."""
-        yield from (row for row, part in zip(self.rows, self.plan.segments, strict=True) if part.wanted)
+    def sampled(self) -> Iterator[Sequence]:
+        """Yield the sequences that get a token, in the order of their logits."""
+        segments = zip(self.sequences, self.plan.segments, strict=True)
+        yield from (sequence for sequence, segment in segments if segment.needs_logits)
 
 
 class Scheduler:
-    """Keeps the queue, the running and the room.
+    """Decides what each step computes, and allocates KV blocks for it.
 
     Args:
-        limits: how much at a time.
-        num_pages: for keys and values.
+        limits: sizes of steps and batches.
+        num_blocks: of the KV cache.
     """
 
-    def __init__(self, limits: EngineLimits, *, num_pages: int) -> None:
+    def __init__(self, limits: EngineLimits, *, num_blocks: int) -> None:
         self.waiting: WaitingQueue[SequenceGroup] = WaitingQueue(limits.aging_s)
         self.running: list[SequenceGroup] = []
-        self.pages = BlockManager(num_pages, share=limits.enable_prefix_caching)
+        self.block_manager = BlockManager(num_blocks, share=limits.enable_prefix_caching)
         self.counts = SchedulerCounts()
         self._limits = limits
-        self._forming = BatchingPolicy(limits)
+        self._policy = BatchingPolicy(limits)
         self._batch_longest = 0
         self._batch_size = 0
         self._copies: dict[int, int] = {}
 
-    def finish(self, task: SequenceGroup) -> None:
-        """Take a task out, wherever it is, and its room back."""
-        if task in self.running:
-            self._give_back(task)
-            self.running.remove(task)
+    def finish(self, group: SequenceGroup) -> None:
+        """Remove a request, wherever it is, and free its blocks."""
+        if group in self.running:
+            self._free_group(group)
+            self.running.remove(group)
         else:
-            self.waiting.remove(task)
+            self.waiting.remove(group)
 
-    def step(self, now_s: float) -> ScheduledStep | None:
-        """Return what to compute, ``None`` where nothing is due."""
+    def schedule(self, now_s: float) -> ScheduledStep | None:
+        """Return what the next step computes; ``None`` where there is nothing to compute."""
         self._admit(now_s)
         chosen: list[tuple[Sequence, int]] = []
-        for task in list(self.running):
-            if task in self.running and all(row.pending == 1 for row in task.rows):
-                chosen += [(row, 1) for row in task.rows]
-                self._make_room(task, dict.fromkeys(task.rows, 1))
-        budget, padding = self._limits.prefill_chunk_size, self._absent
-        for task in self.running:
-            if all(row.pending == 1 for row in task.rows):
+        for group in list(self.running):
+            if group in self.running and all(sequence.num_uncomputed == 1 for sequence in group.sequences):
+                chosen += [(sequence, 1) for sequence in group.sequences]
+                self._allocate(group, dict.fromkeys(group.sequences, 1))
+        budget, padding = self._limits.prefill_chunk_size, self._num_ended
+        for group in self.running:
+            if all(sequence.num_uncomputed == 1 for sequence in group.sequences):
                 continue
-            for row in task.rows:
-                # beams go on together: the last token of each waits until all of them have come that far
-                count = min(row.pending - (len(task.rows) > 1), budget)
+            for sequence in group.sequences:
+                # beams advance together: the last token of each waits until all others are computed
+                count = min(sequence.num_uncomputed - (len(group.sequences) > 1), budget)
                 if count <= 0:
                     continue
                 budget -= count
-                chosen.append((row, count))
-                if count == row.pending and self._batch_size:
-                    padding += max(0, self._batch_longest - len(row.tokens))
-        parts = [(row, count) for row, count in chosen if row.task in self.running]
+                chosen.append((sequence, count))
+                if count == sequence.num_uncomputed and self._batch_size:
+                    padding += max(0, self._batch_longest - len(sequence.tokens))
+        parts = [(sequence, count) for sequence, count in chosen if sequence.group in self.running]
         copies, self._copies = tuple(self._copies.items()), {}
         if not parts:
             return None
         self.counts.padding_tokens += padding
-        segments = tuple(_segment(row, count) for row, count in parts)
-        return ScheduledStep(StepPlan(segments, copies=copies, padding=padding), tuple(row for row, _ in parts))
+        segments = tuple(_segment(sequence, count) for sequence, count in parts)
+        return ScheduledStep(
+            StepPlan(segments, copies=copies, padding=padding), tuple(sequence for sequence, _ in parts)
+        )
 
-    def computed(self, step: ScheduledStep) -> None:
-        """Note that the keys and values of a step are there."""
-        for row, part in zip(step.rows, step.plan.segments, strict=True):
-            row.computed += len(part.tokens)
+    def mark_computed(self, step: ScheduledStep) -> None:
+        """Record that the keys and values of a step are in the cache."""
+        for sequence, part in zip(step.sequences, step.plan.segments, strict=True):
+            sequence.num_computed += len(part.tokens)
             end = part.start + len(part.tokens)
-            self.counts.prompt_tokens += max(0, min(end, len(row.task.request.prompt)) - part.start)
-            row.noted = self.pages.remember(row.tokens[: row.computed], row.pages, noted=row.noted)
+            self.counts.prompt_tokens += max(0, min(end, len(sequence.group.request.prompt)) - part.start)
+            done = sequence.tokens[: sequence.num_computed]
+            sequence.prefix = self.block_manager.cache_full_blocks(done, sequence.block_table, prefix=sequence.prefix)
 
-    def fork(self, row: Sequence, tokens: list[int]) -> Sequence:
-        """Return a row that has what another has, without a copy of it, and goes on differently."""
-        self.pages.hold(row.pages)
-        return Sequence(row.task, tokens, row.computed, list(row.pages), row.noted)
+    def fork(self, sequence: Sequence, tokens: list[int]) -> Sequence:
+        """Return a sequence that shares the blocks of another one and continues differently."""
+        self.block_manager.acquire(sequence.block_table)
+        return Sequence(sequence.group, tokens, sequence.num_computed, list(sequence.block_table), sequence.prefix)
 
-    def drop(self, row: Sequence) -> None:
-        """Give the room of one row back."""
-        self.pages.release(row.pages)
-        row.pages, row.computed, row.noted = [], 0, PrefixHash()
-
-    @property
-    def held_tokens(self) -> int:
-        """Tokens whose keys and values are held for the running."""
-        return sum(row.computed for task in self.running for row in task.rows)
+    def free(self, sequence: Sequence) -> None:
+        """Free the blocks of one sequence."""
+        self.block_manager.free(sequence.block_table)
+        sequence.block_table, sequence.num_computed, sequence.prefix = [], 0, PrefixHash()
 
     @property
-    def _absent(self) -> int:
-        """Sequences of a padded batch that have ended before the longest."""
+    def kv_cache_tokens(self) -> int:
+        """Tokens whose keys and values are cached for running requests."""
+        return sum(sequence.num_computed for group in self.running for sequence in group.sequences)
+
+    @property
+    def _num_ended(self) -> int:
+        """Sequences of a padded batch that ended before the longest one."""
         return max(0, self._batch_size - len(self.running))
 
     def _admit(self, now_s: float) -> None:
         if not self.running:
             self._batch_size = 0
-        for task in self._forming.due(self.waiting, self.running, now_s):
-            if not self._begin(task):
+        for group in self._policy.select(self.waiting, self.running, now_s):
+            if not self._start(group):
                 break
         if self.running and not self._batch_size and self._limits.batching in ("static", "dynamic"):
             self._batch_size = len(self.running)
-            self._batch_longest = max(len(row.tokens) for task in self.running for row in task.rows)
+            self._batch_longest = max(len(sequence.tokens) for group in self.running for sequence in group.sequences)
 
-    def _begin(self, task: SequenceGroup) -> bool:
-        """Let one in if there is room for what it has, and a page more for each that runs."""
-        reserve = sum(len(other.rows) for other in self.running)
-        taken: list[tuple[Sequence, list[int], int]] = []
-        for row in task.rows:
-            matched = self.pages.match(row.tokens)
-            self.pages.hold(matched)
-            need = -(-len(row.tokens) // BLOCK_SIZE) - len(matched)
-            fresh = self.pages.take(need) if need + reserve <= self.pages.available else None
+    def _start(self, group: SequenceGroup) -> bool:
+        """Start a request if its tokens fit into free blocks, with one block to spare for each running sequence."""
+        reserve = sum(len(other.sequences) for other in self.running)
+        allocated: list[tuple[Sequence, list[int], int]] = []
+        for sequence in group.sequences:
+            matched = self.block_manager.match_prefix(sequence.tokens)
+            self.block_manager.acquire(matched)
+            need = -(-len(sequence.tokens) // BLOCK_SIZE) - len(matched)
+            fresh = self.block_manager.allocate(need) if need + reserve <= self.block_manager.num_free else None
             if fresh is None:
-                self.pages.release(matched)
-                for _, pages, _ in taken:
-                    self.pages.release(pages)
+                self.block_manager.free(matched)
+                for _, blocks, _ in allocated:
+                    self.block_manager.free(blocks)
                 return False
-            taken.append((row, matched + fresh, len(matched)))
-        for row, pages, matched_pages in taken:
-            row.pages, row.computed = pages, matched_pages * BLOCK_SIZE
-            row.noted = self.pages.remember(row.tokens[: row.computed], pages, noted=PrefixHash())
-            self.counts.prefix_hits += row.computed
-            self.counts.prefix_queries += len(row.tokens)
-        if not task.begun:
-            task.cached_tokens = task.rows[0].computed
-        task.begun = True
-        self.waiting.remove(task)
-        self.running.append(task)
+            allocated.append((sequence, matched + fresh, len(matched)))
+        for sequence, blocks, num_matched in allocated:
+            sequence.block_table, sequence.num_computed = blocks, num_matched * BLOCK_SIZE
+            done = sequence.tokens[: sequence.num_computed]
+            sequence.prefix = self.block_manager.cache_full_blocks(done, blocks, prefix=PrefixHash())
+            self.counts.prefix_hits += sequence.num_computed
+            self.counts.prefix_queries += len(sequence.tokens)
+        if not group.is_started:
+            group.num_cached_tokens = group.sequences[0].num_computed
+        group.is_started = True
+        self.waiting.remove(group)
+        self.running.append(group)
         return True
 
-    def _make_room(self, task: SequenceGroup, counts: dict[Sequence, int]) -> None:
-        """Get a running task the pages that its next tokens go into; those least due give theirs."""
-        for row, count in counts.items():
-            last = row.computed // BLOCK_SIZE
-            private = last >= len(row.pages) or row.computed % BLOCK_SIZE == 0 or not self.pages.shared(row.pages[last])
-            need = -(-(row.computed + count) // BLOCK_SIZE) - len(row.pages) + (not private)
-            while (fresh := self.pages.take(need)) is None:
-                victim = max(self.running, key=self._least_due)
-                self._put_back(victim)
-                if victim is task:
+    def _allocate(self, group: SequenceGroup, counts: dict[Sequence, int]) -> None:
+        """Allocate the blocks of a running request's next tokens; preempt others, the last in line first, for them."""
+        for sequence, count in counts.items():
+            table, last = sequence.block_table, sequence.num_computed // BLOCK_SIZE
+            is_boundary = last >= len(table) or sequence.num_computed % BLOCK_SIZE == 0
+            private = is_boundary or not self.block_manager.is_shared(table[last])
+            need = -(-(sequence.num_computed + count) // BLOCK_SIZE) - len(table) + (not private)
+            while (fresh := self.block_manager.allocate(need)) is None:
+                victim = max(self.running, key=self._rank)
+                self._preempt(victim)
+                if victim is group:
                     return
             if not private:
                 copy = fresh.pop()
-                self._copies[copy] = row.pages[last]
-                self.pages.release([row.pages[last]])
-                row.pages[last] = copy
-            row.pages += fresh
+                self._copies[copy] = table[last]
+                self.block_manager.free([table[last]])
+                table[last] = copy
+            sequence.block_table += fresh
 
-    def _least_due(self, task: SequenceGroup) -> float:
-        return self._limits.rank(arrived_s=task.arrived_s, priority=task.priority)
+    def _rank(self, group: SequenceGroup) -> float:
+        return self._limits.rank(arrived_s=group.arrived_s, priority=group.priority)
 
-    def _put_back(self, task: SequenceGroup) -> None:
-        self._give_back(task)
-        self.running.remove(task)
-        self.waiting.add(task)
+    def _preempt(self, group: SequenceGroup) -> None:
+        self._free_group(group)
+        self.running.remove(group)
+        self.waiting.add(group)
         self.counts.preemptions += 1
 
-    def _give_back(self, task: SequenceGroup) -> None:
-        for row in task.rows:
-            self.drop(row)
+    def _free_group(self, group: SequenceGroup) -> None:
+        for sequence in group.sequences:
+            self.free(sequence)
 
 
-def _segment(row: Sequence, count: int) -> Segment:
-    end = row.computed + count
+def _segment(sequence: Sequence, count: int) -> Segment:
+    end = sequence.num_computed + count
     return Segment(
-        start=row.computed,
-        tokens=tuple(row.tokens[row.computed : end]),
-        pages=tuple(row.pages[: -(-end // BLOCK_SIZE)]),
-        wanted=end == len(row.tokens),
+        start=sequence.num_computed,
+        tokens=tuple(sequence.tokens[sequence.num_computed : end]),
+        block_table=tuple(sequence.block_table[: -(-end // BLOCK_SIZE)]),
+        needs_logits=end == len(sequence.tokens),
     )

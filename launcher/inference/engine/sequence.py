@@ -12,35 +12,38 @@ from launcher.inference.engine.block_manager import NO_PREFIX, PrefixHash
 class Sequence:
     """One sequence that grows."""
 
-    task: SequenceGroup
+    group: SequenceGroup
     tokens: list[int]
     """Prompt and output."""
-    computed: int = 0
-    """How many of them have keys and values."""
-    pages: list[int] = field(default_factory=list)
-    noted: PrefixHash = NO_PREFIX
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache."""
+    block_table: list[int] = field(default_factory=list)
+    """Blocks that hold them, in order."""
+    prefix: PrefixHash = NO_PREFIX
+    """How far its blocks are registered for sharing."""
 
     @property
-    def pending(self) -> int:
+    def num_uncomputed(self) -> int:
         """Tokens without keys and values."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed
 
 
 @dataclass(eq=False, slots=True)
 class SequenceGroup:
-    """A request and its sequences: one, or as many as beam search has kept."""
+    """A request and its sequences: one, or as many as beam search keeps."""
 
     request: EngineRequest
     arrived_s: float
-    rows: list[Sequence] = field(default_factory=list)
-    begun: bool = False
+    sequences: list[Sequence] = field(default_factory=list)
+    is_started: bool = False
     """Whether it has ever left the queue."""
-    cached_tokens: int = 0
-    told: bool = False
-    """Whether an update has gone out."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were in the cache when it started."""
+    is_reported: bool = False
+    """Whether an output of it was returned."""
 
     def __post_init__(self) -> None:
-        self.rows = [Sequence(self, list(self.request.prompt))]
+        self.sequences = [Sequence(self, list(self.request.prompt))]
 
     @property
     def priority(self) -> int:
@@ -48,6 +51,6 @@ class SequenceGroup:
         return self.request.priority
 
     @property
-    def width(self) -> int:
+    def max_num_seqs(self) -> int:
         """Sequences that it may come to have."""
         return self.request.sampling.num_beams

@@ -16,10 +16,10 @@ class Segment:
     start: int
     """Position of the first of them in its sequence."""
     tokens: tuple[int, ...]
-    pages: tuple[int, ...]
-    """Of the whole sequence, up to the last of these tokens."""
-    wanted: bool
-    """Whether the scores after the last of these tokens are asked for."""
+    block_table: tuple[int, ...]
+    """Blocks of the sequence, up to that of the last of these tokens."""
+    needs_logits: bool
+    """Whether the logits of the last of these tokens are returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,11 +28,11 @@ class StepPlan:
 
     segments: tuple[Segment, ...]
     copies: tuple[tuple[int, int], ...] = ()
-    """Pages that are copied first: to, from."""
+    """Blocks that are copied first: target, source."""
     padding: int = 0
-    """Tokens computed besides, for no sequence."""
+    """Padding tokens, which belong to no sequence."""
     stop: bool = field(default=False)
-    """Nothing more will come."""
+    """Whether this is the last plan."""
 
     def encode(self) -> list[int]:
         """Return it as integers."""
@@ -40,7 +40,14 @@ class StepPlan:
         for pair in self.copies:
             numbers += pair
         for part in self.segments:
-            numbers += (part.start, int(part.wanted), len(part.tokens), len(part.pages), *part.tokens, *part.pages)
+            numbers += (
+                part.start,
+                int(part.needs_logits),
+                len(part.tokens),
+                len(part.block_table),
+                *part.tokens,
+                *part.block_table,
+            )
         return numbers
 
     @staticmethod
@@ -51,9 +58,11 @@ class StepPlan:
         copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
         segments = []
         for _ in range(num_segments):
-            start, wanted, num_tokens, num_pages = _take(rest, 4)
-            tokens, pages = _take(rest, num_tokens), _take(rest, num_pages)
-            segments.append(Segment(start=start, tokens=tokens, pages=pages, wanted=bool(wanted)))
+            start, needs_logits, num_tokens, num_blocks = _take(rest, 4)
+            tokens, block_table = _take(rest, num_tokens), _take(rest, num_blocks)
+            segments.append(
+                Segment(start=start, tokens=tokens, block_table=block_table, needs_logits=bool(needs_logits))
+            )
         return StepPlan(segments=tuple(segments), copies=copies, padding=padding, stop=bool(stop))
 
 
@@ -91,6 +100,6 @@ def _segments_between(segments: tuple[Segment, ...], begin: int, end: int) -> It
             yield Segment(
                 start=segment.start + low,
                 tokens=segment.tokens[low:high],
-                pages=segment.pages[: -(-(segment.start + high) // BLOCK_SIZE)],
-                wanted=segment.wanted and high == size,
+                block_table=segment.block_table[: -(-(segment.start + high) // BLOCK_SIZE)],
+                needs_logits=segment.needs_logits and high == size,
             )

@@ -21,12 +21,12 @@ from launcher.inference.engine.base import (
     FinishReason,
     GeneratedToken,
     InferenceEngine,
-    Refused,
+    InvalidRequest,
     check_request,
 )
 from launcher.inference.engine.block_manager import TRANSFORMERS_BLOCK_SIZE
 from launcher.inference.engine.kv_cache import KVShapes, num_kv_blocks
-from launcher.inference.engine.model_loader import end_of_sequence_ids, load_model
+from launcher.inference.engine.model_loader import load_eos_token_ids, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 _POLL_S, _NO_WAIT_S, _ENDS_IN_S = 0.05, 0.0, 1.0
 _SUPPORTED = frozenset({"max_tokens", "ignore_eos", "stop_token_ids"})
-"""Fields of ``Sampling`` that may differ from greedy decoding as it is."""
-_NO_END = -1
+"""Fields of ``SamplingParams`` that may differ from plain greedy decoding."""
+_NO_EOS = -1
 
 
 @dataclass(slots=True)
@@ -48,40 +48,42 @@ class _ActiveRequest:
     request: EngineRequest
     arrived_s: float
     name: str
-    """What the manager calls it: never used again, for it may cancel later than it is told to."""
-    begun: bool = False
+    """Its id in the manager: never reused, because the manager cancels asynchronously."""
+    started: bool = False
     output: list[int] = field(default_factory=list)
 
 
 class TransformersEngine(InferenceEngine):
     """Greedy decoding by Transformers' ``ContinuousBatchingManager``, which runs on a thread of its own.
 
-    It is given no more requests than fit, and none that would end it: longer than its room, with tokens that the model
-    does not have. What it gives no last word about, a cancelled request say, gets one here.
+    The manager gets no more requests than fit, and none that would crash it: longer than its cache, or with tokens that
+    the model does not have. Requests that it never finishes, such as cancelled ones, are finished here.
 
     Args:
         model: in inference mode.
-        limits: how much at a time.
-        num_pages: room for keys and values, of 256 tokens each.
-        ends: tokens that end a sequence.
+        limits: sizes of steps and batches.
+        num_blocks: of the KV cache, of 256 tokens each.
+        eos_token_ids: tokens that end a sequence.
     """
 
-    def __init__(self, model: PreTrainedModel, *, limits: EngineLimits, num_pages: int, ends: Sequence[int]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, limits: EngineLimits, num_blocks: int, eos_token_ids: Sequence[int]
+    ) -> None:
         config = model.config.get_text_config()
-        self._limits, self._ends, self._num_pages = limits, tuple(ends), num_pages
-        self._context: int = min(config.max_position_embeddings, num_pages * TRANSFORMERS_BLOCK_SIZE)
+        self._limits, self._eos_token_ids, self._num_blocks = limits, tuple(eos_token_ids), num_blocks
+        self._max_model_len: int = min(config.max_position_embeddings, num_blocks * TRANSFORMERS_BLOCK_SIZE)
         self._vocab_size = config.vocab_size
-        self._tasks: dict[str, _ActiveRequest] = {}
-        self._over: list[tuple[str, FinishReason]] = []
+        self._active: dict[str, _ActiveRequest] = {}
+        self._finished: list[tuple[str, FinishReason]] = []
         self._ids: dict[str, str] = {}
         self._numbers = itertools.count()
         self._generated = self._prompted = self._steps = 0
         self._stepped_s = time.monotonic()
         self._manager = model.init_continuous_batching(
-            generation_config=GenerationConfig(do_sample=False, eos_token_id=_NO_END, max_new_tokens=1),
+            generation_config=GenerationConfig(do_sample=False, eos_token_id=_NO_EOS, max_new_tokens=1),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=TRANSFORMERS_BLOCK_SIZE,
-                num_blocks=num_pages,
+                num_blocks=num_blocks,
                 max_batch_tokens=limits.prefill_chunk_size + limits.max_num_seqs,
                 max_requests_per_batch=limits.max_num_seqs,
                 allow_block_sharing=limits.enable_prefix_caching,
@@ -91,83 +93,87 @@ class TransformersEngine(InferenceEngine):
         self._manager.start()
 
     @property
-    def context(self) -> int:
-        """Most tokens of a sequence."""
-        return self._context
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
+        return self._max_model_len
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request, or refuse it."""
+        """Queue a request."""
         check_request(
             request,
-            known=self._tasks,
-            context=self._context,
+            known=self._active,
+            max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
-            num_pages=self._num_pages,
+            num_blocks=self._num_blocks,
             max_num_seqs=self._limits.max_num_seqs,
         )
-        usual = SamplingParams(max_tokens=1)
+        defaults = SamplingParams(max_tokens=1)
         for name in SamplingParams.__dataclass_fields__:
-            if name not in _SUPPORTED and getattr(request.sampling, name) != getattr(usual, name):
+            if name not in _SUPPORTED and getattr(request.sampling, name) != getattr(defaults, name):
                 if name == "seed" and request.sampling.temperature == 0:
                     continue  # greedy decoding draws nothing
-                raise Refused(name, "engine=transformers decodes greedily and changes no scores")
-        if not self._tasks:
+                raise InvalidRequest(name, "engine=transformers decodes greedily and changes no scores")
+        if not self._active:
             self._stepped_s = time.monotonic()
-        task = _ActiveRequest(request, time.monotonic(), name=str(next(self._numbers)))
-        self._tasks[request.id], self._ids[task.name] = task, request.id
+        active = _ActiveRequest(request, time.monotonic(), name=str(next(self._numbers)))
+        self._active[request.id], self._ids[active.name] = active, request.id
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
-        if request_id in self._tasks:
-            self._over.append((request_id, "cancelled"))
+        if request_id in self._active:
+            self._finished.append((request_id, "cancelled"))
 
     def step(self) -> Sequence[EngineOutput]:
-        """Hand over what there is room for; return what has come since the last call, waiting a little for it.
+        """Submit the requests that fit; return what was generated since the last call, waiting briefly for it.
 
         Raises:
-            JobError: the thread has ended: no request is to blame, and none can go on here.
+            JobError: the thread has ended: no request is at fault, and none can continue.
         """
-        self._find_late()
-        updates = [self._end(request, finish) for request, finish in self._over if request in self._tasks]
-        self._over.clear()
-        updates += self._begin()
-        if not any(task.begun for task in self._tasks.values()):
-            return updates
+        self._find_expired()
+        outputs = [
+            self._end(request, finish_reason) for request, finish_reason in self._finished if request in self._active
+        ]
+        self._finished.clear()
+        outputs += self._submit()
+        if not any(active.started for active in self._active.values()):
+            return outputs
         wait_s = _POLL_S
         while (result := self._manager.get_result(timeout=wait_s)) is not None:
             wait_s = _NO_WAIT_S
             self._stepped_s = time.monotonic()
             self._steps += 1
             try:
-                update = self._took(result)
+                output = self._handle_result(result)
             except JobError:
                 raise
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-                update = self._failed(self._ids.get(result.request_id), error)
-            updates += [update] if update else []
-        if not updates:
+            except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+                output = self._failed(self._ids.get(result.request_id), error)
+            outputs += [output] if output else []
+        if not outputs:
             self._check_alive()
-        return updates
+        return outputs
 
     def stats(self) -> EngineStats:
-        """Return where it stands."""
-        begun = [task for task in self._tasks.values() if task.begun]
+        """Return its counts."""
+        started = [active for active in self._active.values() if active.started]
         return EngineStats(
-            running=len(begun),
-            waiting=len(self._tasks) - len(begun),
-            kv_cache_tokens=sum(_length(task) for task in begun),
-            kv_cache_capacity=self._num_pages * TRANSFORMERS_BLOCK_SIZE,
+            running=len(started),
+            waiting=len(self._active) - len(started),
+            kv_cache_tokens=sum(_length(active) for active in started),
+            kv_cache_capacity=self._num_blocks * TRANSFORMERS_BLOCK_SIZE,
             steps_total=self._steps,
             prompt_tokens_total=self._prompted,
             generated_tokens_total=self._generated,
-            since_step_s=time.monotonic() - self._stepped_s if self._tasks else 0.0,
+            since_step_s=time.monotonic() - self._stepped_s if self._active else 0.0,
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Have sequences of each shape go through, cut to what fits."""
+        """Run sequences of each shape, cut to what fits."""
         for number, (sequences, tokens) in enumerate(shapes):
             for index in range(min(sequences, self._limits.max_num_seqs)):
-                prompt = tuple((number + index + at) % self._vocab_size for at in range(min(tokens, self._context - 2)))
+                prompt = tuple(
+                    (number + index + at) % self._vocab_size for at in range(min(tokens, self._max_model_len - 2))
+                )
                 sampling = SamplingParams(max_tokens=2, ignore_eos=True)
                 self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt, sampling=sampling))
             while not self.idle:
@@ -175,111 +181,113 @@ class TransformersEngine(InferenceEngine):
         self._generated = self._prompted = self._steps = 0
 
     def close(self) -> None:
-        """End the thread and what it works on."""
+        """End the thread and its requests."""
         self._manager.stop(block=True, hard_stop=True)
         self._manager.destroy()
-        self._tasks.clear()
+        self._active.clear()
 
-    def _find_late(self) -> None:
+    def _find_expired(self) -> None:
         now = time.monotonic()
-        for task in self._tasks.values():
-            waited, request = now - task.arrived_s, task.request
-            queued = request.queue_deadline_s is not None and not task.begun and waited > request.queue_deadline_s
+        for active in self._active.values():
+            waited, request = now - active.arrived_s, active.request
+            queued = request.queue_deadline_s is not None and not active.started and waited > request.queue_deadline_s
             if queued or (request.deadline_s is not None and waited > request.deadline_s):
-                self._over.append((request.id, "timeout"))
+                self._finished.append((request.id, "timeout"))
 
-    def _end(self, request: str, finish: FinishReason) -> EngineOutput:
-        task = self._tasks.pop(request)
-        del self._ids[task.name]
-        if task.begun:
-            self._manager.cancel_request(task.name)
-        return EngineOutput(request=request, finish=finish)
+    def _end(self, request: str, finish_reason: FinishReason) -> EngineOutput:
+        active = self._active.pop(request)
+        del self._ids[active.name]
+        if active.started:
+            self._manager.cancel_request(active.name)
+        return EngineOutput(request_id=request, finish_reason=finish_reason)
 
-    def _begin(self) -> list[EngineOutput]:
-        """Hand over the most due requests, as long as they fit at their full length: nothing is ever put back.
+    def _submit(self) -> list[EngineOutput]:
+        """Submit waiting requests in order, as long as they fit at their full length: none is ever preempted.
 
         Returns:
-            Those that could not be handed over, with why.
+            Those that could not be submitted, with why.
         """
         failed: list[EngineOutput] = []
-        begun = [task for task in self._tasks.values() if task.begun]
-        free = self._num_pages - sum(self._pages(task) for task in begun)
-        room = self._limits.max_num_seqs - len(begun)
-        waiting = [task for task in self._tasks.values() if not task.begun]
-        for task in sorted(waiting, key=self._rank):
-            free, room = free - self._pages(task), room - 1
-            if free < 0 or room < 0:
+        started = [active for active in self._active.values() if active.started]
+        free = self._num_blocks - sum(self._blocks(active) for active in started)
+        slots = self._limits.max_num_seqs - len(started)
+        waiting = [active for active in self._active.values() if not active.started]
+        for active in sorted(waiting, key=self._rank):
+            free, slots = free - self._blocks(active), slots - 1
+            if free < 0 or slots < 0:
                 break
-            sampling = task.request.sampling
-            ends = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._ends)]
+            sampling = active.request.sampling
+            stop_ids = [*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)]
             try:
                 self._manager.add_request(
-                    list(task.request.prompt),
-                    request_id=task.name,
-                    max_new_tokens=self._most(task),
+                    list(active.request.prompt),
+                    request_id=active.name,
+                    max_new_tokens=self._max_tokens(active),
                     streaming=True,
-                    eos_token_id=ends or _NO_END,
+                    eos_token_id=stop_ids or _NO_EOS,
                 )
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
-                update = self._failed(task.request.id, error)
-                failed += [update] if update else []
+            except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
+                output = self._failed(active.request.id, error)
+                failed += [output] if output else []
                 continue
-            task.begun = True
-            self._prompted += len(task.request.prompt)
+            active.started = True
+            self._prompted += len(active.request.prompt)
         return failed
 
     def _failed(self, request: str | None, error: Exception) -> EngineOutput | None:
-        """End one request that something went wrong with; return its last update, if it is there still."""
-        task = self._tasks.pop(request, None) if request is not None else None
-        if task is None:
+        """Finish a request with an error; return its last output, if it is still active."""
+        active = self._active.pop(request, None) if request is not None else None
+        if active is None:
             return None
-        self._ids.pop(task.name, None)
-        if task.begun:
-            self._manager.cancel_request(task.name)
-        return EngineOutput(request=task.request.id, finish="error", problem=f"{type(error).__name__}: {error}")
+        self._ids.pop(active.name, None)
+        if active.started:
+            self._manager.cancel_request(active.name)
+        return EngineOutput(
+            request_id=active.request.id, finish_reason="error", error=f"{type(error).__name__}: {error}"
+        )
 
-    def _rank(self, task: _ActiveRequest) -> float:
-        return self._limits.rank(arrived_s=task.arrived_s, priority=task.request.priority)
+    def _rank(self, active: _ActiveRequest) -> float:
+        return self._limits.rank(arrived_s=active.arrived_s, priority=active.request.priority)
 
-    def _most(self, task: _ActiveRequest) -> int:
-        """Return how many tokens it gets at most."""
-        return min(task.request.sampling.max_tokens, self._context - len(task.request.prompt))
+    def _max_tokens(self, active: _ActiveRequest) -> int:
+        """Return the most tokens that it can generate."""
+        return min(active.request.sampling.max_tokens, self._max_model_len - len(active.request.prompt))
 
-    def _pages(self, task: _ActiveRequest) -> int:
-        return -(-(len(task.request.prompt) + self._most(task)) // TRANSFORMERS_BLOCK_SIZE)
+    def _blocks(self, active: _ActiveRequest) -> int:
+        return -(-(len(active.request.prompt) + self._max_tokens(active)) // TRANSFORMERS_BLOCK_SIZE)
 
     def _check_alive(self) -> None:
         if not self._manager.is_running():
-            raise JobError("Transformers' continuous batching has ended; its words are above")
+            raise JobError("Transformers' continuous batching has ended; see its error above")
 
-    def _took(self, result: GenerationOutput) -> EngineOutput | None:
+    def _handle_result(self, result: GenerationOutput) -> EngineOutput | None:
         """Return what a result means to its request; those that have ended meanwhile are over."""
         request = self._ids.get(result.request_id)
         if request is None:
             return None
-        task = self._tasks[request]
-        new = result.generated_tokens[len(task.output) :]
-        task.output += new
+        active = self._active[request]
+        new = result.generated_tokens[len(active.output) :]
+        active.output += new
         self._generated += len(new)
-        finish: FinishReason | None = None
+        finish_reason: FinishReason | None = None
         if result.error is not None:
             until = time.monotonic() + _ENDS_IN_S
-            while time.monotonic() < until:  # where its thread is ending no request is to blame
+            while time.monotonic() < until:  # where its thread is ending, no request is at fault
                 self._check_alive()
                 time.sleep(_POLL_S)
-            finish = "error"
+            finish_reason = "error"
         elif result.is_finished():
-            sampling = task.request.sampling
-            ends = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._ends)}
-            finish = "stop" if task.output and task.output[-1] in ends else "length"
-        if finish:
-            del self._tasks[request], self._ids[task.name]
+            sampling = active.request.sampling
+            stop_ids = {*sampling.stop_token_ids, *(() if sampling.ignore_eos else self._eos_token_ids)}
+            finish_reason = "stop" if active.output and active.output[-1] in stop_ids else "length"
+        if finish_reason:
+            del self._active[request], self._ids[active.name]
         tokens = tuple(GeneratedToken(id=number) for number in new)
-        return EngineOutput(request=request, tokens=tokens, finish=finish, problem=result.error or "")
+        return EngineOutput(request_id=request, tokens=tokens, finish_reason=finish_reason, error=result.error or "")
 
 
-def _length(task: _ActiveRequest) -> int:
-    return len(task.request.prompt) + len(task.output)
+def _length(active: _ActiveRequest) -> int:
+    return len(active.request.prompt) + len(active.output)
 
 
 def make_transformers_engine(
@@ -296,16 +304,23 @@ def make_transformers_engine(
         why = "Transformers' continuous batching is made for GPUs, and there is none here; paged is faster on CPUs"
         raise ConfigError("job.engine", "transformers", why=why, fix="set job.engine=paged")
     model = load_model(run, device=device, engine="transformers", heartbeat=heartbeat)
-    return transformers_engine_for(model, limits=limits, ends=end_of_sequence_ids(run, model, heartbeat=heartbeat))
+    return transformers_engine_for(
+        model, limits=limits, eos_token_ids=load_eos_token_ids(run, model, heartbeat=heartbeat)
+    )
 
 
-def transformers_engine_for(model: PreTrainedModel, *, limits: EngineLimits, ends: tuple[int, ...]) -> InferenceEngine:
+def transformers_engine_for(
+    model: PreTrainedModel, *, limits: EngineLimits, eos_token_ids: tuple[int, ...]
+) -> InferenceEngine:
     """Return Transformers' continuous batching around a model in inference mode, on any device."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = ((heads, width),) * config.num_hidden_layers
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = ((heads, head_dim),) * config.num_hidden_layers
     shapes = KVShapes(keys=shape, values=shape, item_bytes=model.dtype.itemsize)
     return TransformersEngine(
-        model, limits=limits, num_pages=num_kv_blocks(limits, shapes, model, page=TRANSFORMERS_BLOCK_SIZE), ends=ends
+        model,
+        limits=limits,
+        num_blocks=num_kv_blocks(limits, shapes, model, block_size=TRANSFORMERS_BLOCK_SIZE),
+        eos_token_ids=eos_token_ids,
     )

@@ -30,7 +30,7 @@ from launcher.inference.engine.base import (
     FinishReason,
     GeneratedToken,
     InferenceEngine,
-    Refused,
+    InvalidRequest,
     check_request,
 )
 from launcher.utils.processes import Process, identify
@@ -70,13 +70,13 @@ class VllmServer:
         job, run = self._job, self._run
         python = str(Path(job.vllm_python or "").expanduser())
         # the module: the command `vllm` looks for a package of that name, which builds for CPUs do not have
-        words = [python, "-m", _VLLM_MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
-        words += ["--served-model-name", self._name, "--max-num-seqs", str(job.max_num_seqs)]
-        words += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[run.precision.compute]]
-        words += ["--seed", str(job.seed)]
+        arguments = [python, "-m", _VLLM_MODULE, "--model", model, "--host", "127.0.0.1", "--port", str(self.port)]
+        arguments += ["--served-model-name", self._name, "--max-num-seqs", str(job.max_num_seqs)]
+        arguments += ["--dtype", {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}[run.precision.compute]]
+        arguments += ["--seed", str(job.seed)]
         if not job.enable_prefix_caching:
-            words += ["--no-enable-prefix-caching"]
-        return words
+            arguments += ["--no-enable-prefix-caching"]
+        return arguments
 
     def start(self, model: str) -> None:
         """Start it, or start it anew after it has ended; it dies with this process.
@@ -135,17 +135,17 @@ class _ActiveRequest:
     request: EngineRequest
     arrived_s: float
     connection: http.client.HTTPConnection | None = None
-    """Set once it is under way."""
+    """Set once it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Completion:
     """What came back."""
 
-    task: _ActiveRequest
+    active: _ActiveRequest
     status: int = 0
     body: Any = field(default_factory=dict)
-    trouble: str = ""
+    error: str = ""
 
 
 class VllmEngine(InferenceEngine):
@@ -154,8 +154,8 @@ class VllmEngine(InferenceEngine):
     Args:
         server: started.
         name: what requests call the model.
-        limits: so many requests are under way at a time.
-        context: most tokens of a sequence.
+        limits: ``max_num_seqs`` of its requests are sent at a time.
+        max_model_len: longest sequence, prompt and output together.
         vocab_size: of the model.
         heartbeat: called while it loads.
 
@@ -169,79 +169,81 @@ class VllmEngine(InferenceEngine):
         *,
         name: str,
         limits: EngineLimits,
-        context: int,
+        max_model_len: int,
         vocab_size: int,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
         self._server, self._name, self._limits = server, name, limits
-        self._context, self._vocab_size = context, vocab_size
-        self._tasks: dict[str, _ActiveRequest] = {}
-        self._over: list[str] = []
+        self._max_model_len, self._vocab_size = max_model_len, vocab_size
+        self._active: dict[str, _ActiveRequest] = {}
+        self._cancelled: list[str] = []
         self._answers: queue.SimpleQueue[_Completion] = queue.SimpleQueue()
         self._steps = self._prompted = self._generated = 0
         self._stepped_s = time.monotonic()
-        while not self._answers_now():
+        while not self._is_healthy():
             self._check_alive()
             heartbeat()
             time.sleep(_HEALTH_CHECK_S)
 
     @property
-    def context(self) -> int:
-        """Most tokens of a sequence."""
-        return self._context
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt and output together."""
+        return self._max_model_len
 
     def add(self, request: EngineRequest) -> None:
-        """Queue a request, or refuse it."""
+        """Queue a request."""
         check_request(
             request,
-            known=self._tasks,
-            context=self._context,
+            known=self._active,
+            max_model_len=self._max_model_len,
             vocab_size=self._vocab_size,
-            num_pages=_UNLIMITED_BLOCKS,
+            num_blocks=_UNLIMITED_BLOCKS,
             max_num_seqs=self._limits.max_num_seqs,
         )
-        usual = SamplingParams(max_tokens=1)
+        defaults = SamplingParams(max_tokens=1)
         for name in _UNSUPPORTED:
-            if getattr(request.sampling, name) != getattr(usual, name):
-                raise Refused(name, "vLLM's server does not have it")
-        self._tasks[request.id] = _ActiveRequest(request, time.monotonic())
+            if getattr(request.sampling, name) != getattr(defaults, name):
+                raise InvalidRequest(name, "vLLM's server does not have it")
+        self._active[request.id] = _ActiveRequest(request, time.monotonic())
 
     def cancel(self, request_id: str) -> None:
         """End a request before the next step."""
-        if request_id in self._tasks:
-            self._over.append(request_id)
+        if request_id in self._active:
+            self._cancelled.append(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
-        """Send what there is room for; return what has come since the last call, waiting a little for it.
+        """Send the requests that fit; return what was completed since the last call, waiting briefly for it.
 
         Raises:
             JobError: vLLM has ended.
         """
-        updates = [EngineOutput(request=name, finish="cancelled") for name in self._over if self._drop(name)]
-        self._over.clear()
-        self._begin()
-        if not any(task.connection for task in self._tasks.values()):
-            return updates
+        outputs = [
+            EngineOutput(request_id=name, finish_reason="cancelled") for name in self._cancelled if self._drop(name)
+        ]
+        self._cancelled.clear()
+        self._send_waiting()
+        if not any(active.connection for active in self._active.values()):
+            return outputs
         try:
             answer = self._answers.get(timeout=_POLL_S)
             while True:
-                if self._tasks.get(answer.task.request.id) is answer.task:
-                    updates.append(self._took(answer))
+                if self._active.get(answer.active.request.id) is answer.active:
+                    outputs.append(self._handle_completion(answer))
                 answer = self._answers.get_nowait()
         except queue.Empty:
             self._check_alive()
-        return updates
+        return outputs
 
     def stats(self) -> EngineStats:
-        """Return where it stands, as far as can be seen from here."""
-        running = sum(task.connection is not None for task in self._tasks.values())
+        """Return the counts that are known outside vLLM."""
+        running = sum(active.connection is not None for active in self._active.values())
         return EngineStats(
             running=running,
-            waiting=len(self._tasks) - running,
+            waiting=len(self._active) - running,
             steps_total=self._steps,
             prompt_tokens_total=self._prompted,
             generated_tokens_total=self._generated,
-            since_step_s=time.monotonic() - self._stepped_s if self._tasks else 0.0,
+            since_step_s=time.monotonic() - self._stepped_s if self._active else 0.0,
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
@@ -249,11 +251,11 @@ class VllmEngine(InferenceEngine):
 
     def close(self) -> None:
         """End the server."""
-        for name in list(self._tasks):
+        for name in list(self._active):
             self._drop(name)
         self._server.end()
 
-    def _answers_now(self) -> bool:
+    def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection("127.0.0.1", self._server.port, timeout=5)
         try:
             connection.request("GET", "/health")
@@ -266,9 +268,9 @@ class VllmEngine(InferenceEngine):
     def _check_alive(self) -> None:
         code = self._server.exit_code()
         if code is not None:
-            raise JobError(f"vLLM ended with exit code {code}; its words are above")
+            raise JobError(f"vLLM ended with exit code {code}; see its error above")
 
-    def _look_for_its_end(self) -> None:
+    def _wait_for_exit(self) -> None:
         """Give a server that has dropped a connection the time to be seen ending: then no request is to blame."""
         until = time.monotonic() + _SHUTDOWN_S
         while time.monotonic() < until:
@@ -277,73 +279,73 @@ class VllmEngine(InferenceEngine):
 
     def _drop(self, name: str) -> bool:
         """Forget a request; closing its connection ends it at the server. Return whether it was there."""
-        task = self._tasks.pop(name, None)
-        if task is not None and task.connection is not None and task.connection.sock is not None:
+        active = self._active.pop(name, None)
+        if active is not None and active.connection is not None and active.connection.sock is not None:
             with contextlib.suppress(OSError):  # it has ended meanwhile
-                task.connection.sock.shutdown(socket.SHUT_RDWR)
-        return task is not None
+                active.connection.sock.shutdown(socket.SHUT_RDWR)
+        return active is not None
 
-    def _begin(self) -> None:
-        waiting = [task for task in self._tasks.values() if task.connection is None]
-        room = self._limits.max_num_seqs - (len(self._tasks) - len(waiting))
-        for task in sorted(waiting, key=self._rank)[: max(0, room)]:
-            task.connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
-            threading.Thread(target=self._ask, args=(task, task.connection), daemon=True).start()
+    def _send_waiting(self) -> None:
+        waiting = [active for active in self._active.values() if active.connection is None]
+        free = self._limits.max_num_seqs - (len(self._active) - len(waiting))
+        for active in sorted(waiting, key=self._rank)[: max(0, free)]:
+            active.connection = http.client.HTTPConnection("127.0.0.1", self._server.port)
+            threading.Thread(target=self._complete, args=(active, active.connection), daemon=True).start()
 
-    def _rank(self, task: _ActiveRequest) -> float:
-        return self._limits.rank(arrived_s=task.arrived_s, priority=task.request.priority)
+    def _rank(self, active: _ActiveRequest) -> float:
+        return self._limits.rank(arrived_s=active.arrived_s, priority=active.request.priority)
 
-    def _ask(self, task: _ActiveRequest, connection: http.client.HTTPConnection) -> None:
+    def _complete(self, active: _ActiveRequest, connection: http.client.HTTPConnection) -> None:
         """On a thread of its own: send one request and wait for its answer."""
         try:
-            body = json.dumps(request_body(task.request, model=self._name))
+            body = json.dumps(request_body(active.request, model=self._name))
             connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
-            found = _Completion(task, answer.status, json.loads(answer.read()))
+            found = _Completion(active, answer.status, json.loads(answer.read()))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            found = _Completion(task, trouble=f"{type(error).__name__}: {error}")
+            found = _Completion(active, error=f"{type(error).__name__}: {error}")
         finally:
             connection.close()
         self._answers.put(found)
 
-    def _took(self, answer: _Completion) -> EngineOutput:
-        request = answer.task.request
-        del self._tasks[request.id]
+    def _handle_completion(self, answer: _Completion) -> EngineOutput:
+        request = answer.active.request
+        del self._active[request.id]
         self._steps += 1
         self._stepped_s = time.monotonic()
         if answer.status != http.HTTPStatus.OK:
-            if answer.trouble:
-                self._look_for_its_end()
+            if answer.error:
+                self._wait_for_exit()
             said = answer.body.get("error", answer.body) if isinstance(answer.body, dict) else answer.body
-            why = answer.trouble or f"vLLM says {answer.status}: {said}"
-            return EngineOutput(request=request.id, finish="error", problem=why)
+            why = answer.error or f"vLLM says {answer.status}: {said}"
+            return EngineOutput(request_id=request.id, finish_reason="error", error=why)
         try:
             choice = answer.body["choices"][0]
             tokens, reason = parse_tokens(choice), choice["finish_reason"]
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             why = f"vLLM's answer is none: {type(error).__name__}: {error}"
-            return EngineOutput(request=request.id, finish="error", problem=why)
+            return EngineOutput(request_id=request.id, finish_reason="error", error=why)
         self._prompted += len(request.prompt)
         self._generated += len(tokens)
-        finish: FinishReason = "stop" if reason == "stop" else "length"
-        return EngineOutput(request=request.id, tokens=tokens, finish=finish)
+        finish_reason: FinishReason = "stop" if reason == "stop" else "length"
+        return EngineOutput(request_id=request.id, tokens=tokens, finish_reason=finish_reason)
 
 
 def request_body(request: EngineRequest, *, model: str) -> dict[str, Any]:
     """Return a request as vLLM takes it."""
-    way = request.sampling
+    sampling = request.sampling
     body: dict[str, Any] = {
         "model": model,
         "prompt": list(request.prompt),
         "return_token_ids": True,
         "return_tokens_as_token_ids": True,
-        "ignore_eos": way.ignore_eos,
-        "stop_token_ids": list(way.stop_token_ids),
-        "logit_bias": {str(token): added for token, added in way.logit_bias} or None,
+        "ignore_eos": sampling.ignore_eos,
+        "stop_token_ids": list(sampling.stop_token_ids),
+        "logit_bias": {str(token): added for token, added in sampling.logit_bias} or None,
     }
     names = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "logprobs")
     penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-    return body | {name: getattr(way, name) for name in (*names, *penalties)}
+    return body | {name: getattr(sampling, name) for name in (*names, *penalties)}
 
 
 def parse_tokens(choice: dict[str, Any]) -> tuple[GeneratedToken, ...]:

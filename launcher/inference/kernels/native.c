@@ -51,10 +51,10 @@ typedef struct {
 
 typedef struct {
     int64_t tokens;
-    const int64_t *slots;  /* where the keys and values of each token go */
+    const int64_t *slot_mapping;  /* where the keys and values of each token go */
     const int64_t *seen;   /* tokens that each attends to, itself included; 0 where it belongs to no sequence */
-    const int64_t *row;    /* of the table of pages */
-    const int64_t *pages;  /* (rows, table_width) */
+    const int64_t *row;    /* of the block tables */
+    const int64_t *block_tables;  /* (rows, table_width) */
     int64_t table_width;
     const void *cos, *sin; /* (tokens, dim), of the model's format */
 } Step;
@@ -538,7 +538,7 @@ static void attention(const Step *s, const float *q, int64_t qstride, int64_t he
                 for (int64_t k = 0; k < count; k++) memset(to + k * heads * dim, 0, sizeof(float) * group * dim);
             else
                 attend(q + i * qstride + h * group * dim, qstride, count, group, dim, keys, values, kv_heads, h,
-                       s->pages + s->row[i] * s->table_width, s->seen[i], scale, half, room, to, heads * dim);
+                       s->block_tables + s->row[i] * s->table_width, s->seen[i], scale, half, room, to, heads * dim);
         }
         __builtin_free(room);
     }
@@ -595,7 +595,7 @@ void native_block(const Block *b, const Step *s, void *keys, void *values, const
     for (int64_t i = 0; i < n; i++) {
         float *row = qkv + i * b->qkv.out;
         for (int64_t h = 0; h < b->heads + b->kv_heads; h++) rotate(row + h * b->dim, s, i, b->dim, half);
-        keep(keys, values, s->slots[i], b->kv_heads, b->dim, row + qw, row + qw + kw, half);
+        keep(keys, values, s->slot_mapping[i], b->kv_heads, b->dim, row + qw, row + qw + kw, half);
     }
     attention(s, qkv, b->qkv.out, b->heads, b->kv_heads, b->dim, keys, values, b->scale, half, att);
     multiply(&b->o, att, n, y, half);
@@ -628,7 +628,7 @@ void native_attention(const Step *s, const void *q, const void *k, const void *v
         *(vf *)(new_values + i) = get(v, i, half);
     }
     for (int64_t i = 0; i < s->tokens; i++)
-        keep(keys, values, s->slots[i], kv_heads, dim, new_keys + i * kv_heads * dim, new_values + i * kv_heads * dim, half);
+        keep(keys, values, s->slot_mapping[i], kv_heads, dim, new_keys + i * kv_heads * dim, new_values + i * kv_heads * dim, half);
     attention(s, asked, heads * dim, heads, kv_heads, dim, keys, values, scale, half, found);
     for (int64_t i = 0; i < n; i++) put1(out, i, found[i], half);
 }

@@ -58,7 +58,7 @@ class TokensStruct(Structure):
 
     _fields_: ClassVar = [
         ("tokens", c_int64),
-        *((name, c_void_p) for name in ("slots", "seen", "row", "pages")),
+        *((name, c_void_p) for name in ("slot_mapping", "seen", "row", "block_tables")),
         ("table_width", c_int64),
         *((name, c_void_p) for name in ("cos", "sin")),
     ]
@@ -273,8 +273,8 @@ class SegmentLayout(Protocol):
         """Ids of the tokens."""
 
     @property
-    def pages(self) -> Sequence[int]:
-        """Pages of the sequence, up to the last of these tokens."""
+    def block_table(self) -> Sequence[int]:
+        """Blocks of the sequence, up to the last of these tokens."""
 
 
 class StepLayout(Protocol):
@@ -290,27 +290,27 @@ class StepLayout(Protocol):
 
 
 class StepTable:
-    """Pages of each sequence, and what each token sees of them.
+    """Block tables of the sequences of a step, and what each token sees of them.
 
     Args:
         plan: of the step.
-        slots: where keys and values of each token go.
+        slot_mapping: where keys and values of each token go.
     """
 
-    def __init__(self, plan: StepLayout, *, slots: Tensor) -> None:
+    def __init__(self, plan: StepLayout, *, slot_mapping: Tensor) -> None:
         seen: list[int] = []
         row: list[int] = []
-        width = max((len(part.pages) for part in plan.segments), default=1)
-        pages: list[int] = []
+        width = max((len(part.block_table) for part in plan.segments), default=1)
+        blocks: list[int] = []
         for index, part in enumerate(plan.segments):
             end = part.start + len(part.tokens)
             seen += range(part.start + 1, end + 1)
             row += [index] * len(part.tokens)
-            pages += part.pages
-            pages += [0] * (width - len(part.pages))
+            blocks += part.block_table
+            blocks += [0] * (width - len(part.block_table))
         seen += [0] * plan.padding
         row += [0] * plan.padding
-        self._kept = [slots, *(torch.tensor(numbers or [0]) for numbers in (seen, row, pages))]
+        self._kept = [slot_mapping, *(torch.tensor(numbers or [0]) for numbers in (seen, row, blocks))]
         self._rotary: tuple[Tensor, Tensor] | None = None
         self._struct = TokensStruct(len(seen), *(tensor.data_ptr() for tensor in self._kept), width, None, None)
 

@@ -32,16 +32,16 @@ def main(run_dir: RunDir, connection: socket.socket) -> int:
     def start(number: int, pool: ReplicaPool) -> ReplicaClient:
         return ReplicaClient(number, connection, process=None, on_ready=pool.on_ready, on_lost=pool.on_lost)
 
-    async def front() -> int:
-        backing = lambda: ReplicaBackend(run, job, start=start)  # noqa: E731
-        return await ApiServer(run, job, run_dir=run_dir, make_backing=backing, heartbeat=lambda phase: None).serve()
+    async def serve() -> int:
+        backend = lambda: ReplicaBackend(run, job, start=start)  # noqa: E731
+        return await ApiServer(run, job, run_dir=run_dir, make_backend=backend, heartbeat=lambda phase: None).serve()
 
     try:
         with raise_open_file_limit(job.max_connections + _RESERVED_FILES):
-            return asyncio.run(front())
-    except LauncherError as problem:
-        print(problem, file=sys.stderr, flush=True)
-        return exit_code_of_rank(problem)
+            return asyncio.run(serve())
+    except LauncherError as error:
+        print(error, file=sys.stderr, flush=True)
+        return exit_code_of_rank(error)
 
 
 if __name__ == "__main__":

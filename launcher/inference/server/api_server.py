@@ -122,90 +122,93 @@ class ApiServer:
         run: what is served.
         job: how.
         run_dir: where its metrics go.
-        make_backing: makes what answers; called in the event loop.
+        make_backend: makes the backend; called in the event loop.
         heartbeat: called every second.
     """
 
     def __init__(
-        self, run: Run, job: Serve, *, run_dir: RunDir, make_backing: Callable[[], ModelBackend], heartbeat: Heartbeat
+        self, run: Run, job: Serve, *, run_dir: RunDir, make_backend: Callable[[], ModelBackend], heartbeat: Heartbeat
     ) -> None:
-        self._run, self._job, self._run_dir, self._make_backing, self._heartbeat = (
+        self._run, self._job, self._run_dir, self._make_backend, self._heartbeat = (
             run,
             job,
             run_dir,
-            make_backing,
+            make_backend,
             heartbeat,
         )
-        self._asked: asyncio.Event = asyncio.Event()
+        self._signalled: asyncio.Event = asyncio.Event()
         self._signal: int | None = None
 
     async def serve(self) -> int:
         """Serve until told to end; return the exit code.
 
         Raises:
-            ConfigError: the address cannot be listened on, or the engine cannot be built as asked.
+            ConfigError: the address cannot be listened on, or the engine cannot be built as configured.
             JobError: the engine cannot be built.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             asyncio.get_running_loop().add_signal_handler(number, self._note, number)
         listener = self._listen()
-        backing = self._make_backing()
+        backend = self._make_backend()
         job = self._job
-        server = make_server(self._gated(backing), max_connections=job.max_connections, headers_s=job.read_timeout_s)
+        server = make_server(
+            self._with_admission(backend), max_connections=job.max_connections, headers_s=job.read_timeout_s
+        )
         http = asyncio.create_task(server.serve(sockets=[listener]))
-        heart, ready = asyncio.create_task(self._heart(backing)), asyncio.create_task(self._get_ready(backing))
+        recorder, ready = (
+            asyncio.create_task(self._record_metrics(backend)),
+            asyncio.create_task(self._wait_until_ready(backend)),
+        )
         try:
-            backing.open()
-            await self._until_asked(backing, http=http, others={heart, ready})
-            await self._drain(backing, server, http)
+            backend.open()
+            await self._wait_for_signal(backend, http=http, others={recorder, ready})
+            await self._drain(backend, server, http)
         finally:
-            for task in (http, heart, ready):
+            for task in (http, recorder, ready):
                 task.cancel()
-            await asyncio.gather(http, heart, ready, return_exceptions=True)
-            await backing.close()
+            await asyncio.gather(http, recorder, ready, return_exceptions=True)
+            await backend.close()
         return EXIT_PREEMPTED if self._signal == signal.SIGUSR1 else 0
 
     def _listen(self) -> socket.socket:
         try:
             return listen(self._job.host, self._job.port)
         except OSError as error:
-            said = (
-                (error.strerror or str(error)).lower().replace("address already in use", "somebody else does already")
-            )
-            raise self._job.error("port", f"cannot be listened on: {said}", "set job.port to a free one") from error
+            why = (error.strerror or str(error)).lower().replace("address already in use", "port already in use")
+            raise self._job.error("port", why, "set job.port to another port") from error
 
-    def _gated(self, backing: ModelBackend) -> AdmissionMiddleware:
+    def _with_admission(self, backend: ModelBackend) -> AdmissionMiddleware:
         job = self._job
         return AdmissionMiddleware(
-            backing.app,
+            backend.app,
             keys=read_api_keys(job.api_keys_file, os.environ),
             hosts=AllowedHosts(job.host, job.allowed_hosts),
             rates=RateLimiter(job.rate_per_minute),
             max_body_bytes=job.max_body_bytes,
             body_s=job.read_timeout_s,
-            reject=backing.reject,
+            reject=backend.reject,
         )
 
     def _note(self, number: int) -> None:
         if self._signal is None:
             self._signal = number
-            self._asked.set()
+            self._signalled.set()
 
-    async def _until_asked(
-        self, backing: ModelBackend, *, http: asyncio.Task[None], others: set[asyncio.Task[None]]
+    async def _wait_for_signal(
+        self, backend: ModelBackend, *, http: asyncio.Task[None], others: set[asyncio.Task[None]]
     ) -> None:
-        """Wait for a signal; raise what makes it impossible to go on."""
-        asked = asyncio.create_task(self._asked.wait())
-        waits: set[asyncio.Future[None] | asyncio.Task[bool]] = {asked, backing.broken, http, *others}
-        while not asked.done():
+        """Wait for a signal; raise an error that ends the server."""
+        signalled = asyncio.create_task(self._signalled.wait())
+        waits: set[asyncio.Future[None] | asyncio.Task[bool]] = {signalled, backend.broken, http, *others}
+        while not signalled.done():
             done, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
             assert http not in done, "the HTTP server ends when it is told to"
 
-    async def _get_ready(self, backing: ModelBackend) -> None:
+    async def _wait_until_ready(self, backend: ModelBackend) -> None:
         started = time.monotonic()
-        await backing.get_ready()
+        await backend.wait_until_ready()
         took_s = time.monotonic() - started
         gc.collect()
         gc.freeze()  # else each full collection looks at all modules again, for a tenth of a second
@@ -215,22 +218,22 @@ class ApiServer:
             flush=True,
         )
 
-    async def _drain(self, backing: ModelBackend, server: UvicornServer, http: asyncio.Task[None]) -> None:
-        """Take nothing more, finish what was accepted, tell the rest, close."""
-        backing.drain()
+    async def _drain(self, backend: ModelBackend, server: UvicornServer, http: asyncio.Task[None]) -> None:
+        """Reject new requests, finish accepted ones, fail the rest, close."""
+        backend.drain()
         for _ in range(_DISCONNECT_TURNS):
             await asyncio.sleep(0.01)
-        print(f"draining: {backing.open_requests} requests are open", flush=True)
-        await _wait_until_idle(backing, within_s=self._job.drain_s)
-        if left := backing.open_requests:
-            backing.fail_all()
-            print(f"{left} requests were told that there was no time left", flush=True)
-            await _wait_until_idle(backing, within_s=_FLUSH_S)
+        print(f"draining: {backend.open_requests} requests are open", flush=True)
+        await _wait_until_idle(backend, within_s=self._job.drain_s)
+        if left := backend.open_requests:
+            backend.fail_all()
+            print(f"{left} requests failed: the time to drain was over", flush=True)
+            await _wait_until_idle(backend, within_s=_FLUSH_S)
         server.should_exit = True
         await http
 
-    async def _heart(self, backing: ModelBackend) -> None:
-        """Beat, and write a line of metrics every few seconds and at the end."""
+    async def _record_metrics(self, backend: ModelBackend) -> None:
+        """Update the heartbeat, and write a line of metrics every few seconds and at the end."""
         every_s = self._job.metrics_every_s
         with MetricsWriter(self._run_dir.metrics) as writer:
             next_line = time.monotonic() + every_s
@@ -240,21 +243,21 @@ class ApiServer:
                     await asyncio.sleep(min(_HEARTBEAT_S, every_s))
                     if time.monotonic() >= next_line:
                         next_line = time.monotonic() + every_s
-                        _record(writer, backing)
+                        _record(writer, backend)
             finally:
-                _record(writer, backing)
+                _record(writer, backend)
 
 
-def _record(writer: MetricsWriter, backing: ModelBackend) -> None:
+def _record(writer: MetricsWriter, backend: ModelBackend) -> None:
     try:
-        writer.record(backing.num_ended, **dict(backing.row()))
+        writer.record(backend.num_ended, **dict(backend.metrics_row()))
     except OSError as error:  # a full disk is no reason to stop answering
         print(f"a line of metrics is lost: {error}", flush=True)
 
 
-async def _wait_until_idle(backing: ModelBackend, *, within_s: float) -> None:
+async def _wait_until_idle(backend: ModelBackend, *, within_s: float) -> None:
     deadline = time.monotonic() + within_s
-    while backing.open_requests and time.monotonic() < deadline:
+    while backend.open_requests and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
 
 
@@ -272,17 +275,17 @@ def serve(job: Serve, context: Context) -> None:
         process, connection = start_replica(context.run_dir.path, number, environ=environ)
         return ReplicaClient(number, connection, process=process, on_ready=pool.on_ready, on_lost=pool.on_lost)
 
-    def backing() -> ModelBackend:
+    def backend() -> ModelBackend:
         return VllmBackend(context.run, job) if job.engine == "vllm" else ReplicaBackend(context.run, job, start=start)
 
-    async def front() -> int:
+    async def run_server() -> int:
         heartbeat = context.heartbeat.update
         return await ApiServer(
-            context.run, job, run_dir=context.run_dir, make_backing=backing, heartbeat=heartbeat
+            context.run, job, run_dir=context.run_dir, make_backend=backend, heartbeat=heartbeat
         ).serve()
 
     with raise_open_file_limit(job.max_connections + _RESERVED_FILES):
-        code = asyncio.run(front())
+        code = asyncio.run(run_server())
     if code:
         sys.exit(code)
 
@@ -299,58 +302,59 @@ _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 def serve_across_ranks(job: Serve, context: Context) -> None:
     """Serve until told to end, on every rank."""
-    front = _ServerProcess(context) if context.is_main else None
+    server = _ServerProcess(context) if context.is_main else None
     for number in _FORWARDED_SIGNALS:
-        signal.signal(number, signal.SIG_IGN if front is None else front.pass_on)  # what ends the others is the first
+        # the first rank ends the others
+        signal.signal(number, signal.SIG_IGN if server is None else server.forward_signal)
     from launcher.engines.distributed import disconnect
     from launcher.inference.engine.paged_engine import make_engine_across_ranks
 
     def heartbeat(phase: str = "build") -> None:
         context.heartbeat.update(phase)
 
-    generator = make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
-    if front is None or generator is None:
+    engine = make_engine_across_ranks(context, limits=job.limits, heartbeat=heartbeat)
+    if server is None or engine is None:
         return
-    generator.warm_up(job.warm_up)
-    generator.profiler = context.profiler
+    engine.warm_up(job.warm_up)
+    engine.profiler = context.profiler
     with contextlib.suppress(ConnectionLost):  # its exit code says why
-        run_engine_loop(generator, front.link, heartbeat=heartbeat)
-    generator.close()
+        run_engine_loop(engine, server.connection, heartbeat=heartbeat)
+    engine.close()
     disconnect()
-    front.finish()
+    server.finish()
 
 
 class _ServerProcess:
     """The process that speaks HTTP, as the first rank sees it."""
 
     def __init__(self, context: Context) -> None:
-        ours, theirs = socket.socketpair()
-        words = (str(context.run_dir.path), str(theirs.fileno()), str(os.getpid()))
-        with theirs:
+        local, remote = socket.socketpair()
+        arguments = (str(context.run_dir.path), str(remote.fileno()), str(os.getpid()))
+        with remote:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launcher.inference.server", *words],
+                [sys.executable, "-m", "launcher.inference.server", *arguments],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[remote.fileno()],
             )
-        self.link = EngineConnection(ours)
+        self.connection = EngineConnection(local)
 
-    def pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Tell it what this rank was told."""
+    def forward_signal(self, number: int, frame: FrameType | None) -> None:
+        """Forward a signal of this rank to it."""
         if self._process.poll() is None:  # not waited for yet, so the number is still its own
             self._process.send_signal(number)
 
     def finish(self) -> None:
-        """Let it end, and end as it did.
+        """Wait for its end, and exit as it did.
 
         Raises:
-            SystemExit: it asks to be started again.
+            SystemExit: it was preempted.
             JobError: it failed, with its exit code where that says what is bad (65, 69).
         """
-        self.link.close()
+        self.connection.close()
         code = self._process.wait()
         if code == EXIT_PREEMPTED:
             sys.exit(code)
         if code in (EXIT_BAD_INPUT, EXIT_UNFIT):
             raise JobError("the server could not start: see its error above", exit_code=code)
         if code:
-            raise JobError(f"the process that speaks HTTP ended with exit code {code}; its words are above")
+            raise JobError(f"the process that speaks HTTP ended with exit code {code}; see its error above")

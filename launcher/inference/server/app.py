@@ -26,64 +26,64 @@ _ENDPOINT_BODIES: dict[str, type[RequestBody]] = {
 _REFS = "#/components/schemas/{model}"
 
 
-def make_app(service: EngineClient) -> FastAPI:
+def make_app(client: EngineClient) -> FastAPI:
     """Return the application for one model."""
     app = FastAPI(title="launcher", version=launcher.__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
-    _add_generation(app, service)
-    _add_tokenize(app, service)
-    _add_info(app, service)
+    _add_generation(app, client)
+    _add_tokenize(app, client)
+    _add_info(app, client)
     _add_error_handlers(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _add_generation(app: FastAPI, service: EngineClient) -> None:
+def _add_generation(app: FastAPI, client: EngineClient) -> None:
     @app.post("/v1/completions", summary="Continue a text", response_model=None)
     async def completions(request: Request) -> Response:
-        return await create_completion(service, request)
+        return await create_completion(client, request)
 
     @app.post("/v1/chat/completions", summary="Answer in a conversation", response_model=None)
     async def chat_completions(request: Request) -> Response:
-        return await create_chat_completion(service, request)
+        return await create_chat_completion(client, request)
 
     @app.get("/v1/models", summary="The model that is served")
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        return {"object": "list", "data": [_model(client)]}
 
     @app.get("/v1/models/{name:path}", summary="One model")
     async def model(name: str) -> dict[str, Any]:
-        if name != service.policy.name:
+        if name != client.limits.name:
             raise ApiError(404, f"there is no model {name[:100]!r} here", param="model", code="model_not_found")
-        return _model(service)
+        return _model(client)
 
 
-def _add_tokenize(app: FastAPI, service: EngineClient) -> None:
+def _add_tokenize(app: FastAPI, client: EngineClient) -> None:
     @app.post("/tokenize", summary="Tokens of a text or a conversation", response_model=None)
     async def tokenize(request: Request) -> Response:
-        body = await parse_body(TokenizeBody, await request.body(), service.bounds())
-        words = service.opened(body.model)
+        body = await parse_body(TokenizeBody, await request.body(), client.body_limits())
+        tokenizer = client.tokenizer_for(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise invalid("give either prompt or messages", "prompt")
         if body.chat_template is not None and body.messages is None:
             raise invalid("is for messages", "chat_template")
         if body.messages is not None:
-            ids = await encode_chat(words, body.messages, template=body.chat_template)
+            ids = await encode_chat(tokenizer, body.messages, template=body.chat_template)
         else:
             assert body.prompt is not None
-            ids = await encode(words, body.prompt, special=body.add_special_tokens)
-        content = await encode_json({"count": len(ids), "max_model_len": service.pool.context, "tokens": ids})
+            ids = await encode(tokenizer, body.prompt, special=body.add_special_tokens)
+        content = await encode_json({"count": len(ids), "max_model_len": client.pool.max_model_len, "tokens": ids})
         return Response(content, media_type="application/json")
 
     @app.post("/detokenize", summary="Text of tokens", response_model=None)
     async def detokenize(request: Request) -> Response:
-        body = await parse_body(DetokenizeBody, await request.body(), service.bounds())
-        words = service.opened(body.model)
-        if body.tokens and max(body.tokens) >= words.vocab_size:
-            raise invalid(f"a token is not in the vocabulary of {words.vocab_size}", "tokens")
-        return JSONResponse({"prompt": await decode(words, body.tokens)})
+        body = await parse_body(DetokenizeBody, await request.body(), client.body_limits())
+        tokenizer = client.tokenizer_for(body.model)
+        if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
+            raise invalid(f"a token is not in the vocabulary of {tokenizer.vocab_size}", "tokens")
+        return JSONResponse({"prompt": await decode(tokenizer, body.tokens)})
 
 
-def _add_info(app: FastAPI, service: EngineClient) -> None:
+def _add_info(app: FastAPI, client: EngineClient) -> None:
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
     @app.get("/health/live", summary="Whether the process answers")
@@ -92,14 +92,14 @@ def _add_info(app: FastAPI, service: EngineClient) -> None:
 
     @app.get("/health/ready", summary="Whether requests will be answered", response_model=None)
     async def ready() -> Response:
-        why = service.not_ready()
+        why = client.not_ready()
         if why:
             return JSONResponse({"status": "not ready", "why": why}, status_code=503, headers={"retry-after": "2"})
-        return JSONResponse({"status": "ready", "engines": service.pool.ready})
+        return JSONResponse({"status": "ready", "engines": client.pool.ready})
 
-    @app.get("/metrics", summary="Numbers for Prometheus", response_model=None)
+    @app.get("/metrics", summary="Metrics for Prometheus", response_model=None)
     async def metrics() -> Response:
-        return Response(service.numbers.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(client.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.get("/version", summary="The version of this program")
     async def version() -> dict[str, str]:
@@ -107,25 +107,25 @@ def _add_info(app: FastAPI, service: EngineClient) -> None:
 
     @app.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(page.replace("{{model}}", _escape(service.policy.name)))
+        return HTMLResponse(page.replace("{{model}}", _escape(client.limits.name)))
 
 
 def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def told(request: Request, problem: ApiError) -> Response:
-        return problem.response()
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return error.response()
 
     @app.exception_handler(HTTPException)
-    async def routed(request: Request, problem: HTTPException) -> Response:
-        said = f"{request.method} {request.url.path[:200]}: {problem.detail}"
-        answer = ApiError(problem.status_code, said, code="not_found" if problem.status_code == 404 else None)
-        answer.headers.update(problem.headers or {})
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        said = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        answer = ApiError(error.status_code, said, code="not_found" if error.status_code == 404 else None)
+        answer.headers.update(error.headers or {})
         return answer.response()
 
 
-def _model(service: EngineClient) -> dict[str, Any]:
-    about = {"id": service.policy.name, "object": "model", "created": service.created, "owned_by": "launcher"}
-    return {**about, "max_model_len": service.pool.context}
+def _model(client: EngineClient) -> dict[str, Any]:
+    about = {"id": client.limits.name, "object": "model", "created": client.created, "owned_by": "launcher"}
+    return {**about, "max_model_len": client.pool.max_model_len}
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:

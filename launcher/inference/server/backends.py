@@ -1,4 +1,4 @@
-"""What answers the server's requests: replicas of our engines, or vLLM's own server."""
+"""What computes the answers: replicas of the launcher's engines, or vLLM's own server."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class ModelBackend(ABC):
-    """Our engines, or another server behind this one."""
+    """The launcher's own engines, or another server behind this one."""
 
     app: ASGIApp
-    """Answers requests."""
+    """Application that answers requests."""
     broken: asyncio.Future[None]
-    """Gets the exception that makes it impossible to go on."""
+    """Gets the exception that ends the server."""
 
     @abstractmethod
     def open(self) -> None:
-        """Start what takes time to start; return at once."""
+        """Start the engines; return at once."""
 
     @abstractmethod
-    async def get_ready(self) -> None:
-        """Return once requests are answered.
+    async def wait_until_ready(self) -> None:
+        """Return once requests can be answered.
 
         Raises:
             LauncherError: they never will be.
@@ -47,32 +47,32 @@ class ModelBackend(ABC):
     @property
     @abstractmethod
     def open_requests(self) -> int:
-        """Requests that are not answered to their end."""
+        """Requests without a complete response."""
 
     @abstractmethod
     def drain(self) -> None:
-        """Take no more."""
+        """Reject new requests."""
 
     @abstractmethod
     def fail_all(self) -> None:
-        """Tell whoever still waits that there is no time left."""
+        """Fail the requests that are left."""
 
     @abstractmethod
     def reject(self, reason: str) -> None:
-        """Count a request that was turned away before it came here."""
+        """Count a request that the middleware rejected."""
 
     @abstractmethod
     async def close(self) -> None:
-        """End everything that was started."""
+        """End everything that it started."""
 
     @property
     @abstractmethod
     def num_ended(self) -> int:
-        """How much has been answered, as metrics.jsonl counts it."""
+        """Number of ended sequences or requests: the step of a line of metrics.jsonl."""
 
     @abstractmethod
-    def row(self) -> Iterator[tuple[str, float]]:
-        """Yield what a line of metrics.jsonl holds."""
+    def metrics_row(self) -> Iterator[tuple[str, float]]:
+        """Yield the values of a line of metrics.jsonl."""
 
 
 class ReplicaBackend(ModelBackend):
@@ -88,7 +88,7 @@ class ReplicaBackend(ModelBackend):
         self._run, self._job = run, job
         stall_s, building_s = job.stall_s, run.backend.stall_timeout_s
         self._pool = ReplicaPool(job.replicas, start, stall_s=stall_s, building_s=building_s)
-        policy = ServerLimits(
+        limits = ServerLimits(
             name=job.name_of(run),
             capacity=job.capacity,
             max_queue=job.max_queue,
@@ -97,47 +97,47 @@ class ReplicaBackend(ModelBackend):
             request_timeout_s=job.request_timeout_s,
         )
         results = ResultCache(job.result_cache_bytes, ttl_s=job.result_cache_ttl_s)
-        self._service = EngineClient(policy, pool=self._pool, results=results)
-        self.app = make_app(self._service)
+        self._client = EngineClient(limits, pool=self._pool, results=results)
+        self.app = make_app(self._client)
         self.broken = self._pool.broken
 
     def open(self) -> None:
         """Start the engines."""
         self._pool.open()
 
-    async def get_ready(self) -> None:
+    async def wait_until_ready(self) -> None:
         """Load the tokenizer while the engines are built."""
-        job, run, service = self._job, self._run, self._service
-        words = await asyncio.to_thread(
+        job, run, client = self._job, self._run, self._client
+        tokenizer = await asyncio.to_thread(
             open_tokenizer, job.tokenizer, run, heartbeat=lambda: None, template=job.chat_template
         )
         shape = run.model.shape()
-        if shape is not None and words.vocab_size > shape.vocab_size:
-            why = f"it has {words.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
+        if shape is not None and tokenizer.vocab_size > shape.vocab_size:
+            why = f"it has {tokenizer.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
             raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
-        service.identity = await asyncio.to_thread(
-            model_fingerprint, run, tokenizer=words.fingerprint, heartbeat=lambda: None
+        client.fingerprint_hash = await asyncio.to_thread(
+            model_fingerprint, run, tokenizer=tokenizer.fingerprint, heartbeat=lambda: None
         )
-        service.words = words
-        while self._pool.context is None:
+        client.tokenizer = tokenizer
+        while self._pool.max_model_len is None:
             await asyncio.sleep(0.05)
 
     @property
     def open_requests(self) -> int:
-        """Requests that are not answered to their end."""
-        return self._service.open_requests
+        """Requests without a complete response."""
+        return self._client.open_requests
 
     def drain(self) -> None:
-        """Take no more."""
-        self._service.draining = True
+        """Reject new requests."""
+        self._client.draining = True
 
     def fail_all(self) -> None:
-        """Tell whoever still waits that there is no time left."""
+        """Fail the requests that are left."""
         self._pool.fail_all()
 
     def reject(self, reason: str) -> None:
-        """Count a request that was turned away at the gate."""
-        self._service.reject(reason)
+        """Count a request that the middleware rejected."""
+        self._client.reject(reason)
 
     async def close(self) -> None:
         """End the engines."""
@@ -146,21 +146,21 @@ class ReplicaBackend(ModelBackend):
     @property
     def num_ended(self) -> int:
         """Sequences that have ended."""
-        return self._service.numbers.num_ended
+        return self._client.metrics.num_ended
 
-    def row(self) -> Iterator[tuple[str, float]]:
-        """Yield what a line of metrics.jsonl holds."""
-        yield from self._service.numbers.row().items()
+    def metrics_row(self) -> Iterator[tuple[str, float]]:
+        """Yield the values of a line of metrics.jsonl."""
+        yield from self._client.metrics.row().items()
 
 
 _HEALTH_CHECK_S = 0.5
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 _HEALTHY_S = 60.0
-"""A server that lived so long was well: the next pause is the first again."""
+"""A server that ran for so long resets the pause."""
 
 
 class VllmBackend(ModelBackend):
-    """One vLLM server on a loopback port, started anew when it dies.
+    """One vLLM server on a loopback port, restarted when it dies.
 
     Args:
         run: what is served.
@@ -181,15 +181,15 @@ class VllmBackend(ModelBackend):
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Task[None] | None = None
         self._model = ""
-        self._has_answered = False
+        self._was_healthy = False
         self._restarts = 0
 
     def open(self) -> None:
-        """Begin to watch; the process is started once the weights are there."""
-        self._watch = asyncio.create_task(self._look())
+        """Start to monitor; the process is started once the weights are there."""
+        self._watch = asyncio.create_task(self._monitor())
 
-    async def get_ready(self) -> None:
-        """Return once it answers for the first time."""
+    async def wait_until_ready(self) -> None:
+        """Return once it is healthy for the first time."""
         folder = await asyncio.to_thread(weights_folder, self._run.model, heartbeat=lambda: None)
         assert folder is not None, "random weights are refused before anything starts"
         self._model = str(folder)
@@ -199,40 +199,40 @@ class VllmBackend(ModelBackend):
 
     @property
     def open_requests(self) -> int:
-        """Requests that are not answered to their end."""
+        """Requests without a complete response."""
         return self._proxy.open_requests
 
     def drain(self) -> None:
-        """Take no more."""
+        """Reject new requests."""
         self._proxy.draining = True
 
     def fail_all(self) -> None:
-        """Break off what is left."""
-        self._proxy.break_off()
+        """Cancel the requests that are left."""
+        self._proxy.cancel_all()
 
     def reject(self, reason: str) -> None:
-        """Count a request that was turned away at the gate."""
+        """Count a request that the middleware rejected."""
         self._proxy.rejected += 1
 
     async def close(self) -> None:
-        """End the process and all that is below it."""
+        """End the process and its children."""
         if self._watch is not None:
             self._watch.cancel()
         await asyncio.to_thread(self._server.end)
 
     @property
     def num_ended(self) -> int:
-        """Requests that were handed on."""
+        """Requests that were forwarded."""
         return self._proxy.num_ended
 
-    def row(self) -> Iterator[tuple[str, float]]:
-        """Yield what the proxy itself knows; vLLM's own numbers are at /metrics."""
+    def metrics_row(self) -> Iterator[tuple[str, float]]:
+        """Yield the proxy's own counts; vLLM's metrics are at /metrics."""
         yield "serve/requests", float(self._proxy.num_ended)
         yield "serve/requests_rejected", float(self._proxy.rejected)
         yield "serve/engine_restarts", float(self._restarts)
 
-    async def _look(self) -> None:
-        """See whether it answers; start it anew when it has ended."""
+    async def _monitor(self) -> None:
+        """Probe its health; restart it when it has ended."""
         pause_s = _MIN_BACKOFF_S
         while True:
             await asyncio.sleep(_HEALTH_CHECK_S)
@@ -240,16 +240,16 @@ class VllmBackend(ModelBackend):
                 continue
             code = self._server.exit_code()
             if code is None:
-                self._proxy.is_ready = await self._proxy.answers()
-                self._has_answered |= self._proxy.is_ready
+                self._proxy.is_ready = await self._proxy.probe()
+                self._was_healthy |= self._proxy.is_ready
                 continue
             self._proxy.is_ready = False
-            if not self._has_answered:
-                self.broken.set_exception(JobError(f"vLLM ended with exit code {code}; its words are above"))
+            if not self._was_healthy:
+                self.broken.set_exception(JobError(f"vLLM ended with exit code {code}; see its error above"))
                 return
             if self._server.age_s > _HEALTHY_S:
                 pause_s = _MIN_BACKOFF_S
-            print(f"vLLM ended with exit code {code}; it is started anew in {pause_s:.0f} s", flush=True)
+            print(f"vLLM ended with exit code {code}; it is restarted in {pause_s:.0f} s", flush=True)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _MAX_BACKOFF_S)
             self._restarts += 1

@@ -30,14 +30,14 @@ from launcher.inference.tokenizer import TextTokenizer
 
 
 class GenerationResponse(ABC):
-    """One answer with all its choices; subclasses say how text and tokens are shown.
+    """A response with all its choices; subclasses format text and tokens.
 
     Args:
-        service: of the model.
-        body: what was asked.
-        choices: begun already, in the order of their index.
+        client: of the model.
+        body: of the request.
+        choices: submitted already, in the order of their index.
         prompts: the tokens of each prompt.
-        words: of the model.
+        tokenizer: of the model.
     """
 
     prefix: str
@@ -51,19 +51,19 @@ class GenerationResponse(ABC):
 
     def __init__(
         self,
-        service: EngineClient,
+        client: EngineClient,
         body: GenerationBody,
         *,
         choices: Sequence[ChoiceStream],
         prompts: Sequence[Sequence[int]],
-        words: TextTokenizer,
+        tokenizer: TextTokenizer,
     ) -> None:
-        self.service, self.body, self.choices, self.words = service, body, choices, words
+        self.client, self.body, self.choices, self.tokenizer = client, body, choices, tokenizer
         self._prompt_tokens = sum(map(len, prompts))
-        self._begun: set[int] = set()
-        """Choices of which a token has been shown that is text."""
+        self._started: set[int] = set()
+        """Choices with a token that is text."""
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
-        service.open_requests += 1
+        client.open_requests += 1
 
     @abstractmethod
     def choice(self, index: int, text: str, logprobs: EventData | None, finish: str | None) -> EventData:
@@ -74,8 +74,8 @@ class GenerationResponse(ABC):
         """Return lists that have an element for each token; ``None`` where they are not asked for."""
 
     @abstractmethod
-    def delta(self, index: int, piece: TextDelta) -> EventData:
-        """Return what a piece adds to its choice."""
+    def delta(self, index: int, delta: TextDelta) -> EventData:
+        """Return what a delta adds to its choice."""
 
     def openings(self) -> list[EventData]:
         """Return what a stream begins with."""
@@ -86,20 +86,20 @@ class GenerationResponse(ABC):
         if self.body.stream:
             return EventStream(
                 self._events(),
-                explain=lambda trouble: to_api_error(trouble, self.service, field=self.prompt_field),
-                on_end=self._over,
+                explain=lambda error: to_api_error(error, self.client, field=self.prompt_field),
+                on_end=self._close,
                 headers=self._headers(),
             )
         try:
             return await run_until_disconnect(request, self._collect())
         finally:
-            self._over()
+            self._close()
 
     def is_first(self, index: int, token: int) -> bool:
         """Return whether the text of a choice begins with this token, its next one."""
-        is_first = index not in self._begun
-        if not self.words.is_special(token):
-            self._begun.add(index)
+        is_first = index not in self._started
+        if not self.tokenizer.is_special(token):
+            self._started.add(index)
         return is_first
 
     async def _collect(self) -> Response:
@@ -107,13 +107,13 @@ class GenerationResponse(ABC):
         tokens: list[list[GeneratedToken]] = [[] for _ in self.choices]
         finishes: list[str | None] = [None] * len(self.choices)
         try:
-            async with aclosing(merge_streams([choice.pieces() for choice in self.choices])) as pieces:
-                async for index, piece in pieces:
-                    texts[index].append(piece.text)
-                    tokens[index].extend(piece.tokens)
-                    finishes[index] = piece.finish or finishes[index]
-        except Exception as trouble:  # noqa: BLE001  (every one is told to the client)
-            return to_api_error(trouble, self.service, field=self.prompt_field).response()
+            async with aclosing(merge_streams([choice.deltas() for choice in self.choices])) as deltas:
+                async for index, delta in deltas:
+                    texts[index].append(delta.text)
+                    tokens[index].extend(delta.tokens)
+                    finishes[index] = delta.finish_reason or finishes[index]
+        except Exception as error:  # noqa: BLE001  (each becomes an error of the response)
+            return to_api_error(error, self.client, field=self.prompt_field).response()
         choices = []
         for index, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
             logprobs = await self._all_logprobs(index, tokens[index])
@@ -138,14 +138,14 @@ class GenerationResponse(ABC):
         return whole
 
     async def _events(self) -> AsyncGenerator[EventData]:
-        async with aclosing(merge_streams([choice.pieces() for choice in self.choices])) as pieces:
+        async with aclosing(merge_streams([choice.deltas() for choice in self.choices])) as deltas:
             has_begun = False
-            async for index, piece in pieces:
+            async for index, delta in deltas:
                 if not has_begun:
                     has_begun = True
                     for opening in self.openings():
                         yield self._chunk([opening])
-                yield self._chunk([self.delta(index, piece)])
+                yield self._chunk([self.delta(index, delta)])
         if self.body.wants_usage:
             yield self._object(self.part, [], usage=self._usage())
 
@@ -155,7 +155,7 @@ class GenerationResponse(ABC):
         return self._object(self.part, choices)
 
     def _object(self, name: str, choices: list[EventData], **more: Any) -> EventData:
-        about = {"object": name, "model": self.service.policy.name, "system_fingerprint": self.service.fingerprint}
+        about = {"object": name, "model": self.client.limits.name, "system_fingerprint": self.client.fingerprint}
         return {**self._head, **about, "choices": choices, **more}
 
     def _usage(self) -> EventData:
@@ -165,19 +165,19 @@ class GenerationResponse(ABC):
             "prompt_tokens": self._prompt_tokens,
             "completion_tokens": completion,
             "total_tokens": self._prompt_tokens + completion,
-            "prompt_tokens_details": {"cached_tokens": sum(choice.flight.cached_tokens for choice in first)},
+            "prompt_tokens_details": {"cached_tokens": sum(choice.request_state.num_cached_tokens for choice in first)},
         }
 
     def _headers(self) -> dict[str, str]:
-        """Return whether results were there already: all, or else the least that was."""
-        hows = {choice.how for choice in self.choices}
-        said = next(how for how in ("bypass", "miss", "shared", "hit") if how in hows)
-        return {"x-cache": "hit" if said == "shared" else said}
+        """Return the cache status of the whole response: the worst one of its choices."""
+        statuses = {choice.cache_status for choice in self.choices}
+        status = next(each for each in ("bypass", "miss", "shared", "hit") if each in statuses)
+        return {"x-cache": "hit" if status == "shared" else status}
 
-    def _over(self) -> None:
-        self.service.open_requests -= 1
+    def _close(self) -> None:
+        self.client.open_requests -= 1
         for choice in self.choices:
-            choice.leave()
+            choice.close()
 
 
 class CompletionResponse(GenerationResponse):
@@ -196,24 +196,24 @@ class CompletionResponse(GenerationResponse):
         """Return a whole choice."""
         return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish}
 
-    def delta(self, index: int, piece: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """Return more text of a choice."""
-        logprobs = self.logprobs(index, piece.tokens)
-        return {"text": piece.text, "index": index, "logprobs": logprobs, "finish_reason": piece.finish}
+        logprobs = self.logprobs(index, delta.tokens)
+        return {"text": delta.text, "index": index, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> dict[str, Any] | None:
         """Return the older of OpenAI's two shapes: lists side by side."""
         if self.body.logprobs is None:
             return None
-        text = self._texts.setdefault(index, Detokenizer(self.words.decode))
+        text = self._texts.setdefault(index, Detokenizer(self.tokenizer.decode))
         shown, tops, offsets = [], [], []
         at = self._offsets.get(index, 0)
         for token in tokens:
             first = self.is_first(index, token.id)
-            shown.append(self.words.text_of(token.id, first=first))
+            shown.append(self.tokenizer.text_of(token.id, first=first))
             top: dict[str, float] = {}
             for other, score in token.top:  # of tokens with the same text, the likeliest
-                top.setdefault(self.words.text_of(other, first=first), score)
+                top.setdefault(self.tokenizer.text_of(other, first=first), score)
             tops.append(top)
             offsets.append(at)
             at += len(text.feed(token.id))
@@ -222,20 +222,24 @@ class CompletionResponse(GenerationResponse):
         return {"tokens": shown, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
 
-async def create_completion(service: EngineClient, request: Request) -> Response:
+async def create_completion(client: EngineClient, request: Request) -> Response:
     """Answer one request."""
-    body = await parse_body(CompletionBody, await request.body(), service.bounds())
-    words = service.opened(body.model)
+    body = await parse_body(CompletionBody, await request.body(), client.body_limits())
+    tokenizer = client.tokenizer_for(body.model)
     if body.best_of not in (None, body.n):
         raise invalid("only n itself is supported", "best_of", code="unsupported_value")
     if body.echo and body.logprobs is not None:
         raise invalid("log-probabilities of prompts are not supported; leave echo or logprobs out", "echo")
-    sampling = sampling_params(body, max_tokens=body.max_tokens, vocab_size=words.vocab_size)
-    assert service.pool.context is not None
-    prompts = await encode_prompts(words, body.prompt, context=service.pool.context)
-    service.check_room(prompts, choices=body.n, field="prompt")
-    choices = service.choices(prompts, sampling, n=body.n, stops=body.stops, priority=body.priority, echo=body.echo)
-    return await CompletionResponse(service, body, choices=choices, prompts=prompts, words=words).respond(request)
+    sampling = sampling_params(body, max_tokens=body.max_tokens, vocab_size=tokenizer.vocab_size)
+    assert client.pool.max_model_len is not None
+    prompts = await encode_prompts(tokenizer, body.prompt, max_model_len=client.pool.max_model_len)
+    client.check_capacity(prompts, choices=body.n, field="prompt")
+    choices = client.choices(
+        prompts, sampling, n=body.n, stop=body.stop_strings, priority=body.priority, echo=body.echo
+    )
+    return await CompletionResponse(client, body, choices=choices, prompts=prompts, tokenizer=tokenizer).respond(
+        request
+    )
 
 
 class ChatResponse(GenerationResponse):
@@ -257,11 +261,11 @@ class ChatResponse(GenerationResponse):
             for index in range(len(self.choices))
         ]
 
-    def delta(self, index: int, piece: TextDelta) -> dict[str, Any]:
+    def delta(self, index: int, delta: TextDelta) -> dict[str, Any]:
         """Return more text of a choice."""
-        delta = {"content": piece.text} if piece.text else {}
-        logprobs = self.logprobs(index, piece.tokens) if piece.tokens else None
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": piece.finish}
+        content = {"content": delta.text} if delta.text else {}
+        logprobs = self.logprobs(index, delta.tokens) if delta.tokens else None
+        return {"index": index, "delta": content, "logprobs": logprobs, "finish_reason": delta.finish_reason}
 
     def logprobs(self, index: int, tokens: Sequence[GeneratedToken]) -> dict[str, Any] | None:
         """Return the newer of OpenAI's two shapes: a list of objects."""
@@ -275,21 +279,21 @@ class ChatResponse(GenerationResponse):
         return {"content": rows, "refusal": None}
 
     def _shown(self, token: int, logprob: float | None, *, first: bool) -> dict[str, Any]:
-        text, raw = self.words.text_of(token, first=first), self.words.bytes_of(token, first=first)
+        text, raw = self.tokenizer.text_of(token, first=first), self.tokenizer.bytes_of(token, first=first)
         return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
 
-async def create_chat_completion(service: EngineClient, request: Request) -> Response:
+async def create_chat_completion(client: EngineClient, request: Request) -> Response:
     """Answer one request."""
-    body = await parse_body(ChatBody, await request.body(), service.bounds())
-    words = service.opened(body.model)
+    body = await parse_body(ChatBody, await request.body(), client.body_limits())
+    tokenizer = client.tokenizer_for(body.model)
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")
-    prompt = await encode_chat(words, body.messages, template=body.chat_template)
-    service.check_room([prompt], choices=body.n, field="messages")
-    context = service.pool.context
-    assert context is not None
-    most = body.max_completion_tokens or body.max_tokens or context - len(prompt)
-    sampling = sampling_params(body, max_tokens=most, vocab_size=words.vocab_size)
-    choices = service.choices([prompt], sampling, n=body.n, stops=body.stops, priority=body.priority)
-    return await ChatResponse(service, body, choices=choices, prompts=[prompt], words=words).respond(request)
+    prompt = await encode_chat(tokenizer, body.messages, template=body.chat_template)
+    client.check_capacity([prompt], choices=body.n, field="messages")
+    max_model_len = client.pool.max_model_len
+    assert max_model_len is not None
+    most = body.max_completion_tokens or body.max_tokens or max_model_len - len(prompt)
+    sampling = sampling_params(body, max_tokens=most, vocab_size=tokenizer.vocab_size)
+    choices = client.choices([prompt], sampling, n=body.n, stop=body.stop_strings, priority=body.priority)
+    return await ChatResponse(client, body, choices=choices, prompts=[prompt], tokenizer=tokenizer).respond(request)

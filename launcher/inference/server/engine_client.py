@@ -16,7 +16,7 @@ from launcher.inference.engine.base import EngineRequest, GeneratedToken
 from launcher.inference.server.metrics import ServerMetrics
 from launcher.inference.server.protocol import BodyLimits
 from launcher.inference.server.replica_pool import ReplicaPool
-from launcher.inference.server.request_state import RequestState, TooLate
+from launcher.inference.server.request_state import DeadlineExceeded, RequestState
 from launcher.inference.server.requests import choice_seed
 from launcher.inference.server.responses import ApiError, failure_error, invalid
 from launcher.inference.server.result_cache import CacheStatus, ResultCache, result_key
@@ -28,85 +28,85 @@ _QUEUE_SIZE = 64
 
 @dataclass(frozen=True, kw_only=True)
 class TextDelta:
-    """Some more of a choice."""
+    """Text that is added to a choice."""
 
     text: str
     tokens: tuple[GeneratedToken, ...]
-    """Tokens since the last piece; their characters may be in the next one."""
-    finish: str | None = None
-    """Set in the last piece."""
+    """Tokens since the last delta; their characters may come with the next one."""
+    finish_reason: str | None = None
+    """Set in the last delta."""
 
 
 async def stream_text(
-    flight: RequestState, words: TextTokenizer, stops: Sequence[str], *, echo: bool = False
+    state: RequestState, tokenizer: TextTokenizer, stop: Sequence[str], *, echo: bool = False
 ) -> AsyncGenerator[TextDelta]:
-    """Yield what can be shown of a sequence; where a string ends its text, end the sequence.
+    """Yield the text of a sequence as it is generated; end the sequence at a stop string.
 
     Args:
-        flight: brings the tokens.
-        words: the tokenizer.
-        stops: strings that end the text.
+        state: of the sequence.
+        tokenizer: the tokenizer.
+        stop: strings that end the text.
         echo: whether the text begins with the prompt's, as one text: each alone may lose a space between them.
 
     Raises:
-        Exception: why there is no result.
+        Exception: the error that ended it.
     """
-    text = TextStream(words.decode, stops, before=flight.request.prompt if echo else ())
+    text = TextStream(tokenizer.decode, stop, before=state.request.prompt if echo else ())
     before, pending, number = text.opening, [], 0
-    sampling = flight.request.sampling
-    quiet = sampling.min_tokens if stops else 0
-    async with aclosing(flight.read()) as tokens:
+    sampling = state.request.sampling
+    quiet = sampling.min_tokens if stop else 0
+    async with aclosing(state.read()) as tokens:
         async for token in tokens:
             number += 1
             pending.append(token)
-            is_last = flight.finish == "stop" and not flight.ended_by_text and number == len(flight.tokens)
+            is_last = state.finish_reason == "stop" and not state.ended_by_stop_string and number == len(state.tokens)
             if is_last:  # it ends the text and is no part of it
                 break
             shown = text.feed(token.id, may_stop=number > quiet)
             if text.stopped is not None:
-                flight.stop_at(number)
-                yield TextDelta(text=before + shown, tokens=tuple(pending), finish="stop")
+                state.stop_at(number)
+                yield TextDelta(text=before + shown, tokens=tuple(pending), finish_reason="stop")
                 return
             if shown:
                 yield TextDelta(text=before + shown, tokens=tuple(pending))
                 before, pending = "", []
     rest = before + text.rest()
-    finish = "stop" if text.stopped is not None else flight.finish
-    yield TextDelta(text=rest, tokens=tuple(pending), finish=finish)
+    finish_reason = "stop" if text.stopped is not None else state.finish_reason
+    yield TextDelta(text=rest, tokens=tuple(pending), finish_reason=finish_reason)
 
 
 async def merge_streams(sources: Sequence[AsyncGenerator[TextDelta]]) -> AsyncGenerator[tuple[int, TextDelta]]:
-    """Yield the pieces of all sources with their source's number, as they come.
+    """Yield the deltas of all sources, with the index of the source, as they arrive.
 
     Raises:
-        Exception: the first that a source raised; the others are ended.
+        Exception: the first that a source raised; the others are closed.
     """
     if len(sources) == 1:
         async with aclosing(sources[0]) as only:
-            async for piece in only:
-                yield 0, piece
+            async for delta in only:
+                yield 0, delta
         return
     queue: asyncio.Queue[tuple[int, TextDelta | Exception | None]] = asyncio.Queue(_QUEUE_SIZE)
 
-    async def carry(number: int, source: AsyncGenerator[TextDelta]) -> None:
+    async def forward(number: int, source: AsyncGenerator[TextDelta]) -> None:
         try:
-            async for piece in source:
-                await queue.put((number, piece))
+            async for delta in source:
+                await queue.put((number, delta))
             await queue.put((number, None))
-        except Exception as trouble:  # noqa: BLE001  (raised again by whoever reads)
-            await queue.put((number, trouble))
+        except Exception as error:  # noqa: BLE001  (raised again by the reader)
+            await queue.put((number, error))
 
-    tasks = [asyncio.create_task(carry(number, source)) for number, source in enumerate(sources)]
+    tasks = [asyncio.create_task(forward(number, source)) for number, source in enumerate(sources)]
     try:
         left = len(tasks)
         while left:
-            number, came = await queue.get()
-            if isinstance(came, Exception):
-                raise came
-            if came is None:
+            number, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
                 left -= 1
             else:
-                yield number, came
+                yield number, item
     finally:
         for task in tasks:
             task.cancel()
@@ -114,86 +114,87 @@ async def merge_streams(sources: Sequence[AsyncGenerator[TextDelta]]) -> AsyncGe
 
 
 class ChoiceStream:
-    """One sequence of a request, from its beginning to its end.
+    """The text of one choice of a response.
 
     Args:
-        service: where it comes from.
+        client: submits it.
         prompt: tokens to continue.
-        sampling: how.
-        stops: strings that end it.
+        sampling: its parameters.
+        stop: strings that end it.
         priority: higher is sooner.
         echo: whether its text begins with the prompt's.
     """
 
     def __init__(
         self,
-        service: EngineClient,
+        client: EngineClient,
         prompt: tuple[int, ...],
         sampling: SamplingParams,
-        stops: Sequence[str],
+        stop: Sequence[str],
         priority: int,
         *,
         echo: bool = False,
     ) -> None:
         self._echo = echo
-        self._service, self._arguments = service, (prompt, sampling, stops, priority)
-        self._began = time.monotonic()
-        self.flight, self.how = service.fly(*self._arguments)
+        self._client, self._arguments = client, (prompt, sampling, stop, priority)
+        self._started_s = time.monotonic()
+        self.request_state, self.cache_status = client.submit(*self._arguments)
         self.num_tokens = 0
-        self._is_left = False
+        self._is_closed = False
 
-    async def pieces(self) -> AsyncGenerator[TextDelta]:
-        """Yield what comes of it.
+    async def deltas(self) -> AsyncGenerator[TextDelta]:
+        """Yield its text as it is generated.
 
         Raises:
-            Exception: why there is no result.
+            Exception: the error that ended it.
         """
-        words, stops = self._service.words, self._arguments[2]
-        assert words is not None
+        tokenizer, stop = self._client.tokenizer, self._arguments[2]
+        assert tokenizer is not None
         while True:
             try:
                 async with aclosing(
-                    self._within_time(stream_text(self.flight, words, stops, echo=self._echo))
-                ) as pieces:
-                    async for piece in pieces:
-                        self.num_tokens += len(piece.tokens)
-                        yield piece
-            except TooLate:
-                if self.how != "shared" or self.num_tokens or self._left_s() <= 0:
+                    self._within_time(stream_text(self.request_state, tokenizer, stop, echo=self._echo))
+                ) as deltas:
+                    async for delta in deltas:
+                        self.num_tokens += len(delta.tokens)
+                        yield delta
+            except DeadlineExceeded:
+                if self.cache_status != "shared" or self.num_tokens or self._left_s() <= 0:
                     raise
-                self._service.leave(self.flight)  # the other one came earlier: its time was up, not ours
-                self.flight, self.how = self._service.fly(*self._arguments)
+                # it joined an earlier sequence, whose deadline passed before its own
+                self._client.release(self.request_state)
+                self.request_state, self.cache_status = self._client.submit(*self._arguments)
             else:
                 return
 
-    def leave(self) -> None:
-        """Wait no longer for it; call it whatever has happened."""
-        if not self._is_left:
-            self._is_left = True
-            if self.how in ("hit", "shared"):
-                self._service.numbers.answered(self.flight)
-            self._service.leave(self.flight)
+    def close(self) -> None:
+        """Stop reading; call it in any case."""
+        if not self._is_closed:
+            self._is_closed = True
+            if self.cache_status in ("hit", "shared"):
+                self._client.metrics.count_shared(self.request_state)
+            self._client.release(self.request_state)
 
-    async def _within_time(self, pieces: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
-        """Yield the same; end it where an engine does not keep the deadline itself."""
-        async with aclosing(pieces):
+    async def _within_time(self, deltas: AsyncGenerator[TextDelta]) -> AsyncGenerator[TextDelta]:
+        """Yield the same deltas; raise where the engine does not keep the deadline."""
+        async with aclosing(deltas):
             while True:
                 try:
                     async with asyncio.timeout(max(0.0, self._left_s()) + 1.0):
-                        piece = await anext(pieces)
+                        delta = await anext(deltas)
                 except TimeoutError:
-                    raise TooLate(while_queued=False) from None
+                    raise DeadlineExceeded(while_queued=False) from None
                 except StopAsyncIteration:
                     return
-                yield piece
+                yield delta
 
     def _left_s(self) -> float:
-        return self._service.policy.request_timeout_s - (time.monotonic() - self._began)
+        return self._client.limits.request_timeout_s - (time.monotonic() - self._started_s)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ServerLimits:
-    """How much a server takes on."""
+    """Limits of a server."""
 
     name: str
     """What clients call the model."""
@@ -206,43 +207,43 @@ class ServerLimits:
 
 
 class EngineClient:
-    """One served model.
+    """The engines of one served model.
 
     Args:
-        policy: how much it takes on.
+        limits: of the server.
         pool: the engines.
-        results: what is kept.
+        results: cached results.
     """
 
-    def __init__(self, policy: ServerLimits, *, pool: ReplicaPool, results: ResultCache) -> None:
-        self.policy, self.pool, self.results = policy, pool, results
-        self.numbers = ServerMetrics(pool, results)
+    def __init__(self, limits: ServerLimits, *, pool: ReplicaPool, results: ResultCache) -> None:
+        self.limits, self.pool, self.results = limits, pool, results
+        self.metrics = ServerMetrics(pool, results)
         self.created = int(time.time())
-        self.words: TextTokenizer | None = None
+        self.tokenizer: TextTokenizer | None = None
         """Set once the tokenizer is there."""
-        self.identity = ""
-        """Hash of whatever decides the answers; set with ``words``."""
+        self.fingerprint_hash = ""
+        """Hash of everything that decides the answers; set with ``tokenizer``."""
         self.draining = False
         self.open_requests = 0
-        """Generating requests that are not answered to their end."""
-        self._numbers = itertools.count()
+        """Generation requests without a complete response."""
+        self._ids = itertools.count()
         self._recent: list[float] = []
 
     @property
     def fingerprint(self) -> str:
-        """What answers call this model's state."""
-        return f"fp_{self.identity[:12]}"
+        """The ``system_fingerprint`` of responses."""
+        return f"fp_{self.fingerprint_hash[:12]}"
 
     def not_ready(self) -> str:
         """Return why the server cannot answer now; empty when it can."""
         if self.draining:
             return "the server is ending"
-        if self.words is None or self.pool.context is None:
+        if self.tokenizer is None or self.pool.max_model_len is None:
             phases = sorted({engine.phase for engine in self.pool.engines})
             return f"the server is starting ({', '.join(phases) or 'tokenizer'})"
         return "" if self.pool.ready else "no engine makes progress"
 
-    def bounds(self) -> BodyLimits:
+    def body_limits(self) -> BodyLimits:
         """Return the lengths that bodies may have.
 
         Raises:
@@ -251,48 +252,48 @@ class EngineClient:
         if self.draining:
             self.reject("draining")
             raise ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
-        if self.words is None or self.pool.context is None:
+        if self.tokenizer is None or self.pool.max_model_len is None:
             self.reject("starting")
             raise ApiError(503, self.not_ready(), code="starting", retry_s=2)
-        return BodyLimits(context=self.pool.context, prompts=self.policy.max_choices)
+        return BodyLimits(max_model_len=self.pool.max_model_len, max_prompts=self.limits.max_choices)
 
-    def opened(self, model: str | None) -> TextTokenizer:
-        """Return the words, if requests for ``model`` are taken.
+    def tokenizer_for(self, model: str | None) -> TextTokenizer:
+        """Return the tokenizer, if requests for ``model`` are taken.
 
         Raises:
             ApiError: it is another model, or the server takes none now.
         """
-        if model is not None and model != self.policy.name:
-            message = f"there is no model {model[:100]!r} here; this server has {self.policy.name!r}"
+        if model is not None and model != self.limits.name:
+            message = f"there is no model {model[:100]!r} here; this server has {self.limits.name!r}"
             raise ApiError(404, message, param="model", code="model_not_found")
-        self.bounds()  # it may have begun to end while a large body was looked at
-        assert self.words is not None
-        return self.words
+        self.body_limits()  # it may have started to drain while a large body was parsed
+        assert self.tokenizer is not None
+        return self.tokenizer
 
     def reject(self, reason: str) -> None:
-        """Count a request that was not begun."""
-        self.numbers.rejected.labels(reason).inc()
+        """Count a rejected request."""
+        self.metrics.rejected.labels(reason).inc()
 
-    def check_room(self, prompts: Sequence[Sequence[int]], *, choices: int, field: str) -> None:
-        """Raise where there is no room for so many sequences, now or ever.
+    def check_capacity(self, prompts: Sequence[Sequence[int]], *, choices: int, field: str) -> None:
+        """Raise where so many sequences are too many, now or in general.
 
         Raises:
             ApiError: and why.
         """
-        context, count = self.pool.context, len(prompts) * choices
-        assert context is not None
+        max_model_len, count = self.pool.max_model_len, len(prompts) * choices
+        assert max_model_len is not None
         for prompt in prompts:
             if not prompt:
                 raise invalid("has no tokens, and a sequence must begin with one", field)
-            if len(prompt) >= context:
-                said = f"has {len(prompt)} tokens, and the model takes at most {context} together with its answer"
+            if len(prompt) >= max_model_len:
+                said = f"has {len(prompt)} tokens, and the model takes at most {max_model_len} together with its answer"
                 raise invalid(said, field, code="context_length_exceeded")
-        if count > self.policy.max_choices:
+        if count > self.limits.max_choices:
             param = "n" if choices > 1 else field
-            raise invalid(f"asks for {count} sequences at once; this server allows {self.policy.max_choices}", param)
-        if self.pool.in_flight + count > self.policy.capacity + self.policy.max_queue:
+            raise invalid(f"asks for {count} sequences at once; this server allows {self.limits.max_choices}", param)
+        if self.pool.in_flight + count > self.limits.capacity + self.limits.max_queue:
             self.reject("queue_full")
-            raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=self._soon())
+            raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=self._retry_after_s())
 
     def choices(
         self,
@@ -300,69 +301,71 @@ class EngineClient:
         sampling: SamplingParams,
         *,
         n: int,
-        stops: Sequence[str],
+        stop: Sequence[str],
         priority: int,
         echo: bool = False,
     ) -> list[ChoiceStream]:
-        """Begin every sequence of a request: ``n`` for each prompt."""
+        """Submit every sequence of a request: ``n`` for each prompt."""
         kinds = [replace(sampling, seed=choice_seed(sampling.seed, number)) for number in range(n)]
         return [
-            ChoiceStream(self, tuple(prompt), kind, stops, priority, echo=echo) for prompt in prompts for kind in kinds
+            ChoiceStream(self, tuple(prompt), kind, stop, priority, echo=echo) for prompt in prompts for kind in kinds
         ]
 
-    def fly(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, stops: Sequence[str], priority: int
+    def submit(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, stop: Sequence[str], priority: int
     ) -> tuple[RequestState, CacheStatus]:
-        """Begin a sequence, or join an equal one, or find its result."""
+        """Submit a sequence, join an equal one in flight, or find its cached result."""
         request = EngineRequest(
-            id=f"s{next(self._numbers)}",
+            id=f"s{next(self._ids)}",
             prompt=prompt,
             sampling=sampling,
             priority=priority,
-            queue_deadline_s=self.policy.queue_timeout_s,
-            deadline_s=self.policy.request_timeout_s,
+            queue_deadline_s=self.limits.queue_timeout_s,
+            deadline_s=self.limits.request_timeout_s,
         )
         if not sampling.is_deterministic:
-            flight, how = RequestState(request, on_end=self._ended), "bypass"
+            state, cache_status = RequestState(request, on_end=self._on_end), "bypass"
         else:
-            key = result_key(self.identity, prompt, sampling, stops)
-            flight, how = self.results.find(key, RequestState(request, on_end=partial(self._landed, key)))
-        flight.readers += 1
-        if how in ("miss", "bypass"):
-            self.pool.submit(flight)
-        return flight, how  # type: ignore[return-value]
+            key = result_key(self.fingerprint_hash, prompt, sampling, stop)
+            state, cache_status = self.results.find(key, RequestState(request, on_end=partial(self._complete, key)))
+        state.num_readers += 1
+        if cache_status in ("miss", "bypass"):
+            self.pool.submit(state)
+        return state, cache_status  # type: ignore[return-value]
 
-    def leave(self, flight: RequestState) -> None:
-        """Take that one reader less waits for a sequence; without any, its engine lets go of it."""
-        flight.readers -= 1
-        if not flight.readers and not flight.ended:
-            flight.fail(Abandoned())
+    def release(self, state: RequestState) -> None:
+        """Remove a reader of a sequence; without any, cancel it."""
+        state.num_readers -= 1
+        if not state.num_readers and not state.is_done:
+            state.fail(ClientsDisconnected())
 
-    def _landed(self, key: str, flight: RequestState) -> None:
-        self.results.landed(key, flight)
-        self._ended(flight)
+    def _complete(self, key: str, state: RequestState) -> None:
+        self.results.complete(key, state)
+        self._on_end(state)
 
-    def _ended(self, flight: RequestState) -> None:
-        self.pool.forget(flight)
-        self.numbers.ended(flight)
+    def _on_end(self, state: RequestState) -> None:
+        self.pool.release(state)
+        self.metrics.count_ended(state)
         now = time.monotonic()
         self._recent = [at for at in self._recent[-63:] if now - at < 60.0] + [now]
 
-    def _soon(self) -> float:
-        """Return when there may be room again, by how fast sequences ended lately."""
+    def _retry_after_s(self) -> float:
+        """Return when there may be capacity again, by the rate at which sequences ended lately."""
         if len(self._recent) < 2:
             return 1.0
         rate = len(self._recent) / max(0.1, time.monotonic() - self._recent[0])
         return min(60.0, self.pool.in_flight / max(rate, 0.01) / 4)
 
 
-class Abandoned(Exception):
-    """Nobody waits for a sequence any more."""
+class ClientsDisconnected(Exception):
+    """All clients that read a sequence have disconnected."""
+
+    reason = "abandoned"
 
 
-def to_api_error(trouble: Exception, service: EngineClient, *, field: str) -> ApiError:
-    """Return the answer for ``trouble``, and count it where nothing was begun."""
-    problem = failure_error(trouble, prompt_field=field)
+def to_api_error(error: Exception, client: EngineClient, *, field: str) -> ApiError:
+    """Return the response for ``error``, and count it as rejected where nothing was started."""
+    problem = failure_error(error, prompt_field=field)
     if problem.code in ("queue_timeout", "unsupported_value"):
-        service.reject(problem.code)
+        client.reject(problem.code)
     return problem

@@ -24,7 +24,7 @@ class ServerMetrics:
     """Counters and histograms of one server.
 
     Args:
-        pool: its engines, asked for their state whenever somebody looks.
+        pool: its engines, whose state is read at every scrape.
         results: its cache of results.
     """
 
@@ -33,52 +33,52 @@ class ServerMetrics:
         self._pool, self._results = pool, results
         self._registry.register(_StateCollector(pool, results))
         self.finished = self._counter(
-            "request_success", "Sequences that got their result, by why they ended", "finished_reason"
+            "request_success", "Sequences that ended with a result, by finish reason", "finished_reason"
         )
-        self.failed = self._counter("request_failure", "Sequences that got none, by why", "reason")
-        self.rejected = self._counter("requests_rejected", "Requests that were not begun, by why", "reason")
+        self.failed = self._counter("request_failure", "Sequences that failed, by reason", "reason")
+        self.rejected = self._counter("requests_rejected", "Requests that were not started, by why", "reason")
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens given to engines")
         self._times = {
-            "first": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT_BUCKETS),
-            "gap": self._histogram(
+            "ttft": self._histogram("time_to_first_token_seconds", "From arrival to the first token", _SHORT_BUCKETS),
+            "itl": self._histogram(
                 "inter_token_latency_seconds", "From one token of a sequence to the next", _SHORT_BUCKETS
             ),
-            "whole": self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _LONG_BUCKETS),
+            "e2el": self._histogram("e2e_request_latency_seconds", "From arrival to the last token", _LONG_BUCKETS),
             "queue": self._histogram(
-                "request_queue_time_seconds", "From arrival to the engine's first word", _LONG_BUCKETS
+                "request_queue_time_seconds", "From arrival to the first output of the engine", _LONG_BUCKETS
             ),
             "prefill": self._histogram("request_prefill_time_seconds", "From there to the first token", _LONG_BUCKETS),
             "decode": self._histogram("request_decode_time_seconds", "From the first token to the last", _LONG_BUCKETS),
         }
         self.num_ended = 0
-        self._sums = dict.fromkeys(("first", "gap", "whole"), (0, 0.0))
+        self._sums = dict.fromkeys(("ttft", "itl", "e2el"), (0, 0.0))
 
-    def ended(self, flight: RequestState) -> None:
-        """Take a sequence that an engine was given and that has ended."""
+    def count_ended(self, state: RequestState) -> None:
+        """Count a sequence that has ended."""
         self.num_ended += 1
-        if flight.finish is not None:
-            self.finished.labels(flight.finish).inc()
+        if state.finish_reason is not None:
+            self.finished.labels(state.finish_reason).inc()
         else:
-            self.failed.labels(type(flight.trouble).__name__.lower()).inc()
-        if flight.lives:
-            self.prompt_tokens.inc(len(flight.request.prompt))
-        times = flight.times
-        for gap_s in flight.gaps_s:
-            self._observe("gap", gap_s)
-        if times.begun is None or times.first is None or times.ended is None:
+            self.failed.labels(state.error_reason).inc()
+        if state.num_attempts:
+            self.prompt_tokens.inc(len(state.request.prompt))
+        times = state.times
+        for itl_s in state.itl_s:
+            self._observe("itl", itl_s)
+        if times.started is None or times.first_token is None or times.ended is None:
             return
-        self._observe("first", times.first - times.arrived)
-        self._observe("whole", times.ended - times.arrived)
-        self._observe("queue", times.begun - times.arrived)
-        self._observe("prefill", times.first - times.begun)
-        self._observe("decode", times.ended - times.first)
+        self._observe("ttft", times.first_token - times.arrived)
+        self._observe("e2el", times.ended - times.arrived)
+        self._observe("queue", times.started - times.arrived)
+        self._observe("prefill", times.first_token - times.started)
+        self._observe("decode", times.ended - times.first_token)
 
-    def answered(self, flight: RequestState) -> None:
-        """Take that a sequence was answered with what another one had brought."""
-        if flight.finish is not None:
-            self.finished.labels(flight.finish).inc()
+    def count_shared(self, state: RequestState) -> None:
+        """Count a sequence that was answered by a cached or shared result."""
+        if state.finish_reason is not None:
+            self.finished.labels(state.finish_reason).inc()
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """Return everything as Prometheus reads it."""
         page: bytes = generate_latest(self._registry)
         return page
@@ -87,7 +87,7 @@ class ServerMetrics:
         """Return what a line of metrics.jsonl holds; times are means since the last line."""
         values = {metric.name.removeprefix(_PREFIX): sum(s.value for s in metric.samples) for metric in self._state()}
         values["prompt_tokens"] = _value(self.prompt_tokens)
-        names = {"first": "time_to_first_token_s", "gap": "inter_token_latency_s", "whole": "e2e_request_latency_s"}
+        names = {"ttft": "time_to_first_token_s", "itl": "inter_token_latency_s", "e2el": "e2e_request_latency_s"}
         for kind, (count, total) in self._sums.items():
             if count:
                 values[names[kind]] = total / count
@@ -111,7 +111,7 @@ class ServerMetrics:
 
 
 class _StateCollector(Collector):
-    """What engines and cache say of themselves at the moment of asking."""
+    """State of engines and cache at the time of a scrape."""
 
     def __init__(self, pool: ReplicaPool, results: ResultCache) -> None:
         self._pool, self._results = pool, results
@@ -119,20 +119,20 @@ class _StateCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every number."""
         now, totals, results = self._pool.stats(), self._pool.totals(), self._results
-        running, waiting = sum(s.running for s in now), sum(s.waiting for s in now) + self._pool.num_unplaced
-        held, room = sum(s.kv_cache_tokens for s in now), sum(s.kv_cache_capacity for s in now)
+        running, waiting = sum(s.running for s in now), sum(s.waiting for s in now) + self._pool.num_waiting
+        used, capacity = sum(s.kv_cache_tokens for s in now), sum(s.kv_cache_capacity for s in now)
         gauges = {
             "num_requests_running": ("Sequences that engines work on", running),
             "num_requests_waiting": ("Sequences that wait for an engine", waiting),
             "kv_cache_usage_perc": (
-                "Share of the room for keys and values that is taken",
-                held / room if room else 0.0,
+                "Share of the KV cache that is used",
+                used / capacity if capacity else 0.0,
             ),
-            "kv_cache_tokens": ("Tokens whose keys and values are held", held),
+            "kv_cache_tokens": ("Tokens whose keys and values are cached", used),
             "engines_ready": ("Engines that can be given requests", self._pool.ready),
-            "result_cache_size": ("Results that are kept", len(results)),
-            "result_cache_bytes": ("What they take", results.bytes),
-            "result_cache_max_bytes": ("What they may take", results.max_bytes),
+            "result_cache_size": ("Cached results", len(results)),
+            "result_cache_bytes": ("Bytes of cached results", results.bytes),
+            "result_cache_max_bytes": ("Bytes that cached results may take", results.max_bytes),
         }
         for name, (what, value) in gauges.items():
             yield GaugeMetricFamily(f"{_PREFIX}{name}", what, value=value)
@@ -141,12 +141,15 @@ class _StateCollector(Collector):
             "prefix_cache_queries": ("Prompt tokens looked up among keys and values", totals.prefix_query_tokens_total),
             "prefix_cache_hits": ("Those that were there", totals.prefix_hit_tokens_total),
             "engine_steps": ("Steps of all engines", totals.steps_total),
-            "padding_tokens": ("Positions computed for no request's sake", totals.padding_tokens_total),
-            "num_preemptions": ("Sequences put back into the queue for want of room", totals.preemptions_total),
-            "engine_restarts": ("Engines started anew", self._pool.restarts),
-            "result_cache_hits": ("Sequences whose result was kept", results.hits),
-            "result_cache_shared": ("Sequences that joined an equal one on its way", results.shared),
-            "result_cache_misses": ("Sequences that could have been kept and were not", results.misses),
+            "padding_tokens": ("Padding positions that were computed", totals.padding_tokens_total),
+            "num_preemptions": (
+                "Sequences put back into the queue because the KV cache was full",
+                totals.preemptions_total,
+            ),
+            "engine_restarts": ("Engines restarted", self._pool.restarts),
+            "result_cache_hits": ("Sequences whose result was cached", results.hits),
+            "result_cache_shared": ("Sequences that joined an equal one in flight", results.shared),
+            "result_cache_misses": ("Sequences that were computed and could be cached", results.misses),
         }
         for name, (what, value) in counters.items():
             yield CounterMetricFamily(f"{_PREFIX}{name}", what, value=value)

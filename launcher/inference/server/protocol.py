@@ -56,9 +56,9 @@ MAX_DETOKENIZED = 1 << 16
 class BodyLimits:
     """Lengths that a server takes."""
 
-    context: int
+    max_model_len: int
     """Tokens of a prompt, with its answer."""
-    prompts: int
+    max_prompts: int
     """Prompts of one request."""
 
 
@@ -103,9 +103,9 @@ _PROMPTS = "text, token numbers, or a list of either"
 
 def _check_prompt(value: Any, info: ValidationInfo) -> str | list[int] | list[str] | list[list[int]]:
     """Return a prompt; raise for the first thing that is wrong with it."""
-    bounds: BodyLimits | None = info.context
-    most_ids = bounds.context if bounds else _TOKEN_LIMIT
-    most_prompts = bounds.prompts if bounds else _TOKEN_LIMIT
+    limits: BodyLimits | None = info.context
+    most_ids = limits.max_model_len if limits else _TOKEN_LIMIT
+    most_prompts = limits.max_prompts if limits else _TOKEN_LIMIT
     if isinstance(value, str):
         return value
     if not isinstance(value, list) or not value:
@@ -293,7 +293,7 @@ class GenerationBody(RequestBody):
     """Higher is sooner."""
 
     @property
-    def stops(self) -> tuple[str, ...]:
+    def stop_strings(self) -> tuple[str, ...]:
         """Strings that end the text."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 

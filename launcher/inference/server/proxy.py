@@ -1,4 +1,4 @@
-"""A reverse proxy to another server of this machine; answers are streamed through."""
+"""A reverse proxy to another server of this machine; responses are streamed through."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ ALLOWED_PATHS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyLimits:
-    """How much a proxy hands on."""
+    """Limits of a proxy."""
 
     capacity: int
-    """Sequences that the server behind works on at a time."""
+    """Sequences that the server behind it processes at a time."""
     max_queue: int
     max_choices: int
     queue_timeout_s: float
@@ -44,23 +44,23 @@ class ProxyLimits:
 
 
 class Proxy:
-    """An ASGI application that answers with what another server says.
+    """An ASGI application that forwards requests to another server.
 
     Args:
         host: of that server.
         port: of that server.
-        limits: how much is handed on, and how long it may take.
+        limits: on numbers and times of requests.
     """
 
     def __init__(self, host: str, port: int, *, limits: ProxyLimits) -> None:
         self._host, self._port, self._limits = host, port, limits
         self.is_ready = False
-        """Whether the server behind answered when last asked; kept by whoever supervises it."""
+        """Whether the server behind it was healthy at the last probe; set by its monitor."""
         self.draining = False
         self.open_requests = self.num_ended = self.rejected = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = self._num_waiting = 0
-        """Sequences that are handed on, and those that wait for that."""
+        """Sequences that were forwarded, and those that wait."""
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,23 +74,23 @@ class Proxy:
             body: bytes = (await receive()).get("body", b"")
             sequences = await self._sequences(scope["path"], body)
             self._check_open()
-            await self._hand_on(scope, receive, send, body, sequences)
+            await self._forward(scope, receive, send, body, sequences)
         except ApiError as problem:
             await problem.response()(scope, receive, send)
 
-    async def answers(self) -> bool:
-        """Return whether the server behind says that it is well."""
+    async def probe(self) -> bool:
+        """Return whether the server behind it is healthy."""
         with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
             async with asyncio.timeout(_PROBE_S):
                 status = 0
-                async for event in self._ask("GET", b"/health", [], b""):
+                async for event in self._request("GET", b"/health", [], b""):
                     if isinstance(event, h11.Response):
                         status = event.status_code
                 return status == 200
         return False
 
-    def break_off(self) -> None:
-        """End every request that is not answered."""
+    def cancel_all(self) -> None:
+        """Cancel every request without a complete response."""
         for task in self._tasks:
             task.cancel()
 
@@ -120,8 +120,8 @@ class Proxy:
             raise invalid(said, largest if counts[largest] > 1 else "prompt")
         return count
 
-    async def _enter(self, sequences: int) -> None:
-        """Wait until so many sequences may be handed on, in the order of arrival.
+    async def _acquire(self, sequences: int) -> None:
+        """Wait until so many sequences may be forwarded, in the order of arrival.
 
         Raises:
             ApiError: too many wait, or it takes too long.
@@ -132,35 +132,35 @@ class Proxy:
         if self._num_waiting + sequences > self._limits.max_queue:
             self.rejected += 1
             raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=2)
-        turn = asyncio.get_running_loop().create_future()
-        place = (sequences, turn)
-        self._waiting.append(place)
+        ready = asyncio.get_running_loop().create_future()
+        entry = (sequences, ready)
+        self._waiting.append(entry)
         self._num_waiting += sequences
         try:
             async with asyncio.timeout(self._limits.queue_timeout_s):
-                await turn
-        except BaseException as trouble:
-            if turn.done() and not turn.cancelled():
-                self._leave(sequences)
+                await ready
+        except BaseException as error:
+            if ready.done() and not ready.cancelled():
+                self._release(sequences)
             else:
-                self._waiting.remove(place)
+                self._waiting.remove(entry)
                 self._num_waiting -= sequences
                 self._call_next()
-            if isinstance(trouble, TimeoutError):
+            if isinstance(error, TimeoutError):
                 self.rejected += 1
                 raise ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5) from None
             raise
 
-    def _leave(self, sequences: int) -> None:
+    def _release(self, sequences: int) -> None:
         self._running -= sequences
         self._call_next()
 
     def _call_next(self) -> None:
         while self._waiting and self._fits(self._waiting[0][0]):
-            sequences, turn = self._waiting.popleft()
+            sequences, ready = self._waiting.popleft()
             self._num_waiting -= sequences
             self._running += sequences
-            turn.set_result(None)
+            ready.set_result(None)
 
     def _fits(self, sequences: int) -> bool:
         return not self._running or self._running + sequences <= self._limits.capacity
@@ -175,21 +175,21 @@ class Proxy:
             answer = JSONResponse({"status": "not ready", "why": why}, status_code=503)
         await answer(scope, receive, send)
 
-    async def _hand_on(self, scope: Scope, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
-        """Hand a request on; break it off when its client is gone or its time is over."""
+    async def _forward(self, scope: Scope, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
+        """Forward a request; cancel it when its client disconnects or its deadline passes."""
         answer = _RelayedResponse(send)
 
         async def relay() -> None:
-            await self._enter(sequences)
+            await self._acquire(sequences)
             try:
                 headers = [(name, value) for name, value in scope["headers"] if name in _FORWARDED_HEADERS]
                 target = scope["path"].encode() + (b"?" + scope["query_string"] if scope["query_string"] else b"")
-                async with contextlib.aclosing(self._ask(scope["method"], target, headers, body)) as events:
+                async with contextlib.aclosing(self._request(scope["method"], target, headers, body)) as events:
                     async for event in events:
-                        await answer.take(event)
+                        await answer.relay_event(event)
                 await answer.end()
             finally:
-                self._leave(sequences)
+                self._release(sequences)
 
         self.open_requests += 1
         work = asyncio.create_task(relay())
@@ -210,7 +210,9 @@ class Proxy:
         except ConnectionRefusedError:
             await answer.fail(ApiError(503, "vLLM does not answer yet", code="starting", retry_s=5))
         except (OSError, h11.ProtocolError):
-            await answer.fail(ApiError(502, "vLLM broke off before its answer ended", code="engine_failed"))
+            await answer.fail(
+                ApiError(502, "vLLM closed the connection before its answer was complete", code="engine_failed")
+            )
         finally:
             self.open_requests -= 1
             self.num_ended += 1
@@ -219,32 +221,32 @@ class Proxy:
                 each.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)
 
-    async def _ask(
+    async def _request(
         self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes
     ) -> AsyncGenerator[h11.Event]:
         """Yield the events of an answer."""
         reader, writer = await asyncio.open_connection(self._host, self._port)
         try:
-            link = h11.Connection(h11.CLIENT)
+            connection = h11.Connection(h11.CLIENT)
             more = [(b"host", f"{self._host}:{self._port}".encode()), (b"content-length", str(len(body)).encode())]
             request = h11.Request(method=method, target=target, headers=[*headers, *more, (b"connection", b"close")])
-            for event in (request, h11.Data(data=body), h11.EndOfMessage()):
-                writer.write(link.send(event) or b"")
+            for part in (request, h11.Data(data=body), h11.EndOfMessage()):
+                writer.write(connection.send(part) or b"")
             await writer.drain()
             while True:
-                came = link.next_event()
-                if isinstance(came, h11.EndOfMessage | h11.ConnectionClosed):
+                event = connection.next_event()
+                if isinstance(event, h11.EndOfMessage | h11.ConnectionClosed):
                     return
-                if isinstance(came, h11.Event):
-                    yield came
+                if isinstance(event, h11.Event):
+                    yield event
                 else:
-                    link.receive_data(await reader.read(_CHUNK))
+                    connection.receive_data(await reader.read(_CHUNK))
         finally:
             writer.close()
 
 
 class _RelayedResponse:
-    """An answer as it is handed back.
+    """A response that is relayed to the client.
 
     Args:
         send: of its request.
@@ -254,8 +256,8 @@ class _RelayedResponse:
         self._send = send
         self._has_begun = self._is_stream = False
 
-    async def take(self, event: h11.Event) -> None:
-        """Hand back a part."""
+    async def relay_event(self, event: h11.Event) -> None:
+        """Relay a part."""
         if isinstance(event, h11.Response):
             headers = [(name, value) for name, value in event.headers.raw_items() if name.lower() not in _HOP_HEADERS]
             self._has_begun = True
@@ -263,17 +265,17 @@ class _RelayedResponse:
             await self._send({"type": "http.response.start", "status": event.status_code, "headers": headers})
         elif isinstance(event, h11.Data):
             await self._send({"type": "http.response.body", "body": bytes(event.data), "more_body": True})
-            await asyncio.sleep(0)  # others have their turn, and a client that is gone is noticed
+            await asyncio.sleep(0)  # others have their ready, and a client that is gone is noticed
 
     async def end(self) -> None:
-        """Hand back the end."""
+        """End the response."""
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, problem: ApiError) -> None:
-        """Say why there is no end: as a status, as the last event of a stream, else by breaking off.
+        """Report an error: as a status, as the last event of a stream, else by closing the connection.
 
         Raises:
-            ApiError: nothing was handed back yet.
+            ApiError: nothing was sent yet.
         """
         if not self._has_begun:
             raise problem
@@ -283,7 +285,7 @@ class _RelayedResponse:
 
 
 def _check_allowed(scope: Scope) -> None:
-    """Raise for what is not handed on.
+    """Raise for paths and methods that are not forwarded.
 
     Raises:
         ApiError: no such path here, or another method.

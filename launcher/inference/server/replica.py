@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _HEARTBEAT_S = 0.5
 
 
-def main(run_dir: RunDir, link: EngineConnection) -> int:
+def main(run_dir: RunDir, connection: EngineConnection) -> int:
     """Build the engine, warm it up, serve; return the exit code."""
     last = 0.0
 
@@ -31,7 +31,7 @@ def main(run_dir: RunDir, link: EngineConnection) -> int:
         nonlocal last
         if time.monotonic() - last > _HEARTBEAT_S:
             last = time.monotonic()
-            link.send({"kind": "heartbeat", "phase": phase})
+            connection.send({"kind": "heartbeat", "phase": phase})
 
     try:
         heartbeat()
@@ -40,21 +40,21 @@ def main(run_dir: RunDir, link: EngineConnection) -> int:
         from launcher.inference.engine.registry import make_engine
         from launcher.profiling.profiler import make_profiler
 
-        generator = make_engine(run, job, heartbeat=heartbeat)
+        engine = make_engine(run, job, heartbeat=heartbeat)
         heartbeat("warm up")
-        generator.warm_up(job.warm_up)
+        engine.warm_up(job.warm_up)
         name = f"engine{sys.argv[2]}"
         try:
             with make_profiler(run.profile, unit=job.profile_unit, folder=run_dir.profile, name=name) as profiler:
-                generator.profiler = profiler
-                run_engine_loop(generator, link, heartbeat=lambda phase: None)
+                engine.profiler = profiler
+                run_engine_loop(engine, connection, heartbeat=lambda phase: None)
         finally:
-            generator.close()
+            engine.close()
     except ConnectionLost:
-        return 0  # the front is ending, or was ended: nobody waits for an answer
+        return 0  # the server has ended: no request is waiting
     except LauncherError as problem:
         print(problem, file=sys.stderr, flush=True)
-        link.send({"kind": "failed", "why": str(problem), "code": exit_code_of_rank(problem)})
+        connection.send({"kind": "failed", "why": str(problem), "code": exit_code_of_rank(problem)})
         return exit_code_of_rank(problem)
     return 0
 
@@ -64,5 +64,5 @@ if __name__ == "__main__":
     faulthandler.enable()
     quiet_libraries()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # the front hears of it, and tells when there is nothing left to do
+        signal.signal(number, signal.SIG_IGN)  # the server handles signals, and ends its engines with a message
     sys.exit(main(RunDir(Path(sys.argv[1])), EngineConnection(socket.socket(fileno=int(sys.argv[3])))))

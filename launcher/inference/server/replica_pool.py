@@ -22,18 +22,18 @@ from launcher.inference.engine.loop import (
     LENGTH_PREFIX,
     MAX_MESSAGE_BYTES,
     WireMessage,
+    output_from_wire,
     pack_message,
     request_to_wire,
     stats_from_wire,
     unpack_message,
-    update_from_wire,
 )
-from launcher.inference.server.request_state import Draining, Failed, RequestState, TooLate
+from launcher.inference.server.request_state import DeadlineExceeded, GenerationFailed, RequestState, ServerDraining
 from launcher.utils.processes import Process, identify
 
-_CONNECTION_LOST = "its link broke"
+_CONNECTION_LOST = "its connection broke"
 _TERMINATE_S = 3.0
-"""Time that an engine gets to end once it is told to."""
+"""Time that an engine gets to end after the ``shutdown`` message."""
 
 
 class ReplicaClient:
@@ -42,7 +42,7 @@ class ReplicaClient:
     Args:
         number: which of the engines.
         connection: this end of the socket pair.
-        process: what is at the other end, where it is a child of this process.
+        process: at the other end, where it is a child of this process.
         on_ready: called when it can be given requests.
         on_lost: called when it is gone, with why.
     """
@@ -59,15 +59,15 @@ class ReplicaClient:
         self.number, self._connection, self._popen = number, connection, process
         self.process: Process | None = identify(process.pid) if process else None
         self._on_ready, self._on_lost = on_ready, on_lost
-        self.flights: dict[str, RequestState] = {}
+        self.requests: dict[str, RequestState] = {}
         self.stats = EngineStats()
-        self.context: int | None = None
-        """Most tokens of a sequence; known once it is ready."""
+        self.max_model_len: int | None = None
+        """Longest sequence; known once it is ready."""
         self.failure: WireMessage | None = None
-        """Why it could not be built, in its own words."""
+        """Its message about why it could not be built."""
         self.phase = "start"
-        self.started_at = self.heard_at = time.monotonic()
-        self._progress_at = self.heard_at
+        self.started_at = self.last_message_at = time.monotonic()
+        self._progress_at = self.last_message_at
         self._is_ending = False
         self._writer: asyncio.StreamWriter | None = None
         self._task = asyncio.get_running_loop().create_task(self._serve())
@@ -75,23 +75,23 @@ class ReplicaClient:
     @property
     def is_ready(self) -> bool:
         """Whether it can be given requests."""
-        return self.context is not None and self._writer is not None
+        return self.max_model_len is not None and self._writer is not None
 
     @property
-    def stuck_s(self) -> float:
-        """For how long it has had something to do and done nothing; before it is ready, for how long it is silent."""
-        return time.monotonic() - (self._progress_at if self.is_ready else self.heard_at)
+    def stalled_s(self) -> float:
+        """Seconds without a step, though it has requests; before it is ready, seconds without a message."""
+        return time.monotonic() - (self._progress_at if self.is_ready else self.last_message_at)
 
-    def give(self, flight: RequestState) -> None:
-        """Hand it a request."""
+    def submit(self, state: RequestState) -> None:
+        """Send it a request."""
         now = time.monotonic()
-        if not self.flights:
+        if not self.requests:
             self._progress_at = now
-        flight.lives += 1
-        self.flights[flight.request.id] = flight
-        waited, request = now - flight.times.arrived, flight.request
-        # whoever was begun by an engine that died has waited its turn already
-        in_queue_s = None if flight.times.begun is not None else _left(request.queue_deadline_s, waited)
+        state.num_attempts += 1
+        self.requests[state.request.id] = state
+        waited, request = now - state.times.arrived, state.request
+        # a request that a lost engine had started has been through the queue already
+        in_queue_s = None if state.times.started is not None else _left(request.queue_deadline_s, waited)
         self._send(
             {
                 "kind": "add",
@@ -105,27 +105,27 @@ class ReplicaClient:
             }
         )
 
-    def cancel(self, flight: RequestState) -> None:
-        """Have it let go of a request, before its next step."""
-        if self.flights.pop(flight.request.id, None) is not None:
-            self._send({"kind": "cancel", "request": flight.request.id})
+    def cancel(self, state: RequestState) -> None:
+        """Cancel a request before its next step."""
+        if self.requests.pop(state.request.id, None) is not None:
+            self._send({"kind": "cancel", "request_id": state.request.id})
 
     def kill(self) -> None:
         """End it at once; ``on_lost`` follows."""
         if self.process is not None:
             self.process.send(signal.SIGKILL)
 
-    async def end(self) -> None:
-        """Let it end in peace, and see that it does."""
+    async def shut_down(self) -> None:
+        """Let it end, and kill it after a time limit."""
         self._is_ending = True
-        self._send({"kind": "end"})
+        self._send({"kind": "shutdown"})
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(asyncio.shield(self._task), _TERMINATE_S)
         self.kill()
         await self._task
 
     async def _serve(self) -> None:
-        """Read what it says until it is gone."""
+        """Handle its messages until it is gone."""
         reader, self._writer = await asyncio.open_connection(sock=self._connection, limit=1 << 20)
         why = _CONNECTION_LOST
         try:
@@ -134,11 +134,11 @@ class ReplicaClient:
                 if length > MAX_MESSAGE_BYTES:
                     why = f"it sent a frame of {length} bytes"
                     break
-                self._hear(unpack_message(await reader.readexactly(length)))
+                self._handle(unpack_message(await reader.readexactly(length)))
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except Exception as error:  # noqa: BLE001  (whoever talks nonsense is as lost as who says nothing)
-            why = f"it sent what nobody understands ({error!r})"
+        except Exception as error:  # noqa: BLE001  (an engine that sends invalid messages is lost)
+            why = f"it sent an invalid message ({error!r})"
         finally:
             self._writer.close()
             self._writer = None
@@ -152,54 +152,54 @@ class ReplicaClient:
         if not self._is_ending:
             self._on_lost(self, why)
 
-    def _hear(self, message: WireMessage) -> None:
-        self.heard_at = time.monotonic()
+    def _handle(self, message: WireMessage) -> None:
+        self.last_message_at = time.monotonic()
         match message["kind"]:
             case "step":
-                self._progress_at = self.heard_at
+                self._progress_at = self.last_message_at
                 self.stats = stats_from_wire(message["stats"])
-                for row in message["updates"]:
-                    update = update_from_wire(row)
-                    flight = self.flights.get(update.request)
-                    if flight is None:  # cancelled meanwhile
+                for row in message["outputs"]:
+                    output = output_from_wire(row)
+                    state = self.requests.get(output.request_id)
+                    if state is None:  # cancelled meanwhile
                         continue
-                    if update.finish is not None:
-                        del self.flights[update.request]
-                    flight.hear(update)
-            case "refused":
-                if flight := self.flights.pop(message["request"], None):
-                    flight.reject(message["field"], message["why"])
+                    if output.finish_reason is not None:
+                        del self.requests[output.request_id]
+                    state.handle_output(output)
+            case "invalid":
+                if state := self.requests.pop(message["request_id"], None):
+                    state.reject(message["param"], message["why"])
             case "ready":
-                self.context = message["context"]
-                self._progress_at = self.heard_at
+                self.max_model_len = message["max_model_len"]
+                self._progress_at = self.last_message_at
                 self._on_ready(self)
             case "heartbeat":
                 self.phase = message["phase"]
             case "failed":
                 self.failure = message
             case kind:
-                raise AssertionError(f"no engine says {kind}")
+                raise AssertionError(f"engines send no {kind}")
 
     def _send(self, message: WireMessage) -> None:
-        if self._writer is not None:  # else it is lost, and whoever asks is told so in a moment
+        if self._writer is not None:  # else it is lost, and its requests fail in a moment
             self._writer.write(pack_message(message))
 
 
 def start_replica(
     run_dir: Path, number: int, *, environ: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start an engine's process; return it and this end of its link. Call it in the main thread, which it dies with."""
-    ours, theirs = socket.socketpair()
-    with theirs:
-        words = (str(run_dir), str(number), str(theirs.fileno()), str(os.getpid()))
+    """Start an engine's process; return it and the socket to it. It dies with the calling thread: the main one."""
+    local, remote = socket.socketpair()
+    with remote:
+        arguments = (str(run_dir), str(number), str(remote.fileno()), str(os.getpid()))
         process = subprocess.Popen(
-            [sys.executable, "-m", "launcher.inference.server.replica", *words],
+            [sys.executable, "-m", "launcher.inference.server.replica", *arguments],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
+            pass_fds=[remote.fileno()],
         )
-    ours.setblocking(False)
-    return process, ours
+    local.setblocking(False)
+    return process, local
 
 
 def _left(deadline_s: float | None, waited_s: float) -> float | None:
@@ -207,19 +207,19 @@ def _left(deadline_s: float | None, waited_s: float) -> float | None:
 
 
 _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 30.0
-"""Before a lost engine is started anew; the pause doubles while it is lost again soon."""
+"""Before a lost engine is restarted; the pause doubles each time that it is soon lost again."""
 _HEALTHY_S = 60.0
-"""An engine that lived so long was well."""
+"""An engine that ran for so long resets the pause."""
 _MAX_ATTEMPTS = 3
-"""Engines that one request may be on: one that kills engines must not go round for ever."""
+"""Engines that one request may be submitted to: a request that kills engines must not be retried forever."""
 _TICK_S = 0.25
 _DEADLINE_MARGIN_S = 1.0
-"""After the end of its time, for an engine to say so itself."""
+"""After a deadline, for the engine to report it itself."""
 StartReplica = Callable[[int, "ReplicaPool"], ReplicaClient]
 
 
 class ReplicaPool:
-    """The engines and what waits for them. Everything happens in one event loop.
+    """The engines and the requests that wait for one. Everything runs in one event loop.
 
     Args:
         size: number of engines.
@@ -231,7 +231,7 @@ class ReplicaPool:
     def __init__(self, size: int, start: StartReplica, *, stall_s: float, building_s: float) -> None:
         self._size, self._start, self._stall_s, self._building_s = size, start, stall_s, building_s
         self._engines: dict[int, ReplicaClient] = {}
-        self._where: dict[str, ReplicaClient] = {}
+        self._replica_of: dict[str, ReplicaClient] = {}
         self._waiting: deque[RequestState] = deque()
         self._pauses: dict[int, float] = {}
         self._loop = asyncio.get_running_loop()
@@ -241,24 +241,24 @@ class ReplicaPool:
         self.restarts = 0
         self.broken: asyncio.Future[None] = self._loop.create_future()
         """Gets the exception that keeps the engines from ever being built."""
-        self.context: int | None = None
+        self.max_model_len: int | None = None
 
     def open(self) -> None:
         """Start every engine."""
         for number in range(self._size):
             self._engines[number] = self._start(number, self)
-        self._watch = self._loop.create_task(self._look())
+        self._watch = self._loop.create_task(self._monitor())
 
     @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
-        return len(self._waiting) + sum(len(engine.flights) for engine in self._engines.values())
+        return len(self._waiting) + sum(len(engine.requests) for engine in self._engines.values())
 
     @property
     def ready(self) -> int:
-        """Engines that can be given requests and are not stuck."""
+        """Engines that accept requests and make progress."""
         return sum(
-            engine.is_ready and not (engine.flights and engine.stuck_s > self._stall_s)
+            engine.is_ready and not (engine.requests and engine.stalled_s > self._stall_s)
             for engine in self._engines.values()
         )
 
@@ -268,41 +268,41 @@ class ReplicaPool:
         return list(self._engines.values())
 
     def stats(self) -> list[EngineStats]:
-        """Return where each engine stands."""
+        """Return the counts of each engine."""
         return [engine.stats for engine in self._engines.values()]
 
     def totals(self) -> EngineStats:
-        """Return what all engines have done, those that were lost included; counts alone mean something."""
+        """Return the totals of all engines, lost ones included."""
         return reduce(_sum_totals, self.stats(), self._past)
 
     @property
-    def num_unplaced(self) -> int:
+    def num_waiting(self) -> int:
         """Requests that wait for some engine to be ready."""
         return len(self._waiting)
 
-    def submit(self, flight: RequestState) -> None:
-        """Give a request to the engine with the fewest, or keep it until there is one."""
-        able = [engine for engine in self._engines.values() if engine.is_ready]
-        calm = [engine for engine in able if not (engine.flights and engine.stuck_s > self._stall_s)]
-        if not able:
-            self._waiting.append(flight)
+    def submit(self, state: RequestState) -> None:
+        """Submit a request to the engine with the fewest requests, or queue it until one is ready."""
+        ready = [engine for engine in self._engines.values() if engine.is_ready]
+        responsive = [engine for engine in ready if not (engine.requests and engine.stalled_s > self._stall_s)]
+        if not ready:
+            self._waiting.append(state)
             return
-        best = min(calm or able, key=lambda engine: (len(engine.flights), engine.stats.kv_cache_tokens))
-        self._where[flight.request.id] = best
-        best.give(flight)
+        best = min(responsive or ready, key=lambda engine: (len(engine.requests), engine.stats.kv_cache_tokens))
+        self._replica_of[state.request.id] = best
+        best.submit(state)
 
-    def forget(self, flight: RequestState) -> None:
-        """Let go of a request that has ended, or that nobody waits for."""
-        if (engine := self._where.pop(flight.request.id, None)) is not None:
-            engine.cancel(flight)
-        elif flight in self._waiting:
-            self._waiting.remove(flight)
+    def release(self, state: RequestState) -> None:
+        """Remove a request that has ended, and cancel it at its engine."""
+        if (engine := self._replica_of.pop(state.request.id, None)) is not None:
+            engine.cancel(state)
+        elif state in self._waiting:
+            self._waiting.remove(state)
 
     def fail_all(self) -> int:
-        """End everything that is left because the server ends; return how much that was."""
-        left = [*self._waiting, *(flight for engine in self.engines for flight in engine.flights.values())]
-        for flight in left:
-            flight.fail(Draining("the server is ending"))
+        """Fail all requests because the server ends; return their number."""
+        left = [*self._waiting, *(state for engine in self.engines for state in engine.requests.values())]
+        for state in left:
+            state.fail(ServerDraining("the server is ending"))
         return len(left)
 
     async def close(self) -> None:
@@ -310,41 +310,43 @@ class ReplicaPool:
         self._is_closing = True
         if self._watch is not None:
             self._watch.cancel()
-        await asyncio.gather(*(engine.end() for engine in self.engines))
+        await asyncio.gather(*(engine.shut_down() for engine in self.engines))
 
     def on_ready(self, engine: ReplicaClient) -> None:
-        """Take that an engine can be given requests."""
-        self.context = engine.context
+        """Submit waiting requests to an engine that has become ready."""
+        self.max_model_len = engine.max_model_len
         waiting, self._waiting = self._waiting, deque()
-        for flight in waiting:
-            self.submit(flight)
+        for state in waiting:
+            self.submit(state)
 
     def on_lost(self, engine: ReplicaClient, why: str) -> None:
-        """Give what was on a lost engine to others, or tell who waits for it; start it anew."""
+        """Retry or fail the requests of a lost engine; restart it."""
         if self._is_closing:
             return
-        was_ready = engine.context is not None
-        if not was_ready and self.context is None:
-            self._break(engine, why)
+        was_ready = engine.max_model_len is not None
+        if not was_ready and self.max_model_len is None:
+            self._fail(engine, why)
             return
-        print(f"engine {engine.number} is lost: {why}; it is started anew", flush=True)
+        print(f"engine {engine.number} is lost: {why}; it is restarted", flush=True)
         del self._engines[engine.number]
         self._past = _sum_totals(self._past, engine.stats)
-        for flight in list(engine.flights.values()):
-            self._where.pop(flight.request.id, None)
-            self._rescue(flight)
+        for state in list(engine.requests.values()):
+            self._replica_of.pop(state.request.id, None)
+            self._retry(state)
         self._restart(engine)
 
-    def _rescue(self, flight: RequestState) -> None:
-        if flight.ended:
+    def _retry(self, state: RequestState) -> None:
+        if state.is_done:
             return
-        if flight.lives >= _MAX_ATTEMPTS:
-            flight.fail(Failed(f"{flight.lives} engines were lost with this request on them"))
-        elif flight.is_untouched or flight.request.sampling.is_deterministic:
-            flight.start_over()
-            self.submit(flight)
+        if state.num_attempts >= _MAX_ATTEMPTS:
+            state.fail(GenerationFailed(f"{state.num_attempts} engines were lost while they processed this request"))
+        elif state.has_no_tokens or state.request.sampling.is_deterministic:
+            state.replay()
+            self.submit(state)
         else:
-            flight.fail(Failed("the engine was lost when part of an unrepeatable result was there; ask again"))
+            state.fail(
+                GenerationFailed("the engine was lost after part of a sampled result was sent; retry the request")
+            )
 
     def _restart(self, engine: ReplicaClient) -> None:
         lived_s = time.monotonic() - engine.started_at
@@ -358,43 +360,43 @@ class ReplicaPool:
         if not self._is_closing:
             self._engines[number] = self._start(number, self)
 
-    def _break(self, engine: ReplicaClient, why: str) -> None:
-        """End the run: what could not be built once will not be built the next time."""
+    def _fail(self, engine: ReplicaClient, why: str) -> None:
+        """End the run: an engine that cannot be built will not be built the next time."""
         if self.broken.done():
             return
         said = engine.failure["why"] if engine.failure else f"engine {engine.number} could not be started: {why}"
         code = int(engine.failure["code"]) if engine.failure else 1
         self.broken.set_exception(JobError(said, exit_code=code))
 
-    async def _look(self) -> None:
-        """Notice engines that do nothing, and requests whose time is up though no engine says so."""
+    async def _monitor(self) -> None:
+        """Kill engines that stall, and end requests whose deadline has passed."""
         while True:
             await asyncio.sleep(_TICK_S)
             for engine in self.engines:
-                if engine.process is None:  # ranks, not ours to end: their launcher sees when they hang
+                if engine.process is None:  # ranks of the run: their launcher detects when they hang
                     continue
                 limit = 2 * self._stall_s if engine.is_ready else self._building_s
-                if limit and engine.stuck_s > limit and (engine.flights or not engine.is_ready):
-                    print(f"engine {engine.number} has done nothing for {engine.stuck_s:.0f} s", flush=True)
+                if limit and engine.stalled_s > limit and (engine.requests or not engine.is_ready):
+                    print(f"engine {engine.number} has made no progress for {engine.stalled_s:.0f} s", flush=True)
                     engine.kill()
-            self._tell_who_is_late()
+            self._expire()
 
-    def _tell_who_is_late(self) -> None:
-        """End requests whose time is up: those that no engine has, and those whose engine does not say so itself."""
+    def _expire(self) -> None:
+        """End requests whose deadline has passed: waiting ones, and those whose engine does not report it."""
         now = time.monotonic()
-        for flight in list(self._waiting):
-            request, waited = flight.request, now - flight.times.arrived
-            in_queue_s = request.queue_deadline_s if flight.times.begun is None else None
+        for state in list(self._waiting):
+            request, waited = state.request, now - state.times.arrived
+            in_queue_s = request.queue_deadline_s if state.times.started is None else None
             if waited > min(in_queue_s or waited, request.deadline_s or waited):
-                flight.fail(TooLate(while_queued=flight.times.begun is None))
+                state.fail(DeadlineExceeded(while_queued=state.times.started is None))
         for engine in self.engines:
-            for flight in list(engine.flights.values()):
-                limit = flight.request.deadline_s
-                if limit is not None and now - flight.times.arrived > limit + _DEADLINE_MARGIN_S:
-                    flight.fail(TooLate(while_queued=flight.times.begun is None))
+            for state in list(engine.requests.values()):
+                limit = state.request.deadline_s
+                if limit is not None and now - state.times.arrived > limit + _DEADLINE_MARGIN_S:
+                    state.fail(DeadlineExceeded(while_queued=state.times.started is None))
 
 
 def _sum_totals(one: EngineStats, other: EngineStats) -> EngineStats:
-    """Return the sum of what only grows."""
+    """Return the sum of all totals."""
     names = [field.name for field in fields(EngineStats) if field.name.endswith("_total")]
     return EngineStats(**{name: getattr(one, name) + getattr(other, name) for name in names})

@@ -49,13 +49,13 @@ _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,:]', re.DOTALL
 """A string, with an end or without one, or a character that begins or separates values. It never backtracks."""
 
 
-async def parse_body(body_type: type[B], data: bytes, bounds: BodyLimits) -> B:
+async def parse_body(body_type: type[B], data: bytes, limits: BodyLimits) -> B:
     """Return the body that ``data`` holds.
 
     Args:
         body_type: what it should be.
         data: its JSON.
-        bounds: lengths that this server takes.
+        limits: lengths that this server takes.
 
     Raises:
         ApiError: it holds none; the message names the field.
@@ -64,7 +64,7 @@ async def parse_body(body_type: type[B], data: bytes, bounds: BodyLimits) -> B:
         tree = await _parse_object(data)
         try:
             with _without_collections():
-                return body_type.model_validate(tree, context=bounds)
+                return body_type.model_validate(tree, context=limits)
         except ValidationError as error:
             raise validation_error(error, body_type) from None
 
@@ -189,7 +189,7 @@ _pool_of_large = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 Prompts = str | list[int] | list[str] | list[list[int]]
 
 
-async def encode_prompts(words: TextTokenizer, prompt: Prompts, *, context: int) -> list[list[int]]:
+async def encode_prompts(tokenizer: TextTokenizer, prompt: Prompts, *, max_model_len: int) -> list[list[int]]:
     """Return the tokens of every prompt.
 
     Raises:
@@ -199,35 +199,35 @@ async def encode_prompts(words: TextTokenizer, prompt: Prompts, *, context: int)
         prompt = [prompt]
     texts = [each for each in prompt if isinstance(each, str)]
     if texts:
-        most = words.most_characters(context)
+        most = tokenizer.max_characters(max_model_len)
         if (longest := max(map(len, texts))) > most:
-            said = f"has {longest:,} characters, and no text of more than {most:,} fits into {context:,} tokens"
+            said = f"has {longest:,} characters, and no text of more than {most:,} fits into {max_model_len:,} tokens"
             raise invalid(said, "prompt", code="context_length_exceeded")
-        return await _run_in_pool(sum(map(len, texts)), lambda: words.encode_all(texts))
+        return await _run_in_pool(sum(map(len, texts)), lambda: tokenizer.encode_all(texts))
     lists = [each for each in prompt if isinstance(each, list)] or [[each for each in prompt if isinstance(each, int)]]
     for ids in lists:
-        if (largest := max(ids)) >= words.vocab_size:
-            raise invalid(f"token {largest} is not in the vocabulary of {words.vocab_size}", "prompt")
+        if (largest := max(ids)) >= tokenizer.vocab_size:
+            raise invalid(f"token {largest} is not in the vocabulary of {tokenizer.vocab_size}", "prompt")
     return lists
 
 
-async def encode(words: TextTokenizer, text: str, *, special: bool = True) -> list[int]:
+async def encode(tokenizer: TextTokenizer, text: str, *, special: bool = True) -> list[int]:
     """Return the tokens of a text."""
-    return (await _run_in_pool(len(text), lambda: words.encode_all([text], special=special)))[0]
+    return (await _run_in_pool(len(text), lambda: tokenizer.encode_all([text], special=special)))[0]
 
 
-async def decode(words: TextTokenizer, ids: Sequence[int]) -> str:
+async def decode(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     """Return the text of tokens."""
-    return await _run_in_pool(len(ids), lambda: words.decode(ids))
+    return await _run_in_pool(len(ids), lambda: tokenizer.decode(ids))
 
 
 async def encode_chat(
-    words: TextTokenizer, messages: Sequence[ChatMessage], *, template: str | None = None, field: str = "messages"
+    tokenizer: TextTokenizer, messages: Sequence[ChatMessage], *, template: str | None = None, field: str = "messages"
 ) -> list[int]:
     """Return the tokens of a conversation, up to where its answer begins.
 
     Args:
-        words: the tokenizer.
+        tokenizer: the tokenizer.
         messages: the conversation.
         template: name of the chat template; ``None`` is the default.
         field: where the messages stand.
@@ -238,7 +238,9 @@ async def encode_chat(
     try:
         plain = normalize_messages([message.model_dump() for message in messages], field=field)
         size = sum(len(message["content"]) for message in plain) + _CHARACTERS_PER_MESSAGE * len(plain)
-        return await _run_in_pool(size, lambda: words.encode_all([words.render(plain, template)], special=False)[0])
+        return await _run_in_pool(
+            size, lambda: tokenizer.encode_all([tokenizer.render(plain, template)], special=False)[0]
+        )
     except InvalidMessages as bad:
         raise invalid(str(bad), bad.field, code="invalid_value") from None
     except ChatTemplateNotFound as error:

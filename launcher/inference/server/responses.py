@@ -13,24 +13,24 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from launcher.inference.engine.base import Refused
+from launcher.inference.engine.base import InvalidRequest
 from launcher.inference.server.protocol import (
     RequestBody,
     endpoint_that_takes,
     logprobs_of_endpoints,
     unknown_field,
 )
-from launcher.inference.server.request_state import Draining, Failed, TooLate
+from launcher.inference.server.request_state import DeadlineExceeded, GenerationFailed, ServerDraining
 
 
 class ApiError(Exception):
-    """An answer that is not what was asked for.
+    """An error response.
 
     Args:
         status: of HTTP.
-        message: for who sent the request.
+        message: for the client.
         param: the field that is wrong, if one is.
-        code: for programs.
+        code: for programs, as OpenAI has it.
         retry_s: when to come back, where that helps.
         closes: whether the connection cannot be used any more.
     """
@@ -70,12 +70,12 @@ class ApiError(Exception):
 
 
 def invalid(message: str, param: str, *, code: str | None = None) -> ApiError:
-    """Return the answer to a request whose ``param`` cannot be."""
+    """Return the response to a request whose ``param`` is invalid."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
 
 def validation_error(error: ValidationError, body_type: type[RequestBody]) -> ApiError:
-    """Return the answer to a body that is not one, naming the first thing that is wrong.
+    """Return the response to an invalid body, naming its first error.
 
     A field of another endpoint comes first: such a request also lacks required fields of this one.
     """
@@ -97,23 +97,23 @@ def validation_error(error: ValidationError, body_type: type[RequestBody]) -> Ap
     return ApiError(400, f"{name}: {said}" if name else f"the body {said}", param=name or None, code=code)
 
 
-def failure_error(trouble: Exception, *, prompt_field: str) -> ApiError:
-    """Return the answer where a sequence got no result."""
-    match trouble:
+def failure_error(error: Exception, *, prompt_field: str) -> ApiError:
+    """Return the response for the error that ended a sequence."""
+    match error:
         case ApiError():
-            return trouble
-        case Refused(field=field):
-            name = prompt_field if field == "prompt" else field
-            return invalid(str(trouble), name, code="unsupported_value")
-        case TooLate(while_queued=True):
+            return error
+        case InvalidRequest(param=param):
+            name = prompt_field if param == "prompt" else param
+            return invalid(str(error), name, code="unsupported_value")
+        case DeadlineExceeded(while_queued=True):
             return ApiError(408, "no engine was free in time", code="queue_timeout", retry_s=5)
-        case TooLate():
+        case DeadlineExceeded():
             return ApiError(504, "the request took longer than this server allows", code="request_timeout")
-        case Draining():
+        case ServerDraining():
             return ApiError(503, "the server is ending", code="draining", retry_s=5, closes=True)
-        case Failed():
-            return ApiError(500, str(trouble), code="engine_failed")
-    raise trouble
+        case GenerationFailed():
+            return ApiError(500, str(error), code="engine_failed")
+    raise error
 
 
 def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
@@ -122,19 +122,19 @@ def as_headers(headers: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
 
 
 STREAM_KEEP_ALIVE_S = 5.0
-"""A stream that has nothing to say for so long sends a comment, so that nobody in between takes it for dead."""
+"""A stream without an event for so long sends a comment, so that no proxy closes it."""
 EventData = dict[str, Any]
 
 
 async def run_until_disconnect(request: Request, work: Awaitable[Response]) -> Response:
-    """Return the answer that ``work`` makes; break it off as soon as its client is gone."""
+    """Return the response of ``work``; cancel it when the client disconnects."""
     task = asyncio.ensure_future(work)
     gone = asyncio.ensure_future(_disconnected(request.receive))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return await task
-        return Response(status_code=499)  # nobody reads it
+        return Response(status_code=499)  # the client is gone
     finally:
         for each in (task, gone):
             each.cancel()
@@ -154,7 +154,7 @@ class EventStream(Response):
 
     Args:
         events: the objects.
-        explain: what a client is told of an exception.
+        explain: the error that a client gets for an exception.
         on_end: called when it is over, whatever has happened.
         headers: besides those of a stream.
     """
@@ -172,7 +172,7 @@ class EventStream(Response):
         self._has_begun = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send until there is nothing more, or nobody to send to."""
+        """Send until the last event, or until the client disconnects."""
         sending = asyncio.ensure_future(self._send_all(scope, receive, send))
         gone = asyncio.ensure_future(_disconnected(receive))
         try:
@@ -202,15 +202,15 @@ class EventStream(Response):
                 await self._write(send, _event(json.dumps(data, ensure_ascii=False, separators=(",", ":"))))
         except StopAsyncIteration:
             await self._write(send, _event("[DONE]"), more=False)
-        except Exception as trouble:  # noqa: BLE001  (every one is told to the client)
-            problem = self._explain(trouble)
+        except Exception as error:  # noqa: BLE001  (each becomes an error of the response)
+            problem = self._explain(error)
             if not self._has_begun:
                 await problem.response()(scope, receive, send)
                 return
             await self._write(send, _event(json.dumps(problem.body(), ensure_ascii=False)))
             await self._write(send, _event("[DONE]"), more=False)
         finally:
-            if coming is not None:  # it may have ended in the moment that the client went: somebody must look at it
+            if coming is not None:  # its exception must be retrieved, even if it ended when the client disconnected
                 coming.cancel()
                 await asyncio.gather(coming, return_exceptions=True)
 

@@ -1,4 +1,4 @@
-"""Results of repeatable requests, kept within bytes and time, and computed once at a time."""
+"""Results of deterministic requests, kept within bytes and time, and computed once at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CacheStatus = Literal["hit", "shared", "miss", "bypass"]
-"""Kept already; on its way for somebody else; begun now and to be kept; begun now, never the same again."""
+"""Cached; in flight for another request; submitted and cached at its end; submitted and not cacheable."""
 _ENTRY_BYTES, _TOKEN_BYTES, _TOP_BYTES = 512, 64, 48
 """About what CPython takes for an entry, a token, and each of a token's alternatives."""
 
@@ -31,14 +31,14 @@ _ENTRY_BYTES, _TOKEN_BYTES, _TOP_BYTES = 512, 64, 48
 @dataclass(frozen=True, kw_only=True)
 class _CachedResult:
     tokens: tuple[GeneratedToken, ...]
-    finish: FinishReason
-    ended_by_text: bool
+    finish_reason: FinishReason
+    ended_by_stop_string: bool
     size: int
     expires: float
 
 
 class ResultCache:
-    """Least recently used results go first.
+    """Results of sequences; the least recently used one is evicted first.
 
     Args:
         max_bytes: room; 0 keeps nothing, and shares nothing.
@@ -49,21 +49,21 @@ class ResultCache:
     def __init__(self, max_bytes: int, *, ttl_s: float, now: Callable[[], float] = time.monotonic) -> None:
         self.max_bytes, self._ttl_s, self._now = max_bytes, ttl_s, now
         self._kept: OrderedDict[str, _CachedResult] = OrderedDict()
-        self._flying: dict[str, RequestState] = {}
+        self._in_flight: dict[str, RequestState] = {}
         self.bytes = self.hits = self.misses = self.shared = 0
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def find(self, key: str, flight: RequestState) -> tuple[RequestState, CacheStatus]:
-        """Return who brings the result of ``key``: one that is kept, one on its way, or ``flight``, to be begun.
+    def find(self, key: str, state: RequestState) -> tuple[RequestState, CacheStatus]:
+        """Return the state that gets the result of ``key``: a cached one, one in flight, or ``state`` itself.
 
         Args:
-            key: tells apart everything that decides the result.
-            flight: is filled where the result is kept; else, if nobody else flies, its result will be kept.
+            key: of everything that decides the result.
+            state: filled where the result is cached; submitted by the caller where it is a miss.
         """
         if not self.max_bytes:
-            return flight, "bypass"
+            return state, "bypass"
         result = self._kept.get(key)
         if result is not None and result.expires <= self._now():
             self._drop(key)
@@ -71,31 +71,37 @@ class ResultCache:
         if result is not None:
             self._kept.move_to_end(key)
             self.hits += 1
-            flight.tokens.extend(result.tokens)
-            flight.finish, flight.ended_by_text = result.finish, result.ended_by_text
-            return flight, "hit"
-        if (other := self._flying.get(key)) is not None and not other.ended:
+            state.tokens.extend(result.tokens)
+            state.finish_reason, state.ended_by_stop_string = result.finish_reason, result.ended_by_stop_string
+            return state, "hit"
+        if (other := self._in_flight.get(key)) is not None and not other.is_done:
             self.shared += 1
             return other, "shared"
         self.misses += 1
-        self._flying[key] = flight
-        return flight, "miss"
+        self._in_flight[key] = state
+        return state, "miss"
 
-    def landed(self, key: str, flight: RequestState) -> None:
-        """Keep what ``flight`` brought, if it brought a result."""
-        if self._flying.get(key) is flight:
-            del self._flying[key]
-        if flight.finish in ("stop", "length"):
-            self._keep(key, tuple(flight.tokens), flight.finish, ended_by_text=flight.ended_by_text)
+    def complete(self, key: str, state: RequestState) -> None:
+        """Store the result of ``state``, if it has one."""
+        if self._in_flight.get(key) is state:
+            del self._in_flight[key]
+        if state.finish_reason in ("stop", "length"):
+            self._store(key, tuple(state.tokens), state.finish_reason, ended_by_stop_string=state.ended_by_stop_string)
 
-    def _keep(self, key: str, tokens: tuple[GeneratedToken, ...], finish: FinishReason, *, ended_by_text: bool) -> None:
+    def _store(
+        self, key: str, tokens: tuple[GeneratedToken, ...], finish_reason: FinishReason, *, ended_by_stop_string: bool
+    ) -> None:
         size = _ENTRY_BYTES + sum(_TOKEN_BYTES + _TOP_BYTES * len(token.top) for token in tokens)
         if size > self.max_bytes:
             return
         self._drop(key)
         expires = self._now() + self._ttl_s
         self._kept[key] = _CachedResult(
-            tokens=tokens, finish=finish, ended_by_text=ended_by_text, size=size, expires=expires
+            tokens=tokens,
+            finish_reason=finish_reason,
+            ended_by_stop_string=ended_by_stop_string,
+            size=size,
+            expires=expires,
         )
         self.bytes += size
         while self.bytes > self.max_bytes:
@@ -147,7 +153,7 @@ def _weights_hash(run: Run, *, heartbeat: Callable[[], None]) -> str:
     return digest.hexdigest()
 
 
-def result_key(identity: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str]) -> str:
+def result_key(fingerprint_hash: str, prompt: Sequence[int], sampling: SamplingParams, stops: Sequence[str]) -> str:
     """Return the key of one sequence's result: everything that decides it."""
-    parts = [identity, list(prompt), asdict(sampling), sorted(stops)]
+    parts = [fingerprint_hash, list(prompt), asdict(sampling), sorted(stops)]
     return sha256_of(json.dumps(parts, separators=(",", ":")).encode())

@@ -1,4 +1,4 @@
-"""A whole server in the test's own process: its application, its front and an engine on a thread of its own."""
+"""A whole server in the test's own process: its application and an engine on a thread of its own."""
 
 from __future__ import annotations
 
@@ -45,35 +45,35 @@ class InProcess:
 
 
 @contextmanager
-def in_process(generator: InferenceEngine, words: TextTokenizer) -> Iterator[InProcess]:
-    """Serve ``generator`` until the block ends."""
+def in_process(engine: InferenceEngine, tokenizer: TextTokenizer) -> Iterator[InProcess]:
+    """Serve ``engine`` until the block ends."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     engines: list[threading.Thread] = []
 
-    def run(link: EngineConnection) -> None:
-        run_engine_loop(generator, link, heartbeat=lambda phase: None)
-        link.close()
+    def run(connection: EngineConnection) -> None:
+        run_engine_loop(engine, connection, heartbeat=lambda phase: None)
+        connection.close()
 
     def start(number: int, pool: ReplicaPool) -> ReplicaClient:
-        front, engine = socket.socketpair()
-        front.setblocking(False)
-        engines.append(threading.Thread(target=run, args=(EngineConnection(engine),)))
+        local, remote = socket.socketpair()
+        local.setblocking(False)
+        engines.append(threading.Thread(target=run, args=(EngineConnection(remote),)))
         engines[-1].start()
-        return ReplicaClient(number, front, process=None, on_ready=pool.on_ready, on_lost=pool.on_lost)
+        return ReplicaClient(number, local, process=None, on_ready=pool.on_ready, on_lost=pool.on_lost)
 
     async def begin() -> tuple[ReplicaPool, httpx.AsyncClient]:
         pool = ReplicaPool(1, start, stall_s=60, building_s=60)
-        policy = ServerLimits(
+        limits = ServerLimits(
             name=MODEL, capacity=32, max_queue=256, max_choices=64, queue_timeout_s=60, request_timeout_s=60
         )
-        service = EngineClient(policy, pool=pool, results=ResultCache(0, ttl_s=1))
+        engine_client = EngineClient(limits, pool=pool, results=ResultCache(0, ttl_s=1))
         pool.open()
-        service.words, service.identity = words, "0"
-        while pool.context is None:
+        engine_client.tokenizer, engine_client.fingerprint_hash = tokenizer, "0"
+        while pool.max_model_len is None:
             await asyncio.sleep(0.01)
-        transport = httpx.ASGITransport(app=make_app(service), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app=make_app(engine_client), raise_app_exceptions=False)
         return pool, httpx.AsyncClient(transport=transport, base_url="http://server")
 
     pool, client = asyncio.run_coroutine_threadsafe(begin(), loop).result(60)
@@ -89,5 +89,5 @@ def in_process(generator: InferenceEngine, words: TextTokenizer) -> Iterator[InP
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
-        for engine in engines:
-            engine.join()
+        for each in engines:
+            each.join()

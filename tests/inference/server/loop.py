@@ -25,20 +25,20 @@ MODEL = "tiny"
 class InstantPool(ReplicaPool):
     """Gives every request all its tokens at once: its prompt, again and again."""
 
-    def __init__(self, context: int) -> None:
+    def __init__(self, max_model_len: int) -> None:
         super().__init__(0, self._never, stall_s=60, building_s=60)
-        self.context = context
+        self.max_model_len = max_model_len
 
     def _never(self, number: int, pool: ReplicaPool) -> Any:
         raise AssertionError("no engine is started")
 
-    def submit(self, flight: RequestState) -> None:
-        sampling, prompt = flight.request.sampling, flight.request.prompt
-        length = min(sampling.max_tokens, (self.context or 0) - len(prompt))
-        update = EngineOutput(
-            request=flight.request.id, tokens=_tokens(prompt, length, sampling.logprobs or 0), finish="length"
+    def submit(self, state: RequestState) -> None:
+        sampling, prompt = state.request.sampling, state.request.prompt
+        length = min(sampling.max_tokens, (self.max_model_len or 0) - len(prompt))
+        output = EngineOutput(
+            request_id=state.request.id, tokens=_tokens(prompt, length, sampling.logprobs or 0), finish_reason="length"
         )
-        asyncio.get_running_loop().call_soon(flight.hear, update)
+        asyncio.get_running_loop().call_soon(state.handle_output, output)
 
 
 @functools.cache
@@ -74,14 +74,14 @@ class LoopProbe:
             self.longest_s = max(self.longest_s, time.thread_time() - before)
 
 
-def client(*, context: int = 256, max_choices: int = 64) -> httpx.AsyncClient:
+def client(*, max_model_len: int = 256, max_choices: int = 64) -> httpx.AsyncClient:
     """Return a client of an interface; call it in an event loop."""
-    policy = ServerLimits(
+    limits = ServerLimits(
         name=MODEL, capacity=64, max_queue=256, max_choices=max_choices, queue_timeout_s=60, request_timeout_s=60
     )
-    service = EngineClient(policy, pool=InstantPool(context), results=ResultCache(0, ttl_s=60))
-    service.words = byte_tokenizer()
-    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(service)), base_url="http://localhost")
+    engine_client = EngineClient(limits, pool=InstantPool(max_model_len), results=ResultCache(0, ttl_s=60))
+    engine_client.tokenizer = byte_tokenizer()
+    return httpx.AsyncClient(transport=httpx.ASGITransport(make_app(engine_client)), base_url="http://localhost")
 
 
 async def post(to: httpx.AsyncClient, path: str, body: Any) -> httpx.Response:

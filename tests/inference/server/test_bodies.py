@@ -25,7 +25,7 @@ from launcher.inference.server.responses import ApiError
 from launcher.inference.tokenizer import TextTokenizer, byte_tokenizer
 from tests.inference.server.loop import MODEL, LoopProbe, client, post
 
-BOUNDS = BodyLimits(context=256, prompts=64)
+BOUNDS = BodyLimits(max_model_len=256, max_prompts=64)
 MESSAGES = [{"role": "user", "content": "a"}]
 GOOD: dict[type[RequestBody], dict[str, Any]] = {
     CompletionBody: {"model": MODEL, "prompt": "a"},
@@ -132,7 +132,7 @@ def test_no_body_holds_the_event_loop() -> None:
     pauses: dict[str, float] = {}
 
     async def ask_all() -> None:
-        async with client(context=4096) as to:
+        async with client(max_model_len=4096) as to:
             for name, (path, body, status) in LARGE.items():
                 content = body if isinstance(body, bytes) else json.dumps(body).encode()
                 async with LoopProbe() as probe:

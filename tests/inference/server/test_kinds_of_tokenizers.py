@@ -23,7 +23,9 @@ TEXT = "the 😀😀 日本語 😀 there é👩‍🔬 t"
 def served(request: pytest.FixtureRequest) -> Iterator[tuple[InProcess, TextTokenizer]]:
     inner = KINDS[request.param]._inner
     words = TextTokenizer(inner, chat=lambda messages, name: messages[-1]["content"])
-    with in_process(EchoEngine(limits=EngineLimits(), context=1024, vocab_size=words.vocab_size), words) as server:
+    with in_process(
+        EchoEngine(limits=EngineLimits(), max_model_len=1024, vocab_size=words.vocab_size), words
+    ) as server:
         yield server, words
 
 

@@ -17,7 +17,7 @@ from launcher.config.prompt_file import BadLine
 from launcher.config.sampling import RANGES, SamplingParams
 from launcher.errors import ConfigErrors
 from launcher.inference.batch.requests import parse_request
-from launcher.inference.engine.base import EngineRequest, Refused, check_request
+from launcher.inference.engine.base import EngineRequest, InvalidRequest, check_request
 from launcher.inference.engine.paged_engine import PagedEngine
 from launcher.inference.tokenizer import byte_tokenizer
 from tests.inference.server.in_process import MODEL, InProcess, in_process
@@ -48,10 +48,15 @@ def some_of(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[dict
 @pytest.fixture(scope="module")
 def server() -> Iterator[InProcess]:
     limits = EngineLimits(max_num_seqs=64)
-    slots = PagedEngine(
-        Table(isolates=True, size=257), limits=limits, num_pages=256, context=40, vocab_size=257, ends=(256,)
+    paged = PagedEngine(
+        Table(isolates=True, size=257),
+        limits=limits,
+        num_blocks=256,
+        max_model_len=40,
+        vocab_size=257,
+        eos_token_ids=(256,),
     )
-    with in_process(slots, chat_words()) as begun:
+    with in_process(paged, chat_words()) as begun:
         yield begun
 
 
@@ -103,10 +108,10 @@ def test_one_table_says_what_server_files_and_engines_take(server: InProcess, na
 
 
 def refused(request: EngineRequest) -> bool:
-    sizes = {"context": 40, "vocab_size": 257, "num_pages": 1 << 40, "max_num_seqs": 64}
+    sizes = {"max_model_len": 40, "vocab_size": 257, "num_blocks": 1 << 40, "max_num_seqs": 64}
     try:
         check_request(request, known=(), **sizes)
-    except Refused:
+    except InvalidRequest:
         return True
     return False
 

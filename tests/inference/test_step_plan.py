@@ -10,11 +10,11 @@ from launcher.inference.engine.step_plan import Segment, StepPlan, split_plan
 
 segments = st.lists(
     st.builds(
-        lambda start, count, wanted: Segment(
+        lambda start, count, needs_logits: Segment(
             start=start,
             tokens=tuple(range(start, start + count)),
-            pages=tuple(range(-(-(start + count) // BLOCK_SIZE))),
-            wanted=wanted,
+            block_table=tuple(range(-(-(start + count) // BLOCK_SIZE))),
+            needs_logits=needs_logits,
         ),
         st.integers(0, 70),
         st.integers(1, 80),
@@ -34,9 +34,9 @@ def test_every_token_is_computed_once_in_order_and_sees_what_is_before_it(
     assert [(part.copies, part.padding) for part in parts] == [(((1, 2),), 3)] + [((), 0)] * (len(parts) - 1)
     pieces = [piece for part in parts for piece in part.segments]
     assert [token for piece in pieces for token in piece.tokens] == [token for one in whole for token in one.tokens]
-    assert sum(piece.wanted for piece in pieces) == sum(one.wanted for one in whole)
+    assert sum(piece.needs_logits for piece in pieces) == sum(one.needs_logits for one in whole)
     for piece in pieces:
         assert piece.tokens[0] == piece.start
-        assert len(piece.pages) == -(-(piece.start + len(piece.tokens)) // BLOCK_SIZE)
+        assert len(piece.block_table) == -(-(piece.start + len(piece.tokens)) // BLOCK_SIZE)
     sizes = [sum(len(piece.tokens) for piece in part.segments) for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -11,7 +11,7 @@ from launcher.config.compose import compose
 from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams
 from launcher.errors import ConfigError, JobError
-from launcher.inference.engine.base import EngineRequest, Refused
+from launcher.inference.engine.base import EngineRequest, InvalidRequest
 from launcher.inference.engine.transformers_engine import (
     TransformersEngine,
     make_transformers_engine,
@@ -28,7 +28,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def engine(family: str) -> Iterator[TransformersEngine]:
     limits = EngineLimits(kv_cache_tokens=1024, max_num_seqs=3, prefill_chunk_size=16)
-    made = transformers_engine_for(copy.deepcopy(stock(family)), limits=limits, ends=(END,))
+    made = transformers_engine_for(copy.deepcopy(stock(family)), limits=limits, eos_token_ids=(END,))
     assert isinstance(made, TransformersEngine)
     yield made
     made.close()
@@ -46,7 +46,7 @@ def test_results_are_those_of_each_request_alone(engine: TransformersEngine, fam
     found = finish(engine, asked)
     for request in asked:
         assert tokens(found[request.id]) == alone(family, request.prompt, 16)
-        assert found[request.id][-1].finish == ("stop" if tokens(found[request.id])[-1] == END else "length")
+        assert found[request.id][-1].finish_reason == ("stop" if tokens(found[request.id])[-1] == END else "length")
     stats = engine.stats()
     assert stats.generated_tokens_total == sum(len(tokens(updates)) for updates in found.values())
     assert (stats.running, stats.waiting, stats.since_step_s) == (0, 0, 0.0)
@@ -62,7 +62,7 @@ def test_cancelled_and_late_requests_get_a_last_word(engine: TransformersEngine)
     for request in others:
         engine.add(EngineRequest(id=request.id, prompt=request.prompt, sampling=request.sampling, deadline_s=0.0))
     engine.cancel(running.id)
-    ends = {update.request: update.finish for update in engine.step()}
+    ends = {update.request_id: update.finish_reason for update in engine.step()}
     assert ends == {"0": "cancelled", "1": "timeout", "2": "timeout"}
     assert engine.idle
     assert len(tokens(finish(engine, requests(1, ignore_eos=True))["0"])) == 16
@@ -82,9 +82,9 @@ def test_cancelled_and_late_requests_get_a_last_word(engine: TransformersEngine)
 def test_what_it_cannot_do_is_refused_and_the_next_request_served(
     engine: TransformersEngine, prompt: tuple[int, ...], sampling: dict[str, float], field: str
 ) -> None:
-    with pytest.raises(Refused) as refusal:
+    with pytest.raises(InvalidRequest) as refusal:
         engine.add(EngineRequest(id="x", prompt=prompt, sampling=SamplingParams(max_tokens=4, **sampling)))
-    assert refusal.value.field == field
+    assert refusal.value.param == field
     assert len(tokens(finish(engine, requests(1, ignore_eos=True))["0"])) == 16
 
 
@@ -102,7 +102,7 @@ def test_a_request_that_cannot_be_handed_over_ends_alone(
     monkeypatch.setattr(engine._manager, "add_request", fails)
     found = finish(engine, requests(3, ignore_eos=True))
     assert [len(tokens(found[name])) for name in ("0", "1", "2")] == [16, 0, 16]
-    assert (found["1"][-1].finish, found["1"][-1].problem) == ("error", "ArithmeticError: unlucky")
+    assert (found["1"][-1].finish_reason, found["1"][-1].error) == ("error", "ArithmeticError: unlucky")
 
 
 @pytest.mark.parametrize("family", ["llama"], indirect=True)
@@ -115,7 +115,7 @@ def test_when_its_thread_ends_no_request_is_blamed_and_the_engine_fails(engine: 
 
     def go_on() -> None:
         for _ in range(400):
-            assert not any(update.finish for update in engine.step())
+            assert not any(update.finish_reason for update in engine.step())
 
     with pytest.raises(JobError, match="has ended"):
         go_on()

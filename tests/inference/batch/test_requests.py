@@ -13,23 +13,23 @@ WORDS = byte_tokenizer()
 USUAL = {"max_tokens": 16, "stop": (), "temperature": 0.0}
 
 
-def wish(*, line: int = 1, seed: int = 0, **fields):
+def parsed(*, line: int = 1, seed: int = 0, **fields):
     return parse_request(Record(0, line, fields), USUAL, WORDS, seed=seed)
 
 
 def test_a_line_wins_over_the_options_and_null_says_nothing() -> None:
-    found = wish(prompt="ab", max_tokens=3, temperature=None, stop="x", logprobs=2, logit_bias=[[5, -1.5]])
+    found = parsed(prompt="ab", max_tokens=3, temperature=None, stop="x", logprobs=2, logit_bias=[[5, -1.5]])
     assert found.prompt == (97, 98)
     assert (found.sampling.max_tokens, found.sampling.temperature, found.stop) == (3, 0.0, ("x",))
     assert (found.sampling.logprobs, found.sampling.logit_bias) == (2, ((5, -1.5),))
-    assert wish(prompt=[1, 2]).prompt == (1, 2)
-    assert wish(prompt="a").sampling.max_tokens == 16
+    assert parsed(prompt=[1, 2]).prompt == (1, 2)
+    assert parsed(prompt="a").sampling.max_tokens == 16
 
 
 def test_what_is_drawn_has_a_seed_of_run_and_line() -> None:
-    assert wish(prompt="a").sampling.seed is None
-    assert wish(prompt="a", temperature=1, seed=5).sampling.seed is not None
-    drawn = [wish(prompt="a", temperature=1.0, line=line).sampling.seed for line in (1, 2, 1)]
+    assert parsed(prompt="a").sampling.seed is None
+    assert parsed(prompt="a", temperature=1, seed=5).sampling.seed is not None
+    drawn = [parsed(prompt="a", temperature=1.0, line=line).sampling.seed for line in (1, 2, 1)]
     assert drawn[0] == drawn[2] == line_seed(0, 1) != drawn[1]
     assert (
         parse_request(Record(0, 1, {"prompt": "a", "temperature": 1.0, "seed": 5}), USUAL, WORDS, seed=9).sampling.seed

@@ -77,13 +77,13 @@ def test_bytes_of_tokens_are_the_text(text: str, kind: str) -> None:
 @pytest.mark.parametrize("stop", ["", "日", "😀 t"])
 def test_a_file_of_answers_has_the_text_of_its_tokens(kind: str, stop: str) -> None:
     words, text = KINDS[kind], "the 😀😀 日本語 😀 there é👩‍🔬"
-    wish = GenerationRequest(prompt=(1,), sampling=SamplingParams(max_tokens=99), stop=(stop,) if stop else ())
-    answer = GenerationResult(Record(0, 1, {}), wish, words)
+    request = GenerationRequest(prompt=(1,), sampling=SamplingParams(max_tokens=99), stop=(stop,) if stop else ())
+    answer = GenerationResult(Record(0, 1, {}), request, words)
     for token in words.encode(text):
-        if answer.take(EngineOutput(request="0", tokens=(GeneratedToken(id=token),))):
+        if answer.add_output(EngineOutput(request_id="0", tokens=(GeneratedToken(id=token),))):
             break
     else:
-        answer.take(EngineOutput(request="0", finish="length"))
+        answer.add_output(EngineOutput(request_id="0", finish_reason="length"))
     assert json.loads(answer.line("length"))["text"] == (text.partition(stop)[0] if stop else text)
 
 

@@ -9,34 +9,36 @@ import pytest
 
 from launcher.config.sampling import SamplingParams
 from launcher.inference.engine.base import EngineOutput, EngineRequest, GeneratedToken
-from launcher.inference.server.request_state import Failed, RequestState
+from launcher.inference.server.request_state import GenerationFailed, RequestState
 from launcher.inference.server.result_cache import ResultCache, result_key
 
 GREEDY = SamplingParams(max_tokens=4)
 
 
-def flight(name: str = "r") -> RequestState:
+def request_state(name: str = "r") -> RequestState:
     return RequestState(EngineRequest(id=name, prompt=(1,), sampling=GREEDY))
 
 
 def fill(results: ResultCache, key: str, *, tokens: int = 4) -> None:
-    mine = flight()
+    mine = request_state()
     assert results.find(key, mine)[1] == "miss"
-    mine.hear(
-        EngineOutput(request="r", tokens=tuple(GeneratedToken(id=number) for number in range(tokens)), finish="length")
+    mine.handle_output(
+        EngineOutput(
+            request_id="r", tokens=tuple(GeneratedToken(id=number) for number in range(tokens)), finish_reason="length"
+        )
     )
-    results.landed(key, mine)
+    results.complete(key, mine)
 
 
 def test_hits_have_the_tokens_and_the_least_used_goes_first() -> None:
     results = ResultCache(2500, ttl_s=60)
     for key in ("a", "b", "c"):
         fill(results, key)
-    again, how = results.find("a", flight())
-    assert (how, [token.id for token in again.tokens], again.finish) == ("hit", [0, 1, 2, 3], "length")
+    again, status = results.find("a", request_state())
+    assert (status, [token.id for token in again.tokens], again.finish_reason) == ("hit", [0, 1, 2, 3], "length")
     fill(results, "d")  # there is room for three
-    assert results.find("b", flight())[1] == "miss"
-    assert results.find("a", flight())[1] == "hit"
+    assert results.find("b", request_state())[1] == "miss"
+    assert results.find("a", request_state())[1] == "hit"
     assert results.bytes <= results.max_bytes
     assert (results.hits, results.misses) == (2, 5)
 
@@ -53,63 +55,67 @@ def test_time_runs_out() -> None:
     results = ResultCache(10_000, ttl_s=60, now=lambda: now[0])
     fill(results, "a")
     now[0] = 59.9
-    assert results.find("a", flight())[1] == "hit"
+    assert results.find("a", request_state())[1] == "hit"
     now[0] = 60.0
-    assert results.find("a", flight())[1] == "miss"
+    assert results.find("a", request_state())[1] == "miss"
     assert results.bytes == 0
 
 
 def test_without_room_nothing_is_shared() -> None:
     results = ResultCache(0, ttl_s=60)
-    first = flight()
+    first = request_state()
     assert results.find("a", first) == (first, "bypass")
-    assert results.find("a", flight())[1] == "bypass"
+    assert results.find("a", request_state())[1] == "bypass"
 
 
 def test_one_flies_for_all_and_failures_are_not_kept() -> None:
     results = ResultCache(10_000, ttl_s=60)
-    first = flight()
+    first = request_state()
     results.find("a", first)
-    assert results.find("a", flight()) == (first, "shared")
-    first.fail(Failed("lost"))
-    results.landed("a", first)
-    assert results.find("a", flight())[1] == "miss"
+    assert results.find("a", request_state()) == (first, "shared")
+    first.fail(GenerationFailed("lost"))
+    results.complete("a", first)
+    assert results.find("a", request_state())[1] == "miss"
 
 
 def test_late_readers_read_everything() -> None:
     async def scene() -> None:
-        shared = flight()
+        shared = request_state()
 
         async def read() -> list[int]:
             return [token.id async for token in shared.read()]
 
         early = asyncio.create_task(read())
         await asyncio.sleep(0)
-        shared.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
+        shared.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=1),)))
         late = asyncio.create_task(read())
         await asyncio.sleep(0)
-        shared.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish="length"))
+        shared.handle_output(
+            EngineOutput(request_id="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish_reason="length")
+        )
         assert await early == await late == [1, 2, 3]
 
     asyncio.run(scene())
 
 
 def test_after_a_loss_the_same_is_not_told_twice() -> None:
-    again = flight()
-    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1), GeneratedToken(id=2))))
-    again.start_over()
-    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
+    again = request_state()
+    again.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=1), GeneratedToken(id=2))))
+    again.replay()
+    again.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=1),)))
     assert len(again.tokens) == 2
-    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish="length"))
+    again.handle_output(
+        EngineOutput(request_id="r", tokens=(GeneratedToken(id=2), GeneratedToken(id=3)), finish_reason="length")
+    )
     assert [token.id for token in again.tokens] == [1, 2, 3]
 
 
 def test_after_a_loss_something_else_is_an_error() -> None:
-    again = flight()
-    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=1),)))
-    again.start_over()
-    again.hear(EngineOutput(request="r", tokens=(GeneratedToken(id=9),)))
-    assert isinstance(again.trouble, Failed)
+    again = request_state()
+    again.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=1),)))
+    again.replay()
+    again.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=9),)))
+    assert isinstance(again.error, GenerationFailed)
 
 
 OTHER = {

@@ -32,18 +32,18 @@ class Asked:
 
 
 def echo() -> EchoEngine:
-    return EchoEngine(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
+    return EchoEngine(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
 
 
-def work(folder, records, *, generator=None, asked=None, size=100) -> list[dict]:
+def work(folder, records, *, engine=None, asked=None, size=100) -> list[dict]:
     index = PartIndex(folder, size)
     index.scan()
     with PartWriter(folder / "rank0.part") as parts:
         BatchWorker(
             records=(record for record in records if record.number not in index),
             default_fields={"max_tokens": 6, "stop": ()},
-            words=WORDS,
-            generator=generator or echo(),
+            tokenizer=WORDS,
+            engine=engine or echo(),
             parts=parts,
             index=index,
             preemption=asked or Asked(),
@@ -63,7 +63,7 @@ def test_each_line_gets_its_own_answer(tmp_path) -> None:
     texts = [f"{number}-" for number in range(40)]
     found = work(tmp_path, prompts(*texts))
     assert [answer["text"] for answer in found] == [(text * 6)[:6] for text in texts]
-    assert all(answer["finish"] == "length" and answer["tokens"] == 6 for answer in found)
+    assert all(answer["finish_reason"] == "length" and answer["completion_tokens"] == 6 for answer in found)
 
 
 def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp_path) -> None:
@@ -74,10 +74,15 @@ def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp
             cancelled.append(request_id)
             super().cancel(request_id)
 
-    engine = Noting(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
-    (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]), generator=engine)
+    engine = Noting(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
+    (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]), engine=engine)
     assert cancelled == ["0"]  # nobody waits for the rest of it
-    assert (answer["text"], answer["finish"], answer["stop"], answer["tokens"]) == ("abc", "stop", "de", 5)
+    assert (answer["text"], answer["finish_reason"], answer["stop_reason"], answer["completion_tokens"]) == (
+        "abc",
+        "stop",
+        "de",
+        5,
+    )
 
 
 def test_bad_lines_are_told_and_the_others_done(tmp_path) -> None:
@@ -123,17 +128,17 @@ def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_pat
 
         def step(self):
             return [
-                EngineOutput(request=name, finish=self.finish, problem="broken")
+                EngineOutput(request_id=name, finish_reason=self.finish, error="broken")
                 for name in list(self._all)
                 if self._all.pop(name)
             ]
 
-    failing = Failing(limits=EngineLimits(max_num_seqs=4), context=64, vocab_size=300)
-    (answer,) = work(tmp_path, prompts("a"), generator=failing)
+    failing = Failing(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
+    (answer,) = work(tmp_path, prompts("a"), engine=failing)
     assert answer == {"line": 1, "error": "broken"}
     failing.finish = "timeout"
     with pytest.raises(JobError, match="line 2 as timeout"):
-        work(tmp_path, [Record(1, 2, {"prompt": "a"})], generator=failing)
+        work(tmp_path, [Record(1, 2, {"prompt": "a"})], engine=failing)
 
 
 def test_lines_are_read_as_they_are_needed(tmp_path) -> None:

@@ -129,8 +129,8 @@ def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_pat
         def step(self):
             return [
                 EngineOutput(request_id=name, finish_reason=self.finish, error="broken")
-                for name in list(self._all)
-                if self._all.pop(name)
+                for name in list(self._active)
+                if self._active.pop(name)
             ]
 
     failing = Failing(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)

@@ -105,7 +105,7 @@ def measure_kernel(
     for _ in range(max(warmup, kernel == "flex")):
         step()
         progress()
-    step.forget()
+    step.clear_gradients()
     peak = PeakMemory(inputs.device)
     seconds = [step()]
     above = peak.above_before()
@@ -129,7 +129,7 @@ class _KernelStep:
         self._kernel, self._layer, self._inputs, self._incoming = kernel, layer, inputs, incoming
         self.found: tuple[Tensor, Tensor | None] | None = None
 
-    def forget(self) -> None:
+    def clear_gradients(self) -> None:
         """Let go of what the last step found, so that it is no part of the next one's memory."""
         self.found = None
 
@@ -140,7 +140,7 @@ class _KernelStep:
             for tensor in (self._inputs, self._incoming)
         )
         assert inputs is not None, "there always is an input"
-        self.forget()
+        self.clear_gradients()
         self._layer.zero_grad(set_to_none=False)
         _synchronise(self._inputs.device)
         started = time.perf_counter()

@@ -107,7 +107,7 @@ def run_interleaved(
     with MetricsWriter(context.run_dir.metrics) if context.is_main else nullcontext() as metrics:
         for round_ in range(1, repeats + 1):
             for name, case in cases.items():
-                answers = ranks.take(f"{name}.{round_}", case.work, run=case.run, world_size=case.world_size)
+                answers = ranks.run_case(f"{name}.{round_}", case.work, run=case.run, world_size=case.world_size)
                 done += 1
                 if metrics is None:
                     continue
@@ -118,7 +118,7 @@ def run_interleaved(
                 metrics.record(done, **{f"benchmark/{name}/{key}": value for key, value in numbers.items()})
                 figures = ", ".join(f"{key} {value:,.6g}" for key, value in numbers.items())
                 print(f"round {round_}/{repeats}  {name}: {figures}", flush=True)
-    ranks.leave()
+    ranks.finish()
     return found
 
 

@@ -68,10 +68,10 @@ def measure_state(context: Context, *, warmup: int) -> CaseAnswer:
     cuda = torch.cuda.is_available()
     mmap_large_allocations()
     peak = PeakMemory(torch.device("cuda", context.local_rank) if cuda else torch.device("cpu"))
-    held: list[StateBytes] = []
+    samples: list[StateBytes] = []
     clock = UpdateClock(context, cuda=cuda)
     with make_engine(context, clock) as engine:
-        clock.before_update = lambda: held.append(engine.held())
+        clock.before_update = lambda: samples.append(engine.state_bytes())
         batches = random_batches(context)
         for _ in range(warmup + 1):
             result = engine.step(batches, lr=context.run.optimizer.lr)
@@ -79,7 +79,7 @@ def measure_state(context: Context, *, warmup: int) -> CaseAnswer:
         # parameters that DeepSpeed has partitioned are empty, and know their size
         num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
         above = peak.above_before()
-    last = held[-1]
+    last = samples[-1]
     return {
         "num_params": num_params,
         "parameters_bytes": last.parameters,

@@ -161,12 +161,12 @@ def _forward(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], No
     own: Any = _own(pipelined, meter)  # to the relay they are chunks
     count = pipelined.stages * pipelined.num_chunks
     owners = [rank_of_chunk(pipelined.schedule, number, ranks=pipelined.stages) for number in range(count)]
-    relay = PipelineForward(own, owners=owners, width=1, device=_CPU, group=dist.group.WORLD)
+    relay = PipelineForward(own, owners=owners, hidden_size=1, device=_CPU, group=dist.group.WORLD)
     tokens = [torch.ones(1, 1)] * pipelined.micro_batches
 
     def forward() -> None:
         with torch.no_grad():
-            relay.through(tokens, lambda chunk, state, _: chunk(state.view(1, 1, 1)))
+            relay.forward(tokens, lambda chunk, state, _: chunk(state.view(1, 1, 1)))
 
     return forward, {}
 
@@ -200,14 +200,14 @@ def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnsw
         batches = random_batches(context)
         for _ in range(warmup + 1):
             barrier()
-            clock.take()
+            clock.pop_times()
             meter.busy_s, started = 0.0, _now(engine.device)
             if trains:
                 engine.step(batches, lr=context.run.optimizer.lr)
             else:
                 engine.loss_of(batches)
             elapsed_s = _now(engine.device) - started
-        passes_s = clock.take().get("pipeline", elapsed_s)  # without the update, which no schedule orders
+        passes_s = clock.pop_times().get("pipeline", elapsed_s)  # without the update, which no schedule orders
         barrier()
     return {"elapsed_s": elapsed_s, "pass_s": passes_s, "busy_s": meter.busy_s}
 

@@ -71,7 +71,7 @@ class CheckpointStore:
         pending.mkdir(parents=True)
         return pending
 
-    def sees(self, step: int) -> bool:
+    def is_visible(self, step: int) -> bool:
         """Whether the pending folder of ``step`` is there for this rank, once rank 0 has made it.
 
         Making the folder above asks its server: what an NFS client remembers may be half a minute old.
@@ -128,15 +128,15 @@ class CheckpointStore:
         """Remove what a crash left: call it once, before the first ``begin``."""
         remove_unfinished_checkpoints(self._folder)
 
-    def set_aside(self, saved: SavedCheckpoint) -> Path:
+    def quarantine(self, saved: SavedCheckpoint) -> Path:
         """Rename a damaged checkpoint of this run, so that it counts as none; return its new name."""
         for number in itertools.count():
-            aside = self._folder / f"{saved.folder.name}.damaged{number or ''}"
-            if not aside.exists():
+            renamed = self._folder / f"{saved.folder.name}.damaged{number or ''}"
+            if not renamed.exists():
                 break
-        saved.folder.rename(aside)
+        saved.folder.rename(renamed)
         fsync_folder(self._folder)
-        return aside
+        return renamed
 
     def prune(self, *, keeping: Path | None = None) -> None:
         """Delete what the policy does not keep: all but the newest ``keep`` and, with ``keep_best``, the best one.

@@ -86,7 +86,7 @@ class Engine(ABC):
         return whole_parameters(self.module, device=self.device)
 
     @abstractmethod
-    def held(self) -> StateBytes:
+    def state_bytes(self) -> StateBytes:
         """Return the bytes of model state that this rank holds at this moment, by what its tensors take.
 
         Gradients are there between the backward pass and the update: when the phase ``optimizer`` begins.

@@ -102,7 +102,7 @@ class TorchEngine(Engine):
         self.module.train()
         return ids
 
-    def held(self) -> StateBytes:
+    def state_bytes(self) -> StateBytes:
         """Count weights, gradients and moments, or this rank's shards of them."""
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 

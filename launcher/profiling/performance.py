@@ -61,8 +61,8 @@ class StepClock:
             after.record()
             self._events.append((name, before, after))
 
-    def take(self) -> dict[str, float]:
-        """Return seconds by phase since the last call, and start anew."""
+    def pop_times(self) -> dict[str, float]:
+        """Return the seconds of each phase since the last call."""
         for name, before, after in self._events:
             after.synchronize()  # type: ignore[attr-defined]
             self._seconds[name] += before.elapsed_time(after) / 1000  # type: ignore[attr-defined]

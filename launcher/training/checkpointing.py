@@ -144,7 +144,7 @@ def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> Sa
     barrier()  # no rank still reads what rank 0 renames
     if context.is_main and resume == "auto":
         for entry in damaged.values():
-            print(f"set aside as {store.set_aside(entry)}", flush=True)
+            print(f"quarantined as {store.quarantine(entry)}", flush=True)
     return saved
 
 
@@ -175,7 +175,7 @@ def save_checkpoint(
     if context.is_main:
         store.begin(step)
     barrier()
-    if blind := ranks_where(not store.sees(step), device=engine.device):
+    if blind := ranks_where(not store.is_visible(step), device=engine.device):
         raise JobError(
             f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
             f"{store.pending(step)}: set run.root to a folder that all hosts share"

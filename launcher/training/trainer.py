@@ -72,10 +72,10 @@ class Trainer:
         """Take optimiser step ``step`` (0-based), then evaluate and save where it is time to."""
         done = step + 1
         if self.train_step(step).preempted and done < self.job.steps:
-            self.leave(done)
+            self.exit_preempted(done)
         held_out = self.evaluate(done) if self._evaluates_after(done) else None
         if held_out and held_out.preempted and done < self.job.steps:
-            self.leave(done, held_out)
+            self.exit_preempted(done, held_out)
         if self._saves_after(done):
             self.save(done, held_out)
 
@@ -87,7 +87,9 @@ class Trainer:
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
         result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
         check_finite(result, step)
-        self.recorder.step(step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.take())
+        self.recorder.step(
+            step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.pop_times()
+        )
         return result
 
     def evaluate(self, done: int) -> EvaluationResult:
@@ -95,7 +97,7 @@ class Trainer:
         with self.clock.phase("evaluate"):
             asked = self.preemption.requested
             held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
-        self.recorder.evaluation(done, held_out.loss, parts=self.clock.take())
+        self.recorder.evaluation(done, held_out.loss, parts=self.clock.pop_times())
         return held_out
 
     def save(self, done: int, held_out: EvaluationResult | None) -> None:
@@ -105,8 +107,8 @@ class Trainer:
             tokenizer = self.splits.tokenizer
             save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
 
-    def leave(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
-        """Save whatever the policy says, and end this rank, like all others, with the code that means: resume me."""
+    def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
+        """Save, whatever the policy is, and exit with the code that asks for a resume, as all ranks do."""
         self.save(done, held_out)
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)

@@ -99,7 +99,7 @@ def _exit_text(status: int) -> str:
     return signal_name(os.WTERMSIG(status)) if os.WIFSIGNALED(status) else f"exit code {os.WEXITSTATUS(status)}"
 
 
-_LEFT = "left"
+_FINISHED = "left"
 _FAILURE_GRACE_S = 5.0
 """Time that a rank gets to fail by itself once another has: its own reason may say more."""
 
@@ -110,7 +110,7 @@ class FileRendezvous:
 
     Args:
         folder: of this attempt at the run.
-        rank: who looks.
+        rank: this one.
         heartbeat: called while waiting.
     """
 
@@ -127,7 +127,7 @@ class FileRendezvous:
         """Return the file with the answer of ``rank`` in case ``name``."""
         return self.folder / f"{name}.{rank}.json"
 
-    def open_case(self, name: str, *, limit_s: float) -> int:
+    def agree_on_port(self, name: str, *, limit_s: float) -> int:
         """Return the port at which the ranks of a case meet; rank 0 finds one that is free, the others wait for it.
 
         Raises:
@@ -147,8 +147,8 @@ class FileRendezvous:
         port: int = read_json(file)["port"]
         return port
 
-    def watch(self, name: str, *, world_size: int) -> Callable[[], str]:
-        """Return what tells, once some rank has failed in case ``name`` and this one had time to do so, which."""
+    def failure_watcher(self, name: str, *, world_size: int) -> Callable[[], str]:
+        """Return a function that names the rank that failed in case ``name``, once this one had time to fail too."""
         others = {rank: self.answer_of(name, rank) for rank in range(world_size) if rank != self.rank}
         failed: dict[int, float] = {}
 
@@ -162,8 +162,8 @@ class FileRendezvous:
 
         return give_up
 
-    def answers(self, name: str, *, world_size: int, limit_s: float) -> dict[int, CaseAnswer]:
-        """Return what all ranks answered; those that do not within ``limit_s`` are in trouble."""
+    def collect(self, name: str, *, world_size: int, limit_s: float) -> dict[int, CaseAnswer]:
+        """Return the answers of all ranks; those that send none within ``limit_s`` have an error."""
         deadline = time.monotonic() + limit_s
         found: dict[int, CaseAnswer] = {}
         while len(found) < world_size and time.monotonic() < deadline:
@@ -176,14 +176,14 @@ class FileRendezvous:
         silent = {ERROR_KEY: f"did not answer within {limit_s:g} s of rank 0", TIME_KEY: time.time()}
         return {rank: found.get(rank, silent) for rank in range(world_size)}
 
-    def leave(self, *, world_size: int, limit_s: float) -> None:
-        """Say that this rank is done here; rank 0 removes the folder once all are, and leaves it where one is not.
+    def finish(self, *, world_size: int, limit_s: float) -> None:
+        """Record that this rank has finished; rank 0 removes the folder once all ranks have.
 
         A rank still waits for its fork when the answer of that is there already.
         """
-        write_json(self.answer_of(_LEFT, self.rank), {})
+        write_json(self.answer_of(_FINISHED, self.rank), {})
         if self.rank == 0 and not any(
-            ERROR_KEY in answer for answer in self.answers(_LEFT, world_size=world_size, limit_s=limit_s).values()
+            ERROR_KEY in answer for answer in self.collect(_FINISHED, world_size=world_size, limit_s=limit_s).values()
         ):
             shutil.rmtree(self.folder)
             if not any(self.folder.parent.iterdir()):
@@ -196,7 +196,7 @@ WAIT_SLACK_S = 60.0
 
 @dataclass
 class ForkedRanks:
-    """One rank's part in them; all ranks go through the same cases in the same order.
+    """Runs cases on forks of the ranks, from each rank; all ranks run the same cases in the same order.
 
     Args:
         context: of this rank in the run.
@@ -214,15 +214,15 @@ class ForkedRanks:
     def __post_init__(self) -> None:
         folder = self.context.run_dir.path / self.folder / os.environ["MASTER_PORT"]  # another attempt has another port
         folder.mkdir(parents=True, exist_ok=True)
-        self.board = FileRendezvous(folder, self.context.rank, self.heartbeat)
-        self._passed_over = 0
+        self.rendezvous = FileRendezvous(folder, self.context.rank, self.heartbeat)
+        self._num_skipped = 0
 
-    def take(
+    def run_case(
         self, name: str, work: Callable[[Context], CaseAnswer], *, run: Run, world_size: int
     ) -> dict[int, CaseAnswer]:
         """Do ``work`` on the first ``world_size`` ranks; return what each answered on rank 0, and nothing elsewhere.
 
-        A rank that fails, dies or is late answers with ``TROUBLE``; then so do the others.
+        A rank that fails, dies or is late answers with ``ERROR_KEY``; then so do the others.
 
         Args:
             name: of the case; no two have the same.
@@ -231,33 +231,33 @@ class ForkedRanks:
             world_size: of that context.
         """
         if self.context.rank >= world_size:
-            self._passed_over += 1
+            self._num_skipped += 1
             return {}
-        patience_s = (2 + self._passed_over) * (self.limit_s + WAIT_SLACK_S)
-        self._passed_over = 0
-        port = self.board.open_case(name, limit_s=patience_s)
+        timeout_s = (2 + self._num_skipped) * (self.limit_s + WAIT_SLACK_S)
+        self._num_skipped = 0
+        port = self.rendezvous.agree_on_port(name, limit_s=timeout_s)
         context = replace(self.context, run=run, world_size=world_size, heartbeat=Heartbeat(None))  # the parent beats
 
-        def there() -> CaseAnswer:
+        def work_in_group() -> CaseAnswer:
             from launcher.engines.distributed import use_master_port
 
             use_master_port(port, world_size=world_size)
             return work(context)
 
         run_in_fork(
-            there,
-            self.board.answer_of(name, self.context.rank),
+            work_in_group,
+            self.rendezvous.answer_of(name, self.context.rank),
             limit_s=self.limit_s,
             heartbeat=self.heartbeat,
-            give_up=self.board.watch(name, world_size=world_size),
+            give_up=self.rendezvous.failure_watcher(name, world_size=world_size),
         )
         if not self.context.is_main:
             return {}
-        return self.board.answers(name, world_size=world_size, limit_s=WAIT_SLACK_S)
+        return self.rendezvous.collect(name, world_size=world_size, limit_s=WAIT_SLACK_S)
 
-    def leave(self) -> None:
-        """Say that this rank is done; what ranks told each other is removed once all are."""
-        self.board.leave(world_size=self.context.world_size, limit_s=WAIT_SLACK_S)
+    def finish(self) -> None:
+        """Record that this rank has finished; the folder is removed once all ranks have."""
+        self.rendezvous.finish(world_size=self.context.world_size, limit_s=WAIT_SLACK_S)
 
 
 _TORCH_MODULES = (

@@ -59,7 +59,7 @@ class Verification:
                     rows.append(row)
                     writer.record(self.job.steps, **_metrics(row))
                     print(f"{name}: {row.why(self.job) or 'ok'} ({row.seconds:.1f} s)", flush=True)
-        self._ranks.leave()
+        self._ranks.finish()
         self._phase = "done"
         self._heartbeat()
         if self.context.is_main:
@@ -92,10 +92,10 @@ class Verification:
         def work(context: Context) -> CaseAnswer:
             from launcher.verification.run_case import run_case
 
-            return run_case(self.job, context, self._ranks.board.reference, writes=name == _REFERENCE)
+            return run_case(self.job, context, self._ranks.rendezvous.reference, writes=name == _REFERENCE)
 
         run = case.apply(self.context.run, world_size=world_size, sequences=self.choice.sequences)
-        return self._ranks.take(name, work, run=run, world_size=world_size)
+        return self._ranks.run_case(name, work, run=run, world_size=world_size)
 
     def _heartbeat(self) -> None:
         self.context.heartbeat.update(self._phase, self._done)

@@ -52,7 +52,7 @@ def zero3(context: Context) -> Callable[[], None]:
 
     def release() -> None:
         model.to_empty(device="meta")
-        partitioning.forget()
+        partitioning.release()
         disconnect()
 
     return release

@@ -195,8 +195,8 @@ def test_the_checkpoint_just_written_stays_where_others_claim_a_later_step(tmp_p
 
 def test_a_damaged_one_is_set_aside_and_counts_as_none(tmp_path: Path, save: Save) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", Checkpoint())
-    assert store.set_aside(save(10)).name == "step_00000010.damaged"
-    assert store.set_aside(save(10)).name == "step_00000010.damaged1"
+    assert store.quarantine(save(10)).name == "step_00000010.damaged"
+    assert store.quarantine(save(10)).name == "step_00000010.damaged1"
     assert store.latest() is None
 
 

@@ -112,11 +112,11 @@ def test_a_fork_that_is_killed_hangs_or_leaves_is_in_trouble(tmp_path) -> None:
 
 def test_the_ranks_of_a_case_follow_one_that_failed(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr("launcher.verification.forked_ranks._FAILURE_GRACE_S", 0.2)
-    board = FileRendezvous(tmp_path, 0, lambda: None)
-    write_json(board.answer_of("case", 1), {ERROR_KEY: "out of memory", TIME_KEY: time.time()})
-    answer, _ = forked(lambda: time.sleep(60), tmp_path, give_up=board.watch("case", world_size=2))
+    rendezvous = FileRendezvous(tmp_path, 0, lambda: None)
+    write_json(rendezvous.answer_of("case", 1), {ERROR_KEY: "out of memory", TIME_KEY: time.time()})
+    answer, _ = forked(lambda: time.sleep(60), tmp_path, give_up=rendezvous.failure_watcher("case", world_size=2))
     assert answer[ERROR_KEY] == "ended because rank 1 had failed"
-    row = compare("case", board.answers("case", world_size=2, limit_s=5), {}, seconds=1.0)
+    row = compare("case", rendezvous.collect("case", world_size=2, limit_s=5), {}, seconds=1.0)
     assert row.trouble == "rank 1: out of memory"
 
 
@@ -124,16 +124,16 @@ def test_rank_0_waits_for_the_others_before_it_clears_up(tmp_path) -> None:
     folder = tmp_path / "verify" / "29500"
     folder.mkdir(parents=True)
     first, second = (FileRendezvous(folder, rank, lambda: None) for rank in range(2))
-    first.leave(world_size=2, limit_s=0.3)
+    first.finish(world_size=2, limit_s=0.3)
     assert folder.exists(), "rank 1 is still there, and would write into it"
-    second.leave(world_size=2, limit_s=0.3)
-    first.leave(world_size=2, limit_s=0.3)
+    second.finish(world_size=2, limit_s=0.3)
+    first.finish(world_size=2, limit_s=0.3)
     assert not (tmp_path / "verify").exists()
 
 
 def test_ranks_that_see_no_port_say_so(tmp_path) -> None:
     with pytest.raises(JobError, match=r"run\.root"):
-        FileRendezvous(tmp_path, 1, lambda: None).open_case("case", limit_s=0.2)
+        FileRendezvous(tmp_path, 1, lambda: None).agree_on_port("case", limit_s=0.2)
 
 
 def answers(**changes: Any) -> dict[int, Any]:

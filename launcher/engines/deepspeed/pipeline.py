@@ -151,7 +151,7 @@ class DeepSpeedPipelineEngine(Engine):
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
 
-    def held(self) -> StateBytes:
+    def state_bytes(self) -> StateBytes:
         """Count what is in memory, partitions as such; what lies on NVMe is not."""
         return deepspeed_state_bytes(self._engine, device=self.device)
 

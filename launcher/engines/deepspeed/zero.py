@@ -179,7 +179,7 @@ class DeepSpeedEngine(Engine):
                 value = parameter.detach().to("cpu", torch.float32, copy=True)
             yield name, value
 
-    def held(self) -> StateBytes:
+    def state_bytes(self) -> StateBytes:
         """Count what is in memory, partitions as such; what lies on NVMe is not."""
         return deepspeed_state_bytes(self._engine, device=self.device)
 
@@ -199,7 +199,7 @@ class DeepSpeedEngine(Engine):
         """Release DeepSpeed's buffers and hooks, the swap folder and the process group."""
         self._engine.destroy()
         if self._partitioning is not None:
-            self._partitioning.forget()
+            self._partitioning.release()
         disconnect()
         if self._swap is not None:
             self._swap.release()
@@ -229,7 +229,7 @@ class ZeroPartitioner:
         init = deepspeed.zero.Init(module=part, config_dict_or_path=self._config, param_swapper=self._swapper)
         self._swapper = init.param_swapper
 
-    def forget(self) -> None:
+    def release(self) -> None:
         """Let Transformers build plain models again in this process."""
         from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

@@ -54,36 +54,40 @@ class PipelineEngine(Engine):
         self._replicas = replicas.get_group() if replicas is not None else None
         count = dims.pipeline * parallel.num_chunks
         self._owners = [rank_of_chunk(parallel.schedule, number, ranks=dims.pipeline) for number in range(count)]
-        self._cut = choose_partition(context, count=count, by_time=parallel.balance == "time", device=self.device)
+        self._partition = choose_partition(context, count=count, by_time=parallel.balance == "time", device=self.device)
         here = dist.get_rank(self._group)
         numbers = chunks_of_rank(parallel.schedule, rank=here, ranks=dims.pipeline, chunks=parallel.num_chunks)
-        self._own = {number: build_chunk(context, self._cut, number, device=self.device) for number in numbers}
+        self._chunks = {number: build_chunk(context, self._partition, number, device=self.device) for number in numbers}
         if shards is not None:
-            for chunk in self._own.values():
+            for chunk in self._chunks.values():
                 shard_chunk(chunk, shards)
-        self.module = nn.ModuleList(self._own.values())
+        self.module = nn.ModuleList(self._chunks.values())
         self._tied = TiedWeights(
-            list(self._own.values()),
-            self._cut.tied,
+            list(self._chunks.values()),
+            self._partition.tied,
             group=self._group,
             ends=(self._owners[0], self._owners[-1]),
             share=shards is None,
         )
         self._update = OptimizerStep(
-            list(self._own.values()),
+            list(self._chunks.values()),
             run,
             device=self.device,
             stages=self._group,
             counted_elsewhere=self._tied.counted_elsewhere,
         )
-        self._relay = PipelineForward(
-            self._own, owners=self._owners, width=self._cut.width, device=self.device, group=self._group
+        self._forward = PipelineForward(
+            self._chunks,
+            owners=self._owners,
+            hidden_size=self._partition.hidden_size,
+            device=self.device,
+            group=self._group,
         )
         self._flow = PipelineSchedule(
-            self._own,
+            self._chunks,
             schedule=parallel.schedule,
             count=count,
-            width=self._cut.width,
+            hidden_size=self._partition.hidden_size,
             device=self.device,
             group=self._group,
         )
@@ -109,20 +113,20 @@ class PipelineEngine(Engine):
         labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
         tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
         with self._forward_only():
-            losses = self._relay.through(tokens, lambda chunk, state, index: chunk(state, labels=labels[index]))
+            losses = self._forward.forward(tokens, lambda chunk, state, index: chunk(state, labels=labels[index]))
         if not losses:
             return 0.0, 0
         return torch.cat(losses).double().sum().item(), num_labels(micro_batches)
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Continue greedily; each pipeline does all of it by itself."""
-        decoder = GreedyDecoder(self._relay, first_blocks=[blocks.start for blocks in self._cut.blocks])
+        decoder = GreedyDecoder(self._forward, first_blocks=[blocks.start for blocks in self._partition.blocks])
         with self._forward_only():
-            return decoder.continue_greedily(input_ids.to(self.device), max_new_tokens=max_new_tokens)
+            return decoder.generate(input_ids.to(self.device), max_new_tokens=max_new_tokens)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the parameters of this rank's chunks; a tied one comes at both ends, under both its names."""
-        for chunk in self._own.values():
+        for chunk in self._chunks.values():
             yield from whole_parameters(chunk.model, device=self.device)
 
     @contextmanager
@@ -133,9 +137,9 @@ class PipelineEngine(Engine):
                 yield
         finally:
             self.module.train()
-            reshard_all(self._own.values())
+            reshard_all(self._chunks.values())
 
-    def held(self) -> StateBytes:
+    def state_bytes(self) -> StateBytes:
         """Count weights, gradients and moments of this rank's chunks."""
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
@@ -161,11 +165,11 @@ class PipelineEngine(Engine):
         load_rng(folder, rank=self._rank, device=self.device)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return named_state(list(self._own.values()), self._update.optimizer, self._cut.tied)
+        return named_state(list(self._chunks.values()), self._update.optimizer, self._partition.tied)
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""
-        del self._flow, self._relay
+        del self._flow, self._forward
         gc.collect()
         disconnect()
 
@@ -179,7 +183,7 @@ class GreedyDecoder:
     """
 
     def __init__(self, relay: PipelineForward, *, first_blocks: Sequence[int]) -> None:
-        self._relay = relay
+        self._forward = relay
         self._caches = {
             number: ChunkCache(chunk.model.config, first_block=first_blocks[number])
             for number, chunk in relay.own.items()
@@ -188,7 +192,7 @@ class GreedyDecoder:
         self._ends = some.model.generation_config.eos_token_id
         self._num_seen = 0
 
-    def continue_greedily(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
+    def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
         """Return ``input_ids`` (sequences, tokens) with the most likely continuation, the same on every rank.
 
         A sequence ends with an end-of-text token; generation stops when all have ended. Call it once, under
@@ -200,9 +204,9 @@ class GreedyDecoder:
         """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens); the caches hold those before."""
         new = ids[:, self._num_seen :]
         self._num_seen = ids.shape[1]
-        logits = self._relay.through([new], self._with_cache)
+        logits = self._forward.forward([new], self._with_cache)
         chosen = logits[0].argmax(dim=-1) if logits else torch.empty(len(new), dtype=torch.int64, device=new.device)
-        dist.broadcast(chosen, src=self._relay.last_owner, group=self._relay.group)
+        dist.broadcast(chosen, src=self._forward.last_owner, group=self._forward.group)
         return chosen
 
     def _with_cache(self, chunk: ModelChunk, state: Tensor, _: int) -> Tensor:

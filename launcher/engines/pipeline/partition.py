@@ -42,7 +42,7 @@ class ModelPartition:
     """Numbers of the blocks of each chunk."""
     tied: dict[str, str]
     """Further names of tied parameters, each with the first name."""
-    width: int
+    hidden_size: int
     """Size of the hidden states."""
 
 
@@ -58,7 +58,7 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
     if by_time:
         costs = _costs_from_rank_0(context, num_blocks=blocks[-1].stop, device=device)
         blocks = partition_layers(costs.blocks, count, first=costs.first, last=costs.last)
-    return ModelPartition(blocks=blocks, tied=tied_names(model), width=model.config.hidden_size)
+    return ModelPartition(blocks=blocks, tied=tied_names(model), hidden_size=model.config.hidden_size)
 
 
 def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:

@@ -88,7 +88,7 @@ class PipelineSchedule:
         own: this rank's chunks by number.
         schedule: by name.
         count: of all chunks.
-        width: of the hidden states.
+        hidden_size: of the hidden states.
         device: where this rank computes.
         group: the ranks of this pipeline.
     """
@@ -99,11 +99,11 @@ class PipelineSchedule:
         *,
         schedule: PipelineScheduleName,
         count: int,
-        width: int,
+        hidden_size: int,
         device: torch.device,
         group: ProcessGroup,
     ) -> None:
-        self._own, self._name, self._count, self._width = own, schedule, count, width
+        self._own, self._name, self._count, self._hidden_size = own, schedule, count, hidden_size
         self._device, self._group = device, group
         self._made_for: tuple[int, ...] = ()
         self._schedule: Any = None
@@ -151,7 +151,7 @@ class PipelineSchedule:
 
     def _metas(self, number: int, sequences: int, tokens: int) -> Metas:
         """Return what goes into a chunk for one micro-batch, and what comes out."""
-        hidden = torch.empty(sequences, tokens, self._width, device="meta", requires_grad=True)
+        hidden = torch.empty(sequences, tokens, self._hidden_size, device="meta", requires_grad=True)
         into = torch.empty(sequences, tokens, dtype=torch.int64, device="meta") if number == 0 else hidden
         out = torch.empty(1, device="meta", requires_grad=True) if number == self._count - 1 else hidden
         return into, out
@@ -174,7 +174,7 @@ class PipelineForward:
     Args:
         own: this rank's chunks by number.
         owners: rank in ``group`` of each chunk.
-        width: of the hidden states.
+        hidden_size: of the hidden states.
         device: where this rank computes.
         group: the ranks of this pipeline.
     """
@@ -184,11 +184,11 @@ class PipelineForward:
         own: Mapping[int, ModelChunk],
         *,
         owners: Sequence[int],
-        width: int,
+        hidden_size: int,
         device: torch.device,
         group: ProcessGroup,
     ) -> None:
-        self.own, self.device, self.group, self._width = own, device, group, width
+        self.own, self.device, self.group, self._hidden_size = own, device, group, hidden_size
         self._owners: list[int] = [dist.get_global_rank(group, rank) for rank in owners]
 
     @property
@@ -196,7 +196,7 @@ class PipelineForward:
         """Rank, among all, that has the last chunk."""
         return self._owners[-1]
 
-    def through(self, tokens: Sequence[Tensor], call: ChunkCall) -> list[Tensor]:
+    def forward(self, tokens: Sequence[Tensor], call: ChunkCall) -> list[Tensor]:
         """Return what the last chunk returns for each micro-batch, where it is; nothing elsewhere.
 
         Args:
@@ -208,7 +208,7 @@ class PipelineForward:
             state = given
             for number, chunk in sorted(self.own.items()):
                 if number > 0 and self._owners[number - 1] != here:
-                    state = torch.empty(*given.shape, self._width, device=self.device)
+                    state = torch.empty(*given.shape, self._hidden_size, device=self.device)
                     dist.recv(state, src=self._owners[number - 1], group=self.group)
                 state = call(chunk, state, index)
                 if chunk.last:

@@ -49,7 +49,7 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
 
         Args:
             inputs: tokens, int64 of shape (sequences, tokens), for the first chunk; hidden states, fp32 of shape
-                (sequences, tokens, width), for others.
+                (sequences, tokens, hidden size), for others.
             labels: int64 of shape (sequences, tokens); the last chunk returns the loss for them.
             cache: keys and values of earlier tokens of the same sequences; the last chunk returns logits.
 

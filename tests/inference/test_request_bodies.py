@@ -19,7 +19,7 @@ HERE, THERE = "/v1/completions", "/v1/chat/completions"
 
 def refusal(body_type: type[GenerationBody], body: dict[str, Any]) -> ApiError:
     with pytest.raises(ApiError) as refused:
-        asyncio.run(parse_body(body_type, json.dumps(body).encode(), BodyLimits(context=64, prompts=4)))
+        asyncio.run(parse_body(body_type, json.dumps(body).encode(), BodyLimits(max_model_len=64, max_prompts=4)))
     assert refused.value.status == 400
     return refused.value
 

@@ -207,9 +207,9 @@ class ServingBenchmark(Benchmark):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject requests that are longer than what the server that is started here takes, at a token a word."""
         yield from super().validate_run(run, world_size=world_size)
-        if self.url is None and self.trace is None:
-            inputs, outputs = (parse_length_distribution(text).maximum for text in (self.inputs, self.outputs))
-            yield from run.model.validate_length(benchmark__inputs=inputs, benchmark__outputs=outputs)
+        if self.base_url is None and self.trace is None:
+            inputs, outputs = (parse_length_distribution(text).maximum for text in (self.input_len, self.output_len))
+            yield from run.model.validate_length(benchmark__input_len=inputs, benchmark__output_len=outputs)
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield a trace that cannot be read."""

@@ -119,7 +119,7 @@ def test_what_is_no_chat_is_refused_by_its_place(
 ) -> None:
     with pytest.raises(InvalidMessages) as bad:
         normalize_messages(messages)
-    assert bad.value.param == field
+    assert bad.value.field == field
     with pytest.raises(BadLine, match=r"^messages: ") as refused:
         line(words, messages=messages)
     assert field in str(refused.value)

@@ -50,7 +50,7 @@ def refused_field(engine: InferenceEngine, request: EngineRequest) -> str | None
     try:
         engine.add(request)
     except InvalidRequest as refusal:
-        return refusal.field
+        return refusal.param
     engine.cancel(request.id)
     engine.step()
     return None
@@ -150,7 +150,7 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
                 for name in ("bad", "good")
             ]
             yield from ([] for _ in range(10))
-            yield [{"kind": "end"}]
+            yield [{"kind": "shutdown"}]
 
         def send(self, message: dict[str, object]) -> None:
             sent.append(message)
@@ -163,6 +163,6 @@ def test_an_error_on_the_way_in_is_the_requests_own() -> None:
         Link(),
         heartbeat=lambda phase: None,
     )
-    rows = [row for message in sent if message["kind"] == "step" for row in message["updates"]]
+    rows = [row for message in sent if message["kind"] == "step" for row in message["outputs"]]
     ends = {row[0]: (row[2], row[3]) for row in rows if row[2]}
     assert ends == {"bad": ("error", "ArithmeticError: unlucky"), "good": ("length", "")}

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams
-from launcher.inference.engine import paged_engine as engine_module
+from launcher.inference.engine import base as engine_module
 from launcher.inference.engine.base import EngineRequest, InferenceEngine, InvalidRequest
 from launcher.inference.engine.echo_engine import EchoEngine
 from launcher.inference.engine.loop import EngineConnection, run_engine_loop

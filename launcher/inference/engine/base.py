@@ -5,8 +5,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from launcher.config.inference import EngineLimits
 from launcher.config.sampling import SamplingParams, validate_sampling
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.profiling.profiler import NO_PROFILER, Profiler
@@ -31,6 +32,11 @@ class EngineRequest:
     """Seconds that it may wait in the queue."""
     deadline_s: float | None = None
     """Seconds that it may take as a whole, the queue included."""
+
+    def is_expired(self, age_s: float, *, is_started: bool) -> bool:
+        """Return whether a deadline has passed, ``age_s`` after its arrival."""
+        queue_deadline_s = None if is_started else self.queue_deadline_s
+        return any(limit is not None and age_s > limit for limit in (self.deadline_s, queue_deadline_s))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,13 +104,31 @@ class InvalidRequest(Exception):
         self.param = param
 
 
+_UNLIMITED_BLOCKS = 1 << 40
+
+
 class InferenceEngine(ABC):
-    """Generates for many requests at once. One thread calls it; only ``step`` blocks."""
+    """Generates for many requests at once. One thread calls it; only ``step`` blocks.
+
+    Args:
+        limits: sizes of steps and batches.
+        max_model_len: longest sequence, prompt and output together.
+        vocab_size: of the model.
+        num_blocks: of the KV cache, where requests have to fit into one of this engine.
+    """
 
     profiler: Profiler = NO_PROFILER
     """Records the steps that this process computes; may be set between any two."""
 
-    @abstractmethod
+    def __init__(
+        self, limits: EngineLimits, *, max_model_len: int, vocab_size: int, num_blocks: int = _UNLIMITED_BLOCKS
+    ) -> None:
+        self.max_model_len = max_model_len
+        self._limits, self._vocab_size, self._num_blocks = limits, vocab_size, num_blocks
+        self._active: dict[str, Any] = {}
+        """What an engine keeps of each request that has not ended, by id."""
+        self._cancelled: list[str] = []
+
     def add(self, request: EngineRequest) -> None:
         """Queue a request.
 
@@ -112,10 +136,24 @@ class InferenceEngine(ABC):
             InvalidRequest: it can never be served: it is longer than the model or the KV cache takes, has ids outside
                 the vocabulary, or sampling parameters that this engine or model does not support.
         """
+        check_request(
+            request,
+            known=self._active,
+            max_model_len=self.max_model_len,
+            vocab_size=self._vocab_size,
+            num_blocks=self._num_blocks,
+            max_num_seqs=self._limits.max_num_seqs,
+        )
+        self._accept(request)
 
     @abstractmethod
+    def _accept(self, request: EngineRequest) -> None:
+        """Queue a request that fits; raise ``InvalidRequest`` for parameters that this engine does not support."""
+
     def cancel(self, request_id: str) -> None:
         """End a request before the next step; its last output says ``cancelled``. Unknown ids are ignored."""
+        if request_id in self._active:
+            self._cancelled.append(request_id)
 
     @abstractmethod
     def step(self) -> Sequence[EngineOutput]:
@@ -129,14 +167,21 @@ class InferenceEngine(ABC):
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
         """Run each shape (sequences, tokens) once, so that no request pays for compilation and allocation."""
 
+    def _run_shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Generate two tokens for sequences of each shape, one shape after the other, cut to what fits."""
+        assert not self._active, "warm up before the first request"
+        for number, (sequences, tokens) in enumerate(shapes):
+            length = max(1, min(tokens, self.max_model_len - 2))
+            for index in range(min(sequences, self._limits.max_num_seqs)):
+                prompt = tuple((number + index + place) % self._vocab_size for place in range(length))
+                sampling = SamplingParams(max_tokens=2, ignore_eos=True)
+                self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt, sampling=sampling))
+            while self._active:
+                self.step()
+
     @abstractmethod
     def close(self) -> None:
         """Free everything; requests still in it get no further output."""
-
-    @property
-    @abstractmethod
-    def max_model_len(self) -> int:
-        """Longest sequence, prompt and output together."""
 
     @property
     def idle(self) -> bool:

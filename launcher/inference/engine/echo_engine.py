@@ -14,11 +14,9 @@ from launcher.inference.engine.base import (
     EngineStats,
     GeneratedToken,
     InferenceEngine,
-    check_request,
 )
 
 _LOGPROB = -0.5
-_UNLIMITED_BLOCKS = 1 << 40
 
 
 @dataclass
@@ -26,7 +24,7 @@ class _ActiveRequest:
     """One request that has not ended."""
 
     request: EngineRequest
-    arrived: float
+    arrived_s: float
     random: random.Random
     started: bool = False
     output: list[int] = field(default_factory=list)
@@ -47,11 +45,13 @@ class EchoEngine(InferenceEngine):
 
     Args:
         limits: ``max_num_seqs`` run at a time.
-        max_model_len: longest active, prompt and output together.
+        max_model_len: longest sequence, prompt and output together.
         vocab_size: ids from this one on are refused.
         eos_token_ids: ids that end a sequence.
         step_s: what each step with something to do takes.
     """
+
+    _active: dict[str, _ActiveRequest]
 
     def __init__(
         self,
@@ -62,30 +62,15 @@ class EchoEngine(InferenceEngine):
         eos_token_ids: Collection[int] = (),
         step_s: float = 0.0,
     ) -> None:
-        self._limits, self._max_model_len, self._vocab_size = limits, max_model_len, vocab_size
+        super().__init__(limits, max_model_len=max_model_len, vocab_size=vocab_size)
         self._eos_token_ids, self._step_s = frozenset(eos_token_ids), step_s
-        self._active: dict[str, _ActiveRequest] = {}
-        self._cancelled: list[str] = []
         self._steps = self._prompt_tokens = self._generated = 0
         self._stepped_at = time.monotonic()
 
-    def add(self, request: EngineRequest) -> None:
+    def _accept(self, request: EngineRequest) -> None:
         """Queue a request."""
-        check_request(
-            request,
-            known=self._active,
-            max_model_len=self._max_model_len,
-            vocab_size=self._vocab_size,
-            num_blocks=_UNLIMITED_BLOCKS,
-            max_num_seqs=self._limits.max_num_seqs,
-        )
         generator = random.Random(request.sampling.seed)
         self._active[request.id] = _ActiveRequest(request, time.monotonic(), generator)
-
-    def cancel(self, request_id: str) -> None:
-        """End a request before the next step."""
-        if request_id in self._active:
-            self._cancelled.append(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
         """Give every running request its next token."""
@@ -112,7 +97,7 @@ class EchoEngine(InferenceEngine):
             running=len(started),
             waiting=len(self._active) - len(started),
             kv_cache_tokens=sum(len(active.request.prompt) + len(active.output) for active in started),
-            kv_cache_capacity=self._limits.max_num_seqs * self._max_model_len,
+            kv_cache_capacity=self._limits.max_num_seqs * self.max_model_len,
             steps_total=self._steps,
             prompt_tokens_total=self._prompt_tokens,
             generated_tokens_total=self._generated,
@@ -126,24 +111,23 @@ class EchoEngine(InferenceEngine):
         """Drop all requests."""
         self._active.clear()
 
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence, prompt and output together."""
-        return self._max_model_len
-
     def _expired(self) -> list[EngineOutput]:
         now = time.monotonic()
-        late = [active.request.id for active in self._active.values() if _is_late(active, now)]
-        for name in late:
+        expired = [
+            name
+            for name, active in self._active.items()
+            if active.request.is_expired(now - active.arrived_s, is_started=active.started)
+        ]
+        for name in expired:
             del self._active[name]
-        return [EngineOutput(request_id=name, finish_reason="timeout") for name in late]
+        return [EngineOutput(request_id=name, finish_reason="timeout") for name in expired]
 
     def _admitted(self) -> list[_ActiveRequest]:
         """Start the requests that fit, by priority; return all that are running."""
         running = [active for active in self._active.values() if active.started]
         waiting = sorted(
             (active for active in self._active.values() if not active.started),
-            key=lambda active: (-active.request.priority, active.arrived),
+            key=lambda active: (-active.request.priority, active.arrived_s),
         )
         for active in waiting[: self._limits.max_num_seqs - len(running)]:
             active.started = True
@@ -167,7 +151,7 @@ class EchoEngine(InferenceEngine):
         self._generated += 1
         length = len(active.output)
         ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos_token_ids)
-        is_full = length >= sampling.max_tokens or length + len(active.request.prompt) >= self._max_model_len
+        is_full = length >= sampling.max_tokens or length + len(active.request.prompt) >= self.max_model_len
         is_over = token in ends and length > sampling.min_tokens
         finish_reason = "stop" if is_over else "length" if is_full else None
         if finish_reason:
@@ -184,9 +168,3 @@ class EchoEngine(InferenceEngine):
         count = min(logprobs, self._vocab_size)
         top = tuple(((number + more) % self._vocab_size, _LOGPROB - more) for more in range(count))
         return GeneratedToken(id=number, logprob=_LOGPROB, top=top)
-
-
-def _is_late(active: _ActiveRequest, now: float) -> bool:
-    waited, request = now - active.arrived, active.request
-    queued_too_long = request.queue_deadline_s is not None and not active.started and waited > request.queue_deadline_s
-    return queued_too_long or (request.deadline_s is not None and waited > request.deadline_s)

@@ -10,7 +10,6 @@ import torch
 from torch import distributed as dist
 
 from launcher.config.inference import EngineLimits
-from launcher.config.sampling import SamplingParams
 from launcher.engines.distributed import choose_device, connect, disconnect
 from launcher.inference.engine.base import (
     EngineOutput,
@@ -19,7 +18,6 @@ from launcher.inference.engine.base import (
     FinishReason,
     GeneratedToken,
     InferenceEngine,
-    check_request,
 )
 from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.inference.engine.distributed import LeaderRunner, PipelinedRunner, follow_leader
@@ -68,6 +66,8 @@ class PagedEngine(InferenceEngine):
         clock: seconds.
     """
 
+    _active: dict[str, SequenceGroup]
+
     def __init__(
         self,
         runner: StepRunner,
@@ -79,43 +79,21 @@ class PagedEngine(InferenceEngine):
         eos_token_ids: Sequence[int],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._runner, self._limits, self._clock = runner, limits, clock
-        self._max_model_len = min(max_model_len, num_blocks * BLOCK_SIZE)
-        self._num_blocks, self._vocab_size = num_blocks, vocab_size
+        longest = min(max_model_len, num_blocks * BLOCK_SIZE)
+        super().__init__(limits, max_model_len=longest, vocab_size=vocab_size, num_blocks=num_blocks)
+        self._runner, self._clock = runner, clock
         self._scheduler = Scheduler(limits, num_blocks=num_blocks)
-        self._output_processor = OutputProcessor(
-            self._scheduler, max_model_len=self._max_model_len, eos_token_ids=eos_token_ids
-        )
-        self._groups: dict[str, SequenceGroup] = {}
-        self._cancelled: set[str] = set()
+        self._output_processor = OutputProcessor(self._scheduler, max_model_len=longest, eos_token_ids=eos_token_ids)
         self._steps = self._generated = 0
         self._stepped_s = clock()
 
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence: what the model takes, or the KV cache where that is less."""
-        return self._max_model_len
-
-    def add(self, request: EngineRequest) -> None:
+    def _accept(self, request: EngineRequest) -> None:
         """Queue a request."""
-        check_request(
-            request,
-            known=self._groups,
-            max_model_len=self._max_model_len,
-            vocab_size=self._vocab_size,
-            num_blocks=self._num_blocks,
-            max_num_seqs=self._limits.max_num_seqs,
-        )
-        if not self._groups:
+        if not self._active:
             self._stepped_s = self._clock()
         group = SequenceGroup(request, self._clock())
-        self._groups[request.id] = group
+        self._active[request.id] = group
         self._scheduler.waiting.add(group)
-
-    def cancel(self, request_id: str) -> None:
-        """End a request before the next step."""
-        if request_id in self._groups:
-            self._cancelled.add(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
         """Compute one step."""
@@ -143,21 +121,12 @@ class PagedEngine(InferenceEngine):
             prefix_hit_tokens_total=counts.prefix_hits,
             prefix_query_tokens_total=counts.prefix_queries,
             preemptions_total=counts.preemptions,
-            since_step_s=self._clock() - self._stepped_s if self._groups else 0.0,
+            since_step_s=self._clock() - self._stepped_s if self._active else 0.0,
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Run sequences of each shape, one shape after the other, cut to what fits."""
-        assert not self._groups, "warm up before the first request"
-        for number, (sequences, tokens) in enumerate(shapes):
-            for index in range(min(sequences, self._limits.max_num_seqs)):
-                prompt = tuple(
-                    (number + index + place) % self._vocab_size for place in range(min(tokens, self._max_model_len - 2))
-                )
-                sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-                self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt or (0,), sampling=sampling))
-            while self._groups:
-                self.step()
+        """Run sequences of each shape; they do not count."""
+        self._run_shapes(shapes)
         self._scheduler.counts = SchedulerCounts()
         self._steps = self._generated = 0
 
@@ -169,12 +138,10 @@ class PagedEngine(InferenceEngine):
         """Finish the requests that were cancelled or whose deadline has passed."""
         now = self._clock()
         outputs = []
-        for name, group in list(self._groups.items()):
-            request, age_s = group.request, now - group.arrived_s
-            limits = (request.deadline_s, None if group.is_started else request.queue_deadline_s)
+        for name, group in list(self._active.items()):
             if name in self._cancelled:
                 outputs.append(self._finish(group, "cancelled"))
-            elif any(limit is not None and age_s > limit for limit in limits):
+            elif group.request.is_expired(now - group.arrived_s, is_started=group.is_started):
                 outputs.append(self._finish(group, "timeout"))
         self._cancelled.clear()
         return outputs
@@ -211,7 +178,7 @@ class PagedEngine(InferenceEngine):
     ) -> EngineOutput:
         self._scheduler.finish(group)
         self._output_processor.release(group)
-        del self._groups[group.request.id]
+        del self._active[group.request.id]
         return self._output(group, tokens=tokens, finish_reason=finish_reason, error=error, param=param)
 
     def _output(

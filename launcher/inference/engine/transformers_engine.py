@@ -22,7 +22,6 @@ from launcher.inference.engine.base import (
     GeneratedToken,
     InferenceEngine,
     InvalidRequest,
-    check_request,
 )
 from launcher.inference.engine.block_manager import TRANSFORMERS_BLOCK_SIZE
 from launcher.inference.engine.kv_cache import KVShapes, num_kv_blocks
@@ -66,15 +65,15 @@ class TransformersEngine(InferenceEngine):
         eos_token_ids: tokens that end a sequence.
     """
 
+    _active: dict[str, _ActiveRequest]
+
     def __init__(
         self, model: PreTrainedModel, *, limits: EngineLimits, num_blocks: int, eos_token_ids: Sequence[int]
     ) -> None:
         config = model.config.get_text_config()
-        self._limits, self._eos_token_ids, self._num_blocks = limits, tuple(eos_token_ids), num_blocks
-        self._max_model_len: int = min(config.max_position_embeddings, num_blocks * TRANSFORMERS_BLOCK_SIZE)
-        self._vocab_size = config.vocab_size
-        self._active: dict[str, _ActiveRequest] = {}
-        self._finished: list[tuple[str, FinishReason]] = []
+        longest = min(config.max_position_embeddings, num_blocks * TRANSFORMERS_BLOCK_SIZE)
+        super().__init__(limits, max_model_len=longest, vocab_size=config.vocab_size, num_blocks=num_blocks)
+        self._eos_token_ids = tuple(eos_token_ids)
         self._ids: dict[str, str] = {}
         self._numbers = itertools.count()
         self._generated = self._prompted = self._steps = 0
@@ -92,21 +91,8 @@ class TransformersEngine(InferenceEngine):
         )
         self._manager.start()
 
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence, prompt and output together."""
-        return self._max_model_len
-
-    def add(self, request: EngineRequest) -> None:
+    def _accept(self, request: EngineRequest) -> None:
         """Queue a request."""
-        check_request(
-            request,
-            known=self._active,
-            max_model_len=self._max_model_len,
-            vocab_size=self._vocab_size,
-            num_blocks=self._num_blocks,
-            max_num_seqs=self._limits.max_num_seqs,
-        )
         defaults = SamplingParams(max_tokens=1)
         for name in SamplingParams.__dataclass_fields__:
             if name not in _SUPPORTED and getattr(request.sampling, name) != getattr(defaults, name):
@@ -118,22 +104,15 @@ class TransformersEngine(InferenceEngine):
         active = _ActiveRequest(request, time.monotonic(), name=str(next(self._numbers)))
         self._active[request.id], self._ids[active.name] = active, request.id
 
-    def cancel(self, request_id: str) -> None:
-        """End a request before the next step."""
-        if request_id in self._active:
-            self._finished.append((request_id, "cancelled"))
-
     def step(self) -> Sequence[EngineOutput]:
         """Submit the requests that fit; return what was generated since the last call, waiting briefly for it.
 
         Raises:
             JobError: the thread has ended: no request is at fault, and none can continue.
         """
-        self._find_expired()
-        outputs = [
-            self._end(request, finish_reason) for request, finish_reason in self._finished if request in self._active
-        ]
-        self._finished.clear()
+        outputs = [self._end(name, "cancelled") for name in dict.fromkeys(self._cancelled) if name in self._active]
+        self._cancelled.clear()
+        outputs += [self._end(name, "timeout") for name in self._find_expired()]
         outputs += self._submit()
         if not any(active.started for active in self._active.values()):
             return outputs
@@ -168,16 +147,8 @@ class TransformersEngine(InferenceEngine):
         )
 
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Run sequences of each shape, cut to what fits."""
-        for number, (sequences, tokens) in enumerate(shapes):
-            for index in range(min(sequences, self._limits.max_num_seqs)):
-                prompt = tuple(
-                    (number + index + at) % self._vocab_size for at in range(min(tokens, self._max_model_len - 2))
-                )
-                sampling = SamplingParams(max_tokens=2, ignore_eos=True)
-                self.add(EngineRequest(id=f"warm-up {number} {index}", prompt=prompt, sampling=sampling))
-            while not self.idle:
-                self.step()
+        """Run sequences of each shape; they do not count."""
+        self._run_shapes(shapes)
         self._generated = self._prompted = self._steps = 0
 
     def close(self) -> None:
@@ -186,13 +157,13 @@ class TransformersEngine(InferenceEngine):
         self._manager.destroy()
         self._active.clear()
 
-    def _find_expired(self) -> None:
+    def _find_expired(self) -> list[str]:
         now = time.monotonic()
-        for active in self._active.values():
-            waited, request = now - active.arrived_s, active.request
-            queued = request.queue_deadline_s is not None and not active.started and waited > request.queue_deadline_s
-            if queued or (request.deadline_s is not None and waited > request.deadline_s):
-                self._finished.append((request.id, "timeout"))
+        return [
+            name
+            for name, active in self._active.items()
+            if active.request.is_expired(now - active.arrived_s, is_started=active.started)
+        ]
 
     def _end(self, request: str, finish_reason: FinishReason) -> EngineOutput:
         active = self._active.pop(request)
@@ -251,7 +222,7 @@ class TransformersEngine(InferenceEngine):
 
     def _max_tokens(self, active: _ActiveRequest) -> int:
         """Return the most tokens that it can generate."""
-        return min(active.request.sampling.max_tokens, self._max_model_len - len(active.request.prompt))
+        return min(active.request.sampling.max_tokens, self.max_model_len - len(active.request.prompt))
 
     def _blocks(self, active: _ActiveRequest) -> int:
         return -(-(len(active.request.prompt) + self._max_tokens(active)) // TRANSFORMERS_BLOCK_SIZE)

@@ -31,7 +31,6 @@ from launcher.inference.engine.base import (
     GeneratedToken,
     InferenceEngine,
     InvalidRequest,
-    check_request,
 )
 from launcher.utils.processes import Process, identify
 from launcher.utils.system import free_port
@@ -123,7 +122,6 @@ class VllmServer:
 _POLL_S = 0.05
 _HEALTH_CHECK_S = 0.5
 _SHUTDOWN_S = 2.0
-_UNLIMITED_BLOCKS = 1 << 40
 _UNSUPPORTED = ("num_beams", "no_repeat_ngram_size")
 _ID_PREFIX = "token_id:"
 
@@ -163,6 +161,8 @@ class VllmEngine(InferenceEngine):
         JobError: it ends before it answers.
     """
 
+    _active: dict[str, _ActiveRequest]
+
     def __init__(
         self,
         server: VllmServer,
@@ -173,10 +173,8 @@ class VllmEngine(InferenceEngine):
         vocab_size: int,
         heartbeat: Callable[[], None] = lambda: None,
     ) -> None:
-        self._server, self._name, self._limits = server, name, limits
-        self._max_model_len, self._vocab_size = max_model_len, vocab_size
-        self._active: dict[str, _ActiveRequest] = {}
-        self._cancelled: list[str] = []
+        super().__init__(limits, max_model_len=max_model_len, vocab_size=vocab_size)
+        self._server, self._name = server, name
         self._answers: queue.SimpleQueue[_Completion] = queue.SimpleQueue()
         self._steps = self._prompted = self._generated = 0
         self._stepped_s = time.monotonic()
@@ -185,31 +183,13 @@ class VllmEngine(InferenceEngine):
             heartbeat()
             time.sleep(_HEALTH_CHECK_S)
 
-    @property
-    def max_model_len(self) -> int:
-        """Longest sequence, prompt and output together."""
-        return self._max_model_len
-
-    def add(self, request: EngineRequest) -> None:
+    def _accept(self, request: EngineRequest) -> None:
         """Queue a request."""
-        check_request(
-            request,
-            known=self._active,
-            max_model_len=self._max_model_len,
-            vocab_size=self._vocab_size,
-            num_blocks=_UNLIMITED_BLOCKS,
-            max_num_seqs=self._limits.max_num_seqs,
-        )
         defaults = SamplingParams(max_tokens=1)
         for name in _UNSUPPORTED:
             if getattr(request.sampling, name) != getattr(defaults, name):
                 raise InvalidRequest(name, "vLLM's server does not have it")
         self._active[request.id] = _ActiveRequest(request, time.monotonic())
-
-    def cancel(self, request_id: str) -> None:
-        """End a request before the next step."""
-        if request_id in self._active:
-            self._cancelled.append(request_id)
 
     def step(self) -> Sequence[EngineOutput]:
         """Send the requests that fit; return what was completed since the last call, waiting briefly for it.

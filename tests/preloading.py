@@ -41,7 +41,10 @@ FORKED_MODULES = (
     "torch.distributed.run",
     "deepspeed.launcher.launch",
 )
-"""Modules whose processes are forked; others may be started by ranks, which have threads that a fork would lose."""
+"""Modules whose processes are forked."""
+
+FORKED_BY_RANKS = "launcher.benchmarks.isolated"
+"""Forked by a rank without a second thread, which a fork would lose, unless its environment sets the allocator."""
 
 FORKED_PROGRAMS = "programs"
 """Name of the folder of programs that are forked too."""
@@ -234,9 +237,8 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
         words = list(map(os.fspath, args)) if isinstance(args, (list, tuple)) else []
         if not rest and words[:1] == [sys.executable] and options.get("preexec_fn") is None:
             command = words[2:] if words[1] == "-u" else words[1:]
-            is_module = command[:1] == ["-m"] and command[1] in FORKED_MODULES
-            if is_module or Path(command[0]).parent.name == FORKED_PROGRAMS:
-                env, pass_fds = options.get("env"), options.get("pass_fds", ())
+            env, pass_fds = options.get("env"), options.get("pass_fds", ())
+            if _is_forked(command, os.environ if env is None else env):
 
                 def run() -> NoReturn:
                     with _InterpreterExit():
@@ -247,6 +249,14 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
         start(self, args, *rest, **options)
 
     subprocess.Popen.__init__ = forking  # type: ignore[method-assign]
+
+
+def _is_forked(command: Sequence[str], env: Mapping[str, str]) -> bool:
+    if command[:1] != ["-m"]:
+        return Path(command[0]).parent.name == FORKED_PROGRAMS
+    if command[1] == FORKED_BY_RANKS:
+        return len(list(Path("/proc/self/task").iterdir())) == 1 and "MALLOC_MMAP_THRESHOLD_" not in env
+    return command[1] in FORKED_MODULES
 
 
 class _InterpreterExit:

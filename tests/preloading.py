@@ -40,6 +40,7 @@ FORKED_MODULES = (
     "launcher.jobs.rank",
     "torch.distributed.run",
     "deepspeed.launcher.launch",
+    "launcher.backends.kubernetes.entrypoint",
 )
 """Modules whose processes are forked."""
 
@@ -248,7 +249,16 @@ def _fork_python_modules(become: Callable[..., NoReturn]) -> None:
                 options["preexec_fn"] = run  # called last before the new program would start, and does not return
         start(self, args, *rest, **options)
 
+    execute = os.execve
+
+    def becoming(path: str, words: Sequence[str], env: Mapping[str, str]) -> NoReturn:
+        if words[0] == sys.executable and _is_forked(words[1:], env):
+            with _InterpreterExit():
+                become(words[1:], env=env, pass_fds=())
+        execute(path, words, env)
+
     subprocess.Popen.__init__ = forking  # type: ignore[method-assign]
+    os.execve = becoming
 
 
 def _is_forked(command: Sequence[str], env: Mapping[str, str]) -> bool:

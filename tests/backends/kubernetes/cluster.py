@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Start, Started, start_interpreter
 
 from .schemas import problems
 
@@ -55,7 +54,7 @@ class Pod:
     index: int
     name: str
     manifest: dict[str, Any]
-    process: subprocess.Popen[bytes]
+    process: Started
     log: Path
     is_disrupted: bool = False
     was_killed: bool = False
@@ -70,7 +69,7 @@ class Pod:
 
     def send(self, number: int) -> None:
         """Send a signal to the container's first process."""
-        self.was_killed |= number == signal.SIGKILL  # which unshare reports as exit code 1
+        self.was_killed |= number == signal.SIGKILL
         for child in psutil.Process(self.process.pid).children():
             child.send_signal(number)
 
@@ -92,11 +91,16 @@ class Run:
         return [pod for pod in self.pods if pod.index == index][-1]
 
 
+_SANDBOX = Path(__file__).parent / "programs" / "sandbox.py"
+
+
 class Cluster:
     """Everything, until ``close``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.start_process: Start = start_interpreter
+        """Starts the process that contains a pod."""
         self.calls: list[list[str]] = []
         self.objects: dict[tuple[str, str], dict[str, Any]] = {}
         self.runs: dict[str, Run] = {}
@@ -330,15 +334,9 @@ class Cluster:
         file = self.folder / f"{name}.json"
         file.write_text(json.dumps(told))
         log = self.folder / f"{name}.log"
-        namespaces = ("--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+        command = [sys.executable, str(_SANDBOX), str(file)]
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                ["unshare", *namespaces, sys.executable, str(Path(__file__).with_name("sandbox.py")), str(file)],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            process = self.start_process(command, cwd=self.folder, env=dict(os.environ), stdout=output, stderr=output)
         labels = {**run.template["metadata"]["labels"], "batch.kubernetes.io/job-completion-index": str(index)}
         labels["training.kubeflow.org/replica-type"] = "worker" if index else "master"
         manifest = {

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import Start
 from tests.torchless import ECHO, endless
 
 from .cluster import Cluster
@@ -29,6 +30,12 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
     playing = Cluster(folder)
     yield playing
     playing.close()
+
+
+@pytest.fixture
+def forked_pods(cluster: Cluster, preloading: Start) -> None:
+    """Fork the processes of all pods from one that has imported torch: for runs whose ranks train."""
+    cluster.start_process = preloading
 
 
 @pytest.fixture

@@ -118,6 +118,7 @@ def kill(cluster):
     cluster.the_run().newest(1).send(signal.SIGKILL)
 
 
+@pytest.mark.usefixtures("forked_pods")
 @pytest.mark.parametrize(("disturb", "restarts", "code"), [(evict, 0, 75), (kill, 1, 137)])
 def test_new_pods_continue_what_others_saved(launch_with, cluster, small_run, disturb, restarts, code):
     words = ("job.steps=200", "checkpoint.every=10", f"backend.restarts={restarts}", GRACE)

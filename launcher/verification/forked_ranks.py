@@ -290,7 +290,7 @@ def preload_modules(context: Context, *, deepspeed: bool) -> None:
     if deepspeed:
         import torch
 
-        from launcher.engines.deepspeed.common import prepare_environment
+        from launcher.engines.deepspeed.base import prepare_environment
 
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
         prepare_environment(context)

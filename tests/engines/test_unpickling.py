@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launcher.engines.checkpoint_io import load_file, load_rng
-from launcher.engines.deepspeed.common import deepspeed_tensors_only, load_checkpoint
+from launcher.engines.deepspeed.base import DeepSpeedEngineBase, deepspeed_tensors_only
 from launcher.errors import EXIT_BAD_INPUT, JobError
 
 
@@ -69,9 +69,10 @@ def test_deepspeeds_loader_takes_its_own_classes_and_runs_no_code(tmp_path, host
     with deepspeed_tensors_only():
         found = loader.load(str(tmp_path / "states.pt"))
     assert (found["stage"], found["address"], found["scalers"][1].cur_scale) == (state["stage"], address, 1024.0)
-    engine = SimpleNamespace(load_checkpoint=lambda *_, **__: (loader.load(str(hostile)), {}))
+    peer = SimpleNamespace(load_checkpoint=lambda *_, **__: (loader.load(str(hostile)), {}))
+    engine = SimpleNamespace(_engine=peer, _context=SimpleNamespace(rank=0), device=torch.device("cpu"))
     with pytest.raises(JobError, match=r"deepspeed holds an object of posix\.mkdir") as error:
-        load_checkpoint(engine, tmp_path, context=SimpleNamespace(rank=0), device=torch.device("cpu"))
+        DeepSpeedEngineBase.load(engine, tmp_path)
     assert error.value.exit_code == EXIT_BAD_INPUT
     torch.save(state, tmp_path / "states.pt")
     assert loader.load(str(tmp_path / "states.pt"))["address"] == address, "outside of the block nothing is changed"

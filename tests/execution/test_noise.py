@@ -68,7 +68,7 @@ def test_libraries_are_quiet_about_themselves(caplog: pytest.LogCaptureFixture) 
 
 
 def test_a_rank_with_deepspeed_is_quiet_about_setuptools(monkeypatch: pytest.MonkeyPatch) -> None:
-    from launcher.engines.deepspeed.common import silence_deepspeed_log
+    from launcher.engines.deepspeed.base import silence_deepspeed_log
 
     monkeypatch.setattr(sys, "modules", {**sys.modules, "distutils": types.ModuleType("distutils")})
     with warnings.catch_warnings(record=True) as caught:

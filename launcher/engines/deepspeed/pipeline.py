@@ -13,53 +13,29 @@ from torch.nn.functional import cross_entropy
 
 from launcher.config.parallel.deepspeed_pipeline import DeepSpeedPipeline
 from launcher.data.dataloader import IGNORE_INDEX
-from launcher.engines.base import Engine, StepResult, never_preempted
-from launcher.engines.deepspeed.common import (
-    allow_fp16,
-    choose_native_adam,
-    connect_deepspeed,
-    load_checkpoint,
-    prepare_environment,
-    save_checkpoint,
-    silence_deepspeed_log,
-    step_result,
-)
-from launcher.engines.distributed import TokenCount, choose_device, disconnect, num_labels
+from launcher.engines.base import StepResult, never_preempted
+from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
+from launcher.engines.distributed import TokenCount, num_labels
 from launcher.engines.generate import greedy_decode
-from launcher.engines.model_state import deepspeed_state_bytes
-from launcher.engines.optimizer import decay_groups
 
 if TYPE_CHECKING:
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
-    from launcher.protocol.plan import StateBytes
 
 
-class DeepSpeedPipelineEngine(Engine):
+class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
     """One stage of a pipeline. Weights, gradients and moments are whole on it, or ZeRO-1 shares out the moments."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         parallel = context.run.parallel
         assert isinstance(parallel, DeepSpeedPipeline), "this engine carries out DeepSpeed's pipeline only"
-        prepare_environment(context)
-        import deepspeed
-
-        silence_deepspeed_log()
-        self._clock, self._context = clock, context
-        self.device = choose_device(context.local_rank)
-        connect_deepspeed(context, device=self.device)
-        allow_fp16(self.device)
+        super().__init__(context, clock)
         from launcher.engines.deepspeed.pipeline_module import build_pipeline_module, parameters_counted_here
 
         self._loss = StageLoss(device=self.device)
         self.module, self._laid_out = build_pipeline_module(context, device=self.device, loss_of=self._loss)
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=self.module,
-            model_parameters=decay_groups(self.module, weight_decay=context.run.optimizer.weight_decay),
-            config=self._config(parallel),
-            dist_init_required=False,
-        )
+        self._initialize(self.module, self._config(parallel))
         # PipelineEngine averages over micro-batches and over pipelines side by side
         self._gain = context.batch.gradient_accumulation_steps * context.dims.data_parallel
         self._last = self.module.mpu().stage_to_global(parallel.stages - 1)
@@ -96,13 +72,11 @@ class DeepSpeedPipelineEngine(Engine):
         with self._clock.phase("pipeline"):
             self._engine.train_batch(_pairs(micro_batches))
         with self._clock.phase("optimizer"):
-            return step_result(
-                self._engine,
+            return self._step_result(
                 self._loss.total.item(),
                 tokens=int(count.total()),
                 norm=None if self._clipping is None else self._clipping.norm,
                 preempted=preempted(),
-                device=self.device,
             )
 
     def _expect(self, input_ids: Tensor) -> None:
@@ -151,14 +125,6 @@ class DeepSpeedPipelineEngine(Engine):
             if not parameter.is_meta:
                 yield name, parameter.detach().to("cpu", torch.float32)
 
-    def state_bytes(self) -> StateBytes:
-        """Count what is in memory, partitions as such; what lies on NVMe is not."""
-        return deepspeed_state_bytes(self._engine, device=self.device)
-
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint (a file for each layer, optimiser partitions) and this rank's generators."""
-        save_checkpoint(self._engine, folder, context=self._context, device=self.device)
-
     def load(self, folder: Path) -> None:
         """Read what ``save`` wrote at the same world size, stages and cut.
 
@@ -166,12 +132,7 @@ class DeepSpeedPipelineEngine(Engine):
             JobError: the folder holds no checkpoint of DeepSpeed.
         """
         with torch.no_grad():  # tied weights are broadcast in place
-            load_checkpoint(self._engine, folder, context=self._context, device=self.device)
-
-    def close(self) -> None:
-        """Release DeepSpeed's buffers and hooks, and the process group."""
-        self._engine.destroy()
-        disconnect()
+            super().load(folder)
 
 
 def _pairs(micro_batches: Sequence[MicroBatch]) -> Any:

@@ -16,24 +16,13 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from launcher.config.parallel.zero import Zero
-from launcher.engines.base import Engine, StepResult, never_preempted
-from launcher.engines.deepspeed.common import (
-    allow_fp16,
-    choose_native_adam,
-    connect_deepspeed,
-    load_checkpoint,
-    prepare_environment,
-    save_checkpoint,
-    silence_deepspeed_log,
-    step_result,
-)
+from launcher.engines.base import StepResult, never_preempted
+from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_adam
 from launcher.engines.deepspeed.nvme import SwapFolder
-from launcher.engines.distributed import DTYPES, TokenCount, choose_device, disconnect, num_labels
+from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import token_loss_sum
 from launcher.engines.model import build_run_model
-from launcher.engines.model_state import deepspeed_state_bytes
-from launcher.engines.optimizer import decay_groups
 from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
 
@@ -41,35 +30,22 @@ if TYPE_CHECKING:
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
-    from launcher.protocol.plan import StateBytes
 
 
-class DeepSpeedEngine(Engine):
+class DeepSpeedEngine(DeepSpeedEngineBase):
     """A model under ZeRO."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         zero = context.run.parallel
         assert isinstance(zero, Zero), "this engine carries out ZeRO only"
-        prepare_environment(context)
-        import deepspeed
-
-        silence_deepspeed_log()
-        self._clock, self._context, self._zero = clock, context, zero
-        self.device = choose_device(context.local_rank)
-        connect_deepspeed(context, device=self.device)
-        allow_fp16(self.device)
+        super().__init__(context, clock)
+        self._zero = zero
         self._swap = self._swap_folder()
         config = self._config()
         self._gain = context.world_size * context.batch.gradient_accumulation_steps
         dtype = DTYPES[context.run.precision.compute]
         self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
-        model = self._build()
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=model,
-            model_parameters=decay_groups(model, weight_decay=context.run.optimizer.weight_decay),
-            config=config,
-            dist_init_required=False,
-        )
+        self._initialize(self._build(), config)
         self.module = self._engine.module
         self._check_swap()
 
@@ -133,14 +109,7 @@ class DeepSpeedEngine(Engine):
             norm = self._unwrapped_norm()
             self._engine.step()
             self._check_swap()
-            return step_result(
-                self._engine,
-                own_sum.item(),
-                tokens=int(count.total()),
-                norm=norm,
-                preempted=preempted(),
-                device=self.device,
-            )
+            return self._step_result(own_sum.item(), tokens=int(count.total()), norm=norm, preempted=preempted())
 
     def _unwrapped_norm(self) -> float | None:
         """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
@@ -178,22 +147,6 @@ class DeepSpeedEngine(Engine):
             with deepspeed.zero.GatheredParameters([parameter], enabled=self._partitioning is not None):
                 value = parameter.detach().to("cpu", torch.float32, copy=True)
             yield name, value
-
-    def state_bytes(self) -> StateBytes:
-        """Count what is in memory, partitions as such; what lies on NVMe is not."""
-        return deepspeed_state_bytes(self._engine, device=self.device)
-
-    def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
-        save_checkpoint(self._engine, folder, context=self._context, device=self.device)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote at the same world size and stage.
-
-        Raises:
-            JobError: the folder holds no checkpoint of DeepSpeed.
-        """
-        load_checkpoint(self._engine, folder, context=self._context, device=self.device)
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks, the swap folder and the process group."""

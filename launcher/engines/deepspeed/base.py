@@ -1,4 +1,4 @@
-"""What DeepSpeed's engines share: environment, process group, Adam, step result, checkpoints."""
+"""The base of DeepSpeed's engines: environment, process group, Adam, step result, checkpoints."""
 
 from __future__ import annotations
 
@@ -8,22 +8,27 @@ import math
 import os
 import pickle
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from launcher.engines.base import StepResult
+from launcher.engines.base import Engine, StepResult
 from launcher.engines.checkpoint_io import explain_read_errors, load_rng, save_rng
 from launcher.engines.distributed import (
     all_ranks_agree,
+    choose_device,
+    disconnect,
     group_timeout,
     join_group,
     ranks_with_nonfinite,
     sum_over_ranks,
 )
+from launcher.engines.model_state import deepspeed_state_bytes
+from launcher.engines.optimizer import decay_groups
 from launcher.errors import EXIT_BAD_INPUT, EnvironmentProblem, JobError
 from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, read_build_outcome
 from launcher.utils.build_cache import quote_torch_library_path
@@ -31,10 +36,92 @@ from launcher.utils.build_cache import quote_torch_library_path
 if TYPE_CHECKING:
     from launcher.config.parallel.zero import Zero
     from launcher.engines.context import Context
+    from launcher.profiling.performance import StepClock
+    from launcher.protocol.plan import StateBytes
 
 
 _SETUPTOOLS_MESSAGES = ("Distutils was imported before Setuptools", "Setuptools is replacing distutils")
 """What setuptools warns of when torch imports it to load an operator, after something imported distutils."""
+
+
+_TAG = "deepspeed"
+"""Of its checkpoints."""
+
+
+class DeepSpeedEngineBase(Engine):
+    """An engine around one of DeepSpeed's own: its process group, its checkpoints, its memory."""
+
+    _engine: Any
+
+    def __init__(self, context: Context, clock: StepClock) -> None:
+        prepare_environment(context)
+        import deepspeed  # noqa: F401  (after its environment, before its process group)
+
+        silence_deepspeed_log()
+        self._clock, self._context = clock, context
+        self.device = choose_device(context.local_rank)
+        connect_deepspeed(context, device=self.device)
+        allow_fp16(self.device)
+
+    def _initialize(self, model: nn.Module, config: Mapping[str, Any]) -> None:
+        """Build DeepSpeed's engine around a model."""
+        import deepspeed
+
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=model,
+            model_parameters=decay_groups(model, weight_decay=self._context.run.optimizer.weight_decay),
+            config=dict(config),
+            dist_init_required=False,
+        )
+
+    def _step_result(self, own_sum: float, *, tokens: int, norm: float | None, preempted: bool) -> StepResult:
+        """Return the result of a step that DeepSpeed has taken, the same on every rank.
+
+        Args:
+            own_sum: the loss summed over this rank's tokens.
+            tokens: with a label in the global batch.
+            norm: of the gradient, where DeepSpeed computes none.
+            preempted: whether this rank is preempted.
+        """
+        skipped = not self._engine.was_step_applied()
+        total, num_preempted = sum_over_ranks([own_sum, float(preempted)], device=self.device)
+        loss = total / tokens if tokens else math.nan
+        if norm is None and not skipped:
+            norm = float(self._engine.get_global_grad_norm())
+        return StepResult(
+            loss=loss,
+            grad_norm=None if skipped else norm,
+            tokens=tokens,
+            skipped=skipped,
+            nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum, device=self.device),
+            preempted=num_preempted > 0,
+        )
+
+    def state_bytes(self) -> StateBytes:
+        """Count what is in memory: partitions as such, nothing that lies on NVMe."""
+        return deepspeed_state_bytes(self._engine, device=self.device)
+
+    def save(self, folder: Path) -> None:
+        """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        save_rng(folder, rank=self._context.rank, device=self.device)
+
+    def load(self, folder: Path) -> None:
+        """Read what ``save`` wrote at the same world size, stages and cut.
+
+        Raises:
+            JobError: the folder holds no checkpoint of DeepSpeed, or objects that could run code; exit code 65.
+        """
+        with explain_read_errors(folder / _TAG), deepspeed_tensors_only():
+            loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG)
+        if loaded is None:
+            raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
+        load_rng(folder, rank=self._context.rank, device=self.device)
+
+    def close(self) -> None:
+        """Release DeepSpeed's buffers and hooks, and the process group."""
+        self._engine.destroy()
+        disconnect()
 
 
 def prepare_environment(context: Context) -> None:
@@ -107,56 +194,6 @@ def _reason(adam: str, *, wanted: bool, native: bool) -> str:
     outcome = read_build_outcome(ops_folder(), adam)
     why = outcome.why if outcome and outcome.why else "it is not built on every host"
     return f"torch's fused AdamW in place of DeepSpeed's {adam}: {why}"
-
-
-_TAG = "deepspeed"
-
-
-def step_result(
-    engine: Any, own_sum: float, *, tokens: int, norm: float | None, preempted: bool, device: torch.device
-) -> StepResult:
-    """Return what all ranks make of a step that DeepSpeed has just taken.
-
-    Args:
-        engine: DeepSpeed's.
-        own_sum: the loss summed over this rank's tokens.
-        tokens: with a label in the global batch.
-        norm: of the gradient, where DeepSpeed computes none.
-        preempted: whether this rank has been asked to leave.
-        device: of this rank.
-    """
-    skipped = not engine.was_step_applied()
-    total, num_preempted = sum_over_ranks([own_sum, float(preempted)], device=device)
-    loss = total / tokens if tokens else math.nan
-    if norm is None and not skipped:
-        norm = float(engine.get_global_grad_norm())
-    return StepResult(
-        loss=loss,
-        grad_norm=None if skipped else norm,
-        tokens=tokens,
-        skipped=skipped,
-        nonfinite_ranks=() if math.isfinite(loss) else ranks_with_nonfinite(own_sum, device=device),
-        preempted=num_preempted > 0,
-    )
-
-
-def save_checkpoint(engine: Any, folder: Path, *, context: Context, device: torch.device) -> None:
-    """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
-    engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-    save_rng(folder, rank=context.rank, device=device)
-
-
-def load_checkpoint(engine: Any, folder: Path, *, context: Context, device: torch.device) -> None:
-    """Read what ``save_checkpoint`` wrote at the same world size, stage and cut.
-
-    Raises:
-        JobError: the folder holds no checkpoint of DeepSpeed, or objects that could run code; exit code 65.
-    """
-    with explain_read_errors(folder / _TAG), deepspeed_tensors_only():
-        loaded, _ = engine.load_checkpoint(str(folder), tag=_TAG)
-    if loaded is None:
-        raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
-    load_rng(folder, rank=context.rank, device=device)
 
 
 def _enum_member(kind: Any, name: Any) -> enum.Enum:

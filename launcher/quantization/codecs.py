@@ -2,43 +2,56 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from launcher.config.quantization import Int4Weight, Nf4, Quantization
-from launcher.quantization.int4 import Int4Codec, Int4Linear
+from launcher.errors import ConfigError
+from launcher.quantization.int4 import Int4Linear, quantize_int4
 
 
-class LayerCodec(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class StoredLayer:
+    """A quantized layer in a file."""
+
+    name: str
+    size: tuple[int, int]
+    """Outputs and inputs."""
+    bias: nn.Parameter | None
+    read: Callable[[str], Tensor]
+    """Return a tensor of the file by its name; a KeyError names a missing one."""
+    metadata: Mapping[str, str]
+
+
+class LayerCodec(ABC):
     """Quantize layers, split them into tensors for files, and restore them."""
 
-    def check(self, name: str, in_features: int, *, option: str) -> None:
+    def check(self, name: str, in_features: int, *, option: str) -> None:  # noqa: B027  (most methods take any size)
         """Raise a ConfigError for a layer whose size does not fit; ``option`` chose the method."""
 
+    @abstractmethod
     def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the quantized layer that replaces one in floats."""
 
+    @abstractmethod
     def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors that files hold of a layer without its bias, and their metadata."""
 
+    @abstractmethod
     def owns(self, name: str, stored: str) -> bool:
         """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
 
-    def restore(
-        self,
-        name: str,
-        size: tuple[int, int],
-        bias: nn.Parameter | None,
-        read: Callable[[str], Tensor],
-        metadata: Mapping[str, str],
-    ) -> nn.Module:
-        """Return the stored layer of ``size`` (outputs, inputs); a KeyError names a missing tensor."""
+    @abstractmethod
+    def restore(self, stored: StoredLayer) -> nn.Module:
+        """Return the layer of a file."""
 
 
-class AoCodec:
+class AoCodec(LayerCodec):
     """Codec of torchao's methods, in the format that Transformers loads too."""
 
     def __init__(self, method: Quantization) -> None:
@@ -59,9 +72,6 @@ class AoCodec:
         }[self._kind]
         return made(set_inductor_config=False)  # which would change the compiler for everything else
 
-    def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Accept any size: there is a scale for each output."""
-
     def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the layer with its weight quantized."""
         from torchao.quantization import quantize_
@@ -81,28 +91,22 @@ class AoCodec:
         """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
         return stored.startswith(f"{name}._weight_")
 
-    def restore(
-        self,
-        name: str,
-        size: tuple[int, int],
-        bias: nn.Parameter | None,
-        read: Callable[[str], Tensor],
-        metadata: Mapping[str, str],
-    ) -> nn.Module:
-        """Return the stored layer."""
+    def restore(self, stored: StoredLayer) -> nn.Module:
+        """Return the layer of a file."""
         import json
 
         from torchao.prototype.safetensors.safetensors_support import unflatten_tensor_state_dict
 
-        weight = f"{name}.weight"
-        about = metadata[weight]
-        parts = json.loads(about)["_tensor_data_names"]
-        tensors = {f"{name}._weight_{part}": read(f"{name}._weight_{part}") for part in parts}
+        weight = f"{stored.name}.weight"
+        about = stored.metadata[weight]
+        names = [f"{stored.name}._weight_{part}" for part in json.loads(about)["_tensor_data_names"]]
+        tensors = {name: stored.read(name) for name in names}
         whole, left = unflatten_tensor_state_dict(tensors, {weight: about, "tensor_names": json.dumps([weight])})
         assert not left, f"torchao made nothing of {list(left)}"
-        layer = nn.Linear(size[1], size[0], bias=bias is not None, device="meta")
+        outputs, inputs = stored.size
+        layer = nn.Linear(inputs, outputs, bias=stored.bias is not None, device="meta")
         layer.weight = nn.Parameter(whole[weight], requires_grad=False)
-        layer.bias = bias
+        layer.bias = stored.bias
         return layer
 
 
@@ -111,11 +115,8 @@ _NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
 _NF4_TENSORS = ("weight", "weight.absmax", "weight.quant_map", _NF4_STATE)
 
 
-class Nf4Codec:
-    """Codec of ``nf4``, in the format that Transformers loads too."""
-
-    def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Accept any size: blocks continue from one output to the next."""
+class Nf4Codec(LayerCodec):
+    """Codec of ``nf4``, in the format that Transformers loads too: blocks continue from one output to the next."""
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the quantized layer that replaces one in floats."""
@@ -135,20 +136,14 @@ class Nf4Codec:
         """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
         return stored in {f"{name}.{key}" for key in _NF4_TENSORS}
 
-    def restore(
-        self,
-        name: str,
-        size: tuple[int, int],
-        bias: nn.Parameter | None,
-        read: Callable[[str], Tensor],
-        metadata: Mapping[str, str],
-    ) -> nn.Module:
-        """Return the stored layer."""
+    def restore(self, stored: StoredLayer) -> nn.Module:
+        """Return the layer of a file."""
         from bitsandbytes.nn import Params4bit
 
-        tables = {key: read(f"{name}.{key}") for key in _NF4_TENSORS[1:]}
-        weight = Params4bit.from_prequantized(read(f"{name}.weight"), tables, requires_grad=False, device="cpu")
-        return _nf4_layer(weight, bias, size)
+        packed, *tables = (stored.read(f"{stored.name}.{key}") for key in _NF4_TENSORS)
+        state = dict(zip(_NF4_TENSORS[1:], tables, strict=True))
+        weight = Params4bit.from_prequantized(packed, state, requires_grad=False, device="cpu")
+        return _nf4_layer(weight, stored.bias, stored.size)
 
 
 def _nf4_layer(weight: Tensor, bias: nn.Parameter | None, size: tuple[int, int]) -> nn.Module:
@@ -160,6 +155,48 @@ def _nf4_layer(weight: Tensor, bias: nn.Parameter | None, size: tuple[int, int])
     weight.module = layer
     layer.weight, layer.bias, layer.quant_state = weight, bias, weight.quant_state
     return layer
+
+
+_INT4_TENSORS = ("qdata", "scale", "zero")
+
+
+class Int4Codec(LayerCodec):
+    """Codec of ``int4_weight``."""
+
+    def __init__(self, method: Int4Weight) -> None:
+        self._group = method.group_size
+
+    def check(self, name: str, in_features: int, *, option: str) -> None:
+        """Raise for a layer whose inputs do not fill groups.
+
+        Raises:
+            ConfigError: naming the layer and a size that fits it.
+        """
+        if in_features % self._group:
+            fitting = [size for size in (128, 64, 32, 16, 8, 4, 2) if in_features % size == 0]
+            why = f"{name} has {in_features} inputs, which groups of {self._group} do not fill"
+            fix = f"set quantization.group_size={fitting[0]}, or " if fitting else ""
+            fix += f"leave it as it is with 'quantization.skip=[\"{name}\"]'"
+            if option == "quantization":
+                raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
+            raise ConfigError(option, Int4Weight.kind, why=why, fix=f"keep weights by job=quantize first: {fix}")
+
+    def quantize(self, layer: nn.Linear) -> nn.Module:
+        """Return the quantized layer that replaces one in floats."""
+        return quantize_int4(layer, group_size=self._group)
+
+    def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Return the tensors that files hold of a layer without its bias, and their metadata."""
+        return {f"{name}.{key}": getattr(layer, key) for key in _INT4_TENSORS}, {}
+
+    def owns(self, name: str, stored: str) -> bool:
+        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
+        return stored in {f"{name}.{key}" for key in _INT4_TENSORS}
+
+    def restore(self, stored: StoredLayer) -> nn.Module:
+        """Return the layer of a file."""
+        qdata, scale, zero = (stored.read(f"{stored.name}.{key}") for key in _INT4_TENSORS)
+        return Int4Linear(qdata, scale, zero, stored.bias)
 
 
 def codec_of(method: Quantization) -> LayerCodec:

@@ -11,7 +11,7 @@ from torch import nn
 
 from launcher.config.quantization import QuantizationManifest
 from launcher.errors import ConfigError
-from launcher.quantization.codecs import codec_of, is_quantized
+from launcher.quantization.codecs import StoredLayer, codec_of, is_quantized
 from launcher.quantization.layers import as_linear, matrix_size, quantized_targets, replace_layer
 
 if TYPE_CHECKING:
@@ -79,7 +79,8 @@ class Restorer:
         for name in _within(self.names, part):
             try:
                 bias = self._model.get_submodule(name).bias
-                layer = self._codec.restore(name, self._sizes[name], bias, read, metadata)
+                stored = StoredLayer(name=name, size=self._sizes[name], bias=bias, read=read, metadata=metadata)
+                layer = self._codec.restore(stored)
             except KeyError as missing:
                 why = f"{self._folder} does not hold {missing.args[0]} of the quantized layer {name}"
                 fix = "quantize the model again: job=quantize"

@@ -1,25 +1,19 @@
-"""4-bit weights in groups: a layer that computes with them, and its codec.
+"""4-bit weights in groups: a layer that computes with them, and how a layer gets them.
 
 torchao has no stable format for them that a CPU computes with and that can be saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-
-from launcher.config.quantization import Int4Weight
-from launcher.errors import ConfigError
 
 LEVELS = 15
 ZERO_STEPS = 16
 """Zero points are kept in sixteenths of a step: as finely as a byte allows, and twice as finely as errors show."""
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
 """Shares of a group's range that are tried: clipping the ends often loses less than coarser steps do."""
-_STORED = ("qdata", "scale", "zero")
 
 
 class Int4Linear(nn.Module):  # type: ignore[misc]
@@ -66,67 +60,26 @@ def levels(qdata: Tensor) -> Tensor:
     return torch.stack((qdata & 0xF, qdata >> 4), dim=-1).flatten(-2)
 
 
-class Int4Codec:
-    """Codec of ``int4_weight``."""
-
-    def __init__(self, method: Int4Weight) -> None:
-        self._group = method.group_size
-
-    def check(self, name: str, in_features: int, *, option: str) -> None:
-        """Raise for a layer whose inputs do not fill groups.
-
-        Raises:
-            ConfigError: naming the layer and a size that fits it.
-        """
-        if in_features % self._group:
-            fitting = [size for size in (128, 64, 32, 16, 8, 4, 2) if in_features % size == 0]
-            why = f"{name} has {in_features} inputs, which groups of {self._group} do not fill"
-            fix = f"set quantization.group_size={fitting[0]}, or " if fitting else ""
-            fix += f"leave it as it is with 'quantization.skip=[\"{name}\"]'"
-            if option == "quantization":
-                raise ConfigError("quantization.group_size", self._group, why=why, fix=fix)
-            raise ConfigError(option, Int4Weight.kind, why=why, fix=f"keep weights by job=quantize first: {fix}")
-
-    def quantize(self, layer: nn.Linear) -> nn.Module:
-        """Return the quantized layer that replaces one in floats."""
-        weight = layer.weight.detach().float().view(layer.out_features, -1, self._group)
-        low, high = (edge(dim=-1, keepdim=True) for edge in (weight.amin, weight.amax))
-        low, high = low.clamp(max=0.0), high.clamp(min=0.0)
-        best, kept = torch.full_like(low, torch.inf), None
-        for share in _SHRUNK:
-            scale = ((high - low) * share / LEVELS).to(torch.float16)
-            scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal)
-            zero = (-low * share / scale.float() * ZERO_STEPS).round().clamp(0, LEVELS * ZERO_STEPS)
-            q = (weight / scale.float() + zero / ZERO_STEPS).round().clamp(0, LEVELS)
-            error = ((q - zero / ZERO_STEPS) * scale.float() - weight).square().sum(dim=-1, keepdim=True)
-            if kept is None:
-                kept, best = (q, scale, zero), error
-                continue
-            better = error < best
-            best = torch.where(better, error, best)
-            kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, zero), kept, strict=True))
-        assert kept is not None, "there are shares to try"
-        q, scale, zero = kept
-        pairs = q.view(layer.out_features, -1, 2).to(torch.uint8)
-        qdata = pairs[..., 0] | (pairs[..., 1] << 4)
-        return Int4Linear(qdata, scale[..., 0].contiguous(), zero[..., 0].to(torch.uint8), layer.bias)
-
-    def tensors(self, name: str, layer: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors that files hold of a layer without its bias, and their metadata."""
-        return {f"{name}.{key}": getattr(layer, key) for key in _STORED}, {}
-
-    def owns(self, name: str, stored: str) -> bool:
-        """Return whether the stored tensor ``stored`` is part of the layer ``name``."""
-        return stored in {f"{name}.{key}" for key in _STORED}
-
-    def restore(
-        self,
-        name: str,
-        size: tuple[int, int],
-        bias: nn.Parameter | None,
-        read: Callable[[str], Tensor],
-        metadata: Mapping[str, str],
-    ) -> nn.Module:
-        """Return the stored layer."""
-        qdata, scale, zero = (read(f"{name}.{key}") for key in _STORED)
-        return Int4Linear(qdata, scale, zero, bias)
+def quantize_int4(layer: nn.Linear, *, group_size: int) -> Int4Linear:
+    """Return the layer with its weight in groups of ``group_size`` 4-bit values."""
+    weight = layer.weight.detach().float().view(layer.out_features, -1, group_size)
+    low, high = (edge(dim=-1, keepdim=True) for edge in (weight.amin, weight.amax))
+    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    best, kept = torch.full_like(low, torch.inf), None
+    for share in _SHRUNK:
+        scale = ((high - low) * share / LEVELS).to(torch.float16)
+        scale = scale.clamp(min=torch.finfo(torch.float16).smallest_normal)
+        zero = (-low * share / scale.float() * ZERO_STEPS).round().clamp(0, LEVELS * ZERO_STEPS)
+        q = (weight / scale.float() + zero / ZERO_STEPS).round().clamp(0, LEVELS)
+        error = ((q - zero / ZERO_STEPS) * scale.float() - weight).square().sum(dim=-1, keepdim=True)
+        if kept is None:
+            kept, best = (q, scale, zero), error
+            continue
+        better = error < best
+        best = torch.where(better, error, best)
+        kept = tuple(torch.where(better, new, old) for new, old in zip((q, scale, zero), kept, strict=True))
+    assert kept is not None, "there are shares to try"
+    q, scale, zero = kept
+    pairs = q.view(layer.out_features, -1, 2).to(torch.uint8)
+    qdata = pairs[..., 0] | (pairs[..., 1] << 4)
+    return Int4Linear(qdata, scale[..., 0].contiguous(), zero[..., 0].to(torch.uint8), layer.bias)

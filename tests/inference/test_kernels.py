@@ -20,8 +20,7 @@ from launcher.inference.engine.paged_engine import paged_engine_for
 from launcher.inference.engine.step_plan import Segment, StepPlan
 from launcher.inference.kernels.layers import NativeLinear, replace_layers
 from launcher.inference.kernels.native import NativeAttention, PackedMatrix, Scratch, is_packable, pack_layers
-from launcher.quantization.codecs import AoCodec
-from launcher.quantization.int4 import Int4Codec
+from launcher.quantization.codecs import AoCodec, Int4Codec
 from tests.inference.models import stock
 
 SMALL = {

@@ -20,9 +20,9 @@ from launcher.config.quantization import METHODS, Int4Weight, Int8Weight, Quanti
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.models.build import build_model
 from launcher.models.weights import save_model_folder
-from launcher.quantization.codecs import codec_of, is_quantized, quantized_layers
+from launcher.quantization.codecs import Int4Codec, codec_of, is_quantized, quantized_layers
 from launcher.quantization.folder import save_quantized
-from launcher.quantization.int4 import Int4Codec, Int4Linear
+from launcher.quantization.int4 import Int4Linear
 from launcher.quantization.layers import LAYERS, bf16_bytes, bytes_by_group, matrices
 
 from .reload import digest_of

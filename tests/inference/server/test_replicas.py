@@ -90,7 +90,7 @@ def test_an_engine_that_hangs_is_not_ready_and_started_anew(serve: Start) -> Non
     for number, answer in enumerate(answers):
         assert answer.result().json()["choices"][0]["text"] == expected(number, 100)
     assert served.ready()
-    assert "has done nothing for" in served.output
+    assert "has made no progress for" in served.output
 
 
 def test_an_idle_engine_that_dies_comes_back(serve: Start) -> None:
@@ -176,7 +176,7 @@ def test_a_port_that_is_taken_meanwhile(serve: Start) -> None:
     second = serve(*SLOW, f"job.port={first.port}", wait=False)
     assert second.process.wait(60) != 0
     assert f"job.port={first.port}" in second.output
-    assert "free one" in second.output
+    assert "set job.port to another port" in second.output
 
 
 def test_before_it_is_ready_it_says_so(serve: Start) -> None:

@@ -51,8 +51,11 @@ FORKED_PROGRAMS = "programs"
 """Name of the folder of programs that are forked too."""
 
 MODULES = (
+    "hydra",
+    "launcher.backends.local",
     "launcher.cli.run",
     "launcher.cli.resume",
+    "launcher.supervision.session",
     "launcher.supervision.agent_entry",
     "launcher.jobs.torchrun",
     "launcher.jobs.rank",

@@ -3,29 +3,42 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from launcher.utils.system import free_port
+from tests.conftest import Start
 
 WORKER = Path(__file__).with_name("spread_worker.py")
 
 
-@cache
-def served(world_size: int, *words: str) -> str:
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
-    ranks = []
-    for rank in range(world_size):
-        env = {**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        command = [sys.executable, str(WORKER), *words]
-        ranks.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, outputs
-    return next(line for line in outputs[0].splitlines() if line.startswith("found"))
+Serve = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def served(preloading: Start, tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Return what a model on so many ranks generates; the ranks are forked from a process that has imported torch."""
+
+    @cache
+    def serve(world_size: int, *words: str) -> str:
+        folder = tmp_path_factory.mktemp("ranks")
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+        ranks, logs = [], [folder / str(rank) for rank in range(world_size)]
+        for rank, log in enumerate(logs):
+            env = {**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+            with log.open("wb") as output:
+                command = [sys.executable, str(WORKER), *words]
+                ranks.append(preloading(command, cwd=folder, env=env, stdout=output, stderr=output))
+        codes = [rank.wait(300) for rank in ranks]
+        outputs = [log.read_text() for log in logs]
+        assert codes == [0] * world_size, outputs
+        return next(line for line in outputs[0].splitlines() if line.startswith("found"))
+
+    return serve
 
 
 @pytest.mark.parametrize(
@@ -38,6 +51,6 @@ def served(world_size: int, *words: str) -> str:
     ids=["slices", "stages", "gpt2"],
 )
 def test_ranks_with_parts_of_a_model_generate_what_one_with_all_does(
-    model: str, ranks: int, parallel: tuple[str, ...]
+    served: Serve, model: str, ranks: int, parallel: tuple[str, ...]
 ) -> None:
     assert served(ranks, f"model={model}", *parallel) == served(1, f"model={model}", "parallel=single")

@@ -43,27 +43,15 @@ _NOT_THE_TESTS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "COLUMNS", "LINES")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, at an import that collecting the tests already makes
 
 _LONGEST_FIRST = (
-    *(
-        "backends/test_ssh.py",
-        "backends/test_deepspeed.py",
-        "backends/kubernetes/test_runs.py",
-        "backends/slurm/test_runs.py",
-    ),
-    *("engines/test_sharding.py", "engines/test_deepspeed_pipeline.py", "quantization/test_layers.py"),
-    *(
-        "jobs/test_generate.py",
-        "jobs/test_quantize.py",
-        "training/test_train.py",
-        "scripts/test_faults.py",
-        "jobs/test_verify.py",
-    ),
-    *("engines/test_parity.py", "benchmarks/test_attention.py", "engines/test_half_precision.py"),
-    *("training/test_preemption.py", "engines/test_offload.py", "engines/test_nvme.py", "engines/test_pipeline.py"),
-    *("jobs/test_serve.py", "backends/test_unshared.py", "benchmarks/test_serving.py", "benchmarks/test_memory.py"),
-    *("benchmarks/test_quantization.py", "jobs/test_evaluate.py", "scripts/test_serving_soak.py", "test_main_job.py"),
-    *("benchmarks/test_batching.py", "benchmarks/test_checkpoint.py", "doctor/test_faults.py"),
-    *("backends/test_local.py", "profiling/test_profiling.py", "cli/test_cancel.py", "inference/server/test_real.py"),
-    "supervision/test_full_disk.py",
+    *("backends/test_ssh.py", "backends/test_deepspeed.py", "backends/slurm/test_runs.py"),
+    *("engines/test_pipeline.py", "backends/kubernetes/test_runs.py", "engines/test_parity.py"),
+    *("quantization/test_layers.py", "engines/test_sharding.py", "backends/test_unshared.py", "test_main_job.py"),
+    *("scripts/test_gpu_check.py", "scripts/test_faults.py", "engines/test_deepspeed_pipeline.py"),
+    *("benchmarks/test_attention.py", "benchmarks/test_quantization.py", "engines/test_half_precision.py"),
+    *("jobs/test_serve.py", "profiling/test_profiling.py", "training/test_preemption.py", "training/test_train.py"),
+    *("benchmarks/test_serving.py", "scripts/test_serving_soak.py", "benchmarks/test_activation.py"),
+    *("doctor/test_faults.py", "inference/server/test_real.py", "jobs/test_generate.py", "engines/test_offload.py"),
+    *("jobs/test_verify.py", "jobs/test_quantize.py", "jobs/test_evaluate.py", "supervision/test_stall_torch.py"),
 )
 """Files of tests that take longest, by the time of ``pytest --durations 0``."""
 

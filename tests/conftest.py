@@ -139,7 +139,6 @@ class Launched:
     stdout: str
     stderr: str
     cwd: Path
-    seconds: float
 
     @property
     def output(self) -> str:
@@ -189,15 +188,12 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
         command: tuple[str, ...] = (sys.executable, "-m", "launcher"),
     ) -> Launched:
         mark = new_mark()
-        started = time.monotonic()
-        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
 
             def printed() -> tuple[str, ...]:
-                texts = []
                 for stream in (stdout, stderr):
                     stream.seek(0)
-                    texts.append(stream.read().decode())
-                return tuple(texts)
+                return stdout.read(), stderr.read()
 
             whole = marked_environment(mark, env)
             process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr)
@@ -207,11 +203,10 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
                 kill_marked(mark)
                 process.wait()
                 pytest.fail(f"still running after {timeout} s: {' '.join(arguments)}\n{''.join(printed())}")
-            seconds = time.monotonic() - started
             left = wait_for_marked(mark, seconds=10)
             kill_marked(mark)
             assert not left, f"processes left behind: {left}"
-            return Launched(process.returncode, *printed(), cwd, seconds)
+            return Launched(process.returncode, *printed(), cwd)
 
     return start
 
@@ -224,7 +219,6 @@ def launch_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     """
 
     def start(*arguments: str, env: Mapping[str, str] | None = None) -> Launched:
-        started = time.monotonic()
         with monkeypatch.context() as patch:
             patch.chdir(tmp_path)
             for name, value in (env or {}).items():
@@ -232,7 +226,7 @@ def launch_in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
             capsys.readouterr()
             code = main(arguments)
         printed = capsys.readouterr()
-        return Launched(code, printed.out, printed.err, tmp_path, time.monotonic() - started)
+        return Launched(code, printed.out, printed.err, tmp_path)
 
     return start
 
@@ -361,7 +355,7 @@ Start = Callable[..., Started]
 
 
 def start_interpreter(
-    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
+    command: Sequence[str], *, cwd: Path, env: Mapping[str, str], stdout: IO[Any], stderr: IO[Any]
 ) -> Started:
     """Start a program in a session of its own, with nothing to read."""
     streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}

@@ -111,8 +111,8 @@ class PreloadingProcess:
         *,
         cwd: Path,
         env: Mapping[str, str],
-        stdout: IO[bytes],
-        stderr: IO[bytes],
+        stdout: IO[Any],
+        stderr: IO[Any],
     ) -> ForkedProcess:
         """Fork ``python COMMAND``, which is ``-m`` and a module, or a program, in a session of its own."""
         ours, its = socket.socketpair()

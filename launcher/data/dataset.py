@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from launcher.config.data.base import Corpus, Data, Synthetic
+from launcher.config.data.base import STREAM_LAYOUT, Corpus, Data, Synthetic
 from launcher.config.model.base import Model
 from launcher.data.token_cache import token_folder
 from launcher.errors import ConfigError
@@ -62,7 +62,7 @@ def open_stream(folder: Path) -> TokenStream:
     The folder's ``stream.json`` says where in the Arrow file the tokens lie, so that opening needs neither
     ``datasets`` nor pyarrow, which take longer to import than everything else here.
     """
-    layout = read_json(folder / "stream.json")
+    layout = read_json(folder / STREAM_LAYOUT)
     dtype = np.dtype(layout["dtype"])
     whole = np.memmap(folder / layout["file"], mode="r", dtype=np.uint8)
     return TokenStream([whole[start : start + size * dtype.itemsize].view(dtype) for start, size in layout["segments"]])

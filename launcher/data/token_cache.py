@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from launcher.config.data.base import Corpus, TextChunk
+from launcher.config.data.base import STREAM_LAYOUT, Corpus, TextChunk
 from launcher.config.data.bpe import END, train_byte_level_bpe
 from launcher.config.model.base import Model
 from launcher.data.corpus import read_corpus
@@ -38,7 +38,7 @@ def read_bpe(file: Path) -> FastTokenizer:
 
 
 _FORMAT = 1
-_TOKENS, _LAYOUT, _TOKENIZER = "tokens.arrow", "stream.json", "tokenizer.json"
+_TOKENS, _TOKENIZER = "tokens.arrow", "tokenizer.json"
 _GENERATION = "generation_config.json"
 _PIECES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
@@ -115,7 +115,8 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartb
             writer.write_batch({"tokens": rows})
             heartbeat()
         writer.finalize()
-    write_json(folder / _LAYOUT, {"file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)})
+    layout = {"source": data.fingerprint(), "file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)}
+    write_json(folder / STREAM_LAYOUT, layout)
 
 
 def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:

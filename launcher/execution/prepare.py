@@ -9,7 +9,7 @@ from pathlib import Path
 
 from launcher.config.compose import Composition
 from launcher.config.paths import validate_path
-from launcher.config.run import Run
+from launcher.config.run import Run, default_run_name
 from launcher.config.snapshot import dump_run
 from launcher.config.validate import validate_overrides_used
 from launcher.errors import ConfigError, ConfigErrors
@@ -78,11 +78,14 @@ def _unreachable(run: Run) -> Iterator[ConfigError]:
 
     The other checks ask only whether a path exists.
     """
+    refused = set()
     for option, value in run.paths():
         is_here = run.backend.shares_paths or option in ("run.root", "run.dir")
         if is_here and option not in _PATHS_OF_HOSTS and (problem := validate_path(option, value)):
+            refused.add(option)
             yield problem
-    if not run.run.dir and not validate_path("run.root", run.run.root):
+    follows_model = "model.name" in refused and run.run.name == default_run_name(run.model.name)
+    if not run.run.dir and "run.root" not in refused and not follows_model:
         problem = validate_path("run.name", str(Path(run.run.root) / run.run.name / _LONGEST_ID))
         root = Path(run.run.root)
         if exists(root) and not is_folder(root):

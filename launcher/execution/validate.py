@@ -9,26 +9,21 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from launcher.checkpoint.manifest import model_folder_damage
 from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
-from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
-from launcher.config.model.base import tokenizer_alternative, validate_tokenizer_folder
-from launcher.config.model.hf import Hf
 from launcher.config.parallel.zero import Zero
 from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import read_snapshot
 from launcher.config.validate import validate_quantized_weights
 from launcher.errors import ConfigError
+from launcher.execution.validate_inputs import validate_inputs
 from launcher.planning.planner import estimate_memory
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
-from launcher.utils.files import exists
-from launcher.utils.hub import HUB_NAME, validate_hub_fetch
 from launcher.utils.text import bytes_text
 
 _CAP_IPC_LOCK = 14
@@ -51,19 +46,11 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
     world_size = sum(host.slots for host in hosts)
     yield from run.job.validate_machine(run, RunDir(run_dir))
     yield from _validate_quantization(run)
-    if isinstance(run.job, GeneratingJob):
-        yield from run.model.validate_machine()
-        if run.job.reads_data:
-            yield from run.data.validate_machine()
+    yield from validate_inputs(run, RunDir(run_dir), hosts=hosts)
+    if isinstance(run.job, BatchedJob) and run.job.resumes:
+        yield from _validate_checkpoint(run, RunDir(run_dir), world_size)
+    if isinstance(run.job, BatchedJob | GeneratingJob):
         yield from _validate_missing_tools(run, hosts)
-    if isinstance(run.job, BatchedJob):
-        yield from run.model.validate_machine()
-        yield from _validate_data(run, run.job)
-        if run.job.resumes:
-            yield from _validate_checkpoint(run, RunDir(run_dir), world_size)
-        yield from _validate_missing_tools(run, hosts)
-    yield from _validate_tokenizers(run, hosts)
-    yield from _validate_model_folders(run)
     yield from _validate_taken_port(run.backend)
     if isinstance(run.parallel, Zero) and run.parallel.nvme_path is not None:
         yield from _validate_unwritable("parallel.nvme_path", Path(run.parallel.nvme_path))
@@ -81,13 +68,6 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
         yield from validate_quantized_weights(
             run, "model.weights", folder, instead="give weights that are not quantized"
         )
-
-
-def _validate_data(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
-    problems = list(run.data.validate_machine())
-    yield from problems
-    if not problems and isinstance(run.data, Corpus):
-        yield from run.data.validate_length(job.sequence_length)
 
 
 def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator[ConfigError]:
@@ -139,67 +119,6 @@ def path_warnings(run: Run, hosts: Sequence[Host]) -> Iterator[str]:
 
 def _warn(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _validate_tokenizers(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield missing tokenizers and weights that ranks would load, and an unreachable hub."""
-    fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
-    shape = run.model.shape()
-    num_rows = None if shape is None else shape.vocab_size
-    for option, choice in _tokenizers_of(run):
-        source: Path | str | None = Path(choice).expanduser()
-        if choice == "model":
-            try:
-                source = run.model.tokenizer_source()
-            except ConfigError as error:
-                yield ConfigError(option, choice, why=error.why, fix=f"set {tokenizer_alternative(option)}")
-                continue
-        elif not Path(choice).expanduser().is_dir():
-            source = choice
-        if isinstance(source, Path):
-            if source.is_dir():  # a missing folder is reported where it is named
-                yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows)
-        elif source is not None and fetches_here and HUB_NAME.fullmatch(source):
-            instead = f"set {tokenizer_alternative(option)}"
-            yield from validate_hub_fetch(option, choice, name=source, pattern="*token*", instead=instead)
-        elif source is not None and fetches_here and option == "job.tokenizer":
-            why = "is a file, not a folder" if exists(Path(source).expanduser()) else "there is no such folder"
-            fix = f"give a folder that save_pretrained wrote, or set {tokenizer_alternative(option)}"
-            yield ConfigError(option, choice, why=why, fix=fix)
-    source = run.model.pretrained_source() if run.model.weights == "pretrained" else None
-    if isinstance(source, str) and fetches_here and isinstance(run.job, BatchedJob | GeneratingJob):
-        option, value, instead = "model.weights", run.model.weights, "set model.weights=random"
-        if run.model.kind == "hf":
-            option, value, instead = "model.name", source, "choose a model that is here (model=smollm2_135m)"
-        yield from validate_hub_fetch(option, value, name=source, pattern="*.safetensors", instead=instead)
-
-
-def _validate_model_folders(run: Run) -> Iterator[ConfigError]:
-    """Yield checkpoint folders whose files differ from their checksums.
-
-    ``model.weights`` is left out: it has been resolved to an intact checkpoint.
-
-    That one has been resolved to an intact checkpoint.
-    """
-    named = [(option, choice, False) for option, choice in _tokenizers_of(run) if choice != "model"]
-    if isinstance(run.model, Hf) and run.model.is_local:
-        named.append(("model.name", run.model.name, run.model.weights == "pretrained"))
-    for option, choice, weights in named:
-        if damage := model_folder_damage(Path(choice).expanduser(), weights=weights):
-            fix = "name the folder of an intact checkpoint"
-            yield ConfigError(option, choice, why=f"is of a damaged checkpoint: {damage}", fix=fix)
-
-
-def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
-    """Yield the options that name a tokenizer for ranks to load, each with its value."""
-    choice = getattr(run.job, "tokenizer", None)
-    uses_data = isinstance(run.job, BatchedJob) or choice == "data"
-    trained_here = ("auto", "bpe", CHECKPOINT_TOKENIZER)  # or saved where validate_resume looks
-    if uses_data and isinstance(run.data, Corpus) and run.data.tokenizer not in trained_here:
-        yield "data.tokenizer", run.data.tokenizer
-    computes = not isinstance(run.job, GeneratingJob) or run.job.engine != "echo"
-    if choice is not None and choice not in ("data", "bytes") and computes:
-        yield "job.tokenizer", choice
 
 
 def _validate_missing_tools(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:

@@ -7,10 +7,12 @@ import os
 import re
 import socket
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.utils.files import exists
+from launcher.utils.text import shell_word
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """``org/model`` or, for the oldest, ``model``."""
@@ -21,8 +23,7 @@ _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second cop
 
 def cached_folder(name: str) -> Path | None:
     """Return the folder of a hub model in the local cache, ``None`` when it was never fetched. Stdlib only."""
-    home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "huggingface")
-    root = Path(os.environ.get("HF_HUB_CACHE") or Path(home, "hub")).expanduser()
+    root = Path(os.environ.get("HF_HUB_CACHE") or _home() / "hub").expanduser()
     repository = root / f"models--{name.replace('/', '--')}"
     try:
         commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
@@ -30,6 +31,11 @@ def cached_folder(name: str) -> Path | None:
         return None
     folder = repository / "snapshots" / commit
     return folder if folder.is_dir() else None
+
+
+def _home() -> Path:
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
 
 
 def validate_hub_fetch(option: str, value: str, *, name: str, pattern: str, instead: str) -> Iterator[ConfigError]:
@@ -52,10 +58,70 @@ def validate_hub_fetch(option: str, value: str, *, name: str, pattern: str, inst
         yield ConfigError(option, value, why=said, fix=fix)
 
 
+def validate_hub_name(
+    option: str, value: str, *, holds: str, is_such: Callable[[Path], bool], instead: str, takes_names: bool = True
+) -> ConfigError | None:
+    """Return why a value that is no folder on this machine cannot be used; ``None`` where the hub may have that name.
+
+    Args:
+        option: the option that takes a folder or a name.
+        value: of that option.
+        holds: what the folder must hold, for messages.
+        is_such: whether a folder holds that.
+        instead: what to do otherwise.
+        takes_names: whether the option takes names on the hub at all.
+    """
+    path, fix = Path(value).expanduser(), f"give a folder that holds {holds}, or {instead}"
+    if exists(path):
+        if is_such(path.parent):
+            folder = path.parent if path.is_absolute() else f"./{path.parent}" if path.parent.parts else "."
+            fix = f"set {option}={shell_word(str(folder))}"
+        return ConfigError(option, value, why="is a file, not a folder", fix=fix)
+    is_path = value.startswith(("/", "./", "../", "~")) or not takes_names
+    if not is_path and HUB_NAME.fullmatch(value):
+        return None
+    why = "there is no such folder" if is_path else "is neither a folder nor a name on the hub (org/model)"
+    seen_from = "" if path.is_absolute() else f" (seen from {Path.cwd()})"
+    return ConfigError(option, value, why=why + seen_from, fix=fix)
+
+
+def validate_dataset_fetch(option: str, name: str) -> Iterator[ConfigError]:
+    """Yield why a rank on this machine could not load a data set: it was never loaded, and the hub cannot be reached.
+
+    Args:
+        option: the option that asks for it.
+        name: ``org/data``.
+    """
+    if _has_cached_dataset(name):
+        return
+    why = _unreachable("HF_DATASETS_OFFLINE")
+    if why is not None:
+        said = f"{name} is not in the local cache, and {why}"
+        fetch = f"hf download --repo-type dataset {name} --local-dir FOLDER"
+        yield ConfigError(
+            option, name, why=said, fix=f"run `{fetch}` where there is a network and set {option}=./FOLDER"
+        )
+
+
+def _has_cached_dataset(name: str) -> bool:
+    """Return whether ``datasets`` has prepared a data set of the hub, which it then loads without a network."""
+    root = Path(os.environ.get("HF_DATASETS_CACHE") or _home() / "datasets").expanduser()
+    *namespace, last = name.split("/")
+    snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", last)).lower()
+    try:
+        return any(path.is_dir() for path in (root / "___".join([*namespace, snake])).glob("*/*/*"))
+    except OSError:
+        return False
+
+
 @functools.cache
-def _unreachable() -> str | None:
-    """Return why the hub cannot be asked from this machine, ``None`` if it can, or if only a proxy could say."""
-    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+def _unreachable(*more: str) -> str | None:
+    """Return why the hub cannot be asked from this machine, ``None`` if it can, or if only a proxy could say.
+
+    Args:
+        more: variables, besides those of models, that forbid it.
+    """
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", *more):
         if os.environ.get(variable, "").upper() in ("1", "ON", "YES", "TRUE"):
             return f"{variable} is set"
     from urllib.request import getproxies  # a tenth of a plan's time, and most plans need no hub

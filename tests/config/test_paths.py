@@ -147,7 +147,7 @@ def test_a_file_as_the_folder_of_all_runs(folder):
 def test_a_tokenizer_that_is_no_folder(folder, path):
     (said,) = refused(["job=generate", f"job.tokenizer={folder}/{path}"])
     assert said.startswith(f"job.tokenizer={folder}/{path}: ")
-    assert said.endswith("give a folder that save_pretrained wrote, or set job.tokenizer=bytes")
+    assert said.endswith("give a folder that holds a tokenizer, or set job.tokenizer=bytes")
 
 
 def test_advice_for_a_model_folder_names_words_that_the_option_takes(folder):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.config.data.base import Data
+from launcher.config.data.bpe import count_folder_tokens, train_byte_level_bpe
 from launcher.config.data.files import expand
 from launcher.config.data.hf import HfData
 from launcher.config.data.text import Text
@@ -95,7 +96,6 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (problem,) = problems(Text(cache=f"{blocked}/cache"))
     assert problem.startswith(f"data.cache={blocked}/cache: {blocked} is not a folder that this user can write")
     assert not problems(Text(cache=str(tmp_path / "not" / "yet" / "there")))
-    assert "data.tokenizer=./nowhere" in problems(Text(tokenizer="./nowhere"))[0]
 
 
 LENGTH = 32
@@ -142,3 +142,19 @@ def test_with_another_tokenizer_only_what_no_tokenizer_could_mend_is_refused(tmp
     (tmp_path / "x.txt").write_text("large enough perhaps" * 4)
     assert not list(Text(path=f"{tmp_path}/x.txt", tokenizer="model").validate_length(LENGTH))
     assert not list(Text().validate_length(LENGTH))
+
+
+def test_the_plan_counts_with_a_tokenizer_on_this_machine(tmp_path: Path) -> None:
+    train_byte_level_bpe(["some words of a text"], vocab_size=260).save(str(tmp_path / "tokenizer.json"))
+    file = tmp_path / "x.txt"
+    file.write_text("many words of it, " * 4)
+    data = Text(path=str(file), tokenizer=str(tmp_path))
+    assert not list(data.validate_length(LENGTH))
+    (problem,) = data.validate_length(LENGTH, tokenizer=tmp_path)
+    counted = count_folder_tokens(tmp_path, [file.read_text()])
+    assert counted is not None
+    assert f"leaves 3 of {counted + 1} tokens to evaluate" in str(problem)
+    file.write_text("many words of it, " * 400)
+    assert not list(data.validate_length(LENGTH, tokenizer=tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert count_folder_tokens(tmp_path, ["a"]) is None

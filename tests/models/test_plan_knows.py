@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 
 from launcher.config.compose import compose
+from launcher.config.data.base import STREAM_LAYOUT, Corpus
+from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.job.verify import SelectedStrategies, Verify, select_strategies
 from launcher.config.model.hf import Hf
 from launcher.config.model.transformers_support import attention_support, causal_lm_types, parallel_plans, rope_types
@@ -251,8 +254,13 @@ def test_what_would_be_fetched_without_a_network_is_refused(tmp_path: Path, monk
     (line,) = refused("job=quantize", "model=gpt2", "quantization=int8_weight")
     assert line.startswith("job.tokenizer=model: openai-community/gpt2 is not in the local cache, and HF_HUB_OFFLINE")
     assert "set job.tokenizer=bytes" in line
-    lines = refused("model=hf", "model.name=org/model")
-    assert [line.partition("=")[0] for line in lines] == ["data.tokenizer", "model.name"]
+    (line,) = refused("model=hf", "model.name=org/model")
+    assert line.startswith("model.name=org/model: org/model is not in the local cache")
+    (line,) = refused("model=hf", "model.name=org/model", "model.weights=random", "data.tokenizer=bpe")
+    assert line.startswith("model.name=org/model: ")
+    words = ("job=benchmark", "benchmark=batching", "benchmark.tokenizer=bytes")
+    (line,) = refused(*words, "model=hf", "model.name=org/model", length=None)
+    assert line.startswith("model.name=org/model: ")
     fetched = tmp_path / "hub" / "models--org--model"
     model_folder(fetched.parent / "snapshot")
     (fetched / "refs").mkdir(parents=True)
@@ -262,6 +270,81 @@ def test_what_would_be_fetched_without_a_network_is_refused(tmp_path: Path, monk
     run = compose([*LOCAL, "job.sequence_length=32", "model=hf", "model.name=org/model"]).run
     assert not list(validate_machine(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
     hub._unreachable.cache_clear()
+
+
+def test_a_data_set_of_the_hub_without_a_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    hub._unreachable.cache_clear()
+    words = ("data=hf", "data.path=Org/WikiText", "data.vocab_size=999", f"data.cache={tmp_path}/tokens")
+    run = compose([*LOCAL, *words]).run
+    assert isinstance(run.data, Corpus)
+    (line,) = refused(*words)
+    assert line.startswith("data.path=Org/WikiText: Org/WikiText is not in the local cache, and HF_")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    hub._unreachable.cache_clear()
+    assert "HF_DATASETS_OFFLINE is set" in refused(*words)[0]
+    assert "`hf download --repo-type dataset Org/WikiText --local-dir FOLDER`" in line
+    assert refused("job=benchmark", "benchmark=data", *words, length=None)[0].startswith("data.path=Org/WikiText: ")
+    layout = tmp_path / "tokens" / "abc" / STREAM_LAYOUT
+    layout.parent.mkdir(parents=True)
+    layout.write_text(json.dumps({"source": run.data.fingerprint()}))
+    assert not list(validate_machine(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
+    layout.write_text("[]")
+    assert refused(*words)
+    (tmp_path / "datasets" / "Org___wiki_text" / "default" / "0.0.0" / "abc").mkdir(parents=True)
+    assert not list(validate_machine(run, tmp_path / "run", hosts=run.backend.hosts(max_ranks=1)))
+    (line,) = refused("data=hf", "data.path=a/b/c", "data.vocab_size=999")
+    assert "is neither a folder or file here nor a data set of the hub" in line
+    hub._unreachable.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ("model=hf", "model.name=a/config.json"),
+            "is a file, not a folder; set model.name=./a",
+        ),
+        (
+            ("model=hf", "model.name=notes"),
+            "is a file, not a folder; give a folder that holds a model",
+        ),
+        (("model=hf", "model.name=a/b/c"), "model.name=a/b/c: is neither a folder nor a name on the hub"),
+        (("model=hf", f"model.name=org/{'x' * 300}"), "a name in it has 300 bytes"),
+        (("data.tokenizer=a/tokenizer.json",), "is a file, not a folder; set data.tokenizer=./a"),
+        (
+            ("data.tokenizer=notes",),
+            "is a file, not a folder; give a folder that holds a tokenizer",
+        ),
+        (("data.tokenizer=a/b/c",), "data.tokenizer=a/b/c: is neither a folder nor a name on the hub"),
+        (("data.tokenizer=./nowhere",), "data.tokenizer=./nowhere: there is no such folder (seen from"),
+        (("job=generate", "job.tokenizer=a/tokenizer.json"), "is a file, not a folder; set job.tokenizer=./a"),
+        (("job=generate", "job.tokenizer=org/name"), "job.tokenizer=org/name: there is no such folder"),
+        (("job=serve", "job.tokenizer=nowhere"), "job.tokenizer=nowhere: there is no such folder"),
+        (("job=serve", "job.engine=echo", "job.tokenizer=notes"), "job.tokenizer=notes: is a file, not a folder"),
+    ],
+)
+def test_a_relative_path_that_cannot_be_used_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model_folder(tmp_path / "a")
+    (tmp_path / "notes").write_text("x")
+    (line,) = refused(*words, length=None if "job=" in words[0] else "job.sequence_length=32")
+    assert said in line
+
+
+def test_the_prompt_of_a_quantization_is_counted(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "own")
+    train_byte_level_bpe(["words"], vocab_size=260).save(str(folder / "tokenizer.json"))
+    words = ("job=quantize", "quantization=int8_weight", "model.max_position_embeddings=64", "job.rate_batches=[]")
+    (line,) = refused(*words, f"job.tokenizer={folder}", f"job.prompt={'many words ' * 9}", "job.sample_tokens=20")
+    assert re.match(
+        r"job\.prompt: has \d\d tokens, and gpt2_tiny takes at most 64 with the 20 of .*; shorten it$", line
+    )
+    (line,) = refused(*words, f"job.tokenizer={folder}", "job.prompt=many words", "job.sample_tokens=60")
+    assert line.endswith("; set job.sample_tokens=57"), line
 
 
 def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> None:

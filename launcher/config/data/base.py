@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from launcher.config.component import Component
-from launcher.config.data.bpe import count_tokens
+from launcher.config.data.bpe import count_folder_tokens, count_tokens
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.build_cache import default_cache_folder
+from launcher.utils.files import read_object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +34,10 @@ _MOST_TOKENS_OF_A_BYTE = 11
 _SHORTEST_SEQUENCE = 2
 CHECKPOINT_TOKENIZER = "checkpoint"
 """Value of ``data.tokenizer``: the tokenizer that was saved beside the weights a run resumes from."""
+STREAM_LAYOUT = "stream.json"
+"""File in a folder of the token cache: what was tokenised, and where the tokens lie."""
+
+
 SMALL_CHARS = 1 << 18
 """A corpus up to this size is read whole before anything starts."""
 
@@ -70,7 +75,7 @@ class Corpus(Data):
         yield from self.validate_minimum(257, "vocab_size")
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield a cache that cannot be written and a tokenizer folder that is not there."""
+        """Yield a cache that cannot be written."""
         there = self.cache_folder
         while not there.exists() and there != there.parent:
             there = there.parent
@@ -78,15 +83,16 @@ class Corpus(Data):
             why = f"{there} is not a folder that this user can write"
             fix = "set data.cache to one, or XDG_CACHE_HOME"
             yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
-        if self.tokenizer.startswith(("/", "./", "../", "~")) and not Path(self.tokenizer).expanduser().is_dir():
-            fix = "give a folder that save_pretrained wrote, or data.tokenizer=bpe"
-            yield self.error("tokenizer", "there is no such folder", fix)
 
-    def validate_length(self, sequence_length: int) -> Iterator[ConfigError]:
+    def validate_length(self, sequence_length: int, *, tokenizer: Path | None = None) -> Iterator[ConfigError]:
         """Yield why a small corpus holds no sequence to learn from or none to evaluate; larger ones ranks count.
 
-        The BPE is trained as a rank would, so the number is exact; another tokenizer is not loaded here, and makes at
-        most eleven tokens of a byte.
+        The BPE is trained as a rank would, so the number is exact. A tokenizer on this machine is loaded; one that a
+        rank fetches makes at most eleven tokens of a byte.
+
+        Args:
+            sequence_length: tokens in one sequence, its last label not counted.
+            tokenizer: folder of the one that the corpus does not train.
         """
         try:
             pieces = self.small_pieces()
@@ -95,12 +101,17 @@ class Corpus(Data):
             return
         if pieces is None:
             return
-        documents = sum(piece.ends_document for piece in pieces)
+        texts, documents = [piece.text for piece in pieces], sum(piece.ends_document for piece in pieces)
+        counted = None if tokenizer is None else count_folder_tokens(tokenizer, texts)
+        most = _MOST_TOKENS_OF_A_BYTE * sum(len(text.encode()) for text in texts) + documents
         if self.trains_tokenizer:
-            num_tokens = count_tokens([piece.text for piece in pieces], vocab_size=self.vocab_size) + documents
+            most = num_tokens = count_tokens(texts, vocab_size=self.vocab_size) + documents
+        elif counted is not None:
+            num_tokens = counted + documents
+            most = num_tokens + len(texts)  # Transformers may put a space before each
         else:
-            num_tokens = _MOST_TOKENS_OF_A_BYTE * sum(len(piece.text.encode()) for piece in pieces) + documents
-        if error := self.split_error(num_tokens, sequence_length):
+            num_tokens = most
+        if self.split_error(most, sequence_length) and (error := self.split_error(num_tokens, sequence_length)):
             yield error
 
     def split_error(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
@@ -127,6 +138,17 @@ class Corpus(Data):
             return self.error("held_out", f"leaves {held_out} of {num_tokens} tokens to evaluate, {takes}", fix)
         why = f"has {num_tokens} tokens, {train} to learn from and {held_out} to evaluate, {takes}"
         return ConfigError(self.source_option, why=why, fix=fix)
+
+    @property
+    def has_cached_tokens(self) -> bool:
+        """Whether tokens of this text are in the cache, under any tokenizer."""
+        return any(self._is_source_of(file) for file in self.cache_folder.glob(f"*/{STREAM_LAYOUT}"))
+
+    def _is_source_of(self, layout: Path) -> bool:
+        try:
+            return read_object(layout).get("source") == self.fingerprint()
+        except (OSError, ValueError):
+            return False
 
     @property
     def source_option(self) -> str:

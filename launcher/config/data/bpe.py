@@ -5,8 +5,10 @@ It stands on the ground floor because a plan counts the tokens of a small corpus
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -48,16 +50,41 @@ def count_tokens(texts: Sequence[str], *, vocab_size: int) -> int:
 
     It leaves no threads behind, which a process that forks later would warn about.
     """
+    with _without_threads():
+        tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
+        return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+
+
+@contextlib.contextmanager
+def _without_threads() -> Iterator[None]:
     before = os.environ.get(_TOKENIZERS_PARALLELISM)
     os.environ[_TOKENIZERS_PARALLELISM] = "false"
     try:
-        tokenizer = train_byte_level_bpe(texts, vocab_size=vocab_size)
-        return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        yield
     finally:
         if before is None:
             del os.environ[_TOKENIZERS_PARALLELISM]
         else:
             os.environ[_TOKENIZERS_PARALLELISM] = before
+
+
+def count_folder_tokens(folder: Path, texts: Sequence[str]) -> int | None:
+    """Return how many tokens the tokenizer of a folder makes of the texts; ``None`` where only a rank can count them.
+
+    Nothing is put before or after. It leaves no threads behind, as ``count_tokens``.
+    """
+    from tokenizers import Tokenizer
+
+    if not (folder / "tokenizer.json").is_file():
+        return None
+    with _without_threads():
+        try:
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+            return sum(len(tokenizer.encode(text, add_special_tokens=False).ids) for text in texts)
+        except Exception:  # noqa: BLE001 (the library raises nothing narrower; ranks name what is wrong)
+            return None
 
 
 def _beginning(texts: Iterable[str]) -> Iterator[str]:

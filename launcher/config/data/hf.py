@@ -27,6 +27,7 @@ from launcher.config.data.rows import FirstRows, Record, first_rows, json_type, 
 from launcher.config.option_text import quoted_word
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
+from launcher.utils.hub import HUB_NAME
 from launcher.utils.text import did_you_mean
 
 COLUMNAR = ("parquet", "arrow")
@@ -92,6 +93,9 @@ class HfData(Corpus):
             yield self._files_as_path_error(given)
         elif self.is_local:
             yield from self._validate_folder(self.local_folder)
+        elif self.path not in _FORMATS and not HUB_NAME.fullmatch(self.path):
+            why = "is neither a folder or file here nor a data set of the hub (org/data)"
+            yield self.error("path", why, "check the path, or the name of the data set")
 
     def fingerprint(self) -> str:
         """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
@@ -329,6 +333,11 @@ class HfData(Corpus):
             return
         if first.columns and (error := self.validate_first_rows(file, first)):
             yield error
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether ``path`` is a name on the hub."""
+        return not self.is_local and self.path not in _FORMATS
 
     @property
     def is_local(self) -> bool:

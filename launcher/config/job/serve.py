@@ -190,9 +190,6 @@ class Serve(GeneratingJob):
         yield from validate_packages(self)
         yield from validate_address(self)
         yield from validate_api_keys(self)
-        if self.tokenizer not in ("model", "data", "bytes") and not Path(self.tokenizer).expanduser().is_dir():
-            fix = "give a folder that save_pretrained wrote, or job.tokenizer=model, data or bytes"
-            yield self.error("tokenizer", "there is no such folder", fix)
 
     def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
         """Warn of a server that other machines reach without keys."""

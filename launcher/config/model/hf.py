@@ -14,8 +14,8 @@ from launcher.config.model.folder import read_config, tensor_shapes, validate_co
 from launcher.config.model.shape import Shape
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
-from launcher.utils.files import is_folder
-from launcher.utils.hub import HUB_NAME, cached_folder
+from launcher.utils.files import exists, is_folder
+from launcher.utils.hub import cached_folder, validate_hub_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +58,10 @@ class Hf(Model):
         """Yield a local folder that is missing or holds no model, and names that can be neither."""
         if self.is_local:
             yield from self._validate_local()
-        elif not HUB_NAME.fullmatch(self.name):
-            fix = "set model.name=org/model, or an existing local folder"
-            yield self.error("name", "is neither a local folder nor a hub name", fix)
+        elif problem := validate_hub_name(
+            "model.name", self.name, holds="a model (config.json)", is_such=is_model_folder, instead="a hub name"
+        ):
+            yield problem
         if self.weights not in ("random", "pretrained"):
             sizes = self._sizes()
             architecture = sizes.architecture() if sizes else None
@@ -106,6 +107,11 @@ class Hf(Model):
             yield self.error("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
             return
         yield from validate_config_json("model.name", self.name, config)
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return whether a folder says what model it holds."""
+    return exists(folder / "config.json")
 
 
 @functools.cache

@@ -1,0 +1,182 @@
+"""Checks of the model, the tokenizers and the data that ranks will load, from this machine's files or from the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from launcher.checkpoint.manifest import model_folder_damage
+from launcher.checkpoint.resume import find_checkpoint
+from launcher.checkpoint.store import silent
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
+from launcher.config.data.bpe import count_folder_tokens
+from launcher.config.data.hf import HfData
+from launcher.config.job.generating import GeneratingJob
+from launcher.config.job.quantize import Quantize
+from launcher.config.model.base import (
+    Model,
+    has_tokenizer,
+    tokenizer_alternative,
+    validate_tokenizer_folder,
+)
+from launcher.config.model.hf import Hf
+from launcher.config.run import BatchedJob, Benchmark, Job, Run
+from launcher.errors import ConfigError
+from launcher.protocol.plan import Host
+from launcher.protocol.rundir import RunDir
+from launcher.utils.hub import cached_folder, validate_dataset_fetch, validate_hub_fetch, validate_hub_name
+
+
+def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
+    """Yield errors of what ranks will load, found in this machine's files and on the hub; one error for one cause."""
+    fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
+    benchmark = run.benchmark if isinstance(run.benchmark, Benchmark) else None
+    uses_model = isinstance(run.job, BatchedJob | GeneratingJob)
+    of_model = list(run.model.validate_machine()) if uses_model else []
+    if not of_model and fetches_here and (uses_model or (benchmark and benchmark.needs_model)):
+        of_model += _validate_hub_model(run.model)
+    yield from of_model
+    of_data = list(_validate_data(run.data, fetches_here=fetches_here)) if _reads_data(run) else []
+    yield from of_data
+    if benchmark and benchmark.needs_data and fetches_here:
+        yield from _validate_hub_data(run.data)  # the job looks at local files
+    of_tokenizers: list[ConfigError] = []
+    for option, choice in _tokenizers_of(run):
+        if not (of_model and _is_of_model(choice, run.model)):
+            of_tokenizers += _validate_tokenizer(run, option, choice, fetches_here=fetches_here)
+    yield from of_tokenizers
+    if not of_model and not of_tokenizers:
+        yield from _validate_lengths(run, run_dir, can_read_data=not of_data)
+    yield from _validate_model_folders(run)
+
+
+def _validate_hub_model(model: Model) -> Iterator[ConfigError]:
+    """Yield weights that cannot be fetched, or the config of a model that is trained from scratch."""
+    source = model.pretrained_source() if model.weights == "pretrained" else None
+    pattern = "*.safetensors"
+    if isinstance(model, Hf) and model.weights == "random":
+        source, pattern = model.pretrained_source(), "config.json"
+    if not isinstance(source, str):
+        return
+    option, value, instead = "model.weights", model.weights, "set model.weights=random"
+    if isinstance(model, Hf):
+        option, value, instead = "model.name", source, "choose a model that is here (model=smollm2_135m)"
+    yield from validate_hub_fetch(option, value, name=source, pattern=pattern, instead=instead)
+
+
+def _reads_data(run: Run) -> bool:
+    return isinstance(run.job, BatchedJob) or (isinstance(run.job, GeneratingJob) and run.job.reads_data)
+
+
+def _validate_data(data: Data, *, fetches_here: bool) -> Iterator[ConfigError]:
+    errors = list(data.validate_machine())
+    yield from errors
+    if not errors and fetches_here:
+        yield from _validate_hub_data(data)
+
+
+def _validate_hub_data(data: Data) -> Iterator[ConfigError]:
+    """Yield a data set of the hub that cannot be fetched; one whose tokens are cached needs no hub."""
+    if isinstance(data, HfData) and data.is_on_hub and not data.has_cached_tokens:
+        yield from validate_dataset_fetch("data.path", data.path)
+
+
+def _is_of_model(choice: str, model: Model) -> bool:
+    return choice in ("model", model.name)
+
+
+def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: bool) -> Iterator[ConfigError]:
+    """Yield a tokenizer that ranks would load and that is missing, or that cannot be fetched from the hub."""
+    instead = f"set {tokenizer_alternative(option)}"
+    try:
+        source = _tokenizer_source(run.model, choice)
+    except ConfigError as error:
+        yield ConfigError(option, choice, why=error.why, fix=instead)
+        return
+    if isinstance(source, Path):
+        if source.is_dir():  # a model's folder that is not there is refused where it is named
+            shape = run.model.shape() if _computes(run.job) else None
+            num_rows = None if shape is None else shape.vocab_size
+            yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows)
+        return
+    problem = None
+    if choice != "model":
+        takes_names = option == "data.tokenizer"
+        problem = validate_hub_name(
+            option, choice, holds="a tokenizer", is_such=has_tokenizer, instead=instead, takes_names=takes_names
+        )
+    if problem is not None:
+        yield problem
+    elif source is not None and fetches_here:
+        yield from validate_hub_fetch(option, choice, name=source, pattern="*token*", instead=instead)
+
+
+def _tokenizer_source(model: Model, choice: str) -> Path | str | None:
+    """Return the folder or the name on the hub of a tokenizer; ``None`` where a rank makes the folder.
+
+    Raises:
+        ConfigError: the model has no tokenizer.
+    """
+    if choice == "model":
+        return model.tokenizer_source()
+    folder = Path(choice).expanduser()
+    return folder if folder.is_dir() else choice
+
+
+def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
+    """Return the local folder of a tokenizer, ``None`` where there is none or a rank makes it."""
+    try:
+        if choice == CHECKPOINT_TOKENIZER:
+            saved = find_checkpoint(run.checkpoint.resume, run_dir, say=silent)
+            return None if saved is None else saved.folder / "model"
+        source = _tokenizer_source(run.model, choice)
+    except ConfigError:
+        return None
+    return cached_folder(source) if isinstance(source, str) else source
+
+
+def _validate_lengths(run: Run, run_dir: RunDir, *, can_read_data: bool) -> Iterator[ConfigError]:
+    """Yield texts of the wrong length, as far as this machine has text and tokenizer; ranks count the others."""
+    if isinstance(run.job, BatchedJob) and isinstance(run.data, Corpus) and can_read_data:
+        own = None if run.data.trains_tokenizer else _tokenizer_folder(run, run_dir, run.data.tokenizer)
+        yield from run.data.validate_length(run.job.sequence_length, tokenizer=own)
+    if isinstance(run.job, Quantize) and run.job.tokenizer not in ("data", "bytes"):
+        folder = _tokenizer_folder(run, run_dir, run.job.tokenizer)
+        prompt = None if folder is None else count_folder_tokens(folder, [run.job.prompt])
+        shape, length = run.model.shape(), run.job.sample_tokens
+        most = None if shape is None else shape.max_position_embeddings
+        if prompt and most is not None and length < most < prompt + length:  # the plan refuses a longer sample
+            room = f"{run.model.name} takes at most {most} with the {length} of job.sample_tokens"
+            fix = f"set job.sample_tokens={most - prompt}" if prompt < most else "shorten it"
+            yield ConfigError("job.prompt", why=f"has {prompt} tokens, and {room}", fix=fix)
+
+
+def _validate_model_folders(run: Run) -> Iterator[ConfigError]:
+    """Yield checkpoint folders whose files differ from their checksums.
+
+    ``model.weights`` is left out: it has been resolved to an intact checkpoint.
+    """
+    named = [(option, choice, False) for option, choice in _tokenizers_of(run) if choice != "model"]
+    if isinstance(run.model, Hf) and run.model.is_local:
+        named.append(("model.name", run.model.name, run.model.weights == "pretrained"))
+    for option, choice, weights in named:
+        if damage := model_folder_damage(Path(choice).expanduser(), weights=weights):
+            fix = "name the folder of an intact checkpoint"
+            yield ConfigError(option, choice, why=f"is of a damaged checkpoint: {damage}", fix=fix)
+
+
+def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
+    """Yield the options that name a tokenizer for ranks to load, each with its value."""
+    choice = getattr(run.job, "tokenizer", None)
+    needs_data = isinstance(run.benchmark, Benchmark) and run.benchmark.needs_data
+    uses_data = isinstance(run.job, BatchedJob) or choice == "data" or needs_data
+    trained_here = ("auto", "bpe", CHECKPOINT_TOKENIZER)  # or saved where validate_resume looks
+    if uses_data and isinstance(run.data, Corpus) and run.data.tokenizer not in trained_here:
+        yield "data.tokenizer", run.data.tokenizer
+    if choice not in (None, "data", "bytes") and (choice != "model" or _computes(run.job)):
+        yield "job.tokenizer", choice
+
+
+def _computes(job: Job) -> bool:
+    """Return whether a job has a model, not just its tokens."""
+    return not isinstance(job, GeneratingJob) or job.engine != "echo"

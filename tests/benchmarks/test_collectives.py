@@ -56,7 +56,7 @@ true, dist.broadcast = dist.broadcast, lossy
 run = SimpleNamespace(backend=SimpleNamespace(stall_timeout_s=60.0))
 context = SimpleNamespace(run=run, run_dir=RunDir(Path(folder)), rank=rank, local_rank=rank, world_size=2,
                           heartbeat=Heartbeat(None), is_main=rank == 0)
-benchmark = CollectivesBenchmark(smallest_bytes=64, largest_bytes=256, seconds=0.001, repeats=1)
+benchmark = CollectivesBenchmark(smallest_bytes=64, largest_bytes=256, duration_s=0.001, repeats=1)
 try:
     measure_collectives(benchmark, context)
 except Exception as error:

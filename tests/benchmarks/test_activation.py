@@ -128,7 +128,7 @@ def test_the_plan_shows_what_is_measured_and_nothing_that_is_not(plan_of) -> Non
     from launcher.protocol.plan import Host
 
     text = render_plan(plan_of(*TINY, hosts=[Host(name="box", slots=1, cores=4)]))
-    assert "benchmark   activation repeats=3 layers=4 width=32" in text
+    assert "benchmark   activation repeats=3 num_hidden_layers=4 hidden_size=32" in text
     assert "benchmark.json" in text
     for word in ("gpt2", "sequences", "Model state", "optimizer", "loss.png", "checkpoints/"):
         assert word not in text

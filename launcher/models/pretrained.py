@@ -111,8 +111,8 @@ class Gpt2Source:
         model = self._model
         end = GPT2_VOCAB_SIZE - 1 if model.vocab_size >= GPT2_VOCAB_SIZE else None
         return GPT2Config(
-            n_layer=model.layers,
-            n_head=model.heads,
+            n_layer=model.num_hidden_layers,
+            n_head=model.num_attention_heads,
             n_embd=model.hidden_size,
             n_positions=model.max_position_embeddings,
             vocab_size=model.vocab_size,
@@ -143,9 +143,9 @@ class LlamaSource:
 
         model = self._model
         return LlamaConfig(
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.heads,
-            num_key_value_heads=model.kv_heads,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
             hidden_size=model.hidden_size,
             intermediate_size=model.intermediate_size,
             vocab_size=model.vocab_size,
@@ -176,9 +176,9 @@ class SmolLm2Source:
         from transformers import LlamaConfig
 
         return LlamaConfig(
-            num_hidden_layers=SMOLLM2_SIZES.layers,
-            num_attention_heads=SMOLLM2_SIZES.heads,
-            num_key_value_heads=SMOLLM2_SIZES.kv_heads,
+            num_hidden_layers=SMOLLM2_SIZES.num_hidden_layers,
+            num_attention_heads=SMOLLM2_SIZES.num_attention_heads,
+            num_key_value_heads=SMOLLM2_SIZES.num_key_value_heads,
             head_dim=SMOLLM2_SIZES.head_dim,
             hidden_size=SMOLLM2_SIZES.hidden_size,
             intermediate_size=SMOLLM2_SIZES.intermediate_size,

@@ -77,7 +77,13 @@ def main() -> None:
             heartbeat=Heartbeat(None),
         )
 
-    small = ("model=gpt2_tiny", "model.layers=4", "model.hidden_size=64", "model.heads=2", "model.vocab_size=512")
+    small = (
+        "model=gpt2_tiny",
+        "model.num_hidden_layers=4",
+        "model.hidden_size=64",
+        "model.num_attention_heads=2",
+        "model.vocab_size=512",
+    )
     build = BUILDERS[name]
     release = build(context_of(*small))
     barrier()

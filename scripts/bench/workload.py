@@ -41,12 +41,12 @@ class Workload:
         return [
             f"model={self.family}_tiny",
             *(
-                [f"model.kv_heads={self.heads}", f"model.intermediate_size={4 * self.width}"]
+                [f"model.num_key_value_heads={self.heads}", f"model.intermediate_size={4 * self.width}"]
                 if self.family == "llama"
                 else []
             ),
-            f"model.layers={self.layers}",
-            f"model.heads={self.heads}",
+            f"model.num_hidden_layers={self.layers}",
+            f"model.num_attention_heads={self.heads}",
             f"model.hidden_size={self.width}",
             f"model.vocab_size={self.vocab_size}",
             f"model.max_position_embeddings={self.sequence_length}",

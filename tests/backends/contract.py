@@ -27,7 +27,7 @@ Ended = tuple[int, str, RunDir]
 SMALL = (
     *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=6"),
     *(
-        "model.layers=1",
+        "model.num_hidden_layers=1",
         "model.hidden_size=32",
         "model.max_position_embeddings=32",
         "job.sequence_length=16",

@@ -13,7 +13,7 @@ from tests.processes import marked
 
 SMALL = (
     *(
-        "model.layers=1",
+        "model.num_hidden_layers=1",
         "model.hidden_size=32",
         "model.max_position_embeddings=32",
         "tracker=local",

@@ -19,7 +19,7 @@ from .contract import BackendContract
 SMALL = (
     *("backend.threads=1", "tracker=local", "data=synthetic", "job.log_every=1", "job.eval_every=0"),
     *(
-        "model.layers=1",
+        "model.num_hidden_layers=1",
         "model.hidden_size=32",
         "model.max_position_embeddings=32",
         "job.sequence_length=16",

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 SMALL = (
     *("backend.threads=1", "data=synthetic", "job.log_every=1", "job.eval_every=0", "job.steps=4"),
     *(
-        "model.layers=1",
+        "model.num_hidden_layers=1",
         "model.hidden_size=32",
         "model.max_position_embeddings=32",
         "job.sequence_length=16",

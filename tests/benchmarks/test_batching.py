@@ -13,8 +13,8 @@ TINY = (
     *(
         "+exp=batching_gpt2",
         "tracker=local",
-        "model.layers=2",
-        "model.heads=2",
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
         "model.hidden_size=32",
         "model.max_position_embeddings=64",
     ),

@@ -12,9 +12,9 @@ from launcher.errors import ConfigErrors
 TINY = (
     *("job=benchmark", "benchmark=checkpoint", "tracker=local", "backend.ranks=2", "backend.threads=1"),
     *(
-        "model.layers=2",
+        "model.num_hidden_layers=2",
         "model.hidden_size=64",
-        "model.heads=2",
+        "model.num_attention_heads=2",
         "model.max_position_embeddings=32",
         "model.vocab_size=256",
     ),

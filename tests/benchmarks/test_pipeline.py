@@ -16,9 +16,9 @@ from launcher.protocol.plan import Host
 TINY = (
     *("job=benchmark", "benchmark=pipeline", "tracker=local", "backend.ranks=2", "backend.threads=1"),
     *(
-        "model.layers=4",
+        "model.num_hidden_layers=4",
         "model.hidden_size=32",
-        "model.heads=2",
+        "model.num_attention_heads=2",
         "model.max_position_embeddings=32",
         "model.vocab_size=64",
     ),
@@ -139,7 +139,10 @@ def test_a_schedule_that_is_not_what_its_formula_says_is_noticed() -> None:
             "4 sequences do not make 3 micro-batches of one size; set benchmark.batch_size=6",
         ),
         (("benchmark.schedules=[gpipe,gpipe]",), "something twice"),
-        (("benchmark.schedules=[zbv]", "model.layers=3"), r"zbv: 2 stages × 2 = 4 chunks, and there are 3 layers"),
+        (
+            ("benchmark.schedules=[zbv]", "model.num_hidden_layers=3"),
+            r"zbv: 2 stages × 2 = 4 chunks, and there are 3 layers",
+        ),
         (
             ("benchmark.schedules=[1f1b]", "benchmark.micro_batches=[1]", "benchmark.work=[train]"),
             "1f1b, 2 stages, 1 micro-batches: the schedule takes 2 micro-batches there",

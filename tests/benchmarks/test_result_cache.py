@@ -19,10 +19,10 @@ WORDS = (
         "tracker=local",
         "backend.ranks=1",
         "model=gpt2_tiny",
-        "model.layers=2",
+        "model.num_hidden_layers=2",
         "model.hidden_size=32",
     ),
-    *("model.heads=2", "model.vocab_size=257", "benchmark.max_length=40", "benchmark.repeats=2"),
+    *("model.num_attention_heads=2", "model.vocab_size=257", "benchmark.max_length=40", "benchmark.repeats=2"),
 )
 
 

@@ -14,7 +14,7 @@ from launcher.config.model.gpt2 import Gpt2
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision
 
-MODEL = Gpt2(name="tiny", layers=2, heads=2, hidden_size=16)
+MODEL = Gpt2(name="tiny", num_hidden_layers=2, num_attention_heads=2, hidden_size=16)
 PARALLEL = Zero(stage=3)
 PRECISION = Bf16Precision()
 Save = Callable[..., SavedCheckpoint]

@@ -129,7 +129,11 @@ def test_the_run_that_wrote_it_fits(save: Save) -> None:
 @pytest.mark.parametrize(
     ("change", "why", "fix"),
     [
-        ({"model": replace(MODEL, layers=3)}, "its layers is 2, this run's is 3", "set model.layers=2"),
+        (
+            {"model": replace(MODEL, num_hidden_layers=3)},
+            "its num_hidden_layers is 2, this run's is 3",
+            "set model.num_hidden_layers=2",
+        ),
         ({"world_size": 4}, "partitioned over 2 ranks, this run has 4", "run on 2 ranks"),
         ({"precision": Fp32Precision()}, "precision=bf16, this run has precision=fp32", "set precision=bf16"),
         ({"parallel": Ddp()}, "of kind zero, this run's is ddp", "set parallel=zero3"),
@@ -146,10 +150,12 @@ def test_a_run_that_differs_is_refused(save: Save, change: dict[str, Component |
 
 
 def test_everything_that_differs_is_told_at_once(save: Save) -> None:
-    model = replace(MODEL, layers=3, hidden_size=32)
+    model = replace(MODEL, num_hidden_layers=3, hidden_size=32)
     errors = list(validate_resume(save(10), model=model, parallel=Single(), precision=Fp32Precision(), world_size=1))
     assert len(errors) == 3
-    assert errors[0].fix == f"set model.hidden_size={MODEL.hidden_size} model.layers={MODEL.layers}"
+    assert (
+        errors[0].fix == f"set model.hidden_size={MODEL.hidden_size} model.num_hidden_layers={MODEL.num_hidden_layers}"
+    )
 
 
 def test_replicated_weights_load_on_any_number_of_ranks(save: Save) -> None:

@@ -64,7 +64,7 @@ def test_a_checkpoint_is_its_payload_and_a_manifest_that_lists_it(save: Save) ->
     assert saved.manifest.files == {"model.bin": 10, "ranks/0.bin": 10}
     assert saved.manifest.sha256 == {"model.bin": sha256_of(bytes(10)), "ranks/0.bin": sha256_of(b"0" * 10)}
     assert (saved.manifest.step, saved.manifest.eval_loss, saved.manifest.world_size) == (10, 3.25, 2)
-    assert saved.manifest.architecture["layers"] == 2
+    assert saved.manifest.architecture["num_hidden_layers"] == 2
     assert saved.manifest.parallel["stage"] == 3
 
 

@@ -20,7 +20,7 @@ from launcher.utils.processes import identify
 from tests.conftest import MadeOnce
 
 SMALL = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=64",
     "model.max_position_embeddings=64",
     "job.sequence_length=32",

@@ -125,8 +125,8 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
         (["job=evaluate", "activation=full", "checkpoint.at_end=true"], ["activation=full", "checkpoint.at_end=true"]),
         (["benchmark=activation"], ["benchmark=activation: job=train measures no benchmark; add job=benchmark"]),
         (
-            ["job=benchmark", "benchmark=attention", "model.layers=1", "data.path=y", "backend.ranks=1"],
-            ["model.layers=1", "data.path=y"],
+            ["job=benchmark", "benchmark=attention", "model.num_hidden_layers=1", "data.path=y", "backend.ranks=1"],
+            ["model.num_hidden_layers=1", "data.path=y"],
         ),
     ],
 )
@@ -171,8 +171,8 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
         "run_hash": "x",
         "architecture": {
             "family": "gpt2",
-            "layers": 2,
-            "heads": 4,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
             "hidden_size": 128,
             "max_position_embeddings": 256,
             "vocab_size": 2048,
@@ -193,7 +193,7 @@ def test_a_checkpoint_of_another_model(refused, launch_in_process, tmp_path):
     assert "set parallel=ddp, or model.weights=" in refused(
         "checkpoint.resume=old", "parallel=single", "backend.ranks=1"
     )
-    manifest["architecture"]["layers"] = 4
+    manifest["architecture"]["num_hidden_layers"] = 4
     write_json(folder / "manifest.json", manifest)
     assert "step 10" in refused("checkpoint.resume=old", "job.steps=10")
     launch_in_process("checkpoint.resume=old", "dry_run=true").expect(0)

@@ -73,7 +73,7 @@ def test_options_of_the_user(capsys, tmp_path):
     (tmp_path / "model" / "mine.yaml").write_text("# My own.\nkind: gpt2\nname: mine\nlayers: 1\nheads: 1\nwidth: 8\n")
     assert "mine" in listed(capsys, "model", "--config-dir", str(tmp_path))
     shown = [line.split()[:3] for line in listed(capsys, "model/mine", "--config-dir", str(tmp_path)).splitlines()]
-    assert ["model.layers", "1", "*"] in shown
+    assert ["model.num_hidden_layers", "1", "*"] in shown
 
 
 def test_misspelt_names_are_guessed():

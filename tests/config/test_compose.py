@@ -80,7 +80,7 @@ def test_article_settings_of_zero3_gpt2xl():
         ("parallel.kind=zero", "follows from the option chosen; set parallel=<option>"),
         ("hydra.run.dir=x", "does nothing here"),
         ("data.path=${nowhere}", "data.path=${nowhere} (command line): Interpolation key 'nowhere' not found"),
-        ("model.hidden_size=130", "is not a multiple of model.heads=4; set model.hidden_size=128"),
+        ("model.hidden_size=130", "is not a multiple of model.num_attention_heads=4; set model.hidden_size=128"),
         ("schedule.final_factor=2", "must lie between 0 and 1"),
         ("precision=half", "precision=half: no such option"),
     ],

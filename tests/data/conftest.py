@@ -18,7 +18,14 @@ TEXT = "\n".join(f"Line {i} of the text says that {i} times {i} is {i * i}." for
 @pytest.fixture
 def model() -> Gpt2:
     """A model whose embedding has room for small vocabularies only."""
-    return Gpt2(name="small", layers=1, heads=2, hidden_size=8, max_position_embeddings=64, vocab_size=400)
+    return Gpt2(
+        name="small",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=8,
+        max_position_embeddings=64,
+        vocab_size=400,
+    )
 
 
 @pytest.fixture

@@ -90,7 +90,14 @@ def test_evaluation_counts_each_sequence_once_in_equally_many_batches(wanted: in
 
 def test_synthetic_walks_follow_the_table() -> None:
     data = Synthetic(vocab_size=50, branching=3, num_sequences=64)
-    model = Gpt2(name="small", layers=1, heads=2, hidden_size=8, max_position_embeddings=64, vocab_size=50)
+    model = Gpt2(
+        name="small",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=8,
+        max_position_embeddings=64,
+        vocab_size=50,
+    )
     opened = open_splits(data, model, sequence_length=32, seed=1)
     assert opened.baselines == {"uniform": pytest.approx(math.log(50)), "best": pytest.approx(math.log(3))}
     assert opened.train.num_sequences == 64
@@ -109,6 +116,13 @@ def test_synthetic_walks_follow_the_table() -> None:
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused() -> None:
-    model = Gpt2(name="small", layers=1, heads=2, hidden_size=8, max_position_embeddings=64, vocab_size=50)
+    model = Gpt2(
+        name="small",
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        hidden_size=8,
+        max_position_embeddings=64,
+        vocab_size=50,
+    )
     with pytest.raises(ConfigError, match="51 tokens and small only 50 rows"):
         open_splits(Synthetic(vocab_size=51), model, sequence_length=32, seed=1)

@@ -68,7 +68,8 @@ def test_four_processes_build_it_once(text: MakeText, tmp_path: Path) -> None:
     script = (
         "import sys; from launcher.data.dataset import open_splits; from launcher.config.data.text import Text\n"
         "from launcher.data import token_cache as tokens; from launcher.config.model.gpt2 import Gpt2\n"
-        "model = Gpt2(name='small', layers=1, heads=2, hidden_size=8, max_position_embeddings=64, vocab_size=400)\n"
+        "model = Gpt2(name='small', num_hidden_layers=1, num_attention_heads=2, hidden_size=8,\n"
+        "    max_position_embeddings=64, vocab_size=400)\n"
         "train = tokens.train_bpe\n"
         "tokens.train_bpe = lambda *a, **k: print('built') or train(*a, **k)\n"
         "data = Text(path=sys.argv[1], vocab_size=300, cache=sys.argv[2])\n"
@@ -202,7 +203,10 @@ def test_a_config_that_keeps_the_tokenizer_from_loading_is_named(
     (tmp_path / "tokenizer.json").write_text(train_bpe(read_corpus(Text()), vocab_size=300).to_json())
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
     write_json(tmp_path / "config.json", {"model_type": "llama", "vocab_size": 300, **sizes, **changes})
-    own, other = Hf(name=str(tmp_path)), Gpt2(name="small", layers=1, heads=1, hidden_size=8, weights=str(tmp_path))
+    own, other = (
+        Hf(name=str(tmp_path)),
+        Gpt2(name="small", num_hidden_layers=1, num_attention_heads=1, hidden_size=8, weights=str(tmp_path)),
+    )
     for model, option in ((own, "model.name"), (other, "model.weights")):
         expected = rf"{option}={tmp_path}: Transformers cannot read {tmp_path}/config.json: .*{said}"
         with pytest.raises(ConfigError, match=expected):

@@ -78,7 +78,7 @@ def case(name: str, folder: Path, *, world: int | None = None, family: str = "gp
     side_by_side = max(1, world // parallel.get("stages", 2))
     job = {"micro_batch": 4 // side_by_side, "gradient_accumulation_steps": 4, **rest.pop("job", {})}
     models = {
-        "gpt2": {"layers": LAYERS, "hidden_size": 32, "weights": "random"},
+        "gpt2": {"num_hidden_layers": LAYERS, "hidden_size": 32, "weights": "random"},
         "llama": {"name": str(folder / "llama"), "weights": "random"},
         "files": {},  # GPT-2 from safetensors, where tied weights stand once
     }

@@ -12,7 +12,9 @@ from launcher.config.attention import SdpaAttention
 from launcher.config.model.gpt2 import Gpt2
 from launcher.errors import ConfigError
 
-GPT2 = Gpt2(name="tiny", layers=4, heads=2, hidden_size=16, max_position_embeddings=16, vocab_size=32)
+GPT2 = Gpt2(
+    name="tiny", num_hidden_layers=4, num_attention_heads=2, hidden_size=16, max_position_embeddings=16, vocab_size=32
+)
 
 
 def worst(costs, cuts, first, last) -> float:

@@ -77,8 +77,8 @@ def make_run(case: dict[str, Any], weights: dict[str, str]) -> Any:
         "model": {
             "kind": "gpt2",
             "name": "tiny",
-            "layers": 4,
-            "heads": 4,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
             "hidden_size": 64,
             "max_position_embeddings": TOKENS,
             "vocab_size": VOCABULARY,

@@ -30,7 +30,7 @@ from launcher.supervision.host_agent import stage_run_dir
 from launcher.utils.files import atomic_file, write_atomic, write_json
 from tests.conftest import Launch
 
-SMALL = ("model.layers=1", "model.hidden_size=32", "tracker=local", "data=synthetic")
+SMALL = ("model.num_hidden_layers=1", "model.hidden_size=32", "tracker=local", "data=synthetic")
 SLURM = (*SMALL, "backend=slurm")
 BACKENDS = {
     "local": SMALL,

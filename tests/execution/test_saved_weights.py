@@ -29,7 +29,7 @@ from launcher.utils.schema import to_tree
 from tests.conftest import Launch, PlanOf
 
 TRAINED = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=32",
     "model.max_position_embeddings=64",
     "model.vocab_size=300",
@@ -201,7 +201,7 @@ def test_a_checkpoint_without_its_run_says_itself_what_it_is_of(
     run = resolved("job=generate", f"model.weights={saved.folder}")
     assert run.model.architecture() == composed(*TRAINED).run.model.architecture()
     assert ("run.yaml cannot be read" in capsys.readouterr().err) is (snapshot is not None)
-    assert "its layers is 2, this run's is 12" in refused("model=gpt2", f"model.weights={saved.folder}")
+    assert "its num_hidden_layers is 2, this run's is 12" in refused("model=gpt2", f"model.weights={saved.folder}")
 
 
 def test_what_the_user_chose_stays(write: Write) -> None:
@@ -221,10 +221,10 @@ def test_a_checkpoint_without_a_tokenizer_leaves_that_of_the_data(write: Write) 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("model=gpt2",), "its layers is 2, this run's is 12"),
+        (("model=gpt2",), "its num_hidden_layers is 2, this run's is 12"),
         (("model=llama_tiny",), "its family is gpt2, this run's is llama"),
-        (("model.layers=3",), "its layers is 2, this run's is 3"),
-        (("+exp=zero3_gpt2xl",), "its layers is 2, this run's is 48"),
+        (("model.num_hidden_layers=3",), "its num_hidden_layers is 2, this run's is 3"),
+        (("+exp=zero3_gpt2xl",), "its num_hidden_layers is 2, this run's is 48"),
     ],
 )
 def test_another_model_is_refused(write: Write, words: tuple[str, ...], said: str) -> None:

@@ -21,9 +21,9 @@ MODEL = (
         "tracker=local",
         "data=synthetic",
         "backend.threads=1",
-        "model.layers=2",
+        "model.num_hidden_layers=2",
         "model.hidden_size=32",
-        "model.heads=2",
+        "model.num_attention_heads=2",
     ),
     *("model.max_position_embeddings=64", "model.vocab_size=256", "job.sequence_length=32", "job.micro_batch=4"),
     "job.eval_sequences=21",  # fills no batch of four evenly, on one rank or two

@@ -184,7 +184,13 @@ def test_ranks_serve_as_one(launch_in_background, tmp_path: Path, parallel: str)
 
 def test_a_whole_run_serves_and_completes_when_told(launch_in_background, tmp_path: Path) -> None:
     port = free_port()
-    words = ("model.layers=2", "model.hidden_size=32", "model.heads=2", "model.vocab_size=257", "job.tokenizer=bytes")
+    words = (
+        "model.num_hidden_layers=2",
+        "model.hidden_size=32",
+        "model.num_attention_heads=2",
+        "model.vocab_size=257",
+        "job.tokenizer=bytes",
+    )
     running = launch_in_background(*SERVE, *words, f"job.port={port}", "run.dir=served", "job.metrics_every_s=0.2")
     running.wait_for_output("serving gpt2_tiny at")
     body = {"model": "gpt2_tiny", "prompt": "abc", "max_tokens": 8, "temperature": 0}

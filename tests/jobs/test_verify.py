@@ -25,9 +25,9 @@ BOX = Host(name="box", slots=2, cores=4, memory_bytes=16 * 2**30)
 VERIFY = (
     *("job=verify", "tracker=local", "data=synthetic", "schedule=constant", "backend.ranks=2", "backend.threads=1"),
     *(
-        "model.layers=2",
+        "model.num_hidden_layers=2",
         "model.hidden_size=32",
-        "model.heads=2",
+        "model.num_attention_heads=2",
         "model.max_position_embeddings=32",
         "model.vocab_size=64",
     ),

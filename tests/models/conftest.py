@@ -15,7 +15,14 @@ from launcher.config.attention import SdpaAttention
 from launcher.config.model.gpt2 import Gpt2
 from launcher.models.build import build_model
 
-SIZES = {"name": "small", "layers": 2, "heads": 2, "hidden_size": 16, "max_position_embeddings": 32, "vocab_size": 99}
+SIZES = {
+    "name": "small",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "hidden_size": 16,
+    "max_position_embeddings": 32,
+    "vocab_size": 99,
+}
 Spoil = Callable[[Callable[[dict[str, torch.Tensor]], object]], Path]
 
 

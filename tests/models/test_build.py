@@ -20,8 +20,8 @@ from launcher.models.pretrained import transformers_config
 
 SIZES: dict[str, Any] = {
     "name": "small",
-    "layers": 2,
-    "heads": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "hidden_size": 16,
     "max_position_embeddings": 32,
     "vocab_size": 99,

@@ -21,8 +21,8 @@ from launcher.utils.build_cache import lacks_compiler
 
 SIZES: dict[str, Any] = {
     "name": "small",
-    "layers": 3,
-    "heads": 2,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
     "hidden_size": 16,
     "max_position_embeddings": 32,
     "vocab_size": 99,

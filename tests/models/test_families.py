@@ -61,9 +61,9 @@ def test_counts_read_from_a_saved_config_are_exact(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("tied", [False, True])
 def test_counts_of_a_llama_of_any_size_are_exact(tied: bool) -> None:
     sizes = {
-        "layers": 3,
-        "heads": 6,
-        "kv_heads": 2,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
         "hidden_size": 48,
         "intermediate_size": 80,
         "max_position_embeddings": 32,
@@ -73,19 +73,27 @@ def test_counts_of_a_llama_of_any_size_are_exact(tied: bool) -> None:
     assert (model.shape().num_params, model.shape().largest_param) == counted(transformers_config(model))
 
 
-@pytest.mark.parametrize("wrong", [{"kv_heads": 4}, {"hidden_size": 50}, {"layers": 0}, {"weights": "pretrained"}])
+@pytest.mark.parametrize(
+    "wrong", [{"num_key_value_heads": 4}, {"hidden_size": 50}, {"num_hidden_layers": 0}, {"weights": "pretrained"}]
+)
 def test_sizes_that_make_no_llama_are_refused(wrong: dict[str, Any]) -> None:
-    sizes = {"layers": 1, "heads": 6, "kv_heads": 2, "hidden_size": 48, "intermediate_size": 80}
+    sizes = {
+        "num_hidden_layers": 1,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+    }
     with pytest.raises(ConfigErrors, match=rf"model\.{next(iter(wrong))}"):
         Llama(name="small", **{**sizes, **wrong})
 
 
 @pytest.mark.parametrize(
-    ("layers", "heads", "hidden_size", "num_params"),
+    ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_params"),
     [(12, 12, 768, 124_439_808), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)],
 )
 def test_gpt2_has_the_published_sizes(layers: int, heads: int, hidden_size: int, num_params: int) -> None:
-    model = Gpt2(name="gpt2", layers=layers, heads=heads, hidden_size=hidden_size)
+    model = Gpt2(name="gpt2", num_hidden_layers=layers, num_attention_heads=heads, hidden_size=hidden_size)
     assert model.shape().num_params == num_params
     assert (model.shape().num_params, model.shape().largest_param) == counted(transformers_config(model))
 

@@ -62,8 +62,8 @@ def test_the_linear_layers_of_blocks_multiply_in_8_bits() -> None:
 def test_models_that_torchao_cannot_convert_are_refused() -> None:
     sizes: dict[str, Any] = {
         "name": "s",
-        "layers": 1,
-        "heads": 2,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
         "hidden_size": 16,
         "max_position_embeddings": 32,
         "vocab_size": 99,

@@ -28,7 +28,7 @@ def test_a_cached_model_is_found_without_the_hub(saved: Path, tmp_path: Path, mo
 
 
 def test_without_the_hub_the_message_says_what_to_type() -> None:
-    model = Gpt2(name="gpt2", layers=12, heads=12, hidden_size=768, weights="pretrained")
+    model = Gpt2(name="gpt2", num_hidden_layers=12, num_attention_heads=12, hidden_size=768, weights="pretrained")
     with pytest.raises(EnvironmentProblem, match=r"hf download openai-community/gpt2.*or set model.weights=random"):
         weights_folder(model, heartbeat=lambda: None)
     with pytest.raises(EnvironmentProblem, match=r"or set data.tokenizer=bpe"):

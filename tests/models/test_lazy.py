@@ -9,12 +9,20 @@ from launcher.config.model.gpt2 import Gpt2
 from launcher.models.build import build_deferred
 from launcher.models.layers import blocks, units
 
-MODEL = Gpt2(name="small", layers=3, heads=2, hidden_size=32, max_position_embeddings=16, vocab_size=64)
+MODEL = Gpt2(
+    name="small", num_hidden_layers=3, num_attention_heads=2, hidden_size=32, max_position_embeddings=16, vocab_size=64
+)
 
 
 def built(seed=0, weights="random", without=()):
     model = Gpt2(
-        name="small", layers=3, heads=2, hidden_size=32, max_position_embeddings=16, vocab_size=64, weights=weights
+        name="small",
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        hidden_size=32,
+        max_position_embeddings=16,
+        vocab_size=64,
+        weights=weights,
     )
     laid_out, builder = build_deferred(model, seed=seed, attention=SdpaAttention())
     for name in without:

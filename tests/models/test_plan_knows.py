@@ -353,7 +353,7 @@ def test_the_sizes_of_any_family_are_counted_in_its_files(tmp_path: Path) -> Non
     assert shape.num_params == 2 * 67 * 32 + 2 * 48 * 32
     assert shape.active_params == 2 * 67 * 32 + 48 * 32  # two experts of four
     assert shape.flops_per_token(8) == 6 * shape.active_params + 12 * 2 * 32 * 8
-    assert (shape.layers, shape.block_params, shape.largest_param) == (2, 48 * 32, 67 * 32)
+    assert (shape.num_hidden_layers, shape.block_params, shape.largest_param) == (2, 48 * 32, 67 * 32)
     assert (shape.family, shape.vocab_size, shape.max_position_embeddings) == ("mixtral", 67, 64)
     assert not shape.tie_word_embeddings
     assert Hf(name=str(tmp_path), weights="random").shape() is None

@@ -27,8 +27,8 @@ from launcher.models.transforms import apply_activation_checkpointing
 LAYERS, WIDTH = 5, 16
 SIZES: dict[str, Any] = {
     "name": "small",
-    "layers": LAYERS,
-    "heads": 2,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 2,
     "hidden_size": WIDTH,
     "max_position_embeddings": 32,
     "vocab_size": 99,

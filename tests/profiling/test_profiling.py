@@ -37,9 +37,9 @@ from launcher.utils.files import read_json
 BOX = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 ONE_RANK = ("tracker=local", "backend.ranks=1", "parallel=single", "backend.threads=1")
 TINY = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=32",
-    "model.heads=2",
+    "model.num_attention_heads=2",
     "model.max_position_embeddings=64",
     "model.vocab_size=257",
 )
@@ -214,7 +214,15 @@ def context_of(tmp_path: Path, *words: str) -> Context:
 
 
 def test_a_case_in_a_process_of_its_own_is_taken_once_more(tmp_path) -> None:
-    sizes = {"layers": 2, "width": 32, "heads": 2, "feedforward": 64, "batch": 4, "sequence": 16, "every": 1}
+    sizes = {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "batch_size": 4,
+        "sequence_length": 16,
+        "every": 1,
+    }
     case = {**sizes, "warmup": 0, "seed": 0, "rank": 0, "keep": str(tmp_path / "gradients")}
     context = context_of(tmp_path, "job=benchmark", "benchmark=activation")
     step = "launcher.benchmarks.activation:encoder_step"

@@ -32,7 +32,13 @@ report = launch_verb("report")
 
 SIZE = "6m"
 SMALL = (
-    *("model.layers=2", "model.hidden_size=128", "model.max_position_embeddings=64", "tracker=local", "data=synthetic"),
+    *(
+        "model.num_hidden_layers=2",
+        "model.hidden_size=128",
+        "model.max_position_embeddings=64",
+        "tracker=local",
+        "data=synthetic",
+    ),
     *("job.sequence_length=32", "job.micro_batch=2", "job.eval_sequences=2", "job.sample_tokens=2"),
     *("job.log_every=1", "schedule.warmup_steps=2", "backend.ranks=1", "parallel=single"),
 )
@@ -213,7 +219,7 @@ def test_the_cache_of_a_corpus_names_the_option_that_moves_it(small: Path) -> No
     text = small / "text.txt"
     text.write_text("some words of text\n" * 2000)
     fill(small)
-    model = Gpt2(name="x", layers=1, heads=1, hidden_size=8)
+    model = Gpt2(name="x", num_hidden_layers=1, num_attention_heads=1, hidden_size=8)
     with pytest.raises(EnvironmentProblem, match=NAMED) as refused:
         token_folder(Text(path=str(text), cache=str(small / "cache")), model, heartbeat=lambda: None)
     assert str(refused.value).endswith("set data.cache to a folder on another disk")

@@ -15,7 +15,13 @@ from tests.conftest import REPOSITORY
 from .wandb_stub import KEY, serve
 
 SHIPPED = REPOSITORY / "scripts" / "sweeps" / "wandb_lr.yaml"
-SMALL = ["job.steps=3", "model.layers=1", "job.eval_sequences=4", "job.sample_tokens=0", "job.sequence_length=32"]
+SMALL = [
+    "job.steps=3",
+    "model.num_hidden_layers=1",
+    "job.eval_sequences=4",
+    "job.sample_tokens=0",
+    "job.sequence_length=32",
+]
 
 
 def wandb(*arguments: str, cwd: Path, url: str) -> str:

@@ -25,7 +25,7 @@ from tests.helpers import wait_for
 
 STEPS = 150
 SMALL = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=64",
     "model.max_position_embeddings=64",
     "model.dropout=0.1",

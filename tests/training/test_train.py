@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 from tests.helpers import losses
 
 SMALL = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=64",
     "model.max_position_embeddings=64",
     "job.sequence_length=32",
@@ -112,7 +112,12 @@ def test_the_readmes_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
     except EnvironmentProblem as problem:
         pytest.skip(str(problem))
     swap = tmp_path / "swap"
-    small = ("model.layers=2", "model.heads=2", "model.hidden_size=64", f"parallel.nvme_path={swap}")
+    small = (
+        "model.num_hidden_layers=2",
+        "model.num_attention_heads=2",
+        "model.hidden_size=64",
+        f"parallel.nvme_path={swap}",
+    )
     limit = lockable_bytes()
     if limit is not None and limit < 2_000_000_000:  # a user's; root may lock all
         assert "this user may lock" in launch(*words, *small).expect(2).stderr

@@ -66,15 +66,15 @@ def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]
     used = _positive_int(config, "num_experts_per_tok", "moe_topk")
     total = sum(sizes.values())
     return Shape(
-        layers=layers,
-        heads=heads,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         hidden_size=width,
         vocab_size=vocab_size,
         max_position_embeddings=context,
         num_params=total,
         active_params=total - experts + experts * used // all_experts if experts and used and all_experts else total,
         largest_param=max(sizes.values()),
-        kv_heads=_positive_int(config, *_KV_HEAD_KEYS) or heads,
+        num_key_value_heads=_positive_int(config, *_KV_HEAD_KEYS) or heads,
         intermediate_size=_positive_int(config, *_INTERMEDIATE_KEYS) or 4 * width,
         block_params=blocks // layers,
         tie_word_embeddings=not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in sizes),
@@ -114,16 +114,20 @@ def _gpt2(config: ConfigJson) -> Sizes | None:
     if None in (layers, heads, width, positions, vocab_size):
         return None
     return Gpt2Sizes(
-        layers=layers, heads=heads, hidden_size=width, max_position_embeddings=positions, vocab_size=vocab_size
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        hidden_size=width,
+        max_position_embeddings=positions,
+        vocab_size=vocab_size,
     )
 
 
 def _llama(config: ConfigJson, **features: bool) -> LlamaSizes:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     return LlamaSizes(
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        kv_heads=config.get("num_key_value_heads") or heads,
+        num_hidden_layers=config["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=config.get("num_key_value_heads") or heads,
         head_dim=config.get("head_dim") or width // heads,
         hidden_size=width,
         intermediate_size=config["intermediate_size"],

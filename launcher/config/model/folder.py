@@ -200,8 +200,10 @@ def validate_config_json(
         if "auto_map" in config:
             why += ", and code that a model ships is never run"
         yield ConfigError(option, value, why=why, fix=fix)
-    if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.heads:
-        why = f"config.json has n_embd={sizes.hidden_size}, which is not a multiple of n_head={sizes.heads}"
+    if isinstance(sizes := sizes_from_config(config), Gpt2Sizes) and sizes.hidden_size % sizes.num_attention_heads:
+        why = (
+            f"config.json has n_embd={sizes.hidden_size}, which is not a multiple of n_head={sizes.num_attention_heads}"
+        )
         yield ConfigError(option, value, why=why, fix="give a folder that save_pretrained wrote")
     for key, size in invalid_sizes(config):
         why = f"config.json says {key}: {json.dumps(size)}, which is not a whole number of at least 1"

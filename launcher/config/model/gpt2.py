@@ -28,10 +28,10 @@ class Gpt2(Model):
 
     kind: ClassVar[str] = "gpt2"
 
-    layers: int
+    num_hidden_layers: int
     """Transformer blocks."""
 
-    heads: int
+    num_attention_heads: int
     """Attention heads in a block."""
 
     hidden_size: int
@@ -48,11 +48,15 @@ class Gpt2(Model):
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no transformer."""
-        yield from self.validate_minimum(1, "layers", "heads", "hidden_size", "max_position_embeddings", "vocab_size")
-        if self.heads > 0 and self.hidden_size % self.heads:
-            better = self.hidden_size // self.heads * self.heads or self.heads
+        yield from self.validate_minimum(
+            1, "num_hidden_layers", "num_attention_heads", "hidden_size", "max_position_embeddings", "vocab_size"
+        )
+        if self.num_attention_heads > 0 and self.hidden_size % self.num_attention_heads:
+            better = self.hidden_size // self.num_attention_heads * self.num_attention_heads or self.num_attention_heads
             yield self.error(
-                "hidden_size", f"is not a multiple of model.heads={self.heads}", f"set model.hidden_size={better}"
+                "hidden_size",
+                f"is not a multiple of model.num_attention_heads={self.num_attention_heads}",
+                f"set model.hidden_size={better}",
             )
         if not 0 <= self.dropout < 1:
             yield self.error("dropout", "must be at least 0 and below 1", "set model.dropout=0")
@@ -63,8 +67,8 @@ class Gpt2(Model):
     def sizes(self) -> Gpt2Sizes:
         """Everything that decides the parameters."""
         return Gpt2Sizes(
-            layers=self.layers,
-            heads=self.heads,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
             hidden_size=self.hidden_size,
             max_position_embeddings=self.max_position_embeddings,
             vocab_size=self.vocab_size,
@@ -85,4 +89,4 @@ class Gpt2(Model):
     def _hub_name(self) -> str | None:
         if (self.max_position_embeddings, self.vocab_size) != (1024, GPT2_VOCAB_SIZE):
             return None
-        return _PUBLISHED.get((self.layers, self.heads, self.hidden_size))
+        return _PUBLISHED.get((self.num_hidden_layers, self.num_attention_heads, self.hidden_size))

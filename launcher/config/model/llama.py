@@ -27,13 +27,13 @@ class Llama(Model):
 
     kind: ClassVar[str] = "llama"
 
-    layers: int
+    num_hidden_layers: int
     """Transformer blocks."""
 
-    heads: int
+    num_attention_heads: int
     """Attention heads of queries in a block."""
 
-    kv_heads: int
+    num_key_value_heads: int
     """Heads of keys and values in a block, shared by groups of query heads."""
 
     hidden_size: int
@@ -57,9 +57,9 @@ class Llama(Model):
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no transformer."""
         sizes = (
-            "layers",
-            "heads",
-            "kv_heads",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
             "hidden_size",
             "intermediate_size",
             "max_position_embeddings",
@@ -68,12 +68,12 @@ class Llama(Model):
         yield from self.validate_minimum(1, *sizes)
         if any(getattr(self, name) < 1 for name in sizes):
             return
-        if self.heads % self.kv_heads:
-            why = f"model.heads={self.heads} is not a multiple of it"
-            yield self.error("kv_heads", why, f"set model.kv_heads={self.heads}")
-        if self.hidden_size % (2 * self.heads):
-            better = max(1, self.hidden_size // (2 * self.heads)) * 2 * self.heads
-            why = f"each of {self.heads} heads takes an even share: rotary positions turn pairs"
+        if self.num_attention_heads % self.num_key_value_heads:
+            why = f"model.num_attention_heads={self.num_attention_heads} is not a multiple of it"
+            yield self.error("num_key_value_heads", why, f"set model.num_key_value_heads={self.num_attention_heads}")
+        if self.hidden_size % (2 * self.num_attention_heads):
+            better = max(1, self.hidden_size // (2 * self.num_attention_heads)) * 2 * self.num_attention_heads
+            why = f"each of {self.num_attention_heads} heads takes an even share: rotary positions turn pairs"
             yield self.error("hidden_size", why, f"set model.hidden_size={better}")
         if self.weights == "pretrained":
             yield self.error("weights", "this architecture has no pretrained weights", "set model=hf and its name")
@@ -82,10 +82,10 @@ class Llama(Model):
     def sizes(self) -> LlamaSizes:
         """Everything that decides the parameters."""
         return LlamaSizes(
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            head_dim=self.hidden_size // self.heads,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_key_value_heads=self.num_key_value_heads,
+            head_dim=self.hidden_size // self.num_attention_heads,
             hidden_size=self.hidden_size,
             intermediate_size=self.intermediate_size,
             vocab_size=self.vocab_size,
@@ -112,9 +112,9 @@ class Llama(Model):
 
 
 SMOLLM2_SIZES = LlamaSizes(
-    layers=30,
-    heads=9,
-    kv_heads=3,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
     head_dim=64,
     hidden_size=576,
     intermediate_size=1536,

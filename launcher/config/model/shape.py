@@ -11,8 +11,8 @@ from typing import Any
 class Shape:
     """Sizes that plans, memory estimates and checks calculate with."""
 
-    layers: int
-    heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
     hidden_size: int
     vocab_size: int
     max_position_embeddings: int
@@ -21,8 +21,8 @@ class Shape:
     """Parameters, with tied ones counted once."""
     largest_param: int
     """Elements of the largest single parameter."""
-    kv_heads: int
-    """Heads of keys and values in a block, at most ``heads``."""
+    num_key_value_heads: int
+    """Heads of keys and values in a block, at most ``num_attention_heads``."""
     intermediate_size: int
     """Size of the hidden layer of a block's MLP."""
     block_params: int
@@ -36,15 +36,18 @@ class Shape:
 
     def flops_per_token(self, sequence_length: int) -> float:
         """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""
-        return 6.0 * (self.active_params or self.num_params) + 12.0 * self.layers * self.hidden_size * sequence_length
+        return (
+            6.0 * (self.active_params or self.num_params)
+            + 12.0 * self.num_hidden_layers * self.hidden_size * sequence_length
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Sizes:
     """Everything that decides the parameters of GPT-2: learned positions, 4x MLPs, tied embeddings."""
 
-    layers: int
-    heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
     hidden_size: int
     max_position_embeddings: int
     vocab_size: int
@@ -55,14 +58,14 @@ class Gpt2Sizes:
         block = 12 * width * width + 13 * width  # qkv + projection + 4x MLP, their biases, two norms
         embeddings = (self.vocab_size + self.max_position_embeddings) * width
         return Shape(
-            layers=self.layers,
-            heads=self.heads,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
             hidden_size=width,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            num_params=embeddings + self.layers * block + 2 * width,
+            num_params=embeddings + self.num_hidden_layers * block + 2 * width,
             largest_param=max(self.vocab_size * width, 4 * width * width),
-            kv_heads=self.heads,
+            num_key_value_heads=self.num_attention_heads,
             intermediate_size=4 * width,
             block_params=block,
             tie_word_embeddings=True,
@@ -78,9 +81,9 @@ class Gpt2Sizes:
 class LlamaSizes:
     """Everything that decides the parameters of a decoder with gated MLPs, RMS norms and grouped-query attention."""
 
-    layers: int
-    heads: int
-    kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     """Heads of keys and values, shared by groups of query heads."""
     head_dim: int
     hidden_size: int
@@ -99,7 +102,7 @@ class LlamaSizes:
 
     def shape(self) -> Shape:
         """Return the sizes that plans calculate with."""
-        queries, keys = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        queries, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
         attention = self.hidden_size * (queries + 2 * keys) + queries * self.hidden_size
         biases = (
             self.qkv_bias * (queries + 2 * keys)
@@ -115,14 +118,16 @@ class LlamaSizes:
         )
         embeddings = self.vocab_size * self.hidden_size
         return Shape(
-            layers=self.layers,
-            heads=self.heads,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
             hidden_size=self.hidden_size,
             vocab_size=self.vocab_size,
             max_position_embeddings=self.max_position_embeddings,
-            num_params=embeddings * (1 if self.tie_word_embeddings else 2) + self.layers * block + self.hidden_size,
+            num_params=embeddings * (1 if self.tie_word_embeddings else 2)
+            + self.num_hidden_layers * block
+            + self.hidden_size,
             largest_param=max(embeddings, self.hidden_size * self.intermediate_size, self.hidden_size * queries),
-            kv_heads=self.kv_heads,
+            num_key_value_heads=self.num_key_value_heads,
             intermediate_size=self.intermediate_size,
             block_params=block,
             tie_word_embeddings=self.tie_word_embeddings,

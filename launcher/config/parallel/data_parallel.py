@@ -65,13 +65,13 @@ def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[Co
     fewer of them than ranks, so only the query heads must divide.
     """
     degree = getattr(parallel, option)
-    sizes = {"heads": shape.heads}
+    sizes = {"heads": shape.num_attention_heads}
     if option == "tensor":
-        sizes |= {"heads of keys and values": shape.kv_heads, "MLP columns": shape.intermediate_size}
+        sizes |= {"heads of keys and values": shape.num_key_value_heads, "MLP columns": shape.intermediate_size}
     uneven = {name: size for name, size in sizes.items() if size % degree}
     if degree == 1 or not uneven:
         return
-    legal = [d for d in range(1, shape.heads + 1) if not any(size % d for size in sizes.values())]
+    legal = [d for d in range(1, shape.num_attention_heads + 1) if not any(size % d for size in sizes.values())]
     below = max((d for d in legal if d < degree), default=1)
     above = min((d for d in legal if d > degree), default=None)
     choices = " or ".join(f"parallel.{option}={d}" for d in (below, above) if d is not None)
@@ -124,7 +124,7 @@ class Fsdp(Parallel):
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
-        dims, blocks = self.dims(world_size), shape.layers * shape.block_params
+        dims, blocks = self.dims(world_size), shape.num_hidden_layers * shape.block_params
         over = dims.shard * dims.sequence
         share = -(-blocks // (over * dims.tensor)) + -(-(shape.num_params - blocks) // over)
         return StateBytes.fp32(share, offloaded=self.offload == "cpu")

@@ -112,9 +112,9 @@ class DeepSpeedPipeline(Parallel):
             yield self.error("stage", why, "set parallel.stage=1 or precision=fp32")
         if shape is None:
             return
-        if self.stages > shape.layers:
-            why = f"the model has {shape.layers} layers, and each stage needs one"
-            yield self.error("stages", why, f"set parallel.stages={shape.layers}")
+        if self.stages > shape.num_hidden_layers:
+            why = f"the model has {shape.num_hidden_layers} layers, and each stage needs one"
+            yield self.error("stages", why, f"set parallel.stages={shape.num_hidden_layers}")
         if shape.family not in PIPELINE_FAMILIES:
             yield unknown_family_error(shape.family)
 

@@ -152,11 +152,15 @@ class Pipeline(Parallel):
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return the share of the rank with the largest chunks; ends have embeddings and head besides blocks."""
         count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.hidden_size
-        if count > shape.layers:
+        if count > shape.num_hidden_layers:
             return StateBytes.fp32(shape.num_params)  # refused, with the reason
-        first = shape.num_params - shape.layers * shape.block_params - (0 if shape.tie_word_embeddings else embedding)
+        first = (
+            shape.num_params
+            - shape.num_hidden_layers * shape.block_params
+            - (0 if shape.tie_word_embeddings else embedding)
+        )
         held = [0] * self.stages
-        cut = partition_layers([shape.block_params] * shape.layers, count, first=first, last=embedding)
+        cut = partition_layers([shape.block_params] * shape.num_hidden_layers, count, first=first, last=embedding)
         for number, blocks in enumerate(cut):
             ends = first * (number == 0) + embedding * (number == count - 1)
             held[rank_of_chunk(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
@@ -172,12 +176,14 @@ class Pipeline(Parallel):
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject more stages than layers."""
-        wanted = self.stages * self.num_chunks
-        if shape is not None and wanted > shape.layers:
-            most = shape.layers // self.num_chunks
-            why = f"{self.stages} stages × {self.num_chunks} = {wanted} chunks, and there are {shape.layers} layers"
+        if shape is None:
+            return
+        wanted, layers = self.stages * self.num_chunks, shape.num_hidden_layers
+        if wanted > layers:
+            most = layers // self.num_chunks
+            why = f"{self.stages} stages × {self.num_chunks} = {wanted} chunks, and there are {layers} layers"
             fix = f"set parallel.stages={most}" if most > 1 else "set parallel.schedule=1f1b"
-            yield self.error("stages", why, fix if shape.layers > 1 else "set parallel=fsdp")
+            yield self.error("stages", why, fix if layers > 1 else "set parallel=fsdp")
 
     def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:
         """Reject numbers of micro-batches that the schedule does not take."""

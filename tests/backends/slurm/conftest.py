@@ -26,7 +26,7 @@ SBIN = f"{os.environ['PATH']}:/usr/sbin"
 SMALL = (
     *("backend=slurm", "backend.threads=1", "tracker=local", "data=synthetic"),
     *(
-        "model.layers=1",
+        "model.num_hidden_layers=1",
         "model.hidden_size=32",
         "model.max_position_embeddings=32",
         "job.sequence_length=16",

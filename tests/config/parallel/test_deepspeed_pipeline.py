@@ -17,14 +17,14 @@ from launcher.errors import ConfigErrors
 from launcher.protocol.plan import Batch
 
 SHAPE = Shape(
-    layers=4,
-    heads=2,
+    num_hidden_layers=4,
+    num_attention_heads=2,
     hidden_size=64,
     vocab_size=4096,
     max_position_embeddings=128,
     num_params=1_000_000,
     largest_param=4096 * 64,
-    kv_heads=2,
+    num_key_value_heads=2,
     intermediate_size=256,
     block_params=200_000,
     tie_word_embeddings=True,

@@ -7,7 +7,9 @@ from launcher.config.parallel.data_parallel import Fsdp
 from launcher.config.precision import Bf16Precision, Fp32Precision
 from launcher.errors import ConfigErrors
 
-GPT2 = Gpt2(name="small", layers=4, heads=6, hidden_size=96, max_position_embeddings=64, vocab_size=512).shape()
+GPT2 = Gpt2(
+    name="small", num_hidden_layers=4, num_attention_heads=6, hidden_size=96, max_position_embeddings=64, vocab_size=512
+).shape()
 SMOLLM2 = SMOLLM2_SIZES.shape()
 
 
@@ -30,7 +32,7 @@ def test_state_is_spread_over_all_that_hold_shares():
 
 
 def test_tensor_ranks_hold_embeddings_whole():
-    blocks = SMOLLM2.layers * SMOLLM2.block_params
+    blocks = SMOLLM2.num_hidden_layers * SMOLLM2.block_params
     held = Fsdp(tensor=3).state_bytes(SMOLLM2, 3, Bf16Precision()).total / 16
     assert held == pytest.approx(blocks / 3 + SMOLLM2.num_params - blocks, rel=1e-6)
 

@@ -11,7 +11,7 @@ from launcher.config.precision import Fp32Precision
 from launcher.errors import ConfigErrors
 from launcher.protocol.plan import Batch
 
-SHAPE = Gpt2(name="tiny", layers=6, heads=2, hidden_size=64).shape()
+SHAPE = Gpt2(name="tiny", num_hidden_layers=6, num_attention_heads=2, hidden_size=64).shape()
 
 
 @pytest.mark.parametrize(

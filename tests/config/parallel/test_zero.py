@@ -18,14 +18,14 @@ from launcher.protocol.plan import Host, NativeOps, StateBytes
 PARAMS, RANKS = 1_000_000, 4
 NVME = {"stage": 3, "offload_optimizer": "nvme", "offload_parameters": "nvme", "nvme_path": "/nvme"}
 SHAPE = Shape(
-    layers=2,
-    heads=2,
+    num_hidden_layers=2,
+    num_attention_heads=2,
     hidden_size=64,
     vocab_size=4096,
     max_position_embeddings=128,
     num_params=PARAMS,
     largest_param=200_000_000,
-    kv_heads=2,
+    num_key_value_heads=2,
     intermediate_size=256,
     block_params=PARAMS // 2,
     tie_word_embeddings=True,

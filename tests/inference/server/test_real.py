@@ -10,9 +10,9 @@ import pytest
 from tests.inference.server.conftest import MODEL, Start, events, text_of
 
 SIZES = (
-    "model.layers=2",
+    "model.num_hidden_layers=2",
     "model.hidden_size=32",
-    "model.heads=2",
+    "model.num_attention_heads=2",
     "model.vocab_size=257",
     "model.max_position_embeddings=128",
 )

@@ -82,13 +82,13 @@ def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str
     with MetricsWriter(context.run_dir.metrics) as metrics:
         for round_ in range(benchmark.repeats):
             for mode in benchmark.modes:
-                tell = partial(context.heartbeat.update, step=done, steps=total)
-                build = partial(tell, "build")
+                update = partial(context.heartbeat.update, step=done, steps=total)
+                build = partial(update, "build")
                 engine = make_paged_engine(run, limits=benchmark.limits(mode), rank=0, world_size=1, heartbeat=build)
                 try:
                     for _ in range(benchmark.warmup if round_ == 0 else 0):
-                        answer_queue(engine, requests[: benchmark.max_batch_size], heartbeat=partial(tell, "warm up"))
-                    sample = answer_queue(engine, requests, heartbeat=partial(tell, "measure"))
+                        answer_queue(engine, requests[: benchmark.max_batch_size], heartbeat=partial(update, "warm up"))
+                    sample = answer_queue(engine, requests, heartbeat=partial(update, "measure"))
                 finally:
                     engine.close()
                 found[mode].append(sample)

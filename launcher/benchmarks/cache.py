@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 def run_cache_benchmark(benchmark: ResultCacheBenchmark, context: Context) -> BenchmarkResults:
     """Go through the prompts ``repeats`` times."""
     heartbeat = context.heartbeat.update
-    words = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: heartbeat("load"))
+    tokenizer = open_tokenizer(benchmark.tokenizer, context.run, heartbeat=lambda: heartbeat("load"))
     limits = EngineLimits(enable_prefix_caching=False)  # it would make a repeated prompt cheap without any result
     engine = make_paged_engine(context.run, limits=limits, rank=0, world_size=1, heartbeat=lambda: heartbeat("build"))
     engine.warm_up(benchmark.warm_up)
-    prompts = [tuple(words.encode(text)) for text in benchmark.prompts]
+    prompts = [tuple(tokenizer.encode(text)) for text in benchmark.prompts]
     times: dict[str, list[float]] = {"computed": [], "kept": []}
     for number in range(benchmark.repeats):
         cache = ResultCache(benchmark.max_bytes, ttl_s=3600.0)

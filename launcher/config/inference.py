@@ -52,8 +52,8 @@ def validate_api_keys_variable(environ: Mapping[str, str]) -> Iterator[ConfigErr
 
 def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:
     """Return the API keys of the environment: separated by commas or line ends."""
-    words = re.split(r"[,\n]", environ.get(API_KEYS_VARIABLE, ""))
-    return tuple(word.strip() for word in words if word.strip())
+    keys = re.split(r"[,\n]", environ.get(API_KEYS_VARIABLE, ""))
+    return tuple(key.strip() for key in keys if key.strip())
 
 
 DEFAULT_TEMPLATE = "default"
@@ -87,7 +87,7 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iter
         engine: ``paged`` or ``transformers``.
     """
     if engine == "paged" and run.attention.kind != "sdpa":
-        why = "job.engine=paged computes attention over pages by kernels of its own"
+        why = "job.engine=paged computes paged attention by kernels of its own"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
     if engine == "paged" and (why_not := _unsupported_reason(run)) is not None:
         yield unsupported_model(str(run.model.family()), why_not)
@@ -137,7 +137,7 @@ def _unsupported_reason(run: Run) -> str | None:
 
 def unsupported_model(family: str, why: str) -> ConfigError:
     """Return the refusal of a model of that family."""
-    why = f"{family} {why}, which pages cannot hold exactly"
+    why = f"{family} {why}, which a paged KV cache cannot hold exactly"
     fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
     return ConfigError("job.engine", "paged", why=why, fix=fix)
 

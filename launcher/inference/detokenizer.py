@@ -22,7 +22,7 @@ class Detokenizer:
 
     Args:
         decode: text of a list of tokens.
-        before: tokens that the text goes on from.
+        before: tokens that the text continues.
 
     Attributes:
         opening: the text of ``before``, but for half a character at its end, which the first pieces complete.
@@ -121,7 +121,7 @@ class TextStream:
     Args:
         decode: text of a list of tokens.
         stops: strings that end the text and are no part of it.
-        before: tokens that the text goes on from; no string is looked for in their text.
+        before: tokens that the text continues; no string is looked for in their text.
     """
 
     def __init__(

@@ -241,7 +241,7 @@ def fingerprint_of(run: Run, job: Generate, source: PromptFile, *, digest: str) 
 
 
 def stored_fingerprint(folder: Path) -> BatchFingerprint | None:
-    """Return the task that a folder of parts was begun with, if it was."""
+    """Return the fingerprint that a folder of parts was started with, if it was."""
     file = folder / "task.json"
     return BatchFingerprint(**read_json(file)) if file.exists() else None
 
@@ -252,6 +252,6 @@ def store_fingerprint(folder: Path, task: BatchFingerprint) -> None:
 
 
 def owns_output(folder: Path, output: Path) -> bool:
-    """Whether a file of answers was begun by the run with this folder of parts."""
+    """Whether a file of answers was started by the run with this folder of parts."""
     claim = folder / CLAIM_FILE
     return claim.is_file() and claim.read_text(encoding="utf-8") == str(output.absolute())

@@ -207,7 +207,7 @@ def _handle_message(engine: InferenceEngine, connection: EngineConnection, messa
                 connection.send(
                     {"kind": "invalid", "request_id": request.id, "param": invalid.param, "why": str(invalid)}
                 )
-            except Exception as error:  # noqa: BLE001  (whatever it is, the other requests go on)
+            except Exception as error:  # noqa: BLE001  (any error: the other requests continue)
                 lost = EngineOutput(
                     request_id=request.id, finish_reason="error", error=f"{type(error).__name__}: {error}"
                 )

@@ -35,7 +35,7 @@ class KVArenas(Protocol):
     """Keys and values of all sequences, as the engine's paged cache holds them."""
 
     keys: dict[int, Tensor]
-    """By number of layer: (tokens of all pages, heads, width)."""
+    """By number of layer: (tokens of all blocks, heads, head size)."""
     values: dict[int, Tensor]
     kernels: NativeAttention | None
     """Computes attention over them; ``None`` is torch's."""

@@ -24,7 +24,7 @@ _RESERVED_FILES = 256
 
 
 def main(run_dir: RunDir, connection: socket.socket) -> int:
-    """Serve until told to end; return the exit code."""
+    """Serve until a signal; return the exit code."""
     run = load_run(run_dir.snapshot)
     job: Serve = run.job  # type: ignore[assignment]
     connection.setblocking(False)

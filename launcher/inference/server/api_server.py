@@ -58,7 +58,7 @@ _WATCHED = {
 
 
 class UvicornServer(uvicorn.Server):
-    """Ends when it is told to by ``should_exit``, never by a signal."""
+    """Ends when ``should_exit`` is set, never by a signal."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -90,7 +90,7 @@ def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens there.
 
     Raises:
-        OSError: nobody can.
+        OSError: the address cannot be bound.
     """
     family, kind, protocol_number, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     listener = socket.socket(family, kind, protocol_number)
@@ -140,7 +140,7 @@ class ApiServer:
         self._signal: int | None = None
 
     async def serve(self) -> int:
-        """Serve until told to end; return the exit code.
+        """Serve until a signal; return the exit code.
 
         Raises:
             ConfigError: the address cannot be listened on, or the engine cannot be built as configured.
@@ -204,7 +204,7 @@ class ApiServer:
             done, waits = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             for each in done:
                 each.result()
-            assert http not in done, "the HTTP server ends when it is told to"
+            assert http not in done, "the HTTP server ends when should_exit is set"
 
     async def _wait_until_ready(self, backend: ModelBackend) -> None:
         started = time.monotonic()
@@ -265,7 +265,7 @@ _RESERVED_FILES = 256
 
 
 def serve(job: Serve, context: Context) -> None:
-    """Serve until told to end."""
+    """Serve until a signal."""
     if context.world_size > 1:
         serve_across_ranks(job, context)
         return
@@ -301,7 +301,7 @@ _FORWARDED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def serve_across_ranks(job: Serve, context: Context) -> None:
-    """Serve until told to end, on every rank."""
+    """Serve until a signal, on every rank."""
     server = _ServerProcess(context) if context.is_main else None
     for number in _FORWARDED_SIGNALS:
         # the first rank ends the others

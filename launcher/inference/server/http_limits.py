@@ -305,7 +305,7 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
-            """Read; whoever begins a request must also end its headers."""
+            """Read; a client that starts a request must complete its headers in time."""
             if self.transport.left is not None:
                 self.transport.pass_over(data)
                 return
@@ -327,7 +327,7 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             super().handle_events()
 
         def send_400_response(self, msg: str) -> None:
-            """Say that this is no HTTP, unless an answer has begun already; called while h11's error is handled."""
+            """Answer that this is not HTTP, unless a response has started; called while h11's error is handled."""
             why = sys.exception()
             said = str(why) if isinstance(why, ChunksTooSmall) else f"this is no valid HTTP request: {msg}"
             self._reject(ApiError(400, said, code="invalid_http"))
@@ -368,7 +368,7 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
                 self._reject(ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout"))
 
         def _reject(self, problem: ApiError) -> None:
-            """Answer outside of any request, and close; a request that has begun counts as gone."""
+            """Send an error outside of any request, and close; a request that has started counts as cancelled."""
             has_begun = False
             if self.cycle is not None and not self.cycle.response_complete:
                 has_begun = self.cycle.response_started

@@ -39,7 +39,7 @@ class ApiKeys:
         return bool(self._hashes)
 
     def owner(self, authorization: str) -> str | None:
-        """Return what to call whoever shows this header; ``None`` where the key is none of ours.
+        """Return a name for the owner of the key in this header; ``None`` where the key is not valid.
 
         Every key is compared with, each in a time that does not depend on how much of it is right.
         """
@@ -66,7 +66,7 @@ class RateLimiter:
     """A bucket for each caller that fills at a steady rate and holds a minute's worth.
 
     Args:
-        per_minute: requests; ``None`` counts nobody.
+        per_minute: requests; ``None`` sets no limit.
         now: the clock.
     """
 
@@ -75,7 +75,7 @@ class RateLimiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait_s(self, caller: str) -> float:
-        """Take one request of ``caller``; return 0 if it may go on, else after what time it may."""
+        """Count a request of ``caller``; return 0 if it is allowed, else the seconds until it would be."""
         if self._per_minute is None:
             return 0.0
         now, rate = self._now(), self._per_minute / 60.0
@@ -112,7 +112,7 @@ class AdmissionMiddleware:
         rates: how often each key, or address, may ask.
         max_body_bytes: of one request.
         body_s: time that a body gets to arrive.
-        reject: called with the reason whenever somebody is turned away.
+        reject: called with the reason of each rejected request.
     """
 
     def __init__(

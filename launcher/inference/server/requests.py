@@ -252,7 +252,7 @@ async def encode_chat(
 
 
 async def _run_in_pool(size: int, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns, done by a thread where it takes long; it should let go of the interpreter."""
+    """Return what ``work`` returns, computed on a thread where it takes long; it should release the GIL."""
     if size <= _INLINE_CHARACTERS:
         return work()
     pool = _pool if size <= _LARGE_CHARACTERS else _pool_of_large

@@ -245,8 +245,8 @@ async def send_request(
         async with asyncio.timeout(pool.target.timeout_s):
             answer = await connection.post(path, body)
             await _read(answer, outcome, start=start, keep_text=pool.target.keep_text)
-    except RequestError as trouble:
-        outcome.error, outcome.why = trouble.kind, str(trouble)
+    except RequestError as error:
+        outcome.error, outcome.why = error.kind, str(error)
     except TimeoutError:
         outcome.error, outcome.why = "timeout", f"the answer is not complete after {pool.target.timeout_s:g} s"
     except asyncio.CancelledError:

@@ -187,9 +187,9 @@ def open_checkpoint(folder: Path) -> SavedCheckpoint:
         ValueError: it is not complete; the message says what is missing.
     """
     manifest = read_manifest(folder)
-    trouble = missing_payload(folder, manifest)
-    if trouble:
-        raise ValueError(trouble)
+    why = missing_payload(folder, manifest)
+    if why:
+        raise ValueError(why)
     return SavedCheckpoint(folder=folder, manifest=manifest)
 
 

@@ -31,7 +31,7 @@ class OptimizerStep:
     holds, so every rank clips alike.
 
     Args:
-        modules: what this rank trains; one, or several stretches of a pipeline.
+        modules: what this rank trains; one, or several chunks of a pipeline.
         run: for optimiser, precision and clipping.
         device: where this rank computes.
         stages: the group of ranks that hold the other layers of this model, if there are any.

@@ -79,14 +79,14 @@ class SequenceParallel:
         model.config._attn_implementation = _NAME  # noqa: SLF001
 
     def share_of(self, whole: MicroBatch) -> MicroBatch:
-        """Return this rank's stretch of each sequence, and say where it stands."""
+        """Return this rank's part of each sequence, and its positions."""
         length = whole.input_ids.shape[1] // self._size
         own = slice(self._rank * length, (self._rank + 1) * length)
         positions = torch.arange(own.start, own.stop)[None]
         return MicroBatch(input_ids=whole.input_ids[:, own], labels=whole.labels[:, own], position_ids=positions)
 
     def __enter__(self) -> None:
-        """From here on the model is given stretches of sequences."""
+        """From here on the model gets parts of sequences."""
         self._splits = True
 
     def __exit__(self, *error: object) -> None:
@@ -94,7 +94,7 @@ class SequenceParallel:
         self._splits = False
 
     def _mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Return no mask for stretches, which are causal as a whole; else what the kernel wants."""
+        """Return no mask for parts of sequences, which are causal as a whole; else what the kernel wants."""
         return None if self._splits else ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
 
     def _attend(

@@ -55,8 +55,8 @@ def run_job(env: RankEnv, heartbeat: Heartbeat) -> None:
         try:
             execute_job(context)
         except Exception as error:
-            if trouble := disk_full_message(error, _folders(run, env)):
-                raise JobError(trouble) from error
+            if message := disk_full_message(error, _folders(run, env)):
+                raise JobError(message) from error
             raise
 
 

@@ -87,7 +87,7 @@ class Recorder:
         norm = "" if result.grad_norm is None else f"  grad norm {result.grad_norm:.3f}"
         used = "" if mfu is None else f"  mfu {mfu:.1%}"
         skipped = "  (skipped: gradient overflow)" if result.skipped else ""
-        self.say(
+        self.print(
             f"step {done}/{self._job.steps}  loss {result.loss:.4f}{norm}  lr {lr:.2e}"
             f"  {tokens / seconds:,.0f} tokens/s{used}{skipped}"
         )
@@ -96,19 +96,19 @@ class Recorder:
         """Record the losses that a model has to beat."""
         self.write(done, {f"baseline/{name}": loss for name, loss in losses.items()})
         told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.say(f"loss to beat (nats a token): {told}")
+        self.print(f"loss to beat (nats a token): {told}")
 
     def evaluation(self, done: int, loss: float, *, parts: Mapping[str, float]) -> None:
         """Record a held-out loss."""
         self.write(done, {"eval/loss": loss, **{f"time/{name}_s": seconds for name, seconds in parts.items()}})
-        self.say(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}")
+        self.print(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}")
 
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, on rank 0."""
         if self._writer is not None:
             self._writer.record(done, **metrics)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print a line, on rank 0."""
         if self._context.is_main:
             print(text, flush=True)

@@ -28,38 +28,38 @@ class StrategyResult:
     worst_weight: str = ""
     """The tensor that is farthest apart, by the same measure."""
     tokens_equal: bool = False
-    trouble: str = ""
+    error: str = ""
     """Why there is nothing to compare, or what does not fit besides the numbers."""
 
     def excess(self, job: Verify) -> float:
         """Return how many times the allowed difference it is away; 1 and less passes."""
-        if self.trouble or not self.tokens_equal:
+        if self.error or not self.tokens_equal:
             return math.inf
         pairs = ((self.loss_diff, job.loss_tolerance), (self.grad_norm_diff, job.grad_norm_tolerance))
         return max((0.0 if diff == 0 else math.inf) if not allowed else diff / allowed for diff, allowed in pairs)
 
     def why(self, job: Verify) -> str:
         """Return what is wrong with it in words; empty where nothing is."""
-        if self.trouble:
-            return self.trouble
-        said = []
+        if self.error:
+            return self.error
+        reasons = []
         if not self.loss_diff <= job.loss_tolerance:
-            said.append(f"loss differs by {self.loss_diff:.1e} (allowed {job.loss_tolerance:g})")
+            reasons.append(f"loss differs by {self.loss_diff:.1e} (allowed {job.loss_tolerance:g})")
         if not self.grad_norm_diff <= job.grad_norm_tolerance:
-            said.append(f"gradient norm differs by {self.grad_norm_diff:.1e} (allowed {job.grad_norm_tolerance:g})")
+            reasons.append(f"gradient norm differs by {self.grad_norm_diff:.1e} (allowed {job.grad_norm_tolerance:g})")
         if not self.tokens_equal:
-            said.append("other tokens are generated")
-        return ", ".join(said)
+            reasons.append("other tokens are generated")
+        return ", ".join(reasons)
 
 
 def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer, *, seconds: float) -> StrategyResult:
     """Compare what the ranks of a case answered with what one process did."""
-    troubled = [(answer[TIME_KEY], rank) for rank, answer in answers.items() if ERROR_KEY in answer]
-    if troubled:
-        rank = min(troubled)[1]  # the first to fail: others fail because of it
-        return StrategyResult(name=name, seconds=seconds, trouble=f"rank {rank}: {answers[rank][ERROR_KEY]}")
+    failed = [(answer[TIME_KEY], rank) for rank, answer in answers.items() if ERROR_KEY in answer]
+    if failed:
+        rank = min(failed)[1]  # the first to fail: others fail because of it
+        return StrategyResult(name=name, seconds=seconds, error=f"rank {rank}: {answers[rank][ERROR_KEY]}")
     ours = answers[0]
-    weights, worst, trouble = _weights_difference([answer["weights"] for answer in answers.values()])
+    weights, worst, error = _weights_difference([answer["weights"] for answer in answers.values()])
     return StrategyResult(
         name=name,
         seconds=seconds,
@@ -68,7 +68,7 @@ def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer,
         weights_diff=weights,
         worst_weight=worst,
         tokens_equal=all(answer["generated"] == reference["generated"] for answer in answers.values()),
-        trouble=trouble,
+        error=error,
     )
 
 
@@ -107,7 +107,7 @@ def table_lines(rows: Sequence[StrategyResult], job: Verify) -> Iterator[str]:
 
 def as_markdown(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[str, str]) -> str:
     """Return the table in Markdown, with what was compared and what was not."""
-    said = [
+    lines = [
         f"# Strategies against one process, {job.steps} steps",
         "",
         f"Relative differences, the largest of all steps; allowed: loss {job.loss_tolerance:g}, gradient norm "
@@ -115,12 +115,12 @@ def as_markdown(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mappin
         "",
     ]
     if job.perturb:
-        said += [f"The learning rate of every strategy but one process is off by {job.perturb:+.1%}, on purpose.", ""]
-    said += [_markdown_row(_HEAD), _markdown_row(["---"] * len(_HEAD))]
-    said += [_markdown_row(_cells(row, job)) for row in rows]
+        lines += [f"The learning rate of every strategy but one process is off by {job.perturb:+.1%}, on purpose.", ""]
+    lines += [_markdown_row(_HEAD), _markdown_row(["---"] * len(_HEAD))]
+    lines += [_markdown_row(_cells(row, job)) for row in rows]
     if left_out:
-        said += ["", "Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items())]
-    return "\n".join(said) + "\n"
+        lines += ["", "Left out:", "", *(f"- {name}: {why}" for name, why in left_out.items())]
+    return "\n".join(lines) + "\n"
 
 
 def as_json(rows: Sequence[StrategyResult], job: Verify, *, left_out: Mapping[str, str]) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def _plain(value: Any) -> Any:
 
 def _cells(row: StrategyResult, job: Verify) -> list[str]:
     why = row.why(job)
-    if row.loss_diff == row.grad_norm_diff == math.inf and row.trouble:
+    if row.loss_diff == row.grad_norm_diff == math.inf and row.error:
         numbers = ["-"] * 4
     else:
         diffs = (row.loss_diff, row.grad_norm_diff, row.weights_diff)

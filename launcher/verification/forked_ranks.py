@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 
 CaseAnswer = dict[str, Any]
-ERROR_KEY = "trouble"
+ERROR_KEY = "error"
 """Key of an answer that says why there is none."""
-TIME_KEY = "at"
+TIME_KEY = "time"
 """Key beside it: when, in seconds since 1970."""
 _POLL_S = 0.1
 _STACK_DUMP_S = 0.5
@@ -60,16 +60,16 @@ def run_in_fork(
         die_with_parent(parent)
         _run_child(work, answer)
     deadline = time.monotonic() + limit_s
-    trouble = ""
+    error = ""
     while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
         heartbeat()
-        trouble = give_up() or (f"was not done after {limit_s:g} s" if time.monotonic() > deadline else "")
-        if trouble:
+        error = give_up() or (f"was not done after {limit_s:g} s" if time.monotonic() > deadline else "")
+        if error:
             ended = _kill_with_stacks(child)
             break
         time.sleep(_POLL_S)
     if not answer.exists():
-        write_json(answer, {ERROR_KEY: trouble or f"ended by {_exit_text(ended[1])}", TIME_KEY: time.time()})
+        write_json(answer, {ERROR_KEY: error or f"ended by {_exit_text(ended[1])}", TIME_KEY: time.time()})
 
 
 def _run_child(work: Callable[[], CaseAnswer], answer: Path) -> None:

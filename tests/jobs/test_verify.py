@@ -48,7 +48,7 @@ def test_strategies_take_the_steps_of_one_process(launch, tmp_path) -> None:
     for row in rows.values():
         assert row["passed"]
         assert row["tokens_equal"]
-        assert (row["trouble"], row["loss_diff"] <= 1e-5, row["grad_norm_diff"] <= 1e-4) == ("", True, True)
+        assert (row["error"], row["loss_diff"] <= 1e-5, row["grad_norm_diff"] <= 1e-4) == ("", True, True)
         assert row["weights_diff"] < 1e-4
     assert max(row["weights_diff"] for row in rows.values()) > 0  # they really are different sums
     metrics = read_json(tmp_path / "run" / "result.json")["metrics"]
@@ -72,7 +72,7 @@ def test_a_strategy_that_fails_is_a_row(launch, tmp_path) -> None:
     bad = "parallel.deepspeed={zero_optimization: {stage3_max_reuse_distance: -5}}"
     ended = launch(*VERIFY, "parallel=zero3", bad, "job.strategies=[run,ddp]", "job.steps=2").expect(1)
     rows = compared(tmp_path)
-    assert "stage3_max_reuse_distance" in rows["run"]["trouble"]
+    assert "stage3_max_reuse_distance" in rows["run"]["error"]
     assert not rows["run"]["passed"]
     assert rows["ddp"]["passed"]
     assert "1 of 2 strategies are not equal to one process; the worst is run" in ended.output
@@ -117,7 +117,7 @@ def test_the_ranks_of_a_case_follow_one_that_failed(tmp_path, monkeypatch) -> No
     answer, _ = forked(lambda: time.sleep(60), tmp_path, give_up=rendezvous.failure_watcher("case", world_size=2))
     assert answer[ERROR_KEY] == "ended because rank 1 had failed"
     row = compare("case", rendezvous.collect("case", world_size=2, limit_s=5), {}, seconds=1.0)
-    assert row.trouble == "rank 1: out of memory"
+    assert row.error == "rank 1: out of memory"
 
 
 def test_rank_0_waits_for_the_others_before_it_clears_up(tmp_path) -> None:

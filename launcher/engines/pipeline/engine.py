@@ -83,7 +83,7 @@ class PipelineEngine(Engine):
             device=self.device,
             group=self._group,
         )
-        self._flow = PipelineSchedule(
+        self._schedule = PipelineSchedule(
             self._chunks,
             schedule=parallel.schedule,
             count=count,
@@ -100,7 +100,8 @@ class PipelineEngine(Engine):
         count = TokenCount(micro_batches, device=self.device, copies=self._copies)
         with self._clock.phase("pipeline"):
             # FSDP divides gradients by the number of shards
-            own_sum = self._flow.train(micro_batches, factor=self._shards * self._update.scale.value / count.total())
+            factor = self._shards * self._update.scale.value / count.total()
+            own_sum = self._schedule.train(micro_batches, factor=factor)
         with self._clock.phase("reduce"):
             if self._replicas is not None:
                 sum_gradients(list(self.module.parameters()), self._replicas)
@@ -169,7 +170,7 @@ class PipelineEngine(Engine):
 
     def close(self) -> None:
         """Leave the process group, after what refers to it."""
-        del self._flow, self._forward
+        del self._schedule, self._forward
         gc.collect()
         disconnect()
 

@@ -52,7 +52,7 @@ class GatherIndices:
         single: tokens that are the only ones of their sequence in this step.
         past: what each of them attends to, (those, longest).
         seen: which of these there are, (those, 1, 1, longest).
-        long: other stretches: first token, number of tokens, what the last of them attends to.
+        long: other segments: first token, number of tokens, what the last of them attends to.
     """
 
     def __init__(self, plan: StepPlan, *, device: torch.device) -> None:

@@ -81,7 +81,7 @@ async def read_object(data: bytes) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _in_turn(data: bytes) -> AsyncIterator[None]:
-    """Let the event loop go round once for every large body that waits: it would parse all of them at a stretch."""
+    """Give the event loop a turn for every large body that waits, so that not all are parsed in one."""
     global _num_waiting
     if len(data) > _LARGE_BODY_BYTES:
         _num_waiting += 1

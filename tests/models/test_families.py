@@ -89,7 +89,7 @@ def test_sizes_that_make_no_llama_are_refused(wrong: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_hidden_layers", "num_attention_heads", "hidden_size", "num_params"),
+    ("layers", "heads", "hidden_size", "num_params"),
     [(12, 12, 768, 124_439_808), (36, 20, 1280, 774_030_080), (48, 25, 1600, 1_557_611_200)],
 )
 def test_gpt2_has_the_published_sizes(layers: int, heads: int, hidden_size: int, num_params: int) -> None:

@@ -35,7 +35,7 @@ def test_a_missing_folder_and_a_file(saved: Path, tmp_path: Path) -> None:
 
 def test_another_size_and_another_family(saved: Path) -> None:
     other_size = only_problem(Gpt2(**{**SIZES, "num_hidden_layers": 3, "vocab_size": 100}, weights=str(saved)))
-    assert "holds another model: layers is 2, not 3, vocab_size is 99, not 100" in other_size
+    assert "holds another model: num_hidden_layers is 2, not 3, vocab_size is 99, not 100" in other_size
     assert "its family is gpt2, not llama" in only_problem(SmolLm2(weights=str(saved)))
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.config.build import build_run, with_defaults
-from launcher.config.option_text import INTERPOLATION, interpolates, quoted_word
+from launcher.config.option_text import quoted_word
 from launcher.config.overrides import (
     COMMAND_LINE,
     Override,
@@ -22,14 +20,12 @@ from launcher.config.overrides import (
     types_of_option,
 )
 from launcher.config.run import Run, run_to_tree
+from launcher.config.user_files import missing_packages, validate_user_files
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.utils.files import exists, read_named
 from launcher.utils.schema import ReportError
 
 if TYPE_CHECKING:
     from launcher.config.data.base import Corpus
-
-_GLOBAL = "# @package _global_"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +73,14 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
     overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
     fixed = [override for override in overrides if override.choices is None]
     misled = {error.option for error in mistakes}  # a group whose option is unknown says nothing about its keys
-    unusable = list(_unusable_files(fixed, config_dir))
+    unusable = list(validate_user_files(fixed, config_dir, known))
     mistakes += unusable
     tree = None if unusable else _compose_tree(fixed, config_dir, mistakes.append)
     run = None
     if tree is not None:
         sweep = tree.pop("sweep", None)
         if tree.pop("exp", None) is not None:
-            mistakes += _without_package(_source_files(fixed, config_dir))
+            mistakes += missing_packages(_source_files(fixed, config_dir))
         found: list[ConfigError] = []
         typed = {override.key: override.typed for override in fixed}
         resolved = _resolve(with_defaults(tree), found.append)
@@ -134,62 +130,6 @@ def unused_vocab_size(data: Corpus) -> ConfigError:
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
     words = [override.word for override in overrides]
     return words if config_dir is None else [*words, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
-
-
-def _unusable_files(overrides: Sequence[Override], config_dir: Path | None) -> Iterator[ConfigError]:
-    """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option."""
-    for override in overrides if config_dir is not None else ():
-        option = override.word.partition("=")[2].strip("'")
-        file = Path(config_dir or "") / override.key / f"{option}.yaml"
-        if not override.is_group or not exists(file):
-            continue
-        try:
-            raw = read_named(file)
-            tree = yaml.safe_load(raw.decode())
-        except OSError as error:
-            why, fix = f"{file} cannot be read: {error.strerror}", "check its permissions"
-        except UnicodeDecodeError as error:
-            why = f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
-            fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
-        except RecursionError:
-            why, fix = f"{file} is nested too deeply", "take brackets out"
-        except yaml.YAMLError:
-            continue  # Hydra's message names line and column
-        else:
-            if raw.startswith(codecs.BOM_UTF8):
-                why, fix = (
-                    f"{file} begins with a byte order mark",
-                    f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
-                )
-            elif tree is not None and not isinstance(tree, dict):
-                why, fix = f"{file} holds no options, each `name: value`", "see docs/configuration.md"
-            elif override.key == "exp" and not _is_global(raw):
-                yield _missing_package(file)
-                continue
-            elif not isinstance((tree or {}).get("defaults", []), list):
-                why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
-            else:
-                yield from _unusable_options(tree or {}, "", file)
-                continue
-        yield ConfigError(override.key, option, why=why, fix=fix)
-
-
-def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterator[ConfigError]:
-    for key, value in tree.items():
-        option = f"{path}{key}"
-        if not isinstance(key, str):
-            yield ConfigError(
-                option, why="is no name of an option", fix="write text before the colon", source=str(file)
-            )
-        elif not path and "." in key and types_of_option(key):
-            group, _, name = key.partition(".")
-            why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
-            yield ConfigError(option, why=why, fix=fix, source=str(file))
-        elif isinstance(value, dict):
-            yield from _unusable_options(value, f"{option}.", file)
-        elif isinstance(value, str) and INTERPOLATION in value and not interpolates(value):
-            why, fix = "holds ${ without the name and } of a variable", "close it, or write \\${ for the text itself"
-            yield ConfigError(option, value, why=why, fix=fix, source=str(file))
 
 
 def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: ReportError) -> dict[str, Any] | None:
@@ -258,24 +198,6 @@ def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
 
     answer: dict[str, Any] = resolved(OmegaConf.create(tree), "")
     return answer
-
-
-def _without_package(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:
-    """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
-    for package, file in sources:
-        if package.partition(".")[0] == "exp":
-            yield _missing_package(file)
-
-
-def _missing_package(file: Path) -> ConfigError:
-    why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
-    return ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
-
-
-def _is_global(raw: bytes) -> bool:
-    """Whether the comments at the top of a file put its options where they are read."""
-    header = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith(b"#"), raw.splitlines())
-    return any(b"".join(line.split()) == b"#@package_global_" for line in header)
 
 
 def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:

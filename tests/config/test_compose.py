@@ -1,3 +1,4 @@
+import re
 import subprocess
 
 import pytest
@@ -115,6 +116,39 @@ def test_a_file_that_overrides_a_missing_option_is_refused(own):
     (own / "exp" / "mine.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: gtp2\n")
     (message,) = mistakes("+exp=mine", config_dir=own)
     assert "gtp2" in message
+
+
+@pytest.mark.parametrize(
+    ("line", "right", "cause"),
+    [
+        ("- override model: gpt2", "- override /model: gpt2", "has no slash before the group"),
+        ("- model: gpt2", "- override /model: gpt2", "has no slash before the group"),
+        ("- /model: gpt2", "- override /model: gpt2", "lacks `override`"),
+        ("- model=gpt2", "- override /model: gpt2", "is not written as GROUP: OPTION"),
+        ("- override compile: true", '- override /compile: "true"', "has no slash"),
+        ("- sweep: lr_batch", "- /sweep: lr_batch", "has no slash"),
+        ("- override /sweep: lr_batch", "- /sweep: lr_batch", "has `override`"),
+        ("- exp: base", "- base", "names the group exp"),
+        ("- /exp: base", "- base", "names the group exp"),
+    ],
+)
+def test_a_line_of_defaults_that_hydra_reads_otherwise_is_one_message_with_the_right_line(own, line, right, cause):
+    file = own / "exp" / "mine.yaml"
+    text = f"# @package _global_\ndefaults:\n  {line}\n  - _self_\njob:\n  steps: 3\n"
+    (own / "exp" / "base.yaml").write_text("# @package _global_\nmodel:\n  hidden_size: 64\n")
+    file.write_text(text)
+    (own / "exp" / "more.yaml").write_text("# @package _global_\ndefaults:\n  - mine\n")
+    for word in ("+exp=mine", "+exp=more"):
+        file.write_text(text)
+        (message,) = mistakes(word, config_dir=own)
+        assert message == f"exp=mine: `{line}` (line 3 of {file}) {cause}{message.partition(cause)[2]}"
+        assert message.endswith(f"; write `{right}`")
+        file.write_text(text.replace(line, right))
+        composed = compose([word], config_dir=own)
+        assert composed.run.job.steps == 3
+        sizes = (composed.run.model.kind, composed.run.model.hidden_size, composed.run.compile.kind)
+        expected = {"model": ("gpt2", 768, "false"), "compile": ("gpt2", 128, "true"), "exp": ("gpt2", 64, "false")}
+        assert sizes == expected.get(re.findall(r"model|compile|exp|sweep", line)[0], ("gpt2", 128, "false"))
 
 
 def test_a_file_that_is_not_yaml_is_refused(own):

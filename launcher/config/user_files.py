@@ -1,0 +1,159 @@
+"""Checks of a user's own options and experiments (``--config-dir``), before Hydra reads them."""
+
+from __future__ import annotations
+
+import codecs
+import itertools
+import re
+from collections.abc import Container, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from launcher.config.option_text import INTERPOLATION, interpolates
+from launcher.config.overrides import ADDED_GROUPS, Override, types_of_option
+from launcher.errors import ConfigError
+from launcher.utils.files import exists, read_named
+
+_GLOBAL = "# @package _global_"
+_DEFAULT = re.compile(
+    r"(optional +)?(?P<override>override +)?(?P<slash>/?)(?P<group>[A-Za-z_]\w*)(?P<package>(@[\w.:]*)?)"
+)
+"""The key of an entry in the defaults of a file."""
+
+
+def validate_user_files(
+    overrides: Sequence[Override], config_dir: Path | None, groups: Container[str]
+) -> Iterator[ConfigError]:
+    """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option.
+
+    Args:
+        overrides: those that may choose such files.
+        config_dir: the folder of the user's options; ``None`` where there is none.
+        groups: the names of all groups.
+    """
+    if config_dir is None:
+        return
+    chosen = [(each.key, each.word.partition("=")[2].strip("'")) for each in overrides if each.is_group]
+    seen: set[Path] = set()
+    while chosen:
+        group, option = chosen.pop(0)
+        file = config_dir / group / f"{option}.yaml"
+        if file in seen or not exists(file):
+            continue
+        seen.add(file)
+        try:
+            raw = read_named(file)
+            tree = yaml.safe_load(raw.decode())
+        except OSError as error:
+            why, fix = f"{file} cannot be read: {error.strerror}", "check its permissions"
+        except UnicodeDecodeError as error:
+            why = f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}"
+            fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
+        except RecursionError:
+            why, fix = f"{file} is nested too deeply", "take brackets out"
+        except yaml.YAMLError:
+            continue  # Hydra's message names line and column
+        else:
+            if raw.startswith(codecs.BOM_UTF8):
+                why, fix = (
+                    f"{file} begins with a byte order mark",
+                    f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
+                )
+            elif tree is not None and not isinstance(tree, dict):
+                why, fix = f"{file} holds no options, each `name: value`", "see docs/configuration.md"
+            elif group == "exp" and not _is_global(raw):
+                yield _missing_package(file)
+                continue
+            elif not isinstance((tree or {}).get("defaults", []), list):
+                why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
+            else:
+                yield from _unusable_options(tree or {}, "", file)
+                if group == "exp":
+                    yield from _unusable_defaults(raw.decode(), file, groups)
+                    chosen += [("exp", name) for name in _included(tree or {})]
+                continue
+        yield ConfigError(group, option, why=why, fix=fix)
+
+
+def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterator[ConfigError]:
+    for key, value in tree.items():
+        option = f"{path}{key}"
+        if not isinstance(key, str):
+            yield ConfigError(
+                option, why="is no name of an option", fix="write text before the colon", source=str(file)
+            )
+        elif not path and "." in key and types_of_option(key):
+            group, _, name = key.partition(".")
+            why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
+            yield ConfigError(option, why=why, fix=fix, source=str(file))
+        elif isinstance(value, dict):
+            yield from _unusable_options(value, f"{option}.", file)
+        elif isinstance(value, str) and INTERPOLATION in value and not interpolates(value):
+            why, fix = "holds ${ without the name and } of a variable", "close it, or write \\${ for the text itself"
+            yield ConfigError(option, value, why=why, fix=fix, source=str(file))
+
+
+def _included(tree: Mapping[Any, Any]) -> Iterator[str]:
+    """Yield the experiments that an experiment builds on."""
+    for entry in tree.get("defaults", []):
+        if isinstance(entry, str):
+            yield entry
+
+
+def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterator[ConfigError]:
+    """Yield the lines of an experiment's defaults that choose options as Hydra does not read them, each mended.
+
+    Hydra looks for a group without a slash below ``exp``, and takes one that the program chooses already only with
+    ``override``.
+    """
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    entries = [value for key, value in pairs if key.value == "defaults" and isinstance(value, yaml.SequenceNode)]
+    for entry in itertools.chain.from_iterable(node.value for node in entries):
+        words = [(key.value, value.value) for key, value in entry.value] if isinstance(entry, yaml.MappingNode) else []
+        if isinstance(entry, yaml.ScalarNode):
+            words = [tuple(entry.value.partition("=")[::2])]
+        for key, option in words:
+            found = _DEFAULT.fullmatch(str(key))
+            if found is None or found["group"] not in groups or not option or not isinstance(option, str):
+                continue
+            is_exp, is_added = found["group"] == "exp", found["group"] in ADDED_GROUPS
+            is_pair = isinstance(entry, yaml.MappingNode)
+            is_right = is_pair and found["slash"] and bool(found["override"]) != is_added and not is_exp
+            if is_right or (not found["slash"] and exists(file.parent / found["group"] / f"{option}.yaml")):
+                continue
+            quote = '"' if option.lower() in ("true", "false") else ""
+            right = f"- {'' if is_added else 'override '}/{found['group']}{found['package']}: {quote}{option}{quote}"
+            right = f"- {option}" if is_exp else right
+            line = entry.start_mark.line + 1
+            written = text.splitlines()[line - 1].strip()
+            if is_exp:
+                cause = "names the group exp, in which this file itself is"
+            elif not is_pair:
+                cause = "is not written as GROUP: OPTION"
+            elif not found["slash"]:
+                cause = "has no slash before the group, which therefore is looked for below exp"
+            else:
+                cause = "lacks `override`" if not is_added else "has `override`, which is for groups with a default"
+            why = f"`{written}` (line {line} of {file}) {cause}"
+            yield ConfigError("exp", file.stem, why=why, fix=f"write `{right}`")
+
+
+def missing_packages(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:
+    """Yield the experiments whose options Hydra put below ``exp``, where nothing reads them."""
+    for package, file in sources:
+        if package.partition(".")[0] == "exp":
+            yield _missing_package(file)
+
+
+def _missing_package(file: Path) -> ConfigError:
+    why = f"{file} does not begin with the line `{_GLOBAL}`, so its options set nothing"
+    return ConfigError("exp", file.stem, why=why, fix=f"put `{_GLOBAL}` into the first line of {file}")
+
+
+def _is_global(raw: bytes) -> bool:
+    """Whether the comments at the top of a file put its options where they are read."""
+    header = itertools.takewhile(lambda line: not line.strip() or line.lstrip().startswith(b"#"), raw.splitlines())
+    return any(b"".join(line.split()) == b"#@package_global_" for line in header)

@@ -9,7 +9,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Literal
 
-from launcher.config.paths import validate_path
+from launcher.config.paths import expand_home, validate_path
 from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean
 
@@ -117,7 +117,7 @@ def path_value(option: str) -> Callable[[str], Path]:
     def convert(text: str) -> Path:
         if error := validate_path(option, text):
             raise error
-        return Path(text).expanduser()
+        return Path(expand_home(text))
 
     return convert
 

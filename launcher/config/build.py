@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from launcher.config.component import Component
-from launcher.config.paths import expand_homes
+from launcher.config.paths import expand_home, expand_homes, homeless_paths
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import Run, RunOptions, default_run_name
 from launcher.errors import ConfigError
@@ -57,10 +56,18 @@ def build_run(
     else:
         report(ConfigError("run", options, why="is not a set of options", fix="write run.name=<name>"))
         parts["run"] = None
-    if any(part is None for part in parts.values()):
+    homeless = [
+        error
+        for group, part in parts.items()
+        if part is not None
+        for error in homeless_paths(group, part, is_here=is_here or group == "run")
+    ]
+    for error in homeless:
+        report(error)
+    if homeless or any(part is None for part in parts.values()):
         return None
     options, model = parts["run"], parts["model"]
-    if os.path.expanduser(options.name) == os.path.expanduser(model.name):  # noqa: PTH111 (hub names are no paths)
+    if expand_home(options.name) == expand_home(model.name):  # hub names stay as they are
         # the default; a path would put the run into the model's folder
         parts["run"] = replace(options, name=default_run_name(model.name))
     return Run(**parts)

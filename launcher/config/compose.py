@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.config.build import build_run, with_defaults
-from launcher.config.option_text import quoted_word
+from launcher.config.option_text import quoted_text, quoted_word
 from launcher.config.overrides import (
     COMMAND_LINE,
     Override,
@@ -129,7 +129,9 @@ def unused_vocab_size(data: Corpus) -> ConfigError:
 
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
     words = [override.word for override in overrides]
-    return words if config_dir is None else [*words, f"hydra.searchpath=[file://{config_dir.resolve()}]"]
+    if config_dir is not None:
+        words.append(f"hydra.searchpath=[{quoted_text(f'file://{config_dir.resolve()}')}]")
+    return words
 
 
 def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: ReportError) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import stat
 import typing
 from collections.abc import Iterator, Mapping
@@ -40,12 +41,51 @@ def path_fields(cls: Any) -> frozenset[str]:
 
 
 def expand_home(value: Any) -> Any:
-    """Return a path, or a list of paths, with ``~`` replaced as a shell would."""
-    if isinstance(value, str) and value.startswith("~"):
-        return os.path.expanduser(value)  # noqa: PTH111 (Path would raise for a user who does not exist)
+    """Return a path, or a list of paths, with ``~`` replaced as a shell would.
+
+    What still begins with ``~`` names a user who does not exist: :func:`validate_home`. A file whose own name begins so
+    gets its whole path, since ``Path.expanduser`` raises for it wherever it is called later.
+    """
     if isinstance(value, list | tuple):
         return type(value)(map(expand_home, value))
-    return value
+    if not isinstance(value, str) or "~" not in value:
+        return value
+    expanded = os.path.expanduser(value)  # noqa: PTH111 (Path would raise for a user who does not exist)
+    is_literal = os.path.lexists(expanded) if expanded.startswith("~") else str(Path(expanded)).startswith("~")
+    return os.path.abspath(expanded) if is_literal else expanded  # noqa: PTH100 (links stay)
+
+
+def validate_home(option: str, value: str) -> ConfigError | None:
+    """Return why the ``~`` that a path begins with is not replaced; ``None`` where it has none.
+
+    Args:
+        option: by which the user named it.
+        value: what :func:`expand_home` returned.
+    """
+    if not value.startswith("~"):
+        return None
+    user = value.partition("/")[0]
+    if user == "~":
+        why, fix = "this user has no home folder", "set HOME, or give the path whole"
+    else:
+        why, fix = f"there is no user {user[1:]} here", f"give the path whole, or ./{value} for a folder of that name"
+    return ConfigError(option, value, why=why, fix=fix)
+
+
+def homeless_paths(group: str, component: Any, *, is_here: bool) -> Iterator[ConfigError]:
+    """Yield the error of every path of a component that begins with ``~`` and no home.
+
+    Args:
+        group: of the component.
+        component: its options, expanded where they name paths of this machine.
+        is_here: whether they do; elsewhere ``~`` is replaced by the machine that runs the job.
+    """
+    for option, value in named_paths(group, component):
+        if is_here:
+            problem = validate_home(option, value)
+            yield from [problem] if problem else ()
+        elif re.match(r"~[^/]", value):
+            yield ConfigError(option, value, why="a pod has other users", fix="give the path whole, as pods see it")
 
 
 def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
@@ -71,7 +111,10 @@ def validate_path(option: str, value: str) -> ConfigError | None:
     fix = f"set {option} to another path"
     if "\0" in value:
         return ConfigError(option, repr(value), why="holds a NUL character, which no path can", fix=fix)
-    whole = Path(expand_home(value))
+    expanded = expand_home(value)
+    if problem := validate_home(option, expanded):
+        return problem
+    whole = Path(expanded)
     path = _without_pattern(whole)
     try:
         path.stat()

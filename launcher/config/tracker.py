@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import netrc
+import os
 import re
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -180,7 +181,7 @@ def read_wandb_settings(environ: Mapping[str, str], home: Path) -> dict[str, str
 
 def _netrc_file(environ: Mapping[str, str], home: Path) -> Path:
     if environ.get("NETRC"):
-        return Path(environ["NETRC"]).expanduser()
+        return Path(os.path.expanduser(environ["NETRC"]))  # noqa: PTH111 (Path raises for an unknown user)
     usual = home / ".netrc"
     return usual if usual.exists() or not (home / "_netrc").exists() else home / "_netrc"
 

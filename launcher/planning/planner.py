@@ -32,6 +32,7 @@ from launcher.protocol.plan import (
     first_ranks,
     host_ram,
 )
+from launcher.utils.files import home_folder
 from launcher.utils.text import counted
 
 T = TypeVar("T")
@@ -109,7 +110,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
 
 def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
     """Return the facts of this machine for a run in ``run_dir``."""
-    environ, home = dict(os.environ), Path.home()
+    environ, home = dict(os.environ), home_folder()
     if "deepspeed" not in (run.parallel.engine, run.backend.agent):
         return LocalFacts(environ=environ, home=home)
     from launcher.protocol.native_ops import (  # reads package versions, which is slow

@@ -15,7 +15,7 @@ from importlib.metadata import distribution, version
 from pathlib import Path
 
 from launcher.protocol.plan import NativeOps
-from launcher.utils.files import read_json, write_json
+from launcher.utils.files import home_folder, read_json, write_json
 
 OPTIONAL_MARK = "?"
 """Ends the name of an operator the run can do without, on the command line of ``python -m launcher.ops``."""
@@ -31,7 +31,7 @@ def ops_folder() -> Path:
     given = os.environ.get("TORCH_EXTENSIONS_DIR")
     if given:
         return Path(given)
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache")
     digest = hashlib.sha256(f"{sys.prefix}\n{_instruction_set()}".encode()).hexdigest()[:8]
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     return cache / "launcher" / "ops" / f"py{python}-torch{version('torch')}-deepspeed{version('deepspeed')}-{digest}"

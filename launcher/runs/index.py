@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launcher.config.paths import is_named_path
+from launcher.config.paths import expand_home, is_named_path
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RUN_INDEX, RunDir
 from launcher.runs.state import written_at
@@ -142,15 +142,17 @@ def find_run(word: str | None, root: Path) -> RunDir:
     Raises:
         ConfigError: it names no run, or several.
     """
-    if word is not None and is_named_path("run", word) and _is_run(Path(word).expanduser()):
-        return RunDir(Path(word).expanduser().absolute())
+    if word is not None and is_named_path("run", word) and _is_run(Path(expand_home(word))):
+        return RunDir(Path(expand_home(word)).absolute())
     known = _known(root)
     if word is None:
         if not known:
             raise ConfigError("--root", root, why="holds no run", fix="name a run directory, or --root DIR")
         return next(iter(known.values()))
     ids = known
-    meant = [full for full in ids if full.startswith(word) or _without_name(full).startswith(word)]
+    if not word:
+        raise ConfigError("run", "''", why="is empty", fix="name a run, or leave the word out for the newest one")
+    meant = [full for full in ids if _begins(full, word)]
     exact = [full for full in meant if word in (full, _without_name(full))]
     if len(exact or meant) == 1:
         return ids[(exact or meant)[0]]
@@ -185,6 +187,11 @@ def _known(root: Path) -> dict[str, RunDir]:
 
 def _is_run(folder: Path) -> bool:
     return RunDir(folder).snapshot.is_file()
+
+
+def _begins(full: str, word: str) -> bool:
+    """Return whether a run is meant by ``word``: its name, or how its id begins; ``gpt2`` is not ``gpt2_tiny``."""
+    return full.startswith(word if "/" in word else f"{word}/") or _without_name(full).startswith(word)
 
 
 def _without_name(full: str) -> str:

@@ -23,7 +23,7 @@ from launcher.config.snapshot import load_run
 from launcher.protocol.plan import Plan, plan_from_json
 from launcher.protocol.results import parse_metrics_line
 from launcher.protocol.rundir import RunDir
-from launcher.utils.files import read_json, write_json
+from launcher.utils.files import home_folder, read_json, write_json
 
 if TYPE_CHECKING:
     from launcher.trackers.wandb_run import WandbRun
@@ -186,7 +186,7 @@ def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
 
     trouble = None
     if plan.tracker.mode == "online":
-        trouble = unreachable(os.environ, Path.home())
+        trouble = unreachable(os.environ, home_folder())
         try:
             if trouble is None:
                 tracked = WandbRun(run_dir, run, plan, online=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import EnvironmentProblem
-from launcher.utils.files import fsync_folder
+from launcher.utils.files import fsync_folder, home_folder
 from launcher.utils.system import disk_full_message
 
 _POLL_S = 0.05
@@ -22,7 +22,7 @@ _POLL_S = 0.05
 
 def default_cache_folder(*parts: str) -> Path:
     """Return a folder below ``$XDG_CACHE_HOME/launcher`` (``~/.cache/launcher``), not created yet."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    root = os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache"
     return Path(root, "launcher", *parts)
 
 

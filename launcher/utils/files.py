@@ -274,3 +274,9 @@ def exists(path: Path) -> bool:
 def is_folder(path: Path) -> bool:
     """Return whether ``path`` is a folder, as far as this process can look."""
     return exists(path) and path.is_dir()
+
+
+def home_folder() -> Path:
+    """Return the home folder of this user; ``/`` where the system knows none, as containers set it."""
+    home = os.path.expanduser("~")  # noqa: PTH111 (Path.home raises where there is none)
+    return Path("/" if home == "~" else home)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.utils.files import exists
+from launcher.utils.files import exists, home_folder
 from launcher.utils.text import shell_word
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
@@ -23,7 +23,7 @@ _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second cop
 
 def cached_folder(name: str) -> Path | None:
     """Return the folder of a hub model in the local cache, ``None`` when it was never fetched. Stdlib only."""
-    root = Path(os.environ.get("HF_HUB_CACHE") or _home() / "hub").expanduser()
+    root = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or _home() / "hub"))  # noqa: PTH111
     repository = root / f"models--{name.replace('/', '--')}"
     try:
         commit = (repository / "refs" / "main").read_text(encoding="ascii").strip()
@@ -34,7 +34,7 @@ def cached_folder(name: str) -> Path | None:
 
 
 def _home() -> Path:
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache"
     return Path(os.environ.get("HF_HOME") or Path(cache, "huggingface"))
 
 

@@ -165,3 +165,13 @@ def test_resume_never_begins_anew_in_silence(
         assert code == 2
         assert f"launch rerun {stored.path} " in printed.err
         assert ("has completed" if status == "completed" else f"resume={began_from}") in printed.err
+
+
+@pytest.mark.parametrize("verb", ["status", "cancel", "logs", "show"])
+@pytest.mark.parametrize("word", ["tin", ""])
+def test_the_beginning_of_a_name_and_an_empty_word_name_no_run(
+    stored: RunDir, capsys: pytest.CaptureFixture[str], verb: str, word: str
+) -> None:
+    assert main([verb, word, "--root", "other"]) == 2
+    assert "error: " in capsys.readouterr().err
+    assert main(["status", "tiny", "--root", "other"]) == 0

@@ -15,6 +15,9 @@ from launcher.config.paths import path_fields
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.execution.prepare import prepare
+from launcher.execution.validate_inputs import validate_inputs
+from launcher.protocol.rundir import RunDir
+from launcher.utils.files import home_folder
 from launcher.utils.schema import defaults
 
 OPTIONS = {
@@ -209,3 +212,47 @@ def test_flags_that_take_a_folder(launch_in_process):
         parse("", ["--config-dir", f"/tmp/{TOO_LONG}"])
     assert launch_in_process("runs", "--root", f"/tmp/{TOO_LONG}").returncode == 2
     assert launch_in_process("show", f"data.path=/tmp/{TOO_LONG}").returncode == 0  # no path, but overrides
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_the_home_of_an_unknown_user(option):
+    errors = [line for line in refused(words_for(option, "~nobody-at-all/x")) if option in line]
+    assert len(errors) == 1
+    assert f"{option}=~nobody-at-all/x" in errors[0]
+    assert "there is no user nobody-at-all here; give the path whole" in errors[0]
+
+
+@pytest.mark.parametrize("typed", ["~notes.txt", "./~notes.txt"])
+def test_a_file_whose_name_begins_with_a_tilde(typed, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("./~notes.txt").write_text("a few words\n" * 2000)
+    run = compose([f"data.path={typed}", "data.vocab_size=300", "tracker=local"]).run
+    assert run.data.path in (str(tmp_path / "~notes.txt"), (str(tmp_path / "~notes.txt"),))
+    assert not list(validate_inputs(run, RunDir(tmp_path / "run"), hosts=[]))
+
+
+def test_the_home_of_a_user_in_a_pod():
+    with pytest.raises(ConfigErrors, match=r"data\.path=~ada/x.*a pod has other users; give the path whole"):
+        compose(["backend=kubernetes", "backend.image=x", "data.path=~ada/x"])
+    compose(["backend=kubernetes", "backend.image=x", "data.path=~/x"])
+
+
+@pytest.mark.parametrize("verb", [["plan", "--config-dir"], ["runs", "--root"]])
+def test_a_folder_of_an_unknown_user_for_a_verb(verb):
+    with pytest.raises(ConfigError, match=f"{verb[1]}=~nobody-at-all/x: there is no user nobody-at-all here"):
+        parse(verb[0], [verb[1], "~nobody-at-all/x"])
+
+
+def test_a_user_without_a_home(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(ConfigErrors, match=r"data\.path=~/x.*this user has no home folder; set HOME"):
+        compose(["data.path=~/x"])
+    assert home_folder() == Path("/")
+
+
+@pytest.mark.parametrize("name", ["a b", "a=b", "it's", "a,b", "[a]", "ünï/日本", "~a", "a%20b", 'a"b', "{a}", "a$b"])
+def test_a_folder_of_options_of_any_name(name, tmp_path):
+    experiments = tmp_path / name / "exp"
+    experiments.mkdir(parents=True)
+    (experiments / "mine.yaml").write_text("# @package _global_\njob:\n  steps: 7\n")
+    assert compose(["+exp=mine"], config_dir=tmp_path / name).run.job.steps == 7

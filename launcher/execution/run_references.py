@@ -90,8 +90,11 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
         raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix="set checkpoint.resume=RUN, or leave it out")
     if not run.job.resumes or not _uses_default_tokenizer(composed) or not data.trains_tokenizer:
         return run
-    if resume == "none" or not run.backend.shares_paths or (resume == "auto" and run.run.dir is None):
+    if resume == "none" or (resume == "auto" and run.run.dir is None):
         return run
+    if not run.backend.shares_paths:  # this machine cannot compare the data; a sized vocabulary is one that is trained
+        is_blind = resume == "auto" or "data.vocab_size" in _keys(composed.overrides)
+        return run if is_blind else replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
     try:
         saved = find_checkpoint(resume, RunDir(Path(run.run.dir or ".")), say=silent)
         if saved is None or not (saved.folder / PAYLOAD / "tokenizer.json").is_file():

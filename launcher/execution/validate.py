@@ -20,7 +20,7 @@ from launcher.config.run import BatchedJob, Run
 from launcher.config.snapshot import read_snapshot
 from launcher.config.validate import validate_quantized_weights
 from launcher.errors import ConfigError
-from launcher.execution.validate_inputs import validate_inputs
+from launcher.execution.validate_inputs import validate_inputs, validate_resumed_tokenizer
 from launcher.planning.planner import estimate_memory
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
@@ -81,6 +81,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
     yield from validate_resume(
         saved, model=run.model, parallel=run.parallel, precision=run.precision, world_size=world_size
     )
+    yield from validate_resumed_tokenizer(run, saved)
     done = saved.manifest.step
     if isinstance(run.job, Train) and done >= run.job.steps:
         why = f"{saved.folder} is of step {done} already"

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from launcher.checkpoint.manifest import model_folder_damage
 from launcher.checkpoint.resume import find_checkpoint
-from launcher.checkpoint.store import silent
+from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
-from launcher.config.data.bpe import count_folder_tokens
+from launcher.config.data.bpe import count_folder_tokens, folder_vocabulary, trained_vocabulary
 from launcher.config.data.hf import HfData
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
@@ -133,6 +133,46 @@ def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
     except ConfigError:
         return None
     return cached_folder(source) if isinstance(source, str) else source
+
+
+def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:
+    """Yield a tokenizer of the data that has other tokens than the one ``saved`` was trained with.
+
+    Only tokenizers in folders on this machine and the BPE of a small text are compared. Ranks compare the others.
+    """
+    data = run.data
+    if not isinstance(data, Corpus) or data.tokenizer == CHECKPOINT_TOKENIZER:
+        return
+    known = folder_vocabulary(saved.folder / "model")
+    if known is None:
+        return
+    if data.trains_tokenizer:
+        own = _small_vocabulary(data)
+    else:
+        folder = _tokenizer_folder(run, RunDir(saved.folder.parent.parent), data.tokenizer)
+        own = None if folder is None else folder_vocabulary(folder)
+    if own is None or not _contradict(own, known):
+        return
+    why = f"{saved.folder}, which the run resumes from, was trained with another tokenizer"
+    weights = f"model.weights={saved.folder} checkpoint.resume=none"
+    fix = f"set data.tokenizer={CHECKPOINT_TOKENIZER}, or {weights} to start anew with this tokenizer"
+    yield ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
+
+
+def _small_vocabulary(data: Corpus) -> dict[str, int] | None:
+    try:
+        pieces = data.small_pieces()
+    except ConfigError:
+        return None  # validate_inputs reports it
+    if pieces is None:
+        return None
+    return trained_vocabulary([piece.text for piece in pieces], vocab_size=data.vocab_size)
+
+
+def _contradict(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
+    """Return whether two vocabularies differ by more than tokens that Transformers may add to one as it loads it."""
+    smaller, larger = sorted((one, other), key=len)
+    return any(larger.get(token) != number for token, number in smaller.items())
 
 
 def _validate_lengths(run: Run, run_dir: RunDir, *, can_read_data: bool) -> Iterator[ConfigError]:

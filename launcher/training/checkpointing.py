@@ -82,7 +82,10 @@ def resolve_tokenizer(context: Context, data: DataT) -> DataT:
         names = [name for name in saved.manifest.files if name.startswith("model/") and "safetensors" not in name]
         if _TOKENIZER in names and not damaged_files(saved.folder, saved.manifest, names):
             return replace(data, tokenizer=str(saved.folder / "model"))
-    why, fix = f"no checkpoint of checkpoint.resume={resume} holds an intact tokenizer", "set data.tokenizer=FOLDER"
+    why, fix = (
+        f"no checkpoint of checkpoint.resume={resume} holds an intact tokenizer",
+        "set data.tokenizer to bpe or a folder",
+    )
     raise ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
 
 

@@ -15,6 +15,7 @@ from launcher.checkpoint.manifest import describe_checkpoint
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import Composition, compose
+from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, ConfigErrors
@@ -61,7 +62,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         run_id: str = ID,
         loss: float | None = None,
         sharded: bool = False,
-        tokenizer: bool = True,
+        tokenizer: bool | str = True,
     ) -> SavedCheckpoint:
         run = compose((*TRAINED, *words)).run
         folder = tmp_path / "runs" / "gpt2_tiny" / run_id
@@ -85,7 +86,7 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
             }
             write_json(pending / "model" / "config.json", config)
             if tokenizer:
-                write_json(pending / "model" / "tokenizer.json", {})
+                (pending / "model" / "tokenizer.json").write_text(tokenizer if isinstance(tokenizer, str) else "{}\n")
         (pending / "optimizer.pt").write_bytes(b"moments")
         about = describe_checkpoint(
             model=run.model,
@@ -404,6 +405,38 @@ def test_the_tokenizer_of_a_checkpoint_stays_on_other_text(write: Write, job: st
     assert to_tree(chosen.data)["tokenizer"] == "bpe", "ranks refuse to load the checkpoint with it"
     again = replace(other, run=replace(other.run, dir=str(folder)), checkpoint=replace(other.checkpoint, resume="auto"))
     assert to_tree(resolve_run_references(_composition(again)).data)["tokenizer"] == "checkpoint"
+
+
+@pytest.mark.usefixtures("texts")
+def test_another_tokenizer_is_refused_where_a_run_resumes(write: Write, tmp_path: Path) -> None:
+    known = train_byte_level_bpe([Path("one.txt").read_text()], vocab_size=300)
+    saved = write(10, "data=text", "data.path=one.txt", tokenizer=known.to_str())
+    (tmp_path / "foreign").mkdir()
+    train_byte_level_bpe([OTHER_TEXT], vocab_size=300).save("foreign/tokenizer.json")
+    (tmp_path / "more").mkdir()
+    known.add_tokens(["<more>"])
+    known.save("more/tokenizer.json")
+    words = ("job=train", *TRAINED[:-1], "data=text", "data.path=other.txt", f"checkpoint.resume={ID}")
+    for tokenizer in ("bpe", "./foreign"):
+        (error,) = _tokenizer_errors(resolved(*words, f"data.tokenizer={tokenizer}"))
+        assert f"{saved.folder}, which the run resumes from, was trained with another tokenizer" in error.why
+        assert error.fix.startswith("set data.tokenizer=checkpoint, or ")
+    for tokenizer in ("checkpoint", "./more"):
+        assert not _tokenizer_errors(resolved(*words, f"data.tokenizer={tokenizer}"))
+    (tmp_path / "copy.txt").write_text(Path("one.txt").read_text())
+    assert not _tokenizer_errors(resolved(*words[:-2], "data.path=copy.txt", words[-1], "data.tokenizer=bpe"))
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_a_run_that_resumes_in_kubernetes_keeps_the_tokenizer_of_the_checkpoint(job: str) -> None:
+    there = ("backend=kubernetes", "backend.image=x", "backend.claim=y")
+    step = "checkpoint.resume=/claim/runs/x/checkpoints/step_00000010"
+    chosen = functools.partial(lambda *words: to_tree(resolved(f"job={job}", *there, *words).data)["tokenizer"])
+    assert chosen(step) == "checkpoint"
+    assert chosen(step, "data.tokenizer=bpe") == "bpe"
+    assert chosen(step, "data.vocab_size=300") == "bpe", "the tokens of a run on the same text"
+    assert chosen() == "bpe"
+    assert chosen("checkpoint.resume=auto", "run.dir=/claim/runs/x") == "bpe"
 
 
 def _tokenizer_errors(run: Run) -> list[ConfigError]:

@@ -68,6 +68,24 @@ def _without_threads() -> Iterator[None]:
             os.environ[_TOKENIZERS_PARALLELISM] = before
 
 
+def trained_vocabulary(texts: Sequence[str], *, vocab_size: int) -> dict[str, int]:
+    """Return the numbers of the tokens of the BPE that is trained on ``texts``. It leaves no threads behind."""
+    with _without_threads():
+        vocabulary: dict[str, int] = train_byte_level_bpe(texts, vocab_size=vocab_size).get_vocab()
+        return vocabulary
+
+
+def folder_vocabulary(folder: Path) -> dict[str, int] | None:
+    """Return the numbers of the tokens in a folder's ``tokenizer.json``; ``None`` where it cannot be loaded."""
+    from tokenizers import Tokenizer
+
+    try:
+        vocabulary: dict[str, int] = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+    except Exception:  # noqa: BLE001 (the library raises nothing narrower; ranks name what is wrong)
+        return None
+    return vocabulary
+
+
 def count_folder_tokens(folder: Path, texts: Sequence[str]) -> int | None:
     """Return how many tokens the tokenizer of a folder makes of the texts; ``None`` where only a rank can count them.
 

@@ -47,7 +47,7 @@ class EagerDecoding:
     def _cache(self) -> Any:
         return DynamicCache(config=self._model.config)
 
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
+    def decode(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
         """Return seconds, and the tokens chosen."""
         device, step, cache = ids.device, self._step, self._cache()
         chosen = []
@@ -142,7 +142,7 @@ class EngineDecoding:
         )
         self._engine = paged_engine_for(model, limits=limits, eos_token_ids=())
 
-    def go(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
+    def decode(self, ids: Tensor, tokens: int, progress: Callable[[], None]) -> dict[str, Any]:
         """Return seconds, and the tokens chosen."""
         sampling = SamplingParams(max_tokens=tokens + 2, ignore_eos=True)
         for number, row in enumerate(ids.tolist()):
@@ -308,7 +308,7 @@ def decode(
     way = DECODINGS[how](built, batch=batch, length=prompt + tokens + 2)
     first = 0.0
     for number in range(warmup + 1):
-        timed = way.go(ids, tokens, progress)
+        timed = way.decode(ids, tokens, progress)
         first = timed["first_s"] if number == 0 else first
     digest = hashlib.sha256(repr(timed["chosen"]).encode()).hexdigest()[:16]
     return {

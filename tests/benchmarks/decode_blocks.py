@@ -39,6 +39,6 @@ if weights in METHODS:
 ids = torch.arange(8).view(1, 8) * 7 + 11
 ways = {"eager": EagerDecoding, "blocks": CompiledBlocksDecoding}
 chosen = {
-    name: way(model, batch=1, length=LENGTH).go(ids, TOKENS, lambda: None)["chosen"] for name, way in ways.items()
+    name: way(model, batch=1, length=LENGTH).decode(ids, TOKENS, lambda: None)["chosen"] for name, way in ways.items()
 }
 print(json.dumps({**chosen, "graphs": counters["stats"]["unique_graphs"]}))

@@ -67,12 +67,12 @@ class UvicornServer(uvicorn.Server):
 
 
 def make_server(
-    app: Any, *, max_connections: int, headers_s: float, reading_s: float = _READ_TIMEOUT_S
+    app: Any, *, max_connections: int, headers_timeout_s: float, write_timeout_s: float = _READ_TIMEOUT_S
 ) -> UvicornServer:
     """Return a server for an ASGI application; what its arguments limit, ``protocol`` says."""
     config = uvicorn.Config(
         app,
-        http=limited_protocol(max_connections, headers_s=headers_s, reading_s=reading_s),
+        http=limited_protocol(max_connections, headers_timeout_s=headers_timeout_s, write_timeout_s=write_timeout_s),
         ws="none",
         lifespan="off",
         log_config=None,
@@ -147,12 +147,12 @@ class ApiServer:
             JobError: the engine cannot be built.
         """
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            asyncio.get_running_loop().add_signal_handler(number, self._note, number)
+            asyncio.get_running_loop().add_signal_handler(number, self._handle_signal, number)
         listener = self._listen()
         backend = self._make_backend()
         job = self._job
         server = make_server(
-            self._with_admission(backend), max_connections=job.max_connections, headers_s=job.read_timeout_s
+            self._with_admission(backend), max_connections=job.max_connections, headers_timeout_s=job.read_timeout_s
         )
         http = asyncio.create_task(server.serve(sockets=[listener]))
         recorder, ready = (
@@ -185,11 +185,11 @@ class ApiServer:
             hosts=AllowedHosts(job.host, job.allowed_hosts),
             rates=RateLimiter(job.rate_per_minute),
             max_body_bytes=job.max_body_bytes,
-            body_s=job.read_timeout_s,
+            body_timeout_s=job.read_timeout_s,
             reject=backend.reject,
         )
 
-    def _note(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         if self._signal is None:
             self._signal = number
             self._signalled.set()
@@ -224,11 +224,11 @@ class ApiServer:
         for _ in range(_DISCONNECT_TURNS):
             await asyncio.sleep(0.01)
         print(f"draining: {backend.open_requests} requests are open", flush=True)
-        await _wait_until_idle(backend, within_s=self._job.drain_s)
+        await _wait_until_idle(backend, timeout_s=self._job.drain_s)
         if left := backend.open_requests:
             backend.fail_all()
             print(f"{left} requests failed: the time to drain was over", flush=True)
-            await _wait_until_idle(backend, within_s=_FLUSH_S)
+            await _wait_until_idle(backend, timeout_s=_FLUSH_S)
         server.should_exit = True
         await http
 
@@ -255,8 +255,8 @@ def _record(writer: MetricsWriter, backend: ModelBackend) -> None:
         print(f"a line of metrics is lost: {error}", flush=True)
 
 
-async def _wait_until_idle(backend: ModelBackend, *, within_s: float) -> None:
-    deadline = time.monotonic() + within_s
+async def _wait_until_idle(backend: ModelBackend, *, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
     while backend.open_requests and time.monotonic() < deadline:
         await asyncio.sleep(0.02)
 

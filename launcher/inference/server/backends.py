@@ -86,8 +86,8 @@ class ReplicaBackend(ModelBackend):
 
     def __init__(self, run: Run, job: Serve, *, start: StartReplica) -> None:
         self._run, self._job = run, job
-        stall_s, building_s = job.stall_s, run.backend.stall_timeout_s
-        self._pool = ReplicaPool(job.replicas, start, stall_s=stall_s, building_s=building_s)
+        stall_s, build_timeout_s = job.stall_s, run.backend.stall_timeout_s
+        self._pool = ReplicaPool(job.replicas, start, stall_s=stall_s, build_timeout_s=build_timeout_s)
         limits = ServerLimits(
             name=job.name_of(run),
             capacity=job.capacity,

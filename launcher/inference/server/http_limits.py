@@ -226,23 +226,23 @@ class _Reader(h11.Connection):
 
 
 class _Transport:
-    """A connection that, closed before a request has come whole, waits a little for the client to read its answer."""
+    """A connection that lingers: closed during a request, it waits for the client to read the response."""
 
     def __init__(self, transport: Any, owner: Any) -> None:
         self._transport, self._owner = transport, owner
-        self.left: int | None = None
-        """Bytes that are still passed over; ``None`` before the end."""
+        self.num_to_discard: int | None = None
+        """Bytes that are still discarded; ``None`` before ``close``."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
 
     def is_closing(self) -> bool:
         """Whether nothing more will be read or written."""
-        return self.left is not None or bool(self._transport.is_closing())
+        return self.num_to_discard is not None or bool(self._transport.is_closing())
 
     def close(self) -> None:
-        """Close, once the client has stopped to send or has had time to."""
-        if self.left is not None:
+        """Close, once the client has stopped sending or a time limit has passed."""
+        if self.num_to_discard is not None:
             return
         if self._transport.is_closing() or self._owner.conn.their_state not in (h11.SEND_BODY, h11.ERROR):
             self._transport.close()
@@ -252,27 +252,27 @@ class _Transport:
         except OSError:  # the client is gone already
             self._transport.close()
             return
-        self.left = _LINGER_BYTES
-        self._transport.resume_reading()
+        self.num_to_discard = _LINGER_BYTES
+        self._transport.resume_write_timer()
         self._owner.loop.call_later(_LINGER_S, self._transport.abort)
 
-    def pass_over(self, data: bytes) -> None:
-        """Count what the client still sends, and end the connection where it is too much."""
-        assert self.left is not None
-        self.left -= len(data)
-        if self.left <= 0:
+    def discard(self, data: bytes) -> None:
+        """Discard bytes that the client still sends; abort the connection where there are too many."""
+        assert self.num_to_discard is not None
+        self.num_to_discard -= len(data)
+        if self.num_to_discard <= 0:
             self._transport.abort()
 
 
-def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float) -> type[H11Protocol]:
+def limited_protocol(max_connections: int, *, headers_timeout_s: float, write_timeout_s: float) -> type[H11Protocol]:
     """Return uvicorn's protocol with limits.
 
     Args:
         max_connections: that are open at the same time.
-        headers_s: from a connection, or the first byte of a further request, to the end of its headers.
-        reading_s: that a client may take nothing while there is more than the system holds for it; then it is gone.
+        headers_timeout_s: from a connection, or the first byte of a further request, to the end of its headers.
+        write_timeout_s: that a client may read nothing while socket buffers are full; then it is disconnected.
     """
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # what strangers send wrongly is no news
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # invalid requests of clients are not logged
     of_one_address = max(1, int(_SHARE_PER_CLIENT * max_connections))
     open_by: Counter[str] = Counter()
 
@@ -281,11 +281,11 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
 
         transport: Any
         _deadline: asyncio.TimerHandle | None = None
-        _reading: asyncio.TimerHandle | None = None
+        _write_timer: asyncio.TimerHandle | None = None
         _address = ""
 
         def connection_made(self, transport: Any) -> None:
-            """Take a connection, or say that there are too many."""
+            """Accept a connection, or reject it with 503."""
             super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
             self.conn = _Reader(h11.SERVER, MAX_HEAD_BYTES)
             self._address = client_network(self.client[0]) if self.client else ""
@@ -293,31 +293,31 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             if len(self.connections) > max_connections or open_by[self._address] > of_one_address:
                 self._reject(ApiError(503, "too many connections", code="too_many_connections", retry_s=2))
                 return
-            self._expect()
+            self._start_deadline()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            """Forget the connection."""
+            """Stop the timers of the connection."""
             open_by[self._address] -= 1
             if not open_by[self._address]:
                 del open_by[self._address]
-            self._calm()
-            self._stop_waiting()
+            self._cancel_deadline()
+            self._cancel_write_timeout()
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
             """Read; a client that starts a request must complete its headers in time."""
-            if self.transport.left is not None:
-                self.transport.pass_over(data)
+            if self.transport.num_to_discard is not None:
+                self.transport.discard(data)
                 return
             super().data_received(data)
             if self.conn.their_state is not h11.IDLE:
-                self._calm()
+                self._cancel_deadline()
             elif self.conn.trailing_data[0]:
-                self._expect()
+                self._start_deadline()
 
         def handle_events(self) -> None:
-            """Go on with what has come, unless it begins with the head of a request that can be read in two ways."""
-            if self.transport.left is not None:
+            """Handle received events, unless they start with an ambiguous request head."""
+            if self.transport.num_to_discard is not None:
                 return
             if self.conn.their_state is h11.IDLE:
                 problem = validate_head(self.conn.trailing_data[0])
@@ -333,39 +333,39 @@ def limited_protocol(max_connections: int, *, headers_s: float, reading_s: float
             self._reject(ApiError(400, said, code="invalid_http"))
 
         def on_response_complete(self) -> None:
-            """Go on, unless the answer came before the body: nothing waits for that any more."""
+            """Continue, unless the response came before the whole body: nothing reads that any more."""
             if self.conn.their_state is h11.SEND_BODY:
                 self.transport.close()
             super().on_response_complete()
 
         def pause_writing(self) -> None:
-            """Wait for the client to take what is there, but not for ever: closing would wait as long."""
+            """Wait for the client to read, up to the write timeout: closing would wait without one."""
             super().pause_writing()
-            self._reading = self.loop.call_later(reading_s, self.transport.abort)
+            self._write_timer = self.loop.call_later(write_timeout_s, self.transport.abort)
 
         def resume_writing(self) -> None:
-            """Go on."""
-            self._stop_waiting()
+            """Stop the write timer."""
+            self._cancel_write_timeout()
             super().resume_writing()
 
-        def _stop_waiting(self) -> None:
-            if self._reading is not None:
-                self._reading.cancel()
-                self._reading = None
+        def _cancel_write_timeout(self) -> None:
+            if self._write_timer is not None:
+                self._write_timer.cancel()
+                self._write_timer = None
 
-        def _expect(self) -> None:
+        def _start_deadline(self) -> None:
             if self._deadline is None:
-                self._deadline = self.loop.call_later(headers_s, self._give_up)
+                self._deadline = self.loop.call_later(headers_timeout_s, self._time_out)
 
-        def _calm(self) -> None:
+        def _cancel_deadline(self) -> None:
             if self._deadline is not None:
                 self._deadline.cancel()
                 self._deadline = None
 
-        def _give_up(self) -> None:
+        def _time_out(self) -> None:
             self._deadline = None
             if not self.transport.is_closing() and self.conn.their_state is h11.IDLE:
-                self._reject(ApiError(408, f"no request came within {headers_s:g} s", code="header_timeout"))
+                self._reject(ApiError(408, f"no request came within {headers_timeout_s:g} s", code="header_timeout"))
 
         def _reject(self, problem: ApiError) -> None:
             """Send an error outside of any request, and close; a request that has started counts as cancelled."""

@@ -111,7 +111,7 @@ class AdmissionMiddleware:
         hosts: by which names the server may be called where there are no keys.
         rates: how often each key, or address, may ask.
         max_body_bytes: of one request.
-        body_s: time that a body gets to arrive.
+        body_timeout_s: time that a body gets to arrive.
         reject: called with the reason of each rejected request.
     """
 
@@ -123,12 +123,12 @@ class AdmissionMiddleware:
         hosts: AllowedHosts,
         rates: RateLimiter,
         max_body_bytes: int,
-        body_s: float,
+        body_timeout_s: float,
         reject: Callable[[str], None],
     ) -> None:
         self._app, self._keys, self._hosts, self._rates, self._reject = app, keys, hosts, rates, reject
-        self._max_body_bytes, self._body_s = max_body_bytes, body_s
-        self._held, self._held_by = 0, Counter[str]()
+        self._max_body_bytes, self._body_timeout_s = max_body_bytes, body_timeout_s
+        self._body_bytes, self._body_bytes_by_client = 0, Counter[str]()
         """Bytes of bodies in memory, as far as they are counted."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -146,7 +146,7 @@ class AdmissionMiddleware:
 
         try:
             headers = dict(scope["headers"])
-            self._let_in(headers, scope, address)
+            self._check_head(headers, scope, address)
             body = await self._body(receive, headers, count) if has_body(headers) else b""
             if body is None:
                 return
@@ -154,12 +154,12 @@ class AdmissionMiddleware:
         except ApiError as problem:
             await problem.response()(scope, receive, send)
         finally:
-            self._held -= counted
-            self._held_by[address] -= counted
-            if not self._held_by[address]:
-                del self._held_by[address]
+            self._body_bytes -= counted
+            self._body_bytes_by_client[address] -= counted
+            if not self._body_bytes_by_client[address]:
+                del self._body_bytes_by_client[address]
 
-    def _let_in(self, headers: dict[bytes, bytes], scope: Scope, address: str) -> None:
+    def _check_head(self, headers: dict[bytes, bytes], scope: Scope, address: str) -> None:
         """Look at everything that comes before the body.
 
         Raises:
@@ -194,7 +194,7 @@ class AdmissionMiddleware:
             raise self._too_large()
         body = bytearray()
         try:
-            async with asyncio.timeout(self._body_s):
+            async with asyncio.timeout(self._body_timeout_s):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -207,7 +207,7 @@ class AdmissionMiddleware:
                         return bytes(body)
         except TimeoutError:
             self._reject("slow")
-            said = f"the body took longer than {self._body_s:g} s to arrive"
+            said = f"the body took longer than {self._body_timeout_s:g} s to arrive"
             raise ApiError(408, said, code="body_timeout", closes=True) from None
 
     def _count(self, address: str, more: int) -> None:
@@ -219,13 +219,13 @@ class AdmissionMiddleware:
         if more <= 0:
             return
         if (
-            self._held + more > _MAX_BODIES * self._max_body_bytes
-            or self._held_by[address] + more > _MAX_BODIES_PER_CLIENT * self._max_body_bytes
+            self._body_bytes + more > _MAX_BODIES * self._max_body_bytes
+            or self._body_bytes_by_client[address] + more > _MAX_BODIES_PER_CLIENT * self._max_body_bytes
         ):
             self._reject("bodies")
             raise ApiError(503, "too many large requests at once", code="busy", retry_s=2, closes=True)
-        self._held += more
-        self._held_by[address] += more
+        self._body_bytes += more
+        self._body_bytes_by_client[address] += more
 
     def _too_large(self) -> ApiError:
         self._reject("body")

@@ -225,11 +225,11 @@ class ReplicaPool:
         size: number of engines.
         start: starts the engine of a number, reporting to the pool.
         stall_s: see ``Serve.stall_s``.
-        building_s: silence after which an engine that is being built counts as stuck; 0 waits for ever.
+        build_timeout_s: silence after which an engine that is being built counts as stuck; 0 waits for ever.
     """
 
-    def __init__(self, size: int, start: StartReplica, *, stall_s: float, building_s: float) -> None:
-        self._size, self._start, self._stall_s, self._building_s = size, start, stall_s, building_s
+    def __init__(self, size: int, start: StartReplica, *, stall_s: float, build_timeout_s: float) -> None:
+        self._size, self._start, self._stall_s, self._build_timeout_s = size, start, stall_s, build_timeout_s
         self._engines: dict[int, ReplicaClient] = {}
         self._replica_of: dict[str, ReplicaClient] = {}
         self._waiting: deque[RequestState] = deque()
@@ -375,7 +375,7 @@ class ReplicaPool:
             for engine in self.engines:
                 if engine.process is None:  # ranks of the run: their launcher detects when they hang
                     continue
-                limit = 2 * self._stall_s if engine.is_ready else self._building_s
+                limit = 2 * self._stall_s if engine.is_ready else self._build_timeout_s
                 if limit and engine.stalled_s > limit and (engine.requests or not engine.is_ready):
                     print(f"engine {engine.number} has made no progress for {engine.stalled_s:.0f} s", flush=True)
                     engine.kill()

@@ -64,7 +64,7 @@ def in_process(engine: InferenceEngine, tokenizer: TextTokenizer) -> Iterator[In
         return ReplicaClient(number, local, process=None, on_ready=pool.on_ready, on_lost=pool.on_lost)
 
     async def begin() -> tuple[ReplicaPool, httpx.AsyncClient]:
-        pool = ReplicaPool(1, start, stall_s=60, building_s=60)
+        pool = ReplicaPool(1, start, stall_s=60, build_timeout_s=60)
         limits = ServerLimits(
             name=MODEL, capacity=32, max_queue=256, max_choices=64, queue_timeout_s=60, request_timeout_s=60
         )

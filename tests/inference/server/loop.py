@@ -26,7 +26,7 @@ class InstantPool(ReplicaPool):
     """Gives every request all its tokens at once: its prompt, again and again."""
 
     def __init__(self, max_model_len: int) -> None:
-        super().__init__(0, self._never, stall_s=60, building_s=60)
+        super().__init__(0, self._never, stall_s=60, build_timeout_s=60)
         self.max_model_len = max_model_len
 
     def _never(self, number: int, pool: ReplicaPool) -> Any:

@@ -70,7 +70,7 @@ def gate(*keys: str) -> AdmissionMiddleware:
         hosts=AllowedHosts("127.0.0.1"),
         rates=RateLimiter(None),
         max_body_bytes=MAX,
-        body_s=60,
+        body_timeout_s=60,
         reject=lambda reason: None,
     )
 

@@ -91,7 +91,7 @@ def test_a_client_that_takes_nothing_is_gone() -> None:
                 await pouring
 
         listener = listen("127.0.0.1", 0)
-        server = make_server(app, max_connections=4, headers_s=30, reading_s=0.3)
+        server = make_server(app, max_connections=4, headers_timeout_s=30, write_timeout_s=0.3)
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         with socket.create_connection(listener.getsockname()) as client:
             client.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

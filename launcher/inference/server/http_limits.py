@@ -253,7 +253,7 @@ class _Transport:
             self._transport.close()
             return
         self.num_to_discard = _LINGER_BYTES
-        self._transport.resume_write_timer()
+        self._transport.resume_reading()
         self._owner.loop.call_later(_LINGER_S, self._transport.abort)
 
     def discard(self, data: bytes) -> None:

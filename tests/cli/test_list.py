@@ -70,7 +70,8 @@ def test_options_of_the_run_itself(capsys):
 
 def test_options_of_the_user(capsys, tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text("# My own.\nkind: gpt2\nname: mine\nnum_hidden_layers: 1\nnum_attention_heads: 1\nhidden_size: 8\n")
+    sizes = "num_hidden_layers: 1\nnum_attention_heads: 1\nhidden_size: 8\n"
+    (tmp_path / "model" / "mine.yaml").write_text(f"# My own.\nkind: gpt2\nname: mine\n{sizes}")
     assert "mine" in listed(capsys, "model", "--config-dir", str(tmp_path))
     shown = [line.split()[:3] for line in listed(capsys, "model/mine", "--config-dir", str(tmp_path)).splitlines()]
     assert ["model.num_hidden_layers", "1", "*"] in shown

@@ -33,6 +33,7 @@ from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json
+from tests.helpers import wait_for
 
 BOX = Host(name="box", slots=1, cores=4, memory_bytes=16 * 2**30)
 ONE_RANK = ("tracker=local", "backend.ranks=1", "parallel=single", "backend.threads=1")
@@ -264,9 +265,13 @@ def test_the_engine_of_a_server(tmp_path) -> None:
         link, heard = EngineConnection(ours), []
         request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
         link.send({"kind": "add", "request": request_to_wire(request)})
-        while not any(row[2] for message in heard for row in message.get("updates", [])):
-            heard += link.receive(wait_s=100)
-        link.send({"kind": "end"})
+
+        def is_finished() -> bool:
+            heard.extend(link.receive(wait_s=1))
+            return any(row[2] for message in heard for row in message.get("outputs", []))
+
+        wait_for(is_finished)
+        link.send({"kind": "shutdown"})
         told, _ = engine.communicate(timeout=60)
     assert engine.returncode == 0
     assert "profile: engine steps 3 to 6 of engine7" in told

@@ -80,7 +80,7 @@ def closing_text(result: Mapping[str, Any], directory: RunDir, *, elapsed_s: flo
     return "\n".join(
         [
             "; ".join(parts),
-            f"left in {where}: {', '.join([*_left(directory, steps), *([output] if is_elsewhere else [])])}",
+            f"left in {where}: {', '.join(_left(directory, steps))}{f'; outside it: {output}' if is_elsewhere else ''}",
             "next: " + "\n      ".join(commands),
         ]
     )

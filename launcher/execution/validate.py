@@ -12,6 +12,7 @@ from pathlib import Path
 from launcher.checkpoint.resume import find_checkpoint, lr_jump_warning, validate_resume
 from launcher.checkpoint.store import silent
 from launcher.config.backend.base import Backend
+from launcher.config.job.generate import Generate
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.job.train import Train
@@ -45,6 +46,8 @@ def validate_machine(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Itera
 def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     world_size = sum(host.slots for host in hosts)
     yield from run.job.validate_machine(run, RunDir(run_dir))
+    if isinstance(run.job, Generate | Quantize) and run.job.output is not None and not Path(run.job.output).exists():
+        yield from _validate_unwritable("job.output", Path(run.job.output).absolute())
     yield from _validate_quantization(run)
     yield from validate_inputs(run, RunDir(run_dir), hosts=hosts)
     if isinstance(run.job, BatchedJob) and run.job.resumes:
@@ -140,7 +143,8 @@ def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
     if not existing.is_dir():
         yield ConfigError(option, folder, why=f"{existing} is a file", fix=f"set {option} to a folder")
     elif not os.access(existing, os.W_OK | os.X_OK) or _is_read_only(existing):
-        yield ConfigError(option, folder, why=f"{existing} is not writable", fix=f"set {option} to a folder of yours")
+        what = "a path in a folder" if option == "job.output" else "a folder"
+        yield ConfigError(option, folder, why=f"{existing} is not writable", fix=f"set {option} to {what} of yours")
 
 
 def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:

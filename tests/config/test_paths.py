@@ -256,3 +256,27 @@ def test_a_folder_of_options_of_any_name(name, tmp_path):
     experiments.mkdir(parents=True)
     (experiments / "mine.yaml").write_text("# @package _global_\njob:\n  steps: 7\n")
     assert compose(["+exp=mine"], config_dir=tmp_path / name).run.job.steps == 7
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["job=generate", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"],
+        ["job=quantize", "quantization=int8_weight", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"],
+    ],
+    ids=["generate", "quantize"],
+)
+def test_an_output_in_a_folder_that_cannot_be_written(words, tmp_path, monkeypatch):
+    """The answers of an hour would be computed first."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path) != closed or not mode & os.W_OK)
+    errors = refused([*words, f"job.output={closed}/x"])
+    assert errors == [f"job.output={closed}/x: {closed} is not writable; set job.output to a path in a folder of yours"]
+
+
+def test_an_output_that_names_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["job=generate", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"]
+    errors = refused([*words, "job.output=answers/"])
+    assert errors == ["job.output=answers/: names a folder; name a file: job.output=answers/answers.jsonl"]

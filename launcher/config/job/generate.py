@@ -161,7 +161,9 @@ class Generate(GeneratingJob):
         except ConfigError as error:
             yield error
             return
-        if not output.parent.is_dir() and self.output is not None:
+        if self.output is not None and self.output.endswith("/"):
+            yield self.error("output", "names a folder", f"name a file: job.output={self.output}answers.jsonl")
+        elif not output.parent.is_dir() and self.output is not None:
             yield self.error("output", f"there is no folder {output.parent}", "make it, or choose another")
         stored = stored_fingerprint(run_dir.generated)
         if stored is not None:

@@ -113,7 +113,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path, context: Contex
         except (OSError, urllib.error.URLError):
             time.sleep(_POLL_S)
     text = log.read_text(encoding="utf-8", errors="replace")[-2000:]
-    raise JobError(f"the server did not get ready; {log} ends with:\n{text}")
+    raise JobError(f"the server did not become ready; {log} ends with:\n{text}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -184,7 +184,7 @@ def _or_weights(saved: SavedCheckpoint) -> str:
     """Return what starts a run of any strategy from a checkpoint, where its weights are in one piece."""
     if saved.manifest.parallel.get("kind") not in ("single", "ddp"):
         return ""
-    return f", or model.weights={saved.folder} checkpoint.resume=none to start anew from its weights"
+    return f", or model.weights={saved.folder} checkpoint.resume=none to start over from its weights"
 
 
 def _error(saved: SavedCheckpoint, why: str, fix: str) -> ConfigError:

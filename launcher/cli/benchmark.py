@@ -42,7 +42,7 @@ def _threshold(arguments: Arguments) -> float:
     given = arguments.threshold
     if given is not None and arguments.agree:
         raise ConfigError(
-            "--threshold", given, why="has no part in --agree, which asks for ranges", fix="leave one out"
+            "--threshold", given, why="cannot be combined with --agree, which compares ranges", fix="leave one out"
         )
     text = given or _USUAL
     try:
@@ -50,7 +50,7 @@ def _threshold(arguments: Arguments) -> float:
     except ValueError:
         share = math.nan
     if not 0 <= share < math.inf:
-        raise ConfigError("--threshold", text, why="is no share", fix="write --threshold 5% or 0.05")
+        raise ConfigError("--threshold", text, why="is not a share", fix="write --threshold 5% or 0.05")
     return share
 
 
@@ -68,7 +68,7 @@ def _measured(name: str, root: Path) -> BenchmarkRecord:
     try:
         return read_benchmark_record(path)
     except FileNotFoundError as error:
-        why, fix = "left no benchmark.json: it is no job=benchmark, or did not get to its end", "name another run"
+        why, fix = "has no benchmark.json: it is not of job=benchmark, or did not complete", "name another run"
         raise ConfigError("run", name, why=why, fix=fix) from error
     except (OSError, ValueError) as error:
         raise ConfigError("benchmark.json", path, why=str(error), fix="name the results of a benchmark") from error

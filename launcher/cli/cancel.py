@@ -30,9 +30,9 @@ def run(arguments: Arguments) -> int:
     where = state.session
     if state.is_over:
         left = _far_agents(where) if where and not state.result else []
-        _say(f"{state.run_id} is over already: {state.status}")
+        _say(f"{state.run_id} has already ended: {state.status}")
         for agent in left:
-            _say(f"  should {agent.host} still work on it: {_type_there(agent, state)}")
+            _say(f"  if {agent.host} still works on it: {_type_there(agent, state)}")
         return 0
     if where is None:
         raise EnvironmentProblem(f"{state.run_id} has no session.json yet: try again in a moment")
@@ -94,7 +94,7 @@ def _end(processes: Sequence[Process], state: RunState, *, now: bool) -> int:
     if state.status == "preempted":
         _say(f"  it saved first: launch resume {shell_word(str(state.run_dir.path))} continues it")
     for agent in _far_agents(where):
-        _say(f"  {agent.host} ends its part by itself; to make sure: {_type_there(agent, state)}")
+        _say(f"  {agent.host} ends by itself; to make sure: {_type_there(agent, state)}")
     return 0
 
 
@@ -103,7 +103,9 @@ def _cancel_job(where: SessionRecord, state: RunState) -> int:
     argv = list(_cancelling(where, state))
     program = shutil.which(argv[0])
     if program is None:
-        raise EnvironmentProblem(f"{argv[0]} is not on this machine: type where it is\n{shell_command(argv)}")
+        raise EnvironmentProblem(
+            f"{argv[0]} is not installed on this machine: type on one that has it\n{shell_command(argv)}"
+        )
     _say(f"{state.run_id}: {shell_command(argv)}")
     ended = subprocess.run([program, *argv[1:]], check=False)
     if ended.returncode:
@@ -121,7 +123,7 @@ def _cancelling(where: SessionRecord, state: RunState) -> Iterator[str]:
     job = where.job
     for key in where.invalid_job_names:
         said = f"{state.run_dir.session}: job {key} {job.get(key, '')!r}"
-        raise EnvironmentProblem(f"{said} is no name that the scheduler gives; cancel the job with its own command")
+        raise EnvironmentProblem(f"{said} is not a name that the scheduler gives; cancel the job with its own command")
     if where.backend == "slurm":
         yield from ("scancel", "--", job["id"])
     else:

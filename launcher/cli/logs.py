@@ -48,9 +48,9 @@ def _check(arguments: Arguments, state: RunState) -> None:
     hosts = [host["name"] for host in state.hosts]
     host, rank = arguments.host, arguments.rank
     if hosts and host is not None and host not in hosts:
-        raise ConfigError("--host", host, why="takes no part in this run", fix=did_you_mean(host, hosts))
+        raise ConfigError("--host", host, why="is not a host of this run", fix=did_you_mean(host, hosts))
     if rank is not None and arguments.agents:
-        raise ConfigError("--rank", rank, why="has no meaning beside --agents", fix="use --host to choose an agent")
+        raise ConfigError("--rank", rank, why="cannot be combined with --agents", fix="use --host to choose an agent")
     if state.slots and rank is not None and rank >= sum(state.slots):
         raise ConfigError("--rank", rank, why="is not in this run", fix=f"choose from 0 to {sum(state.slots) - 1}")
 

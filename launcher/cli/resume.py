@@ -34,11 +34,11 @@ def _continued(folder: Path, words: Sequence[str]) -> Run:
     if run.job.resumes and not state.has_checkpoint:
         if state.status == "completed":
             why = "has completed and kept no checkpoint, so there is nothing to continue from"
-            fix = f"launch rerun {shell_word(str(folder))} starts it anew; checkpoint.at_end=true keeps a checkpoint"
+            fix = f"launch rerun {shell_word(str(folder))} starts it again; checkpoint.at_end=true keeps a checkpoint"
             raise ConfigError("run", folder, why=why, fix=fix)
         if resume_of_restart(run.checkpoint.resume, RunDir(folder)) != "auto":
-            why = f"has no checkpoint of its own yet; it began from checkpoint.resume={run.checkpoint.resume}"
-            fix = f"launch rerun {shell_word(str(folder))} begins there again, in a new directory"
+            why = f"has no checkpoint of its own yet; it started from checkpoint.resume={run.checkpoint.resume}"
+            fix = f"launch rerun {shell_word(str(folder))} starts from it again, in a new directory"
             raise ConfigError("run", folder, why=why, fix=fix)
     return replace(
         run,

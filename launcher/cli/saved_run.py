@@ -35,7 +35,7 @@ def find_run_or_option(word: str, arguments: Arguments) -> Path:
         meant = suggest_overrides(word, groups(arguments.config_dir))
         if not meant:
             raise
-        why = "is no run, and not of the form option=value"
+        why = "is neither a run nor of the form option=value"
         raise ConfigError(word, why=why, fix=f"write {' or '.join(meant)}") from error
 
 
@@ -52,7 +52,7 @@ def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
     """
     if arguments.multirun or arguments.config_dir:
         flag = "-m" if arguments.multirun else "--config-dir"
-        raise ConfigError(flag, why="has no meaning for a stored run, which is composed already", fix="leave it out")
+        raise ConfigError(flag, why="does not apply to a saved run, which is composed already", fix="leave it out")
     if arguments.json and not arguments.dry_run:
         raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
     for name in _missing_secrets(folder):

@@ -147,7 +147,7 @@ def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report
             tree = OmegaConf.to_container(hydra.compose("config", _hydra_words(overrides, config_dir)))
         except (HydraException, OmegaConfBaseException, YAMLError) as error:
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            fix = "mend it there (`launch list` shows what exists)"
+            fix = "correct it there (`launch list` shows what exists)"
             report(ConfigError("the configuration", why="; ".join(lines[:4]), fix=fix))
             return None
         except RecursionError:

@@ -260,7 +260,7 @@ def _classify(
 ) -> Override | None:
     key = parsed.key_or_group
     if parsed.is_delete():
-        report(ConfigError(word, why="takes an option away, and every option is needed", fix=f"set {key}=<value>"))
+        report(ConfigError(word, why="removes an option, and every option is required", fix=f"set {key}=<value>"))
         return None
     if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
         report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))

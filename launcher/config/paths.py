@@ -170,7 +170,7 @@ def _reason(path: Path, error: OSError) -> str | None:
     if error.errno == errno.EACCES:
         closed = next((parent for parent in reversed(path.parents) if _is_closed(parent)), path.parent)
         return f"{closed} is closed to this user (permission denied)"
-    return f"it cannot be looked at: {error.strerror}"
+    return f"it cannot be examined: {error.strerror}"
 
 
 def _too_long(path: Path) -> str | None:

@@ -126,7 +126,9 @@ class Wandb(Tracker):
         given = environ.get("WANDB_MODE")
         if given:
             if given not in _WANDB_MODES:
-                raise ConfigError("WANDB_MODE", given, why="is no mode of W&B", fix=did_you_mean(given, _WANDB_MODES))
+                raise ConfigError(
+                    "WANDB_MODE", given, why="is not a mode of W&B", fix=did_you_mean(given, _WANDB_MODES)
+                )
             return _WANDB_MODES[given], f"WANDB_MODE={given}"
         kept = _WANDB_MODES.get(read_wandb_settings(environ, home).get("mode", ""))
         return (kept, "the W&B settings file") if kept in ("offline", "disabled") else ("auto", "tracker.mode=auto")

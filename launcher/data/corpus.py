@@ -58,7 +58,7 @@ def _dataset_rows(data: HfData) -> Iterator[tuple[str, Record]]:
         _raise_bad_row_of_folder(data)
         byte = error.object[error.start]
         why = f"row {number + 1:,} is not UTF-8: byte 0x{byte:02x} at position {error.start} of its text"
-        raise ConfigError("data.path", data.path, why=why, fix="mend the row, or take another data set") from error
+        raise ConfigError("data.path", data.path, why=why, fix="correct the row, or take another data set") from error
 
 
 def _load_dataset(data: HfData) -> datasets.Dataset:
@@ -104,4 +104,4 @@ def _raise_bad_row_of_folder(data: HfData) -> None:
         except BadFile as problem:
             raise ConfigError("data.path", file, why=problem.why, fix=problem.fix) from problem
         if record is not None:
-            raise ConfigError("data.path", file, why=f"line {record.line:,} {record.problem}", fix="mend the line")
+            raise ConfigError("data.path", file, why=f"line {record.line:,} {record.problem}", fix="correct the line")

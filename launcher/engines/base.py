@@ -61,7 +61,7 @@ class Engine(ABC):
         Args:
             micro_batches: this rank's share of the global batch.
             lr: learning rate.
-            preempted: whether this rank has been asked to leave; asked late in the step, and told to all ranks with the
+            preempted: whether this rank has been asked to exit; read late in the step, and sent to all ranks with the
                 loss.
         """
 

@@ -1,6 +1,6 @@
 """torch's TCP store on the loopback interface only.
 
-torch's own TCPStore listens on every interface of the machine, and whoever connects to it can read and write its keys.
+torch's own TCPStore listens on every interface of the machine, and any client can read and write its keys.
 """
 
 from __future__ import annotations

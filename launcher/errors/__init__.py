@@ -56,7 +56,7 @@ class ConfigError(LauncherError):
 
 
 class ConfigErrors(ConfigError):
-    """All the mistakes of one command, so that the user mends them in one go."""
+    """All errors of one command, so that the user can correct them at once."""
 
     def __init__(self, errors: Sequence[ConfigError]) -> None:
         assert errors, "an empty list of errors is not an error"

@@ -74,7 +74,7 @@ def _is_written(prepared: PreparedRun) -> bool:
     try:
         _write(prepared)
     except EnvironmentProblem as problem:
-        print(f"not started again: {problem}", flush=True)
+        print(f"not restarted: {problem}", flush=True)
         return False
     return True
 

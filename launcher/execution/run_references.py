@@ -141,7 +141,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
     if not run.backend.shares_paths:
         if folder.is_absolute() and reference.which is None:
             return None
-        why = f"backend={run.backend.kind} runs where this machine's runs are not to be seen"
+        why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
         where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
         raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
     if not _exists(folder):
@@ -150,7 +150,7 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
         try:
             return find_run(reference.of, Path(run.run.root)).path.absolute()
         except ConfigError as error:
-            why = error.why.replace("is no run directory", "is no folder")
+            why = error.why.replace("is not a run directory", "is no folder")
             fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.of else error.fix
             raise ConfigError(option, word, why=why, fix=fix) from error
     folder = folder.absolute()
@@ -268,7 +268,7 @@ def _model_of(weights: Path, composed: Composition) -> Model:
     saved = _model_of_run(weights) or Hf(name=str(weights))
     is_equal = saved.architecture() == configured.architecture()
     if _is_chosen(composed) and not is_equal:
-        fix = f"leave the model out, and that of the run is taken ({default_run_name(saved.name)})"
+        fix = f"leave the model out to use that of the run ({default_run_name(saved.name)})"
         why = f"is of another model: {_differences(saved, configured)}"
         raise ConfigError(WEIGHTS, configured.weights, why=why, fix=fix)
     if is_equal and (_is_chosen(composed) or isinstance(saved, Hf)):

@@ -87,7 +87,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
     yield from validate_resumed_tokenizer(run, saved)
     done = saved.manifest.step
     if isinstance(run.job, Train) and done >= run.job.steps:
-        why = f"{saved.folder} is of step {done} already"
+        why = f"{saved.folder} is at step {done} already"
         yield ConfigError("job.steps", run.job.steps, why=why, fix=f"set job.steps to more than {done}")
 
 
@@ -101,7 +101,7 @@ def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
         return  # validate_machine reports it
     if saved is None:
         if run.checkpoint.resume == "auto" and RunDir(run_dir).is_run:
-            yield f"{run_dir} holds no checkpoint to continue from: the run begins anew"
+            yield f"{run_dir} holds no checkpoint to continue from: the run starts over"
         return
     steps = run.job.optimizer_steps
     if steps is not None and (line := lr_jump_warning(saved, run.optimizer, run.schedule, steps)):

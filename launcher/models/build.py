@@ -156,7 +156,7 @@ def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, d
         ConfigError: Transformers has no causal language model of this configuration, or cannot build one from it.
     """
     option, value = ("model.name", model.name) if model.kind == "hf" else ("model", model.name)
-    fix = "choose a causal language model that the installed Transformers knows, or mend its config.json"
+    fix = "choose a causal language model that the installed Transformers knows, or correct its config.json"
     try:
         family = causal_lm_class(config)
     except KeyError:
@@ -180,16 +180,16 @@ def _source(
         ConfigError: the files do not hold exactly this model.
     """
     stored = StoredTensors(laid_out, folder, skip=skip)
-    misfits = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
-    misfits += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
+    mismatched = [f"{name} is {found} instead of {wanted}" for name, (found, wanted) in stored.mismatched().items()]
+    mismatched += [f"{name} cannot be converted ({why})" for name, why in stored.unconverted.items()]
     parts = [
         f"{what} {_listed(names)}"
-        for what, names in (("lacks", stored.missing), ("has besides", stored.unexpected), ("misfits:", misfits))
+        for what, names in (("lacks", stored.missing), ("also has", stored.unexpected), ("mismatched:", mismatched))
         if names
     ]
     if parts:
         why = f"{folder} does not hold this model: it {', and it '.join(parts)}"
-        raise ConfigError("model.weights", model.weights, why=why, fix="choose the model that these weights are of")
+        raise ConfigError("model.weights", model.weights, why=why, fix="choose the model of these weights")
     if untied := untie_differing_weights(laid_out, stored):
         names = _listed(untied)
         print(f"weights: {folder} holds {names} apart, though its config ties them: they stay apart", flush=True)

@@ -40,12 +40,12 @@ def only_builder(folder: Path, *, say: Say) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "building").open("a") as file:
-        started, told = time.monotonic(), float("-inf")
+        started, printed_at = time.monotonic(), float("-inf")
         while not _try_lock(file.fileno()):
             waited = time.monotonic() - started
-            if waited - told >= _SAY_EVERY_S:
+            if waited - printed_at >= _SAY_EVERY_S:
                 say(f"another run is building DeepSpeed's operators, waited {waited:.0f} s so far")
-                told = waited
+                printed_at = waited
             time.sleep(_POLL_S)
         yield
 
@@ -135,7 +135,7 @@ def build_ops(arguments: Sequence[str], *, say: Say, limit_s: float = LIMIT_S) -
                 continue
             if argument == name:
                 raise EnvironmentProblem(f"DeepSpeed's {name} cannot be built: {outcome.why}; {outcome.fix}")
-            say(f"cannot build {name}, so the run goes on without it: {outcome.why} ({outcome.fix})")
+            say(f"cannot build {name}, so the run continues without it: {outcome.why} ({outcome.fix})")
     return outcomes
 
 
@@ -166,7 +166,7 @@ def _build_one(name: str, folder: Path, *, say: Say, limit_s: float) -> BuildOut
         say(f"built {name} in {seconds:.0f} s")
         return BuildOutcome(name=name, built=True, seconds=seconds)
     if code is None:
-        why, fix = f"it took longer than {limit_s:.0f} s", "start the run again on a quieter machine"
+        why, fix = f"it took longer than {limit_s:.0f} s", "start the run again when the machine is less loaded"
     else:
         why, fix = _failure_reason(name, log.read_text(encoding="utf-8", errors="replace"))
         fix = f"{fix} (all of its output: {log})"
@@ -228,4 +228,4 @@ def _failure_reason(name: str, output: str) -> tuple[str, str]:
     if "ninja" in output and "not being installed" in output:
         return "ninja is not installed", "pip install ninja"
     lines = [line.strip() for line in output.splitlines() if "error" in line.lower()]
-    return (lines[0] if lines else "the compiler failed"), "mend that, or set optimizer.implementation=torch"
+    return (lines[0] if lines else "the compiler failed"), "correct that, or set optimizer.implementation=torch"

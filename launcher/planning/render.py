@@ -70,7 +70,7 @@ def _batch(plan: Plan) -> Iterator[str]:
 
 def _memory(memory: MemoryEstimate | None, hosts: Sequence[HostPlan]) -> Iterator[str]:
     if memory is None:
-        yield "not known before the model's files are there"
+        yield "not known before the model's files are downloaded"
         return
     state, device = memory.per_rank, _device_word(hosts[0].host)
     parts = {"parameters": state.parameters, "gradients": state.gradients, "optimizer": state.optimizer}
@@ -108,7 +108,7 @@ def _room(host: Host, *, each: bool) -> str:
     """Return the resources of a host, and which of them the run uses."""
     slots = f"slots {','.join(map(str, host.slot_ids))}" if host.slot_ids else counted(host.slots, "slot")
     if not host.is_probed:
-        return f"{slots}{' each' if each else ''}; cores, memory and devices are asked for at the start"
+        return f"{slots}{' each' if each else ''}; cores, memory and devices are probed at the start"
     some = f"{','.join(map(str, host.slot_ids))}" if host.slot_ids else f"{host.slots}"
     devices = f"{some} of {len(host.devices)} × {host.devices[0]}" if host.devices else "CPU"
     return f"{devices}, {'each ' if each else ''}{counted(host.cores, 'core')}, {bytes_text(host.memory_bytes)} RAM"

@@ -36,7 +36,7 @@ def warnings_of_run(run: Run, hosts: Sequence[Host], memory: MemoryEstimate | No
 
 def _memory_warnings(hosts: Sequence[Host], memory: MemoryEstimate | None) -> Iterator[str]:
     if memory is None:
-        yield "the model's sizes are known only once its files are there, so memory was not checked"
+        yield "the model's sizes are known only once its files are downloaded, so memory was not checked"
         return
     state = memory.per_rank
     for host in hosts:
@@ -70,7 +70,7 @@ def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
         return
     better = "bf16" if all(host.computes_bf16 for host in on_cpu) else "fp32"
     if run.precision.compute == "fp16":
-        yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is the better one here"
+        yield f"fp16 is slow without a GPU, and most CPUs compute it in fp32: precision={better} is faster here"
     if run.precision.compute == "bf16" and better == "fp32" and not run.job.uses_bf16_kernels:
         yield "this processor has no bfloat16 instructions and is many times slower without: precision=fp32"
 
@@ -92,8 +92,8 @@ def _tokenizer_warnings(run: Run) -> Iterator[str]:
             owns = run.model.has_own_tokenizer
             fix = f"set {option}=model" if owns else "name the one that they were trained with"
             yield (
-                f"{option}={choice}: the weights of {run.model.name} know the token numbers of their own tokenizer "
-                f"alone: {fix}"
+                f"{option}={choice}: the weights of {run.model.name} were trained with the token ids of their own "
+                f"tokenizer alone: {fix}"
             )
 
 

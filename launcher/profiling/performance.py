@@ -23,7 +23,7 @@ class StepClock:
     step, after the loss has been fetched: timing adds no synchronisation of its own.
 
     Args:
-        heartbeat: told which phase begins.
+        heartbeat: called with the phase that begins.
         cuda: whether there is a GPU to wait for.
         profiler: finds the phases by name in its trace.
     """

@@ -24,7 +24,7 @@ _NOTHING = nullcontext()
 
 
 class Profiler(ABC):
-    """Is told which stretches of work are steps, and decides by itself which of them it records."""
+    """Records some of the steps that it is given, as the options say."""
 
     @abstractmethod
     def step(self) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class WindowProfiler(Profiler):
         self._after(len(self._seconds))
 
     def mark(self, name: str) -> AbstractContextManager[None]:
-        """Name a stretch while somebody listens."""
+        """Name a part of the work in the trace, while a trace is recorded."""
         return self._recording.mark(name) if self._recording.is_on else super().mark(name)
 
     def close(self) -> None:
@@ -125,11 +125,11 @@ class WindowProfiler(Profiler):
             steps = f"{len(self._seconds)} {self._what}s"
             print(f"profile: {name} took {steps} and records from number {window.first} on", flush=True)
             return
-        told = f"{self._what}s {window.first} to {window.first + len(recorded) - 1} of {name}"
+        steps = f"{self._what}s {window.first} to {window.first + len(recorded) - 1} of {name}"
         cost = f"{statistics.median(recorded):.3g} s each"
         if plain:
             cost += f", {statistics.median(plain):.3g} s with the profiler off"
-        print(f"profile: {told}, {cost}: {self._recording.folder}", flush=True)
+        print(f"profile: {steps}, {cost}: {self._recording.folder}", flush=True)
 
 
 class TimedProfiler(Profiler):
@@ -159,7 +159,7 @@ class TimedProfiler(Profiler):
         return self.mark("step")
 
     def mark(self, name: str) -> AbstractContextManager[None]:
-        """Name a stretch while somebody listens."""
+        """Name a part of the work in the trace, while a trace is recorded."""
         return self._recording.mark(name) if self._recording.is_on else super().mark(name)
 
     def close(self) -> None:

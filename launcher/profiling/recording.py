@@ -144,7 +144,7 @@ class Operator:
     self_bytes: int
     """Memory it allocated, less what it released; what it calls left out."""
     shapes: str = ""
-    """Of its inputs, where they are told apart."""
+    """Shapes of the inputs, if operators are listed by them."""
 
 
 def operator_averages(averages: Iterable[Any]) -> list[Operator]:

@@ -79,7 +79,7 @@ class BenchmarkRecord:
     kind: str
     """Which benchmark."""
     options: Mapping[str, Any]
-    """What it was told."""
+    """Options of the benchmark."""
     machine: Mapping[str, str]
     cases: Mapping[str, Mapping[str, Samples]]
     """Values by quantity in the order of rounds, by name of the case."""

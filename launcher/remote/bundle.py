@@ -78,7 +78,7 @@ def _git_ls_files(folder: Path) -> Iterable[bytes]:
         raise EnvironmentProblem(f"git did not list {folder} within {_TIMEOUT_S} s") from error
     if ended.returncode != 0:
         said = ended.stderr.decode(errors="replace").strip()
-        raise EnvironmentProblem(f"{folder} cannot be sent to the hosts, git refuses to list it: {said}")
+        raise EnvironmentProblem(f"{folder} cannot be sent to the hosts, git failed to list it: {said}")
     return filter(None, ended.stdout.split(b"\0"))
 
 

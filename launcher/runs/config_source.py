@@ -36,8 +36,8 @@ def split_source(text: str) -> list[str]:
     try:
         return shlex.split(text)
     except ValueError as error:
-        fix = "quote each override as in a shell: \"default 'job.sample_prompt=it is'\""
-        raise ConfigError(text, why=f"cannot be taken apart: {error}", fix=fix) from error
+        fix = "quote each override as for a shell: \"default 'job.sample_prompt=it is'\""
+        raise ConfigError(text, why=f"cannot be parsed: {error}", fix=fix) from error
 
 
 def resolved_config(words: Sequence[str], *, config_dir: Path | None, root: Path = Path("runs")) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def _config_of_run(word: str, changes: Sequence[str], root: Path, known: Mapping
         folder = find_run(word, root).path
     except ConfigError as error:
         is_path = "/" in word or os.path.lexists(word)
-        if is_path or ("begin like this" in error.why and "no run in" not in error.why):
+        if is_path or ("begin with it" in error.why and "no run in" not in error.why):
             raise
         why, meant = "is neither an experiment nor a run", suggest_overrides(word, known)
         fix = f"write {' or '.join(meant)}" if meant else did_you_mean(word, [*known.get("exp", []), NO_EXPERIMENT])

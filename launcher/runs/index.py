@@ -158,11 +158,11 @@ def find_run(word: str | None, root: Path) -> RunDir:
         return ids[(exact or meant)[0]]
     if meant:
         fix = f"write more of it: {', '.join(sorted(meant)[:5])}{', …' if len(meant) > 5 else ''}"
-        raise ConfigError("run", word, why=f"{len(meant)} runs in {root} begin like this", fix=fix)
+        raise ConfigError("run", word, why=f"{len(meant)} runs in {root} begin with it", fix=fix)
     if Path(word).is_dir():
         raise ConfigError("run", word, why="holds no run.yaml", fix="name a run directory (runs/<name>/<id>)")
     close = did_you_mean(word, ids) if ids and len(ids) < 20 else "launch runs lists those there are"
-    raise ConfigError("run", word, why=f"is no run directory, and no run in {root} begins like this", fix=close)
+    raise ConfigError("run", word, why=f"is not a run directory, and no run in {root} begins with it", fix=close)
 
 
 def list_runs(root: Path) -> list[RunDir]:

@@ -65,7 +65,7 @@ def find_sweep(word: str, root: Path) -> Path | None:
     exact = [path for path in meant if word in (path.name, f"{path.parent.name}/{path.name}")]
     if len(exact or meant) > 1:
         names = ", ".join(sorted(f"{path.parent.name}/{path.name}" for path in meant)[:5])
-        raise ConfigError("sweep", word, why=f"{len(meant)} sweeps begin like this", fix=f"write more of it: {names}")
+        raise ConfigError("sweep", word, why=f"{len(meant)} sweeps begin with it", fix=f"write more of it: {names}")
     return (exact or meant)[0].absolute()
 
 

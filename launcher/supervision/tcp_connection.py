@@ -80,7 +80,7 @@ class AgentListener:
                 raise EnvironmentProblem(f"{_shorten_names(absent)} did not connect within {timeout_s:.0f} s")
             if now - reported > _REPORT_EVERY_S:
                 reported = now
-                refused = f" ({self._num_rejected} connections were refused)" if self._num_rejected else ""
+                refused = f" ({self._num_rejected} connections were rejected)" if self._num_rejected else ""
                 say(f"waiting for {_shorten_names(absent)}{refused}")
             self._poll(say)
         self._stop_listening()
@@ -162,9 +162,9 @@ class AgentListener:
         pending.peer.close()
         self._num_rejected += 1
         if self._num_rejected <= _MAX_REPORTED_REJECTIONS:
-            say(f"refused a connection from {pending.address}: {reason}")
+            say(f"rejected a connection from {pending.address}: {reason}")
         if self._num_rejected == _MAX_REPORTED_REJECTIONS:
-            say("further refusals are counted, not printed")
+            say("further rejections are counted, not printed")
 
     def _remove(self, pending: _PendingPeer) -> None:
         self._selector.unregister(pending.peer)

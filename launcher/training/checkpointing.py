@@ -106,7 +106,7 @@ def _check_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
     if vocabulary == load_tokenizer(file.parent, option="checkpoint.resume").inner.get_vocab():
         return
     why = f"{saved.folder} was trained with another tokenizer than that of this run's data"
-    fix = "set data.tokenizer=checkpoint, or model.weights=RUN checkpoint.resume=none to start anew with this tokenizer"
+    fix = "set data.tokenizer=checkpoint, or model.weights=RUN checkpoint.resume=none to start over with this tokenizer"
     raise ConfigError("checkpoint.resume", saved.folder, why=why, fix=fix)
 
 

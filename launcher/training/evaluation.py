@@ -117,8 +117,8 @@ def _record(writer: MetricsWriter, done: int, loss: float, *, tokens: int, elaps
             "time/evaluate_s": elapsed_s,
         },
     )
-    told = f"held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
-    print(f"{told}  {tokens:,} tokens in {elapsed_s:.2f} s  {tokens / elapsed_s:,.0f} tokens/s", flush=True)
+    losses = f"held-out loss {loss:.4f}  perplexity {perplexity(loss):.2f}"
+    print(f"{losses}  {tokens:,} tokens in {elapsed_s:.2f} s  {tokens / elapsed_s:,.0f} tokens/s", flush=True)
 
 
 def perplexity(loss: float) -> float:

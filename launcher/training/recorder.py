@@ -95,8 +95,8 @@ class Recorder:
     def baselines(self, done: int, losses: Mapping[str, float]) -> None:
         """Record the losses that a model has to beat."""
         self.write(done, {f"baseline/{name}": loss for name, loss in losses.items()})
-        told = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
-        self.print(f"loss to beat (nats a token): {told}")
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())
+        self.print(f"loss to beat (nats a token): {shown}")
 
     def evaluation(self, done: int, loss: float, *, parts: Mapping[str, float]) -> None:
         """Record a held-out loss."""

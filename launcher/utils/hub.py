@@ -164,7 +164,7 @@ def fetch_model(name: str, *, with_weights: bool, option: str, instead: str) -> 
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=list(_UNWANTED)))
     except (HFValidationError, RepositoryNotFoundError) as error:
-        why = "the hub shows no such model, or only to those logged in"
+        why = "the hub has no such public model"
         fix = "check the name, give a local folder, or log in with `hf auth login`"
         raise ConfigError(option, name, why=why, fix=fix) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

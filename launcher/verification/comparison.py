@@ -72,8 +72,8 @@ def compare(name: str, answers: Mapping[int, CaseAnswer], reference: CaseAnswer,
     )
 
 
-def _largest_difference(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float:
-    return max(_relative_difference(one, other) for one, other in zip(ours, theirs, strict=True))
+def _largest_difference(values: Sequence[float | None], expected: Sequence[float | None]) -> float:
+    return max(_relative_difference(one, other) for one, other in zip(values, expected, strict=True))
 
 
 def _relative_difference(one: float | None, other: float | None) -> float:

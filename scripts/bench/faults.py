@@ -91,9 +91,9 @@ def main() -> None:
 
 
 def _end(number: int, _frame: FrameType | None) -> None:
-    """End, and take the time to clean up: whoever asks again does not interrupt that."""
+    """Exit, and take the time to clean up: a second signal does not interrupt that."""
     signal.signal(number, signal.SIG_IGN)
-    sys.exit("faults: told to end")
+    sys.exit("faults: received a signal to end")
 
 
 def _matches(cell: Cell, patterns: Sequence[str]) -> bool:
@@ -121,7 +121,7 @@ def _carry_out(cells: Sequence[Cell], book: Book, *, num_workers: int) -> None:
             try:
                 for ended in as_completed(pool.submit(work, number) for number in range(num_workers)):
                     ended.result()
-            finally:  # when told to end, clean up behind the cells under way, and begin no other
+            finally:  # on a signal, clean up after the running cells, and start no other
                 with suppress(queue.Empty):
                     while True:
                         waiting.get_nowait()

@@ -41,8 +41,8 @@ def named_by_torchrun(cell: Cell, run: Run, said: str) -> tuple[str, bool]:
         roots = _ROOT_CAUSE.findall(said)
         return f"root causes: {roots}" if roots else "", bool(roots) and int(roots[0][1]) == cell.rank
     if cell.target == "torchrun":
-        told = re.search(r"got signal: (\d+)", said)
-        return told[0] if told else "", told is not None and int(told[1]) == cell.signal
+        found = re.search(r"got signal: (\d+)", said)
+        return found[0] if found else "", found is not None and int(found[1]) == cell.signal
     return _host_named(cell, run, said)
 
 
@@ -55,8 +55,8 @@ def named_by_deepspeed(cell: Cell, run: Run, said: str) -> tuple[str, bool]:
         is_right = bool(found) and found[0] == (host, str(local), str(-(cell.signal or 0)))
         return f"exits: {found}" if found else "", is_right
     if cell.target == "torchrun":
-        told = re.search(r"Main process received (SIG\w+)", said)
-        return told[0] if told else "", told is not None and told[1] == f"SIG{cell.how}"
+        received = re.search(r"Main process received (SIG\w+)", said)
+        return received[0] if received else "", received is not None and received[1] == f"SIG{cell.how}"
     return _host_named(cell, run, said)
 
 

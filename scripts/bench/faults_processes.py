@@ -1,4 +1,4 @@
-"""The processes of one run on all hosts: told from others by a mark that they inherit, also through ssh."""
+"""The processes of one run on all hosts, found by a mark that they inherit, also through ssh."""
 
 from __future__ import annotations
 
@@ -67,7 +67,9 @@ def find(processes: Sequence[Seen], role: str, *, rank: int) -> Seen:
         if role == "torchrun" and any(starter in seen.command for starter in _STARTERS):
             return seen
         parent = by_pid.get(seen.parent)
-        is_forked = parent is not None and parent.command == seen.command  # by its warden, which looks the same
+        is_forked = (
+            parent is not None and parent.command == seen.command
+        )  # by its agent supervisor, which has the same command line
         if role == "agent" and (
             "supervision.agent_entry" in seen.command or ("supervision.agent_supervisor" in seen.command and is_forked)
         ):

@@ -144,7 +144,7 @@ class Worker:
             time.sleep(_POLL_S)
 
     def _left_of(self, run: Run) -> list[str]:
-        """Return what is left of it, and whatever else is on its hosts that nobody can account for."""
+        """Return the processes that are left of it, and any unexpected ones on its hosts."""
         left = run.processes()
         for name in run.job.hosts if run.job.lab else ():
             left += unmarked(run.job.lab.processes(name)) if run.job.lab else []
@@ -217,7 +217,7 @@ class Worker:
 
 
 def _is_free(port: int) -> bool:
-    """Return whether nobody else on this machine has that port."""
+    """Return whether the port is free on this machine."""
     with socket.socket() as probe, contextlib.suppress(OSError):
         probe.bind(("", port))
         return True

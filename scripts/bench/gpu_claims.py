@@ -38,9 +38,9 @@ def losses(device: str, folder: Path) -> str:
     if device == "cpu":
         formats = []  # both are refused without a GPU
     if missing := [name for name in TOLERANCE if name not in formats]:
-        told = f"; not run here: {', '.join(missing)}"
+        left_out = f"; not run here: {', '.join(missing)}"
     else:
-        told = ""
+        left_out = ""
     reference = last_loss(replace(work, precision="fp32"), folder / "fp32")
     parts, failed = [f"fp32 {reference:.4f}"], False
     for name in formats:
@@ -51,7 +51,7 @@ def losses(device: str, folder: Path) -> str:
         apart = abs(loss - reference) / reference
         failed |= not apart <= TOLERANCE[name]  # a NaN is not within
         parts.append(f"{name} {loss:.4f} ({apart:.2%} apart, at most {TOLERANCE[name]:.1%})")
-    return f"{'FAILED: ' if failed else ''}{', '.join(parts)}{told}"
+    return f"{'FAILED: ' if failed else ''}{', '.join(parts)}{left_out}"
 
 
 def last_loss(work: Workload, folder: Path) -> float:

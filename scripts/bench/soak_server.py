@@ -81,7 +81,7 @@ class SoakServer:
         until = time.monotonic() + _READY_S
         while self.get("/health/ready")[0] != 200 or len(self.engines()) < self.replicas:
             if self._process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"the server did not get ready:\n{self._log.read_text()[-3000:]}")
+                raise RuntimeError(f"the server did not become ready:\n{self._log.read_text()[-3000:]}")
             time.sleep(0.3)
 
     def model(self) -> str:

@@ -123,8 +123,8 @@ class Cluster:
         """Start the daemons as children of this process and wait until every node is idle."""
         files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "run/munged.pid"}
         files |= {"log-file": "log/munged.log", "seed-file": "state/munge.seed"}
-        told = [f"--{name}={self.state}/{path}" for name, path in files.items()]
-        self._daemon("munged", "munged", "--foreground", "--force", *told)
+        options = [f"--{name}={self.state}/{path}" for name, path in files.items()]
+        self._daemon("munged", "munged", "--foreground", "--force", *options)
         self._wait((self.state / "munge.socket").exists, "munged")
         self._daemon("slurmctld", "slurmctld", "-D", "-f", str(self.conf))
         for node in self.nodes:
@@ -193,7 +193,7 @@ def on_node(processes: list[Process], node: str) -> Iterator[Process]:
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different ports that nobody listens on at this moment."""
+    """Return different ports that are free now."""
     probes = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [probe.getsockname()[1] for probe in probes]
     for probe in probes:

@@ -62,7 +62,7 @@ def refused(launch_in_process, tmp_path):
         (["pln"], ["pln", "did you mean plan?"]),
         (["--jsn"], ["--jsn: no such flag; did you mean --json?"]),
         (["dry_run=maybe"], ["dry_run=maybe"]),
-        (["resume", "nowhere"], ["run=nowhere", "is no run directory"]),
+        (["resume", "nowhere"], ["run=nowhere", "is not a run directory"]),
         (["-m", "job.seed=1,2", "job.stpes=3"], ["did you mean steps?"]),
         (["+sweep=lr_bacth"], ["did you mean lr_batch?"]),
     ],

@@ -128,11 +128,11 @@ def test_mistakes(make_run, results, tmp_path) -> None:
         (("compare", good, other), "no case is in both: full in one, none in the other"),
         (("compare", good, str(tmp_path / "d.json")), "is not what a benchmark writes"),
         (("compare", good, str(tmp_path / "e.json")), "without a value"),
-        (("compare", good, "20260101-a"), "left no benchmark.json"),
-        (("compare", good, "nope"), "is no run directory"),
-        (("compare", good, good, "--threshold", "much"), "is no share"),
-        (("compare", good, good, "--threshold=-1%"), "is no share"),
-        (("compare", good, good, "--threshold=5%", "--agree"), "has no part in --agree"),
+        (("compare", good, "20260101-a"), "has no benchmark.json"),
+        (("compare", good, "nope"), "is not a run directory"),
+        (("compare", good, good, "--threshold", "much"), "is not a share"),
+        (("compare", good, good, "--threshold=-1%"), "is not a share"),
+        (("compare", good, good, "--threshold=5%", "--agree"), "cannot be combined with --agree"),
     ):
         with pytest.raises(ConfigError, match=said):
             run(words)

@@ -76,7 +76,7 @@ def test_a_real_run_is_followed_cancelled_and_gone(launch, launch_forked_in_back
     code = running.wait()
     assert code in (75, 128 + signal.SIGTERM)
     assert following.wait() == code
-    assert "is over already" in launch("cancel", run_id).expect(0).stdout
+    assert "has already ended" in launch("cancel", run_id).expect(0).stdout
     beside.wait_for_output(":0 | step ")
     assert "no process of it is left" in launch("cancel", "beside", "--now").expect(0).stdout
     assert beside.wait() == 128 + signal.SIGINT
@@ -120,7 +120,7 @@ def test_a_number_that_somebody_else_has_now_is_not_signalled(capsys, make_run, 
     stranger = replace(place, started=place.started - 1)
     make_run(session=stranger, agents=(AgentLocation(host="box", location=stranger),))
     assert run([]) == 0
-    assert "is over already: lost" in capsys.readouterr().out
+    assert "has already ended: lost" in capsys.readouterr().out
     assert process.poll() is None
 
 
@@ -130,7 +130,7 @@ def test_what_is_over_stays_over(capsys, make_run, child, status: str) -> None:
     process, place = child
     make_run(status=status, session=place)
     assert run([]) == 0
-    assert f"is over already: {status}" in capsys.readouterr().out
+    assert f"has already ended: {status}" in capsys.readouterr().out
     assert process.poll() is None
 
 
@@ -193,7 +193,7 @@ def test_a_run_that_has_not_said_who_runs_it(make_run) -> None:
 
 def test_an_unknown_run_is_refused(make_run) -> None:
     make_run()
-    with pytest.raises(ConfigError, match="is no run directory"):
+    with pytest.raises(ConfigError, match="is not a run directory"):
         run(["nope"])
 
 

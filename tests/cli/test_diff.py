@@ -66,5 +66,5 @@ def test_help(capsys):
 
 
 def test_a_quote_that_does_not_end():
-    with pytest.raises(ConfigErrors, match="cannot be taken apart: No closing quotation; quote each override"):
+    with pytest.raises(ConfigErrors, match="cannot be parsed: No closing quotation; quote each override"):
         run(["default", "default job.sample_prompt=it's"])

@@ -69,7 +69,7 @@ def test_a_log_that_begins_later_is_shown_whole(written) -> None:
     [
         (["--rank", "16"], "choose from 0 to 15"),
         (["--rank", "-1"], "is not a whole number"),
-        (["--rank", "1", "--agents"], "has no meaning beside --agents"),
+        (["--rank", "1", "--agents"], "cannot be combined with --agents"),
         (["--host", "othr"], "did you mean other"),
         (["-n", "all"], "is not a whole number"),
     ],

@@ -160,7 +160,7 @@ def test_resume_never_begins_anew_in_silence(
     printed = capsys.readouterr()
     if (status, began_from) == ("failed", "none"):
         assert code == 0
-        assert f"{stored.path} holds no checkpoint to continue from: the run begins anew" in printed.out
+        assert f"{stored.path} holds no checkpoint to continue from: the run starts over" in printed.out
     else:
         assert code == 2
         assert f"launch rerun {stored.path} " in printed.err

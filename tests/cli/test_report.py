@@ -170,7 +170,7 @@ def test_a_sweep_with_its_best_trial(capsys, make_run, gone, tmp_path) -> None:
 def test_mistakes(make_run, tmp_path) -> None:
     make_run(status="completed")
     for words, said in (
-        (("nope",), "is no run directory"),
+        (("nope",), "is not a run directory"),
         (("--output", str(tmp_path)), "is a folder"),
         (("--output", str(tmp_path / "no" / "a.html")), "there is no folder"),
         (("--outptu=x",), "did you mean --output"),
@@ -183,7 +183,7 @@ def test_mistakes(make_run, tmp_path) -> None:
     for name in ("sweep-a", "sweep-b"):
         (tmp_path / "runs" / "tiny" / name).mkdir()
         write_json(tmp_path / "runs" / "tiny" / name / "sweep.json", {"metric": 1})
-    with pytest.raises(ConfigError, match="2 sweeps begin like this"):
+    with pytest.raises(ConfigError, match="2 sweeps begin with it"):
         run(["sweep-"])
     with pytest.raises(ConfigError, match="is not what a sweep writes"):
         run(["sweep-a"])

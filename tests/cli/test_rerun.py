@@ -67,7 +67,7 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["nope"], "is no run directory"),
+        (["nope"], "is not a run directory"),
         ([RUN, "model=gpt2"], "would change the kind of run"),
         ([RUN, "job.stps=4"], "did you mean steps"),
         ([RUN, "-m"], "is composed already"),

@@ -132,8 +132,8 @@ def test_a_whole_id_wins_over_longer_ones(make_run) -> None:
 @pytest.mark.parametrize(
     ("word", "why", "fix"),
     [
-        ("2026010", "2 runs in runs begin like this", "tiny/20260101-a, tiny/20260102-b"),
-        ("tiny/20260103", "is no run directory, and no run in runs begins", "tiny/20260102-b"),
+        ("2026010", "2 runs in runs begin with it", "tiny/20260101-a, tiny/20260102-b"),
+        ("tiny/20260103", "is not a run directory, and no run in runs begins", "tiny/20260102-b"),
         ("runs/tiny", "holds no run.yaml", "runs/<name>/<id>"),
         ("", "2 runs", "write more"),
     ],
@@ -158,7 +158,7 @@ def test_without_runs_there_is_no_newest(tmp_path) -> None:
         (["--jason"], "did you mean --json"),
         (["--root"], "lacks its value"),
         (["--root="], "lacks its value"),
-        (["gpt2"], "is no run directory, and no run in runs"),
+        (["gpt2"], "is not a run directory, and no run in runs"),
     ],
 )
 def test_mistakes_on_the_command_line(words: list[str], said: str) -> None:

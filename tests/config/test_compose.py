@@ -193,11 +193,11 @@ _GLOBAL = b"# @package _global_\n"
     {
         b"job:\n  sample_prompt: caf\xe9\n": "mine.yaml is not UTF-8: byte 0xe9 at position",
         b"\xef\xbb\xbf": "mine.yaml begins with a byte order mark; take it out: sed -i",
-        b"defaults: gpt2\n": "mine.yaml: defaults is no list; write `- override /model: gpt2`",
+        b"defaults: gpt2\n": "mine.yaml: defaults is not a list; write `- override /model: gpt2`",
         b"- a\n": "mine.yaml holds no options",
         b"hello\n": "mine.yaml holds no options",
         b"job:\n  steps: " + b"[" * 2000: "mine.yaml is nested too deeply",
-        b"5: 6\n": "5 (FOLDER/exp/mine.yaml): is no name of an option",
+        b"5: 6\n": "5 (FOLDER/exp/mine.yaml): is not the name of an option",
         b"job.steps: 5\n": "is written with a dot, which YAML does not take apart; write job: {steps: …}",
         b"data:\n  path: ${nope/x\n": "data.path=${nope/x (FOLDER/exp/mine.yaml): holds ${ without the name and }",
     }.items(),

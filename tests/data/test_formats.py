@@ -381,7 +381,7 @@ def test_many_bad_files_are_counted_not_listed(tmp_path: Path) -> None:
         (tmp_path / f"{number}.bin").write_bytes(b"\0" * 50)
     found = problems(Text(path=f"{tmp_path}/*.bin"))
     assert len(found) == 9
-    assert "22 more files are refused" in found[-1]
+    assert "22 more files are rejected" in found[-1]
 
 
 def test_an_override_in_a_message_can_be_pasted() -> None:

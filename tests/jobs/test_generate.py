@@ -182,7 +182,7 @@ def refusal(path: Path, **options: str) -> str:
         ("x.jsonl", b'{"prompt": "a", "max_new_tokens": 3}\n', "did you mean max_tokens?"),
         ("x.jsonl", b'{"id": 1}\n', "needs prompt or messages"),
         ("x.jsonl", b'{"text": "a"}\n{"prompt": "b"}\n', ""),
-        ("x.jsonl", b"plain prose\n", "ends in .jsonl and holds no JSON lines; mend it, or set job.format=text"),
+        ("x.jsonl", b"plain prose\n", "ends in .jsonl and holds no JSON lines; correct it, or set job.format=text"),
         ("x.txt", b'{"prompt": "a"}\n', ""),
         ("x.json", b'{"messages": [{"role": "user", "content": "a"}]}', ""),
         ("x.csv", b"text,id\na,1\n", "its header needs a column prompt; it has text, id; did you mean prompt by text?"),

@@ -135,7 +135,7 @@ def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
     names = "job.allowed_hosts=[models.example.org]"
     assert not list(problems_of(f"job.port={free_port()}", names))
     for wrong in ("http://models.example.org", "a b", "a:80", "a/b"):
-        with pytest.raises(ConfigErrors, match=r"is no name of a host"):
+        with pytest.raises(ConfigErrors, match=r"is not a host name"):
             plan_of(*SERVE, f"job.allowed_hosts=['{wrong}']", hosts=[ONE])
     with pytest.raises(ConfigErrors, match=r"Host headers are not checked"):
         plan_of(*SERVE, names, "job.api_keys_file=/x", hosts=[ONE])

@@ -125,7 +125,7 @@ def test_a_big_tree_is_refused_with_its_biggest_files(tree: Path, monkeypatch: p
 
 
 def test_a_folder_outside_of_git_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(EnvironmentProblem, match=r"git refuses to list it: .*not a git repository"):
+    with pytest.raises(EnvironmentProblem, match=r"git failed to list it: .*not a git repository"):
         make_bundle(tmp_path)
 
 

@@ -68,7 +68,7 @@ class Kubectl:
         try:
             return json.loads(text)
         except (ValueError, RecursionError) as error:
-            said = f"`kubectl get {shlex.join(words)}` printed what is not JSON: {text[:200]!r}"
+            said = f"`kubectl get {shlex.join(words)}` printed invalid JSON: {text[:200]!r}"
             raise EnvironmentProblem(f"{said}; check that kubectl is the program and not a wrapper") from error
 
 

@@ -123,4 +123,4 @@ def job_state(job_id: str) -> JobState:
             name, _, reason = answer.stdout.strip().partition("|")
             return JobState(name=name, reason=reason.replace("None", ""))
         time.sleep(pause_s)
-    raise EnvironmentProblem(f"Slurm does not answer any more, and job {job_id} goes on: {error_text(answer.stderr)}")
+    raise EnvironmentProblem(f"Slurm does not answer any more, and job {job_id} continues: {error_text(answer.stderr)}")

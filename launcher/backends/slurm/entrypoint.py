@@ -125,7 +125,7 @@ def node_names() -> list[str]:
     """Return the nodes of this job; this process runs on the first one."""
     listed = run_slurm(["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]])
     if listed.returncode:
-        raise EnvironmentProblem(f"Slurm does not say which nodes it gave: {error_text(listed.stderr)}")
+        raise EnvironmentProblem(f"Slurm does not list the nodes of this job: {error_text(listed.stderr)}")
     return listed.stdout.split()
 
 
@@ -149,14 +149,14 @@ def requeue() -> None:
     """Requeue this job unless it was cancelled; Slurm then ends this process."""
     state = run_slurm(["squeue", "--noheader", f"--jobs={job_id()}", "--format=%T"]).stdout.strip()
     if state != "RUNNING":
-        print(f"not queued again: the job is {state.lower() or 'gone'}", flush=True)
+        print(f"not requeued: the job is {state.lower() or 'gone'}", flush=True)
         return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # how Slurm ends a job that it requeues
     answer = run_slurm(["scontrol", "requeue", job_id()])
     if answer.returncode:
-        print(f"cannot be queued again: {error_text(answer.stderr)}", file=sys.stderr, flush=True)
+        print(f"cannot be requeued: {error_text(answer.stderr)}", file=sys.stderr, flush=True)
         return
-    print(f"job {job_id()} is queued again and will go on from there", flush=True)
+    print(f"job {job_id()} is requeued and will continue from there", flush=True)
     time.sleep(_REQUEUE_S)
 
 

@@ -184,7 +184,7 @@ def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
             fix = (
                 _known_partitions(partitions())
                 if option in ("partition", "time", "nodes")
-                else "`scontrol show node` tells more"
+                else "`scontrol show node` shows more"
             )
             return ConfigError(f"backend.{option}", getattr(backend, option), why=f"Slurm says: {words}", fix=fix)
     return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it can give")
@@ -255,7 +255,9 @@ def _exit_code(run_dir: RunDir, state: JobState, cancelled_by: int | None) -> in
         return 128 + cancelled_by
     if state.name == "COMPLETED":
         return 0
-    print(f"the job ended before the run could say how: Slurm calls it {state.name or 'forgotten'}", file=sys.stderr)
+    print(
+        f"the job ended before the run wrote its result: Slurm's state is {state.name or 'forgotten'}", file=sys.stderr
+    )
     return _CODES.get(state.name, 1)
 
 

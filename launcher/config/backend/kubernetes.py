@@ -136,7 +136,7 @@ class KubernetesBackend(Backend):
             for key in toleration:
                 if key not in _TOLERATION_KEYS:
                     fix = did_you_mean(key, _TOLERATION_KEYS)
-                    yield ConfigError("backend.tolerations", key, why="is no part of a toleration", fix=fix)
+                    yield ConfigError("backend.tolerations", key, why="is not a field of a toleration", fix=fix)
 
     def _bad_names(self) -> Iterator[ConfigError]:
         rule = "small letters, digits and dashes, with a letter or digit at both ends"

@@ -163,7 +163,7 @@ class SlurmBackend(Backend):
             yield self.error("signal_lead_s", why, f"set backend.signal_lead_s={needed:g} or more")
         limit = self.time_s()
         if limit is not None and limit <= self.signal_lead_s:
-            why = f"the ranks are told to end {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
+            why = f"the ranks are signalled {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
             yield self.error("time", why, "ask for more time")
 
     def _validate_word(self, word: str) -> Iterator[ConfigError]:

@@ -52,7 +52,7 @@ def parse_length_distribution(text: str) -> LengthDistribution:
     elif match := _LOGNORMAL.fullmatch(text):
         found = LengthDistribution(minimum=1, maximum=int(match[3]), median=float(match[1]), sigma=float(match[2]))
     else:
-        raise ValueError(f"is no distribution of lengths ({LENGTHS_GRAMMAR})")
+        raise ValueError(f"is not a distribution of lengths ({LENGTHS_GRAMMAR})")
     if not 1 <= found.minimum <= found.maximum or found.median == 0:
         raise ValueError("leaves no length: they begin at 1 and rise")
     return found
@@ -90,7 +90,7 @@ def _parse_trace_line(number: int, line: str) -> LoadRequest:
         fields = json.loads(line)
         at_s = float(fields.pop("at_s", 0.0))
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"line {number} is no call: {error}") from error
+        raise ValueError(f"line {number} is not a request: {error}") from error
     if not isinstance(fields, dict) or ("prompt" in fields) == ("messages" in fields):
         raise ValueError(f"line {number} needs prompt or messages")
     return LoadRequest(fields, at_s)
@@ -118,7 +118,7 @@ def parse_server_address(url: str) -> ServerAddress:
     """
     parts = urlsplit(url)
     if parts.scheme != "http" or not parts.hostname or parts.query:
-        raise ValueError("is no address like http://127.0.0.1:8000 (without TLS)")
+        raise ValueError("is not an address like http://127.0.0.1:8000 (without TLS)")
     prefix = parts.path.rstrip("/").removesuffix("/v1")
     return ServerAddress(host=parts.hostname, port=parts.port or 80, prefix=prefix)
 
@@ -217,7 +217,7 @@ class ServingBenchmark(Benchmark):
             try:
                 read_trace(Path(self.trace).expanduser())
             except (OSError, ValueError) as error:
-                yield self.error("trace", str(error), "mend it, or leave benchmark.trace out")
+                yield self.error("trace", str(error), "correct it, or leave benchmark.trace out")
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]

@@ -59,7 +59,7 @@ def first_errors(errors: Iterator[ConfigError], *, option: str) -> Iterator[Conf
     """Yield the first few errors about files, and in one more how many there are besides."""
     yield from itertools.islice(errors, _ERRORS_SHOWN)
     if left := sum(1 for _ in errors):
-        yield ConfigError(option, why=f"{left:,} more files are refused", fix="mend the ones above first")
+        yield ConfigError(option, why=f"{left:,} more files are rejected", fix="correct the ones above first")
 
 
 def endings(folder: Path) -> Counter[str]:

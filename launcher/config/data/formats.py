@@ -161,7 +161,7 @@ def inspect_file(
     if kind == "text" and ending in ("jsonl", "json", "parquet", "arrow") and not as_text:
         name = _without_compression(file).suffix
         raise BadFile(
-            f"ends in {name} and holds no {KIND_NAMES[ending]}", f"mend it, or set {plain} to take it as text"
+            f"ends in {name} and holds no {KIND_NAMES[ending]}", f"correct it, or set {plain} to take it as text"
         )
     return FileFormat(
         kind,

@@ -193,12 +193,12 @@ class HfData(Corpus):
         if value is None:
             return f"has no text in column {self.column}: it is {'null' if self.column in record.fields else 'missing'}"
         if isinstance(value, str):
-            return "" if _is_unicode(value) else "holds half of a surrogate pair, which is no character"
+            return "" if _is_unicode(value) else "holds half of a surrogate pair, which is not a character"
         return f"has no text in column {self.column}: it is {_type_of(value)}"
 
     def _row_error(self, record: Record, problem: str, where: str) -> ConfigError:
         if record.problem:
-            fix = f"{_SKIP}, or {record.fix}" if record.fix else f"mend it, or {_SKIP}"
+            fix = f"{_SKIP}, or {record.fix}" if record.fix else f"correct it, or {_SKIP}"
             return ConfigError(self.source_option, None, why=f"{where} {problem}", fix=fix)
         return self.error("column", f"{where} {problem}", _SKIP)
 

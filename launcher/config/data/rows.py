@@ -29,7 +29,7 @@ _BLOCK = 1 << 20
 _BOM = b"\xef\xbb\xbf"
 _ROWS_AT_ONCE = 1024
 _AROUND_BYTES = 1 << 16
-"""Of the content beside a bad byte, by which it is decided how the file is mended."""
+"""Bytes around an invalid byte, from which the remedy is chosen."""
 _READ_WHOLE = {
     "parquet": "import pyarrow.parquet, sys; pyarrow.parquet.read_table(sys.argv[1])",
     "arrow": (
@@ -51,7 +51,7 @@ class Record:
     fields: dict[str, Any]
     problem: str = ""
     fix: str = ""
-    """The command that mends the whole file, where there is one."""
+    """The command that repairs the whole file, if there is one."""
 
 
 def _every(number: int) -> bool:
@@ -228,7 +228,7 @@ def json_type(value: object) -> str:
 
 
 def _no_constant(word: str) -> None:
-    raise ValueError(f"{word} is no number of JSON")
+    raise ValueError(f"{word} is not a JSON number")
 
 
 def _raw_lines(stream: BinaryIO, longest: int) -> Iterator[tuple[int, int, bytes | None]]:
@@ -260,7 +260,7 @@ class _Decoded:
         self.longest = longest
         """Bytes of a line; a longer one is a bad row."""
         self.problem = self.fix = ""
-        """What is wrong with the last line that had something wrong, and the command that mends the file."""
+        """The error of the last invalid line, and the command that repairs the file."""
 
     def __iter__(self) -> Iterator[str]:
         for _, position, raw in self._lines:
@@ -345,7 +345,7 @@ def _list_items(
         if str(error).startswith("Extra data"):
             fix = f"write each in one line: jq -c . {shell_word(str(file))} > {_as_lines(file)}"
             raise BadFile("holds several JSON documents, none of them in one line", fix) from error
-        raise BadFile(f"is damaged JSON: {error}", "mend it") from error
+        raise BadFile(f"is damaged JSON: {error}", "correct it") from error
     if not isinstance(found, list):
         raise BadFile("holds one JSON object and no list of rows", f"write rows: {_rows_of_object(file, found)}")
     for number, item in enumerate(found):
@@ -404,7 +404,7 @@ def _header(rows: Any) -> list[str]:
     try:
         header: list[str] = next(rows, [])
     except csv.Error as error:
-        raise BadFile(f"its header cannot be read: {error}", "mend its first line") from error
+        raise BadFile(f"its header cannot be read: {error}", "correct its first line") from error
     twice = next((name for at, name in enumerate(header) if name in header[:at]), None)
     if twice is not None or not header:
         why = f"its header names {twice!r} twice" if header else "it has no header"

@@ -121,7 +121,7 @@ class GeneratingJob(Job):
         if self.engine == "vllm":
             yield from self._validate_for_vllm(run)
         if run.profile.kind == "true" and self.engine != "paged":
-            why = f"engine={self.engine} computes nothing where torch's profiler would listen"
+            why = f"engine={self.engine} computes nothing that torch's profiler could record"
             yield ConfigError("profile", "true", why=why, fix="set profile=false or job.engine=paged")
         if self.engine in ("paged", "transformers"):
             together = most if self.is_model_parallel(run) and self.engine == "paged" else 1
@@ -129,13 +129,13 @@ class GeneratingJob(Job):
 
     def _validate_for_vllm(self, run: Run) -> Iterator[ConfigError]:
         if self.vllm_python is None:
-            why = "vLLM has an environment of its own, and job.vllm_python does not say where"
+            why = "vLLM needs its own environment, and job.vllm_python is not set"
             yield self.error("engine", why, VLLM_REMEDY)
         if run.model.quantization != "none":
             why = "vLLM loads the weights as they are in the folder"
             yield ConfigError("model.quantization", run.model.quantization, why=why, fix="set job.engine=paged")
         if run.model.weights == "random":
-            why = "vLLM loads weights from a folder, and random ones are in none"
+            why = "vLLM loads weights from a folder, and random weights have none"
             fix = "set model.weights=pretrained or a folder"
             yield ConfigError("model.weights", run.model.weights, why=why, fix=fix)
 

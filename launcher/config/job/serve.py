@@ -120,9 +120,9 @@ class Serve(GeneratingJob):
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
                 fix = "give names or addresses alone: job.allowed_hosts=[models.example.org]"
-                yield ConfigError("job.allowed_hosts", name, why="is no name of a host", fix=fix)
+                yield ConfigError("job.allowed_hosts", name, why="is not a host name", fix=fix)
         if self.allowed_hosts and self.api_keys_file is not None:
-            why = "clients show keys (job.api_keys_file), so Host headers are not checked"
+            why = "clients send keys (job.api_keys_file), so Host headers are not checked"
             yield self.error("allowed_hosts", why, "leave job.allowed_hosts out")
         if not 0 < self.port < 65536:
             yield self.error("port", "must lie between 1 and 65535", "set job.port=8000")
@@ -263,7 +263,7 @@ def validate_api_keys(job: Serve) -> Iterator[ConfigError]:
     """Yield a variable or a file of keys that holds no key or cannot be read."""
     yield from validate_api_keys_variable(os.environ)
     if API_KEYS_VARIABLE in os.environ and job.allowed_hosts:
-        why = f"clients show keys ({API_KEYS_VARIABLE}), so Host headers are not checked"
+        why = f"clients send keys ({API_KEYS_VARIABLE}), so Host headers are not checked"
         yield job.error("allowed_hosts", why, f"leave job.allowed_hosts out, or unset {API_KEYS_VARIABLE}")
     if job.api_keys_file is None:
         return

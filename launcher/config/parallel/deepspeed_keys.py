@@ -154,7 +154,7 @@ def _validate_level(
         if key in owned:
             yield ConfigError(option, value, why=f"{owned[key]} already decides it", fix=f"set {owned[key]} instead")
         elif key in fixed:
-            yield ConfigError(option, value, why="this program decides it by itself", fix=f"remove {option}")
+            yield ConfigError(option, value, why="the launcher sets it", fix=f"remove {option}")
         elif key not in free:
             hint = did_you_mean(str(key), [*free, *owned])
             yield ConfigError(option, why="is not a DeepSpeed key, so DeepSpeed would ignore it", fix=hint)

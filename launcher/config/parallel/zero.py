@@ -149,7 +149,7 @@ class Zero(Parallel):
     def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
         """Say what works, but not as one might expect."""
         if self.stage == 0 and precision.compute != "fp32":
-            yield f"ZeRO stage 0 in {precision.compute} strays from the other stages by rounding; stage 1 does not"
+            yield f"ZeRO stage 0 in {precision.compute} differs from the other stages by rounding; stage 1 does not"
         offloads_to_ram = "cpu" in (self.offload_optimizer, self.offload_parameters)
         if offloads_to_ram and not on_gpu:
             yield "ranks compute on the CPU, so offloading to host RAM moves nothing off a device and only adds copies"

@@ -104,7 +104,7 @@ def build_pipeline_module(
             partition_method=_METHODS[parallel.partition],
             activation_checkpoint_interval=0,  # blocks recompute themselves
         )
-    assert not any(tensor.is_meta for tensor in staged.state_dict().values()), "a layer that nobody filled"
+    assert not any(tensor.is_meta for tensor in staged.state_dict().values()), "a layer was left on the meta device"
     torch.manual_seed(run.job.seed + staged.stage_id)  # of dropout: other stages draw other masks
     if context.is_main:
         print(f"pipeline: {_stages_text(staged.parts, specs)}", flush=True)

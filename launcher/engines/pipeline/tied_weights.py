@@ -81,7 +81,7 @@ class TiedWeights:
             self._swap(local_shard(parameter.grad))
 
     def _swap(self, gradient: torch.Tensor) -> None:
-        """Add the other end's gradient; the two talk to nobody else."""
+        """Add the gradient of the other end; only these two stages communicate."""
         if gradient.numel() == 0:  # a shard beyond the end of a small parameter, the same there
             return
         assert self._peer is not None, "with one end here, the other is elsewhere"

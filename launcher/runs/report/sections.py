@@ -44,8 +44,8 @@ def head_of(state: RunState) -> Html:
         "again": element("code", f"launch rerun {folder}"),
         "continue": element("code", command) if command else None,
     }
-    told = [(key, value if isinstance(value, str) else str(value)) for key, value in facts.items() if value is not None]
-    return table_of((), told)
+    rows = [(key, value if isinstance(value, str) else str(value)) for key, value in facts.items() if value is not None]
+    return table_of((), rows)
 
 
 def failure_of(state: RunState) -> Html:

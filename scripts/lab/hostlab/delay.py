@@ -3,8 +3,9 @@
     delay.py PORT MS SWITCH_PID [leash]
 
 It runs inside the switch's network namespace. It takes the host's port off the bridge, puts another in its place, and
-carries frames between the two, each ``MS`` milliseconds later: a round trip takes twice that longer. It says "ready"
-when it does, and puts the port back when it is told to end or the switch is gone; on a leash, also when its stdin ends.
+carries frames between the two, each ``MS`` milliseconds later: a round trip takes twice that longer. It prints
+"ready" when it does, and puts the port back when it is signalled to end or the switch is gone; on a leash, also when
+its stdin ends.
 """
 
 from __future__ import annotations
@@ -29,14 +30,14 @@ _BUFFER_BYTES = 1 << 22
 
 
 def main(port: str, delay_s: float, ends: list[int]) -> None:
-    """Relay until told to end, or one of the file descriptors ``ends`` has."""
-    ours, theirs = f"{port}a", f"{port}b"
+    """Relay until a signal to end, or until one of the file descriptors ``ends`` is closed."""
+    ours, peer = f"{port}a", f"{port}b"
     _ip("link", "delete", ours, check=False)  # of a relay that was killed
-    _ip("link", "add", ours, "type", "veth", "peer", "name", theirs)
+    _ip("link", "add", ours, "type", "veth", "peer", "name", peer)
     try:
         for link in (port, ours):
             _ip("link", "set", link, "nomaster", "promisc", "on", "up")
-        _ip("link", "set", theirs, "master", "br0", "up")
+        _ip("link", "set", peer, "master", "br0", "up")
         _relay(_tap(port), _tap(ours), delay_s, ends)
     finally:
         _ip("link", "delete", ours, check=False)

@@ -95,7 +95,7 @@ class Host:
                 process.kill()
 
     def power_off(self, switch: Process) -> None:
-        """End everything at once and silently: nobody is told that a connection has ended."""
+        """Kill everything at once and silently: no connection sends a FIN or RST."""
         if self.is_on() and switch.is_alive():
             detach_host(switch, number=self.number)
         self.end()

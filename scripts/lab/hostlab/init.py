@@ -67,7 +67,7 @@ def _private_tmp(lab: Path, tmp: Path) -> None:
 
 
 def _reap() -> None:
-    """Collect what has ended before the kernel was told to."""
+    """Reap children that exited before the kernel was set to reap them."""
     try:
         while os.waitpid(-1, os.WNOHANG)[0]:
             pass

@@ -123,7 +123,7 @@ class Lab:
         return [*enter, *program, f"port{self._host(name).number}", str(ms), str(self.switch.pid)]
 
     def power_off(self, name: str) -> None:
-        """Take a host's power away: no process of it is left, and nobody is told."""
+        """Power a host off: no process of it is left, and its peers receive nothing."""
         self._host(name).power_off(self.switch)
 
     def kill_sshd(self, name: str) -> None:

@@ -69,7 +69,7 @@ def attach_host(switch: Process, host: Process, *, number: int, address: str) ->
 
 
 def detach_host(switch: Process, *, number: int) -> None:
-    """Take a host's cable away: what it sends while it dies reaches nobody."""
+    """Unplug a host's cable: packets that it sends while it dies are lost."""
     inside(switch, "ip", "link", "delete", port_of(number))
 
 

@@ -56,7 +56,7 @@ class Process:
         wait_until(lambda: self._is_reaped(), f"process {self.pid} does not end")
 
     def _is_reaped(self) -> bool:
-        with contextlib.suppress(ChildProcessError):  # whoever started the lab may be long gone
+        with contextlib.suppress(ChildProcessError):  # the process that started the lab may have exited
             os.waitpid(self.pid, os.WNOHANG)
         return not self.is_alive()
 

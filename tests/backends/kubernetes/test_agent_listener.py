@@ -81,7 +81,7 @@ def test_peer_without_the_key_is_refused(index):
             call(port, index, key=b"other", timeout_s=0)
         call(port, 1).close()
     assert len(said) == 1
-    assert said[0].startswith("refused a connection from 127.0.0.1: it ")
+    assert said[0].startswith("rejected a connection from 127.0.0.1: it ")
 
 
 NOISE = (b"GET / HTTP/1.1\r\n\r\n", b"\0" * 5000, b"[]\n", b'{"index": "1", "nonce": 2}\n', b'{"index": true}\n', b"")

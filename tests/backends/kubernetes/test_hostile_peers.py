@@ -170,7 +170,7 @@ def test_many_idle_connections_leave_room_for_an_agent(listening):
 
 
 def test_refusals_are_reported_and_limited(listening):
-    assert any("refused a connection from 127.0.0.1: it " in text for text in listening.said)
+    assert any("rejected a connection from 127.0.0.1: it " in text for text in listening.said)
     for _ in range(30):
         with listening.connect_peer() as peer:
             peer.sendall(b"x\n")

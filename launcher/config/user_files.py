@@ -67,7 +67,10 @@ def validate_user_files(
                 yield _missing_package(file)
                 continue
             elif not isinstance((tree or {}).get("defaults", []), list):
-                why, fix = f"{file}: defaults is no list", "write `- override /model: gpt2` below it, a line for each"
+                why, fix = (
+                    f"{file}: defaults is not a list",
+                    "write `- override /model: gpt2` below it, a line for each",
+                )
             else:
                 yield from _unusable_options(tree or {}, "", file)
                 if group == "exp":
@@ -82,7 +85,7 @@ def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterato
         option = f"{path}{key}"
         if not isinstance(key, str):
             yield ConfigError(
-                option, why="is no name of an option", fix="write text before the colon", source=str(file)
+                option, why="is not the name of an option", fix="write text before the colon", source=str(file)
             )
         elif not path and "." in key and types_of_option(key):
             group, _, name = key.partition(".")

@@ -155,7 +155,7 @@ def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[Con
         return
     why = f"{saved.folder}, which the run resumes from, was trained with another tokenizer"
     weights = f"model.weights={saved.folder} checkpoint.resume=none"
-    fix = f"set data.tokenizer={CHECKPOINT_TOKENIZER}, or {weights} to start anew with this tokenizer"
+    fix = f"set data.tokenizer={CHECKPOINT_TOKENIZER}, or {weights} to start over with this tokenizer"
     yield ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
 
 

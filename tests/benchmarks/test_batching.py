@@ -57,7 +57,7 @@ def test_batches_of_like_length_need_less_padding_than_batches_in_order_of_arriv
     [
         ("benchmark.modes=[]", "names nothing to compare"),
         ("benchmark.modes=[none,none]", "something twice"),
-        ("benchmark.input_len=many", "no distribution of lengths"),
+        ("benchmark.input_len=many", "not a distribution of lengths"),
         ("benchmark.num_prompts=0", "must be at least 1"),
     ],
 )

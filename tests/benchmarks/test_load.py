@@ -252,8 +252,8 @@ def test_a_trace_is_read_and_its_bad_lines_named(tmp_path) -> None:
     assert read_trace(path) == [LoadRequest({"prompt": "a", "max_tokens": 2}, 1.5), LoadRequest({"messages": []}, 0.0)]
     for line, message in (
         ("{}", "line 1 needs"),
-        ("[", "line 1 is no call"),
-        ("5", "line 1 is no call"),
+        ("[", "line 1 is not a request"),
+        ("5", "line 1 is not a request"),
         ("", "no line"),
     ):
         path.write_text(line)

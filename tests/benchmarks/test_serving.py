@@ -60,7 +60,7 @@ def test_a_server_that_is_not_there_ends_the_run(launch) -> None:
         ("benchmark.max_concurrency=[1.5]", "whole number"),
         ("benchmark.request_rate=[-1]", "different numbers above 0"),
         ("benchmark.max_concurrency=[]", "names no level of load"),
-        ("benchmark.input_len=x", "no distribution of lengths"),
+        ("benchmark.input_len=x", "not a distribution of lengths"),
         ("benchmark.serve={batchin: none}", r"benchmark\.serve\.batchin: no such option; did you mean batching"),
         ("benchmark.serve={max_num_seqs: 0}", "max_num_seqs"),
         ("benchmark.duration_s=0", "must be above 0"),

@@ -187,7 +187,7 @@ def test_cancel_passes_no_option_from_a_file(
 
     make_run(session=gone, backend=backend, job=job)
     monkeypatch.setattr("subprocess.run", no_process)
-    with pytest.raises(EnvironmentProblem, match="no name that the scheduler gives"):
+    with pytest.raises(EnvironmentProblem, match="not a name that the scheduler gives"):
         cancel([])
 
 

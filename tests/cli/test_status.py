@@ -108,7 +108,7 @@ def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job
 def test_a_job_that_no_scheduler_names_so_is_not_asked_about(capsys, make_run, gone, backend, job) -> None:
     make_run(session=gone, backend=backend, job=job)
     text = told(capsys)
-    assert value(text, "job").endswith("is no name that the scheduler gives)")
+    assert value(text, "job").endswith("is not a name that the scheduler gives)")
     assert "squeue" not in text
     assert "kubectl" not in text
 

@@ -74,7 +74,7 @@ def test_article_settings_of_zero3_gpt2xl():
         ("job.steps=many", "job.steps=many (command line): is text; it takes a whole number"),
         ("job.steps=0", "job.steps=0 (command line): must be at least 1; set job.steps=1"),
         ("job.seed=1,2", "job.seed=1,2 (command line): is several values in Hydra's grammar; add -m"),
-        ("~tracker", "takes an option away"),
+        ("~tracker", "removes an option"),
         ("job.steps", "is not an override of the form option=value"),
         ("optimizer.betas=[0.9]", "optimizer.betas"),
         ("optimizer.betas=[0.9,1.5]", "each must be at least 0 and below 1"),

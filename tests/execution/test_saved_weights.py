@@ -514,7 +514,7 @@ def test_a_tokenizer_that_the_weights_do_not_know_is_warned_of(write: Write, tmp
     for choice, is_known in known.items():
         for weights in (ID, "random"):
             run = resolved(f"job={job}", *extra, f"{option}={choice}", f"model.weights={weights}")
-            lines = [line for line in warnings_of_run(run, [], None) if "know the token numbers" in line]
+            lines = [line for line in warnings_of_run(run, [], None) if "were trained with the token ids" in line]
             expected = [] if is_known or weights == "random" else [f"{option}={choice}"]
             assert [line.partition(":")[0] for line in lines] == expected
 

@@ -145,7 +145,7 @@ def test_files_that_are_missing_are_told_before_anything_starts(launch, word, me
     ("words", "message"),
     [
         (("job.top_p=0",), r"job\.top_p=0.*: must be above 0"),
-        (("job.engine=vllm",), "job.vllm_python does not say where"),
+        (("job.engine=vllm",), "job.vllm_python is not set"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
         (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only paged can be"),

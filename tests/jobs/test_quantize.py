@@ -67,7 +67,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
     [
         (("job=quantize",), "job=quantize does what the group quantization says; set quantization=int8_weight"),
         (("quantization=nf4",), "set model.quantization=nf4 to use them, or job=quantize to keep them"),
-        (("model.quantization=nf4",), "layers in few bits do not learn"),
+        (("model.quantization=nf4",), "quantized layers cannot be trained"),
         (("job=quantize", "quantization=nf4", "backend.ranks=2"), "set backend.ranks=1 parallel=single"),
         (
             ("job=quantize", "quantization=nf4", "model=smollm2_135m", "data.tokenizer=bpe"),
@@ -116,7 +116,7 @@ def test_a_folder_of_few_bits_is_refused_where_it_would_be_learnt_or_quantized_a
     QuantizationManifest(method=Int4Weight(), layers=("a",)).write(folder)
     weights = f"model.weights={folder}"
     for words, said in (
-        ((weights,), "layers in few bits do not learn; give weights that are not quantized"),
+        ((weights,), "quantized layers cannot be trained; give weights that are not quantized"),
         ((weights, "job=evaluate", "parallel=zero3"), "quantized ones stay whole; set parallel=single"),
         ((weights, "job=quantize", "quantization=int4_weight"), "its weights are quantized already"),
     ):

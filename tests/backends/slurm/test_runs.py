@@ -70,7 +70,7 @@ def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluste
     wait_for(lambda: has_begun(run_dir))
     cluster.ask("scancel", "--signal=USR1", "--batch", job_id)
     log = run_dir / "logs" / f"slurm.{job_id}.log"
-    wait_for(lambda: "is queued again" in log.read_text())
+    wait_for(lambda: "is requeued" in log.read_text())
     assert len(losses_in_order(run_dir)) < 150, "it was over before it could be told"
     wait_for(lambda: is_over(cluster, run_dir), seconds=240)
     result = read_json(run_dir / "result.json")
@@ -107,7 +107,7 @@ def test_500_strings_arrive_and_a_cancelled_job_leaves_nothing(
     wait_for(lambda: is_over(cluster, run_dir))
     wait_for(lambda: not cluster.working(), seconds=30)
     assert cluster.state_of(cluster.job(run_dir)) == "CANCELLED"
-    assert "is queued again" not in next(run_dir.glob("logs/slurm.*.log")).read_text()
+    assert "is requeued" not in next(run_dir.glob("logs/slurm.*.log")).read_text()
 
 
 def environ_of(pid: int) -> dict[str, str]:

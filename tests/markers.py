@@ -49,7 +49,7 @@ _BY_PLACE = (
         (f"{name}.py*", "process")
         for name in ("doctor/test_examine", "backends/kubernetes/test_kubectl", "remote/test_bundle")
     ),
-    *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel")),
+    *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     # Single tests that do.
     ("*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
     ("cli/test_cancel.py::test_a_job_is_cancelled_by_its_scheduler*", "process"),

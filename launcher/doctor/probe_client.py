@@ -14,7 +14,7 @@ from typing import IO, Any
 from launcher.doctor.protocol import parse_message
 from launcher.protocol.plan import Host
 from launcher.remote.command import RemoteCommand
-from launcher.utils.system import raise_open_file_limit
+from launcher.utils.system import child_environment, raise_open_file_limit
 
 PROBE_MODULE = "launcher.doctor.probe"
 _CLOSE_S = 1.0
@@ -149,6 +149,7 @@ class ProbeProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env=child_environment(),
             start_new_session=True,
             bufsize=0,
         )

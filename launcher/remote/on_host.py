@@ -38,9 +38,8 @@ def main() -> None:
     else:
         sources.insert(0, _code(header["bundle"]["sha256"], header["bundle"]["num_bytes"]))
         _enter(header["cwd"], needed=False)
-        env["PYTHONSAFEPATH"] = (
-            "1"  # otherwise a checkout in the working directory would be imported instead of the code that was sent
-        )
+    # otherwise a module of the working directory would be imported instead of a library or of the code that was sent
+    env["PYTHONSAFEPATH"] = "1"
     env["PYTHONPATH"] = os.pathsep.join([*sources, *filter(None, [env.get("PYTHONPATH")])])
     # programs installed beside this interpreter (ninja) are found as in an activated environment
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])

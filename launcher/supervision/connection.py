@@ -17,6 +17,7 @@ from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, Assig
 from launcher.protocol.wire import MessageReader
 from launcher.remote.command import RemoteCommand
 from launcher.utils.logs import open_log
+from launcher.utils.system import child_environment
 
 CHUNK_BYTES = 1 << 16
 KEEPALIVE_S = 1.0
@@ -136,6 +137,7 @@ class PipeConnection(AgentConnection):
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,
+                env=child_environment(),
                 start_new_session=True,
                 bufsize=0,
             )

@@ -24,6 +24,19 @@ def code_root() -> Path:
     return Path(launcher.__file__).resolve().parent.parent
 
 
+def child_environment() -> dict[str, str]:
+    """Return this process's environment for a child that runs ``python -m launcher…``.
+
+    ``python -m`` puts the working directory first in ``sys.path``: a ``random.py`` or ``datasets.py`` there, the user's
+    or another user's, would be imported instead of the library. Descendants inherit this.
+    """
+    environ = {**os.environ, "PYTHONSAFEPATH": "1"}
+    if code_root() == Path.cwd():  # a checkout that is not installed is found through the working directory alone
+        known = environ.get("PYTHONPATH", "").split(os.pathsep)
+        environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(code_root()), *filter(None, known)]))
+    return environ
+
+
 def free_port() -> int:
     """Return a port that is free at this moment."""
     with socket.socket() as probe:

@@ -133,6 +133,7 @@ def test_environment_of_the_host_is_kept_and_ours_comes_first(home: Home, tree: 
     assert env["PYTHONPATH"] == f"{tree}:/second:/the/hosts"  # type: ignore[index]
     assert env["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"  # type: ignore[index]
     assert env["KEPT"] == "yes"  # type: ignore[index]
+    assert env["PYTHONSAFEPATH"] == "1"  # type: ignore[index]
 
 
 def test_a_folder_that_is_not_there_is_told_when_the_code_is_shared(home: Home, tree: Path, tmp_path: Path) -> None:

@@ -47,10 +47,12 @@ def _code_of_pod(folder: Path) -> int:
     from launcher.backends.kubernetes.pod_config import SNAPSHOT_FILE, load_key, load_pod_config
     from launcher.config.backend.kubernetes import KubernetesBackend
     from launcher.config.snapshot import load_run
+    from launcher.utils.system import child_environment
 
     index = index_of(os.environ)
     for name in [name for name in os.environ if name.startswith(_CONTROLLER_VARIABLES)]:
         del os.environ[name]
+    os.environ.update(child_environment())
     config = load_pod_config(folder)
     run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
     backend, key = run.backend, load_key(folder)

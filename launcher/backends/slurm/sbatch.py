@@ -20,7 +20,7 @@ def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
     The session replaces the shell, so it receives the signals that Slurm sends to the batch process.
     """
     directives = [f"#SBATCH --{line}" for line in _directives(backend, plan)]
-    command = shlex.join([plan.hosts[0].host.python, "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
+    command = shlex.join([plan.hosts[0].host.python, "-P", "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
     return "\n".join(["#!/bin/sh", *directives, "", f"exec {command}", ""])
 
 

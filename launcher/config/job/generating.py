@@ -16,6 +16,7 @@ from launcher.config.run import LEARNING_GROUPS, Job, Run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists
+from launcher.utils.system import child_environment
 from launcher.utils.text import counted, did_you_mean
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
@@ -188,7 +189,11 @@ def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:
         answer = subprocess.run(
-            [python, "-c", question], capture_output=True, timeout=_VLLM_PROBE_TIMEOUT_S, check=False
+            [python, "-c", question],
+            env=child_environment(),
+            capture_output=True,
+            timeout=_VLLM_PROBE_TIMEOUT_S,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         yield job.error("vllm_python", f"does not run: {error}", VLLM_REMEDY)

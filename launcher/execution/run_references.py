@@ -23,7 +23,7 @@ from launcher.checkpoint.resume import (
 )
 from launcher.checkpoint.store import SavedCheckpoint, silent
 from launcher.config.compose import Composition, compose, unused_vocab_size
-from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus
+from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.model.base import Model
 from launcher.config.model.folder import SINGLE_FILE
 from launcher.config.model.hf import Hf
@@ -83,6 +83,7 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     The weights were trained with the token ids of that tokenizer, and a BPE trained on other text has other ids.
     """
     data, resume = run.data, run.checkpoint.resume
+    _refuse_other_tokens(run)
     if not isinstance(data, Corpus):
         return run
     if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
@@ -105,6 +106,41 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
         if error.option != "run.yaml":
             return run  # validate_machine reports it
     return replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
+
+
+def _refuse_other_tokens(run: Run) -> None:
+    """Raise where text meets a checkpoint of made-up sequences, or the other way round: no token means the same."""
+    resume = run.checkpoint.resume
+    if not run.job.resumes or resume == "none" or not run.backend.shares_paths:
+        return
+    if resume == "auto" and run.run.dir is None:
+        return
+    try:
+        saved = find_checkpoint(resume, RunDir(Path(run.run.dir or ".")), say=silent)
+    except ConfigError:
+        return  # validate_machine reports it
+    if saved is None:
+        return
+    trained_on = _data_kind_of(saved)
+    if trained_on not in (None, Synthetic.kind) and not isinstance(run.data, Corpus):
+        why = f"{saved.folder} was trained on text, and its weights know the token numbers of its tokenizer alone"
+        raise ConfigError("data", run.data.kind, why=why, fix="set data=text, or checkpoint.resume=none to start anew")
+    if trained_on == Synthetic.kind and isinstance(run.data, Corpus):
+        why = f"{saved.folder} was trained on data=synthetic, whose tokens are no text"
+        fix = "set data=synthetic, or checkpoint.resume=none to start anew"
+        raise ConfigError("data", run.data.kind, why=why, fix=fix)
+
+
+def _data_kind_of(saved: SavedCheckpoint) -> str | None:
+    """Return the kind of data that a checkpoint was trained on; ``None`` where nothing says so."""
+    try:
+        data = read_snapshot(RunDir(saved.folder.parent.parent).snapshot).get("data")
+    except ConfigError:
+        data = None
+    kind = data.get("kind") if isinstance(data, dict) else None
+    if kind is None and (saved.folder / PAYLOAD / "tokenizer.json").is_file():
+        return "text"
+    return None if kind is None else str(kind)
 
 
 def _given_tokenizer(data: Corpus, tokenizer: str, composed: Composition) -> Corpus:

@@ -528,3 +528,21 @@ def test_a_folder_of_this_machine_is_named_where_hosts_have_disks_of_their_own()
     ]
     assert not list(path_warnings(replace(run, model=composed("backend=ssh").run.model), [remote]))
     assert not list(path_warnings(replace(run, backend=composed().run.backend), [replace(remote, ssh_destination="")]))
+
+
+@pytest.mark.parametrize(
+    ("trained", "resumed", "why"),
+    [
+        (True, ("data=synthetic",), "was trained on text"),
+        (False, (), "was trained on data=synthetic"),
+    ],
+)
+def test_a_checkpoint_goes_on_with_tokens_that_it_knows(
+    write: Write, trained: bool, resumed: tuple[str, ...], why: str
+) -> None:
+    sizes = TRAINED[:4]
+    write(10, *(() if trained else ("data=synthetic",)), tokenizer=trained)
+    with pytest.raises(ConfigError, match=why):
+        resolve_run_references(compose((*sizes, *resumed, f"checkpoint.resume={ID}")))
+    fitting = () if trained else ("data=synthetic",)
+    resolve_run_references(compose((*sizes, *fitting, f"checkpoint.resume={ID}")))

@@ -35,6 +35,9 @@ from launcher.utils.schema import to_tree
 LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
 """Groups that only optimiser steps use."""
 
+COMPUTING_GROUPS = LEARNING_GROUPS | {"precision", "attention", "compile"}
+"""Groups that say how a model computes and learns."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
@@ -146,6 +149,18 @@ class Job(Component):
     def unused_groups(self, run: Run) -> frozenset[str]:
         """Return the groups whose options have no effect on this job; one that a user types is refused."""
         return frozenset({"benchmark"})
+
+    def unused_options(self, run: Run) -> Mapping[str, str]:
+        """Return the options of the group ``job`` that have no effect beside the others, each with the reason."""
+        return {}
+
+    def unused_strategy(self, run: Run) -> str:
+        """Return why the strategy of the run spreads nothing; empty where it does."""
+        return ""
+
+    def names_itself(self, run: Run) -> str:
+        """Return what a user types to get this job."""
+        return f"job={self.kind}"
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Yield the errors of this job in this run."""
@@ -263,6 +278,12 @@ class Benchmark(Component):
 
     needs_data: ClassVar[bool] = False
     """Whether it uses the run's data."""
+
+    uses_parallel: ClassVar[bool] = False
+    """Whether it measures the run's strategy."""
+
+    used_groups: ClassVar[frozenset[str]] = frozenset()
+    """Which of the groups that say how a model computes and learns have an effect on it."""
 
     repeats: int = 3
     """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""

@@ -26,6 +26,9 @@ from launcher.protocol.rundir import RUN_INDEX
 
 _MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
+_WHOLE_MODEL = ("single", "ddp")
+"""Strategies under which every rank holds the whole model: they say no more than how many ranks there are."""
+
 _NO_CHECKPOINTS = ("0", "false", "default")
 """Values of the group checkpoint that ask for none."""
 
@@ -106,12 +109,21 @@ def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigEr
         if group == "benchmark" and group in groups and value != "none":
             why = f"job={run.job.kind} measures no benchmark"
             yield ConfigError(key, value, why=why, fix=f"add job=benchmark, or leave {key} out")
+        elif why := _idle(run, group, option, value):
+            yield ConfigError(key, value, why=why, fix=f"leave {key} out")
         elif group in groups and group != "benchmark":
-            why = f"job={run.job.kind} does not use the group {group}"
+            why = f"{run.job.names_itself(run)} does not use the group {group}"
             yield ConfigError(key, value, why=why, fix=f"leave {key} out")
         elif group == "checkpoint" and option != "resume" and not run.job.saves and value not in _NO_CHECKPOINTS:
             why = f"job={run.job.kind} writes no checkpoints"
             yield ConfigError(key, value, why=why, fix=f"leave {key} out")
+
+
+def _idle(run: Run, group: str, option: str, value: str) -> str:
+    """Return why an option has no effect beside the others; empty where it has one."""
+    if group == "parallel":
+        return "" if value in _WHOLE_MODEL else run.job.unused_strategy(run)
+    return run.job.unused_options(run).get(option, "") if group == "job" else ""
 
 
 def _validate_resume(run: Run) -> Iterator[ConfigError]:

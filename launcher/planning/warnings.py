@@ -131,7 +131,7 @@ def _pretrained_weights_warnings(run: Run) -> Iterator[str]:
     """Yield warnings about data and a learning rate that suit random weights only."""
     if run.model.weights == "random":
         return
-    if isinstance(run.data, Synthetic):
+    if isinstance(run.data, Synthetic) and run.model.has_own_tokenizer:
         yield f"data=synthetic: its tokens mean nothing to the weights of {run.model.name}: set model.weights=random"
     if isinstance(run.job, LearningJob) and run.optimizer.lr > _FINE_TUNING_LR:
         yield (

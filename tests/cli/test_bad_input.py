@@ -128,6 +128,26 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
             ["job=benchmark", "benchmark=attention", "model.num_hidden_layers=1", "data.path=y", "backend.ranks=1"],
             ["model.num_hidden_layers=1", "data.path=y"],
         ),
+        (
+            ["job=benchmark", "benchmark=collectives", "precision=bf16", "compile=true", "parallel=zero3"],
+            [
+                "precision=bf16: benchmark=collectives does not use the group precision",
+                "compile=true: benchmark=collectives does not use",
+                "parallel=zero3: benchmark=collectives does not measure the strategy of the run; leave parallel out",
+            ],
+        ),
+        (
+            ["job=generate", "job.tokenizer=bytes", "parallel=zero3", "job.max_batch_size=4", "job.echo_step_s=1"],
+            [
+                "parallel=zero3: each engine of job=generate holds the whole model",
+                "job.max_batch_size=4: job.batching=continuous has no use for it; leave job.max_batch_size out",
+                "job.echo_step_s=1: it is for job.engine=echo, and job.engine=paged",
+            ],
+        ),
+        (
+            ["job=generate", "job.engine=echo", "job.tokenizer=bytes", "job.kv_cache_tokens=99", "job.bucket_size=32"],
+            ["job.kv_cache_tokens=99: job.engine=echo has no use for it"],
+        ),
     ],
 )
 def test_an_option_without_effect_is_refused(refused, words, messages):

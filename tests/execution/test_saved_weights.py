@@ -546,3 +546,12 @@ def test_a_checkpoint_goes_on_with_tokens_that_it_knows(
         resolve_run_references(compose((*sizes, *resumed, f"checkpoint.resume={ID}")))
     fitting = () if trained else ("data=synthetic",)
     resolve_run_references(compose((*sizes, *fitting, f"checkpoint.resume={ID}")))
+
+
+def test_weights_trained_on_made_up_sequences_have_no_tokenizer(write: Write, launch_in_process: Launch) -> None:
+    write(10, "data=synthetic", tokenizer=False)
+    said = launch_in_process("plan", "job=generate", f"model.weights={ID}").expect(2).stderr
+    assert "step_00000010 holds no tokenizer: it was trained on data=synthetic; set job.tokenizer=bytes" in said
+    assert "openai-community" not in said
+    run = resolved("job=evaluate", "data=synthetic", "job.sequence_length=32", f"model.weights={ID}")
+    assert not [line for line in warnings_of_run(run, [], None) if "mean nothing" in line]

@@ -247,6 +247,13 @@ def test_columns_of_prompts_are_written_as_lines_by_the_command_named(tmp_path, 
     assert refusal(tmp_path / "x.jsonl") == ""
 
 
+def test_choices_among_tokens_that_greedy_answers_do_not_make_are_said(plan_of) -> None:
+    words = ("job=generate", "job.tokenizer=bytes", "job.top_p=0.5", "job.top_k=4")
+    said = "job.top_k=4 job.top_p=0.5: job.temperature=0 takes the most likely token"
+    assert [line for line in plan_of(*words).warnings if line.startswith(said)]
+    assert not [line for line in plan_of(*words, "job.temperature=1").warnings if "temperature" in line]
+
+
 def test_the_plan_shows_model_and_files_and_nothing_of_learning(plan_of) -> None:
     text = render_plan(plan_of("+exp=generate_smollm2", hosts=[Host(name="box", slots=2, cores=4, memory_bytes=2**34)]))
     for word in ("smollm2", "bf16", "sample (jsonl)", "generated.jsonl", "256.57 MiB"):

@@ -67,6 +67,7 @@ class AttentionBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "attention"
+    used_groups: ClassVar[frozenset[str]] = frozenset({"precision"})
     summary_fields: ClassVar[tuple[str, ...]] = (
         "sequence_lengths",
         "batch_size",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from launcher.config.parallel.pipeline import Pipeline, PipelineScheduleName, micro_batch_choices
-from launcher.config.run import Benchmark, Run
+from launcher.config.run import COMPUTING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
 from launcher.utils.text import bytes_text
 
@@ -195,6 +195,11 @@ class PipelineBenchmark(Benchmark):
             yield self.error(
                 "batch_size", why, f"set benchmark.batch_size={-(-self.batch_size // uneven[0]) * uneven[0]}"
             )
+
+    @property
+    def used_groups(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of training, where stages of the model are measured."""
+        return COMPUTING_GROUPS - {"schedule"} if self.needs_model else frozenset()
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]

@@ -11,7 +11,7 @@ from launcher.config.benchmark.serving import parse_length_distribution
 from launcher.config.inference import BatchingMode, EngineLimits, validate_warm_up
 from launcher.config.paths import PathText
 from launcher.config.quantization import METHODS
-from launcher.config.run import Benchmark, Run
+from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
 
 EXAMPLE_TEXTS = ("人工智能的发展趋势", "机器学习的未来", "深度学习的挑战", "自然语言处理的进展", "计算机视觉应用")
@@ -26,6 +26,7 @@ class BatchingBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "batching"
+    used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - LEARNING_GROUPS
     summary_fields: ClassVar[tuple[str, ...]] = (
         "num_prompts",
         "input_len",
@@ -124,6 +125,7 @@ class ResultCacheBenchmark(Benchmark):
     """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
 
     kind: ClassVar[str] = "cache"
+    used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - LEARNING_GROUPS
     summary_fields: ClassVar[tuple[str, ...]] = ("max_length", "temperature", "top_k", "top_p", "no_repeat_ngram_size")
     isolation: ClassVar[str] = "all in one process, each with an empty cache"
     needs_model: ClassVar[bool] = True
@@ -202,6 +204,7 @@ class QuantizationBenchmark(Benchmark):
     """Greedy decoding of the run's model; the first way is what the others are compared with."""
 
     kind: ClassVar[str] = "quantization"
+    used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - LEARNING_GROUPS
     summary_fields: ClassVar[tuple[str, ...]] = ("batch_size", "input_len", "output_len")
     needs_model: ClassVar[bool] = True
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final, Literal
 
 from launcher.config.data.base import Corpus
 from launcher.config.option_text import component_text
-from launcher.config.run import Benchmark, Run
+from launcher.config.run import COMPUTING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
 
 
@@ -92,6 +92,8 @@ class CheckpointBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "checkpoint"
+    uses_parallel: ClassVar[bool] = True
+    used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - {"schedule"}
     summary_fields: ClassVar[tuple[str, ...]] = ("modes", "saves", "every", "micro_batch", "sequence_length")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "on forks of the run's ranks"

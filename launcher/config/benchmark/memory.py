@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Final
 
 from launcher.config.job.verify import SINGLE_PROCESS, Strategy
 from launcher.config.job.verify import STRATEGIES as CATALOGUE
-from launcher.config.run import Benchmark, Run
+from launcher.config.run import COMPUTING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean
 
@@ -101,6 +101,7 @@ class MemoryBenchmark(Benchmark):
     """
 
     kind: ClassVar[str] = "memory"
+    used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - {"schedule"}
     summary_fields: ClassVar[tuple[str, ...]] = ("strategies", "batch_size", "sequence_length")
     max_ranks: ClassVar[int | None] = None
     isolation: ClassVar[str] = "largest of all ranks, which are forks of the run's"

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 from launcher.config.paths import PathText
-from launcher.config.run import Benchmark, Run
+from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Benchmark, Run
 from launcher.errors import ConfigError
 
 LENGTHS_GRAMMAR = "64, 16-256 (even over that range), or lognormal:96:0.8:1024 (median, sigma, most)"
@@ -218,6 +218,11 @@ class ServingBenchmark(Benchmark):
                 read_trace(Path(self.trace).expanduser())
             except (OSError, ValueError) as error:
                 yield self.error("trace", str(error), "correct it, or leave benchmark.trace out")
+
+    @property
+    def used_groups(self) -> frozenset[str]:  # type: ignore[override]
+        """Those of the server that it starts for itself."""
+        return COMPUTING_GROUPS - LEARNING_GROUPS if self.needs_model else frozenset()
 
     @property
     def needs_model(self) -> bool:  # type: ignore[override]

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from launcher.config.job.train import Train
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import Benchmark, Job, Run
+from launcher.config.run import COMPUTING_GROUPS, Benchmark, Job, Run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import build
@@ -34,12 +34,24 @@ class BenchmarkJob(Job):
         return run.benchmark.num_measurements if isinstance(run.benchmark, Benchmark) else 0
 
     def unused_groups(self, run: Run) -> frozenset[str]:
-        """Return the model and the data where the benchmark is about neither."""
+        """Return the groups that the benchmark does not measure with."""
         benchmark = run.benchmark
         if not isinstance(benchmark, Benchmark):
             return frozenset()  # refused by itself
         used = {"model": benchmark.needs_model, "data": benchmark.needs_data}
-        return frozenset(group for group, is_used in used.items() if not is_used)
+        unused = COMPUTING_GROUPS - benchmark.used_groups
+        return unused | {group for group, is_used in used.items() if not is_used}
+
+    def unused_strategy(self, run: Run) -> str:
+        """Return why a strategy is not measured."""
+        benchmark = run.benchmark
+        if not isinstance(benchmark, Benchmark) or benchmark.uses_parallel:
+            return ""
+        return f"benchmark={benchmark.kind} does not measure the strategy of the run"
+
+    def names_itself(self, run: Run) -> str:
+        """Return the benchmark."""
+        return f"benchmark={run.benchmark.kind}"
 
     def max_ranks(self, run: Run) -> int | None:
         """Return the most ranks that the benchmark and the strategy have work for."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -193,6 +193,15 @@ class Generate(GeneratingJob):
             return
         why = f"{first} ({'its only line' if tried == 1 else f'all {tried:,} lines that were read are bad'})"
         yield self.error("input", why, "a line needs prompt or messages; job.format=text takes each line as a prompt")
+
+    def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
+        """Add choices among tokens that greedy answers do not make."""
+        yield from super().warnings(run, world_size=world_size)
+        usual = {field.name: field.default for field in fields(self)}
+        chosen = [name for name in ("top_k", "top_p", "min_p") if getattr(self, name) != usual[name]]
+        if chosen and self.temperature == 0:
+            named = " ".join(f"job.{name}={getattr(self, name):g}" for name in chosen)
+            yield f"{named}: job.temperature=0 takes the most likely token: set job.temperature=1 to draw from several"
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
         """Yield from where to where, and how requests are put together."""

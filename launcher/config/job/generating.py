@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
@@ -21,6 +21,23 @@ from launcher.utils.text import counted, did_you_mean
 
 _VLLM_PROBE_TIMEOUT_S = 30.0
 VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm_python=ENV/bin/python"
+
+
+_OF_BATCHES = ("max_batch_size", "max_wait_s", "bucket_size")
+
+_UNUSED_BY_ENGINE: Mapping[str, tuple[str, ...]] = {
+    "echo": ("batching", "kv_cache_tokens", "prefill_chunk_size", "enable_prefix_caching", *_OF_BATCHES),
+    "transformers": ("kv_cache_tokens", *_OF_BATCHES),
+    "vllm": ("kv_cache_tokens", "prefill_chunk_size", *_OF_BATCHES),
+}
+"""Options that other engines than the launcher's own have no use for."""
+
+_UNUSED_BY_BATCHING: Mapping[str, tuple[str, ...]] = {
+    "continuous": _OF_BATCHES,
+    "none": _OF_BATCHES,
+    "static": ("bucket_size",),
+}
+"""Options that a way of batching has no use for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +125,25 @@ class GeneratingJob(Job):
         """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
         data = set() if self.reads_data else {"data"}
         return super().unused_groups(run) | LEARNING_GROUPS | data
+
+    def unused_options(self, run: Run) -> Mapping[str, str]:
+        """Return what the engine, or its way of batching, does not look at, where it is not what it is by default."""
+        named = f"job.engine={self.engine}"
+        names = dict.fromkeys(_UNUSED_BY_ENGINE.get(self.engine, ()), f"{named} has no use for it")
+        if self.engine == "paged":
+            why = f"job.batching={self.batching} has no use for it"
+            names |= dict.fromkeys(_UNUSED_BY_BATCHING.get(self.batching, ()), why)
+        for engine, option in (("echo", "echo_step_s"), ("vllm", "vllm_python")):
+            if self.engine != engine:
+                names[option] = f"it is for job.engine={engine}, and {named}"
+        usual = {field.name: field.default for field in fields(self)}
+        return {name: why for name, why in names.items() if getattr(self, name) != usual[name]}
+
+    def unused_strategy(self, run: Run) -> str:
+        """Return that a strategy shards nothing, unless it makes one engine of several ranks."""
+        if self.is_model_parallel(run) or run.parallel.kind == "deepspeed_pipeline":
+            return ""  # the latter is refused by itself
+        return f"each engine of job={self.kind} holds the whole model, unless parallel=tensor or pipeline spreads it"
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject what the engine cannot compute, and other ranks than one engine is made of."""

@@ -52,6 +52,10 @@ class Quantize(BatchedJob):
     repeats: int = 3
     """Times that speed is measured, original and quantized in turn."""
 
+    def unused_strategy(self, run: Run) -> str:
+        """Return that no strategy shards what is quantized."""
+        return "job=quantize holds the whole model on one rank"
+
     def validate(self) -> Iterator[ConfigError]:
         """Reject counts that measure nothing."""
         yield from super().validate()

@@ -191,8 +191,12 @@ class Model(Component):
         Raises:
             ConfigError: the model has no tokenizer.
         """
-        if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
-            return Path(self.weights).expanduser()
+        weights = self.local_weights
+        if weights is not None and has_tokenizer(weights):
+            return weights
+        if weights is not None and exists(weights.parent / "manifest.json"):  # no published one knows its tokens
+            why = f"the checkpoint {weights.parent} holds no tokenizer: it was trained on data=synthetic"
+            raise ConfigError("data.tokenizer", "model", why=why, fix="set data.tokenizer=bpe")
         return self.pretrained_source()
 
     def pretrained_source(self) -> Path | str | None:

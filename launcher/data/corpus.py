@@ -68,6 +68,8 @@ def _load_dataset(data: HfData) -> datasets.Dataset:
     keywords: dict[str, Any] = {}
     if data.path == "csv" and found:
         keywords = {"keep_default_na": False, "sep": data.inspect(Path(found[0])).delimiter}
+    elif data.is_local and {full_ending(file) for file in data_files(data.local_folder)} & {".csv", ".tsv"}:
+        keywords = {"keep_default_na": False}  # the words NA and null are text, as in data.files
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(

@@ -31,7 +31,7 @@ from launcher.config.data.hf import HfData
 from launcher.config.data.text import Text
 from launcher.config.option_text import quoted_word
 from launcher.data.corpus import read_corpus
-from launcher.errors import ConfigError
+from launcher.errors import ConfigError, ConfigErrors
 
 ROWS = [f"Row {i} holds, äsh, some words and a quote: {chr(34)}." for i in range(60)]
 PROSE = "\n".join(f"Line {i} of plain prose, which is what is learnt." for i in range(60)) + "\n"
@@ -350,6 +350,39 @@ def test_what_is_no_text_is_named(tmp_path: Path, content: bytes, why: str) -> N
         (message,) = problems(data)
         assert why in message
     assert why in problems(HfData(path=f"{tmp_path}/x.txt"))[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"a.txt": json_lines(ROWS)}, "a.txt: ends in .txt and holds JSON lines"),
+        ({"a.csv": "id;text\n" + "".join(f"{n};{row}\n" for n, row in enumerate(ROWS))}, "has ';' between its cells"),
+        ({"train.jsonl": json_lines(ROWS[:9]), "x.jsonl": json_lines(ROWS[9:])}, "a split, and skips x.jsonl"),
+    ],
+)
+def test_files_of_a_folder_that_datasets_would_misread_or_skip(
+    tmp_path: Path, files: dict[str, str | bytes], why: str
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    (message,) = problems(HfData(path=str(tmp_path)))
+    assert why in message
+    words = message.rpartition("set ")[2].removesuffix(" for all")
+    assert texts(composed(["data=hf", *shlex.split(words)])) == ROWS
+
+
+def test_words_for_nothing_are_text_in_a_folder_of_tables_too(tmp_path: Path) -> None:
+    rows = ["NA", "null", "some text"]
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"{row}\n" for row in rows))
+    for data in (HfData(path=str(tmp_path)), HfData(path="csv", files=(f"{tmp_path}/a.csv",))):
+        assert problems(data) == []
+        assert texts(data) == rows
+
+
+def test_local_files_have_no_configurations(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(ROWS))
+    with pytest.raises(ConfigErrors, match=r"data\.name=x: local files have no configurations; leave data\.name out"):
+        HfData(path="json", files=(f"{tmp_path}/a.jsonl",), name="x")
 
 
 def test_a_folder_and_a_glob_name_what_reads_their_files(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +38,11 @@ LONGEST_LINE_BYTES = 256 << 20
 _FILES_READ = 64
 """Files whose first rows are read before anything starts."""
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
+_SPLIT_WORDS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
+"""In the name of a file or folder, between marks or digits, they say which split it belongs to (``datasets``)."""
+
+_SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(_SPLIT_WORDS)})(?:[-._ 0-9/]|$)")
+
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files of JSON in the folder of a data set that hold no rows."""
 
@@ -74,6 +80,8 @@ class HfData(Corpus):
         if self.path in _FORMATS and not self.files:
             fix = f"set data.files=[file.{self.path}]"
             yield ConfigError("data.files", "[]", why=f"data.path={self.path} is a format and needs files", fix=fix)
+        if self.path in _FORMATS and self.name is not None:
+            yield self.error("name", "local files have no configurations", "leave data.name out")
         if self.path not in _FORMATS and self.files:
             why = f"files need a format as data.path, which is {self.path}"
             yield ConfigError(
@@ -316,8 +324,45 @@ class HfData(Corpus):
             words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{known[0]}"])
             why = f"holds files of {len(readers)} formats ({shown}), of which datasets reads one and skips the others"
             yield self.error("path", why, f"set data.path={FORMAT_OF[kind_of_ending(known[0])]} {words}")
+        elif skipped := _skipped_by_splits(folder, [*known, *(ending for ending in found if ending == ".txt")]):
+            why = f"datasets takes the files named after a split, and skips {skipped.relative_to(folder)}"
+            kind = FORMAT_OF.get(kind_of_ending(full_ending(skipped)), "text")
+            words = quoted_word("data.files", [f"{self.path.rstrip('/')}/**/*{full_ending(skipped)}"])
+            yield self.error(
+                "path", why, f"rename it (train-…{full_ending(skipped)}), or set data.path={kind} {words} for all"
+            )
+        elif contents := list(self._validate_folder_contents(folder, known)):
+            yield from contents
         elif len(known) == 1 and self.split == "train":
             yield from self._validate_folder_column(folder, known[0])
+
+    def _validate_folder_contents(self, folder: Path, known: Sequence[str]) -> Iterator[ConfigError]:
+        """Yield the first file that ``datasets`` would misread: it judges by endings and takes commas for granted."""
+        chosen = [file for file in data_files(folder) if full_ending(file) in known or file.suffix == ".txt"]
+        for file in chosen:
+            ending = full_ending(file)
+            names = f"{self.path.rstrip('/')}/**/*{ending}"
+            try:
+                found = inspect_file(
+                    file, plain="data=text data.format=text", by_row=True, look_bytes=look_bytes_of_each(len(chosen))
+                )
+            except BadFile as bad:
+                yield ConfigError("data.path", file, why=bad.why, fix=bad.fix)
+                return
+            expected = FORMAT_OF.get(kind_of_ending(ending), "text")
+            actual = FORMAT_OF.get(found.kind, "text")
+            if actual != expected:
+                plain = f"set data=text {quoted_word('data.path', names)} data.format=text"
+                fix = plain if actual == "text" else f"set data.path={actual} {quoted_word('data.files', [names])}"
+                yield ConfigError(
+                    "data.path", file, why=f"ends in {ending} and holds {KIND_NAMES[found.kind]}", fix=fix
+                )
+                return
+            if found.kind == "csv" and found.delimiter != ("\t" if ending.startswith(".tsv") else ","):
+                why = f"has {found.delimiter!r} between its cells, which datasets does not look for"
+                fix = f"set data.path=csv {quoted_word('data.files', [names])}"
+                yield ConfigError("data.path", file, why=why, fix=fix)
+                return
 
     def _validate_folder_column(self, folder: Path, ending: str) -> Iterator[ConfigError]:
         file = min(
@@ -379,6 +424,23 @@ def data_files(folder: Path) -> list[Path]:
     """Return the files of a folder in the order of their names, without hidden ones and descriptions."""
     found = (file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
+
+
+def _skipped_by_splits(folder: Path, endings: Sequence[str]) -> Path | None:
+    """Return a file that ``datasets`` leaves out because others are named after splits and it is not."""
+    if "configs:" in _text_of(folder / "README.md"):  # the folder itself says which files are of which split
+        return None
+    chosen = [file for file in data_files(folder) if full_ending(file) in endings]
+    named = [bool(_SPLIT_NAME.search(str(file.relative_to(folder).with_suffix("")))) for file in chosen]
+    others = (file for file, is_named in zip(chosen, named, strict=True) if not is_named)
+    return next(others, None) if any(named) else None
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
 
 
 def _type_of(value: object) -> str:

@@ -63,12 +63,14 @@ MODULES = (
     "launcher.config.snapshot",
     "launcher.training.trainer",
     "launcher.engines.torch",
+    "launcher.inference.engine.paged_engine",
     "launcher.profiling.profiler",
     "matplotlib.figure",
     "torch.distributed.checkpoint",
     "torch._dynamo",
     "transformers.generation.utils",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.models.llama.modeling_llama",
 )
 DEEPSPEED_MODULES = ("deepspeed.runtime.zero.stage3", "launcher.engines.deepspeed.zero")
 """Only for runs with DeepSpeed: it changes torch where it is imported."""

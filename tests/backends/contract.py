@@ -58,6 +58,11 @@ class BackendContract:
         raise NotImplementedError
 
     @pytest.fixture
+    def failing_run(self, run: Callable[..., Ended]) -> Callable[..., Ended]:
+        """Return ``run``, or what forks all processes of a run, where this backend can."""
+        return run
+
+    @pytest.fixture
     def left(self) -> Callable[[], object]:
         """Return a function that tells what is left of runs elsewhere: ``launch`` itself looks on this machine."""
         return list
@@ -147,9 +152,9 @@ class BackendContract:
         wait_until_empty(left, seconds=self.gone_within_s)
 
     def test_a_run_that_fails_ends_with_its_code_and_names_the_rank(
-        self, run: Callable[..., Ended], left: Callable[[], object]
+        self, failing_run: Callable[..., Ended], left: Callable[[], object]
     ) -> None:
-        code, output, run_dir = run("job.steps=50", "optimizer.lr=1e30", "schedule=constant")
+        code, output, run_dir = failing_run("job.steps=50", "optimizer.lr=1e30", "schedule=constant")
         failure = read_json(run_dir.failure)
         assert code == failure["exit_code"] == 1, output
         assert failure["rank"] in (0, 1)

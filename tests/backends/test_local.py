@@ -26,6 +26,13 @@ class TestContract(BackendContract):
 
     @pytest.fixture
     def run(self, words, launch):
+        return self.starting(launch, words)
+
+    @pytest.fixture
+    def failing_run(self, words, launch_forked):
+        return self.starting(launch_forked, words)
+
+    def starting(self, launch, words):
         def start(*more):
             ended = launch(*SMALL, *words, *more)
             return ended.returncode, ended.output, RunDir(ended.run_dir)

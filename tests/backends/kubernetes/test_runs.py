@@ -50,6 +50,10 @@ class TestContract(BackendContract):
         return start
 
     @pytest.fixture
+    def failing_run(self, run, forked_pods):
+        return run
+
+    @pytest.fixture
     def left(self, cluster):
         return lambda: [pod.name for pod in cluster.the_run().pods if pod.process.poll() is None]
 

@@ -99,7 +99,7 @@ def measure_kernel(
     """
     layer, inputs, incoming = make_layer(**sizes)
     step = _KernelStep(kernel, layer, inputs, incoming if backward else None)
-    if kernel != "flex":  # compiled anew for every length
+    if kernel != "flex":  # compiled again for every length
         step(count=1, tokens=_SMALL)
         progress()
     for _ in range(max(warmup, kernel == "flex")):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _RESET_HIGH_WATER_MARK = "5"
-"""What ``/proc/<pid>/clear_refs`` takes to start VmHWM anew: proc(5)."""
+"""What ``/proc/<pid>/clear_refs`` takes to reset VmHWM: proc(5)."""
 
 
 class PeakMemory:

@@ -93,7 +93,7 @@ def resume_of_restart(resume: str, run_dir: RunDir) -> str:
 
 
 def no_intact_checkpoint(resume: str, why: str) -> ConfigError:
-    """Return the error of a run whose checkpoints are all damaged: beginning anew would replace them."""
+    """Return the error of a run whose checkpoints are all damaged: starting over would replace them."""
     fix = "copy an intact one there, or name one by checkpoint.resume=DIR in a new run"
     return ConfigError("checkpoint.resume", resume, why=f"no checkpoint is intact: {why}", fix=fix)
 

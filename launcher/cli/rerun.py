@@ -17,10 +17,10 @@ from launcher.runs.index import find_run
 def run(arguments: Arguments) -> int:
     """Run the configuration of the first argument, changed by the overrides."""
     folder = find_run(arguments.run, arguments.root).path
-    return start_saved_run(_anew(folder, arguments.overrides), arguments, folder=folder)
+    return start_saved_run(_restarted(folder, arguments.overrides), arguments, folder=folder)
 
 
-def _anew(folder: Path, words: Sequence[str]) -> Run:
+def _restarted(folder: Path, words: Sequence[str]) -> Run:
     """Return the run of ``folder``, changed by ``words``, set to start in a new directory."""
     run = load_saved_run(folder, words)
     given = {word.partition("=")[0].lstrip("+") for word in words}

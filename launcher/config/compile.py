@@ -43,6 +43,6 @@ class RegionalCompile(Compile):
             yield self.no_compiler()
 
     def no_compiler(self) -> ConfigError:
-        """Return the refusal of a machine without a C++ compiler."""
+        """Return the error for a machine without a C++ compiler."""
         why = "torch compiles for the CPU with a C++ compiler, and there is none"
         return ConfigError("compile", self.kind, why=why, fix="apt-get install g++, or set CXX, or compile=false")

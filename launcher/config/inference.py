@@ -136,7 +136,7 @@ def _unsupported_reason(run: Run) -> str | None:
 
 
 def unsupported_model(family: str, why: str) -> ConfigError:
-    """Return the refusal of a model of that family."""
+    """Return the error for a model of that family."""
     why = f"{family} {why}, which a paged KV cache cannot hold exactly"
     fix = "set job.engine=transformers or job.engine=vllm on a GPU, or choose a model with plain causal attention"
     return ConfigError("job.engine", "paged", why=why, fix=fix)

@@ -59,7 +59,7 @@ def _validate_state(model: Model) -> Iterator[ConfigError]:
 
 
 def stateful_model_error(family: str, states: str) -> ConfigError:
-    """Return the refusal of a model that a pipeline cannot continue texts with."""
+    """Return the error for a model that a pipeline cannot continue texts with."""
     why = f"{family} has {states}, which stages do not keep"
     return ConfigError("parallel", "pipeline", why=why, fix=_ALTERNATIVE)
 
@@ -78,12 +78,12 @@ def _validate_sequences(model: Model, attention: Attention, *, degree: int, leng
 
 
 def whole_sequence_error(degree: int, why: str) -> ConfigError:
-    """Return the refusal of a model whose sequences stay whole."""
+    """Return the error for a model whose sequences stay whole."""
     return ConfigError("parallel.sequence_parallel", degree, why=why, fix=_ALTERNATIVE)
 
 
 def unsupported_attention(attention: Attention, family: str, marks: AttentionSupport) -> ConfigError | None:
-    """Return the refusal of a kernel that models of a family do not take, ``None`` where they do."""
+    """Return the error for a kernel that a family does not support, else ``None``."""
     supports = {
         EagerAttention.kind: True,
         SdpaAttention.kind: marks.sdpa,

@@ -106,7 +106,7 @@ def _included(tree: Mapping[Any, Any]) -> Iterator[str]:
 
 
 def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterator[ConfigError]:
-    """Yield the lines of an experiment's defaults that choose options as Hydra does not read them, each mended.
+    """Yield the lines of an experiment's defaults that Hydra reads differently, each corrected.
 
     Hydra looks for a group without a slash below ``exp``, and takes one that the program chooses already only with
     ``override``.

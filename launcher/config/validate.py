@@ -201,9 +201,9 @@ def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
     marks = attention_support(str(config.get("model_type"))) if config is not None else None
     if (
         marks is not None
-        and (refusal := unsupported_attention(run.attention, str(run.model.family()), marks)) is not None
+        and (error := unsupported_attention(run.attention, str(run.model.family()), marks)) is not None
     ):
-        yield refusal
+        yield error
 
 
 def _validate_accumulation(run: Run, job: BatchedJob) -> Iterator[ConfigError]:

@@ -36,8 +36,8 @@ def attention_implementation(family: type[PreTrainedModel], attention: Attention
     Raises:
         ConfigError: Transformers has no such attention for this family.
     """
-    if (refusal := unsupported_attention(attention, family.__name__, class_attention_support(family))) is not None:
-        raise refusal
+    if (error := unsupported_attention(attention, family.__name__, class_attention_support(family))) is not None:
+        raise error
     if isinstance(attention, FlashAttention):
         ALL_ATTENTION_FUNCTIONS.register(attention.implementation, flash_forward)
         ALL_MASK_ATTENTION_FUNCTIONS.register(attention.implementation, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])

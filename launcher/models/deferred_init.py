@@ -182,7 +182,7 @@ class ModelBuilder:
         return fresh
 
     def _fill(self, name: str, part: nn.Module, fresh: Sequence[tuple[list[str], nn.Parameter]]) -> None:
-        """Draw or load ``fresh``; Transformers leaves alone what is marked, and makes buffers anew in any case."""
+        """Draw or load ``fresh``; Transformers leaves alone what is marked, and recreates buffers in any case."""
         for names, parameter in fresh:
             stored = self._source(names) if self._source is not None else None
             if stored is not None:

@@ -196,7 +196,7 @@ def _raise_for_config(folder: Path, option: str) -> None:
 
 
 def config_json_error(option: str, value: object, folder: Path, error: Exception) -> ConfigError:
-    """Return the refusal of a folder whose config.json Transformers cannot read."""
+    """Return the error for a folder whose config.json Transformers cannot read."""
     said = " ".join(line.strip() for line in f"{type(error).__name__}: {error}".strip().splitlines()[:2])
     fix = "correct it, or choose a model whose code is part of the installed Transformers"
     return ConfigError(option, value, why=f"Transformers cannot read {folder}/config.json: {said}", fix=fix)

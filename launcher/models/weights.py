@@ -229,7 +229,7 @@ def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    kept = set(model.state_dict())  # not buffers that are made anew
+    kept = set(model.state_dict())  # not buffers that are recreated
     named = (*model.named_parameters(), *model.named_buffers())
     tensors = {name: tensor.detach().contiguous() for name, tensor in named if name in kept}
     save_file(tensors, folder / SINGLE_FILE, metadata={"format": "pt"})

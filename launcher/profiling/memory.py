@@ -31,10 +31,10 @@ def memory_timeline(events: Iterable[Event]) -> dict[str, Any]:
     by_device: dict[str, list[tuple[Event, str]]] = defaultdict(list)
     for event, operator in sorted(zip(allocations, operators, strict=True), key=lambda pair: _ts(pair[0])):
         by_device[_device(event)].append((event, operator))
-    return {device: _told(found) for device, found in sorted(by_device.items())}
+    return {device: _summary(found) for device, found in sorted(by_device.items())}
 
 
-def _told(found: Sequence[tuple[Event, str]]) -> dict[str, Any]:
+def _summary(found: Sequence[tuple[Event, str]]) -> dict[str, Any]:
     began, used = _ts(found[0][0]), 0
     points: list[tuple[float, int]] = []
     for event, _ in found:

@@ -75,12 +75,12 @@ class WindowProfiler(Profiler):
         self._recording, self._window, self._what = recording, window, what
         self._seconds: list[float] = []
         """Of each step that has ended, until there are enough of them."""
-        self._has_told = False
+        self._is_reported = False
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Have one step done."""
-        if self._has_told:
+        if self._is_reported:
             yield
             return
         self._before(len(self._seconds) + 1)
@@ -96,7 +96,7 @@ class WindowProfiler(Profiler):
 
     def close(self) -> None:
         """Write what there is, if the window is still open."""
-        if self._has_told:
+        if self._is_reported:
             return
         if self._recording.is_on:
             self._recording.stop()
@@ -117,7 +117,7 @@ class WindowProfiler(Profiler):
             self._tell()
 
     def _tell(self) -> None:
-        self._has_told = True
+        self._is_reported = True
         window, name = self._window, self._recording.name
         recorded = self._seconds[window.first - 1 : window.last]
         plain = self._seconds[window.last + 1 :]

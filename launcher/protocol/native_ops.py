@@ -58,7 +58,7 @@ def is_built(name: str) -> bool:
     """Whether ranks can load this operator as it is.
 
     One that is older than DeepSpeed's sources is not: an environment that was installed again has newer ones, and every
-    rank would compile them anew, each for minutes, when it loads the operator.
+    rank would compile them again, each for minutes, when it loads the operator.
     """
     try:
         built = op_library(name).stat().st_mtime_ns

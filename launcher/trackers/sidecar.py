@@ -129,7 +129,7 @@ def main(folder: Path) -> None:
     orders.start()
     run_dir = RunDir(folder)
     run, plan = load_run(run_dir.snapshot), plan_from_json(read_json(run_dir.plan))
-    started = min(run_dir.plan.stat().st_mtime, time.time())  # the plan is written anew for each life of a run
+    started = min(run_dir.plan.stat().st_mtime, time.time())  # the plan is rewritten at each start or resume
     wait_for_metrics(run_dir, orders, since=started)
     os.environ.update(WANDB_DIR=str(folder), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
     use_scratch_folder(os.environ)

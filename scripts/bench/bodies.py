@@ -40,7 +40,7 @@ _FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "stream_options": st.fixed_dictionaries({}, optional={"include_usage": st.booleans() | _ANY}),
     "response_format": st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object"])}),
     **dict.fromkeys(("stream", "echo", "ignore_eos", "add_special_tokens"), st.booleans()),
-    **dict.fromkeys(("user", "chat_template", "suffix", "nobody_knows"), _TEXTS),
+    **dict.fromkeys(("user", "chat_template", "suffix", "no_such_field"), _TEXTS),
     **dict.fromkeys(("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"), _NUMBERS),
     **dict.fromkeys(("repetition_penalty", "length_penalty", "top_k", "seed", "priority", "best_of"), _NUMBERS),
     **dict.fromkeys(("n", "num_beams", "no_repeat_ngram_size"), st.integers(0, 5) | _NUMBERS),

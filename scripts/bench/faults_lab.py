@@ -1,4 +1,4 @@
-"""The hosts that one worker breaks, and makes anew."""
+"""The hosts that one worker breaks, and recreates."""
 
 from __future__ import annotations
 

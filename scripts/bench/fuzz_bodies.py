@@ -1,4 +1,4 @@
-"""Random and hostile bodies for a server, which must answer each, hold up nobody, and not grow.
+"""Random and hostile bodies for a server, which must answer each, delay no other client, and not grow.
 
     python scripts/bench/fuzz_bodies.py --seconds 600
 

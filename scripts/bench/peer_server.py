@@ -39,11 +39,11 @@ class Job:
 
     @property
     def is_over(self) -> bool:
-        """Whether nobody waits for another token."""
+        """Whether no client waits for another token."""
         return self.is_gone or self.made >= self.max_tokens
 
     def give(self, token: int) -> bool:
-        """Hand on a token; return whether nobody waits for another one."""
+        """Pass on a token; return whether no client waits for another one."""
         if self.made < self.max_tokens:
             self.made += 1
             self.loop.call_soon_threadsafe(self.tokens.put_nowait, token)
@@ -53,7 +53,7 @@ class Job:
 
 
 class AllGone(Exception):
-    """Nobody waits for what is being generated."""
+    """No client waits for the tokens that are being generated."""
 
 
 class Peer(Protocol):

@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY))
     parser.add_argument("--table", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("told to end"))  # the servers go too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("received SIGTERM"))  # the servers go too
     known = peers(arguments.peers.resolve())
     wanted = {name: peer for name, peer in known.items() if not arguments.only or _is_named(name, arguments.only)}
     kept = read_json(arguments.out) if arguments.out.exists() else {"cells": {}, "machine": [], "versions": {}}
@@ -173,8 +173,8 @@ def _measure_all(
             server.pause()
             kept["cells"][cell.name] = found
             write_json(arguments.out, kept)
-            told = json.dumps({key: round(found[key], 3) for key in ("tokens_per_s", "requests", "errors")})
-            print(f"{number}/{len(todo)}  {cell.name}: {told} load {found['load_average']:.1f}", flush=True)
+            shown = json.dumps({key: round(found[key], 3) for key in ("tokens_per_s", "requests", "errors")})
+            print(f"{number}/{len(todo)}  {cell.name}: {shown} load {found['load_average']:.1f}", flush=True)
     finally:
         for server in running.values():
             server.close()

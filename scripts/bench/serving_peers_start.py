@@ -20,7 +20,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 _READY_S = 600.0
 _END_S = 15.0
-_OURS_TO_MEND = (400, 422)
+_CLIENT_ERRORS = (400, 422)
 """Statuses of a server that is there and does not take the request: waiting would not help."""
 
 
@@ -36,7 +36,7 @@ class Peer:
     env: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     packages: tuple[str, ...] = ()
-    """Whose versions are told, as its own interpreter has them."""
+    """Packages whose versions are reported, as its own interpreter has them."""
     python: str = sys.executable
 
 
@@ -176,7 +176,7 @@ class Server:
                 self.ask("One two", max_tokens=2)
             except urllib.error.HTTPError as error:
                 said = f"{error}: {error.read()[:300]!r}"
-                if error.code in _OURS_TO_MEND:
+                if error.code in _CLIENT_ERRORS:
                     break
                 time.sleep(0.5)
             except (OSError, ValueError, KeyError) as error:
@@ -203,7 +203,7 @@ class Server:
         return "".join(choice.get("text") or "" for event in events for choice in event["choices"])
 
     def pause(self) -> None:
-        """Have all of its processes stand still: what polls while it has nothing to do takes nobody's cores."""
+        """Suspend all of its processes: a server that polls while it is idle must not use cores."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
     def go_on(self) -> None:

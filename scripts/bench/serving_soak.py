@@ -4,7 +4,7 @@
 
 What follows ``--`` are overrides of the ``job=serve`` that is started here. Every prompt's greedy answer is asked for
 beforehand, alone; any other text under load is a mix-up. The result cache is off: every answer is computed. At last
-SIGTERM comes in the middle of the same load: what was accepted is finished or told so, and the exit code is 0.
+SIGTERM comes in the middle of the same load: every accepted request completes or gets an error, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _CALIBRATE_S, _BUSY = 60.0, 64
 _TERM_STORM_S, _TERM_AT = 20.0, 0.4
 """Longest duration of the load in which SIGTERM comes, and after which part of it."""
 _TIMEOUT_S = REQUEST_TIMEOUT_S + 60.0
-"""Whoever has heard nothing for so long was forgotten."""
+"""A client without an answer for this long was forgotten."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Tally:
     """What became of requests."""
 
     ends: bool = False
-    """Whether the server is told to end meanwhile: then nobody is there at last."""
+    """Whether the server receives SIGTERM meanwhile: then connections are refused in the end."""
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)
     """The first of each kind that should not be."""
@@ -89,7 +89,7 @@ class Tally:
         elif outcome.error in _REFUSED:
             self.note("refused")
         elif outcome.error == "connect":
-            self.note("nobody there any more" if self.ends else "LOST", "" if self.ends else outcome.why)
+            self.note("connection refused" if self.ends else "LOST", "" if self.ends else outcome.why)
         elif outcome.error in _LOST:
             self.note("LOST", outcome.why)
         else:
@@ -105,7 +105,7 @@ def answers_alone(target: LoadTarget, calls: list[LoadRequest]) -> list[str]:
     """Return the answer to each call, asked one after the other.
 
     Raises:
-        RuntimeError: the server does not answer, or answers cannot be told apart.
+        RuntimeError: the server does not answer, or two prompts have the same answer.
     """
     outcomes = closed_loop(target, calls, max_concurrency=1).outcomes
     for outcome in outcomes:
@@ -113,7 +113,7 @@ def answers_alone(target: LoadTarget, calls: list[LoadRequest]) -> list[str]:
             raise RuntimeError(f"asked alone: {outcome.why}")
     texts = [outcome.text for outcome in outcomes]
     if len(set(texts)) < len(texts):
-        raise RuntimeError("two prompts have the same answer: a mix-up could not be told")
+        raise RuntimeError("two prompts have the same answer: a mix-up would go unnoticed")
     return texts
 
 
@@ -162,7 +162,7 @@ async def _nonsense(target: LoadTarget, body: bytes, tally: Tally) -> None:
         answer = await connection.post("/v1/completions", body)
         text = await answer.body()
         error = json.loads(text)["error"]
-        if answer.status == 503 and error["code"] == "too_many_connections":  # before anybody has read it
+        if answer.status == 503 and error["code"] == "too_many_connections":  # before it was read
             tally.note("refused")
         elif 400 <= answer.status < 500 and "message" in error:
             tally.note("nonsense refused")

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 REQUEST_TIMEOUT_S = 240.0
-"""After which the server tells whoever still waits."""
+"""Time after which the server fails the requests that still wait."""
 _READY_S, _END_S, _IDLE_S = 300.0, 90.0, 60.0
 _ENGINE = "launcher.inference.server.replica"
 _READY = re.compile(r"^\w+:engines_ready(?:\{.*\})? (\S+)$", re.MULTILINE)
@@ -63,7 +63,7 @@ class SoakServer:
         self.replicas = replicas
 
     def get(self, path: str) -> tuple[int, str]:
-        """Return status and body of what is at a path; status 0 where nobody answers."""
+        """Return status and body of what is at a path; status 0 without an answer."""
         try:
             with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:  # noqa: S310 (this machine)
                 return answer.status, answer.read().decode()
@@ -111,10 +111,10 @@ class SoakServer:
         Raises:
             RuntimeError: it tells nothing.
         """
-        told = _UNDER_WAY.findall(self.get("/metrics")[1])
-        if not told:
+        values = _UNDER_WAY.findall(self.get("/metrics")[1])
+        if not values:
             raise RuntimeError("/metrics does not say how many requests are under way")
-        return sum(map(float, told))
+        return sum(map(float, values))
 
     def ready_engines(self) -> float:
         """Return how many engines can be given requests, as /metrics tells."""

@@ -113,3 +113,22 @@ def test_an_import_that_points_up_or_closes_a_circle_is_refused(
     assert ended.returncode == 1, ended.stdout
     (_,) = (line for line in ended.stdout.splitlines() if " BROKEN" in line and line.startswith(contract))
     assert said in ended.stdout.partition("Broken contracts")[2]
+
+
+def check_words(repository: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, REPOSITORY / "scripts" / "check_words.py", repository]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_a_word_that_is_to_be_replaced_is_refused(program: Path) -> None:
+    assert check_words(program).stdout == ""
+    (program / "docs").mkdir()
+    (program / "docs" / "planted.md").write_text("The heart retold its story to the crew.\n\nWhoever  was\n")
+    (program / "launcher" / "utils" / "planted.py").write_text("was_told_once = True\n")
+    ended = check_words(program)
+    assert ended.returncode == 1
+    assert ended.stdout.splitlines() == [
+        "launcher/utils/planted.py:1: told; instead: sent, reported, distinguished",
+        "docs/planted.md:1: crew; instead: agent group",
+        "docs/planted.md:3: Whoever; instead: name the client, user or process",
+    ]

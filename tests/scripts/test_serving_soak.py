@@ -44,5 +44,5 @@ def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:
     assert tally.counts["LOST"] == 3
     ending = Tally(ends=True)
     ending.note_outcome(RequestOutcome(0, due_s=0.0, error="connect", why="connect"), "right")
-    assert ending.counts == {"nobody there any more": 1}
+    assert ending.counts == {"connection refused": 1}
     assert tally.examples["MIXED"] == "'other', not 'right'"

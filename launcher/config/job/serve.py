@@ -82,7 +82,7 @@ class Serve(GeneratingJob):
 
     stall_s: float = 30.0
     """An engine with work that finishes no step for so long makes the server not ready; after twice as long it is
-    ended and started anew."""
+    ended and restarted."""
 
     drain_s: float = 30.0
     """How long the server finishes accepted requests after SIGTERM; requests left after that get an error."""

@@ -79,7 +79,7 @@ class Evaluate(BatchedJob):
     """Held-out sequences, over all ranks; fewer where the data has fewer."""
 
     repeats: int = 1
-    """How often they are gone through; the first time also warms up, so speed is that of the fastest."""
+    """Number of repetitions; the first one also warms up, so speed is that of the fastest."""
 
     @property
     def profile_unit(self) -> ProfileUnit:

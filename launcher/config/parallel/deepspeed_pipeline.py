@@ -164,6 +164,6 @@ class DeepSpeedPipeline(Parallel):
 
 
 def unknown_family_error(family: str) -> ConfigError:
-    """Return the refusal of a model whose parts are not known to work one by one."""
+    """Return the error for a model whose parts are not known to work one by one."""
     why = f"the layers of {family} are not known to work as a chain, only those of {', '.join(PIPELINE_FAMILIES)}"
     return ConfigError("parallel", "deepspeed_pipeline", why=why, fix="choose parallel=pipeline or another strategy")

@@ -80,7 +80,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             )
 
     def _expect(self, input_ids: Tensor) -> None:
-        """Have the stages tell each other anew what they send, where that is of another shape than the last time."""
+        """Have the stages exchange shapes again if the shapes differ from those of the last time."""
         if input_ids.shape != self._shape:
             self._engine.reset_activation_shape()
             self._shape = input_ids.shape
@@ -151,7 +151,7 @@ class StageLoss:
         self.begin(weight=torch.ones((), device=device))
 
     def begin(self, *, weight: Tensor) -> None:
-        """Start a sum anew; ``weight`` makes the mean of micro-batches the mean over all tokens of the global batch."""
+        """Reset the sum; ``weight`` makes the mean of micro-batches the mean over all tokens of the global batch."""
         self._weight = weight
         self.total = torch.zeros((), dtype=torch.float64, device=self._device)
 

@@ -82,7 +82,7 @@ def make_schedule(
 
 
 class PipelineSchedule:
-    """Runs a schedule, made anew whenever shape or number of micro-batches change.
+    """Runs a schedule, which is rebuilt when the shape or the number of micro-batches changes.
 
     Args:
         own: this rank's chunks by number.
@@ -132,7 +132,7 @@ class PipelineSchedule:
         return {"labels": labels, "target": factor.float().expand(len(micro_batches))}
 
     def _fit(self, micro_batches: Sequence[MicroBatch]) -> None:
-        """Make the schedule anew, unless it is for as many micro-batches of this shape."""
+        """Rebuild the schedule, unless it has this number of micro-batches and this shape."""
         shapes = {tuple(micro_batch.input_ids.shape) for micro_batch in micro_batches}
         assert len(shapes) == 1, f"micro-batches of a step have one shape, not {shapes}"
         wanted = (len(micro_batches), *shapes.pop())

@@ -196,5 +196,5 @@ class KVSelfTest:
 
 
 def unsupported(model: PreTrainedModel, why: str) -> ConfigError:
-    """Return the refusal of a model."""
+    """Return the error for a model."""
     return unsupported_model(model.config.model_type, why)

@@ -78,7 +78,7 @@ class VllmServer:
         return arguments
 
     def start(self, model: str) -> None:
-        """Start it, or start it anew after it has ended; it dies with this process.
+        """Start it, or restart it after it has ended; it dies with this process.
 
         Args:
             model: folder of weights.

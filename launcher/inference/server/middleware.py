@@ -29,7 +29,7 @@ class ApiKeys:
     """The keys of a server, kept as hashes.
 
     Args:
-        keys: in plain text; none at all lets everybody in.
+        keys: in plain text; without any, every client is accepted.
     """
 
     def __init__(self, keys: tuple[str, ...]) -> None:

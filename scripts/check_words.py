@@ -1,0 +1,72 @@
+"""Refuse words that have a plain technical word instead: they hide who acts, or are names that nothing has any more.
+
+    python scripts/check_words.py [FOLDER]     the folder of the repository; this one otherwise
+
+Exit code 1 and a line for each find. Only words that are wrong in every sense are listed.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+WORDS = {
+    "anew": "again, or: restart, rewrite, start over",
+    "anybody": "name the client, user or process",
+    "crew": "agent group",
+    "everybody": "name the clients, users or processes",
+    "goes its way": "continue, exit",
+    "hear": "receive",
+    "heard": "received",
+    "hears": "receives",
+    "lockstep": "plan broadcast",
+    "mend": "correct, fix, repair",
+    "mended": "corrected, fixed, repaired",
+    "mends": "corrects, fixes, repairs",
+    "misfit": "error, mismatch",
+    "misfits": "errors, mismatches",
+    "nobody": "no client, no user, no process",
+    "odd one out": "straggler",
+    "somebody": "name the client, user or process",
+    "theirs": "name whose",
+    "told": "sent, reported, distinguished",
+    "warden": "agent supervisor",
+    "whereabouts": "session file, position",
+    "whoever": "name the client, user or process",
+}
+"""Each word, and what to write instead."""
+PLACES = ("launcher", "conf", "docs", "scripts", "README.md", "CONTRIBUTING.md")
+_PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_SUFFIXES = frozenset({".html", ".j2", ".md", ".py", ".sh", ".yaml", ".yml", ""})
+
+
+def check(repository: Path) -> Iterator[str]:
+    """Yield a line for every place that has one of the words."""
+    for file in _files(repository):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            for word in _PATTERN.findall(line):
+                yield f"{file.relative_to(repository)}:{number}: {word}; instead: {WORDS[word.lower()]}"
+
+
+def _files(repository: Path) -> Iterator[Path]:
+    for place in PLACES:
+        root = repository / place
+        for path in [root, *sorted(root.rglob("*"))]:
+            hidden = "__pycache__" in path.parts or path.name.startswith(".")
+            if path.is_file() and path.suffix in _SUFFIXES and path.name != Path(__file__).name and not hidden:
+                yield path
+
+
+def main() -> int:
+    """Print the finds; return the exit code."""
+    repository = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
+    finds = list(check(repository))
+    for line in finds:
+        print(line)
+    return 1 if finds else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -65,11 +65,14 @@ def run_in_fork(
         heartbeat()
         error = give_up() or (f"was not done after {limit_s:g} s" if time.monotonic() > deadline else "")
         if error:
+            failed_at = time.time()  # before the ranks that lose their connection to this child fail
             ended = _kill_with_stacks(child)
             break
         time.sleep(_POLL_S)
+    else:
+        failed_at = time.time()
     if not answer.exists():
-        write_json(answer, {ERROR_KEY: error or f"ended by {_exit_text(ended[1])}", TIME_KEY: time.time()})
+        write_json(answer, {ERROR_KEY: error or f"ended by {_exit_text(ended[1])}", TIME_KEY: failed_at})
 
 
 def _run_child(work: Callable[[], CaseAnswer], answer: Path) -> None:

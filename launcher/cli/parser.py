@@ -11,7 +11,7 @@ import launcher
 from launcher.cli.arguments import Arguments, Option, is_override, truth_value
 from launcher.cli.verbs import LAUNCH, LAUNCH_EPILOG, VERBS, Verb, launch_description
 from launcher.errors import ConfigError
-from launcher.utils.text import did_you_mean, terminal_width
+from launcher.utils.text import did_you_mean, shell_command, terminal_width
 
 _MAX_WIDTH = 120
 _HYDRA_COMPLETION = ("-sc", "--shell-completion")
@@ -78,6 +78,11 @@ def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
     if first == "version":
         return "", ["--version"]
     if not first or first[0] == "-" or is_override(first):
+        before = zip(words, rest, strict=False)
+        if later := next((word for flag, word in before if word in VERBS and flag != "--config-dir"), ""):
+            others = [word for word in words if word != later]
+            meant = shell_command(["launch", later, *others])
+            raise ConfigError(later, why="is a verb, and the verb comes first", fix=f"write {meant}")
         return "", list(words)
     if first not in VERBS:
         raise ConfigError(first, why="is neither a verb nor option=value", fix=_suggest_word(first))

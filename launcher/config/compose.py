@@ -231,7 +231,9 @@ def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Seq
         return error
     source, fix = find_origin(error.option, overrides, sources), error.fix
     if source == COMMAND_LINE and isinstance(error.value, str) and "${" in error.value:
-        fix = f"{fix}; to give this text itself: {quoted_word(error.option, error.value)}"
+        is_element = error.option.rpartition(".")[2].isdigit()
+        how = "write it in quotes, with \\${ for ${" if is_element else quoted_word(error.option, error.value)
+        fix = f"{fix}; to give this text itself: {how}"
     return ConfigError(error.option, error.value, why=error.why, fix=fix, source=source)
 
 

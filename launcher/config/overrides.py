@@ -22,7 +22,7 @@ COMMAND_LINE = "command line"
 ADDED_GROUPS = ("exp", "sweep")
 """Groups that are not in the defaults list, so Hydra wants ``+`` before them; we do not mind without."""
 
-_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+")
+_OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+", re.ASCII)
 """What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
@@ -73,10 +73,22 @@ def parse_overrides(
             parsed = parser.parse_override(read)
         except HydraException:
             read = _literal(word)
-            parsed = parser.parse_override(read)
+            try:
+                parsed = parser.parse_override(read)
+            except HydraException:
+                report(_unparsable(word))
+                continue
         override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
         if override is not None:
             accepted.append(override)
+    for group in ADDED_GROUPS:  # Hydra takes one option of each, and its message names no way out
+        given = [each for each in accepted if each.key == group]
+        for other in given[1:]:
+            accepted.remove(other)
+            first, second = (each.word.partition("=")[2].strip("'") for each in (given[0], other))
+            why = f"{group}={first} is given already, and a command takes one"
+            fix = "leave one out, or name it in the defaults of the other"
+            report(ConfigError(group, second, why=why, fix=fix, source=COMMAND_LINE))
     return accepted
 
 
@@ -94,6 +106,15 @@ def _not_an_override(word: str, groups: Mapping[str, Sequence[str]]) -> ConfigEr
     meant = suggest_overrides(word, groups)
     fix = f"write {' or '.join(meant)}" if meant else "write it as option=value"
     return ConfigError(word or "''", why="is not an override of the form option=value", fix=fix)
+
+
+def _unparsable(word: str) -> ConfigError:
+    head, equals, value = word.partition("=")
+    if not equals:
+        return ConfigError(word, why="is not an override of the form option=value", fix="write it as option=value")
+    why = "its quotes and brackets do not match in Hydra's grammar"
+    fix = "put a value that holds quotes between quotes of the other kind, or write \\' for a quote inside quotes"
+    return ConfigError(head.lstrip("+~"), value, why=why, fix=fix, source=COMMAND_LINE)
 
 
 def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
@@ -262,6 +283,10 @@ def _classify(
     if parsed.is_delete():
         report(ConfigError(word, why="removes an option, and every option is required", fix=f"set {key}=<value>"))
         return None
+    if parsed.package is not None:
+        fix = f"write {key}={word.partition('=')[2]}"
+        report(ConfigError(word.partition("=")[0], why="has a package behind @, and each group has its place", fix=fix))
+        return None
     if key.startswith(("hydra.", "hydra/")) and key != "hydra.searchpath":
         report(ConfigError(key, why="does nothing here", fix="use run.root, run.name and run.dir, or -m for sweeps"))
         return None
@@ -274,7 +299,7 @@ def _classify(
         return None
     choices = _choices(parsed, typed, types_of, groups.get(key, ()))
     if key.partition("@")[0] in groups:
-        return _group_choice(key, parsed, choices, groups, report)
+        return _group_choice(key, typed, choices, groups, report)
     if key.endswith(".kind") or key == "kind":
         group = key.partition(".")[0]
         report(ConfigError(key, why="follows from the option chosen", fix=f"set {group}=<option>"))
@@ -332,16 +357,23 @@ def _choices(parsed: Any, typed: str, types_of: Sequence[Any], options: Sequence
         return None
     if _is_glob(parsed):
         return tuple(parsed.value().filter(list(options)))
+    if options and not _is_call(typed):
+        return tuple(_unquoted(piece) for piece in _split(typed))
     if takes_only_text(types_of) and not _is_call(typed):  # Hydra would make 100000.0 of 1e5
         return tuple(piece.strip() for piece in _split(typed))
     return tuple(str(item) for item in parsed.sweep_string_iterator())
 
 
+def _unquoted(text: str) -> str:
+    """Return the name of an option without the quotes around it."""
+    return text.strip()[1:-1] if _is_quoted(text) else text.strip()
+
+
 def _group_choice(
-    key: str, parsed: Any, choices: tuple[str, ...] | None, groups: Mapping[str, Sequence[str]], report: ReportError
+    key: str, typed: str, choices: tuple[str, ...] | None, groups: Mapping[str, Sequence[str]], report: ReportError
 ) -> Override | None:
     options = groups[key]
-    wanted = choices if choices is not None else (parsed.get_value_element_as_str(),)
+    wanted = choices if choices is not None else (_unquoted(typed),)
     wanted = tuple(option.lower() if option in ("True", "False") else option for option in wanted)  # truth values
     unknown = [option for option in wanted if option not in options]
     for option in unknown:
@@ -349,5 +381,5 @@ def _group_choice(
     if unknown:
         return None
     prefix = "+" if key in ADDED_GROUPS else ""
-    quoted = ",".join(f"'{option}'" for option in wanted)  # Hydra refuses compile=true as a truth value
+    quoted = ",".join(map(quoted_text, wanted))  # Hydra refuses compile=true as a truth value
     return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

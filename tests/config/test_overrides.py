@@ -283,3 +283,56 @@ def test_quoted_words_with_line_ends_are_one_line_that_a_shell_reads_back(
 def continue_or_rerun(run_dir: RunDir) -> str:
     """Return the last command that a cancelled run prints."""
     return closing_message(RunOutcome(status="cancelled", exit_code=130), run_dir).partition("next: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("job.ünï=3", "is not an override of the form option=value"),
+        ("~model}", "is not an override of the form option=value"),
+        ("backend.env={A: 'it''s'}", "its quotes and brackets do not match in Hydra's grammar"),
+        ("""unknown.key=[%a~"],~]""", "its quotes and brackets do not match in Hydra's grammar"),
+        ("model@x=gpt2", "model@x: has a package behind @, and each group has its place; write model=gpt2"),
+        ("+model@=gpt2", "+model@: has a package behind @"),
+    ],
+)
+def test_words_that_hydra_cannot_read_or_reads_otherwise(word, said):
+    (error,) = mistakes(word)
+    assert said in error
+
+
+def test_two_experiments():
+    (error,) = mistakes("+exp=zero1_gpt2", "+exp=ddp_gpt2")
+    assert error == (
+        "exp=ddp_gpt2 (command line): exp=zero1_gpt2 is given already, and a command takes one; "
+        "leave one out, or name it in the defaults of the other"
+    )
+
+
+@pytest.mark.parametrize("name", ["ünï", "sp ace", "d.ot", "a=b", "it's"])
+def test_an_experiment_of_any_name(name, tmp_path):
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / f"{name}.yaml").write_text("# @package _global_\njob:\n  steps: 7\n")
+    assert compose([f"+exp={name}"], config_dir=tmp_path).run.job.steps == 7
+    assert expand_grid([f"+exp={name},ddp_gpt2"], {}, tmp_path) == [(f"exp={name}",), ("exp=ddp_gpt2",)]
+
+
+def test_a_variable_inside_a_list():
+    (error,) = mistakes("backend=slurm", "backend.sbatch_options=[--comment=${HOME}]")
+    assert error.endswith(r"to give this text itself: write it in quotes, with \${ for ${")
+    run = compose(["backend=slurm", r"backend.sbatch_options=['--comment=\${HOME}']"]).run
+    assert run.backend.sbatch_options == ("--comment=${HOME}",)
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["model=gpt2", "plan"], "launch plan model=gpt2"),
+        (["-m", "plan", "job.steps=2,3"], "launch plan -m job.steps=2,3"),
+        (["--config-dir", "runs", "+exp=a b", "status"], "launch status --config-dir runs '+exp=a b'"),
+    ],
+    ids=" ".join,
+)
+def test_a_verb_that_does_not_come_first(words, meant, capsys):
+    assert main(words) == 2
+    assert capsys.readouterr().err.endswith(f"is a verb, and the verb comes first; write {meant}\n")

@@ -15,7 +15,7 @@ from launcher.config.registry import KINDS, component_class
 from launcher.config.run import Run, RunOptions, default_run_name
 from launcher.errors import ConfigError
 from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import did_you_mean, shell_word
 
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,8 +89,12 @@ def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str
         found = [option for name in close for option in options_named(name, tree)]
     if not found:
         return groups
-    value = f"={typed[key]}" if key in typed else ""
-    return f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+    return f"did you mean {' or '.join(_with_value(option, key, typed) for option in found)}?"
+
+
+def _with_value(option: str, key: str, typed: Mapping[str, str]) -> str:
+    """Return ``option``, with the value that the user typed behind ``key`` as a word to paste into a shell."""
+    return shell_word(f"{option}={typed[key]}") if key in typed else option
 
 
 def options_named(name: str, tree: Mapping[str, Any]) -> list[str]:
@@ -132,8 +136,7 @@ def _report_elsewhere(
         own = any(name in field_types(cls) for cls in _classes({group: KINDS[group]}))  # of another kind of the group
         found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
         if found:
-            value = f"={typed[error.option]}" if error.option in typed else ""
-            fix = f"did you mean {' or '.join(f'{option}{value}' for option in found)}?"
+            fix = f"did you mean {' or '.join(_with_value(option, error.option, typed) for option in found)}?"
             error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
     report(error)
 

@@ -122,7 +122,7 @@ def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[st
     head, equals, value = word.partition("=")
     if equals:
         key = re.sub(r"[.\s]+", ".", head).strip(".")
-        return [f"{key}={value}"] if types_of_option(key) or key in groups else []
+        return [shell_word(f"{key}={value}")] if types_of_option(key) or key in groups else []
     name = word.lstrip("+~-")
     if name in groups:
         return [f"{name}=<option>"]
@@ -134,7 +134,7 @@ def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[st
     for separator in (":", "/", "."):
         key, _, value = name.partition(separator)
         if value in groups.get(key, ()) or (value and types_of_option(key)):
-            return [f"{key}={value}"]
+            return [shell_word(f"{key}={value}")]
     return []
 
 

@@ -276,6 +276,13 @@ def test_quoted_words_with_line_ends_are_one_line_that_a_shell_reads_back(
     assert main(["plan", "data.path=[a\nb,c]", "data.format=two\nlines", "job.steps=1\n,2"]) == 2
     said = capsys.readouterr().err.splitlines()
     assert len(said) == len([line for line in said if line.startswith("error: ")]) >= 2, said
+    for word, meant in (
+        ("lr=1\n e", "optimizer.lr"),
+        ("job.lr=1\n e", "optimizer.lr"),
+        ("job .seed=1\n e", "job.seed"),
+    ):
+        assert main(["plan", word]) == 2
+        assert f"$'{meant}=1\\n e'" in capsys.readouterr().err
     words = RunDir(tmp_path / "two\nlines" / "x")
     assert "\n" not in continue_or_rerun(words)
 

@@ -74,6 +74,9 @@ def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepC
     base = compose(words, config_dir=config_dir, sweeping=True)
     mistakes: list[ConfigError] = []
     sweep = build(SweepConfig, base.sweep or {}, path="sweep", report=mistakes.append)
+    if base.run.run.dir is not None:
+        why, fix = "is the directory of one run, and each trial has its own", "set run.root or run.name instead"
+        mistakes.append(ConfigError("run.dir", base.run.run.dir, why=why, fix=fix))
     if sweep is None:
         raise ConfigErrors(mistakes)
     kept = _without_sweeps(words, config_dir)

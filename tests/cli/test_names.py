@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,38 @@ def test_the_beginning_of_a_name_and_an_empty_word_name_no_run(
     assert main([verb, word, "--root", "other"]) == 2
     assert "error: " in capsys.readouterr().err
     assert main(["status", "tiny", "--root", "other"]) == 0
+
+
+@pytest.mark.parametrize("words", [["plan"], ["sweep", "job.seed=1,2", "dry_run=true"]], ids=" ".join)
+def test_the_current_folder_was_removed(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert main(words) == 2
+    expected = "error: the current folder was removed; cd to another one, then type the command again\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_the_current_folder_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def closed(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "runs")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("launcher.cli.runs.run", closed)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    assert main(["runs"]) == 2
+    assert "is closed to this user (permission denied); cd to another one" in capsys.readouterr().err
+
+
+def test_a_terminal_without_the_characters_of_a_plan(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["plan", "tracker=local"]) == 0
+    sys.stdout.flush()
+    assert b"micro 8 ? accum 1 ? dp 2" in shown.getvalue()

@@ -12,7 +12,7 @@ from launcher.config.option_text import quoted_word
 from launcher.config.overrides import suggest_overrides
 from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors
-from launcher.execution.sweep import expand_grid
+from launcher.execution.sweep import expand_grid, plan_sweep
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RunDir
 from launcher.runs.config_source import load_saved_run
@@ -343,3 +343,8 @@ def test_a_variable_inside_a_list():
 def test_a_verb_that_does_not_come_first(words, meant, capsys):
     assert main(words) == 2
     assert capsys.readouterr().err.endswith(f"is a verb, and the verb comes first; write {meant}\n")
+
+
+def test_a_sweep_in_the_directory_of_one_run(tmp_path):
+    with pytest.raises(ConfigErrors, match=r"run\.dir=.*/x: is the directory of one run, and each trial has its own"):
+        plan_sweep([f"run.dir={tmp_path}/x", "job.seed=1,2"], config_dir=None)

@@ -19,7 +19,7 @@ from launcher.data.corpus import read_corpus
 from launcher.models.pretrained import tokenizer_folder, tokenizer_folder_option
 from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokenizer
 from launcher.utils.build_cache import build_once
-from launcher.utils.files import sha256_of, write_atomic, write_json
+from launcher.utils.files import read_json, sha256_of, write_atomic, write_json
 from launcher.utils.hub import fetch_model
 
 
@@ -61,8 +61,20 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
         write_tokens(folder, data, tokenizer, heartbeat=heartbeat)
 
     option = "data.cache" if data.cache else "XDG_CACHE_HOME"
-    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat, option=option)
+    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat, option=option, is_intact=_is_intact)
     return folder, given or read_bpe(folder / _TOKENIZER)
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether a cache folder holds its layout, all tokens and a tokenizer; contents are not compared."""
+    try:
+        layout = read_json(folder / STREAM_LAYOUT)
+        size = {"uint16": 2, "uint32": 4}[layout["dtype"]]
+        ends = [start + count * size for start, count in layout["segments"]]
+        is_whole = layout["file"] == _TOKENS and max(ends, default=0) <= (folder / _TOKENS).stat().st_size
+        return is_whole and "model" in read_json(folder / _TOKENIZER)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:

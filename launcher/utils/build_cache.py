@@ -27,7 +27,12 @@ def default_cache_folder(*parts: str) -> Path:
 
 
 def build_once(
-    folder: Path, build: Callable[[Path], None], *, heartbeat: Callable[[], None], option: str = "XDG_CACHE_HOME"
+    folder: Path,
+    build: Callable[[Path], None],
+    *,
+    heartbeat: Callable[[], None],
+    option: str = "XDG_CACHE_HOME",
+    is_intact: Callable[[Path], bool] = Path.is_dir,
 ) -> Path:
     """Return ``folder``, after building it unless some process already has.
 
@@ -39,11 +44,12 @@ def build_once(
         build: fills the empty folder it is given, or raises.
         heartbeat: called while waiting, so that the wait does not look like a stall.
         option: what to set to have the folder on another disk.
+        is_intact: whether a finished folder still holds what was built; a damaged one is built anew.
 
     Raises:
         EnvironmentProblem: the folder cannot be written.
     """
-    if folder.is_dir():
+    if folder.is_dir() and is_intact(folder):
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +58,11 @@ def build_once(
         raise EnvironmentProblem(f"cannot write the cache folder {folder.parent}: {error}") from error
     with lock:
         _lock_exclusively(lock, heartbeat)
-        if not folder.is_dir():
-            _build(folder, build, option)
+        if folder.is_dir() and is_intact(folder):
+            return folder
+        if folder.is_dir():
+            print(f"{folder} is damaged; it is built anew", flush=True)
+        _build(folder, build, option)
     return folder
 
 
@@ -74,14 +83,29 @@ def _build(folder: Path, build: Callable[[Path], None], option: str) -> None:
     try:
         temporary.mkdir()
         build(temporary)
+        _flush(temporary)
+        if folder.is_dir():  # damaged; processes that have mapped its files keep them
+            folder.rename(temporary.with_name(f"{temporary.name}-damaged"))
         temporary.rename(folder)
         fsync_folder(folder.parent)
+        shutil.rmtree(temporary.with_name(f"{temporary.name}-damaged"), ignore_errors=True)
     except BaseException as error:
         trouble = disk_full_message(error, {option: folder.parent})  # before there is room again
         shutil.rmtree(temporary, ignore_errors=True)
         if trouble:
             raise EnvironmentProblem(trouble) from error
         raise
+
+
+def _flush(folder: Path) -> None:
+    """Put every file on the disk: a power cut after the rename would leave empty ones behind a finished name."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
 
 def quote_torch_library_path() -> None:

@@ -88,6 +88,26 @@ def test_four_processes_build_it_once(text: MakeText, tmp_path: Path) -> None:
     assert len([path for path in (tmp_path / "shared").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.parametrize("name", ["tokens.arrow", "stream.json", "tokenizer.json"])
+@pytest.mark.parametrize("keep", [0.0, 0.5, None])
+def test_a_damaged_cache_is_built_anew(
+    text: MakeText, model: Gpt2, name: str, keep: float | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, tokenizer = token_folder(text(), model, heartbeat=quiet)
+    whole = open_stream(folder)
+    ids = whole.read(0, len(whole)).tolist()
+    if keep is None:
+        (folder / name).unlink()
+    else:
+        os.truncate(folder / name, int((folder / name).stat().st_size * keep))
+    again, same = token_folder(text(), model, heartbeat=quiet)
+    stream = open_stream(again)
+    assert (again, stream.read(0, len(stream)).tolist()) == (folder, ids)
+    assert same.to_json() == tokenizer.to_json()
+    assert f"{folder} is damaged; it is built anew" in capsys.readouterr().out
+    assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
+
+
 def test_one_cache_serves_every_length_and_split(text: MakeText, model: Gpt2) -> None:
     data = text()
     short = open_splits(data, model, sequence_length=10, seed=0)

@@ -22,6 +22,17 @@ _TOP_LEVEL_KEY = re.compile(r"^(\w+):", re.MULTILINE)
 _PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
 """What a launcher makes before it writes the snapshot; all that one which was killed then leaves."""
 
+_OWN_ENTRIES = frozenset(
+    {
+        *("run.yaml", "plan.json", "session.json", "metrics.jsonl", "result.json", "failure.json", "timeline.jsonl"),
+        *("environment.json", "sample.txt", "loss.png", "report.html", "hostfile", "job.sbatch"),
+        *("logs", "checkpoints", "generated", "profile", "wandb", "channel", "server", "saved"),
+        *("quantize.json", "quantize.md", "verify.json", "verify.md", "verify.png"),
+        *("benchmark.json", "benchmark.md", "benchmark.png"),
+    }
+)
+"""Names of what a run writes into its directory, beside its output proper."""
+
 
 def new_run_id(now: float | None = None) -> str:
     """Return ``YYYYmmdd-HHMMSS-<4 letters>``; the letters keep apart runs started in the same second."""
@@ -135,6 +146,14 @@ class RunDir:
         names = sorted(entry.name for entry in self.path.iterdir())
         is_early = _PRE_SNAPSHOT_ENTRIES.issuperset(names) and not (self.logs.is_dir() and any(self.logs.iterdir()))
         return [] if is_early else names
+
+    def reserves(self, path: Path) -> bool:
+        """Return whether ``path`` is this directory, a folder around it, or something inside that a run writes."""
+        own, other = self.path.absolute().resolve(), path.absolute().resolve()
+        if own.is_relative_to(other):
+            return True
+        first = other.relative_to(own).parts[0] if other.is_relative_to(own) else ""
+        return first in _OWN_ENTRIES or first.startswith(".")
 
     def log_of(self, host: str, who: int | str) -> Path:
         """Return the log file of a rank (a number) or of the agent on ``host``."""

@@ -275,6 +275,47 @@ def test_an_output_in_a_folder_that_cannot_be_written(words, tmp_path, monkeypat
     assert errors == [f"job.output={closed}/x: {closed} is not writable; set job.output to a path in a folder of yours"]
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["job=generate", "job.engine=echo"], ["metrics.jsonl", "run.yaml", "generated", "generated/x", ".lock", ""]),
+        (["job=quantize", "quantization=int8_weight"], ["logs", "checkpoints/x", "quantize.json", "wandb", ""]),
+    ],
+    ids=["generate", "quantize"],
+)
+def test_an_output_that_is_the_runs_own(words, names, tmp_path):
+    """Answers and metrics would end up in one file."""
+    words = [*words, "job.tokenizer=bytes", "parallel=single", "backend.ranks=1", f"run.dir={tmp_path}/run"]
+    (tmp_path / "run").mkdir()
+    for name in names:
+        (error,) = refused([*words, f"job.output={tmp_path}/run/{name}".rstrip("/")])
+        assert f"belongs to the run itself, whose directory is {tmp_path}/run; name a f" in error
+
+
+def test_an_output_that_would_be_a_folder_of_all_runs(tmp_path, monkeypatch):
+    """It is no file yet, so nothing else says that the answers of an hour cannot go there."""
+    monkeypatch.chdir(tmp_path)
+    words = ["job=generate", "job.engine=echo", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"]
+    (error,) = refused([*words, "job.output=runs"])
+    assert error.startswith("job.output=runs: belongs to the run itself")
+
+
+def test_an_output_in_the_run_directory_that_no_run_writes(tmp_path):
+    words = ["job=generate", "job.engine=echo", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"]
+    (tmp_path / "run").mkdir()
+    for name in ("answers.jsonl", "generated.jsonl"):
+        prepare(compose([*words, f"run.dir={tmp_path}/run", f"job.output={tmp_path}/run/{name}"]))
+
+
+def test_names_of_a_run_directory_are_reserved(tmp_path):
+    run_dir = RunDir(tmp_path)
+    properties = [name for name, value in vars(RunDir).items() if isinstance(value, property)]
+    paths = [value for name in properties if isinstance(value := getattr(run_dir, name), Path)]
+    assert len(paths) > 10
+    assert [path for path in paths if not run_dir.reserves(path)] == []
+    assert not run_dir.reserves(tmp_path.with_name("beside"))
+
+
 def test_an_output_that_names_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["job=generate", "job.tokenizer=bytes", "parallel=single", "backend.ranks=1"]

@@ -21,7 +21,7 @@ from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.execution import lifecycle
 from launcher.execution.validate import validate_run_dir
-from launcher.inference.batch.output import claim_output
+from launcher.inference.batch.output import PartIndex, claim_output, merge_parts
 from launcher.protocol.messages import Assignment
 from launcher.protocol.rundir import RunDir
 from launcher.runs.lock import RunLock
@@ -305,6 +305,17 @@ def test_answers_never_replace_a_file_that_another_process_made_meanwhile(tmp_pa
     other.write_text("mine")
     with pytest.raises(JobError, match=r"job.output=.*others.jsonl: another process made this file"):
         claim_output(parts, other)
+
+
+def test_answers_that_cannot_be_written_are_kept_and_the_option_named(tmp_path: Path) -> None:
+    parts = tmp_path / "run" / "generated"
+    parts.mkdir(parents=True)
+    (tmp_path / "gone").write_text("a file where the folder was")
+    for output in (tmp_path / "gone" / "answers.jsonl", tmp_path / "never" / "answers.jsonl"):
+        with pytest.raises(
+            JobError, match=r"job.output=.*: cannot be written .*All answers are kept in .*launch resume"
+        ):
+            merge_parts(PartIndex(parts, 0), output, heartbeat=lambda: None)
 
 
 def test_only_files_of_the_end_are_forgotten(tmp_path: Path) -> None:

@@ -163,6 +163,10 @@ class Generate(GeneratingJob):
             return
         if self.output is not None and self.output.endswith("/"):
             yield self.error("output", "names a folder", f"name a file: job.output={self.output}answers.jsonl")
+        elif run_dir.reserves(output):
+            fix = "name a file outside the run directory, or leave it out"
+            yield self.error("output", f"belongs to the run itself, whose directory is {run_dir.path}", fix)
+            return
         elif not output.parent.is_dir() and self.output is not None:
             yield self.error("output", f"there is no folder {output.parent}", "make it, or choose another")
         stored = stored_fingerprint(run_dir.generated)

@@ -107,7 +107,10 @@ class Quantize(BatchedJob):
         if isinstance(run.quantization, Quantization):
             yield from run.quantization.validate_machine("quantization")
         folder = self.folder(run_dir)
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if run_dir.reserves(folder):
+            fix = "name a folder outside the run directory, or leave it out"
+            yield self.error("output", f"belongs to the run itself, whose directory is {run_dir.path}", fix)
+        elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
             yield self.error("output", "is not an empty folder, and nothing is overwritten", "name another one")
 
     def files(self) -> Iterator[str]:

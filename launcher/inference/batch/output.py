@@ -14,6 +14,7 @@ from typing import BinaryIO
 from launcher.config.job.generate import CLAIM_FILE, owns_output
 from launcher.errors import JobError
 from launcher.utils.files import atomic_file, write_atomic
+from launcher.utils.system import is_disk_full_error
 
 
 def claim_output(folder: Path, output: Path) -> None:
@@ -91,7 +92,7 @@ class PartIndex:
     """
 
     def __init__(self, folder: Path, size: int) -> None:
-        self._folder = folder
+        self.folder = folder
         self._places = array("Q", [_MISSING]) * size
         self._files: list[Path] = []
         self._read: dict[Path, int] = {}
@@ -109,7 +110,7 @@ class PartIndex:
 
     def scan(self) -> None:
         """Take in what has been written since the last call, by whichever rank."""
-        for path in sorted(self._folder.glob("*.part")):
+        for path in sorted(self.folder.glob("*.part")):
             if path not in self._read:
                 self._files.append(path)
                 self._read[path] = 0
@@ -170,10 +171,19 @@ def merge_parts(index: PartIndex, output: Path, *, heartbeat: Callable[[], None]
     """Write the output in one piece: until the rename that ends it there is none.
 
     Raises:
-        OSError: the disk is full, or the folder cannot be written.
+        JobError: the folder cannot be written, or is gone.
+        OSError: the disk is full.
     """
-    with atomic_file(output) as file:
-        for number, answer in enumerate(index.answers()):
-            file.write(answer)
-            if number % _LINES_PER_HEARTBEAT == 0:
-                heartbeat()
+    try:
+        with atomic_file(output) as file:
+            for number, answer in enumerate(index.answers()):
+                file.write(answer)
+                if number % _LINES_PER_HEARTBEAT == 0:
+                    heartbeat()
+    except OSError as error:
+        folder = index.folder.absolute()
+        if is_disk_full_error(error):
+            raise
+        why = f"cannot be written ({error.strerror or error}). All answers are kept in {folder}"
+        fix = f"make it possible to write into {output.absolute().parent} and type launch resume {folder.parent}"
+        raise JobError(f"job.output={output}: {why}: {fix}") from error

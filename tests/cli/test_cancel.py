@@ -171,7 +171,7 @@ def test_a_job_is_cancelled_by_its_scheduler(
 ) -> None:
     make_run(session=gone, backend=backend, job=job)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
-    with pytest.raises(EnvironmentProblem, match=f"{argv[0]} is not on this machine"):
+    with pytest.raises(EnvironmentProblem, match=f"{argv[0]} is not installed on this machine"):
         run([])
     (tmp_path / "bin").mkdir()
     program = tmp_path / "bin" / argv[0]

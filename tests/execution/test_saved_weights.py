@@ -237,7 +237,7 @@ def test_another_model_is_refused(write: Write, words: tuple[str, ...], said: st
 
 NO_CHECKPOINT = {
     "nowhere": "is no folder, and no run in runs begins with it",
-    "2026": "2 runs in runs begin like this; write more of it",
+    "2026": "2 runs in runs begin with it; write more of it",
     f"{ID}@step_7": "no complete checkpoint of step 7; it has @step_00000010",
     f"{ID}@best": "has a held-out loss",
     f"{ID}@worst": "write RUN@best or RUN@step_00000010",

@@ -36,5 +36,5 @@ def test_without_the_hub_the_message_says_what_to_type() -> None:
 
 
 def test_an_impossible_name_is_the_users_mistake() -> None:
-    with pytest.raises(ConfigError, match=r"data.tokenizer=a b: the hub shows no such model"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer=a b: the hub has no such public model"):
         fetch_model("a b", with_weights=False, option="data.tokenizer", instead="")

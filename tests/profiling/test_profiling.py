@@ -300,7 +300,7 @@ def test_the_plan_says_what_is_recorded(plan_of) -> None:
         (("profile.seconds=0",), r"profile\.seconds=0.*: must be above 0"),
         (("profile.actve=3",), r"profile\.actve.*: no such option; did you mean active"),
         (("job=verify",), "job=verify computes in processes that end after a few steps"),
-        (("job=generate", "parallel=single", "job.engine=echo"), "engine=echo computes nothing where torch's profiler"),
+        (("job=generate", "parallel=single", "job.engine=echo"), "engine=echo computes nothing that torch's profiler"),
     ],
 )
 def test_what_cannot_be_recorded_is_refused(plan_of, words: tuple[str, ...], message: str) -> None:

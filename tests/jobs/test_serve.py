@@ -14,6 +14,7 @@ import pytest
 from launcher.config.compose import compose
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.errors.secrets import hide_secrets
+from launcher.execution.validate import validate_machine
 from launcher.inference.server.middleware import read_api_keys
 from launcher.planning.render import render_plan
 from launcher.protocol.plan import Host
@@ -114,8 +115,9 @@ def test_a_taken_port_is_refused_with_a_free_one() -> None:
         (["job.api_keys_file=/dev/null"], "job.api_keys_file"),
     ],
 )
-def test_what_this_machine_lacks_is_said_before_anything_starts(words: list[str], option: str) -> None:
-    assert [problem.option for problem in problems_of(f"job.port={free_port()}", *words)] == [option]
+def test_what_this_machine_lacks_is_said_before_anything_starts(tmp_path: Path, words: list[str], option: str) -> None:
+    run = compose([*SERVE, f"job.port={free_port()}", *words]).run
+    assert [problem.option for problem in validate_machine(run, tmp_path / "run", hosts=[])] == [option]
 
 
 @pytest.mark.parametrize("value", ["", "  ", ",", " , \n,"])

@@ -89,19 +89,19 @@ def test_a_run_agrees_with_another_of_its_kind_or_not(capsys, results) -> None:
 
 
 def test_what_only_one_side_has_and_what_else_differs_is_told(capsys, results) -> None:
-    one = results("a", {"none": A, "full": A}, layers=4, repeats=3)
+    one = results("a", {"none": A, "full": A}, num_hidden_layers=4, repeats=3)
     other = results(
         "b",
         {"full": {"step_s": (1.1,)}, "extra": A},
         {**MACHINE, "date": "then", "processor": "y"},
-        layers=2,
+        num_hidden_layers=2,
         repeats=1,
     )
     assert run(["compare", one, other]) == 0
     text = capsys.readouterr().out
     assert "only in A: none, full/tokens_per_s, full/answered_share\n" in text
     assert "only in B: extra\n" in text
-    assert "other options: layers 4 → 2\n" in text
+    assert "other options: num_hidden_layers 4 → 2\n" in text
     assert "another machine: processor x → y\n" in text
     assert "0 of 1 worse by more than 0.05" in text
 

@@ -261,9 +261,9 @@ def decode(
     how: str,
     rest: str,
     seed: int,
-    batch: int,
-    prompt: int,
-    tokens: int,
+    batch_size: int,
+    input_len: int,
+    output_len: int,
     warmup: int,
     rank: int,
     peer: list[str | None],
@@ -274,12 +274,12 @@ def decode(
     Args:
         model: the run's, packed.
         weights: a format, or a method to quantize by.
-        how: one of ``WAYS``, or the peer.
+        how: one of ``DECODING_MODES``, or the peer.
         rest: format of what is not quantized.
         seed: of random weights.
-        batch: sequences at a time.
-        prompt: tokens that each begins with.
-        tokens: that each is continued by.
+        batch_size: sequences at a time.
+        input_len: tokens that each begins with.
+        output_len: tokens that each is continued by.
         warmup: whole runs before the one that counts.
         rank: number of the GPU.
         peer: interpreter and folder of CTranslate2.
@@ -289,7 +289,7 @@ def decode(
         python, folder = peer
         assert python is not None, "refused before anything starts"
         assert folder is not None, "refused before anything starts"
-        return decode_by_ctranslate2(python, folder, batch=batch, prompt=prompt, tokens=tokens, warmup=warmup)
+        return decode_by_ctranslate2(python, folder, batch=batch_size, prompt=input_len, tokens=output_len, warmup=warmup)
     device = choose_device(rank)
     built = build_model(
         unpack_component(model),
@@ -304,16 +304,16 @@ def decode(
     built.eval().requires_grad_(False).to(device)
     read = weights_read(built)
     vocabulary = built.config.get_text_config().vocab_size
-    ids = ((torch.arange(batch * prompt).view(batch, prompt) * 7 + 11) % vocabulary).to(device)
-    way = DECODINGS[how](built, batch=batch, length=prompt + tokens + 2)
+    ids = ((torch.arange(batch_size * input_len).view(batch_size, input_len) * 7 + 11) % vocabulary).to(device)
+    way = DECODINGS[how](built, batch=batch_size, length=input_len + output_len + 2)
     first = 0.0
     for number in range(warmup + 1):
-        timed = way.decode(ids, tokens, progress)
+        timed = way.decode(ids, output_len, progress)
         first = timed["first_s"] if number == 0 else first
     digest = hashlib.sha256(repr(timed["chosen"]).encode()).hexdigest()[:16]
     return {
-        "token_s": timed["decode_s"] / tokens,
-        "prefill_per_s": batch * prompt / timed["prefill_s"],
+        "token_s": timed["decode_s"] / output_len,
+        "prefill_per_s": batch_size * input_len / timed["prefill_s"],
         "first_s": first,
         "read_bytes": read,
         "digest": digest,

@@ -58,7 +58,7 @@ def run_data_benchmark(benchmark: DataBenchmark, context: Context) -> BenchmarkR
 
 
 def _load(benchmark: DataBenchmark, context: Context) -> dict[str, Any]:
-    names = ("sequence_length", "micro_batch", "seconds")
+    names = ("sequence_length", "micro_batch", "duration_s")
     return {**{name: getattr(benchmark, name) for name in names}, "seed": context.run.job.seed}
 
 
@@ -185,7 +185,7 @@ def load_batches(
     *,
     sequence_length: int,
     micro_batch: int,
-    seconds: float,
+    duration_s: float,
     seed: int,
     warmup: int,
     progress: Callable[[], None],
@@ -208,7 +208,7 @@ def load_batches(
         loader.step(step)
     step, updated_at = 0, time.perf_counter()
     started = updated_at
-    while (elapsed := time.perf_counter() - started) < seconds or step == 0:
+    while (elapsed := time.perf_counter() - started) < duration_s or step == 0:
         loader.step(step)
         step += 1
         if time.perf_counter() - updated_at > 1:

@@ -289,7 +289,9 @@ def decode(
         python, folder = peer
         assert python is not None, "refused before anything starts"
         assert folder is not None, "refused before anything starts"
-        return decode_by_ctranslate2(python, folder, batch=batch_size, prompt=input_len, tokens=output_len, warmup=warmup)
+        return decode_by_ctranslate2(
+            python, folder, batch=batch_size, prompt=input_len, tokens=output_len, warmup=warmup
+        )
     device = choose_device(rank)
     built = build_model(
         unpack_component(model),

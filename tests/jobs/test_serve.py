@@ -116,7 +116,7 @@ def test_a_taken_port_is_refused_with_a_free_one() -> None:
     ],
 )
 def test_what_this_machine_lacks_is_said_before_anything_starts(tmp_path: Path, words: list[str], option: str) -> None:
-    run = compose([*SERVE, f"job.port={free_port()}", *words]).run
+    run = compose([*SERVE, "job.tokenizer=bytes", f"job.port={free_port()}", *words]).run
     assert [problem.option for problem in validate_machine(run, tmp_path / "run", hosts=[])] == [option]
 
 

@@ -1,4 +1,4 @@
-"""Secrets, recognised by name or by value, and their removal from text before it is shown or stored."""
+"""Secrets: recognised by name or value, and removed from text that is shown or stored."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ _ENTRY = re.compile(
 
 
 def is_secret_name(name: str) -> bool:
-    """Return whether a variable of this name holds a secret (``HF_TOKEN``), not just a word like one (``MONKEY``)."""
+    """Return whether a variable's name is that of a secret (``HF_TOKEN``, not ``MONKEY``)."""
     parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # accountKey
     upper = re.sub(r"[^A-Z0-9]+", "_", parts.upper()).strip("_")
     words = upper.split("_")
@@ -126,19 +126,22 @@ def is_secret_name(name: str) -> bool:
 
 
 def is_secret_value(value: str) -> bool:
-    """Return whether text holds a secret by its shape: a password in an address, a known token, a private key."""
+    """Return whether text has the form of a secret.
+
+    That is a password in an address, a known token, a private key.
+    """
     return _without_shapes(value) != value
 
 
 def is_secret(name: str, value: str) -> bool:
-    """Return whether a variable holds a secret, by its name or by its value (``AccountKey=…`` inside it, too)."""
+    """Return whether a variable is a secret by its name or its value (``AccountKey=…``)."""
     has_assigned = _ASSIGNED.sub(_hide_assigned, value) != value
     by_value = is_secret_value(value) or has_assigned or _is_authorization(value)
     return is_secret_name(name) or by_value or _is_proxy_with_password(name, value)
 
 
 def secret_variable_in(text: str, environ: Mapping[str, str]) -> str | None:
-    """Return the name of a secret variable whose value stands in ``text``; ``None`` where there is none."""
+    """Return the name of a secret variable whose value is in ``text``, or ``None``."""
     found = (name for name, value in _secrets_of(environ).items() if value in text and not _is_path(value))
     return next(found, None)
 
@@ -149,7 +152,7 @@ def _is_path(value: str) -> bool:
 
 
 def hide_secrets(text: str) -> str:
-    """Return ``text`` with each secret in it replaced: by its shape, or behind its name (``HF_TOKEN=…``)."""
+    """Return ``text`` with each secret replaced, found by form or by name (``HF_TOKEN=…``)."""
     return _ENTRY.sub(_hide_entry, _ASSIGNED.sub(_hide_assigned, _without_shapes(text)))
 
 
@@ -178,7 +181,7 @@ def _is_proxy_with_password(name: str, value: str) -> bool:
 
 
 def _is_authorization(value: str) -> bool:
-    """Return whether text is ``Bearer TOKEN``, or ``Basic`` with what decodes to ``user:password``."""
+    """Return whether text is ``Bearer TOKEN``, or ``Basic`` with an encoded ``user:password``."""
     header = _HEADER.fullmatch(value)
     if header is None or header["bearer"]:
         return header is not None
@@ -225,7 +228,10 @@ def _hide_entry(found: re.Match[str]) -> str:
 
 
 def _is_secret_key(key: str) -> bool:
-    """Return whether a key of a tree is a secret variable; ``secret`` alone is an option: the name of a Secret."""
+    """Return whether a key of a tree names a secret.
+
+    ``secret`` alone is an option: the name of a Secret.
+    """
     return (key.isupper() or "_" in key or "-" in key or key != key.lower()) and is_secret_name(key)
 
 

@@ -83,7 +83,7 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     The weights were trained with the token ids of that tokenizer, and a BPE trained on other text has other ids.
     """
     data, resume = run.data, run.checkpoint.resume
-    _refuse_other_tokens(run)
+    _check_tokens(run)
     if not isinstance(data, Corpus):
         return run
     if data.tokenizer == CHECKPOINT_TOKENIZER and not (run.job.resumes and resume != "none"):
@@ -108,8 +108,11 @@ def _with_checkpoint_tokenizer(run: Run, composed: Composition) -> Run:
     return replace(run, data=_given_tokenizer(data, CHECKPOINT_TOKENIZER, composed))
 
 
-def _refuse_other_tokens(run: Run) -> None:
-    """Raise where text meets a checkpoint of made-up sequences, or the other way round: no token means the same."""
+def _check_tokens(run: Run) -> None:
+    """Raise if text meets a checkpoint of synthetic tokens, or the reverse.
+
+    The token ids have no common meaning.
+    """
     resume = run.checkpoint.resume
     if not run.job.resumes or resume == "none" or not run.backend.shares_paths:
         return

@@ -1,4 +1,4 @@
-"""Checks of the model, the tokenizers and the data that ranks will load, from this machine's files or from the hub."""
+"""Checks of model, tokenizers and data that ranks load from this machine or from the hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from launcher.utils.hub import cached_folder, validate_dataset_fetch, validate_h
 
 
 def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield errors of what ranks will load, found in this machine's files and on the hub; one error for one cause."""
+    """Yield errors of the files and hub names that ranks will load, one for each cause."""
     fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
     benchmark = run.benchmark if isinstance(run.benchmark, Benchmark) else None
     uses_model = isinstance(run.job, BatchedJob | GeneratingJob)
@@ -51,7 +51,7 @@ def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iter
 
 
 def _validate_hub_model(model: Model) -> Iterator[ConfigError]:
-    """Yield weights that cannot be fetched, or the config of a model that is trained from scratch."""
+    """Yield weights, or the config of an untrained model, that cannot be downloaded."""
     source = model.pretrained_source() if model.weights == "pretrained" else None
     pattern = "*.safetensors"
     if isinstance(model, Hf) and model.weights == "random":
@@ -76,7 +76,10 @@ def _validate_data(data: Data, *, fetches_here: bool) -> Iterator[ConfigError]:
 
 
 def _validate_hub_data(data: Data) -> Iterator[ConfigError]:
-    """Yield a data set of the hub that cannot be fetched; one whose tokens are cached needs no hub."""
+    """Yield a hub data set that cannot be downloaded.
+
+    One whose tokens are cached needs no hub.
+    """
     if isinstance(data, HfData) and data.is_on_hub and not data.has_cached_tokens:
         yield from validate_dataset_fetch("data.path", data.path)
 
@@ -86,7 +89,7 @@ def _is_of_model(choice: str, model: Model) -> bool:
 
 
 def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: bool) -> Iterator[ConfigError]:
-    """Yield a tokenizer that ranks would load and that is missing, or that cannot be fetched from the hub."""
+    """Yield a tokenizer that ranks would load and that is missing or cannot be downloaded."""
     instead = f"set {tokenizer_alternative(option)}"
     try:
         source = _tokenizer_source(run.model, choice)
@@ -112,7 +115,7 @@ def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: boo
 
 
 def _tokenizer_source(model: Model, choice: str) -> Path | str | None:
-    """Return the folder or the name on the hub of a tokenizer; ``None`` where a rank makes the folder.
+    """Return the folder or hub name of a tokenizer; ``None`` if a rank creates the folder.
 
     Raises:
         ConfigError: the model has no tokenizer.
@@ -136,7 +139,7 @@ def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
 
 
 def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:
-    """Yield a tokenizer of the data that has other tokens than the one ``saved`` was trained with.
+    """Yield a tokenizer of the data that differs from the one of ``saved``.
 
     Only tokenizers in folders on this machine and the BPE of a small text are compared. Ranks compare the others.
     """
@@ -170,13 +173,19 @@ def _small_vocabulary(data: Corpus) -> dict[str, int] | None:
 
 
 def _contradict(one: Mapping[str, int], other: Mapping[str, int]) -> bool:
-    """Return whether two vocabularies differ by more than tokens that Transformers may add to one as it loads it."""
+    """Return whether two vocabularies really differ.
+
+    Tokens that Transformers may add while loading do not count.
+    """
     smaller, larger = sorted((one, other), key=len)
     return any(larger.get(token) != number for token, number in smaller.items())
 
 
 def _validate_lengths(run: Run, run_dir: RunDir, *, can_read_data: bool) -> Iterator[ConfigError]:
-    """Yield texts of the wrong length, as far as this machine has text and tokenizer; ranks count the others."""
+    """Yield texts of the wrong length, if this machine has text and tokenizer.
+
+    Ranks check the others.
+    """
     if isinstance(run.job, BatchedJob) and isinstance(run.data, Corpus) and can_read_data:
         own = None if run.data.trains_tokenizer else _tokenizer_folder(run, run_dir, run.data.tokenizer)
         yield from run.data.validate_length(run.job.sequence_length, tokenizer=own)

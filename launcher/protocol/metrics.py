@@ -23,7 +23,7 @@ _TICK_S = 1e-6
 
 
 class MetricsWriter:
-    """Appends lines that are out of the process as soon as ``record`` returns, so SIGKILL loses none.
+    """Appends lines that have left the process when ``record`` returns: SIGKILL loses none.
 
     Args:
         path: the file; created if need be.

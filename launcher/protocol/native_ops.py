@@ -38,7 +38,10 @@ def ops_folder() -> Path:
 
 
 def _instruction_set() -> str:
-    """Return the processor's flags, because operators are compiled for the machine at hand; empty outside Linux."""
+    """Return the processor's flags; empty outside Linux.
+
+    Operators are compiled for the processor at hand.
+    """
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
@@ -50,7 +53,7 @@ def op_library(name: str) -> Path:
 
 
 def op_lock(name: str) -> Path:
-    """Return the path of the lock that torch holds while it builds an operator, and for a moment while it loads it."""
+    """Return the path of the lock that torch holds while it builds or loads an operator."""
     return ops_folder() / name / "lock"
 
 
@@ -75,14 +78,14 @@ def mark_built(name: str) -> None:
 
 @cache
 def _sources_changed_ns() -> int:
-    """Return the time of DeepSpeed's newest source file, in ns; found without importing DeepSpeed."""
+    """Return the time of DeepSpeed's newest source file, in ns, without importing DeepSpeed."""
     sources = Path(str(distribution("deepspeed").locate_file("deepspeed/ops/csrc")))
     files = (file for file in sources.rglob("*") if file.is_file())
     return max((file.stat().st_mtime_ns for file in files), default=0)
 
 
 def ops_to_build(ops: NativeOps) -> tuple[str, ...]:
-    """Return the arguments of ``python -m launcher.ops`` that make ``ops`` ready; empty when there is nothing to do.
+    """Return the arguments of ``python -m launcher.ops`` for missing operators of ``ops``.
 
     A lock counts as missing: either a build is going on, or a killed one left it and it has to be cleared.
     """
@@ -90,7 +93,7 @@ def ops_to_build(ops: NativeOps) -> tuple[str, ...]:
 
 
 def ops_arguments(ops: NativeOps) -> tuple[str, ...]:
-    """Return the arguments of ``python -m launcher.ops`` that make ``ops`` ready wherever it runs."""
+    """Return the arguments of ``python -m launcher.ops`` for all of ``ops``, on any host."""
     return (*ops.needed, *(name + OPTIONAL_MARK for name in ops.optional))
 
 
@@ -127,7 +130,7 @@ def read_build_outcome(folder: Path, name: str) -> BuildOutcome | None:
 
 
 def path_with_ninja() -> str:
-    """Return PATH with this interpreter's folder, where pip puts ninja even when the environment is not activated."""
+    """Return PATH with this interpreter's folder, where pip installs ninja."""
     path = os.environ.get("PATH", os.defpath)
     if shutil.which("ninja", path=path):
         return path

@@ -186,7 +186,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSummary:
-    """The components of the run in words, for people; empty for those that the job has no use for."""
+    """The components of the run as text; empty for those that the job does not use."""
 
     model: str = ""
     data: str = ""
@@ -263,7 +263,7 @@ def plan_from_json(tree: dict[str, Any]) -> Plan:
 
 
 def host_ram(host: Host, state: StateBytes) -> int:
-    """Return the bytes of model state in one host's RAM: what is offloaded and, without GPUs, the rest too."""
+    """Return the bytes of model state in one host's RAM: offloaded, or all without GPUs."""
     return host.slots * (state.host + (0 if host.devices or not host.is_probed else state.device))
 
 

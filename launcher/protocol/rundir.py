@@ -1,4 +1,4 @@
-"""The run directory: the names of what is in it, and how one is made so that no two runs share it."""
+"""The run directory: the names of its files, and its exclusive creation."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _OWN_ENTRIES = frozenset(
 
 
 def new_run_id(now: float | None = None) -> str:
-    """Return ``YYYYmmdd-HHMMSS-<4 letters>``; the letters keep apart runs started in the same second."""
+    """Return ``YYYYmmdd-HHMMSS-<4 letters>``; the letters distinguish runs of one second."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(now))
     return f"{stamp}-{''.join(secrets.choice(string.ascii_lowercase) for _ in range(4))}"
 
@@ -132,7 +132,7 @@ class RunDir:
 
     @property
     def is_run(self) -> bool:
-        """Whether a run has written its snapshot here; a file of that name with other content is not one."""
+        """Whether the folder holds the snapshot of a run, not another file of that name."""
         try:
             text = read_regular(self.snapshot).decode()
         except (OSError, ValueError):
@@ -140,7 +140,7 @@ class RunDir:
         return _SNAPSHOT_GROUPS.issubset(_TOP_LEVEL_KEY.findall(text))
 
     def unexpected_files(self) -> list[str]:
-        """Return the names of what is here and was not put here by a run; empty for a new directory or a run's own."""
+        """Return the names of files that no run has written; empty for a new directory."""
         if not self.path.is_dir() or self.is_run:
             return []
         names = sorted(entry.name for entry in self.path.iterdir())
@@ -148,7 +148,7 @@ class RunDir:
         return [] if is_early else names
 
     def reserves(self, path: Path) -> bool:
-        """Return whether ``path`` is this directory, a folder around it, or something inside that a run writes."""
+        """Return whether ``path`` is this directory, above it, or something a run writes in it."""
         own, other = self.path.absolute().resolve(), path.absolute().resolve()
         if own.is_relative_to(other):
             return True

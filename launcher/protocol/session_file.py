@@ -86,7 +86,9 @@ class SessionRecord:
 
     @property
     def invalid_job_names(self) -> tuple[str, ...]:
-        """Keys of ``job`` that are missing or no name that the scheduler gives: they could be options of its commands.
+        """Keys of ``job`` that are missing or not valid names of a scheduler's job.
+
+        An invalid name could be an option of the scheduler's commands.
 
         Another user may have written them.
         """

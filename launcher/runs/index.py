@@ -190,7 +190,10 @@ def _is_run(folder: Path) -> bool:
 
 
 def _begins(full: str, word: str) -> bool:
-    """Return whether a run is meant by ``word``: its name, or how its id begins; ``gpt2`` is not ``gpt2_tiny``."""
+    """Return whether ``word`` names a run: its name, or how its id begins.
+
+    ``gpt2`` does not name a run of ``gpt2_tiny``.
+    """
     return full.startswith(word if "/" in word else f"{word}/") or _without_name(full).startswith(word)
 
 

@@ -1,4 +1,4 @@
-"""`python -m launcher.trackers.sidecar RUN_DIR`: send metrics.jsonl to W&B, beside the ranks.
+"""``python -m launcher.trackers.sidecar RUN_DIR``: send metrics.jsonl to W&B.
 
 A separate process, started by the agent of rank 0's host: whatever W&B does, training neither waits nor fails, and
 whichever rank dies, the metrics it wrote are sent. It costs nothing until the first metrics arrive, then runs at low
@@ -33,7 +33,7 @@ _FAILED = 1
 
 
 class RunEndListener(threading.Thread):
-    """Waits on stdin for one line, ``{"exit_code": N}``; its end without one means that the starter is gone.
+    """Waits on stdin for ``{"exit_code": N}``; its end without one means the starter is gone.
 
     Either way this process ends within a time limit from then on, even when its main thread hangs in a library.
 
@@ -145,7 +145,10 @@ def main(folder: Path) -> None:
 
 
 def use_scratch_folder(environ: MutableMapping[str, str]) -> None:
-    """Have W&B put its temporary files into the agent's folder, which is removed even after SIGKILL of everything."""
+    """Have W&B use the agent's folder for temporary files.
+
+    It is removed even after SIGKILL of everything.
+    """
     scratch = environ.get("LAUNCHER_AGENT_SCRATCH")
     if scratch is not None and len(scratch) <= _MAX_SCRATCH_LENGTH:
         environ["TMPDIR"] = tempfile.tempdir = scratch
@@ -178,7 +181,7 @@ def follow(run_dir: RunDir, run: Run, plan: Plan, orders: RunEndListener) -> Non
 
 
 def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
-    """Return the W&B run, and whether it is online: without an answer from the server it is kept offline."""
+    """Return the W&B run, and whether it is online; offline if the server does not answer."""
     run_dir.tracker.mkdir(exist_ok=True)
     import wandb
 

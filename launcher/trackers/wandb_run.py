@@ -84,7 +84,7 @@ class WandbRun:
 
 
 def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
-    """Yield what a benchmark found, as W&B shows it: a table of cases, one of findings, its picture.
+    """Yield W&B's view of a benchmark: tables of cases and findings, and a picture.
 
     One that did not get to its end has none.
     """
@@ -104,7 +104,7 @@ def benchmark_media(run_dir: RunDir) -> Iterator[tuple[str, Any]]:
 
 
 def unreachable(environ: Mapping[str, str], home: Path) -> str | None:
-    """Return why the W&B server cannot be reached, or ``None`` when it can or a proxy stands in between."""
+    """Return why the W&B server cannot be reached; ``None`` if it can, or behind a proxy."""
     server = urlsplit(find_wandb_credentials(environ, home).server)
     if any(environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
         return None
@@ -117,7 +117,7 @@ def unreachable(environ: Mapping[str, str], home: Path) -> str | None:
 
 
 def _settings() -> wandb.Settings:
-    """Return settings under which W&B records what we give it and nothing about how this process was started."""
+    """Return settings with which W&B records only what it is given, not the process itself."""
     return wandb.Settings(
         console="off",
         silent=True,
@@ -158,7 +158,7 @@ class Revision:
 
 
 def find_revision(*folders: Path) -> Revision | None:
-    """Return the revision of the first of ``folders`` that lies in a git repository, if git is there and answers."""
+    """Return the git revision of the first of ``folders`` in a repository, if git answers."""
     for folder in folders:
         commit = _git(folder, "rev-parse", "HEAD")
         if commit:
@@ -168,7 +168,7 @@ def find_revision(*folders: Path) -> Revision | None:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """Return what git prints, or ``None`` when it fails. It takes no locks that others would wait for."""
+    """Return git's output, or ``None`` if it fails; it takes no locks."""
     env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
     command = ["git", "-C", str(folder), *arguments]
     try:

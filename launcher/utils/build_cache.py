@@ -1,4 +1,4 @@
-"""Folders that are built once per machine, however many processes ask for them at the same time."""
+"""Folders that are built once per machine, even if many processes need them at once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _POLL_S = 0.05
 
 
 def default_cache_folder(*parts: str) -> Path:
-    """Return a folder below ``$XDG_CACHE_HOME/launcher`` (``~/.cache/launcher``), not created yet."""
+    """Return the launcher's cache folder, which may not exist yet.
+
+    It is ``$XDG_CACHE_HOME/launcher``, or ``~/.cache/launcher``.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or home_folder() / ".cache"
     return Path(root, "launcher", *parts)
 
@@ -98,7 +101,10 @@ def _build(folder: Path, build: Callable[[Path], None], option: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Put every file on the disk: a power cut after the rename would leave empty ones behind a finished name."""
+    """Write every file to the disk.
+
+    A power cut after the rename would otherwise leave empty files behind a complete name.
+    """
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             descriptor = os.open(path, os.O_RDONLY)
@@ -109,7 +115,9 @@ def _flush(folder: Path) -> None:
 
 
 def quote_torch_library_path() -> None:
-    """Let torch link what it compiles where its own path holds a space: it writes ``-L`` of that path without quotes.
+    """Let torch link its extensions although its own path holds a space.
+
+    It writes ``-L`` of that path without quotes.
 
     Every process calls this before it compiles or loads: with another command ninja would link again.
     """

@@ -1,4 +1,4 @@
-"""Files: atomic writes, reads of files that another user may have written, and staged changes.
+"""Files: atomic writes, safe reads of other users' files, and staged changes.
 
 A crash during a write leaves the old content or the new, never half of it. Files of a run directory are read only where
 they are regular files of a bounded size.
@@ -33,7 +33,7 @@ DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """Yield a new file that replaces ``path`` when the block ends, and is removed when the block fails.
+    """Yield a new file that replaces ``path`` at the end of the block, unless the block fails.
 
     Raises:
         OSError: the disk is full, or the folder cannot be written; ``path`` is as it was.
@@ -139,7 +139,9 @@ def read_regular(path: Path, *, inside: Path | None = None, limit: int = MAX_BYT
 
 
 def read_named(path: Path, *, limit: int = MAX_BYTES) -> bytes:
-    """Return the content of a file that a user named: links are followed, FIFOs and devices are not waited for.
+    """Return the content of a file named by the user.
+
+    Links are followed; FIFOs and devices are not waited for.
 
     Args:
         path: the file.
@@ -202,7 +204,7 @@ def _open_below(descriptor: int, name: str, path: Path, flags: int) -> int:
 
 
 class StagedFiles:
-    """Files and folders that this process adds to a run directory, to be taken back where nothing is started.
+    """Files and folders that are added to a run directory, and removed if nothing is started.
 
     ``undo`` removes only what was added through this object and was not there before, and restores what was.
     """
@@ -277,6 +279,6 @@ def is_folder(path: Path) -> bool:
 
 
 def home_folder() -> Path:
-    """Return the home folder of this user; ``/`` where the system knows none, as containers set it."""
+    """Return this user's home folder; ``/`` if the system knows none, as in some containers."""
     home = os.path.expanduser("~")  # noqa: PTH111 (Path.home raises where there is none)
     return Path("/" if home == "~" else home)

@@ -31,7 +31,7 @@ class Gpu:
 
 
 def list_gpus(driver: Path = Path("/proc/driver/nvidia/gpus")) -> list[Gpu]:
-    """Return the machine's GPUs; none when neither ``nvidia-smi`` nor the driver's folder in ``/proc`` knows any.
+    """Return the machine's GPUs; none without ``nvidia-smi`` and the driver in ``/proc``.
 
     ``nvidia-smi`` comes first because only it reports the size of memory.
     """
@@ -85,7 +85,7 @@ def visible_gpus(gpus: Sequence[Gpu], setting: str | None) -> list[tuple[str, Gp
 
 
 def memory_limit(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Return the bytes of RAM this process may use: the machine's, or its control group's where that is less."""
+    """Return the bytes of RAM for this process: the machine's, or less by its control group."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in (groups / "memory.max", groups / "memory" / "memory.limit_in_bytes"):
         if file.is_file():
@@ -108,7 +108,10 @@ _DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def describe_environment() -> dict[str, str]:
-    """Return machine and versions in words; nothing heavy is imported, and no value of a variable is among them."""
+    """Return machine and versions as text, without values of variables.
+
+    Nothing heavy is imported.
+    """
     packages = {name: found for name in _PACKAGES if (found := _version(name)) is not None}
     driver = {"NVIDIA driver": _DRIVER.read_text(encoding="utf-8").splitlines()[0]} if _DRIVER.is_file() else {}
     return {

@@ -11,7 +11,7 @@ _MMAP_THRESHOLD = -3
 
 
 def trim_heap() -> None:
-    """Give memory that was freed back to the system, so that it does not count while more is asked for.
+    """Return freed memory to the system, so that it is not counted as used.
 
     glibc keeps freed blocks of up to 32 MiB, which the layers of a model are made of, for later use. Where the C
     library has no such call, nothing is done.
@@ -20,7 +20,7 @@ def trim_heap() -> None:
 
 
 def mmap_large_allocations() -> None:
-    """Have tensors of 1 MiB and more go back to the system as soon as they are freed, from now on.
+    """From now on, return tensors of 1 MiB and more to the system when they are freed.
 
     glibc raises that limit by itself as large blocks are freed, and from then on keeps them: fixed, a high-water mark
     follows the tensors that live. Where the C library has no such call, nothing is done.

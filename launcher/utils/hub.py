@@ -22,7 +22,10 @@ _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second cop
 
 
 def cached_folder(name: str) -> Path | None:
-    """Return the folder of a hub model in the local cache, ``None`` when it was never fetched. Stdlib only."""
+    """Return the folder of a hub model in the local cache; ``None`` if it was never downloaded.
+
+    Standard library only.
+    """
     root = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or _home() / "hub"))  # noqa: PTH111
     repository = root / f"models--{name.replace('/', '--')}"
     try:
@@ -39,7 +42,7 @@ def _home() -> Path:
 
 
 def validate_hub_fetch(option: str, value: str, *, name: str, pattern: str, instead: str) -> Iterator[ConfigError]:
-    """Yield why a rank on this machine could not fetch a model: it is not in the cache and the hub cannot be reached.
+    """Yield why a rank on this machine could not download a model that is not cached.
 
     Args:
         option: the option that asks for it.
@@ -61,7 +64,7 @@ def validate_hub_fetch(option: str, value: str, *, name: str, pattern: str, inst
 def validate_hub_name(
     option: str, value: str, *, holds: str, is_such: Callable[[Path], bool], instead: str, takes_names: bool = True
 ) -> ConfigError | None:
-    """Return why a value that is no folder on this machine cannot be used; ``None`` where the hub may have that name.
+    """Return why a value that is not a local folder cannot be a hub name; ``None`` if it can.
 
     Args:
         option: the option that takes a folder or a name.
@@ -86,7 +89,7 @@ def validate_hub_name(
 
 
 def validate_dataset_fetch(option: str, name: str) -> Iterator[ConfigError]:
-    """Yield why a rank on this machine could not load a data set: it was never loaded, and the hub cannot be reached.
+    """Yield why a rank on this machine could not load a data set that is not cached.
 
     Args:
         option: the option that asks for it.
@@ -104,7 +107,7 @@ def validate_dataset_fetch(option: str, name: str) -> Iterator[ConfigError]:
 
 
 def _has_cached_dataset(name: str) -> bool:
-    """Return whether ``datasets`` has prepared a data set of the hub, which it then loads without a network."""
+    """Return whether ``datasets`` has prepared a hub data set, which then needs no network."""
     root = Path(os.environ.get("HF_DATASETS_CACHE") or _home() / "datasets").expanduser()
     *namespace, last = name.split("/")
     snake = re.sub(r"([a-z\d])([A-Z])", r"\1_\2", re.sub(r"([A-Z]+)([A-Z][a-z])", r"\1_\2", last)).lower()
@@ -116,7 +119,9 @@ def _has_cached_dataset(name: str) -> bool:
 
 @functools.cache
 def _unreachable(*more: str) -> str | None:
-    """Return why the hub cannot be asked from this machine, ``None`` if it can, or if only a proxy could say.
+    """Return why the hub cannot be reached from here.
+
+    ``None`` if it can, or if a proxy stands in between.
 
     Args:
         more: variables, besides those of models, that forbid it.
@@ -138,7 +143,9 @@ def _unreachable(*more: str) -> str | None:
 
 
 def fetch_model(name: str, *, with_weights: bool, option: str, instead: str) -> Path:
-    """Return the local folder of a hub model, after fetching what is missing of config, tokenizer and safetensors.
+    """Return the local folder of a hub model, after downloading its missing files.
+
+    These are config, tokenizer and safetensors.
 
     Several processes may call this at once; the hub's own locks let one fetch each file.
 

@@ -1,4 +1,4 @@
-"""Plain trees of dicts and scalars to frozen dataclasses and back, reporting every mistake at once."""
+"""Conversion of plain trees to frozen dataclasses and back, reporting every error at once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def defaults(cls: type) -> dict[str, Any]:
 
 
 def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: ReportError) -> T | None:
-    """Build ``cls`` from ``tree``, reporting every unknown key, missing value, wrong type and refused value.
+    """Return ``cls`` built from ``tree``; every error is reported.
+
+    Errors are unknown keys, missing values, wrong types and rejected values.
 
     Args:
         cls: a frozen dataclass.
@@ -143,7 +145,7 @@ def _convert_scalar(wanted: Any, value: Any, *, path: str, report: ReportError) 
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number; text counts when it spells one, because YAML reads ``1e-4`` as text."""
+    """Return a finite number; text counts if it spells one, as YAML reads ``1e-4`` as text."""
     if not isinstance(value, int | float | str) or _is_infinite(value):
         return None
     if isinstance(value, int):
@@ -167,13 +169,13 @@ def _convert_union(wanted: Any, arguments: tuple[Any, ...], value: Any, *, path:
 
 
 def _is_too_large(value: Any) -> bool:
-    """Return whether this is a whole number that does not fit into 64 bits, which tensors and files give it."""
+    """Return whether a whole number does not fit into 64 bits, the size in tensors and files."""
     number = value if isinstance(value, int) else _number(value)
     return number is not None and not -(2**63) <= number < 2**63
 
 
 def _is_infinite(value: Any) -> bool:
-    """Return whether this is, or spells, a number that is not finite, or one beyond what a float holds."""
+    """Return whether this is, or spells, a number that is not finite or overflows a float."""
     try:
         return isinstance(value, int | float | str) and not math.isfinite(float(value))
     except OverflowError:  # of an int

@@ -1,4 +1,4 @@
-"""This machine and this program on it: free ports, open files, full disks, the folder of the code."""
+"""This machine and this program: free ports, open files, full disks, the code's folder."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def is_loopback(host: str) -> bool:
 
 @contextlib.contextmanager
 def raise_open_file_limit(num_files: int) -> Iterator[None]:
-    """Let this process open that many files beside those it has open, where the system allows it."""
+    """Let this process open this many more files, if the system allows it."""
     import psutil  # here: the command line must start quickly, and most commands need none of it
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -86,7 +86,7 @@ _NAMED = "the disk of "
 
 
 def describe_full_disk(folder: Path) -> str | None:
-    """Return which disk is full, in words, where that of ``folder`` is; ``None`` where it has room."""
+    """Return a description of the full disk of ``folder``; ``None`` if it has room."""
     try:
         there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
         disk = os.statvfs(there)
@@ -109,7 +109,7 @@ def is_disk_full_error(error: BaseException) -> bool:
 
 
 def disk_full_message(error: BaseException, folders: Mapping[str, Path]) -> str | None:
-    """Return a message that names the full disk that ``error`` came of; ``None`` where it came of something else.
+    """Return a message naming the full disk that caused ``error``; ``None`` for other causes.
 
     Args:
         error: what a write raised.

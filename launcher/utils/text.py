@@ -1,4 +1,4 @@
-"""Text for people: units, tables, the nearest valid name, and text that is safe on a terminal.
+"""Text for people: units, tables, nearest valid names, and text safe for a terminal.
 
 What a rank or a file says may hold escape sequences: ``printable`` and ``one_line`` remove them.
 """
@@ -27,7 +27,7 @@ def bytes_text(count: float) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """Return a time in the units a person would use (``42 s``, ``3 min``, ``2 h 05 min``, ``4 d 3 h``)."""
+    """Return a time in readable units (``42 s``, ``3 min``, ``2 h 05 min``, ``4 d 3 h``)."""
     whole = max(0, round(seconds))
     if whole < 100:
         return f"{whole} s"
@@ -43,7 +43,10 @@ def short_path(path: Path) -> str:
 
 
 def shell_word(text: str) -> str:
-    """Return text as one word to paste into a shell, on one line; with control characters in ``$'…'`` (bash, zsh)."""
+    """Return text as one shell word on one line.
+
+    Control characters are written as ``$'…'`` (bash, zsh).
+    """
     if not _CONTROLS.search(text):
         return shlex.quote(text)
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
@@ -65,7 +68,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """Return a phrase that ends an error: the closest choices, or all of them when none is close."""
+    """Return a phrase that ends an error: the closest choices, or all if none is close."""
     names = sorted(set(choices))
     close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if close:
@@ -96,7 +99,9 @@ _WITHOUT_TERMINAL = 100
 
 
 def printable(text: str) -> str:
-    """Return ``text`` without control characters and escape sequences; line ends, tabs and colours stay.
+    """Return ``text`` without control characters and escape sequences.
+
+    Line ends, tabs and colours are kept.
 
     A line whose colour is not reset is reset at its end, so that it does not colour what follows.
     """
@@ -111,7 +116,10 @@ def one_line(text: str) -> str:
 
 
 def without_escapes(text: str) -> str:
-    """Return ``text`` without control characters and escape sequences, colours included; line ends and tabs stay."""
+    """Return ``text`` without control characters, escape sequences and colours.
+
+    Line ends and tabs are kept.
+    """
     return _SURROGATES.sub("\ufffd", _SEQUENCES.sub("", text))
 
 
@@ -168,7 +176,7 @@ def format_table(
 
 
 def _narrowed(widths: list[int], *, room: int) -> list[int]:
-    """Return widths that fit into ``room`` together, the widest ones made narrower, none below what is legible."""
+    """Return widths that fit into ``room``, the widest narrowed first, none below a minimum."""
     widths = list(widths)
     while sum(widths) > room and max(widths, default=0) > _MIN_WIDTH:
         widest = max(widths)
@@ -177,7 +185,7 @@ def _narrowed(widths: list[int], *, room: int) -> list[int]:
 
 
 def _wrapped(cell: str, size: int | None, *, breaks: bool = True) -> list[str]:
-    """Return the lines of a cell; ``breaks`` says whether a word that is longer than its column is broken."""
+    """Return the lines of a cell; ``breaks`` allows breaking a word wider than the column."""
     if size is None or len(cell) <= size:
         return [cell]
     return textwrap.wrap(cell, size, break_long_words=breaks, break_on_hyphens=False) or [""]

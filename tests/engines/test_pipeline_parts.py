@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import random
 
@@ -76,6 +77,29 @@ def test_chunks_one_after_the_other_are_the_model_to_the_bit() -> None:
         assert torch.equal(
             ends(inputs_embeds=hidden, use_cache=False).logits, whole.eval()(input_ids=ids, use_cache=False).logits
         )
+
+
+@pytest.mark.parametrize("family", ["gpt_neox", "gptj", "phi"])
+def test_chunks_of_families_with_a_dropout_before_their_blocks(family: str) -> None:
+    from launcher.config.model.transformers_support import parallel_plans
+    from launcher.engines.pipeline.partition import check_passthrough, keep_chunk, set_chunk_config
+    from tests.models.test_from_pretrained import TOKENS, config_of, random_model
+
+    whole = random_model(config_of(family, tie_word_embeddings=False))
+    chunks = []
+    for number in range(2):
+        part = copy.deepcopy(whole)
+        keep_chunk(part, range(number, number + 1), first=number == 0, last=number == 1)
+        set_chunk_config(part, range(number, number + 1))
+        chunks.append(part.eval())
+    check_passthrough(chunks[1])
+    with torch.no_grad():
+        hidden = chunks[0].base_model(input_ids=TOKENS, use_cache=False).last_hidden_state
+        found = chunks[1](inputs_embeds=hidden, use_cache=False).logits
+        assert torch.equal(found, whole(input_ids=TOKENS, use_cache=False).logits)
+    plans = parallel_plans(family)
+    assert plans is not None
+    assert plans.has_stages
 
 
 def test_a_family_that_scales_what_enters_its_first_block_is_refused() -> None:

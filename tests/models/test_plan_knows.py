@@ -16,7 +16,13 @@ from launcher.config.data.base import STREAM_LAYOUT, Corpus
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.job.verify import SelectedStrategies, Verify, select_strategies
 from launcher.config.model.hf import Hf
-from launcher.config.model.transformers_support import attention_support, causal_lm_types, parallel_plans, rope_types
+from launcher.config.model.transformers_support import (
+    attention_support,
+    causal_lm_types,
+    parallel_plans,
+    rope_types,
+    stage_names,
+)
 from launcher.config.parallel.data_parallel import TENSOR_STYLES
 from launcher.engines.tensor_parallel import _STYLES
 from launcher.errors import ConfigErrors
@@ -488,7 +494,8 @@ def test_the_installed_transformers_is_read_without_importing_it() -> None:
         plans = parallel_plans(family)
         assert plans is not None
         assert plans.tensor_styles == frozenset((config.base_model_tp_plan or {}).values())
-        assert plans.has_stages == bool(config.base_model_pp_plan)
+        assert plans.has_stages == (stage_names(config.base_model_pp_plan or {}) is not None)
+    assert stage_names({"layers": ([], ["hidden_states"]), "norm": ([], ["hidden_states"])}) is None
     assert parallel_plans("no_such_family") is None
     assert set(_STYLES) == TENSOR_STYLES
 

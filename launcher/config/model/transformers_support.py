@@ -8,9 +8,10 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 _ROOTS = frozenset({"PreTrainedModel", "GenerationMixin"})
 """Classes without marks that those of families inherit from."""
@@ -24,7 +25,7 @@ class ParallelPlans:
     tensor_styles: frozenset[str]
     """Ways in which matrices are sliced; empty where there is no plan."""
     has_stages: bool
-    """Whether there is a plan for pipeline stages."""
+    """Whether there is a plan for pipeline stages of a form that is carried out here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,8 +110,31 @@ def parallel_plans(model_type: str) -> ParallelPlans | None:
                 return None  # it may inherit a plan
             tensor = values.get("base_model_tp_plan")
             plan: Mapping[str, str] = ast.literal_eval(tensor) if isinstance(tensor, ast.Dict) else {}
-            return ParallelPlans(tensor_styles=frozenset(plan.values()), has_stages="base_model_pp_plan" in values)
+            stages = values.get("base_model_pp_plan")
+            has_stages = isinstance(stages, ast.Dict) and stage_names(ast.literal_eval(stages)) is not None
+            return ParallelPlans(tensor_styles=frozenset(plan.values()), has_stages=has_stages)
     return None
+
+
+class StageNames(NamedTuple):
+    """Names of a base model's children, in the order in which a pipeline runs them."""
+
+    embedding: str
+    dropout: str | None
+    blocks: str
+    norm: str
+
+
+def stage_names(plan: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> StageNames | None:
+    """Return the parts of a pipeline plan (``base_model_pp_plan``): embedding, perhaps a dropout, blocks, norm.
+
+    ``None`` where its parts are others.
+    """
+    names, outputs = list(plan), [list(output) for _, output in plan.values()]
+    dropout = names.pop(1) if len(names) == 4 and outputs.pop(1) else None
+    if outputs != [["inputs_embeds"], ["hidden_states"], ["hidden_states"]]:
+        return None
+    return StageNames(names[0], dropout, names[1], names[2])
 
 
 def _configuration_files(model_type: str) -> list[Path]:

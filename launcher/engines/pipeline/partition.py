@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from launcher.config.model.config_json import stateful_layers
+from launcher.config.model.transformers_support import stage_names
 from launcher.config.parallel.pipeline import Pipeline, partition_layers
 from launcher.config.supported_models import stateful_model_error
 from launcher.engines.distributed import DTYPES
@@ -151,8 +152,6 @@ class ChildNames:
 
 _FAMILIES_WITHOUT_PLAN = {"gpt2": ChildNames(embedding="wte", blocks="h", norm="ln_f", positions="wpe", dropout="drop")}
 """Families that Transformers has no pipeline plan for."""
-_PLAN = (["inputs_embeds"], ["hidden_states"], ["hidden_states"])
-"""What the three parts of a plan return, in order."""
 
 
 def child_names_of(model: PreTrainedModel) -> ChildNames:
@@ -165,12 +164,15 @@ def child_names_of(model: PreTrainedModel) -> ChildNames:
     if family in _FAMILIES_WITHOUT_PLAN:
         return _FAMILIES_WITHOUT_PLAN[family]
     plan = getattr(model.config, "base_model_pp_plan", None) or {}
-    names = list(plan)
-    shaped = tuple(list(outputs) for _, outputs in plan.values()) == _PLAN
-    if not shaped or not isinstance(getattr(model.base_model, names[1], None), nn.ModuleList):
-        why = f"Transformers' pipeline plan for {family} is {names or 'missing'}, not embedding, blocks, norm"
+    names, base = stage_names(plan), model.base_model
+    is_blocks = names is not None and isinstance(getattr(base, names.blocks, None), nn.ModuleList)
+    is_dropout = names is not None and (
+        names.dropout is None or isinstance(getattr(base, names.dropout), nn.Dropout | nn.Identity)
+    )
+    if names is None or not is_blocks or not is_dropout:
+        why = f"Transformers' pipeline plan for {family} is {list(plan) or 'missing'}, not embedding, blocks, norm"
         raise _error(why)
-    return ChildNames(embedding=names[0], blocks=names[1], norm=names[2])
+    return ChildNames(embedding=names.embedding, blocks=names.blocks, norm=names.norm, dropout=names.dropout)
 
 
 def keep_chunk(model: PreTrainedModel, keep: range, *, first: bool, last: bool) -> None:

@@ -29,7 +29,18 @@ def init_unit_weights(model: PreTrainedModel, name: str, unit: nn.Module, *, see
     digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(int.from_bytes(digest, "little"))
-        _draw(unit, model)
+        _draw(unit, _owner_of(model, name))
+
+
+def _owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Return the innermost model around a part: Transformers asks that one, whose class may draw in its own way."""
+    from transformers import PreTrainedModel
+
+    owner, module = model, model
+    for key in name.split(".") if name else ():
+        module = getattr(module, key)
+        owner = module if isinstance(module, PreTrainedModel) else owner
+    return owner
 
 
 def _draw(module: nn.Module, owner: PreTrainedModel) -> None:

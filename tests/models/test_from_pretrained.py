@@ -94,6 +94,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": LATENT,
     "glm4_moe": {**HEADS, **{name: LATENT[name] for name in ROUTING}},
     "diffllama": LLAMA,
+    "gemma3n_text": {
+        **HEADS,
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 67,
+        "laurel_rank": 4,
+        "activation_sparsity_pattern": [0.0] * 4,
+        "sliding_window": 16,
+    },
     "xlnet": {"n_layer": 2, "d_model": 32, "n_head": 2, "d_inner": 48, "vocab_size": 67},
     "mamba2": {
         "num_hidden_layers": 2,
@@ -210,7 +221,7 @@ def test_files_without_the_prefix_in_half_precision_and_with_leftovers(
     if any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers()):
         old = {f"{prefix}layers.{n}.self_attn.rotary_emb.inv_freq": torch.ones(8) for n in range(2)}
         compare(rewritten(folder, tmp_path, lambda tensors: tensors | old))
-    with pytest.raises(ConfigError, match="has besides stowaway"):
+    with pytest.raises(ConfigError, match="also has stowaway"):
         built(rewritten(folder, tmp_path, lambda tensors: tensors | {"stowaway": torch.ones(2)}), torch.float32)
 
 

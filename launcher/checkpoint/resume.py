@@ -21,16 +21,16 @@ from launcher.utils.schema import to_tree
 from launcher.utils.text import shell_word
 
 BEST = "best"
-_SELECTED = re.compile(r"(?P<of>.+)@(?P<which>best|step_(?P<step>\d+))", re.DOTALL)
+_SELECTED = re.compile(r"(?P<source>.+)@(?P<selector>best|step_(?P<step>\d+))", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointReference:
-    """A checkpoint as a user names one: ``OF``, ``OF@best`` or ``OF@step_00000010``."""
+    """A checkpoint as a user names one: ``SOURCE``, ``SOURCE@best`` or ``SOURCE@step_00000010``."""
 
-    of: str
+    source: str
     """A run id, a run folder, the folder of its checkpoints, or a checkpoint."""
-    which: str | None = None
+    selector: str | None = None
     """``best``, ``step_<n>``, or ``None`` for the newest."""
     step: int | None = None
 
@@ -38,9 +38,11 @@ class CheckpointReference:
 def parse_reference(word: str) -> CheckpointReference:
     """Return what ``word`` names; a folder whose own name ends in ``@best`` names that folder."""
     found = _SELECTED.fullmatch(word)
-    if found is None or (Path(word).expanduser().exists() and not Path(found["of"]).expanduser().exists()):
-        return CheckpointReference(of=word)
-    return CheckpointReference(of=found["of"], which=found["which"], step=int(found["step"]) if found["step"] else None)
+    if found is None or (Path(word).expanduser().exists() and not Path(found["source"]).expanduser().exists()):
+        return CheckpointReference(source=word)
+    return CheckpointReference(
+        source=found["source"], selector=found["selector"], step=int(found["step"]) if found["step"] else None
+    )
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -164,7 +164,7 @@ def _resumed(run: Run) -> Path:
     folder = _run_or_checkpoint(word, run, option=RESUME)
     if folder is None:
         return Path(word).expanduser()  # validate_machine reports it
-    if reference.which is None:
+    if reference.selector is None:
         return folder
     return next(_selected(folder, reference, word, option=RESUME)).folder
 
@@ -176,30 +176,30 @@ def _run_or_checkpoint(word: str, run: Run, *, option: str) -> Path | None:
         ConfigError: it is no folder, and no run, or more than one, begins like it.
     """
     reference = parse_reference(word)
-    folder = Path(reference.of).expanduser()
+    folder = Path(reference.source).expanduser()
     if not run.backend.shares_paths:
-        if folder.is_absolute() and reference.which is None:
+        if folder.is_absolute() and reference.selector is None:
             return None
         why = f"backend={run.backend.kind} runs where this machine's runs are not visible"
         where = "the folder step_…/model" if option == WEIGHTS else "the folder of a checkpoint"
         raise ConfigError(option, word, why=why, fix=f"give {where} as its ranks see it, beginning with /")
     if not _exists(folder):
-        if reference.of.startswith(("/", "./", "../", "~")):
+        if reference.source.startswith(("/", "./", "../", "~")):
             return None
         try:
-            return find_run(reference.of, Path(run.run.root)).path.absolute()
+            return find_run(reference.source, Path(run.run.root)).path.absolute()
         except ConfigError as error:
             why = error.why.replace("is not a run directory", "is no folder")
-            fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.of else error.fix
+            fix = f"write RUN@{BEST} or RUN@step_00000010" if "@" in reference.source else error.fix
             raise ConfigError(option, word, why=why, fix=fix) from error
     folder = folder.absolute()
     if option == WEIGHTS and folder.name == PAYLOAD and is_checkpoint(folder.parent):
         return folder.parent
     if _holds_checkpoints(folder):
         return folder
-    if reference.which is not None:
-        fix = f"leave @{reference.which} out, or name a run"
-        raise ConfigError(option, word, why=f"{reference.of} is neither a run nor a checkpoint", fix=fix)
+    if reference.selector is not None:
+        fix = f"leave @{reference.selector} out, or name a run"
+        raise ConfigError(option, word, why=f"{reference.source} is neither a run nor a checkpoint", fix=fix)
     return None
 
 
@@ -228,9 +228,9 @@ def _holds_checkpoints(folder: Path) -> bool:
 
 def _selected(folder: Path, reference: CheckpointReference, word: str, *, option: str) -> Iterator[SavedCheckpoint]:
     """Yield the checkpoints in ``folder`` that ``reference`` allows, the preferred one first."""
-    if is_checkpoint(folder) and reference.which is not None:
-        why = f"{reference.of} is one checkpoint already"
-        raise ConfigError(option, word, why=why, fix=f"leave @{reference.which} out, or name its run")
+    if is_checkpoint(folder) and reference.selector is not None:
+        why = f"{reference.source} is one checkpoint already"
+        raise ConfigError(option, word, why=why, fix=f"leave @{reference.selector} out, or name its run")
     try:
         saved = list(find_checkpoints(folder, say=_warn, option=option))
     except ConfigError as error:
@@ -243,10 +243,10 @@ def _selected(folder: Path, reference: CheckpointReference, word: str, *, option
                 option, word, why=f"has no complete checkpoint of step {reference.step}", fix=f"it has {steps}"
             )
         return iter(chosen)
-    if reference.which == BEST:
+    if reference.selector == BEST:
         rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
         if not rated:
-            why = f"no checkpoint of {reference.of} has a held-out loss: none was measured at the step of a checkpoint"
+            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at the step of a checkpoint"
             fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
             raise ConfigError(option, word, why=why, fix=fix)
         return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))
@@ -258,8 +258,8 @@ def _weights_in(folder: Path, run: Run) -> Path:
     word, reference = run.model.weights, parse_reference(run.model.weights)
     quantized = RunDir(folder).path / PAYLOAD
     if not RunDir(folder).checkpoints.is_dir() and (quantized / "config.json").is_file() and not is_checkpoint(folder):
-        if reference.which is not None:
-            why, fix = f"{reference.of} holds one model and no checkpoints", f"leave @{reference.which} out"
+        if reference.selector is not None:
+            why, fix = f"{reference.source} holds one model and no checkpoints", f"leave @{reference.selector} out"
             raise ConfigError(WEIGHTS, word, why=why, fix=fix)
         return quantized  # written by job=quantize
     damaged: list[str] = []

@@ -80,7 +80,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("word", "of", "which", "step"),
+    ("word", "source", "selector", "step"),
     [
         ("runs/x/1", "runs/x/1", None, None),
         ("20260101-120000-abcd@best", "20260101-120000-abcd", "best", None),
@@ -91,8 +91,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tmp_path: P
         ("@best", "@best", None, None),
     ],
 )
-def test_a_reference_is_read(word: str, of: str, which: str | None, step: int | None) -> None:
-    assert parse_reference(word) == CheckpointReference(of=of, which=which, step=step)
+def test_a_reference_is_read(word: str, source: str, selector: str | None, step: int | None) -> None:
+    assert parse_reference(word) == CheckpointReference(source=source, selector=selector, step=step)
 
 
 def test_a_folder_whose_name_ends_like_a_reference_is_that_folder(
@@ -100,7 +100,7 @@ def test_a_folder_whose_name_ends_like_a_reference_is_that_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x@best").mkdir()
-    assert parse_reference("x@best") == CheckpointReference(of="x@best")
+    assert parse_reference("x@best") == CheckpointReference(source="x@best")
 
 
 def test_a_learning_rate_that_jumps_is_said(save: Save) -> None:

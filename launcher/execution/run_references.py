@@ -246,7 +246,7 @@ def _selected(folder: Path, reference: CheckpointReference, word: str, *, option
     if reference.selector == BEST:
         rated = [entry for entry in saved if entry.manifest.eval_loss is not None]
         if not rated:
-            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at the step of a checkpoint"
+            why = f"no checkpoint of {reference.source} has a held-out loss: none was measured at its step"
             fix = f"leave @{BEST} out for the newest, or train with job.eval_every equal to checkpoint.every"
             raise ConfigError(option, word, why=why, fix=fix)
         return iter(sorted(rated, key=lambda entry: entry.manifest.eval_loss or 0.0))

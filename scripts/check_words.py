@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 WORDS = {
-    "anew": "again, or: restart, rewrite, start over",
     "anybody": "name the client, user or process",
     "crew": "agent group",
     "everybody": "name the clients, users or processes",

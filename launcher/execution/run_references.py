@@ -126,11 +126,11 @@ def _check_tokens(run: Run) -> None:
         return
     trained_on = _data_kind_of(saved)
     if trained_on not in (None, Synthetic.kind) and not isinstance(run.data, Corpus):
-        why = f"{saved.folder} was trained on text, and its weights know the token numbers of its tokenizer alone"
-        raise ConfigError("data", run.data.kind, why=why, fix="set data=text, or checkpoint.resume=none to start anew")
+        why = f"{saved.folder} was trained on text, and its weights need the token ids of its tokenizer"
+        raise ConfigError("data", run.data.kind, why=why, fix="set data=text, or checkpoint.resume=none to start over")
     if trained_on == Synthetic.kind and isinstance(run.data, Corpus):
-        why = f"{saved.folder} was trained on data=synthetic, whose tokens are no text"
-        fix = "set data=synthetic, or checkpoint.resume=none to start anew"
+        why = f"{saved.folder} was trained on data=synthetic, whose tokens are not text"
+        fix = "set data=synthetic, or checkpoint.resume=none to start over"
         raise ConfigError("data", run.data.kind, why=why, fix=fix)
 
 

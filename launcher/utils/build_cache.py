@@ -47,7 +47,7 @@ def build_once(
         build: fills the empty folder it is given, or raises.
         heartbeat: called while waiting, so that the wait does not look like a stall.
         option: what to set to have the folder on another disk.
-        is_intact: whether a finished folder still holds what was built; a damaged one is built anew.
+        is_intact: whether a finished folder still holds what was built; a damaged one is rebuilt.
 
     Raises:
         EnvironmentProblem: the folder cannot be written.
@@ -64,7 +64,7 @@ def build_once(
         if folder.is_dir() and is_intact(folder):
             return folder
         if folder.is_dir():
-            print(f"{folder} is damaged; it is built anew", flush=True)
+            print(f"{folder} is damaged; it is rebuilt", flush=True)
         _build(folder, build, option)
     return folder
 

@@ -104,7 +104,7 @@ def test_a_damaged_cache_is_built_anew(
     stream = open_stream(again)
     assert (again, stream.read(0, len(stream)).tolist()) == (folder, ids)
     assert same.to_json() == tokenizer.to_json()
-    assert f"{folder} is damaged; it is built anew" in capsys.readouterr().out
+    assert f"{folder} is damaged; it is rebuilt" in capsys.readouterr().out
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 

@@ -53,7 +53,7 @@ def test_batches_are_those_of_training(tmp_path) -> None:
     from launcher.protocol.plan import Batch
 
     run = compose([*WORDS, "data.vocab_size=300", f"data.cache={tmp_path}"]).run
-    asked = {"sequence_length": 16, "micro_batch": 4, "seconds": 0.05, "seed": 7, "warmup": 0}
+    asked = {"sequence_length": 16, "micro_batch": 4, "duration_s": 0.05, "seed": 7, "warmup": 0}
     found = load_batches(run.data, run.model, **asked, progress=lambda: None)
     splits = open_splits(run.data, run.model, sequence_length=16, seed=7)
     loader = Loader(splits, Batch(micro_batch=4, gradient_accumulation_steps=1, data_parallel=1), seed=7, rank=0)

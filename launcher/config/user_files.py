@@ -125,6 +125,8 @@ def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterato
             is_exp, is_added = found["group"] == "exp", found["group"] in ADDED_GROUPS
             is_pair = isinstance(entry, yaml.MappingNode)
             is_right = is_pair and found["slash"] and bool(found["override"]) != is_added and not is_exp
+            if is_exp and option == file.stem:
+                continue  # composing says that it is in its own defaults
             if is_right or (not found["slash"] and exists(file.parent / found["group"] / f"{option}.yaml")):
                 continue
             quote = '"' if option.lower() in ("true", "false") else ""

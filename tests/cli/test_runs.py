@@ -135,7 +135,7 @@ def test_a_whole_id_wins_over_longer_ones(make_run) -> None:
         ("2026010", "2 runs in runs begin with it", "tiny/20260101-a, tiny/20260102-b"),
         ("tiny/20260103", "is not a run directory, and no run in runs begins", "tiny/20260102-b"),
         ("runs/tiny", "holds no run.yaml", "runs/<name>/<id>"),
-        ("", "2 runs", "write more"),
+        ("", "is empty", "leave the word out"),
     ],
 )
 def test_what_names_no_run_or_several_is_refused(make_run, word: str, why: str, fix: str) -> None:

@@ -110,13 +110,16 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         if len(first) < 8 or not 0 < length <= min(_MAX_HEADER_BYTES, size - 8):
             raise ValueError(f"{file.name} is not a safetensors file, or is cut short within its header")
         try:
-            header = json.loads(stream.read(length))
+            header = json.loads(stream.read(length).decode(), object_pairs_hook=_without_twins)
         except (ValueError, RecursionError):
             raise ValueError(f"{file.name} is not a safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         why = "its header is not a JSON object"
         raise ValueError(f"{file.name} is not a safetensors file: {why}")  # noqa: TRY004
-    header.pop("__metadata__", None)
+    metadata = header.pop("__metadata__", None)
+    is_text = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    if metadata is not None and not is_text:
+        raise ValueError(f"{file.name} has a damaged header: its __metadata__ is not a mapping of text")
     spans = []
     for name, entry in header.items():
         try:
@@ -143,6 +146,14 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
     if size != 8 + length + place:
         raise ValueError(f"{file.name} has {size} bytes where its header promises {8 + length + place}")
     return {name: tuple(entry["shape"]) for name, entry in header.items()}
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; the safetensors library refuses a tensor in which a field stands twice."""
+    tree = dict(pairs)
+    if len(tree) != len(pairs):
+        raise ValueError("a name stands twice")
+    return tree
 
 
 def validate_model_folder(option: str, value: str, *, architecture: Mapping[str, Any] | None) -> Iterator[ConfigError]:

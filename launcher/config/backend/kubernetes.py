@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,6 +37,7 @@ def parse_quantity(quantity: str) -> int | None:
     return int(found["number"]) * _UNITS.get(found["unit"] or "", 1) if found else None
 
 
+_OWN_MOUNTS = ("/run/launcher", "/dev/shm")  # noqa: S108 (paths in pods)
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 
 
@@ -129,9 +131,15 @@ class KubernetesBackend(Backend):
         for name in ("memory", "shared_memory"):
             if parse_quantity(getattr(self, name)) is None:
                 yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
+        taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
         for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
-            if not path.startswith("/") or ":" in path or path == "/":
+            folder = posixpath.normpath(path)
+            if not path.startswith("/") or ":" in path or folder in ("/", "//"):
                 yield ConfigError(f"backend.{name}", path, why="pods mount at absolute paths", fix="begin it with /")
+            elif folder in taken:
+                why = f"is the folder of {taken[folder]} in every pod, and two volumes cannot have one folder"
+                yield ConfigError(f"backend.{name}", path, why=why, fix="choose another folder")
+            taken.setdefault(folder, f"backend.{name}")
         for toleration in self.tolerations:
             for key in toleration:
                 if key not in _TOLERATION_KEYS:

@@ -48,6 +48,39 @@ def validate_api_keys_variable(environ: Mapping[str, str]) -> Iterator[ConfigErr
         fix = f"write keys into it, with commas between, or type: unset {API_KEYS_VARIABLE}"
         # not the name alone: what follows a name of keys and a colon is hidden as a secret
         yield ConfigError(f"the variable {API_KEYS_VARIABLE} of the environment", why=why, fix=fix)
+    for why in _unusable_keys(api_keys_from_environ(environ)):
+        yield ConfigError(f"the variable {API_KEYS_VARIABLE} of the environment", why=why, fix=_KEY_RULE)
+
+
+def api_keys_of_file(file: str) -> tuple[str, ...]:
+    """Return the API keys of ``job.api_keys_file``: one a line, but for lines that begin with #.
+
+    Raises:
+        ConfigError: it cannot be read, holds no key, or one that no client can send.
+    """
+    option = "job.api_keys_file"
+    try:
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig")  # some editors write a mark before the first key
+    except (OSError, UnicodeDecodeError) as error:
+        why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise ConfigError(option, file, why=why, fix="give a text file with one key a line") from error
+    keys = tuple(key for line in text.split("\n") if (key := line.strip()) and not key.startswith("#"))
+    if not keys:
+        raise ConfigError(option, file, why="holds no key", fix="write one key a line into it")
+    for why in _unusable_keys(keys):
+        raise ConfigError(option, file, why=why, fix=_KEY_RULE)
+    return keys
+
+
+_SENDABLE_KEY = re.compile(r"[!-~]([ -~]{0,4094}[!-~])?")
+_KEY_RULE = "use letters, digits and punctuation of ASCII, at most 4,096 of them"
+
+
+def _unusable_keys(keys: Sequence[str]) -> Iterator[str]:
+    """Yield why a key is refused; the text never holds the key."""
+    for number, key in enumerate(keys, 1):
+        if not _SENDABLE_KEY.fullmatch(key):
+            yield f"no client can send its key {number} in an Authorization header"
 
 
 def api_keys_from_environ(environ: Mapping[str, str]) -> tuple[str, ...]:

@@ -131,6 +131,39 @@ def test_a_variable_of_keys_that_holds_none_is_refused(value: str, monkeypatch: 
         read_api_keys(None, os.environ)
 
 
+@pytest.mark.parametrize("key", ["schlüssel", "tab\there", "nul\0", "bell\a", "k" * 4097, "\ufeffkey"])
+def test_keys_that_no_client_can_send_are_refused(key: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The right key would be answered with 401 for ever."""
+    file = tmp_path / "keys"
+    file.write_text(f"good\n{key}\n", encoding="utf-8")
+    (problem,) = problems_of(f"job.port={free_port()}", f"job.api_keys_file={file}")
+    assert "no client can send its key 2 " in str(problem)
+    assert key not in str(problem)
+    with pytest.raises(ConfigError, match="no client can send"):
+        read_api_keys(str(file), {})
+    if "\0" not in key:
+        monkeypatch.setenv("LAUNCHER_API_KEYS", f"good,{key}")
+        (problem,) = problems_of(f"job.port={free_port()}")
+        assert "no client can send its key 2 " in str(problem)
+        with pytest.raises(ConfigError, match="no client can send"):
+            read_api_keys(None, os.environ)
+
+
+def test_keys_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_bytes(b"\xef\xbb\xbffirst\r\n# no key\r\n\r\n two words \r\n")  # as an editor of Windows writes it
+    keys = read_api_keys(str(file), {})
+    owners = [keys.owner(f"Bearer {key}") for key in ("first", "two words", "# no key", "")]
+    assert [owner is not None for owner in owners] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("text", ["", "# none\n"])
+def test_a_file_of_keys_that_was_emptied_after_the_plan_serves_nobody(text: str, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text(text)
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_api_keys(str(tmp_path / "keys"), {})
+
+
 def test_hosts_that_are_allowed_have_an_effect_or_are_refused(
     monkeypatch: pytest.MonkeyPatch, plan_of, tmp_path: Path
 ) -> None:

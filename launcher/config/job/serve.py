@@ -8,10 +8,9 @@ import re
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
-from launcher.config.inference import API_KEYS_VARIABLE, validate_api_keys_variable, validate_warm_up
+from launcher.config.inference import API_KEYS_VARIABLE, api_keys_of_file, validate_api_keys_variable, validate_warm_up
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.paths import PathText
 from launcher.config.run import Run
@@ -268,10 +267,6 @@ def validate_api_keys(job: Serve) -> Iterator[ConfigError]:
     if job.api_keys_file is None:
         return
     try:
-        text = Path(job.api_keys_file).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        yield job.error("api_keys_file", why, "give a text file with one key a line")
-        return
-    if not any(line.strip() and not line.lstrip().startswith("#") for line in text.splitlines()):
-        yield job.error("api_keys_file", "holds no key", "write one key a line into it")
+        api_keys_of_file(job.api_keys_file)
+    except ConfigError as error:
+        yield error

@@ -8,11 +8,10 @@ import hmac
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from launcher.config.inference import api_keys_from_environ, validate_api_keys_variable
+from launcher.config.inference import api_keys_from_environ, api_keys_of_file, validate_api_keys_variable
 from launcher.inference.server.http_limits import (
     AllowedHosts,
     check_body_allowed,
@@ -53,13 +52,12 @@ def read_api_keys(file: str | None, environ: Mapping[str, str]) -> ApiKeys:
     """Return the keys of a file, one a line, and of the environment, with commas between.
 
     Raises:
-        ConfigError: the variable is set and holds no key, which must not mean that everyone is served.
+        ConfigError: the file or the variable holds no key, which must not mean that everyone is served, or one that no
+            client can send.
     """
     for problem in validate_api_keys_variable(environ):
         raise problem
-    lines = Path(file).expanduser().read_text(encoding="utf-8").splitlines() if file else []
-    words = [line.strip() for line in lines if not line.lstrip().startswith("#")]
-    return ApiKeys(tuple(word for word in words if word) + api_keys_from_environ(environ))
+    return ApiKeys((() if file is None else api_keys_of_file(file)) + api_keys_from_environ(environ))
 
 
 class RateLimiter:

@@ -17,6 +17,14 @@ from launcher.errors import ConfigError
 from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types
 from launcher.utils.text import did_you_mean, shell_word
 
+_OPTION_OF_KIND = {
+    ("model", "llama"): "llama_tiny",
+    ("model", "smollm2"): "smollm2_135m",
+    ("parallel", "zero"): "zero3",
+    ("checkpoint", "policy"): "frequent",
+}
+"""An option of a group for each kind that has another name."""
+
 
 def with_defaults(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``tree`` with the defaults of every group's class filled in, unchecked."""
@@ -82,6 +90,8 @@ def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str
         typed: what the user typed behind each key; the phrase repeats it.
     """
     found = options_named(key.rpartition(".")[2], tree)
+    if key.replace("-", "").replace("_", "").lower() == "dryrun":
+        return "did you mean dry_run=true?"
     groups = did_you_mean(key, [*KINDS, "run", "exp", "sweep"])
     if not found and not groups.startswith("did you mean"):
         names = {name for cls in _classes(_chosen(tree)) for name in field_types(cls)}
@@ -89,7 +99,22 @@ def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str
         found = [option for name in close for option in options_named(name, tree)]
     if not found:
         return groups
-    return f"did you mean {' or '.join(_with_value(option, key, typed) for option in found)}?"
+    return f"did you mean {' or '.join(_with_kind(option, key, tree, typed) for option in found)}?"
+
+
+def _with_kind(option: str, key: str, tree: Mapping[str, Any], typed: Mapping[str, str]) -> str:
+    """Return ``option`` with its value, and what to set beside it where the chosen component has no such option."""
+    group, _, name = option.partition(".")
+    word = _with_value(option, key, typed)
+    if group == "run" or name in _fields({group: _chosen(tree).get(group, ())}):
+        return word
+    return f"{word} (with {' or '.join(_options_with(group, name))})"
+
+
+def _options_with(group: str, name: str) -> list[str]:
+    """Return what chooses a component of a group that has the option ``name``: ``backend=ssh``."""
+    kinds = [kind for kind in KINDS.get(group, ()) if name in _fields({group: (kind,)})]
+    return [f"{group}={_OPTION_OF_KIND.get((group, kind), kind)}" for kind in kinds]
 
 
 def _with_value(option: str, key: str, typed: Mapping[str, str]) -> str:
@@ -127,17 +152,23 @@ def _classes(kinds: Mapping[str, Iterable[str]]) -> Iterator[type]:
         yield from [RunOptions] if group == "run" else (component_class(group, kind) for kind in names)
 
 
+def _fields(kinds: Mapping[str, Iterable[str]]) -> set[str]:
+    """Return the options of these kinds."""
+    return {name for cls in _classes(kinds) for name in field_types(cls)}
+
+
 def _report_elsewhere(
     tree: Mapping[str, Any], typed: Mapping[str, str], report: ReportError, error: ConfigError
 ) -> None:
     """Report a mistake; of an option that belongs to another group, name that group."""
     group, _, name = error.option.partition(".")
     if error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
-        own = any(name in field_types(cls) for cls in _classes({group: KINDS[group]}))  # of another kind of the group
+        own = _options_with(group, name)  # of another kind of the group
         found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
-        if found:
-            fix = f"did you mean {' or '.join(_with_value(option, error.option, typed) for option in found)}?"
-            error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
+        words = [_with_kind(option, error.option, tree, typed) for option in found]
+        fix = f"{' and '.join(own)} {'has' if len(own) == 1 else 'have'} it" if own else error.fix
+        fix = f"did you mean {' or '.join(words)}?" if found else fix
+        error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
     report(error)
 
 

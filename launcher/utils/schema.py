@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, TypeVar, Union
 
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import did_you_mean, shell_word
 
 T = TypeVar("T")
 ReportError = Callable[[ConfigError], None]
@@ -197,8 +197,23 @@ def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
     if is_number and _is_infinite(value):
         report(ConfigError(path, _shown(value), why="must be finite", fix=f"it takes {describe_type(wanted)}"))
         return _INVALID
-    report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=f"it takes {describe_type(wanted)}"))
+    fix = f"it takes {describe_type(wanted)}{_how_to_write(wanted, value, path)}"
+    report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=fix))
     return _INVALID
+
+
+def _how_to_write(wanted: Any, value: Any, path: str) -> str:
+    """Return how a value of another type is written as one of this; nothing where the type says it."""
+    if "[" in path:  # a part of a value, which no word sets
+        return ""
+    if isinstance(value, str) and any(typing.get_origin(one) is dict for one in (wanted, *typing.get_args(wanted))):
+        return f": '{path}={{NAME: VALUE}}', a value that holds a comma in quotes"
+    if _takes((str,), wanted) and (value is None or isinstance(value, bool)):
+        return f": '{_shown(value)}' in quotes"
+    is_list = any(typing.get_origin(one) is tuple for one in (wanted, *typing.get_args(wanted)))
+    if is_list and isinstance(value, str | int | float) and "," not in str(value):
+        return f": {shell_word(f'{path}=[{value}]')}"
+    return ""
 
 
 def _kind_of(value: Any) -> str:

@@ -70,7 +70,8 @@ def counted(count: int, noun: str) -> str:
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a phrase that ends an error: the closest choices, or all if none is close."""
     names = sorted(set(choices))
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.6)
+    same = [name for name in names if name.lower() == word.lower()]
+    close = same or difflib.get_close_matches(word, names, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(close)}?"
     return f"choose from: {', '.join(names)}" if names else "nothing is allowed here"

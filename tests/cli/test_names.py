@@ -13,7 +13,9 @@ import pytest
 
 import launcher
 from launcher.__main__ import main
-from launcher.config.compose import compose
+from launcher.config.build import _OPTION_OF_KIND
+from launcher.config.compose import compose, groups
+from launcher.config.registry import KINDS
 from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError
@@ -106,7 +108,7 @@ def test_what_a_run_had_from_its_shell_is_asked_for(
         (["steps=5"], "did you mean job.steps=5?"),
         (["batch=8"], "did you mean job.micro_batch=8 or job.global_batch=8?"),
         (["path=a.txt"], "did you mean data.path=a.txt?"),
-        (["hostfile=h"], "did you mean backend.hostfile=h?"),
+        (["backend=ssh", "hostfile=h"], "did you mean backend.hostfile=h?"),
         (["lrr=3"], "did you mean optimizer.lr=3?"),
         (["job.lr=3"], "did you mean optimizer.lr=3?"),
         (["job.stpes=3"], "did you mean steps?"),
@@ -124,6 +126,31 @@ def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], wor
     if "=" in advice and " or " not in advice and "VALUE" not in advice:
         (option,) = [word.strip("?") for word in advice.split() if "=" in word]
         compose([option, *(["backend=ssh"] if option.startswith("backend") else [])])  # the advice works
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (["hostfile=h"], "did you mean backend.hostfile=h (with backend=deepspeed or backend=ssh)?"),
+        (["backend.hostfile=h"], "no such option; backend=deepspeed and backend=ssh have it"),
+        (["data.files=[a]"], "no such option; data=hf has it"),
+        (["nvme_path=/x"], "did you mean parallel.nvme_path=/x (with parallel=zero3)?"),
+        (["dryrun=true"], "did you mean dry_run=true?"),
+        (["dry-run=true"], "did you mean dry_run=true?"),
+        (["model=GPT2"], "no such option; did you mean gpt2?"),
+        (["backend.env=A=1"], "it takes a mapping: 'backend.env={NAME: VALUE}', a value that holds a comma in quotes"),
+        (["optimizer.betas=0.9"], "it takes a list of a number: 'optimizer.betas=[0.9]'"),
+        (
+            ["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,END,--exclusive]"],
+            "write \"backend.sbatch_options=['--mail-type=FAIL,END','--exclusive']\"",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_mistake_says_what_to_set(capsys: pytest.CaptureFixture[str], words: list[str], advice: str) -> None:
+    assert main(words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith(advice)
 
 
 def test_a_stored_run_suggests_it_too(stored: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
@@ -214,3 +241,8 @@ def test_a_terminal_without_the_characters_of_a_plan(monkeypatch: pytest.MonkeyP
     assert main(["plan", "tracker=local"]) == 0
     sys.stdout.flush()
     assert b"micro 8 ? accum 1 ? dp 2" in shown.getvalue()
+
+
+def test_what_is_named_to_choose_a_kind_exists() -> None:
+    for group, kinds in KINDS.items():
+        assert {_OPTION_OF_KIND.get((group, kind), kind) for kind in kinds} <= {*groups()[group]}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.config.option_text import quoted_word
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
 
@@ -169,6 +170,11 @@ class SlurmBackend(Backend):
     def _validate_word(self, word: str) -> Iterator[ConfigError]:
         found = _WORD.fullmatch(word)
         option = "backend.sbatch_options"
+        if not word.startswith("-") and self.sbatch_options[0].startswith("-"):
+            joined = re.split(r",(?=-)", ",".join(self.sbatch_options))
+            why, fix = "begins with no dash", "where it belongs to the value before it, write"
+            yield ConfigError(option, repr(word), why=why, fix=f"{fix} {quoted_word(option, joined)}")
+            return
         if found is None or not word.isprintable():
             yield ConfigError(option, repr(word), why="is not one word of the form --name=value", fix="write it so")
             return

@@ -68,7 +68,7 @@ def test_a_checkpoint_without_the_family_prefix_loads(spoilt: Spoil) -> None:
     ("change", "message"),
     [
         (lambda t: t.pop("transformer.h.1.mlp.c_fc.weight"), "lacks transformer.h.1.mlp.c_fc.weight"),
-        (lambda t: t.update(stowaway=torch.zeros(2)), "has besides stowaway"),
+        (lambda t: t.update(stowaway=torch.zeros(2)), "also has stowaway"),
         (lambda t: t.update({"transformer.ln_f.bias": torch.zeros(3)}), r"transformer.ln_f.bias is \(3,\) .* \(16,\)"),
     ],
 )

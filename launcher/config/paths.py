@@ -13,7 +13,7 @@ import re
 import stat
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -96,6 +96,28 @@ def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str) and each not in _KEYWORDS:
                 yield f"{group}.{name}", each
+
+
+def anchored(component: Any, folder: Path) -> Any:
+    """Return a component whose relative paths start from ``folder``, as far as there is something at them.
+
+    What is at none may be a word of another kind: the name of a model on the hub.
+    """
+    cls: Any = type(component)
+    values = {name: getattr(component, name) for name in path_fields(cls)}
+    found = {name: _anchored(value, folder, is_new=name == "output") for name, value in values.items()}
+    changed = {name: value for name, value in found.items() if value != values[name]}
+    return replace(component, **changed) if changed else component
+
+
+def _anchored(value: Any, folder: Path, *, is_new: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_anchored(each, folder, is_new=is_new) for each in value)
+    if not isinstance(value, str) or value in _KEYWORDS or value.startswith(("/", "~")) or not value.strip():
+        return value
+    whole = folder / value
+    is_there = exists(whole.parent if is_new else _without_pattern(whole))
+    return str(whole) if is_there else value
 
 
 def validate_path(option: str, value: str) -> ConfigError | None:

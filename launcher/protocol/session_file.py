@@ -81,6 +81,8 @@ class SessionRecord:
     session: ProcessLocation
     """The process that decides when the run has ended."""
     agents: tuple[AgentLocation, ...] = ()
+    cwd: str = ""
+    """The working directory that relative paths of the run start from; empty where nothing says."""
     job: dict[str, str] = field(default_factory=dict)
     """Names of the job: ``{"id": …}`` in Slurm, ``{"kind": …, "name": …, "namespace": …}`` in Kubernetes."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ from launcher.config.build import build_run, suggest_option
 from launcher.config.compose import compose, groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import Override, parse_overrides, suggest_overrides
+from launcher.config.paths import anchored
 from launcher.config.registry import KINDS
 from launcher.config.run import Run, run_to_tree
 from launcher.config.snapshot import load_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import read_session_file
 from launcher.runs.index import find_run
 from launcher.utils.files import exists
 from launcher.utils.schema import NO_SUCH_OPTION
@@ -83,17 +86,30 @@ def _config_of_run(word: str, changes: Sequence[str], root: Path, known: Mapping
 def load_saved_run(folder: Path, words: Sequence[str]) -> Run:
     """Return the run saved in ``folder``, with values changed by ``words``.
 
+    Relative paths of the saved run start from the folder that it was started in, those of ``words`` from this one.
+
     Raises:
         ConfigErrors: every error in the changes, or in the run.yaml of another version.
     """
     mistakes: list[ConfigError] = []
-    tree = run_to_tree(load_run(RunDir(folder).snapshot))
+    tree = run_to_tree(_from_its_folder(load_run(RunDir(folder).snapshot), RunDir(folder)))
     for override in parse_overrides(words, {}, sweeping=False, report=mistakes.append):
         _apply_override(tree, override, mistakes)
     run = build_run(tree, mistakes.append)
     if run is None or mistakes:
         raise ConfigErrors(mistakes)
     return run
+
+
+def _from_its_folder(run: Run, run_dir: RunDir) -> Run:
+    """Return a saved run whose paths lead to the same files from the current folder."""
+    record = read_session_file(run_dir)
+    if record is None or not record.cwd.startswith("/") or record.cwd == str(Path.cwd()):
+        return run
+    if not run.backend.shares_paths:
+        return run  # they are paths of other machines
+    folder = Path(record.cwd)
+    return replace(run, **{group: anchored(getattr(run, group), folder) for group in KINDS})
 
 
 def _apply_override(tree: dict[str, Any], override: Override, mistakes: list[ConfigError]) -> None:

@@ -306,7 +306,9 @@ class Session:
     def _write_session_file(self) -> None:
         this, agents = locate_this_process(), self._agents.locations
         try:
-            record = SessionRecord(backend=self._plan.backend, session=this, agents=agents, job=self._job)
+            record = SessionRecord(
+                backend=self._plan.backend, session=this, agents=agents, cwd=str(Path.cwd()), job=self._job
+            )
             write_session_file(self._run_dir, record)
         except OSError as error:
             reason = describe_full_disk(self._run_dir.path) or error.strerror

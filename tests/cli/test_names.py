@@ -20,6 +20,8 @@ from launcher.config.run import Run
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
+from launcher.protocol.session_file import ProcessLocation, SessionRecord, write_session_file
+from launcher.runs.config_source import load_saved_run
 from launcher.utils.files import write_json
 
 RUN = "20260101-120000-abcd"
@@ -246,3 +248,22 @@ def test_a_terminal_without_the_characters_of_a_plan(monkeypatch: pytest.MonkeyP
 def test_what_is_named_to_choose_a_kind_exists() -> None:
     for group, kinds in KINDS.items():
         assert {_OPTION_OF_KIND.get((group, kind), kind) for kind in kinds} <= {*groups()[group]}
+
+
+def test_relative_paths_of_a_run_start_from_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: ProcessLocation
+) -> None:
+    began, elsewhere, run_dir = tmp_path / "began", tmp_path / "elsewhere", RunDir(tmp_path / "run")
+    for folder, content in ((began, "its own"), (elsewhere, "another")):
+        folder.mkdir()
+        (folder / "a.txt").write_text(content)
+    run_dir.path.mkdir()
+    words = ("data.path=[a.txt,sub/*.txt]", "data.tokenizer=org/name")
+    save_run(compose(words).run, run_dir.snapshot)
+    write_session_file(run_dir, SessionRecord(backend="local", session=gone, cwd=str(began)))
+    monkeypatch.chdir(elsewhere)
+    data = load_saved_run(run_dir.path, ()).data
+    assert (data.path, data.tokenizer) == ((f"{began}/a.txt", "sub/*.txt"), "org/name")
+    assert load_saved_run(run_dir.path, ("data.path=a.txt",)).data.path == "a.txt"
+    monkeypatch.chdir(began)
+    assert load_saved_run(run_dir.path, ()).data.path[0] == "a.txt"

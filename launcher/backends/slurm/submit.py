@@ -129,7 +129,9 @@ def _record(run_dir: RunDir, job_id: str) -> None:
     if written is not None and written.job.get("id") == job_id:
         return
     try:
-        write_session_file(run_dir, SessionRecord(backend="slurm", session=locate_this_process(), job={"id": job_id}))
+        here = str(Path.cwd())
+        record = SessionRecord(backend="slurm", session=locate_this_process(), cwd=here, job={"id": job_id})
+        write_session_file(run_dir, record)
     except OSError as error:
         print(f"{run_dir.session} cannot be written ({error.strerror}): end the job with scancel {job_id}", flush=True)
 

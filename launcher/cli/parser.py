@@ -67,7 +67,11 @@ def parse(name: str, words: Sequence[str]) -> Arguments:
 
 def help_text(name: str) -> str:
     """Return what ``launch VERB --help`` prints; of ``launch --help`` for an empty name."""
-    return _build_parser(name, VERBS[name] if name else LAUNCH).format_help().rstrip()
+    verb = VERBS[name] if name else LAUNCH
+    parser = _build_parser(name, verb)
+    parser.description = _escape(_description(verb))  # that of a run lists groups, which parsing does not need
+    parser.epilog = _escape(verb.notes if name else LAUNCH_EPILOG)
+    return parser.format_help().rstrip()
 
 
 def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -115,8 +119,6 @@ def _build_parser(name: str, verb: Verb) -> _Parser:
     parser = _Parser(
         prog=f"launch {name}".rstrip(),
         usage=_escape(_usage(name, verb)),
-        description=_escape(_description(verb)),
-        epilog=_escape(verb.notes if name else LAUNCH_EPILOG),
         formatter_class=_Formatter,
         add_help=False,
         allow_abbrev=False,

@@ -34,6 +34,8 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(200, {})
     def do_POST(self):
         given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        # as vLLM does where VLLM_API_KEY is set
+        if self.headers.get("authorization") != "Bearer " + os.environ["VLLM_API_KEY"]: return self.answer(401, {})
         first, count = given["prompt"][0], given["max_tokens"]
         if first == 1: return self.answer(400, {"error": {"message": "not this one"}})
         if first == 2: os._exit(7)

@@ -7,6 +7,7 @@ import http.client
 import json
 import os
 import queue
+import secrets
 import signal
 import socket
 import subprocess
@@ -55,11 +56,14 @@ class VllmServer:
 
     Attributes:
         port: where it listens.
+        authorization: header that requests must show; without it every user of this machine could use the port.
     """
 
     def __init__(self, run: Run, job: GeneratingJob, *, name: str) -> None:
         self._run, self._job, self._name = run, job, name
         self.port = free_port()
+        self._key = secrets.token_urlsafe(32)
+        self.authorization = f"Bearer {self._key}"
         self._process: subprocess.Popen[bytes] | None = None
         self._known: Process | None = None
         self._started_s = 0.0
@@ -84,6 +88,7 @@ class VllmServer:
             model: folder of weights.
         """
         environ = {name: value for name, value in os.environ.items() if name not in (API_KEYS_VARIABLE, "PYTHONPATH")}
+        environ["VLLM_API_KEY"] = self._key
         # its build for CPUs, which alone reads this, would take nine tenths of all memory for keys and values
         environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(max(1, psutil.virtual_memory().available // 2**32)))
         bound = [sys.executable, "-m", "launcher.inference.engine.vllm_exec", str(os.getpid())]
@@ -279,7 +284,8 @@ class VllmEngine(InferenceEngine):
         """On a thread of its own: send one request and wait for its answer."""
         try:
             body = json.dumps(request_body(active.request, model=self._name))
-            connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json", "Authorization": self._server.authorization}
+            connection.request("POST", "/v1/completions", body, headers)
             answer = connection.getresponse()
             found = _Completion(active, answer.status, json.loads(answer.read()))
         except (OSError, ValueError, http.client.HTTPException) as error:

@@ -176,7 +176,7 @@ class VllmBackend(ModelBackend):
             queue_timeout_s=job.queue_timeout_s,
             request_timeout_s=job.request_timeout_s,
         )
-        self._proxy = Proxy("127.0.0.1", self._server.port, limits=limits)
+        self._proxy = Proxy("127.0.0.1", self._server.port, limits=limits, authorization=self._server.authorization)
         self.app = self._proxy
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._watch: asyncio.Task[None] | None = None

@@ -50,10 +50,12 @@ class Proxy:
         host: of that server.
         port: of that server.
         limits: on numbers and times of requests.
+        authorization: header that the other server asks for; that of a client is never forwarded.
     """
 
-    def __init__(self, host: str, port: int, *, limits: ProxyLimits) -> None:
+    def __init__(self, host: str, port: int, *, limits: ProxyLimits, authorization: str) -> None:
         self._host, self._port, self._limits = host, port, limits
+        self._authorization = authorization.encode()
         self.is_ready = False
         """Whether the server behind it was healthy at the last probe; set by its monitor."""
         self.draining = False
@@ -229,6 +231,7 @@ class Proxy:
         try:
             connection = h11.Connection(h11.CLIENT)
             more = [(b"host", f"{self._host}:{self._port}".encode()), (b"content-length", str(len(body)).encode())]
+            more.append((b"authorization", self._authorization))
             request = h11.Request(method=method, target=target, headers=[*headers, *more, (b"connection", b"close")])
             for part in (request, h11.Data(data=body), h11.EndOfMessage()):
                 writer.write(connection.send(part) or b"")

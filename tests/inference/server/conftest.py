@@ -49,10 +49,18 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
+    def refuses(self):
+        # as vLLM does where VLLM_API_KEY is set
+        shown = self.headers.get("authorization")
+        if self.path.startswith("/v1") and shown != "Bearer " + os.environ["VLLM_API_KEY"]:
+            self.send_error(401)
+            return True
     def do_GET(self):
+        if self.refuses(): return
         self.answer(json.dumps(dict(path=self.path, words=words, names=sorted(os.environ))).encode())
     def do_POST(self):
         given = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if self.refuses(): return
         if given.get("die"): os._exit(7)
         self.send_response(200)
         self.send_header("content-type", "text/event-stream")

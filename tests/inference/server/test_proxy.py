@@ -42,7 +42,12 @@ async def proxied(**limits: Any) -> AsyncIterator[tuple[httpx.AsyncClient, Behin
     behind = Behind()
     server = await asyncio.start_server(behind.answer, "127.0.0.1", 0)
     usual = {"capacity": 2, "max_queue": 1, "max_choices": 8, "queue_timeout_s": 60.0, "request_timeout_s": 60.0}
-    proxy = Proxy("127.0.0.1", server.sockets[0].getsockname()[1], limits=ProxyLimits(**{**usual, **limits}))
+    proxy = Proxy(
+        "127.0.0.1",
+        server.sockets[0].getsockname()[1],
+        limits=ProxyLimits(**{**usual, **limits}),
+        authorization="Bearer x",
+    )
     proxy.is_ready = True
     async with server, httpx.AsyncClient(transport=httpx.ASGITransport(proxy), base_url="http://localhost") as client:
         yield client, behind, proxy

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
@@ -56,6 +57,9 @@ def test_requests_are_handed_on_and_answers_back(serve: Start, environment: Path
     assert stream.headers["content-type"] == "text/event-stream"
     assert stream.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
     assert served.http.post("/v1/completions", json={}).status_code == 401
+    past_us = f"http://127.0.0.1:{given[given.index('--port') + 1]}/v1/models"
+    assert httpx.get(past_us).status_code == 401, "another user of this machine"
+    assert httpx.get(past_us, headers=shown).status_code == 401
     assert served.stop() == 0
 
 

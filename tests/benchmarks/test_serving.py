@@ -55,7 +55,7 @@ def test_a_server_that_is_not_there_ends_the_run(launch) -> None:
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("benchmark.base_url=https://x", "no address"),
+        ("benchmark.base_url=https://x", "is not an address"),
         ("benchmark.max_concurrency=[0]", "different numbers above 0"),
         ("benchmark.max_concurrency=[1.5]", "whole number"),
         ("benchmark.request_rate=[-1]", "different numbers above 0"),

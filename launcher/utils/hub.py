@@ -16,6 +16,7 @@ from launcher.utils.text import shell_word
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 """``org/model`` or, for the oldest, ``model``."""
+_RUN_ID = re.compile(r"\d{8}-\d{6}-[a-z]{4}(@.+)?", re.ASCII)
 _CONNECT_S = 3.0
 _SMALL = ("*.json", "*.model", "*.txt", "*.jinja")
 _UNWANTED = ("*/*", "consolidated*")  # other formats' folders, and a second copy of the same weights
@@ -81,6 +82,9 @@ def validate_hub_name(
             fix = f"set {option}={shell_word(str(folder))}"
         return ConfigError(option, value, why="is a file, not a folder", fix=fix)
     is_path = value.startswith(("/", "./", "../", "~")) or not takes_names
+    if _RUN_ID.fullmatch(value):
+        why, fix = "is the id of a run, not a name on the hub (org/model)", f"set model.weights={value}"
+        return ConfigError(option, value, why=why, fix=f"{fix}, and leave {option} out")
     if not is_path and HUB_NAME.fullmatch(value):
         return None
     why = "there is no such folder" if is_path else "is neither a folder nor a name on the hub (org/model)"

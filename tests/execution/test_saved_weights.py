@@ -555,3 +555,16 @@ def test_weights_trained_on_made_up_sequences_have_no_tokenizer(write: Write, la
     assert "openai-community" not in said
     run = resolved("job=evaluate", "data=synthetic", "job.sequence_length=32", f"model.weights={ID}")
     assert not [line for line in warnings_of_run(run, [], None) if "mean nothing" in line]
+
+
+def test_a_run_in_the_place_of_a_model_is_told_apart(write: Write, launch_in_process: Launch) -> None:
+    saved = write(10)
+    run = f"runs/gpt2_tiny/{ID}"
+    for place in (run, f"{run}/checkpoints/{saved.folder.name}"):
+        said = launch_in_process("plan", "job=generate", "model=hf", f"model.name={place}").expect(2).stderr
+        assert f"model.name={place}: is a run or a checkpoint, not a model; set model.weights={place}" in said
+    said = launch_in_process("plan", "job=generate", "model=hf", f"model.name={ID}").expect(2).stderr
+    assert f"model.name={ID}: is the id of a run, not a name on the hub (org/model); set model.weights={ID}" in said
+    said = launch_in_process("plan", "job=generate", "model.weights=runs/gpt2_tiny").expect(2).stderr
+    assert f"model.weights=runs/gpt2_tiny: holds runs, not a model; set model.weights={run}" in said
+    launch_in_process("plan", "job=generate", "job.tokenizer=bytes", f"model.weights={run}").expect(0)

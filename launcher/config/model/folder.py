@@ -11,9 +11,11 @@ from typing import Any
 from launcher.config.model.config_json import invalid_sizes, sizes_from_config
 from launcher.config.model.shape import Gpt2Sizes
 from launcher.config.model.transformers_support import causal_lm_types, rope_types
+from launcher.config.option_text import quoted_word
 from launcher.config.quantization import MANIFEST_FILE as QUANTIZATION_FILE
 from launcher.errors import ConfigError
-from launcher.utils.files import read_named
+from launcher.utils.files import exists, read_named
+from launcher.utils.text import shell_word
 
 SINGLE_FILE, INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -171,10 +173,19 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
         why = "is a file, not a folder" if folder.exists() else "there is no such folder"
         yield ConfigError(option, value, why=why, fix=fix)
         return
+    if run := _run_in(folder):
+        name = run if option == "model.weights" else value
+        fix_run = f"set model.weights={shell_word(str(name))}"
+        if option != "model.weights":
+            fix_run += f", and leave {option} and the group model out"
+        why = "holds runs, not a model" if run != folder else "is a run or a checkpoint, not a model"
+        yield ConfigError(option, value, why=why, fix=fix_run)
+        return
     try:
         config, shapes = read_config(folder), tensor_shapes(folder)
     except (OSError, ValueError) as error:
-        yield ConfigError(option, value, why=f"cannot be read: {error}", fix=fix)
+        why = f"cannot be read: {error}" if exists(folder / "config.json") else "holds no config.json"
+        yield ConfigError(option, value, why=why, fix=fix)
         return
     if not shapes:
         pickled = any(folder.glob("*.bin"))
@@ -187,7 +198,22 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
     sizes = sizes_from_config(config)
     found = sizes.architecture() if sizes else {"family": config.get("model_type")}
     if architecture is not None and (different := _differences(found, architecture)):
-        yield ConfigError(option, value, why=f"holds another model: {different}", fix="choose the model that fits it")
+        fix = "choose the model that fits it"
+        if option == "model.weights":
+            fix += f": model=hf {quoted_word('model.name', value)}"
+        yield ConfigError(option, value, why=f"holds another model: {different}", fix=fix)
+
+
+def _run_in(folder: Path) -> Path | None:
+    """Return ``folder`` if it is a run or a checkpoint, the newest run directly below if it holds runs."""
+    if exists(folder / "config.json"):
+        return None
+    if any(exists(folder / name) for name in ("run.yaml", "manifest.json", "checkpoints")):
+        return folder
+    try:
+        return max(folder.glob("*/run.yaml"), key=lambda file: file.parent.name).parent
+    except (ValueError, OSError):
+        return None
 
 
 def validate_config_json(

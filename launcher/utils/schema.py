@@ -198,7 +198,10 @@ def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
         report(ConfigError(path, _shown(value), why="must be finite", fix=f"it takes {describe_type(wanted)}"))
         return _INVALID
     fix = f"it takes {describe_type(wanted)}{_how_to_write(wanted, value, path)}"
-    report(ConfigError(path, _shown(value), why=f"is {_kind_of(value)}", fix=fix))
+    why = f"is {_kind_of(value)}"
+    if isinstance(value, list | tuple) and typing.get_origin(wanted) is tuple:
+        why = f"is a list of {len(value)}"
+    report(ConfigError(path, _shown(value), why=why, fix=fix))
     return _INVALID
 
 
@@ -210,7 +213,8 @@ def _how_to_write(wanted: Any, value: Any, path: str) -> str:
         return f": '{path}={{NAME: VALUE}}', a value that holds a comma in quotes"
     if _takes((str,), wanted) and (value is None or isinstance(value, bool)):
         return f": '{_shown(value)}' in quotes"
-    is_list = any(typing.get_origin(one) is tuple for one in (wanted, *typing.get_args(wanted)))
+    lists = [one for one in (wanted, *typing.get_args(wanted)) if typing.get_origin(one) is tuple]
+    is_list = any(Ellipsis in typing.get_args(one) for one in lists)  # one value is none of several that must be there
     if is_list and isinstance(value, str | int | float) and "," not in str(value):
         return f": {shell_word(f'{path}=[{value}]')}"
     return ""
@@ -236,7 +240,8 @@ def describe_type(wanted: Any) -> str:
     if origin is Literal:
         return " or ".join(map(str, arguments))
     if origin is tuple:
-        return f"a list of {describe_type(arguments[0])}"
+        number = "" if Ellipsis in arguments else f"{len(arguments)} values, each "
+        return f"a list of {number}{describe_type(arguments[0])}"
     if origin is dict or dataclasses.is_dataclass(wanted):
         return "a mapping"
     return _WORDS.get(wanted, "any value")

@@ -128,6 +128,7 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
             ["job=benchmark", "benchmark=attention", "model.num_hidden_layers=1", "data.path=y", "backend.ranks=1"],
             ["model.num_hidden_layers=1", "data.path=y"],
         ),
+        (["job.sample_tokens=0", "job.sample_prompt=x"], ["job.sample_prompt=x: job.sample_tokens=0 takes no sample"]),
         (
             ["job=benchmark", "benchmark=collectives", "precision=bf16", "compile=true", "parallel=zero3"],
             [

@@ -141,7 +141,8 @@ def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], wor
         (["dry-run=true"], "did you mean dry_run=true?"),
         (["model=GPT2"], "no such option; did you mean gpt2?"),
         (["backend.env=A=1"], "it takes a mapping: 'backend.env={NAME: VALUE}', a value that holds a comma in quotes"),
-        (["optimizer.betas=0.9"], "it takes a list of a number: 'optimizer.betas=[0.9]'"),
+        (["optimizer.betas=0.9"], "is a number; it takes a list of 2 values, each a number"),
+        (["optimizer.betas=[0.9]"], "is a list of 1; it takes a list of 2 values, each a number"),
         (
             ["backend=slurm", "backend.sbatch_options=[--mail-type=FAIL,END,--exclusive]"],
             "write \"backend.sbatch_options=['--mail-type=FAIL,END','--exclusive']\"",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -46,6 +46,10 @@ class Train(LearningJob):
     def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
         return "steps"
+
+    def unused_options(self, run: Run) -> Mapping[str, str]:
+        """Return the prompt of a sample that is not taken."""
+        return {} if self.sample_tokens else {"sample_prompt": "job.sample_tokens=0 takes no sample"}
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject counts that make no training run."""

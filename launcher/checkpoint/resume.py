@@ -11,6 +11,7 @@ from pathlib import Path
 from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
 from launcher.config.model.base import Model
+from launcher.config.model.hf import last_part
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.base import Parallel
 from launcher.config.precision import Precision
@@ -152,6 +153,10 @@ def lr_jump_warning(saved: SavedCheckpoint, optimizer: AdamW, schedule: Schedule
 
 def _other_model(saved: SavedCheckpoint, model: Model) -> Iterator[ConfigError]:
     written, ours = saved.manifest.architecture, to_tree(model.architecture())
+    if ours.get("family") == "hf" != written.get("family"):
+        return  # its files are not here: this is refused by itself, or loading them shows what they are
+    if "name" in written:  # of a folder, as the user typed it: from another folder it is another path
+        written = {**written, "name": last_part(str(written["name"]))}
     names = [name for name in sorted(written.keys() | ours.keys()) if written.get(name) != ours.get(name)]
     if not names:
         return

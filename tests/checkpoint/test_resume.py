@@ -16,6 +16,7 @@ from launcher.checkpoint.resume import (
     validate_resume,
 )
 from launcher.config.component import Component
+from launcher.config.model.hf import Hf
 from launcher.config.optimizer import AdamW
 from launcher.config.parallel.data_parallel import Ddp, Single
 from launcher.config.parallel.zero import Zero
@@ -163,3 +164,16 @@ def test_replicated_weights_load_on_any_number_of_ranks(save: Save) -> None:
     manifest = replace(manifest_of(10), parallel={"kind": "ddp", "bucket_mb": 25}, engine="torch")
     given: dict[str, Any] = {"model": MODEL, "parallel": Ddp(bucket_mb=1), "precision": PRECISION}
     assert list(validate_resume(replace(saved, manifest=manifest), **given, world_size=8)) == []
+
+
+def test_a_folder_written_in_another_way_is_the_same_model_and_one_that_is_gone_is_refused_elsewhere(
+    tmp_path: Path, save: Save
+) -> None:
+    given = {"parallel": PARALLEL, "precision": PRECISION, "world_size": 2}
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "config.json").write_text('{"model_type": "mixtral"}')  # of no known sizes
+    saved = save(10)
+    saved = replace(saved, manifest=replace(saved.manifest, architecture={"family": "hf", "name": "some/made"}))
+    assert list(validate_resume(saved, model=Hf(name=str(tmp_path / "made")), **given)) == []
+    assert list(validate_resume(saved, model=Hf(name="other"), **given))
+    assert list(validate_resume(save(20), model=Hf(name="nowhere"), **given)) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ class Hf(Model):
     def architecture(self) -> dict[str, Any]:
         """Return the sizes that decide every parameter's shape, or the name where they are not known."""
         sizes = self._sizes()
-        return sizes.architecture() if sizes else {"family": "hf", "name": self.name}
+        return sizes.architecture() if sizes else {"family": "hf", "name": last_part(self.name)}
 
     @property
     def local_weights(self) -> Path | None:
@@ -107,6 +108,11 @@ class Hf(Model):
             yield self.error("name", f"has no readable config.json: {error}", "give a model folder or a hub name")
             return
         yield from validate_config_json("model.name", self.name, config)
+
+
+def last_part(name: str) -> str:
+    """Return the last part of a hub name or a folder's path: what stays when it is written in another way."""
+    return Path(os.path.abspath(os.path.expanduser(name))).name or name  # noqa: PTH100, PTH111 (links stay)
 
 
 def is_model_folder(folder: Path) -> bool:

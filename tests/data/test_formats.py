@@ -379,6 +379,14 @@ def test_words_for_nothing_are_text_in_a_folder_of_tables_too(tmp_path: Path) ->
         assert texts(data) == rows
 
 
+def test_a_folder_whose_files_name_no_split_has_one(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines(ROWS))
+    (message,) = problems(HfData(path=str(tmp_path), split="test"))
+    assert "data.split=test: no file or folder in it is named after a split" in message
+    (tmp_path / "a.jsonl").rename(tmp_path / "test-0.jsonl")
+    assert problems(HfData(path=str(tmp_path), split="test")) == []
+
+
 def test_local_files_have_no_configurations(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(json_lines(ROWS))
     with pytest.raises(ConfigErrors, match=r"data\.name=x: local files have no configurations; leave data\.name out"):

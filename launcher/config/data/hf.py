@@ -331,6 +331,9 @@ class HfData(Corpus):
             yield self.error(
                 "path", why, f"rename it (train-…{full_ending(skipped)}), or set data.path={kind} {words} for all"
             )
+        elif not self.split.startswith(("train", "all")) and _has_one_split(folder):
+            why = "no file or folder in it is named after a split, so datasets has one, train"
+            yield self.error("split", why, "set data.split=train, or train[:50%]")
         elif contents := list(self._validate_folder_contents(folder, known)):
             yield from contents
         elif len(known) == 1 and self.split == "train":
@@ -434,6 +437,13 @@ def _skipped_by_splits(folder: Path, endings: Sequence[str]) -> Path | None:
     named = [bool(_SPLIT_NAME.search(str(file.relative_to(folder).with_suffix("")))) for file in chosen]
     others = (file for file, is_named in zip(chosen, named, strict=True) if not is_named)
     return next(others, None) if any(named) else None
+
+
+def _has_one_split(folder: Path) -> bool:
+    """Return whether nothing in a folder says that a file is of another split than ``train``."""
+    names = [str(file.relative_to(folder).with_suffix("")) for file in data_files(folder)]
+    is_named = any(_SPLIT_NAME.search(name) or re.search(r"-\d{5}-of-", name) for name in names)
+    return not is_named and "configs:" not in _text_of(folder / "README.md")
 
 
 def _text_of(file: Path) -> str:

@@ -139,13 +139,18 @@ def _slots(host: Host, found: HostFacts) -> Iterator[Finding]:
     beyond = [str(slot) for slot in host.slot_ids if slot >= len(found.devices) > 0]
     if found.devices and host.slots > len(found.devices):
         what = f"takes {counted(host.slots, 'rank')} and shows {counted(len(found.devices), 'GPU')}"
-        yield error(host.name, what, f"write slots={len(found.devices)} in the hostfile")
+        yield error(host.name, what, _fewer(host, len(found.devices)))
     elif beyond:
         what = f"shows {counted(len(found.devices), 'GPU')}, and the filter chooses slot {', '.join(beyond)}"
         yield error(host.name, what, f"choose from 0 to {len(found.devices) - 1}, counted among the visible GPUs")
     elif not found.devices and host.slots > found.cores:
         what = f"takes {counted(host.slots, 'rank')} and has {counted(found.cores, 'core')}"
-        yield warning(host.name, what, f"write slots={found.cores} in the hostfile")
+        yield warning(host.name, what, _fewer(host, found.cores))
+
+
+def _fewer(host: Host, slots: int) -> str:
+    """Return how to give a host fewer ranks: in the hostfile, or by the option where there is none."""
+    return f"write slots={slots} in the hostfile" if host.ssh_destination else f"set backend.ranks={slots}"
 
 
 def _run_dir(host: Host, found: HostFacts) -> Iterator[Finding]:

@@ -87,6 +87,9 @@ def test_slots_against_devices(facts_of: FactsOf) -> None:
     assert finding.what == "shows 2 GPUs, and the filter chooses slot 2"
     (finding,) = judged(facts_of(1), slots=9)
     assert (finding.level, finding.what) == (Level.WARNING, "takes 9 ranks and has 8 cores")
+    assert finding.remedy == "set backend.ranks=8"
+    (finding,) = judged(facts_of(1), slots=9, ssh_destination="node1")
+    assert finding.remedy == "write slots=8 in the hostfile"
 
 
 def test_a_host_without_gpus_among_hosts_with(facts_of: FactsOf) -> None:

@@ -167,12 +167,16 @@ def _entry(words: Sequence[str], line: int) -> HostfileEntry:
 
 def _without(login: str, known: Sequence[str], settings: Sequence[str], word: str) -> str:
     """Return how to write a line that has a setting of another program (``max_slots=8`` of Open MPI)."""
+    given = dict(setting.split("=", 1) for setting in settings if re.fullmatch(r"(user|port)=[\w.-]+", setting))
+    if given and "@" not in login and ":" not in login:  # they belong to the host here
+        user, port = given.get("user"), given.get("port")
+        login = f"{f'{user}@' if user else ''}{login}{f':{port}' if port else ''}"
     if len(known) == 1:
         return f"{_AS}{login} {known[0]}"
     joined = "".join(settings)  # "slots = 4"
     if not known and re.fullmatch(r"slots=[0-9]+", joined):
         return f"{_AS}{login} {joined}"
-    value = word.partition("=")[2]
+    value = word.partition("=")[2] or word  # "node1 4", as LAM and Grid Engine write it
     number = value if value.isascii() and value.isdigit() else "N"
     return f"did you mean slots={number}? {_AS}{login} slots={number}"
 

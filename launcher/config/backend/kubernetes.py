@@ -38,6 +38,7 @@ def parse_quantity(quantity: str) -> int | None:
 
 
 _OWN_MOUNTS = ("/run/launcher", "/dev/shm")  # noqa: S108 (paths in pods)
+_TOLERATION_VALUES = {"operator": ("Exists", "Equal", "Lt", "Gt"), "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute")}
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 
 
@@ -131,6 +132,10 @@ class KubernetesBackend(Backend):
         for name in ("memory", "shared_memory"):
             if parse_quantity(getattr(self, name)) is None:
                 yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
+        memory, shared = parse_quantity(self.memory), parse_quantity(self.shared_memory)
+        if memory is not None and shared is not None and shared > memory:
+            why = f"is more than backend.memory={self.memory}, which it is a part of"
+            yield self.error("shared_memory", why, f"set backend.memory={self.shared_memory} or more")
         taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
         for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
             folder = posixpath.normpath(path)
@@ -141,6 +146,10 @@ class KubernetesBackend(Backend):
                 yield ConfigError(f"backend.{name}", path, why=why, fix="choose another folder")
             taken.setdefault(folder, f"backend.{name}")
         for toleration in self.tolerations:
+            for key, choices in _TOLERATION_VALUES.items():
+                if key in toleration and toleration[key] not in choices:
+                    why, fix = f"is no {key} of a toleration", did_you_mean(str(toleration[key]), choices)
+                    yield ConfigError("backend.tolerations", toleration[key], why=why, fix=fix)
             for key in toleration:
                 if key not in _TOLERATION_KEYS:
                     fix = did_you_mean(key, _TOLERATION_KEYS)

@@ -33,6 +33,13 @@ from launcher.protocol.plan import Host
         ("mount", "runs", "absolute"),
         ("mount", "/", "absolute"),
         ("tolerations", ({"keys": "x"},), "key"),
+        (
+            "tolerations",
+            ({"key": "x", "operator": "Exist"},),
+            "=Exist: is no operator of a toleration; did you mean Exists",
+        ),
+        ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is no effect of a toleration; "),
+        ("shared_memory", "20Gi", r"is more than backend\.memory=16Gi.*; set backend\.memory=20Gi or more"),
         ("ttl_s", -1, "at least 0"),
     ],
 )

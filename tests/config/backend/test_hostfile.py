@@ -138,6 +138,8 @@ def test_a_wrong_line_is_refused_with_its_number(tmp_path: Path, line: str, why:
         ("me@10.0.0.7:2", 2),
         ("worker-2 slots = 4", 4),
         ("worker-2 np=3", 3),
+        ("worker-2 4", 4),  # LAM
+        ("worker-2 4 all.q UNDEFINED", 4),  # Grid Engine
     ],
 )
 def test_advice_for_other_programs_hostfiles_works_when_followed(tmp_path: Path, line: str, slots: int) -> None:
@@ -147,6 +149,15 @@ def test_advice_for_other_programs_hostfiles_works_when_followed(tmp_path: Path,
     advised = error.fix.partition("write the line as: ")[2].partition(" (")[0]
     (entry,) = read_hostfile(written(tmp_path, f"{advised}\n"))
     assert entry.slots == slots
+
+
+def test_a_user_and_a_port_stay_in_the_advice(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_hostfile(written(tmp_path, "node1 slots=2 port=2222 user=ada\n"))
+    (error,) = refusals(caught)
+    assert error.fix == "write the line as: ada@node1:2222 slots=2"
+    (entry,) = read_hostfile(written(tmp_path, error.fix.partition(": ")[2]))
+    assert (entry.user, entry.port, entry.slots) == ("ada", 2222, 2)
 
 
 def test_a_line_for_each_slot_is_one_message(tmp_path: Path) -> None:

@@ -32,7 +32,9 @@ def run(arguments: Arguments) -> int:
     for word in arguments.groups:
         group, _, option = word.partition("/")
         if group not in (*known, "run"):
-            raise ConfigError(group, why="no such group", fix=did_you_mean(group, [*known, "run"]))
+            parent = group.partition(".")[0]
+            fix = f"launch list {parent} shows its keys" if parent in known else did_you_mean(group, [*known, "run"])
+            raise ConfigError(word, why="no such group", fix=fix)
         if option and option not in known.get(group, []):
             raise ConfigError(word, why="no such option", fix=did_you_mean(option, known.get(group, [])))
         folders = [folder for folder in (arguments.config_dir, conf_folder()) if folder is not None]

@@ -87,6 +87,8 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         _restore_text(resolved, lambda: _source_files(fixed, config_dir))
         run = build_run(resolved, found.append, typed=typed)
         found = [_without_model_option(error, typed) for error in found]
+        if any(error.option.partition(".")[0] == "model" for error in found):  # which gives the run its name
+            found = [error for error in found if (error.option, error.value) != ("run.name", "${model.name}")]
         if run is not None:
             run = _with_tokenizer(run, typed, found.append)
         mistakes += [error for error in found if error.option.partition(".")[0] not in misled]

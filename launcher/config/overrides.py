@@ -126,7 +126,7 @@ def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[st
     name = word.lstrip("+~-")
     if name in groups:
         return [f"{name}=<option>"]
-    chosen = [f"{'+' if group in ADDED_GROUPS else ''}{group}={name}" for group in groups if name in groups[group]]
+    chosen = [f"{'' if group in KINDS else '+'}{group}={name}" for group in groups if name in groups[group]]
     if chosen:
         return chosen[:3]
     if types_of_option(name):
@@ -380,6 +380,6 @@ def _group_choice(
         report(ConfigError(key, option, why="no such option", fix=did_you_mean(option, options)))
     if unknown:
         return None
-    prefix = "+" if key in ADDED_GROUPS else ""
+    prefix = "" if key in KINDS else "+"
     quoted = ",".join(map(quoted_text, wanted))  # Hydra refuses compile=true as a truth value
     return Override(key=key, word=f"{prefix}{key}={quoted}", is_group=True, choices=choices)

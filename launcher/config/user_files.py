@@ -5,16 +5,18 @@ from __future__ import annotations
 import codecs
 import itertools
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from launcher.config.option_text import INTERPOLATION, interpolates
-from launcher.config.overrides import ADDED_GROUPS, Override, types_of_option
+from launcher.config.overrides import Override, types_of_option
+from launcher.config.registry import KINDS
 from launcher.errors import ConfigError
 from launcher.utils.files import exists, read_named
+from launcher.utils.text import did_you_mean
 
 _GLOBAL = "# @package _global_"
 _DEFAULT = re.compile(
@@ -24,14 +26,14 @@ _DEFAULT = re.compile(
 
 
 def validate_user_files(
-    overrides: Sequence[Override], config_dir: Path | None, groups: Container[str]
+    overrides: Sequence[Override], config_dir: Path | None, groups: Mapping[str, Sequence[str]]
 ) -> Iterator[ConfigError]:
     """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option.
 
     Args:
         overrides: those that may choose such files.
         config_dir: the folder of the user's options; ``None`` where there is none.
-        groups: the names of all groups.
+        groups: the options of every group.
     """
     if config_dir is None:
         return
@@ -53,8 +55,13 @@ def validate_user_files(
             fix = "save it as UTF-8 (iconv -f latin1 -t utf-8 converts)"
         except RecursionError:
             why, fix = f"{file} is nested too deeply", "take brackets out"
-        except yaml.YAMLError:
-            continue  # Hydra's message names line and column
+        except yaml.MarkedYAMLError as error:
+            mark, cause = error.problem_mark, error.problem or "is not YAML"
+            line = mark.line + 1 if mark is not None else 1
+            why, fix = f"line {line} of {file} is not YAML: {cause}", "correct the line"
+            fix = "indent with spaces" if "\\t" in cause else fix
+        except yaml.YAMLError as error:
+            why, fix = f"{file} is not YAML: {str(error).splitlines()[0]}", "save it as plain text"
         else:
             if raw.startswith(codecs.BOM_UTF8):
                 why, fix = (
@@ -87,6 +94,9 @@ def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterato
             yield ConfigError(
                 option, why="is not the name of an option", fix="write text before the colon", source=str(file)
             )
+        elif not path and key == "hydra":
+            why, fix = "does nothing here", "use run.root, run.name and run.dir, or -m for sweeps"
+            yield ConfigError(option, why=why, fix=fix, source=str(file))
         elif not path and "." in key and types_of_option(key):
             group, _, name = key.partition(".")
             why, fix = "is written with a dot, which YAML does not take apart", f"write {group}: {{{name}: …}}"
@@ -105,7 +115,7 @@ def _included(tree: Mapping[Any, Any]) -> Iterator[str]:
             yield entry
 
 
-def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterator[ConfigError]:
+def _unusable_defaults(text: str, file: Path, groups: Mapping[str, Sequence[str]]) -> Iterator[ConfigError]:
     """Yield the lines of an experiment's defaults that Hydra reads differently, each corrected.
 
     Hydra looks for a group without a slash below ``exp``, and takes one that the program chooses already only with
@@ -120,9 +130,14 @@ def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterato
             words = [tuple(entry.value.partition("=")[::2])]
         for key, option in words:
             found = _DEFAULT.fullmatch(str(key))
+            if found is not None and (unknown := _unknown_default(found, option, file, groups)):
+                line = entry.start_mark.line + 1
+                why = f"`{text.splitlines()[line - 1].strip()}` (line {line} of {file}) {unknown[0]}"
+                yield ConfigError("exp", file.stem, why=why, fix=unknown[1])
+                continue
             if found is None or found["group"] not in groups or not option or not isinstance(option, str):
                 continue
-            is_exp, is_added = found["group"] == "exp", found["group"] in ADDED_GROUPS
+            is_exp, is_added = found["group"] == "exp", found["group"] not in KINDS
             is_pair = isinstance(entry, yaml.MappingNode)
             is_right = is_pair and found["slash"] and bool(found["override"]) != is_added and not is_exp
             if is_exp and option == file.stem:
@@ -144,6 +159,22 @@ def _unusable_defaults(text: str, file: Path, groups: Container[str]) -> Iterato
                 cause = "lacks `override`" if not is_added else "has `override`, which is for groups with a default"
             why = f"`{written}` (line {line} of {file}) {cause}"
             yield ConfigError("exp", file.stem, why=why, fix=f"write `{right}`")
+
+
+def _unknown_default(
+    found: re.Match[str], option: object, file: Path, groups: Mapping[str, Sequence[str]]
+) -> tuple[str, str] | None:
+    """Return why an entry of the defaults names nothing that exists, and what to write; ``None`` where it does."""
+    group = found["group"]
+    if found["slash"] and group not in groups:
+        return f"names no group {group}", did_you_mean(group, groups)
+    is_choice = isinstance(option, str) and option and (found["slash"] or found["override"]) and "${" not in option
+    if is_choice and group in groups and option.lower() not in groups[group] and option not in groups[group]:
+        return f"names no option of the group {group}", did_you_mean(option, groups[group])
+    is_name = not option and not (found["slash"] or found["override"]) and group not in (*groups, "_self_")
+    if is_name and group not in groups["exp"]:
+        return f"names no experiment {group}", did_you_mean(group, groups["exp"])
+    return None
 
 
 def missing_packages(sources: Sequence[tuple[str, Path]]) -> Iterator[ConfigError]:

@@ -348,3 +348,45 @@ def test_a_verb_that_does_not_come_first(words, meant, capsys):
 def test_a_sweep_in_the_directory_of_one_run(tmp_path):
     with pytest.raises(ConfigErrors, match=r"run\.dir=.*/x: is the directory of one run, and each trial has its own"):
         plan_sweep([f"run.dir={tmp_path}/x", "job.seed=1,2"], config_dir=None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults:\n  - nonexist\n", "`- nonexist` (line 3 of FILE) names no experiment nonexist; choose from: "),
+        ("defaults:\n  - override /modell: gpt2\n", "(line 3 of FILE) names no group modell; did you mean model?"),
+        (
+            "defaults:\n  - override /model: gpt22\n",
+            "(line 3 of FILE) names no option of the group model; did you mean gpt2 or gpt2_xl?",
+        ),
+        ("job:\n  steps: 5\n run: x\n", "line 4 of FILE is not YAML: expected <block end>"),
+        ("job:\n\tsteps: 5\n", "line 3 of FILE is not YAML: found character '\\t' that cannot start any token; indent"),
+        ("hydra: {run: {dir: x}}\n", "hydra (FILE): does nothing here; use run.root, run.name and run.dir"),
+        ("model: gpt2\n", "model=gpt2 (own/exp/mine.yaml:2): is not a set of options; choose one: model=<option>"),
+    ],
+    ids=["experiment", "group", "option", "indentation", "tab", "hydra", "group as a key"],
+)
+def test_what_an_experiment_of_the_user_says_wrongly(text, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = Path("own/exp/mine.yaml")
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# @package _global_\n{text}")
+    (error,) = mistakes("+exp=mine", config_dir=Path("own"))
+    assert said.replace("FILE", str(file)) in error
+
+
+def test_a_group_of_the_users_own(tmp_path):
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "ours.yaml").write_text("# @package _global_\njob:\n  steps: 7\n")
+    assert compose(["+cluster=ours"], config_dir=tmp_path).run.job.steps == 7
+    (tmp_path / "cluster" / "odd.yaml").write_text("a: 1\n")
+    (error,) = mistakes("cluster=odd", config_dir=tmp_path)
+    assert "cluster" in error
+    assert "no such option; choose from: activation" in error
+
+
+def test_a_model_without_a_kind_is_one_error(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("num_hidden_layers: 2\n")
+    (error,) = mistakes("model=mine", config_dir=tmp_path)
+    assert error.startswith("model.kind: is not known")

@@ -55,7 +55,8 @@ class DeepspeedBackend(HostfileBackend):
         """Reject hosts, paths and a machine that the chosen runner cannot work with."""
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
-            yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
+            why = "is a folder" if Path(self.ssh_config).is_dir() else "no such file"
+            yield self.error("ssh_config", why, "leave it out to use ~/.ssh/config")
         program, package = _PROGRAMS[self.runner]
         if shutil.which(program) is None:
             fix = f"install it (Debian: apt install {package}) or set backend=ssh"

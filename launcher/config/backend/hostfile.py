@@ -243,7 +243,8 @@ def _named_slots(entries: Sequence[HostfileEntry], option: str, given: str) -> d
             entry, slots = _node(entries, word.strip())
             named.setdefault(entry.name, set()).update(slots)
         except _EntryError as wrong:
-            mistakes.append(ConfigError(option, given, why=wrong.why, fix=wrong.fix))
+            error = ConfigError(option, given, why=wrong.why, fix=wrong.fix)
+            mistakes += [error] if str(error) not in map(str, mistakes) else []
     if mistakes:
         raise ConfigErrors(mistakes)
     return named

@@ -38,7 +38,10 @@ def parse_quantity(quantity: str) -> int | None:
 
 
 _OWN_MOUNTS = ("/run/launcher", "/dev/shm")  # noqa: S108 (paths in pods)
-_TOLERATION_VALUES = {"operator": ("Exists", "Equal", "Lt", "Gt"), "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute")}
+_TOLERATION_VALUES = {
+    "operator": ("Exists", "Equal", "Lt", "Gt"),
+    "effect": ("NoSchedule", "PreferNoSchedule", "NoExecute"),
+}
 _TOLERATION_KEYS = ("key", "operator", "value", "effect", "tolerationSeconds")
 
 

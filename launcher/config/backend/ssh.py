@@ -115,4 +115,5 @@ class SshBackend(HostfileBackend):
         """Reject a configuration file that is not there: ssh would go on without it."""
         yield from super().validate_hosts(hosts)
         if self.ssh_config is not None and not Path(self.ssh_config).is_file():
-            yield self.error("ssh_config", "no such file", "leave it out to use ~/.ssh/config")
+            why = "is a folder" if Path(self.ssh_config).is_dir() else "no such file"
+            yield self.error("ssh_config", why, "leave it out to use ~/.ssh/config")

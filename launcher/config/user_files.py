@@ -168,9 +168,14 @@ def _unknown_default(
     group = found["group"]
     if found["slash"] and group not in groups:
         return f"names no group {group}", did_you_mean(group, groups)
-    is_choice = isinstance(option, str) and option and (found["slash"] or found["override"]) and "${" not in option
-    if is_choice and group in groups and option.lower() not in groups[group] and option not in groups[group]:
-        return f"names no option of the group {group}", did_you_mean(option, groups[group])
+    is_choice = bool(found["slash"] or found["override"]) and group in groups
+    if is_choice and isinstance(option, str) and option and "${" not in option:
+        known = groups[group]
+        return (
+            None
+            if {option, option.lower()} & set(known)
+            else (f"names no option of the group {group}", did_you_mean(option, known))
+        )
     is_name = not option and not (found["slash"] or found["override"]) and group not in (*groups, "_self_")
     if is_name and group not in groups["exp"]:
         return f"names no experiment {group}", did_you_mean(group, groups["exp"])

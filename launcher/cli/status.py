@@ -46,7 +46,7 @@ def _who(state: RunState) -> Iterator[tuple[str, str]]:
         yield "job", f"{where.backend}: {' '.join(f'{key} {value}' for key, value in where.job.items())}"
     elif where.job:
         names = ", ".join(f"{key} {where.job.get(key, '')!r}" for key in where.invalid_job_names)
-        yield "job", f"{where.backend}: not known ({names} of session.json is no name that the scheduler gives)"
+        yield "job", f"{where.backend}: not known ({names} of session.json is not a name that the scheduler gives)"
     yield "run by", _process(where.session)
     if len(where.agents) > _MANY:
         counts = Counter(_LIFE[agent.location.is_running()] for agent in where.agents)

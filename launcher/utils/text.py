@@ -78,6 +78,8 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 
 _COLOUR = r"\x1b\[[0-9;:]*m"
+_BIDI = "\u202a-\u202e\u2066-\u2069"
+"""Marks that reverse what is shown after them: another name, or another command, than the one that is there."""
 
 _SEQUENCES = re.compile(
     rf"(?P<colour>{_COLOUR})"
@@ -85,14 +87,17 @@ _SEQUENCES = re.compile(
     r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c\n]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: cursor, erasing, modes
     r"|\x1b[ -/]*[0-~]?"  # everything else, and an escape alone
-    r"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f]"
+    rf"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f{_BIDI}]"
 )
 
 _RESET = "\x1b[0m"
 _COLOURS = re.compile(_COLOUR)
 _SURROGATES = re.compile("[\ud800-\udfff]")
-_IN_JSON = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0xD800, 0xE000))}
-_CONTROLS = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]")
+_IN_JSON = {
+    code: f"\\u{code:04x}"
+    for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+}
+_CONTROLS = re.compile(rf"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029{_BIDI}]")
 """Control characters and what else ends a line; tabs, which any quotes keep, are none of them."""
 _NAMED_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 _WITHOUT_TERMINAL = 100

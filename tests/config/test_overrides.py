@@ -266,7 +266,7 @@ def test_a_word_without_an_equals_sign_is_written_out(word, written):
 def test_quoted_words_with_line_ends_are_one_line_that_a_shell_reads_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = ["two\nlines", "it's\r\n\x1b[31m \\n", "tab\tonly"]
+    texts = ["two\nlines", "it's\r\n\x1b[31m \\n", "tab\tonly", "a\u202egpj.exe"]
     for text in texts:
         word = quoted_word("data.path", text)
         assert "\n" not in printable(word)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from types import TracebackType
 
 from launcher.protocol.results import parse_metrics_line
-from launcher.utils.files import write_atomic
+from launcher.utils.files import open_append, open_regular, write_atomic
 
 _TICK_S = 1e-6
 """Two lines never carry the same time: a tracker uses it to find the lines that it has sent."""
@@ -33,7 +34,7 @@ class MetricsWriter:
 
     def __init__(self, path: Path, *, start_step: int = 0) -> None:
         self._last_time = rewind(path, start_step)
-        self._file = path.open("ab")
+        self._file = open_append(path)
 
     def record(self, step: int, **metrics: float) -> None:
         """Append one line for ``step`` (optimiser steps done so far).
@@ -67,20 +68,22 @@ def rewind(path: Path, step: int) -> float:
     Returns:
         The time of the latest line, kept or not; 0 when there is none.
     """
-    if not path.exists():
+    if not os.path.lexists(path):
         return 0.0
+    with open_regular(path) as stored:
+        content = stored.read()
     kept: list[bytes] = []
     discarded: list[bytes] = []
     latest = 0.0
-    for line in path.read_bytes().splitlines():
+    for line in content.splitlines():
         values = parse_metrics_line(line)
         if values is not None:
             latest = max(latest, values.get("time", 0.0))
         (discarded if values is None or values.get("train/step", 0) > step else kept).append(line + b"\n")
     if discarded:
-        with path.with_name(f"{path.stem}.discarded{path.suffix}").open("ab") as file:
+        with open_append(path.with_name(f"{path.stem}.discarded{path.suffix}")) as file:
             file.writelines(discarded)
         write_atomic(path, b"".join(kept))
-    elif kept and not path.read_bytes().endswith(b"\n"):
+    elif kept and not content.endswith(b"\n"):
         write_atomic(path, b"".join(kept))
     return latest

@@ -16,6 +16,7 @@ from pathlib import Path
 from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, Assignment, Ping, SessionSuspended
 from launcher.protocol.wire import MessageReader
 from launcher.remote.command import RemoteCommand
+from launcher.utils.files import open_append
 from launcher.utils.logs import open_log
 from launcher.utils.system import child_environment
 
@@ -163,7 +164,7 @@ class PipeConnection(AgentConnection):
             return None
         messages, noise = self._reader.feed(data)
         if noise:
-            with self._log.open("ab") as log:
+            with open_append(self._log) as log:
                 log.write(noise)
         return messages
 

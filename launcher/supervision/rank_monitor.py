@@ -25,7 +25,7 @@ from launcher.protocol.heartbeat import Heartbeat, heartbeat_file
 from launcher.protocol.rank_env import RankEnv, exception_text_file
 from launcher.supervision.file_channel import FileChannel
 from launcher.supervision.socket_channel import SocketChannel
-from launcher.utils.files import write_json
+from launcher.utils.files import open_append, write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like, signal_main_thread
 from launcher.utils.system import is_disk_full_error
@@ -69,7 +69,8 @@ def redirect_output(log: Path) -> None:
     """Append everything this process and its children print to ``log``, line by line."""
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        with open_append(log) as file:
+            descriptor = os.dup(file.fileno())
     except OSError as error:
         if not is_disk_full_error(error):
             raise

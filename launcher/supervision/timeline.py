@@ -9,6 +9,7 @@ from pathlib import Path
 
 from launcher.errors.secrets import hide_secrets
 from launcher.protocol.messages import AgentReady, CommandExited, RankExited, RankHeartbeat, RankRaised
+from launcher.utils.files import open_append
 from launcher.utils.processes import describe_exit, signal_name
 
 
@@ -22,8 +23,8 @@ class Timeline:
     def note(self, host: str, what: str) -> None:
         """Append an event; a full disk must not end the run."""
         line = json.dumps({"time": round(time.time(), 3), "host": host, "what": hide_secrets(what)}, ensure_ascii=False)
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(line + "\n")
+        with contextlib.suppress(OSError), open_append(self._path) as file:
+            file.write(f"{line}\n".encode(errors="backslashreplace"))
 
     def agent_ready(self, host: str, message: AgentReady) -> None:
         """Append that the agent of ``host`` runs."""

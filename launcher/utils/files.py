@@ -118,6 +118,29 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
+def open_append(path: Path, *, buffering: int = -1) -> BinaryIO:
+    """Return a regular file, opened to append to and to read; it is created where there is none.
+
+    Nothing is written through a symbolic link: in a run directory of another user it could lead to any file.
+
+    Raises:
+        UnreadableFile: it is a link, or no regular file.
+        OSError: it cannot be written.
+    """
+    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UnreadableFile(errno.ELOOP, "is a symbolic link", str(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UnreadableFile(errno.EINVAL, "is not a regular file", str(path))
+    os.set_blocking(descriptor, True)
+    return os.fdopen(descriptor, "a+b", buffering)  # type: ignore[return-value]
+
+
 def read_regular(path: Path, *, inside: Path | None = None, limit: int = MAX_BYTES) -> bytes:
     """Return the content of a regular file.
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import IO
 
+from launcher.utils.files import open_append
 from launcher.utils.system import is_disk_full_error
 
 _MAX_LINE_BYTES = 1 << 20
@@ -46,7 +47,7 @@ class LineSplitter:
 def open_log(path: Path) -> IO[bytes]:
     """Open a log to append to it; on a disk too full for a new file, discard what is written."""
     try:
-        return path.open("ab", buffering=0)
+        return open_append(path, buffering=0)
     except OSError as error:
         if not is_disk_full_error(error):
             raise

@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -16,18 +18,23 @@ from launcher.backends.slurm import submit
 from launcher.backends.slurm.client import SlurmPartition
 from launcher.config.build import build_run
 from launcher.config.compose import compose
+from launcher.config.job.generate import stored_fingerprint
 from launcher.config.run import Run, run_to_tree
 from launcher.config.snapshot import save_run
 from launcher.errors import ConfigError, EnvironmentProblem, JobError
 from launcher.execution import lifecycle
 from launcher.execution.validate import validate_run_dir
-from launcher.inference.batch.output import PartIndex, claim_output, merge_parts
+from launcher.inference.batch.output import PartIndex, PartWriter, claim_output, merge_parts
 from launcher.protocol.messages import Assignment
+from launcher.protocol.metrics import MetricsWriter
 from launcher.protocol.rundir import RunDir
 from launcher.runs.lock import RunLock
 from launcher.supervision.finalize import result_files
 from launcher.supervision.host_agent import stage_run_dir
-from launcher.utils.files import atomic_file, write_atomic, write_json
+from launcher.supervision.rank_monitor import redirect_output
+from launcher.supervision.timeline import Timeline
+from launcher.utils.files import UnreadableFile, atomic_file, write_atomic, write_json
+from launcher.utils.logs import open_log
 from tests.conftest import Launch
 
 SMALL = ("model.num_hidden_layers=1", "model.hidden_size=32", "tracker=local", "data=synthetic")
@@ -316,6 +323,64 @@ def test_answers_that_cannot_be_written_are_kept_and_the_option_named(tmp_path: 
             JobError, match=r"job.output=.*: cannot be written .*All answers are kept in .*launch resume"
         ):
             merge_parts(PartIndex(parts, 0), output, heartbeat=lambda: None)
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+@pytest.mark.parametrize("writer", ["metrics", "discarded", "timeline", "log", "output of a rank", "answers"])
+def test_nothing_is_written_through_a_link_in_a_run_directory(writer: str, kind: str, tmp_path: Path) -> None:
+    """The directory may be another user's, and the link may lead to any file of ours."""
+    run, victim = tmp_path / "run", tmp_path / "victim"
+    run.mkdir()
+    victim.write_text("mine\n")
+    trap = run / {"discarded": "metrics.discarded.jsonl"}.get(writer, "file.jsonl")
+    if kind == "link":
+        trap.symlink_to(victim)
+    else:
+        os.mkfifo(trap)
+
+    def write() -> None:
+        if writer == "metrics":
+            MetricsWriter(trap).close()
+        elif writer == "discarded":
+            (run / "metrics.jsonl").write_text('{"train/step": 9}\n')
+            MetricsWriter(run / "metrics.jsonl").close()
+        elif writer == "log":
+            open_log(trap).close()
+        elif writer == "output of a rank":
+            redirect_output(trap)
+        elif writer == "answers":
+            PartWriter(trap)
+
+    if writer == "timeline":
+        Timeline(trap).note("node0", "prepared")  # a run goes on without it
+    else:
+        with pytest.raises(UnreadableFile):
+            write()
+    assert victim.read_text() == "mine\n"
+
+
+def test_parts_that_no_run_writes_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "rank0.part").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(JobError, match=r"rank0\.part is a link or no regular file: .*Remove it"):
+        PartIndex(tmp_path, 3).scan()
+    (tmp_path / "rank0.part").unlink()
+    answer = b'{"line": 1}'
+    (tmp_path / "rank0.part").write_bytes(
+        b"".join(b"%d 4 a %08x %s\n" % (n, crc32(answer), answer) for n in (-1, 3, 1))
+    )
+    index = PartIndex(tmp_path, 3)
+    index.scan()
+    assert [number in index for number in range(3)] == [False, True, False]
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"digest": ["x"], "options": {}}', '{"digest": "x", "options": []}']
+)
+def test_answers_to_an_unknown_task_are_left_alone(text: str, tmp_path: Path) -> None:
+    (tmp_path / "task.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"run\.dir=.*task\.json is damaged, .*; choose a new directory"):
+        stored_fingerprint(tmp_path)
+    assert (tmp_path / "task.json").read_text() == text
 
 
 def test_only_files_of_the_end_are_forgotten(tmp_path: Path) -> None:

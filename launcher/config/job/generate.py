@@ -15,7 +15,7 @@ from launcher.config.prompt_file import SAMPLE_PROMPTS, BadLine, PromptFile, che
 from launcher.config.run import Run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
-from launcher.utils.files import read_json, write_json
+from launcher.utils.files import read_object, write_json
 from launcher.utils.schema import to_tree
 
 SAMPLE_INPUT = "sample"
@@ -169,7 +169,11 @@ class Generate(GeneratingJob):
             return
         elif not output.parent.is_dir() and self.output is not None:
             yield self.error("output", f"there is no folder {output.parent}", "make it, or choose another")
-        stored = stored_fingerprint(run_dir.generated)
+        try:
+            stored = stored_fingerprint(run_dir.generated)
+        except ConfigError as error:
+            yield error
+            return
         if stored is not None:
             yield from fingerprint_of(run, self, source, digest=source.digest()).validate_stored(stored, self)
         if output.exists() and not owns_output(run_dir.generated, output):
@@ -256,9 +260,23 @@ def fingerprint_of(run: Run, job: Generate, source: PromptFile, *, digest: str) 
 
 
 def stored_fingerprint(folder: Path) -> BatchFingerprint | None:
-    """Return the fingerprint that a folder of parts was started with, if it was."""
+    """Return the fingerprint that a folder of parts was started with, if it was.
+
+    Raises:
+        ConfigError: it is damaged, so nothing says which task the answers belong to.
+    """
     file = folder / "task.json"
-    return BatchFingerprint(**read_json(file)) if file.exists() else None
+    try:
+        tree = read_object(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        tree = {}
+    digest, options = tree.get("digest"), tree.get("options")
+    if not isinstance(digest, str) or not isinstance(options, dict):
+        why, fix = f"{file} is damaged, so nothing says what its answers belong to", "choose a new directory"
+        raise ConfigError("run.dir", folder.parent, why=why, fix=fix)
+    return BatchFingerprint(digest=digest, options=options)
 
 
 def store_fingerprint(folder: Path, task: BatchFingerprint) -> None:

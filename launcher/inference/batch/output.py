@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import BinaryIO
 
 from launcher.config.job.generate import CLAIM_FILE, owns_output
-from launcher.errors import JobError
-from launcher.utils.files import atomic_file, write_atomic
+from launcher.errors import EXIT_BAD_INPUT, JobError
+from launcher.utils.files import atomic_file, is_regular, open_append, open_regular, write_atomic
 from launcher.utils.system import is_disk_full_error
 
 
@@ -44,7 +44,7 @@ class PartWriter:
     """
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a+b")
+        self._file = open_append(path)
         size = self._file.seek(0, os.SEEK_END)
         if size and os.pread(self._file.fileno(), 1, size - 1) != b"\n":
             self._file.write(b"\n")
@@ -114,7 +114,11 @@ class PartIndex:
             if path not in self._read:
                 self._files.append(path)
                 self._read[path] = 0
-            with path.open("rb") as file:
+            if not is_regular(path):
+                why = f"{path} is a link or no regular file: no run writes such a file"
+                fix = f"Remove it, then type launch resume {self.folder.parent}"
+                raise JobError(f"{why}. {fix}", exit_code=EXIT_BAD_INPUT)
+            with open_regular(path) as file:
                 file.seek(self._read[path])
                 for line in file:
                     if not line.endswith(b"\n"):
@@ -124,7 +128,7 @@ class PartIndex:
 
     def _take(self, path: Path, offset: int, line: bytes) -> None:
         found = parse_part_line(line)
-        if found is None or found[0] >= len(self._places) or found[0] in self:
+        if found is None or not 0 <= found[0] < len(self._places) or found[0] in self:
             return
         number, tokens, is_error, _ = found
         self._places[number] = self._files.index(path) << _OFFSET_BITS | offset

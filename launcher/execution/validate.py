@@ -215,6 +215,9 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
     elif run_dir.is_run and (job := _saved_job(run_dir)) != (ours := _job_words(run.job.kind, run.benchmark.kind)):
         why = f"holds a run of {job}, this one is of {ours}, and two runs never share a directory"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose another folder")
+    elif run_dir.is_run and (irregular := run_dir.irregular_files()):
+        why = f"holds {', '.join(irregular[:3])}, a link or no regular file, and nothing is written through one"
+        yield ConfigError("run.dir", run_dir.path, why=why, fix="remove it, or choose another folder")
     elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
         is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())
         why, fix = "is not empty, and two runs never share a directory", "choose another, or set checkpoint.resume=auto"

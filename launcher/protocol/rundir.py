@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import os
 import re
 import secrets
@@ -12,7 +13,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launcher.utils.files import read_regular
+from launcher.utils.files import is_regular, read_regular
 
 _SNAPSHOT_GROUPS = frozenset({"job", "model", "backend", "run"})
 """Groups that the snapshot of every version holds."""
@@ -146,6 +147,17 @@ class RunDir:
         names = sorted(entry.name for entry in self.path.iterdir())
         is_early = _PRE_SNAPSHOT_ENTRIES.issuperset(names) and not (self.logs.is_dir() and any(self.logs.iterdir()))
         return [] if is_early else names
+
+    def irregular_files(self) -> list[str]:
+        """Return the links to files, FIFOs and the like among what a run appends to; no run makes such."""
+        found = []
+        for folder in (self.path, self.logs, self.generated):
+            with contextlib.suppress(OSError):
+                entries = sorted(folder.iterdir())
+                found += [
+                    str(path.relative_to(self.path)) for path in entries if not (path.is_dir() or is_regular(path))
+                ]
+        return found
 
     def reserves(self, path: Path) -> bool:
         """Return whether ``path`` is this directory, above it, or something a run writes in it."""

@@ -138,7 +138,7 @@ def open_append(path: Path, *, buffering: int = -1) -> BinaryIO:
         os.close(descriptor)
         raise UnreadableFile(errno.EINVAL, "is not a regular file", str(path))
     os.set_blocking(descriptor, True)
-    return os.fdopen(descriptor, "a+b", buffering)  # type: ignore[return-value]
+    return os.fdopen(descriptor, "a+b", buffering)
 
 
 def read_regular(path: Path, *, inside: Path | None = None, limit: int = MAX_BYTES) -> bytes:

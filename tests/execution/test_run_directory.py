@@ -359,6 +359,24 @@ def test_nothing_is_written_through_a_link_in_a_run_directory(writer: str, kind:
     assert victim.read_text() == "mine\n"
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "logs/vm.0.log", "generated/rank0.part"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo"])
+def test_a_run_directory_with_links_is_refused_before_a_start(name: str, kind: str, tmp_path: Path) -> None:
+    run = compose([*SMALL, f"run.dir={tmp_path}/run", "checkpoint.resume=auto"]).run
+    run_dir = RunDir(tmp_path / "run")
+    (run_dir.path / name).parent.mkdir(parents=True, exist_ok=True)
+    save_run(run, run_dir.snapshot)
+    (tmp_path / "elsewhere").mkdir()
+    run_dir.checkpoints.symlink_to(tmp_path / "elsewhere")  # a folder on another disk is fine
+    assert list(validate_run_dir(run, run_dir)) == []
+    if kind == "fifo":
+        os.mkfifo(run_dir.path / name)
+    else:
+        (run_dir.path / name).symlink_to("/etc/hostname" if kind == "link" else "nowhere")
+    (error,) = validate_run_dir(run, run_dir)
+    assert f"holds {name}, a link or no regular file" in str(error)
+
+
 def test_parts_that_no_run_writes_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "rank0.part").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(JobError, match=r"rank0\.part is a link or no regular file: .*Remove it"):

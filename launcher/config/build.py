@@ -17,6 +17,23 @@ from launcher.errors import ConfigError
 from launcher.utils.schema import NO_SUCH_OPTION, ReportError, build, defaults, field_types
 from launcher.utils.text import did_you_mean, shell_word
 
+_ALIASES = {
+    **dict.fromkeys(("learning_rate", "learningrate"), "optimizer.lr"),
+    **dict.fromkeys(("batch_size", "per_device_train_batch_size", "micro_batch_size"), "job.micro_batch"),
+    **dict.fromkeys(("max_steps", "num_steps", "iterations", "epochs", "num_train_epochs"), "job.steps"),
+    **dict.fromkeys(("gpus", "num_gpus", "nproc_per_node", "world_size"), "backend.ranks"),
+    **dict.fromkeys(("max_length", "max_seq_length", "seq_len", "block_size"), "job.sequence_length"),
+    "dtype": "precision",
+    "torch_dtype": "precision",
+    "fp16": "precision",
+    "bf16": "precision",
+    "strategy": "parallel",
+    "gradient_checkpointing": "activation",
+    "wandb": "tracker",
+    "output_dir": "run.root",
+}
+"""Names of other programs for options and groups, in suggestions."""
+
 _OPTION_OF_KIND = {
     ("model", "llama"): "llama_tiny",
     ("model", "smollm2"): "smollm2_135m",
@@ -75,6 +92,9 @@ def build_run(
     if homeless or any(part is None for part in parts.values()):
         return None
     options, model = parts["run"], parts["model"]
+    if not model.name.strip() and model.kind != "hf":  # of which it is a path
+        report(ConfigError("model.name", repr(model.name), why="is empty", fix="leave it out, or name the model"))
+        return None
     if expand_home(options.name) == expand_home(model.name):  # hub names stay as they are
         # the default; a path would put the run into the model's folder
         parts["run"] = replace(options, name=default_run_name(model.name))
@@ -89,6 +109,8 @@ def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str
         tree: the composition; options of its components come before those of others.
         typed: what the user typed behind each key; the phrase repeats it.
     """
+    if (meant := _ALIASES.get(key.rpartition(".")[2].lower())) is not None:
+        return f"did you mean {meant if meant in KINDS else _with_value(meant, key, typed)}?"
     found = options_named(key.rpartition(".")[2], tree)
     if key.replace("-", "").replace("_", "").lower() == "dryrun":
         return "did you mean dry_run=true?"
@@ -162,7 +184,10 @@ def _report_elsewhere(
 ) -> None:
     """Report a mistake; of an option that belongs to another group, name that group."""
     group, _, name = error.option.partition(".")
-    if error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
+    if error.why == NO_SUCH_OPTION and name.lower() in _ALIASES:
+        fix = suggest_option(error.option, tree, typed=typed)
+        error = ConfigError(error.option, error.value, why=error.why, fix=fix, source=error.source)
+    elif error.why == NO_SUCH_OPTION and "." not in name and not error.fix.startswith("did you mean"):
         own = _options_with(group, name)  # of another kind of the group
         found = [] if own else [option for option in options_named(name, tree) if option.endswith(f".{name}")]
         words = [_with_kind(option, error.option, tree, typed) for option in found]

@@ -40,7 +40,8 @@ def value_text(value: object) -> str:
         return f"[{','.join(map(value_text, value))}]"
     if isinstance(value, dict):
         return f"{{{','.join(f'{key}: {value_text(item)}' for key, item in value.items())}}}"
-    return str(value)
+    text = str(value)
+    return text if text.isprintable() else json.dumps(text, ensure_ascii=False)  # a line end stays in its line
 
 
 def flatten_options(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, str]]:

@@ -26,6 +26,30 @@ _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+", re.A
 """What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
+_ALIASES = {
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "float": "fp32",
+    "tp": "tensor",
+    "pp": "pipeline",
+    "sp": "sequence",
+    "dp": "ddp",
+    "deepspeed": "zero3",
+    "k8s": "kubernetes",
+    "infer": "generate",
+    "inference": "generate",
+    "yes": "true",
+    "on": "true",
+    "1": "true",
+    "no": "false",
+    "off": "false",
+    "0": "false",
+    "flash_attention_2": "flash",
+    "adam": "adamw",
+}
+"""Names of other programs for options of groups, in suggestions."""
 _OPENING, _CLOSING = "[{(", "]})"
 
 
@@ -377,7 +401,9 @@ def _group_choice(
     wanted = tuple(option.lower() if option in ("True", "False") else option for option in wanted)  # truth values
     unknown = [option for option in wanted if option not in options]
     for option in unknown:
-        report(ConfigError(key, option, why="no such option", fix=did_you_mean(option, options)))
+        alias = _ALIASES.get(option.lower())
+        fix = f"did you mean {alias}?" if alias in options else did_you_mean(option, options)
+        report(ConfigError(key, option, why="no such option", fix=fix))
     if unknown:
         return None
     prefix = "" if key in KINDS else "+"

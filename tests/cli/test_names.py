@@ -140,6 +140,12 @@ def test_a_bare_name_suggests_the_option(capsys: pytest.CaptureFixture[str], wor
         (["dryrun=true"], "did you mean dry_run=true?"),
         (["dry-run=true"], "did you mean dry_run=true?"),
         (["model=GPT2"], "no such option; did you mean gpt2?"),
+        (["learning_rate=1e-4"], "did you mean optimizer.lr=1e-4?"),
+        (["job.batch_size=8"], "did you mean job.micro_batch=8?"),
+        (["dtype=bf16"], "did you mean precision?"),
+        (["precision=float16"], "did you mean fp16?"),
+        (["backend=k8s"], "did you mean kubernetes?"),
+        (["model.name="], "(command line): is empty; leave it out, or name the model"),
         (["backend.env=A=1"], "it takes a mapping: 'backend.env={NAME: VALUE}', a value that holds a comma in quotes"),
         (["optimizer.betas=0.9"], "is a number; it takes a list of 2 values, each a number"),
         (["optimizer.betas=[0.9]"], "is a list of 1; it takes a list of 2 values, each a number"),
@@ -268,3 +274,12 @@ def test_relative_paths_of_a_run_start_from_its_folder(
     assert load_saved_run(run_dir.path, ("data.path=a.txt",)).data.path == "a.txt"
     monkeypatch.chdir(began)
     assert load_saved_run(run_dir.path, ()).data.path[0] == "a.txt"
+
+
+def test_a_line_end_in_a_path_stays_in_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a\nb.txt").write_text("a few words\n" * 2000)
+    assert main(["plan", "data.path=a\nb.txt", "data.vocab_size=300"]) == 0
+    assert 'path="a\\nb.txt"\n' in capsys.readouterr().out

@@ -199,9 +199,11 @@ def _launcher(tmp_path: Path, start_process: Start) -> Launch:
             process = start_process([*command, *arguments], cwd=cwd, env=whole, stdout=stdout, stderr=stderr)
             try:
                 process.wait(timeout)
-            except subprocess.TimeoutExpired:
+            except BaseException as problem:
                 kill_marked(mark)
                 process.wait()
+                if not isinstance(problem, subprocess.TimeoutExpired):
+                    raise
                 pytest.fail(f"still running after {timeout} s: {' '.join(arguments)}\n{''.join(printed())}")
             left = wait_for_marked(mark, seconds=10)
             kill_marked(mark)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO
 
 from launcher.errors import EnvironmentProblem
-from launcher.utils.files import fsync_folder, home_folder
+from launcher.utils.files import fsync_folder, home_folder, open_append
 from launcher.utils.system import disk_full_message
 
 _POLL_S = 0.05
@@ -56,7 +56,7 @@ def build_once(
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock").open("w")
+        lock = open_append(folder.with_name(f"{folder.name}.lock"))  # truncates nothing, wherever a link leads
     except OSError as error:
         raise EnvironmentProblem(f"cannot write the cache folder {folder.parent}: {error}") from error
     with lock:
@@ -69,7 +69,7 @@ def build_once(
     return folder
 
 
-def _lock_exclusively(lock: IO[str], heartbeat: Callable[[], None]) -> None:
+def _lock_exclusively(lock: IO[bytes], heartbeat: Callable[[], None]) -> None:
     while True:
         with suppress(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -78,3 +78,12 @@ def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "cache").touch()
     with pytest.raises(EnvironmentProblem, match="cannot write the cache folder"):
         build_once(tmp_path / "cache" / "it", lambda folder: None, heartbeat=lambda: None)
+
+
+def test_a_link_where_the_lock_belongs_empties_no_file(tmp_path: Path) -> None:
+    """The cache may be a folder that several users write."""
+    (tmp_path / "mine").write_text("text")
+    (tmp_path / "made.lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(EnvironmentProblem, match=r"cannot write the cache folder .*symbolic link"):
+        build_once(tmp_path / "made", lambda folder: None, heartbeat=lambda: None)
+    assert (tmp_path / "mine").read_text() == "text"

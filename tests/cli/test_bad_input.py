@@ -130,6 +130,10 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
         ),
         (["job.sample_tokens=0", "job.sample_prompt=x"], ["job.sample_prompt=x: job.sample_tokens=0 takes no sample"]),
         (
+            ["job=verify", "schedule=constant", "parallel=zero3", "job.strategies=[ddp]"],
+            ["parallel=zero3: job.strategies=ddp does not name run, the strategy of the run; leave parallel out"],
+        ),
+        (
             ["job=benchmark", "benchmark=collectives", "precision=bf16", "compile=true", "parallel=zero3"],
             [
                 "precision=bf16: benchmark=collectives does not use the group precision",

@@ -229,6 +229,12 @@ class Verify(LearningJob):
     perturb: float = 0.0
     """Multiply the learning rate of all but one process by 1 + this, to see the comparison fail."""
 
+    def unused_strategy(self, run: Run) -> str:
+        """Return that the strategies named are others."""
+        if self.strategies == "auto" or OWN_STRATEGY in self.strategies:
+            return ""
+        return f"job.strategies={','.join(self.strategies)} does not name {OWN_STRATEGY}, the strategy of the run"
+
     def validate(self) -> Iterator[ConfigError]:
         """Reject names that are in no catalogue, and counts that compare nothing."""
         yield from super().validate()

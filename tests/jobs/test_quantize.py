@@ -59,7 +59,7 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
     assert "single matrices by compiled kernels" in told.output
     assert "quantized layers by their library's own" not in told.output
     lines = (tmp_path / "generated" / "generated.jsonl").read_text().splitlines()
-    assert [json.loads(line)["tokens"] for line in lines] == [8, 8]
+    assert [json.loads(line)["completion_tokens"] for line in lines] == [8, 8]
 
 
 @pytest.mark.parametrize(

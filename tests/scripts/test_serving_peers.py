@@ -30,7 +30,7 @@ def test_servers_take_turns_and_what_cannot_differ_is_measured_once(scripts) -> 
 
 def test_cells_become_a_table(scripts, tmp_path) -> None:
     figures = {"requests": 3, "client_cpu_share": 0.02, "load_average": 2.5, "errors": 0}
-    figures |= {f"{name}_p{share}_s": 0.05 for name in ("first", "gap") for share in (50, 99)}
+    figures |= {f"{name}_p{share}_s": 0.05 for name in ("ttft", "itl") for share in (50, 99)}
     speeds = {("generate, one by one", 0): 10.0, ("ours", 0): 30.0, ("ours", 1): 40.0, ("ours", 2): 90.0}
     kept = {
         "cells": {

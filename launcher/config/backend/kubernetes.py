@@ -130,7 +130,9 @@ class KubernetesBackend(Backend):
         """Reject what the cluster would refuse later, and less clearly."""
         yield from super().validate()
         yield from self.validate_minimum(1, "nodes", "cpus", "heartbeat_timeout_s")
-        yield from self.validate_minimum(0, "gpus_per_node", "ttl_s", "gather_timeout_s")
+        yield from self.validate_minimum(0, "gpus_per_node", "ttl_s")
+        if not self.gather_timeout_s > 0:
+            yield self.error("gather_timeout_s", "must be above 0", "set backend.gather_timeout_s=1800")
         yield from self._bad_names()
         for name in ("memory", "shared_memory"):
             if parse_quantity(getattr(self, name)) is None:

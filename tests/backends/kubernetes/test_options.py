@@ -41,6 +41,8 @@ from launcher.protocol.plan import Host
         ("tolerations", ({"key": "x", "effect": "Evict"},), "=Evict: is no effect of a toleration; "),
         ("shared_memory", "20Gi", r"is more than backend\.memory=16Gi.*; set backend\.memory=20Gi or more"),
         ("ttl_s", -1, "at least 0"),
+        ("gather_timeout_s", 0, "above 0"),
+        ("gather_timeout_s", -1, "above 0"),
     ],
 )
 def test_refused(option, value, said):

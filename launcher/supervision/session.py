@@ -68,13 +68,22 @@ def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None =
         job: the scheduler's names of this run, for ``session.json``.
     """
     remove_previous_result(RunDir(Path(plan.run_dir)))
-    num_files = _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_SESSION
-    with raise_open_file_limit(num_files), open_console() as console, collect_signals() as signals:
+    with raise_open_file_limit(num_session_files(plan)), open_console() as console, collect_signals() as signals:
         return Session(plan, console=console, signals=signals, job=dict(job or {})).run(connect)
 
 
 class Session:
     """One attempt of a run.
+def num_session_files(plan: Plan) -> int:
+    """Return how many files the session of ``plan`` opens at most."""
+    return _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_SESSION
+
+
+def _with_valid_exit_code(failure: Failure) -> Failure:
+    """Return ``failure`` with an exit code that no parent process takes for success."""
+    return failure if 0 < failure.exit_code < 256 else replace(failure, exit_code=1)
+
+
 
     Args:
         plan: what to run.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import selectors
 import socket
 import time
@@ -25,7 +26,7 @@ Say = Callable[[str], None]
 _TICK_S = 0.5
 _REPORT_EVERY_S = 30.0
 _BACKLOG = 1024
-_MAX_PENDING = 256
+MAX_PENDING = 256
 """Peers that may be in their handshake at a time."""
 _MAX_REPORTED_REJECTIONS = 20
 _SHORTAGE_S = 0.05
@@ -63,6 +64,7 @@ class AgentListener:
         self._pending: list[_PendingPeer] = []
         self._connected: dict[int, TcpConnection] = {}
         self._num_rejected = 0
+        self._is_shortage_reported = False
 
     def gather(self, *, timeout_s: float, say: Say) -> dict[str, TcpConnection]:
         """Wait until the agents of all hosts have connected; return their connections by host.
@@ -111,31 +113,34 @@ class AgentListener:
             self._reject(pending, f"it did not finish the handshake within {self._handshake_s:g} s", say)
 
     def _accept(self, say: Say) -> None:
-        for _ in range(_MAX_PENDING):
+        for _ in range(MAX_PENDING):
             try:
                 peer, address = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError as problem:
                 if problem.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                    self._make_room(say)
+                    self._make_room(say, shortage=_describe_shortage(problem))
                     time.sleep(_SHORTAGE_S)
                 return  # any other is the error of a peer that went while it waited in the queue
             peer.setblocking(False)
-            if len(self._pending) >= _MAX_PENDING:
+            if len(self._pending) >= MAX_PENDING:
                 self._make_room(say)
             handshake = HandshakeServer(known=self._hosts, key=self._key)
             pending = _PendingPeer(peer, str(address[0]), handshake, time.monotonic() + self._handshake_s)
             self._pending.append(pending)
             self._selector.register(peer, selectors.EVENT_READ, pending)
 
-    def _make_room(self, say: Say) -> None:
+    def _make_room(self, say: Say, *, shortage: str = "") -> None:
         """Close the oldest peer of the address with most peers: an agent needs one round trip."""
+        if shortage and not self._is_shortage_reported:
+            self._is_shortage_reported = True
+            say(f"no further connection can be accepted now: {shortage}")
         counts = Counter(pending.address for pending in self._pending)
         if counts:
             address, _ = counts.most_common(1)[0]
             oldest = next(pending for pending in self._pending if pending.address == address)
-            self._reject(oldest, f"{counts[address]} connections from there were open", say)
+            self._reject(oldest, shortage or f"{counts[address]} connections from there were open", say)
 
     def _serve(self, pending: _PendingPeer, say: Say) -> None:
         try:
@@ -262,6 +267,13 @@ def _configure_socket(peer: socket.socket) -> None:
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 3)):
         peer.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _describe_shortage(problem: OSError) -> str:
+    if problem.errno != errno.EMFILE:
+        return problem.strerror or str(problem)
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return f"this process has no free descriptor (ulimit -n: {soft})"
 
 
 def _shorten_names(names: list[str]) -> str:

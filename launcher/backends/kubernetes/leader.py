@@ -22,9 +22,10 @@ from launcher.protocol.rundir import RunDir
 from launcher.remote.command import RemoteCommand
 from launcher.runs.lock import RunLock
 from launcher.supervision.connection import AgentConnection, PipeConnection
-from launcher.supervision.session import run_session
-from launcher.supervision.tcp_connection import AgentListener, Say, TcpConnection
+from launcher.supervision.session import num_session_files, run_session
+from launcher.supervision.tcp_connection import MAX_PENDING, AgentListener, Say, TcpConnection
 from launcher.utils.files import read_json
+from launcher.utils.system import raise_open_file_limit
 
 
 def run_leader(run: Run, backend: KubernetesBackend, config: PodConfig, *, key: bytes, say: Say) -> int:
@@ -84,8 +85,6 @@ class PodExecutor(Executor[KubernetesBackend]):
         """
         run_dir = RunDir(Path(plan.run_dir))
         others = {number: host.host.name for number, host in enumerate(plan.hosts) if number}
-        listener = AgentListener(port=self._config.session_port, key=self._key, hosts=others)
-        self.agents = listener.gather(timeout_s=self.backend.gather_timeout_s, say=self._say)
 
         def connect(host: HostPlan) -> AgentConnection:
             name = host.host.name
@@ -94,7 +93,10 @@ class PodExecutor(Executor[KubernetesBackend]):
             remote = self.remote_command(host.host, "launcher.supervision.agent_entry")
             return PipeConnection(name, remote, log=run_dir.log_of(name, "agent"))
 
-        return run_session(plan, connect, job=job_reference(self.backend, self._config.job))
+        with raise_open_file_limit(num_session_files(plan) + MAX_PENDING):
+            listener = AgentListener(port=self._config.session_port, key=self._key, hosts=others)
+            self.agents = listener.gather(timeout_s=self.backend.gather_timeout_s, say=self._say)
+            return run_session(plan, connect, job=job_reference(self.backend, self._config.job))
 
 
 def _code_for_controller(outcome: RunOutcome, others: Mapping[str, TcpConnection]) -> int:

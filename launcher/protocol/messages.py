@@ -181,7 +181,7 @@ class RankRaised(AgentMessage):
     rank: int
     time: float
     code: int
-    """Exit code that the rank will return."""
+    """Exit code that the rank will return, from 1 to 255."""
     error: str
     """Type and message."""
     traceback: str

@@ -15,11 +15,13 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage
+from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, RankRaised
 
 _KINDS: dict[str, type[AgentMessage]] = {cls.kind: cls for cls in TO_AGENT | FROM_AGENT}
 _MAX_INT = 2**63
 _SIGNAL_FIELDS = ("signal",)
+_EXIT_CODE_FIELDS = ("code", "exit_code")
+_MAX_EXIT_CODE = 255
 _MAX_CHARS_SHOWN = 80
 _MESSAGE_PREFIX = b'{"kind": '
 _MAX_LINE_BYTES = 1 << 28
@@ -80,6 +82,10 @@ def _field_checks(kind: str) -> dict[str, Callable[[Any], bool]]:
     checks = {field.name: _type_check(hints[field.name]) for field in dataclasses.fields(cls)}
     for name in checks.keys() & set(_SIGNAL_FIELDS):
         checks[name] = functools.partial(_is_signal, optional=hints[name] is not int)
+    for name in checks.keys() & set(_EXIT_CODE_FIELDS):
+        if hints[name] is not str:  # the code that an agent runs is a folder
+            lowest = 1 if cls is RankRaised else 0
+            checks[name] = functools.partial(_is_exit_code, lowest=lowest, optional=hints[name] is not int)
     return checks
 
 
@@ -108,6 +114,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_signal(value: Any, *, optional: bool) -> bool:
     return (value is None and optional) or (_is_int(value) and 0 < value < signal.NSIG)
+
+
+def _is_exit_code(value: Any, *, lowest: int, optional: bool) -> bool:
+    return (value is None and optional) or (_is_int(value) and lowest <= value <= _MAX_EXIT_CODE)
 
 
 def _shorten(line: bytes | str) -> str:

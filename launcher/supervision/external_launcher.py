@@ -54,7 +54,7 @@ _REPORT_TIMEOUT_S = 3.0
 """Time for rank monitors to report once the launcher has exited."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
 """Prefixes of variables that deepspeed exports, mangled by shells; ranks read them from the channel instead."""
-_SSH_EXITED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): ssh exited with exit code (?P<code>\d+)")
+_SSH_EXITED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): ssh exited with exit code (?P<code>\d{1,3})")
 
 
 class FileChannelRanks(HostRanks):
@@ -233,7 +233,7 @@ class ExternalLauncherAgent(HostAgent):
     def _write_log(self, line: str) -> None:
         super()._write_log(line)
         if (found := _SSH_EXITED.fullmatch(line.strip())) and not self._channel_ranks.has_started_on(found["host"]):
-            self._report_failed_ssh(found["host"], int(found["code"]))
+            self._report_failed_ssh(found["host"], min(int(found["code"]), 255))
 
     def _report_failed_ssh(self, host: str, code: int) -> None:
         """Report that pdsh started no rank on ``host``; pdsh exits only after all other hosts."""

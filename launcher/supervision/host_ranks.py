@@ -254,6 +254,8 @@ class HostRanks:
             return
         rank.has_raised = True
         fields = {name: record[name] for name in EXCEPTION_RECORD_FIELDS if name != "pid"}
+        if not 0 < fields["code"] < 256:  # the session would reject it, and with it this host
+            fields["code"] = 1
         self._emit(RankRaised(rank=rank.number, **fields))
 
 

@@ -109,7 +109,11 @@ def _exit_code_of_work(work: RankWork, env: RankEnv, heartbeat: Heartbeat) -> in
 
 
 def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, *, code: int) -> int:
-    """Record the exception now, because the exit may take long; return ``code``."""
+    """Record the exception now, because the exit may take long; return the exit code, never 0.
+
+    The system keeps eight bits of an exit code: 256 would be a success.
+    """
+    code = code & 0xFF or 1
     is_own = isinstance(error, LauncherError)
     record = {
         "rank": env.rank,

@@ -296,7 +296,7 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
         cause = self._failure or self._analysis.cause(now=now, all_over=True) or self._analysis.missing_rank_failure()
         if cause is None:
             return RunOutcome(status="completed", exit_code=0)
-        failure = self._analysis.complete(cause)
+        failure = _with_valid_exit_code(self._analysis.complete(cause))
         if failure.is_preemption:
             return RunOutcome(status="preempted", exit_code=EXIT_PREEMPTED)
         taken = is_port_taken(failure) and not self._tracker.has_stepped

@@ -184,6 +184,11 @@ class AgentGroup:
         """Record that no process of the run but the sidecars is left on ``host``."""
         self._agents[host].is_working = False
 
+    def ranks_of(self, host: str) -> range:
+        """Return the ranks that the agent of ``host`` supervises; an external launcher's are on several hosts."""
+        plan = self._agents[host].host
+        return range(plan.first_rank, plan.first_rank + plan.host.slots)
+
     def agent_exited(self, host: str, message: AgentExited) -> None:
         """Record how the agent of ``host`` exited; its connection closes next."""
         self._agents[host].exited = message
@@ -260,7 +265,7 @@ class AgentGroup:
         host, log, tail = agent.host.host.name, agent.log.path, agent.log.last(_TAIL_LINES)
         if silent_s is not None:
             return silent_host_failure(host, silent_s=silent_s, was_ready=agent.is_ready, log=log, tail=tail)
-        if agent.exited is not None:
+        if agent.exited is not None and (agent.exited.code or agent.exited.signal or not malformed):
             return agent_exited_failure(host, agent.exited, log=log, tail=tail)
         if malformed:
             return malformed_message_failure(host, malformed, log=log, tail=tail)

@@ -75,6 +75,16 @@ class FailureAnalysis:
         """Add the failure of an agent that exited unexpectedly."""
         self._add_candidate(host, failure, now)
 
+    def ranks_missing(self, ranks: Sequence[int], *, now: float) -> None:
+        """Add the failure of ranks whose launcher and agent have ended without a report of their exit."""
+        failure = self._missing_failure(min(ranks))
+        self._add_candidate(min(ranks), failure, now)
+
+    @property
+    def has_failures(self) -> bool:
+        """Whether a failure was added."""
+        return self._first_failure_at is not None
+
     def cause(self, *, now: float, all_over: bool) -> Failure | None:
         """Return why the run has failed; ``None`` when it has not, or while failures are collected."""
         candidates = list(self._candidates.values())
@@ -119,10 +129,7 @@ class FailureAnalysis:
         missing = sorted(self._host_of.keys() - self._tracker.exited.keys())
         if not missing:
             return None
-        host = self._host_of[missing[0]]
-        reason = f"rank {missing[0]} on {host} never reported its exit, though its launcher exited without an error"
-        log = str(self._run_dir.log_of(host, missing[0]))
-        return Failure(host=host, rank=missing[0], exit_code=1, signal=None, reason=reason, log=log, time=time.time())
+        return self._missing_failure(missing[0])
 
     def complete(self, failure: Failure) -> Failure:
         """Return ``failure`` with what arrived after it was found: the rank's exit and the victims."""
@@ -158,6 +165,12 @@ class FailureAnalysis:
             self._killed_by_launcher.add(failure)
         if self._first_failure_at is None:
             self._first_failure_at = now
+
+    def _missing_failure(self, rank: int) -> Failure:
+        host = self._host_of[rank]
+        reason = f"rank {rank} on {host} never reported its exit, though its launcher exited without an error"
+        log = str(self._run_dir.log_of(host, rank))
+        return Failure(host=host, rank=rank, exit_code=1, signal=None, reason=reason, log=log, time=time.time())
 
     def _exception_failure(self, host: str, message: RankRaised) -> Failure:
         return Failure(

@@ -102,6 +102,8 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
         self._timeline = Timeline(self._run_dir.timeline)
         self._failure: Failure | None = None
         self._cancelled_by: int | None = None
+        self._launcher_exited: set[str] = set()
+        """Agents whose launcher has exited."""
         self._give_up_at = math.inf
 
     def run(self, connect: Connect) -> RunOutcome:
@@ -177,10 +179,13 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
                 self._analysis.command_exited(agent, message, now=now)
             case AgentSignalled():
                 self._timeline.agent_signalled(agent, message.signal)
+                if message.role == "launcher":
+                    self._launcher_exited.add(agent)
                 self._cancel(message.signal)
             case AgentIdle():
                 self._timeline.agent_idle(agent)
                 self._agents.agent_idle(agent)
+                self._check_idle(agent)
             case AgentExited():
                 self._agents.agent_exited(agent, message)
             case OutputLine():
@@ -194,6 +199,21 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
 
     def _check_host(self, host: str) -> str:
         if all(host != rank.host for rank in self._plan.ranks):
+    def _check_idle(self, agent: str) -> None:
+        """Check that the processes of an agent can have exited.
+
+        Raises:
+            MalformedMessage: no process has failed, and some of its ranks have not exited: the run would never end.
+        """
+        if self._failure or self._cancelled_by is not None or self._analysis.has_failures:
+            return
+        living = [rank for rank in self._agents.ranks_of(agent) if rank not in self._tracker.exited]
+        if not living:
+            return
+        if agent not in self._launcher_exited:
+            raise MalformedMessage(f"a message {AgentIdle.kind} before rank {living[0]} had exited")
+        self._analysis.ranks_missing(living, now=time.monotonic())
+
             raise MalformedMessage("a message about a host that the run does not have")
         return host
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from launcher.protocol.session_file import (
 from launcher.protocol.wire import MalformedMessage
 from launcher.supervision.connection import AgentConnection, Keepalive
 from launcher.supervision.socket_channel import is_scratch_folder, remove_scratch
+from launcher.utils.files import open_append
 from launcher.utils.logs import LogTail
 from launcher.utils.processes import describe_exit, shell_exit_code
 from launcher.utils.schema import to_tree
@@ -38,6 +41,7 @@ _TICK_S = 0.1
 _CONNECT_S = 60.0
 """Time until the first message of an agent: it ends logins that hang, and is enough for a slow disk."""
 _TAIL_LINES = 30
+_MAX_PROBLEM_CHARS = 200
 Connect = Callable[[HostPlan], AgentConnection]
 
 
@@ -180,14 +184,14 @@ class AgentGroup:
             self._has_started = True
             self.broadcast(StartRanks())
 
-    def agent_idle(self, host: str) -> None:
-        """Record that no process of the run but the sidecars is left on ``host``."""
-        self._agents[host].is_working = False
-
     def ranks_of(self, host: str) -> range:
         """Return the ranks that the agent of ``host`` supervises; an external launcher's are on several hosts."""
         plan = self._agents[host].host
         return range(plan.first_rank, plan.first_rank + plan.host.slots)
+
+    def agent_idle(self, host: str) -> None:
+        """Record that no process of the run but the sidecars is left on ``host``."""
+        self._agents[host].is_working = False
 
     def agent_exited(self, host: str, message: AgentExited) -> None:
         """Record how the agent of ``host`` exited; its connection closes next."""
@@ -229,15 +233,24 @@ class AgentGroup:
             self._close(agent)
             return
         agent.last_message_at = time.monotonic()
-        malformed = ""
-        try:
-            for message in messages:
-                if not isinstance(message, Ping):
-                    self._on_message(agent.connection.host, message)
-        except MalformedMessage as problem:
-            malformed = str(problem)
+        malformed = next(filter(None, (self._handle(agent, message) for message in messages)), "")
         if malformed := malformed or agent.connection.malformed:
             self._close(agent, malformed=malformed)
+
+    def _handle(self, agent: _Agent, message: AgentMessage) -> str:
+        """Pass a message on; return what is wrong with it, empty for a valid one."""
+        if isinstance(message, Ping):
+            return ""
+        try:
+            self._on_message(agent.connection.host, message)
+        except MalformedMessage as problem:
+            return str(problem)
+        except (ValueError, ArithmeticError) as problem:
+            # what no check foresaw in the values of a peer loses that host alone; other errors are this program's own
+            with contextlib.suppress(OSError), open_append(agent.log.path) as log:
+                log.write(traceback.format_exc().encode(errors="backslashreplace"))
+            return f"a message {message.kind} that causes {type(problem).__name__}: {str(problem)[:_MAX_PROBLEM_CHARS]}"
+        return ""
 
     def _close_silent(self, now: float) -> None:
         limit = self._plan.heartbeat_timeout_s

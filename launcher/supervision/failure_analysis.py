@@ -33,8 +33,8 @@ _CONSEQUENCE = re.compile(
     r"|Connection (closed|reset|refused)|Broken pipe|Socket closed|closed by peer|Application timeout"
 )
 
-_WAS_SIGNALLED = re.compile(r"SignalException.* got signal: (\d+)")
-"""Printed by torchrun, before it exits with code 1, when it received a signal."""
+_WAS_SIGNALLED = re.compile(r" got signal: (\d{1,2})\b")
+"""Printed by torchrun after "SignalException", before it exits with code 1, when it received a signal."""
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
@@ -290,8 +290,11 @@ def is_port_taken(failure: Failure) -> bool:
 
 def signal_in_output(output: str) -> int | None:
     """Return the signal that torchrun reports to have received."""
-    found = _WAS_SIGNALLED.search(output)
-    return int(found[1]) if found else None
+    for line in output.splitlines():
+        found = _WAS_SIGNALLED.search(line.partition("SignalException")[2])
+        if found and 0 < int(found[1]) < signal.NSIG:
+            return int(found[1])
+    return None
 
 
 def root_cause(candidates: Sequence[FailureCandidate]) -> Failure:

@@ -120,7 +120,7 @@ def _write_stacks(failure: Failure, run_dir: RunDir) -> None:
     known = [progress for progress in failure.ranks if progress.stack]
     if known:
         texts = (f"── {_describe_progress(progress)} ──\n{progress.stack.rstrip()}\n" for progress in known)
-        write_atomic(run_dir.stacks, "\n".join(texts))
+        write_atomic(run_dir.stacks, "\n".join(texts).encode(errors="backslashreplace"))
 
 
 def _name(victim: Victim) -> str:

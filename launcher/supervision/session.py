@@ -55,6 +55,8 @@ _DEATH_DUMP_S = 0.5
 _TRANSFER_S = 0.3
 """Time for the stacks to arrive from other machines."""
 _FILES_PER_HOST, _FILES_OF_SESSION = 4, 64
+_MAX_STEPS = 2**53
+"""Of a progress bar, which computes with them; a rank may name any number."""
 _ANSWER_S = 10.0
 """Time, beyond the grace, after which an agent that was ordered to end the ranks counts as lost."""
 
@@ -72,8 +74,6 @@ def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None =
         return Session(plan, console=console, signals=signals, job=dict(job or {})).run(connect)
 
 
-class Session:
-    """One attempt of a run.
 def num_session_files(plan: Plan) -> int:
     """Return how many files the session of ``plan`` opens at most."""
     return _FILES_PER_HOST * len(plan.hosts) + _FILES_OF_SESSION
@@ -84,6 +84,8 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
     return failure if 0 < failure.exit_code < 256 else replace(failure, exit_code=1)
 
 
+class Session:
+    """One attempt of a run.
 
     Args:
         plan: what to run.
@@ -100,10 +102,10 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
         self._analysis = FailureAnalysis(plan, self._run_dir, self._tracker)
         self._file_receiver = FileSyncReceiver(plan)
         self._timeline = Timeline(self._run_dir.timeline)
-        self._failure: Failure | None = None
-        self._cancelled_by: int | None = None
         self._launcher_exited: set[str] = set()
         """Agents whose launcher has exited."""
+        self._failure: Failure | None = None
+        self._cancelled_by: int | None = None
         self._give_up_at = math.inf
 
     def run(self, connect: Connect) -> RunOutcome:
@@ -177,15 +179,15 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
             case CommandExited():
                 self._timeline.command_exited(agent, message)
                 self._analysis.command_exited(agent, message, now=now)
-            case AgentSignalled():
-                self._timeline.agent_signalled(agent, message.signal)
                 if message.role == "launcher":
                     self._launcher_exited.add(agent)
+            case AgentSignalled():
+                self._timeline.agent_signalled(agent, message.signal)
                 self._cancel(message.signal)
             case AgentIdle():
+                self._check_idle(agent)
                 self._timeline.agent_idle(agent)
                 self._agents.agent_idle(agent)
-                self._check_idle(agent)
             case AgentExited():
                 self._agents.agent_exited(agent, message)
             case OutputLine():
@@ -197,8 +199,6 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
             case _:
                 raise AssertionError(f"no agent sends {message}")
 
-    def _check_host(self, host: str) -> str:
-        if all(host != rank.host for rank in self._plan.ranks):
     def _check_idle(self, agent: str) -> None:
         """Check that the processes of an agent can have exited.
 
@@ -214,6 +214,8 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
             raise MalformedMessage(f"a message {AgentIdle.kind} before rank {living[0]} had exited")
         self._analysis.ranks_missing(living, now=time.monotonic())
 
+    def _check_host(self, host: str) -> str:
+        if all(host != rank.host for rank in self._plan.ranks):
             raise MalformedMessage("a message about a host that the run does not have")
         return host
 
@@ -231,7 +233,7 @@ def _with_valid_exit_code(failure: Failure) -> Failure:
     def _show_progress(self, message: RankHeartbeat) -> None:
         if message.rank == 0:
             # a file of prompts has as many steps as lines, which the plan does not know
-            num_steps = int(message.numbers.get("steps", self._plan.work.num_steps))
+            num_steps = int(min(max(0, message.numbers.get("steps", self._plan.work.num_steps)), _MAX_STEPS))
             self._console.progress(message.step or 0, num_steps, message.numbers)
 
     def _store_chunk(self, agent: str, chunk: FileChunk) -> None:

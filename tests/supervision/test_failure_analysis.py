@@ -1,9 +1,13 @@
 """Failure analysis of several hosts, through the session's dispatch; every time is given, so no test waits."""
 
 import io
+import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+from rich.console import Console as RichConsole
+from rich.progress import Progress, TimeRemainingColumn
 
 from launcher.protocol.messages import (
     AgentExited,
@@ -14,10 +18,14 @@ from launcher.protocol.messages import (
     RankRaised,
     RankStack,
 )
+from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Host
-from launcher.supervision import agent_group
-from launcher.supervision.console import Console
+from launcher.protocol.rundir import RunDir
+from launcher.supervision import agent_group, failure_analysis, rank_monitor
+from launcher.supervision.console import Console, TerminalConsole
+from launcher.supervision.finalize import finalize_run
 from launcher.supervision.session import Session
+from launcher.utils.files import read_json
 
 
 class Events:
@@ -240,3 +248,54 @@ def test_ranks_killed_by_a_failed_torchrun_do_not_imply_a_signal(events):
     events.send("a", ended(1, signal=15, time=1.0, by_launcher=True), now=0.0)
     events.send("a", CommandExited(name="torchrun", role="launcher", time=2.0, code=1, signal=None, tail=""), now=0.1)
     assert events.analysis.cause(now=20.0, all_over=False).rank == 1
+
+
+@pytest.mark.parametrize(
+    ("output", "number"),
+    [
+        ("SignalException: Process 7 got signal: 15", 15),
+        ("a line\ntorch.x.SignalException: Process 7 got signal: 9\nlast", 9),
+        ("SignalException: x got signal: " + "9" * 5000, None),
+        ("SignalException: x got signal: 0", None),
+        ("SignalException: x got signal: 99", None),
+        ("got signal: 15", None),
+    ],
+)
+def test_only_a_signal_that_exists_is_read_from_output(events, output, number):
+    assert failure_analysis.signal_in_output(output) == number
+    events.send("a", CommandExited(name="n", role="prepare", time=1.0, code=1, signal=None, tail=output), now=0.0)
+    assert events.analysis.cause(now=9.0, all_over=False).signal == number
+
+
+@pytest.mark.parametrize("number", [1e308, -1e308, 2**62])
+def test_a_progress_bar_gets_a_number_of_steps_that_it_can_compute_with(plan_of, tmp_path, number):
+    shown, clock = io.StringIO(), itertools.count(0.0, 10.0)  # slow steps: the time left is beyond the largest float
+    terminal = RichConsole(file=shown, force_terminal=True)
+    bar = Progress(TimeRemainingColumn(), console=terminal, auto_refresh=False, get_time=lambda: next(clock))
+    plan = replace(plan_of(), run_dir=str(tmp_path))
+    session = Session(plan, console=TerminalConsole(shown, bar), signals=[], job={})
+    with bar:
+        for step in range(1, 4):
+            session.dispatch("box", replace(heartbeat(0, step), numbers={"steps": number}), now=float(step))
+    assert shown.getvalue()
+
+
+def test_stacks_with_lone_surrogates_are_written(events, tmp_path):
+    (tmp_path / "logs").mkdir()
+    events.send("a", LauncherStarted(), now=0.0)
+    events.send("a", RankStack(rank=0, text="a\ud800b", is_stopped=False), now=0.1)
+    events.send("a", ended(1, code=3), now=0.2)
+    failure = events.analysis.complete(events.analysis.cause(now=9.0, all_over=False))
+    finalize_run(RunOutcome(status="failed", exit_code=3, failure=failure), RunDir(tmp_path), run_id="r")
+    assert "a\\ud800b" in RunDir(tmp_path).stacks.read_text()
+
+
+@pytest.mark.parametrize(("raised", "code"), [(256, 1), (-1, 255), (512, 1), (3, 3)])
+def test_a_rank_that_exits_with_a_failure_never_looks_like_a_success(tmp_path, raised, code):
+    env = SimpleNamespace(rank=0, host="a", record=tmp_path / "record.json")
+
+    def work(env, heartbeat):
+        raise SystemExit(raised)
+
+    assert rank_monitor._exit_code_of_work(work, env, None) == code
+    assert read_json(env.record)["code"] == code

@@ -4,19 +4,35 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
+import resource
 import socket
 import struct
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from launcher.protocol.messages import AgentReady, FinishAgent, OutputLine, StartRanks, UserNote
+from launcher.backends.kubernetes import leader
+from launcher.errors import EnvironmentProblem
+from launcher.protocol.messages import (
+    AgentExited,
+    AgentIdle,
+    AgentReady,
+    CommandExited,
+    FinishAgent,
+    OutputLine,
+    RankExited,
+    RankHeartbeat,
+    StartRanks,
+    UserNote,
+)
 from launcher.protocol.plan import Host
 from launcher.protocol.session_file import locate_this_process
 from launcher.supervision.console import Console
 from launcher.supervision.handshake import HandshakeError, authenticate
 from launcher.supervision.session import Session
-from launcher.supervision.tcp_connection import AgentListener, TcpConnection, connect_to_session
+from launcher.supervision.tcp_connection import MAX_PENDING, AgentListener, TcpConnection, connect_to_session
 
 from .conftest import two_free_ports
 
@@ -202,6 +218,8 @@ def message(kind, **fields):
 
 HEARTBEAT = {"rank": 0, "phase": "forward", "step": 1, "age_s": 0.0, "numbers": {}}
 END = {"rank": 0, "time": 1.0, "code": 0, "signal": None, "tail": "", "by_launcher": False}
+COMMAND = {"name": "n", "role": "prepare", "time": 1.0, "code": 1, "signal": None, "tail": "", "reason": ""}
+RAISED = {"rank": 0, "time": 1.0, "code": 1, "error": "E", "traceback": ""}
 BROKEN_MESSAGES = {
     "half JSON": b'{"kind": "output_line", "source": 1}}\n',
     "deep": b'{"kind": ' + b"[" * 100_000 + b"}\n",
@@ -224,6 +242,12 @@ BROKEN_MESSAGES = {
     "numbers that are a list": message("rank_heartbeat", **HEARTBEAT | {"numbers": []}),
     "a signal that is none": message("rank_exited", **END | {"signal": 4000, "code": None}),
     "a code that is huge": message("rank_exited", **END | {"code": 2**70}),
+    "a code that the system cuts to 0": message("rank_exited", **END | {"code": 256}),
+    "a code below 0": message("rank_exited", **END | {"code": -256}),
+    "a command's code that is cut to 0": message("command_exited", **COMMAND | {"code": 512}),
+    "an exception with a code of success": message("rank_raised", **RAISED | {"code": 0}),
+    "an exception with a code that is cut to 0": message("rank_raised", **RAISED | {"code": 256}),
+    "an agent's code that is cut to 0": message("agent_exited", code=256, signal=None),
     "a tail that is null": message("rank_exited", **END | {"tail": None}),
     "a signal to end by": message("agent_signalled", signal=0),
     "an invalid location": message("agent_ready", scratch="/", location={"pid": "x"}, code=""),
@@ -291,3 +315,142 @@ def test_malformed_message_loses_its_host_with_a_named_cause(reasons, name):
 def test_the_session_goes_on_with_the_others(reasons):
     assert "good:0 | still here" in reasons["good"]
     assert "good | a" in reasons["good"]
+
+
+@pytest.fixture
+def pair(plan_of, tmp_path):
+    """Yield a session of two hosts with a rank each, and the peers that are their agents."""
+    (tmp_path / "logs").mkdir()
+    hosts = [Host(name=name, slots=1, cores=1, memory_bytes=2**34, address="10.0.0.1") for name in ("node0", "node1")]
+    plan = dataclasses.replace(plan_of(hosts=hosts), run_dir=str(tmp_path), heartbeat_timeout_s=0.0)
+    peers = {}
+
+    def connect(host):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            peers[host.host.name] = socket.create_connection(listener.getsockname())
+            return TcpConnection(host.host.name, listener.accept()[0])
+
+    session = Session(plan, console=Console(io.StringIO()), signals=[], job={})
+    session._agents.connect(connect)
+    yield session, peers
+    session._agents.close()
+    for peer in peers.values():
+        peer.close()
+
+
+def exchange(session, until=lambda: False):
+    """Let the session read and decide for a moment, or until something holds."""
+    for _ in range(10):
+        session._agents.poll()
+        session._decide()
+        if until():
+            return
+
+
+def test_an_error_that_values_of_a_peer_cause_loses_that_host_alone(pair, monkeypatch):
+    session, peers = pair
+    monkeypatch.setattr(session._console, "progress", lambda *values: int("9" * 5000))
+    peers["node1"].sendall(RankHeartbeat(rank=0, phase="x", step=1, age_s=0.0).encode())
+    exchange(session, until=lambda: session._agents.lost)
+    assert session._agents.lost == ["node1"]
+    reason = session._outcome().failure.reason
+    assert reason.startswith("the connection to node1 was closed: its agent sent a message rank_heartbeat that causes")
+    assert "in _show_progress" in (session._run_dir.log_of("node1", "agent")).read_text()
+
+
+def test_an_error_of_this_program_is_not_hidden(pair, monkeypatch):
+    session, peers = pair
+    monkeypatch.setattr(session._console, "progress", lambda *values: {}["a bug"])
+    peers["node1"].sendall(RankHeartbeat(rank=0, phase="x", step=1, age_s=0.0).encode())
+    with pytest.raises(KeyError, match="a bug"):
+        exchange(session)
+
+
+@pytest.mark.parametrize("before", [b"", AgentExited(code=0, signal=None).encode()])
+def test_an_early_end_of_all_ends_the_run_at_once(pair, before):
+    session, peers = pair
+    peers["node1"].sendall(before + AgentIdle().encode())
+    exchange(session, until=lambda: session._failure)
+    assert session._failure.reason == (
+        "the connection to node1 was closed: its agent sent a message agent_idle before rank 1 had exited"
+    )
+
+
+def test_a_launcher_that_ends_well_without_its_ranks_ends_the_run_at_once(pair):
+    session, peers = pair
+    over = CommandExited(name="n", role="launcher", time=1.0, code=0, signal=None, tail="")
+    peers["node1"].sendall(over.encode() + AgentIdle().encode())
+    exchange(session, until=lambda: session._failure)
+    assert session._failure.reason.startswith("rank 1 on node1 never reported its exit")
+    assert not session._agents.lost
+
+
+@pytest.mark.parametrize("code", [0, 3, None])
+def test_an_end_of_all_is_accepted_once_ranks_have_exited_or_failed(pair, code):
+    session, peers = pair
+    if code is None:
+        session._cancel(15)
+    else:
+        end = RankExited(rank=1, time=1.0, code=code, signal=None, tail="")
+        peers["node1"].sendall(end.encode())
+    peers["node1"].sendall(AgentIdle().encode())
+    exchange(session)
+    assert not session._agents._agents["node1"].is_working
+    assert not session._agents.lost
+
+
+def test_a_failed_run_never_has_an_exit_code_of_success(pair):
+    session, peers = pair
+    peers["node1"].sendall(RankExited(rank=1, time=1.0, code=None, signal=None, tail="").encode())
+    exchange(session, until=lambda: session._failure)
+    outcome = session._outcome()
+    assert (outcome.status, outcome.exit_code, outcome.failure.exit_code) == ("failed", 1, 1)
+
+
+def test_a_listener_without_a_free_descriptor_says_so():
+    said, peers = [], []
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    listener = AgentListener(port=0, key=KEY, hosts={1: "node1"})
+    for _ in range(2):
+        peer = socket.socket()
+        peer.connect(listener._listener.getsockname())
+        peers.append(peer)
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+        listener._poll(said.append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        listener.close()
+        for peer in peers:
+            peer.close()
+    assert said == [
+        f"no further connection can be accepted now: this process has no free descriptor (ulimit -n: {lowest_free})"
+    ]
+
+
+def test_the_first_pod_makes_room_for_all_others_before_they_connect(plan_of, monkeypatch, tmp_path):
+    hosts = [Host(name=f"n{number}", slots=1, cores=1, memory_bytes=2**34, address="a") for number in range(600)]
+    plan = dataclasses.replace(plan_of(), run_dir=str(tmp_path))
+    plan = dataclasses.replace(plan, hosts=tuple(dataclasses.replace(plan.hosts[0], host=host) for host in hosts))
+    seen = []
+
+    class Listener:
+        def __init__(self, **_):
+            seen.append(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+
+        def gather(self, **_):
+            raise EnvironmentProblem("far enough")
+
+    monkeypatch.setattr(leader, "AgentListener", Listener)
+    config = SimpleNamespace(session_port=1, job="j")
+    executor = leader.PodExecutor(SimpleNamespace(gather_timeout_s=1.0), config, key=KEY, say=print)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, hard))
+    try:
+        with pytest.raises(EnvironmentProblem, match="far enough"):
+            executor.submit(plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert seen[0] >= 600 * 2 + MAX_PENDING

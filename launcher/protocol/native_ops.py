@@ -60,20 +60,30 @@ def op_lock(name: str) -> Path:
 def is_built(name: str) -> bool:
     """Whether ranks can load this operator as it is.
 
-    One that is older than DeepSpeed's sources is not: an environment that was installed again has newer ones, and every
-    rank would compile them again, each for minutes, when it loads the operator.
+    One that is older than DeepSpeed's sources is not: an environment that was installed again has newer ones. Nor is
+    one that is older than its object files or commands: a build that was killed left newer ones. Every rank would
+    compile it again, for minutes, when it loads the operator.
     """
     try:
-        built = op_library(name).stat().st_mtime_ns
-    except OSError:  # it is not there, or the folder is another user's
+        return op_library(name).stat().st_mtime_ns >= _parts_changed_ns(name)
+    except OSError:  # it is not there, a build is going on, or the folder is another user's
         return False
-    return built >= _sources_changed_ns()
 
 
 def mark_built(name: str) -> None:
     """Say that an operator is up to date, whatever the times of files that it is not made of."""
-    if op_library(name).exists():
-        os.utime(op_library(name))
+    library = op_library(name)
+    if library.exists():
+        os.utime(library)
+        if (changed := _parts_changed_ns(name)) > library.stat().st_mtime_ns:  # in the future: clocks of hosts differ
+            os.utime(library, ns=(changed, changed))
+
+
+def _parts_changed_ns(name: str) -> int:
+    """Return the time of the newest file that an operator is made of, in ns."""
+    folder = ops_folder() / name
+    parts = [folder / "build.ninja", *folder.glob("*.o")]
+    return max([_sources_changed_ns(), *(part.stat().st_mtime_ns for part in parts if part.exists())])
 
 
 @cache

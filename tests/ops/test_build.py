@@ -15,7 +15,7 @@ import pytest
 
 from launcher.errors import EnvironmentProblem
 from launcher.ops.build import build_ops
-from launcher.protocol.native_ops import op_library, op_lock, read_build_outcome
+from launcher.protocol.native_ops import is_built, op_library, op_lock, read_build_outcome
 
 
 @pytest.fixture
@@ -40,6 +40,22 @@ def test_what_is_built_is_left_alone(folder: Path) -> None:
     said: list[str] = []
     (outcome,) = build_ops(["cpu_adam"], say=said.append)
     assert (outcome.built, outcome.seconds, said) == (True, 0.0, [])
+
+
+def test_a_good_build_is_built_even_where_ninja_had_nothing_to_link(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = op_library("cpu_adam")
+    library.parent.mkdir(parents=True)
+    for file, age_s in ((library, 20), (library.with_name("build.ninja"), 10)):
+        file.touch()
+        os.utime(file, (time.time() - age_s,) * 2)
+    monkeypatch.setattr("launcher.ops.build._compile", lambda *arguments, **options: 0)
+    monkeypatch.setenv("CXX", sys.executable)  # any program that is there
+    (outcome,) = build_ops(["cpu_adam"], say=lambda line: None)
+    assert outcome.built
+    assert outcome.seconds > 0
+    assert is_built("cpu_adam")
 
 
 def test_a_stale_lock_is_cleared_first(folder: Path) -> None:

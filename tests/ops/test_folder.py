@@ -59,6 +59,21 @@ def test_one_older_than_its_sources_is_not_built(monkeypatch: pytest.MonkeyPatch
     assert is_built("async_io")
 
 
+@pytest.mark.parametrize("part", ["build.ninja", "cpu_adam_impl.o"])
+def test_one_whose_build_was_killed_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, part: str) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    library = op_library("cpu_adam")
+    library.parent.mkdir()
+    library.touch()
+    newer = library.stat().st_mtime + 3600  # also in the future, as where the clocks of two hosts differ
+    (library.parent / part).touch()
+    os.utime(library.parent / part, (newer, newer))
+    assert not is_built("cpu_adam")
+    assert ops_to_build(NativeOps(optional=("cpu_adam",))) == ("cpu_adam?",)
+    mark_built("cpu_adam")
+    assert is_built("cpu_adam")
+
+
 def test_it_is_answered_without_torch() -> None:
     code = (
         "import sys, launcher.protocol.native_ops as f; f.ops_folder(); print({'torch', 'deepspeed'} & {*sys.modules})"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import pytest
 
 from launcher.engines.deepspeed import nvme
 from launcher.engines.deepspeed.nvme import SwapFolder
+from launcher.protocol import swap
+from launcher.protocol.swap import sweep
 
 OTHER = 12345
 """A user id that is not the one of the tests."""
@@ -59,7 +63,8 @@ def test_another_user_can_start_and_leaves_the_first_ones_folder(
     assert stat.S_IMODE(shared.stat().st_mode) == 0o1777, "as /tmp: every user makes folders of his own in it"
     assert str(os.geteuid()) in first.path.name
     monkeypatch.setattr(os, "geteuid", lambda: OTHER)
-    monkeypatch.setattr(nvme, "_is_own", lambda folder: str(OTHER) in folder.name)
+    for module in (nvme, swap):
+        monkeypatch.setattr(module, "is_own", lambda found: True)  # its folders are made by this process after all
     second = SwapFolder(shared, run_id="a")
     assert second.path != first.path
     second.release()
@@ -99,3 +104,54 @@ def test_a_rank_that_comes_while_the_last_one_leaves_gets_a_new_folder(
     second = SwapFolder(tmp_path, run_id="a")
     assert (second.path / "in_use").is_file()
     second.release()
+
+
+def leftover(path: Path, *names: str) -> Path:
+    """Return the folder of a dead run, with these files in it."""
+    folder = path / f"launcher-{os.geteuid()}-dead"
+    folder.mkdir(mode=0o700)
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+def test_leftovers_go_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, mkdir = leftover(tmp_path, "in_use", "zero_stage_3/x"), Path.mkdir
+
+    def mkdir_if_room(folder: Path, mode: int = 0o777) -> None:
+        if left.exists():
+            raise OSError(errno.ENOSPC, "No space left on device", str(folder))
+        mkdir(folder, mode)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_if_room)
+    SwapFolder(tmp_path, run_id="a").release()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("killed_in", ["rmtree", "unlink", "rmdir"])
+def test_a_removal_that_is_killed_is_completed_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_in: str
+) -> None:
+    left = leftover(tmp_path, "in_use", "zero_stage_3/x")
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        module = {"rmtree": shutil, "unlink": os, "rmdir": Path}[killed_in]
+        patched.setattr(module, killed_in, kill)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(tmp_path)
+    assert (left / "in_use").exists() or not list(left.iterdir()), "else nothing tells it from a folder of the user"
+    sweep(tmp_path)
+    assert not left.exists()
+
+
+def test_a_folder_without_a_lock_goes_only_where_deepspeed_alone_wrote(tmp_path: Path) -> None:
+    left = leftover(tmp_path, "zero_stage_3/x")
+    sweep(tmp_path)
+    assert not left.exists()
+    left = leftover(tmp_path, "zero_stage_3/x", "notes.txt")
+    sweep(tmp_path)
+    assert sorted(file.name for file in left.iterdir()) == ["notes.txt", "zero_stage_3"]

@@ -265,3 +265,19 @@ def test_a_run_whose_optimizer_state_does_not_fit_is_not_started(
     )
     assert re.search(said, refused.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_dead_runs_left_on_nvme_takes_no_room_from_the_next(launch_in_process: Launch, small: Path) -> None:
+    left = small / f"launcher-{os.geteuid()}-dead"
+    alive = SwapFolder(small, run_id="alive")
+    left.mkdir(mode=0o700)
+    (left / "in_use").touch()
+    (left / "optimizer.swp").write_bytes(bytes(4 << 20))
+    words = (*SMALL, "parallel=zero_infinity", f"parallel.nvme_path={small}", "parallel.pin_memory=false")
+    launch_in_process(*words, "run.dir=run", "dry_run=true").expect(0)
+    assert left.exists(), "nothing starts"
+    refused = launch_in_process(*words, "run.dir=run").expect(2)
+    assert re.search(rf"nvme_path={small}: its disk has [56]\.\d\d MiB free, and optimiser state", refused.stderr)
+    assert not left.exists()
+    assert alive.path.is_dir(), "its lock is held"
+    alive.release()

@@ -6,17 +6,13 @@ import atexit
 import errno
 import fcntl
 import os
-import re
-import shutil
-import stat
 from contextlib import suppress
 from pathlib import Path
 
 from launcher.errors import JobError
+from launcher.protocol.swap import IN_USE, is_own, remove_unused, run_swap_folder, sweep
 from launcher.utils.system import describe_full_disk
 
-_IN_USE = "in_use"
-_UNSAFE = re.compile(r"[^\w.-]")
 _SHARED = 0o1777
 """Mode of ``parallel.nvme_path`` where it has to be made: as /tmp, so that every user can keep a folder in it."""
 
@@ -36,16 +32,13 @@ class SwapFolder:
     """
 
     def __init__(self, path: Path, *, run_id: str) -> None:
+        sweep(path)  # first: what a killed run left may take all of the disk's files, and this one needs two
         _make_shared(path)
-        mine = f"launcher-{os.geteuid()}-"
-        self.path = path / f"{mine}{_UNSAFE.sub('_', run_id)}"
+        self.path = run_swap_folder(path, run_id)
         while (descriptor := self._hold()) is None:  # a rank that was leaving removed it
             pass
         self._descriptor: int | None = descriptor
         atexit.register(self.release)  # after an error too: it may be this folder that fills the disk
-        for other in path.glob(f"{mine}*"):
-            if other != self.path:
-                _remove_unused(other)
 
     def check_room(self) -> None:
         """Raise where the disk is full: DeepSpeed does not notice writes that were cut, and aborts when it reads them.
@@ -62,17 +55,17 @@ class SwapFolder:
             os.close(self._descriptor)
             self._descriptor = None
             atexit.unregister(self.release)
-            _remove_unused(self.path)
+            remove_unused(self.path)
 
     def _hold(self) -> int | None:
         """Make the folder and share its lock; return ``None`` where it was removed meanwhile."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        if not _is_own(self.path):
+        if not is_own(self.path.lstat()):
             raise PermissionError(
                 errno.EACCES, "is not a folder of this user; set another parallel.nvme_path", str(self.path)
             )
-        file = self.path / _IN_USE
+        file = self.path / IN_USE
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except FileNotFoundError:
@@ -95,31 +88,8 @@ def _make_shared(path: Path) -> None:
     path.chmod(_SHARED)  # mkdir takes the umask away
 
 
-def _is_own(folder: Path) -> bool:
-    """Return whether it is a folder of this user, and no link to one."""
-    found = folder.lstat()
-    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
-
-
 def _is_same(descriptor: int, file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), file.lstat())
     except FileNotFoundError:
         return False
-
-
-def _remove_unused(folder: Path) -> None:
-    """Remove a folder whose lock no rank holds; one without a lock was not made here and stays."""
-    try:
-        if not _is_own(folder):
-            return
-        descriptor = os.open(folder / _IN_USE, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:  # another rank removed it meanwhile
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    except BlockingIOError:
-        return
-    finally:
-        os.close(descriptor)

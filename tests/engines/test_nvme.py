@@ -155,3 +155,13 @@ def test_a_folder_without_a_lock_goes_only_where_deepspeed_alone_wrote(tmp_path:
     left = leftover(tmp_path, "zero_stage_3/x", "notes.txt")
     sweep(tmp_path)
     assert sorted(file.name for file in left.iterdir()) == ["notes.txt", "zero_stage_3"]
+
+
+def test_another_user_reaches_the_folder_whatever_the_umask(tmp_path: Path) -> None:
+    umask = os.umask(0o077)
+    try:
+        SwapFolder(tmp_path / "nvme" / "of" / "all", run_id="a").release()
+    finally:
+        os.umask(umask)
+    modes = [stat.S_IMODE((tmp_path / path).stat().st_mode) for path in ("nvme", "nvme/of", "nvme/of/all")]
+    assert modes == [0o755, 0o755, 0o1777]

@@ -15,6 +15,8 @@ from launcher.utils.system import describe_full_disk
 
 _SHARED = 0o1777
 """Mode of ``parallel.nvme_path`` where it has to be made: as /tmp, so that every user can keep a folder in it."""
+_ABOVE_SHARED = 0o755
+"""Mode of missing folders above it, so that every user reaches it."""
 
 
 class SwapFolder:
@@ -80,12 +82,11 @@ class SwapFolder:
 def _make_shared(path: Path) -> None:
     if path.is_dir():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        path.mkdir()
-    except FileExistsError:  # another rank was first
-        return
-    path.chmod(_SHARED)  # mkdir takes the umask away
+    missing = [parent for parent in path.parents if not parent.is_dir()]
+    for folder, mode in [*((parent, _ABOVE_SHARED) for parent in reversed(missing)), (path, _SHARED)]:
+        with suppress(FileExistsError):  # another rank was first
+            folder.mkdir()
+            folder.chmod(mode)  # mkdir takes the umask away
 
 
 def _is_same(descriptor: int, file: Path) -> bool:

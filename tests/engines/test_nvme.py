@@ -157,6 +157,28 @@ def test_a_folder_without_a_lock_goes_only_where_deepspeed_alone_wrote(tmp_path:
     assert sorted(file.name for file in left.iterdir()) == ["notes.txt", "zero_stage_3"]
 
 
+@pytest.mark.parametrize("call", ["mkdir", "lstat"])
+def test_a_sweep_of_another_run_while_the_folder_is_made_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    original, swept = getattr(Path, call), list[Path]()
+
+    def then_sweep(folder: Path, *arguments: object, **options: object) -> object:
+        result = original(folder, *arguments, **options)
+        if folder.parent == tmp_path and not swept:
+            swept.append(folder)
+            sweep(tmp_path)
+            assert not folder.exists()
+        return result
+
+    monkeypatch.setattr(Path, call, then_sweep)
+    run = SwapFolder(tmp_path, run_id="a")
+    monkeypatch.undo()
+    assert swept == [run.path]
+    assert (run.path / "in_use").is_file()
+    run.release()
+
+
 def test_another_user_reaches_the_folder_whatever_the_umask(tmp_path: Path) -> None:
     umask = os.umask(0o077)
     try:

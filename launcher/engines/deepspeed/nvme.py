@@ -63,7 +63,11 @@ class SwapFolder:
         """Make the folder and share its lock; return ``None`` where it was removed meanwhile."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
-        if not is_own(self.path.lstat()):
+        try:
+            found = self.path.lstat()
+        except FileNotFoundError:
+            return None
+        if not is_own(found):
             raise PermissionError(
                 errno.EACCES, "is not a folder of this user; set another parallel.nvme_path", str(self.path)
             )

@@ -303,15 +303,15 @@ def _model_of(weights: Path, composed: Composition) -> Model:
     Raises:
         ConfigError: they are of another model than the one chosen.
     """
-    configured = composed.run.model
+    configured = replace(composed.run.model, weights=str(weights))  # they may hold a head that the config ties
     saved = _model_of_run(weights) or Hf(name=str(weights))
     is_equal = saved.architecture() == configured.architecture()
     if _is_chosen(composed) and not is_equal:
         fix = f"leave the model out to use that of the run ({default_run_name(saved.name)})"
         why = f"is of another model: {_differences(saved, configured)}"
-        raise ConfigError(WEIGHTS, configured.weights, why=why, fix=fix)
+        raise ConfigError(WEIGHTS, composed.run.model.weights, why=why, fix=fix)
     if is_equal and (_is_chosen(composed) or isinstance(saved, Hf)):
-        return replace(configured, weights=str(weights))
+        return configured
     return replace(saved, weights=str(weights), quantization=configured.quantization)
 
 

@@ -14,6 +14,7 @@ from launcher.config.data.hf import HfData
 from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.model.base import (
+    FOLDER_WITH_TOKENIZER,
     Model,
     has_tokenizer,
     tokenizer_alternative,
@@ -90,7 +91,9 @@ def _is_of_model(choice: str, model: Model) -> bool:
 
 def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: bool) -> Iterator[ConfigError]:
     """Yield a tokenizer that ranks would load and that is missing or cannot be downloaded."""
-    instead = f"set {tokenizer_alternative(option)}"
+    takes_own_tokens_only = isinstance(run.job, Quantize) and option == "data.tokenizer"
+    alternative = None if takes_own_tokens_only else tokenizer_alternative(option)
+    instead = f"set {alternative or f'{option}={FOLDER_WITH_TOKENIZER}'}"
     try:
         source = _tokenizer_source(run.model, choice)
     except ConfigError as error:
@@ -100,7 +103,7 @@ def _validate_tokenizer(run: Run, option: str, choice: str, *, fetches_here: boo
         if source.is_dir():  # a model's folder that is not there is refused where it is named
             shape = run.model.shape() if _computes(run.job) else None
             num_rows = None if shape is None else shape.vocab_size
-            yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows)
+            yield from validate_tokenizer_folder(option, choice, source, num_rows=num_rows, alternative=alternative)
         return
     problem = None
     if choice != "model":

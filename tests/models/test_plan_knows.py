@@ -153,6 +153,34 @@ def test_rotary_positions_that_it_knows(tmp_path: Path, kind: str) -> None:
     assert not list(Hf(name=str(folder)).validate_machine())
 
 
+def test_the_newer_key_of_rotary_positions_wins(tmp_path: Path) -> None:
+    scaling = {"type": "mystery", "rope_type": "linear", "factor": 4.0}
+    assert not list(Hf(name=str(model_folder(tmp_path, {**LLAMA, "rope_scaling": scaling}))).validate_machine())
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_counted(tmp_path: Path) -> None:
+    tied = model_folder(tmp_path / "tied", {**LLAMA, "tie_word_embeddings": True})
+    equal = Hf(name=str(tied)).shape()
+    assert equal is not None
+    assert equal.tie_word_embeddings
+    file = tied / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] + bytes(range(100)))  # the end of lm_head.weight
+    apart = Hf(name=str(tied)).shape()
+    assert apart is not None
+    assert apart.num_params == equal.num_params + 67 * 32
+    saved = model_folder(tmp_path / "saved", {**LLAMA, "tie_word_embeddings": False})  # as training writes it
+    for name in (tied, model_folder(tmp_path / "base", {**LLAMA, "tie_word_embeddings": True})):
+        assert not list(Hf(name=str(name), weights=str(saved)).validate_machine())
+
+
+def test_advice_for_a_quantized_model_without_a_tokenizer_leads_to_no_other_error(tmp_path: Path) -> None:
+    bare = model_folder(tmp_path, num_tokens=None)
+    words = ("job=quantize", "quantization=int8_weight", "model=hf", f"model.name={bare}", "job.tokenizer=bytes")
+    for choice in ("data.tokenizer=model", "data.tokenizer=bpe"):
+        (line,) = [line for line in refused(*words, choice) if line.startswith("data.tokenizer=")]
+        assert line.endswith("; set data.tokenizer=FOLDER to one that holds the tokenizer of these weights")
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "nonsense", '{"model_type": "llama"', "[" * 100_000, "\x00"])
 def test_a_broken_config_is_named(tmp_path: Path, text: str) -> None:
     folder = model_folder(tmp_path, text)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from launcher.config.data.base import Corpus
+from launcher.config.model.base import FOLDER_WITH_TOKENIZER
 from launcher.config.paths import PathText
 from launcher.config.quantization import Quantization
 from launcher.config.run import BatchedJob, Run
@@ -88,7 +89,8 @@ class Quantize(BatchedJob):
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1 parallel=single")
         if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.trains_tokenizer:
             why = f"perplexity of {run.model.name} means something for its own tokens only"
-            yield ConfigError("data.tokenizer", "bpe", why=why, fix="set data.tokenizer=model")
+            own = "model" if run.model.has_own_tokenizer else FOLDER_WITH_TOKENIZER
+            yield ConfigError("data.tokenizer", run.data.tokenizer, why=why, fix=f"set data.tokenizer={own}")
         if run.precision.kind in ("fp8", "fp16", "tf32"):
             why = "what is not quantized stays in fp32 or bf16"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")

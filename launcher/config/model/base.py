@@ -30,6 +30,7 @@ VOCABULARY_FILES = (
 )
 """Files of which a tokenizer needs one."""
 
+FOLDER_WITH_TOKENIZER = "FOLDER to one that holds the tokenizer of these weights"
 _INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "job.tokenizer": "job.tokenizer=bytes"}
 
 
@@ -67,7 +68,7 @@ def tokenizer_size(folder: Path) -> int | None:
 
 
 def validate_tokenizer_folder(
-    option: str, value: object, folder: Path, *, num_rows: int | None
+    option: str, value: object, folder: Path, *, num_rows: int | None, alternative: str | None
 ) -> Iterator[ConfigError]:
     """Yield why the tokenizer of ``folder`` cannot be used, as far as its files say without loading it.
 
@@ -76,8 +77,9 @@ def validate_tokenizer_folder(
         value: of that option.
         folder: a model folder, or one that a tokenizer was saved into.
         num_rows: of the model's embedding, one a token; ``None`` where they are not known.
+        alternative: what the job takes where there is no such folder; ``None`` where it takes nothing else.
     """
-    instead = f"set {option}=FOLDER to one that holds the tokenizer of these weights, or {_INSTEAD[option]}"
+    instead = f"set {option}={FOLDER_WITH_TOKENIZER}" + (f", or {alternative}" if alternative else "")
     if not has_tokenizer(folder):
         why = f"{folder} holds no tokenizer (none of {', '.join(VOCABULARY_FILES)})"
         yield ConfigError(option, value, why=why, fix=instead)

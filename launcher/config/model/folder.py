@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,10 @@ _BITS = {
     "F4": 4,
 }
 """Bits of an element by the name of its format: every format that safetensors 0.8 can read."""
+
+_HEADS = ("lm_head.weight", "embed_out.weight")
+_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 14
 
 _OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
 """Kinds of rotary positions that no table of Transformers holds: unscaled ones, and old names of others."""
@@ -97,6 +102,37 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 def tensor_files(folder: Path) -> dict[str, Path]:
     """Return the file that holds each tensor of a folder's safetensors, by the tensor's name."""
     return {name: file for file in weight_files(folder) for name in _header(file)}
+
+
+def has_separate_head(folder: Path) -> bool:
+    """Return whether a folder's safetensors hold an output head that differs from the embedding.
+
+    Parts of both tensors are compared: a head that was trained apart differs nearly everywhere.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: a file is cut short or is not safetensors.
+    """
+    files = tensor_files(folder)
+    head = next((name for name in _HEADS if name in files), None)
+    embedding = next((name for name in files if name.endswith(_EMBEDDINGS)), None)
+    if head is None or embedding is None:
+        return False
+    one, other = (_samples(files[name], name) for name in (head, embedding))
+    return any(first != second for first, second in itertools.zip_longest(one, other))
+
+
+def _samples(file: Path, name: str) -> Iterator[bytes]:
+    """Yield the format of a tensor, then bytes from places all over it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        entry = json.loads(stream.read(length).decode())[name]
+        start, end = entry["data_offsets"]
+        yield f"{entry['dtype']} {entry['shape']}".encode()
+        for part in range(_SAMPLES):
+            place = start + (end - start) * part // _SAMPLES
+            stream.seek(8 + length + place)
+            yield stream.read(min(_SAMPLE_BYTES, end - place))
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
@@ -264,7 +300,8 @@ def _rope_types(config: Mapping[str, Any]) -> set[str]:
         tree = config.get(key)
         if isinstance(tree, Mapping):
             for each in (tree, *(part for part in tree.values() if isinstance(part, Mapping))):
-                found |= {each[name] for name in ("rope_type", "type") if isinstance(each.get(name), str)}
+                kind = each.get("rope_type", each.get("type"))  # the newer key wins, as in Transformers
+                found |= {kind} if isinstance(kind, str) else set()
     return found
 
 
@@ -272,4 +309,6 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
     if found.get("family") != wanted.get("family"):
         return f"its family is {found.get('family')}, not {wanted.get('family')}"
     names = [name for name in wanted if name in found and found[name] != wanted[name]]
+    if "tie_word_embeddings" in names and wanted["tie_word_embeddings"]:
+        names.remove("tie_word_embeddings")  # a head of its own in the files stays apart when they are loaded
     return ", ".join(f"{name} is {found[name]}, not {wanted[name]}" for name in names)

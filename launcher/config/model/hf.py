@@ -5,14 +5,20 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from launcher.config.model.base import Model, has_tokenizer
 from launcher.config.model.config_json import Sizes, shape_from_tensors, sizes_from_config
-from launcher.config.model.folder import read_config, tensor_shapes, validate_config_json, validate_model_folder
-from launcher.config.model.shape import Shape
+from launcher.config.model.folder import (
+    has_separate_head,
+    read_config,
+    tensor_shapes,
+    validate_config_json,
+    validate_model_folder,
+)
+from launcher.config.model.shape import LlamaSizes, Shape
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.files import exists, is_folder
@@ -96,7 +102,13 @@ class Hf(Model):
 
     def _sizes(self) -> Sizes | None:
         config = self.stored_config()
-        return None if config is None else sizes_from_config(config)
+        sizes = None if config is None else sizes_from_config(config)
+        if sizes is None or not sizes.shape().tie_word_embeddings:
+            return sizes
+        folder = self.local_weights or (cached_folder(self.name) if self.weights == "pretrained" else None)
+        if folder is None or not _has_separate_head(folder, _stamp(folder)):
+            return sizes
+        return replace(sizes, tie_word_embeddings=False) if isinstance(sizes, LlamaSizes) else None
 
     def _validate_local(self) -> Iterator[ConfigError]:
         if self.weights == "pretrained":
@@ -127,6 +139,15 @@ def _measured(folder: Path, stamp: int) -> Shape | None:
         return shape_from_tensors(read_config(folder), tensor_shapes(folder))
     except (OSError, ValueError):  # validate_machine says so
         return None
+
+
+@functools.cache
+def _has_separate_head(folder: Path, stamp: int) -> bool:
+    """Return whether the weights in a folder have a head apart; ``stamp`` changes when they do."""
+    try:
+        return has_separate_head(folder)
+    except (OSError, ValueError):  # validate_machine says so
+        return False
 
 
 def _stamp(folder: Path) -> int:

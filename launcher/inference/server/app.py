@@ -86,10 +86,12 @@ def _add_tokenize(app: FastAPI, client: EngineClient) -> None:
 def _add_info(app: FastAPI, client: EngineClient) -> None:
     page = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
 
+    @app.head("/health/live", include_in_schema=False)
     @app.get("/health/live", summary="Whether the process answers")
     async def live() -> dict[str, str]:
         return {"status": "live"}
 
+    @app.head("/health/ready", include_in_schema=False)
     @app.get("/health/ready", summary="Whether requests will be answered", response_model=None)
     async def ready() -> Response:
         why = client.not_ready()
@@ -117,7 +119,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        said = f"{request.method} {request.url.path[:200]}: {error.detail}"
+        said = f"{request.method[:20]} {request.url.path[:200]}: {error.detail}"
         answer = ApiError(error.status_code, said, code="not_found" if error.status_code == 404 else None)
         answer.headers.update(error.headers or {})
         return answer.response()

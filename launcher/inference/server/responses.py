@@ -69,7 +69,7 @@ class ApiError(Exception):
         return JSONResponse(self.body(), status_code=self.status, headers=self.headers)
 
 
-def invalid(message: str, param: str, *, code: str | None = None) -> ApiError:
+def invalid(message: str, param: str, *, code: str = "invalid_value") -> ApiError:
     """Return the response to a request whose ``param`` is invalid."""
     return ApiError(400, f"{param}: {message}", param=param, code=code)
 
@@ -85,7 +85,9 @@ def validation_error(error: ValidationError, body_type: type[RequestBody]) -> Ap
     name, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind == "extra_forbidden":
         name = name[:100]
-        return ApiError(400, f"{name}: {unknown_field(name, body_type)}", param=name, code="unsupported_field")
+        return ApiError(
+            400, f"{name or repr(name)}: {unknown_field(name, body_type)}", param=name, code="unsupported_field"
+        )
     said = (
         "is null, and this field must have a value"
         if first["input"] is None and name

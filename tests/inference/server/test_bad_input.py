@@ -124,6 +124,18 @@ def test_other_models_and_paths(served: Served) -> None:
     refusal(served.http.get("/v1/nothing"), 404)
     refusal(served.http.get("/v1/completions"), 405)
     refusal(served.http.post("/health/live"), 405)
+    for path in ("/health/live", "/health/ready"):  # as load balancers probe
+        assert served.http.head(path).status_code == 200
+    assert len(refusal(served.http.request("A" * 5_000, "/version"), 405)["message"]) < 100
+
+
+@pytest.mark.parametrize("prompt", [[99_999], [-1], ""])
+def test_a_prompt_that_is_none_has_a_code(served: Served, prompt: object) -> None:
+    assert refusal(post(served, json.dumps({**OK, "prompt": prompt})))["code"] == "invalid_value"
+
+
+def test_a_field_without_a_name_is_named(served: Served) -> None:
+    assert refusal(post(served, json.dumps({**OK, "": 1})))["message"].startswith("'': ")
 
 
 def test_prompts_that_do_not_fit(served: Served) -> None:

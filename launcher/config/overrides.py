@@ -20,7 +20,7 @@ COMMAND_LINE = "command line"
 """Source of a value, in errors."""
 
 ADDED_GROUPS = ("exp", "sweep")
-"""Groups that are not in the defaults list, so Hydra wants ``+`` before them; we do not mind without."""
+"""Groups that are not in the defaults list, so Hydra requires ``+`` before them; the launcher does not."""
 
 _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+", re.ASCII)
 """What may stand before ``=``; ``~`` takes an option away."""
@@ -105,7 +105,7 @@ def parse_overrides(
         override = _classify(word, read, parsed, groups, sweeping=sweeping, report=report)
         if override is not None:
             accepted.append(override)
-    for group in ADDED_GROUPS:  # Hydra takes one option of each, and its message names no way out
+    for group in ADDED_GROUPS:  # Hydra takes one option of each, and its message does not say what to do
         given = [each for each in accepted if each.key == group]
         for other in given[1:]:
             accepted.remove(other)

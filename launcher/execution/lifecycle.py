@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from launcher.config.parallel.zero import Zero
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor
 from launcher.execution.prepare import PreparedRun
@@ -19,6 +20,7 @@ from launcher.execution.summary import closing_text, opening_lines
 from launcher.execution.validate import validate_memlock, validate_nvme_space, validate_run_dir
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.rundir import RUN_INDEX, RunDir
+from launcher.protocol.swap import sweep
 from launcher.runs.index import add_run, forget_run, is_below
 from launcher.runs.lock import RunLock
 from launcher.utils.files import StagedFiles, read_json
@@ -42,6 +44,7 @@ def start_run(prepared: PreparedRun, executor: AnyExecutor) -> int:
         is_indexed = False
         session = _stamp(directory.session)
         try:
+            _remove_nvme_leftovers(prepared)
             _check_staged(prepared)
             executor.check_submission(prepared.plan)
             is_indexed = _index(prepared, staged)
@@ -85,6 +88,17 @@ def execute_run(
         last = closing_text(read_json(directory.result), directory, elapsed_s=time.monotonic() - started)
         print(printable(last), flush=True)
     return outcome
+
+
+def _remove_nvme_leftovers(prepared: PreparedRun) -> None:
+    """Remove what dead runs of this user left on NVMe of this machine.
+
+    Ranks remove it too, but a run that its space keeps from starting has none.
+    """
+    parallel = prepared.run.parallel
+    is_here = any(host.is_probed and not host.ssh_destination for host in prepared.hosts)
+    if isinstance(parallel, Zero) and parallel.nvme_path and is_here:
+        sweep(Path(parallel.nvme_path).expanduser())
 
 
 def _check_staged(prepared: PreparedRun) -> None:

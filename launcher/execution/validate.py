@@ -25,7 +25,6 @@ from launcher.execution.validate_inputs import validate_inputs, validate_resumed
 from launcher.planning.planner import estimate_memory
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.swap import sweep
 from launcher.utils.text import bytes_text
 
 _CAP_IPC_LOCK = 14
@@ -149,10 +148,9 @@ def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
 
 
 def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Remove what dead runs left on NVMe; yield an error if a disk here has no room for the optimiser state.
+    """Yield an error if a disk of this machine has no room for the optimiser state.
 
-    It is checked at the start, not in plans, which may be for later. Leftovers go first: ranks remove them too, but a
-    run that their space keeps from starting has none.
+    It is checked at the start, not in plans, which may be for later.
     """
     if not isinstance(run.parallel, Zero) or run.parallel.offload_optimizer != "nvme" or not run.parallel.nvme_path:
         return
@@ -161,7 +159,6 @@ def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError
     local = [host for host in hosts if host.is_probed and not host.ssh_destination]
     if state is None or not local:
         return
-    sweep(folder)
     there = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.is_dir())
     disk = os.statvfs(there)
     free, least = disk.f_bavail * disk.f_frsize, state.per_rank.optimizer * max(host.slots for host in local)

@@ -56,6 +56,50 @@ _GOOD: dict[str, dict[str, Any]] = {
 }
 
 
+def large_bodies(model: str) -> dict[str, tuple[str, bytes, int]]:
+    """Return bodies made to hold the event loop: by what is large, the path, the body and the status of its answer.
+
+    Right for a server of 4,096 tokens of context and 64 choices, with the tokenizer of bytes.
+    """
+    completions, chat = "/v1/completions", "/v1/chat/completions"
+    biases, likely = dict.fromkeys(map(str, range(16_000)), 1), {"n": 8, "max_tokens": 900, "logprobs": 20}
+    scored = {"prompt": ["a" * 4000] * 64, "max_tokens": 1, "echo": True}
+    prompts = b'{"model":' + json.dumps(model).encode() + b',"prompt":['
+    bodies: dict[str, tuple[str, Any, int]] = {
+        "integers and a text": (completions, prompts + b"0," * 1_000_000 + b'"a"]}', 400),
+        "as many as are parsed": (completions, prompts + b"0," * 260_000 + b'"a"]}', 400),
+        "texts and an integer": (completions, prompts + b'"a",' * 250_000 + b"0]}", 400),
+        "lists": (completions, prompts + b"[]," * 16_000 + b"[]]}", 400),
+        "nested lists": (completions, prompts + (b"[" * 150 + b"]" * 150 + b",") * 6000 + b"0]}", 400),
+        "a deep list": (completions, prompts + b"[" * 2_000_000, 400),
+        "a deep object": (completions, b'{"a":' * 16_000, 400),
+        "escaped quotes": (completions, prompts + b'"' + b'\\",' * 600_000, 400),
+        "many fields": (completions, {f"a{number}": 1 for number in range(16_000)}, 400),
+        "a long integer": (completions, b'{"seed":' + b"9" * 2_000_000 + b"}", 400),
+        "long integers": (completions, prompts + (b"9" * 4300 + b",") * 480 + b"0]}", 400),
+        "a long text": (completions, {"model": model, "prompt": "a" * 2_000_000}, 400),
+        "a text of commas": (completions, {"model": model, "prompt": ",[{:" * 500_000}, 400),
+        "a long name": (completions, {"a" * 2_000_000: 1}, 400),
+        "stop strings": (completions, {"model": model, "prompt": "a", "stop": ["a"] * 200_000}, 400),
+        "biases": (completions, {"model": model, "prompt": "a", "logit_bias": biases}, 400),
+        "stop tokens": (completions, {"model": model, "prompt": "a", "stop_token_ids": ["a"] * 250_000}, 400),
+        "wrong messages": (chat, {"model": model, "messages": [1] * 250_000}, 400),
+        "messages": (chat, {"model": model, "messages": _MESSAGES * 2048}, 400),
+        "parts": (chat, {"model": model, "messages": [{"role": "user", "content": [1] * 200_000}]}, 400),
+        "text to tokenise": ("/tokenize", {"prompt": "a b" * 87_000}, 200),
+        "too much text to tokenise": ("/tokenize", {"prompt": "a" * 300_000}, 400),
+        "tokens": ("/detokenize", {"tokens": [97] * 65_536}, 200),
+        "too many tokens": ("/detokenize", {"tokens": [97] * 65_537}, 400),
+        "many prompts": (completions, {"model": model, **scored}, 200),
+        "many choices": (completions, {"model": model, "prompt": "ab", "n": 64, "max_tokens": 500}, 200),
+        "likely tokens": (completions, {"model": model, "prompt": "a", **likely}, 200),
+    }  # fmt: skip
+    return {
+        name: (path, body if isinstance(body, bytes) else json.dumps(body).encode(), status)
+        for name, (path, body, status) in bodies.items()
+    }
+
+
 def _changed(path: str, model: str) -> st.SearchStrategy[bytes]:
     """Bodies that are right but for some fields."""
     names = st.sets(st.sampled_from(sorted(_FIELDS)), max_size=4)

@@ -1,12 +1,10 @@
-"""The interface without HTTP and without engines, in an event loop whose pauses are measured."""
+"""The interface without HTTP and without engines."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import json
-import time
-from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -45,33 +43,6 @@ class InstantPool(ReplicaPool):
 def _tokens(prompt: tuple[int, ...], length: int, alternatives: int) -> tuple[GeneratedToken, ...]:
     top = tuple((number, -0.5) for number in range(alternatives))
     return tuple(GeneratedToken(id=prompt[at % len(prompt)], logprob=-0.5, top=top) for at in range(length))
-
-
-class LoopProbe:
-    """Longest time for which the event loop did one thing.
-
-    Processor time of the loop's own thread, because what else runs on the machine must not matter.
-    """
-
-    def __init__(self) -> None:
-        self.longest_s = 0.0
-
-    async def __aenter__(self) -> LoopProbe:
-        self._task = asyncio.create_task(self._look())
-        await asyncio.sleep(0)
-        return self
-
-    async def __aexit__(self, *rest: object) -> None:
-        await asyncio.sleep(0)
-        self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
-
-    async def _look(self) -> None:
-        while True:
-            before = time.thread_time()
-            await asyncio.sleep(0)
-            self.longest_s = max(self.longest_s, time.thread_time() - before)
 
 
 def client(*, max_model_len: int = 256, max_choices: int = 64) -> httpx.AsyncClient:

@@ -1,4 +1,4 @@
-"""Drawn bodies, large ones among them, and what the event loop does meanwhile: fuzz_bodies.py in short."""
+"""Drawn bodies, large ones among them: fuzz_bodies.py in short."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 
 from tests.inference.server.conftest import MODEL as SERVED
 from tests.inference.server.conftest import Served
-from tests.inference.server.loop import MODEL, LoopProbe, client, post
+from tests.inference.server.loop import MODEL, client, post
 
 CONTROL = {"model": MODEL, "prompt": "control", "max_tokens": 20, "temperature": 0}
 
@@ -36,16 +36,14 @@ def runner() -> Iterator[asyncio.Runner]:
 )
 @given(request_=requests(MODEL))
 @example(request_=("/v1/completions", b'{"model":"tiny","prompt":[' + b"0," * 1_000_000 + b'"a"]}'))
-def test_no_body_is_the_servers_fault_or_holds_the_loop(runner: asyncio.Runner, request_: tuple[str, bytes]) -> None:
+def test_no_body_is_the_servers_fault(runner: asyncio.Runner, request_: tuple[str, bytes]) -> None:
     async def ask() -> None:
         async with client() as to:
-            async with LoopProbe() as probe:
-                answer = await post(to, *request_)
+            answer = await post(to, *request_)
             control = await post(to, "/v1/completions", CONTROL)
         assert answer.status_code in (200, 400, 404), answer.text
         assert '"server_error"' not in answer.text
         assert control.json()["choices"][0]["text"] == "controlcontrolcontro"
-        assert probe.longest_s < 0.1
 
     runner.run(ask())
 
@@ -61,7 +59,7 @@ def test_the_command_finds_nothing_wrong_with_a_server(served: Served) -> None:
         each.start()
     for each in work:
         each.join()
-    assert not found.wrong  # pauses are measured above, where the machine's other work does not count
+    assert not found.wrong
     assert found.statuses
     assert found.num_controls
     assert len(found.memory) > 2

@@ -15,7 +15,7 @@ import launcher
 from launcher.inference.server.completions import create_chat_completion, create_completion
 from launcher.inference.server.engine_client import EngineClient
 from launcher.inference.server.protocol import GENERATION_ENDPOINTS, DetokenizeBody, RequestBody, TokenizeBody
-from launcher.inference.server.requests import decode, encode, encode_chat, encode_json, parse_body
+from launcher.inference.server.requests import check_vocabulary, decode, encode, encode_chat, encode_json, parse_body
 from launcher.inference.server.responses import ApiError, invalid
 
 _ENDPOINT_BODIES: dict[str, type[RequestBody]] = {
@@ -78,8 +78,7 @@ def _add_tokenize(app: FastAPI, client: EngineClient) -> None:
     async def detokenize(request: Request) -> Response:
         body = await parse_body(DetokenizeBody, await request.body(), client.body_limits())
         tokenizer = client.tokenizer_for(body.model)
-        if body.tokens and max(body.tokens) >= tokenizer.vocab_size:
-            raise invalid(f"a token is not in the vocabulary of {tokenizer.vocab_size}", "tokens")
+        check_vocabulary(body.tokens, tokenizer.vocab_size, field="tokens")
         return JSONResponse({"prompt": await decode(tokenizer, body.tokens)})
 
 

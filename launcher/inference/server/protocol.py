@@ -1,11 +1,11 @@
-"""Bodies of requests. Unknown fields are rejected by name; ``null`` means the default."""
+"""Bodies of requests. Unknown fields are rejected by name; a known one that is ``null`` has its default."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -41,7 +41,6 @@ def _within(limits: ParameterRange, *, minimum: int | None = None) -> Any:
 MaxTokens = Annotated[int, _within(RANGES["max_tokens"])]
 TemplateName = Annotated[str, Field(min_length=1, max_length=256)]
 _TOKEN_LIMIT = 2**31
-TokenId = Annotated[int, Field(ge=0, lt=_TOKEN_LIMIT)]
 _MAX_MESSAGES = 2048
 _MAX_PARTS = 1024
 _MAX_FIELDS = 64
@@ -181,9 +180,20 @@ def _check_content(value: Any, info: ValidationInfo) -> str:
             raise _error(f"part {at} has the type {shorten_value(part.get('type'))}; this server takes text alone")
         if not isinstance(part.get("text"), str):
             raise _error(f"part {at} has {shorten_value(part.get('text'))} as its text; give a text")
-        if more := next((name for name in part if name not in ("type", "text") and part[name] is not None), None):
+        if more := next((name for name in part if not _may_have(part, name)), None):
             raise _error(f"part {at} has the field {more[:40]!r}, which this server does not have")
     return "".join(part["text"] for part in value)
+
+
+def _may_have(part: dict[str, Any], name: str) -> bool:
+    return name in ("type", "text") or (name in _OPENAI_PART_FIELDS and part[name] is None)
+
+
+def _check_stop_ids(value: Any) -> list[int]:
+    if not isinstance(value, list):
+        raise _error(f"is {shorten_value(value)}; give a list of token numbers")
+    _check_ids(value, limit=MAX_STOP_TOKEN_IDS)
+    return value
 
 
 def _checked(check: Callable[..., Any], *shapes: dict[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
@@ -216,6 +226,9 @@ Prompt = Annotated[
     ),
 ]
 Tokens = Annotated[list[int], *_checked(_check_tokens, {**_IDS_SCHEMA, "minItems": 0, "maxItems": MAX_DETOKENIZED})]
+StopTokenIds = Annotated[
+    list[int], *_checked(_check_stop_ids, {**_IDS_SCHEMA, "minItems": 0, "maxItems": MAX_STOP_TOKEN_IDS})
+]
 Stop = Annotated[
     str | list[str],
     *_checked(_check_stop, _STOP_SCHEMA, {"type": "array", "items": _STOP_SCHEMA, "maxItems": MAX_STOP_STRINGS}),
@@ -225,6 +238,7 @@ LogitBias = Annotated[
     dict[str, float],
     *_checked(_check_bias, {"type": "object", "additionalProperties": _BIAS_SCHEMA, "maxProperties": MAX_LOGIT_BIASES}),
 ]
+_OPENAI_PART_FIELDS = frozenset({"image_url", "input_audio", "file", "refusal"})
 Content = Annotated[
     str, *_checked(_check_content, _TEXT_SCHEMA, {"type": "array", "items": _PART_SCHEMA, "maxItems": _MAX_PARTS})
 ]
@@ -234,26 +248,32 @@ class RequestBody(BaseModel):
     """Strict: no number from a text, no infinity, nothing unknown."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+    openai_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of OpenAI's API that this server does not support; clients that list all fields send them as null."""
 
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
-        """Drop fields that are null, and refuse an object of too many fields before each becomes an error."""
+        """Drop known fields that are null, and refuse an object of too many fields before each becomes an error."""
         if not isinstance(values, dict):
             raise _error(f"is {shorten_value(values)}; give an object")
         if len(values) > _MAX_FIELDS:
             raise _error(f"has {len(values):,} fields; at most {_MAX_FIELDS} are allowed")
-        required = _required(cls)
-        return {name: value for name, value in values.items() if value is not None or name in required}
+        optional = _optional(cls)
+        return {name: value for name, value in values.items() if value is not None or name not in optional}
 
 
 @functools.cache
-def _required(body_type: type[BaseModel]) -> frozenset[str]:
-    return frozenset(name for name, field in body_type.model_fields.items() if field.is_required())
+def _optional(body_type: type[RequestBody]) -> frozenset[str]:
+    """Return the known fields that need not be there."""
+    own = (name for name, field in body_type.model_fields.items() if not field.is_required())
+    return body_type.openai_fields | frozenset(own)
 
 
 class StreamOptions(RequestBody):
     """Of a stream."""
+
+    openai_fields: ClassVar = frozenset({"include_obfuscation"})
 
     include_usage: bool = False
     """Send a last event with the number of tokens."""
@@ -261,6 +281,14 @@ class StreamOptions(RequestBody):
 
 class GenerationBody(RequestBody):
     """What completions and chats have in common."""
+
+    openai_fields: ClassVar = frozenset(
+        (
+            *("suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "modalities"),
+            *("audio", "prediction", "store", "metadata", "service_tier", "reasoning_effort", "verbosity"),
+            *("web_search_options", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
+        )
+    )
 
     model: str
     """As ``/v1/models`` lists it."""
@@ -287,7 +315,7 @@ class GenerationBody(RequestBody):
     num_beams: Annotated[int, _within(RANGES["num_beams"])] = 1
     length_penalty: Annotated[float, _within(RANGES["length_penalty"])] = 1.0
     min_tokens: Annotated[int, _within(RANGES["min_tokens"])] = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKEN_IDS, fail_fast=True)] = []
+    stop_token_ids: StopTokenIds = []
     ignore_eos: bool = False
     priority: Annotated[int, _within(PRIORITY_RANGE)] = 0
     """Higher is sooner."""
@@ -320,6 +348,10 @@ class CompletionBody(GenerationBody):
 class ChatMessage(RequestBody):
     """One message of a chat."""
 
+    openai_fields: ClassVar = frozenset(
+        {"name", "refusal", "annotations", "audio", "function_call", "tool_calls", "tool_call_id"}
+    )
+
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is OpenAI's newer word for ``system``."""
     content: Content
@@ -331,6 +363,8 @@ ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_
 
 class ResponseFormat(RequestBody):
     """Only text."""
+
+    openai_fields: ClassVar = frozenset({"json_schema"})
 
     type: Literal["text"]
 
@@ -375,14 +409,12 @@ _LOGPROBS = {
     "/v1/completions": "a number of tokens for each position",
     "/v1/chat/completions": "true or false, with that number in top_logprobs",
 }
-_UNSUPPORTED_FIELDS = frozenset(
-    (
-        *("suffix", "tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "modalities", "audio"),
-        *("prediction", "store", "metadata", "service_tier", "reasoning_effort", "verbosity", "web_search_options"),
-        *("safety_identifier", "prompt_cache_key"),
-    )
-)
-"""Fields of OpenAI's API that this server takes at no endpoint."""
+_NESTED_BODIES: dict[str, type[RequestBody]] = {
+    "messages": ChatMessage,
+    "stream_options": StreamOptions,
+    "response_format": ResponseFormat,
+}
+"""Types of the objects inside a body, by field."""
 
 
 def endpoint_that_takes(name: str, body_type: type[BaseModel]) -> str | None:
@@ -393,12 +425,15 @@ def endpoint_that_takes(name: str, body_type: type[BaseModel]) -> str | None:
     return next(found, None)
 
 
-def unknown_field(name: str, body_type: type[BaseModel]) -> str:
-    """Return why a body cannot have a field, naming the endpoint that takes it."""
-    if (other := endpoint_that_takes(name, body_type)) is not None:
+def unknown_field(place: Sequence[str | int], body_type: type[RequestBody]) -> str:
+    """Return why a body cannot have the field at ``place``, naming the endpoint that takes it."""
+    name = str(place[-1])
+    if len(place) > 1:
+        body_type = _NESTED_BODIES[str(place[0])]
+    elif (other := endpoint_that_takes(name, body_type)) is not None:
         own = next(path for path, each in GENERATION_ENDPOINTS.items() if each is body_type)
         return f"{own} does not take this field, {other} does"
-    if name in _UNSUPPORTED_FIELDS:
+    if name in body_type.openai_fields:
         return "this server does not support this field of OpenAI's API"
     return "this server has no such field"
 

@@ -206,9 +206,22 @@ async def encode_prompts(tokenizer: TextTokenizer, prompt: Prompts, *, max_model
         return await _run_in_pool(sum(map(len, texts)), lambda: tokenizer.encode_all(texts))
     lists = [each for each in prompt if isinstance(each, list)] or [[each for each in prompt if isinstance(each, int)]]
     for ids in lists:
-        if (largest := max(ids)) >= tokenizer.vocab_size:
-            raise invalid(f"token {largest} is not in the vocabulary of {tokenizer.vocab_size}", "prompt")
+        check_vocabulary(ids, tokenizer.vocab_size, field="prompt")
     return lists
+
+
+def check_vocabulary(ids: Sequence[int], vocab_size: int, *, field: str) -> None:
+    """Check that a tokenizer of ``vocab_size`` tokens has all of ``ids``, which are at least 0.
+
+    Raises:
+        ApiError: it does not have one of them.
+    """
+    if (largest := max(ids, default=0)) >= vocab_size:
+        raise invalid(_no_token(str(largest), vocab_size), field)
+
+
+def _no_token(shown: str, vocab_size: int) -> str:
+    return f"{shown} is not a token of this model, whose tokens are 0 to {vocab_size - 1}"
 
 
 async def encode(tokenizer: TextTokenizer, text: str, *, special: bool = True) -> list[int]:
@@ -269,6 +282,7 @@ def sampling_params(body: GenerationBody, *, max_tokens: int, vocab_size: int) -
         raise invalid("is for streams; set stream", "stream_options")
     if body.min_tokens > max_tokens:
         raise invalid(f"is above max_tokens={max_tokens}", "min_tokens")
+    check_vocabulary(body.stop_token_ids, vocab_size, field="stop_token_ids")
     temperature = body.temperature if body.temperature is not None else 0.0 if body.num_beams > 1 else 1.0
     sampling = SamplingParams(
         max_tokens=max_tokens,
@@ -317,6 +331,6 @@ def _logit_bias(body: GenerationBody, vocab_size: int) -> tuple[tuple[int, float
     pairs = []
     for name, value in body.logit_bias.items():
         if not (name.isascii() and name.isdigit() and len(name) < 10 and int(name) < vocab_size):
-            raise invalid(f"{name[:20]!r} is no token of this model (0 to {vocab_size - 1})", "logit_bias")
+            raise invalid(_no_token(repr(name[:20]), vocab_size), "logit_bias")
         pairs.append((int(name), value))
     return tuple(sorted(pairs))

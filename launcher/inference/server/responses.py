@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -18,6 +19,7 @@ from launcher.inference.server.protocol import (
     RequestBody,
     endpoint_that_takes,
     logprobs_of_endpoints,
+    shorten_value,
     unknown_field,
 )
 from launcher.inference.server.request_state import DeadlineExceeded, GenerationFailed, ServerDraining
@@ -79,24 +81,72 @@ def validation_error(error: ValidationError, body_type: type[RequestBody]) -> Ap
 
     A field of another endpoint comes first: such a request also lacks required fields of this one.
     """
-    errors = error.errors(include_url=False, include_context=False)
+    errors = error.errors(include_url=False)
     elsewhere = (each for each in errors if endpoint_that_takes(str(each["loc"][0] if each["loc"] else ""), body_type))
     first = next(elsewhere, errors[0])
     name, kind = ".".join(map(str, first["loc"])), first["type"]
     if kind == "extra_forbidden":
         name = name[:100]
-        return ApiError(
-            400, f"{name or repr(name)}: {unknown_field(name, body_type)}", param=name, code="unsupported_field"
-        )
-    said = (
-        "is null, and this field must have a value"
-        if first["input"] is None and name
-        else first["msg"].replace(" after validation", "")
-    )
+        said = unknown_field(first["loc"], body_type)
+        return ApiError(400, f"{name or repr(name)}: {said}", param=name, code="unsupported_field")
+    said, code = explain_validation(first)
     if kind in ("int_type", "bool_type"):
         said += logprobs_of_endpoints(name, body_type)
-    code = kind if kind == "context_length_exceeded" else "invalid_value"
     return ApiError(400, f"{name}: {said}" if name else f"the body {said}", param=name or None, code=code)
+
+
+_FORMS = {
+    "bool_type": "true or false",
+    "dict_type": "an object",
+    "finite_number": "a finite number",
+    "float_type": "a number",
+    "int_type": "a whole number",
+    "list_type": "a list",
+    "string_type": "a text",
+}
+"""What a field takes, by the kind of error of a value that is something else."""
+_UNSUPPORTED_VALUES = frozenset({"tool", "function", "json_object", "json_schema"})
+"""Values of ``role`` and ``response_format.type`` in OpenAI's API that no field of this server takes."""
+
+
+def explain_validation(error: ErrorDetails) -> tuple[str, str]:
+    """Return what is wrong with one value, in the words of this server's other errors, and the code."""
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    shown = shorten_value(value)
+    if kind == "missing":
+        return "is missing, and this field must have a value", "invalid_value"
+    if value is None and error["loc"] and kind in (*_FORMS, "literal_error"):
+        return "is null, and this field must have a value", "invalid_value"
+    if kind in _FORMS:
+        return f"is {shown}; give {_FORMS[kind]}", "invalid_value"
+    match kind, context:
+        case "invalid_value" | "context_length_exceeded", {"message": str(message)}:
+            return message, kind
+        case "literal_error", {"expected": expected}:
+            is_unsupported = isinstance(value, str) and value in _UNSUPPORTED_VALUES
+            said = f"is {shown}{', which this server does not support' if is_unsupported else ''}; give {expected}"
+            return said, "unsupported_value" if is_unsupported else "invalid_value"
+        case "greater_than", {"gt": limit}:
+            said = f"is {shown}; give a number above {limit:g}"
+        case "greater_than_equal", {"ge": limit}:
+            said = f"is {shown}; give a number of at least {_in_digits(limit)}"
+        case "less_than_equal", {"le": limit}:
+            said = f"is {shown}; give a number of at most {_in_digits(limit)}"
+        case "too_short", {"min_length": limit, "actual_length": length}:
+            said = f"{f'has {length} elements' if length else 'is an empty list'}; give at least {limit}"
+        case "too_long", {"max_length": limit}:
+            said = f"has {len(value):,} elements; at most {limit:,} are allowed"
+        case "string_too_short", {"min_length": limit}:
+            said = f"has {len(value)} characters; give at least {limit}"
+        case "string_too_long", {"max_length": limit}:
+            said = f"has {len(value):,} characters; at most {limit:,} are allowed"
+        case _:
+            said = f"is {shown}, which this field does not take"
+    return said, "invalid_value"
+
+
+def _in_digits(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def failure_error(error: Exception, *, prompt_field: str) -> ApiError:

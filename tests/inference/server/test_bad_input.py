@@ -93,8 +93,10 @@ def test_wrong_values_are_named(served: Served, field: str, value: str) -> None:
 
 
 def test_null_is_a_field_left_out(served: Served) -> None:
-    body = {**OK, "suffix": None, "stop": None, "seed": None, "logprobs": None, "nobody_knows": None}
+    body = {**OK, "suffix": None, "stop": None, "seed": None, "logprobs": None}
     assert post(served, json.dumps(body)).status_code == 200
+    error = refusal(post(served, json.dumps({**body, "nobody_knows": None})))
+    assert (error["param"], error["code"]) == ("nobody_knows", "unsupported_field")
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '"\\udc00 a"', '"a\\ud83d"'])

@@ -64,6 +64,7 @@ def clear_stale_lock(path: Path, *, say: Say) -> None:
     torch keeps the file open while it holds the lock, so a lock that no process has open belongs to a dead one. Only
     processes of this machine are seen.
     """
+    started, printed_at = time.monotonic(), 0.0
     while path.exists():
         owner = lock_owner(path)
         if owner is None:
@@ -71,6 +72,10 @@ def clear_stale_lock(path: Path, *, say: Say) -> None:
             path.unlink(missing_ok=True)
             say(f"cleared {path}: a build that was killed left it {age_s:.0f} s ago")
             return
+        waited = time.monotonic() - started
+        if waited - printed_at >= _SAY_EVERY_S:
+            say(f"process {owner} holds {path}, waited {waited:.0f} s so far")
+            printed_at = waited
         time.sleep(_POLL_S)
 
 

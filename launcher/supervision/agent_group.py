@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launcher.errors import EXIT_STALLED
 from launcher.protocol.messages import (
     AgentExited,
     AgentMessage,
@@ -55,6 +56,8 @@ class _Agent:
     """Holds the stderr of the agent, or of ssh."""
     started_at: float
     last_message_at: float
+    last_event_at: float
+    """Time of its last message that is no keepalive."""
     write_fd: int | None = None
     """Descriptor of the connection that the selector watches for writability."""
     location: ProcessLocation | None = None
@@ -62,6 +65,8 @@ class _Agent:
     """Its temporary folder, to remove when it cannot; ``None`` when it is on another machine."""
     is_ready: bool = False
     is_prepared: bool = False
+    has_launched: bool = False
+    """The launcher of its ranks has started."""
     is_working: bool = True
     """It has, or may start, processes of the run."""
     is_finishing: bool = False
@@ -130,7 +135,9 @@ class AgentGroup:
         for number, host in enumerate(self._plan.hosts):
             log, now = LogTail(self._run_dir.log_of(host.host.name, "agent")), time.monotonic()
             connection = connect(host)
-            agent = _Agent(host=host, connection=connection, log=log, started_at=now, last_message_at=now)
+            agent = _Agent(
+                host=host, connection=connection, log=log, started_at=now, last_message_at=now, last_event_at=now
+            )
             self._agents[connection.host] = agent
             self._selector.register(connection, selectors.EVENT_READ, agent)
             connection.send(
@@ -182,7 +189,12 @@ class AgentGroup:
         self._agents[host].is_prepared = True
         if not self._has_started and not self.lost and all(agent.is_prepared for agent in self._agents.values()):
             self._has_started = True
+            self._reset_timeouts()  # of agents that have waited for others
             self.broadcast(StartRanks())
+
+    def launcher_started(self, host: str) -> None:
+        """Record that the agent of ``host`` has started the launcher of its ranks."""
+        self._agents[host].has_launched = True
 
     def ranks_of(self, host: str) -> range:
         """Return the ranks that the agent of ``host`` supervises; an external launcher's are on several hosts."""
@@ -206,9 +218,7 @@ class AgentGroup:
 
     def resume(self) -> None:
         """Reset the timeouts of the agents: this process was suspended and read nothing."""
-        now = time.monotonic()
-        for agent in self._agents.values():
-            agent.last_message_at = now
+        self._reset_timeouts()
         self.broadcast(Ping())
 
     def finish(self) -> None:
@@ -227,6 +237,11 @@ class AgentGroup:
         self.give_up(working_only=False)
         self._selector.close()
 
+    def _reset_timeouts(self) -> None:
+        now = time.monotonic()
+        for agent in self._agents.values():
+            agent.last_message_at = agent.last_event_at = now
+
     def _read(self, agent: _Agent) -> None:
         messages = agent.connection.receive()
         if messages is None:
@@ -241,6 +256,7 @@ class AgentGroup:
         """Pass a message on; return what is wrong with it, empty for a valid one."""
         if isinstance(message, Ping):
             return ""
+        agent.last_event_at = time.monotonic()
         try:
             self._on_message(agent.connection.host, message)
         except MalformedMessage as problem:
@@ -258,8 +274,22 @@ class AgentGroup:
             silent_s = now - (agent.last_message_at if agent.is_ready else agent.started_at)
             if silent_s > (limit if agent.is_ready else _CONNECT_S) and (limit or not agent.is_ready):
                 self._close(agent, silent_s=silent_s)
+            elif self._is_stalled(agent, now):
+                self._close(agent, stalled_s=now - agent.last_event_at)
 
-    def _close(self, agent: _Agent, *, silent_s: float | None = None, malformed: str = "") -> None:
+    def _is_stalled(self, agent: _Agent, now: float) -> bool:
+        """Return whether an agent sends keepalives alone while the others wait for it; ranks have a check of their own.
+
+        Commands that prepare a host report every few seconds how long they have been at work.
+        """
+        limit = self._plan.stall_timeout_s
+        is_awaited = not agent.is_prepared or (self._has_started and not agent.has_launched)
+        may_take_longer = not limit or not agent.is_ready or not agent.is_working or agent.is_finishing
+        return is_awaited and not may_take_longer and now - agent.last_event_at > max(limit, _CONNECT_S)
+
+    def _close(
+        self, agent: _Agent, *, silent_s: float | None = None, stalled_s: float | None = None, malformed: str = ""
+    ) -> None:
         """Close a connection; unless its agent was expected to exit, its host is lost."""
         self._selector.unregister(agent.connection)
         if agent.write_fd is not None:
@@ -272,10 +302,15 @@ class AgentGroup:
         if agent.scratch is not None:
             remove_scratch(agent.scratch)
         self.lost.append(host)
-        self._on_lost(host, self._failure_of(agent, code=code, silent_s=silent_s, malformed=malformed))
+        why = self._failure_of(agent, code=code, silent_s=silent_s, stalled_s=stalled_s, malformed=malformed)
+        self._on_lost(host, why)
 
-    def _failure_of(self, agent: _Agent, *, code: int, silent_s: float | None, malformed: str) -> Failure:
+    def _failure_of(
+        self, agent: _Agent, *, code: int, silent_s: float | None, stalled_s: float | None, malformed: str
+    ) -> Failure:
         host, log, tail = agent.host.host.name, agent.log.path, agent.log.last(_TAIL_LINES)
+        if stalled_s is not None:
+            return stalled_host_failure(host, stalled_s=stalled_s, was_prepared=agent.is_prepared, log=log, tail=tail)
         if silent_s is not None:
             return silent_host_failure(host, silent_s=silent_s, was_ready=agent.is_ready, log=log, tail=tail)
         if agent.exited is not None and (agent.exited.code or agent.exited.signal or not malformed):
@@ -339,6 +374,13 @@ def silent_host_failure(host: str, *, silent_s: float, was_ready: bool, log: Pat
     else:
         reason = f"the host agent on {host} did not answer within {silent_s:.0f} s"
     return _host_failure(host, reason, log=log, tail=tail)
+
+
+def stalled_host_failure(host: str, *, stalled_s: float, was_prepared: bool, log: Path, tail: str) -> Failure:
+    """Return the failure of a host whose agent runs, and neither prepares it nor starts its ranks."""
+    what = "starting its ranks" if was_prepared else "preparing"
+    reason = f"{host} made no progress in {what} for {stalled_s:.0f} s (backend.stall_timeout_s); its agent is alive"
+    return _host_failure(host, reason, log=log, tail=tail, code=EXIT_STALLED)
 
 
 def malformed_message_failure(host: str, malformed: str, *, log: Path, tail: str) -> Failure:

@@ -157,6 +157,7 @@ class Session:
             case LauncherStarted():
                 host = self._check_host(message.host) if message.host else agent
                 self._timeline.launcher_started(host)
+                self._agents.launcher_started(agent)
                 self._tracker.launcher_started(host, now=now)
             case RankHeartbeat():
                 host = self._host_of_rank(message.rank)

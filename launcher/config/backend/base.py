@@ -64,7 +64,8 @@ class Backend(Component):
     """Ranks whose output is shown; logs hold every rank's."""
 
     stall_timeout_s: float = 600.0
-    """A rank that reports no progress for this long gets every stack dumped and ends the run; 0 waits for ever."""
+    """A rank that reports no progress for this long gets every stack dumped and ends the run; 0 waits for ever. A host
+    that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
 
     grace_s: float = 7.0
     """Time between asking the ranks to end (Ctrl-C, SIGTERM) and killing what is left."""

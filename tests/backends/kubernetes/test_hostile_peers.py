@@ -14,14 +14,17 @@ from types import SimpleNamespace
 import pytest
 
 from launcher.backends.kubernetes import leader
-from launcher.errors import EnvironmentProblem
+from launcher.errors import EXIT_STALLED, EnvironmentProblem
 from launcher.protocol.messages import (
     AgentExited,
     AgentIdle,
     AgentReady,
     CommandExited,
     FinishAgent,
+    HostPrepared,
+    LauncherStarted,
     OutputLine,
+    Ping,
     RankExited,
     RankHeartbeat,
     StartRanks,
@@ -364,6 +367,35 @@ def test_an_error_of_this_program_is_not_hidden(pair, monkeypatch):
     peers["node1"].sendall(RankHeartbeat(rank=0, phase="x", step=1, age_s=0.0).encode())
     with pytest.raises(KeyError, match="a bug"):
         exchange(session)
+
+
+READY = AgentReady(scratch="/", location=dataclasses.asdict(locate_this_process()), code="").encode()
+PREPARED = HostPrepared().encode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({"node0": READY + PREPARED, "node1": READY}, "node1 made no progress in preparing for "),
+        (
+            {"node0": READY + PREPARED + LauncherStarted().encode(), "node1": READY + PREPARED},
+            "node1 made no progress in starting its ranks for ",
+        ),
+    ],
+    ids=["preparing", "starting"],
+)
+def test_a_host_that_sends_keepalives_alone_is_lost_and_named(pair, sent, said):
+    session, peers = pair
+    for host, data in sent.items():
+        peers[host].sendall(data)
+    exchange(session)
+    for agent in session._agents._agents.values():
+        agent.last_event_at -= 2 * session._plan.stall_timeout_s
+        peers[agent.connection.host].sendall(Ping().encode())
+    exchange(session, until=lambda: session._failure)
+    assert session._agents.lost == ["node1"]
+    assert session._failure.reason.startswith(said)
+    assert session._outcome().exit_code == EXIT_STALLED
 
 
 @pytest.mark.parametrize("before", [b"", AgentExited(code=0, signal=None).encode()])

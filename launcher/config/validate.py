@@ -20,7 +20,7 @@ from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
 from launcher.config.run import BatchedJob, Benchmark, Run, run_to_tree
 from launcher.config.supported_models import unsupported_attention, validate_family
 from launcher.errors import ConfigError
-from launcher.errors.secrets import is_secret_value, secret_variable_in
+from launcher.errors.secrets import is_secret_argument, is_secret_value, secret_variable_in
 from launcher.protocol.plan import Host, first_ranks
 from launcher.protocol.rundir import RUN_INDEX
 
@@ -29,6 +29,8 @@ _MAX_NAME_BYTES = 200
 _WHOLE_MODEL = ("single", "ddp")
 """Strategies under which every rank holds the whole model: they say no more than how many ranks there are."""
 
+_ARGUMENTS = ("ssh_options", "sbatch_options")
+"""Options of backends whose words are passed to other programs."""
 _NO_CHECKPOINTS = ("0", "false", "default")
 """Values of the group checkpoint that ask for none."""
 
@@ -68,6 +70,12 @@ def _validate_secrets(run: Run) -> Iterator[ConfigError]:
             why = "holds a secret (a password in an address, a token or a key), and run.yaml is written to disk"
             fix = "leave the secret out; export it in your shell under the name that the library reads (HF_TOKEN, …)"
             yield ConfigError(option, why=why, fix=fix)
+    for name in _ARGUMENTS:
+        words = getattr(run.backend, name, ())
+        if any(is_secret_argument(word) and not is_secret_value(word) for word in words):
+            why = "holds a secret (a password or token), and run.yaml is written to disk"
+            fix = "leave it out: name a file or an agent that holds it (ssh: a key, -i FILE, or ssh-agent)"
+            yield ConfigError(f"backend.{name}", why=why, fix=fix)
 
 
 def _validate_name(run: Run) -> Iterator[ConfigError]:

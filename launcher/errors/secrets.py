@@ -97,6 +97,16 @@ _SHAPES = (
 _ASSIGNED = re.compile(
     r"(?<![\w$])(?P<name>[A-Za-z][\w.-]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']*[^\s,;}\]\"':])"
 )
+_LOGIN = re.compile(r"(?<![\w.%/@-])[^\s/:@,=]+:(?!\d{1,5}@)[^\s/:@,]+@[A-Za-z\d\[]")
+"""``user:password@host``, in an argument of a program that reaches hosts."""
+_SSH_KEYWORDS = frozenset(
+    (
+        *("addkeystoagent", "hostkeyalgorithms", "hostkeyalias", "stricthostkeychecking", "updatehostkeys"),
+        *("verifyhostkeydns", "passwordauthentication", "numberofpasswordprompts", "securitykeyprovider"),
+        *("pubkeyauthentication", "gssapidelegatecredentials", "obscurekeystroketiming"),
+    )
+)
+"""Options of OpenSSH that hold no secret although their names sound so."""
 _BARE_PROXY = re.compile(r"[^\s/:@]*:[^\s/@]+@[^\s/@]+/?")
 """``user:password@host:port``, which curl and requests take as a proxy without a scheme."""
 _HEADER = re.compile(r"\s*(?:(?P<bearer>Bearer)|Basic)\s+(?P<secret>[\w.~+/-]+=*)\s*", re.IGNORECASE)
@@ -138,6 +148,17 @@ def is_secret(name: str, value: str) -> bool:
     has_assigned = _ASSIGNED.sub(_hide_assigned, value) != value
     by_value = is_secret_value(value) or has_assigned or _is_authorization(value)
     return is_secret_name(name) or by_value or _is_proxy_with_password(name, value)
+
+
+def is_secret_argument(word: str) -> bool:
+    """Return whether a word of a command line holds a secret: ``-oPassword=…``, ``-Juser:password@host``."""
+    option, equals, value = word.partition("=")
+    name = re.sub(r"^(-o\s*|-+)", "", option)
+    if is_secret_value(word) or _LOGIN.search(word):
+        return True
+    if not equals or name.lower() in _SSH_KEYWORDS:
+        return False
+    return is_secret(name, value) or is_secret_argument(value)
 
 
 def secret_variable_in(text: str, environ: Mapping[str, str]) -> str | None:
@@ -217,6 +238,8 @@ def _without_shapes(text: str) -> str:
 def _hide_assigned(found: re.Match[str]) -> str:
     """Hide the value in ``NAME=value``; ``key=value`` is grammar, not a variable."""
     last = found["name"].rpartition(".")[2]
+    if last.removeprefix("o").lower() in _SSH_KEYWORDS:
+        return found[0]
     is_secret_here = _is_secret_key(last) or last in ("password", "passwd", "passphrase")
     return f"{found['name']}={_hidden(found['value'])}" if is_secret_here else found[0]
 

@@ -1,6 +1,7 @@
 """What a user can do wrong, through the whole command line: one message, exit code 2, nothing started or written."""
 
 import os
+import shlex
 import socket
 from pathlib import Path
 
@@ -49,6 +50,21 @@ def refused(launch_in_process, tmp_path):
         (["tracker.mode=online"], ["tracker.mode=online", "WANDB_API_KEY"]),
         (["backend.ranks=0"], ["backend.ranks=0", "must be at least 1"]),
         (["backend.env.MY_TOKEN=x"], ["backend.env.MY_TOKEN", "secret"]),
+        (["backend.env.A-B=x"], ["backend.env: 'A-B' is no name of a variable", "write backend.env.A_B=<value>"]),
+        (
+            ["backend=kubernetes", "backend.image=a/b:1", "backend.env={A.B: x}"],
+            ["'A.B' is no name", "backend.env.A_B=<value>"],
+        ),
+        (["backend=slurm", "backend.env.A-B=x"], ["'A-B' is no name of a variable"]),
+        (["backend=slurm", "backend.mem=16"], ["backend.mem=16", "16.00 MiB", "set backend.mem=16G"]),
+        (
+            ["backend=kubernetes", "backend.image=a/b:1", "backend.memory=16"],
+            ["backend.memory=16", "is 16 B", "set backend.memory=16Gi"],
+        ),
+        (
+            ["backend=kubernetes", "backend.image=a/b:1", "backend.shared_memory=64"],
+            ["backend.shared_memory=64", "is 64 B", "set backend.shared_memory=64Mi"],
+        ),
         (["backend.env={1: x}"], ["backend.env", "has the key 1", "write backend.env.1=<value>"]),
         (["parallel=zero3", "parallel.deepspeed={true: x}"], ["parallel.deepspeed", "has the key true"]),
         (
@@ -96,7 +112,7 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
     for words, expected in (
         (("data.path=x.jsonl",), f"x.jsonl: holds JSON lines, not plain text; set {overrides}, or data.format=text"),
         (("data.path=short.txt",), "data.path: has 5 tokens, 5 to learn from and 0 to evaluate"),
-        (("data=hf", "data.path=x.jsonl", "data.vocab_size=400"), "is a file, not a folder or a data set of the hub"),
+        (("data=hf", "data.path=x.jsonl"), "is a file, not a folder or a data set of the hub"),
         (
             ("data=hf", "data.path=json", "data.files=[x.jsonl]", "data.vocab_size=400"),
             "data.column=text: x.jsonl has no such column; it has body; choose from: body",
@@ -105,6 +121,17 @@ def test_data_whose_rows_or_size_cannot_work(refused, tmp_path):
         (("job=generate", "job.tokenizer=data", "data.path=x.jsonl"), "x.jsonl: holds JSON lines, not plain text"),
     ):
         assert expected in refused(*words)
+
+
+def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refused, tmp_path, launch_in_process):
+    """The default model has room for the tokenizer that is trained on rows too."""
+    rows = "".join(f'{{"text": "some words of row {row}"}}\n' for row in range(900))
+    (tmp_path / "x.jsonl").write_text(rows)
+    for words in (("data=hf", "data.path=x.jsonl"), ("data.path=x.jsonl",)):
+        said = refused(*words)
+        assert len(said.splitlines()) == 1
+        advised = shlex.split(said.partition("; set ")[2].partition(", or ")[0])
+        launch_in_process("plan", *advised).expect(0)
 
 
 @pytest.mark.parametrize(

@@ -664,6 +664,45 @@ def test_slices_of_local_files(tmp_path: Path) -> None:
     assert "does not unpack zstd" in message
 
 
+def test_a_split_without_rows_is_refused_before_a_rank_reads_it(tmp_path: Path) -> None:
+    for name, content in (("x.csv", table()), ("x.jsonl", json_lines())):
+        (tmp_path / name).write_bytes(content)
+    pyarrow.parquet.write_table(pa.table({"text": ROWS}), tmp_path / "x.parquet")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.csv").write_bytes(table())
+    sources = [HfData(path=kind, files=(f"{tmp_path}/x.{kind}",)) for kind in ("csv", "parquet")]
+    sources += [HfData(path="json", files=(f"{tmp_path}/x.jsonl",)), HfData(path=str(folder))]
+    for data in sources:
+        for split in ("train[60:]", "train[-5:-60]+train[99:]", "train[:-60]", "train[100:200]"):
+            (message,) = problems(replace(data, split=split))
+            assert message.startswith(f"data.split={split}: holds none of the 60 rows")
+        for split in ("train5", "train2[:5]", "training"):
+            (message,) = problems(replace(data, split=split))
+            assert "has one, train" in message or "have one split, train" in message
+        for split in ("train[59:]", "train[60:]+train[:1]", "train[-1:]", "train[99%:]", "train[:10%](closest)"):
+            assert problems(replace(data, split=split)) == []
+            assert texts(replace(data, split=split))
+
+
+@pytest.mark.parametrize("split", ["train[:0]", "train[5:2]", "test[-2:-3]", "train[50%:50%]", "a[:0]+b[:0]"])
+def test_a_slice_that_is_empty_whatever_it_is_of_is_refused(split: str) -> None:
+    with pytest.raises(ConfigErrors, match="is a slice without rows; set data.split=train, or"):
+        HfData(path="org/name", split=split)
+
+
+@pytest.mark.parametrize("split", ["", "train[", "train[1]", "train[:101%]", "train[:5](closest)", "tr ain", "a+"])
+def test_a_split_that_datasets_cannot_read_is_refused(split: str) -> None:
+    with pytest.raises(ConfigErrors, match="is no split: a name, or slices of it"):
+        HfData(path="org/name", split=split)
+
+
+def test_slices_of_small_files_are_counted_in_tokens(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes(table())
+    data = HfData(path="csv", files=(f"{tmp_path}/x.csv",), split="train[:2]+train[5:6]")
+    assert [piece.text for piece in data.small_pieces() or ()] == texts(data) == [ROWS[0], ROWS[1], ROWS[5]]
+
+
 def test_blank_text_is_no_text(tmp_path: Path) -> None:
     """Where the blank goes on further than the plan looks, the rank says so."""
     blank = tmp_path / "x.txt"

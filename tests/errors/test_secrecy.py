@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +12,18 @@ import pytest
 
 from launcher.__main__ import main
 from launcher.config.backend import base
+from launcher.config.option_text import quoted_word
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.errors.secrets import HIDDEN, hide_secrets, is_secret, is_secret_name, is_secret_value, redact
+from launcher.errors.secrets import (
+    HIDDEN,
+    hide_secrets,
+    is_secret,
+    is_secret_argument,
+    is_secret_name,
+    is_secret_value,
+    redact,
+)
 from launcher.protocol.outcome import Failure, RunOutcome
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
@@ -199,6 +209,75 @@ def test_no_plan_is_made_of_a_secret(plan_of: Callable[..., Plan], word: str, op
     assert option in [error.option for error in caught.value.errors]
     assert "hunter2" not in str(caught.value)
     assert "export" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("-oPassword=hunter22", "-o IdentityPassphrase=hunter22", "-oSetEnv=API_TOKEN=hunter22", "-Jme:hunter22@gate"),
+        *(
+            "-oProxyCommand=nc -X 5 --proxy-auth=me:hunter22@h %h",
+            "-oSetEnv=A=hf_abcdefghijklmnop1234",
+            "--token=hunter22",
+        ),
+    ],
+)
+def test_an_argument_of_another_program_holds_no_secret(
+    plan_of: Callable[..., Plan], tmp_path: Path, word: str
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("n1 slots=1\n")
+    options = quoted_word("backend.ssh_options", [word])
+    with pytest.raises(ConfigErrors) as refused:
+        plan_of("backend=ssh", f"backend.hostfile={hostfile}", *shlex.split(options))
+    (error,) = refused.value.errors
+    assert error.option.startswith("backend.ssh_options")
+    assert "hunter22" not in str(error)
+    assert "hf_abc" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        *("-oStrictHostKeyChecking=accept-new", "-oPasswordAuthentication=no", "-oHostKeyAlias=gate", "-A", "-p2222"),
+        *("-oNumberOfPasswordPrompts=0", "-oPubkeyAuthentication=yes", "-oUserKnownHostsFile=/dev/null", "-J"),
+        *(
+            "-oProxyJump=me@gate:22,you@wall",
+            "-oProxyCommand=ssh -W %h:%p me@gate",
+            "/home/me/my_key.pem",
+            "me@gate:22",
+        ),
+        *(
+            "-oIdentitiesOnly=yes",
+            "-oAddKeysToAgent=no",
+            "-oVerifyHostKeyDNS=yes",
+            "-oKexAlgorithms=x@y",
+            "-L8080:a:80",
+        ),
+        *("--mail-user=me@b.org", "--dependency=afterok:12", "--comment=a note"),
+    ],
+)
+def test_an_argument_without_a_secret_is_none(word: str) -> None:
+    assert not is_secret_argument(word)
+
+
+@pytest.mark.parametrize(
+    ("image", "is_right"),
+    [
+        ("me:hunter22@registry/x", False),
+        ("me@registry/x", False),
+        ("registry:5000/team/x:1.0", True),
+        (f"registry/x:1@sha256:{'0a' * 32}", True),
+    ],
+)
+def test_an_image_has_no_login(plan_of: Callable[..., Plan], image: str, is_right: bool) -> None:
+    words = ("backend=kubernetes", f"backend.image={image}")
+    if is_right:
+        assert plan_of(*words)
+        return
+    with pytest.raises(ConfigErrors, match="only a digest .* may follow the @") as refused:
+        plan_of(*words)
+    assert "hunter22" not in str(refused.value)
 
 
 @pytest.mark.parametrize("option", ["backend.env.X", "job.sample_prompt", "data.path", "model.name"])

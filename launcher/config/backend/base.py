@@ -13,6 +13,7 @@ most of what a shell holds (PATH, HOME, DISPLAY, SSH_AUTH_SOCK) is right on one 
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -163,18 +164,37 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+LEAST_MEMORY_BYTES = 256 << 20
+"""What a host needs at least: torch alone takes more."""
+
+
+def plausible_memory(amount: str, unit: str) -> str:
+    """Return the amount of memory that one far too small was probably meant to be: its number, in ``unit``."""
+    digits = amount.rstrip("KMGTki")
+    return f"{digits if digits.isdigit() and 0 < int(digits) <= 4096 else 16}{unit}"
+
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED_ENV = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
 
 
 def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None) -> Iterator[ConfigError]:
-    """Yield what may not stand in ``backend.env``: secrets, because plans are written down, and what we set.
+    """Yield what may not stand in ``backend.env``: names that no shell takes, secrets, and what the launcher sets.
+
+    Secrets may not, because plans are written to disk.
 
     Args:
         env: the variables.
         forward: globs of ``backend.forward``, where the backend has other hosts than this machine.
     """
     for name, value in env.items():
-        if is_secret(name, value):
+        if not _VARIABLE.fullmatch(name):
+            why = f"{name!r} is no name of a variable: letters, digits and _, and no digit first"
+            fix = f"write backend.env.{re.sub(r'[^A-Za-z0-9_]', '_', re.sub(r'^(?=[0-9]|$)', '_', name))}=<value>"
+            yield ConfigError("backend.env", why=why, fix=fix if name.strip() else "give it a name, or leave it out")
+        elif "\0" in value:
+            yield ConfigError(f"backend.env.{name}", why="holds a NUL, which ends a variable", fix="leave it out")
+        elif is_secret(name, value):
             fix = f"leave it out and export the variable {name} in your shell: ranks inherit it, and no file holds it"
             if forward is not None and not forwarded_names({name: value}, (*DEFAULT_GLOBS, *forward)):
                 fix += f"; add backend.forward=[{','.join((*forward, name))}], which sends it to the hosts"

@@ -192,6 +192,8 @@ def _login(word: str) -> tuple[str | None, str, int | None]:
     if found is None:
         raise _EntryError(f"{word!r} is not a host", "write IPv6 addresses in brackets: [fd00::1]:22")
     user, port = found["user"], found["port"]
+    if user is not None and ":" in user:
+        raise _EntryError("a password stands before a host", "take it out: ssh logs in with a key or an agent")
     if user is not None and not _NAME.fullmatch(user):
         raise _EntryError(f"{user!r} is not a user name", "use letters, digits, dots, dashes and underscores")
     if port is not None and ":" in port and found["ipv6"] is None:

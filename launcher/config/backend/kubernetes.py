@@ -9,16 +9,26 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, ClassVar, Literal
 
-from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.config.backend.base import (
+    DEFAULT_GLOBS,
+    LEAST_MEMORY_BYTES,
+    Backend,
+    forwarded_names,
+    plausible_memory,
+)
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
-from launcher.utils.text import did_you_mean
+from launcher.utils.text import bytes_text, did_you_mean
 
 Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
 _QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
+_DIGEST = re.compile(r"^[^@]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}$")
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+_LEAST_BYTES = {"memory": LEAST_MEMORY_BYTES, "shared_memory": 1 << 20}
 
 
 def is_label(text: str) -> bool:
@@ -134,11 +144,16 @@ class KubernetesBackend(Backend):
         if not self.gather_timeout_s > 0:
             yield self.error("gather_timeout_s", "must be above 0", "set backend.gather_timeout_s=1800")
         yield from self._bad_names()
-        for name in ("memory", "shared_memory"):
-            if parse_quantity(getattr(self, name)) is None:
+        sizes = {name: parse_quantity(getattr(self, name)) for name in _LEAST_BYTES}
+        for name, size in sizes.items():
+            if size is None:
                 yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
-        memory, shared = parse_quantity(self.memory), parse_quantity(self.shared_memory)
-        if memory is not None and shared is not None and shared > memory:
+            elif size < _LEAST_BYTES[name]:
+                why = f"is {bytes_text(size)} (a number without a unit counts bytes), too little for any run"
+                usual = plausible_memory(self.memory, "Gi") if name == "memory" else "64Mi"
+                yield self.error(name, why, f"set backend.{name}={usual}")
+        memory, shared = sizes["memory"], sizes["shared_memory"]
+        if memory is not None and shared is not None and shared > memory >= _LEAST_BYTES["memory"]:
             why = f"is more than backend.memory={self.memory}, which it is a part of"
             yield self.error("shared_memory", why, f"set backend.memory={self.shared_memory} or more")
         taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
@@ -173,6 +188,10 @@ class KubernetesBackend(Backend):
                     yield ConfigError(f"backend.{name}", value, why=why, fix=f"names there are {rule}, and dots")
         if not self.image.strip() or any(letter.isspace() for letter in self.image):
             yield self.error("image", "cannot name an image", "write it like registry/team/launcher:tag")
+        elif "@" in self.image and not _DIGEST.search(self.image):
+            why = "cannot name an image: only a digest (sha256:…) may follow the @"  # its value may hold a password
+            fix = "write it like registry/team/launcher:tag; backend.image_pull_secrets names logins of a registry"
+            yield ConfigError("backend.image", why=why, fix=fix)
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return the pods as they are asked for; where they will be is known once the run has a name there."""

@@ -8,15 +8,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from launcher.config.backend.base import DEFAULT_GLOBS, Backend, forwarded_names
+from launcher.config.backend.base import (
+    DEFAULT_GLOBS,
+    LEAST_MEMORY_BYTES,
+    Backend,
+    forwarded_names,
+    plausible_memory,
+)
 from launcher.config.option_text import quoted_word
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Host
+from launcher.utils.text import bytes_text
 
 _SHARED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "XDG_CACHE_HOME")
 """Right on the nodes too: a cluster shares its software and its homes."""
 _TIME = re.compile(r"(?:(\d+)-)?(\d{1,2}):([0-5]\d):([0-5]\d)")
-_MEMORY = re.compile(r"\d+[KMGT]?")
+_MEMORY = re.compile(r"(?P<number>\d+)(?P<unit>[KMGT]?)")
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _WORD = re.compile(r"--([a-z][a-z-]*)(?:=.*)?", re.DOTALL)
 _MARGIN_S = 10
 """Beyond the time to save: for what the launcher itself does until the job is queued again."""
@@ -72,7 +80,7 @@ class SlurmBackend(Backend):
     """Cores to ask for on each node, for all of its ranks together."""
 
     mem: str | None = None
-    """Memory to ask for on each node (``64G``); 0 asks for all of it."""
+    """Memory to ask for on each node (``64G``; megabytes without a unit); 0 asks for all of it."""
 
     constraint: str | None = None
     """Features that the nodes must have."""
@@ -111,8 +119,7 @@ class SlurmBackend(Backend):
         yield from self.validate_minimum(2, "heartbeat_timeout_s")  # signs of life are a second apart
         yield from self._validate_control_characters()
         yield from self._validate_times()
-        if self.mem is not None and not _MEMORY.fullmatch(self.mem):
-            yield self.error("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
+        yield from self._validate_memory()
         for word in self.sbatch_options:
             yield from self._validate_word(word)
 
@@ -153,6 +160,18 @@ class SlurmBackend(Backend):
             if value is not None and (not value or not value.isprintable()):
                 why = "is empty" if not value else "holds a line break or another control character"
                 yield self.error(field, why, "name one, or leave it out")
+
+    def _validate_memory(self) -> Iterator[ConfigError]:
+        if self.mem is None:
+            return
+        found = _MEMORY.fullmatch(self.mem)
+        if found is None:
+            yield self.error("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
+            return
+        size = int(found["number"]) * _UNITS[found["unit"] or "M"]
+        if 0 < size < LEAST_MEMORY_BYTES:  # 0 is all of a node's
+            why = f"is {bytes_text(size)} (a number without a unit counts megabytes), too little for any run"
+            yield self.error("mem", why, f"set backend.mem={plausible_memory(self.mem, 'G')}")
 
     def _validate_times(self) -> Iterator[ConfigError]:
         if self.time is not None and self.time_s() is None:

@@ -24,7 +24,8 @@ from launcher.config.data.formats import (
     kind_of_ending,
     look_bytes_of_each,
 )
-from launcher.config.data.rows import FirstRows, Record, first_rows, json_type, read_rows
+from launcher.config.data.rows import FirstRows, Record, count_rows, first_rows, json_type, read_rows
+from launcher.config.data.split import Slice, parse_split
 from launcher.config.option_text import quoted_word
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
@@ -37,6 +38,9 @@ LONGEST_LINE_BYTES = 256 << 20
 """A longer line is a bad row."""
 _FILES_READ = 64
 """Files whose first rows are read before anything starts."""
+_COUNTED_BYTES = 16 << 20
+"""Files of this size altogether have their rows counted before anything starts."""
+_SPLIT_REMEDY = "set data.split=train, or train[:50%]"
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
 _SPLIT_WORDS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
 """In the name of a file or folder, between marks or digits, they say which split it belongs to (``datasets``)."""
@@ -75,8 +79,9 @@ class HfData(Corpus):
     there were; otherwise the first one ends the run."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject a format without files, and files without a format."""
+        """Reject a format without files, files without a format, and a split that is none or holds no row."""
         yield from super().validate()
+        yield from self._validate_split()
         if self.path in _FORMATS and not self.files:
             fix = f"set data.files=[file.{self.path}]"
             yield ConfigError("data.files", "[]", why=f"data.path={self.path} is a format and needs files", fix=fix)
@@ -92,11 +97,14 @@ class HfData(Corpus):
         """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
         yield from super().validate_machine()
         if self.files:
-            if not self.split.startswith("train"):
-                yield self.error("split", "local files have one split", "set data.split=train, or train[:50%]")
+            is_known = {part.name for part in self._slices} == {"train"}
+            if not is_known:
+                yield self.error("split", "local files have one split, train", _SPLIT_REMEDY)
             found, errors = files.expand(self.patterns, option="data.files")
-            yield from errors
-            yield from files.first_errors(self._validate_files(found), option="data.files")
+            bad = list(files.first_errors(self._validate_files(found), option="data.files"))
+            yield from (*errors, *bad)
+            if is_known and not errors and not bad:
+                yield from self._validate_slices(found)
         elif given := self._files_as_path():
             yield self._files_as_path_error(given)
         elif self.is_local:
@@ -104,6 +112,31 @@ class HfData(Corpus):
         elif self.path not in _FORMATS and not HUB_NAME.fullmatch(self.path):
             why = "is neither a folder or file here nor a data set of the hub (org/data)"
             yield self.error("path", why, "check the path, or the name of the data set")
+
+    @property
+    def _slices(self) -> tuple[Slice, ...]:
+        return parse_split(self.split) or ()
+
+    def _validate_split(self) -> Iterator[ConfigError]:
+        parts = parse_split(self.split)
+        if parts is None:
+            why = "is no split: a name, or slices of it like train[:50%] or train[100:200], joined by +"
+            yield self.error("split", why, _SPLIT_REMEDY)
+        elif all(part.is_always_empty for part in parts):
+            yield self.error("split", "is a slice without rows", _SPLIT_REMEDY)
+
+    def _validate_slices(self, found: Sequence[Path]) -> Iterator[ConfigError]:
+        """Yield why slices of local files hold no row, where the files are small enough to be counted."""
+        if self.split == "train" or sum(file.stat().st_size for file in found) > _COUNTED_BYTES:
+            return
+        plain = "data=text data.format=text"
+        try:
+            formats = [(file, inspect_file(file, plain=plain, by_row=True)) for file in found]
+            num_rows = sum(count_rows(file, written, longest_line=LONGEST_LINE_BYTES) for file, written in formats)
+        except BadFile:
+            return  # further in than the other checks look: the rank that reads the rows names the place
+        if not any(part.rows(num_rows) for part in self._slices):
+            yield self.error("split", f"holds none of the {num_rows:,} rows", _SPLIT_REMEDY)
 
     def fingerprint(self) -> str:
         """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
@@ -127,11 +160,15 @@ class HfData(Corpus):
         return "data.files" if self.files else "data.path"
 
     def small_pieces(self) -> list[TextChunk] | None:
-        """Return the whole text of small local files."""
-        found = files.expand(self.patterns, option="data.files")[0] if self.reads_files else []
+        """Return the whole text of small local files, or that of the slices of them."""
+        found = files.expand(self.patterns, option="data.files")[0] if self.files else []
         if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
             return None
-        return files.beginning(self.local_pieces(), SMALL_CHARS)
+        if self.reads_files:
+            return files.beginning(self.local_pieces(), SMALL_CHARS)
+        rows = list(self._file_rows())
+        chosen = (rows[number] for part in self._slices for number in part.rows(len(rows)))
+        return files.beginning(self.texts_of(chosen), SMALL_CHARS)
 
     def local_pieces(self) -> Iterator[TextChunk]:
         """Yield the text of each row of local files."""
@@ -331,13 +368,15 @@ class HfData(Corpus):
             yield self.error(
                 "path", why, f"rename it (train-…{full_ending(skipped)}), or set data.path={kind} {words} for all"
             )
-        elif not self.split.startswith(("train", "all")) and _has_one_split(folder):
+        elif not {part.name for part in self._slices} <= {"train", "all"} and _has_one_split(folder):
             why = "no file or folder in it is named after a split, so datasets has one, train"
-            yield self.error("split", why, "set data.split=train, or train[:50%]")
+            yield self.error("split", why, _SPLIT_REMEDY)
         elif contents := list(self._validate_folder_contents(folder, known)):
             yield from contents
         elif len(known) == 1 and self.split == "train":
             yield from self._validate_folder_column(folder, known[0])
+        elif len(known) == 1 and _has_one_split(folder):
+            yield from self._validate_slices([file for file in data_files(folder) if full_ending(file) == known[0]])
 
     def _validate_folder_contents(self, folder: Path, known: Sequence[str]) -> Iterator[ConfigError]:
         """Yield the first file that ``datasets`` would misread: it judges by endings and takes commas for granted."""

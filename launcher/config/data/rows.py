@@ -140,6 +140,30 @@ def first_rows(file: Path, found: FileFormat, *, longest_line: int) -> FirstRows
     return FirstRows(tuple(names), tuple(text), tuple(records), is_empty=not records)
 
 
+def count_rows(file: Path, found: FileFormat, *, longest_line: int) -> int:
+    """Return how many rows a file holds.
+
+    Raises:
+        BadFile: the file as a whole holds no rows, or is damaged.
+        OSError: it cannot be read.
+    """
+    if found.kind == "parquet":
+        import pyarrow.parquet
+
+        with _damage_is_bad_file(file, found):
+            return int(pyarrow.parquet.read_metadata(file).num_rows)
+    last = -1
+
+    def count(number: int) -> bool:
+        nonlocal last
+        last = number
+        return False
+
+    for _ in read_rows(file, found, count, longest_line=longest_line):
+        pass  # none is wanted
+    return last + 1
+
+
 def _first_items(file: Path, found: FileFormat) -> Iterator[Record]:
     """Yield the first items of a JSON list that is too long to be read before anything starts."""
     with open_bytes(file, found.compression) as stream:

@@ -1,6 +1,6 @@
 import pytest
 
-from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_env, forwarded_names
+from launcher.config.backend.base import DEFAULT_GLOBS, forwarded_env, forwarded_names, validate_env
 
 SENT = [
     *("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "HF_HOME", "HF_TOKEN", "WANDB_API_KEY", "OMP_NUM_THREADS"),
@@ -37,3 +37,15 @@ def test_globs_of_the_user_add_to_the_others() -> None:
 def test_values_are_not_touched(nasty_strings: tuple[str, ...]) -> None:
     environ = {f"HF_{number}": value for number, value in enumerate(nasty_strings)}
     assert forwarded_env(environ, DEFAULT_GLOBS) == environ
+
+
+@pytest.mark.parametrize("name", ["", " ", "A-B", "1A", "A B", "A.B", "A=B", "ä", "A\n", "$(x)"])
+def test_a_name_that_no_shell_takes_is_refused(name: str) -> None:
+    (error,) = validate_env({"FINE_1": "x", "_a": "y", name: "z"})
+    assert error.option == "backend.env"
+    assert f"{name!r} is no name of a variable" in error.why
+
+
+def test_a_value_that_no_process_takes_is_refused() -> None:
+    (error,) = validate_env({"A": "x\0y"})
+    assert error.option == "backend.env.A"

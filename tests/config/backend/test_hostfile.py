@@ -100,6 +100,7 @@ def test_a_filter_names_an_ipv6_host_in_brackets(tmp_path: Path) -> None:
         ("-oProxyCommand=x slots=1", "begins with", "host"),
         ("-v slots=1", "begins with a dash", "own name"),
         ("-l@worker slots=1", "'-l' is not a user name", "letters"),
+        ("me:hunter22@worker slots=1", "a password stands before a host", "ssh logs in with a key"),
         ("@worker slots=1", "'' is not a user name", "letters"),
         ("me@-worker slots=1", "begins with a dash", "own name"),
         ("$(reboot) slots=1", "not a host name", "letters"),

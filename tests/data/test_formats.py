@@ -687,7 +687,7 @@ def test_a_split_without_rows_is_refused_before_a_rank_reads_it(tmp_path: Path) 
 
 @pytest.mark.parametrize("split", ["train[:0]", "train[5:2]", "test[-2:-3]", "train[50%:50%]", "a[:0]+b[:0]"])
 def test_a_slice_that_is_empty_whatever_it_is_of_is_refused(split: str) -> None:
-    with pytest.raises(ConfigErrors, match="is a slice without rows; set data.split=train, or"):
+    with pytest.raises(ConfigErrors, match=r"is a slice without rows; set data\.split=train, or"):
         HfData(path="org/name", split=split)
 
 

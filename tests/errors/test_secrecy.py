@@ -275,7 +275,7 @@ def test_an_image_has_no_login(plan_of: Callable[..., Plan], image: str, is_righ
     if is_right:
         assert plan_of(*words)
         return
-    with pytest.raises(ConfigErrors, match="only a digest .* may follow the @") as refused:
+    with pytest.raises(ConfigErrors, match=r"only a digest .* may follow the @") as refused:
         plan_of(*words)
     assert "hunter22" not in str(refused.value)
 

@@ -1,12 +1,14 @@
-"""Refuse words that have a plain technical word instead: they hide who acts, or are names that nothing has any more.
+"""Refuse words that have a plain technical word instead, and long first lines of docstrings.
 
     python scripts/check_words.py [FOLDER]     the folder of the repository; this one otherwise
 
-Exit code 1 and a line for each find. Only words that are wrong in every sense are listed.
+Exit code 1 and a line for each find. Only words that are wrong in every sense are listed: they hide who acts, or are
+names that nothing has any more. Docstrings are those of the package, the ones under its fields and constants included.
 """
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
 from collections.abc import Iterator
@@ -36,6 +38,8 @@ WORDS = {
     "whoever": "name the client, user or process",
 }
 """Each word, and what to write instead."""
+MAX_SUMMARY = 90
+"""Characters of a docstring's first line."""
 PLACES = ("launcher", "conf", "docs", "scripts", "README.md", "CONTRIBUTING.md")
 _PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 _SUFFIXES = frozenset({".html", ".j2", ".md", ".py", ".sh", ".yaml", ".yml", ""})
@@ -47,6 +51,19 @@ def check(repository: Path) -> Iterator[str]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
             for word in _PATTERN.findall(line):
                 yield f"{file.relative_to(repository)}:{number}: {word}; instead: {WORDS[word.lower()]}"
+
+
+def check_summaries(repository: Path) -> Iterator[str]:
+    """Yield a line for every docstring of the package whose first line is too long."""
+    for file in sorted((repository / "launcher").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+                continue
+            if isinstance(text := node.value.value, str):
+                length = len(text.strip().partition("\n")[0])
+                if length > MAX_SUMMARY:
+                    place = f"{file.relative_to(repository)}:{node.lineno}"
+                    yield f"{place}: first line of a docstring has {length} characters, at most {MAX_SUMMARY}"
 
 
 def _files(repository: Path) -> Iterator[Path]:
@@ -61,7 +78,7 @@ def _files(repository: Path) -> Iterator[Path]:
 def main() -> int:
     """Print the finds; return the exit code."""
     repository = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent
-    finds = list(check(repository))
+    finds = [*check(repository), *check_summaries(repository)]
     for line in finds:
         print(line)
     return 1 if finds else 0

@@ -15,7 +15,8 @@ class AgentExecutor(Executor[B]):
     """Runs an agent on every host with ``remote_command`` and the session in this process."""
 
     agent_module: ClassVar[str] = "launcher.supervision.agent_supervisor"
-    """The module that starts the agent below a process that survives it and kills its descendants."""
+    """Module that starts the agent below a process that survives it.
+    That process kills the agent's descendants."""
 
     def submit(self, plan: Plan) -> RunOutcome:
         """Start ``plan`` under an agent on every host."""

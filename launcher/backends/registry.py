@@ -14,7 +14,8 @@ EXECUTORS: dict[str, str] = {
     "slurm": "launcher.backends.slurm.submit:SlurmExecutor",
     "ssh": "launcher.backends.ssh:SshExecutor",
 }
-"""By ``Backend.kind``: a new backend needs its options, its executor, its YAML and a line here."""
+"""Executor of each ``Backend.kind``.
+A new backend needs its options, its executor, its YAML and a line here."""
 
 
 def executor_of(backend: Backend) -> AnyExecutor:

@@ -28,7 +28,7 @@ _ENCODER_STEP, _COMPARE_GRADIENTS = (
 
 
 def run_activation_benchmark(benchmark: ActivationBenchmark, context: Context) -> BenchmarkResults:
-    """Measure all policies in turn and compare their gradients with those of the one that keeps everything."""
+    """Measure every policy in turn; compare its gradients with those of no checkpointing."""
     with tempfile.TemporaryDirectory(dir=context.run_dir.path, prefix="gradients-") as folder:
         files = {name: str(Path(folder) / f"{name}.safetensors") for name in benchmark.policies}
         asked = {name: _arguments(benchmark, context, every, files[name]) for name, every in benchmark.policies.items()}
@@ -72,7 +72,10 @@ def _findings(
 
 
 def compare_files(plain: str, other: str, context: Context) -> dict[str, Any]:
-    """Return how the gradients in two files differ: tensors, those equal bit for bit, largest absolute difference."""
+    """Compare the gradients in two files.
+
+    Returns the number of tensors, of those equal bit for bit, and the largest absolute difference.
+    """
     return run_isolated(
         _COMPARE_GRADIENTS, {"one": plain, "other": other}, heartbeat=lambda: context.heartbeat.update("compare")
     )
@@ -92,7 +95,10 @@ def _memory_saved(plain: BenchmarkCase, case: BenchmarkCase) -> float:
 
 
 def _time_added(plain: BenchmarkCase, case: BenchmarkCase) -> float:
-    """Return the median over rounds of the share of time added: a slow minute hits both sides of a round."""
+    """Return the median over rounds of the share of time added.
+
+    Both sides of a round run next to each other, so a slow minute affects both.
+    """
     pairs = zip(plain.samples["step_s"], case.samples["step_s"], strict=True)
     return statistics.median(after / before for before, after in pairs) - 1
 
@@ -107,7 +113,7 @@ def _metrics(cases: Sequence[BenchmarkCase], compared: Mapping[str, Any]) -> dic
 
 
 class Encoder(nn.Module):  # type: ignore[misc]
-    """torch's encoder layers one after the other, every so many of them recomputed in the backward pass.
+    """A chain of torch's encoder layers, some recomputed in the backward pass.
 
     Args:
         every: recompute layers 0, every, 2 x every, …; 0 keeps all activations.
@@ -126,7 +132,7 @@ class Encoder(nn.Module):  # type: ignore[misc]
         self._every = every
 
     def forward(self, hidden: Tensor, progress: Callable[[], None]) -> Tensor:
-        """Return what the last layer makes of ``hidden`` (sequences, tokens, hidden size); the same shape."""
+        """Apply the layers to ``hidden`` (sequences, tokens, hidden size); same shape out."""
         for number, layer in enumerate(self.layers):
             if self._every and number % self._every == 0:
                 hidden = checkpoint(layer, hidden, use_reentrant=False)
@@ -152,7 +158,9 @@ def encoder_step(
     keep: str,
     progress: Callable[[], None],
 ) -> dict[str, Any]:
-    """Take one forward and backward pass and return its peak memory, its seconds and digests of what went in and out.
+    """Run one forward and backward pass; return peak memory, seconds and digests of its tensors.
+
+    Digests cover the inputs and the outputs.
 
     Args:
         num_hidden_layers: as other sizes, in ``ActivationBenchmark``.

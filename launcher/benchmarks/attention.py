@@ -175,7 +175,7 @@ class AttentionReport:
         return max(float(value) for sample in samples for key, value in sample.items() if key.endswith("_relative"))
 
     def _findings(self) -> Iterator[str]:
-        """Yield what the article prints, how memory grows, errors, and what is not among the figures."""
+        """Yield the article's figures, memory growth, errors and what was not measured."""
         yield from self._article()
         for direction, kernel, line in self._lines():
             fitted = self._above_floor(direction, line)

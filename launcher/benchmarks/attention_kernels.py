@@ -33,7 +33,7 @@ _ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
 def probe_kernels(
     *, kernels: Sequence[str], passes: Sequence[str], progress: Callable[[], None], **sizes: Any
 ) -> dict[str, Any]:
-    """Return how much memory is free, and why kernels cannot do some pass here, by ``kernel/pass``.
+    """Return the free memory, and by ``kernel/pass`` the reason a kernel cannot run here.
 
     Args:
         kernels: to look at.
@@ -53,7 +53,10 @@ def probe_kernels(
 
 
 def _missing_support(kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None) -> str | None:
-    """Return torch's reason for not computing this at all; any other error is one of ours, and ends the process."""
+    """Return torch's reason why it does not support this computation.
+
+    Any other error is a bug of ours and ends the process.
+    """
     from torch._dynamo.exc import BackendCompilerFailed, Unsupported
 
     try:
@@ -68,7 +71,10 @@ def _missing_support(kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, 
 
 
 def _one_line(error: Exception) -> str:
-    """Return what torch says; its compiler puts the reason of what it compiles far below its own first line."""
+    """Return torch's message in one line.
+
+    torch's compiler puts the reason of a failed compilation far below its own first line.
+    """
     text = str(error).strip()
     inner = re.search(r"NotImplementedError\((['\"])(.+?)\1\)", text)
     return inner[2] if inner else text.splitlines()[0]
@@ -87,7 +93,7 @@ def _free_bytes(device: torch.device) -> int:
 def measure_kernel(
     *, kernel: str, backward: bool, warmup: int, reference: str, progress: Callable[[], None], **sizes: Any
 ) -> dict[str, Any]:
-    """Return peak memory and time of one kernel at one length, and how far its numbers are from the reference.
+    """Measure one kernel at one length: peak memory, time, and error against the reference.
 
     Args:
         kernel: name in ``KERNEL_FUNCTIONS``.
@@ -134,7 +140,7 @@ class _KernelStep:
         self.found = None
 
     def __call__(self, count: int | None = None, tokens: int | None = None) -> float:
-        """Take it, on the first sequences and tokens where that is asked for, and return its seconds."""
+        """Run the pass, on the first sequences and tokens if asked, and return its seconds."""
         inputs, incoming = (
             None if tensor is None else tensor[:count, :tokens].contiguous()
             for tensor in (self._inputs, self._incoming)
@@ -155,7 +161,7 @@ def _synchronise(device: torch.device) -> None:
 
 
 def _errors(reference: str, **found: Tensor | None) -> dict[str, float]:
-    """Return the largest absolute difference of each tensor, and its share of the reference's largest value."""
+    """Return each tensor's largest absolute error, and its share of the largest reference value."""
     from safetensors import safe_open
 
     errors = {}
@@ -179,7 +185,10 @@ def make_layer(
     seed: int,
     rank: int,
 ) -> tuple[nn.MultiheadAttention, Tensor, Tensor]:
-    """Return the layer, its input and the gradient that comes in at its output: the same numbers in every process."""
+    """Return the layer, its input and the gradient of its output.
+
+    They hold the same numbers in every process.
+    """
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     torch.manual_seed(seed)
     layer = nn.MultiheadAttention(hidden_size, num_attention_heads, batch_first=True)
@@ -191,7 +200,10 @@ def make_layer(
 
 
 def split_heads(layer: nn.MultiheadAttention, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values as views of one projection, each (sequences, heads, tokens, head width)."""
+    """Split a projection into queries, keys and values, as views.
+
+    Each has the shape (sequences, heads, tokens, head width).
+    """
     together = functional.linear(hidden, layer.in_proj_weight, layer.in_proj_bias)
     query, key, value = together.unflatten(-1, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)
     return query, key, value
@@ -254,7 +266,7 @@ KERNEL_FUNCTIONS: dict[str, KernelFunction] = {
 def run_kernel(
     kernel: str, layer: nn.MultiheadAttention, inputs: Tensor, incoming: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute the output and, where a gradient comes in, the gradients of the input and of all weights.
+    """Compute the output and, if a gradient is given, those of the input and the weights.
 
     Gradients of weights are added to what is there: cleared, but not given back, they are no part of a peak.
     """
@@ -274,7 +286,9 @@ _SCORES_AT_ONCE = 2**24
 def write_reference(
     *, keep: Mapping[str, str], backward: bool, progress: Callable[[], None], **sizes: Any
 ) -> dict[str, Any]:
-    """Write output and gradient of the input, computed in fp64 from the numbers that kernels start from, into files.
+    """Write the fp64 reference: the output and the gradient of the input, into files.
+
+    It is computed from the same numbers that the kernels start from.
 
     Args:
         keep: file by tokens of a sequence, whose number is text as JSON has it.
@@ -298,7 +312,7 @@ def write_reference(
 
 
 def _exact_attention(query: Tensor, key: Tensor, value: Tensor, progress: Callable[[], None]) -> Tensor:
-    """Return softmax(QK^T / sqrt(d))V for tensors of shape (sequences, heads, tokens, head width)."""
+    """Return softmax(QK^T / sqrt(d))V for (sequences, heads, tokens, head width)."""
     _, heads, tokens, _ = query.shape
     rows = max(1, _SCORES_AT_ONCE // (heads * tokens))
     items = []

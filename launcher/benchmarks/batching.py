@@ -71,7 +71,9 @@ def _metrics(cases: Sequence[BenchmarkCase]) -> dict[str, float]:
 
 
 def measure_batching(benchmark: BatchingBenchmark, context: Context) -> dict[str, list[dict[str, Any]]]:
-    """Answer the same queue under each batching mode in turn (A B A B); return the samples by mode.
+    """Answer the same queue under each batching mode in turn (A B A B); return samples by mode.
+
+    A warm-up queue, not counted, precedes the first round.
 
     The first round is preceded by a queue that does not count: whatever is slow the first time is over then.
     """

@@ -210,7 +210,7 @@ def _restore(saver: Saver, store: CheckpointStore, engine: Engine, *, expected: 
 
 
 def drop_page_cache(folder: Path) -> None:
-    """Let the system drop what it keeps in memory of the files of a folder, which are on the disk already."""
+    """Drop the page cache of a folder's files, which are already on disk."""
     for file in folder.rglob("*"):
         if file.is_file():
             descriptor = os.open(file, os.O_RDONLY)
@@ -257,7 +257,7 @@ def checkpoint_report(benchmark: CheckpointBenchmark, found: Mapping[str, Sequen
 
 
 def _added(benchmark: CheckpointBenchmark, found: Mapping[str, Sequence[CaseRun]]) -> dict[str, tuple[float, ...]]:
-    """Return by how much a save made the loop longer, in each round: standing still, and slower steps."""
+    """Return the time that a save added in each round: blocked, and in slower steps."""
     if NO_SAVING not in found:
         return {}
     plain = [taken.numbers["loop_s"] for taken in found[NO_SAVING]]

@@ -33,8 +33,9 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 """torch 2.13 has new names for them, and complains of the old ones."""
 
 _PERIOD = 31
-"""Of the values of a message. Sums over up to a thousand ranks stay exact in fp32, and values that land in the wrong
-place differ, because no power of two is a multiple of it."""
+"""Number of distinct values in a message.
+Sums over up to a thousand ranks stay exact in fp32, and values written to the wrong place differ, because no power of
+two is a multiple of it."""
 
 
 def run_collectives_benchmark(benchmark: CollectivesBenchmark, context: Context) -> BenchmarkResults:
@@ -78,7 +79,9 @@ def _whole_values(size: int, world_size: int) -> int:
 
 
 def bus_bandwidth_factor(name: str, world_size: int) -> float:
-    """Return the bus bandwidth per algorithm bandwidth: what hardware alone limits, at any number of ranks.
+    """Return the ratio of bus bandwidth to algorithm bandwidth.
+
+    The bus bandwidth is the one that hardware limits, independent of the number of ranks.
 
     From nccl-tests (doc/PERFORMANCE.md). The size of an all-gather is that of what comes out, of a reduce-scatter and
     an all-to-all that of what goes in, each on one rank.
@@ -143,7 +146,7 @@ class Collective(ABC):
 
     @abstractmethod
     def _buffers(self) -> tuple[Tensor, Tensor]:
-        """Return tensors for what goes in and what comes out; the same one where it is done in place."""
+        """Return the input and output tensors; one and the same for an in-place collective."""
 
     def _input(self) -> Tensor:
         """Return what this rank puts in: the pattern times its number, counted from 1."""
@@ -297,7 +300,7 @@ def measure_collectives(benchmark: CollectivesBenchmark, context: Context) -> Co
 
 
 def _count(size: int) -> int:
-    """Return how many values a message of about ``size`` bytes has: as many whole ones for each rank."""
+    """Return the number of values in a message of about ``size`` bytes, a multiple of the ranks."""
     world_size: int = dist.get_world_size()
     return size // (VALUE_BYTES * world_size) * world_size
 
@@ -309,7 +312,10 @@ def _hosts(world_size: int) -> dict[str, int]:
 
 
 def _lacking(benchmark: CollectivesBenchmark, device: torch.device) -> dict[str, str]:
-    """Return the backend's own words for each collective that it does not have; it refuses before it sends anything."""
+    """Return the backend's message for each collective that it does not support.
+
+    The backend rejects the call before it sends anything.
+    """
     lacking: dict[str, str] = {}
     for name in benchmark.collectives:
         collective = COLLECTIVES[name](dist.get_world_size(), device)

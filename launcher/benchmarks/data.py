@@ -103,7 +103,7 @@ def _tokenization_facts(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def prepare_cache(
     *, data: dict[str, Any], model: dict[str, Any], folder: str, progress: Callable[[], None]
 ) -> dict[str, Any]:
-    """Fill a cache as the first run on a machine does; return how long it took, and how large the corpus is."""
+    """Fill a cache as the first run on a machine does; return its seconds and the corpus size."""
     _import_what_writes()
     from launcher.data.dataset import open_stream
     from launcher.data.token_cache import token_folder

@@ -1,4 +1,4 @@
-"""Greedy decoding in several ways, timed, and the memory bandwidth: run in processes of their own."""
+"""Timed greedy decoding in several ways, and memory bandwidth, in separate processes."""
 
 from __future__ import annotations
 
@@ -242,7 +242,10 @@ _TIMES = 5
 
 
 def read_bandwidth(*, progress: Callable[[], None]) -> dict[str, Any]:
-    """Return how fast memory is read: the best of several sums over a GiB, on all threads or the GPU."""
+    """Measure the memory read bandwidth: the best of several sums over one GiB.
+
+    On all threads of the CPU, or on the GPU.
+    """
     device = choose_device(0)
     numbers = torch.ones(_BYTES // 4, device=device)
     best = float("inf")
@@ -269,7 +272,7 @@ def decode(
     peer: list[str | None],
     progress: Callable[[], None],
 ) -> dict[str, Any]:
-    """Continue prompts greedily and return seconds a step, prompt tokens a second, and what was read.
+    """Decode greedily; return seconds a step, prompt tokens a second and the bytes read.
 
     Args:
         model: the run's, packed.
@@ -323,7 +326,7 @@ def decode(
 
 
 def weights_read(model: PreTrainedModel) -> int:
-    """Return the bytes that a step reads at least: all weights, of the embedding only where it is the head too."""
+    """Return the least bytes a step reads: all weights, the embedding only if it is the head."""
     table, seen, total = model.get_input_embeddings(), set[int](), 0
     is_tied = model.get_output_embeddings().weight is table.weight
     for module in model.modules():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def sample_interleaved(
     function: str, cases: Mapping[str, Mapping[str, Any]], *, repeats: int, context: Context, exact_peaks: bool = False
 ) -> dict[str, list[dict[str, Any]]]:
-    """Call ``function`` for each case in turn, A B A B, each time in a process of its own; return the answers by case.
+    """Call ``function`` for each case in turn (A B A B), in separate processes; answers by case.
 
     Every number among the answers is a metric as soon as it is there. With ``profile=true`` each case is taken once
     more afterwards, under the profiler.
@@ -83,7 +83,7 @@ class CaseRun:
 def run_interleaved(
     cases: Mapping[str, DistributedCase], *, repeats: int, limit_s: float, context: Context
 ) -> dict[str, list[CaseRun]]:
-    """Take each case in turn, A B A B; return on rank 0 what was found in each round, and nothing elsewhere.
+    """Run each case in turn (A B A B); return each round's answers on rank 0, else nothing.
 
     What answers come to are metrics as soon as they are there.
 
@@ -136,7 +136,7 @@ def _raise_rank_error(name: str, answers: Mapping[int, CaseAnswer]) -> None:
 
 
 def profile_cases(function: str, cases: Mapping[str, Mapping[str, Any]], *, context: Context) -> None:
-    """Call ``function`` once more for each case and record its beginning, where the run asks for that.
+    """Call ``function`` once more for each case under the profiler, if the run asks for it.
 
     Args:
         function: ``module:name``, as ``run_isolated`` takes it.

@@ -22,7 +22,7 @@ _RESET_HIGH_WATER_MARK = "5"
 
 
 class PeakMemory:
-    """Counts from the moment it is made: the allocator's peak on a GPU, the resident high-water mark on a CPU.
+    """Peak memory since creation: the allocator's on a GPU, the resident set's on a CPU.
 
     On a CPU memory that was freed but is still held by the C library is given back first, or it would hide the growth.
 
@@ -59,7 +59,10 @@ def high_water_mark() -> int:
 
 
 def random_batches(context: Context) -> list[MicroBatch]:
-    """Return this rank's micro-batches of a step of the run: ids below the model's vocabulary, drawn with the seed."""
+    """Return this rank's micro-batches of one step, with token ids drawn from the seed.
+
+    Ids are below the model's vocabulary size.
+    """
     run, batch = context.run, context.batch
     shape, length = run.model.shape(), run.batched_job.sequence_length
     assert shape is not None, "refused before anything starts"

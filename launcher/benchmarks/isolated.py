@@ -37,9 +37,10 @@ def _raise(error: ConfigError) -> None:
 
 
 _ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**20)}
-"""glibc raises this limit by itself as large blocks are freed, and from then on keeps them: fixed, every tensor of
-1 MiB and more goes back to the system when it is freed, and a high-water mark follows the tensors that live. What takes
-and frees such tensors all the time is slower for it: a decoding model with weights that are widened, by half."""
+"""Environment of glibc's allocator: tensors of 1 MiB and more are returned when freed.
+glibc raises this limit by itself as large blocks are freed, and then keeps them. With a fixed limit the high-water mark
+follows the live tensors. Code that allocates and frees such tensors all the time gets slower: decoding with dequantized
+weights takes half as long again."""
 
 
 def run_isolated(
@@ -81,7 +82,9 @@ def run_isolated(
 
 
 def main() -> None:
-    """Be that process: arguments come on stdin; each line on stdout is progress (null), the last one is the answer.
+    """Entry point of the isolated process: arguments on stdin, progress and answer on stdout.
+
+    Each line on stdout is progress (null); the last one is the answer.
 
     Text as the answer is the exception that ended the function.
     """

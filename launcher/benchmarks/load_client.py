@@ -27,7 +27,8 @@ class RequestOutcome:
     number: int
     """Index of the request, from 0, in the order in which requests were due."""
     due_s: float
-    """When it should have been sent. Latencies count from here, so that a stalled server cannot hide its delay."""
+    """Time at which the request was due.
+    Latencies count from here, so a stalled server cannot hide its delay."""
     sent_s: float = 0.0
     chunks_s: list[float] = field(default_factory=list)
     """When each chunk with text arrived."""
@@ -36,7 +37,7 @@ class RequestOutcome:
     tokens: int = 0
     """Tokens of the answer as the server reports them, otherwise one for each chunk."""
     error: str = ""
-    """Empty, or one word: ``connect``, ``cut``, ``timeout``, ``frame``, ``unfinished``, a status (``429``)."""
+    """Empty, or ``connect``, ``cut``, ``timeout``, ``frame``, ``unfinished`` or a status (429)."""
     why: str = ""
     text: str = ""
     """The answer, if ``LoadTarget.keep_text`` is set."""
@@ -69,7 +70,10 @@ class RequestOutcome:
 
 
 class RequestError(Exception):
-    """The server could not be reached or closed the connection; ``kind`` is the word that errors are counted by."""
+    """The server could not be reached, or it closed the connection.
+
+    ``kind`` is the word that errors are counted by.
+    """
 
     def __init__(self, kind: str, why: str) -> None:
         super().__init__(f"{kind}: {why}")
@@ -271,7 +275,9 @@ async def _read(answer: HttpResponse, outcome: RequestOutcome, *, start: float, 
 
 
 async def _events(answer: HttpResponse) -> AsyncIterator[dict[str, Any]]:
-    """Yield the JSON of each event of a stream, or of a plain body: some servers send the wrong content type.
+    """Yield the JSON of each event of a stream, or the JSON of a plain body.
+
+    Some servers send the wrong content type, so the body decides.
 
     Comments and the ``[DONE]`` event are skipped.
     """

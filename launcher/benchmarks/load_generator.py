@@ -47,7 +47,7 @@ who over know water than call first people may down side been now find
 """
 
 PROMPT_WORDS = tuple(_COMMON_WORDS.split())
-"""Common words that are one token each, with the space before them, in the vocabulary of any language model."""
+"""Common words that are one token each, with the space before them, in most vocabularies."""
 
 
 def random_requests(
@@ -67,7 +67,7 @@ def random_requests(
 
 
 def poisson_arrivals(*, seed: int, request_rate: float) -> Iterator[float]:
-    """Yield the times of a Poisson process: ``request_rate`` requests a second, with exponentially distributed gaps."""
+    """Yield the times of a Poisson process of ``request_rate`` requests a second."""
     random_, at_s = random.Random(seed), 0.0
     while True:
         at_s += random_.expovariate(request_rate)
@@ -180,7 +180,7 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the percentile ``share`` of values, interpolated like numpy's ``linear``; NaN for no values."""
+    """Return the percentile ``share`` of values, as numpy's ``linear``; NaN without values."""
     ordered = sorted(values)
     if not ordered:
         return math.nan

@@ -59,7 +59,7 @@ def _formulas(benchmark: MemoryBenchmark, cases: Mapping[str, DistributedCase]) 
 
 
 def measure_state(context: Context, *, warmup: int) -> CaseAnswer:
-    """Build the run's model under its strategy, take steps, and return bytes by part, and those of the peak.
+    """Build the model under its strategy and take steps; return bytes by part, and peak bytes.
 
     Args:
         context: of this rank.
@@ -155,7 +155,7 @@ def _findings(num_params: int, last: Mapping[str, Sequence[Mapping[str, Any]]], 
 
 
 def _metrics(last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> dict[str, float]:
-    """Return the bytes of the rank that holds most, by strategy and part, and their ratio to the formula."""
+    """Return by strategy and part the largest rank's bytes, and their ratio to the formula."""
     found = {}
     for name, answers in last.items():
         for part in STATE_PARTS:
@@ -166,7 +166,7 @@ def _metrics(last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas
 
 
 def _table(last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
-    """Yield a Markdown table: a row for each rank, and for each part measured, formula and their ratio."""
+    """Yield a Markdown table, a row per rank: measured bytes, formula and ratio of each part."""
     yield "MB on each rank, measured / by the formula (ratio):"
     yield ""
     yield f"| strategy | rank | {' | '.join(STATE_PARTS)} | all of it | peak above the start |"

@@ -1,4 +1,4 @@
-"""The pipeline benchmark: micro-batches through pipelines, and the report of their idle shares."""
+"""The pipeline benchmark: time and idle share of micro-batches in pipelines."""
 
 from __future__ import annotations
 

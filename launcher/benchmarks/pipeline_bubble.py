@@ -1,4 +1,6 @@
-"""The idle share (bubble) of a pipeline: by the papers' formulas, and by its order of passes.
+"""The idle share (bubble) of a pipeline, by formula and by its order of passes.
+
+Forward pass, gradient of the input and gradient of the weight take equally long.
 
 Forward pass, gradient of the input and gradient of the weight take equally long.
 
@@ -29,7 +31,7 @@ _SAME = 1e-9
 
 
 def theory_of(one: PipelineCase, order: Mapping[Any, Any]) -> float | None:
-    """Return the idle share by formula, or by the longest path through the schedule's order where no formula holds.
+    """Return the idle share by formula, or by the longest path where no formula holds.
 
     Raises:
         JobError: both are there and differ.
@@ -42,12 +44,12 @@ def theory_of(one: PipelineCase, order: Mapping[Any, Any]) -> float | None:
 
 
 def formula_of(one: PipelineCase) -> float | None:
-    """Return the idle share by the formula, ``None`` where too few micro-batches fill the pipeline for it to hold."""
+    """Return the idle share by formula; ``None`` if too few micro-batches fill the pipeline."""
     return bubble_fraction(one.schedule, ranks=one.stages, micro_batches=one.micro_batches, chunks=one.num_chunks)
 
 
 def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: int) -> float | None:
-    """Return the idle share by the formula, ``None`` where too few micro-batches fill the pipeline."""
+    """Return the idle share by formula; ``None`` if too few micro-batches fill the pipeline."""
     ramp = ranks - 1
     if schedule in ("gpipe", "1f1b"):
         return ramp / (micro_batches + ramp)
@@ -57,7 +59,7 @@ def bubble_fraction(schedule: str, *, ranks: int, micro_batches: int, chunks: in
 
 
 def longest_path(order: Mapping[int, Sequence[SchedulePass]], *, chunks: int) -> float:
-    """Return the idle share of an order of passes on each rank, when each starts as soon as what it needs is there."""
+    """Return the idle share of an order of passes, each started once its inputs exist."""
     done: dict[tuple[str, int, int], float] = {}
     clock, left = dict.fromkeys(order, 0.0), {rank: list(passes) for rank, passes in order.items()}
     work = sum(_length(kind) for passes in order.values() for _, kind, _ in passes)

@@ -1,4 +1,4 @@
-"""Pipelines that are measured: stages that sleep a known time, and stages of the run's model."""
+"""Pipelines to measure: stages that sleep a known time, and stages of the run's model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _CPU = torch.device("cpu")
 
 
 def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: float, warmup: int) -> CaseAnswer:
-    """Send micro-batches through stages that sleep; return seconds from start to end, busy ones, and what was held.
+    """Send micro-batches through sleeping stages; return elapsed, busy seconds and peak held.
 
     Args:
         context: of this rank, one stage of the pipeline.
@@ -114,7 +114,7 @@ class _OfWeight(torch.autograd.Function):  # type: ignore[misc]
 
 
 class SleepingStage(nn.Module):  # type: ignore[misc]
-    """A stage that takes the same time for a forward pass, for the gradient of its input and for that of its weight."""
+    """A stage whose forward pass, input gradient and weight gradient take equally long."""
 
     def __init__(self, meter: IdleMeter, *, last: bool) -> None:
         super().__init__()
@@ -137,7 +137,7 @@ def _own(pipelined: PipelineCase, meter: IdleMeter) -> dict[int, SleepingStage]:
 
 
 def _training(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], None], dict[int, list[SchedulePass]]]:
-    """Return what takes forward and backward passes of a step, and the order of passes on each rank."""
+    """Return a function that trains one step, and the order of passes on each rank."""
     own, meta = _own(pipelined, meter), torch.empty(1, 1, device="meta", requires_grad=True)
     schedule = make_schedule(
         pipelined.schedule,
@@ -172,7 +172,10 @@ def _forward(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], No
 
 
 def order_of(schedule: Any) -> dict[int, list[SchedulePass]]:
-    """Return the passes of each rank, where torch lists them rightly: it does for schedules of several chunks."""
+    """Return the passes of each rank, for schedules whose order torch lists correctly.
+
+    It does so for schedules of several chunks.
+    """
     if len(getattr(schedule, "_stages", ())) < 2:
         return {}
     return {
@@ -185,7 +188,7 @@ _BACKWARD = ("backward_one_chunk", "backward_weight_one_chunk")
 
 
 def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnswer:
-    """Take a step of the run, or its forward passes alone; return its seconds and those in which this rank computed.
+    """Run a step, or its forward passes alone; return elapsed and busy seconds of this rank.
 
     Args:
         context: of this rank, one stage of the pipeline or the one process that does all.
@@ -213,7 +216,7 @@ def run_model_stages(context: Context, *, trains: bool, warmup: int) -> CaseAnsw
 
 
 def fold_ranks(answers: Sequence[CaseAnswer], *, tokens: int) -> dict[str, float]:
-    """Return what the ranks of a case found together: seconds, tokens a second, the share of time that they waited.
+    """Combine the ranks' answers for a case: seconds, tokens a second, idle share.
 
     Args:
         answers: by rank.
@@ -229,7 +232,7 @@ def fold_ranks(answers: Sequence[CaseAnswer], *, tokens: int) -> dict[str, float
 
 
 class BusyMeter:
-    """Counts the seconds in which chunks of a pipeline go forward or backward, and not those that they wait.
+    """Counts the seconds in which pipeline chunks compute, without those in which they wait.
 
     It changes torch's stages for good: a process that has one is of no other use.
     """

@@ -1,4 +1,4 @@
-"""The quantization benchmark: greedy decoding of the run's model with weights in several formats."""
+"""The quantization benchmark: greedy decoding with weights in several formats."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ Rates = dict[str, float]
 
 
 def forward_rates(model: PreTrainedModel, *, batch: int, prompt: int, new: int) -> Rates:
-    """Return how fast plain forward passes are: one over the prompts, then one for each further token.
+    """Return the rates of plain forward passes: of the prompts, then of each further token.
 
     Args:
         model: in inference mode.
@@ -171,7 +171,7 @@ def _build(context: Context, method: Quantization | None) -> PreTrainedModel:
 def _save(
     model: PreTrainedModel, method: Quantization, folder: Path, *, source: Path | None, context: Context
 ) -> dict[str, int]:
-    """Write the folder under another name first; return the bytes of weights in files, before and after."""
+    """Save the folder under a temporary name first; return weight bytes before and after."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     making = folder.with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.incomplete")
     making.mkdir()
@@ -227,7 +227,7 @@ Measured = dict[int, dict[str, list[Rates]]]
 
 
 def _rates(job: Quantize, measure: Callable[[str, int], Rates], context: Context) -> Measured:
-    """Measure both in turn, A B A B, after a round that warms up; what is slow once is not measured again."""
+    """Measure both models in turn (A B A B), after a warm-up round."""
     found: Measured = {batch: {BEFORE: [], AFTER: []} for batch in job.rate_batches}
     for batch, rates in found.items():
         started = time.monotonic()
@@ -252,7 +252,10 @@ def _once(measure: Callable[[str, int], Rates], which: str, batch: int, context:
 def _by_engine(
     job: Quantize, context: Context, models: Mapping[str, PreTrainedModel]
 ) -> tuple[Measured, dict[str, str]]:
-    """Return how fast the launcher's engine is with both, and what both say; layers of the models are replaced."""
+    """Return both models' rates under the launcher's engine, and their texts.
+
+    Layers of the models are replaced.
+    """
     most = max(job.rate_batches, default=1)
     engines = {which: engine_of(model, **_sizes(job, most)) for which, model in models.items()}
     tokenizer = open_tokenizer(job.tokenizer, context.run, heartbeat=lambda: context.heartbeat.update("sample", 4))

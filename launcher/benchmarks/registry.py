@@ -25,11 +25,11 @@ EXECUTORS: dict[str, str] = {
     "quantization": "launcher.benchmarks.quantization:run_quantization_benchmark",
     "serving": "launcher.benchmarks.serving:run_serving_benchmark",
 }
-"""Function of each kind of benchmark; it takes the benchmark's options and the context of the rank."""
+"""Function of each benchmark kind: takes the benchmark's options and the rank's context."""
 
 
 def execute_benchmark(context: Context) -> BenchmarkResults | None:
-    """Execute the benchmark of ``context.run``; return its results on rank 0, elsewhere perhaps nothing."""
+    """Execute the benchmark of ``context.run``; return its results, on rank 0 at least."""
     benchmark = context.run.benchmark
     assert isinstance(benchmark, Benchmark), "refused before anything starts"
     module, _, name = EXECUTORS[benchmark.kind].partition(":")

@@ -49,7 +49,7 @@ def _processor() -> str:
 
 
 def power_law_exponent(values: Mapping[int, float]) -> float:
-    """Return p of the power law ``value ~ size^p`` that is nearest in least squares, on logarithmic axes.
+    """Return p of the power law ``value ~ size^p``, fitted by least squares on log axes.
 
     Args:
         values: by size, at least two; all above 0.
@@ -100,7 +100,8 @@ class BenchmarkCase:
 
     name: str
     samples: Mapping[str, tuple[float, ...]]
-    """Values by quantity, whose name ends in its unit (``step_s``, ``peak_bytes``), in the order of rounds."""
+    """Values by quantity, in the order of rounds.
+    A quantity's name ends in its unit (``step_s``, ``peak_bytes``)."""
 
     def median(self, quantity: str) -> float:
         """Return the middle value."""
@@ -125,7 +126,7 @@ class BenchmarkResults:
     facts: Mapping[str, Mapping[str, Any]]
     """What else was found, by case: not measured, but compared or counted."""
     sweeps: Sequence[SizeSweep] = ()
-    """The same cases along a size: shown as lines and a column a size, instead of bars and a row a case."""
+    """The same cases along a size, shown as lines and one column a size."""
     tables: Sequence[str] = ()
     """Lines of Markdown that show more than the medians of cases."""
 

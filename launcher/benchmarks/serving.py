@@ -179,7 +179,10 @@ def _findings(
 
 
 def _is_error(name: str) -> bool:
-    """Return whether a figure counts failed answers; those cancelled at the end of a level did not fail."""
+    """Return whether a figure counts failed answers.
+
+    Those cancelled at the end of a level did not fail.
+    """
     return name.startswith("error/") and name != "error/unfinished"
 
 

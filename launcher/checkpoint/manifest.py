@@ -1,4 +1,7 @@
-"""manifest.json of a checkpoint: what it holds, and checksums. Written last, so it marks completion."""
+"""manifest.json of a checkpoint: its contents and checksums.
+
+It is written last, so its existence marks a complete checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ class CheckpointManifest:
     sha256: dict[str, str] = field(default_factory=dict)
     """Checksum of each of these files; empty in manifests that an earlier version wrote."""
     lr: float | None = None
-    """Learning rate of the last step; ``null`` where none was taken, or an earlier version wrote the manifest."""
+    """Learning rate of the last step; ``null`` without a step, or in old manifests."""
 
 
 def describe_checkpoint(
@@ -137,7 +140,7 @@ def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
 
 
 def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
-    """Return what a payload lacks compared with its manifest, or ``None`` when every file has its size."""
+    """Return which files a payload lacks by its manifest; ``None`` if all have their size."""
     for name, num_bytes in manifest.files.items():
         try:
             found = (folder / name).stat()
@@ -153,14 +156,19 @@ def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
 def damaged_files(
     folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Return those of ``names`` whose content is not what was written; none where the manifest has no checksums."""
+    """Return those of ``names`` whose content differs from its checksum.
+
+    None if the manifest has no checksums.
+    """
     expected = {name: manifest.sha256[name] for name in names if name in manifest.sha256}
     found = checksums(folder, expected, heartbeat=heartbeat)
     return sorted(name for name, digest in expected.items() if found.get(name) != digest)
 
 
 def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
-    """Return how a model folder differs from its checkpoint's manifest; ``None`` where it does not, or has none.
+    """Return how a model folder differs from its checkpoint's manifest.
+
+    ``None`` if it does not, or if there is no manifest.
 
     Args:
         folder: perhaps ``model/`` of a checkpoint, under any option that takes a folder.
@@ -179,7 +187,7 @@ def model_folder_damage(folder: Path, *, weights: bool) -> str | None:
 
 
 def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None) -> dict[str, str]:
-    """Return the SHA-256 of each file, by its path below ``folder``; a file that cannot be read has none."""
+    """Return the SHA-256 of each file by its path below ``folder``, without unreadable files."""
 
     def digest(name: str) -> str | None:
         found = hashlib.sha256()
@@ -199,7 +207,7 @@ def checksums(folder: Path, names: Iterable[str], *, heartbeat: Callable[[], Non
 
 
 def files_of_part(sizes: Mapping[str, int], *, part: int, parts: int) -> list[str]:
-    """Return the files that part ``part`` of ``parts`` hashes: about as many bytes as every other part."""
+    """Return the files that part ``part`` of ``parts`` hashes; parts have about equal bytes."""
     loads, own = [0] * parts, []
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         least = loads.index(min(loads))

@@ -52,7 +52,7 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def find_checkpoint(resume: str, run_dir: RunDir, *, say: Say = print) -> SavedCheckpoint | None:
-    """Return the checkpoint that ``checkpoint.resume`` names, or ``None`` to start from the beginning.
+    """Return the checkpoint that ``checkpoint.resume`` names; ``None`` to start from scratch.
 
     Sizes are compared with the manifest, contents are not: ranks do that, see :func:`candidates`.
 
@@ -69,19 +69,22 @@ def find_checkpoint(resume: str, run_dir: RunDir, *, say: Say = print) -> SavedC
 
 
 def resume_candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iterator[SavedCheckpoint]:
-    """Yield the complete checkpoints that ``checkpoint.resume`` allows, the one to take first; as :func:`find`."""
+    """Yield the complete checkpoints that ``checkpoint.resume`` allows, best first.
+
+    Arguments and errors are those of :func:`find_checkpoint`.
+    """
     if resume == "auto":
-        found, problems = False, list[str]()
+        found, errors = False, list[str]()
 
         def note(line: str) -> None:
-            problems.append(line)
+            errors.append(line)
             say(line)
 
         for saved in complete_checkpoints(run_dir.checkpoints, say=note):
             found = True
             yield saved
-        if not found and problems:
-            raise no_intact_checkpoint("auto", "; ".join(problems))
+        if not found and errors:
+            raise no_intact_checkpoint("auto", "; ".join(errors))
     elif resume != "none":
         yield from find_checkpoints(Path(resume).expanduser(), say=say)
 
@@ -96,13 +99,18 @@ def resume_of_restart(resume: str, run_dir: RunDir) -> str:
 
 
 def no_intact_checkpoint(resume: str, why: str) -> ConfigError:
-    """Return the error of a run whose checkpoints are all damaged: starting over would replace them."""
+    """Return the error of a run whose checkpoints are all damaged.
+
+    Starting over would replace them.
+    """
     fix = "copy an intact one there, or name one by checkpoint.resume=DIR in a new run"
     return ConfigError("checkpoint.resume", resume, why=f"no checkpoint is intact: {why}", fix=fix)
 
 
 def find_checkpoints(folder: Path, *, say: Say = print, option: str = "checkpoint.resume") -> Iterator[SavedCheckpoint]:
-    """Yield the complete checkpoints in ``folder``, newest first: a checkpoint, a run or a run's ``checkpoints``.
+    """Yield the complete checkpoints in ``folder``, newest first.
+
+    It is a checkpoint, a run, or a run's ``checkpoints``.
 
     Raises:
         ConfigError: there is none that is complete.
@@ -138,7 +146,7 @@ def validate_resume(
 
 
 def lr_jump_warning(saved: SavedCheckpoint, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
-    """Return one line on a learning rate that another schedule makes jump where a run continues, ``None`` if none."""
+    """Return a warning if a new schedule makes the learning rate jump on resume, or ``None``."""
     before, done = saved.manifest.lr, saved.manifest.step
     if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-3):
         return None
@@ -188,7 +196,7 @@ def _other_strategy(saved: SavedCheckpoint, parallel: Parallel, world_size: int)
 
 
 def _or_weights(saved: SavedCheckpoint) -> str:
-    """Return what starts a run of any strategy from a checkpoint, where its weights are in one piece."""
+    """Return the advice to start over from a checkpoint's weights if they are whole, else ""."""
     if saved.manifest.parallel.get("kind") not in ("single", "ddp"):
         return ""
     return f", or model.weights={saved.folder} checkpoint.resume=none to start over from its weights"

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: written beside the others, renamed when complete, pruned afterwards.
+"""The checkpoints of one run: written under a hidden name, renamed, pruned afterwards.
 
 Whatever a crash leaves behind has a hidden name (``.step_00000010.tmp``) or is the old state; a folder
 ``step_00000010`` is complete from the moment it exists. Standard library only: the parent looks in here too.
@@ -47,7 +47,9 @@ class SavedCheckpoint:
 
 
 class CheckpointStore:
-    """Writes and prunes. Rank 0 calls ``begin`` and ``commit`` with a barrier after the one and before the other.
+    """Writes and prunes checkpoints.
+
+    Rank 0 calls ``begin`` and ``commit``, with a barrier after the one and before the other.
 
     Between the barrier and ``commit``, the ranks may call ``checksum`` together; rank 0 alone hashes what is left.
 
@@ -139,7 +141,9 @@ class CheckpointStore:
         return renamed
 
     def prune(self, *, keeping: Path | None = None) -> None:
-        """Delete what the policy does not keep: all but the newest ``keep`` and, with ``keep_best``, the best one.
+        """Delete the checkpoints that the policy does not keep.
+
+        It keeps the newest ``keep`` and, with ``keep_best``, the best one.
 
         Args:
             keeping: a checkpoint that stays in any case: the one just written, where others claim a later step.
@@ -164,7 +168,7 @@ class CheckpointStore:
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints in ``folder``, whole or not, newest first; none where it does not exist."""
+    """Return the checkpoint folders in ``folder``, complete or not, newest first."""
     if not folder.is_dir():
         return []
     numbered = [(int(found[1]), entry) for entry in folder.iterdir() if (found := _NAME.fullmatch(entry.name))]

@@ -56,7 +56,8 @@ class Option:
     convert: Callable[[str], object] = str
     completes: tuple[Completion | str, ...] = ()
     is_hidden: bool = False
-    """Parsed, but neither explained nor completed: the verb raises an error that explains why it is of no use."""
+    """Whether the option is left out of help and completion.
+    The verb raises an error that explains why it has no effect."""
 
     @property
     def destination(self) -> str:

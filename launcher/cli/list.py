@@ -20,7 +20,8 @@ from launcher.utils.schema import defaults, describe_type, field_types
 from launcher.utils.text import did_you_mean, format_table, terminal_width
 
 _LEAST_BESIDE = 64
-"""Columns for default, type and meaning beside a key's name; in a narrower terminal they are printed below it."""
+"""Columns needed beside a key's name; in a narrower terminal they are printed below it.
+They hold its default, type and meaning."""
 
 
 def run(arguments: Arguments) -> int:

@@ -38,7 +38,7 @@ class Verb:
     takes_version: bool = False
     """Whether ``--version`` prints the version."""
     takes_raw_words: bool = False
-    """Whether ``--words`` takes everything behind it: the unfinished line that a shell completes."""
+    """Whether ``--words`` takes all that follows: the unfinished line that a shell completes."""
 
     @property
     def takes_overrides(self) -> bool:
@@ -400,7 +400,8 @@ Exit codes: 0 nothing is worse (with --agree: all agree), 1 something is, 2 a mi
         takes_raw_words=True,
     ),
 }
-"""Each is ``launcher.cli.<verb>`` with ``run(arguments) -> exit code``; without a verb it is ``launcher.cli.run``."""
+"""Verbs by name: each is ``launcher.cli.<verb>`` with ``run(arguments) -> exit code``.
+Without a verb, it is ``launcher.cli.run``."""
 
 _LAUNCH_DESCRIPTION = """\
 Compose, plan, launch and supervise language-model jobs.

@@ -1,1 +1,1 @@
-"""The configuration of a run: one module a group, Run, composition and snapshot. Imports no torch."""
+"""The configuration of a run: one module per group, Run, composition, snapshot; no torch."""

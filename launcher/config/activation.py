@@ -26,7 +26,7 @@ class NoCheckpointing(ActivationCheckpointing):
 
 @dataclass(frozen=True, kw_only=True)
 class FullCheckpointing(ActivationCheckpointing):
-    """Keep each layer's input and recompute the rest in the backward pass (Chen et al., 2016, arXiv:1604.06174)."""
+    """Keep each layer's input; recompute the rest in the backward pass (arXiv:1604.06174)."""
 
     kind: ClassVar[str] = "full"
 
@@ -48,6 +48,6 @@ class SelectiveCheckpointing(ActivationCheckpointing):
 
 @dataclass(frozen=True, kw_only=True)
 class OffloadCheckpointing(ActivationCheckpointing):
-    """Recompute each layer, and keep the layers' inputs in host RAM until the backward pass (page-locked)."""
+    """Recompute each layer; keep the layers' inputs in page-locked host RAM until then."""
 
     kind: ClassVar[str] = "offload"

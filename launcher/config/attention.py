@@ -35,17 +35,21 @@ class EagerAttention(Attention):
 
 @dataclass(frozen=True, kw_only=True)
 class FlashAttention(Attention):
-    """torch's flash kernel (Dao et al., 2022, arXiv:2205.14135) and no other: where it cannot run, the run ends."""
+    """torch's flash kernel (Dao et al., 2022, arXiv:2205.14135), without a fallback."""
 
     kind: ClassVar[str] = "flash"
     implementation: ClassVar[str] = "launcher_sdpa"
-    """Registered by ``launcher.models.attention``. A name with ``flash`` in it would have Transformers look for the
-    package flash-attn; one with ``sdpa`` has it check that the model can do without eager attention."""
+    """Name registered by ``launcher.models.attention``.
+    A name with ``flash`` in it would have Transformers look for the package flash-attn; one with ``sdpa`` has it check
+    that the model can do without eager attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FlexAttention(Attention):
-    """torch's flex attention (Dong et al., 2024, arXiv:2412.05496), compiled at first use. Trains on GPUs only."""
+    """torch's flex attention (Dong et al., 2024, arXiv:2412.05496), compiled at first use.
+
+    Trains on GPUs only.
+    """
 
     kind: ClassVar[str] = "flex"
     implementation: ClassVar[str] = "flex_attention"

@@ -14,7 +14,9 @@ def solve_batch(
     data_parallel: int,
     default: int = 1,
 ) -> Batch:
-    """Derive what the user left out; ``default`` is the number of accumulation steps where no option sets it.
+    """Derive the batch sizes that are left out.
+
+    ``default`` is the number of accumulation steps if no option sets it.
 
     Raises:
         ConfigError: the numbers given do not multiply out; the message holds the arithmetic and the nearest fit.

@@ -1,4 +1,4 @@
-"""Build the typed run from a plain tree, and name the options that a wrong one may have meant."""
+"""Build the typed run from a plain tree; suggest options for one that does not exist."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str
 
 
 def _with_kind(option: str, key: str, tree: Mapping[str, Any], typed: Mapping[str, str]) -> str:
-    """Return ``option`` with its value, and what to set beside it where the chosen component has no such option."""
+    """Return ``option=value``, with components that have the option if this one lacks it."""
     group, _, name = option.partition(".")
     word = _with_value(option, key, typed)
     if group == "run" or name in _fields({group: _chosen(tree).get(group, ())}):
@@ -140,12 +140,14 @@ def _options_with(group: str, name: str) -> list[str]:
 
 
 def _with_value(option: str, key: str, typed: Mapping[str, str]) -> str:
-    """Return ``option``, with the value that the user typed behind ``key`` as a word to paste into a shell."""
+    """Return ``option=value``, with the value typed behind ``key``, quoted for a shell."""
     return shell_word(f"{option}={typed[key]}") if key in typed else option
 
 
 def options_named(name: str, tree: Mapping[str, Any]) -> list[str]:
-    """Return the options whose last part is ``name`` (``optimizer.lr``) or ends so (``batch``: ``job.micro_batch``).
+    """Return the options whose last part is ``name``, or ends in it.
+
+    ``lr`` is ``optimizer.lr``; ``batch`` is ``job.micro_batch``.
 
     Those of the components in ``tree`` come first; the others are only named where there is none.
     """

@@ -1,4 +1,4 @@
-"""Group checkpoint: when checkpoints are written, which are kept, and what a run resumes from."""
+"""Group checkpoint: when to save, what to keep, and what a run resumes from."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Checkpoint(Component):
     """Also keep the one with the lowest held-out loss."""
 
     resume: PathText = "none"
-    """``none``; ``auto`` continues this run directory where it stopped; or a run id, run folder or checkpoint folder to
-    start from, with ``@best`` or ``@step_00000010``, else its newest. Jobs that train or evaluate take one."""
+    """``none``, ``auto`` (continue this run directory), a run id, or a run or checkpoint folder.
+    A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject negative counts."""

@@ -15,7 +15,7 @@ from launcher.utils.build_cache import lacks_compiler
 
 @dataclass(frozen=True, kw_only=True)
 class Compile(Component):
-    """Whether the repeated blocks of a model are compiled; typed ``compile=true`` or ``compile=false``."""
+    """Whether the model's repeated blocks are compiled: ``compile=true`` or ``compile=false``."""
 
     group: ClassVar[str] = "compile"
 
@@ -33,7 +33,7 @@ class NoCompile(Compile):
 
 @dataclass(frozen=True, kw_only=True)
 class RegionalCompile(Compile):
-    """Compile each block in place at its first use; the blocks of a model share what is compiled."""
+    """Compile each block in place at its first use; equal blocks share the compiled code."""
 
     kind: ClassVar[str] = "true"
 

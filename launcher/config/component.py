@@ -1,4 +1,4 @@
-"""The base of everything a config group can hold: a frozen dataclass that refuses bad values."""
+"""Component: base of every config group, a frozen dataclass that rejects bad values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from launcher.errors import ConfigError, ConfigErrors
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """A configured part of a run. Its fields are the config keys; its ``kind`` names the class in YAML."""
+    """A configured part of a run: fields are config keys, ``kind`` names the class in YAML."""
 
     group: ClassVar[str]
     """The config group, and so the first word of the option a user types."""
@@ -54,7 +54,7 @@ def class_title(cls: type) -> str:
 
 
 def field_docs(cls: type) -> dict[str, str]:
-    """Return what is written under each field of a dataclass, those of its bases included, in one line each."""
+    """Return the docstring under each field of a dataclass and its bases, in one line each."""
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):

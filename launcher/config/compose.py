@@ -1,4 +1,4 @@
-"""Overrides to a typed Run: Hydra composes, the schema checks, every mistake is reported at once."""
+"""Compose overrides to a typed Run by Hydra and the schema; report every error at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Composition:
 
 
 def conf_folder() -> Path:
-    """Return the shipped ``conf/``: inside the package when installed from a wheel, beside it in a checkout."""
+    """Return the shipped ``conf/``: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
@@ -100,7 +100,7 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
 
 
 def _without_model_option(error: ConfigError, typed: Mapping[str, object]) -> ConfigError:
-    """Return ``error``; of a missing model beside weights, with the advice to leave the model to these."""
+    """Return ``error``; for a missing model with weights, advise to leave the model out."""
     if error.option != "model.name" or error.value is not None or "model.weights" not in typed:
         return error
     fix = f"{error.fix}, or leave model out where model.weights names a run: the run says which model it is"
@@ -108,7 +108,7 @@ def _without_model_option(error: ConfigError, typed: Mapping[str, object]) -> Co
 
 
 def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) -> Run:
-    """Return ``run`` with ``data.tokenizer=auto`` decided, so that plan and snapshot say which one it is."""
+    """Return ``run`` with ``data.tokenizer=auto`` resolved, so the plan shows the tokenizer."""
     from launcher.config.data.base import Corpus
 
     if not isinstance(run.data, Corpus):
@@ -205,7 +205,7 @@ def _resolve(tree: dict[str, Any], report: ReportError) -> dict[str, Any]:
 
 
 def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str, Path]]]) -> None:
-    """Put what stands in YAML files in the place of numbers and truth values that YAML made of text."""
+    """Restore the YAML text of values that YAML parsed as numbers or booleans."""
     for option, parent, key in list(_misread(tree)):
         written = text_in_yaml(option, sources())
         if isinstance(parent[key], list):
@@ -260,7 +260,7 @@ def find_origin(option: str, overrides: Sequence[Override], sources: Iterable[tu
 
 
 def text_in_yaml(option: str, sources: Iterable[tuple[str, Path]]) -> str | list[str] | None:
-    """Return the text that stands for a scalar, or for each scalar of a list, in the YAML that sets ``option`` last.
+    """Return the YAML source text of the scalar, or a list's scalars, that set ``option`` last.
 
     YAML reads ``007`` as 7 and ``1e5`` as 100000.0; this is what the user wrote.
 

@@ -21,7 +21,7 @@ BatchingMode = Literal["continuous", "dynamic", "static", "none"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineLimits:
-    """Room and rhythm of an engine; fields mean what those of ``GeneratingJob`` of the same name do."""
+    """Capacity and batching limits of an engine, as the ``GeneratingJob`` fields of those names."""
 
     batching: BatchingMode = "continuous"
     max_num_seqs: int = 32
@@ -34,7 +34,10 @@ class EngineLimits:
     aging_s: float = 10.0
 
     def rank(self, *, arrived_s: float, priority: int) -> float:
-        """Return a request's place in line, the smallest first: waiting for ``aging_s`` makes up for one priority."""
+        """Return a request's rank in the queue, smallest first.
+
+        Waiting for ``aging_s`` compensates for one priority.
+        """
         return arrived_s / self.aging_s - priority
 
 
@@ -94,7 +97,10 @@ DEFAULT_TEMPLATE = "default"
 
 
 def template_names(folder: Path) -> Sequence[str]:
-    """Return the names of the templates in a tokenizer's folder, without loading it; what cannot be read has none."""
+    """Return the names of a tokenizer folder's chat templates, without loading it.
+
+    A folder that cannot be read has none.
+    """
     found = {path.stem for path in (folder / "additional_chat_templates").glob("*.jinja")}
     if (folder / "chat_template.jinja").is_file():
         found.add(DEFAULT_TEMPLATE)
@@ -154,7 +160,10 @@ def validate_warm_up(run: Run, option: str, shapes: Sequence[tuple[int, int]]) -
 
 
 def _unsupported_reason(run: Run) -> str | None:
-    """Return why paged attention does not support a model, judged by its files; ranks also compare results."""
+    """Return why paged attention does not support a model, by its files.
+
+    Ranks also compare results.
+    """
     config = run.model.stored_config()
     marks = attention_support(str(config.get("model_type"))) if config is not None else None
     if config is None or marks is None:

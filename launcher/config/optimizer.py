@@ -31,8 +31,8 @@ class AdamW(Component):
     """Decoupled decay, on matrices only: biases and norms do not decay."""
 
     implementation: Literal["auto", "torch", "native"] = "auto"
-    """torch's fused AdamW, or DeepSpeed's ``native`` op (DeepSpeed only); ``auto`` takes native under offload there and
-    says which it took."""
+    """AdamW: ``torch`` (fused), ``native`` (DeepSpeed's operator) or ``auto``.
+    ``auto`` takes native under DeepSpeed's offload; the run prints which one it took."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject values outside AdamW's domain."""

@@ -20,7 +20,10 @@ _PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
 
 
 def component_text(component: Component) -> str:
-    """Return a component's kind, its summary fields, and values that are not defaults (``cosine warmup_steps=10``)."""
+    """Return a component's kind, summary fields and non-default values.
+
+    For instance ``cosine warmup_steps=10``.
+    """
     usual = defaults(type(component))
     words = [component.kind]
     for field in dataclasses.fields(component):
@@ -55,7 +58,7 @@ def flatten_options(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[s
 
 
 def quoted_word(key: str, value: str | Sequence[str]) -> str:
-    """Return the word that sets ``key`` to exactly a text or a list of texts, to be pasted into a shell."""
+    """Return the word that sets ``key`` to exactly this text or list, quoted for a shell."""
     texts = [value] if isinstance(value, str) else value
     plain = all(_PLAIN.fullmatch(text) and text.lower() not in ("true", "false", "null") for text in texts)
     quoted = [text if plain else quoted_text(text, escape=True) for text in texts]
@@ -65,7 +68,7 @@ def quoted_word(key: str, value: str | Sequence[str]) -> str:
 
 
 def quoted_text(text: str, *, escape: bool = False) -> str:
-    """Return ``text`` in Hydra's quotes; ``${`` stays an interpolation where it is one, unless ``escape``."""
+    """Return ``text`` in Hydra's quotes; interpolations (``${``) stay unless ``escape``."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     if INTERPOLATION in text and (escape or not interpolates(text)):

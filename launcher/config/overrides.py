@@ -20,12 +20,12 @@ COMMAND_LINE = "command line"
 """Source of a value, in errors."""
 
 ADDED_GROUPS = ("exp", "sweep")
-"""Groups that are not in the defaults list, so Hydra requires ``+`` before them; the launcher does not."""
+"""Groups not in the defaults list: Hydra requires ``+`` before them, the launcher does not."""
 
 _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+", re.ASCII)
 """What may stand before ``=``; ``~`` takes an option away."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
-"""Options whose text is a list of hosts or slots in its own grammar: commas belong to it, also in a sweep."""
+"""Options whose text is a list of hosts or slots, with commas of its own, even in a sweep."""
 _ALIASES = {
     "float16": "fp16",
     "half": "fp16",
@@ -67,7 +67,7 @@ class Override:
     """The value as plain data, of an option that has one."""
     is_group: bool
     choices: tuple[str, ...] | None = None
-    """The values to try, when the word is a sweep (``job.seed=1,2,3``), as words that parse again."""
+    """The values of a sweep (``job.seed=1,2,3``), as words that parse again; else ``None``."""
 
 
 def parse_overrides(
@@ -163,7 +163,7 @@ def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[st
 
 
 def _as_typed(word: str) -> str:
-    """Return ``word`` with its value quoted for Hydra where the option takes text and the value can only be that."""
+    """Return ``word``, its value quoted for Hydra if the option takes text."""
     head, equals, value = word.partition("=")
     key, types_of = head.lstrip("+"), types_of_option(head.lstrip("+"))
     if not equals:
@@ -198,7 +198,7 @@ def _literal(word: str) -> str:
 
 
 def _mapping(value: str) -> str | None:
-    """Return a mapping for Hydra with its values as text; ``None`` where a name in it is none that Hydra takes."""
+    """Return a mapping for Hydra, values as text; ``None`` if Hydra rejects a name in it."""
     pairs = [each.partition(":") for each in _split(value.strip()[1:-1])]
     if not all(colon and re.fullmatch(r"[A-Za-z_][\w.-]*", name.strip()) for name, colon, _ in pairs):
         return None
@@ -206,7 +206,7 @@ def _mapping(value: str) -> str | None:
 
 
 def _element(text: str) -> str:
-    """Return one element of a list, a mapping or a sweep for Hydra: as text, unless it is quoted or nested already."""
+    """Return one element of a list, mapping or sweep for Hydra, as text unless quoted or nested."""
     stripped = text.strip()
     if _is_quoted(stripped) or _is_list(stripped) or _is_mapping(stripped):
         return stripped
@@ -257,7 +257,7 @@ def _is_call(value: str) -> bool:
 
 
 def types_of_option(key: str, *, kind: str | None = None) -> tuple[Any, ...]:
-    """Return every type that the option ``key`` has in the classes of its group; none for an unknown option.
+    """Return every type of the option ``key`` in its group's classes; none if it is unknown.
 
     Args:
         key: dotted.
@@ -341,7 +341,7 @@ def _classify(
 
 
 def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mapping[str, Sequence[str]]) -> ConfigError:
-    """Return the error of a word that is a sweep where none is wanted, with every way to say what was meant."""
+    """Return the error of a sweep where a single value is needed, with every way to write it."""
     ways = ["add -m to run them all"] if groups else []  # a stored run has none, and is no grid
     if any(typing.get_origin(hint) is tuple for hint in types_of):
         ways.append(f"write {shell_word(f'{key}=[{typed}]')} for a list")

@@ -99,7 +99,7 @@ def named_paths(group: str, component: Any) -> Iterator[tuple[str, str]]:
 
 
 def anchored(component: Any, folder: Path) -> Any:
-    """Return a component whose relative paths start from ``folder``, as far as there is something at them.
+    """Return a component with its relative paths anchored at ``folder``, where they exist.
 
     What is at none may be a word of another kind: the name of a model on the hub.
     """
@@ -121,7 +121,7 @@ def _anchored(value: Any, folder: Path, *, is_new: bool) -> Any:
 
 
 def validate_path(option: str, value: str) -> ConfigError | None:
-    """Return why this process cannot look at a path; ``None`` where it can, or where nothing is there yet.
+    """Return why this process cannot read a path; ``None`` if it can, or if nothing is there.
 
     Args:
         option: by which the user named it.
@@ -204,7 +204,7 @@ def _too_long(path: Path) -> str | None:
 
 
 def _may(path: Path, mode: int) -> bool:
-    """Return whether this process may do what ``mode`` says, as the user that the kernel asks about."""
+    """Return whether this process has the access ``mode``, as the effective user."""
     return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 

@@ -16,14 +16,14 @@ FP8_MULTIPLE = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Precision(Component):
-    """What the forward and backward passes compute in; master weights and optimiser states stay fp32."""
+    """Format of forward and backward passes; master weights and optimizer states stay fp32."""
 
     group: ClassVar[str] = "precision"
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]]
     """The format that values have between matrix products."""
 
     min_compute_capability: ClassVar[tuple[int, int] | None] = None
-    """The first CUDA compute capability whose matrix units know the format; ``None`` where any device does."""
+    """First CUDA compute capability with matrix units for the format; ``None`` if any has them."""
 
     @property
     def compute_bytes(self) -> int:
@@ -45,7 +45,10 @@ class Fp32Precision(Precision):
 
 @dataclass(frozen=True, kw_only=True)
 class Tf32Precision(Precision):
-    """fp32 values, matrix products in TensorFloat-32: the range of fp32 with 10 bits of mantissa (Ampere and later)."""
+    """fp32 values with TensorFloat-32 matrix products (Ampere and later).
+
+    TensorFloat-32 has the range of fp32 with 10 bits of mantissa.
+    """
 
     kind: ClassVar[str] = "tf32"
     compute: ClassVar[Literal["fp32", "bf16", "fp16"]] = "fp32"
@@ -87,7 +90,9 @@ class Fp16Precision(Precision):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Precision(Precision):
-    """8-bit products in the blocks' linear layers, each tensor scaled as it comes (torchao); bf16 around them.
+    """8-bit products in the blocks' linear layers (torchao), with bf16 around them.
+
+    Each tensor is scaled dynamically.
 
     Forward in e4m3, gradients in e5m2 (Micikevicius et al., 2022, arXiv:2209.05433); Ada and Hopper and later.
     """

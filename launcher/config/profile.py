@@ -13,8 +13,8 @@ from launcher.config.component import Component
 from launcher.errors import ConfigError
 
 ProfileUnit = Literal["steps", "engine steps", "time", "cases"]
-"""What a job's recording is measured in: its own steps, those of an engine that generates, seconds from its beginning,
-or each case of a benchmark, taken once more."""
+"""Unit of a job's recording: its steps, engine steps, seconds, or benchmark cases.
+Each case of a benchmark is run once more."""
 
 _DEFAULT_ACTIVE_STEPS = {"steps": 2, "engine steps": 20}
 
@@ -56,7 +56,10 @@ class Profile(Component):
 
 @dataclass(frozen=True, kw_only=True)
 class TorchProfile(Profile):
-    """A few steps of every rank as Chrome trace, table of operators and memory, in the folder profile of the run."""
+    """Record a few steps of every rank: Chrome trace, operator table and memory.
+
+    The files are in the folder profile of the run.
+    """
 
     kind: ClassVar[str] = "true"
 
@@ -67,10 +70,10 @@ class TorchProfile(Profile):
     """Warm-up steps whose results are discarded."""
 
     active: int | None = None
-    """Steps that are recorded; null records 2 steps of training or evaluation, 20 of a generating engine."""
+    """Steps to record; ``null`` records 2 of training or evaluation, 20 of an engine."""
 
     seconds: float = 20.0
-    """Longest recording of a job without steps, from its start or from the start of each benchmark case."""
+    """Longest recording in seconds of a job without steps, from the start of the job or case."""
 
     memory: bool = True
     """Whether allocations are recorded too; on a GPU, with a snapshot of its memory."""

@@ -179,7 +179,9 @@ class BadLine(Exception):
 
 
 def check_fields(record: Record) -> None:
-    """Reject a line that cannot be read, has fields that do not exist, or no prompt: what can be said without a model.
+    """Reject a line that cannot be parsed, has unknown fields or no prompt.
+
+    These checks need no model.
 
     Raises:
         BadLine: says what is wrong.

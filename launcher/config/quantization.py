@@ -17,7 +17,10 @@ from launcher.utils.schema import build, to_tree
 
 @dataclass(frozen=True, kw_only=True)
 class Quantization(Component):
-    """How the matrices in the blocks of a model are kept. Embeddings, norms, biases and the output head stay."""
+    """Format of the matrices in a model's blocks.
+
+    Embeddings, norms, biases and the output head stay.
+    """
 
     group: ClassVar[str] = "quantization"
 
@@ -25,7 +28,7 @@ class Quantization(Component):
     """The package that it needs."""
 
     skip: tuple[str, ...] = ()
-    """Layers that stay as they are, as patterns of names: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
+    """Layers to leave as they are, as name patterns: ``*.mlp.down_proj``, ``transformer.h.0.*``."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject patterns that are none."""
@@ -57,7 +60,7 @@ QuantizationName = Literal["none", "int8_dynamic", "int8_weight", "int4_weight",
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Dynamic(Quantization):
-    """8-bit matrices, a scale for each output, times 8-bit activations, scaled token by token (torchao)."""
+    """8-bit matrices, a scale per output, times 8-bit activations, a scale per token (torchao)."""
 
     kind: ClassVar[str] = "int8_dynamic"
     package: ClassVar[str | None] = "torchao"
@@ -65,7 +68,7 @@ class Int8Dynamic(Quantization):
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Weight(Quantization):
-    """8-bit matrices, a scale for each output; products in the format of ``precision`` (torchao)."""
+    """8-bit matrices, a scale per output; products in the format of ``precision`` (torchao)."""
 
     kind: ClassVar[str] = "int8_weight"
     package: ClassVar[str | None] = "torchao"
@@ -73,7 +76,7 @@ class Int8Weight(Quantization):
 
 @dataclass(frozen=True, kw_only=True)
 class Int4Weight(Quantization):
-    """4-bit matrices, a scale and a zero point for each group of inputs; products in the format of ``precision``."""
+    """4-bit matrices, a scale and zero point per group; products in the format of ``precision``."""
 
     kind: ClassVar[str] = "int4_weight"
     summary_fields: ClassVar[tuple[str, ...]] = ("group_size",)
@@ -90,7 +93,10 @@ class Int4Weight(Quantization):
 
 @dataclass(frozen=True, kw_only=True)
 class Fp8Weight(Quantization):
-    """Matrices in float8 (e4m3), a scale for each output; products in the format of ``precision`` (torchao)."""
+    """float8 (e4m3) matrices, a scale per output; products in the format of ``precision``.
+
+    By torchao.
+    """
 
     kind: ClassVar[str] = "fp8"
     package: ClassVar[str | None] = "torchao"
@@ -98,7 +104,7 @@ class Fp8Weight(Quantization):
 
 @dataclass(frozen=True, kw_only=True)
 class Nf4(Quantization):
-    """4-bit NormalFloat, a scale for each 64 weights (Dettmers et al., 2023, arXiv:2305.14314; bitsandbytes)."""
+    """4-bit NormalFloat, a scale per 64 weights (arXiv:2305.14314; bitsandbytes)."""
 
     kind: ClassVar[str] = "nf4"
     package: ClassVar[str | None] = "bitsandbytes"

@@ -1,4 +1,7 @@
-"""Run: the typed configuration of all groups, and the bases of the two that look at all of it: Job and Benchmark."""
+"""Run, the typed configuration of all groups, and the base classes Job and Benchmark.
+
+Both of these validate against the whole run.
+"""
 
 from __future__ import annotations
 
@@ -47,8 +50,8 @@ class RunOptions:
     """Folder of all runs."""
 
     name: str = "run"
-    """What kind of run this is: the folder below ``root``, and the W&B group. The model's name by default, of a path or
-    a hub name its last part; never a path."""
+    """Folder below ``root``, and W&B group; default: the model's name.
+    Of a path or a hub name only the last part is taken; a name is never a path."""
 
     dir: PathText | None = None
     """The run directory itself, instead of ``<root>/<name>/<time>-<letters>``."""
@@ -106,22 +109,23 @@ class Job(Component):
     """Whether it loads the checkpoint that ``checkpoint.resume`` names."""
 
     handles_preemption: ClassVar[bool] = False
-    """Whether its ranks handle SIGTERM and SIGUSR1: they save, and exit with the code that means "resume me"."""
+    """Whether ranks handle SIGTERM and SIGUSR1: save, and exit with the resume code."""
 
     completes_on_signal: ClassVar[bool] = False
     """Whether it runs until a signal (SIGTERM, Ctrl-C) ends it, and then counts as completed."""
 
     seed: int = 0
-    """Seed of weights, sample order and sampling. The same seed gives the same samples on any number of ranks."""
+    """Seed of weights, sample order and sampling.
+    The same seed gives the same samples on any number of ranks."""
 
     @property
     def uses_bf16_kernels(self) -> bool:
-        """Whether it uses the launcher's kernels for bf16 weights, fast on processors without bf16 instructions."""
+        """Whether the launcher's bf16 kernels are used: for processors without bf16 instructions."""
         return False
 
     @property
     def optimizer_steps(self) -> int | None:
-        """Optimiser steps over which the learning rate follows its schedule; ``None`` where none are taken."""
+        """Return the optimizer steps that the learning rate schedule covers; ``None`` without any."""
         return None
 
     @property
@@ -147,11 +151,11 @@ class Job(Component):
         return None
 
     def unused_groups(self, run: Run) -> frozenset[str]:
-        """Return the groups whose options have no effect on this job; one that a user types is refused."""
+        """Return the groups that have no effect on this job; setting one is rejected."""
         return frozenset({"benchmark"})
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
-        """Return the options of the group ``job`` that have no effect beside the others, each with the reason."""
+        """Return the options of the group ``job`` that have no effect, each with the reason."""
         return {}
 
     def unused_strategy(self, run: Run) -> str:
@@ -188,16 +192,18 @@ class BatchedJob(Job):
     """A job that processes global batches on an engine; by default it trains."""
 
     trains: ClassVar[bool] = True
-    """Whether it takes optimiser steps; otherwise it has no learning rate, gradients and moments."""
+    """Whether it takes optimizer steps.
+    Otherwise there are no learning rate, gradients and moments."""
 
     micro_batch: int = 8
     """Sequences in one forward pass of one rank."""
 
     global_batch: int | None = None
-    """Sequences in one step over all ranks: micro_batch x gradient_accumulation_steps x data-parallel size."""
+    """Sequences a step over all ranks: micro_batch x gradient_accumulation_steps x data ranks."""
 
     gradient_accumulation_steps: int | None = None
-    """Forward passes per step and rank; give this or ``global_batch``. Neither means 1, or what fills a pipeline."""
+    """Forward passes a step and rank; set this or ``global_batch``.
+    With neither it is 1, or what fills a pipeline."""
 
     sequence_length: int = 128
     """Tokens in one sequence."""
@@ -286,7 +292,7 @@ class Benchmark(Component):
     """Which of the groups that say how a model computes and learns have an effect on it."""
 
     repeats: int = 3
-    """Times each case is measured, all cases in turn (A B A B), each time in a process of its own."""
+    """Rounds in which every case is measured, in turn (A B A B), each time in a new process."""
 
     warmup: int = 1
     """Whole steps of a case before the one that is measured, in the same process."""
@@ -339,7 +345,7 @@ def run_to_tree(run: Run) -> dict[str, Any]:
 
 
 def default_run_name(model_name: str) -> str:
-    """Return the name of a run of a model: the last part of a local folder's path or of a hub name."""
+    """Return a model's run name: the last part of a local folder's path or of a hub name."""
     if "/" not in model_name and model_name not in (".", ".."):
         return model_name
     return Path(os.path.abspath(os.path.expanduser(model_name))).name or "model"  # noqa: PTH100, PTH111 (links stay)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen. The defaults are greedy decoding without any change to the scores.
+    """How the next token is chosen; the default is greedy decoding.
 
     Names are vLLM's, or Transformers' where vLLM has none. Everything is applied in the order of Transformers'
     ``generate``: penalties, n-grams, ``logit_bias``, ``min_tokens``, temperature, top-k, top-p, min-p.
@@ -30,7 +30,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Keep tokens at least this times as likely as the most likely one."""
     repetition_penalty: float = 1.0
-    """Divide (multiply, where negative) scores of tokens in prompt and output by this (arXiv:1909.05858)."""
+    """Divide scores (multiply negative ones) of earlier tokens by this (arXiv:1909.05858).
+    Tokens of the prompt and the output count."""
     presence_penalty: float = 0.0
     """Subtract this from scores of tokens in the output, as OpenAI does."""
     frequency_penalty: float = 0.0
@@ -40,15 +41,18 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     """Tokens and what is added to their scores."""
     stop_token_ids: tuple[int, ...] = ()
-    """Tokens that end the sequence, besides the model's own; the last token of the output is then one of them."""
+    """Tokens that end the sequence, besides the model's own; the output includes them."""
     ignore_eos: bool = False
     """Whether the model's own end-of-sequence tokens are tokens like any other."""
     seed: int | None = None
-    """Of this request's own random generator: the same seed and prompt give the same tokens in any company."""
+    """Seed of the request's own generator.
+    The same seed and prompt give the same tokens in any batch."""
     logprobs: int | None = None
-    """Also return the log-probability of each chosen token and of this many most likely ones (of unchanged scores)."""
+    """Also return log-probabilities, of each chosen token and of this many most likely ones.
+    They are those of the unchanged scores."""
     num_beams: int = 1
-    """Sequences that beam search keeps; 1 is no beam search. With more, tokens come all at once, at the end."""
+    """Beams of beam search; 1 is no beam search.
+    With more, all tokens come at once, at the end."""
     length_penalty: float = 1.0
     """Beam search compares sums of log-probabilities divided by length to the power of this."""
 

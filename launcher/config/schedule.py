@@ -73,7 +73,7 @@ class LinearSchedule(_DecayingSchedule):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineSchedule(_DecayingSchedule):
-    """Half a cosine down to ``final_factor`` (Loshchilov and Hutter, 2017, arXiv:1608.03983, without restarts)."""
+    """Half a cosine down to ``final_factor`` (arXiv:1608.03983, without restarts)."""
 
     kind: ClassVar[str] = "cosine"
 

@@ -22,7 +22,10 @@ class _Dumper(yaml.SafeDumper):
     """Writes every text so that it reads back the same."""
 
     def represent_text(self, text: str) -> yaml.ScalarNode:
-        """Quote what YAML counts as line breaks, too: outside of double quotes it reads them back as spaces."""
+        """Return the node of a text, quoted if it has what YAML counts as line breaks.
+
+        Outside of double quotes YAML reads them back as spaces.
+        """
         return self.represent_scalar(
             "tag:yaml.org,2002:str", text, style=None if _LINE_BREAKS.isdisjoint(text) else '"'
         )

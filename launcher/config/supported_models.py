@@ -1,4 +1,4 @@
-"""Which model families a parallel strategy or an attention kernel supports, judged by their files."""
+"""Model families that a parallel strategy or attention kernel supports, by their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ _ALTERNATIVE = "set parallel=fsdp or parallel=zero3, which shard any model"
 def validate_family(
     parallel: Parallel, model: Model, attention: Attention, *, world_size: int, length: int
 ) -> Iterator[ConfigError]:
-    """Yield why a strategy cannot spread a model, judged by its files; ``parallel.validate_run`` knows GPT-2 itself.
+    """Yield why a strategy cannot split a model, judged by its files.
+
+    ``parallel.validate_run`` covers GPT-2 itself.
 
     Args:
         parallel: the strategy.
@@ -65,7 +67,7 @@ def stateful_model_error(family: str, states: str) -> ConfigError:
 
 
 def _validate_sequences(model: Model, attention: Attention, *, degree: int, length: int) -> Iterator[ConfigError]:
-    """Reject kernels that want a mask of whole sequences, and models whose layers do more than attend to all of one."""
+    """Reject kernels that need whole-sequence masks, and models with other sequence layers."""
     if attention.kind not in ("sdpa", "flash"):
         why = "only kernels that are causal without a mask compute attention over ranks"
         yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa")

@@ -71,7 +71,8 @@ class Wandb(Tracker):
     kind: ClassVar[str] = "wandb"
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """``auto`` is online with a key (WANDB_API_KEY or netrc), offline without one; the plan says which and why."""
+    """``auto`` is online with a key (WANDB_API_KEY or netrc), else offline.
+    The plan shows the mode and its reason."""
 
     project: str = "launcher"
     """W&B project; a W&B sweep brings its own."""
@@ -86,7 +87,7 @@ class Wandb(Tracker):
     """W&B tags."""
 
     def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
-        """Choose the mode: what is configured, else WANDB_MODE, else online exactly when there is a key.
+        """Return the mode: the configured one, else WANDB_MODE, else online if there is a key.
 
         In a W&B sweep the run is the one the sweep's agent asked for (WANDB_RUN_ID), in the sweep's project.
 
@@ -197,7 +198,7 @@ def _netrc_key(file: Path, host: str) -> str | None:
 
 
 def _invalid_key(key: str) -> str | None:
-    """Return why the client would refuse ``key`` unseen; JSON web tokens (two dots) it takes as they are."""
+    """Return why the client would reject ``key``; JSON web tokens (two dots) are not checked."""
     if key.count(".") == 2:
         return None
     secret = key.partition("-")[2] or key

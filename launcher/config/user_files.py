@@ -1,4 +1,4 @@
-"""Checks of a user's own options and experiments (``--config-dir``), before Hydra reads them."""
+"""Checks of a user's options and experiments (``--config-dir``), before Hydra reads them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DEFAULT = re.compile(
 def validate_user_files(
     overrides: Sequence[Override], config_dir: Path | None, groups: Mapping[str, Sequence[str]]
 ) -> Iterator[ConfigError]:
-    """Yield what is wrong with the user's own files, where Hydra's message would name no file, or no option.
+    """Yield errors of the user's files for which Hydra's message names no file or no option.
 
     Args:
         overrides: those that may choose such files.
@@ -164,7 +164,7 @@ def _unusable_defaults(text: str, file: Path, groups: Mapping[str, Sequence[str]
 def _unknown_default(
     found: re.Match[str], option: object, file: Path, groups: Mapping[str, Sequence[str]]
 ) -> tuple[str, str] | None:
-    """Return why an entry of the defaults names nothing that exists, and what to write; ``None`` where it does."""
+    """Return why an entry of the defaults names nothing, with a correction; ``None`` if it does."""
     group = found["group"]
     if found["slash"] and group not in groups:
         return f"names no group {group}", did_you_mean(group, groups)

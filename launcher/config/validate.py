@@ -1,4 +1,4 @@
-"""Checks of a Run against its hosts: each error names the option, the arithmetic and what works."""
+"""Checks of a Run against its hosts; errors name the option, the arithmetic and a fix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from launcher.protocol.rundir import RUN_INDEX
 _MAX_NAME_BYTES = 200
 """Of a folder's name; file systems allow 255."""
 _WHOLE_MODEL = ("single", "ddp")
-"""Strategies under which every rank holds the whole model: they say no more than how many ranks there are."""
+"""Strategies under which every rank holds the whole model."""
 
 _ARGUMENTS = ("ssh_options", "sbatch_options")
 """Options of backends whose words are passed to other programs."""
@@ -61,7 +61,7 @@ def validate_run(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
 
 
 def _validate_secrets(run: Run) -> Iterator[ConfigError]:
-    """Reject secrets in every other option: ranks, run.yaml, plan.json and W&B get them all as they are."""
+    """Reject secrets in all other options: run.yaml, plan.json and W&B store them unmasked."""
     for option, value in flatten_options(run_to_tree(run)):
         if name := secret_variable_in(value, os.environ):
             why = f"holds the value of the variable {name}, and run.yaml is written to disk"
@@ -104,7 +104,9 @@ def _validate_profile(run: Run, world_size: int) -> Iterator[ConfigError]:
 
 
 def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigError]:
-    """Yield each option on the command line that has no effect on the job; those of experiments may serve other jobs.
+    """Yield each option on the command line that has no effect on the job.
+
+    Those of an experiment may serve other jobs.
 
     Args:
         run: what they compose to.
@@ -135,7 +137,10 @@ def _idle(run: Run, group: str, option: str, value: str) -> str:
 
 
 def _validate_resume(run: Run) -> Iterator[ConfigError]:
-    """Reject a checkpoint where nothing is continued; ``auto`` starts any run again in its own directory."""
+    """Reject a checkpoint if the job does not resume.
+
+    ``auto`` resumes any run in its own directory.
+    """
     resume = run.checkpoint.resume
     if run.job.resumes or resume in ("none", "auto"):
         return
@@ -146,7 +151,7 @@ def _validate_resume(run: Run) -> Iterator[ConfigError]:
 
 
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
-    """Reject methods where nothing is made of them, and layers in few bits where they would be learnt or sliced."""
+    """Reject unused methods, and layers in few bits that would be trained or sliced."""
     chosen, own = run.quantization.kind, run.model.quantization
     quantizes = isinstance(run.job, Quantize)
     if chosen != "none" and not quantizes:
@@ -198,7 +203,7 @@ def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
 
 
 def _validate_family(run: Run, world_size: int) -> Iterator[ConfigError]:
-    """Reject to spread models that the strategy cannot spread, and kernels that their family does not have."""
+    """Reject strategies that cannot split the model, and kernels that its family does not have."""
     if not isinstance(run.job, BatchedJob | GeneratingJob):
         return
     length = run.job.sequence_length if isinstance(run.job, BatchedJob) else 0
@@ -251,7 +256,10 @@ def _validate_ranks_per_host(hosts: Sequence[Host]) -> Iterator[ConfigError]:
 
 
 def _validate_uneven_hosts(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """DeepSpeed's launcher takes the rank modulo the host's ranks for the local rank: wrong on uneven hosts."""
+    """Reject uneven hosts under DeepSpeed's launcher, whose local ranks would be wrong.
+
+    It computes the local rank as the rank modulo the host's ranks.
+    """
     if run.backend.agent != "deepspeed":
         return
     for host, first in zip(hosts, first_ranks(hosts), strict=True):

@@ -42,7 +42,7 @@ def read_local(data: Corpus) -> Iterator[TextChunk]:
 
 
 def read_dataset(data: HfData) -> Iterator[TextChunk]:
-    """Yield the text of each row, read by ``datasets`` where rows do not come from whole local files."""
+    """Yield the text of each row, from whole local files or by ``datasets``."""
     return data.local_pieces() if data.reads_files else data.texts_of(_dataset_rows(data))
 
 
@@ -93,7 +93,10 @@ def _load_dataset(data: HfData) -> datasets.Dataset:
 
 
 def _raise_bad_row_of_folder(data: HfData) -> None:
-    """Raise the error for the first row of a local folder that cannot be read: ``datasets`` names no place."""
+    """Raise the error for the first unreadable row of a local folder.
+
+    ``datasets`` does not say where it is.
+    """
     if not data.is_local:
         return
     for file in data_files(data.local_folder):

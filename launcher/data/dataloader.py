@@ -38,9 +38,9 @@ def sample_index(seed: int, index: int, num_sequences: int) -> int:
 
 
 def batch_positions(rank: int, *, batch: Batch) -> list[range]:
-    """Return the positions in the global batch that each micro-batch of a data-parallel rank holds.
+    """Return the positions in the global batch of each micro-batch of a data-parallel rank.
 
-    Micro-batch m of all ranks together covers the m-th stretch of the global batch, so the samples of a step and
+    Micro-batch m of all ranks together covers the m-th segment of the global batch, so the samples of a step and
     their order do not depend on how it is divided.
     """
     starts = (
@@ -71,19 +71,19 @@ def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 IGNORE_INDEX = -100
-"""Label that counts in no loss: ``torch.nn.functional.cross_entropy`` leaves it out by default."""
+"""Label that the loss ignores; the default of ``torch.nn.functional.cross_entropy``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MicroBatch:
-    """What one forward pass of one rank works on; page-locked where there is a GPU to copy it to."""
+    """Input of one rank's forward pass; page-locked if there is a GPU to copy it to."""
 
     input_ids: torch.Tensor
     """int64, shape (sequences, sequence_length)."""
     labels: torch.Tensor
-    """int64, the same shape: the token that follows each input, so nothing is left to shift; -100 is no label."""
+    """int64, the same shape: the token after each input, so nothing is shifted; -100: no label."""
     position_ids: torch.Tensor | None = None
-    """int64, shape (1, sequence_length): where the tokens stand in their sequences, if not at their beginning."""
+    """int64, shape (1, sequence_length): positions in the sequence, unless it starts at 0."""
 
 
 class Loader:
@@ -104,7 +104,7 @@ class Loader:
         ]
 
     def held_out(self, num_sequences: int) -> Iterator[list[MicroBatch]]:
-        """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all where there are fewer.
+        """Yield this rank's share of the first ``num_sequences`` held-out sequences, or of all.
 
         As many micro-batches come together as a step has, fewer at the end: a pipeline is filled with them.
 
@@ -112,14 +112,14 @@ class Loader:
         forward pass; sequences that only fill up have no labels.
         """
         available = min(num_sequences, self._splits.held_out.num_sequences)
-        stretch = self._batch.micro_batch * self._batch.data_parallel
+        segment = self._batch.micro_batch * self._batch.data_parallel
         parts = list(enumerate(batch_positions(self._rank, batch=self._batch)))
         for first in range(0, available, self._batch.global_batch):
-            needed = [places for part, places in parts if first + part * stretch < available]
+            needed = [places for part, places in parts if first + part * segment < available]
             yield [self._labelled_below(available, first, places) for places in needed]
 
     def _labelled_below(self, end: int, first: int, places: range) -> MicroBatch:
-        """Return the held-out sequences at ``places`` behind ``first``, without labels from ``end`` on."""
+        """Return held-out sequences at ``places`` from ``first``, without labels from ``end`` on."""
         wanted = [first + at for at in places]
         rows = [self._splits.held_out.sequence(at if at < end else 0) for at in wanted]
         return _tensors(rows, num_labelled=sum(at < end for at in wanted))

@@ -30,7 +30,7 @@ class Sequences(Protocol):
         """How many there are."""
 
     def sequence(self, index: int) -> np.ndarray:
-        """Return sequence ``index`` as int64 of shape (sequence_length + 1,): inputs [:-1], labels [1:]."""
+        """Return sequence ``index``, int64 (sequence_length + 1,): inputs [:-1], labels [1:]."""
 
 
 class TokenStream:
@@ -70,11 +70,11 @@ def open_stream(folder: Path) -> TokenStream:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenWindows:
-    """Sequences cut from a stretch of a stream, each starting where the one before ended."""
+    """Sequences cut from a span of a stream, each starting where the one before ended."""
 
     stream: TokenStream
     first: int
-    """First token of the stretch."""
+    """First token of the span."""
     last: int
     """One past its last token."""
     length: int
@@ -82,7 +82,7 @@ class TokenWindows:
 
     @property
     def num_sequences(self) -> int:
-        """How many whole sequences the stretch holds."""
+        """How many whole sequences the span holds."""
         return max(0, (self.last - self.first - 1) // self.length)
 
     def sequence(self, index: int) -> np.ndarray:
@@ -95,7 +95,7 @@ _MOST_HELD_OUT = 1024
 
 
 class BigramSequences:
-    """Random walks over a table in which every token has ``branching`` equally likely successors.
+    """Random walks in a table where every token has ``branching`` equally likely successors.
 
     Only raw outputs of Philox (Salmon et al., 2011) are used, which numpy keeps stable between versions.
     """
@@ -132,7 +132,9 @@ def uniform_loss(vocab_size: int) -> float:
 
 
 def unigram_loss(train: np.ndarray, held_out: np.ndarray, *, vocab_size: int) -> float:
-    """Return the held-out loss in nats a token of the training text's token frequencies, add-one smoothed.
+    """Return the held-out loss (nats a token) of the training text's unigram frequencies.
+
+    They are add-one smoothed.
 
     Args:
         train: token numbers to count.
@@ -145,7 +147,7 @@ def unigram_loss(train: np.ndarray, held_out: np.ndarray, *, vocab_size: int) ->
 
 
 _COUNTED_TOKENS = 20_000_000
-"""The unigram baseline counts no more tokens than this of each split: beyond, frequencies hardly move."""
+"""Most tokens of each split that the unigram baseline counts; more hardly change it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +169,7 @@ class Splits:
 def open_splits(
     data: Data, model: Model, *, sequence_length: int, seed: int, heartbeat: Callable[[], None] = lambda: None
 ) -> Splits:
-    """Open ``data`` for ``model``; every rank calls this, and the first on each machine does what is done once.
+    """Open ``data`` for ``model`` on every rank; the first on each machine does one-time work.
 
     Args:
         data: what to open.

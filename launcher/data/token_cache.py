@@ -24,7 +24,7 @@ from launcher.utils.hub import fetch_model
 
 
 def train_bpe(pieces: Iterable[TextChunk], *, vocab_size: int) -> FastTokenizer:
-    """Return the byte-level BPE of at most ``vocab_size`` tokens that a corpus gives; the same text gives the same."""
+    """Return a corpus's byte-level BPE of at most ``vocab_size`` tokens; equal for equal texts."""
     inner = train_byte_level_bpe((piece.text for piece in pieces), vocab_size=vocab_size)
     return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
 
@@ -45,7 +45,7 @@ _ROWS_AT_ONCE = 4096
 
 
 def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> tuple[Path, FastTokenizer]:
-    """Return the cache folder of ``data`` under its tokenizer, built if need be, and the tokenizer.
+    """Return the token cache of ``data``, built if missing, and the tokenizer.
 
     Any number of processes may call this at once: one builds, the others wait. ``heartbeat`` is called meanwhile.
     """
@@ -66,7 +66,10 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 
 
 def _is_intact(folder: Path) -> bool:
-    """Return whether a cache folder holds its layout, all tokens and a tokenizer; contents are not compared."""
+    """Return whether a cache folder is complete: layout, all tokens, tokenizer.
+
+    Contents are not compared.
+    """
     try:
         layout = read_json(folder / STREAM_LAYOUT)
         size = {"uint16": 2, "uint32": 4}[layout["dtype"]]
@@ -78,7 +81,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:
-    """Return the tokenizer that ``data`` names, of the model or of a folder; it is fetched if need be."""
+    """Return the tokenizer that ``data`` names, the model's or a folder's; fetch it if missing."""
     folder, option = _given_folder(data, model, heartbeat=heartbeat), "data.tokenizer"
     config_option = tokenizer_folder_option(model) if data.tokenizer == "model" else option
     return load_tokenizer(folder, option=option, config_option=config_option)
@@ -95,7 +98,7 @@ def _given_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) 
 def save_tokenizer(
     data: Corpus, model: Model, tokenizer: FastTokenizer, folder: Path, *, heartbeat: Callable[[], None]
 ) -> None:
-    """Write the tokenizer of ``data`` into a model folder, with its chat template, as Transformers loads them.
+    """Write the tokenizer of ``data`` and its chat template into a model folder.
 
     Args:
         data: what the model is trained on.
@@ -116,7 +119,10 @@ def save_tokenizer(
 
 
 def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartbeat: Callable[[], None]) -> None:
-    """Tokenise the whole corpus into an empty folder, for ``open_stream`` to map. Imports ``datasets``."""
+    """Tokenise the whole corpus into an empty folder, for ``open_stream`` to map.
+
+    Imports ``datasets``.
+    """
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
@@ -140,7 +146,7 @@ def _rows(data: Corpus, tokenizer: FastTokenizer) -> Iterator[list[list[int]]]:
 
 
 def _segments(file: Path) -> list[tuple[int, int]]:
-    """Return the byte position and number of tokens of each contiguous run of tokens in an Arrow stream file."""
+    """Return byte position and token count of each contiguous run in an Arrow stream file."""
     import pyarrow as pa
 
     with pa.memory_map(str(file)) as source:

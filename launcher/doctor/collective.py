@@ -31,7 +31,7 @@ _SLOW_S = 0.05
 _BUSY_S = 0.005
 """An all-reduce of 8 bytes that takes longer is repeated less often."""
 ALL_PAIRS_UP_TO = 16
-"""Number of hosts up to which every pair is measured (15 rounds); of more, neighbours on a ring are."""
+"""Most hosts for which every pair is measured (15 rounds); of more, ring neighbours are."""
 T = TypeVar("T")
 PAIR_S = 5.0
 """Timeout of one pair, once both hosts have started."""

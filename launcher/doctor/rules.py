@@ -28,7 +28,8 @@ LITTLE_SHM_BYTES = 2**30
 HIGH_LATENCY_S = 0.005
 """A round trip within a building takes less than a millisecond."""
 DISTANT_S = 0.05
-"""Over such a link all-reduces are unusable, and measuring them takes longer than all other checks."""
+"""Latency of a link on which all-reduces are unusable.
+To measure them would take longer than all other checks."""
 LOW_BYTES_PER_S = 50 * 2**20
 """Less than half the bandwidth of gigabit Ethernet."""
 ODD_SHARE = 0.25
@@ -149,7 +150,7 @@ def _slots(host: Host, found: HostFacts) -> Iterator[Finding]:
 
 
 def _fewer(host: Host, slots: int) -> str:
-    """Return how to give a host fewer ranks: in the hostfile, or by the option where there is none."""
+    """Return how to give a host fewer ranks: in the hostfile, or by the option without one."""
     return f"write slots={slots} in the hostfile" if host.ssh_destination else f"set backend.ranks={slots}"
 
 

@@ -31,7 +31,7 @@ class StepResult:
     tokens: int
     """Tokens with a label in the global batch."""
     skipped: bool = False
-    """The gradient was not finite, so the weights stay as they were; with fp16 the loss scale follows."""
+    """The gradient was not finite: the weights are unchanged; in fp16 the loss scale drops."""
     nonfinite_ranks: tuple[int, ...] = ()
     """Ranks whose own loss was not finite."""
     preempted: bool = False
@@ -44,7 +44,7 @@ def never_preempted() -> bool:
 
 
 class Engine(ABC):
-    """A model with its optimiser, spread over ranks. Every method is called by all ranks together."""
+    """A model with its optimizer, spread over ranks; all ranks call every method together."""
 
     device: torch.device
     """Where this rank computes."""
@@ -67,17 +67,19 @@ class Engine(ABC):
 
     @abstractmethod
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Return the loss summed over this rank's tokens, and their number; nothing is learnt or drawn.
+        """Return the loss summed over this rank's tokens, and their number, without training.
 
         Summed over all ranks, both may count a token several times, but equally often.
         """
 
     @abstractmethod
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
-        """Return ``input_ids`` (sequences, tokens) with their greedy continuation; the same ids on every rank."""
+        """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield name and whole value of each parameter, in fp32 on the CPU, one at a time; tied ones come once.
+        """Yield each parameter's name and whole fp32 value on the CPU, one at a time.
+
+        Tied parameters come once.
 
         Stages of a pipeline yield their own, under the names that the whole model has.
         """
@@ -87,14 +89,14 @@ class Engine(ABC):
 
     @abstractmethod
     def state_bytes(self) -> StateBytes:
-        """Return the bytes of model state that this rank holds at this moment, by what its tensors take.
+        """Return the bytes of model state that this rank holds now, by part.
 
         Gradients are there between the backward pass and the update: when the phase ``optimizer`` begins.
         """
 
     @abstractmethod
     def save(self, folder: Path) -> None:
-        """Write everything that ``load`` needs for the next step to come out the same, into an existing folder."""
+        """Write all that ``load`` needs for an identical next step, into an existing folder."""
 
     @abstractmethod
     def load(self, folder: Path) -> None:

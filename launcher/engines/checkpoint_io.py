@@ -29,7 +29,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write what this rank holds: shards (DTensor) of tensors, and whole ones, which one rank of each name writes."""
+    """Write this rank's shards (DTensor), and whole tensors by one rank of each name."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
 
@@ -48,7 +48,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Return AdamW's state by name (``exp_avg.<parameter>``), made first where no step has been taken."""
+    """Return AdamW's state by name (``exp_avg.<parameter>``), created if no step was taken."""
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -99,7 +99,7 @@ def load_file(path: Path, *, device: torch.device | str = "cpu") -> Any:
 
 @contextmanager
 def explain_read_errors(place: Path) -> Iterator[None]:
-    """Turn errors of reading ``place``, a file or folder of a checkpoint, into one that names it.
+    """Turn errors of reading ``place``, a file or folder of a checkpoint, into one naming it.
 
     Raises:
         JobError: it is missing, damaged, or holds something else than it should; exit code 65.

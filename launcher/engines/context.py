@@ -28,13 +28,13 @@ class Context:
     """Number of this rank on its host, from 0; the index of its device."""
     world_size: int
     heartbeat: Heartbeat
-    """Report progress here at least at every step: silence for ``backend.stall_timeout_s`` ends the run."""
+    """Report progress here at each step: ``backend.stall_timeout_s`` of silence ends the run."""
     run_id: str = ""
     """Of the run; empty for a rank that was started by hand."""
     profiler: Profiler = NO_PROFILER
     """Do each step in its ``step()``: it decides which of them it records."""
     preemption: Preemption = field(default_factory=Preemption)
-    """Whether this rank was asked to save and exit; listens only where ``job.handles_preemption`` is true."""
+    """Whether this rank must save and exit; it listens if ``job.handles_preemption`` is true."""
 
     @property
     def is_main(self) -> bool:
@@ -48,7 +48,7 @@ class Context:
 
     @property
     def data_rank(self) -> int:
-        """Which share of every batch this rank works on; ranks that split one sample between them have the same."""
+        """Return this rank's share of every batch; ranks that split one sample have the same."""
         return self.dims.data_rank(self.rank)
 
     @property

@@ -39,13 +39,13 @@ def choose_device(local_rank: int) -> torch.device:
 
 
 def group_timeout(context: Context) -> timedelta:
-    """Return how long a collective may wait: longer than the supervisor, which knows who is late and why."""
+    """Return the timeout of collectives, longer than the supervisor's, which knows the cause."""
     stall_s = context.run.backend.stall_timeout_s
     return timedelta(seconds=stall_s + _AFTER_STALL_S if stall_s else _DAY_S)
 
 
 def use_master_port(port: int, *, world_size: int) -> None:
-    """Have this process, a fork of a rank, join its next process group at another port than the rank's own.
+    """Have a forked rank join its next process group at another port than its parent's.
 
     Rank 0 listens there: torchrun's store, which serves the port it gave, knows nothing of it.
     """
@@ -54,7 +54,7 @@ def use_master_port(port: int, *, world_size: int) -> None:
 
 
 def connect(context: Context, device: torch.device) -> None:
-    """Join the process group of the run: NCCL between GPUs, Gloo between CPUs; a single rank joins none."""
+    """Join the run's process group: NCCL for GPUs, Gloo for CPUs; a single rank joins none."""
     if context.world_size > 1:
         join_group(context, device, device_id=device if device.type == "cuda" else None)
 
@@ -118,7 +118,7 @@ def num_labels(micro_batches: Sequence[MicroBatch]) -> int:
 
 
 class TokenCount:
-    """Tokens with a label in the global batch, added up over ranks while the first forward pass goes on.
+    """Labelled tokens of the global batch, summed over ranks during the first forward pass.
 
     Args:
         micro_batches: of this rank.
@@ -131,7 +131,7 @@ class TokenCount:
         self._work = dist.all_reduce(self._total, async_op=True) if dist.is_initialized() else None
 
     def total(self) -> torch.Tensor:
-        """Return the number of tokens as an int64 scalar on the device, without waiting for the host."""
+        """Return the number of tokens as an int64 scalar on the device, without synchronising."""
         if self._work is not None:
             self._work.wait()
             self._work = None
@@ -140,7 +140,7 @@ class TokenCount:
 
 
 def mesh_of(dims: ParallelDims, *, device: torch.device) -> DeviceMesh:
-    """Return the mesh of all ranks whose dimensions are the degrees that divide something, named as they are.
+    """Return the mesh of all ranks, with the parallel degrees above 1 as named dimensions.
 
     Every rank of the run calls it, once, after it has joined the process group.
     """
@@ -149,7 +149,7 @@ def mesh_of(dims: ParallelDims, *, device: torch.device) -> DeviceMesh:
 
 
 def submesh(mesh: DeviceMesh, *names: str) -> DeviceMesh | None:
-    """Return the part of ``mesh`` along ``names``, several flattened into one; ``None`` where none divides anything."""
+    """Return ``mesh`` along ``names``, several flattened; ``None`` if none is a dimension."""
     there = tuple(name for name in names if name in (mesh.mesh_dim_names or ()))
     if not there or math.prod(mesh[name].size() for name in there) == 1:
         return None

@@ -44,7 +44,7 @@ PADDING_ID = 0
 def greedy_decode(
     next_tokens: Callable[[Tensor], Tensor], input_ids: Tensor, *, max_new_tokens: int, ends: int | list[int] | None
 ) -> Tensor:
-    """Return ``input_ids`` (sequences, tokens) with the continuation that Transformers' ``generate`` would give.
+    """Return ``input_ids`` (sequences, tokens) with Transformers' greedy continuation.
 
     Args:
         next_tokens: the most likely token behind each sequence it is given, of shape (sequences,).

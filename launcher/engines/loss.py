@@ -39,12 +39,12 @@ def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.
 
 
 PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})
-"""Model types whose logits are the output head of the last hidden state and nothing else: no cap, no scale."""
+"""Model types whose logits are the output head of the last hidden state: no cap, no scale."""
 
 
 @contextmanager
 def labels_at_head(module: nn.Module, labels: Tensor) -> Iterator[None]:
-    """Make the output head of ``module`` return the summed loss while this context lasts, where the family allows it.
+    """In this context, make the output head of ``module`` return the summed loss, if possible.
 
     The head's own ``forward`` does it, so that whatever gathers its weight around a forward pass (ZeRO-3, FSDP2) does.
     Everything in between hands the scalar on as if it were logits; :func:`loss_of` takes it, and logits all the same.
@@ -66,12 +66,12 @@ def labels_at_head(module: nn.Module, labels: Tensor) -> Iterator[None]:
 
 
 def loss_of(output: Tensor, labels: Tensor) -> Tensor:
-    """Return the summed loss, an fp32 scalar, from what a model returned in :func:`labels_at_head`."""
+    """Return the summed loss, an fp32 scalar, of a model's output in :func:`labels_at_head`."""
     return output if output.ndim == 0 else cross_entropy(output, labels)
 
 
 def _plain_head(module: nn.Module) -> nn.Linear | None:
-    """Return the output head if logits are just its product with the hidden state, else ``None``."""
+    """Return the output head if logits are just its product with the hidden state, or ``None``."""
     while not isinstance(module, PreTrainedModel):  # DistributedDataParallel, DeepSpeed's engine
         module = module.module
     head = module.get_output_embeddings()
@@ -80,12 +80,12 @@ def _plain_head(module: nn.Module) -> nn.Linear | None:
 
 
 CHUNK_BYTES = 2**27
-"""What the fp32 logits of one chunk may take: 667 tokens of GPT-2's vocabulary. Much less, and a product has too few
-rows to keep a GPU busy; much more, and the chunk is what fills the memory."""
+"""Most bytes of a chunk's fp32 logits: 667 tokens of GPT-2's vocabulary.
+Much less, and a product has too few rows to keep a GPU busy; much more, and the chunk is what fills the memory."""
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
-    """Return the loss of the logits ``hidden @ weight.T``, summed over the labelled tokens, as an fp32 scalar.
+    """Return the summed loss of the logits ``hidden @ weight.T``, an fp32 scalar.
 
     Products are taken in autocast's format where that is on, else in the format of ``weight``.
 
@@ -127,7 +127,7 @@ def _loss(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _gradient_(log_probs: Tensor, labels: Tensor) -> Tensor:
-    """Turn log-probabilities in place into the gradient of the summed loss by the logits: softmax minus one-hot."""
+    """Turn log-probabilities in place into the loss's gradient by logits: softmax minus one-hot."""
     counts = (labels != IGNORE_INDEX).unsqueeze(1)
     one_hot_at = labels.unsqueeze(1).clamp(min=0)
     gradient = log_probs.exp_()
@@ -136,7 +136,7 @@ def _gradient_(log_probs: Tensor, labels: Tensor) -> Tensor:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
-    """The gradients are made in the forward pass, while the logits of a chunk are there; backward only scales them.
+    """Computes gradients in the forward pass, chunk by chunk; backward only scales them.
 
     So the weight is touched in the forward pass alone, where ZeRO-3 and FSDP2 have gathered it.
     """
@@ -182,7 +182,7 @@ def _add_product_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 class _CrossEntropy(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
-    """Keeps the logits it was given and makes their gradient, in their own format, in the backward pass."""
+    """Keeps the logits, and computes their gradient in their own format in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor) -> Tensor:

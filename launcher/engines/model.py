@@ -28,7 +28,9 @@ def build_run_model(
     after: PartCallback = leave_part,
     laid_out: Callable[[PreTrainedModel], None] = lambda model: None,
 ) -> PreTrainedModel:
-    """Return the run's model with fp32 weights; fetching, converting and drawing them counts as progress.
+    """Return the run's model with fp32 weights.
+
+    Fetching, converting and drawing them counts as progress.
 
     Args:
         context: of this rank.
@@ -57,7 +59,7 @@ def build_run_model(
 
 
 def prepare_model(model: PreTrainedModel, run: Run, *, device: torch.device) -> None:
-    """Make a model that is laid out, or a stage of one, compute in the formats of the run, compiled or not.
+    """Make a model or stage on meta compute in the run's formats, compiled or not.
 
     Raises:
         ConfigError: the device, or the model's family, cannot do that.

@@ -22,7 +22,7 @@ def state_bytes(
     optimizer: Iterable[Tensor | None],
     device: torch.device,
 ) -> StateBytes:
-    """Return the bytes of all storages behind these tensors, each once: with the first part that it belongs to.
+    """Return the bytes of the tensors' storages by part, each storage counted once.
 
     Args:
         parameters: that forward passes use; DTensors count with this rank's shard.
@@ -57,7 +57,7 @@ def torch_state_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, *, de
 
 
 def deepspeed_state_bytes(engine: Any, *, device: torch.device) -> StateBytes:
-    """Return what a model and its optimiser hold under any stage of DeepSpeed's ZeRO, NVMe aside.
+    """Return the bytes of a model and its optimizer under DeepSpeed's ZeRO, without NVMe.
 
     Args:
         engine: DeepSpeed's.
@@ -75,7 +75,7 @@ def deepspeed_state_bytes(engine: Any, *, device: torch.device) -> StateBytes:
 
 
 def _optimizer_tensors(optimizer: Any) -> Iterator[Tensor]:
-    """Yield what the optimiser updates, which may be copies of the parameters, and what it remembers of each."""
+    """Yield the tensors that the optimizer updates, perhaps copies, and its state of each."""
     for updated, remembered in optimizer.state.items():
         yield updated
         yield from (value for value in remembered.values() if isinstance(value, Tensor))
@@ -110,5 +110,5 @@ def whole_parameters(module: nn.Module, *, device: torch.device) -> Iterator[tup
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """Return this rank's part of a tensor, which shares its storage; all of it where it is not sharded."""
+    """Return this rank's part of a tensor, sharing its storage; all of it if not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -105,7 +105,7 @@ class OptimizerStep:
         return total.sqrt()
 
     def _by_sharding(self) -> dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]]:
-        """Return this rank's parts of the gradients that count, by the dimensions of the mesh that share them out."""
+        """Return this rank's parts of the counted gradients, by the mesh dimensions that shard them."""
         found: dict[tuple[DeviceMesh | None, tuple[int, ...]], list[Tensor]] = defaultdict(list)
         for parameter in self._counted:
             gradient = parameter.grad
@@ -144,7 +144,7 @@ class LossScale:
         self._good_steps = 0
 
     def update(self, *, overflow: bool) -> None:
-        """Halve after as many overflows as the hysteresis allows, double after a window of steps without one."""
+        """Halve after overflows beyond the hysteresis, double after a window of steps without one."""
         if self._settings is None:
             return
         if overflow:
@@ -186,7 +186,10 @@ def decay_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, An
 
 
 def _by_mesh(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Return parameters that are sharded alike together: one call of the optimiser takes no others."""
+    """Return parameters grouped by their sharding.
+
+    One call of the optimizer takes no others.
+    """
     found: dict[Any, list[nn.Parameter]] = {}
     for parameter in parameters:
         found.setdefault(getattr(parameter, "device_mesh", None), []).append(parameter)

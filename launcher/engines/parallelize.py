@@ -34,13 +34,13 @@ class ModelLayout(Protocol):
     forward: nn.Module
     """What forward passes in training go through."""
     averaged_over: int
-    """How many ranks the backward pass averages gradients over; the loss is multiplied by it to get their sum."""
+    """Ranks over which the backward pass averages gradients; the loss is multiplied by it."""
     sequence: SequenceParallel | None
     """What splits sequences over ranks, if anything does."""
     is_sharded: bool
     """Whether every rank must take part in every forward pass, and in saving."""
     casts_itself: bool
-    """Whether parameters are cast to the compute format as they are gathered, so that autocast is not wanted."""
+    """Whether gathered parameters are cast to the compute format, so autocast is not used."""
 
     def without_reduction(self) -> AbstractContextManager[None]:
         """Return a context in which gradients are only accumulated."""
@@ -50,7 +50,7 @@ class ModelLayout(Protocol):
 
 
 class ReplicatedModel:
-    """The whole model on every rank; with several of them, DDP averages gradients where they learn."""
+    """The whole model on every rank; with several ranks, DDP averages the gradients."""
 
     sequence: SequenceParallel | None = None
     is_sharded = False
@@ -76,7 +76,7 @@ class ReplicatedModel:
 
 
 class ShardedModel:
-    """FSDP2 over data and sequence ranks, each block a unit of its own; matrices sliced over tensor ranks.
+    """FSDP2 over data and sequence ranks, a unit per block; matrices split over tensor ranks.
 
     Parts of the model are sliced and sharded as they are built, so no rank holds more than its share and one part.
     """
@@ -93,7 +93,7 @@ class ShardedModel:
         self.averaged_over = self._shards.size() if self._shards is not None else 1
         self.casts_itself = self._shards is not None
         self._plan: TensorPlan | None = None
-        self.module: PreTrainedModel = build_run_model(context, device=device, after=self._settle, laid_out=self._look)
+        self.module: PreTrainedModel = build_run_model(context, device=device, after=self._shard_part, laid_out=self._read_plan)
         self._settle_rest()
         self.forward: nn.Module = self.module
         sequence = self._over("sequence")
@@ -102,16 +102,19 @@ class ShardedModel:
     def _over(self, *names: str) -> DeviceMesh | None:
         return submesh(self._mesh, *names) if self._mesh is not None else None
 
-    def _look(self, model: PreTrainedModel) -> None:
-        """Read the tensor plan off the model, and note which parts are blocks, before it has storage."""
+    def _read_plan(self, model: PreTrainedModel) -> None:
+        """Read the tensor plan and the blocks off the model before it has storage."""
         tensor, sequence = self._over("tensor"), self._over("sequence")
         if sequence is not None:
             check_cut(model, degree=sequence.size(), length=self._length)
         self._plan = TensorPlan(model, tensor) if tensor is not None else None
         self._blocks = set(map(id, blocks(model)))
 
-    def _settle(self, name: str, part: nn.Module) -> None:
-        """Slice and shard one part; embeddings and head are sharded with the root, which a tied weight must share."""
+    def _shard_part(self, name: str, part: nn.Module) -> None:
+        """Slice and shard one part.
+
+        Embeddings and head are sharded with the root, which a tied weight must share.
+        """
         if self._parallel.offload == "none" or self._shards is None:
             part.to(self._device)
         if self._plan is not None:
@@ -171,7 +174,10 @@ def _unreduced(module: FSDPModule):  # type: ignore[no-untyped-def]
 
 
 def _replicated(module: nn.Module, *, bucket_mb: int) -> DistributedDataParallel:
-    """Return ``module`` with its gradients averaged over ranks; buffers are constants and need no synchronising."""
+    """Return ``module`` under DDP.
+
+    Buffers are constants and are not synchronised.
+    """
     names = inspect.signature(DistributedDataParallel).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers"  # renamed in 2.13
     return DistributedDataParallel(module, bucket_cap_mb=bucket_mb, gradient_as_bucket_view=True, **{buffers: False})

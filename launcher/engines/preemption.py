@@ -1,4 +1,4 @@
-"""Preemption: on SIGTERM or SIGUSR1, save a checkpoint and exit with the code that asks for a resume.
+"""Preemption: on SIGTERM or SIGUSR1, save a checkpoint and exit with the resume code.
 
 Ranks may get the signal during different steps, or not at all. So a rank only records the request; the engines sum the
 requests in the all-reduce that ends every step, and all ranks exit after the same one.
@@ -15,7 +15,7 @@ _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preemption:
-    """Whether this rank is preempted; the handlers are in place from ``install`` to the end of the process.
+    """Whether this rank is preempted; handlers stay from ``install`` to the process's end.
 
     They stay until then because torchrun signals the ranks that are still about to exit when the first one has.
     """
@@ -25,7 +25,10 @@ class Preemption:
         self._is_deferred = False
 
     def install(self) -> None:
-        """Install the signal handlers, in the main thread. Until ``defer`` is called, the rank exits at once."""
+        """Install the signal handlers, in the main thread.
+
+        Until ``defer`` is called, the rank exits at once.
+        """
         for number in (*_SIGNALS, signal.SIGINT):
             signal.signal(number, self._handle)
             signal.siginterrupt(number, False)  # no system call of a library is interrupted

@@ -60,5 +60,5 @@ class TensorPlan:
 
 
 def _plan_regex(name: str) -> str:
-    """Return the regular expression of a plan's key, whose ``*`` stands for the number of a block."""
+    """Return a plan key's regular expression; ``*`` stands for the number of a block."""
     return r"\d+".join(re.escape(piece) for piece in name.split("*"))

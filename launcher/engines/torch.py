@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 
 class TorchEngine(Engine):
-    """Master weights, gradients and moments in fp32; forward and backward passes in the run's precision."""
+    """fp32 master weights, gradients and moments; passes in the run's precision."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         run = context.run
@@ -58,7 +58,7 @@ class TorchEngine(Engine):
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
-        """Accumulate gradients of the summed loss, weighed by the tokens of the global batch, then update."""
+        """Accumulate gradients of the loss, weighted by the global batch's tokens, then update."""
         own = self._own(micro_batches)
         count = TokenCount(own, device=self.device, copies=self._copies)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
@@ -135,7 +135,7 @@ class TorchEngine(Engine):
         load_rng(folder, rank=self._rank, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return weights and moments by name, this rank's shards where they are sharded; they share storage."""
+        """Return weights and moments by name, sharing storage; this rank's shards if sharded."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         return {
             **{name: parameter.detach() for parameter, name in names.items()},

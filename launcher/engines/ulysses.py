@@ -1,4 +1,4 @@
-"""Sequence parallelism: each rank computes with its own tokens, except for attention, where it has its own heads.
+"""Sequence parallelism: each rank has its own tokens, and its own heads in attention.
 
 Around attention the ranks swap tokens for heads, all to all (DeepSpeed-Ulysses, Jacobs et al., 2023, arXiv:2309.14509),
 so any kernel computes it on whole sequences. It comes in through Transformers' registry of attention functions, and no
@@ -30,7 +30,7 @@ _NAME = "launcher_ulysses"
 
 
 class _Swap(torch.autograd.Function):  # type: ignore[misc]
-    """All to all: cut dimension ``cut`` over the ranks and join what they send along ``join``; backward swaps back."""
+    """All-to-all: split dimension ``cut`` over ranks, concatenate along ``join``; and back."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: ProcessGroup, cut: int, join: int) -> Tensor:
@@ -51,7 +51,9 @@ def _swap(tensor: Tensor, group: ProcessGroup, *, cut: int, join: int) -> Tensor
 
 
 def check_cut(model: PreTrainedModel, *, degree: int, length: int) -> None:
-    """Raise unless ranks can share the sequences of a model, which the plan knows only of models on its machine.
+    """Raise unless ranks can split the model's sequences.
+
+    The plan knows this only of models on its machine.
 
     Raises:
         ConfigError: some layers do more than attend to whole sequences.
@@ -94,7 +96,7 @@ class SequenceParallel:
         self._splits = False
 
     def _mask(self, *args: Any, **kwargs: Any) -> Any:
-        """Return no mask for parts of sequences, which are causal as a whole; else what the kernel wants."""
+        """Return no mask for parts of sequences, which are causal as a whole; else the kernel's."""
         return None if self._splits else ALL_MASK_ATTENTION_FUNCTIONS[self._inner_name](*args, **kwargs)
 
     def _attend(
@@ -106,7 +108,7 @@ class SequenceParallel:
         attention_mask: Tensor | None,
         **options: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Compute attention of shape (sequences, heads, tokens, head width), returned as (…, tokens, heads, width)."""
+        """Compute attention for (sequences, heads, tokens, width); return (…, tokens, heads, width)."""
         if not self._splits:
             answer: tuple[Tensor, Tensor | None] = self._inner(module, query, key, value, attention_mask, **options)
             return answer
@@ -120,7 +122,7 @@ class SequenceParallel:
 
 
 class _Grouped:
-    """An attention module whose heads of keys are shared by as many heads of queries as is the case here."""
+    """An attention module whose key heads are shared by as many query heads as here."""
 
     def __init__(self, module: nn.Module, query: Tensor, key: Tensor) -> None:
         self._module = module

@@ -19,7 +19,7 @@ from launcher.errors.secrets import hide_secrets
 
 EXIT_USER_ERROR = 2
 EXIT_BAD_INPUT = 65
-"""Of a rank that found data, weights or an option bad: a restart would fail the same way (EX_DATAERR)."""
+"""Exit code of a rank with bad data, weights or options: a restart would fail (EX_DATAERR)."""
 EXIT_UNFIT = 69
 EXIT_PREEMPTED = 75
 EXIT_STALLED = 124

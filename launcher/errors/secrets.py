@@ -10,7 +10,8 @@ from typing import Any
 HIDDEN = "********"
 
 _SHORTEST = 8
-"""Shorter values of secret variables (``true``, ``0``) are no secrets, and occur by accident."""
+"""Shorter values of secret variables (``true``, ``0``) are no secrets.
+They occur by chance in other text."""
 
 _SECRET_WORDS = frozenset(
     {
@@ -41,7 +42,7 @@ _ENDINGS = re.compile(
     r"(?:TOKEN|(?:API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT|SIGNING|ENCRYPTION|DEPLOY|LICENSE|SSH|SSL|TLS|HF|HUB|GH|GIT"
     r"|WANDB|OPENAI|AWS|MASTER|SERVICE|SHARED|STORAGE|HMAC)KEYS?|(?<!BY)(?<!COM)(?<!TRES)(?<!SUR)(?<!MULTI)PASS)$"
 )
-"""Ends of a word that make a name secret: ``HFTOKEN``, ``S3_ACCESSKEY``, ``SSHPASS``; not ``MONKEY`` or ``BYPASS``."""
+"""Endings of secret names: ``HFTOKEN``, ``S3_ACCESSKEY``, ``SSHPASS``; not ``MONKEY``."""
 
 _PLURAL_TOKENS = re.compile(
     r"(?:^|_)(?:API|AUTH|ACCESS|BEARER|REFRESH|SESSION|SECRET|USER|HF|GH|GITHUB|GITLAB)_?TOKENS$"
@@ -49,7 +50,7 @@ _PLURAL_TOKENS = re.compile(
 """``tokens`` alone is what a language model counts."""
 
 _PLACES = frozenset({"FILE", "FILES", "PATH", "PATHS", "DIR", "DIRS", "FOLDER", "SOCK", "SOCKET", "VARIABLE"})
-"""A name that ends so says where a secret is, and holds none: ``SSH_AUTH_SOCK``, ``HF_TOKEN_PATH``."""
+"""Endings of names that only locate a secret: ``SSH_AUTH_SOCK``, ``HF_TOKEN_PATH``."""
 
 _HARMLESS = frozenset({"PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "NUM_KEY_VALUE_HEADS"})
 """The shell's current and last folder, the path of a file, and a size of models."""
@@ -110,13 +111,15 @@ _SSH_KEYWORDS = frozenset(
 _BARE_PROXY = re.compile(r"[^\s/:@]*:[^\s/@]+@[^\s/@]+/?")
 """``user:password@host:port``, which curl and requests take as a proxy without a scheme."""
 _HEADER = re.compile(r"\s*(?:(?P<bearer>Bearer)|Basic)\s+(?P<secret>[\w.~+/-]+=*)\s*", re.IGNORECASE)
-"""The whole value of a header ``Authorization``, whose secret may be short (RFC 6750, RFC 7617)."""
+"""The whole value of an ``Authorization`` header (RFC 6750, RFC 7617).
+Its secret may be short."""
 _ENTRY = re.compile(
     r"(?P<name>(?:^|[{,])[ \t]*[\"']?(?P<word>[A-Za-z]\w*)[\"']?: ?)"
     r"(?P<value>\"[^\"]*\"|'[^']*'|[^\s,}\]\"'][^,}\]\n\"']*)",
     re.MULTILINE,
 )
-"""A variable in YAML or JSON; a name with dots is an option in an error, and what follows is prose."""
+"""A variable in YAML or JSON.
+A name with dots is an option in an error, and prose follows it."""
 
 
 def is_secret_name(name: str) -> bool:

@@ -38,7 +38,7 @@ from launcher.utils.text import counted
 
 WEIGHTS, RESUME = "model.weights", "checkpoint.resume"
 PAYLOAD = "model"
-"""Folder in a checkpoint that holds whole weights and the tokenizer, as ``save_pretrained`` writes them."""
+"""Folder in a checkpoint with whole weights and tokenizer, as ``save_pretrained`` writes."""
 
 _KEPT = ("weights", "quantization")
 """Options of the group model that do not choose the model."""

@@ -61,9 +61,9 @@ def _validate_on_host(run: Run, run_dir: Path, *, hosts: Sequence[Host]) -> Iter
 
 def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     """Yield missing packages for quantized weights, also for folders that hold such weights."""
-    problems = list(run.model.validate_quantization())
-    yield from problems
-    if not problems and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
+    errors = list(run.model.validate_quantization())
+    yield from errors
+    if not errors and run.model.quantization == "none" and run.model.quantization_manifest() is not None:
         folder = run.model.local_weights
         if isinstance(run.job, Quantize):
             why = "its weights are quantized already"

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from launcher.models.tokenizer import REPLACEMENT
 
 _LONGEST = 3
-"""Replacement characters at the end of a text that may still become one character: it has four bytes at most."""
+"""Trailing replacement characters that may become one character, of up to four bytes."""
 _WINDOW, _CONTEXT = 36, 4 * _LONGEST
-"""Tokens that are decoded together at most, and how many of them stay when the window moves on: of one byte each, they
-must hold every character at the end that is not certain yet, and the end of one that is cut."""
+"""Most tokens decoded together, and how many stay when the window moves.
+If they are one byte each, they must hold every character at the end that is not complete yet, and the end of one that
+is cut."""
 
 
 class Detokenizer:
-    """Decodes a growing list of tokens a little at a time; the pieces together are the text of all tokens.
+    """Incremental detokenizer: its pieces together are the text of all tokens.
 
     A window of the newest tokens is decoded, so that the cost of a token does not grow with the text, and decoders
     that treat the beginning of a text otherwise see some tokens before it.
@@ -62,7 +63,10 @@ class Detokenizer:
         return piece
 
     def _is_text(self, token: int) -> bool:
-        """Return whether texts show a token: behind special ones alone a decoder drops a space as at a beginning."""
+        """Return whether a token has visible text.
+
+        After special ones alone a decoder drops a space, as at a beginning.
+        """
         return bool(self._decode([token] * 3))  # where a decoder drops a space it drops one, not three
 
 
@@ -72,7 +76,7 @@ def _held(text: str) -> int:
 
 
 class StopStringMatcher:
-    """Looks for strings that end a text, and keeps back what may turn out to be the beginning of one.
+    """Finds stop strings in a text, and holds back a possible beginning of one.
 
     The string that is complete first ends the text; of several that end at the same character, the longest.
 
@@ -140,7 +144,10 @@ class TextStream:
         return self._stops.found
 
     def feed(self, token: int, *, may_stop: bool = True) -> str:
-        """Take one token; return the text that may go out. Where it may not stop, no string is looked for in it."""
+        """Add one token; return the text to send.
+
+        Where the text may not stop, no string is searched in it.
+        """
         piece = self._tokens.feed(token)
         return self._stops.feed(piece) if may_stop else piece
 

@@ -104,7 +104,8 @@ def templates_by_name(loaded: str | Mapping[str, str] | None) -> dict[str, str]:
 
 
 ChatRenderer = Callable[[Sequence[Mapping[str, str]], str | None], str]
-"""Text of a conversation, ready for the answer, by the template of a name or the default one."""
+"""Renders a conversation to text, by a named chat template or the default one.
+The text ends where the answer begins."""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -122,18 +123,19 @@ class TextTokenizer:
         self.fingerprint = sha256_of(f"{text}\n{template}".encode())
         """Changes with anything that decides how text becomes tokens."""
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
-        """One more than the largest token; here once, because going through a vocabulary takes as long as a token."""
+        """One more than the largest token id.
+        Computed once, because a pass over the vocabulary takes as long as a token."""
         self._decode = decoder_of(inner)
         self._is_bytes, self._falls_back = has_decoder(inner, "ByteLevel"), has_decoder(inner, "ByteFallback")
         self._longest = max(map(len, inner.get_vocab(with_added_tokens=True)))
 
     def encode(self, text: str, *, special: bool = True) -> list[int]:
-        """Return the tokens of a text; ``special`` adds what the tokenizer puts around one (a beginning)."""
+        """Return a text's tokens; ``special`` adds those the tokenizer puts around it (a beginning)."""
         ids: list[int] = self._inner.encode(text, add_special_tokens=special).ids
         return ids
 
     def encode_all(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-        """Return the tokens of several texts, which other threads can run beside: ``encode`` keeps Python's lock."""
+        """Return the tokens of several texts without the GIL, which ``encode`` holds."""
         found = self._inner.encode_batch_fast(list(texts), add_special_tokens=special)
         return [each.ids for each in found]
 
@@ -196,7 +198,7 @@ class TextTokenizer:
 
     @functools.cached_property
     def _before(self) -> tuple[list[int], int]:
-        """A token that others can be decoded behind, and how long its text is; none where no token is plain text."""
+        """Return a token to decode others behind, and its text's length; none if none is plain."""
         for token in range(self.vocab_size):
             if token not in self._special and self._decode([token]).isalnum():
                 return [token], len(self._decode([token]))
@@ -306,7 +308,7 @@ def byte_tokenizer() -> TextTokenizer:
 
 @functools.cache
 def _byte_of() -> Mapping[str, int]:
-    """Return the byte behind each character that GPT-2's tokenizer writes bytes with (Radford et al., 2019)."""
+    """Return the byte of each character by which GPT-2's tokenizer writes bytes."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + at): byte for at, byte in enumerate(hidden)}

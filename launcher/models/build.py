@@ -98,7 +98,10 @@ def build_deferred(
     dtype: torch.dtype = torch.float32,
     heartbeat: Callable[[], None] = lambda: None,
 ) -> tuple[PreTrainedModel, ModelBuilder]:
-    """Return the model without storage, and what fills it part by part; arguments and errors are those above."""
+    """Return the model without storage, and what fills it part by part.
+
+    Arguments and errors are those of ``build_model``.
+    """
     return _build_deferred(model, seed=seed, attention=attention, dtype=dtype, quantization=None, heartbeat=heartbeat)[
         :2
     ]
@@ -117,9 +120,9 @@ def _build_deferred(
     folder = weights_folder(model, heartbeat=heartbeat)
     config = transformers_config(model)
     if folder is not None:
-        problems = list(validate_model_folder("model.weights", str(folder), architecture=None))
-        if problems:
-            raise ConfigErrors(problems)
+        errors = list(validate_model_folder("model.weights", str(folder), architecture=None))
+        if errors:
+            raise ConfigErrors(errors)
     laid_out = _skeleton(model, config, attention=attention, dtype=dtype)
     manifest = read_manifest(folder) if folder is not None else None
     method, option = quantization or method_named(model.quantization), "model.quantization"
@@ -174,7 +177,9 @@ def _skeleton(model: Model, config: PreTrainedConfig, *, attention: Attention, d
 def _source(
     model: Model, laid_out: PreTrainedModel, folder: Path, *, skip: Callable[[str], bool] = lambda name: False
 ) -> TensorSource:
-    """Return where weights come from; names and shapes are compared first, so no rank fails while others wait.
+    """Return the source of weights, after its names and shapes are compared with the model.
+
+    So no rank fails while others wait.
 
     Raises:
         ConfigError: the files do not hold exactly this model.

@@ -33,7 +33,10 @@ def init_unit_weights(model: PreTrainedModel, name: str, unit: nn.Module, *, see
 
 
 def _owner_of(model: PreTrainedModel, name: str) -> PreTrainedModel:
-    """Return the innermost model around a part: Transformers asks that one, whose class may draw in its own way."""
+    """Return the innermost model around a part.
+
+    Transformers asks that one, whose class may draw in its own way.
+    """
     from transformers import PreTrainedModel
 
     owner, module = model, model
@@ -52,7 +55,7 @@ def _draw(module: nn.Module, owner: PreTrainedModel) -> None:
 
 
 def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Return the model without storage: parameters and buffers on the meta device, tied ones the same object.
+    """Return the model on the meta device, without storage; tied tensors are the same object.
 
     Formats are those of ``from_pretrained(dtype=...)``: what a family computes in fp32 (rotary wavelengths, some
     routers) stays in fp32.
@@ -74,7 +77,10 @@ def meta_model(config: PreTrainedConfig, *, attention: str, dtype: torch.dtype) 
 
 
 def _discard_values(model: nn.Module) -> None:
-    """Move to the meta device the parameters that a class created off it, as torch.normal and FloatTensor do."""
+    """Move to the meta device parameters that a class created off it.
+
+    torch.normal and FloatTensor create them on the CPU.
+    """
     for module in model.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if not parameter.is_meta:
@@ -83,7 +89,7 @@ def _discard_values(model: nn.Module) -> None:
 
 
 def causal_lm_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """Return the class that Transformers builds a causal language model of this configuration with.
+    """Return the class of a causal language model that Transformers builds for a configuration.
 
     Raises:
         KeyError: it has none.
@@ -107,7 +113,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 TensorSource = Callable[[Sequence[str]], torch.Tensor | None]
-"""Returns the tensor that the model knows by one of these names (a tied parameter has several), ``None`` for none."""
+"""Returns the tensor that has one of these names in the model, or ``None``.
+A tied parameter has several names."""
 PartCallback = Callable[[str, nn.Module], None]
 """What happens to a part, given its name, once it is filled: it is sharded, say."""
 
@@ -144,7 +151,7 @@ class ModelBuilder:
         self._owner = _first_parts(model)
 
     def build_all(self, after: PartCallback = leave_part) -> None:
-        """Fill every part, calling ``after`` with each as soon as it is there, then what belongs to none."""
+        """Fill every part, calling ``after`` with each as it is ready, then the remaining tensors."""
         for name, part in list(units(self._model)):
             self.build(name, part)
             after(name, part)
@@ -152,7 +159,7 @@ class ModelBuilder:
         self.finish()
 
     def build(self, name: str, part: nn.Module) -> None:
-        """Fill one part, on the CPU; a parameter tied to one of an earlier part stays the same object."""
+        """Fill one part on the CPU; a parameter tied to an earlier part stays the same object."""
         fresh: list[tuple[list[str], nn.Parameter]] = []
         for module in part.modules():
             fresh += self._materialise(module)
@@ -175,7 +182,7 @@ class ModelBuilder:
         assert not empty, f"parts left unfilled: {empty}"
 
     def _materialise(self, module: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
-        """Give a module's own tensors storage; return the parameters that no earlier part had, with their names."""
+        """Allocate a module's own tensors; return the parameters new in this part, by name."""
         fresh = []
         for key, old in module._parameters.items():  # noqa: SLF001  (no public way to replace one by its key)
             if old is None or not old.is_meta:
@@ -193,7 +200,10 @@ class ModelBuilder:
         return fresh
 
     def _fill(self, name: str, part: nn.Module, fresh: Sequence[tuple[list[str], nn.Parameter]]) -> None:
-        """Draw or load ``fresh``; Transformers leaves alone what is marked, and recreates buffers in any case."""
+        """Draw or load ``fresh``.
+
+        Transformers leaves alone what is marked, and recreates buffers in any case.
+        """
         for names, parameter in fresh:
             stored = self._source(names) if self._source is not None else None
             if stored is not None:

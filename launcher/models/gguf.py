@@ -1,4 +1,6 @@
-"""GGUF files of the Llama family to the folder that Transformers reads: dequantized safetensors, config, tokenizer.
+"""Conversion of GGUF files (Llama family) to a folder of Transformers' format.
+
+The folder has dequantized safetensors, config and tokenizer.
 
 The weights go through ``gguf`` and numpy alone: no model is built, so it makes no difference whether the calling
 process is about to partition models with ZeRO-3.

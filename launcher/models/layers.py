@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def units(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the parts of a causal language model by name: embeddings, each block, norms, the output head.
+    """Yield a model's parts by name: embeddings, each block, norms, the output head.
 
     Containers of blocks are opened, everything else is a part as it stands.
     """
@@ -47,7 +47,7 @@ def _parts(base: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the repeated blocks, in order: what is in the longest list of modules of the base model."""
+    """Return the repeated blocks in order: the longest list of modules in the base model."""
     lists = [child for child in model.base_model.children() if isinstance(child, nn.ModuleList)]
     return max(map(list, lists), key=len, default=[])
 
@@ -93,7 +93,9 @@ class LearnedPositions(nn.Module):  # type: ignore[misc]
 
 
 class BlockInputs:
-    """Masks and rotary angles, made once for each shape. It is no module: angles stay fp32 whatever the layers are in.
+    """Masks and rotary angles, computed once for each shape.
+
+    It is not a module: angles stay fp32 whatever the layers are in.
 
     Args:
         config: of the model; its attention kernel decides about the mask.
@@ -122,7 +124,10 @@ class BlockInputs:
 
 
 def _causal_mask(config: PreTrainedConfig, hidden: Tensor, positions: Tensor) -> Any:
-    """Return the mask that the kernel wants for whole sequences; Transformers has renamed its arguments in between."""
+    """Return the kernel's mask for whole sequences.
+
+    Transformers has renamed its arguments between versions.
+    """
     offered = {
         "config": config,
         "attention_mask": None,

@@ -1,4 +1,6 @@
-"""A model's configuration, pretrained weights and tokenizer on a rank, downloaded or converted where missing.
+"""Configuration, weights and tokenizer of a model on a rank, downloaded if missing.
+
+Or converted, for models that come as a package.
 
 Importing this module imports neither torch nor Transformers.
 """
@@ -45,7 +47,10 @@ class ModelSource(Protocol):
         """Return the configuration to build the model from. Imports Transformers."""
 
     def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
-        """Return the local folder of config, tokenizer and, if asked for, weights; fill it once per machine."""
+        """Return the local folder of config, tokenizer and, if asked for, weights.
+
+        It is filled once per machine.
+        """
 
 
 def transformers_config(model: Model) -> PreTrainedConfig:
@@ -58,7 +63,7 @@ def transformers_config(model: Model) -> PreTrainedConfig:
 
 
 def pretrained_folder(model: Model, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
-    """Return the local folder that holds config, tokenizer and, if asked for, pretrained weights.
+    """Return the local folder of config, tokenizer and, if asked for, pretrained weights.
 
     Downloads or converts what is missing, once per machine; ``heartbeat`` is called meanwhile.
 
@@ -79,7 +84,7 @@ def weights_folder(model: Model, *, heartbeat: Heartbeat) -> Path | None:
 
 
 def tokenizer_folder(model: Model, *, heartbeat: Heartbeat) -> Path:
-    """Return the folder of the model's own tokenizer: that of its weights, else the pretrained one."""
+    """Return the folder of the model's own tokenizer: that of its weights, else pretrained."""
     own = Path(model.weights).expanduser()
     if model.weights not in ("random", "pretrained") and has_tokenizer(own):
         return own

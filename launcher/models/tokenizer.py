@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 REPLACEMENT = "\ufffd"
 """What decoders put for bytes that make no character, or none yet."""
 _MANY = 1000
-"""Tokens that take so long that other threads should run meanwhile: ``decode`` keeps Python's lock."""
+"""Tokens from which other threads should run meanwhile: ``decode`` holds the GIL."""
 
 
 def decoder_of(inner: tokenizers.Tokenizer) -> Callable[[Sequence[int]], str]:
@@ -65,7 +65,7 @@ def fallback_byte(token: str) -> int | None:
 
 
 def _apart(tokens: Iterator[str]) -> Iterator[str]:
-    """Yield tokens, with an empty one between bytes that make characters and bytes that make none."""
+    """Yield tokens, with an empty one between bytes that form characters and those that do not."""
     run: list[str] = []
     for token in tokens:
         if fallback_byte(token) is not None:
@@ -115,7 +115,7 @@ class FastTokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, added ones included: one more than the largest token number that can occur."""
+        """Return the number of tokens with added ones: the largest token id plus one."""
         return max(self.inner.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
@@ -184,7 +184,10 @@ def load_transformers_tokenizer(folder: Path, *, option: str, config_option: str
 
 
 def _raise_for_config(folder: Path, option: str) -> None:
-    """Raise a ConfigError if Transformers cannot read the folder's config.json, which names the tokenizer's class."""
+    """Raise a ConfigError if Transformers cannot read the folder's config.json.
+
+    It names the tokenizer's class.
+    """
     from transformers import AutoConfig
 
     if not exists(folder / "config.json"):
@@ -203,7 +206,7 @@ def config_json_error(option: str, value: object, folder: Path, error: Exception
 
 
 def copy_tokenizer(source: Path, folder: Path) -> None:
-    """Copy the tokenizer of a model folder, its chat templates and its generation config into another folder."""
+    """Copy a model folder's tokenizer, chat templates and generation config to another one."""
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def apply_activation_checkpointing(module: nn.Module, activation: ActivationCheckpointing) -> None:
-    """Make the blocks of ``module`` recompute what ``activation`` says, in the backward pass of training mode only.
+    """Make the blocks of ``module`` recompute activations in the backward pass of training.
 
     Transformers' own switch is not used: its name and its options differ between versions, and it is a method of whole
     models, while this takes a pipeline stage too. Both set the same two attributes of a block.
@@ -55,13 +55,16 @@ def apply_activation_checkpointing(module: nn.Module, activation: ActivationChec
 
 
 def _run_offloaded(block: Callable[..., Any], hidden: torch.Tensor, *rest: Any, use_reentrant: bool) -> Any:
-    """Run a block under checkpoint, whose saved inputs go to host RAM; what it saves on recomputing stays."""
+    """Run a block under checkpoint, its saved inputs in host RAM.
+
+    What it saves on recomputing stays.
+    """
     with torch.autograd.graph.save_on_cpu(pin_memory=hidden.is_cuda):
         return checkpoint(block, hidden, *rest, use_reentrant=use_reentrant)
 
 
 def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device) -> None:
-    """Have each block of ``module`` compiled at its first use; blocks of the same make share one compilation.
+    """Compile each block of ``module`` at its first use; equal blocks share the code.
 
     Each block must compile as a whole: with ``fullgraph`` torch ends the run and shows the line it cannot compile,
     where it would otherwise fall back to Python without a word.
@@ -88,7 +91,10 @@ def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device)
 
 
 def without_compile(module: nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which blocks run uncompiled: a cache that grows by a token a call would compile each time."""
+    """Return a context in which blocks run uncompiled.
+
+    A cache that grows by a token a call would compile each time.
+    """
     if any(block._compiled_call_impl is not None for block in repeated_blocks(module)):  # noqa: SLF001
         stance: contextlib.AbstractContextManager[object] = torch.compiler.set_stance("force_eager")
         return stance
@@ -101,7 +107,7 @@ def repeated_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def apply_float8(module: nn.Module, precision: Precision) -> None:
-    """Have the linear layers in the blocks of ``module`` multiply in 8 bits; weights and their names stay.
+    """Make the linear layers in the blocks multiply in 8 bits; weights and names stay.
 
     The output head and the embedding stay as they are: their errors weigh most.
 

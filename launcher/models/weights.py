@@ -66,7 +66,7 @@ class StoredTensors:
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of everything that the files hold for this model, by its name in the model."""
         self.unexpected: set[str] = set()
-        """What the files hold besides, and Transformers does not know as a leftover of older versions."""
+        """Further tensors of the files that Transformers does not know as leftovers."""
         self.unconverted: dict[str, str] = {}
         """What conversions failed on, by the name in the model, with the reason."""
         self._groups = self._grouped()
@@ -88,7 +88,7 @@ class StoredTensors:
         return {name: (found, wanted) for name, found, wanted in pairs if found != wanted}
 
     def read(self, names: Sequence[str]) -> Tensor | None:
-        """Return the tensor that the model knows by any of ``names``; ``None`` where the files hold none of them."""
+        """Return the tensor that has one of ``names`` in the model; ``None`` if no file has it."""
         name = next((name for name in names if name in self.shapes), None)
         if name is None:
             return None
@@ -101,7 +101,7 @@ class StoredTensors:
         return wanted
 
     def are_equal(self, one: str, other: str) -> bool:
-        """Return whether the files hold equal values under two names of the model, without holding either whole."""
+        """Return whether two names of the model have equal values, without loading either whole."""
         if self.shapes[one] != self.shapes[other]:
             return False
         groups = [self._groups[self._group_of[name]] for name in (one, other)]
@@ -116,7 +116,7 @@ class StoredTensors:
         return True
 
     def _grouped(self) -> dict[str, _TensorGroup]:
-        """Return what is made of the files' tensors, by the first name of the model that each conversion makes."""
+        """Return the conversions of the files' tensors, by the first model name that each makes."""
         rules = get_model_conversion_mapping(self._model)
         renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -137,7 +137,7 @@ class StoredTensors:
         return groups
 
     def _try_out(self, first: str, group: _TensorGroup) -> None:
-        """Convert tensors without storage: which names and shapes come of it, and whether it can be done."""
+        """Convert tensors without storage; record the resulting names and shapes, or the error."""
         info = _no_findings()
 
         def empty(name: str) -> Tensor:
@@ -177,7 +177,7 @@ class StoredTensors:
 
 
 def untie_differing_weights(model: PreTrainedModel, stored: StoredTensors) -> list[str]:
-    """Give tied parameters that the files hold with different values storage of their own, as ``from_pretrained`` does.
+    """Untie tied parameters whose values differ in the files, as ``from_pretrained`` does.
 
     Returns:
         The names that are not tied any more.
@@ -221,7 +221,9 @@ def _no_findings() -> LoadStateDictInfo:
 
 
 def save_model_folder(model: PreTrainedModel, folder: Path) -> None:
-    """Write what :func:`validate_model_folder` accepts: configuration and weights, tied ones once. Imports safetensors.
+    """Write configuration and weights for :func:`validate_model_folder`, tied ones once.
+
+    Imports safetensors.
 
     Transformers' own ``save_pretrained`` imports DeepSpeed where that is installed, which takes seconds: too many for a
     run that is asked to save and leave.

@@ -102,7 +102,8 @@ def _open_files(descriptors: Path) -> Iterator[str]:
 
 
 LIMIT_S = 1800.0
-"""Time limit for one operator: it takes minutes on an idle machine, half an hour on a loaded one."""
+"""Time limit of one operator's build.
+It takes minutes on an idle machine, half an hour on a loaded one."""
 _JOB_BYTES = 2 * 1024**3
 """Memory of one compiler process."""
 

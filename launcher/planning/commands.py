@@ -93,7 +93,8 @@ AGENTS: dict[str, AgentArgv] = {"torchrun": torchrun_argv, "deepspeed": deepspee
 RANK_LAUNCHERS: dict[str, AgentArgv] = {**AGENTS, "external": external_argv}
 """Every value of ``Backend.rank_launcher``."""
 _INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TP_SOCKET_IFNAME")
-"""Without them Gloo binds the interface that the host's own name resolves to: on Debian, the loopback."""
+"""Interface variables.
+Without them Gloo binds the interface that the host's own name resolves to: on Debian, the loopback."""
 
 
 @dataclass(frozen=True, kw_only=True)

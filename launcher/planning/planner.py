@@ -43,11 +43,12 @@ class LocalFacts:
     """Facts about this machine that a plan depends on: environment, home, native ops."""
 
     environ: Mapping[str, str] = field(repr=False)
-    """The environment that ranks and trackers inherit. It holds secrets: a plan gets only what a tracker derives."""
+    """Environment that ranks and trackers inherit, secrets included.
+    A plan gets only what a tracker derives."""
     home: Path
     """The user's home, where trackers keep credentials."""
     ops_folder: str = ""
-    """Folder in which DeepSpeed's native ops of this environment are built; empty when the run needs none."""
+    """Folder of DeepSpeed's native operators for this environment; empty if none is needed."""
     missing_ops: tuple[str, ...] = ()
     """Arguments of ``python -m launcher.ops`` for the native ops that are not built yet."""
 

@@ -76,7 +76,8 @@ def _format_warnings(run: Run, on_cpu: Sequence[Host]) -> Iterator[str]:
 
 
 _FINE_TUNING_LR = 2e-4
-"""Above this, AdamW on all weights destroys pretrained ones (SmolLM2 and Llama were tuned at 1e-5 to 1e-4)."""
+"""Learning rate above which AdamW on all weights destroys pretrained ones.
+SmolLM2 and Llama were tuned at 1e-5 to 1e-4."""
 
 
 def _tokenizer_warnings(run: Run) -> Iterator[str]:

@@ -18,7 +18,7 @@ Event = Mapping[str, Any]
 
 
 def memory_timeline(events: Iterable[Event]) -> dict[str, Any]:
-    """Return by device the bytes in use over time and which operators had allocated those in use at the peak.
+    """Return by device the bytes in use over time, and those at the peak by operator.
 
     Bytes are counted from the beginning of the recording: what was there before is not known to it.
 
@@ -99,14 +99,14 @@ def _outermost(events: Iterable[Event]) -> Iterator[Event]:
 
 
 def _thinned(points: Sequence[tuple[float, int]]) -> Iterator[tuple[float, int]]:
-    """Yield points for a line that people look at: of each stretch the highest and the last one."""
+    """Yield points to draw a line: the highest and the last one of each interval."""
     size = -(-2 * len(points) // _MAX_POINTS)
     for start in range(0, len(points), size):
-        stretch = points[start : start + size]
-        highest = max(stretch, key=lambda point: point[1])
+        interval = points[start : start + size]
+        highest = max(interval, key=lambda point: point[1])
         yield highest
-        if stretch[-1] != highest:
-            yield stretch[-1]
+        if interval[-1] != highest:
+            yield interval[-1]
 
 
 def _device(event: Event) -> str:

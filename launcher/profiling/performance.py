@@ -73,7 +73,7 @@ class StepClock:
 
 
 def peak_memory_bytes(*, cuda: bool) -> int:
-    """Return the most device memory allocated so far, or the process's resident high-water mark on a CPU."""
+    """Return the peak bytes: allocated by torch on a GPU, resident in RAM on a CPU."""
     if cuda:
         import torch
 
@@ -96,13 +96,13 @@ PEAK_TFLOPS: Final = {
     "RTX 4090": (165.2, 82.6, 82.6, 330.3),
     "RTX 3090": (71.0, 35.6, 35.6, None),
 }
-"""Peak TFLOP/s by a part of the device's name, the first match counts; ``None`` where it lacks the format."""
+"""Peak TFLOP/s by a part of the device's name, first match; ``None`` without the format."""
 
 _COLUMNS: Final = {"bf16": 0, "fp16": 0, "fp32": 1, "tf32": 2, "fp8": 3}
 
 
 def peak_flops(device_name: str, *, precision: str) -> float | None:
-    """Return the stated peak FLOP/s of a GPU, or ``None`` for one, or a format, that is not in the table.
+    """Return a GPU's stated peak FLOP/s; ``None`` if it, or the format, is not in the table.
 
     A CPU has none: what a probe measures depends on what else runs, and shares of it have been over 100%.
 

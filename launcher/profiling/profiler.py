@@ -32,10 +32,13 @@ class Profiler(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Say that the work is over: what is still being recorded ends, and is written. May be called again."""
+        """End the recording and write it.
+
+        May be called again.
+        """
 
     def mark(self, name: str) -> AbstractContextManager[None]:
-        """Return what a stretch is done in that has this name in the trace."""
+        """Return a context whose work is a range of this name in the trace."""
         return _NOTHING
 
     def __enter__(self) -> Profiler:

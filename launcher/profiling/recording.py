@@ -41,7 +41,7 @@ class Recording:
         """Whether it listens now."""
 
     def prepare(self) -> None:
-        """Switch the profiler on without listening: what is slow about that is over when ``start`` comes."""
+        """Start the profiler without recording, so that ``start`` is fast."""
         import torch
         from torch.profiler import ProfilerActivity, profile
 
@@ -53,7 +53,7 @@ class Recording:
             activities=activities,
             record_shapes=self._options.shapes,
             profile_memory=self._options.memory,
-            acc_events=True,  # there is one stretch: without, torch 2.11 warns that each replaces the one before
+            acc_events=True,  # there is one recording: without, torch 2.11 warns that each replaces the one before
         )
         self._torch.prepare_trace()
 
@@ -76,7 +76,7 @@ class Recording:
             self._torch = None
 
     def mark(self, name: str) -> AbstractContextManager[None]:
-        """Return what names a stretch of the trace."""
+        """Return a context whose work is one named range of the trace."""
         from torch.profiler import record_function
 
         named: AbstractContextManager[None] = record_function(name)
@@ -125,12 +125,12 @@ class Recording:
         )
 
 
-OperatorKind = Literal["operator", "kernel", "stretch"]
+OperatorKind = Literal["operator", "kernel", "range"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Operator:
-    """One operator, kernel or named stretch, all its calls together. Times are seconds."""
+    """One operator, kernel or named range, all its calls together. Times are seconds."""
 
     name: str
     sort: OperatorKind
@@ -157,7 +157,7 @@ def _operator(average: Any) -> Operator:
     from torch.autograd import DeviceType
 
     on_cpu = average.device_type == DeviceType.CPU
-    kind: OperatorKind = "stretch" if average.is_user_annotation else "operator" if on_cpu else "kernel"
+    kind: OperatorKind = "range" if average.is_user_annotation else "operator" if on_cpu else "kernel"
     return Operator(
         name=str(average.key),
         sort=kind,
@@ -174,7 +174,7 @@ def _shape(sizes: Any) -> str:
     return "×".join(map(str, sizes)) if sizes else "-"
 
 
-_TITLES: Mapping[OperatorKind, str] = {"operator": "Operators", "kernel": "Kernels", "stretch": "Stretches of the work"}
+_TITLES: Mapping[OperatorKind, str] = {"operator": "Operators", "kernel": "Kernels", "range": "Named ranges"}
 _CPU_TEXT, _GPU_TEXT = "self CPU", "self GPU"
 
 
@@ -208,7 +208,7 @@ def as_markdown(name: str, operators: Sequence[Operator], *, memory: Mapping[str
 def _top(operators: Sequence[Operator], sort: OperatorKind, top: int) -> list[Operator]:
     """Return those of a sort that take longest themselves: on the GPU where there is one."""
     found = [operator for operator in operators if operator.sort == sort]
-    if sort == "stretch":
+    if sort == "range":
         return sorted(found, key=lambda operator: -operator.total_s)[:top]
     on_device = any(operator.device_s for operator in operators)
     return sorted(found, key=lambda operator: -(operator.device_s if on_device else operator.self_s))[:top]

@@ -21,9 +21,9 @@ from launcher.protocol.wire import check_message_fields
 
 _STATE_BYTES, _RECORD_BYTES = 4096, 8192
 HEARTBEAT_BYTES = _STATE_BYTES + _RECORD_BYTES
-"""Size of a rank's slot: its newest state, then its exception when the disk is too full for a file."""
+"""Size of a rank's slot: newest state, then its exception if the disk is full."""
 _HEADER = struct.Struct("<II")
-"""CRC-32 and length of the JSON that follows: the checksum of a half-written state does not match."""
+"""CRC-32 and length of the JSON that follows; a half-written state fails the checksum."""
 HEARTBEAT_FIELDS: dict[str, Any] = {"phase": str, "step": int | None, "at": float, "numbers": dict[str, float]}
 
 

@@ -32,13 +32,14 @@ class Assignment(AgentMessage):
     grace_s: float
     """Time between the signal and the kill when the agent ends the ranks by itself."""
     heartbeat_timeout_s: float
-    """Silence of the session after which it counts as lost; 0 where a pipe to it closes when it ends."""
+    """Seconds of silence after which the session counts as lost; 0 if a pipe shows its end."""
     env: dict[str, str]
     """Variables of the launching environment, secrets too: no file or command line holds them."""
     files: dict[str, str]
     """Text of files that must be in the run directory, by name."""
     session: dict[str, Any]
-    """The ``ProcessLocation`` of the session: an agent that finds it in session.json shares the disk."""
+    """The session's ``ProcessLocation``.
+    An agent that finds it in session.json shares the disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ class AgentReady(AgentMessage):
     location: dict[str, Any]
     """The ``ProcessLocation`` of the agent, as a plain tree."""
     code: str
-    """Folder of the code that it runs; a code bundle is unpacked into a folder named by its hash."""
+    """Folder of the code to run; a code bundle is unpacked into a folder named by its hash."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from launcher.protocol.plan import NativeOps
 from launcher.utils.files import home_folder, read_json, write_json
 
 OPTIONAL_MARK = "?"
-"""Ends the name of an operator the run can do without, on the command line of ``python -m launcher.ops``."""
+"""Suffix of an optional operator on the command line of ``python -m launcher.ops``."""
 
 
 def ops_folder() -> Path:

@@ -16,7 +16,7 @@ class RunOutcome:
     status: RunStatus | Literal["submitted"]
     """``submitted``: a scheduler runs it and will write the result."""
     exit_code: int
-    """0; the first failing rank's own; 128+n for a signal; 75 for a preempted run; 124 for a stalled one."""
+    """0, the first failing rank's own, 128+n for a signal, 75 if preempted, 124 if stalled."""
     failure: Failure | None = None
     port_taken: bool = False
     """The port of the rendezvous was in use and no step was taken: retry with another port."""
@@ -45,7 +45,7 @@ class RankProgress:
     silent_s: float
     """Time since its last heartbeat."""
     where: str = ""
-    """The line it was at, ``launcher/training/trainer.py:88 in train_step``; empty when its stack is not known."""
+    """Current line, ``launcher/training/trainer.py:88 in train_step``; empty if unknown."""
     collective: str = ""
     """Collective in which it waited for other ranks, if it did."""
     stack: str = ""
@@ -74,7 +74,7 @@ class Failure:
     """Seconds since the epoch."""
     victims: tuple[Victim, ...] = ()
     ranks: tuple[RankProgress, ...] = ()
-    """Position of every rank when the run stalled, or of the others when a rank died without an exception."""
+    """Position of every rank at a stall, or of the others when one died without an exception."""
 
     def tree(self) -> dict[str, Any]:
         """Return the content of ``failure.json``."""

@@ -21,7 +21,7 @@ class Host:
     address: str = "127.0.0.1"
     """Where the other hosts reach it."""
     ssh_destination: str = ""
-    """How it is reached from here, as the hostfile says it (``user@name:port``); empty for this machine."""
+    """ssh destination of the host, ``user@name:port`` as in the hostfile; empty for this one."""
     is_probed: bool = True
     """Whether the fields below were probed; a dry run assumes them."""
     devices: tuple[str, ...] = ()
@@ -38,7 +38,7 @@ class Host:
     memory_bytes: int = 0
     """Host RAM; 0 when not known."""
     computes_bf16: bool = True
-    """Whether its processor has instructions for bfloat16; without them every product is converted in software."""
+    """Whether its processor has bfloat16 instructions; otherwise products convert in software."""
     python: str = "python"
     """The interpreter that runs this program there."""
 
@@ -226,9 +226,9 @@ class Plan:
     hosts: tuple[HostPlan, ...]
     work: Work
     memory: MemoryEstimate | None
-    """``None`` when the model's sizes are only known once it is downloaded, or the job has no model."""
+    """``None`` if the model's sizes are unknown before its download, or there is no model."""
     engine_config: dict[str, Any] | None
-    """DeepSpeed's configuration, provided that every native op is there; ``None`` on other engines."""
+    """DeepSpeed's configuration, if every native operator exists; ``None`` on other engines."""
     tracker: TrackerPlan
     details: dict[str, str] = field(default_factory=dict)
     """Parts of the work besides its batches, and what is done in each; most jobs have none."""
@@ -241,9 +241,10 @@ class Plan:
     preempt_grace_s: float
     """Time that ranks get to save and end after SIGUSR1."""
     heartbeat_timeout_s: float = 0.0
-    """Silence after which a host, or the session, counts as lost; 0 where nothing can be lost unnoticed."""
+    """Seconds of silence after which a host or the session counts as lost; 0 if not watched.
+    It is 0 where no loss can go unnoticed."""
     forwarded_env: tuple[str, ...] = ()
-    """Names of the variables that hosts get from the launching environment; values are in no plan."""
+    """Names of variables that hosts get from the launching environment; no plan holds values."""
     show_ranks: tuple[int, ...] | None
     """Ranks whose output is shown; ``None`` shows all."""
     warnings: tuple[str, ...] = ()

@@ -15,7 +15,8 @@ _UNITS = {
     "_us": ("µs", 1.0),
     "_s": ("s", 1.0),
 }
-"""Unit, and what a value is multiplied with, by ending; an ending that holds another one comes before it."""
+"""Unit and factor by ending of the name.
+An ending that contains another one comes before it."""
 
 
 def label(quantity: str) -> str:

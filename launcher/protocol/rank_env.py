@@ -28,7 +28,7 @@ class RankEnv:
     run_id: str
     """Empty for a rank that was started by hand."""
     scratch: Path | None
-    """Folder of the host agent's socket and heartbeat files; ``None`` for a rank started by hand."""
+    """Folder of the agent's socket and heartbeat files; ``None`` for a rank started by hand."""
 
     @property
     def log(self) -> Path:

@@ -15,7 +15,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.files import UnreadableFile, open_regular, read_object, write_json
 
 RunStatus = Literal["completed", "failed", "preempted", "cancelled"]
-"""How a run ended: all steps done, a rank or the launcher failed, preempted and resumable, cancelled by the user."""
+"""How a run ended: completed, failed, preempted (resumable) or cancelled by the user."""
 _MAX_LINE_BYTES = 1 << 20
 
 

@@ -21,7 +21,7 @@ _PENDING_CHECKPOINT = re.compile(r"\.step_\d{8,}\.(tmp|old|gone)")
 """Hidden names that a save uses before its last rename."""
 _TOP_LEVEL_KEY = re.compile(r"^(\w+):", re.MULTILINE)
 _PRE_SNAPSHOT_ENTRIES = frozenset({".lock", ".submission", "logs"})
-"""What a launcher makes before it writes the snapshot; all that one which was killed then leaves."""
+"""Entries that a launcher makes before the snapshot: all that one killed early leaves."""
 
 _OWN_ENTRIES = frozenset(
     {
@@ -149,7 +149,10 @@ class RunDir:
         return [] if is_early else names
 
     def irregular_files(self) -> list[str]:
-        """Return the links to files, FIFOs and the like among what a run appends to; no run makes such."""
+        """Return the links, FIFOs and the like among a run's appended files.
+
+        No run creates such.
+        """
         found = []
         for folder in (self.path, self.logs, self.generated):
             with contextlib.suppress(OSError):

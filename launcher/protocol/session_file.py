@@ -84,7 +84,7 @@ class SessionRecord:
     cwd: str = ""
     """The working directory that relative paths of the run start from; empty where nothing says."""
     job: dict[str, str] = field(default_factory=dict)
-    """Names of the job: ``{"id": …}`` in Slurm, ``{"kind": …, "name": …, "namespace": …}`` in Kubernetes."""
+    """Names of the job: Slurm's ``{"id": …}``, Kubernetes' ``{"kind", "name", "namespace"}``."""
 
     @property
     def invalid_job_names(self) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Swap folders of runs on NVMe: their names, their lock, and the removal of those that dead runs left.
+"""Swap folders of runs on NVMe: names, lock, and removal of those that dead runs left.
 
 Every rank of a run holds a shared lock on ``in_use`` in its folder. The kernel drops the lock of a process that dies,
 so a folder whose lock nothing holds is a leftover. Ranks and their parent both remove leftovers, without torch.
@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 IN_USE = "in_use"
-"""The file that carries the lock: made first, and removed after everything else in its folder."""
+"""Name of the lock file: created first, removed last in its folder."""
 _DEEPSPEED_MAKES = frozenset({"zero_stage_3"})
 """What DeepSpeed makes in a folder that it swaps to."""
 _UNSAFE = re.compile(r"[^\w.-]")
@@ -33,7 +33,10 @@ def sweep(path: Path) -> None:
 
 
 def remove_unused(folder: Path) -> None:
-    """Remove the folder of a run whose lock no rank holds; what no run made stays, as does what cannot be removed."""
+    """Remove a run's folder if no rank holds its lock.
+
+    What no run created stays, as does what cannot be removed.
+    """
     with suppress(OSError):  # another process removed it meanwhile, or it is a link
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:

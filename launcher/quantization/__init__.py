@@ -1,1 +1,4 @@
-"""Weights in fewer bits: which methods there are, in plain Python, and how a rank applies, keeps and restores them."""
+"""Weights in fewer bits: the methods, and how a rank applies, saves and restores them.
+
+In plain Python, without torch.
+"""

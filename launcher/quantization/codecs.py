@@ -116,7 +116,7 @@ _NF4_TENSORS = ("weight", "weight.absmax", "weight.quant_map", _NF4_STATE)
 
 
 class Nf4Codec(LayerCodec):
-    """Codec of ``nf4``, in the format that Transformers loads too: blocks continue from one output to the next."""
+    """Codec of ``nf4`` in Transformers' format; blocks continue from one output to the next."""
 
     def quantize(self, layer: nn.Linear) -> nn.Module:
         """Return the quantized layer that replaces one in floats."""

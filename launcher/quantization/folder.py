@@ -22,7 +22,9 @@ _SINGLE = "model.safetensors"
 
 
 def save_quantized(model: PreTrainedModel, method: Quantization, folder: Path) -> None:
-    """Write weights, configuration and what the layers are; before the first forward pass, which may reorder weights.
+    """Write weights, configuration and layer formats, before the first forward pass.
+
+    That pass may reorder weights.
 
     Args:
         model: quantized by ``method``.

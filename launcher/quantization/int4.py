@@ -11,13 +11,15 @@ from torch.nn.functional import linear
 
 LEVELS = 15
 ZERO_STEPS = 16
-"""Zero points are kept in sixteenths of a step: as finely as a byte allows, and twice as finely as errors show."""
+"""Zero points are stored in sixteenths of a step, as finely as a byte allows.
+That is twice as finely as errors show."""
 _SHRUNK = (1.0, 0.95, 0.9, 0.85, 0.8)
-"""Shares of a group's range that are tried: clipping the ends often loses less than coarser steps do."""
+"""Shares of a group's range that are tried.
+Clipping the ends often loses less than coarser steps do."""
 
 
 class Int4Linear(nn.Module):  # type: ignore[misc]
-    """A linear layer of w = scale * (q - zero / 16), with q from 0 to 15: 4.75 bits a weight in groups of 32.
+    """A linear layer with w = scale * (q - zero / 16), q in 0..15: 4.75 bits in groups of 32.
 
     Attributes:
         qdata: (out, in / 2) uint8; the even input of two is in the low half of a byte.

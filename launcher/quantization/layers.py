@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the linear layers in the repeated blocks of a model, by name. Before any of them is quantized."""
+    """Return the linear layers in a model's blocks by name, before any is quantized."""
     inside = tuple(f"{name}." for name, child in model.named_modules() if isinstance(child, nn.ModuleList))
     return {
         name: layer
@@ -48,12 +48,12 @@ def quantized_targets(model: nn.Module, skip: Sequence[str], *, option: str) -> 
 
 
 def matrix_size(layer: nn.Module) -> tuple[int, int]:
-    """Return outputs and inputs of a linear layer; ``Conv1D`` keeps its matrix the other way round."""
+    """Return outputs and inputs of a linear layer; ``Conv1D`` stores its matrix transposed."""
     return (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
 
 
 def as_linear(layer: nn.Module) -> nn.Linear:
-    """Return a layer as ``nn.Linear``: itself, or one with the matrix of a ``Conv1D`` turned round."""
+    """Return a layer as ``nn.Linear``: itself, or one with ``Conv1D``'s matrix transposed."""
     if not isinstance(layer, Conv1D):
         assert isinstance(layer, nn.Linear), "one of `matrices`"
         return layer
@@ -99,7 +99,7 @@ def bytes_by_group(model: PreTrainedModel, layers: set[str]) -> dict[str, int]:
 
 
 def own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the plain tensors that a module itself holds, those inside of quantized weights among them."""
+    """Yield the plain tensors that a module holds, those inside quantized weights included."""
     for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
         yield from ((key, part) for part in _plain_tensors(tensor))
 

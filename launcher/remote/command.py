@@ -33,8 +33,9 @@ class RemoteCommand:
 
 
 ONE_LINER = "import json,os;exec(json.loads(bytes(iter(lambda:os.read(0,1)[0],10))))"
-"""Reads byte by byte, so that what follows the line is left for others. Holds nothing that sh, bash, csh, fish or zsh
-would touch between single quotes, where csh still minds ``!`` and fish the backslash."""
+"""Python one-liner that reads its line byte by byte, so that the rest stays unread.
+It holds nothing that sh, bash, csh, fish or zsh would touch between single quotes, where csh still expands ``!`` and
+fish the backslash."""
 
 _PLAIN_PATH = re.compile(r"(~/)?[A-Za-z0-9_@%+:,./-]+")
 _UNQUOTABLE = re.compile(r"['\\!\x00-\x1f\x7f]")

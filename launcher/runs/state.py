@@ -20,13 +20,13 @@ from launcher.utils.files import is_regular, read_object
 from launcher.utils.text import shell_command, short_path
 
 RUNNING, LOST, ELSEWHERE = "running", "lost", "elsewhere"
-"""Besides the statuses of ``result.json``: its session runs; its session has ended without a result; its session may
-run, on a machine that cannot be seen from here."""
+"""States of a run without a result: session running, session ended, session out of reach.
+The last one may run on a machine that cannot be reached from here."""
 
 _YOUNG_S = 30.0
 """Age below which a run without session.json counts as starting."""
 _LATEST = 253_402_300_799.0
-"""The last second of the year 9999: files may have any time, and ``strftime`` fails for later ones."""
+"""The last second of the year 9999: files may have any time, ``strftime`` fails later."""
 _LARGEST = 1e300
 
 

@@ -40,7 +40,8 @@ from launcher.utils.schema import to_tree
 
 _TICK_S = 0.1
 _CONNECT_S = 60.0
-"""Time until the first message of an agent: it ends logins that hang, and is enough for a slow disk."""
+"""Seconds until an agent's first message.
+It ends logins that hang, and is enough for a slow disk."""
 _TAIL_LINES = 30
 _MAX_PROBLEM_CHARS = 200
 Connect = Callable[[HostPlan], AgentConnection]
@@ -197,7 +198,10 @@ class AgentGroup:
         self._agents[host].has_launched = True
 
     def ranks_of(self, host: str) -> range:
-        """Return the ranks that the agent of ``host`` supervises; an external launcher's are on several hosts."""
+        """Return the ranks that the agent of ``host`` supervises.
+
+        An external launcher's are on several hosts.
+        """
         plan = self._agents[host].host
         return range(plan.first_rank, plan.first_rank + plan.host.slots)
 

@@ -21,7 +21,8 @@ from launcher.utils.processes import become_subreaper, end_descendants
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
 _TICK_S = 0.25
 _EXIT_TIMEOUT_S = 30.0
-"""Time for an agent to exit by itself once the connection is closed; enough unless it is suspended."""
+"""Seconds for an agent to exit once the connection is closed.
+Enough unless it is suspended."""
 
 
 def main() -> None:

@@ -87,7 +87,8 @@ class AgentConnection(ABC):
     host: str
     """Name of the host in the plan."""
     program: str | None
-    """Program that carries the messages (``ssh``), whose exit code ``close`` returns; ``None`` for a bare socket."""
+    """Program that carries the messages (``ssh``); ``None`` for a bare socket.
+    ``close`` returns its exit code."""
     _reader: MessageReader
     _buffer: WriteBuffer
 

@@ -53,7 +53,8 @@ _READ_EVERY_S = 0.25
 _REPORT_TIMEOUT_S = 3.0
 """Time for rank monitors to report once the launcher has exited."""
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL")
-"""Prefixes of variables that deepspeed exports, mangled by shells; ranks read them from the channel instead."""
+"""Prefixes of variables that deepspeed exports and shells may alter.
+Ranks read them from the channel instead."""
 _SSH_EXITED = re.compile(r"pdsh@[^:]*: (?P<host>\S+): ssh exited with exit code (?P<code>\d{1,3})")
 
 

@@ -26,7 +26,7 @@ from launcher.utils.processes import describe_exit, shell_exit_code
 COLLECT_FAILURES_S = 0.3
 """Time after the first failure in which others are collected."""
 WAIT_FOR_CAUSE_S = 3.0
-"""The same while every failure seen may be the consequence of one not seen yet, or is a preemption."""
+"""The same if a failure not yet seen may be the cause of all seen, or for a preemption."""
 
 _CONSEQUENCE = re.compile(
     r"DistBackendError|DistNetworkError|DistStoreError|Watchdog caught collective operation timeout"
@@ -34,7 +34,7 @@ _CONSEQUENCE = re.compile(
 )
 
 _WAS_SIGNALLED = re.compile(r" got signal: (\d{1,2})\b")
-"""Printed by torchrun after "SignalException", before it exits with code 1, when it received a signal."""
+"""Printed by torchrun after "SignalException" before it exits with 1 on a signal."""
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
 
 
@@ -76,7 +76,7 @@ class FailureAnalysis:
         self._add_candidate(host, failure, now)
 
     def ranks_missing(self, ranks: Sequence[int], *, now: float) -> None:
-        """Add the failure of ranks whose launcher and agent have ended without a report of their exit."""
+        """Add the failure of ranks whose launcher and agent ended without reporting their exit."""
         failure = self._missing_failure(min(ranks))
         self._add_candidate(min(ranks), failure, now)
 

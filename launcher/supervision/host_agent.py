@@ -47,7 +47,7 @@ _TICK_S = 0.1
 _BUSY_S = 0.01
 _HANDLED_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 _SEND_FILES_S = 60.0
-"""Time, after all processes have exited, to send files to a session that does not share the disk."""
+"""Seconds, after all processes exited, to send files to a session on another disk."""
 _LOST_SESSION_GRACE_S = 2.0
 """Longest grace of the ranks once the session is lost."""
 
@@ -71,7 +71,7 @@ class HostAgent:
         self._current: ChildProcess | None = None
         self._kill_at: float | None = None
         self._launcher_signal: LauncherSignal | None = None
-        """Signal of the launcher that started the grace of the ranks, without an order of the session."""
+        """Signal that started the ranks' grace period without an order of the session."""
         self._exit_code: int | None = None
         self._signals: list[int] = []
         self._pause_s = _TICK_S

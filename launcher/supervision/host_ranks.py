@@ -45,7 +45,8 @@ from launcher.utils.processes import Process, identify
 _TAIL_LINES = 60
 _HEARTBEAT_EVERY_S = 0.2
 _DUMP_S = 0.5
-"""Time for the other ranks to dump their stacks when one has died: torchrun is about to end them."""
+"""Seconds for the other ranks to dump their stacks when one died.
+torchrun is about to end them."""
 Emit = Callable[[AgentMessage], None]
 
 

@@ -58,7 +58,7 @@ _FILES_PER_HOST, _FILES_OF_SESSION = 4, 64
 _MAX_STEPS = 2**53
 """Of a progress bar, which computes with them; a rank may name any number."""
 _ANSWER_S = 10.0
-"""Time, beyond the grace, after which an agent that was ordered to end the ranks counts as lost."""
+"""Seconds, beyond the grace, until an agent that was ordered to end ranks counts as lost."""
 
 
 def run_session(plan: Plan, connect: Connect, *, job: Mapping[str, str] | None = None) -> RunOutcome:

@@ -25,9 +25,11 @@ _MAIN_MARK = "Current thread 0x"
 _SETTLED_S = 0.05
 """Time without output after which the main thread's stack is taken as complete."""
 _SETTLED_WITHOUT_MAIN_S = 0.5
-"""The same for a dump without ``_MAIN_MARK``: another thread than Python's took the signal, or more is to come."""
+"""The same for a dump without ``_MAIN_MARK``.
+Another thread than Python's took the signal, or more is to come."""
 _CONTINUE_S = 2.0
-"""Longest time that a suspended rank runs to answer; its main thread answers before it does anything else."""
+"""Longest time in seconds for which a suspended rank is continued to answer.
+Its main thread answers before it does anything else."""
 _NATIVE_S = 1.0
 """Minimum time for a dump by py-spy."""
 NATIVE_MARK = "py-spy dump --native:"
@@ -44,7 +46,8 @@ _WAITS = {
     ("torch/autograd/graph.py", "_engine_run_backward"): "backward",  # DDP and ZeRO reduce gradients in it
     ("launcher/engines/distributed.py", "total"): "all_reduce",
 }
-"""Functions that wait for other ranks outside of Python: end of the file's path and name, and the collective."""
+"""Functions that wait for other ranks outside of Python, and their collective.
+A key is the end of the file's path and the function's name."""
 
 
 class StackDump:
@@ -162,9 +165,9 @@ class StackTrace:
     text: str
     """The stacks of all its threads, or its traceback."""
     where: str = ""
-    """Innermost line that is not a library's: ``launcher/training/trainer.py:88 in train_step``; empty when unknown."""
+    """Innermost line outside libraries (``launcher/training/trainer.py:88 in train_step``)."""
     collective: str = ""
-    """Collective in which it waited for other ranks (``all_reduce``); empty when it did not wait."""
+    """Collective in which the rank waited (``all_reduce``); empty if it did not wait."""
     is_stopped: bool = False
     """It was suspended (SIGSTOP), as a debugger does."""
 

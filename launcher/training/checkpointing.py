@@ -66,7 +66,7 @@ def restore_checkpoint(
 
 
 def resolve_tokenizer(context: Context, data: DataT) -> DataT:
-    """Return the data of a run; in it ``data.tokenizer=checkpoint`` becomes the folder of the newest intact tokenizer.
+    """Return a run's data, with the newest intact tokenizer for ``data.tokenizer=checkpoint``.
 
     Checkpoints of the run itself come first: the one that it began from may be removed while it trains.
 
@@ -111,7 +111,7 @@ def _check_tokenizer(saved: SavedCheckpoint, tokenizer: FastTokenizer) -> None:
 
 
 def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> SavedCheckpoint | None:
-    """Return the newest checkpoint that holds what was written; each rank reads its share of the files."""
+    """Return the newest intact checkpoint; each rank reads its share of the files."""
     from launcher.engines.distributed import barrier, sum_over_ranks
 
     say, resume = (print if context.is_main else silent), context.run.checkpoint.resume
@@ -160,7 +160,7 @@ def save_checkpoint(
     held_out_loss: float | None,
     tokenizer: FastTokenizer | None = None,
 ) -> None:
-    """Write the checkpoint of ``step``, which exists once every rank's part is there; all ranks return together.
+    """Write the checkpoint of ``step``; all ranks return once it is complete.
 
     Args:
         store: of the run's checkpoints.
@@ -201,7 +201,10 @@ def save_checkpoint(
 
 
 def make_manifest(context: Context, *, step: int, held_out_loss: float | None) -> CheckpointManifest:
-    """Return what is to be written of the run's checkpoint of ``step``; the store adds the files."""
+    """Return the manifest for the run's checkpoint of ``step``.
+
+    The store adds the files.
+    """
     plan = read_json(context.run_dir.plan)
     return describe_checkpoint(
         model=context.run.model,

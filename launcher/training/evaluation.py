@@ -67,7 +67,7 @@ def evaluate(
 
 
 def run_evaluation(job: Evaluate, context: Context) -> None:
-    """Go through the held-out sequences ``job.repeats`` times, on every rank; rank 0 records and prints each time."""
+    """Evaluate on the held-out sequences ``job.repeats`` times; rank 0 records each result."""
     heartbeat = context.heartbeat.update
     splits = open_splits(
         resolve_tokenizer(context, context.run.data),

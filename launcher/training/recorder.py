@@ -127,7 +127,7 @@ _SMOOTHING = 0.1
 
 
 def draw_curve(metrics: Path, picture: Path, *, baselines: Mapping[str, float]) -> None:
-    """Draw the training and held-out loss of a ``metrics.jsonl`` over the steps, with constant losses to compare with.
+    """Draw the losses of a ``metrics.jsonl`` over the steps, with constant baselines.
 
     Args:
         metrics: the file to read; lines without a loss and losses that were not finite are left out.

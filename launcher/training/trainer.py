@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def train(job: Train, context: Context) -> None:
-    """Train on this rank, from the newest checkpoint the run may continue from, to ``job.steps``.
+    """Train on this rank up to ``job.steps``, from the newest checkpoint if the run has one.
 
     Raises:
         SystemExit: with code 75, when the run was preempted before that.
@@ -108,7 +108,7 @@ class Trainer:
             save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
 
     def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
-        """Save, whatever the policy is, and exit with the code that asks for a resume, as all ranks do."""
+        """Save, whatever the policy is, and exit with the resume code, on all ranks."""
         self.save(done, held_out)
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)

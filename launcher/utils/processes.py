@@ -26,7 +26,7 @@ _KILL_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _TGKILL = {"x86_64": 234, "aarch64": 131}
-"""Number of the system call, which the C libraries of older systems (glibc before 2.30) do not wrap."""
+"""Number of the tgkill system call, which glibc before 2.30 does not wrap."""
 COLLECTED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGTSTP)
 
 

@@ -206,7 +206,7 @@ def _mismatch(wanted: Any, value: Any, path: str, report: ReportError) -> Any:
 
 
 def _how_to_write(wanted: Any, value: Any, path: str) -> str:
-    """Return how a value of another type is written as one of this; nothing where the type says it."""
+    """Return how to write a value of this type; empty if the type name says it."""
     if "[" in path:  # a part of a value, which no word sets
         return ""
     if isinstance(value, str) and any(typing.get_origin(one) is dict for one in (wanted, *typing.get_args(wanted))):

@@ -77,10 +77,11 @@ _FULL_MESSAGES = re.compile(r"No space left on device|Disk quota exceeded|os err
 _WRITER_MESSAGES = re.compile(
     r"inline_container|PytorchStreamWriter|iostream error|requested and \d+ written|[Ss]hort write"
 )
-"""What torch's and NumPy's writers say where the system said "No space left": they drop that."""
+"""Messages of torch's and NumPy's writers that replace "No space left on device"."""
 
 _MIN_FREE_BYTES = 1 << 16
-"""Less than this counts as nothing: file systems hand out blocks, and the first that does not fit is lost."""
+"""Fewer free bytes count as none.
+File systems allocate blocks, and the first that does not fit is lost."""
 _NAMED = "the disk of "
 """What messages about a full disk say."""
 

@@ -79,7 +79,7 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
 
 _COLOUR = r"\x1b\[[0-9;:]*m"
 _BIDI = "\u202a-\u202e\u2066-\u2069"
-"""Marks that reverse what is shown after them: another name, or another command, than the one that is there."""
+"""Bidirectional marks, which reverse the text after them and so disguise a name or command."""
 
 _SEQUENCES = re.compile(
     rf"(?P<colour>{_COLOUR})"
@@ -98,7 +98,7 @@ _IN_JSON = {
     for code in (*range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 }
 _CONTROLS = re.compile(rf"[\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029{_BIDI}]")
-"""Control characters and what else ends a line; tabs, which any quotes keep, are none of them."""
+"""Control characters and line ends, without tabs, which any quotes keep."""
 _NAMED_ESCAPES = {"\n": "\\n", "\r": "\\r"}
 _WITHOUT_TERMINAL = 100
 """Columns where nothing says how many there are."""

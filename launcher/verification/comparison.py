@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyResult:
-    """One strategy; differences are relative, the largest of all steps, and infinite where a number is missing."""
+    """Result of one strategy: largest relative differences of all steps.
+
+    They are infinite where a number is missing.
+    """
 
     name: str
     seconds: float
@@ -83,7 +86,7 @@ def _relative_difference(one: float | None, other: float | None) -> float:
 
 
 def _weights_difference(parts: Sequence[Mapping[str, Any]]) -> tuple[float, str, str]:
-    """Return the relative difference of all weights, the tensor that is farthest apart, and what does not fit."""
+    """Return the weights' relative difference, the worst tensor, and what does not match."""
     apart: dict[str, tuple[float, float]] = {}
     for part in parts:
         apart |= {name: (square, of) for name, (square, of) in part["apart"].items()}

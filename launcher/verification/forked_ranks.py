@@ -43,7 +43,7 @@ def run_in_fork(
     heartbeat: Callable[[], None],
     give_up: Callable[[], str],
 ) -> None:
-    """Do ``work`` in a forked process and wait for it; ``answer`` is written whatever happens to it.
+    """Run ``work`` in a forked process and wait for it; ``answer`` is always written.
 
     Args:
         work: done in the child, where nothing of it is kept but what it returns.
@@ -131,7 +131,7 @@ class FileRendezvous:
         return self.folder / f"{name}.{rank}.json"
 
     def agree_on_port(self, name: str, *, limit_s: float) -> int:
-        """Return the port at which the ranks of a case meet; rank 0 finds one that is free, the others wait for it.
+        """Return the port where a case's ranks meet: rank 0 finds a free one, the others wait.
 
         Raises:
             JobError: rank 0 names none in time.
@@ -151,7 +151,10 @@ class FileRendezvous:
         return port
 
     def failure_watcher(self, name: str, *, world_size: int) -> Callable[[], str]:
-        """Return a function that names the rank that failed in case ``name``, once this one had time to fail too."""
+        """Return a function that names the rank that failed in case ``name``.
+
+        It is asked once this rank had time to fail too.
+        """
         others = {rank: self.answer_of(name, rank) for rank in range(world_size) if rank != self.rank}
         failed: dict[int, float] = {}
 
@@ -199,7 +202,7 @@ WAIT_SLACK_S = 60.0
 
 @dataclass
 class ForkedRanks:
-    """Runs cases on forks of the ranks, from each rank; all ranks run the same cases in the same order.
+    """Runs cases on forks of the ranks; all ranks run the same cases in the same order.
 
     Args:
         context: of this rank in the run.
@@ -223,7 +226,7 @@ class ForkedRanks:
     def run_case(
         self, name: str, work: Callable[[Context], CaseAnswer], *, run: Run, world_size: int
     ) -> dict[int, CaseAnswer]:
-        """Do ``work`` on the first ``world_size`` ranks; return what each answered on rank 0, and nothing elsewhere.
+        """Run ``work`` on the first ``world_size`` ranks; return the answers on rank 0, else {}.
 
         A rank that fails, dies or is late answers with ``ERROR_KEY``; then so do the others.
 
@@ -282,7 +285,9 @@ _DEEPSPEED_MODULES = (
 
 
 def preload_modules(context: Context, *, deepspeed: bool) -> None:
-    """Import what the cases need, and lay the model out once; nothing here may touch a GPU, or no fork could.
+    """Import what the cases need and lay the model out once, without touching a GPU.
+
+    A process that has touched a GPU cannot be forked.
 
     Args:
         context: of this rank in the run.

@@ -27,7 +27,7 @@ _PROMPT = 4
 
 
 def run_case(job: Verify, context: Context, reference: Path, *, writes: bool) -> CaseAnswer:
-    """Take the steps of ``context.run`` and return losses, gradient norms, tokens and how far the weights are apart.
+    """Run the steps of ``context.run``; return losses, gradient norms, tokens, weight errors.
 
     Args:
         job: of the user's run.
@@ -60,7 +60,10 @@ def _prompt(vocab_size: int) -> torch.Tensor:
 
 
 def _is_first_of_its_stage(context: Context) -> bool:
-    """Whether this rank speaks for its stage: all that share the stage go through the same weights."""
+    """Return whether this rank reports for its stage.
+
+    All ranks that share the stage have the same weights.
+    """
     kinds = [field.name for field in dataclasses.fields(context.dims) if field.name != "pipeline"]
     return all(context.dims.coordinate(context.rank, kind) == 0 for kind in kinds)
 
@@ -77,7 +80,7 @@ def _write(engine: Engine, reference: Path) -> None:
 
 
 def _compare(engine: Engine, reference: Path, *, counts: bool) -> dict[str, Any]:
-    """Return squared norms of this stage's weights and of what they are apart, one tensor in memory at a time."""
+    """Return squared norms of the stage's weights and of their differences, tensor by tensor."""
     apart: dict[str, tuple[float, float]] = {}
     unknown = []
     with safe_open(reference, framework="pt") as file:

@@ -15,8 +15,8 @@ LEGEND = (
     f"In a cell: processes left after {SURVIVORS_AFTER_S:.0f} s, seconds until all were gone on every host; the worse "
     f"of two runs, one with ranks that ignore SIGTERM and one with ranks that have a child. C: the exit code does not "
     "tell how it ended, 0: it even is 0, H: the launcher never ended, N: the cause is not named, or a wrong one, "
-    "!: the run beside it was disturbed; ✓: none of these, and nothing was left. goes on: ranks ignored the signal, as "
-    "was their wish."
+    "!: the run beside it was disturbed; ✓: none of these, and nothing was left. goes on: the ranks ignore "
+    "that signal."
 )
 _RANK = re.compile(r"^\d+ \S*python\S* -u \S*faults_rank\.py")
 """What launchers start with the program in their arguments is no rank."""

@@ -80,9 +80,9 @@ def test_passes_count_as_work_and_waiting_does_not(monkeypatch: pytest.MonkeyPat
     backward = ("backward_one_chunk", "backward_weight_one_chunk")
     for name in backward:
         monkeypatch.setattr(PipelineStage, name, lambda *_: time.sleep(2 * UNIT_S))
-    stretch, started = Sleeper(), time.perf_counter()
-    meter = BusyMeter([stretch], device=torch.device("cpu"))
-    stretch()
+    stage, started = Sleeper(), time.perf_counter()
+    meter = BusyMeter([stage], device=torch.device("cpu"))
+    stage()
     time.sleep(10 * UNIT_S)
     for name in backward:
         getattr(PipelineStage, name)()

@@ -14,7 +14,7 @@ import pytest
 
 from launcher.errors import ConfigError, EnvironmentProblem
 from launcher.protocol.metrics import MetricsWriter
-from launcher.runs.report.charts import charts_of, read_curves, stretches, thin_out, ticks
+from launcher.runs.report.charts import charts_of, read_curves, segments, thin_out, ticks
 from launcher.runs.report.html import render_markdown
 from launcher.utils.files import write_json
 from tests.browser import open_browser
@@ -201,7 +201,7 @@ def test_curves_keep_what_matters(tmp_path: Path) -> None:
     assert len(kept) <= 600
     assert points[77_777] in kept
     assert (kept[0], kept[-1]) == (points[0], points[-1])
-    assert list(stretches([(1, 2.0), (2, None), (3, 4.0), (4, 5.0)])) == [[(1, 2.0)], [(3, 4.0), (4, 5.0)]]
+    assert list(segments([(1, 2.0), (2, None), (3, 4.0), (4, 5.0)])) == [[(1, 2.0)], [(3, 4.0), (4, 5.0)]]
     assert ticks(0.0, 10.0) == [0, 2, 4, 6, 8, 10]
     assert ticks(1e-4, 9e-4) == pytest.approx([2e-4, 4e-4, 6e-4, 8e-4])
     with MetricsWriter(tmp_path / "metrics.jsonl") as metrics:

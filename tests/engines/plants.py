@@ -103,8 +103,8 @@ def shards_take_the_mean_for_the_sum() -> None:
     parallelize.ShardedModel.__init__ = init
 
 
-def stretches_begin_at_position_zero() -> None:
-    """Have every stretch of a sequence begin where the first one does."""
+def segments_begin_at_position_zero() -> None:
+    """Have every segment of a sequence begin where the first one does."""
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.ulysses import SequenceParallel
 

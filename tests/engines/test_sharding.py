@@ -29,7 +29,7 @@ SAVED = ("tensor2_shard2", "llama")
 PLANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "replicas_keep_their_gradients": ("gpt2", 2, {"kind": "ddp"}),
     "shards_take_the_mean_for_the_sum": ("gpt2", 2, FSDP),
-    "stretches_begin_at_position_zero": ("gpt2", 2, {**FSDP, "sequence_parallel": 2}),
+    "segments_begin_at_position_zero": ("gpt2", 2, {**FSDP, "sequence_parallel": 2}),
     "tensor_ranks_do_not_add_up": ("llama", 2, {**FSDP, "tensor": 2}),
     "ranks_count_their_own_tokens": ("gpt2", 2, {"kind": "zero", "stage": 1}),
 }

@@ -86,7 +86,7 @@ def test_just_the_window_is_recorded(recording: Recording, capsys) -> None:
     table = (recording.folder / "rank0.operators.md").read_text()
     assert re.search(r"\| aten::exp \| 1 \| [\d.]+ ms \| [\d.]+% .* \| 4000 \|", table), "told apart by shape"
     assert re.search(r"\| aten::exp \| 1 \| [\d.]+ ms \| [\d.]+% .* \| 5000 \|", table)
-    assert "\n## Stretches of the work\n" in table
+    assert "\n## Named ranges\n" in table
     memory = read_json(recording.folder / "rank0.memory.json")["cpu"]
     held = {row["operator"]: row["bytes"] for row in memory["held_at_peak"]}
     assert held["aten::exp"] == 4 * (4000 + 5000)

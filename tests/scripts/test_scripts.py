@@ -132,3 +132,13 @@ def test_a_word_that_is_to_be_replaced_is_refused(program: Path) -> None:
         "docs/planted.md:1: crew; instead: agent group",
         "docs/planted.md:3: Whoever; instead: name the client, user or process",
     ]
+
+
+def test_a_docstring_with_a_long_first_line_is_refused(program: Path) -> None:
+    fits, long = "x" * 90, "x" * 91
+    fields = f'class Planted:\n    """{fits}\n\n    {long}\n    """\n\n    field: int = 0\n    """{long}"""\n'
+    (program / "launcher" / "utils" / "planted.py").write_text(fields)
+    ended = check_words(program)
+    assert ended.returncode == 1
+    find = "launcher/utils/planted.py:7: first line of a docstring has 91 characters, at most 90"
+    assert ended.stdout.splitlines() == [find]

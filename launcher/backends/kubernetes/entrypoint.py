@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from launcher.config.backend.kubernetes import KubernetesBackend
 
 _INDEX_VARIABLES = ("JOB_COMPLETION_INDEX", "RANK")
-"""Variables with the index of a pod, set for Indexed Jobs (JobSet, TrainJob) and for PyTorchJobs."""
+"""Variables with a pod's index: of Indexed Jobs (JobSet, TrainJob), and of PyTorchJobs."""
 
 _CONTROLLER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PET_")
 """Prefixes of variables that controllers set for torchrun; the plan sets its own."""

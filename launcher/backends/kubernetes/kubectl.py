@@ -25,7 +25,8 @@ _REMEDIES = (
     ("unable to connect", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
     ("no such host", "", "`kubectl cluster-info` must answer first; is this the right cluster (backend.context)?"),
 )
-"""Two words of kubectl's message, in lower case, and the remedy; the first entry that matches is used."""
+"""Two phrases of a kubectl message, in lower case, and the remedy.
+The first entry that matches is used."""
 
 
 @dataclass(frozen=True, kw_only=True)

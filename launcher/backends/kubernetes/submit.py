@@ -98,14 +98,14 @@ def delete_run(submission: Submission, kubectl: Kubectl) -> None:
         EnvironmentProblem: the cluster rejects a deletion; the other objects are deleted.
     """
     kind = WORKLOADS[submission.backend.workload]
-    problems = []
+    errors = []
     for resource in (kind.resource, *kind.others, "secrets", "configmaps"):
         try:
             kubectl.run("delete", f"{resource}/{submission.job}", "--ignore-not-found", "--wait=false")
         except EnvironmentProblem as problem:  # the cluster may not have this kind of resource
-            problems.append(problem)
-    if problems:
-        raise problems[0]
+            errors.append(problem)
+    if errors:
+        raise errors[0]
 
 
 def _secret(submission: Submission, environ: Mapping[str, str]) -> str:

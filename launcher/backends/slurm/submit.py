@@ -25,7 +25,8 @@ from launcher.utils.processes import collect_signals
 from launcher.utils.text import printable
 
 _HABITS = ("ACCOUNT", "PARTITION", "QOS", "RESERVATION", "CONSTRAINT")
-"""SBATCH_… variables that are used where our own option is not set. All others would override the script."""
+"""SBATCH_… variables that apply where the option of ours is not set.
+All others would override the script."""
 
 _OPTION_BY_MESSAGE = {
     "account": "account",

@@ -28,32 +28,36 @@ from launcher.protocol.plan import Host
 
 @dataclass(frozen=True, kw_only=True)
 class Backend(Component):
-    """Where and how the processes of a run start. ``launcher.backends.registry`` names what executes each kind."""
+    """Where and how a run's processes start.
+
+    ``launcher.backends.registry`` names the executor of each kind.
+    """
 
     group: ClassVar[str] = "backend"
 
     probes_hosts: ClassVar[bool] = False
-    """Whether its hosts are other machines, which are probed before a start; a dry run knows only their names."""
+    """Whether hosts are other machines, which are probed before a start.
+    A dry run knows only their names."""
 
     is_detached: ClassVar[bool] = False
-    """Whether a process started elsewhere executes the run and writes to its directory from then on."""
+    """Whether a process started elsewhere executes the run and writes to its directory."""
 
     restarts_itself: ClassVar[bool] = False
     """Whether the cluster restarts the run itself; the submitting process then does not."""
 
     shares_paths: ClassVar[bool] = True
-    """Whether a path of an option means the same file on the hosts as on the machine that starts the run."""
+    """Whether a path in an option is the same file on the hosts as on this machine."""
 
     ranks: int | Literal["auto"] = "auto"
-    """Ranks on each host; ``auto`` is what the hostfile says, else one per visible GPU, else 2 where there are two
-    cores; never more than the job has work for."""
+    """Ranks on each host; ``auto`` takes the hostfile's count, else one per visible GPU.
+    Without GPUs, ``auto`` is 2 if there are two cores; never more than the job has work for."""
 
     agent: Literal["torchrun", "deepspeed"] = "torchrun"
     """Which launcher starts the ranks of one host."""
 
     port: int | Literal["auto"] = "auto"
-    """Port of the rendezvous; ``auto`` finds a free one for each run, and another if that is in use when the ranks
-    start."""
+    """Port of the rendezvous; ``auto`` finds a free one for each run.
+    If that port is in use when the ranks start, another one is taken."""
 
     threads: int | Literal["auto"] = "auto"
     """OMP_NUM_THREADS of each rank; ``auto`` shares the cores of the host among its ranks."""
@@ -65,20 +69,20 @@ class Backend(Component):
     """Ranks whose output is shown; logs hold every rank's."""
 
     stall_timeout_s: float = 600.0
-    """A rank that reports no progress for this long gets every stack dumped and ends the run; 0 waits for ever. A host
-    that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
+    """Seconds without progress after which stacks are dumped and the run ends; 0 disables it.
+    A host that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
 
     grace_s: float = 7.0
     """Time between asking the ranks to end (Ctrl-C, SIGTERM) and killing what is left."""
 
     preempt_grace_s: float = 60.0
-    """The same after SIGUSR1, the schedulers' way to say: save what you need, you will continue later."""
+    """The same after SIGUSR1, by which schedulers preempt a run that will be resumed."""
 
     restarts: int = 0
     """Times a run that failed is started again from its newest checkpoint."""
 
     def sees_files_of_hosts(self, run_dir: str) -> bool:
-        """Return whether this process sees the files that hosts see: it shares their paths, or runs on one of them."""
+        """Return whether this process sees the hosts' files: same paths, or it runs on a host."""
         return self.shares_paths or self.run_dir_on_hosts(run_dir) == run_dir
 
     def run_dir_on_hosts(self, run_dir: str) -> str:
@@ -96,7 +100,7 @@ class Backend(Component):
         return 0.0
 
     def forwards(self, environ: Mapping[str, str]) -> tuple[str, ...]:
-        """Return the names of the variables in ``environ`` that hosts get; ranks of this machine inherit all."""
+        """Return the variables of ``environ`` that hosts get; local ranks inherit all of them."""
         return ()
 
     def validate(self) -> Iterator[ConfigError]:
@@ -141,7 +145,9 @@ _BUT = ("LAUNCHER_API_KEYS",)
 
 
 def forwarded_env(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str, str]:
-    """Return the variables that hosts get, secrets among them: they may travel over stdin and stand nowhere else.
+    """Return the environment variables that hosts get, secrets included.
+
+    They may travel over stdin and must not be written anywhere.
 
     Args:
         environ: of the process that launches.
@@ -179,9 +185,9 @@ _RESERVED_ENV = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "M
 
 
 def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None) -> Iterator[ConfigError]:
-    """Yield what may not stand in ``backend.env``: names that no shell takes, secrets, and what the launcher sets.
+    """Yield an error for each invalid, secret or reserved variable in ``backend.env``.
 
-    Secrets may not, because plans are written to disk.
+    A name is invalid if no shell takes it. Plans are written to disk, so they must not hold secrets.
 
     Args:
         env: the variables.

@@ -1,4 +1,4 @@
-"""Options of ``backend=deepspeed``: the ``deepspeed`` command starts the ranks of every host."""
+"""Options of ``backend=deepspeed``: the ``deepspeed`` command starts every host's ranks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SAFE = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
 
 @dataclass(frozen=True, kw_only=True)
 class DeepspeedBackend(HostfileBackend):
-    """Ranks are processes that ``deepspeed --hostfile`` starts, in a run directory that all hosts share."""
+    """Ranks start by ``deepspeed --hostfile``; all hosts share the run directory."""
 
     kind: ClassVar[str] = "deepspeed"
 

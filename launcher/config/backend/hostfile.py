@@ -37,7 +37,7 @@ class HostfileEntry:
     """One host of a hostfile."""
 
     name: str
-    """Host name, address, or an alias of the user's ssh configuration; an IPv6 address without its brackets."""
+    """Host name, address or ssh alias; an IPv6 address without its brackets."""
     slots: int
     """Ranks it takes."""
     devices: tuple[int, ...]
@@ -166,7 +166,7 @@ def _entry(words: Sequence[str], line: int) -> HostfileEntry:
 
 
 def _without(login: str, known: Sequence[str], settings: Sequence[str], word: str) -> str:
-    """Return how to write a line that has a setting of another program (``max_slots=8`` of Open MPI)."""
+    """Return how to write a line with another program's setting (Open MPI's ``max_slots=8``)."""
     given = dict(setting.split("=", 1) for setting in settings if re.fullmatch(r"(user|port)=[\w.-]+", setting))
     if given and "@" not in login and ":" not in login:  # they belong to the host here
         user, port = given.get("user"), given.get("port")

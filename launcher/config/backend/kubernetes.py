@@ -69,7 +69,7 @@ class KubernetesBackend(Backend):
     """Container image with this program in it, and everything ranks need."""
 
     workload: Workload = "indexed_job"
-    """What makes the pods: a plain Indexed Job, a JobSet, or a PyTorchJob or TrainJob of Kubeflow."""
+    """Kind of workload: an Indexed Job, a JobSet, or Kubeflow's PyTorchJob or TrainJob."""
 
     nodes: int = 1
     """Pods, each of which is a host of the plan."""
@@ -87,11 +87,12 @@ class KubernetesBackend(Backend):
     """Size of /dev/shm, through which the ranks of one pod talk to each other."""
 
     claim: str | None = None
-    """PersistentVolumeClaim for run directories; with several nodes it must allow ReadWriteMany. Without one, each pod
-    writes to storage of its own, which is gone with it: only logs remain."""
+    """PersistentVolumeClaim for run directories; several nodes need ReadWriteMany.
+    Without one, each pod writes to storage of its own, which is deleted with it: only logs remain."""
 
     mount: str = "/runs"
-    """Where pods see ``claim``. A run directory outside of it is kept there under its own last two names."""
+    """Where pods mount ``claim``.
+    A run directory outside of it is kept there under its own last two names."""
 
     volumes: dict[str, str] = field(default_factory=dict)
     """More claims and where pods see them: ``{datasets: /data}``."""
@@ -118,14 +119,14 @@ class KubernetesBackend(Backend):
     """A Secret that is there already; its entries become variables of the ranks."""
 
     forward: tuple[str, ...] = ()
-    """Further variables of your environment that ranks get, besides NCCL_*, HF_*, WANDB_* and their like; names or
-    globs."""
+    """Further environment variables that ranks get, as names or globs.
+    NCCL_*, HF_*, WANDB_* and similar ones are always included."""
 
     python: str = "python"
     """The interpreter in the image."""
 
     ttl_s: int | None = None
-    """Seconds after which the cluster deletes a run that has ended; ``null`` keeps it until you do."""
+    """Seconds until the cluster deletes an ended run; ``null`` keeps it until you delete it."""
 
     gather_timeout_s: float = 1800.0
     """Time that pods wait for each other while nodes are added and images pulled."""
@@ -194,7 +195,7 @@ class KubernetesBackend(Backend):
             yield ConfigError("backend.image", why=why, fix=fix)
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
-        """Return the pods as they are asked for; where they will be is known once the run has a name there."""
+        """Return placeholders for the pods; their hosts are known once the run is submitted."""
         automatic = self.gpus_per_node or min(2, self.cpus)
         slots = min(automatic, max_ranks or automatic) if self.ranks == "auto" else self.ranks
         num_gpus = self.gpus_per_node
@@ -214,7 +215,7 @@ class KubernetesBackend(Backend):
         )
 
     def run_dir_on_hosts(self, run_dir: str) -> str:
-        """Return where pods keep the run: the same folder where it lies on the mount, else one of the same name."""
+        """Return the run directory in pods: the same folder if on the mount, else one named alike."""
         folder = PurePosixPath(run_dir)
         if folder.is_relative_to(self.mount):
             return str(folder)

@@ -74,7 +74,7 @@ class SlurmBackend(Backend):
     """Time limit, ``HH:MM:SS`` or ``D-HH:MM:SS``; the partition's own where it is not set."""
 
     gpus_per_node: int | None = None
-    """GPUs to ask for on each node; also the number of ranks there, unless ``ranks`` says otherwise."""
+    """GPUs to request on each node; also the number of ranks there, unless ``ranks`` is set."""
 
     cpus_per_task: int | None = None
     """Cores to ask for on each node, for all of its ranks together."""
@@ -98,13 +98,15 @@ class SlurmBackend(Backend):
     """Queue the job again after preemption; it resumes from its checkpoint, as the same run."""
 
     signal_lead_s: int = 120
-    """Time before the limit at which the ranks are asked to save and exit. Slurm may be up to a minute early."""
+    """Seconds before the time limit at which ranks save and exit.
+    Slurm may be up to a minute early."""
 
     wait: bool = False
-    """Stay and show what the job prints until it ends; Ctrl-C cancels it. Otherwise return once it is queued."""
+    """Show the job's output until it ends; Ctrl-C cancels it.
+    Otherwise the command returns once the job is queued."""
 
     forward: tuple[str, ...] = ()
-    """More variables of this shell that the job gets, as globs (``MY_*``), besides the usual ones."""
+    """Further environment variables that the job gets, as globs (``MY_*``)."""
 
     heartbeat_timeout_s: float = 4.0
     """Silence after which a node counts as lost."""
@@ -124,7 +126,7 @@ class SlurmBackend(Backend):
             yield from self._validate_word(word)
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
-        """Return one stand-in for each node: which ones they are is known once Slurm has chosen them."""
+        """Return one placeholder for each node; Slurm chooses the nodes later."""
         gpus = self.gpus_per_node or 0
         automatic = min(gpus or 1, max_ranks or gpus or 1)
         slots = automatic if self.ranks == "auto" else self.ranks

@@ -34,7 +34,8 @@ class HostfileBackend(Backend):
     """Interpreter on the hosts; the path of the one that runs this command, when not set."""
 
     forward: tuple[str, ...] = ()
-    """More environment variables that hosts get from here, as globs, beside those of NCCL, HF, WANDB and the like."""
+    """Further environment variables that hosts get, as globs.
+    Those of NCCL, HF, WANDB and the like are always included."""
 
     heartbeat_timeout_s: float = 5.0
     """Silence after which a host counts as lost here, and this machine there."""
@@ -93,7 +94,7 @@ class HostfileBackend(Backend):
 
 
 CodeSource = Literal["shared", "sent"]
-"""Where hosts get this program from: a path they share with us, or the working tree, sent to them."""
+"""Source of the code on hosts: a shared path, or the working tree sent to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,7 @@ class SshBackend(HostfileBackend):
     kind: ClassVar[str] = "ssh"
 
     code: CodeSource = "shared"
-    """Where hosts find this program: ``shared`` is the same path as here, ``sent`` sends the working tree."""
+    """Code on the hosts: ``shared`` is the same path as here, ``sent`` sends the working tree."""
 
     ssh_config: PathText | None = None
     """Configuration file for ssh instead of ``~/.ssh/config``."""

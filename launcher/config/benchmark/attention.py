@@ -16,9 +16,10 @@ KERNELS: tuple[Kernel, ...] = get_args(Kernel)
 NO_BACKWARD: tuple[Kernel, ...] = ("mha_eval",)
 """torch takes its fast path of evaluation where no gradient is wanted, and there only."""
 _HIDDEN = {"forward": 12, "backward": 22}
-"""Arrays of the size of the input (sequences x tokens x width) that live at the peak, at most: measured, rounded up."""
+"""Input-sized arrays (sequences x tokens x width) alive at the peak: measured, rounded up."""
 _SCORES = {"forward": 3, "backward": 4}
-"""The same for arrays of scores (sequences x heads x tokens x tokens), in kernels that write them out."""
+"""Arrays of scores (sequences x heads x tokens x tokens) alive at the peak.
+In kernels that write them out."""
 
 _WRITES_NO_SCORES = {
     "forward": ("mha", "sdpa_flash", "flex"),
@@ -54,13 +55,16 @@ class AttentionPoint:
 
 
 TOLERANCES = {"fp32": 5e-6, "fp16": 4e-3, "bf16": 3e-2}
-"""Differences that rounding explains, as a share of the largest value: 42 times the precision of fp32, whose sums are
-as long as the sequence, and 4 times that of the short formats, whose sums are kept in fp32."""
+"""Relative error, as a share of the largest value, that rounding explains.
+42 times the precision of fp32, whose sums are as long as the sequence, and 4 times that of the short formats, whose
+sums are kept in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBenchmark(Benchmark):
-    """Self-attention between its projections, the same weights and inputs under every kernel, without a mask.
+    """Self-attention with its projections, on equal weights and inputs under every kernel.
+
+    There is no mask.
 
     ``mha_weights`` is nn.MultiheadAttention as called by default, ``mha`` with ``need_weights=False``, ``mha_eval`` the
     same in evaluation, ``eager`` softmax(QK^T)V as written; ``sdpa_math``, ``sdpa_flash`` and ``flex`` are torch's.
@@ -77,10 +81,11 @@ class AttentionBenchmark(Benchmark):
     )
 
     kernels: tuple[Kernel, ...] = KERNELS
-    """What is compared; nn.MultiheadAttention as called by default (mha_weights) is what memory saved refers to."""
+    """Kernels to compare; memory saved refers to nn.MultiheadAttention's default (mha_weights)."""
 
     sequence_lengths: tuple[int, ...] = (256, 512, 1024, 2048, 4096)
-    """Tokens of a sequence, each measured; those that would not fit into memory are left out, and said to be."""
+    """Sequence lengths in tokens, each measured; lengths that do not fit are left out.
+    The report names those left out."""
 
     batch_size: int = 1
     """Sequences."""
@@ -92,12 +97,11 @@ class AttentionBenchmark(Benchmark):
     """Attention heads; they divide hidden_size."""
 
     passes: Literal["forward", "backward", "both"] = "both"
-    """``forward`` computes the output without gradients, ``backward`` both and all gradients; ``both`` measures each
-    of the two."""
+    """``forward`` has no gradients, ``backward`` computes all of them; ``both`` measures each."""
 
     tolerance: float | None = None
-    """Largest difference from fp64 that counts as rounding, as a share of the largest value there; ``null`` takes
-    5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
+    """Largest error against fp64 that counts as rounding, as a share of the largest value.
+    ``null`` takes 5e-6 in fp32, 4e-3 in fp16, 3e-2 in bf16."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no attention, and comparisons of nothing."""

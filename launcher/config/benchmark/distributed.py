@@ -18,7 +18,10 @@ VALUE_BYTES = 4
 
 @dataclass(frozen=True, kw_only=True)
 class CollectivesBenchmark(Benchmark):
-    """Every collective at every size on all ranks of the run: NCCL between GPUs, Gloo between CPUs; results checked."""
+    """Every collective at every size on all ranks; results are checked.
+
+    NCCL between GPUs, Gloo between CPUs.
+    """
 
     kind: ClassVar[str] = "collectives"
     summary_fields: ClassVar[tuple[str, ...]] = ("smallest_bytes", "largest_bytes", "factor")
@@ -38,7 +41,7 @@ class CollectivesBenchmark(Benchmark):
     """From one size to the next."""
 
     duration_s: float = 0.2
-    """About how long each collective is repeated at each size in each round, but 3 times at least."""
+    """Seconds to repeat each collective at each size in each round; 3 times at least."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes and times that measure nothing."""
@@ -86,7 +89,8 @@ class CollectivesBenchmark(Benchmark):
 PassKind = Literal["sleep", "model"]
 WorkKind = Literal["train", "infer"]
 FORWARD_SCHEDULE: PipelineScheduleName = "gpipe"
-"""Forward passes alone go through stages in one order whatever the schedule: chunks are laid out as under GPipe."""
+"""Schedule that lays out chunks when there are forward passes alone.
+They go through stages in one order whatever the schedule is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +153,7 @@ class PipelineBenchmark(Benchmark):
     isolation: ClassVar[str] = "on forks of the run's ranks"
 
     passes: tuple[PassKind, ...] = ("sleep", "model")
-    """What a pass through a stage is: ``sleep`` takes a known time, ``model`` computes layers of the run's model."""
+    """Kinds of stages: ``sleep`` takes a known time, ``model`` computes the model's layers."""
 
     work: tuple[WorkKind, ...] = ("train", "infer")
     """Whole optimiser steps, and forward passes alone."""
@@ -164,8 +168,9 @@ class PipelineBenchmark(Benchmark):
     """Orders of forward and backward passes in training, as parallel.schedule has them."""
 
     unit_ms: float = 100.0
-    """How long a rank that sleeps takes for a micro-batch's forward pass; the gradients of its input and of its weight
-    take as long each. A busy machine wakes a sleeper late: give it a longer unit."""
+    """Milliseconds that a sleeping rank takes for a micro-batch's forward pass.
+    The gradients of its input and of its weight take as long each. A busy machine wakes a sleeper late: use a longer
+    unit there."""
 
     batch_size: int = 16
     """Sequences in a step of the model, all micro-batches together."""

@@ -45,25 +45,26 @@ class BatchingBenchmark(Benchmark):
     """Requests in the queue."""
 
     input_len: str = "article"
-    """``article`` takes its five texts in turn; else tokens of each prompt: 64, 16-256, lognormal:48:0.8:256."""
+    """Prompt tokens: 64, 16-256 or lognormal:48:0.8:256; ``article`` takes its five texts."""
 
     output_len: str = "32"
     """Tokens of each answer, in the same grammar; the model's end-of-sequence token ends none."""
 
     max_batch_size: int = 16
-    """Requests in a batch, and requests that are worked on at the same time under ``continuous``."""
+    """Requests in a batch; under ``continuous``, requests in progress at a time."""
 
     max_wait_s: float = 0.1
     """How long the first request of a batch waits for others."""
 
     bucket_size: int = 32
-    """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
+    """Under ``dynamic``, prompts whose lengths round up to the same multiple share a batch."""
 
     enable_prefix_caching: bool = False
-    """Whether equal beginnings are computed once: it would spare most of the work where texts repeat."""
+    """Whether equal prefixes are computed once.
+    Off by default: where texts repeat it would spare most of the work."""
 
     tokenizer: PathText = "model"
-    """Of the article's texts: ``model`` is the model's own, ``bytes`` has a token for each byte, else a folder."""
+    """Tokenizer of the article's texts: ``model`` (its own), ``bytes`` (one a byte) or a folder."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty comparison and lengths that are none."""
@@ -122,7 +123,10 @@ EXAMPLE_PROMPTS = ("人工智能的发展", "机器学习的应用", "深度学�
 
 @dataclass(frozen=True, kw_only=True)
 class ResultCacheBenchmark(Benchmark):
-    """The model answers prompts in turn, through the cache that ``job=serve`` has. The defaults are the article's."""
+    """The model answers prompts in turn through ``job=serve``'s result cache.
+
+    The defaults are the article's.
+    """
 
     kind: ClassVar[str] = "cache"
     used_groups: ClassVar[frozenset[str]] = COMPUTING_GROUPS - LEARNING_GROUPS
@@ -209,9 +213,9 @@ class QuantizationBenchmark(Benchmark):
     needs_model: ClassVar[bool] = True
 
     cases: tuple[str, ...] = DEFAULT_CASES
-    """WEIGHTS/HOW: weights are fp32, bf16 or a method of the group quantization; ``eager`` is plain forward passes with
-    a growing cache, ``compiled`` has torch.compile and a static cache, ``blocks`` too but compiles one block for all,
-    ``engine`` is what job=serve computes with."""
+    """Cases as WEIGHTS/HOW; weights are fp32, bf16 or a method of the group quantization.
+    ``eager`` is plain forward passes with a growing cache, ``compiled`` has torch.compile and a static cache,
+    ``blocks`` too but compiles one block for all, ``engine`` is the engine of job=serve."""
 
     batch_size: int = 1
     """Sequences at a time."""

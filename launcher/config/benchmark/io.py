@@ -14,7 +14,7 @@ from launcher.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class DataBenchmark(Benchmark):
-    """The corpus of the run with its tokenizer: text into an empty cache, and the cache into batches as training does.
+    """Tokenisation of the run's corpus into an empty cache, and batches read from the cache.
 
     Batches are made in the rank's own thread when a step asks for them: ``load`` says how many it gets a second.
     """
@@ -25,7 +25,7 @@ class DataBenchmark(Benchmark):
     needs_data: ClassVar[bool] = True
 
     threads: tuple[int, ...] = (1, 0)
-    """Threads that tokenise, each a case; 0 is one for each core that the process may use, as in every run."""
+    """Tokenizer threads, each a case; 0 is one per core that the process may use."""
 
     sequence_length: int = 128
     """Tokens of a sequence that is loaded."""
@@ -85,7 +85,7 @@ _COPIED = ("single", "ddp", "fsdp")
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointBenchmark(Benchmark):
-    """The same training loop without saving, and with each way to save, by the run's model and strategy.
+    """The same training loop without saving, and with each way to save.
 
     ``blocking`` is how job=train saves. ``asynchronous`` is torch.distributed.checkpoint's async_save of the same
     tensors: training stands still while they are copied, and a thread writes the copies.
@@ -134,7 +134,7 @@ class CheckpointBenchmark(Benchmark):
         return {"micro_batch": self.micro_batch, "sequence_length": self.sequence_length, "steps": steps}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject strategies whose state only DeepSpeed can write, and sequences that the model does not take."""
+        """Reject strategies that only DeepSpeed can save, and sequences too long for the model."""
         kind, shape = run.parallel.kind, run.model.shape()
         if "asynchronous" in self.modes and kind not in _COPIED:
             why = f"parallel={kind} has no tensors by name that could be copied while it trains"

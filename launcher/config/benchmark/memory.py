@@ -17,7 +17,9 @@ NO_CHECKPOINTING = "none"
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationBenchmark(Benchmark):
-    """One forward and backward pass of torch's TransformerEncoderLayers in fp32, on the same weights and inputs.
+    """One forward and backward pass of torch's TransformerEncoderLayers in fp32.
+
+    Weights and inputs are the same in every case.
 
     The defaults are a BERT-base encoder on 32 sequences of 512 tokens: without checkpointing about 11 GB.
     """
@@ -52,7 +54,7 @@ class ActivationBenchmark(Benchmark):
     """Tokens in each of them."""
 
     every: int = 2
-    """The case between all and none: every so many layers one is recomputed, from the first one on."""
+    """The case between all and none: one of so many layers is recomputed, from the first on."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject sizes that make no encoder, and a case that is another one again."""
@@ -95,7 +97,7 @@ STRATEGIES: Final[dict[str, Strategy]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryBenchmark(Benchmark):
-    """Each strategy takes real steps on the run's ranks, with the run's model, and counts what its tensors take.
+    """Bytes of model state under each strategy, counted in real steps of the run's model.
 
     State is counted between the backward pass and the update of the last step, when all of it is there.
     """
@@ -108,13 +110,13 @@ class MemoryBenchmark(Benchmark):
     needs_model: ClassVar[bool] = True
 
     repeats: int = 1
-    """Times each strategy is measured, all in turn; state takes the same each time, peaks vary a little."""
+    """Measurements of each strategy, in turn; state is the same each time, peaks vary a little."""
 
     warmup: int = 1
-    """Optimiser steps before the one that is looked at, at least 1: the first one makes the moments."""
+    """Optimizer steps before the measured one, at least 1: the first one allocates the moments."""
 
     strategies: tuple[str, ...] = (SINGLE_STRATEGY, "ddp", "zero1", "zero2", "zero3", "zero3_offload", "fsdp")
-    """What is measured: ``single`` on one rank, others on all; the names are those of job=verify."""
+    """Strategies to measure, by their names in job=verify; ``single`` uses one rank."""
 
     batch_size: int = 4
     """Sequences in a step, over all ranks."""
@@ -148,7 +150,7 @@ class MemoryBenchmark(Benchmark):
         return {**sizes, "steps": self.warmup + 1}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject models without a formula, sequences they do not take, and strategies that do not fit."""
+        """Reject models without a formula, sequences too long for them, and unfit strategies."""
         shape = run.model.shape()
         if shape is None:
             why = "its sizes, and so the formula, are known only once it is downloaded"

@@ -69,7 +69,7 @@ class LoadRequest:
 
 
 def read_trace(path: Path) -> list[LoadRequest]:
-    """Return the calls of a file: JSON lines with the fields of each body and, where there is one, ``at_s``.
+    """Return the requests of a trace file: JSON lines of a body's fields and optional ``at_s``.
 
     Raises:
         ValueError: a line is no such object; the message names its number.
@@ -125,7 +125,7 @@ def parse_server_address(url: str) -> ServerAddress:
 
 @dataclass(frozen=True, kw_only=True)
 class ServingBenchmark(Benchmark):
-    """Load on an OpenAI-compatible server: any that runs, or one that is started here with the run's model."""
+    """Load on an OpenAI-compatible server: a running one, or one started with the run's model."""
 
     kind: ClassVar[str] = "serving"
     summary_fields: ClassVar[tuple[str, ...]] = ("input_len", "output_len", "duration_s")
@@ -133,10 +133,10 @@ class ServingBenchmark(Benchmark):
     supports_quantized: ClassVar[bool] = True
 
     repeats: int = 1
-    """Rounds; each goes through all levels, with prompts of its own, so that no cache of prompts helps."""
+    """Rounds; each runs all levels with prompts of its own, so no prompt cache helps."""
 
     base_url: str | None = None
-    """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one with the run's model and ends it again."""
+    """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one for the run."""
 
     served_model_name: str | None = None
     """What requests call the model; ``null`` takes the first that the server names."""
@@ -145,24 +145,28 @@ class ServingBenchmark(Benchmark):
     """Environment variable that holds the API key, where the server wants one."""
 
     serve: dict[str, Any] = field(default_factory=dict)
-    """Options of job=serve for the server that is started here: ``{batching: dynamic, max_num_seqs: 16}``."""
+    """job=serve options of the server started here: ``{batching: dynamic, max_num_seqs: 16}``."""
 
     max_concurrency: tuple[int, ...] = (1, 4, 8, 16)
-    """Closed loop: requests in flight, one level of load each; a request that completes is followed by the next."""
+    """Closed loop: requests in flight, one load level each.
+    A request that completes is followed by the next."""
 
     request_rate: tuple[float, ...] = ()
-    """Open loop instead: requests a second, one level of load each. Arrivals are a Poisson process, and latencies count
-    from the time at which a request was due, so that a server that stalls cannot hide it (coordinated omission)."""
+    """Open loop instead: requests a second, one load level each.
+    Arrivals are a Poisson process, and latencies count from the time at which a request was due, so that a server that
+    stalls cannot hide it (coordinated omission)."""
 
     duration_s: float = 30.0
     """Length of each level; requests in flight at its end are cancelled."""
 
     trace: PathText | None = None
-    """File of requests: JSON lines of what goes into each body (``prompt`` or ``messages``, ``max_tokens``, …), again
-    from its beginning where it ends; ``null`` draws words from ``job.seed``."""
+    """File of requests, JSON lines; ``null`` draws words from ``job.seed``.
+    A line holds fields of the body (``prompt`` or ``messages``, ``max_tokens``, …); after the last line the file starts
+    over."""
 
     input_len: str = "16-256"
-    """Words of a prompt, about a token each: 64, 16-256, or lognormal:96:0.8:1024 (median, sigma, most)."""
+    """Words of a prompt (about a token each): 64, 16-256, or lognormal:96:0.8:1024.
+    A log-normal distribution has its median, sigma and maximum."""
 
     output_len: str = "16-128"
     """``max_tokens``, in the same grammar."""
@@ -171,7 +175,7 @@ class ServingBenchmark(Benchmark):
     """Fields that every body gets: ``{ignore_eos: true}`` where a server knows it."""
 
     slo_ttft_s: float | None = 2.0
-    """Goodput counts answers whose time to first token (TTFT) is at most this; ``null`` sets no limit."""
+    """Goodput counts answers with at most this time to first token (TTFT); ``null``: no limit."""
 
     slo_tpot_s: float | None = 0.2
     """The same for the mean time per output token after the first (TPOT)."""
@@ -205,7 +209,7 @@ class ServingBenchmark(Benchmark):
             yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.base_url out")
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject requests that are longer than what the server that is started here takes, at a token a word."""
+        """Reject requests longer than the server started here takes, at a token a word."""
         yield from super().validate_run(run, world_size=world_size)
         if self.base_url is None and self.trace is None:
             inputs, outputs = (parse_length_distribution(text).maximum for text in (self.input_len, self.output_len))

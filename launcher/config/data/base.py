@@ -30,10 +30,10 @@ class Data(Component):
 
 
 _MOST_TOKENS_OF_A_BYTE = 11
-"""Normalisation (NFKC) makes at most eleven bytes of one, and no tokenizer has tokens below bytes."""
+"""Most tokens of one byte: NFKC expands a byte to at most 11, and no token is below a byte."""
 _SHORTEST_SEQUENCE = 2
 CHECKPOINT_TOKENIZER = "checkpoint"
-"""Value of ``data.tokenizer``: the tokenizer that was saved beside the weights a run resumes from."""
+"""Value of ``data.tokenizer``: the tokenizer saved in the checkpoint that a run resumes."""
 STREAM_LAYOUT = "stream.json"
 """File in a folder of the token cache: what was tokenised, and where the tokens lie."""
 
@@ -43,7 +43,7 @@ SMALL_CHARS = 1 << 18
 
 
 class TextChunk(NamedTuple):
-    """A stretch of text, small enough to tokenise at once."""
+    """A piece of text, small enough to tokenise at once."""
 
     text: str
     ends_document: bool
@@ -52,18 +52,19 @@ class TextChunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Corpus(Data):
-    """Text that is tokenised once into a memory-mapped cache and cut into sequences of any length from there."""
+    """Text tokenised once into a memory-mapped cache; sequences are cut from it."""
 
     tokenizer: PathText = "auto"
-    """``bpe`` trains a byte-level BPE on the text, ``model`` takes the model's own, ``checkpoint`` that of the one
-    a run resumes from, else a name or local folder. ``auto`` is ``model`` where the model's weights came with a
-    tokenizer, ``checkpoint`` where a run resumes on other data than the checkpoint was trained on, else ``bpe``."""
+    """``bpe`` (trained on the text), ``model``, ``checkpoint``, ``auto``, a name or a folder.
+    ``model`` is the model's own, ``checkpoint`` the one of the checkpoint that a run resumes. ``auto`` is ``model``
+    where the model's weights came with a tokenizer, ``checkpoint`` where a run resumes on other data than the
+    checkpoint was trained on, else ``bpe``."""
 
     vocab_size: int = 4096
     """Size of the BPE that is trained here; other tokenizers bring their own."""
 
     held_out: float = 0.05
-    """Share of the tokens kept out of training for evaluation: the end of the stream, so the last documents."""
+    """Share of tokens kept for evaluation: the end of the stream, so the last documents."""
 
     cache: PathText | None = None
     """Folder for tokenised data; by default ``$XDG_CACHE_HOME/launcher/data``."""
@@ -85,7 +86,7 @@ class Corpus(Data):
             yield ConfigError("data.cache", self.cache_folder, why=why, fix=fix)
 
     def validate_length(self, sequence_length: int, *, tokenizer: Path | None = None) -> Iterator[ConfigError]:
-        """Yield why a small corpus holds no sequence to learn from or none to evaluate; larger ones ranks count.
+        """Yield why a small corpus has no training or held-out sequence; ranks count large ones.
 
         The BPE is trained as a rank would, so the number is exact. A tokenizer on this machine is loaded; one that a
         rank fetches makes at most eleven tokens of a byte.
@@ -115,7 +116,7 @@ class Corpus(Data):
             yield error
 
     def split_error(self, num_tokens: int, sequence_length: int) -> ConfigError | None:
-        """Return why a corpus of ``num_tokens`` leaves a split without a sequence; ``None`` if both have one."""
+        """Return why a split of ``num_tokens`` tokens has no sequence; ``None`` if both have one."""
         needed, held_out = sequence_length + 1, round(num_tokens * self.held_out)
         train = num_tokens - held_out
         if min(train, held_out) >= needed:
@@ -165,7 +166,10 @@ class Corpus(Data):
 
     @property
     def trains_tokenizer(self) -> bool:
-        """Whether the tokenizer is trained on the text; composing replaces ``auto`` where the model has its own."""
+        """Whether the tokenizer is trained on the text.
+
+        Composition replaces ``auto`` where the model has its own.
+        """
         return self.tokenizer in ("auto", "bpe")
 
     @property
@@ -175,7 +179,10 @@ class Corpus(Data):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Return a string that changes when the text does. Cheap: every rank of every run asks for it."""
+        """Return a string that changes with the text.
+
+        It must be cheap: every rank of every run asks for it.
+        """
 
     @abstractmethod
     def local_pieces(self) -> Iterator[TextChunk]:
@@ -188,7 +195,10 @@ class Corpus(Data):
 
 @dataclass(frozen=True, kw_only=True)
 class Synthetic(Data):
-    """Sequences from a fixed random bigram table: a loss floor that is known, no files, any vocabulary."""
+    """Sequences from a fixed random bigram table.
+
+    The loss floor is known, there are no files, and the vocabulary is of any size.
+    """
 
     kind: ClassVar[str] = "synthetic"
 

@@ -1,4 +1,6 @@
-"""The byte-level BPE that a corpus trains (Sennrich et al., 2016, arXiv:1508.07909), with bytes as in GPT-2.
+"""The byte-level BPE that a corpus trains (arXiv:1508.07909), with GPT-2's bytes.
+
+It belongs to the configuration because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
 
 It stands on the ground floor because a plan counts the tokens of a small corpus. Imports ``tokenizers`` alone.
 """
@@ -24,7 +26,7 @@ _TRAINED_ON_CHARS = 64 << 20
 
 
 def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> tokenizers.Tokenizer:
-    """Return a tokenizer of at most ``vocab_size`` tokens; the same text gives the same one, token for token.
+    """Train a tokenizer of at most ``vocab_size`` tokens; equal texts give equal tokenizers.
 
     Args:
         texts: the corpus in parts; of a large one the first 64 million characters count.
@@ -46,7 +48,9 @@ def train_byte_level_bpe(texts: Iterable[str], *, vocab_size: int) -> tokenizers
 
 
 def count_tokens(texts: Sequence[str], *, vocab_size: int) -> int:
-    """Return how many tokens the BPE trained on ``texts`` makes of them, without ends of documents.
+    """Return the number of tokens of ``texts`` under a BPE trained on them.
+
+    Ends of documents are not counted.
 
     It leaves no threads behind, which a process that forks later would warn about.
     """
@@ -69,14 +73,17 @@ def _without_threads() -> Iterator[None]:
 
 
 def trained_vocabulary(texts: Sequence[str], *, vocab_size: int) -> dict[str, int]:
-    """Return the numbers of the tokens of the BPE that is trained on ``texts``. It leaves no threads behind."""
+    """Return the vocabulary, token to id, of a BPE trained on ``texts``.
+
+    No threads are left running.
+    """
     with _without_threads():
         vocabulary: dict[str, int] = train_byte_level_bpe(texts, vocab_size=vocab_size).get_vocab()
         return vocabulary
 
 
 def folder_vocabulary(folder: Path) -> dict[str, int] | None:
-    """Return the numbers of the tokens in a folder's ``tokenizer.json``; ``None`` where it cannot be loaded."""
+    """Return the vocabulary in a folder's ``tokenizer.json``; ``None`` if it cannot be loaded."""
     from tokenizers import Tokenizer
 
     try:
@@ -87,7 +94,9 @@ def folder_vocabulary(folder: Path) -> dict[str, int] | None:
 
 
 def count_folder_tokens(folder: Path, texts: Sequence[str]) -> int | None:
-    """Return how many tokens the tokenizer of a folder makes of the texts; ``None`` where only a rank can count them.
+    """Return the number of tokens of the texts under a folder's tokenizer.
+
+    ``None`` where only a rank can count them.
 
     Nothing is put before or after. It leaves no threads behind, as ``count_tokens``.
     """

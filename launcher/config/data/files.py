@@ -34,7 +34,7 @@ _ERRORS_SHOWN = 8
 
 
 def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[ConfigError]]:
-    """Return the files that names and globs stand for, each once and sorted, and an error for each that has none."""
+    """Return the files that names and globs match, sorted, and an error per empty pattern."""
     files: set[Path] = set()
     errors = []
     for pattern in patterns:
@@ -63,7 +63,10 @@ def first_errors(errors: Iterator[ConfigError], *, option: str) -> Iterator[Conf
 
 
 def endings(folder: Path) -> Counter[str]:
-    """Return how many files of each ending a folder holds, hidden ones left out; ``.jsonl.gz`` counts as one."""
+    """Return the number of files by suffix in a folder, without hidden files.
+
+    ``.jsonl.gz`` counts as one suffix.
+    """
     found: Counter[str] = Counter()
     for file in itertools.islice(folder.rglob("*"), _MOST_FILES):
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts):
@@ -72,7 +75,7 @@ def endings(folder: Path) -> Counter[str]:
 
 
 def _folder_error(folder: Path, pattern: str, option: str) -> ConfigError:
-    """Return the error for a folder in place of files, with the pattern for what most of its files are."""
+    """Return the error for a folder in place of files, with a pattern for most of its files."""
     found = endings(folder)
     if not found:
         return ConfigError(option, pattern, why="is a folder without files", fix="give a folder that holds some")
@@ -108,7 +111,9 @@ def fingerprint(files: Iterable[Path]) -> str:
 
 
 def read_pieces(file: Path, found: FileFormat) -> Iterator[TextChunk]:
-    """Yield a text file as one document, cut at line ends into pieces of about 64 thousand characters.
+    """Yield a text file as one document, in pieces of about 64 thousand characters.
+
+    Pieces end at line ends.
 
     Raises:
         BadFile: a byte further in than validate_machine looked is NUL or not UTF-8, or the file is damaged or blank.

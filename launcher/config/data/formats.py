@@ -197,7 +197,7 @@ def _open_zstd(file: Path) -> Any:
 
 
 class _Unpacked(io.RawIOBase):
-    """The unpacked bytes of a compressed file; whatever a library says of damage becomes one error."""
+    """The unpacked bytes of a compressed file; every library's damage error becomes one error."""
 
     def __init__(self, file: Path, inner: Any, compression: Compression) -> None:
         self._file, self._inner, self._compression = file, inner, compression
@@ -223,7 +223,7 @@ class _Unpacked(io.RawIOBase):
 def not_utf8(
     file: Path, *, position: int, byte: int, compression: Compression, content: bytes, is_utf8: bool = False
 ) -> BadFile:
-    """Return the error for a byte that is no part of UTF-8 text, with a command that keeps what can be kept.
+    """Return the error for a byte that is not UTF-8, with a command that keeps what it can.
 
     Args:
         file: that holds it.
@@ -319,7 +319,10 @@ def _decoded(file: Path, start: bytes, compression: Compression, *, whole: bool,
 
 
 def _wide_encoding(start: bytes) -> str:
-    """Return the encoding of UTF-16 text that has no byte order mark: every other byte of ASCII in it is NUL."""
+    """Return the encoding of UTF-16 text without a byte order mark.
+
+    In its ASCII characters, every other byte is NUL.
+    """
     even, odd, pairs = start[:4096:2].count(0), start[1:4096:2].count(0), len(start[:4096]) // 2
     if pairs < 4 or max(even, odd) < 0.6 * pairs or min(even, odd) > 0.02 * pairs:
         return ""
@@ -337,7 +340,7 @@ def _kind_of(text: str, ending: Kind, *, whole: bool) -> Kind:
 
 
 def _json_kind(text: str, ending: Kind, *, whole: bool) -> Kind | None:
-    """Return which JSON a text that begins with a bracket is; ``None`` for one that only begins so."""
+    """Return the JSON kind of text that starts with a bracket; ``None`` if it is not JSON."""
     lines = _lines(text, whole=whole)
     objects = sum(map(_is_object, lines))
     if objects == len(lines) == 1 and ending == "json" and not _is_row(json.loads(lines[0])):
@@ -362,7 +365,7 @@ def _lines(text: str, *, whole: bool) -> list[str]:
 
 
 def _is_row(found: dict[str, Any]) -> bool:
-    """Return whether the only object of a file is a row, and not what rows are in (``{"data": […]}``)."""
+    """Return whether a file's only object is a row, not a container (``{"data": […]}``)."""
     return "messages" in found or any(isinstance(value, str) for value in found.values())
 
 
@@ -376,7 +379,10 @@ def _is_object(line: str) -> bool:
 
 
 def _is_table(text: str) -> bool:
-    """Return whether text without a telling ending is a table: a header that names text, and rows of its length."""
+    """Return whether text is a table: a header of names, and rows of equal length.
+
+    For files whose suffix does not say it.
+    """
     delimiter = _delimiter(text)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
@@ -436,7 +442,7 @@ def _quoted(file: Path) -> str:
 
 
 def _through(file: Path, command: str, compression: Compression) -> str:
-    """Return the command line that writes what ``command`` makes of the unpacked content, beside the file."""
+    """Return the command line that pipes the unpacked content through ``command`` into a file."""
     plain = _without_compression(file)
     target = shell_word(str(plain.with_name(f"{plain.stem}.utf8{plain.suffix}")))
     if compression:

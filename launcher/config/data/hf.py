@@ -43,7 +43,8 @@ _COUNTED_BYTES = 16 << 20
 _SPLIT_REMEDY = "set data.split=train, or train[:50%]"
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
 _SPLIT_WORDS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""In the name of a file or folder, between marks or digits, they say which split it belongs to (``datasets``)."""
+"""Words that mark a split in a file or folder name, as in ``datasets``.
+They stand between separators or digits."""
 
 _SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(_SPLIT_WORDS)})(?:[-._ 0-9/]|$)")
 
@@ -59,7 +60,7 @@ class HfData(Corpus):
     summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: PathText
-    """A hub name (``wikitext``), a local folder, or a format name (``json``, ``csv``, ``parquet``) with ``files``."""
+    """Hub name (``wikitext``), local folder, or format (``json``, ``csv``, …) with ``files``."""
 
     name: str | None = None
     """The configuration of the data set, where it has several."""
@@ -71,12 +72,12 @@ class HfData(Corpus):
     """The column that holds the text."""
 
     files: tuple[PathText, ...] | PathText = ()
-    """A local file or glob, or a list of them, when ``path`` is a format name; compressed (gzip, bz2, xz, zstd) or
-    not."""
+    """Local file, glob, or a list of them, if ``path`` is a format name.
+    Files may be compressed (gzip, bz2, xz, zstd)."""
 
     skip_bad_rows: bool = False
-    """Leave out rows without text in ``column`` (null, a number, a list) or that cannot be read, and print how many
-    there were; otherwise the first one ends the run."""
+    """Skip rows without text in ``column`` or that cannot be read, and print their number.
+    Null, a number or a list is not text. Otherwise the first such row ends the run."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject a format without files, files without a format, and a split that is none or holds no row."""
@@ -94,7 +95,7 @@ class HfData(Corpus):
             )
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield local files that are missing, empty, not what the format says, or without text in ``column``."""
+        """Yield an error for each local file that is missing, empty, malformed or without text."""
         yield from super().validate_machine()
         if self.files:
             is_known = {part.name for part in self._slices} == {"train"}
@@ -139,7 +140,7 @@ class HfData(Corpus):
             yield self.error("split", f"holds none of the {num_rows:,} rows", _SPLIT_REMEDY)
 
     def fingerprint(self) -> str:
-        """Return a hash of local files' contents, or of the hub name: the hub is asked once, then the cache serves."""
+        """Return a hash of the local files, or of the hub name, which is looked up once and cached."""
         where = [self.name, self.split, self.column, self.path]
         if self.skip_bad_rows:
             where.append("skip_bad_rows")
@@ -207,7 +208,10 @@ class HfData(Corpus):
 
     @property
     def reads_files(self) -> bool:
-        """Whether rows come from local files, which have one split; slices of it are left to ``datasets``."""
+        """Whether rows come from local files, which have one split.
+
+        Slices of it are left to ``datasets``.
+        """
         return bool(self.files) and self.split == "train"
 
     def _file_rows(self) -> Iterator[tuple[str, Record]]:
@@ -334,7 +338,7 @@ class HfData(Corpus):
         return self.error("path", f"{why}, not a folder or a data set of the hub", f"set {fix}")
 
     def _validate_folder(self, folder: Path) -> Iterator[ConfigError]:
-        """Yield what keeps ``datasets`` from reading a local folder, or its files from having the column."""
+        """Yield why ``datasets`` cannot read a local folder, or which column its files lack."""
         if not folder.is_dir():
             yield self.error(
                 "path", "there is no such folder or file", "give a folder of data files, or a data set of the hub"
@@ -379,7 +383,10 @@ class HfData(Corpus):
             yield from self._validate_slices([file for file in data_files(folder) if full_ending(file) == known[0]])
 
     def _validate_folder_contents(self, folder: Path, known: Sequence[str]) -> Iterator[ConfigError]:
-        """Yield the first file that ``datasets`` would misread: it judges by endings and takes commas for granted."""
+        """Yield the first file that ``datasets`` would misread.
+
+        It decides by suffix, and assumes commas.
+        """
         chosen = [file for file in data_files(folder) if full_ending(file) in known or file.suffix == ".txt"]
         for file in chosen:
             ending = full_ending(file)
@@ -441,7 +448,7 @@ class HfData(Corpus):
 
 
 def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column: str = "text") -> str:
-    """Return the overrides with which rows are read: those of ``names``, of which ``file`` is the first.
+    """Return the overrides that read rows from the files ``names``; ``file`` is the first.
 
     Raises:
         BadFile: it has no column of text.
@@ -463,13 +470,13 @@ def rows_command(file: Path, found: FileFormat, names: Sequence[str], *, column:
 
 
 def data_files(folder: Path) -> list[Path]:
-    """Return the files of a folder in the order of their names, without hidden ones and descriptions."""
+    """Return a folder's data files in name order, without hidden files and descriptions."""
     found = (file for file in folder.rglob("*") if file.is_file() and file.name not in _DESCRIPTIONS)
     return sorted(file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts))
 
 
 def _skipped_by_splits(folder: Path, endings: Sequence[str]) -> Path | None:
-    """Return a file that ``datasets`` leaves out because others are named after splits and it is not."""
+    """Return a file that ``datasets`` skips because other files are named after splits."""
     if "configs:" in _text_of(folder / "README.md"):  # the folder itself says which files are of which split
         return None
     chosen = [file for file in data_files(folder) if full_ending(file) in endings]

@@ -47,7 +47,8 @@ class Record:
     number: int
     """Its place among the rows, from 0; blank lines are none."""
     line: int
-    """Its line in the file, from 1; where it begins, if it takes several. Without lines, its place from 1."""
+    """Line in the file, from 1; the first one of a row of several lines.
+    In a file without lines, the row's number from 1."""
     fields: dict[str, Any]
     problem: str = ""
     fix: str = ""
@@ -276,7 +277,7 @@ def _raw_lines(stream: BinaryIO, longest: int) -> Iterator[tuple[int, int, bytes
 
 
 class _Decoded:
-    """Lines as text. Bytes that are no text stay visible in a table, so that only their row is refused."""
+    """Lines decoded as text; invalid bytes stay visible, so only their row is rejected."""
 
     def __init__(self, stream: BinaryIO, longest: int, file: Path, found: FileFormat) -> None:
         self._lines, self._file, self._compression = _raw_lines(stream, longest), file, found.compression
@@ -291,7 +292,7 @@ class _Decoded:
             yield self._as_long_line() if raw is None else self._decoded(raw, position)
 
     def texts(self, wanted: Callable[[int], bool]) -> Iterator[tuple[int, int, str | None]]:
-        """Yield each line that is not blank and is wanted: its number among these, in the file, and its text.
+        """Yield each wanted line that is not blank: its index, its line number and its text.
 
         The text of one with a problem is ``None``.
         """

@@ -37,12 +37,12 @@ class Text(Corpus):
     summary_fields: ClassVar[tuple[str, ...]] = ("path", "tokenizer")
 
     path: tuple[PathText, ...] | PathText = _PYTHON_DOCS
-    """Files or globs, one document a file, compressed (gzip, bz2, xz, zstd) or not; ``python-docs`` is
-    ``pydoc_data.topics``, 465 kB of English."""
+    """Files or globs, one document a file; gzip, bz2, xz and zstd are unpacked.
+    ``python-docs`` is ``pydoc_data.topics``, 465 kB of English."""
 
     format: Literal["auto", "text"] = "auto"
-    """``auto`` refuses files that hold rows or markup (JSON, CSV, HTML), by content and ending; ``text`` trains on any
-    UTF-8 text as it stands."""
+    """``auto`` rejects rows and markup (JSON, CSV, HTML); ``text`` takes any UTF-8 text.
+    ``auto`` decides by content and suffix."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty list of files besides what every corpus refuses."""

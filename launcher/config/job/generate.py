@@ -40,7 +40,9 @@ CLAIM_FILE = "output"
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(GeneratingJob):
-    """Every rank has the model and processes its share of the lines, or all ranks hold one model together.
+    """Generate answers to a file of prompts.
+
+    Every rank has the model and processes its share of the lines, or all ranks hold one model together.
 
     Fields of a line take precedence over the options here.
     """
@@ -49,15 +51,17 @@ class Generate(GeneratingJob):
     handles_preemption: ClassVar[bool] = True
 
     input: PathText = SAMPLE_INPUT
-    """File of prompts; ``sample`` is a file of 16 prompts that comes with the program. A line has ``prompt`` (text or
-    token ids) or ``messages`` (a chat), and optionally ``id``, ``stop`` and sampling parameters of its own."""
+    """File of prompts; ``sample`` is a file of 16 prompts that comes with the program.
+    A line has ``prompt`` (text or token ids) or ``messages`` (a chat), and optionally ``id``, ``stop`` and sampling
+    parameters of its own."""
 
     format: Literal["auto", "jsonl", "json", "csv", "text"] = "auto"
-    """Format of the file: JSON lines, a JSON list, a table with a header, or text with a prompt in each line. ``auto``
-    detects it by content and ending. It may be compressed (gzip, bz2, xz, zstd)."""
+    """``jsonl``, ``json`` (a list), ``csv`` (a header), ``text`` (a prompt a line) or ``auto``.
+    ``auto`` detects it by content and suffix. The file may be compressed (gzip, bz2, xz, zstd)."""
 
     output: PathText | None = None
-    """File of answers, JSON lines; ``null`` is generated.jsonl in the run directory. An existing one is left alone."""
+    """Output file, JSON lines; ``null`` is generated.jsonl in the run directory.
+    An existing file is never overwritten."""
 
     max_tokens: int = 128
     """Tokens of an answer at most."""

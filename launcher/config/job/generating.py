@@ -45,27 +45,28 @@ class GeneratingJob(Job):
     """A job whose ranks generate text for many requests."""
 
     engine: Literal["paged", "transformers", "vllm", "echo"] = "paged"
-    """``paged`` is the launcher's own, for stock models on any device; ``transformers`` is that library's continuous
-    batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment of its own; ``echo`` repeats prompts, without a
-    model."""
+    """``paged`` (the launcher's, any device), ``transformers``, ``vllm`` or ``echo`` (no model).
+    ``transformers`` is that library's continuous batching, greedy and on GPUs; ``vllm`` starts vLLM in an environment
+    of its own; ``echo`` repeats prompts."""
 
     tokenizer: PathText = "model"
-    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each
-    byte, else a local folder that holds one."""
+    """``model`` (its own), ``data`` (the data group's), ``bytes`` (one a byte), or a folder."""
 
     chat_template: str | None = None
-    """Name of the tokenizer's chat template for chats that name none; ``null`` takes the one named default."""
+    """Name of the chat template for chats that name none; ``null`` takes the default one."""
 
     batching: BatchingMode = "continuous"
-    """``continuous`` lets requests in and out at every step; ``dynamic`` waits a little for requests of like length and
-    ends with the longest; ``static`` does so in order of arrival, unsorted; ``none`` is one request after the other."""
+    """``continuous`` (at every step), ``dynamic``, ``static``, or ``none`` (one at a time).
+    ``continuous`` admits and completes requests at every step; ``dynamic`` waits briefly for requests of similar length
+    and ends with the longest; ``static`` does so in order of arrival, unsorted; ``none`` is one request after the
+    other."""
 
     max_num_seqs: int = 32
     """Requests that are worked on at the same time under ``continuous``."""
 
     kv_cache_tokens: int | None = None
-    """Tokens whose keys and values may be held at a time; ``null`` takes what max_num_seqs of full length need, but
-    no more than a quarter of the memory that is free at the start."""
+    """Capacity of the KV cache in tokens; ``null`` fits max_num_seqs sequences of full length.
+    But no more than a quarter of the memory that is free at the start."""
 
     prefill_chunk_size: int = 256
     """Prompt tokens in one step: what longest keeps others waiting for their next token."""
@@ -80,7 +81,7 @@ class GeneratingJob(Job):
     """How long the first request of a batch waits for others under ``dynamic`` and ``static``."""
 
     bucket_size: int = 32
-    """Under ``dynamic``, prompts are alike whose lengths agree when rounded up to a multiple of this."""
+    """Under ``dynamic``, prompts whose lengths round up to the same multiple share a batch."""
 
     aging_s: float = 10.0
     """Waiting for this long makes up for one step of priority."""
@@ -117,7 +118,7 @@ class GeneratingJob(Job):
         return 1
 
     def is_model_parallel(self, run: Run) -> bool:
-        """Return whether several ranks together are one engine, as tensor and pipeline parallelism make them."""
+        """Return whether several ranks form one engine, by tensor or pipeline parallelism."""
         dims = run.parallel.dims(1)
         return dims.tensor > 1 or dims.pipeline > 1
 
@@ -127,7 +128,7 @@ class GeneratingJob(Job):
         return super().unused_groups(run) | LEARNING_GROUPS | data
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
-        """Return what the engine, or its way of batching, does not look at, where it is not what it is by default."""
+        """Return the non-default options that the engine, or its batching mode, ignores."""
         named = f"job.engine={self.engine}"
         names = dict.fromkeys(_UNUSED_BY_ENGINE.get(self.engine, ()), f"{named} has no use for it")
         if self.engine == "paged":
@@ -183,7 +184,7 @@ class GeneratingJob(Job):
         yield from self._validate_template(run)
 
     def _validate_template(self, run: Run) -> Iterator[ConfigError]:
-        """Yield a chat template that the tokenizer does not have, where its folder is here to look at."""
+        """Yield an error for a chat template that the tokenizer lacks, if its folder is here."""
         if self.chat_template is None or self.tokenizer in ("bytes", "data"):
             return
         for name in (run.model.weights, run.model.name) if self.tokenizer == "model" else (self.tokenizer,):

@@ -20,13 +20,17 @@ QUANTIZE_STAGES = ("build", "save", "compare", "measure", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(BatchedJob):
-    """Quantize by the group ``quantization``, and compare with the original: bytes, held-out loss, speed, a sample."""
+    """Quantize by the group ``quantization``, and compare with the original model.
+
+    It compares bytes, held-out loss, speed and a sample.
+    """
 
     kind: ClassVar[str] = "quantize"
     trains: ClassVar[bool] = False
 
     output: PathText | None = None
-    """Folder of the weights; ``null`` is ``model`` in the run directory. One that has files in it is left alone."""
+    """Folder of the weights; ``null`` is ``model`` in the run directory.
+    A folder that has files in it is never overwritten."""
 
     eval_sequences: int = 64
     """Held-out sequences that both models are compared on."""
@@ -38,8 +42,7 @@ class Quantize(BatchedJob):
     """Tokens of that."""
 
     tokenizer: PathText = "model"
-    """``model`` is the model's own, ``data`` what the group data trains or names, ``bytes`` has a token for each byte,
-    else a local folder that holds one."""
+    """``model`` (its own), ``data`` (the data group's), ``bytes`` (one a byte), or a folder."""
 
     rate_batches: tuple[int, ...] = (1, 8)
     """Sequences at a time that speed is measured with; ``[]`` leaves speed out."""

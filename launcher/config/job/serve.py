@@ -1,4 +1,4 @@
-"""Job serve: an OpenAI-compatible HTTP server, and the checks of packages, port and API keys."""
+"""Job serve: an OpenAI-compatible server, and checks of packages, port and API keys."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from launcher.utils.text import bytes_text, counted
 
 _MAX_BODY_BYTES = 16 * 2**20
 _SHUTDOWN_SLACK_S = 20.0
-"""Beyond the drain: to answer waiting requests, close connections and stop engines, even on an overloaded machine."""
+"""Seconds beyond the drain to answer waiting requests, close connections and stop engines.
+Enough even on an overloaded machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,22 +42,25 @@ class Serve(GeneratingJob):
     """What clients call the model; ``null`` takes model.name."""
 
     replicas: int = 1
-    """Engines side by side, each with all weights and its share of the cores. One where several ranks are an engine."""
+    """Engines side by side, each with all weights and its share of the cores.
+    Only one if several ranks form one engine."""
 
     warm_up: tuple[tuple[int, int], ...] = ((1, 10), (1, 20), (1, 50), (2, 15))
     """Shapes (sequences, tokens) that an engine runs through before it is given requests."""
 
     api_keys_file: PathText | None = None
-    """File of keys, one a line, that clients must show one of; the variable LAUNCHER_API_KEYS (commas between) adds
-    to them, and must hold one where it is set. Without any key anyone who can connect can use the server."""
+    """File of API keys, one a line; clients must send one of them.
+    The variable LAUNCHER_API_KEYS (separated by commas) adds to them, and must hold one where it is set. Without any
+    key anyone who can connect can use the server."""
 
     allowed_hosts: tuple[str, ...] = ()
-    """Names by which clients may call a server without keys, besides ``localhost``, job.host and, unless it listens on
-    this machine alone, IP addresses and the machine's name; ``*`` allows all. Other Host headers are refused, because a
-    web page could otherwise use the server through its reader's browser."""
+    """Host names that a server without API keys accepts; ``*`` accepts all.
+    ``localhost``, job.host and, unless it listens on this machine alone, IP addresses and the machine's name are always
+    accepted. Other Host headers are rejected, because a web page could otherwise use the server through its reader's
+    browser."""
 
     rate_per_minute: int | None = None
-    """Requests that each key, or without keys each client address, may make a minute; ``null`` sets no limit."""
+    """Requests a minute for each API key, or client address without keys; ``null``: no limit."""
 
     max_body_bytes: int = 2 * 2**20
     """Largest request body, at most 16 MiB."""
@@ -80,11 +84,11 @@ class Serve(GeneratingJob):
     """How long a request may take as a whole."""
 
     stall_s: float = 30.0
-    """An engine with work that finishes no step for so long makes the server not ready; after twice as long it is
-    ended and restarted."""
+    """Seconds without a step after which an engine with work makes the server not ready.
+    After twice as long the engine is ended and restarted."""
 
     drain_s: float = 30.0
-    """How long the server finishes accepted requests after SIGTERM; requests left after that get an error."""
+    """Seconds to finish accepted requests after SIGTERM; requests left then get an error."""
 
     result_cache_bytes: int = 64 * 2**20
     """Room for results of greedy and seeded requests, which are computed once; 0 keeps none."""

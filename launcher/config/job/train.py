@@ -33,8 +33,8 @@ class Train(LearningJob):
     """Optimiser steps between printed lines; metrics are recorded at every step."""
 
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one rank's device, for the share of it that is used (perf/mfu); null takes it from a table of
-    GPUs, and has none for CPUs and for GPUs that are not in it."""
+    """Peak TFLOP/s of one rank's device, for perf/mfu; ``null`` looks the GPU up in a table.
+    CPUs, and GPUs that are not in the table, have none."""
 
     sample_prompt: str = "The"
     """Text that the sample at the end of the run continues."""

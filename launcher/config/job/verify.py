@@ -38,7 +38,7 @@ class Strategy:
     activation: ActivationCheckpointing | None = None
     """Policy for activations; the run's own by default."""
     micro_batch: int | None = None
-    """Sequences in one forward pass; by default as many as the run has, or as divide a rank's share."""
+    """Sequences in one forward pass; default: the run's, or the most that divide a rank's share."""
     ranks: int = 1
     """Least ranks for this strategy."""
 
@@ -69,7 +69,7 @@ class Strategy:
         return replace(run, parallel=self.parallel, activation=self.activation or run.activation, job=job)
 
     def validate(self, run: Run, *, world_size: int, sequences: int) -> Iterator[str]:
-        """Yield why this strategy cannot run with ``world_size`` ranks and a global batch of ``sequences``."""
+        """Yield why this strategy cannot run with ``world_size`` ranks and ``sequences`` a step."""
         dims = self.parallel.dims(world_size)
         if world_size < self.ranks:
             yield f"needs {counted(self.ranks, 'rank')}"
@@ -174,7 +174,7 @@ class SelectedStrategies:
 
 
 def select_strategies(job: Verify, run: Run, *, world_size: int) -> SelectedStrategies:
-    """Return the strategies that ``job.strategies`` names, sorted into those that fit and those that do not.
+    """Return the strategies of ``job.strategies``: those that fit, and those that do not.
 
     Raises:
         ConfigError: the batch of the run does not come out even.
@@ -191,7 +191,7 @@ def select_strategies(job: Verify, run: Run, *, world_size: int) -> SelectedStra
 
 
 def _candidates(job: Verify, run: Run) -> dict[str, Strategy]:
-    """Return what was asked for by name, or all there is, with the run's own strategy where it is another."""
+    """Return the named strategies, or all; with the run's own if it is another."""
     own = Strategy(run.parallel, activation=run.activation)
     if job.strategies == "auto":
         known = isinstance(run.parallel, Single) or any(
@@ -204,7 +204,7 @@ def _candidates(job: Verify, run: Run) -> dict[str, Strategy]:
 
 @dataclass(frozen=True, kw_only=True)
 class Verify(LearningJob):
-    """The same few optimiser steps under many strategies, and how far each strays from one process."""
+    """The same few optimizer steps under many strategies, each compared with one process."""
 
     kind: ClassVar[str] = "verify"
 
@@ -212,13 +212,14 @@ class Verify(LearningJob):
     """Optimiser steps that every strategy takes."""
 
     strategies: Literal["auto"] | tuple[str, ...] = "auto"
-    """Names from the catalogue that the plan prints, ``run`` for the run's own; ``auto`` takes all that fit."""
+    """Names from the plan's catalogue, ``run`` for the run's own, or ``auto`` (all that fit)."""
 
     loss_tolerance: float = 1e-5
     """Largest relative difference in loss, at any step: sums in another order round differently."""
 
     grad_norm_tolerance: float = 1e-4
-    """Largest relative difference in gradient norm, at any step: there Adam has magnified those of the weights."""
+    """Largest relative difference in gradient norm at any step.
+    By then Adam has magnified the differences of the weights."""
 
     generated_tokens: int = 8
     """Tokens that each strategy generates greedily after its steps; all must be equal."""
@@ -250,7 +251,7 @@ class Verify(LearningJob):
                 yield self.error("strategies", why, fix)
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
-        """Reject what makes equal strategies differ, and strategies asked for by name that cannot be taken."""
+        """Reject options that make equal strategies differ, and named strategies that cannot run."""
         if not isinstance(run.precision, Fp32Precision):
             why = "only fp32 agrees to the tolerances of job=verify"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=fp32")

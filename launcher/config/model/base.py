@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
     *("vocab.json", "merges.txt", "vocab.txt", "tokenizer.model"),
     *("chat_template*", "additional_chat_templates/*.jinja", "generation_config.json"),
 )
-"""Of a model folder: what ``save_pretrained`` of a tokenizer writes, and which tokens end an answer."""
+"""Files of a tokenizer in a model folder, and those that name the end-of-sequence tokens."""
 
 VOCABULARY_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -40,12 +40,12 @@ def tokenizer_alternative(option: str) -> str:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Return whether a folder that this process can look into holds the vocabulary of a tokenizer."""
+    """Return whether a folder that this process can read holds a tokenizer's vocabulary."""
     return any(exists(folder / name) for name in VOCABULARY_FILES)
 
 
 def tokenizer_size(folder: Path) -> int | None:
-    """Return one more than the largest token number of a folder's tokenizer; ``None`` where only a rank can count.
+    """Return a folder's largest token id plus one; ``None`` where only a rank can count.
 
     Raises:
         OSError: ``tokenizer.json`` cannot be read.
@@ -70,7 +70,7 @@ def tokenizer_size(folder: Path) -> int | None:
 def validate_tokenizer_folder(
     option: str, value: object, folder: Path, *, num_rows: int | None, alternative: str | None
 ) -> Iterator[ConfigError]:
-    """Yield why the tokenizer of ``folder`` cannot be used, as far as its files say without loading it.
+    """Yield why the tokenizer of ``folder`` cannot be used, judged by its files alone.
 
     Args:
         option: the option that chose it.
@@ -102,20 +102,21 @@ class Model(Component):
     summary_fields: ClassVar[tuple[str, ...]] = ("weights",)
 
     name: str
-    """What the model is called in plans, results and W&B; for ``hf``, the hub name or local folder."""
+    """Name of the model in plans, results and W&B; for ``hf``, the hub name or local folder."""
 
     weights: PathText = "random"
-    """``random``, ``pretrained`` where the model has weights to load, or a local folder of safetensors."""
+    """``random``, ``pretrained`` if the model has such weights, or a folder of safetensors."""
 
     quantization: QuantizationName = "none"
-    """Quantize the weights while they are loaded; a folder that ``job=quantize`` wrote records its own method."""
+    """Quantize the weights as they are loaded.
+    A folder that ``job=quantize`` wrote records its own method."""
 
     @abstractmethod
     def shape(self) -> Shape | None:
         """Return the sizes, or ``None`` when they are only known once files are downloaded."""
 
     def validate_length(self, *, spare: int = 0, **lengths: int) -> Iterator[ConfigError]:
-        """Yield an error if sequences that are as long as all of these together exceed the model's longest.
+        """Yield an error if the sum of these lengths exceeds the model's longest sequence.
 
         Args:
             spare: tokens besides.
@@ -139,12 +140,12 @@ class Model(Component):
         yield ConfigError(option, length, why=why, fix=fix)
 
     def family(self) -> str | None:
-        """Return the name of the architecture in Transformers, ``None`` where it is not known on this machine."""
+        """Return the architecture's name in Transformers; ``None`` if unknown on this machine."""
         shape = self.shape()
         return None if shape is None else shape.family
 
     def stored_config(self) -> Mapping[str, Any] | None:
-        """Return what the model's own ``config.json`` holds, ``None`` where there is none on this machine."""
+        """Return the model's own ``config.json``; ``None`` if it is not on this machine."""
         return None
 
     @abstractmethod
@@ -184,11 +185,11 @@ class Model(Component):
 
     @property
     def has_own_tokenizer(self) -> bool:
-        """Whether a tokenizer belongs to the weights: published with them, or beside them in their folder."""
+        """Whether the weights have a tokenizer: published with them, or in their folder."""
         return self.weights == "pretrained" if self.local_weights is None else has_tokenizer(self.local_weights)
 
     def tokenizer_source(self) -> Path | str | None:
-        """Return the folder or hub name that holds the tokenizer; ``None`` where a rank makes the folder.
+        """Return the folder or hub name of the tokenizer; ``None`` if a rank makes the folder.
 
         Raises:
             ConfigError: the model has no tokenizer.
@@ -202,5 +203,5 @@ class Model(Component):
         return self.pretrained_source()
 
     def pretrained_source(self) -> Path | str | None:
-        """Return the folder or hub name that holds config and tokenizer; ``None`` where a rank makes the folder."""
+        """Return the folder or hub name of config and tokenizer; ``None`` if a rank makes it."""
         return None

@@ -31,7 +31,7 @@ class Sizes(Protocol):
 
 
 def sizes_from_config(config: ConfigJson) -> Sizes | None:
-    """Return the sizes that the content of a ``config.json`` gives, ``None`` for a family that is not known here."""
+    """Return the sizes in a ``config.json``; ``None`` for a family that is unknown here."""
     family = _FAMILIES.get(str(config.get("model_type")))
     if family is None or any(invalid_sizes(config)) or any(isinstance(config.get(key), list) for key in _CHECKED_SIZES):
         return None
@@ -42,7 +42,7 @@ def sizes_from_config(config: ConfigJson) -> Sizes | None:
 
 
 def invalid_sizes(config: ConfigJson) -> Iterator[tuple[str, object]]:
-    """Yield the key and value of each size that is not a whole number of at least 1, or a list of these by layer."""
+    """Yield key and value of each size that is not an integer of at least 1, or a list of them."""
     for part in (config, text) if (text := _text_part(config)) is not config else (config,):
         for key in _CHECKED_SIZES:
             size = part.get(key)
@@ -52,7 +52,9 @@ def invalid_sizes(config: ConfigJson) -> Iterator[tuple[str, object]]:
 
 
 def shape_from_tensors(config: ConfigJson, tensors: Mapping[str, tuple[int, ...]]) -> Shape | None:
-    """Return the sizes of a model of any family from its configuration and the shapes of its stored tensors.
+    """Return a model's sizes from its configuration and the shapes of its tensors.
+
+    It works for any family.
 
     ``None`` where the configuration names its sizes in words that are not known here.
     """
@@ -164,7 +166,7 @@ _FULL_ATTENTION_TYPES = frozenset({"full_attention", "attention"})
 STATEFUL_LAYER_TYPES = frozenset({"linear_attention", "conv", "mamba"})
 """Kinds of layers that attend to none, and carry a state from token to token."""
 _WINDOW_KEYS: Mapping[str, str] = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
-"""Kinds of layers that attend to some tokens only, and the key of ``config.json`` that says to how many."""
+"""Layer kinds with windowed attention, and the ``config.json`` key of the window's length."""
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -173,7 +175,7 @@ def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def attention_windows(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """Yield the keys that keep layers from seeing all earlier tokens, each with how many they see."""
+    """Yield the keys that limit attention to a window, each with the window's length in tokens."""
     config = _text_part(config)
     kinds = config.get("layer_types")
     for kind, key in _WINDOW_KEYS.items():
@@ -192,7 +194,7 @@ def non_attention_layers(config: Mapping[str, Any]) -> list[str]:
 
 
 def stateful_layers(config: Mapping[str, Any], marks: AttentionSupport | None) -> str | None:
-    """Return which layers carry a state from token to token, in words, ``None`` where none is known to."""
+    """Return which layers carry a recurrent state, in words; ``None`` if none is known to."""
     states = sorted(set(non_attention_layers(config)) & STATEFUL_LAYER_TYPES)
     if states:
         return f"layers ({', '.join(states)}) that carry a state from token to token"
@@ -200,7 +202,7 @@ def stateful_layers(config: Mapping[str, Any], marks: AttentionSupport | None) -
 
 
 def sequence_sharding_problem(config: Mapping[str, Any], marks: AttentionSupport | None, *, length: int) -> str | None:
-    """Return why ranks cannot share sequences of ``length`` tokens of a model, ``None`` where they can.
+    """Return why ranks cannot split a model's sequences of ``length`` tokens, or ``None``.
 
     Attention is all that sees tokens of other ranks, by a function that Transformers registers, and it is causal over
     the whole sequence. Convolutions, states and windows would give other numbers, and no error.
@@ -224,7 +226,7 @@ def sequence_sharding_problem(config: Mapping[str, Any], marks: AttentionSupport
 
 
 def dropout_rates(config: Mapping[str, Any]) -> dict[str, float]:
-    """Return the keys of ``config.json`` by which layers of a causal language model drop values in training."""
+    """Return the ``config.json`` keys that set dropout rates of a causal language model."""
     return {
         key: value
         for key, value in _text_part(config).items()

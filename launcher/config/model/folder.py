@@ -36,7 +36,7 @@ _EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "wte.weight")
 _SAMPLES, _SAMPLE_BYTES = 16, 1 << 14
 
 _OTHER_ROPE_TYPES = frozenset({"default", "mrope", "su"})
-"""Kinds of rotary positions that no table of Transformers holds: unscaled ones, and old names of others."""
+"""Rotary types that no table of Transformers holds: unscaled ones, and old names."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -136,7 +136,7 @@ def _samples(file: Path, name: str) -> Iterator[bytes]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes in a safetensors file, after checking that the file holds all that its header promises."""
+    """Return the tensor shapes in a safetensors file, after a check that the file is complete."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         first = stream.read(8)
@@ -187,7 +187,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; the safetensors library refuses a tensor in which a field stands twice."""
+    """Return a JSON object; reject duplicate keys, as the safetensors library does."""
     tree = dict(pairs)
     if len(tree) != len(pairs):
         raise ValueError("a name stands twice")
@@ -241,7 +241,7 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
 
 
 def _run_in(folder: Path) -> Path | None:
-    """Return ``folder`` if it is a run or a checkpoint, the newest run directly below if it holds runs."""
+    """Return ``folder`` if it is a run or checkpoint, else the newest run directly below it."""
     if exists(folder / "config.json"):
         return None
     if any(exists(folder / name) for name in ("run.yaml", "manifest.json", "checkpoints")):
@@ -255,7 +255,7 @@ def _run_in(folder: Path) -> Path | None:
 def validate_config_json(
     option: str, value: object, config: Mapping[str, Any], *, is_quantized_here: bool = False
 ) -> Iterator[ConfigError]:
-    """Yield what a ``config.json`` asks for that the installed Transformers, or the launcher, does not have.
+    """Yield what a ``config.json`` needs that the installed Transformers or the launcher lacks.
 
     Args:
         option: the option as the user types it.
@@ -294,7 +294,7 @@ def validate_config_json(
 
 
 def _rope_types(config: Mapping[str, Any]) -> set[str]:
-    """Return the kinds of rotary positions that a configuration names, one for each kind of layer where they differ."""
+    """Return the rotary types of a configuration, one per kind of layer if they differ."""
     found = set()
     for key in ("rope_scaling", "rope_parameters"):
         tree = config.get(key)

@@ -83,7 +83,7 @@ class Gpt2(Model):
         return self.sizes.architecture()
 
     def pretrained_source(self) -> str:
-        """Return the hub name of the published model of this size; every size has the same tokenizer."""
+        """Return the hub name of the model of this size; all sizes have the same tokenizer."""
         return self._hub_name() or _PUBLISHED[12, 12, 768]
 
     def _hub_name(self) -> str | None:

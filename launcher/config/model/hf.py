@@ -27,7 +27,10 @@ from launcher.utils.hub import cached_folder, validate_hub_name
 
 @dataclass(frozen=True, kw_only=True)
 class Hf(Model):
-    """``model.name`` is a hub name (``org/model``) or a local folder. Code shipped with a model is never run."""
+    """A model of the hub (``org/model``) or a local folder.
+
+    Code shipped with a model is never run.
+    """
 
     kind: ClassVar[str] = "hf"
 
@@ -35,7 +38,7 @@ class Hf(Model):
     """A hub name (``org/model``), or a local folder."""
 
     weights: PathText = "pretrained"
-    """``pretrained``, ``random`` for the same architecture untrained, or another local folder of safetensors."""
+    """``pretrained``, ``random`` (same architecture, untrained) or a folder of safetensors."""
 
     def shape(self) -> Shape | None:
         """Return the sizes where a config is on this machine and of a family that is known exactly."""
@@ -51,7 +54,7 @@ class Hf(Model):
         return None if config is None else str(config.get("model_type"))
 
     def architecture(self) -> dict[str, Any]:
-        """Return the sizes that decide every parameter's shape, or the name where they are not known."""
+        """Return the sizes that decide the parameters' shapes, or the name if they are unknown."""
         sizes = self._sizes()
         return sizes.architecture() if sizes else {"family": "hf", "name": last_part(self.name)}
 
@@ -76,7 +79,7 @@ class Hf(Model):
 
     @property
     def has_own_tokenizer(self) -> bool:
-        """Whether the folder of the weights or of the model holds a tokenizer; models of the hub are taken to."""
+        """Whether the folder of the weights or model has a tokenizer; hub models are assumed to."""
         if self.weights not in ("random", "pretrained") and has_tokenizer(Path(self.weights).expanduser()):
             return True
         return has_tokenizer(Path(self.name).expanduser()) if self.is_local else True
@@ -123,7 +126,7 @@ class Hf(Model):
 
 
 def last_part(name: str) -> str:
-    """Return the last part of a hub name or a folder's path: what stays when it is written in another way."""
+    """Return the last part of a hub name or path, which stays the same in other spellings."""
     return Path(os.path.abspath(os.path.expanduser(name))).name or name  # noqa: PTH100, PTH111 (links stay)
 
 
@@ -134,7 +137,7 @@ def is_model_folder(folder: Path) -> bool:
 
 @functools.cache
 def _measured(folder: Path, stamp: int) -> Shape | None:
-    """Return the sizes that config and weights in a folder have; ``stamp`` changes when the weights do."""
+    """Return the sizes from a folder's config and weights; ``stamp`` changes with the weights."""
     try:
         return shape_from_tensors(read_config(folder), tensor_shapes(folder))
     except (OSError, ValueError):  # validate_machine says so

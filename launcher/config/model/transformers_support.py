@@ -30,12 +30,12 @@ class ParallelPlans:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSupport:
-    """What the class of a causal language model says of its attention, under the names that Transformers has for it."""
+    """What a causal language model's class says of its attention, in Transformers' names."""
 
     sdpa: bool
     flex_attn: bool
     attention_backend: bool
-    """Whether its layers take any attention function that is registered, rather than code of their own."""
+    """Whether layers take any registered attention function, not only code of their own."""
     is_stateful: bool
     """Whether some layers carry a state from token to token instead of attending."""
 
@@ -126,7 +126,9 @@ class StageNames(NamedTuple):
 
 
 def stage_names(plan: Mapping[str, tuple[Sequence[str], Sequence[str]]]) -> StageNames | None:
-    """Return the parts of a pipeline plan (``base_model_pp_plan``): embedding, perhaps a dropout, blocks, norm.
+    """Return the parts of a pipeline plan (``base_model_pp_plan``), or ``None`` for other parts.
+
+    They are embedding, an optional dropout, blocks and norm.
 
     ``None`` where its parts are others.
     """

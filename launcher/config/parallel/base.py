@@ -57,7 +57,7 @@ class ParallelDims:
         return used or {"data": self.data}
 
     def coordinate(self, rank: int, kind: str) -> int:
-        """Return where ``rank`` stands among the ``kind`` (``pipeline``, ``data``, …) it belongs to, from 0."""
+        """Return the rank's index, from 0, in its ``kind`` of group (``pipeline``, ``data``, …)."""
         names = [field.name for field in dataclasses.fields(self)]
         sizes = dataclasses.astuple(self)
         at = names.index(kind)
@@ -89,13 +89,13 @@ class Parallel(Component):
     """Options that set a degree of parallelism."""
 
     checkpoint_options: ClassVar[tuple[str, ...]] = ()
-    """Options that decide what a checkpoint looks like: a run with others cannot continue from it."""
+    """Options that decide a checkpoint's layout; a run with others cannot resume from it."""
 
     supports_resharding: ClassVar[bool] = True
     """Whether a checkpoint of one world size loads at another."""
 
     def dims(self, world_size: int) -> ParallelDims:
-        """Return how the world is divided; where that does not come out even, as many ranks as can be used."""
+        """Return how the world is divided, or the most ranks that can be used if it is uneven."""
         return ParallelDims(data=world_size)
 
     @property
@@ -123,7 +123,10 @@ class Parallel(Component):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Yield why this strategy cannot run with the rest of the run; ``shape`` is ``None`` while it is not known."""
+        """Yield why this strategy cannot run with the rest of the run.
+
+        ``shape`` is ``None`` while it is not known.
+        """
         yield from ()
 
     def validate_batch(self, batch: Batch) -> Iterator[ConfigError]:

@@ -19,7 +19,10 @@ class _ReplicatedModel(Parallel):
     engine: ClassVar[EngineKind] = "torch"
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return fp32 weights and gradients (compute copies are autocast's and short-lived) and two fp32 moments."""
+        """Return the bytes of fp32 weights, gradients and two fp32 moments.
+
+        Autocast's compute copies are short-lived.
+        """
         return StateBytes.fp32(shape.num_params)
 
     def state_formula(self, world_size: int, precision: Precision) -> str:
@@ -59,7 +62,7 @@ class Ddp(_ReplicatedModel):
 
 
 def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[ConfigError]:
-    """Yield why the model's heads cannot be dealt out over ``parallel.<option>`` ranks, with the degrees that can.
+    """Yield why the heads cannot be split over ``parallel.<option>`` ranks, with valid degrees.
 
     Tensor parallelism also divides the MLP. Sequence parallelism repeats heads of keys and values where there are
     fewer of them than ranks, so only the query heads must divide.
@@ -80,12 +83,12 @@ def validate_heads(parallel: Parallel, option: str, shape: Shape) -> Iterator[Co
 
 
 TENSOR_STYLES = frozenset({"colwise", "rowwise"})
-"""Ways of slicing a matrix, in the words of Transformers' tensor plans, that the engine carries out."""
+"""Ways of slicing a matrix that the engine supports, in the words of Transformers' plans."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fsdp(Parallel):
-    """torch's fully_shard (Zhao et al., 2023, arXiv:2304.11277), alone or with tensor or sequence parallelism.
+    """torch's fully_shard (arXiv:2304.11277), alone or with tensor or sequence parallelism.
 
     The world is replicate x shard x sequence x tensor; ``shard`` is what the others leave.
     """
@@ -95,19 +98,21 @@ class Fsdp(Parallel):
     degree_options: ClassVar[tuple[str, ...]] = ("replicate", "sequence_parallel", "tensor")
 
     replicate: int = 1
-    """Groups that hold the same shards: hybrid sharding (HSDP), where links within a group are the fast ones."""
+    """Groups that hold the same shards: hybrid sharding (HSDP).
+    Links within a group should be the fast ones."""
 
     tensor: int = 1
-    """Ranks that split each matrix, by the plan that Transformers has for the model (Megatron-LM, arXiv:1909.08053)."""
+    """Ranks that split each matrix, by Transformers' plan for the model (arXiv:1909.08053)."""
 
     sequence_parallel: int = 1
-    """Ranks that split each sequence and swap it for heads around attention (DeepSpeed-Ulysses, arXiv:2309.14509)."""
+    """Ranks that split each sequence, and the heads in attention (Ulysses, arXiv:2309.14509)."""
 
     offload: Literal["none", "cpu"] = "none"
-    """Where shards, gradients and moments live between their uses: ``cpu`` keeps them in host RAM."""
+    """Where shards, gradients and moments stay between uses: ``cpu`` keeps them in host RAM."""
 
     reshard_after_forward: bool = True
-    """Free each layer's gathered parameters after its forward pass; false trades memory for one gather less."""
+    """Free each layer's gathered parameters after its forward pass.
+    ``false`` saves a gather in the backward pass, for more memory."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject degrees below 1, and two ways to cut attention at once."""
@@ -123,7 +128,10 @@ class Fsdp(Parallel):
         return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence_parallel, tensor=self.tensor)
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return a share of fp32 weights, gradients and moments; the layer that is gathered comes on top."""
+        """Return the bytes of a share of fp32 weights, gradients and moments.
+
+        The layer that is gathered comes on top.
+        """
         dims, blocks = self.dims(world_size), shape.num_hidden_layers * shape.block_params
         over = dims.shard * dims.sequence
         share = -(-blocks // (over * dims.tensor)) + -(-(shape.num_params - blocks) // over)

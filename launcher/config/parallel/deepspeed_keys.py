@@ -73,7 +73,7 @@ FIXED_KEYS = frozenset(
         "weight_quantization",
     ]
 )
-"""Top-level keys this program has no use for, or that would break how it feeds data and weighs tokens."""
+"""Top-level keys that are rejected: unused, or they break data feeding or token weights."""
 
 FREE_ZERO_KEYS = frozenset(
     [
@@ -127,11 +127,11 @@ OWNED_ZERO_KEYS: Mapping[str, str] = {
 FIXED_ZERO_KEYS = frozenset(
     ["compute_grad_norm", "elastic_checkpoint", "legacy_stage1", "stage3_gather_fp16_weights_on_model_save"]
 )
-"""Keys of ``zero_optimization`` that DeepSpeed has dropped, or that would hide the gradient norm."""
+"""Keys of ``zero_optimization`` that DeepSpeed dropped, or that hide the gradient norm."""
 
 
 def validate_raw_keys(raw: Mapping[str, Any]) -> Iterator[ConfigError]:
-    """Yield an error for every key that DeepSpeed would ignore or that contradicts an option of ours."""
+    """Yield an error for each key that DeepSpeed ignores or that contradicts an option."""
     yield from _validate_level(raw, DEEPSPEED_OPTION, free=FREE_KEYS, owned=OWNED_KEYS, fixed=FIXED_KEYS)
     zero = raw.get("zero_optimization", {})
     path = f"{DEEPSPEED_OPTION}.zero_optimization"

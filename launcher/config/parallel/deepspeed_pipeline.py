@@ -1,4 +1,4 @@
-"""Pipeline parallelism by DeepSpeed: layers cut into stages, ZeRO-1 between the replicas of a stage."""
+"""Pipeline parallelism by DeepSpeed: layers in stages, ZeRO-1 between a stage's replicas."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ PIPELINE_FAMILIES = ("gpt2", "llama")
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedPipeline(Parallel):
-    """Stages on ranks of their own, by DeepSpeed's ``PipelineModule``, in the order of 1F1B (arXiv:1806.03377)."""
+    """Pipeline stages by DeepSpeed's ``PipelineModule``, in 1F1B order (arXiv:1806.03377)."""
 
     kind: ClassVar[str] = "deepspeed_pipeline"
     engine: ClassVar[EngineKind] = "deepspeed"
@@ -34,11 +34,12 @@ class DeepSpeedPipeline(Parallel):
     """Ranks that one pipeline is made of."""
 
     micro_batches: int | None = None
-    """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.gradient_accumulation_steps``, or ``job.global_batch`` divided), else twice the stages."""
+    """Micro-batches a step in each pipeline; default: the batch equation, else twice the stages.
+    The batch equation gives ``job.gradient_accumulation_steps``, or ``job.global_batch`` divided."""
 
     stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO's stage among pipelines side by side: 0 partitions nothing, 1 the optimiser state. 2 and 3 are refused."""
+    """ZeRO stage among parallel pipelines: 0 partitions nothing, 1 the optimizer state.
+    2 and 3 are rejected."""
 
     partition: Literal["blocks", "parameters", "layers"] = "parameters"
     """What stages are made equal in: blocks, parameters, or layers of whatever kind."""
@@ -50,7 +51,8 @@ class DeepSpeedPipeline(Parallel):
     """Elements gathered at a time."""
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, checked against DeepSpeed's own; they may not contradict a field of ours."""
+    """Raw DeepSpeed keys, checked against DeepSpeed's own.
+    They may not contradict a field of ours."""
 
     @property
     def zero(self) -> Zero:
@@ -83,7 +85,7 @@ class DeepSpeedPipeline(Parallel):
         return ParallelDims(pipeline=self.stages, data=max(1, world_size // self.stages))
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject counts that make no pipeline, ZeRO that goes too far, and raw keys that would do nothing."""
+        """Reject wrong counts of stages or micro-batches, ZeRO above stage 1, and useless raw keys."""
         yield from self.validate_minimum(1, "stages", "micro_batches", "reduce_bucket_size", "allgather_bucket_size")
         if self.stage > 1:
             why = (
@@ -93,7 +95,7 @@ class DeepSpeedPipeline(Parallel):
         yield from self._validate_raw()
 
     def _validate_raw(self) -> Iterator[ConfigError]:
-        """Reject raw keys; those that an option of ``zero`` renders which a pipeline lacks cannot be sent there."""
+        """Reject raw keys, and those of ``zero`` options that a pipeline does not have."""
         for problem in validate_raw_keys(self.deepspeed):
             owner = OWNED_ZERO_KEYS.get(problem.option.removeprefix(f"{DEEPSPEED_OPTION}.zero_optimization."))
             if owner is not None and not hasattr(self, owner.removeprefix("parallel.")):
@@ -105,7 +107,7 @@ class DeepSpeedPipeline(Parallel):
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
     ) -> Iterator[ConfigError]:
-        """Reject more stages than blocks, models that are not known here, and what ZeRO's engine would not do."""
+        """Reject more stages than blocks, unknown models, and what ZeRO's engine does not support."""
         yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
         if self.stage == 0 and precision.compute != "fp32":
             why = f"without ZeRO DeepSpeed has no pipeline in {precision.compute} whose numbers are known to be right"
@@ -148,7 +150,7 @@ class DeepSpeedPipeline(Parallel):
     def ds_config(
         self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool
     ) -> dict[str, Any]:
-        """Return ZeRO's configuration, with the clipping left to the engine where DeepSpeed's is wrong.
+        """Return ZeRO's configuration; the engine clips where DeepSpeed's clipping is wrong.
 
         Without ZeRO its norm counts the first stage alone (``clip_grad_norm_`` in ``deepspeed/runtime/utils.py`` asks
         for rank 0 among the ranks of one model), so each stage would clip by a number of its own.

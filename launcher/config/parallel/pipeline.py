@@ -52,7 +52,7 @@ PipelineScheduleName = Literal["gpipe", "1f1b", "interleaved_1f1b", "interleaved
 
 
 def micro_batch_choices(schedule: PipelineScheduleName, *, stages: int, wanted: int) -> list[int]:
-    """Return ``wanted`` if a schedule takes so many micro-batches, else the nearest it takes below and above.
+    """Return ``wanted`` if a schedule takes that many micro-batches, else the nearest it takes.
 
     1F1B fills the pipeline before anything comes out of it. Interleaved schedules go in rounds of about as many
     micro-batches as there are stages, all rounds alike.
@@ -81,7 +81,7 @@ def rank_of_chunk(schedule: PipelineScheduleName, chunk: int, *, ranks: int) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline(Parallel):
-    """Stages on ranks of their own, by torch.distributed.pipelining; pipelines side by side share each batch."""
+    """Pipeline stages by torch.distributed.pipelining; parallel pipelines share each batch."""
 
     kind: ClassVar[str] = "pipeline"
     engine: ClassVar[EngineKind] = "torch"
@@ -92,21 +92,21 @@ class Pipeline(Parallel):
     """Ranks that one pipeline is made of."""
 
     schedule: PipelineScheduleName = "1f1b"
-    """Order of forward and backward passes: GPipe (arXiv:1811.06965), 1F1B (arXiv:1806.03377), interleaved 1F1B
-    (arXiv:2104.04473), and zero bubble, interleaved or in a V (arXiv:2401.10241)."""
+    """Order of passes: GPipe, 1F1B, interleaved 1F1B, and zero bubble, interleaved or in a V.
+    arXiv:1811.06965, arXiv:1806.03377, arXiv:2104.04473 and arXiv:2401.10241."""
 
     micro_batches: int | None = None
-    """Micro-batches of a step that flow through each pipeline; by default what the batch equation leaves
-    (``job.gradient_accumulation_steps``, or ``job.global_batch`` divided), else twice the stages."""
+    """Micro-batches a step in each pipeline; default: the batch equation, else twice the stages.
+    The batch equation gives ``job.gradient_accumulation_steps``, or ``job.global_batch`` divided."""
 
     chunks_per_rank: int | None = None
-    """Model chunks (consecutive layers) on each rank; by default 2 under interleaved and V schedules, else 1."""
+    """Model chunks (consecutive layers) on each rank; default: 2 if interleaved or V, else 1."""
 
     balance: Literal["parameters", "time"] = "parameters"
     """What stages are made equal in: parameters, or the measured time of each layer."""
 
     data: Literal["replicate", "shard"] = "replicate"
-    """What pipelines side by side do with a stage: each holds it whole, or FSDP2 shards it over them."""
+    """Parallel pipelines ``replicate`` a stage, or ``shard`` it over them by FSDP2."""
 
     @property
     def num_chunks(self) -> int:
@@ -150,7 +150,10 @@ class Pipeline(Parallel):
             yield self.error("chunks_per_rank", "a V has two model chunks a rank", "set parallel.chunks_per_rank=2")
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return the share of the rank with the largest chunks; ends have embeddings and head besides blocks."""
+        """Return the bytes of the rank with the largest chunks.
+
+        The end chunks have the embeddings and the head besides blocks.
+        """
         count, embedding = self.stages * self.num_chunks, shape.vocab_size * shape.hidden_size
         if count > shape.num_hidden_layers:
             return StateBytes.fp32(shape.num_params)  # refused, with the reason

@@ -24,7 +24,7 @@ OffloadDevice = Literal["none", "cpu", "nvme"]
 
 @dataclass(frozen=True, kw_only=True)
 class Zero(Parallel):
-    """ZeRO (Rajbhandari et al., 2020, arXiv:1910.02054) with offload (2101.06840) and Infinity (2104.07857)."""
+    """ZeRO (arXiv:1910.02054) with offload (arXiv:2101.06840) and Infinity (arXiv:2104.07857)."""
 
     kind: ClassVar[str] = "zero"
     engine: ClassVar[EngineKind] = "deepspeed"
@@ -47,12 +47,14 @@ class Zero(Parallel):
     """Where partitioned parameters live; stage 3 only."""
 
     nvme_path: PathText | None = None
-    """Folder on a fast local disk; needed as soon as anything is offloaded to NVMe. Users and runs can share it: each
-    run has a folder ``launcher-<user id>-<run id>`` in it, removed when the run ends."""
+    """Folder on a fast local disk; needed once anything is offloaded to NVMe.
+    Users and runs can share it: each run has a folder ``launcher-<user id>-<run id>`` in it, removed when the run
+    ends."""
 
     pin_memory: bool = True
-    """Page-locked host buffers: faster copies to a GPU. Without a GPU it does nothing, and the run says so; the staging
-    buffers of NVMe are page-locked in any case."""
+    """Page-locked host buffers, for faster copies to a GPU.
+    Without a GPU the option has no effect, and the run prints that; the staging buffers of NVMe are page-locked in any
+    case."""
 
     overlap_comm: bool = True
     """Reduce gradients while the backward pass goes on."""
@@ -88,10 +90,11 @@ class Zero(Parallel):
     """Elements of parameters kept in host RAM although they are offloaded to NVMe; 0 keeps none."""
 
     low_memory_bf16: bool = False
-    """Keep master weights, gradients and Adam moments in bf16 too: 10 bytes a parameter, not 16; coarser updates."""
+    """Keep weights, gradients and moments in bf16: 10 bytes a parameter, not 16; less precise."""
 
     deepspeed: dict[str, Any] = field(default_factory=dict)
-    """Raw DeepSpeed keys, checked against DeepSpeed's own; they may not contradict a field of ours."""
+    """Raw DeepSpeed keys, checked against DeepSpeed's own.
+    They may not contradict a field of ours."""
 
     @property
     def uses_nvme(self) -> bool:
@@ -99,7 +102,7 @@ class Zero(Parallel):
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject offload where the stage has none, empty buffers, and raw keys that would do nothing or contradict."""
+        """Reject offload that the stage lacks, empty buffers, and useless or contradicting raw keys."""
         if self.stage == 0 and self.offload_optimizer == "cpu":
             yield self.error("offload_optimizer", "ZeRO stage 0 cannot offload", "set parallel.stage=1 or more")
         if self.stage != 3 and self.offload_optimizer == "nvme":
@@ -200,7 +203,10 @@ class Zero(Parallel):
     def engine_config(
         self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
     ) -> dict[str, Any]:
-        """Return the configuration the run asks for; a rank may take torch's Adam where the native one is missing."""
+        """Return the engine's configuration.
+
+        A rank may take torch's Adam where the native one is missing.
+        """
         return self.ds_config(
             batch=batch,
             clip_norm=clip_norm,

@@ -1,4 +1,4 @@
-"""The base of DeepSpeed's engines: environment, process group, Adam, step result, checkpoints."""
+"""Base of DeepSpeed's engines: environment, process group, Adam, steps, checkpoints."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
 
 _SETUPTOOLS_MESSAGES = ("Distutils was imported before Setuptools", "Setuptools is replacing distutils")
-"""What setuptools warns of when torch imports it to load an operator, after something imported distutils."""
+"""Warnings of setuptools when torch imports it to load an operator.
+They appear if something imported distutils before."""
 
 
 _TAG = "deepspeed"
@@ -102,7 +103,10 @@ class DeepSpeedEngineBase(Engine):
         return deepspeed_state_bytes(self._engine, device=self.device)
 
     def save(self, folder: Path) -> None:
-        """Write DeepSpeed's checkpoint (weights, optimiser partitions, loss scale) and this rank's generators."""
+        """Write DeepSpeed's checkpoint and this rank's random generators.
+
+        The checkpoint has weights, optimizer partitions and the loss scale.
+        """
         self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
         save_rng(folder, rank=self._context.rank, device=self.device)
 
@@ -125,7 +129,10 @@ class DeepSpeedEngineBase(Engine):
 
 
 def prepare_environment(context: Context) -> None:
-    """Set what DeepSpeed reads from the environment and its own launcher alone would set; before importing it."""
+    """Set the variables that only DeepSpeed's launcher would set.
+
+    Call it before DeepSpeed is imported.
+    """
     os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ops_folder()))
     os.environ["PATH"] = path_with_ninja()
     os.environ.setdefault("LOCAL_SIZE", str(context.world_size))
@@ -134,7 +141,7 @@ def prepare_environment(context: Context) -> None:
 
 
 def silence_deepspeed_log() -> None:
-    """Leave the warnings of DeepSpeed's log; drop what it tells of itself, and what torch tells DeepSpeed's authors."""
+    """Reduce DeepSpeed's log to its warnings, without torch's messages to DeepSpeed's authors."""
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated", category=FutureWarning)
     for message in _SETUPTOOLS_MESSAGES:
@@ -157,7 +164,7 @@ def connect_deepspeed(context: Context, *, device: torch.device) -> None:
 
 
 def allow_fp16(device: torch.device) -> None:
-    """Let fp16 run on CPUs without instructions for it, as torch does: slowly, with the same numbers.
+    """Let fp16 run on CPUs without fp16 instructions: slowly, with the same numbers.
 
     DeepSpeed refuses it there, and with it every trial of an fp16 run on a machine without a GPU.
     """
@@ -168,7 +175,7 @@ def allow_fp16(device: torch.device) -> None:
 
 
 def choose_native_adam(context: Context, zero: Zero, *, device: torch.device) -> bool:
-    """Return whether DeepSpeed's own Adam runs, the same on every rank; rank 0 says what is taken and why.
+    """Return whether DeepSpeed's Adam runs, the same on every rank; rank 0 prints the reason.
 
     Raises:
         EnvironmentProblem: the run needs an operator that is not built.
@@ -197,7 +204,9 @@ def _reason(adam: str, *, wanted: bool, native: bool) -> str:
 
 
 def _enum_member(kind: Any, name: Any) -> enum.Enum:
-    """Return a member of an enumeration: stands for ``getattr``, by which Python 3.11.0 to 3.11.3 pickle members.
+    """Return a member of an enumeration, in place of ``getattr`` in a pickle.
+
+    Python 3.11.0 to 3.11.3 pickle members by ``getattr``.
 
     Raises:
         pickle.UnpicklingError: an attribute of anything else is asked for.
@@ -209,7 +218,10 @@ def _enum_member(kind: Any, name: Any) -> enum.Enum:
 
 @contextmanager
 def deepspeed_tensors_only() -> Iterator[None]:
-    """Within this block DeepSpeed's own loader, which asks torch for full unpickling, gets ``weights_only`` loading."""
+    """Make DeepSpeed's checkpoint loader load with ``weights_only``.
+
+    It asks torch for full unpickling.
+    """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

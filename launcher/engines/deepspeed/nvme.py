@@ -14,7 +14,7 @@ from launcher.protocol.swap import IN_USE, is_own, remove_unused, run_swap_folde
 from launcher.utils.system import describe_full_disk
 
 _SHARED = 0o1777
-"""Mode of ``parallel.nvme_path`` where it has to be made: as /tmp, so that every user can keep a folder in it."""
+"""Mode of a new ``parallel.nvme_path``, as /tmp: every user can keep a folder in it."""
 _ABOVE_SHARED = 0o755
 """Mode of missing folders above it, so that every user reaches it."""
 
@@ -43,7 +43,9 @@ class SwapFolder:
         atexit.register(self.release)  # after an error too: it may be this folder that fills the disk
 
     def check_room(self) -> None:
-        """Raise where the disk is full: DeepSpeed does not notice writes that were cut, and aborts when it reads them.
+        """Raise if the disk is full.
+
+        DeepSpeed does not notice writes that were cut short, and aborts when it reads them.
 
         Raises:
             JobError: no space is left.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
-    """One stage of a pipeline. Weights, gradients and moments are whole on it, or ZeRO-1 shares out the moments."""
+    """One pipeline stage with whole weights, gradients and moments, or moments under ZeRO-1."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         parallel = context.run.parallel
@@ -86,7 +86,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
             self._shape = input_ids.shape
 
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Return the summed loss and the number of tokens on the last stage, which has them, and zeros on others."""
+        """Return the summed loss and the number of tokens on the last stage, and zeros on others."""
         self._expect(micro_batches[0].input_ids)
         self._loss.begin(weight=torch.ones((), device=self.device))
         self._engine.eval_batch(
@@ -140,7 +140,7 @@ def _pairs(micro_batches: Sequence[MicroBatch]) -> Any:
 
 
 class StageLoss:
-    """The loss summed over labelled tokens: weighed for the backward pass, added up as it is for the report.
+    """The loss summed over labelled tokens: weighted for backward, plain for the report.
 
     Args:
         device: of the sum.
@@ -151,19 +151,21 @@ class StageLoss:
         self.begin(weight=torch.ones((), device=device))
 
     def begin(self, *, weight: Tensor) -> None:
-        """Reset the sum; ``weight`` makes the mean of micro-batches the mean over all tokens of the global batch."""
+        """Reset the sum; ``weight`` turns means over micro-batches into the global batch's mean."""
         self._weight = weight
         self.total = torch.zeros((), dtype=torch.float64, device=self._device)
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the weighed loss of a micro-batch, an fp32 scalar; logits (sequences, tokens, vocabulary)."""
+        """Return a micro-batch's weighted loss, fp32 scalar; logits (sequences, tokens, vocabulary)."""
         loss = cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
         self.total += loss.detach()
         return loss * self._weight
 
 
 class PipelineClipping:
-    """Norm and clipping over all stages, where DeepSpeed wraps no optimiser and would count the first stage alone.
+    """Gradient norm and clipping over all stages, if DeepSpeed wraps no optimizer.
+
+    DeepSpeed would count the first stage alone.
 
     Args:
         parameters: of this stage.

@@ -48,7 +48,9 @@ class _Layer(LayerSpec):  # type: ignore[misc]
 
 
 class _TiedLayer(TiedLayerSpec):  # type: ignore[misc]
-    """A layer whose ``weight`` another stage holds too: their gradients are summed, and the norm counts the first.
+    """A layer whose ``weight`` another stage shares.
+
+    Their gradients are summed, and the norm counts the first.
 
     A checkpoint leaves out layers that are not simply called: the head gets its weight from the first stage again.
     """
@@ -70,7 +72,7 @@ class _PipelineModule(PipelineModule):  # type: ignore[misc]
 def build_pipeline_module(
     context: Context, *, device: torch.device, loss_of: LossOf
 ) -> tuple[PipelineModule, PreTrainedModel]:
-    """Return this rank's stage of the run's model, and the model as laid out: parts that are not here have no storage.
+    """Return this rank's stage, and the whole model with storage for that stage alone.
 
     Args:
         context: of this rank; its process group is there.
@@ -112,7 +114,7 @@ def build_pipeline_module(
 
 
 def _stages_text(bounds: Sequence[int], specs: Sequence[Any]) -> str:
-    """Return what each stage holds, in words: ``Embedding Positions 2 Block | 2 Block LayerNorm Embedding``."""
+    """Return each stage's layers: ``Embedding Positions 2 Block | 2 Block LayerNorm Embedding``."""
     stages = []
     for first, end in pairwise(bounds):
         names = [spec.typename.__name__ for spec in specs[first:end]]

@@ -89,7 +89,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
-        """Hand DeepSpeed one micro-batch after the other; it reduces, scales, clips and updates at the last."""
+        """Pass DeepSpeed one micro-batch at a time; it updates the weights after the last."""
         count = TokenCount(micro_batches, device=self.device)
         own_sum = torch.zeros((), dtype=torch.float64, device=self.device)
         for group in self._engine.optimizer.param_groups:
@@ -112,7 +112,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
             return self._step_result(own_sum.item(), tokens=int(count.total()), norm=norm, preempted=preempted())
 
     def _unwrapped_norm(self) -> float | None:
-        """Return the gradient norm where DeepSpeed wraps no optimiser around it, and so computes none."""
+        """Return the gradient norm where DeepSpeed wraps no optimizer, and so computes none."""
         if isinstance(self._engine.optimizer, torch.optim.Optimizer):
             gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
             return float(nn.utils.get_total_norm(gradients))
@@ -159,7 +159,9 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
 
 
 class ZeroPartitioner:
-    """Partitions the parts of a model, and lets Transformers know of it until :meth:`forget`: generation asks.
+    """Partitions a model's parts by ZeRO-3, and tells Transformers so until :meth:`forget`.
+
+    Generation asks.
 
     Args:
         config: DeepSpeed's, of stage 3.
@@ -175,7 +177,7 @@ class ZeroPartitioner:
         self._alive = HfDeepSpeedConfig(dict(config))  # Transformers holds it only weakly
 
     def partition(self, name: str, part: nn.Module) -> None:
-        """Keep this rank's share of a part's parameters; those that an earlier part has too are partitioned already."""
+        """Keep this rank's share of a part's parameters, unless an earlier part shares them."""
         import deepspeed
 
         part.to(self._dtype)

@@ -1,1 +1,1 @@
-"""Pipeline parallelism on torch.distributed.pipelining: engine, chunks, partition, schedules."""
+"""Pipeline parallelism on torch: engine, chunks, partition and schedules."""

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 class PipelineEngine(Engine):
-    """This rank's chunks of the model, fed by a schedule; fp32 master weights, autocast in the run's precision."""
+    """This rank's chunks of the model, run by a schedule; fp32 master weights, autocast."""
 
     def __init__(self, context: Context, clock: StepClock) -> None:
         run, parallel, dims = context.run, context.run.parallel, context.dims
@@ -110,7 +110,7 @@ class PipelineEngine(Engine):
             return self._update.apply(own_sum, count.total(), lr=lr, preempted=preempted())
 
     def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
-        """Return the summed loss and the number of tokens, without dropout, on the last stage; nothing elsewhere."""
+        """Return summed loss and token count on the last stage, without dropout; else nothing."""
         labels = [micro_batch.labels.to(self.device) for micro_batch in micro_batches]
         tokens = [micro_batch.input_ids.to(self.device) for micro_batch in micro_batches]
         with self._forward_only():
@@ -126,7 +126,7 @@ class PipelineEngine(Engine):
             return decoder.generate(input_ids.to(self.device), max_new_tokens=max_new_tokens)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the parameters of this rank's chunks; a tied one comes at both ends, under both its names."""
+        """Yield the parameters of this rank's chunks; a tied one at both ends, with both names."""
         for chunk in self._chunks.values():
             yield from whole_parameters(chunk.model, device=self.device)
 
@@ -194,7 +194,7 @@ class GreedyDecoder:
         self._num_seen = 0
 
     def generate(self, input_ids: Tensor, *, max_new_tokens: int) -> Tensor:
-        """Return ``input_ids`` (sequences, tokens) with the most likely continuation, the same on every rank.
+        """Return ``input_ids`` (sequences, tokens) with a greedy continuation, on every rank.
 
         A sequence ends with an end-of-text token; generation stops when all have ended. Call it once, under
         ``no_grad``.
@@ -202,7 +202,7 @@ class GreedyDecoder:
         return greedy_decode(self._next_tokens, input_ids, max_new_tokens=max_new_tokens, ends=self._ends)
 
     def _next_tokens(self, ids: Tensor) -> Tensor:
-        """Return the tokens (sequences,) that follow ``ids`` (sequences, tokens); the caches hold those before."""
+        """Return the tokens (sequences,) after ``ids`` (sequences, tokens), given the caches."""
         new = ids[:, self._num_seen :]
         self._num_seen = ids.shape[1]
         logits = self._forward.forward([new], self._with_cache)
@@ -219,7 +219,7 @@ _BUCKET_BYTES = 25 * 2**20  # as DistributedDataParallel
 
 
 def sum_gradients(parameters: Sequence[nn.Parameter], group: ProcessGroup) -> None:
-    """Replace each gradient by its sum over ``group``, many in one message; no gradient counts as zeros."""
+    """Replace gradients by their sums over ``group``, in large messages; ``None`` counts as 0."""
     for bucket in _buckets(parameters):
         flat = torch.cat([_gradient(parameter).flatten() for parameter in bucket])
         dist.all_reduce(flat, group=group)

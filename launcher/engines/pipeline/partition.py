@@ -63,7 +63,7 @@ def choose_partition(context: Context, *, count: int, by_time: bool, device: tor
 
 
 def partition_by_parameters(model: PreTrainedModel, count: int, *, stages: int) -> list[range]:
-    """Return the blocks of ``count`` chunks, on ``stages`` ranks, of a model that are alike in parameters.
+    """Return the blocks of each of ``count`` chunks, so that chunks have like parameter counts.
 
     Raises:
         ConfigError: the model cannot be cut, or has fewer blocks than chunks.
@@ -155,7 +155,7 @@ _FAMILIES_WITHOUT_PLAN = {"gpt2": ChildNames(embedding="wte", blocks="h", norm="
 
 
 def child_names_of(model: PreTrainedModel) -> ChildNames:
-    """Return where to cut: by Transformers' own plan (``base_model_pp_plan``), or by ours for the family.
+    """Return where to cut: by Transformers' ``base_model_pp_plan`` or by ours for the family.
 
     Raises:
         ConfigError: there is neither, or the plan is not embedding, blocks, norm.
@@ -220,7 +220,7 @@ def set_chunk_config(model: PreTrainedModel, keep: range) -> None:
 
 
 class ZeroPositions(nn.Module):  # type: ignore[misc]
-    """Stands in for learned positions: what it returns changes no number it is added to, not even a negative zero."""
+    """Stands in for learned positions: its output changes no number, not even a negative zero."""
 
     def forward(self, positions: Tensor) -> Tensor:
         """Return -0.0, of shape (1,)."""
@@ -228,7 +228,7 @@ class ZeroPositions(nn.Module):  # type: ignore[misc]
 
 
 def check_passthrough(model: PreTrainedModel) -> None:
-    """Check that ``model``, a chunk with its weights, does nothing to what it is given but apply blocks and norm.
+    """Check that ``model``, a chunk with its weights, applies blocks and norm and nothing else.
 
     Some families scale embeddings before the first block wherever these come from; a later chunk would do it again.
 
@@ -294,7 +294,7 @@ class LayerCosts:
 
 
 def measure_costs(context: Context, *, device: torch.device) -> tuple[float, float, float]:
-    """Return seconds for one block, for what comes before the first and for what follows the last.
+    """Return the seconds of one block, of what precedes the first and of what follows the last.
 
     Blocks are taken to be alike: one is measured. No more than one of the three is in memory at a time.
     """
@@ -304,7 +304,7 @@ def measure_costs(context: Context, *, device: torch.device) -> tuple[float, flo
 
 
 def _chunk_seconds(context: Context, keep: range, *, number: int, device: torch.device) -> float:
-    """Return the median time of a chunk with blocks ``keep``: the first (0), a middle (1) or the last one (2)."""
+    """Return the median seconds of a chunk with blocks ``keep``: first 0, middle 1 or last 2."""
     run = context.run
     model, builder = build_deferred(run.model, seed=run.job.seed, attention=run.attention)
     keep_chunk(model, keep, first=number == 0, last=number == 2)

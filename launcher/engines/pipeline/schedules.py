@@ -42,7 +42,7 @@ Metas = tuple[Tensor, Tensor]
 
 
 def chunks_of_rank(schedule: PipelineScheduleName, *, rank: int, ranks: int, chunks: int) -> list[int]:
-    """Return the chunks of a rank of the pipeline: every ``ranks``-th, or those at the same height of a V."""
+    """Return the chunks of a pipeline rank: every ``ranks``-th, or those of equal height in a V."""
     if schedule == "zbv":
         return [rank, 2 * ranks - 1 - rank]
     return [rank + lap * ranks for lap in range(chunks)]
@@ -58,7 +58,9 @@ def make_schedule(
     device: torch.device,
     group: ProcessGroup,
 ) -> Any:
-    """Return torch's schedule for this rank; gradients come out as sums, not divided by anything.
+    """Return torch's schedule for this rank.
+
+    Gradients come out as sums, not divided by anything.
 
     What a schedule sends has one shape for good. A batch of another shape would be computed wrongly, and silently, so
     it needs a schedule of its own.
@@ -109,7 +111,7 @@ class PipelineSchedule:
         self._schedule: Any = None
 
     def train(self, micro_batches: Sequence[MicroBatch], *, factor: Tensor) -> Tensor:
-        """Add the gradient of the summed loss times ``factor``, a scalar; return the loss as this rank knows it.
+        """Add the gradient of the summed loss times ``factor``, a scalar; return the loss.
 
         Returns:
             The loss summed over the labelled tokens, an fp64 scalar; 0 on ranks without the last chunk.

@@ -81,7 +81,7 @@ def _cache_argument(model: PreTrainedModel) -> str:
 
 
 class ChunkCache(DynamicCache):  # type: ignore[misc]
-    """A cache whose first layer is the first block of the chunk: blocks go on counting as in the whole model.
+    """A cache for a chunk, whose first layer has the first block's number in the whole model.
 
     Args:
         config: of the chunk.
@@ -95,7 +95,7 @@ class ChunkCache(DynamicCache):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor]:
-        """Add the states of new tokens in block ``layer_idx`` of the whole model; return those of all tokens."""
+        """Add new tokens' states in block ``layer_idx`` of the whole model; return all tokens'."""
         number = layer_idx - self._first_block
         both: tuple[Tensor, Tensor] = super().update(key_states, value_states, number, *args, **options)
         return both

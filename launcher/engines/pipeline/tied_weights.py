@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class TiedWeights:
-    """The copies of tied parameters on this rank; after :meth:`sum_gradients` all copies have the same gradient.
+    """Copies of tied parameters on this rank; :meth:`sum_gradients` makes gradients equal.
 
     Equal copies with equal gradients stay equal to the bit: the sum of two numbers does not depend on their order, and
     the update of one does not depend on the others.
@@ -106,7 +106,7 @@ _TWIN = " (twin)"
 def named_state(
     own: Sequence[ModelChunk], optimizer: torch.optim.AdamW, tied: Mapping[str, str]
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return this rank's weights and moments by name, sharing storage, and the twins of some of them.
+    """Return weights and moments by name, sharing storage, and the copies of tied ones.
 
     Args:
         own: this rank's chunks.

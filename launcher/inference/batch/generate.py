@@ -1,4 +1,7 @@
-"""The job ``generate`` on a rank: lines into the engine, answers onto the disk. Imports no torch: echo needs none."""
+"""The job ``generate`` on a rank: lines to the engine, answers to disk; without torch.
+
+The echo engine needs none.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
 
 
 _QUEUE_FACTOR = 4
-"""Times the requests that are worked on: as many lines are in memory, for a scheduler to choose among."""
+"""Lines in memory per request in progress, for the scheduler to choose among."""
 _SCAN_S = 1.0
 _MAX_PRINTED_ERRORS = 20
 
@@ -57,7 +60,7 @@ class BatchWorker:
     """Requests that the engine processes at the same time."""
     seed: int
     heartbeat: Callable[[int, float], None]
-    """Called with the number of records that all ranks have done, and this rank's tokens a second."""
+    """Called with the records that all ranks completed, and this rank's tokens a second."""
 
     _results: dict[str, GenerationResult] = field(default_factory=dict)
     _tokens: int = 0
@@ -139,7 +142,10 @@ _POLL_S = 0.2
 
 
 def _records(job: Generate, records: Iterator[Record], tokenizer: TextTokenizer, *, is_main: bool) -> Iterator[Record]:
-    """Return the lines of the input; chats of the shipped file become prompts where there is no chat template."""
+    """Return the lines of the input.
+
+    Chats of the shipped file become prompts where there is no chat template.
+    """
     if job.has_own_input or tokenizer.has_chat_template:
         return records
     if is_main:
@@ -178,8 +184,8 @@ def generate(job: Generate, context: Context) -> None:
         raise job.error("input", str(error), "check the disk it is on") from error
     folder.mkdir(exist_ok=True)
     stored = stored_fingerprint(folder)
-    if stored is not None and (problems := list(task.validate_stored(stored, job))):
-        raise ConfigErrors(problems)
+    if stored is not None and (errors := list(task.validate_stored(stored, job))):
+        raise ConfigErrors(errors)
     if (folder / "done").exists() and output.exists():
         print(f"all {size:,} lines are in {output} already", flush=True)
         _fail_on_bad_lines(job, context, folder / "done", output=output, size=size)
@@ -251,7 +257,9 @@ def _line_of(output: Path, number: int | None) -> str:
 
 
 def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: Path, size: int) -> None:
-    """End the run on the first rank as one with bad input if a line had no result; the output is there all the same.
+    """Fail on the first rank with the code for bad input if a line had no result.
+
+    The output is complete all the same.
 
     Raises:
         JobError: with the code for bad input.
@@ -266,7 +274,9 @@ def _fail_on_bad_lines(job: Generate, context: Context, done: Path, *, output: P
 
 
 def _engine_of_ranks(job: Generate, context: Context, *, heartbeat: Callable[[], None]) -> InferenceEngine | None:
-    """Return the engine on the first rank, which says when to leave; nothing on others, once it is closed.
+    """Return the engine on the first rank, which decides when to exit; nothing on others.
+
+    Others return once it is closed.
 
     Raises:
         SystemExit: with the code that means "resume me", when the run was asked to make room.
@@ -294,7 +304,7 @@ def _share(context: Context, index: PartIndex, *, ranks: int) -> Callable[[int],
 
 
 def _uses_cuda() -> bool:
-    """Return whether the engine may have computed on a GPU: one without torch, such as echo, has not."""
+    """Return whether the engine may use a GPU; one without torch, such as echo, does not."""
     return "torch" in sys.modules and bool(sys.modules["torch"].cuda.is_available())
 
 

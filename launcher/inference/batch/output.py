@@ -30,7 +30,7 @@ def claim_output(folder: Path, output: Path) -> None:
 
 
 _SYNC_S = 1.0
-"""Answers of so many seconds are lost at most when the power fails; a killed process loses none."""
+"""Seconds of answers that a power failure may lose; a killed process loses none."""
 _MISSING = 2**64 - 1
 _OFFSET_BITS = 44
 """Files of 16 TiB, and a million of them."""
@@ -155,7 +155,7 @@ class PartIndex:
 
 
 def parse_part_line(line: bytes) -> tuple[int, int, bool, bytes] | None:
-    """Return number, tokens, whether it is an error, and the answer; ``None`` for a line that is not whole."""
+    """Return number, tokens, whether it failed, and the answer; ``None`` for a partial line."""
     parts = line.rstrip(b"\n").split(b" ", 4)
     if len(parts) != 5:
         return None

@@ -55,7 +55,7 @@ def parse_request(
 
 
 def line_seed(seed: int, line: int) -> int:
-    """Return the seed of a line: always the same, and unlike those of other lines and other runs."""
+    """Return a line's seed: stable, and different from those of other lines and runs."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{line}".encode()).digest()[:_SEED_BYTES])
 
 
@@ -64,9 +64,9 @@ def _sampling(values: Mapping[str, Any]) -> SamplingParams:
     built = build(SamplingParams, values, path="", report=mistakes.append)
     if built is None:
         raise BadLine("; ".join(map(str, mistakes)))
-    problems = [f"{name}={getattr(built, name)}: {why}" for name, why, _ in validate_sampling(built)]
-    if problems:
-        raise BadLine("; ".join(problems))
+    errors = [f"{name}={getattr(built, name)}: {why}" for name, why, _ in validate_sampling(built)]
+    if errors:
+        raise BadLine("; ".join(errors))
     return built
 
 
@@ -183,7 +183,10 @@ def _head(record: Record) -> dict[str, Any]:
 
 
 def _dump_line(value: dict[str, Any]) -> bytes:
-    """Return one line of JSON; what is no Unicode (half a surrogate pair in an ``id``) is escaped, as it came."""
+    """Return one line of JSON.
+
+    What is not Unicode (half a surrogate pair in an ``id``) is escaped, as in the input.
+    """
     text = json.dumps(value, ensure_ascii=False)
     try:
         return text.encode()

@@ -13,8 +13,9 @@ from launcher.inference.engine.block_manager import BLOCK_SIZE
 from launcher.profiling.profiler import NO_PROFILER, Profiler
 
 FinishReason = Literal["stop", "length", "cancelled", "timeout", "error"]
-"""Why a request ended. ``stop``: a token that ends it; ``length``: ``max_tokens`` or the end of the context;
-``timeout``: its deadline; ``error``: ``EngineOutput.error`` says which."""
+"""Why a request ended: ``stop``, ``length``, ``cancelled``, ``timeout`` or ``error``.
+``stop``: a token that ends it; ``length``: ``max_tokens`` or the end of the context; ``timeout``: its deadline;
+``error``: ``EngineOutput.error`` says which."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +63,7 @@ class EngineOutput:
     error: str = ""
     """What went wrong, for a person, where ``finish_reason`` is ``error``."""
     param: str = ""
-    """The field of ``SamplingParams`` whose value is at fault, where one is; empty where the engine failed."""
+    """The invalid field of ``SamplingParams``; empty if the engine failed."""
     num_cached_tokens: int = 0
     """Prompt tokens that were in the prefix cache; set in the first output."""
 
@@ -87,7 +88,8 @@ class EngineStats:
     preemptions_total: int = 0
     """Requests put back into the queue because the KV cache was full."""
     since_step_s: float = 0.0
-    """Seconds since the last step ended, 0 where there is nothing to do. A high value means that the engine hangs."""
+    """Seconds since the last step, 0 if there is no work.
+    A high value means that the engine hangs."""
 
 
 class InvalidRequest(Exception):
@@ -148,10 +150,13 @@ class InferenceEngine(ABC):
 
     @abstractmethod
     def _accept(self, request: EngineRequest) -> None:
-        """Queue a request that fits; raise ``InvalidRequest`` for parameters that this engine does not support."""
+        """Queue a request that fits; raise ``InvalidRequest`` for unsupported parameters."""
 
     def cancel(self, request_id: str) -> None:
-        """End a request before the next step; its last output says ``cancelled``. Unknown ids are ignored."""
+        """End a request before the next step; its last output is ``cancelled``.
+
+        Unknown ids are ignored.
+        """
         if request_id in self._active:
             self._cancelled.append(request_id)
 
@@ -165,10 +170,10 @@ class InferenceEngine(ABC):
 
     @abstractmethod
     def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Run each shape (sequences, tokens) once, so that no request pays for compilation and allocation."""
+        """Run each shape (sequences, tokens) once, to compile and allocate before requests come."""
 
     def _run_shapes(self, shapes: Sequence[tuple[int, int]]) -> None:
-        """Generate two tokens for sequences of each shape, one shape after the other, cut to what fits."""
+        """Generate two tokens for sequences of each shape in turn, cut to what fits."""
         assert not self._active, "warm up before the first request"
         for number, (sequences, tokens) in enumerate(shapes):
             length = max(1, min(tokens, self.max_model_len - 2))

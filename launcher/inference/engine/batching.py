@@ -122,7 +122,10 @@ class BatchingPolicy:
 
 
 def _fitting(waiting: WaitingQueue[SequenceGroup], free: int) -> list[SequenceGroup]:
-    """Return the next requests that fit; one that does not fit blocks those behind it, or it would starve."""
+    """Return the next requests that fit.
+
+    One that does not fit blocks those behind it, or it would starve.
+    """
     chosen: list[SequenceGroup] = []
     if free <= 0:
         return chosen

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 BLOCK_SIZE = 32
-"""Tokens in a block. Only full blocks are shared: smaller blocks share more, larger ones are faster to iterate over."""
+"""Tokens in a block.
+Only full blocks are shared: smaller blocks share more, larger ones are faster to iterate over."""
 TRANSFORMERS_BLOCK_SIZE = 256
 """The same under ``engine=transformers``, as that library has it by default."""
 
@@ -15,7 +16,7 @@ _Key = tuple[int, tuple[int, ...]]
 
 
 class PrefixHash(NamedTuple):
-    """How many blocks of a sequence are registered for sharing, and the id of what the last of them holds."""
+    """Number of a sequence's blocks registered for sharing, and the last one's content id."""
 
     num_blocks: int = 0
     content_id: int = 0
@@ -94,7 +95,7 @@ class BlockManager:
         return self._ref_counts[block] > 1 or block in self._key
 
     def match_prefix(self, tokens: Sequence[int]) -> list[int]:
-        """Return the cached blocks of the longest prefix of ``tokens``, all but its last token at most."""
+        """Return the cached blocks of the longest prefix of ``tokens``, without the last token."""
         found: list[int] = []
         previous = 0
         if not self._share:

@@ -113,11 +113,11 @@ def gathered_attention(
 
 
 ATTENTION_NAME = "launcher_paged"
-"""The name under which models find the attention of this module; one that has no mask made for it."""
+"""Name by which models find this module's attention; no mask is made for it."""
 
 
 class PagedCache(Cache):  # type: ignore[misc]
-    """Keys and values of all sequences, a tensor of each by number of layer: (tokens of all blocks, heads, width).
+    """Keys and values of all sequences, by layer: (tokens of all blocks, heads, width).
 
     Compiled kernels order numbers within a block in their own way.
 
@@ -262,7 +262,7 @@ def register_attention() -> None:
 
 
 _FREE_MEMORY_DIVISOR = 4
-"""Keys and values take at most one part in this many of the memory that is free at the start, by default."""
+"""Divisor of the free memory at start: keys and values take at most this part by default."""
 
 
 def num_kv_blocks(

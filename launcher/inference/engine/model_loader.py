@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def load_stage(
     run: Run, *, number: int, count: int, after: Callable[[str, nn.Module], None], heartbeat: Callable[[], None]
 ) -> tuple[PreTrainedModel, ModelStage]:
-    """Return one stage of a run's model with its weights; stages have about as many parameters each.
+    """Return one stage of a run's model with weights; stages have similar parameter counts.
 
     Args:
         run: whose model.
@@ -89,7 +89,7 @@ def load_model(
     engine: str = "paged",
     heartbeat: Callable[[], None] = lambda: None,
 ) -> PreTrainedModel:
-    """Return the model of a run in inference mode and in the format of the run: whole, or this rank's slices of it.
+    """Return the run's model for inference, in its format: whole, or this rank's slices.
 
     Raises:
         ConfigErrors: the engine computes nothing the way that the run says.
@@ -120,16 +120,16 @@ def load_model(
 
 
 def _check(run: Run, *, world_size: int, device: torch.device, engine: str = "paged") -> None:
-    problems = list(validate_engine(run, world_size=world_size, engine=engine))
-    if problems:
-        raise ConfigErrors(problems)
+    errors = list(validate_engine(run, world_size=world_size, engine=engine))
+    if errors:
+        raise ConfigErrors(errors)
     prepare_precision(run.precision, device=device)
 
 
 def load_eos_token_ids(
     run: Run, model: PreTrainedModel, *, heartbeat: Callable[[], None] = lambda: None
 ) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens: those of the weights' own generation config, else of the model's config."""
+    """Return the end-of-sequence tokens, from the generation config or the model's config."""
     folder = weights_folder(run.model, heartbeat=heartbeat)
     config = model.generation_config
     if folder is not None and (folder / "generation_config.json").is_file():

@@ -55,7 +55,7 @@ WHOLE_MODEL = ModelStage()
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Return the argument that a model takes its cache as; Transformers has renamed it in between."""
+    """Return the name of a model's cache argument, which Transformers has renamed."""
     parameters = inspect.signature(model.forward).parameters
     return next(name for name in ("cache", "past_key_values") if name in parameters)
 
@@ -112,15 +112,16 @@ _SPANS = ((0, 3), (3, 6), *((at, at + 1) for at in range(6, 12)))
 _HIDDEN_SCALE = 0.02
 
 _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 2e-2}
-"""Half precision rounds at each of many layers (for SmolLM2 that is 0.01 to 0.04, and 0.2 for the odd token); what a
-missing part changes is far more."""
+"""Largest relative error of the self-test; half precision rounds at each of many layers.
+For SmolLM2 rounding is 0.01 to 0.04, and 0.2 for the odd token; what a missing part changes is far more."""
 
 _INT8_TOLERANCE = 0.1
-"""Where activations are rounded to 8 bits, the last bit of a float decides now and then which way: 0.03 for SmolLM2."""
+"""The same for activations in 8 bits (0.03 for SmolLM2).
+The last bit of a float decides now and then which way they are rounded."""
 
 
 class KVSelfTest:
-    """The output of the stock model for a few tokens: logits or, of a stage of a pipeline, hidden states.
+    """The stock model's output for a few tokens: logits, or hidden states of a stage.
 
     Args:
         model: as Transformers has it.
@@ -179,7 +180,10 @@ class KVSelfTest:
             raise unsupported(model, f"comes out different by {difference:.2g} of its logits")
 
     def difference(self, runner: ModelRunner) -> float:
-        """Return the relative difference of the results, at the median token; the first block is overwritten."""
+        """Return the results' relative difference at the median token.
+
+        It overwrites the first block.
+        """
         ids = self._ids[0].tolist()
         made = []
         for start, end in _SPANS:

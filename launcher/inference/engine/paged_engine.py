@@ -247,7 +247,10 @@ def follow_paged_engine(
     local_rank: int = 0,
     profiler: Profiler = NO_PROFILER,
 ) -> None:
-    """Compute on a rank other than the first what its engine plans, until that is closed; arguments as above."""
+    """Execute the first rank's plans on another rank until the engine is closed.
+
+    Arguments are those of :func:`make_paged_engine`.
+    """
     assert rank > 0, "the first rank leads"
     model, stage = load_model_part(
         run, rank=rank, world_size=world_size, device=choose_device(local_rank), heartbeat=heartbeat
@@ -334,7 +337,7 @@ def _make_runner(
 def make_engine_across_ranks(
     context: Context, *, limits: EngineLimits, heartbeat: Callable[[], None]
 ) -> InferenceEngine | None:
-    """Return the engine on the first rank; the others compute in here until it is closed, and get nothing.
+    """Return the engine on the first rank; others execute its plans until it is closed.
 
     Args:
         context: of this rank, which joins the others and, where it is not the first, leaves them again.

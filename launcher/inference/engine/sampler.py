@@ -102,7 +102,7 @@ def is_unchanged(sampling: SamplingParams) -> bool:
 
 
 def filter_logits(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """Return logits after temperature, top-k, top-p and min-p, what is ruled out being minus infinity.
+    """Return logits after temperature, top-k, top-p and min-p; ruled out ones are -inf.
 
     Args:
         logits: (sequences, vocabulary), fp32.
@@ -136,7 +136,7 @@ _BELOW_ONE = 1 - 1e-15
 
 
 def _top_p(logits: Tensor, shares: Tensor) -> Tensor:
-    """Keep the fewest tokens whose probabilities add up to ``shares`` (Holtzman et al., 2019, arXiv:1904.09751).
+    """Keep the fewest tokens whose probabilities add up to ``shares`` (arXiv:1904.09751).
 
     The likeliest thousand mostly do; only where they do not is all of the vocabulary sorted.
     """
@@ -154,7 +154,7 @@ def _top_p(logits: Tensor, shares: Tensor) -> Tensor:
 
 
 NO_TOKEN = -1
-"""In place of a token: no score of its row is a number that can be compared, or all are ruled out."""
+"""Stands for no token: no score is a comparable number, or all are ruled out."""
 
 
 def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Sequence[float] | None = None) -> list[int]:
@@ -185,7 +185,7 @@ def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Seque
 
 
 MIN_LOGPROB = -9999.0
-"""Shown instead of less, minus infinity above all, which JSON cannot write; OpenAI's number for it."""
+"""Least log-probability shown, OpenAI's number: JSON cannot write minus infinity."""
 
 
 def make_tokens(logits: Tensor, chosen: Sequence[int], states: Sequence[SamplerState]) -> list[GeneratedToken]:

@@ -136,7 +136,7 @@ class Scheduler:
             self._batch_longest = max(len(sequence.tokens) for group in self.running for sequence in group.sequences)
 
     def _start(self, group: SequenceGroup) -> bool:
-        """Start a request if its tokens fit into free blocks, with one block to spare for each running sequence."""
+        """Start a request if its tokens fit in free blocks, with one spare per running sequence."""
         reserve = sum(len(other.sequences) for other in self.running)
         allocated: list[tuple[Sequence, list[int], int]] = []
         for sequence in group.sequences:
@@ -164,7 +164,7 @@ class Scheduler:
         return True
 
     def _allocate(self, group: SequenceGroup, counts: dict[Sequence, int]) -> None:
-        """Allocate the blocks of a running request's next tokens; preempt others, the last in line first, for them."""
+        """Allocate blocks for a running request's next tokens; preempt others, the last first."""
         for sequence, count in counts.items():
             table, last = sequence.block_table, sequence.num_computed // BLOCK_SIZE
             is_boundary = last >= len(table) or sequence.num_computed % BLOCK_SIZE == 0

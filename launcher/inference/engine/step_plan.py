@@ -71,7 +71,8 @@ def _take(numbers: Iterator[int], count: int) -> tuple[int, ...]:
 
 
 _MIN_TOKENS = 16
-"""Tokens of a part: with fewer, reading the weights once more takes longer than the overlap saves."""
+"""Least tokens of a part.
+With fewer, reading the weights once more takes longer than the overlap saves."""
 
 
 def split_plan(plan: StepPlan, count: int) -> list[StepPlan]:

@@ -53,7 +53,7 @@ class _ActiveRequest:
 
 
 class TransformersEngine(InferenceEngine):
-    """Greedy decoding by Transformers' ``ContinuousBatchingManager``, which runs on a thread of its own.
+    """Greedy decoding by Transformers' ``ContinuousBatchingManager``, on its own thread.
 
     The manager gets no more requests than fit, and none that would crash it: longer than its cache, or with tokens that
     the model does not have. Requests that it never finishes, such as cancelled ones, are finished here.
@@ -105,7 +105,7 @@ class TransformersEngine(InferenceEngine):
         self._active[request.id], self._ids[active.name] = active, request.id
 
     def step(self) -> Sequence[EngineOutput]:
-        """Submit the requests that fit; return what was generated since the last call, waiting briefly for it.
+        """Submit the requests that fit; return outputs since the last call, after a brief wait.
 
         Raises:
             JobError: the thread has ended: no request is at fault, and none can continue.
@@ -173,7 +173,9 @@ class TransformersEngine(InferenceEngine):
         return EngineOutput(request_id=request, finish_reason=finish_reason)
 
     def _submit(self) -> list[EngineOutput]:
-        """Submit waiting requests in order, as long as they fit at their full length: none is ever preempted.
+        """Submit waiting requests in order, as long as they fit at full length.
+
+        None is ever preempted.
 
         Returns:
             Those that could not be submitted, with why.

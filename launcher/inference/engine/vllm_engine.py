@@ -152,7 +152,7 @@ class _Completion:
 
 
 class VllmEngine(InferenceEngine):
-    """Sends prompts as tokens and takes tokens back, those of a sequence all at once when it is done.
+    """Sends prompts as tokens; receives a sequence's tokens all at once when it is complete.
 
     Args:
         server: started.
@@ -197,7 +197,9 @@ class VllmEngine(InferenceEngine):
         self._active[request.id] = _ActiveRequest(request, time.monotonic())
 
     def step(self) -> Sequence[EngineOutput]:
-        """Send the requests that fit; return what was completed since the last call, waiting briefly for it.
+        """Send the requests that fit; return those completed since the last call.
+
+        It waits briefly for them.
 
         Raises:
             JobError: vLLM has ended.
@@ -256,14 +258,20 @@ class VllmEngine(InferenceEngine):
             raise JobError(f"vLLM ended with exit code {code}; see its error above")
 
     def _wait_for_exit(self) -> None:
-        """Give a server that has dropped a connection the time to be seen ending: then no request is to blame."""
+        """Wait for a server that dropped a connection to exit.
+
+        If it does, no request is to blame.
+        """
         until = time.monotonic() + _SHUTDOWN_S
         while time.monotonic() < until:
             self._check_alive()
             time.sleep(_POLL_S)
 
     def _drop(self, name: str) -> bool:
-        """Forget a request; closing its connection ends it at the server. Return whether it was there."""
+        """Drop a request; return whether it was there.
+
+        Closing its connection ends it at the server.
+        """
         active = self._active.pop(name, None)
         if active is not None and active.connection is not None and active.connection.sock is not None:
             with contextlib.suppress(OSError):  # it has ended meanwhile

@@ -79,7 +79,7 @@ class NativeLinear(nn.Module):  # type: ignore[misc]
 
 
 class NativeBlock(nn.Module):  # type: ignore[misc]
-    """A decoder block of Llama's make: RMS norms, rotary positions, grouped queries, gated MLP with SiLU.
+    """A Llama block: RMS norms, rotary positions, grouped queries, gated MLP with SiLU.
 
     Args:
         block: the stock one.
@@ -218,7 +218,7 @@ def replace_layers(
 def replace_quantized_layers(
     model: nn.Module, dtype: torch.dtype, *, heartbeat: Callable[[], None] = lambda: None
 ) -> ReplacedLayers:
-    """Replace the quantized layers alone, where they are on a CPU and kernels multiply them; the rest stays."""
+    """Replace the quantized layers alone, on a CPU and where kernels support them."""
     swapped = ReplacedLayers()
     found = [(name, layer) for name, layer in model.named_modules() if is_packable(layer)]
     if not found or next(model.parameters()).device.type != "cpu":
@@ -238,7 +238,10 @@ def replace_quantized_layers(
 
 
 def _is_llama_block(block: nn.Module) -> bool:
-    """Whether a block has the parts that ``NativeBlock`` computes, and no others; results are compared besides."""
+    """Return whether a block has exactly the parts of ``NativeBlock``.
+
+    Results are compared too.
+    """
     if [name for name, _ in block.named_children()] != _PARTS:
         return False
     attention, mlp = block.self_attn, block.mlp

@@ -195,7 +195,7 @@ def is_packable(layer: nn.Module) -> bool:
 
 
 def _is_by_row(activations: Any) -> bool:
-    """Return whether activations stay as they are, or are rounded row by row around 0 to all of 8 bits."""
+    """Return whether activations are unquantized, or 8-bit, symmetric and scaled by row."""
     return activations is None or (
         type(activations.granularity).__name__ == "PerRow"
         and activations.mapping_type.name == "SYMMETRIC"
@@ -213,7 +213,7 @@ def _to_panels(weight: Tensor) -> Tensor:
 
 
 def _to_lanes(panels: Tensor, bits: int) -> Tensor:
-    """Put as many inputs of outputs j and j + half a panel as fit into the lanes of 32 bits, least first.
+    """Pack inputs of outputs j and j + half a panel into 32-bit lanes, least first.
 
     Args:
         panels: (panels, in, outputs of one) uint8.
@@ -248,7 +248,7 @@ def _address(tensor: Tensor | None) -> int | None:
 
 
 class Scratch:
-    """Room for what one call needs between its parts, shared by all layers: they are called one after the other."""
+    """Scratch memory of one call, shared by all layers, which are called one at a time."""
 
     def __init__(self) -> None:
         self._room = torch.empty(0)
@@ -346,7 +346,9 @@ class NativeAttention:
         *,
         scale: float | None,
     ) -> Tensor:
-        """Write keys and values; return attention of each token over its own sequence, (1, tokens, heads, width).
+        """Write keys and values; return each token's attention over its sequence.
+
+        The shape is (1, tokens, heads, width).
 
         Args:
             tokens: where they are.

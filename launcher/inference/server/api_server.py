@@ -54,7 +54,7 @@ _WATCHED = {
     (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL): _ALIVE_S // 3,
     (socket.IPPROTO_TCP, socket.TCP_KEEPCNT): 3,
 }
-"""How a client is noticed that vanished without a word, as one does whose machine or network is gone."""
+"""Socket options that detect a client whose machine or network is gone."""
 
 
 class UvicornServer(uvicorn.Server):

@@ -130,7 +130,7 @@ def _model(client: EngineClient) -> dict[str, Any]:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """Return the description of the interface, with the bodies that the endpoints read themselves."""
+    """Return the OpenAPI description, with the bodies that the endpoints parse themselves."""
     if app.openapi_schema is None:
         tree = get_openapi(title=app.title, version=app.version, routes=app.routes)
         _, schemas = models_json_schema(

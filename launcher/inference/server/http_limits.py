@@ -30,7 +30,8 @@ _LENGTH = re.compile(rb"[0-9]{1,18}")
 _VERSION = re.compile(rb"HTTP/1\.[01]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?", re.ASCII)
 _HIDDEN = re.compile(rb"%(?:00|2e|2f|5c|0[ad]|25)|[\\#]", re.IGNORECASE)
-"""In a path: an encoded NUL, dot, slash, backslash, line end or percent sign, and what no path holds unencoded."""
+"""Encoded NUL, dot, slash, line end or percent sign, and characters no path may hold.
+The encoded backslash, too."""
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 _MODELS = b"/v1/models/"
 """What follows is a name, in which OpenAI's client encodes slashes."""
@@ -38,7 +39,7 @@ _TAKES_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
 def validate_head(data: bytes) -> ApiError | None:
-    """Return what is wrong with the request that ``data`` begins with; ``None`` too while its head is incomplete."""
+    """Return what is wrong with the request head in ``data``; ``None`` too if incomplete."""
     end = _END_OF_HEAD.search(data, 0, MAX_HEAD_BYTES + 4)
     if end is None:
         if len(data) > MAX_HEAD_BYTES:
@@ -173,7 +174,7 @@ class AllowedHosts:
 
 
 def client_network(address: str) -> str:
-    """Return what counts as one client: an IPv4 address, or the /64 network that an IPv6 host has for itself."""
+    """Return the client's network: an IPv4 address, or the /64 of an IPv6 address."""
     try:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
@@ -190,11 +191,12 @@ def _unmapped(name: str) -> str:
 
 
 _MAX_CHUNKS, _SMALL_CHUNK = 1024, 256
-"""Chunks that any body may have; further ones must have so many bytes on average, for each takes time to read."""
+"""Chunks that any body may have, and the least average bytes of further ones.
+Each chunk takes time to read."""
 
 _LINGER_S, _LINGER_BYTES = 10.0, 1 << 25
-"""How long, and for how much, a client is listened to that sends on after its answer: closing at once would reset the
-connection, and then the answer is lost before the client reads it."""
+"""Seconds and bytes for which a client that still sends is read after its answer.
+Closing at once would reset the connection, and then the answer is lost before the client reads it."""
 
 _SHARE_PER_CLIENT = 0.75
 """Share of all connections that one address may hold."""
@@ -226,7 +228,7 @@ class _Reader(h11.Connection):
 
 
 class _Transport:
-    """A connection that lingers: closed during a request, it waits for the client to read the response."""
+    """A connection that lingers: closed during a request, it waits for the response to be read."""
 
     def __init__(self, transport: Any, owner: Any) -> None:
         self._transport, self._owner = transport, owner
@@ -327,7 +329,10 @@ def limited_protocol(max_connections: int, *, headers_timeout_s: float, write_ti
             super().handle_events()
 
         def send_400_response(self, msg: str) -> None:
-            """Answer that this is not HTTP, unless a response has started; called while h11's error is handled."""
+            """Send status 400 for invalid HTTP, unless a response has started.
+
+            It is called while h11's error is handled.
+            """
             why = sys.exception()
             said = str(why) if isinstance(why, ChunksTooSmall) else f"this is no valid HTTP request: {msg}"
             self._reject(ApiError(400, said, code="invalid_http"))
@@ -368,7 +373,10 @@ def limited_protocol(max_connections: int, *, headers_timeout_s: float, write_ti
                 self._reject(ApiError(408, f"no request came within {headers_timeout_s:g} s", code="header_timeout"))
 
         def _reject(self, problem: ApiError) -> None:
-            """Send an error outside of any request, and close; a request that has started counts as cancelled."""
+            """Send an error outside of any request, and close.
+
+            A request that has started counts as cancelled.
+            """
             has_begun = False
             if self.cycle is not None and not self.cycle.response_complete:
                 has_begun = self.cycle.response_started

@@ -38,7 +38,7 @@ class ApiKeys:
         return bool(self._hashes)
 
     def owner(self, authorization: str) -> str | None:
-        """Return a name for the owner of the key in this header; ``None`` where the key is not valid.
+        """Return the name of the owner of this header's key; ``None`` if it is not valid.
 
         Every key is compared with, each in a time that does not depend on how much of it is right.
         """
@@ -73,7 +73,7 @@ class RateLimiter:
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
     def wait_s(self, caller: str) -> float:
-        """Count a request of ``caller``; return 0 if it is allowed, else the seconds until it would be."""
+        """Count a request of ``caller``; return 0 if allowed, else the seconds to wait."""
         if self._per_minute is None:
             return 0.0
         now, rate = self._now(), self._per_minute / 60.0
@@ -95,9 +95,10 @@ _MAX_BODIES = 64
 _MAX_BODIES_PER_CLIENT = 16
 """Those of one address."""
 _SMALL_BODY_BYTES = 1 << 16
-"""Bytes of each body that are not counted: ordinary requests get in while others send large ones."""
+"""Uncounted bytes of each body, so that ordinary requests pass while others send large ones."""
 OPEN_PATHS = frozenset({"/", "/health/live", "/health/ready", "/metrics", "/version", "/openapi.json"})
-"""Paths that ask for no key and take no body. Every other path asks for one, whether it exists or not."""
+"""Paths without a key and without a body.
+Every other path asks for a key, whether it exists or not."""
 
 
 class AdmissionMiddleware:

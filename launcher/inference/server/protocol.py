@@ -32,7 +32,10 @@ from launcher.config.sampling import (
 
 
 def _within(limits: ParameterRange, *, minimum: int | None = None) -> Any:
-    """Return the bounds of a field; ``minimum`` is another lower one, for what is rewritten on the way to an engine."""
+    """Return the bounds of a field; ``minimum`` replaces the lower one.
+
+    For values that are rewritten on the way to an engine.
+    """
     if limits.exclusive:
         return Field(gt=limits.minimum, le=limits.maximum)
     return Field(ge=minimum if minimum is not None else 0.0 if limits.or_zero else limits.minimum, le=limits.maximum)
@@ -254,7 +257,7 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_nulls(cls, values: Any) -> Any:
-        """Drop known fields that are null, and refuse an object of too many fields before each becomes an error."""
+        """Drop known null fields; reject an object of too many fields before each is an error."""
         if not isinstance(values, dict):
             raise _error(f"is {shorten_value(values)}; give an object")
         if len(values) > _MAX_FIELDS:
@@ -355,7 +358,7 @@ class ChatMessage(RequestBody):
     role: Literal["system", "developer", "user", "assistant"]
     """``developer`` is OpenAI's newer word for ``system``."""
     content: Content
-    """A text, or a list of text parts, which are put together; ``null`` for an assistant that said nothing."""
+    """Text, a list of text parts to join, or ``null`` for an assistant without text."""
 
 
 ChatMessages = Annotated[list[ChatMessage], Field(min_length=1, max_length=_MAX_MESSAGES, fail_fast=True)]
@@ -374,7 +377,7 @@ class ChatBody(GenerationBody):
 
     messages: ChatMessages
     chat_template: TemplateName | None = None
-    """Name of one of the tokenizer's chat templates; where it is left out, ``job.chat_template``."""
+    """Name of one of the tokenizer's chat templates; default: ``job.chat_template``."""
     max_tokens: MaxTokens | None = None
     """Where it is left out, up to the end of the context."""
     max_completion_tokens: MaxTokens | None = None
@@ -418,7 +421,7 @@ _NESTED_BODIES: dict[str, type[RequestBody]] = {
 
 
 def endpoint_that_takes(name: str, body_type: type[BaseModel]) -> str | None:
-    """Return the other endpoint that makes text, where it takes a field that the endpoint of ``body_type`` does not."""
+    """Return the other endpoint that generates text, if it takes a field that this one lacks."""
     if body_type not in GENERATION_ENDPOINTS.values() or name in body_type.model_fields:
         return None
     found = (path for path, other in GENERATION_ENDPOINTS.items() if name in other.model_fields)
@@ -439,7 +442,7 @@ def unknown_field(place: Sequence[str | int], body_type: type[RequestBody]) -> s
 
 
 def logprobs_of_endpoints(name: str, body_type: type[BaseModel]) -> str:
-    """Return what each endpoint takes as ``logprobs``, for an error about its type; empty for other fields."""
+    """Return each endpoint's type of ``logprobs``, for a type error; empty for other fields."""
     if name != "logprobs" or body_type not in GENERATION_ENDPOINTS.values():
         return ""
     return "".join(f"; {path} takes {what}" for path, what in _LOGPROBS.items())

@@ -28,7 +28,8 @@ ALLOWED_PATHS: Mapping[str, str] = {
     **dict.fromkeys(("/v1/models", "/metrics", "/version", "/openapi.json"), "GET"),
     **dict.fromkeys(("/health/live", "/health/ready"), "GET"),
 }
-"""Paths with their method. vLLM has others, some of which change or end it; they are not reached from outside."""
+"""Allowed paths with their method.
+vLLM has others, some of which change or end it; they cannot be reached from outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +276,7 @@ class _RelayedResponse:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, problem: ApiError) -> None:
-        """Report an error: as a status, as the last event of a stream, else by closing the connection.
+        """Report an error: as a status, the last event of a stream, or by closing the connection.
 
         Raises:
             ApiError: nothing was sent yet.
@@ -303,7 +304,9 @@ def _check_allowed(scope: Scope) -> None:
 
 
 def _sequence_count(tree: Mapping[str, object], name: str) -> int:
-    """Return how many sequences a field asks for. vLLM reads "1000" and 1e3 as numbers too: what is not one is refused.
+    """Return the number of sequences that a field asks for.
+
+    vLLM reads "1000" and 1e3 as numbers too: what is not one is rejected.
 
     Raises:
         ApiError: it is no whole number of at least 1.

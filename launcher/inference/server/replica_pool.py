@@ -79,7 +79,7 @@ class ReplicaClient:
 
     @property
     def stalled_s(self) -> float:
-        """Seconds without a step, though it has requests; before it is ready, seconds without a message."""
+        """Return seconds without a step although it has requests, or without a message at start."""
         return time.monotonic() - (self._progress_at if self.is_ready else self.last_message_at)
 
     def submit(self, state: RequestState) -> None:
@@ -188,7 +188,10 @@ class ReplicaClient:
 def start_replica(
     run_dir: Path, number: int, *, environ: Mapping[str, str]
 ) -> tuple[subprocess.Popen[bytes], socket.socket]:
-    """Start an engine's process; return it and the socket to it. It dies with the calling thread: the main one."""
+    """Start an engine process; return it and its socket.
+
+    It dies with the calling thread, which must be the main one.
+    """
     local, remote = socket.socketpair()
     with remote:
         arguments = (str(run_dir), str(number), str(remote.fileno()), str(os.getpid()))
@@ -211,7 +214,8 @@ _MIN_BACKOFF_S, _MAX_BACKOFF_S = 0.25, 30.0
 _HEALTHY_S = 60.0
 """An engine that ran for so long resets the pause."""
 _MAX_ATTEMPTS = 3
-"""Engines that one request may be submitted to: a request that kills engines must not be retried forever."""
+"""Engines that one request may be submitted to.
+A request that kills engines must not be retried forever."""
 _TICK_S = 0.25
 _DEADLINE_MARGIN_S = 1.0
 """After a deadline, for the engine to report it itself."""
@@ -382,7 +386,7 @@ class ReplicaPool:
             self._expire()
 
     def _expire(self) -> None:
-        """End requests whose deadline has passed: waiting ones, and those whose engine does not report it."""
+        """End requests past their deadline: waiting ones, and those whose engine is silent."""
         now = time.monotonic()
         for state in list(self._waiting):
             request, waited = state.request, now - state.times.arrived

@@ -32,7 +32,7 @@ from launcher.inference.tokenizer import ChatTemplateNotFound, InvalidMessages, 
 
 B = TypeVar("B", bound=RequestBody)
 MAX_VALUES = 1 << 18
-"""Commas outside of strings: values of lists and objects in a body. They are parsed in some 20 ms."""
+"""Most values in a body: commas outside of strings, which take some 20 ms to parse."""
 MAX_CONTAINERS = 1 << 14
 """Lists and objects in a body."""
 MAX_NAMES = 1 << 14
@@ -46,7 +46,8 @@ _num_waiting = 0
 _DEPTH = 4
 """Where answers have their long lists: choices, choice, logprobs, list."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{,:]', re.DOTALL)
-"""A string, with an end or without one, or a character that begins or separates values. It never backtracks."""
+"""A complete or open string, or a character that begins or separates values.
+It never backtracks."""
 
 
 async def parse_body(body_type: type[B], data: bytes, limits: BodyLimits) -> B:
@@ -81,7 +82,7 @@ async def read_object(data: bytes) -> dict[str, Any]:
 
 @contextlib.asynccontextmanager
 async def _in_turn(data: bytes) -> AsyncIterator[None]:
-    """Give the event loop a turn for every large body that waits, so that not all are parsed in one."""
+    """Yield to the event loop for every large body that waits, so that not all parse at once."""
     global _num_waiting
     if len(data) > _LARGE_BODY_BYTES:
         _num_waiting += 1
@@ -110,7 +111,10 @@ async def _parse_object(data: bytes) -> dict[str, Any]:
 
 
 def _may_be_large(data: bytes) -> bool:
-    """Whether there may be too many values; characters in strings count too, so this is a quick upper bound."""
+    """Return whether there may be too many values: a quick upper bound.
+
+    Characters in strings count too.
+    """
     containers = data.count(b"[") + data.count(b"{")
     return data.count(b",") > MAX_VALUES or containers > MAX_CONTAINERS or data.count(b":") > MAX_NAMES
 
@@ -181,7 +185,8 @@ T = TypeVar("T")
 _INLINE_CHARACTERS = 2000
 """Characters that are tokenised in well under a millisecond."""
 _LARGE_CHARACTERS = 1 << 16
-"""Characters whose tokens take tens of megabytes meanwhile; texts of more are tokenised one after the other."""
+"""Characters of a text above which texts are tokenised one at a time.
+Their tokens take tens of megabytes meanwhile."""
 _CHARACTERS_PER_MESSAGE = 100
 """Characters that a template spends on a message, by the time that this takes."""
 _pool = ThreadPoolExecutor(2, thread_name_prefix="tokenize")
@@ -265,7 +270,7 @@ async def encode_chat(
 
 
 async def _run_in_pool(size: int, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns, computed on a thread where it takes long; it should release the GIL."""
+    """Return the result of ``work``, on a thread if it is slow; it should release the GIL."""
     if size <= _INLINE_CHARACTERS:
         return work()
     pool = _pool if size <= _LARGE_CHARACTERS else _pool_of_large
@@ -311,7 +316,7 @@ def sampling_params(body: GenerationBody, *, max_tokens: int, vocab_size: int) -
 
 
 def choice_seed(seed: int | None, choice: int) -> int | None:
-    """Return the seed of one of ``n`` choices: the first has the request's own, each other one of its own."""
+    """Return the seed of one of ``n`` choices; the first has the request's own."""
     if seed is None or choice == 0:
         return seed
     digest = hashlib.blake2b(f"{seed} {choice}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-"""Results of deterministic requests, kept within bytes and time, and computed once at a time."""
+"""Cache of deterministic results, limited in bytes and time; equal requests share one run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 CacheStatus = Literal["hit", "shared", "miss", "bypass"]
-"""Cached; in flight for another request; submitted and cached at its end; submitted and not cacheable."""
+"""Cached; in flight for another request; submitted and cached at its end; not cacheable."""
 _ENTRY_BYTES, _TOKEN_BYTES, _TOP_BYTES = 512, 64, 48
 """About what CPython takes for an entry, a token, and each of a token's alternatives."""
 
@@ -56,7 +56,7 @@ class ResultCache:
         return len(self._kept)
 
     def find(self, key: str, state: RequestState) -> tuple[RequestState, CacheStatus]:
-        """Return the state that gets the result of ``key``: a cached one, one in flight, or ``state`` itself.
+        """Return the state of ``key``'s result: a cached one, one in flight, or ``state`` itself.
 
         Args:
             key: of everything that decides the result.
@@ -116,7 +116,9 @@ _READ_BYTES = 1 << 22
 
 
 def model_fingerprint(run: Run, *, tokenizer: str, heartbeat: Callable[[], None]) -> str:
-    """Return a hash that changes when the same request may get another answer. Reads all weights once.
+    """Return a hash that changes when an equal request may get another answer.
+
+    Reads all weights once.
 
     Args:
         run: the model, how it is computed, and by which engine.

@@ -17,7 +17,8 @@ COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#b91c1c", "#0e7490", "#a
 _WIDTH, _HEIGHT = 640, 230
 _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 12, 10, 34
 _MOST_POINTS = 600
-"""Points of a line: more cannot be distinguished. The extremes of each interval are kept, so no spike is lost."""
+"""Most points of a line.
+More cannot be distinguished. The extremes of each interval are kept, so no spike is lost."""
 Point = tuple[float, float | None]
 """A step and its value; ``None`` leaves a gap."""
 
@@ -86,8 +87,8 @@ class _Axes:
     def draw(self, line: Series) -> Iterator[Html]:
         """Yield the parts of a line without gaps; a single point is a dot."""
         dash = {"stroke_dasharray": "5 4"} if line.dashed else {}
-        for stretch in stretches(line.points):
-            places = [(self.x(x), self.y(y)) for x, y in thin_out(stretch)]
+        for segment in segments(line.points):
+            places = [(self.x(x), self.y(y)) for x, y in thin_out(segment)]
             if len(places) == 1:
                 (at,) = places
                 yield element("circle", cx=f"{at[0]:.1f}", cy=f"{at[1]:.1f}", r=2.5, fill=line.colour)
@@ -96,17 +97,17 @@ class _Axes:
                 yield element("polyline", points=points, stroke=line.colour, **dash)
 
 
-def stretches(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
+def segments(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
     """Yield the points between gaps."""
-    stretch: list[tuple[float, float]] = []
+    segment: list[tuple[float, float]] = []
     for x, y in points:
         if y is not None:
-            stretch.append((x, y))
-        elif stretch:
-            yield stretch
-            stretch = []
-    if stretch:
-        yield stretch
+            segment.append((x, y))
+        elif segment:
+            yield segment
+            segment = []
+    if segment:
+        yield segment
 
 
 def thin_out(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -93,8 +93,10 @@ class ShardedModel:
         self.averaged_over = self._shards.size() if self._shards is not None else 1
         self.casts_itself = self._shards is not None
         self._plan: TensorPlan | None = None
-        self.module: PreTrainedModel = build_run_model(context, device=device, after=self._shard_part, laid_out=self._read_plan)
-        self._settle_rest()
+        self.module: PreTrainedModel = build_run_model(
+            context, device=device, after=self._shard_part, laid_out=self._read_plan
+        )
+        self._shard_rest()
         self.forward: nn.Module = self.module
         sequence = self._over("sequence")
         self.sequence = SequenceParallel(self.module, sequence.get_group()) if sequence is not None else None
@@ -122,7 +124,7 @@ class ShardedModel:
         if id(part) in self._blocks:
             self._shard(part)
 
-    def _settle_rest(self) -> None:
+    def _shard_rest(self) -> None:
         if self._parallel.offload == "none" or self._shards is None:
             self.module.to(self._device)
         self._shard(self.module)

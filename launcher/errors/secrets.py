@@ -154,7 +154,7 @@ def is_secret(name: str, value: str) -> bool:
 
 
 def is_secret_argument(word: str) -> bool:
-    """Return whether a word of a command line holds a secret: ``-oPassword=…``, ``-Juser:password@host``."""
+    """Return whether a command-line word holds a secret: ``-oPassword=…``, ``-Juser:pass@host``."""
     option, equals, value = word.partition("=")
     name = re.sub(r"^(-o\s*|-+)", "", option)
     if is_secret_value(word) or _LOGIN.search(word):

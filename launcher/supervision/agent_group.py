@@ -282,9 +282,10 @@ class AgentGroup:
                 self._close(agent, stalled_s=now - agent.last_event_at)
 
     def _is_stalled(self, agent: _Agent, now: float) -> bool:
-        """Return whether an agent sends keepalives alone while the others wait for it; ranks have a check of their own.
+        """Return whether an agent sends only keepalives while the others wait for it.
 
-        Commands that prepare a host report every few seconds how long they have been at work.
+        Ranks have a check of their own. Commands that prepare a host report their
+        elapsed time every few seconds.
         """
         limit = self._plan.stall_timeout_s
         is_awaited = not agent.is_prepared or (self._has_started and not agent.has_launched)
@@ -381,7 +382,7 @@ def silent_host_failure(host: str, *, silent_s: float, was_ready: bool, log: Pat
 
 
 def stalled_host_failure(host: str, *, stalled_s: float, was_prepared: bool, log: Path, tail: str) -> Failure:
-    """Return the failure of a host whose agent runs, and neither prepares it nor starts its ranks."""
+    """Return the failure of a host whose agent is alive but does not start its ranks."""
     what = "starting its ranks" if was_prepared else "preparing"
     reason = f"{host} made no progress in {what} for {stalled_s:.0f} s (backend.stall_timeout_s); its agent is alive"
     return _host_failure(host, reason, log=log, tail=tail, code=EXIT_STALLED)

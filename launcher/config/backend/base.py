@@ -175,7 +175,7 @@ LEAST_MEMORY_BYTES = 256 << 20
 
 
 def plausible_memory(amount: str, unit: str) -> str:
-    """Return the amount of memory that one far too small was probably meant to be: its number, in ``unit``."""
+    """Return the memory probably meant by an amount far too small: its number, in ``unit``."""
     digits = amount.rstrip("KMGTki")
     return f"{digits if digits.isdigit() and 0 < int(digits) <= 4096 else 16}{unit}"
 

@@ -80,7 +80,7 @@ class HfData(Corpus):
     Null, a number or a list is not text. Otherwise the first such row ends the run."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject a format without files, files without a format, and a split that is none or holds no row."""
+        """Reject a format without files, files without a format, and an invalid or empty split."""
         yield from super().validate()
         yield from self._validate_split()
         if self.path in _FORMATS and not self.files:
@@ -127,7 +127,7 @@ class HfData(Corpus):
             yield self.error("split", "is a slice without rows", _SPLIT_REMEDY)
 
     def _validate_slices(self, found: Sequence[Path]) -> Iterator[ConfigError]:
-        """Yield why slices of local files hold no row, where the files are small enough to be counted."""
+        """Yield why slices of local files hold no row, if the files are small enough to count."""
         if self.split == "train" or sum(file.stat().st_size for file in found) > _COUNTED_BYTES:
             return
         plain = "data=text data.format=text"

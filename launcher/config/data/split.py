@@ -1,4 +1,4 @@
-"""Splits of a data set and slices of them, in the grammar of ``datasets`` (``train[:50%]+test``)."""
+"""Splits of a data set and their slices, as ``datasets`` writes them (``train[:50%]+test``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bodies of requests. Unknown fields are rejected by name; a known one that is ``null`` has its default."""
+"""Bodies of requests: unknown fields are rejected, known ones that are ``null`` are default."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ class RequestBody(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
     openai_fields: ClassVar[frozenset[str]] = frozenset()
-    """Fields of OpenAI's API that this server does not support; clients that list all fields send them as null."""
+    """Unsupported fields of OpenAI's API, which clients that list all fields send as null."""
 
     @model_validator(mode="before")
     @classmethod

@@ -106,11 +106,11 @@ _FORMS = {
 }
 """What a field takes, by the kind of error of a value that is something else."""
 _UNSUPPORTED_VALUES = frozenset({"tool", "function", "json_object", "json_schema"})
-"""Values of ``role`` and ``response_format.type`` in OpenAI's API that no field of this server takes."""
+"""OpenAI values of ``role`` and ``response_format.type`` that are not supported."""
 
 
 def explain_validation(error: ErrorDetails) -> tuple[str, str]:
-    """Return what is wrong with one value, in the words of this server's other errors, and the code."""
+    """Return what is wrong with one value, in the style of other errors, and the error code."""
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     shown = shorten_value(value)
     if kind == "missing":

@@ -14,6 +14,8 @@ from launcher.errors import ConfigError
 from launcher.utils.text import did_you_mean, shell_command, terminal_width
 
 _MAX_WIDTH = 120
+_START_NOTHING = {"plan": "launch without plan", "show": "launch +exp=NAME", "doctor": "launch without doctor"}
+"""Verbs that take the overrides of a run and start none, each with the command that does."""
 _HYDRA_COMPLETION = ("-sc", "--shell-completion")
 
 
@@ -49,7 +51,7 @@ def parse(name: str, words: Sequence[str]) -> Arguments:
     verb = VERBS[name] if name else LAUNCH
     arguments = Arguments()
     if verb.takes_overrides:
-        words = list(_take_dry_run(words, arguments))
+        words = list(_take_dry_run(name, words, arguments))
     parser = _build_parser(name, verb)
     try:
         parsed, left = parser.parse_known_intermixed_args(words, arguments)
@@ -102,15 +104,25 @@ def _suggest_word(word: str) -> str:
     return f"write {' or '.join(suggested)}" if suggested else did_you_mean(word, VERBS)
 
 
-def _take_dry_run(words: Sequence[str], arguments: Arguments) -> list[str]:
-    """Return the words without ``dry_run``, which is set in ``arguments``."""
-    kept = []
+def _take_dry_run(name: str, words: Sequence[str], arguments: Arguments) -> list[str]:
+    """Return the words without ``dry_run``, which is set in ``arguments``.
+
+    Raises:
+        ConfigError: its value is neither true nor false, contradicts the verb, or is given twice.
+    """
+    kept, values = [], set()
     for word in words:
         key, _, value = word.partition("=")
         if key.lstrip("+") == "dry_run":
             arguments.dry_run = truth_value("dry_run", value)
+            values.add(arguments.dry_run)
         else:
             kept.append(word)
+    if len(values) > 1:
+        raise ConfigError("dry_run", why="is given as true and as false", fix="leave one of the two out")
+    if values == {False} and name in _START_NOTHING:
+        fix = f"leave it out; {_START_NOTHING[name]} starts a run"
+        raise ConfigError("dry_run", "false", why=f"launch {name} starts nothing", fix=fix)
     return kept
 
 

@@ -91,6 +91,12 @@ class RunState:
         return any(is_regular(path) for path in self.run_dir.checkpoints.glob("step_*/manifest.json"))
 
     @property
+    def has_kept_answers(self) -> bool:
+        """Whether a file of prompts is answered in part: resuming answers the others."""
+        parts = self.run_dir.generated.glob("*.part")
+        return any(is_regular(path) and path.stat().st_size > 0 for path in parts)
+
+    @property
     def last_checkpoint(self) -> Path | None:
         """Folder of the checkpoint with the most steps; ``None`` without one."""
         manifests = [path for path in self.run_dir.checkpoints.glob("step_*/manifest.json") if is_regular(path)]
@@ -163,7 +169,8 @@ def continue_command(state: RunState) -> str | None:
     """Return the command that continues a run, or generates with the weights of a completed one."""
     folder, checkpoint = short_path(state.run_dir.path), state.last_checkpoint
     if checkpoint is None:
-        return shell_command(["launch", "resume", folder]) if state.status in (LOST, "preempted") else None
+        is_resumed = state.status in (LOST, "preempted") or state.has_kept_answers
+        return shell_command(["launch", "resume", folder]) if is_resumed else None
     is_at_end = state.num_steps is not None and _step_of(checkpoint / "manifest.json") >= state.num_steps
     weights = checkpoint / "model"
     if (is_at_end or state.status == "completed") and is_regular(weights / SINGLE_FILE) and has_tokenizer(weights):

@@ -72,9 +72,9 @@ def closing_message(outcome: RunOutcome, run_dir: RunDir) -> str:
         return printable(redact(_failure_text(outcome.failure, run_dir), os.environ))
     if outcome.status == "cancelled":
         how = f"cancelled by {signal_name(outcome.exit_code - 128)}; the logs are in {run_dir.logs}"
-        return f"{how}\nnext: {_use_of_checkpoint(run_dir) or _command('rerun', run_dir)}"
+        return f"{how}\nnext: {_next_command(run_dir) or _command('rerun', run_dir)}"
     if outcome.status == "preempted":
-        return f"preempted: continue with `{_use_of_checkpoint(run_dir) or _command('resume', run_dir)}`"
+        return f"preempted: continue with `{_next_command(run_dir) or _command('resume', run_dir)}`"
     return ""
 
 
@@ -87,7 +87,7 @@ def _failure_text(failure: Failure, run_dir: RunDir) -> str:
     if len(failure.ranks) > _MAX_RANKS_SHOWN:
         lines.append(f"   and {len(failure.ranks) - _MAX_RANKS_SHOWN} more in failure.json")
     logs = _command("logs", run_dir) + ("" if failure.rank is None else f" --rank {failure.rank}")
-    more = filter(None, [_use_of_checkpoint(run_dir)])
+    more = filter(None, [_next_command(run_dir)])
     commands = [logs, _command("report", run_dir), *more, _command("rerun", run_dir)]
     lines.append("next: " + "\n      ".join(commands))
     if failure.victims:
@@ -96,10 +96,10 @@ def _failure_text(failure: Failure, run_dir: RunDir) -> str:
     return "\n".join([*lines, f"exit code {failure.exit_code}: {failure.reason.splitlines()[0]}"])
 
 
-def _use_of_checkpoint(run_dir: RunDir) -> str | None:
-    """Return the command that continues from, or uses, the last checkpoint; ``None`` without."""
+def _next_command(run_dir: RunDir) -> str | None:
+    """Return the command that continues from what is kept, or uses the last checkpoint; ``None`` without."""
     state = read_run_state(run_dir)
-    return continue_command(state) if state.has_checkpoint else None
+    return continue_command(state) if state.has_checkpoint or state.has_kept_answers else None
 
 
 def _command(verb: str, run_dir: RunDir) -> str:

@@ -165,6 +165,24 @@ def test_the_end_of_a_run_that_did_not_complete_names_what_status_names(
         assert "launch resume" not in closing_message(end, run_dir)
 
 
+def test_a_run_that_kept_answers_names_resume_before_rerun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_dir = RunDir(tmp_path / "runs" / "x")
+    run_dir.generated.mkdir(parents=True)
+    write_json(run_dir.plan, {"job": "generate", "work": {"num_steps": 20}})
+    failure = Failure(host="box", rank=0, exit_code=1, signal=None, reason="it broke", log="x.log")
+    ends = (RunOutcome(status="failed", exit_code=1, failure=failure), RunOutcome(status="cancelled", exit_code=130))
+    part = run_dir.generated / "rank0.part"
+    part.touch()
+    for end in ends:
+        assert "resume" not in closing_message(end, run_dir)
+    part.write_text("0 3 a 0 {}\n")
+    for end in ends:
+        said = closing_message(end, run_dir)
+        assert "launch resume runs/x" in said
+        assert "launch rerun" not in said.partition("launch resume")[0]
+
+
 @pytest.mark.parametrize(
     ("job", "planned", "step", "shown"),
     [("train", 10, 6, "6/10"), ("evaluate", 2, 6, "of step 6"), ("evaluate", 2, 0, "-"), ("serve", 0, None, "-")],

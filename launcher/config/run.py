@@ -158,6 +158,10 @@ class Job(Component):
         """Return the options of the group ``job`` that have no effect, each with the reason."""
         return {}
 
+    def unused_model_options(self, run: Run) -> Mapping[str, str]:
+        """Return the options of the group ``model`` that have no effect on this job, each with the reason."""
+        return {}
+
     def unused_strategy(self, run: Run) -> str:
         """Return why the strategy of the run spreads nothing; empty where it does."""
         return ""

@@ -133,6 +133,8 @@ def _idle(run: Run, group: str, option: str, value: str) -> str:
     """Return why an option has no effect beside the others; empty where it has one."""
     if group == "parallel":
         return "" if value in _WHOLE_MODEL else run.job.unused_strategy(run)
+    if group == "model":
+        return run.job.unused_model_options(run).get(option, "")
     return run.job.unused_options(run).get(option, "") if group == "job" else ""
 
 

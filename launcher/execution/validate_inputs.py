@@ -32,7 +32,7 @@ def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iter
     """Yield errors of the files and hub names that ranks will load, one for each cause."""
     fetches_here = not any(host.ssh_destination or not host.is_probed for host in hosts)
     benchmark = run.benchmark if isinstance(run.benchmark, Benchmark) else None
-    uses_model = isinstance(run.job, BatchedJob | GeneratingJob)
+    uses_model = isinstance(run.job, BatchedJob | GeneratingJob) and _loads_model(run.job)
     of_model = list(run.model.validate_machine()) if uses_model else []
     if not of_model and fetches_here and (uses_model or (benchmark and benchmark.needs_model)):
         of_model += _validate_hub_model(run.model)
@@ -227,6 +227,11 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
         yield "data.tokenizer", run.data.tokenizer
     if choice not in (None, "data", "bytes") and (choice != "model" or _computes(run.job)):
         yield "job.tokenizer", choice
+
+
+def _loads_model(job: Job) -> bool:
+    """Return whether a job needs files of its model: weights, or a tokenizer beside them."""
+    return _computes(job) or getattr(job, "tokenizer", "") == "model"
 
 
 def _computes(job: Job) -> bool:

@@ -149,6 +149,25 @@ def test_the_overrides_that_a_message_names_for_a_file_of_rows_are_enough(refuse
                 "checkpoint.every=5: job=generate writes no checkpoints",
             ],
         ),
+        (
+            [
+                *("job=generate", "job.engine=echo", "job.tokenizer=bytes", "precision=bf16", "attention=eager"),
+                *("compile=true", "model=llama_tiny", "model.weights=/", "model.num_hidden_layers=3"),
+                *("job.top_k=3", "job.repetition_penalty=1.5", "job.no_repeat_ngram_size=2", "job.aging_s=1"),
+            ],
+            [
+                "precision=bf16: job=generate job.engine=echo does not use the group precision",
+                *("attention=eager: job=gen", "compile=true: job=gen"),
+                "model.weights=/: job.engine=echo repeats prompts and computes nothing with a model; leave",
+                *("model.num_hidden_layers=3: job.engine=echo", "job.top_k=3: job.engine=echo has no use for it"),
+                *("job.repetition_penalty=1.5: job.engine=echo", "job.no_repeat_ngram_size=2: job.engine=echo"),
+                "job.aging_s=1: job.engine=echo",
+            ],
+        ),
+        (
+            ["job=serve", "job.engine=echo", "job.tokenizer=bytes", "job.warm_up=[[1,10]]"],
+            ["job.warm_up=[[1,10]]: job.engine=echo has no use for it"],
+        ),
         (["job=evaluate", "activation=full", "checkpoint.at_end=true"], ["activation=full", "checkpoint.at_end=true"]),
         (["benchmark=activation"], ["benchmark=activation: job=train measures no benchmark; add job=benchmark"]),
         (

@@ -12,7 +12,7 @@ from typing import Literal
 from launcher.config.inference import BatchingMode, EngineLimits, template_names, validate_engine
 from launcher.config.paths import PathText
 from launcher.config.profile import ProfileUnit
-from launcher.config.run import LEARNING_GROUPS, Job, Run
+from launcher.config.run import COMPUTING_GROUPS, LEARNING_GROUPS, Job, Run
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import exists
@@ -26,12 +26,17 @@ VLLM_REMEDY = "python -m venv ENV && ENV/bin/pip install vllm, then set job.vllm
 _OF_BATCHES = ("max_batch_size", "max_wait_s", "bucket_size")
 
 _UNUSED_BY_ENGINE: Mapping[str, tuple[str, ...]] = {
-    "echo": ("batching", "kv_cache_tokens", "prefill_chunk_size", "enable_prefix_caching", *_OF_BATCHES),
+    "echo": (
+        *("batching", "kv_cache_tokens", "prefill_chunk_size", "enable_prefix_caching", "aging_s", *_OF_BATCHES),
+        *("top_k", "top_p", "min_p", "repetition_penalty", "no_repeat_ngram_size", "warm_up"),
+    ),
     "transformers": ("kv_cache_tokens", *_OF_BATCHES),
     "vllm": ("kv_cache_tokens", "prefill_chunk_size", *_OF_BATCHES),
 }
 """Options that other engines than the launcher's own have no use for."""
 
+_SHAPE_OF_ECHO = ("name", "max_position_embeddings", "vocab_size")
+"""Options of a model on which the echo of its prompts depends."""
 _UNUSED_BY_BATCHING: Mapping[str, tuple[str, ...]] = {
     "continuous": _OF_BATCHES,
     "none": _OF_BATCHES,
@@ -125,7 +130,23 @@ class GeneratingJob(Job):
     def unused_groups(self, run: Run) -> frozenset[str]:
         """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
         data = set() if self.reads_data else {"data"}
-        return super().unused_groups(run) | LEARNING_GROUPS | data
+        return super().unused_groups(run) | (COMPUTING_GROUPS if self.engine == "echo" else LEARNING_GROUPS) | data
+
+    def names_itself(self, run: Run) -> str:
+        """Add the engine that has no model."""
+        return f"job={self.kind} job.engine=echo" if self.engine == "echo" else super().names_itself(run)
+
+    def unused_model_options(self, run: Run) -> Mapping[str, str]:
+        """Return what says how a model computes, where prompts are repeated; weights may bring the tokenizer."""
+        if self.engine != "echo":
+            return {}
+        used = {*_SHAPE_OF_ECHO, *(["weights"] if self.tokenizer == "model" and run.model.local_weights else [])}
+        why = "job.engine=echo repeats prompts and computes nothing with a model"
+        return {
+            field.name: why
+            for field in fields(run.model)
+            if field.name not in used and getattr(run.model, field.name) != field.default
+        }
 
     def unused_options(self, run: Run) -> Mapping[str, str]:
         """Return the non-default options that the engine, or its batching mode, ignores."""
@@ -138,7 +159,7 @@ class GeneratingJob(Job):
             if self.engine != engine:
                 names[option] = f"it is for job.engine={engine}, and {named}"
         usual = {field.name: field.default for field in fields(self)}
-        return {name: why for name, why in names.items() if getattr(self, name) != usual[name]}
+        return {name: why for name, why in names.items() if getattr(self, name, ()) not in (usual.get(name), ())}
 
     def unused_strategy(self, run: Run) -> str:
         """Return that a strategy shards nothing, unless it makes one engine of several ranks."""

@@ -40,8 +40,10 @@ WORDS = {
 """Each word, and what to write instead."""
 MAX_SUMMARY = 90
 """Characters of a docstring's first line."""
-PLACES = ("launcher", "conf", "docs", "scripts", "README.md", "CONTRIBUTING.md")
+PLACES = ("launcher", "conf", "docs", "scripts", "tests", "README.md", "CONTRIBUTING.md")
 _PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
+_WITH_WORDS = frozenset({"check_words.py", "test_scripts.py"})
+"""Files that list the words, and test that."""
 _SUFFIXES = frozenset({".html", ".j2", ".md", ".py", ".sh", ".yaml", ".yml", ""})
 
 
@@ -71,7 +73,7 @@ def _files(repository: Path) -> Iterator[Path]:
         root = repository / place
         for path in [root, *sorted(root.rglob("*"))]:
             hidden = "__pycache__" in path.parts or path.name.startswith(".")
-            if path.is_file() and path.suffix in _SUFFIXES and path.name != Path(__file__).name and not hidden:
+            if path.is_file() and path.suffix in _SUFFIXES and path.name not in _WITH_WORDS and not hidden:
                 yield path
 
 

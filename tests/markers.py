@@ -56,7 +56,7 @@ _BY_PLACE = (
     ("cli/test_cancel.py::test_a_run_on_another_machine_is_left_alone", "process"),
     ("cli/test_cancel.py::test_now_is_two_interrupts", "process"),
     ("cli/test_cancel.py::test_the_session_is_asked_and_its_agents_are_waited_for", "process"),
-    ("cli/test_cancel.py::test_without_its_session_the_agents_are_told", "process"),
+    ("cli/test_cancel.py::test_without_its_session_the_agents_get_the_order", "process"),
     ("cli/test_completion.py::test_a_shell_*", "process"),
     ("cli/test_logs.py::test_a_reader_that_goes_away_ends_the_following", "process"),
     ("cli/test_plan.py::test_the_parent_imports_nothing_heavy*", "process"),

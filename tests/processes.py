@@ -1,4 +1,4 @@
-"""Marks: what a test starts inherits a variable of its environment, by which all of it is found, whoever its parent."""
+"""Marks: all that a test starts inherits a variable of its environment, and is found by it, whatever its parent."""
 
 from __future__ import annotations
 

@@ -94,10 +94,10 @@ class BackendContract:
 
     @pytest.fixture
     def plan(self, plan_of: Callable[..., Plan], words: tuple[str, ...], hosts: tuple[Host, ...]) -> Plan:
-        """Return the plan of that run, made by somebody who has secrets."""
+        """Return the plan of that run, made by a user who has secrets."""
         return plan_of(*SMALL, *words, hosts=hosts, NCCL_DEBUG="INFO", **SECRETS)
 
-    def test_hosts_are_told_apart_and_take_every_rank(self, hosts: tuple[Host, ...], plan: Plan) -> None:
+    def test_hosts_have_different_names_and_take_every_rank(self, hosts: tuple[Host, ...], plan: Plan) -> None:
         assert len({host.name for host in hosts}) == len(hosts)
         assert all(host.slots >= 1 for host in hosts)
         assert sum(host.slots for host in hosts) == plan.world_size == len(plan.ranks) == 2

@@ -18,7 +18,7 @@ def test_impossible_values_are_refused(option, value):
 
 
 class TestContract(BackendContract):
-    takes_part = ()  # nothing is submitted to anybody
+    takes_part = ()  # nothing is submitted to a scheduler
 
     @pytest.fixture
     def words(self):

@@ -100,15 +100,15 @@ def test_checkpoints_of_several_hosts_are_refused(lab, launch, tmp_path):
     assert not (tmp_path / "refused").exists()
 
 
-def test_a_run_told_to_end_claims_no_checkpoint(lab, launch_in_background, tmp_path):
-    running = launch_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=told"))
+def test_a_cancelled_run_claims_no_checkpoint(lab, launch_in_background, tmp_path):
+    running = launch_in_background(*over_ssh(lab, "tracker=local", *FOR_EVER, "run.dir=cancelled"))
     running.wait_for_output("step 2/")
     running.send_signal(signal.SIGTERM)
     assert running.wait() == 128 + signal.SIGTERM
-    logs = "".join(log.read_text() for log in (tmp_path / "told" / "logs").glob("node*.log"))
+    logs = "".join(log.read_text() for log in (tmp_path / "cancelled" / "logs").glob("node*.log"))
     assert "rank 1 does not see" in logs
     assert "resume" not in running.output
-    assert read_json(tmp_path / "told" / "result.json")["status"] == "cancelled"
+    assert read_json(tmp_path / "cancelled" / "result.json")["status"] == "cancelled"
 
 
 def test_one_host_keeps_its_checkpoints_and_restarts_from_them(lab, launch_in_background, tmp_path):

@@ -123,7 +123,7 @@ def calls(count: int, **fields: Any) -> list[LoadRequest]:
     return [LoadRequest({"prompt": "a b c", "max_tokens": 4, **fields})] * count
 
 
-def test_a_closed_loop_keeps_as_many_calls_under_way_as_it_is_told(fake) -> None:
+def test_a_closed_loop_keeps_the_configured_number_of_calls_in_flight(fake) -> None:
     under_way = most = 0
 
     async def counting(body, writer) -> None:
@@ -154,9 +154,9 @@ def test_the_end_of_the_time_breaks_off_what_is_under_way_and_its_tokens_count(f
     assert [outcome.error for outcome in endless.outcomes] == ["unfinished"] * 2
     found = summarize_load(endless, slo=Slo())
     assert (found["errors"], found["unfinished"], found["requests"]) == (0, 2, 0)
-    told = sum(len(outcome.chunks_s) for outcome in endless.outcomes)
-    assert told > 4
-    assert found["tokens_per_s"] * endless.elapsed_s == pytest.approx(told)
+    num_chunks = sum(len(outcome.chunks_s) for outcome in endless.outcomes)
+    assert num_chunks > 4
+    assert found["tokens_per_s"] * endless.elapsed_s == pytest.approx(num_chunks)
 
 
 def test_in_an_open_loop_a_stall_of_the_server_counts_from_when_calls_were_due(fake) -> None:
@@ -218,7 +218,7 @@ def test_an_answer_that_is_no_stream_counts_too(fake) -> None:
     assert (outcome.error, outcome.tokens, len(outcome.chunks_s)) == ("", 2, 1)
 
 
-def test_nobody_there() -> None:
+def test_no_server_there() -> None:
     target = LoadTarget(address=parse_server_address("http://127.0.0.1:9"), model="m")
     (outcome,) = closed_loop(target, calls(1), max_concurrency=1).outcomes
     assert outcome.error == "connect"

@@ -53,7 +53,7 @@ def test_ranks_hold_what_the_formula_says(launch) -> None:
     metrics = json.loads((ended.run_dir / "result.json").read_text())["metrics"]
     assert metrics["benchmark/ddp/optimizer_bytes"] == held["ddp"]
     assert metrics["benchmark/zero3/optimizer_ratio"] == pytest.approx(1, rel=0.02)
-    assert not (ended.run_dir / "cases").exists(), "what ranks told each other is left behind"
+    assert not (ended.run_dir / "cases").exists(), "files that ranks exchanged are left behind"
 
 
 def test_a_strategy_that_is_late_ends_the_run_and_is_named(launch) -> None:

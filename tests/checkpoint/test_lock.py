@@ -23,7 +23,7 @@ time.sleep(60)
 """
 
 
-def test_a_second_run_is_refused_and_told_who_holds_it(tmp_path: Path) -> None:
+def test_a_second_run_is_refused_and_the_holder_named(tmp_path: Path) -> None:
     with RunLock(tmp_path).acquire():
         with pytest.raises(ConfigError) as refused:
             RunLock(tmp_path).acquire()

@@ -150,7 +150,7 @@ def test_a_run_that_differs_is_refused(save: Save, change: dict[str, Component |
     assert fix in error.fix
 
 
-def test_everything_that_differs_is_told_at_once(save: Save) -> None:
+def test_everything_that_differs_is_reported_at_once(save: Save) -> None:
     model = replace(MODEL, num_hidden_layers=3, hidden_size=32)
     errors = list(validate_resume(save(10), model=model, parallel=Single(), precision=Fp32Precision(), world_size=1))
     assert len(errors) == 3

@@ -244,9 +244,9 @@ def test_what_a_crash_left_is_removed(tmp_path: Path, save: Save, hidden: str) -
     folder = tmp_path / "checkpoints"
     (folder / hidden).mkdir()
     (folder / hidden / "model.bin").write_bytes(b"half")
-    (folder / ".somebody.tmp").mkdir()
+    (folder / ".other.tmp").mkdir()
     CheckpointStore(folder, Checkpoint()).clean()
-    assert names(folder) == [".somebody.tmp", "step_00000010"]
+    assert names(folder) == [".other.tmp", "step_00000010"]
 
 
 def test_a_crash_between_the_renames_of_a_replacement_is_undone(tmp_path: Path, save: Save) -> None:

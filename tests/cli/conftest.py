@@ -53,7 +53,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         session: ProcessLocation | None = None,
         age_s: float = 1000.0,
         step: int | None = None,
-        **whereabouts: Any,
+        **fields: Any,
     ) -> RunDir:
         run_dir = RunDir(tmp_path / "runs" / name / run_id)
         run_dir.logs.mkdir(parents=True)
@@ -64,7 +64,7 @@ def make_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
         plan = {"run_id": run_id, "name": name, "hosts": hosts, "work": {"num_steps": 10}, "grace_s": 1.0}
         write_json(run_dir.plan, plan)
         if session is not None:
-            write_session_file(run_dir, SessionRecord(session=session, **{"backend": "local", **whereabouts}))
+            write_session_file(run_dir, SessionRecord(session=session, **{"backend": "local", **fields}))
         if step is not None:
             run_dir.metrics.write_text(f'{{"train/step": {step}, "train/loss": 2.5, "time": {time.time()}}}\n')
         if status is not None:
@@ -83,7 +83,7 @@ def alive() -> ProcessLocation:
 
 @pytest.fixture
 def gone(alive: ProcessLocation) -> ProcessLocation:
-    """A process of this machine that has ended, and whose number somebody else has now."""
+    """A process of this machine that has ended, and whose number another process has now."""
     return replace(alive, started=alive.started + 1)
 
 

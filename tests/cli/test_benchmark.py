@@ -88,7 +88,7 @@ def test_a_run_agrees_with_another_of_its_kind_or_not(capsys, results) -> None:
     assert "1 of 3 lie outside the other's range" in capsys.readouterr().out
 
 
-def test_what_only_one_side_has_and_what_else_differs_is_told(capsys, results) -> None:
+def test_what_only_one_side_has_and_what_else_differs_is_reported(capsys, results) -> None:
     one = results("a", {"none": A, "full": A}, num_hidden_layers=4, repeats=3)
     other = results(
         "b",

@@ -103,7 +103,7 @@ def test_now_is_two_interrupts(make_run, start, tmp_path) -> None:
     assert (tmp_path / "seen").read_text() == f"{int(signal.SIGINT)} {int(signal.SIGINT)}"
 
 
-def test_without_its_session_the_agents_are_told(capsys, make_run, start, gone, far) -> None:
+def test_without_its_session_the_agents_get_the_order(capsys, make_run, start, gone, far) -> None:
     agent, place = start("sleep", "600")
     agents = (
         AgentLocation(host="box", location=place),
@@ -115,7 +115,7 @@ def test_without_its_session_the_agents_are_told(capsys, make_run, start, gone, 
     assert f"ssh ssh://me@b:22 'launch cancel {run_dir.path}'" in capsys.readouterr().out
 
 
-def test_a_number_that_somebody_else_has_now_is_not_signalled(capsys, make_run, child, gone) -> None:
+def test_a_number_that_another_process_has_now_is_not_signalled(capsys, make_run, child, gone) -> None:
     process, place = child
     stranger = replace(place, started=place.started - 1)
     make_run(session=stranger, agents=(AgentLocation(host="box", location=stranger),))

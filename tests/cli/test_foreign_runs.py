@@ -77,7 +77,7 @@ def test_a_linked_folder_is_not_entered(capsys, make_run: Make, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_fifo_holds_nobody_up(capsys, make_run: Make, name: str) -> None:
+def test_a_fifo_does_not_block(capsys, make_run: Make, name: str) -> None:
     make_run("good", status="completed", step=3)
     replaced(make_run("bad", status="failed", exit_code=1, step=3), name, os.mkfifo)
     for words in (["runs"], ["status", "bad"], ["logs", "bad"], ["report", "bad"]):

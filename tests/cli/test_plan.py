@@ -33,7 +33,7 @@ def test_a_sweep_lists_its_runs(capsys, tmp_path, monkeypatch):
     assert [line.rpartition(" ")[2] for line in capsys.readouterr().out.splitlines()] == ["job.seed=1", "job.seed=2"]
 
 
-def test_mistakes_of_several_groups_are_told_together():
+def test_mistakes_of_several_groups_are_reported_together():
     with pytest.raises(ConfigErrors) as caught:
         run(["job.sequence_length=999", "backend.env.SOME_KEY=1", "job.global_batch=3"])
     assert len(caught.value.errors) == 3

@@ -14,7 +14,7 @@ from tests.helpers import launch_verb
 run = launch_verb("status")
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def status_text(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     assert run(words) == 0
     return capsys.readouterr().out
 
@@ -25,7 +25,7 @@ def value(text: str, label: str) -> str:
 
 def test_a_real_run_that_is_over(capsys, completed, monkeypatch) -> None:
     monkeypatch.chdir(completed)
-    text = told(capsys)
+    text = status_text(capsys)
     folder = next(completed.glob("runs/*/*")).relative_to(completed)
     assert value(text, "status") == "completed"
     assert value(text, "run by").endswith(", gone")
@@ -35,7 +35,7 @@ def test_a_real_run_that_is_over(capsys, completed, monkeypatch) -> None:
     assert "exit code 0" in value(text, "ended")
     assert value(text, "next") == f"launch logs {folder}"
     assert f"launch rerun {folder}" in text
-    tree = json.loads(told(capsys, "--json", folder.name[:8]))
+    tree = json.loads(status_text(capsys, "--json", folder.name[:8]))
     assert tree["metrics"]["train/step"] == 3
     assert [said["rank"] for said in tree["ranks"]] == [0, 1]
     assert tree["ranks"][0]["line"].startswith("loss curve: ")
@@ -50,7 +50,7 @@ def test_a_run_that_goes_on(capsys, make_run, alive, far) -> None:
     run_dir = make_run(session=alive, agents=agents, step=4)
     run_dir.log_of("box", 0).write_bytes(b"step 3\nstep 4 \xff\n\n")
     run_dir.log_of("box", 1).write_text("")
-    text = told(capsys)
+    text = status_text(capsys)
     assert value(text, "run by") == f"process {alive.pid} on {alive.machine}, alive"
     assert f"b (me@b:22): process {far.pid} on node7, not to be seen from here" in text
     assert value(text, "progress").startswith("step 4/10, loss 2.5000, ")
@@ -64,7 +64,7 @@ def test_a_run_that_goes_on(capsys, make_run, alive, far) -> None:
 def test_a_failed_run_names_its_cause(capsys, make_run, gone) -> None:
     run_dir = make_run(status="failed", exit_code=7, session=gone)
     write_json(run_dir.failure, {"reason": "rank 1 on box failed\nmore", "log": "/logs/box.1.log"})
-    text = told(capsys)
+    text = status_text(capsys)
     assert value(text, "cause") == "rank 1 on box failed"
     assert value(text, "log") == "/logs/box.1.log"
     assert "exit code 7" in value(text, "ended")
@@ -74,7 +74,7 @@ def test_a_failed_run_names_its_cause(capsys, make_run, gone) -> None:
 @pytest.mark.parametrize("status", ["preempted", None])
 def test_what_can_be_continued_says_so(capsys, make_run, gone, status: str | None) -> None:
     make_run(status=status, session=gone)
-    assert "launch resume runs/tiny/" in told(capsys)
+    assert "launch resume runs/tiny/" in status_text(capsys)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_what_can_be_continued_says_so(capsys, make_run, gone, status: str | Non
 )
 def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job, command) -> None:
     make_run(session=gone, backend=backend, job=job)
-    text = told(capsys)
+    text = status_text(capsys)
     assert value(text, "status") == "elsewhere"
     assert value(text, "job").startswith(f"{backend}: ")
     assert command in text
@@ -107,7 +107,7 @@ def test_a_scheduler_is_asked_about_its_job(capsys, make_run, gone, backend, job
 )
 def test_a_job_that_no_scheduler_names_so_is_not_asked_about(capsys, make_run, gone, backend, job) -> None:
     make_run(session=gone, backend=backend, job=job)
-    text = told(capsys)
+    text = status_text(capsys)
     assert value(text, "job").endswith("is not a name that the scheduler gives)")
     assert "squeue" not in text
     assert "kubectl" not in text
@@ -118,17 +118,17 @@ def test_many_hosts_and_ranks_stay_readable(capsys, make_run, alive, far) -> Non
     run_dir = make_run(session=alive, agents=agents)
     for rank in range(100):
         run_dir.log_of("box", rank).write_text("hello\n")
-    text = told(capsys)
+    text = status_text(capsys)
     assert value(text, "agents") == "1 alive, 49 not to be seen from here"
     assert "and 84 more" in text
     assert len(text.splitlines()) < 40
-    assert len(json.loads(told(capsys, "--json"))["ranks"]) == 100
+    assert len(json.loads(status_text(capsys, "--json"))["ranks"]) == 100
 
 
 def test_a_run_that_left_nothing_but_its_configuration(capsys, make_run) -> None:
     run_dir = make_run()
     run_dir.plan.unlink()
-    text = told(capsys, str(run_dir.path))
+    text = status_text(capsys, str(run_dir.path))
     assert value(text, "run by") == "not recorded"
     assert value(text, "ranks") == "not known"
     assert value(text, "progress") == "no step yet"
@@ -140,4 +140,4 @@ def test_one_run_at_a_time() -> None:
 
 
 def test_help(capsys) -> None:
-    assert "launch status 20260101" in told(capsys, "-h")
+    assert "launch status 20260101" in status_text(capsys, "-h")

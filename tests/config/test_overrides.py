@@ -97,8 +97,8 @@ def test_quoted_words_pasted_into_a_shell_set_the_text():
     texts = [*AS_TYPED, *OTHER_MEANINGS]
     words = [quoted_word(f"backend.env.K{number}", text) for number, text in enumerate(texts)]
     shell = ["sh", "-c", f"printf '%s\\0' {' '.join(words)}"]
-    told = subprocess.run(shell, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")[:-1]
-    assert variables(compose(told).run) == texts
+    parsed = subprocess.run(shell, capture_output=True, text=True, check=True, timeout=60).stdout.split("\0")[:-1]
+    assert variables(compose(parsed).run) == texts
 
 
 OTHER_MEANINGS = {
@@ -115,12 +115,12 @@ OTHER_MEANINGS = {
 
 
 def test_what_means_something_else_is_refused_with_a_word_that_works():
-    told = mistakes(*words_of(OTHER_MEANINGS))
-    assert len(told) == len(OTHER_MEANINGS)
+    errors = mistakes(*words_of(OTHER_MEANINGS))
+    assert len(errors) == len(OTHER_MEANINGS)
     advised = []
     for text, meaning in OTHER_MEANINGS.items():
         number = list(OTHER_MEANINGS).index(text)
-        said = next(said for said in told if said.startswith(f"backend.env.K{number}={text} (command line): "))
+        said = next(said for said in errors if said.startswith(f"backend.env.K{number}={text} (command line): "))
         assert meaning in said
         advised.append(shlex.split(said[said.index(quoted_word(f"backend.env.K{number}", text)) :])[0])
     assert variables(compose(advised).run) == list(OTHER_MEANINGS)

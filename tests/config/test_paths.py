@@ -129,8 +129,8 @@ def test_other_paths_that_lead_nowhere(folder, path):
 
 
 def test_all_are_reported_at_once_and_patterns_by_their_folder(folder):
-    told = refused([f"data.path=['{folder}/file/*.txt','{folder}/loop/**/a.txt']", f"run.root={folder}/pipe"])
-    assert [said.partition("=")[0] for said in told] == ["data.path", "data.path", "run.root"]
+    errors = refused([f"data.path=['{folder}/file/*.txt','{folder}/loop/**/a.txt']", f"run.root={folder}/pipe"])
+    assert [said.partition("=")[0] for said in errors] == ["data.path", "data.path", "run.root"]
 
 
 def test_an_empty_path_and_a_name_that_is_too_long():
@@ -168,7 +168,7 @@ def test_a_nul_character_from_a_file(tmp_path):
 
 
 @contextlib.contextmanager
-def as_somebody_else():
+def as_another_user():
     """Give up root's privileges for a while; any other user has none to give up."""
     if os.geteuid():
         yield
@@ -191,7 +191,7 @@ def as_somebody_else():
 )
 def test_paths_without_permission(folder, path, why):
     for option in ("data.path", "model.weights"):
-        with pytest.raises(ConfigErrors) as caught, as_somebody_else():
+        with pytest.raises(ConfigErrors) as caught, as_another_user():
             prepare(compose([f"{option}={folder}/{path}"]))
         (said,) = map(str, caught.value.errors)
         assert said.startswith(f"{option}={folder}/{path}: {folder}/")
@@ -216,10 +216,10 @@ def test_flags_that_take_a_folder(launch_in_process):
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_the_home_of_an_unknown_user(option):
-    errors = [line for line in refused(words_for(option, "~nobody-at-all/x")) if option in line]
+    errors = [line for line in refused(words_for(option, "~no-such-user/x")) if option in line]
     assert len(errors) == 1
-    assert f"{option}=~nobody-at-all/x" in errors[0]
-    assert "there is no user nobody-at-all here; give the path whole" in errors[0]
+    assert f"{option}=~no-such-user/x" in errors[0]
+    assert "there is no user no-such-user here; give the path whole" in errors[0]
 
 
 @pytest.mark.parametrize("typed", ["~notes.txt", "./~notes.txt"])
@@ -239,8 +239,8 @@ def test_the_home_of_a_user_in_a_pod():
 
 @pytest.mark.parametrize("verb", [["plan", "--config-dir"], ["runs", "--root"]])
 def test_a_folder_of_an_unknown_user_for_a_verb(verb):
-    with pytest.raises(ConfigError, match=f"{verb[1]}=~nobody-at-all/x: there is no user nobody-at-all here"):
-        parse(verb[0], [verb[1], "~nobody-at-all/x"])
+    with pytest.raises(ConfigError, match=f"{verb[1]}=~no-such-user/x: there is no user no-such-user here"):
+        parse(verb[0], [verb[1], "~no-such-user/x"])
 
 
 def test_a_user_without_a_home(monkeypatch):

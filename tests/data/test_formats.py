@@ -297,8 +297,8 @@ def test_what_must_be_converted_is_refused_with_the_command_that_does_far_into_r
     assert raw[at] in b"\xe9\0"
     advice = message.partition("leave such rows out, or ")[2] or message.partition("; ")[2]
     made = follow(f"; {advice}", tmp_path)
-    mended = replace(data, files=(str(made),))
-    assert (problems(mended), texts(mended)[-1]) == ([], last)
+    repaired = replace(data, files=(str(made),))
+    assert (problems(repaired), texts(repaired)[-1]) == ([], last)
 
 
 @pytest.mark.parametrize(

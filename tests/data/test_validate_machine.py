@@ -136,7 +136,7 @@ def test_the_plan_counts_as_the_rank_does(tmp_path: Path, model: Gpt2) -> None:
     assert message.startswith("data.held_out=0.05: leaves ")
 
 
-def test_with_another_tokenizer_only_what_no_tokenizer_could_mend_is_refused(tmp_path: Path) -> None:
+def test_with_another_tokenizer_only_what_no_tokenizer_could_fix_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("tiny")
     assert "has 45 tokens" in short(Text(path=f"{tmp_path}/x.txt", tokenizer="model"))
     (tmp_path / "x.txt").write_text("large enough perhaps" * 4)

@@ -144,7 +144,7 @@ def test_a_port_that_is_taken(examine_here: Examine) -> None:
 
 
 def test_what_was_started_ends_with_a_killed_probe(tmp_path: Path) -> None:
-    """The kernel ends it, also when it is busy: here it looks for a rendezvous that nobody opens."""
+    """The kernel ends it, also when it is busy: here it looks for a rendezvous that no process opens."""
     order = {
         "rank": 1,
         "names": ["node1", "node2"],

@@ -144,7 +144,7 @@ def test_a_key_that_is_not_welcome(three: Lab, tmp_path: Path) -> None:
     assert [(found.host, found.what) for found in findings] == [(name, "rejects the ssh key") for name in three.names]
 
 
-def test_a_host_key_that_nobody_has_seen(three: Lab, tmp_path: Path) -> None:
+def test_an_unknown_host_key(three: Lab, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text(three.ssh_config.read_text().replace(f"{three.folder}/known_hosts", str(tmp_path / "empty")))
     findings = look(three, tmp_path, ssh_config=str(config)).errors

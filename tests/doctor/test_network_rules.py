@@ -27,7 +27,7 @@ def test_a_host_that_cannot_reach_the_first() -> None:
     assert finding.what == "cannot reach port 29500 of node1: connection refused"
 
 
-def test_when_nobody_reaches_the_first_it_is_the_first_that_is_named() -> None:
+def test_when_no_host_reaches_the_first_it_is_the_first_that_is_named() -> None:
     (finding,) = met(SHUT, SHUT)
     assert (finding.host, finding.what) == ("node1", "no other host reaches its port 29500: connection refused")
 

@@ -51,7 +51,7 @@ Host key verification failed.
         ),
         ("srun: error: Unable to allocate: Invalid node", 1, "not reached by srun: Unable to allocate", "salloc"),
         ("OSError: [Errno 28] No space left on device", 1, "has a full disk", "make room"),
-        ("a thing nobody foresaw\nand its last line", 3, "exit code 3: and its last line", "ssh me@node3:2222"),
+        ("an unforeseen thing\nand its last line", 3, "exit code 3: and its last line", "ssh me@node3:2222"),
         ("", 3, "exit code 3: no output", "by hand"),
         ("", None, "does not answer within 8.0 s", "switched on"),
     ],
@@ -79,5 +79,5 @@ def test_a_host_that_hangs_after_its_greeting() -> None:
         b'{"doctor": "\xff"}',
     ],
 )
-def test_what_no_probe_says_is_not_heard(line: bytes) -> None:
+def test_lines_of_no_probe_are_ignored(line: bytes) -> None:
     assert parse_message(line) is None

@@ -1,4 +1,4 @@
-"""Number formats on a rank: what the device must have, and what torch is told."""
+"""Number formats on a rank: what the device must have, and what torch is set to."""
 
 from __future__ import annotations
 

@@ -79,23 +79,23 @@ def gradients(module: nn.Module, loss: Tensor, factor: float = 0.25) -> dict[str
     return {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
 
 
-def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def error(ours: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Return the largest difference of any parameter's gradient, relative to its norm."""
-    assert ours.keys() == theirs.keys()
-    whole = max(float(value.norm()) for value in theirs.values())  # some are zero but for rounding: keys' biases
-    return max(float((ours[n] - theirs[n]).norm() / max(theirs[n].norm(), 1e-3 * whole)) for n in theirs)
+    assert ours.keys() == expected.keys()
+    whole = max(float(value.norm()) for value in expected.values())  # some are zero but for rounding: keys' biases
+    return max(float((ours[n] - expected[n]).norm() / max(expected[n].norm(), 1e-3 * whole)) for n in expected)
 
 
 @pytest.mark.parametrize("config", [*FUSED.values(), *OTHERS.values()], ids=[*FUSED, *OTHERS])
 def test_loss_and_every_gradient_are_those_of_the_plain_one(config: Any) -> None:
     module, batch = model(config), micro_batch()
     names = list(module.state_dict())
-    ours, theirs = token_loss_sum(module, batch, device=CPU), plain(module, batch)
+    ours, expected = token_loss_sum(module, batch, device=CPU), plain(module, batch)
     assert ours.dtype == torch.float32
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
-    assert error(gradients(module, ours), gradients(module, theirs)) < 1e-6
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert error(gradients(module, ours), gradients(module, expected)) < 1e-6
     with torch.no_grad():
-        assert token_loss_sum(module, batch, device=CPU).item() == pytest.approx(theirs.item(), rel=1e-6)
+        assert token_loss_sum(module, batch, device=CPU).item() == pytest.approx(expected.item(), rel=1e-6)
     assert list(module.state_dict()) == names
     assert "forward" not in vars(module.get_output_embeddings())
 
@@ -105,19 +105,19 @@ def test_loss_and_every_gradient_are_those_of_the_plain_one(config: Any) -> None
 def test_under_autocast_they_agree_as_far_as_the_format_goes(name: str, dtype: torch.dtype) -> None:
     module, batch = model({**FUSED, **OTHERS}[name]), micro_batch()
     with torch.autocast("cpu", dtype=dtype):
-        ours, theirs = token_loss_sum(module, batch, device=CPU), plain(module, batch)
+        ours, expected = token_loss_sum(module, batch, device=CPU), plain(module, batch)
     assert ours.dtype == torch.float32
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)  # the same products in the same format
-    assert error(gradients(module, ours), gradients(module, theirs)) < 4 * torch.finfo(dtype).eps
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)  # the same products in the same format
+    assert error(gradients(module, ours), gradients(module, expected)) < 4 * torch.finfo(dtype).eps
 
 
 def test_half_precision_weights_as_deepspeed_holds_them() -> None:
     module, batch = model(FUSED["llama"]).to(torch.bfloat16), micro_batch()
-    ours, theirs = token_loss_sum(module, batch, device=CPU), plain(module, batch)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
+    ours, expected = token_loss_sum(module, batch, device=CPU), plain(module, batch)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     found = gradients(module, ours)
     assert found["lm_head.weight"].dtype == torch.bfloat16
-    assert error(found, gradients(module, theirs)) < 4 * torch.finfo(torch.bfloat16).eps
+    assert error(found, gradients(module, expected)) < 4 * torch.finfo(torch.bfloat16).eps
 
 
 def test_a_frozen_head_and_a_frozen_body() -> None:
@@ -125,8 +125,8 @@ def test_a_frozen_head_and_a_frozen_body() -> None:
     for frozen in ("lm_head", "model"):
         module = model(FUSED["llama"])
         getattr(module, frozen).requires_grad_(False)
-        ours, theirs = token_loss_sum(module, batch, device=CPU), plain(module, batch)
-        assert error(gradients(module, ours), gradients(module, theirs)) < 1e-6
+        ours, expected = token_loss_sum(module, batch, device=CPU), plain(module, batch)
+        assert error(gradients(module, ours), gradients(module, expected)) < 1e-6
 
 
 def test_the_head_is_itself_again_after_an_error() -> None:

@@ -46,7 +46,7 @@ def test_moves_as_deepspeeds_does(seed: int, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 1)  # it asks, only to log on rank 0
     settings = Fp16Precision(initial_scale_power=16, scale_window=3, hysteresis=2)
-    theirs = loss_scaler.DynamicLossScaler(
+    deepspeed_scale = loss_scaler.DynamicLossScaler(
         dtype=torch.half,
         init_scale=2**16,
         scale_window=3,
@@ -58,6 +58,6 @@ def test_moves_as_deepspeeds_does(seed: int, monkeypatch: pytest.MonkeyPatch) ->
     ours, draw = LossScale(settings), random.Random(seed)
     for _ in range(200):
         overflow = draw.random() < 0.2
-        theirs.update_scale(overflow)
+        deepspeed_scale.update_scale(overflow)
         ours.update(overflow=overflow)
-        assert ours.value == theirs.cur_scale
+        assert ours.value == deepspeed_scale.cur_scale

@@ -39,8 +39,8 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 @pytest.mark.parametrize("name", ["zero1_cpu", "zero2_cpu", "zero3_cpu", "zero3_nvme", "zero3_nvme_optimizer"])
 def test_offload_changes_no_step(answers: dict[str, Any], name: str) -> None:
-    ours, theirs = answers[name]["steps"], answers["ddp"]["steps"]
-    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in theirs], rel=1e-5)
+    ours, expected = answers[name]["steps"], answers["ddp"]["steps"]
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in expected], rel=1e-5)
 
 
 def test_nothing_is_left_on_the_disk(answers: dict[str, Any]) -> None:

@@ -86,9 +86,9 @@ def test_one_process_learns(answers: dict[str, Any]) -> None:
 def test_strategy_equals_one_process(answers: dict[str, Any], name: str) -> None:
     single = answers["single"]
     assert same(answers[name], single)
-    for ours, theirs in zip(answers[name]["steps"], single["steps"], strict=True):
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert ours["tokens"] == theirs["tokens"]
+    for ours, expected in zip(answers[name]["steps"], single["steps"], strict=True):
+        assert ours["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert ours["tokens"] == expected["tokens"]
         assert not ours["skipped"]
 
 

@@ -67,9 +67,9 @@ def answers(run_cases: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 def test_strategy_equals_one_process(answers: dict[str, Any], name: str, family: str) -> None:
     ours, single = answers[f"{name}_{family}"], answers[f"single_{family}"]
     assert losses(ours) == pytest.approx(losses(single), rel=1e-5)
-    for mine, theirs in zip(ours["steps"], single["steps"], strict=True):
-        assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
-        assert (mine["tokens"], mine["skipped"]) == (theirs["tokens"], False)
+    for mine, expected in zip(ours["steps"], single["steps"], strict=True):
+        assert mine["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert (mine["tokens"], mine["skipped"]) == (expected["tokens"], False)
     assert ours["generated"] == single["generated"]
 
 
@@ -83,5 +83,5 @@ def test_an_error_in_a_strategy_is_seen(answers: dict[str, Any], plant: str) -> 
 
 @pytest.mark.parametrize("world", [4, 2])
 def test_a_checkpoint_continues_under_another_layout(answers: dict[str, Any], world: int) -> None:
-    ours, theirs = answers[f"resumed{world}_llama"]["after"], answers["_".join(SAVED)]["after"]
-    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in theirs], rel=1e-5)
+    ours, expected = answers[f"resumed{world}_llama"]["after"], answers["_".join(SAVED)]["after"]
+    assert [step["loss"] for step in ours] == pytest.approx([step["loss"] for step in expected], rel=1e-5)

@@ -228,17 +228,19 @@ def test_what_was_queued_stays_when_slurm_then_falls_silent(
 def test_a_second_launcher_is_refused_while_the_first_submits(
     launch_in_process: Launch, tmp_path: Path, slurm: Callable[..., None]
 ) -> None:
-    told = []
+    errors = []
 
     def submit_twice(_file: Path) -> str:
         before = tree_of(tmp_path)
-        told.append(launch_in_process(*SLURM, "checkpoint.resume=auto", "job.steps=5", "run.dir=run").expect(2).stderr)
+        errors.append(
+            launch_in_process(*SLURM, "checkpoint.resume=auto", "job.steps=5", "run.dir=run").expect(2).stderr
+        )
         assert tree_of(tmp_path) == before
         return "7"
 
     slurm(submit_twice)
     launch_in_process(*SLURM, "run.dir=run").expect(0)
-    assert "another run (process" in told[0]
+    assert "another run (process" in errors[0]
     assert json.loads((tmp_path / "run" / "session.json").read_text())["job"] == {"id": "7"}
 
 

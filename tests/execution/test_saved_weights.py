@@ -557,7 +557,7 @@ def test_weights_trained_on_made_up_sequences_have_no_tokenizer(write: Write, la
     assert not [line for line in warnings_of_run(run, [], None) if "mean nothing" in line]
 
 
-def test_a_run_in_the_place_of_a_model_is_told_apart(write: Write, launch_in_process: Launch) -> None:
+def test_a_run_in_the_place_of_a_model_is_recognised(write: Write, launch_in_process: Launch) -> None:
     saved = write(10)
     run = f"runs/gpt2_tiny/{ID}"
     for place in (run, f"{run}/checkpoints/{saved.folder.name}"):

@@ -153,8 +153,8 @@ def test_servers_and_files_make_the_same_of_a_chat(
     ids = line(words, **asked)
     assert words.decode(ids) == words.render(normalize_messages(CHAT), template).replace("<|endoftext|>", "")
     assert "None" not in words.decode(ids)
-    (told,) = server.post("/tokenize", asked)
-    assert tuple(told.json()["tokens"]) == ids
+    (answer,) = server.post("/tokenize", asked)
+    assert tuple(answer.json()["tokens"]) == ids
     ask = {"model": MODEL, "temperature": 0, "max_tokens": len(ids), "ignore_eos": True, **asked}
     (answer,) = server.post("/v1/chat/completions", ask)
     assert answer.json()["choices"][0]["message"]["content"] == words.decode(ids)

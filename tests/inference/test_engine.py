@@ -86,7 +86,7 @@ def ask(name: str, *prompt: int, **options: object) -> EngineRequest:
         ("num_beams", {"num_beams": 99}),
     ],
 )
-def test_what_cannot_be_served_is_refused_and_harms_nobody(field: str, changes: dict[str, object]) -> None:
+def test_what_cannot_be_served_is_refused_and_harms_no_other_request(field: str, changes: dict[str, object]) -> None:
     paged, _ = echo()
     bad = PLAIN
     if "prompt" in changes:
@@ -147,7 +147,7 @@ def test_priorities_and_ageing() -> None:
     assert order == ["urgent", "old", "too late to overtake"]
 
 
-def test_one_long_prompt_holds_nobody_up() -> None:
+def test_one_long_prompt_does_not_delay_others() -> None:
     paged, runner = echo(prefill_chunk_size=8, enable_prefix_caching=False)
     paged.add(EngineRequest(id="talks", prompt=(20,), sampling=SamplingParams(max_tokens=30)))
     paged.step()

@@ -35,7 +35,7 @@ def of_kind(kind: str) -> InferenceEngine:
     limits = EngineLimits(max_num_seqs=8)
     if kind == "echo":
         return EchoEngine(limits=limits, max_model_len=CONTEXT, vocab_size=VOCABULARY, eos_token_ids=(END,))
-    runner = Table(isolates=kind == "alone")  # ranks in lockstep end where a step fails
+    runner = Table(isolates=kind == "alone")  # ranks that share a plan end where a step fails
     return PagedEngine(
         runner, limits=limits, num_blocks=64, max_model_len=CONTEXT, vocab_size=VOCABULARY, eos_token_ids=(END,)
     )
@@ -75,7 +75,7 @@ def test_the_strategy_knows_every_field() -> None:
     assert FIELDS.keys() == {field.name for field in dataclasses.fields(SamplingParams)}
 
 
-@pytest.mark.parametrize("kind", ["alone", "lockstep", "echo"])
+@pytest.mark.parametrize("kind", ["alone", "broadcast", "echo"])
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(changes=WAYS, temperature=st.sampled_from([0.0, 0.7]))
 def test_any_value_is_refused_or_served(kind: str, changes: dict[str, object], temperature: float) -> None:
@@ -95,7 +95,7 @@ def test_any_value_is_refused_or_served(kind: str, changes: dict[str, object], t
         assert all(math.isfinite(score) for token in shown for score in (token.logprob, *dict(token.top).values()))
 
 
-@pytest.mark.parametrize("kind", ["alone", "lockstep"])
+@pytest.mark.parametrize("kind", ["alone", "broadcast"])
 @settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

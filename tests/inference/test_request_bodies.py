@@ -1,4 +1,4 @@
-"""What a client is told of a field that its endpoint does not take: no server is started."""
+"""The error for a field that its endpoint does not take: no server is started."""
 
 from __future__ import annotations
 

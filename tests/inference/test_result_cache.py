@@ -98,7 +98,7 @@ def test_late_readers_read_everything() -> None:
     asyncio.run(scene())
 
 
-def test_after_a_loss_the_same_is_not_told_twice() -> None:
+def test_after_a_loss_the_same_is_not_sent_twice() -> None:
     again = request_state()
     again.handle_output(EngineOutput(request_id="r", tokens=(GeneratedToken(id=1), GeneratedToken(id=2))))
     again.replay()

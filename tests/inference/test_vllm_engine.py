@@ -75,10 +75,10 @@ def test_sequences_go_there_and_come_back(engine: VllmEngine) -> None:
     found = finish(engine, asked)
     assert [tokens(found[request.id]) for request in asked] == [[n, n + 1, n + 2] for n in range(10, 16)]
     assert {updates[-1].finish_reason for updates in found.values()} == {"length"}
-    told = finish(engine, [EngineRequest(id="x", prompt=(20,), sampling=SamplingParams(max_tokens=1, logprobs=2))])[
+    output = finish(engine, [EngineRequest(id="x", prompt=(20,), sampling=SamplingParams(max_tokens=1, logprobs=2))])[
         "x"
     ][0].tokens[0]
-    assert (told.logprob, told.top) == (-1.0, ((20, -1.0), (0, -2.0)))
+    assert (output.logprob, output.top) == (-1.0, ((20, -1.0), (0, -2.0)))
     assert engine.stats().generated_tokens_total == 19
 
 

@@ -93,9 +93,7 @@ def test_one_rank_or_two_a_killed_one_or_none_the_answers_are_the_same(
     assert said in again
 
 
-def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(
-    launch, launch_in_background, prompts, tmp_path
-) -> None:
+def test_a_preempted_task_exits_and_continues_later(launch, launch_in_background, prompts, tmp_path) -> None:
     words = (*ECHO, f"job.input={prompts}", "backend.ranks=2", "job.output=out.jsonl")
     running = launch_in_background(*words, SLOWLY, "run.dir=asked")
     wait_for_answers(tmp_path / "asked")
@@ -137,7 +135,7 @@ def test_ranks_that_are_one_engine_answer_as_one_rank_does_and_make_room(
         ("job.output=no/such/folder.jsonl", "there is no folder"),
     ],
 )
-def test_files_that_are_missing_are_told_before_anything_starts(launch, word, message) -> None:
+def test_missing_files_are_reported_before_anything_starts(launch, word, message) -> None:
     assert message in launch(*ECHO, word).expect(2).output
 
 

@@ -55,9 +55,9 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one\ntwo\n")
     generate = ("job=generate", "job.tokenizer=bytes", "job.max_tokens=8", f"job.input={prompts}", *WORDS[:5])
-    told = launch(*generate, f"model.weights={folder}", "run.dir=generated").expect(0)
-    assert "single matrices by compiled kernels" in told.output
-    assert "quantized layers by their library's own" not in told.output
+    generated = launch(*generate, f"model.weights={folder}", "run.dir=generated").expect(0)
+    assert "single matrices by compiled kernels" in generated.output
+    assert "quantized layers by their library's own" not in generated.output
     lines = (tmp_path / "generated" / "generated.jsonl").read_text().splitlines()
     assert [json.loads(line)["completion_tokens"] for line in lines] == [8, 8]
 

@@ -158,7 +158,7 @@ def test_keys_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "# none\n"])
-def test_a_file_of_keys_that_was_emptied_after_the_plan_serves_nobody(text: str, tmp_path: Path) -> None:
+def test_a_file_of_keys_that_was_emptied_after_the_plan_serves_no_client(text: str, tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(text)
     with pytest.raises(ConfigError, match="holds no key"):
         read_api_keys(str(tmp_path / "keys"), {})
@@ -217,7 +217,7 @@ def test_ranks_serve_as_one(launch_in_background, tmp_path: Path, parallel: str)
     assert read_json(tmp_path / "served" / "result.json")["status"] == "completed"
 
 
-def test_a_whole_run_serves_and_completes_when_told(launch_in_background, tmp_path: Path) -> None:
+def test_a_whole_run_serves_and_completes_when_signalled(launch_in_background, tmp_path: Path) -> None:
     port = free_port()
     words = (
         "model.num_hidden_layers=2",

@@ -55,7 +55,7 @@ def test_strategies_take_the_steps_of_one_process(launch, tmp_path) -> None:
     assert metrics["verify/zero3/loss_diff"] == rows["zero3"]["loss_diff"]
     assert "| zero3 |" in (tmp_path / "run" / "verify.md").read_text()
     assert "all 4 strategies take the steps of one process" in ended.stdout
-    assert not (tmp_path / "run" / "verify").exists(), "what ranks told each other is left behind"
+    assert not (tmp_path / "run" / "verify").exists(), "files that ranks exchanged are left behind"
 
 
 def test_another_learning_rate_is_seen(launch, tmp_path) -> None:

@@ -65,8 +65,8 @@ def test_blocks_share_what_is_compiled_and_gradients_stay(
         module(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         found.append([parameter.grad for parameter in module.parameters()])
     assert counters["stats"]["unique_graphs"] == graphs
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_generation_compiles_nothing(counters: Any) -> None:

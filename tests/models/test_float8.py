@@ -53,8 +53,8 @@ def test_the_linear_layers_of_blocks_multiply_in_8_bits() -> None:
     assert len(converted) == 2 * 7
     assert "lm_head" not in converted
     assert list(module.state_dict()) == names
-    (ours, gradient), (theirs, reference) = loss_and_gradient(module), loss_and_gradient(plain)
-    assert ours == pytest.approx(theirs, rel=1e-2)
+    (ours, gradient), (expected, reference) = loss_and_gradient(module), loss_and_gradient(plain)
+    assert ours == pytest.approx(expected, rel=1e-2)
     assert 1e-3 < (gradient - reference).norm() / reference.norm() < 0.2  # near, and not simply bf16
 
 

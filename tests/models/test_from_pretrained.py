@@ -163,19 +163,19 @@ def built(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def compare(folder: Path, dtype: torch.dtype = torch.float32, *, logits: bool = False) -> PreTrainedModel:
     """Fail unless our loader makes of a folder what ``from_pretrained`` makes of it: tensors, formats, ties, logits."""
-    theirs, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    expected, report = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     assert not report["missing_keys"], "the test's own folder is incomplete"
     ours = built(folder, dtype)
     for kind in ("named_parameters", "named_buffers"):
-        wanted, found = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (theirs, ours))
+        wanted, found = (dict(getattr(model, kind)(remove_duplicate=False)) for model in (expected, ours))
         assert found.keys() == wanted.keys()
         for name, tensor in wanted.items():
             assert found[name].dtype == tensor.dtype, name
             assert torch.equal(found[name], tensor), name
-    assert is_tied(ours) == is_tied(theirs)
+    assert is_tied(ours) == is_tied(expected)
     if logits:
         with torch.no_grad():
-            wanted, found = (model.eval()(input_ids=TOKENS, use_cache=False).logits for model in (theirs, ours))
+            wanted, found = (model.eval()(input_ids=TOKENS, use_cache=False).logits for model in (expected, ours))
         torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0)
     return ours
 

@@ -55,8 +55,8 @@ def test_every_kernel_computes_the_same(make: Any, attention: Attention) -> None
         module = make(one)
         module(input_ids=IDS, use_cache=False).logits.square().mean().backward()
         found.append([parameter.grad for parameter in module.parameters()])
-    for mine, theirs in zip(*found, strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("make", [gpt2, llama])

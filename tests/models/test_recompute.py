@@ -75,8 +75,8 @@ def test_the_right_blocks_run_twice_and_gradients_are_equal_to_the_bit(name: str
     with forward_passes(module) as counts:
         ours = gradients(module)
     assert counts == [2 if number in twice else 1 for number in range(LAYERS)]
-    for mine, theirs in zip(ours, gradients(built(NoCheckpointing())), strict=True):
-        assert torch.equal(mine, theirs)
+    for mine, expected in zip(ours, gradients(built(NoCheckpointing())), strict=True):
+        assert torch.equal(mine, expected)
 
 
 def test_dropout_is_drawn_alike_when_it_is_recomputed() -> None:
@@ -86,7 +86,7 @@ def test_dropout_is_drawn_alike_when_it_is_recomputed() -> None:
         torch.manual_seed(5)
         found.append(gradients(module))
     for others in found[1:]:
-        assert all(torch.equal(mine, theirs) for mine, theirs in zip(found[0], others, strict=True))
+        assert all(torch.equal(mine, expected) for mine, expected in zip(found[0], others, strict=True))
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -115,7 +115,7 @@ def test_offload_moves_the_inputs_of_blocks_and_nothing_else(monkeypatch: pytest
     ours = gradients(built(OffloadCheckpointing()))
     assert moved == [(2, 12, WIDTH)] * LAYERS
     assert all(
-        torch.equal(mine, theirs) for mine, theirs in zip(ours, gradients(built(NoCheckpointing())), strict=True)
+        torch.equal(mine, expected) for mine, expected in zip(ours, gradients(built(NoCheckpointing())), strict=True)
     )
 
 

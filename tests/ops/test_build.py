@@ -117,7 +117,7 @@ def test_being_asked_to_end_leaves_no_compiler_and_no_lock(
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == 128 + signal.SIGTERM
     compiler = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30  # killed, an orphan is there until whoever adopted it has asked how it ended
+    deadline = time.monotonic() + 30  # killed, an orphan is there until the process that adopted it reaps it
     while psutil.pid_exists(compiler) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not psutil.pid_exists(compiler)

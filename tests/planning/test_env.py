@@ -39,7 +39,7 @@ def test_only_a_part_of_the_gpus_is_named():
 @pytest.mark.parametrize(
     ("word", "accelerator"), [("parallel=ddp", None), ("parallel=zero1", "cuda"), ("backend.agent=deepspeed", "cuda")]
 )
-def test_deepspeed_is_told_its_device_and_folder_only_where_it_is_used(word, accelerator):
+def test_deepspeed_gets_its_device_and_folder_only_where_it_is_used(word, accelerator):
     result = added(word)
     assert result.get("DS_ACCELERATOR") == accelerator
     assert ("TORCH_EXTENSIONS_DIR" in result) == (accelerator is not None)

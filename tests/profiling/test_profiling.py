@@ -81,10 +81,12 @@ def test_just_the_window_is_recorded(recording: Recording, capsys) -> None:
     assert names(recording.folder) == files_of("rank0")
     found = events(recording.folder / "rank0.trace.json.gz")
     assert (calls(found, "aten::exp"), calls(found, "forward"), calls(found, "step")) == (2, 2, 2)
-    told = capsys.readouterr().out
-    assert re.fullmatch(r"profile: steps 4 to 5 of rank0, \S+ s each, \S+ s with the profiler off: \S+/profile\n", told)
+    output = capsys.readouterr().out
+    assert re.fullmatch(
+        r"profile: steps 4 to 5 of rank0, \S+ s each, \S+ s with the profiler off: \S+/profile\n", output
+    )
     table = (recording.folder / "rank0.operators.md").read_text()
-    assert re.search(r"\| aten::exp \| 1 \| [\d.]+ ms \| [\d.]+% .* \| 4000 \|", table), "told apart by shape"
+    assert re.search(r"\| aten::exp \| 1 \| [\d.]+ ms \| [\d.]+% .* \| 4000 \|", table), "not listed by shape"
     assert re.search(r"\| aten::exp \| 1 \| [\d.]+ ms \| [\d.]+% .* \| 5000 \|", table)
     assert "\n## Named ranges\n" in table
     memory = read_json(recording.folder / "rank0.memory.json")["cpu"]
@@ -138,7 +140,7 @@ def test_work_without_steps_is_recorded_until_time_is_up(recording, capsys) -> N
     assert re.fullmatch(r"profile: [\d.]+ s of rank0: \S+/profile\n", capsys.readouterr().out)
 
 
-def test_memory_is_told_by_who_holds_it_at_the_peak() -> None:
+def test_memory_is_listed_by_who_holds_it_at_the_peak() -> None:
     def block(at: float, size: int, address: int, device: int = 0) -> dict[str, Any]:
         where = {"Device Type": device, "Device Id": device - 1}
         return {"name": "[memory]", "ts": at, "pid": 1, "tid": 1, "args": {"Bytes": size, "Addr": address, **where}}
@@ -257,24 +259,24 @@ def test_cases_in_the_process_of_a_rank_are_taken_once_more(tmp_path, words, cas
 def test_the_engine_of_a_server(tmp_path) -> None:
     job = ("job=serve", "job.tokenizer=bytes", "job.warm_up=[[1,4]]", "job.kv_cache_tokens=256", "precision=fp32")
     save_run(compose([*ONE_RANK, *TINY, *job, "profile=true", "profile.active=4"]).run, tmp_path / "run.yaml")
-    ours, theirs = socket.socketpair()
-    words = (str(tmp_path), "7", str(theirs.fileno()), str(os.getpid()))
+    ours, engine_end = socket.socketpair()
+    words = (str(tmp_path), "7", str(engine_end.fileno()), str(os.getpid()))
     command = [sys.executable, "-m", "launcher.inference.server.replica", *words]
-    with subprocess.Popen(command, pass_fds=[theirs.fileno()], stdout=subprocess.PIPE, text=True) as engine, ours:
-        theirs.close()
-        link, heard = EngineConnection(ours), []
+    with subprocess.Popen(command, pass_fds=[engine_end.fileno()], stdout=subprocess.PIPE, text=True) as engine, ours:
+        engine_end.close()
+        link, received = EngineConnection(ours), []
         request = EngineRequest(id="one", prompt=(1, 2, 3), sampling=SamplingParams(max_tokens=9, ignore_eos=True))
         link.send({"kind": "add", "request": request_to_wire(request)})
 
         def is_finished() -> bool:
-            heard.extend(link.receive(wait_s=1))
-            return any(row[2] for message in heard for row in message.get("outputs", []))
+            received.extend(link.receive(wait_s=1))
+            return any(row[2] for message in received for row in message.get("outputs", []))
 
         wait_for(is_finished)
         link.send({"kind": "shutdown"})
-        told, _ = engine.communicate(timeout=60)
+        output, _ = engine.communicate(timeout=60)
     assert engine.returncode == 0
-    assert "profile: engine steps 3 to 6 of engine7" in told
+    assert "profile: engine steps 3 to 6 of engine7" in output
     assert names(tmp_path / "profile") == files_of("engine7")
     found = events(tmp_path / "profile" / "engine7.trace.json.gz")
     assert calls(found, "engine step") == 4, "steps without work, and those of the warm-up, are none"

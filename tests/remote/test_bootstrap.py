@@ -23,8 +23,8 @@ from launcher.remote.command import prologue, shell_command
 ECHO = """
 import json, os, sys
 seen = sys.stdin.buffer.read()
-told = {"cwd": os.getcwd(), "env": dict(os.environ), "file": __file__, "argv": sys.argv[1:]}
-sys.stdout.buffer.write(json.dumps(told).encode() + b"\\n" + seen)
+facts = {"cwd": os.getcwd(), "env": dict(os.environ), "file": __file__, "argv": sys.argv[1:]}
+sys.stdout.buffer.write(json.dumps(facts).encode() + b"\\n" + seen)
 """
 SHELLS = ("sh", "bash", "dash", "tcsh", "fish", "zsh")
 
@@ -46,12 +46,12 @@ class Home:
         command = [shell, "-c", shell_command(python)]
         return subprocess.run(command, input=stdin, cwd=self.path, env=environ, capture_output=True, timeout=60)
 
-    def told(self, stdin: bytes, **how: str) -> tuple[dict[str, object], bytes]:
+    def facts(self, stdin: bytes, **how: str) -> tuple[dict[str, object], bytes]:
         """Return what the module saw of its process, and of stdin."""
         ended = self.run(stdin, **how)
         assert ended.returncode == 0, ended.stderr.decode()
-        told, _, rest = ended.stdout.partition(b"\n")
-        return json.loads(told), rest
+        facts, _, rest = ended.stdout.partition(b"\n")
+        return json.loads(facts), rest
 
 
 @pytest.fixture
@@ -84,10 +84,10 @@ def test_the_module_reads_exactly_what_follows(shell: str, home: Home, start: Ca
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     rest = bytes(range(256)) * 4096
-    told, seen = home.told(start() + rest, shell=shell)
+    facts, seen = home.facts(start() + rest, shell=shell)
     assert seen == rest
-    assert told["cwd"] == str(tree)
-    assert told["argv"] == []
+    assert facts["cwd"] == str(tree)
+    assert facts["argv"] == []
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -100,8 +100,8 @@ def test_the_interpreter_may_have_any_name_that_can_be_quoted(
     python = tmp_path / name
     python.symlink_to(os.path.realpath(sys.executable))
     stdin = prologue("echo_module", cwd=str(tree), pythonpath=[str(tree)])
-    told, _ = home.told(stdin, shell=shell, python=str(python))
-    assert str(told["env"]["PATH"]).startswith(f"{tmp_path}:")  # type: ignore[index]
+    facts, _ = home.facts(stdin, shell=shell, python=str(python))
+    assert str(facts["env"]["PATH"]).startswith(f"{tmp_path}:")  # type: ignore[index]
 
 
 @pytest.mark.parametrize("shell", SHELLS)
@@ -109,7 +109,7 @@ def test_the_interpreter_may_lie_below_the_home_directory(shell: str, home: Home
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
     (home.path / "python3").symlink_to(os.path.realpath(sys.executable))
-    home.told(prologue("echo_module", cwd=str(tree), pythonpath=[str(tree)]), shell=shell, python="~/python3")
+    home.facts(prologue("echo_module", cwd=str(tree), pythonpath=[str(tree)]), shell=shell, python="~/python3")
 
 
 @pytest.mark.parametrize("python", ["it's", "a\\b", "wow!", "two\nlines", "-c"])
@@ -123,20 +123,20 @@ def test_modules_in_the_home_directory_do_not_stand_in_for_those_of_python(
 ) -> None:
     for name in ("json", "os", "hashlib", "tarfile"):
         (home.path / f"{name}.py").write_text("raise SystemExit('the wrong one')")
-    home.told(start())
+    home.facts(start())
 
 
 def test_environment_of_the_host_is_kept_and_ours_comes_first(home: Home, tree: Path) -> None:
     stdin = prologue("echo_module", cwd=str(tree), pythonpath=[str(tree), "/second"])
-    told, _ = home.told(stdin, env={"PYTHONPATH": "/the/hosts", "KEPT": "yes"})  # type: ignore[arg-type]
-    env = told["env"]
+    facts, _ = home.facts(stdin, env={"PYTHONPATH": "/the/hosts", "KEPT": "yes"})  # type: ignore[arg-type]
+    env = facts["env"]
     assert env["PYTHONPATH"] == f"{tree}:/second:/the/hosts"  # type: ignore[index]
     assert env["PATH"] == f"{Path(sys.executable).parent}:/usr/bin:/bin"  # type: ignore[index]
     assert env["KEPT"] == "yes"  # type: ignore[index]
     assert env["PYTHONSAFEPATH"] == "1"  # type: ignore[index]
 
 
-def test_a_folder_that_is_not_there_is_told_when_the_code_is_shared(home: Home, tree: Path, tmp_path: Path) -> None:
+def test_a_missing_folder_is_reported_when_the_code_is_shared(home: Home, tree: Path, tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     ended = home.run(prologue("echo_module", cwd=gone, pythonpath=[str(tree)]))
     assert ended.returncode == 0
@@ -151,9 +151,9 @@ def test_code_that_was_sent_wins_over_the_working_directory(home: Home, tree: Pa
     stale.mkdir()
     (stale / "echo_module.py").write_text("raise SystemExit('stale')")
     bundle = make_bundle(tree)
-    told, _ = home.told(prologue("echo_module", cwd=str(stale), bundle=bundle))
-    assert told["file"] == str(home.store / bundle.sha256 / "echo_module.py")
-    assert told["cwd"] == str(stale)
+    facts, _ = home.facts(prologue("echo_module", cwd=str(stale), bundle=bundle))
+    assert facts["file"] == str(home.store / bundle.sha256 / "echo_module.py")
+    assert facts["cwd"] == str(stale)
 
 
 def test_damaged_code_is_refused(home: Home, tree: Path) -> None:
@@ -165,7 +165,7 @@ def test_damaged_code_is_refused(home: Home, tree: Path) -> None:
     assert not home.store.exists()
 
 
-def test_a_stream_that_ends_too_early_is_told_in_one_line(home: Home, tree: Path) -> None:
+def test_a_stream_that_ends_too_early_is_reported_in_one_line(home: Home, tree: Path) -> None:
     whole = prologue("echo_module", cwd=str(tree), bundle=make_bundle(tree))
     header = whole.index(b"\n") + 1
     for length in (header, header + 1, whole.index(b"\n", header), whole.index(b"\n", header) + 1, len(whole) - 1):
@@ -185,11 +185,11 @@ def test_code_is_unpacked_once(home: Home, tree: Path) -> None:
         assert {ended.returncode for ended in pool.map(lambda _: home.run(stdin), range(4))} == {0}
     assert [folder.name for folder in home.store.iterdir()] == [bundle.sha256]
     (home.store / bundle.sha256 / "sentinel").touch()
-    home.told(stdin)
+    home.facts(stdin)
     assert (home.store / bundle.sha256 / "sentinel").exists()
 
 
-def test_a_store_that_cannot_be_written_is_told_in_one_line(home: Home, tree: Path) -> None:
+def test_a_store_that_cannot_be_written_is_reported_in_one_line(home: Home, tree: Path) -> None:
     (home.path / ".cache").write_text("a file")
     ended = home.run(prologue("echo_module", cwd=str(tree), bundle=make_bundle(tree)))
     assert ended.returncode == 2

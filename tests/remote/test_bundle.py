@@ -136,7 +136,7 @@ def test_an_ignored_folder_is_refused(tree: Path) -> None:
         make_bundle(tree / "runs")
 
 
-def test_a_machine_without_git_is_told_so(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_git_is_reported(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(EnvironmentProblem, match="git is not installed"):
         make_bundle(tree)

@@ -155,7 +155,7 @@ def test_an_unknown_fault_or_host_is_refused(lab: Lab) -> None:
         lab.heal("node9")
 
 
-def test_a_power_cut_ends_everything_and_tells_nobody(lab_hosts: LabHosts) -> None:
+def test_a_power_cut_ends_everything_without_a_message(lab_hosts: LabHosts) -> None:
     lab = lab_hosts(2)
     processes = lab.hosts["node1"].keeper.namespace("pid_for_children")
     with conversation(lab, "node1") as connection, subprocess.Popen(lab.command("node1", ["sleep", "987"])) as command:

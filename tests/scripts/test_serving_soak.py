@@ -15,11 +15,11 @@ ECHO = ("job.engine=echo", "model=gpt2_tiny", "job.tokenizer=bytes", "job.echo_s
 def test_a_short_soak_of_echoing_engines() -> None:
     words = ("--minutes", "0.2", "--kill-every", "5", "--inputs", "8-20", "--outputs", "8-20", "--", *ECHO)
     ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
-    told = ended.stdout + ended.stderr
-    assert ended.returncode == 0, told
+    output = ended.stdout + ended.stderr
+    assert ended.returncode == 0, output
     for word in ("finished: ", "nonsense refused: ", "cancelled: ", "exit code 0", "everything as it should be"):
-        assert word in told
-    assert re.search(r"engines killed: [1-9]", told), told
+        assert word in output
+    assert re.search(r"engines killed: [1-9]", output), output
 
 
 def test_a_wrong_answer_is_a_mix_up(monkeypatch) -> None:

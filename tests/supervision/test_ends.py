@@ -186,11 +186,11 @@ class TestPreparation:
 
 class TestSidecars:
     def test_receives_the_exit_code_and_may_finish(self, supervise, tmp_path):
-        told = str(tmp_path / "told")
-        code = f"import sys, time; said = sys.stdin.read(); time.sleep(1); open({told!r}, 'w').write(said)"
+        sent = str(tmp_path / "sent")
+        code = f"import sys, time; said = sys.stdin.read(); time.sleep(1); open({sent!r}, 'w').write(said)"
         run = supervise({0: "work", 1: "wait_a_moment exit_3"}, sidecars=(Command(argv=(sys.executable, "-c", code)),))
         assert run.end() == 3
-        assert json.loads((tmp_path / "told").read_text()) == {"exit_code": 3}
+        assert json.loads((tmp_path / "sent").read_text()) == {"exit_code": 3}
 
     def test_its_failure_changes_nothing(self, supervise):
         bad = Command(argv=(sys.executable, "-c", "raise SystemExit(5)"))

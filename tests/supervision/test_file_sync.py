@@ -136,16 +136,16 @@ def test_a_file_sent_again_is_not_rewritten(pair):
 
 
 def test_the_log_of_an_agent_is_appended_to_that_of_ssh(pair):
-    ours, theirs = (folder / "logs" / "node1.agent.log" for folder in (pair.here, pair.there))
-    theirs.write_text("of an earlier life\n")
+    ours, remote = (folder / "logs" / "node1.agent.log" for folder in (pair.here, pair.there))
+    remote.write_text("of an earlier life\n")
     ours.write_text("ssh: something\n")
     pair.connect()
-    with theirs.open("a") as file:
+    with remote.open("a") as file:
         file.write("torchrun: something\n")
     pair.settle()
     with ours.open("a") as file:
         file.write("ssh: more\n")
-    with theirs.open("a") as file:
+    with remote.open("a") as file:
         file.write("torchrun: more\n")
     pair.settle()
     assert ours.read_text() == "ssh: something\ntorchrun: something\nssh: more\ntorchrun: more\n"

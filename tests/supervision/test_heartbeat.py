@@ -53,7 +53,7 @@ def test_a_state_that_is_none_is_not_believed(path, payload):
     assert read_heartbeat(memory) is None
 
 
-def test_nobody_listens(path):
+def test_no_listener(path):
     Heartbeat(None).update("forward", 1)
     heartbeat = Heartbeat(path)
     path.unlink()

@@ -100,7 +100,7 @@ STOPPED = StackTrace(text="", where="loop.py:88 in train_step", collective="all_
         ([FETCH, FETCH, READ, FETCH], 2),  # no collective is seen, as on GPUs: not where most are
         ([SUM, SUM, SUM, STOPPED], 3),
         ([SUM, SUM, None, SUM], 2),  # one that does not answer
-        ([SUM, SUM, BARRIER, BARRIER], 0),  # nobody knows: the one furthest behind
+        ([SUM, SUM, BARRIER, BARRIER], 0),  # unknown: the one furthest behind
         ([SUM, SUM, SUM, SUM], 0),
     ],
 )

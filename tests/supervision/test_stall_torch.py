@@ -1,4 +1,4 @@
-"""Ranks that stand still in real collectives under the real torchrun: the odd one out is named, with its line."""
+"""Ranks that stand still in real collectives under the real torchrun: the straggler is named, with its line."""
 
 import re
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""A process beside the ranks is told the end of the run, and ends even when a library holds it."""
+"""A process beside the ranks gets the end of the run, and ends even when a library holds it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def follow(given: str, *, finish_s: float = 60, orphan_s: float = 60, then: str 
     ("given", "exit_code"),
     [('{"exit_code": 0}\n', "0"), ('{"exit_code": 137}\n', "137"), ("", "1"), ("nonsense\n", "1"), ("{}\n", "1")],
 )
-def test_the_exit_code_of_the_run_is_told(given: str, exit_code: str) -> None:
+def test_the_exit_code_of_the_run_is_passed_on(given: str, exit_code: str) -> None:
     assert follow(given) == (0, [exit_code])
 
 

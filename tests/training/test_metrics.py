@@ -66,13 +66,13 @@ def test_killed_at_any_moment_it_has_every_line_that_was_recorded(tmp_path: Path
     process = subprocess.Popen([sys.executable, "-c", ENDLESS, path], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for _ in range(200):
-        told = int(process.stdout.readline())
+        last_step = int(process.stdout.readline())
     process.send_signal(signal.SIGKILL)
     process.stdout.close()
     assert process.wait(timeout=30) == -signal.SIGKILL
     steps = [line["train/step"] for line in read_metrics(path)]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) >= told
+    assert len(steps) >= last_step
 
 
 def test_resuming_moves_later_lines_aside(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def measured(run_dir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """Runs that nobody disturbs: strategy to what was measured."""
+    """Runs without a disturbance: strategy to what was measured."""
     kept = {}
 
     def measure(launch, parallel):

@@ -17,7 +17,7 @@ def test_a_folder_is_built_once_and_then_found(tmp_path: Path) -> None:
 
     def build(folder: Path) -> None:
         built.append(folder)
-        assert not (tmp_path / "cache" / "it").exists(), "nobody may see it unfinished"
+        assert not (tmp_path / "cache" / "it").exists(), "no process may see it unfinished"
         (folder / "file").write_text("content")
 
     for _ in range(2):

@@ -329,10 +329,10 @@ class Cluster:
         else:
             env["JOB_COMPLETION_INDEX"] = str(index)
         command = [expand(word, env) for word in container["command"]]
-        told = self._told_to_sandbox(run, name)
-        told |= {"hostname": hostname, "env": env, "command": command, "cwd": "/"}
+        config = self._sandbox_config(run, name)
+        config |= {"hostname": hostname, "env": env, "command": command, "cwd": "/"}
         file = self.folder / f"{name}.json"
-        file.write_text(json.dumps(told))
+        file.write_text(json.dumps(config))
         log = self.folder / f"{name}.log"
         command = [sys.executable, str(_SANDBOX), str(file)]
         with log.open("wb") as output:
@@ -345,7 +345,7 @@ class Cluster:
         }
         run.pods.append(Pod(index, name, manifest, process, log))
 
-    def _told_to_sandbox(self, run: Run, pod: str) -> dict[str, Any]:
+    def _sandbox_config(self, run: Run, pod: str) -> dict[str, Any]:
         """Return mounts and the hosts file; names resolve as the headless Service would have it."""
         job = run.manifest["metadata"]["name"]
         is_pytorch = run.manifest["kind"] == "PyTorchJob"

@@ -1,4 +1,4 @@
-"""kubectl for the tests: hands what it is told to the cluster that plays the manifests, and prints the answer."""
+"""kubectl for the tests: hands its arguments to the cluster that plays the manifests, and prints the answer."""
 
 import json
 import os

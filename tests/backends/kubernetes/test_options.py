@@ -74,7 +74,7 @@ def test_hosts_are_the_pods_asked_for(options, slots, devices):
     assert {(host.slots, len(host.devices), host.memory_bytes) for host in hosts} == {(slots, devices, 2**31)}
 
 
-def test_nobody_logs_in_to_a_pod():
+def test_no_user_logs_in_to_a_pod():
     with pytest.raises(EnvironmentProblem, match="only while its run lasts"):
         KubernetesExecutor(KubernetesBackend(image="launcher")).remote_command(
             Host(name="node0", slots=1), "launcher.doctor.probe"

@@ -33,7 +33,7 @@ def rank_in(pod, rank):
 
 class TestContract(BackendContract):
     takes_part = ("completions: 2\n", "parallelism: 2\n")  # names are indices
-    # A pod that is replaced just before the run fails may be deleted while its first process cannot hear SIGTERM yet:
+    # A pod that is replaced just before the run fails may be deleted while its first process cannot handle SIGTERM yet:
     # then Kubernetes ends it after terminationGracePeriodSeconds, here 60 s and 15 of slack.
     gone_within_s = 80
 
@@ -77,10 +77,10 @@ def test_a_run_completes_and_its_secrets_stay_secret(launch, cluster, kubectl, e
     secret = cluster.objects["Secret", name]
     assert secret["metadata"]["ownerReferences"][0]["uid"] == run.manifest["metadata"]["uid"]
     files = [path for folder in (here.path, there.path) for path in folder.rglob("*") if path.is_file()]
-    told = [json.dumps(cluster.calls), ended.output, *(pod.log.read_text() for pod in run.pods)]
-    told += [path.read_text(errors="replace") for path in files]
+    texts = [json.dumps(cluster.calls), ended.output, *(pod.log.read_text() for pod in run.pods)]
+    texts += [path.read_text(errors="replace") for path in files]
     secrets = [cluster.values("Secret", name)[key] for key in ("key", "HF_TOKEN")]
-    assert not any(value in text for value in secrets for text in told)
+    assert not any(value in text for value in secrets for text in texts)
 
 
 GRACE = "backend.preempt_grace_s=10"
@@ -173,7 +173,7 @@ def test_without_kubectl_it_says_where_to_get_it(launch, small_run, tmp_path):
 def test_what_is_in_the_cluster_is_known_to_other_shells(launch, cluster, kubectl, torchless_run):
     ended = launch(*torchless_run(GRACE, "backend.wait=false"), env=kubectl).expect(0)
     name = cluster.the_run().manifest["metadata"]["name"]
-    told = launch("status", str(ended.run_dir), env=kubectl).expect(0)
-    assert f"kubectl --namespace=default get -- jobs.batch {name}" in told.stdout
+    status = launch("status", str(ended.run_dir), env=kubectl).expect(0)
+    assert f"kubectl --namespace=default get -- jobs.batch {name}" in status.stdout
     launch("cancel", str(ended.run_dir), env=kubectl).expect(0)
     assert not cluster.objects

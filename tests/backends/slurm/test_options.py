@@ -72,10 +72,10 @@ def test_the_nodes_are_stand_ins_with_a_rank_a_gpu():
 def test_what_no_partition_can_give_is_refused_with_what_there_is(monkeypatch):
     monkeypatch.delenv("SBATCH_PARTITION", raising=False)
     asked = SlurmBackend(partition="short", time="01:00:00", nodes=3)
-    told = "\n".join(map(str, validate_partitions(asked, [MAIN, SHORT])))
-    assert "backend.time=01:00:00: partition short allows 5:00" in told
-    assert "backend.nodes=3: partition short has 2" in told
-    assert "main (up to infinite, 4 nodes), short (up to 5:00, 2 nodes)" in told
+    errors = "\n".join(map(str, validate_partitions(asked, [MAIN, SHORT])))
+    assert "backend.time=01:00:00: partition short allows 5:00" in errors
+    assert "backend.nodes=3: partition short has 2" in errors
+    assert "main (up to infinite, 4 nodes), short (up to 5:00, 2 nodes)" in errors
     assert [error.option for error in validate_partitions(SlurmBackend(partition="nope"), [MAIN])] == [
         "backend.partition"
     ]

@@ -61,7 +61,7 @@ class TestContract(contract.BackendContract):
         return cluster.working
 
 
-def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluster, launch, launch_forked, tmp_path):
+def test_a_job_asked_to_save_is_queued_again_and_continues_as_the_same_run(cluster, launch, launch_forked, tmp_path):
     words = (*SMALL, "job.steps=150")
     queued = launch(*words, "backend.nodes=2", "run.dir=cut", env=cluster.env, timeout=60).expect(0)
     assert "launch status" in queued.stdout
@@ -71,7 +71,7 @@ def test_told_to_save_the_job_is_queued_again_and_goes_on_as_the_same_run(cluste
     cluster.ask("scancel", "--signal=USR1", "--batch", job_id)
     log = run_dir / "logs" / f"slurm.{job_id}.log"
     wait_for(lambda: "is requeued" in log.read_text())
-    assert len(losses_in_order(run_dir)) < 150, "it was over before it could be told"
+    assert len(losses_in_order(run_dir)) < 150, "it was over before it could be signalled"
     wait_for(lambda: is_over(cluster, run_dir), seconds=240)
     result = read_json(run_dir / "result.json")
     assert (result["status"], result["run_id"]) == ("completed", run_id)
@@ -132,7 +132,7 @@ def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp
 
 
 @pytest.mark.parametrize(
-    ("word", "told"),
+    ("word", "message"),
     [
         ("backend.partition=nope", r"backend\.partition=nope: there is no partition nope; the partitions are main"),
         ("backend.nodes=3", r"backend\.nodes=3: partition main has 2"),
@@ -141,9 +141,9 @@ def test_ctrl_c_while_waiting_cancels_the_job(cluster, launch_in_background, tmp
         ("backend.mem=900G", r"backend\.mem=900G: Slurm says: "),
     ],
 )
-def test_what_slurm_refuses_is_told_by_option_and_leaves_nothing(cluster, launch, tmp_path, word, told):
+def test_what_slurm_refuses_is_reported_by_option_and_leaves_nothing(cluster, launch, tmp_path, word, message):
     refused = launch(*SMALL, word, "run.dir=refused", env=cluster.env).expect(2)
-    assert re.search(told, refused.stderr, re.IGNORECASE), refused.stderr
+    assert re.search(message, refused.stderr, re.IGNORECASE), refused.stderr
     assert not (tmp_path / "refused").exists()
     assert cluster.ask("squeue", "--noheader") == ""
 
@@ -155,7 +155,7 @@ def test_a_time_over_the_limit_of_its_partition_is_refused(cluster, launch, tmp_
     assert not (tmp_path / "long").exists()
 
 
-def test_a_machine_without_slurm_is_told_apart(launch, tmp_path):
+def test_a_machine_without_slurm_is_detected(launch, tmp_path):
     refused = launch(*SMALL, "run.dir=none", env={"PATH": "/nowhere"}).expect(2)
     assert "sinfo is not on this machine" in refused.stderr
     assert not (tmp_path / "none").exists()

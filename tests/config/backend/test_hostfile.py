@@ -180,7 +180,7 @@ def test_names_of_several_hosts_are_named_as_such(tmp_path: Path, line: str) -> 
     assert f"write a line for each of its hosts: node{line[5:6] if line[5] != '0' else '01'} slots=N, …" == error.fix
 
 
-def test_all_wrong_lines_are_told_together(tmp_path: Path) -> None:
+def test_all_wrong_lines_are_reported_together(tmp_path: Path) -> None:
     path = written(tmp_path, "a slots=0\nb slots=1\nc\nB slots=2\n")
     with pytest.raises(ConfigErrors) as caught:
         read_hostfile(path)
@@ -230,13 +230,13 @@ def test_a_filter_that_names_nothing_is_refused(
     assert fix in error.fix
 
 
-def test_all_of_a_filter_is_told_together(three: tuple[HostfileEntry, ...]) -> None:
+def test_all_errors_of_a_filter_are_reported_together(three: tuple[HostfileEntry, ...]) -> None:
     with pytest.raises(ConfigErrors) as caught:
         filter_hosts(three, include="worker-7@worker-0:9")
     assert len(refusals(caught)) == 2
 
 
-def test_a_filter_must_leave_somebody(three: tuple[HostfileEntry, ...]) -> None:
+def test_a_filter_must_leave_a_host(three: tuple[HostfileEntry, ...]) -> None:
     with pytest.raises(ConfigError, match="leaves no host"):
         filter_hosts(three, exclude="worker-0@worker-1@worker-2")
 

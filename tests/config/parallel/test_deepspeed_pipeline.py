@@ -1,4 +1,4 @@
-"""Options of DeepSpeed's pipeline: what is refused and how, what DeepSpeed is told, what a rank holds."""
+"""Options of DeepSpeed's pipeline: what is refused and how, what DeepSpeed gets, what a rank holds."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_pipelines_side_by_side_take_the_ranks_that_one_leaves() -> None:
     assert DeepSpeedPipeline(micro_batches=8).gradient_accumulation_steps == 8
 
 
-def test_deepspeed_is_told_what_it_is_told_of_zero() -> None:
+def test_deepspeed_gets_the_keys_of_zero() -> None:
     numbers: dict[str, Any] = {"batch": BATCH, "clip_norm": 1.0, "optimizer": AdamW(), "precision": Bf16Precision()}
     expected = Zero(stage=1, overlap_comm=False, contiguous_gradients=False).engine_config(**numbers)
     assert DeepSpeedPipeline().engine_config(**numbers) == expected

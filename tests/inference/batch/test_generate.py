@@ -76,7 +76,7 @@ def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp
 
     engine = Noting(limits=EngineLimits(max_num_seqs=4), max_model_len=64, vocab_size=300)
     (answer,) = work(tmp_path, prompts("abcdef", stop=["de", "zz"]), engine=engine)
-    assert cancelled == ["0"]  # nobody waits for the rest of it
+    assert cancelled == ["0"]  # no client waits for the rest of it
     assert (answer["text"], answer["finish_reason"], answer["stop_reason"], answer["completion_tokens"]) == (
         "abc",
         "stop",
@@ -85,7 +85,7 @@ def test_stop_strings_end_an_answer_over_token_borders_and_are_no_part_of_it(tmp
     )
 
 
-def test_bad_lines_are_told_and_the_others_done(tmp_path) -> None:
+def test_bad_lines_are_reported_and_the_others_done(tmp_path) -> None:
     records = prompts("good", "x" * 64, "also", "")
     records += [Record(4, 5, {"id": 7, "prompt": [299, 300]}), Record(5, 6, {}, "is no JSON object")]
     found = work(tmp_path, records)
@@ -110,7 +110,7 @@ def test_of_many_bad_lines_the_first_few_are_printed(tmp_path, capsys) -> None:
     ]
 
 
-def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(tmp_path) -> None:
+def test_a_preempted_task_exits_and_continues_later(tmp_path) -> None:
     records = prompts(*(f"{number}-" for number in range(40)))
     with pytest.raises(SystemExit) as left:
         work(tmp_path, records, asked=Asked(after=20))
@@ -122,7 +122,7 @@ def test_whoever_is_asked_to_make_room_leaves_and_goes_on_later(tmp_path) -> Non
     assert [answer["line"] for answer in found] == list(range(1, 41))
 
 
-def test_what_the_engine_fails_at_is_told_and_what_it_drops_ends_the_run(tmp_path) -> None:
+def test_what_the_engine_fails_at_is_reported_and_what_it_drops_ends_the_run(tmp_path) -> None:
     class Failing(EchoEngine):
         finish = "error"
 

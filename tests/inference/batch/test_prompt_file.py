@@ -40,7 +40,7 @@ def test_json_lines(tmp_path) -> None:
         (b"[" * 100_000, "is no JSON object"),
     ],
 )
-def test_a_bad_line_is_told_and_the_next_one_read(tmp_path, line, problem) -> None:
+def test_a_bad_line_is_reported_and_the_next_one_read(tmp_path, line, problem) -> None:
     bad, good = read(tmp_path / "x", "jsonl", line + b'\n{"prompt": "good"}\n')
     assert problem in bad[3]
     assert good == (1, 2, {"prompt": "good"}, "")
@@ -69,7 +69,7 @@ def test_csv(tmp_path) -> None:
     ]
 
 
-def test_a_bad_row_of_csv_is_told_and_the_next_one_read(tmp_path) -> None:
+def test_a_bad_row_of_csv_is_reported_and_the_next_one_read(tmp_path) -> None:
     content = b'prompt,max_tokens\na,1,2\n\xff,1\n"x"y,1\ngood,3\n'
     found = read(tmp_path / "x", "csv", content)
     assert [bool(record[3]) for record in found] == [True, True, True, False]

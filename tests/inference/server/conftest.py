@@ -102,7 +102,7 @@ class Served:
         return (self.folder / "output.txt").read_text()
 
     def complete(self, prompt: Any = "abc", **more: Any) -> httpx.Response:
-        """Ask for a completion, greedily unless told otherwise."""
+        """Ask for a completion, greedily by default."""
         body = {"model": MODEL, "prompt": prompt, "max_tokens": 8, "temperature": 0, **more}
         return self.http.post("/v1/completions", json=body)
 

@@ -82,7 +82,7 @@ def test_malformed_bodies(served: Served, body: bytes) -> None:
         ("stream_options", '{"include_usage": true}'),
         ("min_tokens", "4"),
         ("stream", '"yes"'),
-        ("nobody_knows", "1"),
+        ("unknown_field", "1"),
     ],
 )
 def test_wrong_values_are_named(served: Served, field: str, value: str) -> None:
@@ -95,8 +95,8 @@ def test_wrong_values_are_named(served: Served, field: str, value: str) -> None:
 def test_null_is_a_field_left_out(served: Served) -> None:
     body = {**OK, "suffix": None, "stop": None, "seed": None, "logprobs": None}
     assert post(served, json.dumps(body)).status_code == 200
-    error = refusal(post(served, json.dumps({**body, "nobody_knows": None})))
-    assert (error["param"], error["code"]) == ("nobody_knows", "unsupported_field")
+    error = refusal(post(served, json.dumps({**body, "unknown_field": None})))
+    assert (error["param"], error["code"]) == ("unknown_field", "unsupported_field")
 
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '"\\udc00 a"', '"a\\ud83d"'])
@@ -181,7 +181,7 @@ def read_all(connection: socket.socket) -> bytes:
 )
 def test_what_is_no_http(served: Served, head: bytes) -> None:
     with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
-        with suppress(ConnectionError):  # it may have heard enough
+        with suppress(ConnectionError):  # the server may have closed it already
             connection.sendall(head)
             connection.shutdown(socket.SHUT_WR)
         assert b" 200 " not in read_all(connection)[:20]
@@ -252,7 +252,7 @@ def test_keys_are_asked_for_and_rates_are_kept(serve: Start, tmp_path: Any) -> N
     again = guarded.http.post("/tokenize", json={"prompt": "a"}, headers=with_key)
     assert int(again.headers["retry-after"]) > 1
     assert [guarded.http.get(path).status_code for path in ("/", "/metrics", "/health/ready", "/version")] == [200] * 4
-    told = guarded.output + (guarded.folder / "run.yaml").read_text() + guarded.http.get("/metrics").text
-    assert "secret" not in told.replace(str(file), "")
+    shown = guarded.output + (guarded.folder / "run.yaml").read_text() + guarded.http.get("/metrics").text
+    assert "secret" not in shown.replace(str(file), "")
     for replica in guarded.replicas():
         assert "LAUNCHER_API_KEYS" not in replica.environ()

@@ -63,8 +63,8 @@ def test_the_command_finds_nothing_wrong_with_a_server(served: Served) -> None:
     assert found.statuses
     assert found.num_controls
     assert len(found.memory) > 2
-    told = fuzz_bodies.Findings()
-    told.memory = [1 << 20] * 9
-    assert not list(fuzz_bodies.verdict(told))
-    told.wrong, told.stalls, told.memory[-1] = ["/tokenize: 500"], [0.2], 1 << 30
-    assert len(list(fuzz_bodies.verdict(told))) == 3
+    findings = fuzz_bodies.Findings()
+    findings.memory = [1 << 20] * 9
+    assert not list(fuzz_bodies.verdict(findings))
+    findings.wrong, findings.stalls, findings.memory[-1] = ["/tokenize: 500"], [0.2], 1 << 30
+    assert len(list(fuzz_bodies.verdict(findings))) == 3

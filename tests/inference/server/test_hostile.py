@@ -163,7 +163,7 @@ FRONT_REFUSED: dict[str, tuple[bytes, int]] = {
     "an address of others": (get("/v1/models", host=b"host: 192.0.2.1\r\n"), 403),
     "an empty host": (get("/v1/models", host=b"host:\r\n"), 403),
     "a page of others": (head("origin: http://example.org", LENGTH) + BODY, 403),
-    "a page of nobody": (head("origin: null", LENGTH) + BODY, 403),
+    "a page of no origin": (head("origin: null", LENGTH) + BODY, 403),
 }
 PROXY_REFUSED: dict[str, tuple[bytes, int]] = {
     "no key": (head(LENGTH, key="") + BODY, 401),

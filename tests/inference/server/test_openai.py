@@ -123,7 +123,7 @@ def test_fields_beyond_openai(client: openai.OpenAI) -> None:
         presence_penalty=0.5,
         frequency_penalty=-0.5,
         logit_bias={"97": 5, "98": -100},
-        user="somebody",
+        user="alice",
         best_of=1,
         extra_body=extra,
     )

@@ -43,12 +43,12 @@ def test_null_leaves_out_known_fields_only() -> None:
     answered = {**MESSAGE, "refusal": None, "tool_calls": None, "annotations": None, "audio": None}
     assert refusal(ChatBody, {**CHAT, "messages": [answered], "response_format": {"type": "text"}}) is None
     for body_type, body, place in (
-        (CompletionBody, {**COMPLETION, "nobody_knows": None}, "nobody_knows"),
+        (CompletionBody, {**COMPLETION, "unknown_field": None}, "unknown_field"),
         (CompletionBody, {**COMPLETION, "messages": None}, "messages"),
-        (TokenizeBody, {"prompt": "a", "nobody_knows": None}, "nobody_knows"),
-        (DetokenizeBody, {"tokens": [1], "nobody_knows": None}, "nobody_knows"),
-        (ChatBody, {**CHAT, "messages": [{**MESSAGE, "nobody_knows": None}]}, "messages.0.nobody_knows"),
-        (ChatBody, {**CHAT, "stream": True, "stream_options": {"nobody_knows": None}}, "stream_options.nobody_knows"),
+        (TokenizeBody, {"prompt": "a", "unknown_field": None}, "unknown_field"),
+        (DetokenizeBody, {"tokens": [1], "unknown_field": None}, "unknown_field"),
+        (ChatBody, {**CHAT, "messages": [{**MESSAGE, "unknown_field": None}]}, "messages.0.unknown_field"),
+        (ChatBody, {**CHAT, "stream": True, "stream_options": {"unknown_field": None}}, "stream_options.unknown_field"),
     ):
         problem = refusal(body_type, body)
         assert problem is not None, body
@@ -60,9 +60,9 @@ def test_unknown_fields_of_a_part_are_refused_when_they_are_null() -> None:
         return {**CHAT, "messages": [{"role": "user", "content": [{"type": "text", "text": "a", **more}]}]}
 
     assert refusal(ChatBody, content(image_url=None)) is None
-    problem = refusal(ChatBody, content(nobody_knows=None))
+    problem = refusal(ChatBody, content(unknown_field=None))
     assert problem is not None
-    assert "'nobody_knows'" in problem.message
+    assert "'unknown_field'" in problem.message
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def expected(number: int, length: int) -> str:
     return (prompt_of(number) * 50)[:length]
 
 
-def test_a_killed_replica_costs_nobody_a_repeatable_answer(serve: Start) -> None:
+def test_a_killed_replica_costs_no_client_a_repeatable_answer(serve: Start) -> None:
     served = serve("job.replicas=2", *SLOW)
     assert len(served.replicas()) == 2
 
@@ -58,7 +58,7 @@ def test_a_killed_replica_costs_nobody_a_repeatable_answer(serve: Start) -> None
     assert served.stop() == 0
 
 
-def test_whoever_was_begun_has_waited_its_turn_already(serve: Start) -> None:
+def test_a_request_that_was_begun_does_not_queue_again(serve: Start) -> None:
     served = serve("job.queue_timeout_s=0.5", *SLOW)
     (answer,) = load(served, 1, lambda number: served.complete(prompt_of(number), max_tokens=100))
     time.sleep(1)
@@ -114,7 +114,7 @@ def test_an_engine_that_cannot_be_built_ends_the_run(serve: Start) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_end_under_load_it_loses_nothing(serve: Start, number: int) -> None:
+def test_a_signal_under_load_loses_nothing(serve: Start, number: int) -> None:
     served = serve("job.replicas=2", "job.max_num_seqs=4", *SLOW)
     sent, lock = 0, threading.Lock()
     answers: list[Any] = []
@@ -130,7 +130,7 @@ def test_told_to_end_under_load_it_loses_nothing(serve: Start, number: int) -> N
                 try:
                     response = http.post("/v1/completions", json={**body, "stream": mine % 3 == 0})
                 except httpx.ConnectError:
-                    return  # nobody listens any more: nothing was accepted
+                    return  # the server listens no more: nothing was accepted
                 with lock:
                     answers.append((mine, response))
                 if response.status_code == 503:
@@ -156,7 +156,7 @@ def test_told_to_end_under_load_it_loses_nothing(serve: Start, number: int) -> N
     assert line["serve/generation_tokens"] == sum(response.status_code == 200 for _, response in answers) * 40
 
 
-def test_what_does_not_end_in_time_is_told(serve: Start) -> None:
+def test_what_does_not_end_in_time_is_reported(serve: Start) -> None:
     served = serve("job.echo_step_s=0.1", "job.drain_s=1")
     with ThreadPoolExecutor(2) as pool:
         whole = pool.submit(lambda: served.complete("whole", max_tokens=200))
@@ -166,9 +166,9 @@ def test_what_does_not_end_in_time_is_told(serve: Start) -> None:
         assert served.stop() == 0
         late.close()
         assert (whole.result().status_code, whole.result().json()["error"]["code"]) == (503, "draining")
-        told = list(events(stream.result()))
-        assert told[0]["choices"][0]["text"] == "s"
-        assert told[-1]["error"]["code"] == "draining"
+        chunks = list(events(stream.result()))
+        assert chunks[0]["choices"][0]["text"] == "s"
+        assert chunks[-1]["error"]["code"] == "draining"
 
 
 def test_a_port_that_is_taken_meanwhile(serve: Start) -> None:

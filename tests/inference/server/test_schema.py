@@ -69,7 +69,7 @@ NEEDED: dict[str, dict[str, Any]] = {
 
 
 def becomes_right(served: Served, path: str, body: dict[str, Any]) -> None:
-    """Mend each field that the server refuses, as its error names it, until it has nothing against the body."""
+    """Correct each field that the server refuses, as its error names it, until it has nothing against the body."""
     for _ in range(len(body) + 2):
         response = served.http.post(path, content=json.dumps(body), headers={"content-type": "application/json"})
         if response.status_code == 200:

@@ -70,10 +70,10 @@ def test_kept_results_stream_the_same(served: Served) -> None:
     )
     assert [each.headers["x-cache"] for each in (first, second, whole)] == ["miss", "hit", "hit"]
 
-    def told(response: Any) -> list[Any]:
+    def contents(response: Any) -> list[Any]:
         return [chunk["choices"] for chunk in events(response)]
 
-    assert told(first) == told(second)
+    assert contents(first) == contents(second)
     assert whole.json()["choices"][0]["text"] == text_of(list(events(first)))
 
 
@@ -186,7 +186,7 @@ def test_a_deadline_is_kept_although_the_engine_is_in_a_long_step(serve: Start) 
     started = time.monotonic()
     late = stuck.complete("whole", max_tokens=3)
     assert (late.status_code, late.json()["error"]["code"]) == (504, "request_timeout")
-    assert time.monotonic() - started < 20, "told by the engine when its step had ended"
+    assert time.monotonic() - started < 20, "reported by the engine when its step had ended"
 
 
 def test_a_stream_that_waits_says_that_it_is_alive(serve: Start) -> None:

@@ -1,4 +1,4 @@
-"""Clients that are gone: nothing of them stays open, and nobody complains."""
+"""Clients that are gone: nothing of them stays open, and no error is logged."""
 
 from __future__ import annotations
 

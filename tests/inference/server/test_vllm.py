@@ -45,14 +45,14 @@ def vllm_of(served: Served) -> psutil.Process:
 def test_requests_are_handed_on_and_answers_back(serve: Start, environment: Path, weights: Path) -> None:
     served = serve(*words(environment, weights), env={inference.API_KEYS_VARIABLE: "k"})
     shown = {"authorization": "Bearer k"}
-    told = served.http.get("/v1/models?x=1", headers=shown).json()
-    assert told["path"] == "/v1/models?x=1"
-    given = told["words"]
+    answer = served.http.get("/v1/models?x=1", headers=shown).json()
+    assert answer["path"] == "/v1/models?x=1"
+    given = answer["words"]
     assert given[given.index("--model") + 1] == str(weights)
     assert given[given.index("--served-model-name") + 1] == "gpt2_tiny"
     assert given[given.index("--host") + 1] == "127.0.0.1"
-    assert inference.API_KEYS_VARIABLE not in told["names"]
-    assert "PYTHONPATH" not in told["names"]
+    assert inference.API_KEYS_VARIABLE not in answer["names"]
+    assert "PYTHONPATH" not in answer["names"]
     stream = served.http.post("/v1/completions", json={}, headers=shown)
     assert stream.headers["content-type"] == "text/event-stream"
     assert stream.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
@@ -84,7 +84,7 @@ def test_one_that_never_answers_ends_the_run(serve: Start, environment: Path, we
     assert "vLLM ended with exit code 3" in served.output
 
 
-def test_answers_are_finished_when_told_to_end(serve: Start, environment: Path, weights: Path) -> None:
+def test_answers_are_finished_after_sigterm(serve: Start, environment: Path, weights: Path) -> None:
     import threading
 
     served = serve(*words(environment, weights))

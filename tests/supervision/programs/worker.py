@@ -23,7 +23,7 @@ def ignore_interrupts(env, heartbeat):
 
 
 def fork_without_end(env, heartbeat):
-    """Leave a chain of processes behind, each of which starts the next one and goes; bounded, should nobody end it."""
+    """Leave a chain of processes behind, each of which starts the next one and exits, for a bounded time."""
     chain = "for _ in range(10_000):\n    time.sleep(0.005)\n    if os.fork():\n        os._exit(0)"
     code = f"import os, time\nos.setsid()\n{chain}"
     subprocess.Popen([sys.executable, "-c", code])

@@ -23,6 +23,14 @@ _DEFAULT = re.compile(
     r"(optional +)?(?P<override>override +)?(?P<slash>/?)(?P<group>[A-Za-z_]\w*)(?P<package>(@[\w.:]*)?)"
 )
 """The key of an entry in the defaults of a file."""
+_TEXT, _NULL, _MERGE = (f"tag:yaml.org,2002:{name}" for name in ("str", "null", "merge"))
+_YAML_TYPES = {
+    "bool": "a truth value",
+    "int": "a number",
+    "float": "a number",
+    "null": "nothing",
+    "timestamp": "a date",
+}
 
 
 def validate_user_files(
@@ -79,22 +87,61 @@ def validate_user_files(
                     "write `- override /model: gpt2` below it, a line for each",
                 )
             else:
+                root = yaml.compose(raw.decode(), Loader=yaml.SafeLoader)
+                yield from _unusable_keys(root, "" if group == "exp" else f"{group}.", file)
                 yield from _unusable_options(tree or {}, "", file)
                 if group == "exp":
-                    yield from _unusable_defaults(raw.decode(), file, groups)
+                    yield from _unusable_defaults(root, raw.decode(), file, groups)
                     chosen += [("exp", name) for name in _included(tree or {})]
                 continue
         yield ConfigError(group, option, why=why, fix=fix)
+
+
+def _unusable_keys(root: yaml.Node | None, package: str, file: Path) -> Iterator[ConfigError]:
+    """Yield the keys of a file that are not text, and those that a mapping holds twice.
+
+    Args:
+        root: of the file.
+        package: the group of its options with a dot; empty where it names groups itself.
+        file: for messages.
+    """
+    seen: set[int] = set()  # an alias may lead back to a node
+    nodes = [(package, root)]
+    while nodes:
+        path, node = nodes.pop(0)
+        if not isinstance(node, yaml.MappingNode) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                continue
+            option, line = f"{path}{key.value}", key.start_mark.line + 1
+            source = f"{file}:{line}"
+            if key.tag != _TEXT:
+                why = f"is {_yaml_type(key)} in YAML, not the name of an option"
+                fix = f'write a name before the colon, or "{key.value}" in quotes for this text'
+                yield ConfigError(option, why=why, fix=fix, source=source)
+            elif key.value in lines:
+                why = f"is there already, in line {lines[key.value]}, and a mapping holds each name once"
+                yield ConfigError(
+                    option, why=why, fix="leave one out, or put what is below both under one", source=source
+                )
+            lines.setdefault(key.value, line)
+            nodes.append((f"{option}.", value))
+
+
+def _yaml_type(node: yaml.Node) -> str:
+    """Return what YAML reads in place of text."""
+    return _YAML_TYPES.get(node.tag.rpartition(":")[2], "no text")
 
 
 def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterator[ConfigError]:
     for key, value in tree.items():
         option = f"{path}{key}"
         if not isinstance(key, str):
-            yield ConfigError(
-                option, why="is not the name of an option", fix="write text before the colon", source=str(file)
-            )
-        elif not path and key == "hydra":
+            continue  # _unusable_keys reports it
+        if not path and key == "hydra":
             why, fix = "does nothing here", "use run.root, run.name and run.dir, or -m for sweeps"
             yield ConfigError(option, why=why, fix=fix, source=str(file))
         elif not path and "." in key and types_of_option(key):
@@ -115,16 +162,23 @@ def _included(tree: Mapping[Any, Any]) -> Iterator[str]:
             yield entry
 
 
-def _unusable_defaults(text: str, file: Path, groups: Mapping[str, Sequence[str]]) -> Iterator[ConfigError]:
+def _unusable_defaults(
+    root: yaml.Node | None, text: str, file: Path, groups: Mapping[str, Sequence[str]]
+) -> Iterator[ConfigError]:
     """Yield the lines of an experiment's defaults that Hydra reads differently, each corrected.
 
     Hydra looks for a group without a slash below ``exp``, and takes one that the program chooses already only with
     ``override``.
     """
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines = text.splitlines()
     pairs = root.value if isinstance(root, yaml.MappingNode) else []
     entries = [value for key, value in pairs if key.value == "defaults" and isinstance(value, yaml.SequenceNode)]
     for entry in itertools.chain.from_iterable(node.value for node in entries):
+        if malformed := _malformed_default(entry):
+            line = min(entry.start_mark.line, len(lines) - 1) + 1
+            why = f"`{lines[line - 1].strip()}` (line {line} of {file}) {malformed[0]}"
+            yield ConfigError("exp", file.stem, why=why, fix=malformed[1])
+            continue
         words = [(key.value, value.value) for key, value in entry.value] if isinstance(entry, yaml.MappingNode) else []
         if isinstance(entry, yaml.ScalarNode):
             words = [tuple(entry.value.partition("=")[::2])]
@@ -132,7 +186,7 @@ def _unusable_defaults(text: str, file: Path, groups: Mapping[str, Sequence[str]
             found = _DEFAULT.fullmatch(str(key))
             if found is not None and (unknown := _unknown_default(found, option, file, groups)):
                 line = entry.start_mark.line + 1
-                why = f"`{text.splitlines()[line - 1].strip()}` (line {line} of {file}) {unknown[0]}"
+                why = f"`{lines[line - 1].strip()}` (line {line} of {file}) {unknown[0]}"
                 yield ConfigError("exp", file.stem, why=why, fix=unknown[1])
                 continue
             if found is None or found["group"] not in groups or not option or not isinstance(option, str):
@@ -140,25 +194,47 @@ def _unusable_defaults(text: str, file: Path, groups: Mapping[str, Sequence[str]
             is_exp, is_added = found["group"] == "exp", found["group"] not in KINDS
             is_pair = isinstance(entry, yaml.MappingNode)
             is_right = is_pair and found["slash"] and bool(found["override"]) != is_added and not is_exp
+            read_as = _yaml_type(entry.value[0][1]) if is_pair and entry.value[0][1].tag not in (_TEXT, _NULL) else ""
             if is_exp and option == file.stem:
                 continue  # composing says that it is in its own defaults
-            if is_right or (not found["slash"] and exists(file.parent / found["group"] / f"{option}.yaml")):
+            if (is_right and not read_as) or (
+                not found["slash"] and exists(file.parent / found["group"] / f"{option}.yaml")
+            ):
                 continue
-            quote = '"' if option.lower() in ("true", "false") else ""
+            quote = '"' if read_as or option.lower() in ("true", "false") else ""
             right = f"- {'' if is_added else 'override '}/{found['group']}{found['package']}: {quote}{option}{quote}"
             right = f"- {option}" if is_exp else right
             line = entry.start_mark.line + 1
-            written = text.splitlines()[line - 1].strip()
+            written = lines[line - 1].strip()
             if is_exp:
                 cause = "names the group exp, in which this file itself is"
             elif not is_pair:
                 cause = "is not written as GROUP: OPTION"
             elif not found["slash"]:
                 cause = "has no slash before the group, which therefore is looked for below exp"
+            elif is_right:
+                cause = f"has {read_as} in YAML for its option"
             else:
                 cause = "lacks `override`" if not is_added else "has `override`, which is for groups with a default"
             why = f"`{written}` (line {line} of {file}) {cause}"
             yield ConfigError("exp", file.stem, why=why, fix=f"write `{right}`")
+
+
+def _malformed_default(entry: yaml.Node) -> tuple[str, str] | None:
+    """Return why an entry of the defaults is neither a name nor a group with its option, and what to write."""
+    usual = "write `- override /GROUP: OPTION`, or the name of an experiment"
+    if isinstance(entry, yaml.ScalarNode):
+        return None if entry.tag == _TEXT else (f"is {_yaml_type(entry)} in YAML, not a name", usual)
+    if not isinstance(entry, yaml.MappingNode):
+        return "is a list, not a group and its option", usual
+    if len(entry.value) != 1:
+        return "holds several groups in one entry, or none", "begin each with a dash, on a line of its own"
+    ((key, option),) = entry.value
+    if key.tag != _TEXT:
+        return f"begins with what is {_yaml_type(key)} in YAML, not with a group", usual
+    if not isinstance(option, yaml.ScalarNode):
+        return "names no option: a group takes one", f"write `- {key.value}: OPTION`"
+    return None
 
 
 def _unknown_default(

@@ -182,7 +182,8 @@ def test_such_an_option_in_an_experiment(tmp_path):
     assert compose(["+exp=quoted"], config_dir=tmp_path).run.compile.kind == "true"
     assert compose(["+exp=quoted", "compile=false"], config_dir=tmp_path).run.compile.kind == "false"
     (said,) = mistakes("+exp=bare", config_dir=tmp_path)
-    assert 'in quotes (override /compile: "true")' in said
+    place = f"`- override /compile: true` (line 3 of {bare})"
+    assert f'{place} has a truth value in YAML for its option; write `- override /compile: "true"`' in said
 
 
 _GLOBAL = b"# @package _global_\n"
@@ -197,7 +198,18 @@ _GLOBAL = b"# @package _global_\n"
         b"- a\n": "mine.yaml holds no options",
         b"hello\n": "mine.yaml holds no options",
         b"job:\n  steps: " + b"[" * 2000: "mine.yaml is nested too deeply",
-        b"5: 6\n": "5 (FOLDER/exp/mine.yaml): is not the name of an option",
+        b"5: 6\n": "5 (FOLDER/exp/mine.yaml:2): is a number in YAML, not the name of an option",
+        b"job:\n  yes: 3\n": "job.yes (FOLDER/exp/mine.yaml:3): is a truth value in YAML, not the name of an option",
+        b"job: {}\ndata: {}\njob: {}\n": "job (FOLDER/exp/mine.yaml:4): is there already, in line 2, and a mapping",
+        b"job:\n  steps: 3\n  steps: 4\n": "job.steps (FOLDER/exp/mine.yaml:4): is there already, in line 3",
+        b"defaults:\n  - yes\n": "`- yes` (line 3 of FOLDER/exp/mine.yaml) is a truth value in YAML, not a name",
+        b"defaults: [3]\n": "`defaults: [3]` (line 2 of FOLDER/exp/mine.yaml) is a number in YAML, not a name",
+        b"defaults:\n  -\n": "`-` (line 3 of FOLDER/exp/mine.yaml) is nothing in YAML, not a name",
+        b"defaults:\n  - on: gpt2\n": "`- on: gpt2` (line 3 of FOLDER/exp/mine.yaml) begins with what is a truth value",
+        b"defaults:\n  - override /compile: False\n": "has a truth value in YAML for its option; write `- over",
+        b"defaults:\n  - override /model: [gpt2, hf]\n": "names no option: a group takes one; write `- over",
+        b"defaults:\n  - override /model: gpt2\n    override /data: text\n": "holds several groups in one entry",
+        b"defaults:\n  - [gpt2]\n": "`- [gpt2]` (line 3 of FOLDER/exp/mine.yaml) is a list, not a group and its option",
         b"job.steps: 5\n": "is written with a dot, which YAML does not take apart; write job: {steps: …}",
         b"data:\n  path: ${nope/x\n": "data.path=${nope/x (FOLDER/exp/mine.yaml): holds ${ without the name and }",
     }.items(),
@@ -211,6 +223,14 @@ def test_a_file_of_the_user_that_cannot_be_used_is_named(tmp_path, content, mess
         compose(["+exp=mine"], config_dir=tmp_path)
     (said,) = map(str, caught.value.errors)
     assert message.replace("FOLDER", str(tmp_path)) in said
+
+
+def test_an_option_of_the_user_that_sets_a_key_twice_is_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "mine.yaml"
+    file.write_text("kind: gpt2\nname: a\nname: b\n")
+    (said,) = mistakes("model=mine", config_dir=tmp_path)
+    assert said.startswith(f"model.name ({file}:3): is there already, in line 2")
 
 
 def test_the_advice_for_such_a_file_works(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import random
 import shutil
@@ -12,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from launcher.planning.planner import LocalFacts, make_plan
 from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Host, Plan, RunIdentity
 
+from .helpers import wait_for
 from .hosts_lab import lab_hosts as lab_hosts  # for the tests of every folder
 from .hosts_lab import lab_hosts_of_module as lab_hosts_of_module
 from .markers import mark, refusing_processes
@@ -276,10 +277,11 @@ class Background:
 
     def wait_for_output(self, text: str) -> None:
         """Wait until a line holds ``text``; fail when the program ends without it."""
-        while text not in self.output.rpartition("\n")[0]:
-            if self._process.poll() is not None and text not in self.output:
-                pytest.fail(f"never said {text!r}:\n{self.output}")
-            time.sleep(0.02)
+
+        def has_text() -> bool:
+            return text in self.output.rpartition("\n")[0]
+
+        wait_for(has_text, seconds=math.inf, process=self._process, shown=lambda: f"no {text!r} in {self.output}")
 
     def send_signal(self, number: int) -> None:
         """Send a signal to the launcher alone."""

@@ -6,10 +6,13 @@ import contextlib
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 MARK = "LAUNCHER_TEST_MARK"
 
@@ -37,12 +40,15 @@ def marked(mark: str) -> Iterator[psutil.Process]:
 
 def wait_for_marked(mark: str, *, seconds: float) -> list[str]:
     """Return the command lines of what is still there once ``seconds`` have passed; empty as soon as nothing is."""
+    return [repr(process) for process in left_after(lambda: list(marked(mark)), seconds=seconds)]
+
+
+def left_after(look: Callable[[], T], *, seconds: float) -> T:
+    """Return what ``look`` still finds once ``seconds`` have passed; what is empty as soon as it finds nothing."""
     deadline = time.monotonic() + seconds
-    while left := list(marked(mark)):
-        if time.monotonic() > deadline:
-            return [repr(process) for process in left]
+    while (found := look()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    return []
+    return found
 
 
 def kill_marked(mark: str) -> None:

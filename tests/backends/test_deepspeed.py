@@ -6,9 +6,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,9 @@ from launcher.errors import ConfigError, ConfigErrors
 from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir, decode_run_dir, encode_run_dir
 from launcher.utils.system import code_root
+from tests.conftest import Background, start_interpreter
 from tests.helpers import wait_for
+from tests.processes import left_after, marked_environment, new_mark
 from tests.torchless import ECHO, endless, wait_for_answers
 
 from .contract import SMALL, BackendContract, Ended
@@ -134,23 +134,18 @@ def test_any_run_directory_becomes_a_word_that_no_shell_minds(nasty_strings: tup
         assert re.fullmatch(r"[A-Za-z0-9_.=-]+", encode_run_dir(folder))
 
 
-class Run:
+class Run(Background):
     """A run of the program on the hosts of a lab, and every process of it, wherever it is."""
 
-    def __init__(self, lab: Any, cwd: Path, *words: str, **env: str) -> None:
-        self.lab, self.cwd, self.output = lab, cwd, ""
+    def __init__(self, lab: Any, cwd: Path, printed: Path, *words: str, **env: str) -> None:
+        self.lab, self.cwd, mark = lab, cwd, new_mark()
         command = [sys.executable, "-m", "launcher", "backend=deepspeed", "backend.heartbeat_timeout_s=6", *words]
         command += [f"backend.hostfile={lab.hostfile}", f"backend.ssh_config={lab.ssh_config}"]
-        self.process = subprocess.Popen(
-            command,
-            cwd=cwd,
-            env={**os.environ, **env},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        with printed.open("wb") as output:
+            self.process = start_interpreter(
+                command, cwd=cwd, env=marked_environment(mark, env), stdout=output, stderr=output
+            )
+        super().__init__(self.process, mark, printed)
         self.root = psutil.Process(self.process.pid)
 
     @property
@@ -158,17 +153,9 @@ class Run:
         (found,) = self.cwd.glob("runs/*/*")
         return found
 
-    def wait_for(self, text: str) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.output += line
-            if text in line:
-                return
-        pytest.fail(f"never said {text!r}:\n{self.output}")
-
     def end(self, timeout: float = 120) -> int:
-        self.output += self.process.communicate(timeout=timeout)[0]
-        return self.process.returncode
+        """Return the exit code; processes on hosts may still be there."""
+        return self.process.wait(timeout)
 
     def of_here(self, text: str) -> psutil.Process:
         """Return the process of this machine whose command line holds ``text``."""
@@ -182,12 +169,10 @@ class Run:
 
     def survivors(self, seconds: float) -> list[str]:
         """Return what is still there once ``seconds`` have passed; empty as soon as nothing is."""
-        word, deadline = encode_run_dir(str(self.run_dir)), time.monotonic() + seconds
-        while left := [line for line in map(_command, psutil.process_iter()) if word in line]:
-            if time.monotonic() > deadline:
-                return left
-            time.sleep(0.1)
-        return []
+        word = encode_run_dir(str(self.run_dir))
+        return left_after(
+            lambda: [line for line in map(_command, psutil.process_iter()) if word in line], seconds=seconds
+        )
 
 
 def _command(process: psutil.Process) -> str:
@@ -206,12 +191,12 @@ def lab(lab_hosts_of_module: Any) -> Any:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+def start(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Run]]:
     """Start runs; whatever is left of one is killed in the end."""
     started: list[Run] = []
 
     def begin(lab: Any, *words: str, **env: str) -> Run:
-        started.append(Run(lab, tmp_path, *words, **env))
+        started.append(Run(lab, tmp_path, tmp_path_factory.mktemp("printed") / "output", *words, **env))
         return started[-1]
 
     yield begin
@@ -220,8 +205,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
             for child in [*run.root.children(recursive=True), run.root]:
                 child.kill()
         run.process.wait()
-        assert run.process.stdout is not None
-        run.process.stdout.close()
 
 
 class TestContract(BackendContract):
@@ -277,7 +260,7 @@ FAULTS = {
 @pytest.mark.parametrize("victim", FAULTS)
 def test_no_process_is_left_and_the_cause_is_named(victim: str, lab: Any, start: Any, tmp_path: Path) -> None:
     run = start(lab, *endless(tmp_path))
-    run.wait_for("run directory: ")
+    run.wait_for_output("run directory: ")
     wait_for_answers(run.run_dir)
     on_hosts = run.of_hosts()
     if victim == "rank":
@@ -300,7 +283,7 @@ def test_no_process_is_left_and_the_cause_is_named(victim: str, lab: Any, start:
 def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any, tmp_path: Path) -> None:
     lab = lab_hosts(2, prefix="dark")
     run = start(lab, *endless(tmp_path))
-    run.wait_for("run directory: ")
+    run.wait_for_output("run directory: ")
     wait_for_answers(run.run_dir)
     lab.power_off("dark2")
     assert run.end() == 1
@@ -310,7 +293,7 @@ def test_a_host_that_loses_its_power_is_named(lab_hosts: Any, start: Any, tmp_pa
 
 def test_ranks_that_are_asked_to_save_and_go_are_continued_later(lab: Any, start: Any) -> None:
     run = start(lab, *TINY, "job.steps=100000", "checkpoint=frequent")
-    run.wait_for("step 1/")
+    run.wait_for_output("step 1/")
     run.process.send_signal(signal.SIGUSR1)
     assert run.end() == 75, run.output
     assert list((run.run_dir / "checkpoints").glob("step_*/manifest.json"))

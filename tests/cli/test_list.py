@@ -31,7 +31,8 @@ def test_experiments_with_their_first_comment(capsys):
 def test_keys_with_type_default_and_meaning(capsys):
     text = " ".join(listed(capsys, "backend").split())
     assert "backend.agent torchrun torchrun or deepspeed Which launcher starts the ranks of one host." in text
-    assert "backend.ranks auto a whole number or auto Ranks on each host; auto is what the hostfile says" in text
+    meaning = "Ranks on each host; auto takes the hostfile's count, else one per visible GPU."
+    assert f"backend.ranks auto a whole number or auto {meaning}" in text
 
 
 @pytest.mark.parametrize("width", [60, 80, 200])

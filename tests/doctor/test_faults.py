@@ -7,9 +7,9 @@ import importlib.metadata
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from launcher.doctor.examine import default_deadline_s, examine_hosts
 from launcher.doctor.protocol import ProbeRequest
 from launcher.doctor.report import DoctorReport, Finding, Level
 from launcher.utils.system import free_port
-from tests.helpers import wait_until_empty
+from tests.helpers import wait_for, wait_until_empty
 
 if TYPE_CHECKING:
     from hostlab.lab import Lab
@@ -52,11 +52,7 @@ def _nothing_stays(request: pytest.FixtureRequest) -> Iterator[None]:
         lab: Lab = request.getfixturevalue("three")
         for name in lab.names:
             lab.heal(name)
-            _wait_until_idle(lab, name)
-
-
-def _wait_until_idle(lab: Lab, name: str) -> None:
-    wait_until_empty(lambda: lab.processes(name), seconds=20)
+            wait_until_empty(partial(lab.processes, name), seconds=20)
 
 
 def look(lab: Lab, folder: Path, *, quick: bool = True, port: int | None = None, **options: Any) -> DoctorReport:
@@ -281,16 +277,16 @@ def test_hosts_are_left_alone_by_a_doctor_that_is_ended(three: Lab, tmp_path: Pa
         stderr=subprocess.DEVNULL,
     )
     try:
-        ends = time.monotonic() + 60
-        while not any("collective" in line for name in three.names for line in three.processes(name).values()):
-            assert doctor.poll() is None
-            assert time.monotonic() < ends
-            time.sleep(0.05)
+
+        def measures() -> bool:
+            return any("collective" in line for name in three.names for line in three.processes(name).values())
+
+        wait_for(measures, seconds=60, process=doctor)
     finally:
         doctor.send_signal(number)
         doctor.wait(timeout=30)
     for name in three.names:
-        _wait_until_idle(three, name)
+        wait_until_empty(partial(three.processes, name), seconds=20)
 
 
 def test_each_host_is_known_by_its_own_facts(three: Lab, tmp_path: Path) -> None:

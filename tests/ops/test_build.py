@@ -16,6 +16,7 @@ import pytest
 from launcher.errors import EnvironmentProblem
 from launcher.ops.build import build_ops
 from launcher.protocol.native_ops import is_built, op_library, op_lock, read_build_outcome
+from tests.helpers import wait_for
 
 
 @pytest.fixture
@@ -111,16 +112,12 @@ def test_being_asked_to_end_leaves_no_compiler_and_no_lock(
 ) -> None:
     environment = {**os.environ, "CXX": str(endless_compiler)}
     program = subprocess.Popen([sys.executable, "-m", "launcher.ops", "pin_memory"], env=environment)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_for((tmp_path / "pid").exists)
     program.send_signal(signal.SIGTERM)
     assert program.wait(timeout=60) == 128 + signal.SIGTERM
     compiler = int((tmp_path / "pid").read_text())
-    deadline = time.monotonic() + 30  # killed, an orphan is there until the process that adopted it reaps it
-    while psutil.pid_exists(compiler) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not psutil.pid_exists(compiler)
+    # killed, an orphan is there until the process that adopted it reaps it
+    wait_for(lambda: not psutil.pid_exists(compiler), seconds=30)
     assert not op_lock("pin_memory").exists()
 
 

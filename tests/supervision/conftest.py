@@ -18,7 +18,8 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.files import read_json, write_json
 from launcher.utils.schema import to_tree
 from tests.conftest import Start, Started, start_interpreter
-from tests.processes import marked, marked_environment, new_mark
+from tests.helpers import wait_for
+from tests.processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
 PROGRAMS = Path(__file__).parent / "programs"
 
@@ -39,11 +40,7 @@ class Supervised:
         time.sleep(0.05)  # the file exists before its content
 
     def wait_for(self, condition, seconds: float = 60) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert self.process.poll() is None, f"ended early:\n{self.text}"
-            assert time.monotonic() < deadline, f"waited in vain:\n{self.text}"
-            time.sleep(0.02)
+        wait_for(condition, seconds=seconds, process=self.process, shown=lambda: self.text)
 
     def end(self, seconds: float = 60) -> int:
         """Wait for the session and return its exit code."""
@@ -77,13 +74,9 @@ class Supervised:
     def seconds_until_gone(self, limit: float = 10) -> float:
         """Wait until nothing of the run is left; fail after ``limit`` seconds."""
         started = time.monotonic()
-        while left := self.left():
-            if time.monotonic() - started > limit:
-                shown = [Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in left]
-                for pid in left:
-                    os.kill(pid, signal.SIGKILL)
-                pytest.fail(f"left behind: {shown}\n{self.text}")
-            time.sleep(0.02)
+        if left := wait_for_marked(self.mark, seconds=limit):
+            kill_marked(self.mark)
+            pytest.fail(f"left behind: {left}\n{self.text}")
         return time.monotonic() - started
 
     @property

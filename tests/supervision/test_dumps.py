@@ -50,8 +50,7 @@ def ask(tmp_path, started):
                 os.kill(process.pid, signal.SIGSTOP)
             os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
         dump = StackDump(identify(process.pid), log, within_s=within_s)
-        while not dump.is_complete():
-            time.sleep(0.05)
+        wait_for(dump.is_complete)
         return dump, read_dump(dump.take(), is_stopped=dump.is_stopped)
 
     return start

@@ -27,6 +27,7 @@ from launcher.supervision.file_channel import (
     read_channel_file,
     write_channel_file,
 )
+from tests.helpers import wait_for
 
 RANK = """
 import os, sys, time
@@ -65,11 +66,11 @@ class Side:
         return self.started[-1]
 
     def until(self, condition: Callable[[], object], seconds: float = 30) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
+        def is_met() -> object:
             self.ranks.poll(logs=True)
-            assert time.monotonic() < deadline, self.sent
-            time.sleep(0.05)
+            return condition()
+
+        wait_for(is_met, seconds=seconds, shown=lambda: self.sent)
 
     def of(self, kind: type[AgentMessage]) -> list[Any]:
         return [message for message in self.sent if isinstance(message, kind)]

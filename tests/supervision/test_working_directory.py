@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from launcher.doctor.probe_client import ProbeProcess
 from launcher.remote.command import RemoteCommand
 from launcher.supervision.connection import PipeConnection
 from launcher.utils.system import child_environment, code_root
+from tests.processes import left_after
 
 SHADOWED = RemoteCommand(argv=(sys.executable, "-c", "import random; raise SystemExit(random.__name__)"))
 
@@ -36,9 +36,7 @@ def test_an_agent_imports_the_library(tmp_path: Path) -> None:
 
 def test_a_probe_imports_the_library() -> None:
     probe = ProbeProcess("node0", SHADOWED)
-    deadline = time.monotonic() + 30
-    while probe.read_stderr() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    left_after(probe.read_stderr, seconds=30)
     probe.close_stdin()
     probe.end()
     assert probe.stderr_tail == "random\n"

@@ -7,7 +7,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from launcher.config.compose import compose
 from launcher.config.snapshot import dump_run
 from launcher.inference.tokenizer import byte_tokenizer
 from launcher.utils.system import free_port
+from tests.helpers import wait_for
 from tests.processes import kill_marked, marked, marked_environment, new_mark, wait_for_marked
 
 _RANK = """
@@ -151,11 +151,7 @@ def start(folder: Path, *words: str, env: dict[str, str] | None = None, wait: bo
         )
     served = Served(f"http://127.0.0.1:{port}", folder, process, mark)
     if wait:
-        deadline = time.monotonic() + _START_S
-        while not served.ready():
-            assert process.poll() is None, f"it ended:\n{served.output}"
-            assert time.monotonic() < deadline, f"never ready:\n{served.output}"
-            time.sleep(0.05)
+        wait_for(served.ready, seconds=_START_S, process=process, shown=lambda: served.output)
     return served
 
 

@@ -159,7 +159,7 @@ class Job(Component):
         return {}
 
     def unused_model_options(self, run: Run) -> Mapping[str, str]:
-        """Return the options of the group ``model`` that have no effect on this job, each with the reason."""
+        """Return the ``model`` options that have no effect on this job, each with the reason."""
         return {}
 
     def unused_strategy(self, run: Run) -> str:

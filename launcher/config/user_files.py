@@ -221,7 +221,7 @@ def _unusable_defaults(
 
 
 def _malformed_default(entry: yaml.Node) -> tuple[str, str] | None:
-    """Return why an entry of the defaults is neither a name nor a group with its option, and what to write."""
+    """Return why a defaults entry is neither a name nor a group: option, and what to write."""
     usual = "write `- override /GROUP: OPTION`, or the name of an experiment"
     if isinstance(entry, yaml.ScalarNode):
         return None if entry.tag == _TEXT else (f"is {_yaml_type(entry)} in YAML, not a name", usual)

@@ -97,7 +97,7 @@ def _failure_text(failure: Failure, run_dir: RunDir) -> str:
 
 
 def _next_command(run_dir: RunDir) -> str | None:
-    """Return the command that continues from what is kept, or uses the last checkpoint; ``None`` without."""
+    """Return the command that continues from kept answers or a checkpoint; ``None`` without."""
     state = read_run_state(run_dir)
     return continue_command(state) if state.has_checkpoint or state.has_kept_answers else None
 

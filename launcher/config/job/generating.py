@@ -137,7 +137,7 @@ class GeneratingJob(Job):
         return f"job={self.kind} job.engine=echo" if self.engine == "echo" else super().names_itself(run)
 
     def unused_model_options(self, run: Run) -> Mapping[str, str]:
-        """Return what says how a model computes, where prompts are repeated; weights may bring the tokenizer."""
+        """Return the model options that the echo engine ignores; weights may bring the tokenizer."""
         if self.engine != "echo":
             return {}
         used = {*_SHAPE_OF_ECHO, *(["weights"] if self.tokenizer == "model" and run.model.local_weights else [])}

@@ -20,6 +20,7 @@ from launcher.protocol.messages import (
     Ping,
     SessionSuspended,
     StartRanks,
+    with_short_texts,
 )
 from launcher.protocol.outcome import Failure
 from launcher.protocol.plan import HostPlan, Plan
@@ -66,8 +67,6 @@ class _Agent:
     """Its temporary folder, to remove when it cannot; ``None`` when it is on another machine."""
     is_ready: bool = False
     is_prepared: bool = False
-    has_launched: bool = False
-    """The launcher of its ranks has started."""
     is_working: bool = True
     """It has, or may start, processes of the run."""
     is_finishing: bool = False
@@ -96,6 +95,8 @@ class AgentGroup:
         self._selector = selectors.DefaultSelector()
         self._agents: dict[str, _Agent] = {}
         self._has_started = False
+        self._launched: set[str] = set()
+        """Hosts whose agents have started the launcher of their ranks."""
         self._keepalive = Keepalive(self._ping)
         self.lost: list[str] = []
         """Hosts whose agents exited unexpectedly."""
@@ -195,7 +196,7 @@ class AgentGroup:
 
     def launcher_started(self, host: str) -> None:
         """Record that the agent of ``host`` has started the launcher of its ranks."""
-        self._agents[host].has_launched = True
+        self._launched.add(host)
 
     def ranks_of(self, host: str) -> range:
         """Return the ranks that the agent of ``host`` supervises.
@@ -262,7 +263,7 @@ class AgentGroup:
             return ""
         agent.last_event_at = time.monotonic()
         try:
-            self._on_message(agent.connection.host, message)
+            self._on_message(agent.connection.host, with_short_texts(message))
         except MalformedMessage as problem:
             return str(problem)
         except (ValueError, ArithmeticError) as problem:
@@ -288,7 +289,7 @@ class AgentGroup:
         elapsed time every few seconds.
         """
         limit = self._plan.stall_timeout_s
-        is_awaited = not agent.is_prepared or (self._has_started and not agent.has_launched)
+        is_awaited = not agent.is_prepared or (self._has_started and agent.connection.host not in self._launched)
         may_take_longer = not limit or not agent.is_ready or not agent.is_working or agent.is_finishing
         return is_awaited and not may_take_longer and now - agent.last_event_at > max(limit, _CONNECT_S)
 

@@ -78,6 +78,7 @@ _BY_PLACE = (
     ("utils/test_machine.py::test_this_machine_takes_a_rank_for_each_gpu", "process"),
     ("config/test_compose.py::test_the_advice_for_such_a_file_works", "process"),
     ("config/test_overrides.py::test_quoted_words_*", "process"),
+    ("errors/test_long_texts.py*", "process"),
     ("planning/test_render.py::test_a_pasted_command_is_the_command", "process"),
     ("training/test_metrics.py::test_killed_at_any_moment_it_has_every_line_that_was_recorded", "process"),
 )

@@ -55,18 +55,22 @@ _PLACES = frozenset({"FILE", "FILES", "PATH", "PATHS", "DIR", "DIRS", "FOLDER", 
 _HARMLESS = frozenset({"PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "NUM_KEY_VALUE_HEADS"})
 """The shell's current and last folder, the path of a file, and a size of models."""
 
+# Texts of peers may be megabytes: every pattern begins at a place that is found at once, or has a longest match, so
+# that its time grows with the text and not with the square of it.
 _SHAPES = (
     # a password in an address, one with a slash in it too; a user name that is a key (Sentry's)
-    re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"'<>]*:)(?P<secret>[^\s/\"'<>]+)(?=@)"),
+    re.compile(r"(?P<before>(?<=[A-Za-z0-9+.-])://[^\s/:@\"'<>]*+:)(?P<secret>[^\s/\"'<>]+)(?=@)"),
     re.compile(
-        r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://[^\s/:@\"'<>]*:)(?!\d+/)(?P<secret>[^\s/@\"'<>]*/[^\s@\"'<>]*)(?=@)"
+        r"(?P<before>(?<=[A-Za-z0-9+.-])://[^\s/:@\"'<>]*+:)(?!\d+/)"
+        r"(?P<secret>[^\s/@\"'<>]{0,128}/[^\s@\"'<>]{0,256})(?=@)"
     ),
-    re.compile(r"(?P<before>\b[A-Za-z][A-Za-z0-9+.-]*://)(?P<secret>(?=[^@\s]*\d)[\w-]{20,})(?=@)"),
+    re.compile(r"(?P<before>(?<=[A-Za-z0-9+.-])://)(?P<secret>(?=[\w-]*?\d)[\w-]{20,})(?=@)"),
     # the same without a scheme: user:password@host:port, not slots of hosts (a:0,1@b:22), and no time or e-mail address
     re.compile(
-        r"(?P<before>(?<![\w.:@/%+-])(?!(?:mailto|sips?|xmpp|acct|npm|pkg|urn):)[^\s/:@,;=\"'<>()\[\]{}]+:)"
-        r"(?![\d.,-]{1,5}@)(?P<secret>[^\s/:@\"'<>]+)"
-        r"(?=@(?:(?:[A-Za-z][\w.-]*|\d{1,3}(?:\.\d{1,3}){3}|\[[\da-fA-F:]+\]):\d{2,5}(?!\w)|[\w.-]+\.[A-Za-z]{2,}/))"
+        r"(?P<before>(?<![\w.:@/%+-])(?!(?:mailto|sips?|xmpp|acct|npm|pkg|urn):)[^\s/:@,;=\"'<>()\[\]{}]{1,128}+:)"
+        r"(?![\d.,-]{1,5}@)(?P<secret>[^\s/:@\"'<>]{1,512}+)"
+        r"(?=@(?:(?:[A-Za-z][\w.-]{0,253}|\d{1,3}(?:\.\d{1,3}){3}|\[[\da-fA-F:]{1,45}\]):\d{2,5}(?!\w)"
+        r"|[\w.-]{1,253}\.[A-Za-z]{2,24}/))"
     ),
     # signed addresses and headers
     re.compile(
@@ -96,7 +100,7 @@ _SHAPES = (
     ),
 )
 _ASSIGNED = re.compile(
-    r"(?<![\w$])(?P<name>[A-Za-z][\w.-]*)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']*[^\s,;}\]\"':])"
+    r"(?<![\w$])(?P<name>[A-Za-z][\w.-]{0,127}+)=(?P<value>\"[^\"]*\"|'[^']*'|[^\s,;}\]\"']*[^\s,;}\]\"':])"
 )
 _LOGIN = re.compile(r"(?<![\w.%/@-])[^\s/:@,=]+:(?!\d{1,5}@)[^\s/:@,]+@[A-Za-z\d\[]")
 """``user:password@host``, in an argument of a program that reaches hosts."""

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
+
+from launcher.utils.text import cut_middle
+
+MAX_TEXT_CHARS = 1 << 18
+"""Longest text of a message that is shown or searched; logs hold the whole."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +250,18 @@ class AgentIdle(AgentMessage):
     """From an agent: every process of the run but the sidecars has exited."""
 
     kind: ClassVar[str] = "agent_idle"
+
+
+def with_short_texts(message: AgentMessage) -> AgentMessage:
+    """Return ``message`` with the middle left out of each text that is too long, but for bytes of files."""
+    if isinstance(message, FileChunk):
+        return message
+    long = {
+        name: cut_middle(value, limit=MAX_TEXT_CHARS)
+        for name, value in vars(message).items()
+        if isinstance(value, str) and len(value) > MAX_TEXT_CHARS
+    }
+    return replace(message, **long) if long else message
 
 
 TO_AGENT: frozenset[type[AgentMessage]] = frozenset(

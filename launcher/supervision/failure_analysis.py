@@ -22,6 +22,7 @@ from launcher.supervision.child_process import command_name
 from launcher.supervision.rank_tracker import RankTracker
 from launcher.supervision.stall import Stall
 from launcher.utils.processes import describe_exit, shell_exit_code
+from launcher.utils.text import cut_middle
 
 COLLECT_FAILURES_S = 0.3
 """Time after the first failure in which others are collected."""
@@ -33,6 +34,8 @@ _CONSEQUENCE = re.compile(
     r"|Connection (closed|reset|refused)|Broken pipe|Socket closed|closed by peer|Application timeout"
 )
 
+_MAX_REASON_CHARS = 4000
+"""Of an exception's message in the reason of a failure; its traceback stands beside it."""
 _WAS_SIGNALLED = re.compile(r" got signal: (\d{1,2})\b")
 """Printed by torchrun after "SignalException" before it exits with 1 on a signal."""
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")
@@ -178,7 +181,7 @@ class FailureAnalysis:
             rank=message.rank,
             exit_code=message.code,
             signal=None,
-            reason=f"rank {message.rank} on {host} failed: {message.error}",
+            reason=f"rank {message.rank} on {host} failed: {cut_middle(message.error, limit=_MAX_REASON_CHARS)}",
             error=message.error,
             traceback=message.traceback,
             log=str(self._run_dir.log_of(host, message.rank)),

@@ -22,6 +22,7 @@ from typing import IO, NoReturn
 
 from launcher.errors import EXIT_PREEMPTED, LauncherError, exit_code_of_rank
 from launcher.protocol.heartbeat import Heartbeat, heartbeat_file
+from launcher.protocol.messages import MAX_TEXT_CHARS
 from launcher.protocol.rank_env import RankEnv, exception_text_file
 from launcher.supervision.file_channel import FileChannel
 from launcher.supervision.socket_channel import SocketChannel
@@ -29,6 +30,7 @@ from launcher.utils.files import open_append, write_json
 from launcher.utils.logs import quiet_libraries
 from launcher.utils.processes import become_subreaper, die_with_parent, end_descendants, exit_like, signal_main_thread
 from launcher.utils.system import is_disk_full_error
+from launcher.utils.text import cut_middle
 
 _FORWARDED = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1})
 _TICK_S = 0.25
@@ -122,8 +124,8 @@ def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, 
         "pid": os.getpid(),
         "time": time.time(),
         "code": code,
-        "error": str(error) if is_own else "".join(traceback.format_exception_only(error)).strip(),
-        "traceback": "" if is_own else "".join(_traceback(error)),
+        "error": _short(str(error) if is_own else "".join(traceback.format_exception_only(error)).strip()),
+        "traceback": "" if is_own else _short("".join(_traceback(error))),
     }
     try:
         write_json(env.record, record)
@@ -131,6 +133,11 @@ def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, 
         heartbeat.write_exception_record(record)
         print(f"the failure could not be recorded: {problem}", file=sys.stderr, flush=True)
     return code
+
+
+def _short(text: str) -> str:
+    """Return the text as a message carries it: an exception may hold megabytes, which the log has whole."""
+    return cut_middle(text, limit=MAX_TEXT_CHARS)
 
 
 def _traceback(error: BaseException) -> list[str]:

@@ -34,7 +34,7 @@ _NATIVE_S = 1.0
 """Minimum time for a dump by py-spy."""
 NATIVE_MARK = "py-spy dump --native:"
 """Line before the C frames, where py-spy is installed."""
-_THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]+.*\(most recent call first\):")
+_THREAD = re.compile(r"(Current thread|Thread) 0x[0-9a-f]{1,16}.{0,100}\(most recent call first\):")
 _DUMPED = re.compile(r' *File "(.+)", line (\d+) in (.+)')
 _TRACED = re.compile(r' *File "(.+)", line (\d+), in (.+)')
 _PACKAGE = Path(__file__).resolve().parent.parent

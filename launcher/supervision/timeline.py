@@ -11,6 +11,9 @@ from launcher.errors.secrets import hide_secrets
 from launcher.protocol.messages import AgentReady, CommandExited, RankExited, RankHeartbeat, RankRaised
 from launcher.utils.files import open_append
 from launcher.utils.processes import describe_exit, signal_name
+from launcher.utils.text import cut_middle
+
+_MAX_CHARS = 4000
 
 
 class Timeline:
@@ -22,7 +25,8 @@ class Timeline:
 
     def note(self, host: str, what: str) -> None:
         """Append an event; a full disk must not end the run."""
-        line = json.dumps({"time": round(time.time(), 3), "host": host, "what": hide_secrets(what)}, ensure_ascii=False)
+        what = hide_secrets(cut_middle(what, limit=_MAX_CHARS))
+        line = json.dumps({"time": round(time.time(), 3), "host": host, "what": what}, ensure_ascii=False)
         with contextlib.suppress(OSError), open_append(self._path) as file:
             file.write(f"{line}\n".encode(errors="backslashreplace"))
 

@@ -67,6 +67,13 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"
 
 
+def cut_middle(text: str, *, limit: int) -> str:
+    """Return ``text`` without its middle, where it has more than ``limit`` characters."""
+    if len(text) <= limit:
+        return text
+    return f"{text[: limit // 2]}\n… {len(text) - limit:,} characters are left out …\n{text[-(limit // 2) :]}"
+
+
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """Return a phrase that ends an error: the closest choices, or all if none is close."""
     names = sorted(set(choices))
@@ -83,8 +90,9 @@ _BIDI = "\u202a-\u202e\u2066-\u2069"
 
 _SEQUENCES = re.compile(
     rf"(?P<colour>{_COLOUR})"
-    r"|(?:\x1b\]|\x9d)[^\x07\x1b\x9c\n]*(?:\x07|\x1b\\|\x9c)"  # OSC: title, clipboard, links
-    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x9c\n]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
+    # each ends at the next one's beginning: a text of beginnings alone must not be searched to its end for every one
+    r"|(?:\x1b\]|\x9d)[^\x07\x1b\x90\x98\x9c-\x9f\n]*(?:\x07|\x1b\\|\x9c)"  # OSC: title, clipboard, links
+    r"|(?:\x1b[PX^_]|[\x90\x98\x9e\x9f])[^\x1b\x90\x98\x9c-\x9f\n]*(?:\x1b\\|\x9c)"  # DCS, SOS, PM, APC
     r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"  # CSI: cursor, erasing, modes
     r"|\x1b[ -/]*[0-~]?"  # everything else, and an escape alone
     rf"|[\x00-\x08\x0b-\x1a\x1c-\x1f\x7f-\x9f{_BIDI}]"

@@ -16,6 +16,7 @@ import pytest
 from launcher.backends.kubernetes import leader
 from launcher.errors import EXIT_STALLED, EnvironmentProblem
 from launcher.protocol.messages import (
+    MAX_TEXT_CHARS,
     AgentExited,
     AgentIdle,
     AgentReady,
@@ -27,6 +28,7 @@ from launcher.protocol.messages import (
     Ping,
     RankExited,
     RankHeartbeat,
+    RankRaised,
     StartRanks,
     UserNote,
 )
@@ -429,6 +431,28 @@ def test_an_end_of_all_is_accepted_once_ranks_have_exited_or_failed(pair, code):
     exchange(session)
     assert not session._agents._agents["node1"].is_working
     assert not session._agents.lost
+
+
+def test_a_text_of_megabytes_is_cut_before_it_is_searched_and_shown(pair):
+    session, peers = pair
+    said = "begin " + "x" * 3_000_000 + " end"
+    peers["node1"].setblocking(True)
+    raised = RankRaised(rank=1, time=1.0, code=1, error=said, traceback=said).encode()
+    thread = threading.Thread(target=peers["node1"].sendall, args=(raised,))
+    thread.start()
+    for _ in range(1000):
+        session._agents.poll()
+        session._decide()
+        if session._failure:
+            break
+    thread.join()
+    failure = session._outcome().failure
+    assert len(failure.reason) < 5000
+    for text in (failure.error, failure.traceback):
+        assert len(text) < MAX_TEXT_CHARS + 100
+        assert (text[:6], text[-4:]) == ("begin ", " end")
+        assert "characters are left out" in text
+    assert all(len(line) < 5000 for line in session._run_dir.timeline.read_text().splitlines())
 
 
 def test_a_failed_run_never_has_an_exit_code_of_success(pair):

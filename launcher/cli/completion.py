@@ -5,17 +5,19 @@ from __future__ import annotations
 import re
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
 
-from launcher.cli.arguments import Arguments, Completion
-from launcher.cli.verbs import LAUNCH, SHELLS, VERBS, Verb
+from launcher.cli.arguments import Arguments, Completion, Option
+from launcher.cli.verbs import CONFIG_DIR, LAUNCH, ROOT, SHELLS, VERBS, Verb
 from launcher.config.compose import groups
+from launcher.config.paths import expand_home
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
 from launcher.errors import ConfigError
 from launcher.runs.index import is_below, list_runs
+from launcher.utils.files import exists
 from launcher.utils.schema import field_types
 
 _TYPEABLE = re.compile(r"[\w./@+-]+")
@@ -94,11 +96,12 @@ def candidates(words: Sequence[str]) -> list[str]:
     for option in verb.options:
         if option.metavar and before and before[-1] in option.names:
             return []  # the value of an option: the shell completes files
-    return sorted({found for found in _offered(name, verb, word, place=len(before)) if found.startswith(word)})
+    return sorted({found for found in _offered(name, verb, word, before) if found.startswith(word)})
 
 
-def _offered(name: str, verb: Verb, word: str, *, place: int) -> Iterator[str]:
-    """Yield the candidates for the word at ``place``, counted from the verb."""
+def _offered(name: str, verb: Verb, word: str, before: Sequence[str]) -> Iterator[str]:
+    """Yield the candidates for a word of a verb, after the words ``before`` it."""
+    place, own = len(before), groups(_folder_of(CONFIG_DIR, before))
     if word.startswith("-"):
         yield from verb.flags
         return
@@ -109,42 +112,58 @@ def _offered(name: str, verb: Verb, word: str, *, place: int) -> Iterator[str]:
         return
     for source in verb.completions():
         if source is Completion.RUN and "=" not in word:
-            yield from _run_ids()
+            yield from _run_ids(_folder_of(ROOT, before) or Arguments.root)
         elif source is Completion.EXPERIMENT:
-            yield from groups().get("exp", [])
+            yield from own.get("exp", [])
         elif source is Completion.GROUP:
-            yield from _listed(word)
+            yield from _listed(word, own)
         elif source is Completion.OVERRIDE:
-            yield from _overrides(word)
+            yield from _overrides(word, own)
         elif isinstance(source, str):
             yield source
 
 
-def _listed(word: str) -> Iterator[str]:
+def _folder_of(option: Option, words: Sequence[str]) -> Path | None:
+    """Return the folder that an option among the words names; ``None`` without one."""
+    found = None
+    for word, following in zip(words, [*words, ""][1:], strict=True):
+        flag, equals, value = word.partition("=")
+        if flag in option.names:
+            found = value if equals else following
+    folder = Path(expand_home(found.strip("'\""))) if found else None
+    return folder if folder is not None and exists(folder) else None
+
+
+def _listed(word: str, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
     """Yield groups, and the options of the group before a slash."""
     group, slash, _ = word.partition("/")
-    yield from (f"{group}/{option}" for option in groups().get(group, [])) if slash else groups()
+    yield from (f"{group}/{option}" for option in own.get(group, [])) if slash else own
 
 
-def _run_ids() -> Iterator[str]:
-    """Yield ids of runs, and of those in sweeps, below ``./runs``."""
-    root = Path("runs").absolute()
-    for run_dir in list_runs(Path("runs")):
+def _run_ids(folder: Path) -> Iterator[str]:
+    """Yield ids of runs, and of those in sweeps, below a folder."""
+    root = folder.absolute()
+    for run_dir in list_runs(folder):
         if is_below(run_dir, root):
             run_id = run_dir.path.relative_to(root).as_posix().partition("/")[2]
             if _TYPEABLE.fullmatch(run_id):
                 yield run_id
 
 
-def _overrides(word: str) -> Iterator[str]:
-    """Yield groups and keys, or the values of the one before the equals sign."""
+def _overrides(word: str, own: Mapping[str, Sequence[str]]) -> Iterator[str]:
+    """Yield groups and keys, or the values of the one before the equals sign.
+
+    Args:
+        word: what was typed of it.
+        own: the options of every group, those of the user included.
+    """
     plus = word[: len(word) - len(word.lstrip("+"))]
     key, equals, _ = word.removeprefix(plus).partition("=")
     if equals:
-        values = groups().get(key) or _values(key)
+        values = own.get(key) or _values(key)
         yield from (f"{plus}{key}={value}" for value in values)
         return
-    yield from (f"{plus}{group}=" for group in groups())
+    yield from (f"{plus}{group}=" for group in own)
     if "." in key:
         group = key.partition(".")[0]
         yield from (f"{plus}{group}.{name}=" for name in _keys(group))

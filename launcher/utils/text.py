@@ -11,6 +11,7 @@ import re
 import shlex
 import shutil
 import textwrap
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -170,7 +171,7 @@ def format_table(
     if not rows:
         return
     rows = [[one_line(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    widths = [max(map(num_columns, column)) for column in zip(*rows, strict=True)][:-1]
     if width is not None:
         kept = sum(widths[column] for column in whole)
         free = [size for column, size in enumerate(widths) if column not in whole]
@@ -185,8 +186,8 @@ def format_table(
         ]
         for number in range(max(map(len, cells))):
             parts = [lines[number] if number < len(lines) else "" for lines in cells]
-            start = indent + "".join(f"{part:{size}}  " for part, size in zip(parts, widths, strict=False))
-            yield (start + parts[-1]).rstrip()
+            padded = (part + " " * (size - num_columns(part) + 2) for part, size in zip(parts, widths, strict=False))
+            yield f"{indent}{''.join(padded)}{parts[-1]}".rstrip()
 
 
 def _narrowed(widths: list[int], *, room: int) -> list[int]:
@@ -200,6 +201,40 @@ def _narrowed(widths: list[int], *, room: int) -> list[int]:
 
 def _wrapped(cell: str, size: int | None, *, breaks: bool = True) -> list[str]:
     """Return the lines of a cell; ``breaks`` allows breaking a word wider than the column."""
-    if size is None or len(cell) <= size:
+    if size is None or num_columns(cell) <= size:
         return [cell]
-    return textwrap.wrap(cell, size, break_long_words=breaks, break_on_hyphens=False) or [""]
+    if num_columns(cell) == len(cell):
+        return textwrap.wrap(cell, size, break_long_words=breaks, break_on_hyphens=False) or [""]
+    lines = [""]
+    for word in cell.split():
+        room = size - num_columns(lines[-1]) - 1
+        if lines[-1] and num_columns(word) <= room:
+            lines[-1] += f" {word}"
+            continue
+        lines += [word] if lines[-1] else []
+        lines[-1] = word
+        while breaks and num_columns(lines[-1]) > size:
+            fitting = _prefix_of(lines[-1], size)
+            lines[-1:] = [fitting, lines[-1][len(fitting) :]]
+    return lines
+
+
+def num_columns(text: str) -> int:
+    """Return how many columns of a terminal text on one line takes: wide letters (CJK, emoji) take two."""
+    return len(text) if text.isascii() else sum(map(_columns_of, text))
+
+
+def _columns_of(letter: str) -> int:
+    if unicodedata.category(letter) in ("Mn", "Me", "Cf"):  # marks on the letter before, and what is not shown
+        return 0
+    return 2 if unicodedata.east_asian_width(letter) in ("W", "F") else 1
+
+
+def _prefix_of(text: str, size: int) -> str:
+    """Return the longest beginning of ``text`` within ``size`` columns, one letter at least."""
+    taken = 0
+    for at, letter in enumerate(text):
+        taken += _columns_of(letter)
+        if taken > size and at:
+            return text[:at]
+    return text

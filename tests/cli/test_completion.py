@@ -60,6 +60,34 @@ def test_what_may_stand_there(make_run: Make, typed: str, offered: list[str]) ->
     assert not any("$" in word for word in candidates(["status", ""]))
 
 
+@pytest.mark.parametrize("flag", [["--config-dir", "DIR"], ["--config-dir=DIR"]])
+def test_options_of_the_users_own_folder_are_offered(tmp_path: Path, flag: list[str]) -> None:
+    for file in ("exp/my_own.yaml", "model/my_model.yaml", "mine/one.yaml"):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    words = [word.replace("DIR", str(tmp_path)) for word in flag]
+    for typed, offered in (
+        (["+exp=my"], "+exp=my_own"),
+        (["model=my"], "model=my_model"),
+        (["min"], "mine="),
+        (["plan", "exp=my"], "exp=my_own"),
+        (["show", "my_"], "my_own"),
+        (["list", "model/my"], "model/my_model"),
+    ):
+        verb = typed[:-1]
+        assert offered in candidates([*verb, *words, typed[-1]])
+        assert offered not in candidates(typed)
+    assert "model=gpt2" in candidates([*words, "model="])
+    assert "model=gpt2" in candidates(["--config-dir", str(tmp_path / "nowhere"), "model="])
+
+
+def test_runs_of_another_root_are_offered(make_run: Make, tmp_path: Path) -> None:
+    make_run()
+    (tmp_path / "runs").rename(tmp_path / "elsewhere")
+    assert candidates(["status", "2026"]) == []
+    assert candidates(["status", "--root", str(tmp_path / "elsewhere"), "2026"]) == ["20260101-120000-abcd"]
+
+
 def test_every_verb_is_completed() -> None:
     assert set(VERBS) <= set(candidates([""]))
     for name in VERBS:

@@ -253,8 +253,8 @@ class AgentIdle(AgentMessage):
 
 
 def with_short_texts(message: AgentMessage) -> AgentMessage:
-    """Return ``message`` with the middle left out of each text that is too long, but for bytes of files."""
-    if isinstance(message, FileChunk):
+    """Return ``message`` with the middle left out of each text that is too long; files and output stay whole."""
+    if isinstance(message, FileChunk | OutputLine):
         return message
     long = {
         name: cut_middle(value, limit=MAX_TEXT_CHARS)

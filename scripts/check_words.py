@@ -40,7 +40,7 @@ WORDS = {
 """Each word, and what to write instead."""
 MAX_SUMMARY = 90
 """Characters of a docstring's first line."""
-PLACES = ("launcher", "conf", "docs", "scripts", "tests", "README.md", "CONTRIBUTING.md")
+PLACES = ("launcher", "conf", "docs", "scripts", "tests", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "mkdocs.yml")
 _PATTERN = re.compile(rf"(?<![a-z])(?:{'|'.join(sorted(WORDS, key=len, reverse=True))})(?![a-z])", re.IGNORECASE)
 _WITH_WORDS = frozenset({"check_words.py", "test_scripts.py"})
 """Files that list the words, and test that."""

@@ -19,7 +19,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-PAGES = [REPOSITORY / "README.md", REPOSITORY / "CONTRIBUTING.md", *sorted(REPOSITORY.glob("docs/*.md"))]
+PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
 
 SLOW = {
     "scripts/install && .venv/bin/launch": "test_main_job.py::test_the_default_run_learns_and_leaves_everything",

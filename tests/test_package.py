@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher
 from tests.conftest import REPOSITORY
 
 
@@ -56,6 +57,7 @@ def test_the_program_comes_from_the_wheel(installed: Path, tmp_path: Path) -> No
 def test_the_console_script_lists_options_from_another_directory(installed: Path, tmp_path: Path) -> None:
     printed = run_installed(installed, tmp_path, "launch", "list")
     assert "zero3_gpt2xl" in printed
+    assert run_installed(installed, tmp_path, "launch", "--version") == f"launch {launcher.__version__}\n"
 
 
 def test_the_module_plans_from_another_directory(installed: Path, tmp_path: Path) -> None:

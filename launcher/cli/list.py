@@ -51,7 +51,7 @@ def _overview(known: dict[str, list[str]], width: int) -> Iterator[str]:
 
 
 def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width: int) -> Iterator[str]:
-    rows = [(option, _comment(_file(group, option, folders))) for option in known.get(group, [])]
+    rows = [(option, first_comment(_file(group, option, folders))) for option in known.get(group, [])]
     yield from format_table(rows, width=width)
     kinds = KINDS.get(group, {})
     classes: list[type] = [RunOptions] if group == "run" else [component_class(group, kind) for kind in kinds]
@@ -65,7 +65,7 @@ def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width
 
 def _one(group: str, option: str, folders: Sequence[Path], width: int) -> Iterator[str]:
     file = _file(group, option, folders)
-    yield from textwrap.wrap(f"{group}/{option}: {_comment(file)}", width, break_long_words=False)
+    yield from textwrap.wrap(f"{group}/{option}: {first_comment(file)}", width, break_long_words=False)
     given: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
     if given.get("kind") not in KINDS.get(group, {}) or "defaults" in given:  # exp, sweep, or built on other options
         yield file.read_text(encoding="utf-8").rstrip()
@@ -94,7 +94,7 @@ def _file(group: str, option: str, folders: Sequence[Path]) -> Path:
     return next(file for folder in folders if (file := folder / group / f"{option}.yaml").is_file())
 
 
-def _comment(file: Path) -> str:
+def first_comment(file: Path) -> str:
     """Return the first comment of a YAML file that is not a directive of Hydra's."""
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.startswith("#") and "@package" not in line:

@@ -63,7 +63,7 @@ def parse(name: str, words: Sequence[str]) -> Arguments:
         if word.startswith("-"):
             raise _unknown_flag(word, verb)
     if left:
-        raise ConfigError(parser.prog, why=f"unexpected argument {left[0]}", fix=f"write {_usage(name, verb)}")
+        raise ConfigError(parser.prog, why=f"unexpected argument {left[0]}", fix=f"write {synopsis(name, verb)}")
     return parsed
 
 
@@ -130,7 +130,7 @@ def _build_parser(name: str, verb: Verb) -> _Parser:
     """Return the argparse parser of a verb, built from its declaration."""
     parser = _Parser(
         prog=f"launch {name}".rstrip(),
-        usage=_escape(_usage(name, verb)),
+        usage=_escape(synopsis(name, verb)),
         formatter_class=_Formatter,
         add_help=False,
         allow_abbrev=False,
@@ -157,7 +157,7 @@ def _build_parser(name: str, verb: Verb) -> _Parser:
     return parser
 
 
-def _usage(name: str, verb: Verb) -> str:
+def synopsis(name: str, verb: Verb) -> str:
     """Return the synopsis of a verb."""
     words = [one.usage for one in verb.positionals] if name else ["[VERB]", "[OVERRIDE…]"]
     options = [one.usage for one in verb.options if not one.is_hidden]

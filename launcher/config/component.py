@@ -53,13 +53,19 @@ def class_title(cls: type) -> str:
     return (inspect.getdoc(cls) or "").partition("\n")[0]
 
 
-def field_docs(cls: type) -> dict[str, str]:
-    """Return the docstring under each field of a dataclass and its bases, in one line each."""
+def field_docs(cls: type, *, with_markup: bool = False) -> dict[str, str]:
+    """Return the docstring under each field of a dataclass and its bases, in one line each.
+
+    Args:
+        cls: the dataclass.
+        with_markup: keep the backquotes around code.
+    """
     docs: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         if dataclasses.is_dataclass(base):
             docs.update(_docs_of_file(inspect.getfile(base)).get(base.__name__, {}))
-    return {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
+    texts = {field.name: docs.get(field.name, "") for field in dataclasses.fields(cls)}
+    return texts if with_markup else {name: text.replace("``", "") for name, text in texts.items()}
 
 
 @functools.cache
@@ -75,4 +81,4 @@ def _field_docstrings(node: ast.ClassDef) -> Iterator[tuple[str, str]]:
         if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
             text = following.value.value
             if isinstance(text, str):
-                yield statement.target.id, " ".join(text.split()).replace("``", "")
+                yield statement.target.id, " ".join(text.split())

@@ -142,3 +142,17 @@ def test_a_docstring_with_a_long_first_line_is_refused(program: Path) -> None:
     assert ended.returncode == 1
     find = "launcher/utils/planted.py:7: first line of a docstring has 91 characters, at most 90"
     assert ended.stdout.splitlines() == [find]
+
+
+def test_a_link_that_leads_nowhere_is_refused_by_the_site(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs")
+    shutil.copy(REPOSITORY / "mkdocs.yml", tmp_path)
+    with (tmp_path / "docs" / "index.md").open("a") as page:
+        page.write("\n[a page](nowhere.md) [a heading](reference/index.md#nowhere)\n")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    found = [line for line in ended.stderr.splitlines() if line.startswith("WARNING")]
+    assert len(found) == 2, ended.stderr
+    assert "'nowhere.md'" in "".join(found)
+    assert "'reference/index.md#nowhere'" in "".join(found)

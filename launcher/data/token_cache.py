@@ -1,14 +1,16 @@
 """The token cache: a corpus tokenized once per machine, by its own BPE or a given tokenizer.
 
 A cache folder holds ``tokens.arrow`` (a column of token lists; read one after the other they are the stream),
-``stream.json`` (where in that file the tokens lie) and ``tokenizer.json``. Its name is a hash of the text, the
+``stream.json`` (where in that file the tokens lie, and checksums) and ``tokenizer.json``. Its name is a hash of the text, the
 tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
+import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from launcher.models.tokenizer import FastTokenizer, copy_tokenizer, load_tokeni
 from launcher.utils.build_cache import build_once
 from launcher.utils.files import read_json, sha256_of, write_atomic, write_json
 from launcher.utils.hub import fetch_model
+from launcher.utils.text import bytes_text
 
 
 def train_bpe(pieces: Iterable[TextChunk], *, vocab_size: int) -> FastTokenizer:
@@ -37,9 +40,13 @@ def read_bpe(file: Path) -> FastTokenizer:
     return FastTokenizer(inner=inner, end_id=inner.token_to_id(END))
 
 
-_FORMAT = 1
 _TOKENS, _TOKENIZER = "tokens.arrow", "tokenizer.json"
 _GENERATION = "generation_config.json"
+_CHECKED_BYTES = 4 << 30
+"""Tokens up to this size are compared with their checksum at every start: two seconds, and memory keeps them."""
+_BLOCK_BYTES = 16 << 20
+_SHOWN_S = 1.0
+"""A comparison that takes longer is printed."""
 _PIECES_AT_ONCE = 64
 _ROWS_AT_ONCE = 4096
 
@@ -50,8 +57,7 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
     Any number of processes may call this at once: one builds, the others wait. ``heartbeat`` is called meanwhile.
     """
     given = None if data.trains_tokenizer else given_tokenizer(data, model, heartbeat=heartbeat)
-    spec = f"bpe {data.vocab_size}" if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
-    key = sha256_of(json.dumps([_FORMAT, data.fingerprint(), spec]).encode())[:32]
+    spec = data.trained_tokenizer if given is None else f"{given.end_id} {sha256_of(given.to_json().encode())}"
 
     def build(folder: Path) -> None:
         heartbeat()
@@ -61,23 +67,43 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
         write_tokens(folder, data, tokenizer, heartbeat=heartbeat)
 
     option = "data.cache" if data.cache else "XDG_CACHE_HOME"
-    folder = build_once(data.cache_folder / key, build, heartbeat=heartbeat, option=option, is_intact=_is_intact)
+    is_intact = functools.partial(_is_intact, heartbeat=heartbeat)
+    folder = build_once(data.token_cache(spec), build, heartbeat=heartbeat, option=option, is_intact=is_intact)
     return folder, given or read_bpe(folder / _TOKENIZER)
 
 
-def _is_intact(folder: Path) -> bool:
-    """Return whether a cache folder is complete: layout, all tokens, tokenizer.
+def _is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
+    """Return whether a cache folder holds its layout, all tokens and a tokenizer, as they were written.
 
-    Contents are not compared.
+    Contents are compared by checksum, tokens of more than 4 GiB by size alone: reading those would take longer than
+    the rest of a start.
     """
+    started = time.monotonic()
     try:
         layout = read_json(folder / STREAM_LAYOUT)
         size = {"uint16": 2, "uint32": 4}[layout["dtype"]]
         ends = [start + count * size for start, count in layout["segments"]]
-        is_whole = layout["file"] == _TOKENS and max(ends, default=0) <= (folder / _TOKENS).stat().st_size
-        return is_whole and "model" in read_json(folder / _TOKENIZER)
+        num_bytes = (folder / _TOKENS).stat().st_size
+        if layout["file"] != _TOKENS or max(ends, default=0) > num_bytes:
+            return False
+        names = (_TOKENIZER, _TOKENS) if num_bytes <= _CHECKED_BYTES else (_TOKENIZER,)
+        is_whole = all(_checksum(folder / name, heartbeat=heartbeat) == layout["crc32"][name] for name in names)
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
+    taken_s = time.monotonic() - started
+    if taken_s > _SHOWN_S:
+        print(f"compared {bytes_text(num_bytes)} of cached tokens with their checksum in {taken_s:.1f} s", flush=True)
+    return is_whole
+
+
+def _checksum(file: Path, *, heartbeat: Callable[[], None]) -> int:
+    """Return the CRC-32 of a file."""
+    found = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            found = zlib.crc32(block, found)
+            heartbeat()
+    return found
 
 
 def given_tokenizer(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -> FastTokenizer:
@@ -133,7 +159,14 @@ def write_tokens(folder: Path, data: Corpus, tokenizer: FastTokenizer, *, heartb
             writer.write_batch({"tokens": rows})
             heartbeat()
         writer.finalize()
-    layout = {"source": data.fingerprint(), "file": _TOKENS, "dtype": dtype, "segments": _segments(folder / _TOKENS)}
+    files = [file for file in (folder / _TOKENS, folder / _TOKENIZER) if file.exists()]
+    layout = {
+        "source": data.fingerprint(),
+        "file": _TOKENS,
+        "dtype": dtype,
+        "segments": _segments(folder / _TOKENS),
+        "crc32": {file.name: _checksum(file, heartbeat=heartbeat) for file in files},
+    }
     write_json(folder / STREAM_LAYOUT, layout)
 
 

@@ -27,6 +27,9 @@ from launcher.protocol.plan import Host
 from launcher.protocol.rundir import RunDir
 from launcher.utils.hub import cached_folder, validate_dataset_fetch, validate_hub_fetch, validate_hub_name
 
+_COMPARED_CHARS = 1 << 20
+"""A BPE of so much text is trained in a second, to compare it with that of a checkpoint."""
+
 
 def validate_inputs(run: Run, run_dir: RunDir, *, hosts: Sequence[Host]) -> Iterator[ConfigError]:
     """Yield errors of the files and hub names that ranks will load, one for each cause."""
@@ -144,7 +147,8 @@ def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
 def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[ConfigError]:
     """Yield a tokenizer of the data that differs from the one of ``saved``.
 
-    Only tokenizers in folders on this machine and the BPE of a small text are compared. Ranks compare the others.
+    Tokenizers in folders on this machine are compared, and a BPE whose tokens are cached or whose text is short. Of the
+    BPE of a longer text the plan knows no more than its largest size. Ranks compare the others.
     """
     data = run.data
     if not isinstance(data, Corpus) or data.tokenizer == CHECKPOINT_TOKENIZER:
@@ -153,11 +157,13 @@ def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[Con
     if known is None:
         return
     if data.trains_tokenizer:
-        own = _small_vocabulary(data)
+        own = _trained_vocabulary(data)
+        differs = len(known) > data.vocab_size if own is None else own != known
     else:
         folder = _tokenizer_folder(run, RunDir(saved.folder.parent.parent), data.tokenizer)
         own = None if folder is None else folder_vocabulary(folder)
-    if own is None or not _contradict(own, known):
+        differs = own is not None and _contradict(own, known)
+    if not differs:
         return
     why = f"{saved.folder}, which the run resumes from, was trained with another tokenizer"
     weights = f"model.weights={saved.folder} checkpoint.resume=none"
@@ -165,13 +171,15 @@ def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[Con
     yield ConfigError("data.tokenizer", data.tokenizer, why=why, fix=fix)
 
 
-def _small_vocabulary(data: Corpus) -> dict[str, int] | None:
+def _trained_vocabulary(data: Corpus) -> dict[str, int] | None:
+    """Return the vocabulary of the BPE that is trained on the text; ``None`` if training it takes long."""
     try:
-        pieces = data.small_pieces()
-    except ConfigError:
+        cached = folder_vocabulary(data.token_cache(data.trained_tokenizer))
+        pieces = data.small_pieces(_COMPARED_CHARS) if cached is None else None
+    except (ConfigError, OSError):
         return None  # validate_inputs reports it
     if pieces is None:
-        return None
+        return cached
     return trained_vocabulary([piece.text for piece in pieces], vocab_size=data.vocab_size)
 
 

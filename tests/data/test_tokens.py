@@ -108,6 +108,23 @@ def test_a_damaged_cache_is_built_anew(
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, f"{folder.name}.lock"]
 
 
+@pytest.mark.parametrize("name", ["tokens.arrow", "tokenizer.json"])
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.999])
+def test_a_flipped_bit_in_the_cache_is_noticed(
+    text: MakeText, model: Gpt2, name: str, place: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = token_folder(text(), model, heartbeat=quiet)
+    written = (folder / name).read_bytes()
+    content = bytearray(written)
+    content[int(len(content) * place)] ^= 1
+    (folder / name).write_bytes(content)
+    again, _ = token_folder(text(), model, heartbeat=quiet)
+    assert f"{folder} is damaged; it is rebuilt" in capsys.readouterr().out
+    assert (again / name).read_bytes() == written
+    token_folder(text(), model, heartbeat=quiet)
+    assert "damaged" not in capsys.readouterr().out
+
+
 def test_one_cache_serves_every_length_and_split(text: MakeText, model: Gpt2) -> None:
     data = text()
     short = open_splits(data, model, sequence_length=10, seed=0)

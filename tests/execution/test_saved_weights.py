@@ -15,6 +15,7 @@ from launcher.checkpoint.manifest import describe_checkpoint
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import Composition, compose
+from launcher.config.data.base import Corpus
 from launcher.config.data.bpe import train_byte_level_bpe
 from launcher.config.run import Run
 from launcher.config.snapshot import save_run
@@ -425,6 +426,44 @@ def test_another_tokenizer_is_refused_where_a_run_resumes(write: Write, tmp_path
         assert not _tokenizer_errors(resolved(*words, f"data.tokenizer={tokenizer}"))
     (tmp_path / "copy.txt").write_text(Path("one.txt").read_text())
     assert not _tokenizer_errors(resolved(*words[:-2], "data.path=copy.txt", words[-1], "data.tokenizer=bpe"))
+
+
+@pytest.mark.usefixtures("texts")
+def test_another_size_of_the_tokenizer_is_refused_where_a_run_resumes(write: Write) -> None:
+    """The smaller of two vocabularies of one text is the beginning of the larger."""
+    known = train_byte_level_bpe([Path("one.txt").read_text()], vocab_size=280)
+    write(10, "data=text", "data.path=one.txt", tokenizer=known.to_str())
+    words = ("job=train", *TRAINED[:-1], "data=text", "data.path=one.txt", f"checkpoint.resume={ID}")
+    for size in (270, 290):
+        assert _tokenizer_errors(resolved(*words, "data.tokenizer=bpe", f"data.vocab_size={size}"))
+    assert not _tokenizer_errors(resolved(*words, "data.tokenizer=bpe", "data.vocab_size=280"))
+
+
+@pytest.mark.usefixtures("texts")
+def test_the_tokenizer_of_a_long_text_is_compared_where_its_tokens_are_cached(write: Write, tmp_path: Path) -> None:
+    known = train_byte_level_bpe([Path("one.txt").read_text()], vocab_size=280)
+    write(10, "data=text", "data.path=one.txt", tokenizer=known.to_str())
+    Path("long.txt").write_text(OTHER_TEXT * (3 * (1 << 20) // len(OTHER_TEXT)))
+    words = ("job=train", *TRAINED[:-1], "data=text", "data.path=long.txt", f"data.cache={tmp_path}/tokens")
+    words = (*words, f"checkpoint.resume={ID}", "data.tokenizer=bpe")
+    run = resolved(*words, "data.vocab_size=280")
+    assert not _tokenizer_errors(run), "the ranks compare them"
+    assert _tokenizer_errors(resolved(*words, "data.vocab_size=279")), "the checkpoint's is larger"
+    assert isinstance(run.data, Corpus)
+    folder = run.data.token_cache(run.data.trained_tokenizer)
+    folder.mkdir(parents=True)
+    train_byte_level_bpe([OTHER_TEXT], vocab_size=280).save(str(folder / "tokenizer.json"))
+    assert _tokenizer_errors(run)
+    known.save(str(folder / "tokenizer.json"))
+    assert not _tokenizer_errors(run)
+
+
+@pytest.mark.usefixtures("texts")
+def test_the_default_text_is_short_enough_to_compare(write: Write) -> None:
+    known = train_byte_level_bpe([Path("one.txt").read_text()], vocab_size=300)
+    write(10, "data=text", "data.path=one.txt", tokenizer=known.to_str())
+    words = ("job=train", *TRAINED[:-1], "data=text", f"checkpoint.resume={ID}", "data.tokenizer=bpe")
+    assert _tokenizer_errors(resolved(*words, "data.vocab_size=300"))
 
 
 @pytest.mark.parametrize("job", ["train", "evaluate"])

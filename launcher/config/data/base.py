@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from abc import abstractmethod
@@ -15,7 +16,7 @@ from launcher.config.data.bpe import count_folder_tokens, count_tokens
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
 from launcher.utils.build_cache import default_cache_folder
-from launcher.utils.files import read_object
+from launcher.utils.files import read_object, sha256_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ STREAM_LAYOUT = "stream.json"
 """File in a folder of the token cache: what was tokenised, and where the tokens lie."""
 
 
+_TOKEN_CACHE_FORMAT = 2
 SMALL_CHARS = 1 << 18
 """A corpus up to this size is read whole before anything starts."""
 
@@ -156,8 +158,11 @@ class Corpus(Data):
         """The option that names the text."""
         return "data.path"
 
-    def small_pieces(self) -> list[TextChunk] | None:
+    def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of a small local corpus; ``None`` of others.
+
+        Args:
+            most: characters of a small one.
 
         Raises:
             ConfigError: it cannot be read.
@@ -176,6 +181,20 @@ class Corpus(Data):
     def cache_folder(self) -> Path:
         """Where tokenised data is kept."""
         return Path(self.cache).expanduser() if self.cache else default_cache_folder("data")
+
+    def token_cache(self, tokenizer: str) -> Path:
+        """Return the folder of this text's tokens in the cache, which may not exist.
+
+        Args:
+            tokenizer: what the tokens depend on besides the text: ``trained_tokenizer``, or a hash of a given one.
+        """
+        key = json.dumps([_TOKEN_CACHE_FORMAT, self.fingerprint(), tokenizer])
+        return self.cache_folder / sha256_of(key.encode())[:32]
+
+    @property
+    def trained_tokenizer(self) -> str:
+        """What ``token_cache`` calls the BPE that is trained on the text."""
+        return f"bpe {self.vocab_size}"
 
     @abstractmethod
     def fingerprint(self) -> str:

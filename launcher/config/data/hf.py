@@ -160,16 +160,16 @@ class HfData(Corpus):
         """The option that names the text."""
         return "data.files" if self.files else "data.path"
 
-    def small_pieces(self) -> list[TextChunk] | None:
+    def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of small local files, or that of the slices of them."""
         found = files.expand(self.patterns, option="data.files")[0] if self.files else []
-        if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
+        if not found or sum(file.stat().st_size for file in found) > most:
             return None
         if self.reads_files:
-            return files.beginning(self.local_pieces(), SMALL_CHARS)
+            return files.beginning(self.local_pieces(), most)
         rows = list(self._file_rows())
         chosen = (rows[number] for part in self._slices for number in part.rows(len(rows)))
-        return files.beginning(self.texts_of(chosen), SMALL_CHARS)
+        return files.beginning(self.texts_of(chosen), most)
 
     def local_pieces(self) -> Iterator[TextChunk]:
         """Yield the text of each row of local files."""

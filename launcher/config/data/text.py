@@ -119,12 +119,14 @@ class Text(Corpus):
             except BadFile as bad:
                 raise ConfigError("data.path", file, why=bad.why, fix=bad.fix) from bad
 
-    def small_pieces(self) -> list[TextChunk] | None:
+    def small_pieces(self, most: int = SMALL_CHARS) -> list[TextChunk] | None:
         """Return the whole text of a small corpus."""
-        found = [] if self.path == _PYTHON_DOCS else self._files()[0]
-        if not found or sum(file.stat().st_size for file in found) > SMALL_CHARS:
+        if self.path == _PYTHON_DOCS:
+            return files.beginning(self.local_pieces(), most) if most > SMALL_CHARS else None
+        found = self._files()[0]
+        if not found or sum(file.stat().st_size for file in found) > most:
             return None
-        return files.beginning(self.local_pieces(), SMALL_CHARS)
+        return files.beginning(self.local_pieces(), most)
 
     def _files(self) -> tuple[list[Path], list[ConfigError]]:
         return files.expand([self.path] if isinstance(self.path, str) else self.path, option="data.path")

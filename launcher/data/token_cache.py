@@ -1,8 +1,8 @@
 """The token cache: a corpus tokenized once per machine, by its own BPE or a given tokenizer.
 
 A cache folder holds ``tokens.arrow`` (a column of token lists; read one after the other they are the stream),
-``stream.json`` (where in that file the tokens lie, and checksums) and ``tokenizer.json``. Its name is a hash of the text, the
-tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
+``stream.json`` (where in that file the tokens lie, and checksums) and ``tokenizer.json``. Its name is a hash of the
+text, the tokenizer and this format, and nothing in it depends on the sequence length or the held-out share.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def read_bpe(file: Path) -> FastTokenizer:
 _TOKENS, _TOKENIZER = "tokens.arrow", "tokenizer.json"
 _GENERATION = "generation_config.json"
 _CHECKED_BYTES = 4 << 30
-"""Tokens up to this size are compared with their checksum at every start: two seconds, and memory keeps them."""
+"""Tokens of more bytes are compared by size alone: reading them takes over two seconds."""
 _BLOCK_BYTES = 16 << 20
 _SHOWN_S = 1.0
 """A comparison that takes longer is printed."""
@@ -73,7 +73,7 @@ def token_folder(data: Corpus, model: Model, *, heartbeat: Callable[[], None]) -
 
 
 def _is_intact(folder: Path, *, heartbeat: Callable[[], None]) -> bool:
-    """Return whether a cache folder holds its layout, all tokens and a tokenizer, as they were written.
+    """Return whether a cache folder holds layout, tokens and tokenizer as they were written.
 
     Contents are compared by checksum, tokens of more than 4 GiB by size alone: reading those would take longer than
     the rest of a start.

@@ -172,7 +172,7 @@ def validate_resumed_tokenizer(run: Run, saved: SavedCheckpoint) -> Iterator[Con
 
 
 def _trained_vocabulary(data: Corpus) -> dict[str, int] | None:
-    """Return the vocabulary of the BPE that is trained on the text; ``None`` if training it takes long."""
+    """Return the vocabulary of the BPE of a text; ``None`` if training it takes long."""
     try:
         cached = folder_vocabulary(data.token_cache(data.trained_tokenizer))
         pieces = data.small_pieces(_COMPARED_CHARS) if cached is None else None

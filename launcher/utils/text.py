@@ -220,7 +220,7 @@ def _wrapped(cell: str, size: int | None, *, breaks: bool = True) -> list[str]:
 
 
 def num_columns(text: str) -> int:
-    """Return how many columns of a terminal text on one line takes: wide letters (CJK, emoji) take two."""
+    """Return the columns of a terminal that text takes; wide letters (CJK, emoji) take two."""
     return len(text) if text.isascii() else sum(map(_columns_of, text))
 
 

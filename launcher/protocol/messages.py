@@ -253,7 +253,7 @@ class AgentIdle(AgentMessage):
 
 
 def with_short_texts(message: AgentMessage) -> AgentMessage:
-    """Return ``message`` with the middle left out of each text that is too long; files and output stay whole."""
+    """Return ``message`` with long texts cut in the middle; files and output stay whole."""
     if isinstance(message, FileChunk | OutputLine):
         return message
     long = {

@@ -136,7 +136,7 @@ def _record_exception(error: BaseException, env: RankEnv, heartbeat: Heartbeat, 
 
 
 def _short(text: str) -> str:
-    """Return the text as a message carries it: an exception may hold megabytes, which the log has whole."""
+    """Return the text cut to the size of a message; the log has all of a long exception."""
     return cut_middle(text, limit=MAX_TEXT_CHARS)
 
 

@@ -10,7 +10,7 @@ With p ranks, m micro-batches and v model chunks on each rank:
 - interleaved 1F1B (arXiv:2104.04473, sec. 2.2.2), m >= p: (p - 1) / (v m + p - 1)
 - zero bubble: a rank waits (p - 1) (T_F + T_B - T_W), T_B being that of the input (ZB-H1, arXiv:2401.10241, sec. 2 and
   table 2). With equal times and v chunks this is (p - 1) / (3 v m + p - 1), interleaved for m >= p, in a V for
-  m >= 2p - 1. The zero of the title needs an optimiser step that does not wait for all ranks, which is not how steps
+  m >= 2p - 1. The zero of the title needs an optimizer step that does not wait for all ranks, which is not how steps
   are taken here.
 
 With fewer micro-batches a pipeline is never full and no formula holds; there it is the longest path through the

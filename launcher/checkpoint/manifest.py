@@ -38,7 +38,7 @@ class CheckpointManifest:
     version: Literal[1] = 1
     """Of this format."""
     step: int
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     created: float
     """Seconds since 1970."""
     run_id: str

@@ -20,7 +20,7 @@ class Checkpoint(Component):
     summary_fields: ClassVar[tuple[str, ...]] = ("every", "resume")
 
     every: int = 0
-    """Optimiser steps between checkpoints; 0 writes none."""
+    """Optimizer steps between checkpoints; 0 writes none."""
 
     at_end: bool = False
     """Also write one after the last step."""

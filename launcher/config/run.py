@@ -36,7 +36,7 @@ from launcher.protocol.rundir import RunDir
 from launcher.utils.schema import to_tree
 
 LEARNING_GROUPS = frozenset({"optimizer", "schedule", "activation"})
-"""Groups that only optimiser steps use."""
+"""Groups that only optimizer steps use."""
 
 COMPUTING_GROUPS = LEARNING_GROUPS | {"precision", "attention", "compile"}
 """Groups that say how a model computes and learns."""
@@ -222,7 +222,7 @@ class BatchedJob(Job):
         return self.num_steps(run, world_size=world_size) * self.batch(run, world_size=world_size).global_batch
 
     def unused_groups(self, run: Run) -> frozenset[str]:
-        """Add what only optimiser steps use, where none are taken."""
+        """Add what only optimizer steps use, where none are taken."""
         return super().unused_groups(run) | (frozenset() if self.trains else LEARNING_GROUPS)
 
     def validate(self) -> Iterator[ConfigError]:
@@ -248,10 +248,10 @@ class BatchedJob(Job):
 
 @dataclass(frozen=True, kw_only=True)
 class LearningJob(BatchedJob):
-    """A job that takes optimiser steps."""
+    """A job that takes optimizer steps."""
 
     steps: int
-    """Optimiser steps."""
+    """Optimizer steps."""
 
     clip_norm: float = 1.0
     """Largest global L2 norm of the gradient; 0 leaves gradients as they are."""

@@ -26,7 +26,7 @@ class Schedule(Component):
         yield from self.validate_minimum(0, "warmup_steps")
 
     def factor(self, step: int, steps: int) -> float:
-        """Return the multiplier of the peak rate for optimiser step ``step`` (0-based) of ``steps``."""
+        """Return the multiplier of the peak rate for optimizer step ``step`` (0-based) of ``steps``."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         span = max(1, steps - self.warmup_steps)

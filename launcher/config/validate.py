@@ -180,7 +180,7 @@ def validate_quantized_weights(run: Run, option: str, value: object, *, instead:
         instead: what would work with any run.
     """
     if isinstance(run.job, BatchedJob) and run.job.trains:
-        why = f"job={run.job.kind} takes optimiser steps, and quantized layers cannot be trained"
+        why = f"job={run.job.kind} takes optimizer steps, and quantized layers cannot be trained"
         yield ConfigError(option, value, why=why, fix=instead)
     elif isinstance(run.benchmark, Benchmark) and not run.benchmark.supports_quantized:
         why = f"benchmark={run.benchmark.kind} trains the model, quantizes it itself, or has none"

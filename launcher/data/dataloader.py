@@ -93,7 +93,7 @@ class Loader:
         self._splits, self._batch, self._seed, self._rank = splits, batch, seed, rank
 
     def step(self, step: int) -> list[MicroBatch]:
-        """Return the micro-batches of optimiser step ``step`` (0-based).
+        """Return the micro-batches of optimizer step ``step`` (0-based).
 
         The sample at each position of the global batch depends on the seed, the step and the position alone.
         """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """One optimiser step, the same on every rank."""
+    """One optimizer step, the same on every rank."""
 
     loss: float
     """Mean over all tokens of the global batch, before the update, in nats."""
@@ -56,7 +56,7 @@ class Engine(ABC):
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
-        """Take one optimiser step.
+        """Take one optimizer step.
 
         Args:
             micro_batches: this rank's share of the global batch.
@@ -103,7 +103,7 @@ class Engine(ABC):
         """Continue from what ``save`` wrote.
 
         Raises:
-            JobError: the folder does not hold this model and optimiser.
+            JobError: the folder does not hold this model and optimizer.
         """
 
     @abstractmethod

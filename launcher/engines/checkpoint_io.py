@@ -44,7 +44,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         reader = HuggingFaceStorageReader(str(folder))
         dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
     except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-        raise JobError(f"{folder} does not hold this model and optimiser: {error}", exit_code=EXIT_BAD_INPUT) from error
+        raise JobError(f"{folder} does not hold this model and optimizer: {error}", exit_code=EXIT_BAD_INPUT) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class OptimizerStep:
-    """The optimiser of one rank, and everything between its gradients and its next weights.
+    """The optimizer of one rank, and everything between its gradients and its next weights.
 
     Master weights, gradients and moments are fp32. The norm is that of the whole model, whatever share of it this rank
     holds, so every rank clips alike.
 
     Args:
         modules: what this rank trains; one, or several chunks of a pipeline.
-        run: for optimiser, precision and clipping.
+        run: for optimizer, precision and clipping.
         device: where this rank computes.
         stages: the group of ranks that hold the other layers of this model, if there are any.
         counted_elsewhere: parameters of ``modules`` that another stage holds too and counts in the norm.
@@ -170,7 +170,7 @@ class LossScale:
 
 
 def decay_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Return optimiser groups: matrices decay, biases and norms do not.
+    """Return optimizer groups: matrices decay, biases and norms do not.
 
     Under ZeRO-3 a parameter is empty and its true shape is in ``ds_shape``.
     """

@@ -107,7 +107,7 @@ class TorchEngine(Engine):
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimiser, once or every rank its shards, and generators rank by rank.
+        """Write weights and optimizer, once or every rank its shards, and generators rank by rank.
 
         The weights of replicas (``model/``) are what ``model.weights`` takes too.
         """

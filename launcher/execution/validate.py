@@ -148,7 +148,7 @@ def _validate_unwritable(option: str, folder: Path) -> Iterator[ConfigError]:
 
 
 def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield an error if a disk of this machine has no room for the optimiser state.
+    """Yield an error if a disk of this machine has no room for the optimizer state.
 
     It is checked at the start, not in plans, which may be for later.
     """
@@ -163,7 +163,7 @@ def validate_nvme_space(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError
     disk = os.statvfs(there)
     free, least = disk.f_bavail * disk.f_frsize, state.per_rank.optimizer * max(host.slots for host in local)
     if free < least:
-        why = f"its disk has {bytes_text(free)} free, and optimiser state alone takes {bytes_text(least)}"
+        why = f"its disk has {bytes_text(free)} free, and optimizer state alone takes {bytes_text(least)}"
         fix = f"set parallel.nvme_path to a disk with {bytes_text(state.per_host_nvme)} free"
         yield ConfigError("parallel.nvme_path", folder, why=why, fix=fix)
 

@@ -34,7 +34,7 @@ class HeartbeatState:
     phase: str
     """Phase that it had entered (``forward``)."""
     step: int | None
-    """Optimiser step, ``None`` before the first."""
+    """Optimizer step, ``None`` before the first."""
     at: float
     """``time.monotonic()`` of its host."""
     numbers: dict[str, float] = field(default_factory=dict)
@@ -56,7 +56,7 @@ class Heartbeat:
 
         Args:
             phase: what this rank does from now on.
-            step: optimiser step; kept from the last call when ``None``.
+            step: optimizer step; kept from the last call when ``None``.
             numbers: values to show (``steps``, ``loss``, ``tokens_per_s``); those that are not finite are dropped.
         """
         self._step = self._step if step is None else step

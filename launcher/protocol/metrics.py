@@ -37,7 +37,7 @@ class MetricsWriter:
         self._file = open_append(path)
 
     def record(self, step: int, **metrics: float) -> None:
-        """Append one line for ``step`` (optimiser steps done so far).
+        """Append one line for ``step`` (optimizer steps done so far).
 
         Raises:
             OSError: the disk is full or gone.

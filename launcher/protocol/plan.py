@@ -111,7 +111,7 @@ class Batch:
 
     @property
     def global_batch(self) -> int:
-        """Sequences in one optimiser step over all ranks."""
+        """Sequences in one optimizer step over all ranks."""
         return self.micro_batch * self.gradient_accumulation_steps * self.data_parallel
 
     def __str__(self) -> str:
@@ -126,7 +126,7 @@ class Work:
     batch: Batch | None
     """``None`` for a job whose steps are no batches: a benchmark, a quantization."""
     num_steps: int
-    """Optimiser steps, or what else the job counts its progress in."""
+    """Optimizer steps, or what else the job counts its progress in."""
     tokens_per_step: int
     total_tokens: int
     """Of all steps; the last ones of an evaluation may not be full."""

@@ -18,7 +18,7 @@ class RankTracker:
 
     Args:
         host_of: the host of every rank.
-        num_steps: optimiser steps of the whole run; a rank that exits with 0 before the last one has left early.
+        num_steps: optimizer steps of the whole run; a rank that exits with 0 before the last one has left early.
     """
 
     def __init__(self, host_of: Mapping[int, str], *, num_steps: int) -> None:

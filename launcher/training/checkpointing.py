@@ -166,7 +166,7 @@ def save_checkpoint(
         store: of the run's checkpoints.
         context: of this rank.
         engine: whose state is saved.
-        step: optimiser steps done.
+        step: optimizer steps done.
         held_out_loss: at this step, where it was measured.
         tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
 
@@ -232,6 +232,6 @@ def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) ->
 
 
 def _last_lr(run: Run, step: int) -> float | None:
-    """Return the learning rate of optimiser step ``step`` (1-based), which has been taken."""
+    """Return the learning rate of optimizer step ``step`` (1-based), which has been taken."""
     steps = run.job.optimizer_steps
     return run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None

@@ -50,7 +50,7 @@ class Recorder:
         return peak_flops(torch.cuda.get_device_name(self._device), precision=self._context.run.precision.kind)
 
     def step(self, done: int, result: StepResult, *, lr: float, elapsed_s: float, parts: Mapping[str, float]) -> None:
-        """Record one optimiser step.
+        """Record one optimizer step.
 
         Args:
             done: steps done, this one included.
@@ -164,7 +164,7 @@ def draw_curve(metrics: Path, picture: Path, *, baselines: Mapping[str, float]) 
         axes.plot(
             steps, losses, "o-", color=_HELD_OUT, markersize=4, linewidth=1.5, label=f"held out ({losses[-1]:.3f})"
         )
-    axes.set_xlabel("optimiser step")
+    axes.set_xlabel("optimizer step")
     axes.set_ylabel("cross entropy, nats a token")
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
     axes.set_axisbelow(True)

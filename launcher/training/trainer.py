@@ -69,7 +69,7 @@ class Trainer:
         self.context.heartbeat.update("done", self.job.steps)
 
     def advance(self, step: int) -> None:
-        """Take optimiser step ``step`` (0-based), then evaluate and save where it is time to."""
+        """Take optimizer step ``step`` (0-based), then evaluate and save where it is time to."""
         done = step + 1
         if self.train_step(step).preempted and done < self.job.steps:
             self.exit_preempted(done)
@@ -80,7 +80,7 @@ class Trainer:
             self.save(done, held_out)
 
     def train_step(self, step: int) -> StepResult:
-        """Take optimiser step ``step`` (0-based) and record it."""
+        """Take optimizer step ``step`` (0-based) and record it."""
         started, self.clock.step = time.perf_counter(), step
         with self.clock.phase("data"):
             micro_batches = self.loader.step(step)

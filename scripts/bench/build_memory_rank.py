@@ -30,7 +30,7 @@ def engine(context: Context) -> Callable[[], None]:
 
 
 def zero3(context: Context) -> Callable[[], None]:
-    """Partition each part as it is built: what the engine does before ``initialize``, which makes optimiser state."""
+    """Partition each part as it is built: what the engine does before ``initialize``, which makes optimizer state."""
     from launcher.config.parallel.zero import Zero
     from launcher.engines.deepspeed.base import connect_deepspeed, prepare_environment
     from launcher.engines.deepspeed.zero import ZeroPartitioner, assert_partitioned

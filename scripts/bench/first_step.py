@@ -1,4 +1,4 @@
-"""Seconds from the command to the end of the first optimiser step, against torchrun on a bare script on the same work.
+"""Seconds from the command to the end of the first optimizer step, against torchrun on a bare script on the same work.
 
 Goal: at most 1.15 x the bare script's plus 1 s.
 """

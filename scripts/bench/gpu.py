@@ -57,7 +57,7 @@ def parse(words: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model", choices=MODELS, default="gpt2_xl", help="tiny is for tests of this script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu is for tests of this script")
-    parser.add_argument("--steps", type=int, default=20, help="optimiser steps of each run")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each run")
     parser.add_argument("--skip", type=int, default=6, help="first steps, which are left out: compiling, warming up")
     parser.add_argument("--rounds", type=int, default=2, help="times each is run, all in turn")
     parser.add_argument("--minutes", type=float, default=60, help="no run is started later; what is there is printed")

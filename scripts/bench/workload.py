@@ -33,7 +33,7 @@ class Workload:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens in one optimiser step over all ranks."""
+        """Tokens in one optimizer step over all ranks."""
         return self.ranks * self.accumulation * self.micro_batch * self.sequence_length
 
     def overrides(self) -> list[str]:

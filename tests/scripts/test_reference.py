@@ -45,7 +45,7 @@ def test_every_verb_and_option_has_its_row(pages: dict[str, str]) -> None:
 
 def test_a_row_shows_type_limits_default_and_meaning(pages: dict[str, str]) -> None:
     job, schedule = pages["job.md"], pages["schedule.md"]
-    assert "| `job.steps` | a whole number; at least 1 | `300` | Optimiser steps in the whole run;" in job
+    assert "| `job.steps` | a whole number; at least 1 | `300` | Optimizer steps in the whole run;" in job
     assert "| `job.top_p` | a number; above 0; at most 1 | `1.0` |" in job
     assert "| `schedule.final_factor` | a number; between 0 and 1 | `0.1` |" in schedule
 

@@ -140,7 +140,7 @@ def test_a_docstring_with_a_long_first_line_is_refused(program: Path) -> None:
     (program / "launcher" / "utils" / "planted.py").write_text(fields)
     ended = check_words(program)
     assert ended.returncode == 1
-    find = "launcher/utils/planted.py:7: first line of a docstring has 91 characters, at most 90"
+    find = "launcher/utils/planted.py:8: first line of a docstring has 91 characters, at most 90"
     assert ended.stdout.splitlines() == [find]
 
 

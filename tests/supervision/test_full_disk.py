@@ -261,7 +261,7 @@ def test_a_run_whose_optimizer_state_does_not_fit_is_not_started(
     words = (*SMALL, "parallel=zero_infinity", f"parallel.nvme_path={small}", "parallel.pin_memory=false")
     refused = launch_in_process(*words, "run.dir=run").expect(2)
     said = (
-        rf"nvme_path={small}: its disk has [56]\.\d\d MiB free, and optimiser state alone takes 7\.63 MiB; set parallel"
+        rf"nvme_path={small}: its disk has [56]\.\d\d MiB free, and optimizer state alone takes 7\.63 MiB; set parallel"
     )
     assert re.search(said, refused.stderr)
     assert list(tmp_path.iterdir()) == []
@@ -277,7 +277,7 @@ def test_what_dead_runs_left_on_nvme_takes_no_room_from_the_next(launch_in_proce
     launch_in_process(*words, "run.dir=run", "dry_run=true").expect(0)
     assert left.exists(), "nothing starts"
     refused = launch_in_process(*words, "run.dir=run").expect(2)
-    assert re.search(rf"nvme_path={small}: its disk has [56]\.\d\d MiB free, and optimiser state", refused.stderr)
+    assert re.search(rf"nvme_path={small}: its disk has [56]\.\d\d MiB free, and optimizer state", refused.stderr)
     assert not left.exists()
     assert alive.path.is_dir(), "its lock is held"
     alive.release()

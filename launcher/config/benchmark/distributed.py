@@ -156,7 +156,7 @@ class PipelineBenchmark(Benchmark):
     """Kinds of stages: ``sleep`` takes a known time, ``model`` computes the model's layers."""
 
     work: tuple[WorkKind, ...] = ("train", "infer")
-    """Whole optimiser steps, and forward passes alone."""
+    """Whole optimizer steps, and forward passes alone."""
 
     stages: tuple[int, ...] = (2,)
     """Ranks that a pipeline is made of; the run has as many as the longest takes."""

@@ -106,7 +106,7 @@ class CheckpointBenchmark(Benchmark):
     """Saves in a loop, and a further one that is restored."""
 
     every: int = 4
-    """Optimiser steps before each save, and after the last."""
+    """Optimizer steps before each save, and after the last."""
 
     micro_batch: int = 2
     """Sequences of each rank in a step."""

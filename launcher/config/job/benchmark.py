@@ -94,7 +94,7 @@ class BenchmarkJob(Job):
             yield from run.benchmark.describe(self.measured_run(run))
 
     def measured_run(self, run: Run) -> Run:
-        """Return the run that is measured: one that trains, if the cases take optimiser steps."""
+        """Return the run that is measured: one that trains, if the cases take optimizer steps."""
         options = run.benchmark.train_options if isinstance(run.benchmark, Benchmark) else None
         return run if options is None else replace(run, job=Train(seed=self.seed, **options))
 

@@ -128,7 +128,7 @@ class GeneratingJob(Job):
         return dims.tensor > 1 or dims.pipeline > 1
 
     def unused_groups(self, run: Run) -> frozenset[str]:
-        """Add what only optimiser steps use, and the data where its tokenizer is not taken."""
+        """Add what only optimizer steps use, and the data where its tokenizer is not taken."""
         data = set() if self.reads_data else {"data"}
         return super().unused_groups(run) | (COMPUTING_GROUPS if self.engine == "echo" else LEARNING_GROUPS) | data
 

@@ -21,16 +21,16 @@ class Train(LearningJob):
     handles_preemption: ClassVar[bool] = True
 
     steps: int = 300
-    """Optimiser steps in the whole run; a resumed run continues up to this number."""
+    """Optimizer steps in the whole run; a resumed run continues up to this number."""
 
     eval_every: int = 50
-    """Optimiser steps between evaluations; 0 evaluates only at the end."""
+    """Optimizer steps between evaluations; 0 evaluates only at the end."""
 
     eval_sequences: int = 64
     """Held-out sequences in one evaluation, over all ranks."""
 
     log_every: int = 10
-    """Optimiser steps between printed lines; metrics are recorded at every step."""
+    """Optimizer steps between printed lines; metrics are recorded at every step."""
 
     peak_tflops: float | None = None
     """Peak TFLOP/s of one rank's device, for perf/mfu; ``null`` looks the GPU up in a table.
@@ -60,7 +60,7 @@ class Train(LearningJob):
             yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
-        """Return the optimiser steps."""
+        """Return the optimizer steps."""
         return self.steps
 
     def files(self) -> Iterator[str]:

@@ -31,7 +31,7 @@ from launcher.utils.text import counted, did_you_mean
 
 @dataclass(frozen=True)
 class Strategy:
-    """What differs from the user's run; model, data, optimiser, steps and global batch never do."""
+    """What differs from the user's run; model, data, optimizer, steps and global batch never do."""
 
     parallel: Parallel
     _: KW_ONLY
@@ -209,7 +209,7 @@ class Verify(LearningJob):
     kind: ClassVar[str] = "verify"
 
     steps: int = 10
-    """Optimiser steps that every strategy takes."""
+    """Optimizer steps that every strategy takes."""
 
     strategies: Literal["auto"] | tuple[str, ...] = "auto"
     """Names from the plan's catalogue, ``run`` for the run's own, or ``auto`` (all that fit)."""

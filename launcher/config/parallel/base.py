@@ -100,12 +100,12 @@ class Parallel(Component):
 
     @property
     def gradient_accumulation_steps(self) -> int | None:
-        """Forward passes per optimiser step that the strategy itself asks for, if it does."""
+        """Forward passes per optimizer step that the strategy itself asks for, if it does."""
         return None
 
     @property
     def default_gradient_accumulation_steps(self) -> int:
-        """Forward passes per optimiser step where no option sets them."""
+        """Forward passes per optimizer step where no option sets them."""
         return 1
 
     def data_parallel(self, world_size: int) -> int:
@@ -114,7 +114,7 @@ class Parallel(Component):
 
     @abstractmethod
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return one rank's share of parameters, gradients and optimiser state."""
+        """Return one rank's share of parameters, gradients and optimizer state."""
 
     @abstractmethod
     def state_formula(self, world_size: int, precision: Precision) -> str:

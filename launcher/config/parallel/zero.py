@@ -38,10 +38,10 @@ class Zero(Parallel):
     supports_resharding: ClassVar[bool] = False
 
     stage: Literal[0, 1, 2, 3] = 3
-    """What is partitioned: 0 nothing, 1 optimiser state, 2 gradients too, 3 parameters too."""
+    """What is partitioned: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
 
     offload_optimizer: OffloadDevice = "none"
-    """Where optimiser state lives; ``cpu`` from stage 1, ``nvme`` at stage 3."""
+    """Where optimizer state lives; ``cpu`` from stage 1, ``nvme`` at stage 3."""
 
     offload_parameters: OffloadDevice = "none"
     """Where partitioned parameters live; stage 3 only."""
@@ -78,7 +78,7 @@ class Zero(Parallel):
     """Elements of parameters resident at once before some are released (stage 3)."""
 
     sub_group_size: int = 1_000_000_000
-    """Elements the optimiser updates at a time (stage 3): smaller needs less memory beside NVMe."""
+    """Elements the optimizer updates at a time (stage 3): smaller needs less memory beside NVMe."""
 
     nvme_buffer_size: int = 100_000_000
     """Elements of one staging buffer for parameters on NVMe; at least the largest parameter."""
@@ -352,7 +352,7 @@ def zero_state_bytes(
     parameters_on: str,
     parameters_in_ram: int,
 ) -> StateBytes:
-    """Return one rank's parameters, gradients and optimiser state in bytes.
+    """Return one rank's parameters, gradients and optimizer state in bytes.
 
     Args:
         num_params: Ψ.
@@ -391,11 +391,11 @@ def zero_memory_formula(world_size: int, *, stage: int, mixed: bool, low_memory:
     """Return the arithmetic of :func:`state_bytes` in words, with its source."""
     size, state_size = (2 if mixed else 4), (2 if low_memory else 4)
     states = state_size * (3 if mixed or stage > 0 else 2)
-    terms = (("parameters", size, "weights"), ("gradients", size, "gradients"), ("optimizer", states, "optimiser"))
+    terms = (("parameters", size, "weights"), ("gradients", size, "gradients"), ("optimizer", states, "optimizer"))
     parts = []
     for term, factor, word in terms:
         divided = f" / {world_size}" if stage >= _PARTITIONED_SINCE[term] else ""
         parts.append(f"{factor}N {word}{divided}")
     if offloads:
-        parts.append(f"{state_size}N gradients / {world_size} beside the offloaded optimiser")
+        parts.append(f"{state_size}N gradients / {world_size} beside the offloaded optimizer")
     return f"{' + '.join(parts)} bytes (ZeRO, arXiv:1910.02054, sec. 3.1 and 5)"

@@ -140,7 +140,7 @@ def test_the_formula_says_what_was_reckoned() -> None:
     assert (
         Zero(stage=2)
         .state_formula(4, Bf16Precision())
-        .startswith("2N weights + 2N gradients / 4 + 12N optimiser / 4 bytes")
+        .startswith("2N weights + 2N gradients / 4 + 12N optimizer / 4 bytes")
     )
     assert "4N gradients / 4 beside" in Zero(stage=2, offload_optimizer="cpu").state_formula(4, Bf16Precision())
 

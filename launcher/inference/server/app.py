@@ -1,4 +1,4 @@
-"""The application: every endpoint, in the order of the table in docs/serving.md."""
+"""The application: every endpoint, in the order of the table in docs/serve.md."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SLOW = {
     "launch +exp=zero3_gpt2xl parallel=zero_infinity parallel.nvme_path=DISK parallel.pin_memory=false "
     "parallel.reduce_bucket_size=100_000_000 precision=fp32 backend.ranks=1 job.steps=2 job.global_batch=1 "
     "job.sequence_length=64 job.eval_sequences=1 job.sample_tokens=2": (
-        "training/test_train.py::test_the_readmes_command_for_gpt2_xl_on_a_small_model"
+        "training/test_train.py::test_the_pages_command_for_gpt2_xl_on_a_small_model"
     ),
     "launch runs": "cli/test_runs.py::test_a_real_run",
     "launch status": "cli/test_status.py::test_a_real_run_that_is_over",

@@ -77,7 +77,7 @@ def validate_user_files(
                     f"take it out: sed -i '1s/^\\xEF\\xBB\\xBF//' {file}",
                 )
             elif tree is not None and not isinstance(tree, dict):
-                why, fix = f"{file} holds no options, each `name: value`", "see docs/train.md"
+                why, fix = f"{file} holds no options, each `name: value`", "launch list exp/ddp_gpt2 shows such a file"
             elif group == "exp" and not _is_global(raw):
                 yield _missing_package(file)
                 continue

@@ -101,10 +101,10 @@ def test_interrupting_a_grid_ends_it(launch_in_background, tmp_path):
     assert [trial["status"] for trial in read_json(table)["trials"]] == ["cancelled"]
 
 
-def test_the_readmes_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
-    readme = (REPOSITORY / "README.md").read_text()
+def test_the_pages_command_for_gpt2_xl_on_a_small_model(launch, tmp_path):
+    page = (REPOSITORY / "docs" / "train.md").read_text()
     (command,) = re.findall(
-        r"^launch (\+exp=zero3_gpt2xl parallel=zero_infinity.*?[^\\])$", readme, re.DOTALL | re.MULTILINE
+        r"^launch (\+exp=zero3_gpt2xl parallel=zero_infinity.*?[^\\])$", page, re.DOTALL | re.MULTILINE
     )
     words = shlex.split(command.replace("\\\n", " "))
     try:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from launcher.inference.detokenizer import Detokenizer
 from launcher.inference.engine.base import GeneratedToken
 from launcher.inference.server.engine_client import ChoiceStream, EngineClient, TextDelta, merge_streams, to_api_error
+from launcher.inference.server.middleware import caller_of
 from launcher.inference.server.protocol import ChatBody, CompletionBody, GenerationBody
 from launcher.inference.server.requests import (
     SLICE_ITEMS,
@@ -38,6 +39,7 @@ class GenerationResponse(ABC):
         choices: submitted already, in the order of their index.
         prompts: the tokens of each prompt.
         tokenizer: of the model.
+        caller: who asked.
     """
 
     prefix: str
@@ -57,13 +59,15 @@ class GenerationResponse(ABC):
         choices: Sequence[ChoiceStream],
         prompts: Sequence[Sequence[int]],
         tokenizer: TextTokenizer,
+        caller: str,
     ) -> None:
         self.client, self.body, self.choices, self.tokenizer = client, body, choices, tokenizer
+        self._caller = caller
         self._prompt_tokens = sum(map(len, prompts))
         self._started: set[int] = set()
         """Choices with a token that is text."""
         self._head = {"id": f"{self.prefix}-{uuid.uuid4().hex}", "created": int(time.time())}
-        client.open_requests += 1
+        client.open_response(caller, len(choices))
 
     @abstractmethod
     def choice(self, index: int, text: str, logprobs: EventData | None, finish: str | None) -> EventData:
@@ -175,7 +179,7 @@ class GenerationResponse(ABC):
         return {"x-cache": "hit" if status == "shared" else status}
 
     def _close(self) -> None:
-        self.client.open_requests -= 1
+        self.client.close_response(self._caller, len(self.choices))
         for choice in self.choices:
             choice.close()
 
@@ -233,13 +237,13 @@ async def create_completion(client: EngineClient, request: Request) -> Response:
     sampling = sampling_params(body, max_tokens=body.max_tokens, vocab_size=tokenizer.vocab_size)
     assert client.pool.max_model_len is not None
     prompts = await encode_prompts(tokenizer, body.prompt, max_model_len=client.pool.max_model_len)
-    client.check_capacity(prompts, choices=body.n, field="prompt")
+    caller = caller_of(request.scope)
+    client.check_capacity(prompts, choices=body.n, field="prompt", caller=caller)
     choices = client.choices(
         prompts, sampling, n=body.n, stop=body.stop_strings, priority=body.priority, echo=body.echo
     )
-    return await CompletionResponse(client, body, choices=choices, prompts=prompts, tokenizer=tokenizer).respond(
-        request
-    )
+    response = CompletionResponse(client, body, choices=choices, prompts=prompts, tokenizer=tokenizer, caller=caller)
+    return await response.respond(request)
 
 
 class ChatResponse(GenerationResponse):
@@ -290,10 +294,12 @@ async def create_chat_completion(client: EngineClient, request: Request) -> Resp
     if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
         raise invalid("says otherwise than max_completion_tokens; give one", "max_tokens")
     prompt = await encode_chat(tokenizer, body.messages, template=body.chat_template)
-    client.check_capacity([prompt], choices=body.n, field="messages")
+    caller = caller_of(request.scope)
+    client.check_capacity([prompt], choices=body.n, field="messages", caller=caller)
     max_model_len = client.pool.max_model_len
     assert max_model_len is not None
     most = body.max_completion_tokens or body.max_tokens or max_model_len - len(prompt)
     sampling = sampling_params(body, max_tokens=most, vocab_size=tokenizer.vocab_size)
     choices = client.choices([prompt], sampling, n=body.n, stop=body.stop_strings, priority=body.priority)
-    return await ChatResponse(client, body, choices=choices, prompts=[prompt], tokenizer=tokenizer).respond(request)
+    response = ChatResponse(client, body, choices=choices, prompts=[prompt], tokenizer=tokenizer, caller=caller)
+    return await response.respond(request)

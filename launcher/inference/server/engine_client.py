@@ -14,6 +14,7 @@ from launcher.config.sampling import SamplingParams
 from launcher.inference.detokenizer import TextStream
 from launcher.inference.engine.base import EngineRequest, GeneratedToken
 from launcher.inference.server.metrics import ServerMetrics
+from launcher.inference.server.middleware import CallerShares
 from launcher.inference.server.protocol import BodyLimits
 from launcher.inference.server.replica_pool import ReplicaPool
 from launcher.inference.server.request_state import DeadlineExceeded, RequestState
@@ -226,6 +227,7 @@ class EngineClient:
         self.draining = False
         self.open_requests = 0
         """Generation requests without a complete response."""
+        self._shares = CallerShares(capacity=limits.capacity, max_queue=limits.max_queue)
         self._ids = itertools.count()
         self._recent: list[float] = []
 
@@ -274,8 +276,8 @@ class EngineClient:
         """Count a rejected request."""
         self.metrics.rejected.labels(reason).inc()
 
-    def check_capacity(self, prompts: Sequence[Sequence[int]], *, choices: int, field: str) -> None:
-        """Raise where so many sequences are too many, now or in general.
+    def check_capacity(self, prompts: Sequence[Sequence[int]], *, choices: int, field: str, caller: str) -> None:
+        """Raise where so many sequences are too many, now, of this caller, or in general.
 
         Raises:
             ApiError: and why.
@@ -294,6 +296,19 @@ class EngineClient:
         if self.pool.in_flight + count > self.limits.capacity + self.limits.max_queue:
             self.reject("queue_full")
             raise ApiError(429, "too many requests are waiting", code="queue_full", retry_s=self._retry_after_s())
+        if self._shares.exceeds(caller, count):
+            self.reject("queue_full")
+            raise self._shares.error(retry_s=self._retry_after_s())
+
+    def open_response(self, caller: str, sequences: int) -> None:
+        """Count a response that has begun."""
+        self.open_requests += 1
+        self._shares.acquire(caller, sequences)
+
+    def close_response(self, caller: str, sequences: int) -> None:
+        """Count a response that has ended."""
+        self.open_requests -= 1
+        self._shares.release(caller, sequences)
 
     def choices(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import math
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
@@ -84,6 +85,48 @@ class RateLimiter:
         while len(self._buckets) > _MAX_CALLERS:
             self._buckets.popitem(last=False)
         return wait_s
+
+
+_CALLER = "launcher.caller"
+"""Entry of a scope: the owner of its key, or its address."""
+_SHARE_OF_QUEUE = 0.75
+
+
+def caller_of(scope: Scope) -> str:
+    """Return the name of who sent an admitted request; empty where nothing named one."""
+    return str(scope.get(_CALLER, ""))
+
+
+class CallerShares:
+    """Sequences of each caller, who leaves a quarter of the queue to others.
+
+    Args:
+        capacity: sequences that engines work on at a time.
+        max_queue: sequences that may wait.
+    """
+
+    def __init__(self, *, capacity: int, max_queue: int) -> None:
+        self._share = capacity + math.ceil(_SHARE_OF_QUEUE * max_queue)
+        self._held = Counter[str]()
+
+    def exceeds(self, caller: str, sequences: int) -> bool:
+        """Return whether a caller would hold more than its share; a first request is of any size."""
+        return bool(caller) and 0 < self._held[caller] > self._share - sequences
+
+    def acquire(self, caller: str, sequences: int) -> None:
+        """Count sequences of a request, until it is over."""
+        self._held[caller] += sequences
+
+    def release(self, caller: str, sequences: int) -> None:
+        """Count them no more."""
+        self._held[caller] -= sequences
+        if not self._held[caller]:
+            del self._held[caller]
+
+    def error(self, *, retry_s: float) -> ApiError:
+        """Return the response to a request beyond the share."""
+        said = f"{self._share} sequences of this client are in work or waiting, and the rest of the queue is for others"
+        return ApiError(429, said, code="queue_full", retry_s=retry_s)
 
 
 def _hash_key(key: str) -> bytes:
@@ -169,10 +212,10 @@ class AdmissionMiddleware:
         if not self._keys:
             self._hosts.check(headers, http_version=scope["http_version"])
         if not is_open:
-            self._check_caller(headers, address)
+            scope[_CALLER] = self._check_caller(headers, address)
         check_body_allowed(scope["method"], headers, may=not is_open)
 
-    def _check_caller(self, headers: dict[bytes, bytes], caller: str) -> None:
+    def _check_caller(self, headers: dict[bytes, bytes], caller: str) -> str:
         closes = has_body(headers)
         if self._keys:
             shown = headers.get(b"authorization", b"").decode("latin-1")
@@ -186,6 +229,7 @@ class AdmissionMiddleware:
             self._reject("rate")
             said = "too many requests of this key" if self._keys else "too many requests of this address"
             raise ApiError(429, said, code="rate_limit_exceeded", retry_s=wait_s + 0.5, closes=closes)
+        return caller
 
     async def _body(self, receive: Receive, headers: dict[bytes, bytes], count: Callable[[int], None]) -> bytes | None:
         """Return the whole body; ``None`` when its client is gone."""

@@ -13,6 +13,7 @@ import h11
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from launcher.inference.server.middleware import CallerShares, caller_of
 from launcher.inference.server.protocol import shorten_value
 from launcher.inference.server.requests import read_object
 from launcher.inference.server.responses import ApiError, invalid
@@ -62,6 +63,7 @@ class Proxy:
         self.draining = False
         self.open_requests = self.num_ended = self.rejected = 0
         self._tasks: set[asyncio.Task[None]] = set()
+        self._shares = CallerShares(capacity=limits.capacity, max_queue=limits.max_queue)
         self._running = self._num_waiting = 0
         """Sequences that were forwarded, and those that wait."""
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
@@ -180,7 +182,10 @@ class Proxy:
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send, body: bytes, sequences: int) -> None:
         """Forward a request; cancel it when its client disconnects or its deadline passes."""
-        answer = _RelayedResponse(send)
+        answer, caller = _RelayedResponse(send), caller_of(scope)
+        if self._shares.exceeds(caller, sequences):
+            self.rejected += 1
+            raise self._shares.error(retry_s=2)
 
         async def relay() -> None:
             await self._acquire(sequences)
@@ -195,6 +200,7 @@ class Proxy:
                 self._release(sequences)
 
         self.open_requests += 1
+        self._shares.acquire(caller, sequences)
         work = asyncio.create_task(relay())
         gone = asyncio.ensure_future(_disconnected(receive))
         self._tasks.add(work)
@@ -218,6 +224,7 @@ class Proxy:
             )
         finally:
             self.open_requests -= 1
+            self._shares.release(caller, sequences)
             self.num_ended += 1
             self._tasks.discard(work)
             for each in (work, gone):

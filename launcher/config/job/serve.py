@@ -72,8 +72,8 @@ class Serve(GeneratingJob):
     """Connections that are open at the same time; further ones get 503 with Retry-After."""
 
     max_queue: int = 256
-    """Sequences that may wait for an engine; further requests are refused with 429. One API key, or client address
-    without keys, takes three quarters of the queue."""
+    """Sequences that may wait for an engine; further requests are refused with 429.
+    One API key, or client address without keys, takes three quarters of the queue."""
 
     max_choices: int = 64
     """Sequences that one request may ask for: prompts times ``n``."""

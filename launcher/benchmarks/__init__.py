@@ -1,1 +1,1 @@
-"""What is measured on a machine: one file a benchmark, and what they share."""
+"""Benchmarks of a machine: one file each, and shared modules."""

@@ -55,7 +55,7 @@ def _findings(
     compared: Mapping[str, Any],
     samples: Mapping[str, Sequence[Mapping[str, Any]]],
 ) -> Iterator[str]:
-    """Yield what the article prints, for each policy that recomputes something."""
+    """Yield the article's figures for each policy that recomputes something."""
     plain = cases[0]
     yield f"peak without checkpointing: {_peak_gb(plain):.2f} GB above the level before the step"
     for case in cases[1:]:

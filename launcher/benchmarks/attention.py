@@ -84,7 +84,7 @@ def _sizes(benchmark: AttentionBenchmark, context: Context) -> dict[str, Any]:
 def choose_points(
     benchmark: AttentionBenchmark, run: Run, *, free_bytes: int, lacking: Mapping[str, str]
 ) -> tuple[list[AttentionPoint], list[str]]:
-    """Return what can be measured, and a line for each kernel and pass that cannot.
+    """Return the points that can be measured, and a line for each kernel and pass that cannot.
 
     Args:
         run: this benchmark's.
@@ -107,7 +107,7 @@ def choose_points(
 
 Samples = Mapping[str, Sequence[Mapping[str, Any]]]
 _AROUND_BYTES = 2**20
-"""What threads and matrix products keep for themselves, at most."""
+"""Most bytes that threads and matrix products keep for themselves."""
 _TIMES_AROUND = 4
 """Peaks are fitted that are at least so many times what does not depend on the length."""
 _BASELINE, _FLASH = "mha_weights", "sdpa_flash"

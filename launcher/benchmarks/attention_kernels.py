@@ -25,7 +25,7 @@ KernelFunction = Callable[[nn.MultiheadAttention, Tensor], Tensor]
 _MAY_LACK = ("sdpa_flash", "flex")
 """Kernels that are not for every device, number format and direction."""
 _SMALL = 128
-"""Tokens of the first, small pass: what is loaded at first use is no part of a step."""
+"""Tokens of the first, small pass, which loads code outside of the measured step."""
 _ENOUGH_S, _ENOUGH_STEPS = 0.5, 20
 """Steps are repeated until they took so long together, or are so many."""
 

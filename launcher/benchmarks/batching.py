@@ -141,7 +141,7 @@ def _prompts(benchmark: BatchingBenchmark, context: Context, random_: random.Ran
 def answer_queue(
     engine: InferenceEngine, requests: list[EngineRequest], *, heartbeat: Callable[[], None]
 ) -> dict[str, Any]:
-    """Hand an engine all requests at once and return what it took.
+    """Submit all requests to an engine at once; return the time and tokens of the queue.
 
     ``per_request_s`` is the time of all divided by their number, as the article has it; ``e2el`` is the end-to-end
     latency of one of them, from being added to its last token. ``padding_share`` is that of all computed positions.

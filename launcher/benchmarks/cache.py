@@ -96,7 +96,7 @@ def _facts(cache: ResultCache) -> Mapping[str, Any]:
 
 
 def _findings(facts: Mapping[str, Any], cases: Any) -> Iterator[str]:
-    """Yield what the article prints, and what a hit saves."""
+    """Yield the article's figures, and the time that a hit saves."""
     yield f"hit rate {facts['hit_rate']:.1%}, hits {facts['hits']}, misses {facts['misses']}"
     yield f"size {facts['size']}: {facts['size_bytes']:,} of {facts['max_bytes']:,} bytes"
     for case in cases:

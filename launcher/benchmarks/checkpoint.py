@@ -64,7 +64,7 @@ class Saver(Protocol):
     """For each save on rank 0: seconds from its beginning until it was complete and on the disk."""
 
     def save(self, step: int) -> None:
-        """Save, or begin to; training goes on when this returns."""
+        """Save, or start to; training continues when this returns."""
 
     def wait(self) -> None:
         """Return once everything that was begun is on the disk."""
@@ -74,7 +74,7 @@ class Saver(Protocol):
 
 
 class BlockingSaver:
-    """What job=train does."""
+    """Saves as job=train does."""
 
     def __init__(self, context: Context, engine: Engine, store: CheckpointStore) -> None:
         self._context, self._engine, self._store = context, engine, store
@@ -221,7 +221,7 @@ def drop_page_cache(folder: Path) -> None:
 
 
 def fold_ranks(answers: Sequence[CaseAnswer]) -> Numbers:
-    """Return what the ranks of a loop found together; each second is that of the slowest rank."""
+    """Combine the ranks' answers for a loop; each time is that of the slowest rank."""
     found = {"loop_s": max(answer["loop_s"] for answer in answers)}
     if "restore_s" in answers[0]:
         stalls = [max(by_rank) for by_rank in zip(*(answer["stalls_s"] for answer in answers), strict=True)]

@@ -149,12 +149,12 @@ class Collective(ABC):
         """Return the input and output tensors; one and the same for an in-place collective."""
 
     def _input(self) -> Tensor:
-        """Return what this rank puts in: the pattern times its number, counted from 1."""
+        """Return this rank's input: the pattern times its number, counted from 1."""
         return self._of(self._rank)[: self.sent.numel()]
 
     @abstractmethod
     def _expected(self) -> Tensor:
-        """Return what has to come out on this rank."""
+        """Return the correct output on this rank."""
 
     def _of(self, rank: int) -> Tensor:
         return self._pattern * (rank + 1)
@@ -250,12 +250,12 @@ _FEWEST, _MOST = 3, 10_000
 """Calls in one measurement."""
 
 _REFUSALS = ("does not support", "not implemented", "no support for")
-"""What torch's backends say of a collective that they do not have."""
+"""Messages of torch's backends for a collective that they do not support."""
 
 
 @dataclass(kw_only=True)
 class CollectiveTimings:
-    """What was found, the same on every rank."""
+    """Timings of the collectives, the same on every rank."""
 
     backend: str
     hosts: dict[str, int]

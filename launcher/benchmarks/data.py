@@ -95,7 +95,7 @@ def _tokenize_case(threads: int) -> str:
 
 
 def _tokenization_facts(taken: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what is not a rate: digests once each, times and counts of every round."""
+    """Return the values that are not rates: digests once, times and counts of every round."""
     names = [name for name in taken[0] if not name.endswith("_per_s")]
     return {name: sorted({one[name] for one in taken}) for name in names}
 

@@ -168,7 +168,7 @@ DECODINGS: Mapping[str, type[EagerDecoding | EngineDecoding]] = {
 
 
 def synchronized_time(device: torch.device) -> float:
-    """Return seconds, once the GPU has done what it was given."""
+    """Return the time in seconds, once the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -202,7 +202,7 @@ print(json.dumps({"one": one, "all": all_, "chosen": chosen}))
 def decode_by_ctranslate2(
     python: str, folder: str, *, batch: int, prompt: int, tokens: int, warmup: int
 ) -> dict[str, Any]:
-    """Return what :func:`decode` does; its time is that of many tokens less that of one.
+    """Return the same as :func:`decode`; its time is that of many tokens less that of one.
 
     Raises:
         JobError: it cannot be run.

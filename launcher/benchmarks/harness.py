@@ -61,13 +61,13 @@ class DistributedCase:
     """One way of doing the work."""
 
     run: Run
-    """What the ranks' contexts hold there."""
+    """The run of the ranks' contexts in the case."""
     world_size: int
     """Ranks that take part, from the first on; the others wait for their next case."""
     work: Callable[[Context], CaseAnswer]
-    """What each of them does; its answer is what JSON can hold."""
+    """Function that each rank runs; its answer can be written as JSON."""
     fold: Callable[[Sequence[CaseAnswer]], Numbers]
-    """What the ranks' answers come to, in the order of ranks."""
+    """Combines the ranks' answers, in the order of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class CaseRun:
     answers: Sequence[CaseAnswer]
     """By rank."""
     numbers: Numbers
-    """What they come to."""
+    """The combined answers."""
 
 
 def run_interleaved(
@@ -153,7 +153,7 @@ def profile_cases(function: str, cases: Mapping[str, Mapping[str, Any]], *, cont
 
 
 def case_profiler(name: str, context: Context, *, unit: ProfileUnit = "engine steps") -> Profiler:
-    """Return what records one more pass of a case that is measured in this process."""
+    """Return a profiler for one more pass of a case that is measured in this process."""
     return make_profiler(
         context.run.profile, unit=unit, folder=context.run_dir.profile, name=profile_file_name(name, context)
     )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _RESET_HIGH_WATER_MARK = "5"
-"""What ``/proc/<pid>/clear_refs`` takes to reset VmHWM: proc(5)."""
+"""Value for ``/proc/<pid>/clear_refs`` that resets VmHWM: proc(5)."""
 
 
 class PeakMemory:

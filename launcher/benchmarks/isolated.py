@@ -20,7 +20,7 @@ from launcher.utils.schema import build, to_tree
 
 
 def pack_component(component: Component) -> dict[str, Any]:
-    """Return what JSON can hold and ``unpack_component`` turns into an equal component."""
+    """Return a component as JSON values, which ``unpack_component`` turns into an equal one."""
     cls = type(component)
     values = {name: value for name, value in to_tree(component).items() if name != "kind"}
     return {"class": f"{cls.__module__}:{cls.__qualname__}", "values": values}
@@ -51,7 +51,7 @@ def run_isolated(
     profile: Mapping[str, Any] | None = None,
     exact_peaks: bool = False,
 ) -> dict[str, Any]:
-    """Call a function in a fresh interpreter and return what it returns.
+    """Call a function in a fresh interpreter and return its result.
 
     Args:
         function: ``module:name``; it takes ``arguments`` and ``progress``, and returns what JSON can hold.

@@ -48,7 +48,7 @@ def _make_case(benchmark: MemoryBenchmark, name: str, context: Context) -> Distr
 
 
 def _formulas(benchmark: MemoryBenchmark, cases: Mapping[str, DistributedCase]) -> dict[str, tuple[StateBytes, str]]:
-    """Return what plans print of each strategy: bytes of a rank, and how they come about."""
+    """Return each strategy's bytes on a rank, and the formula that plans print."""
     found = {}
     for name, case in cases.items():
         shape, parallel, precision = case.run.model.shape(), case.run.parallel, case.run.precision
@@ -109,13 +109,13 @@ class UpdateClock(StepClock):
 _NOTABLE = 0.05
 """Relative difference from the formula that is reported: padding and step counters are less."""
 Formulas = Mapping[str, tuple["StateBytes", str]]
-"""Bytes of a rank by strategy, and the sum in words."""
+"""Bytes of a rank by strategy, and the formula as text."""
 
 
 def memory_report(
     benchmark: MemoryBenchmark, run: Run, found: Mapping[str, Sequence[CaseRun]], formulas: Formulas
 ) -> BenchmarkResults:
-    """Return what was measured beside what the formulas say."""
+    """Return the measured bytes and those by the formulas."""
     shape = run.model.shape()
     assert shape is not None, "refused before anything starts"
     quantities = [*(f"{part}_bytes" for part in STATE_PARTS), "peak_bytes"]
@@ -140,7 +140,7 @@ def _facts(answers: Sequence[Mapping[str, Any]], state: StateBytes, words: str) 
 
 
 def _findings(num_params: int, last: Mapping[str, Sequence[Mapping[str, Any]]], formulas: Formulas) -> Iterator[str]:
-    """Yield what the article prints, and how far off the formula is."""
+    """Yield the article's figures, and the error of the formula."""
     yield f"parameters: {num_params:,}"
     for name, answers in last.items():
         held, expected = max(answer["optimizer_bytes"] for answer in answers), formulas[name][0].optimizer

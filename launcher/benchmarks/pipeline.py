@@ -127,7 +127,7 @@ def _metrics(rows: Sequence[_FoundCase]) -> Iterator[tuple[str, float]]:
 
 
 def _findings(benchmark: PipelineBenchmark, rows: Sequence[_FoundCase]) -> Iterator[str]:
-    """Yield how far idle shares are from theory, and what stages bring."""
+    """Yield the differences of idle shares from theory, and the speedup of stages."""
     for passes in benchmark.passes:
         measured = [(row.pipelined, row.idle, row.theory) for row in rows if row.pipelined.passes == passes]
         apart = [

@@ -60,7 +60,7 @@ def run_sleeping_stages(context: Context, *, pipelined: PipelineCase, unit_s: fl
 
 
 class IdleMeter:
-    """What one rank does in one step."""
+    """Work of one rank in one step: busy seconds and live micro-batches."""
 
     def __init__(self) -> None:
         self.unit_s, self.busy_s, self.live, self.most_live = 0.0, 0.0, 0, 0
@@ -123,7 +123,7 @@ class SleepingStage(nn.Module):  # type: ignore[misc]
         self._meter = meter
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return what came in, later."""
+        """Return the input after the pass's time."""
         kept = _OfInput.apply(hidden, self._meter)
         return kept + _OfWeight.apply(self.weight, self._meter)
 
@@ -157,7 +157,7 @@ def _training(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], N
 
 
 def _forward(pipelined: PipelineCase, meter: IdleMeter) -> tuple[Callable[[], None], dict[int, list[SchedulePass]]]:
-    """Return what takes the forward passes alone, by what evaluation and generation go through."""
+    """Return the forward passes alone, by the code of evaluation and generation."""
     own: Any = _own(pipelined, meter)  # to the relay they are chunks
     count = pipelined.stages * pipelined.num_chunks
     owners = [rank_of_chunk(pipelined.schedule, number, ranks=pipelined.stages) for number in range(count)]

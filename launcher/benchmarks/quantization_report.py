@@ -27,7 +27,7 @@ _IGNORED = -100
 
 @dataclass(frozen=True, kw_only=True)
 class Fidelity:
-    """What two models make of the same tokens."""
+    """Comparison of two models on the same tokens."""
 
     tokens: int
     perplexity_before: float
@@ -87,7 +87,7 @@ _WAYS = {"forward": "plain forward passes", "engine": "the launcher's engine"}
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizationReport:
-    """A quantized model beside the one that it was made from."""
+    """A quantized model compared with its original."""
 
     model: str
     method: Quantization
@@ -96,7 +96,7 @@ class QuantizationReport:
     memory: Mapping[str, Mapping[str, int]]
     """Bytes by group, of ``before`` and ``after``."""
     matrices_bf16: int
-    """What the quantized matrices would take in bf16."""
+    """Bytes of the quantized matrices in bf16."""
     disk: Mapping[str, int]
     """Bytes of weights in files; without ``before`` where they come from no files."""
     fidelity: Fidelity
@@ -107,7 +107,7 @@ class QuantizationReport:
 
     @property
     def share_of_bf16(self) -> float:
-        """Bytes of the quantized layers beside those of their matrices in bf16."""
+        """Return the bytes of the quantized layers as a share of their matrices' in bf16."""
         return self.memory[AFTER][LAYERS] / self.matrices_bf16
 
     def metrics(self) -> dict[str, float]:

@@ -67,9 +67,9 @@ class SizeSweep:
     """The same cases at growing size."""
 
     title: str
-    """What all of its lines have in common (``forward``)."""
+    """Common title of its lines (``forward``)."""
     along: str
-    """What grows, in words."""
+    """Name of the size that grows."""
     lines: Mapping[str, SamplesBySize]
     """By name of the case."""
 
@@ -80,7 +80,7 @@ class SizeSweep:
 
     @property
     def quantities(self) -> list[str]:
-        """What was measured, the same in every case."""
+        """Return the measured quantities, the same in every case."""
         return list(next(samples for line in self.lines.values() for samples in line.values()))
 
     def tables(self) -> Iterator[str]:
@@ -115,16 +115,16 @@ def collect_case(name: str, answers: Sequence[Mapping[str, Any]], quantities: Se
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkResults:
-    """What a benchmark found."""
+    """Results of a benchmark."""
 
     benchmark: Benchmark
     cases: Sequence[BenchmarkCase]
     findings: tuple[str, ...]
     """The findings as one would tell them, a line each."""
     metrics: Mapping[str, float]
-    """What follows from the cases (``full/memory_saved``)."""
+    """Numbers derived from the cases (``full/memory_saved``)."""
     facts: Mapping[str, Mapping[str, Any]]
-    """What else was found, by case: not measured, but compared or counted."""
+    """Further facts by case, compared or counted instead of measured."""
     sweeps: Sequence[SizeSweep] = ()
     """The same cases along a size, shown as lines and one column a size."""
     tables: Sequence[str] = ()

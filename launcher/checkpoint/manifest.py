@@ -45,7 +45,7 @@ class CheckpointManifest:
     run_hash: str
     """SHA-256 of the run.yaml it was written under."""
     architecture: dict[str, Any]
-    """What ``Model.architecture()`` said."""
+    """Value of ``Model.architecture()``."""
     engine: str
     parallel: dict[str, Any]
     """The strategy with its ``kind`` and every option."""
@@ -119,7 +119,7 @@ def read_manifest(folder: Path) -> CheckpointManifest:
 
 
 def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
-    """Yield what no run writes: counts below their minimum, and paths that leave the checkpoint."""
+    """Yield invalid values: counts below their minimum, and paths outside the checkpoint."""
     if manifest.step < 0 or manifest.world_size < 1:
         yield f"step={manifest.step} world_size={manifest.world_size}"
     named = re.fullmatch(r"step_(\d+)", folder.name)

@@ -37,7 +37,10 @@ class CheckpointReference:
 
 
 def parse_reference(word: str) -> CheckpointReference:
-    """Return what ``word`` names; a folder whose own name ends in ``@best`` names that folder."""
+    """Return the run or checkpoint that ``word`` names.
+
+    A folder whose own name ends in ``@best`` is that folder.
+    """
     found = _SELECTED.fullmatch(word)
     if found is None or (Path(word).expanduser().exists() and not Path(found["source"]).expanduser().exists()):
         return CheckpointReference(source=word)
@@ -90,7 +93,7 @@ def resume_candidates(resume: str, run_dir: RunDir, *, say: Say = print) -> Iter
 
 
 def resume_of_restart(resume: str, run_dir: RunDir) -> str:
-    """Return what a run that starts again in ``run_dir`` sets ``checkpoint.resume`` to.
+    """Return the ``checkpoint.resume`` of a run that restarts in ``run_dir``.
 
     ``auto``, but for a run that began from another's checkpoint and has none of its own yet: that begins there again.
     """

@@ -208,7 +208,7 @@ def _payload(pending: Path) -> list[str]:
 
 
 def _taken_checksums(pending: Path) -> dict[str, str]:
-    """Return what ranks have hashed already, and remove the files in which they said so."""
+    """Return the checksums that ranks have written, and remove their files."""
     found: dict[str, str] = {}
     for file in sorted(pending.glob(_CHECKSUMS.format("*"))):
         found |= read_json(file)

@@ -15,7 +15,7 @@ from launcher.utils.text import did_you_mean
 
 
 class Completion(Enum):
-    """What a shell offers for an argument."""
+    """Completions of an argument in a shell."""
 
     RUN = auto()
     OVERRIDE = auto()
@@ -27,7 +27,7 @@ class Completion(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class Positional:
-    """A word of a command line that stands for itself (``RUN``)."""
+    """A positional argument (``RUN``)."""
 
     name: str
     """Field of :class:`Arguments`."""

@@ -85,7 +85,7 @@ def run(arguments: Arguments) -> int:
 
 
 def candidates(words: Sequence[str]) -> list[str]:
-    """Return what the last of ``words`` may become.
+    """Return the completions of the last of ``words``.
 
     Args:
         words: what was typed after ``launch``, the last one perhaps empty or half a word.

@@ -38,6 +38,6 @@ def run(arguments: Arguments) -> int:
 
 
 def request_of(wanted: Run) -> ProbeRequest:
-    """Return what the probes of a run's hosts need to know."""
+    """Return the request to the probes of a run's hosts."""
     folder = Path(wanted.run.dir or wanted.run.root).absolute()
     return ProbeRequest(run_dir=str(folder), port=None if wanted.backend.port == "auto" else wanted.backend.port)

@@ -68,7 +68,7 @@ def parse(name: str, words: Sequence[str]) -> Arguments:
 
 
 def help_text(name: str) -> str:
-    """Return what ``launch VERB --help`` prints; of ``launch --help`` for an empty name."""
+    """Return the text of ``launch VERB --help``; of ``launch --help`` for an empty name."""
     verb = VERBS[name] if name else LAUNCH
     parser = _build_parser(name, verb)
     parser.description = _escape(_description(verb))  # that of a run lists groups, which parsing does not need
@@ -96,7 +96,7 @@ def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _suggest_word(word: str) -> str:
-    """Return what to write instead of a first word that is neither a verb nor an override."""
+    """Return the correction of a first word that is neither a verb nor an override."""
     from launcher.config.compose import groups
     from launcher.config.overrides import suggest_overrides
 

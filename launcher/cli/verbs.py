@@ -1,4 +1,4 @@
-"""Every verb of the command line: what it does, its arguments and options, and its examples.
+"""Every verb of the command line: its summary, arguments, options and examples.
 
 The parser, the help texts and shell completion are made from this table, so nothing heavy is imported here.
 """
@@ -30,7 +30,7 @@ class Verb:
     """One verb: ``launcher.cli.<verb>`` executes it."""
 
     summary: str
-    """What it does, as one imperative sentence without a full stop."""
+    """Summary: one imperative sentence without a full stop."""
     positionals: tuple[Positional, ...] = ()
     options: tuple[Option, ...] = ()
     examples: str = ""
@@ -52,7 +52,7 @@ class Verb:
         return (*own, *(["--version"] if self.takes_version else []), "--help")
 
     def completions(self) -> Iterator[Completion | str]:
-        """Yield what a shell offers for its words."""
+        """Yield the completions of its words."""
         for one in self.positionals:
             yield from one.completes
 

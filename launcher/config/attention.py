@@ -14,7 +14,7 @@ class Attention(Component):
 
     group: ClassVar[str] = "attention"
     implementation: ClassVar[str]
-    """What Transformers calls it."""
+    """Name of the kernel in Transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)

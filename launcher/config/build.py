@@ -134,7 +134,7 @@ def _with_kind(option: str, key: str, tree: Mapping[str, Any], typed: Mapping[st
 
 
 def _options_with(group: str, name: str) -> list[str]:
-    """Return what chooses a component of a group that has the option ``name``: ``backend=ssh``."""
+    """Return the options that choose a component with the option ``name``: ``backend=ssh``."""
     kinds = [kind for kind in KINDS.get(group, ()) if name in _fields({group: (kind,)})]
     return [f"{group}={_OPTION_OF_KIND.get((group, kind), kind)}" for kind in kinds]
 

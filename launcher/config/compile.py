@@ -20,7 +20,7 @@ class Compile(Component):
     group: ClassVar[str] = "compile"
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield what this machine, where ranks compute on the CPU, lacks to compile."""
+        """Yield what compilation needs and this machine lacks, if ranks compute on the CPU."""
         yield from ()
 
 

@@ -36,7 +36,7 @@ class Composition:
     tree: dict[str, Any]
     """The resolved configuration as plain data; ``build_run`` gives ``run`` back."""
     sweep: dict[str, Any] | None
-    """What ``+sweep=…`` asked for, untyped; ``None`` for a single run."""
+    """Value of ``+sweep=…``, untyped; ``None`` for a single run."""
     overrides: tuple[str, ...]
     """The words it was composed from."""
 
@@ -124,7 +124,7 @@ def _with_tokenizer(run: Run, typed: Mapping[str, object], report: ReportError) 
 
 
 def unused_vocab_size(data: Corpus) -> ConfigError:
-    """Return the error of ``data.vocab_size`` beside a tokenizer that is not trained here."""
+    """Return the error of ``data.vocab_size`` with a tokenizer that is not trained here."""
     why = f"data.tokenizer={data.tokenizer} brings its own vocabulary"
     return ConfigError("data.vocab_size", data.vocab_size, why=why, fix="leave it out, or set data.tokenizer=bpe")
 
@@ -137,7 +137,7 @@ def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list
 
 
 def _compose_tree(overrides: Sequence[Override], config_dir: Path | None, report: ReportError) -> dict[str, Any] | None:
-    """Run Hydra and return the unresolved tree, or ``None`` after reporting why there is none."""
+    """Run Hydra and return the unresolved tree; report errors and return ``None``."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -217,7 +217,7 @@ def _restore_text(tree: dict[str, Any], sources: Callable[[], Sequence[tuple[str
 
 
 def _misread(tree: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yield option, mapping and key of each number and truth value where only text may stand."""
+    """Yield option, mapping and key of each number or boolean in place of text."""
     for group, values in tree.items():
         for name, value in values.items() if isinstance(values, dict) else ():
             is_list = isinstance(value, list) and any(isinstance(each, int | float) for each in value)
@@ -240,7 +240,7 @@ def _with_origin(error: ConfigError, overrides: Sequence[Override], sources: Seq
 
 
 def find_origin(option: str, overrides: Sequence[Override], sources: Iterable[tuple[str, Path]]) -> str | None:
-    """Return who set ``option`` last.
+    """Return the source that set ``option`` last.
 
     Args:
         option: dotted, as in errors (``job.steps``; list positions are ignored).

@@ -1,4 +1,4 @@
-"""What generating jobs share: engine limits, API keys, templates, unsupported combinations."""
+"""Shared parts of generating jobs: limits, API keys, templates, unsupported combinations."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from launcher.utils.schema import defaults, to_tree
 from launcher.utils.text import shell_word
 
 INTERPOLATION = "${"
-"""What begins a variable in Hydra's grammar."""
+"""Start of a variable in Hydra's grammar."""
 _PLAIN = re.compile(r"[A-Za-z./][\w/.+*?@|-]*", re.ASCII)
 """Text that means itself in Hydra's grammar, and in a list there."""
 

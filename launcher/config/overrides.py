@@ -23,7 +23,7 @@ ADDED_GROUPS = ("exp", "sweep")
 """Groups not in the defaults list: Hydra requires ``+`` before them, the launcher does not."""
 
 _OPTION = re.compile(r"\+{0,2}[A-Za-z_][\w/-]*(\.[\w/-]+)*(@[\w.:]*)?|~.+", re.ASCII)
-"""What may stand before ``=``; ``~`` takes an option away."""
+"""Text before ``=``; ``~`` removes an option."""
 _WITH_COMMAS = ("backend.include", "backend.exclude", "backend.nodelist")
 """Options whose text is a list of hosts or slots, with commas of its own, even in a sweep."""
 _ALIASES = {
@@ -60,9 +60,9 @@ class Override:
     key: str
     """Group or dotted option, without ``+``."""
     word: str
-    """What Hydra is given."""
+    """The word for Hydra."""
     typed: str = ""
-    """What stands behind the key, as the user typed it."""
+    """The value as the user typed it."""
     value: Any = None
     """The value as plain data, of an option that has one."""
     is_group: bool
@@ -142,7 +142,7 @@ def _unparsable(word: str) -> ConfigError:
 
 
 def suggest_overrides(word: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
-    """Return the overrides that a word which is none may stand for: ``model=gpt2`` for ``gpt2``."""
+    """Return the overrides probably meant by a word without ``=``: ``model=gpt2`` for ``gpt2``."""
     head, equals, value = word.partition("=")
     if equals:
         key = re.sub(r"[.\s]+", ".", head).strip(".")
@@ -214,7 +214,7 @@ def _element(text: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """Return the pieces of ``text`` between commas that stand in no brackets and no quotes."""
+    """Split ``text`` at commas outside of brackets and quotes."""
     pieces, depth, quote = [""], 0, ""
     for character in text:
         if quote:

@@ -27,7 +27,7 @@ PathText = Annotated[str, _MARK]
 _KEYWORDS = frozenset(
     {"auto", "none", "random", "pretrained", "model", "data", "bytes", "bpe", "sample", "python-docs"}
 )
-"""What such options take instead of a path."""
+"""Keywords of options that otherwise take a path."""
 
 _GLOB_CHARACTERS = frozenset("*?[")
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096

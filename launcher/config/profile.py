@@ -50,7 +50,7 @@ class Profile(Component):
         yield from ()
 
     def describe(self, unit: ProfileUnit) -> Iterator[tuple[str, str]]:
-        """Yield what is recorded, in words."""
+        """Yield a description of the recording."""
         yield from ()
 
 
@@ -97,7 +97,7 @@ class TorchProfile(Profile):
         return ProfileWindow(wait=self.wait, warmup=self.warmup, active=active)
 
     def validate_steps(self, unit: ProfileUnit, num_steps: int) -> Iterator[ConfigError]:
-        """Reject a window that lies beyond the last step."""
+        """Reject a window beyond the last step."""
         if unit != "steps":
             return
         window = self.window(unit)
@@ -110,7 +110,7 @@ class TorchProfile(Profile):
             yield self.error("wait", why, f"set {fits}")
 
     def describe(self, unit: ProfileUnit) -> Iterator[tuple[str, str]]:
-        """Yield what is recorded, in words."""
+        """Yield a description of the recording."""
         if unit in _DEFAULT_ACTIVE_STEPS:
             window = self.window(unit)
             what = f"{unit} {window.first} to {window.last} of each process, which are slower for it"

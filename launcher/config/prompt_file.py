@@ -21,7 +21,7 @@ MAX_LINE_BYTES = 16 * 2**20
 """A longer line is refused: a file without line breaks must not fill the memory."""
 _BLOCK = 1 << 20
 _TEXT_COLUMNS = ("prompt", "id", "chat_template")
-"""Of a table; what stands in others is read as JSON where it is some."""
+"""Text columns of a table; other columns are parsed as JSON if they hold some."""
 _PLAIN = "job.format=text"
 _TO_LINES = "import datasets, sys; datasets.Dataset.from_{kind}(sys.argv[1]).to_json(sys.argv[2])"
 
@@ -52,14 +52,14 @@ _SUGGESTIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class PromptFile:
-    """The file, and how it is written."""
+    """A prompt file and its format."""
 
     path: Path
     written: FileFormat
 
     @property
     def format(self) -> str:
-        """How it is written, as ``job.format`` says it."""
+        """Return its format, as in ``job.format``."""
         return self.written.kind
 
     def records(self, wanted: Callable[[int], bool]) -> Iterator[Record]:
@@ -136,7 +136,7 @@ def open_prompt_file(path: Path, format_: Literal[PromptFormat, "auto"] = "auto"
 
 
 def unknown_field(name: str, known: Iterable[str], *, beside: Iterable[str]) -> str:
-    """Return what is wrong with a field that no line has, and which one may be meant.
+    """Return the error of an unknown field, with the one probably meant.
 
     Args:
         name: of the field.

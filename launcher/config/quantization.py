@@ -55,7 +55,7 @@ class NoQuantization(Component):
 
 
 QuantizationName = Literal["none", "int8_dynamic", "int8_weight", "int4_weight", "fp8", "nf4"]
-"""What ``model.quantization`` takes."""
+"""Values of ``model.quantization``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ class QuantizationManifest:
 
 
 def read_manifest(folder: Path) -> QuantizationManifest | None:
-    """Return what a folder says; ``None`` where its weights are not quantized by the launcher.
+    """Return a folder's manifest; ``None`` if the launcher did not quantize its weights.
 
     Raises:
         ConfigError: the file is there, and not as the launcher writes it.

@@ -147,7 +147,7 @@ class Job(Component):
         return run.parallel.max_ranks
 
     def batch(self, run: Run, *, world_size: int) -> Batch | None:
-        """Return the batch of a step; ``None`` where there is none."""
+        """Return the batch of a step; ``None`` without one."""
         return None
 
     def unused_groups(self, run: Run) -> frozenset[str]:
@@ -167,7 +167,7 @@ class Job(Component):
         return ""
 
     def names_itself(self, run: Run) -> str:
-        """Return what a user types to get this job."""
+        """Return the overrides that select this job."""
         return f"job={self.kind}"
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
@@ -318,7 +318,7 @@ class Benchmark(Component):
 
     @property
     def train_options(self) -> Mapping[str, Any] | None:
-        """Options of the job=train whose steps its cases take; ``None`` where they take no steps."""
+        """Options of the job=train whose steps the cases run; ``None`` if they run no steps."""
         return None
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:

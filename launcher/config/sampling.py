@@ -39,7 +39,7 @@ class SamplingParams:
     no_repeat_ngram_size: int = 0
     """No sequence of this many tokens, prompt included, occurs twice; 0 allows all."""
     logit_bias: tuple[tuple[int, float], ...] = ()
-    """Tokens and what is added to their scores."""
+    """Tokens and the values added to their scores."""
     stop_token_ids: tuple[int, ...] = ()
     """Tokens that end the sequence, besides the model's own; the output includes them."""
     ignore_eos: bool = False
@@ -109,7 +109,7 @@ RANGES: Mapping[str, ParameterRange] = {
 """Fields of ``SamplingParams`` that are numbers."""
 
 LOGIT_BIAS_RANGE = ParameterRange(-100.0, 100.0, 0.0)
-"""What is added to the score of one token."""
+"""Range of the value added to the score of one token."""
 MAX_LOGIT_BIASES = 1024
 """Tokens whose scores one request changes: more would make each step longer for all."""
 MAX_STOP_TOKEN_IDS = 64
@@ -121,7 +121,7 @@ PRIORITY_RANGE = ParameterRange(-(2**31), _INT32_MAX, 0)
 
 
 def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, float]]:
-    """Yield each field that cannot be, with what is wrong and a value that works."""
+    """Yield each invalid field, with the reason and a value that works."""
     for name, limits in RANGES.items():
         value = getattr(sampling, name)
         if value is not None and (why := limits.validate(value)):
@@ -142,7 +142,7 @@ def validate_sampling(sampling: SamplingParams) -> Iterator[tuple[str, str, floa
 
 
 def validate_stop_strings(stops: Sequence[str]) -> str:
-    """Return what is wrong with the strings that are to end a text, nothing where all are right."""
+    """Return the error of stop strings; empty if all are valid."""
     if len(stops) > MAX_STOP_STRINGS:
         return f"takes at most {MAX_STOP_STRINGS} texts, not {len(stops)}"
     longest = max(map(len, stops), default=0)

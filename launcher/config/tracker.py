@@ -47,7 +47,7 @@ class LocalTracker(Tracker):
     kind: ClassVar[str] = "local"
 
     def plan(self, run_id: str, *, environ: Mapping[str, str], home: Path, run_name: str) -> TrackerPlan:
-        """Return a plan without a process beside the ranks."""
+        """Return a plan without a tracker process."""
         return TrackerPlan(kind=self.kind, mode="offline", reason="metrics.jsonl only", run_id=run_id)
 
 
@@ -59,14 +59,14 @@ _WANDB_MODES = {
     "dryrun": "offline",
     "disabled": "disabled",
 }
-"""What W&B's own client understands in WANDB_MODE, and what it means here."""
+"""Values of W&B's WANDB_MODE, and the tracker's mode for each."""
 
 SYNC_HINT = "`wandb sync` uploads it later"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Wandb(Tracker):
-    """One W&B run for each run, written by a process of its own beside rank 0."""
+    """One W&B run per run, written by a separate process next to rank 0."""
 
     kind: ClassVar[str] = "wandb"
 
@@ -142,12 +142,12 @@ _MIN_KEY_LENGTH = 40
 
 @dataclass(frozen=True, kw_only=True)
 class WandbCredentials:
-    """Whether W&B can be reached with a key, in words. Never the key itself."""
+    """Whether there is a W&B key, as text. Never the key itself."""
 
     server: str
     found: bool
     text: str
-    """Where the key is, or why there is none."""
+    """Where the key was found, or why there is none."""
 
 
 def find_wandb_credentials(environ: Mapping[str, str], home: Path) -> WandbCredentials:
@@ -172,7 +172,7 @@ def find_wandb_credentials(environ: Mapping[str, str], home: Path) -> WandbCrede
 
 
 def read_wandb_settings(environ: Mapping[str, str], home: Path) -> dict[str, str]:
-    """Return what ``wandb login`` and ``wandb offline`` keep in the user's settings file."""
+    """Return the settings that ``wandb login`` and ``wandb offline`` store for the user."""
     folder = Path(environ.get("WANDB_CONFIG_DIR") or home / ".config" / "wandb")
     parser = configparser.ConfigParser(interpolation=None)
     try:

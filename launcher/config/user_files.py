@@ -132,7 +132,7 @@ def _unusable_keys(root: yaml.Node | None, package: str, file: Path) -> Iterator
 
 
 def _yaml_type(node: yaml.Node) -> str:
-    """Return what YAML reads in place of text."""
+    """Return the type that YAML reads in place of text."""
     return _YAML_TYPES.get(node.tag.rpartition(":")[2], "no text")
 
 

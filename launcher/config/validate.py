@@ -130,7 +130,7 @@ def validate_overrides_used(run: Run, words: Sequence[str]) -> Iterator[ConfigEr
 
 
 def _idle(run: Run, group: str, option: str, value: str) -> str:
-    """Return why an option has no effect beside the others; empty where it has one."""
+    """Return why an option has no effect with the others; empty if it has one."""
     if group == "parallel":
         return "" if value in _WHOLE_MODEL else run.job.unused_strategy(run)
     if group == "model":
@@ -281,7 +281,10 @@ def _validate_shown_ranks(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigErr
 
 
 def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-    """Yield what these hosts cannot compute; on hosts not probed yet, the ranks check."""
+    """Yield formats that these hosts do not support.
+
+    On hosts that were not probed the ranks check.
+    """
     without_gpu = next((host.name for host in hosts if host.is_probed and not host.devices), None)
     yield from _validate_formats(run, without_gpu)
     if isinstance(run.precision, Fp8Precision):

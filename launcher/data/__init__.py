@@ -1,1 +1,1 @@
-"""Corpora: where text comes from, how it becomes tokens, and which sample goes where."""
+"""Corpora: sources of text, tokenisation, and the order of samples."""

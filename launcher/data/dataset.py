@@ -152,12 +152,12 @@ _COUNTED_TOKENS = 20_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Splits:
-    """What a run learns from and what it is judged by."""
+    """Training and held-out sequences of a run."""
 
     train: Sequences
     held_out: Sequences
     tokenizer: FastTokenizer | None
-    """``None`` where tokens stand for no text."""
+    """``None`` if tokens do not stand for text."""
     vocab_size: int
     """Tokens that can occur; the model's embedding may have more rows."""
     max_length: int

@@ -126,7 +126,7 @@ class MeasurementOrder:
     names: tuple[str, ...]
     """Hosts by rank."""
     address: str
-    """Of the first host."""
+    """Address of the first host."""
     port: int
     interface: str | None
     uses_gpus: bool
@@ -193,7 +193,9 @@ def _measure_pair(order: MeasurementOrder, pair: tuple[int, int], store: Any, *,
 
 
 def _within(timeout_s: float, work: Callable[[], T]) -> T:
-    """Return what ``work`` returns; Gloo's own timeout applies to each attempt to connect.
+    """Return the result of ``work``.
+
+    Gloo's own timeout applies to each attempt to connect.
 
     Raises:
         TimeoutError: it took longer; its thread ends with the process.

@@ -166,7 +166,7 @@ class CheckedContacts:
     """Contacts of all hosts with the first one that answered, which comes first."""
 
     address: str = ""
-    """Of the first host."""
+    """Address of the first host."""
     contacts: dict[str, Contact] = field(default_factory=dict)
     port: int | None = None
     problem: str | None = None

@@ -145,7 +145,7 @@ class DiskToken:
 
 @contextmanager
 def create_disk_token(run_dir: Path) -> Iterator[DiskToken]:
-    """Create a file with a random name beside the run directory; remove it after the block."""
+    """Create a file with a random name next to the run directory; remove it after the block."""
     folder = nearest_existing(run_dir)
     file = folder / f".launcher-doctor-{secrets.token_hex(8)}"
     try:

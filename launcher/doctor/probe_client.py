@@ -175,7 +175,7 @@ class ProbeProcess:
         self._unsent += json.dumps(request).encode() + b"\n"
 
     def write(self) -> None:
-        """Write what the pipe takes."""
+        """Write as much as the pipe takes."""
         try:
             del self._unsent[: os.write(self.stdin.fileno(), self._unsent[:_CHUNK])]
         except BlockingIOError:

@@ -48,7 +48,7 @@ class Software:
     cuda: str | None
     """CUDA version of the torch build; ``None`` for a build without CUDA, and without torch."""
     nccl: str | None
-    """Version installed beside torch."""
+    """Version of the installed package."""
     driver: str | None
     """Version of the NVIDIA driver."""
     code_hash: str
@@ -69,7 +69,7 @@ class Storage:
     """File server and path of the folder; empty for a local disk or an unknown file system."""
     free_bytes: int
     shm_bytes: int
-    """Size of /dev/shm; 0 where there is none."""
+    """Size of /dev/shm; 0 without one."""
     shm_free_bytes: int
 
 

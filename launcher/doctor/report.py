@@ -75,7 +75,7 @@ class DoctorReport:
     contacts: dict[str, Contact]
     """Contact of each host with the first one that answered, which comes first."""
     port: int | None
-    """Free port for the rendezvous on the first host; ``None`` when there is none."""
+    """Free port for the rendezvous on the first host; ``None`` if none is free."""
     is_full: bool
     """Whether all-reduces were to be measured."""
     pairs: tuple[PairMeasurement, ...] = ()

@@ -88,7 +88,7 @@ _REFUSED = re.compile(r"GLOBAL ([\w.]+)|class (?:<class ')?([\w.]+)")
 
 
 def load_file(path: Path, *, device: torch.device | str = "cpu") -> Any:
-    """Return what a file of a checkpoint holds: tensors and plain values.
+    """Return the content of a checkpoint file: tensors and plain values.
 
     Raises:
         JobError: it is missing, damaged, or holds anything else; exit code 65.

@@ -1,4 +1,4 @@
-"""What a job on one rank is given."""
+"""Context of a job on one rank."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Context:
     heartbeat: Heartbeat
     """Report progress here at each step: ``backend.stall_timeout_s`` of silence ends the run."""
     run_id: str = ""
-    """Of the run; empty for a rank that was started by hand."""
+    """Id of the run; empty for a rank that was started by hand."""
     profiler: Profiler = NO_PROFILER
     """Do each step in its ``step()``: it decides which of them it records."""
     preemption: Preemption = field(default_factory=Preemption)

@@ -30,7 +30,7 @@ _AFTER_STALL_S = 300.0
 
 
 def choose_device(local_rank: int) -> torch.device:
-    """Return this rank's GPU, made current, or the CPU where there is none."""
+    """Return this rank's GPU, made current, or the CPU without one."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)

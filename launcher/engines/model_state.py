@@ -47,7 +47,7 @@ def state_bytes(
 
 
 def torch_state_bytes(module: nn.Module, optimizer: torch.optim.Optimizer, *, device: torch.device) -> StateBytes:
-    """Return what a model and torch's own optimizer hold."""
+    """Return the bytes of a model and torch's own optimizer."""
     return state_bytes(
         parameters=module.parameters(),
         gradients=(parameter.grad for parameter in module.parameters()),

@@ -121,7 +121,7 @@ class OptimizerStep:
             torch._foreach_mul_([local_shard(p.grad) for p in self._parameters if p.grad is not None], factor)
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`restore` takes."""
+        """Return the state that :meth:`restore` takes."""
         return {"optimizer": self.optimizer.state_dict(), "loss_scale": self.scale.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class LossScale:
             self.value *= 2
 
     def state(self) -> dict[str, float]:
-        """Return what ``restore`` takes."""
+        """Return the state that ``restore`` takes."""
         return {"value": self.value, "hysteresis": self._hysteresis, "good_steps": self._good_steps}
 
     def restore(self, state: dict[str, float]) -> None:

@@ -32,11 +32,11 @@ class ModelLayout(Protocol):
     module: PreTrainedModel
     """The model itself."""
     forward: nn.Module
-    """What forward passes in training go through."""
+    """Module for forward passes in training."""
     averaged_over: int
     """Ranks over which the backward pass averages gradients; the loss is multiplied by it."""
     sequence: SequenceParallel | None
-    """What splits sequences over ranks, if anything does."""
+    """Sequence parallelism; ``None`` if sequences are not split."""
     is_sharded: bool
     """Whether every rank must take part in every forward pass, and in saving."""
     casts_itself: bool

@@ -36,7 +36,7 @@ _SECRET_WORDS = frozenset(
 """Words that make a name secret: ``HF_TOKEN``, ``GITHUB_PAT``, ``SENTRY_DSN``."""
 
 _PARTS = ("SECRET", "PASSWORD", "PASSWD", "PASSPHRASE", "CREDENTIAL", "CONNECTIONSTRING")
-"""The same wherever they stand in a name without its separators: ``DBPASSWORD``."""
+"""Parts that make a name secret, without separators: ``DBPASSWORD``."""
 
 _ENDINGS = re.compile(
     r"(?:TOKEN|(?:API|ACCESS|SECRET|PRIVATE|AUTH|ACCOUNT|SIGNING|ENCRYPTION|DEPLOY|LICENSE|SSH|SSL|TLS|HF|HUB|GH|GIT"
@@ -266,6 +266,6 @@ def _is_secret_key(key: str) -> bool:
 
 
 def _hidden(value: str) -> str:
-    """Return what stands in place of a value, in its quotes."""
+    """Return the replacement of a value, in its quotes."""
     quote = value[0] if value[0] in "\"'" else ""
     return f"{quote}{HIDDEN}{quote}"

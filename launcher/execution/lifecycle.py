@@ -157,7 +157,7 @@ def _lock_run_dir(directory: RunDir, staged: StagedFiles, *, is_detached: bool) 
 
 
 def _stamp(file: Path) -> tuple[int, int] | None:
-    """Return what changes when a file is rewritten; ``None`` while there is none."""
+    """Return a value that changes when a file is rewritten; ``None`` without a file."""
     try:
         stat = file.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a run prints before its ranks start and after it has completed."""
+"""Lines that a run prints before its ranks start and after it has completed."""
 
 from __future__ import annotations
 

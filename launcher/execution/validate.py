@@ -92,7 +92,7 @@ def _validate_checkpoint(run: Run, run_dir: RunDir, world_size: int) -> Iterator
 
 
 def resume_warnings(run: Run, run_dir: Path) -> Iterator[str]:
-    """Yield what a resumed run does differently from what the user may expect."""
+    """Yield differences of a resumed run that the user may not expect."""
     if not run.job.resumes:
         return
     try:

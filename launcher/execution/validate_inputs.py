@@ -133,7 +133,7 @@ def _tokenizer_source(model: Model, choice: str) -> Path | str | None:
 
 
 def _tokenizer_folder(run: Run, run_dir: RunDir, choice: str) -> Path | None:
-    """Return the local folder of a tokenizer, ``None`` where there is none or a rank makes it."""
+    """Return a tokenizer's local folder; ``None`` without one, or if a rank makes it."""
     try:
         if choice == CHECKPOINT_TOKENIZER:
             saved = find_checkpoint(run.checkpoint.resume, run_dir, say=silent)
@@ -238,7 +238,7 @@ def _tokenizers_of(run: Run) -> Iterator[tuple[str, str]]:
 
 
 def _loads_model(job: Job) -> bool:
-    """Return whether a job needs files of its model: weights, or a tokenizer beside them."""
+    """Return whether a job needs files of its model: weights, or their tokenizer."""
     return _computes(job) or getattr(job, "tokenizer", "") == "model"
 
 

@@ -33,7 +33,7 @@ class Detokenizer:
         self._decode = decode
         self._ids: list[int] = list(before)
         self._text = decode(self._ids) if before else ""
-        """Of the window."""
+        """Text of the window."""
         self.opening = self._text[: len(self._text) - _held(self._text)]
         self._emitted = len(self.opening)
         """Characters of the window's text that are out."""
@@ -57,7 +57,7 @@ class Detokenizer:
         return piece
 
     def rest(self) -> str:
-        """Return what is left once no token comes any more."""
+        """Return the remaining text, after the last token."""
         piece = self._text[self._emitted :]
         self._emitted += len(piece)
         return piece
@@ -114,7 +114,7 @@ class StopStringMatcher:
         return whole[: len(whole) - keep]
 
     def rest(self) -> str:
-        """Return what was kept back, once no text comes any more."""
+        """Return the text held back, after the last text."""
         held, self._held = self._held, ""
         return held
 
@@ -152,7 +152,7 @@ class TextStream:
         return self._stops.feed(piece) if may_stop else piece
 
     def rest(self) -> str:
-        """Return what is left once no token comes any more; here too a string may end the text."""
+        """Return the remaining text, after the last token; a stop string may end it."""
         if self._stops.found is not None:
             return ""
         last = self._stops.feed(self._tokens.rest())

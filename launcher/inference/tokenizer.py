@@ -27,7 +27,7 @@ _CONTENT = 'takes text, or a list of parts {"type": "text", "text": "…"}'
 
 
 class InvalidMessages(Exception):
-    """A list of messages that is none.
+    """An invalid list of messages.
 
     Attributes:
         field: which place in it is wrong, as ``messages.1.content``.
@@ -39,7 +39,7 @@ class InvalidMessages(Exception):
 
 
 class ChatTemplateNotFound(Exception):
-    """The tokenizer has no such chat template; the message says what it has."""
+    """The tokenizer has no such chat template; the message lists its templates."""
 
 
 def normalize_messages(messages: Any, *, field: str = "messages") -> list[dict[str, str]]:
@@ -110,7 +110,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class TextTokenizer:
-    """What turns text into tokens and back.
+    """Converts text to tokens and back.
 
     Args:
         inner: the tokenizer, without truncation and padding.
@@ -171,7 +171,7 @@ class TextTokenizer:
         return self._chat(messages, template)
 
     def bytes_of(self, token: int, *, first: bool = False) -> bytes:
-        """Return what a token adds to a text, which need not be whole characters.
+        """Return the bytes that a token adds to a text, perhaps a part of a character.
 
         Args:
             token: special ones give their name, though a text leaves them out.

@@ -1,1 +1,1 @@
-"""What runs on every rank: entry, context, and which executor a job has."""
+"""Entry, context and executor registry of the jobs on ranks."""

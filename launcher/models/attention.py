@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def class_attention_support(family: type[PreTrainedModel]) -> AttentionSupport:
-    """Return what a class of models says of its attention."""
+    """Return the attention support of a model class."""
     return AttentionSupport(
         sdpa=family._supports_sdpa,  # noqa: SLF001
         flex_attn=family._supports_flex_attn,  # noqa: SLF001

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _SHOWN = 5
 _BAD_CONFIG = (ArithmeticError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError)
-"""What constructors of models raise over configurations that make no sense to them."""
+"""Errors of model constructors for invalid configurations."""
 
 
 def build_model(

@@ -116,7 +116,7 @@ TensorSource = Callable[[Sequence[str]], torch.Tensor | None]
 """Returns the tensor that has one of these names in the model, or ``None``.
 A tied parameter has several names."""
 PartCallback = Callable[[str, nn.Module], None]
-"""What happens to a part, given its name, once it is filled: it is sharded, say."""
+"""Called with a part's name and module once it is filled, to shard it for instance."""
 
 
 def leave_part(name: str, part: nn.Module) -> None:

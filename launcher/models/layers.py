@@ -63,11 +63,11 @@ class PipelineLayer:
     is_tied: bool = False
     """Whether its ``weight`` is another link's too."""
     call: Callable[[nn.Module, Tensor], Tensor] | None = None
-    """What is done with the layer, where that is not calling it."""
+    """How to apply the layer, if not by calling it."""
 
 
 class PipelineBlock(nn.Module):  # type: ignore[misc]
-    """A block of the model together with what it takes besides hidden states."""
+    """A block of the model with its inputs besides hidden states."""
 
     def __init__(self, block: nn.Module, besides: BlockInputs) -> None:
         super().__init__()
@@ -189,4 +189,4 @@ _LAYERS_BY_FAMILY: dict[str, Callable[[PreTrainedModel, dict[int, str]], list[Pi
     "gpt2": _gpt2_layers,
     "llama": _llama_layers,
 }
-"""What lies between embedding and head, by family."""
+"""Layers between embedding and head, by family."""

@@ -162,7 +162,7 @@ class LlamaSource:
         )
 
     def folder(self, *, with_weights: bool, heartbeat: Heartbeat) -> Path:
-        """Fail: there is none.
+        """Raise: there is no such folder.
 
         Raises:
             ConfigError: always; a local folder goes into ``model.weights``.

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 REPLACEMENT = "\ufffd"
-"""What decoders put for bytes that make no character, or none yet."""
+"""Character of decoders for bytes that do not form a character, or not yet."""
 _MANY = 1000
 """Tokens from which other threads should run meanwhile: ``decode`` holds the GIL."""
 
 
 def decoder_of(inner: tokenizers.Tokenizer) -> Callable[[Sequence[int]], str]:
-    """Return what turns tokens into text, special tokens left out."""
+    """Return a function from tokens to text, without special tokens."""
 
     def decode(ids: Sequence[int]) -> str:
         if len(ids) > _MANY:
@@ -55,7 +55,7 @@ def has_decoder(inner: tokenizers.Tokenizer, kind: str) -> bool:
 
 
 def fallback_byte(token: str) -> int | None:
-    """Return the byte that ``<0xNN>`` stands for, ``None`` for any other token."""
+    """Return the byte of the token ``<0xNN>``, ``None`` for any other token."""
     if len(token) != 6 or not (token.startswith("<0x") and token.endswith(">")):
         return None
     try:

@@ -36,7 +36,7 @@ class _TensorGroup:
 
     rule: WeightRenaming | WeightConverter
     dtype: torch.dtype
-    """What each is cast to before it is converted, as Transformers does."""
+    """Format to which each is cast before conversion, as in Transformers."""
     parts: list[tuple[str, str]] = field(default_factory=list)
     """Names in the files, each with the pattern of the rule that it matched."""
 
@@ -61,14 +61,14 @@ class StoredTensors:
         self._stored = {name: shape for name, shape in tensor_shapes(folder).items() if not skip(name)}
         self._wanted = model.state_dict()
         self._converted: dict[str, Tensor] = {}
-        """Tensors that came out of a conversion beside the one asked for."""
+        """Tensors from a conversion besides the requested one."""
         self._group_of: dict[str, str] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         """Shape of everything that the files hold for this model, by its name in the model."""
         self.unexpected: set[str] = set()
         """Further tensors of the files that Transformers does not know as leftovers."""
         self.unconverted: dict[str, str] = {}
-        """What conversions failed on, by the name in the model, with the reason."""
+        """Failed conversions by the name in the model, with the reason."""
         self._groups = self._grouped()
         for first, group in self._groups.items():
             self._try_out(first, group)

@@ -128,7 +128,7 @@ def gather_local_facts(run: Run, *, run_dir: str) -> LocalFacts:
 
 
 def _collected(make: Callable[[], T], mistakes: list[ConfigError]) -> T | None:
-    """Return what ``make`` returns; collect its errors, so that all are reported together."""
+    """Return the result of ``make``; collect its errors, so that all are reported together."""
     try:
         return make()
     except ConfigError as error:

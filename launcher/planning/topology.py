@@ -24,7 +24,7 @@ class HostGroup:
     first: HostPlan
     last: HostPlan
     number: int
-    """Of the first, counted from 0."""
+    """Number of the first, from 0."""
     size: int
     varying: tuple[str, ...] = ()
     """Flags and variables that hold the host's number or name (``--node-rank``)."""
@@ -53,7 +53,7 @@ def group_hosts(hosts: Sequence[HostPlan]) -> list[HostGroup]:
 
 
 def _varying(group: HostGroup, other: HostPlan, number: int) -> tuple[str, ...] | None:
-    """Return what varies once ``other`` joins; ``None`` if the hosts differ in more.
+    """Return the fields that vary once ``other`` joins; ``None`` if the hosts differ in more.
 
     Hosts of one group may differ in their number and name only.
     """

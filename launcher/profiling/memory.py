@@ -11,7 +11,7 @@ _MAX_POINTS = 300
 _MAX_HOLDERS = 12
 _ALLOCATION, _OPERATOR = "[memory]", "cpu_op"
 _CPU = 0
-"""What torch calls the CPU among kinds of devices."""
+"""torch's number of the CPU among device types."""
 _TOP_LEVEL = "outside of operators"
 
 Event = Mapping[str, Any]
@@ -50,7 +50,7 @@ def _summary(found: Sequence[tuple[Event, str]]) -> dict[str, Any]:
 
 
 def _holders(found: Iterable[tuple[Event, str]]) -> Iterator[dict[str, Any]]:
-    """Yield who allocated what is still there after the last of these events, the largest first."""
+    """Yield the operators whose allocations remain after these events, the largest first."""
     blocks: dict[int, tuple[str, int]] = {}
     for event, operator in found:
         size, address = event["args"]["Bytes"], event["args"]["Addr"]

@@ -28,7 +28,7 @@ class Profiler(ABC):
 
     @abstractmethod
     def step(self) -> AbstractContextManager[None]:
-        """Return what one step is done in."""
+        """Return the context of one step."""
 
     @abstractmethod
     def close(self) -> None:
@@ -53,7 +53,7 @@ class NoProfiler(Profiler):
     """Records nothing."""
 
     def step(self) -> AbstractContextManager[None]:
-        """Return what does nothing."""
+        """Return a context that does nothing."""
         return _NOTHING
 
     def close(self) -> None:
@@ -98,7 +98,7 @@ class WindowProfiler(Profiler):
         return self._recording.mark(name) if self._recording.is_on else super().mark(name)
 
     def close(self) -> None:
-        """Write what there is, if the window is still open."""
+        """Write the recording, if the window is still open."""
         if self._is_reported:
             return
         if self._recording.is_on:
@@ -158,7 +158,10 @@ class TimedProfiler(Profiler):
         return self
 
     def step(self) -> AbstractContextManager[None]:
-        """Return what names a step in the trace: time is what counts."""
+        """Return the context that names a step in the trace.
+
+        The time limit ends the recording, not the number of steps.
+        """
         return self.mark("step")
 
     def mark(self, name: str) -> AbstractContextManager[None]:
@@ -166,7 +169,7 @@ class TimedProfiler(Profiler):
         return self._recording.mark(name) if self._recording.is_on else super().mark(name)
 
     def close(self) -> None:
-        """Write what there is, if time is not up yet."""
+        """Write the recording, if time is not up yet."""
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         if self._recording.is_on:
             seconds = time.perf_counter() - self._started_at
@@ -178,7 +181,7 @@ class TimedProfiler(Profiler):
 
 
 def make_profiler(profile: Profile, *, unit: ProfileUnit, folder: Path, name: str) -> Profiler:
-    """Return what records this process.
+    """Return the profiler of this process.
 
     Args:
         profile: the run's.

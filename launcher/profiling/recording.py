@@ -136,19 +136,19 @@ class Operator:
     sort: OperatorKind
     calls: int
     self_s: float
-    """On the CPU, what it calls left out."""
+    """Seconds on the CPU, without its callees."""
     total_s: float
-    """On the CPU, what it calls included."""
+    """Seconds on the CPU, with its callees."""
     device_s: float
     """On the GPU: of a kernel, its own; of an operator, that of the kernels it launched itself."""
     self_bytes: int
-    """Memory it allocated, less what it released; what it calls left out."""
+    """Bytes allocated less bytes released, without its callees."""
     shapes: str = ""
     """Shapes of the inputs, if operators are listed by them."""
 
 
 def operator_averages(averages: Iterable[Any]) -> list[Operator]:
-    """Return torch's averages; those of what takes no time at all are left out."""
+    """Return torch's averages, without operators that take no time."""
     found = [_operator(average) for average in averages]
     return [operator for operator in found if operator.total_s or operator.device_s]
 

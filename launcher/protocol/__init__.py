@@ -1,1 +1,1 @@
-"""What both wings write and read: names in a run directory, records, messages."""
+"""Formats shared by both wings: names in a run directory, records, messages."""

@@ -110,7 +110,7 @@ def read_heartbeat(memory: mmap.mmap) -> HeartbeatState | None:
 
 
 def read_exception_record(memory: mmap.mmap) -> bytes | None:
-    """Return the JSON of ``write_exception_record``; ``None`` where there is none."""
+    """Return the JSON of ``write_exception_record``; ``None`` without a record."""
     return _payload_at(memory, _STATE_BYTES)
 
 

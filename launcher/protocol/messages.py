@@ -153,7 +153,7 @@ class FileChunk(AgentMessage):
     data: str
     """In base64."""
     size: int
-    """Of the whole file, in bytes, when the chunk was read."""
+    """Size of the whole file in bytes when the chunk was read."""
     grows: bool
     """The file is append-only; any other is replaced once all of it has been received."""
 
@@ -267,7 +267,7 @@ def with_short_texts(message: AgentMessage) -> AgentMessage:
 TO_AGENT: frozenset[type[AgentMessage]] = frozenset(
     {Assignment, StartRanks, Ping, SessionSuspended, EndRanks, DumpStacks, FinishAgent}
 )
-"""What a session sends."""
+"""Messages from a session."""
 
 FROM_AGENT: frozenset[type[AgentMessage]] = frozenset(
     {
@@ -287,4 +287,4 @@ FROM_AGENT: frozenset[type[AgentMessage]] = frozenset(
         *(CommandExited, AgentSignalled, AgentIdle, AgentExited),
     }
 )
-"""What an agent sends."""
+"""Messages from an agent."""

@@ -121,7 +121,7 @@ class BuildOutcome:
     why: str = ""
     """Why it could not be built."""
     fix: str = ""
-    """What to type so that it can."""
+    """Command that fixes it."""
 
 
 def _outcome_file(folder: Path, name: str) -> Path:

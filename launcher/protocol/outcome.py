@@ -67,7 +67,7 @@ class Failure:
     error: str = ""
     """Type and message of the exception, where there was one."""
     traceback: str = ""
-    """The traceback, or the end of the log where there is none."""
+    """The traceback, or else the end of the log."""
     log: str = ""
     """Path of the full log."""
     time: float = 0.0

@@ -15,7 +15,7 @@ class Host:
     """A machine that takes part: an input of the planner."""
 
     name: str
-    """What it is called in plans and logs."""
+    """Name in plans and logs."""
     slots: int
     """Ranks it takes."""
     address: str = "127.0.0.1"
@@ -27,7 +27,7 @@ class Host:
     devices: tuple[str, ...] = ()
     """GPU names by index; empty where ranks compute on the CPU."""
     device_ids: tuple[str, ...] = ()
-    """What CUDA_VISIBLE_DEVICES calls each of ``devices``."""
+    """Names of ``devices`` in CUDA_VISIBLE_DEVICES."""
     slot_ids: tuple[int, ...] = ()
     """Which of ``devices`` the ranks get, where the user chose; empty means the first ones."""
     interface: str = ""
@@ -77,7 +77,7 @@ class RankPlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class HostPlan:
-    """What happens on one host."""
+    """Processes of one host."""
 
     host: Host
     first_rank: int
@@ -86,7 +86,7 @@ class HostPlan:
     agent_command: Command
     """The agent (torchrun or deepspeed) that starts this host's ranks."""
     sidecars: tuple[Command, ...] = ()
-    """Processes beside the ranks (a tracker); their failure never ends the run."""
+    """Further processes (a tracker); their failure never ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ class StateBytes:
 
     @classmethod
     def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
-        """Return what so many parameters take with weights, gradients and both moments in fp32."""
+        """Return the bytes of so many parameters: weights, gradients and moments in fp32."""
         host = 16 * num_params if offloaded else 0
         return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
 
@@ -231,9 +231,9 @@ class Plan:
     """DeepSpeed's configuration, if every native operator exists; ``None`` on other engines."""
     tracker: TrackerPlan
     details: dict[str, str] = field(default_factory=dict)
-    """Parts of the work besides its batches, and what is done in each; most jobs have none."""
+    """Parts of the work besides its batches, with a description each; most jobs have none."""
     files: tuple[str, ...]
-    """What the run will write, relative to the run directory."""
+    """Files that the run will write, relative to the run directory."""
     completes_on_signal: bool = False
     """Whether ranks that end well after SIGTERM or Ctrl-C have completed the run."""
     stall_timeout_s: float

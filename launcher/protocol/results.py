@@ -56,7 +56,7 @@ def parse_metrics_line(line: bytes) -> dict[str, Any] | None:
 
 
 def last_metrics(path: Path) -> dict[str, float | None]:
-    """Return the last value of each metric; ``None`` stands for one that was not finite."""
+    """Return the last value of each metric; ``None`` for one that was not finite."""
     last: dict[str, float | None] = {}
     for line in read_metrics(path):
         last.update(line)
@@ -84,7 +84,7 @@ class BenchmarkRecord:
     cases: Mapping[str, Mapping[str, Samples]]
     """Values by quantity in the order of rounds, by name of the case."""
     findings: tuple[str, ...]
-    """Its findings in words."""
+    """Its findings as sentences."""
 
     def rows(self) -> list[tuple[str, str, float, float, float, int]]:
         """Return case, quantity, median, least, most and number of values, a row each."""
@@ -96,7 +96,7 @@ class BenchmarkRecord:
 
 
 def read_benchmark_record(path: Path) -> BenchmarkRecord:
-    """Return what a ``benchmark.json`` holds.
+    """Return the content of a ``benchmark.json``.
 
     Raises:
         OSError: it cannot be read.

@@ -32,7 +32,7 @@ _OWN_ENTRIES = frozenset(
         *("benchmark.json", "benchmark.md", "benchmark.png"),
     }
 )
-"""Names of what a run writes into its directory, beside its output proper."""
+"""Names of a run's own files in its directory, besides its output."""
 
 
 def new_run_id(now: float | None = None) -> str:
@@ -59,7 +59,7 @@ class RunDir:
 
     @property
     def session(self) -> Path:
-        """Who runs this run: processes, or the job of a scheduler."""
+        """Processes of this run, or the job of a scheduler."""
         return self.path / "session.json"
 
     @property
@@ -79,7 +79,7 @@ class RunDir:
 
     @property
     def timeline(self) -> Path:
-        """What happened when, on which host."""
+        """Events of the run, with time and host."""
         return self.path / "timeline.jsonl"
 
     @property
@@ -109,7 +109,7 @@ class RunDir:
 
     @property
     def environment(self) -> Path:
-        """On what it ran: machine and versions, as rank 0 found them."""
+        """Machine and versions of the run, as rank 0 found them."""
         return self.path / "environment.json"
 
     def benchmark(self, ending: str) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 IN_USE = "in_use"
 """Name of the lock file: created first, removed last in its folder."""
 _DEEPSPEED_MAKES = frozenset({"zero_stage_3"})
-"""What DeepSpeed makes in a folder that it swaps to."""
+"""Names that DeepSpeed creates in a swap folder."""
 _UNSAFE = re.compile(r"[^\w.-]")
 
 

@@ -68,7 +68,7 @@ def stored_tensors(model: PreTrainedModel, method: Quantization) -> tuple[dict[s
 
 
 def transformers_quantization_config(model: PreTrainedModel, method: Quantization) -> dict[str, Any] | None:
-    """Return what Transformers must read to load the folder by itself; ``None`` where it cannot.
+    """Return the configuration by which Transformers loads the folder, ``None`` if it cannot.
 
     It knows the formats of torchao and bitsandbytes, in models whose own layers are ``nn.Linear``: where ``Conv1D`` was
     turned round, it would look for a matrix that is not there.

@@ -53,7 +53,7 @@ class Int4Linear(nn.Module):  # type: ignore[misc]
         return linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
-        """Return what a print of the model shows."""
+        """Return the layer's text in a print of the model."""
         return f"in_features={self.in_features}, out_features={self.out_features}, group_size={self.group_size}"
 
 

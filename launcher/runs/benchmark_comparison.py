@@ -15,7 +15,7 @@ Verdict = Literal["worse", "better", "changed", "within spread", "within thresho
 _HIGHER_IS_BETTER = ("_per_s",)
 _LOWER_IS_BETTER = ("_s", "_ms", "_us", "_bytes", "_mb")
 _NOT_OF_THE_CASES = ("repeats", "warmup")
-"""Options that change the precision of a measurement, not what is measured."""
+"""Options that change the precision of a measurement, not its object."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +37,12 @@ class Difference:
 
     @property
     def agrees(self) -> bool:
-        """Whether each median lies within the range of the other side."""
+        """Return whether each median is within the range of the other side."""
         return _holds(self.before, self.after) and _holds(self.after, self.before)
 
     @property
     def is_beyond_spread(self) -> bool:
-        """Whether neither median lies within the range of the other side."""
+        """Return whether neither median is within the range of the other side."""
         return not _holds(self.before, self.after) and not _holds(self.after, self.before)
 
     def verdict(self, threshold: float) -> Verdict:

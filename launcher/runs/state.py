@@ -42,9 +42,9 @@ class RunState:
     """When it was last started or resumed, in seconds since the epoch."""
     ended_at: float | None
     result: dict[str, Any]
-    """``result.json``; empty while there is none."""
+    """``result.json``; empty if there is none."""
     plan: dict[str, Any]
-    """``plan.json``; empty while there is none."""
+    """``plan.json``; empty if there is none."""
     metrics: dict[str, Any]
     """The last value of each metric."""
     session: SessionRecord | None
@@ -79,7 +79,7 @@ class RunState:
 
     @property
     def failure(self) -> dict[str, Any]:
-        """``failure.json``; empty while there is none."""
+        """``failure.json``; empty if there is none."""
         try:
             return read_object(self.run_dir.failure)
         except (OSError, ValueError):

@@ -51,7 +51,7 @@ class SweepResult:
 
 
 def find_sweep(word: str, root: Path) -> Path | None:
-    """Return the folder of the sweep that ``word`` names: a directory, an id or how it begins.
+    """Return the folder of the sweep ``word``: a directory, an id or the beginning of one.
 
     Raises:
         ConfigError: it names several sweeps.

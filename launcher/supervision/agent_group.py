@@ -258,7 +258,7 @@ class AgentGroup:
             self._close(agent, malformed=malformed)
 
     def _handle(self, agent: _Agent, message: AgentMessage) -> str:
-        """Pass a message on; return what is wrong with it, empty for a valid one."""
+        """Pass a message on; return its error, empty for a valid one."""
         if isinstance(message, Ping):
             return ""
         agent.last_event_at = time.monotonic()

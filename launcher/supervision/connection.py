@@ -57,7 +57,7 @@ class WriteBuffer:
                 self._flush()
 
     def flush(self) -> None:
-        """Write what the descriptor takes."""
+        """Write as much as the descriptor takes."""
         with self._lock:
             self._flush()
 
@@ -94,7 +94,7 @@ class AgentConnection(ABC):
 
     @property
     def malformed(self) -> str:
-        """Description of invalid data that the agent sent; empty while there is none."""
+        """Description of invalid data from the agent; empty if all was valid."""
         return self._reader.malformed
 
     @abstractmethod
@@ -110,7 +110,7 @@ class AgentConnection(ABC):
         self._buffer.write(message.encode())
 
     def flush(self) -> None:
-        """Write what fits of the queue."""
+        """Write as much of the queue as fits."""
         self._buffer.flush()
 
     @abstractmethod
@@ -204,7 +204,10 @@ class SessionConnection:
 
     @property
     def is_full(self) -> bool:
-        """Whether the session reads too slowly; lines of logs can wait in their files meanwhile."""
+        """Return whether the session reads too slowly.
+
+        Lines of logs can wait in their files meanwhile.
+        """
         return self._buffer.num_bytes > _FULL_BYTES and not self.is_lost
 
     @property
@@ -259,7 +262,7 @@ class SessionConnection:
         self._buffer.write(message.encode())
 
     def flush(self) -> None:
-        """Write what fits of the queue."""
+        """Write as much of the queue as fits."""
         self._buffer.flush()
 
     def flush_all(self) -> None:

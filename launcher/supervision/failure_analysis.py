@@ -35,7 +35,7 @@ _CONSEQUENCE = re.compile(
 )
 
 _MAX_REASON_CHARS = 4000
-"""Of an exception's message in the reason of a failure; its traceback stands beside it."""
+"""Most characters of an exception's message in a reason; its traceback is separate."""
 _WAS_SIGNALLED = re.compile(r" got signal: (\d{1,2})\b")
 """Printed by torchrun after "SignalException" before it exits with 1 on a signal."""
 _PORT_TAKEN = re.compile(r"EADDRINUSE|[Aa]ddress already in use")

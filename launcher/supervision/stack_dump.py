@@ -142,7 +142,7 @@ class NativeDump:
 
 
 def find_py_spy() -> str | None:
-    """Return the path of py-spy where it is installed, beside this Python or on the search path."""
+    """Return the path of py-spy next to this Python or on the search path, ``None`` without it."""
     return shutil.which("py-spy", path=Path(sys.executable).parent) or shutil.which("py-spy")
 
 
@@ -178,7 +178,7 @@ class StackTrace:
 
     @property
     def place(self) -> str:
-        """Collective and line, in words."""
+        """Collective and line, as text."""
         return f"{self.collective} ({self.where})" if self.collective else self.where
 
 

@@ -29,7 +29,7 @@ class RankPosition:
 
     @property
     def description(self) -> str:
-        """Phase and step, in words."""
+        """Phase and step, as text."""
         return self.phase if self.step is None else f"{self.phase} of step {self.step}"
 
 

@@ -1,1 +1,1 @@
-"""The tracker process beside rank 0, which sends metrics to W&B."""
+"""The tracker process next to rank 0, which sends metrics to W&B."""

@@ -47,7 +47,7 @@ class RunEndListener(threading.Thread):
         self._limits = (finish_s, orphan_s)
         self._over = threading.Event()
         self.exit_code = _FAILED
-        """Of the run; valid once ``wait`` said that it is over."""
+        """Exit code of the run; valid once ``wait`` reported its end."""
 
     def run(self) -> None:
         """Read stdin, tell the main thread, and end the process if that takes too long."""

@@ -117,7 +117,7 @@ def unreachable(environ: Mapping[str, str], home: Path) -> str | None:
 
 
 def _settings() -> wandb.Settings:
-    """Return settings with which W&B records only what it is given, not the process itself."""
+    """Return settings by which W&B records only the given data, not the process."""
     return wandb.Settings(
         console="off",
         silent=True,

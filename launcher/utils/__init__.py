@@ -1,1 +1,1 @@
-"""What belongs to no subject: text, files, limits of the machine, secrets."""
+"""Small helpers: text, files, limits of the machine, secrets."""

@@ -28,7 +28,7 @@ def sha256_of(data: bytes) -> str:
 
 
 DISK_FULL_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT})
-"""What the system says where a disk or its quota has no room."""
+"""Errors of the system when a disk or its quota is full."""
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def open_regular(path: Path, *, inside: Path | None = None) -> BinaryIO:
 
 
 def open_append(path: Path, *, buffering: int = -1) -> BinaryIO:
-    """Return a regular file, opened to append to and to read; it is created where there is none.
+    """Open a regular file to append and read; create it if missing.
 
     Nothing is written through a symbolic link: in a run directory of another user it could lead to any file.
 
@@ -205,7 +205,7 @@ def read_object(path: Path, *, inside: Path | None = None) -> dict[str, Any]:
 
 
 def is_regular(path: Path) -> bool:
-    """Return whether a regular file is there; a link to one is none."""
+    """Return whether this is a regular file and not a link to one."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except OSError:

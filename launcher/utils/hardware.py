@@ -126,7 +126,7 @@ def describe_environment() -> dict[str, str]:
 
 
 def cpu_name(info: Path = Path("/proc/cpuinfo")) -> str:
-    """Return what the processor calls itself, or its architecture."""
+    """Return the processor's name, or its architecture."""
     lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
     names = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.machine())

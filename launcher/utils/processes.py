@@ -1,4 +1,4 @@
-"""Processes and signals on Linux: find, signal and end them, and describe how they exited.
+"""Processes and signals on Linux: find, signal and end processes, and describe exits.
 
 A process is identified by its PID *and* its start time, because PIDs are reused. Signals are sent through a pidfd, so
 the PID cannot be reused between the check and the signal.
@@ -96,7 +96,7 @@ def signal_main_thread(pid: int, number: int) -> None:
 
 
 def identify(pid: int) -> Process | None:
-    """Return the process that has this PID now; ``None`` when there is none."""
+    """Return the process that has this PID now; ``None`` without one."""
     entry = _read(pid)
     return entry.process if entry else None
 
@@ -192,7 +192,7 @@ def shell_exit_code(code: int | None, number: int | None) -> int:
 
 
 def describe_exit(code: int | None, number: int | None) -> str:
-    """Return how a process exited, in words."""
+    """Return a description of a process's exit."""
     if not number:
         return f"ended with exit code {code}"
     return f"was ended by signal {number} ({signal_name(number)})"

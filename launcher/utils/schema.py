@@ -233,7 +233,7 @@ def _has_default(field: dataclasses.Field[Any]) -> bool:
 
 
 def describe_type(wanted: Any) -> str:
-    """Return a type in words a user can act on."""
+    """Return a type as text for the user."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(choice) for choice in arguments)

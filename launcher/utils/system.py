@@ -83,7 +83,7 @@ _MIN_FREE_BYTES = 1 << 16
 """Fewer free bytes count as none.
 File systems allocate blocks, and the first that does not fit is lost."""
 _NAMED = "the disk of "
-"""What messages about a full disk say."""
+"""Beginning of messages about a full disk."""
 
 
 def describe_full_disk(folder: Path) -> str | None:

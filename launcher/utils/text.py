@@ -144,7 +144,7 @@ def json_text(tree: Any) -> str:
 
 
 def terminal_width() -> int:
-    """Return the columns of the terminal; 100 where the output is none."""
+    """Return the columns of the terminal; 100 if the output is not a terminal."""
     return shutil.get_terminal_size((_WITHOUT_TERMINAL, 24)).columns
 
 

@@ -1,4 +1,4 @@
-"""How far a strategy is from one process, as console table, verify.md and verify.json."""
+"""Differences of strategies from one process, as table, verify.md and verify.json."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class StrategyResult:
         return max((0.0 if diff == 0 else math.inf) if not allowed else diff / allowed for diff, allowed in pairs)
 
     def why(self, job: Verify) -> str:
-        """Return what is wrong with it in words; empty where nothing is."""
+        """Return the reason why it failed; empty if it passed."""
         if self.error:
             return self.error
         reasons = []

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 CaseAnswer = dict[str, Any]
 ERROR_KEY = "error"
-"""Key of an answer that says why there is none."""
+"""Key of the error in an answer."""
 TIME_KEY = "time"
-"""Key beside it: when, in seconds since 1970."""
+"""Key of its time, in seconds since 1970."""
 _POLL_S = 0.1
 _STACK_DUMP_S = 0.5
 """Time between asking a hung process for its stacks, which go into the log, and ending it."""

@@ -79,7 +79,7 @@ class Verification:
         return answers[0]
 
     def _take(self, name: str, case: Strategy, reference: CaseAnswer) -> StrategyResult | None:
-        """Take part in a case; rank 0 returns how far it is from the reference."""
+        """Take part in a case; rank 0 returns its difference from the reference."""
         started = time.monotonic()
         answers = self._answers(name, case, world_size=self.context.world_size)
         if not self.context.is_main:

@@ -271,7 +271,7 @@ class _LogTail:
         self._path, self._seen = path, 0
 
     def show(self) -> None:
-        """Print what is new."""
+        """Print the new output."""
         try:
             with self._path.open("rb") as file:
                 file.seek(self._seen)

@@ -73,7 +73,7 @@ class Backend(Component):
     A host that neither gets ready nor starts its ranks ends the run after the same time, at least 60 s."""
 
     grace_s: float = 7.0
-    """Time between asking the ranks to end (Ctrl-C, SIGTERM) and killing what is left."""
+    """Seconds between SIGTERM to the ranks (after Ctrl-C or SIGTERM) and SIGKILL."""
 
     preempt_grace_s: float = 60.0
     """The same after SIGUSR1, by which schedulers preempt a run that will be resumed."""
@@ -112,7 +112,7 @@ class Backend(Component):
 
     @abstractmethod
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
-        """Return who takes part, in the order of ranks, without asking the network.
+        """Return the hosts in the order of ranks, without using the network.
 
         Args:
             max_ranks: most ranks that the strategy can use, where it has a limit.
@@ -126,7 +126,7 @@ class Backend(Component):
         return begun
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Yield what this backend cannot do on ``hosts``, by option."""
+        """Yield an error for each option that this backend does not support on ``hosts``."""
         yield from ()
 
 
@@ -141,7 +141,7 @@ DEFAULT_GLOBS = (
 
 _NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
 _BUT = ("LAUNCHER_API_KEYS",)
-"""What of ``_NEVER`` is the user's after all: the keys that clients of ``job=serve`` show."""
+"""Exceptions to ``_NEVER``: the keys that clients of ``job=serve`` send."""
 
 
 def forwarded_env(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str, str]:
@@ -171,7 +171,7 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 LEAST_MEMORY_BYTES = 256 << 20
-"""What a host needs at least: torch alone takes more."""
+"""Least memory of a host: torch alone needs more."""
 
 
 def plausible_memory(amount: str, unit: str) -> str:

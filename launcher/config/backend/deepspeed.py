@@ -17,10 +17,10 @@ from launcher.protocol.plan import Host
 from launcher.utils.system import code_root
 
 _PROGRAMS = {"pdsh": ("pdsh", "pdsh"), "openmpi": ("mpirun", "openmpi-bin"), "slurm": ("srun", "slurm-client")}
-"""By runner: what it starts, and the Debian package that has it."""
+"""Program of each runner, and its Debian package."""
 
 _SAFE = re.compile(r"[A-Za-z0-9_@+=:,./-]+")
-"""What every shell on the way, and pdsh with its ``%``, leaves alone."""
+"""Characters that every shell on the way, and pdsh with its ``%``, leave unchanged."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class DeepspeedBackend(HostfileBackend):
     """Which launcher starts the ranks of one host: deepspeed's own."""
 
     runner: Literal["pdsh", "openmpi", "slurm"] = "pdsh"
-    """What deepspeed reaches the hosts with."""
+    """Program by which deepspeed reaches the hosts."""
 
     ssh_config: PathText | None = None
     """Configuration file for ssh instead of ``~/.ssh/config``."""

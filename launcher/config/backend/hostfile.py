@@ -43,7 +43,7 @@ class HostfileEntry:
     devices: tuple[int, ...]
     """Indices of its slots, one a rank: they count the devices that are visible on the host."""
     line: int
-    """Where it stands in the file, from 1."""
+    """Line in the file, from 1."""
     ssh_destination: str
     """``user@name:port`` as typed."""
     user: str | None = None

@@ -230,7 +230,7 @@ class KubernetesBackend(Backend):
         return tuple(sorted(usual.union(forwarded_names(environ, self.forward))))
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
-        """Yield what the chosen workload cannot do."""
+        """Yield an error for each option that the chosen workload does not support."""
         if self.workload == "pytorchjob" and self.restarts:
             why = "a PyTorchJob cannot tell a failure from preemption or a mistake of yours"
             yield self.error("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")

@@ -65,7 +65,7 @@ class SlurmBackend(Backend):
     """Where to queue; Slurm's default where it is not set. `sinfo` lists them."""
 
     account: str | None = None
-    """Who is charged."""
+    """Account that is charged."""
 
     qos: str | None = None
     """Quality of service."""

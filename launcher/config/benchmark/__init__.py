@@ -1,1 +1,1 @@
-"""The benchmark group: what is measured, in plain Python."""
+"""The benchmark group: options of all benchmarks, in plain Python."""

@@ -40,7 +40,7 @@ class AttentionPoint:
 
     @property
     def name(self) -> str:
-        """Return what it is called in results and metrics."""
+        """Return its name in results and metrics."""
         return f"{self.kernel}/{self.direction}/{self.sequence_length}"
 
     def bytes_needed(self, *, batch_size: int, hidden_size: int, num_attention_heads: int, value_bytes: int) -> int:
@@ -141,7 +141,7 @@ class AttentionBenchmark(Benchmark):
 
     @property
     def points(self) -> list[AttentionPoint]:
-        """What is to be measured, kernels next to each other."""
+        """Return the points to measure, kernels next to each other."""
         return [
             AttentionPoint(kernel=kernel, direction=direction, sequence_length=length)
             for length in self.sequence_lengths
@@ -167,7 +167,7 @@ class AttentionBenchmark(Benchmark):
         )
 
     def bytes_needed(self, point: AttentionPoint, run: Run) -> int:
-        """Return what the process of a point takes at most, by estimate."""
+        """Return the estimated most bytes of the process of a point."""
         size = run.precision.compute_bytes
         return point.bytes_needed(
             batch_size=self.batch_size,

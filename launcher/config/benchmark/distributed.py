@@ -29,7 +29,7 @@ class CollectivesBenchmark(Benchmark):
     isolation: ClassVar[str] = "all in turn, in the run's own ranks; a time is that of the slowest rank"
 
     collectives: tuple[CollectiveName, ...] = get_args(CollectiveName)
-    """What is measured, on fp32 values."""
+    """Collectives to measure, on fp32 values."""
 
     smallest_bytes: int = 1024
     """Size of the smallest message; nccl-tests' definition of size."""
@@ -105,7 +105,7 @@ class PipelineCase:
 
     @property
     def name(self) -> str:
-        """What the case is called: in metrics, tables and files."""
+        """Return the name of the case in metrics, tables and files."""
         parts = [self.passes, self.work, *([self.schedule] if self.has_schedule else [])]
         return "_".join([*parts, f"{self.stages}_stages" if self.stages > 1 else "one_stage", f"{self.micro_batches}"])
 
@@ -116,7 +116,7 @@ class PipelineCase:
 
     @property
     def description(self) -> str:
-        """What it is, for people."""
+        """Return a description for the plan."""
         what = self.schedule if self.has_schedule else ("forward passes" if self.work == "infer" else "training")
         stages = f"{self.stages} stages" if self.stages > 1 else "one stage"
         return f"{what}, {stages}, {self.micro_batches} micro-batches"
@@ -238,12 +238,12 @@ class PipelineBenchmark(Benchmark):
 
     @property
     def pipelines(self) -> list[PipelineCase]:
-        """What is measured."""
+        """Return the pipelines to measure."""
         return [one for one in self._all if not any(one.validate())]
 
     @property
     def left_out(self) -> dict[str, str]:
-        """What cannot be, each with the reason."""
+        """Return the pipelines that cannot be measured, each with the reason."""
         return {one.description: why for one in self._all for why in one.validate()}
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
@@ -274,7 +274,7 @@ class PipelineBenchmark(Benchmark):
         return self.repeats * len(self.pipelines)
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield what stages do, the pipelines, and what cannot be."""
+        """Yield the stages' work, the pipelines, and those left out."""
         if "sleep" in self.passes:
             yield "stages that sleep", f"{self.unit_ms:g} ms for a forward pass, twice that for a backward pass"
         if "model" in self.passes:

@@ -39,7 +39,7 @@ class BatchingBenchmark(Benchmark):
     supports_quantized: ClassVar[bool] = True
 
     modes: tuple[BatchingMode, ...] = ("none", "static", "dynamic", "continuous")
-    """What is compared, as job.batching has it."""
+    """Batching modes to compare, named as in job.batching."""
 
     num_prompts: int = 50
     """Requests in the queue."""
@@ -98,7 +98,7 @@ class BatchingBenchmark(Benchmark):
         return self.repeats * len(self.modes)
 
     def limits(self, mode: BatchingMode) -> EngineLimits:
-        """Return what an engine is given."""
+        """Return the limits of an engine."""
         return EngineLimits(
             batching=mode,
             max_num_seqs=self.max_batch_size,
@@ -142,10 +142,10 @@ class ResultCacheBenchmark(Benchmark):
     """Tokens of prompt and answer together."""
 
     temperature: float = 0.7
-    """Answers are drawn with job.seed: a cache may only keep what is the same again."""
+    """Temperature of the answers, drawn with job.seed, so that they can be cached."""
 
     top_k: int = 50
-    """Of the most likely tokens, as many are kept."""
+    """Number of most likely tokens to sample from."""
 
     top_p: float = 0.95
     """Share of the probability that is kept."""
@@ -227,7 +227,7 @@ class QuantizationBenchmark(Benchmark):
     """Tokens that each is continued by, timed."""
 
     ctranslate2: str | None = None
-    """A folder that CTranslate2's converter wrote, to measure it beside the others."""
+    """Folder that CTranslate2's converter wrote; it is measured too."""
 
     ctranslate2_python: str | None = None
     """The interpreter of an environment that has CTranslate2."""

@@ -66,21 +66,21 @@ class DataBenchmark(Benchmark):
         return self.repeats * (len(self.threads) + 1)
 
     def describe(self, run: Run) -> Iterator[tuple[str, str]]:
-        """Yield the data and what is done with it."""
+        """Yield the data and its measurements."""
         yield "data", component_text(run.data)
         yield "tokenised", f"whole, into an empty cache, by {', '.join(map(thread_words, self.threads))}"
         yield "loaded", f"batches of {self.micro_batch} x {self.sequence_length} tokens for {self.duration_s:g} s"
 
 
 def thread_words(count: int) -> str:
-    """Return a number of threads in words."""
+    """Return a number of threads as text."""
     return {0: "a thread a core", 1: "1 thread"}.get(count, f"{count} threads")
 
 
 SavingMode = Literal["none", "blocking", "asynchronous"]
 NO_SAVING: Final[SavingMode] = "none"
 _COPIED = ("single", "ddp", "fsdp")
-"""Strategies whose state can be copied by name and written beside the steps."""
+"""Strategies whose state can be copied by name and written during the steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +100,8 @@ class CheckpointBenchmark(Benchmark):
     needs_model: ClassVar[bool] = True
 
     modes: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
-    """What is compared; how many seconds saves add to the loop is known only beside ``none``."""
+    """Ways to save that are compared.
+    The seconds that saves add to the loop are known only if ``none`` is measured too."""
 
     saves: int = 3
     """Saves in a loop, and a further one that is restored."""
@@ -115,7 +116,7 @@ class CheckpointBenchmark(Benchmark):
     """Tokens in each of them."""
 
     case_timeout_s: float = 600.0
-    """Time that one loop gets, from building the model to what is restored."""
+    """Time limit of one loop, from building the model to restoring the checkpoint."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject loops without saves, and ways that are none or twice there."""

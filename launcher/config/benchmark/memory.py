@@ -92,7 +92,7 @@ STRATEGIES: Final[dict[str, Strategy]] = {
     # DeepSpeed's pipeline takes a step in one call, with no moment at which all of the state is there to be seen
     **{name: case for name, case in CATALOGUE.items() if case.parallel.kind != "deepspeed_pipeline"},
 }
-"""What can be measured: the strategies that job=verify compares, and one process."""
+"""Strategies that can be measured: those of job=verify, and one process."""
 
 
 @dataclass(frozen=True, kw_only=True)

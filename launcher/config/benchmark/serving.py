@@ -28,7 +28,7 @@ class LengthDistribution:
     minimum: int
     maximum: int
     median: float | None = None
-    """Of the log-normal distribution; ``None`` is an even one."""
+    """Median of the log-normal distribution; ``None`` is a uniform one."""
     sigma: float = 0.0
 
     def draw(self, random_: random.Random) -> int:
@@ -139,7 +139,7 @@ class ServingBenchmark(Benchmark):
     """Address of the server (``http://127.0.0.1:8000``); ``null`` starts one for the run."""
 
     served_model_name: str | None = None
-    """What requests call the model; ``null`` takes the first that the server names."""
+    """Model name in requests; ``null`` takes the first that the server lists."""
 
     api_key_variable: str = "OPENAI_API_KEY"
     """Environment variable that holds the API key, where the server wants one."""

@@ -26,7 +26,7 @@ class Data(Component):
     group: ClassVar[str] = "data"
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield what the file system says against this data, without importing heavy packages."""
+        """Yield errors of the files of this data, without importing heavy packages."""
         yield from ()
 
 
@@ -36,7 +36,7 @@ _SHORTEST_SEQUENCE = 2
 CHECKPOINT_TOKENIZER = "checkpoint"
 """Value of ``data.tokenizer``: the tokenizer saved in the checkpoint that a run resumes."""
 STREAM_LAYOUT = "stream.json"
-"""File in a folder of the token cache: what was tokenised, and where the tokens lie."""
+"""File in a folder of the token cache: the tokenised text and the tokens' positions."""
 
 
 _TOKEN_CACHE_FORMAT = 2
@@ -193,7 +193,7 @@ class Corpus(Data):
 
     @property
     def trained_tokenizer(self) -> str:
-        """What ``token_cache`` calls the BPE that is trained on the text."""
+        """Return the name of the trained BPE for ``token_cache``."""
         return f"bpe {self.vocab_size}"
 
     @abstractmethod

@@ -36,10 +36,11 @@ KIND_NAMES: dict[Kind, str] = {
 }
 
 FORMAT_OF: dict[Kind, str] = {"jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet", "arrow": "arrow"}
-"""What ``data=hf`` calls a format, as ``data.path``."""
+"""Name of a format in ``data=hf``, as ``data.path``."""
 
 LOOKED_AT_BYTES = 1 << 20
-"""Of the unpacked content: enough to know a format, little enough for thousands of files."""
+"""Bytes of the unpacked content that are checked.
+Enough to detect a format, few enough for thousands of files."""
 EMPTY_FILE = ("is empty", "give a file with text in it")
 _ROWS_TRIED = 20
 _MANY_FILES = 64
@@ -94,7 +95,7 @@ _BINARY = (
     (b"\x7fELF", "a program", "give text"),
 )
 _CONTROL_BYTES = bytes(code for code in range(32) if code not in b"\t\n\v\f\r\b\x1b")
-"""What text does not hold, and binary files are full of."""
+"""Bytes that text does not hold and binary files do."""
 _REPLACEMENT = "\ufffd"
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "utf-32"),  # first: UTF-16's is its beginning
@@ -247,7 +248,7 @@ def not_utf8(
 
 
 def has_nul(file: Path, *, position: int, compression: Compression) -> BadFile:
-    """Return the error for a NUL in what is text otherwise."""
+    """Return the error for a NUL byte in text."""
     why = f"has NUL bytes, the first at position {position}"
     command = "tr -d '\\000'"
     return BadFile(why, f"take them out: {_through(file, command, compression)}")
@@ -412,7 +413,7 @@ def full_ending(file: Path) -> str:
 
 
 def kind_of_ending(ending: str) -> Kind:
-    """Return what an ending says of a file; ``text`` if nothing."""
+    """Return the kind of file that a suffix names; ``text`` if none."""
     return _ending(Path(f"x{ending}"))
 
 
@@ -433,7 +434,7 @@ def _unpacked_name(file: Path, *, any_ending: bool = False) -> Path:
 
 
 def _unpack(file: Path, compression: Compression) -> str:
-    """Return the command line that unpacks a compressed file beside it."""
+    """Return the command line that unpacks a compressed file in its folder."""
     return f"{_UNPACKERS[compression]} {_quoted(file)} > {_quoted(_unpacked_name(file))}"
 
 

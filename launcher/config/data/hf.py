@@ -215,7 +215,7 @@ class HfData(Corpus):
         return bool(self.files) and self.split == "train"
 
     def _file_rows(self) -> Iterator[tuple[str, Record]]:
-        """Yield the rows of all files, each with where it stands."""
+        """Yield the rows of all files, each with its position."""
         found, errors = files.expand(self.patterns, option="data.files")
         if errors:
             raise errors[0]
@@ -268,7 +268,7 @@ class HfData(Corpus):
         return first_rows(file, found, longest_line=LONGEST_LINE_BYTES)
 
     def _validate_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
-        """Yield what cannot be read of the files, and what the rows of the first ones show."""
+        """Yield errors of unreadable files, and of the first rows."""
         look_bytes = look_bytes_of_each(len(found))
         for number, file in enumerate(found):
             try:
@@ -289,7 +289,7 @@ class HfData(Corpus):
                 yield error
 
     def validate_first_rows(self, file: Path, first: FirstRows) -> ConfigError | None:
-        """Return what the first rows of a file show against it."""
+        """Return the error in the first rows of a file, ``None`` without one."""
         if first.columns and self.column not in first.text_columns:
             return self.column_error(file, first)
         if self.skip_bad_rows:

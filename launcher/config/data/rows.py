@@ -42,7 +42,7 @@ _READ_WHOLE = {
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one row holds, or why it cannot be read."""
+    """Content of one row, or why it cannot be read."""
 
     number: int
     """Its place among the rows, from 0; blank lines are none."""
@@ -105,7 +105,7 @@ def read_rows(
 
 @dataclass(frozen=True, slots=True)
 class FirstRows:
-    """What the beginning of a file of rows shows."""
+    """The first rows of a file."""
 
     columns: tuple[str, ...]
     text_columns: tuple[str, ...]
@@ -245,7 +245,7 @@ def _loads_strictly(text: str) -> Any:
 
 
 def json_type(value: object) -> str:
-    """Return what a value is called in JSON, with its article."""
+    """Return the JSON name of a value's type, with its article."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else "a truth value"
     names = {int: "a number", float: "a number", str: "text", list: "a list", dict: "an object", bytes: "bytes"}
@@ -468,7 +468,10 @@ def _columnar_rows(
 
 
 def _rows_of(batch: Any) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield each row of a batch, with what is wrong with it: text in it need not be UTF-8."""
+    """Yield each row of a batch, with its error.
+
+    Text in it need not be UTF-8.
+    """
     try:
         yield from ((row, "") for row in batch.to_pylist())
     except UnicodeDecodeError:

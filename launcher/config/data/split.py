@@ -32,7 +32,7 @@ class Slice:
 
     @property
     def is_always_empty(self) -> bool:
-        """Whether it takes no row of any split, however long."""
+        """Return whether it has no row of any split, however long."""
         lengths = (_MANY_ROWS, *(abs(bound) for bound in (self.first, self.stop) if bound))
         return not any(self.rows(length) for length in lengths)
 

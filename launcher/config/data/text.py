@@ -63,7 +63,7 @@ class Text(Corpus):
         yield from files.first_errors(self._validate_files(found), option="data.path")
 
     def _validate_files(self, found: Sequence[Path]) -> Iterator[ConfigError]:
-        """Yield what cannot be read, and what is no plain text, all files of one format together."""
+        """Yield files that cannot be read or are not plain text, grouped by format."""
         others: dict[Kind, list[Path]] = {}
         look_bytes = look_bytes_of_each(len(found))
         for file in found:

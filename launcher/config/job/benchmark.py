@@ -26,7 +26,7 @@ class BenchmarkJob(Job):
         return "cases"
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject a seed that is none."""
+        """Reject an invalid seed."""
         yield from self.validate_minimum(0, "seed")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:

@@ -91,7 +91,7 @@ class Generate(GeneratingJob):
     """Sequences that beam search keeps; 1 is no beam search."""
 
     def validate(self) -> Iterator[ConfigError]:
-        """Reject sampling that is none, and endings that say nothing of the format."""
+        """Reject invalid sampling parameters, and suffixes from which no format follows."""
         from launcher.config.sampling import SamplingParams, validate_sampling, validate_stop_strings
 
         yield from super().validate()

@@ -104,7 +104,7 @@ class GeneratingJob(Job):
 
     @property
     def limits(self) -> EngineLimits:
-        """What the engine is given of this."""
+        """Return the limits of the engine."""
         return EngineLimits(**{field.name: getattr(self, field.name) for field in fields(EngineLimits)})
 
     @property

@@ -57,7 +57,7 @@ class Quantize(BatchedJob):
     """Times that speed is measured, original and quantized in turn."""
 
     def unused_strategy(self, run: Run) -> str:
-        """Return that no strategy shards what is quantized."""
+        """Return that no strategy shards quantized weights."""
         return "job=quantize holds the whole model on one rank"
 
     def validate(self) -> Iterator[ConfigError]:
@@ -125,7 +125,7 @@ class Quantize(BatchedJob):
             yield "model/"
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield method and what is compared."""
+        """Yield the method and the comparisons."""
         if isinstance(run.quantization, Quantization):
             doc = type(run.quantization).__doc__ or ""
             yield "method", f"{run.quantization.kind}: {doc.strip().splitlines()[0].rstrip('.')}"

@@ -39,7 +39,7 @@ class Serve(GeneratingJob):
     """Port to listen on."""
 
     served_model_name: str | None = None
-    """What clients call the model; ``null`` takes model.name."""
+    """Model name in clients' requests; ``null`` takes model.name."""
 
     replicas: int = 1
     """Engines side by side, each with all weights and its share of the cores.
@@ -158,7 +158,7 @@ class Serve(GeneratingJob):
         return f"http://{name}:{self.port}"
 
     def name_of(self, run: Run) -> str:
-        """Return what clients call the model."""
+        """Return the model name in clients' requests."""
         return self.served_model_name or run.model.name
 
     def max_ranks(self, run: Run) -> int:
@@ -205,7 +205,7 @@ class Serve(GeneratingJob):
             )
 
     def describe(self, run: Run, *, world_size: int) -> Iterator[tuple[str, str]]:
-        """Yield what is served, where, by how many engines, and how requests are put together."""
+        """Yield the model, address, number of engines and batching."""
         yield "model", self.name_of(run)
         yield "address", self.address
         ranks = f" of {world_size} ranks" if world_size > 1 else ""

@@ -31,7 +31,10 @@ from launcher.utils.text import counted, did_you_mean
 
 @dataclass(frozen=True)
 class Strategy:
-    """What differs from the user's run; model, data, optimizer, steps and global batch never do."""
+    """Options that differ from the user's run.
+
+    Model, data, optimizer, steps and global batch never differ.
+    """
 
     parallel: Parallel
     _: KW_ONLY
@@ -92,7 +95,7 @@ class Strategy:
             yield error.why
 
     def describe(self, run: Run, *, world_size: int, sequences: int) -> str:
-        """Return strategy, degrees and batch in words."""
+        """Return strategy, degrees and batch as text."""
         words = [component_text(self.parallel)]
         if not isinstance(self.parallel, Single):
             words.append(str(self.parallel.dims(world_size)))
@@ -164,7 +167,7 @@ OWN_STRATEGY = "run"
 
 @dataclass(frozen=True, kw_only=True)
 class SelectedStrategies:
-    """What is verified."""
+    """Strategies to verify."""
 
     sequences: int
     """The global batch of all."""
@@ -285,7 +288,7 @@ class Verify(LearningJob):
             yield name, case.describe(run, world_size=world_size, sequences=choice.sequences)
 
     def warnings(self, run: Run, *, world_size: int) -> Iterator[str]:
-        """Say what is left out and why."""
+        """Yield each strategy left out, and the reason."""
         by_reason: dict[str, list[str]] = defaultdict(list)
         for name, why in select_strategies(self, run, world_size=world_size).left_out.items():
             by_reason[why].append(name)

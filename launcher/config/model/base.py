@@ -35,7 +35,7 @@ _INSTEAD = {"data.tokenizer": "data.tokenizer=bpe to train one on the text", "jo
 
 
 def tokenizer_alternative(option: str) -> str:
-    """Return what to set where a model has no tokenizer of its own."""
+    """Return what to set if a model has no tokenizer of its own."""
     return _INSTEAD[option]
 
 
@@ -150,10 +150,10 @@ class Model(Component):
 
     @abstractmethod
     def architecture(self) -> dict[str, Any]:
-        """Return what must be equal for a checkpoint of one run to fit another."""
+        """Return the values that must be equal for a checkpoint to fit another run."""
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield what the file system says against this model, without importing torch."""
+        """Yield errors of the files of this model, without importing torch."""
         if self.weights not in ("random", "pretrained"):
             yield from validate_model_folder("model.weights", self.weights, architecture=self.architecture())
 

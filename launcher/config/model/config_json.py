@@ -1,4 +1,4 @@
-"""What a model's ``config.json`` says: sizes, windows and states, read without Transformers.
+"""A model's ``config.json``: sizes, windows and states, read without Transformers.
 
 Families whose parameter count follows from it exactly are here; that of others is counted in the headers of their
 weights, where those are on this machine, and else is unknown until a rank has built the model.
@@ -21,13 +21,13 @@ ConfigJson = Mapping[str, Any]
 
 
 class Sizes(Protocol):
-    """What is known of a model."""
+    """Known sizes of a model."""
 
     def shape(self) -> Shape:
         """Return the sizes that plans calculate with."""
 
     def architecture(self) -> dict[str, Any]:
-        """Return what must be equal for weights to fit."""
+        """Return the values that must be equal for weights to fit."""
 
 
 def sizes_from_config(config: ConfigJson) -> Sizes | None:

@@ -140,7 +140,7 @@ class SmolLm2(Model):
     kind: ClassVar[str] = "smollm2"
 
     name: str = "smollm2_135m"
-    """What the model is called in plans, results and W&B."""
+    """Name of the model in plans, results and W&B."""
 
     weights: PathText = "pretrained"
     """``pretrained`` (4-bit, dequantized to fp32 once), ``random``, or a folder of safetensors."""
@@ -154,7 +154,7 @@ class SmolLm2(Model):
         return SMOLLM2_SIZES.architecture()
 
     def validate_machine(self) -> Iterator[ConfigError]:
-        """Yield a missing package, or what is wrong with a folder."""
+        """Yield a missing package, or the error of a folder."""
         yield from super().validate_machine()
         if self.weights == "pretrained" and not smollm2_folder().is_dir() and smollm2_gguf() is None:
             yield self.error(

@@ -1,4 +1,4 @@
-"""What the installed Transformers supports, read from its source text.
+"""Support by the installed Transformers, read from its source text.
 
 Importing Transformers would take seconds and torch.
 """
@@ -30,7 +30,7 @@ class ParallelPlans:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionSupport:
-    """What a causal language model's class says of its attention, in Transformers' names."""
+    """Attention of a causal language model's class, in Transformers' names."""
 
     sdpa: bool
     flex_attn: bool
@@ -49,7 +49,7 @@ def causal_lm_types() -> frozenset[str] | None:
 
 @functools.cache
 def attention_support(model_type: str) -> AttentionSupport | None:
-    """Return what the causal language model of a family says of its attention."""
+    """Return the attention support of a family's causal language model."""
     name = (_causal_lm_classes() or {}).get(model_type)
     for folder in {file.parent for file in _configuration_files(model_type)}:
         for file in folder.glob("modeling_*.py"):
@@ -97,7 +97,7 @@ def rope_types() -> frozenset[str] | None:
 
 @functools.cache
 def parallel_plans(model_type: str) -> ParallelPlans | None:
-    """Return what the configuration class of a family plans."""
+    """Return the parallel plans of a family's configuration class."""
     for file in _configuration_files(model_type):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.ClassDef):
@@ -160,7 +160,7 @@ def _module(path: str) -> list[ast.stmt]:
 
 
 def _assigned(statements: Iterable[ast.stmt]) -> dict[str, ast.expr]:
-    """Return what statements assign, by name."""
+    """Return the assigned values by name."""
     found = {}
     for node in statements:
         if isinstance(node, ast.AnnAssign | ast.Assign) and node.value is not None:

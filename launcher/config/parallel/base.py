@@ -83,7 +83,7 @@ class Parallel(Component):
     group: ClassVar[str] = "parallel"
     engine: ClassVar[EngineKind]
     max_ranks: ClassVar[int | None] = None
-    """The most ranks it can use; ``backend.ranks=auto`` takes no more."""
+    """Most ranks that it can use; ``backend.ranks=auto`` takes no more."""
 
     degree_options: ClassVar[tuple[str, ...]] = ()
     """Options that set a degree of parallelism."""
@@ -118,7 +118,7 @@ class Parallel(Component):
 
     @abstractmethod
     def state_formula(self, world_size: int, precision: Precision) -> str:
-        """Return the arithmetic of :meth:`state_bytes` in words, with its source."""
+        """Return the formula of :meth:`state_bytes` as text, with its source."""
 
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
@@ -134,7 +134,7 @@ class Parallel(Component):
         yield from ()
 
     def native_ops(self, optimizer: AdamW) -> NativeOps:
-        """Return what has to be compiled before ranks start."""
+        """Return the native operators to compile before ranks start."""
         return NativeOps()
 
     def engine_config(
@@ -144,5 +144,5 @@ class Parallel(Component):
         return None
 
     def warnings(self, precision: Precision, *, on_gpu: bool) -> Iterator[str]:
-        """Yield what a user should know of a combination that works."""
+        """Yield warnings about a valid combination."""
         yield from ()

@@ -1,4 +1,4 @@
-"""One rank, DDP, and FSDP2 with tensor or sequence parallelism beside it."""
+"""One rank, DDP, and FSDP2 with tensor or sequence parallelism."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Ddp(_ReplicatedModel):
     kind: ClassVar[str] = "ddp"
 
     bucket_mb: int = 25
-    """Gradients are reduced in buckets of this size while the backward pass goes on."""
+    """Size of gradient buckets, which are reduced during the backward pass."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject an empty bucket."""
@@ -138,7 +138,7 @@ class Fsdp(Parallel):
         return StateBytes.fp32(share, offloaded=self.offload == "cpu")
 
     def state_formula(self, world_size: int, precision: Precision) -> str:
-        """Return the sum in words."""
+        """Return the formula as text."""
         dims = self.dims(world_size)
         over = dims.shard * dims.sequence * dims.tensor
         whole = "; embeddings and head are whole on tensor ranks" if dims.tensor > 1 else ""

@@ -42,7 +42,7 @@ class DeepSpeedPipeline(Parallel):
     2 and 3 are rejected."""
 
     partition: Literal["blocks", "parameters", "layers"] = "parameters"
-    """What stages are made equal in: blocks, parameters, or layers of whatever kind."""
+    """Measure that balances stages: blocks, parameters, or layers of any kind."""
 
     reduce_bucket_size: int = 500_000_000
     """Elements reduced at a time."""
@@ -56,7 +56,7 @@ class DeepSpeedPipeline(Parallel):
 
     @property
     def zero(self) -> Zero:
-        """What is done among the ranks that hold the same stage.
+        """Return the ZeRO options among the ranks that hold the same stage.
 
         A pipeline reduces gradients when all of them are there, so there is nothing to overlap with, and copying them
         together would only cost a buffer of ``reduce_bucket_size``.
@@ -127,12 +127,12 @@ class DeepSpeedPipeline(Parallel):
         return self.zero.state_bytes(stage, beside, precision)
 
     def state_formula(self, world_size: int, precision: Precision) -> str:
-        """Return the arithmetic of ``state_bytes`` in words."""
+        """Return the formula of ``state_bytes`` as text."""
         inner = self.zero.state_formula(self.dims(world_size).data, precision)
         return f"N = parameters / {self.stages} stages, taken as equal: {inner}"
 
     def native_ops(self, optimizer: AdamW) -> NativeOps:
-        """Return what has to be compiled before ranks start."""
+        """Return the native operators to compile before ranks start."""
         return self.zero.native_ops(optimizer)
 
     def engine_config(

@@ -103,7 +103,7 @@ class Pipeline(Parallel):
     """Model chunks (consecutive layers) on each rank; default: 2 if interleaved or V, else 1."""
 
     balance: Literal["parameters", "time"] = "parameters"
-    """What stages are made equal in: parameters, or the measured time of each layer."""
+    """Measure that balances stages: parameters, or the measured time of each layer."""
 
     data: Literal["replicate", "shard"] = "replicate"
     """Parallel pipelines ``replicate`` a stage, or ``shard`` it over them by FSDP2."""
@@ -170,7 +170,7 @@ class Pipeline(Parallel):
         return StateBytes.fp32(-(-max(held) // self.dims(world_size).shard))
 
     def state_formula(self, world_size: int, precision: Precision) -> str:
-        """Return the sum in words."""
+        """Return the formula as text."""
         dims = self.dims(world_size)
         over = f"{dims.pipeline} stages" + (f" × {dims.shard} shards" if dims.shard > 1 else "")
         return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"

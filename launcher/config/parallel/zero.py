@@ -38,7 +38,7 @@ class Zero(Parallel):
     supports_resharding: ClassVar[bool] = False
 
     stage: Literal[0, 1, 2, 3] = 3
-    """What is partitioned: 0 nothing, 1 optimizer state, 2 gradients too, 3 parameters too."""
+    """Partitioned state: 0 none, 1 optimizer state, 2 gradients too, 3 parameters too."""
 
     offload_optimizer: OffloadDevice = "none"
     """Where optimizer state lives; ``cpu`` from stage 1, ``nvme`` at stage 3."""
@@ -57,7 +57,7 @@ class Zero(Parallel):
     case."""
 
     overlap_comm: bool = True
-    """Reduce gradients while the backward pass goes on."""
+    """Reduce gradients during the backward pass."""
 
     contiguous_gradients: bool = True
     """Copy gradients into one buffer as they come, against fragmentation."""
@@ -78,7 +78,7 @@ class Zero(Parallel):
     """Elements of parameters resident at once before some are released (stage 3)."""
 
     sub_group_size: int = 1_000_000_000
-    """Elements the optimizer updates at a time (stage 3): smaller needs less memory beside NVMe."""
+    """Elements the optimizer updates at a time (stage 3): smaller uses less memory with NVMe."""
 
     nvme_buffer_size: int = 100_000_000
     """Elements of one staging buffer for parameters on NVMe; at least the largest parameter."""
@@ -173,7 +173,7 @@ class Zero(Parallel):
         )
 
     def state_formula(self, world_size: int, precision: Precision) -> str:
-        """Return the arithmetic of ``state_bytes`` in words."""
+        """Return the formula of ``state_bytes`` as text."""
         return zero_memory_formula(
             world_size,
             stage=self.stage,
@@ -188,7 +188,7 @@ class Zero(Parallel):
         return optimizer.implementation == "native" or (optimizer.implementation == "auto" and offloads)
 
     def native_ops(self, optimizer: AdamW) -> NativeOps:
-        """Return what has to be compiled before ranks start."""
+        """Return the native operators to compile before ranks start."""
         needed: list[str] = []
         optional: list[str] = []
         if self.wants_native_adam(optimizer):
@@ -388,7 +388,7 @@ def zero_state_bytes(
 
 
 def zero_memory_formula(world_size: int, *, stage: int, mixed: bool, low_memory: bool, offloads: bool) -> str:
-    """Return the arithmetic of :func:`state_bytes` in words, with its source."""
+    """Return the formula of :func:`state_bytes` as text, with its source."""
     size, state_size = (2 if mixed else 4), (2 if low_memory else 4)
     states = state_size * (3 if mixed or stage > 0 else 2)
     terms = (("parameters", size, "weights"), ("gradients", size, "gradients"), ("optimizer", states, "optimizer"))

@@ -46,7 +46,7 @@ They appear if something imported distutils before."""
 
 
 _TAG = "deepspeed"
-"""Of its checkpoints."""
+"""Tag of its checkpoints."""
 
 
 class DeepSpeedEngineBase(Engine):
@@ -99,7 +99,7 @@ class DeepSpeedEngineBase(Engine):
         )
 
     def state_bytes(self) -> StateBytes:
-        """Count what is in memory: partitions as such, nothing that lies on NVMe."""
+        """Return the bytes in memory: partitions as such, without those on NVMe."""
         return deepspeed_state_bytes(self._engine, device=self.device)
 
     def save(self, folder: Path) -> None:

@@ -62,7 +62,7 @@ class SwapFolder:
             remove_unused(self.path)
 
     def _hold(self) -> int | None:
-        """Make the folder and share its lock; return ``None`` where it was removed meanwhile."""
+        """Make the folder and share its lock; return ``None`` if it was removed meanwhile."""
         with suppress(FileExistsError):
             self.path.mkdir(mode=0o700)
         try:

@@ -63,7 +63,7 @@ class DeepSpeedPipelineEngine(DeepSpeedEngineBase):
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
     ) -> StepResult:
-        """Hand DeepSpeed all micro-batches at once: forward, backward and update are one call."""
+        """Pass DeepSpeed all micro-batches at once: forward, backward and update are one call."""
         count = TokenCount(micro_batches, device=self.device, copies=self._context.dims.copies)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr

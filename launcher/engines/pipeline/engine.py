@@ -247,7 +247,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]
 
 
 def shard_chunk(chunk: ModelChunk, mesh: DeviceMesh) -> None:
-    """Shard blocks one by one, and what is left together.
+    """Shard blocks one by one, and the remaining parameters together.
 
     What a step has gathered stays until its end: torch's pipeline reduces gradients once, after the last micro-batch,
     and gathering again for each would send everything as many times.

@@ -119,7 +119,7 @@ def _size(module: nn.Module) -> float:
 
 
 def _costs_from_rank_0(context: Context, *, num_blocks: int, device: torch.device) -> LayerCosts:
-    """Return what rank 0 measured."""
+    """Return rank 0's measurement."""
     costs = torch.zeros(3, dtype=torch.float64, device=device)
     if context.is_main:
         costs.copy_(torch.tensor(measure_costs(context, device=device)))
@@ -136,7 +136,7 @@ def _heartbeat(context: Context) -> Callable[[], None]:
 
 @dataclass(frozen=True, kw_only=True)
 class ChildNames:
-    """Names of a base model's children, by where they stand."""
+    """Names of a base model's children, by position."""
 
     embedding: str
     """Turns tokens into vectors: the first chunk alone has it."""
@@ -220,7 +220,7 @@ def set_chunk_config(model: PreTrainedModel, keep: range) -> None:
 
 
 class ZeroPositions(nn.Module):  # type: ignore[misc]
-    """Stands in for learned positions: its output changes no number, not even a negative zero."""
+    """Replaces learned positions: its output changes no number, not even a negative zero."""
 
     def forward(self, positions: Tensor) -> Tensor:
         """Return -0.0, of shape (1,)."""
@@ -283,14 +283,14 @@ _WARM_UP, _TIMES = 2, 5
 
 @dataclass(frozen=True, kw_only=True)
 class LayerCosts:
-    """What the parts of a model cost, in parameters or in seconds."""
+    """Costs of a model's parts, in parameters or in seconds."""
 
     blocks: Sequence[float]
     """Each block, in order."""
     first: float
-    """What comes before the first block."""
+    """Cost of the parts before the first block."""
     last: float
-    """What follows the last one."""
+    """Cost of the parts after the last block."""
 
 
 def measure_costs(context: Context, *, device: torch.device) -> tuple[float, float, float]:

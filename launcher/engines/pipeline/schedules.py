@@ -38,7 +38,7 @@ _MULTI_CHUNK = {
 }
 
 Metas = tuple[Tensor, Tensor]
-"""What goes into a chunk and what comes out, without storage."""
+"""Input and output of a chunk, without storage."""
 
 
 def chunks_of_rank(schedule: PipelineScheduleName, *, rank: int, ranks: int, chunks: int) -> list[int]:
@@ -152,7 +152,7 @@ class PipelineSchedule:
         self._made_for = wanted
 
     def _metas(self, number: int, sequences: int, tokens: int) -> Metas:
-        """Return what goes into a chunk for one micro-batch, and what comes out."""
+        """Return input and output of a chunk for one micro-batch."""
         hidden = torch.empty(sequences, tokens, self._hidden_size, device="meta", requires_grad=True)
         into = torch.empty(sequences, tokens, dtype=torch.int64, device="meta") if number == 0 else hidden
         out = torch.empty(1, device="meta", requires_grad=True) if number == self._count - 1 else hidden
@@ -164,7 +164,7 @@ def _weighted(loss: Tensor, factor: Tensor) -> Tensor:
 
 
 ChunkCall = Callable[["ModelChunk", Tensor, int], Tensor]
-"""Calls a chunk on what it is given of a micro-batch, whose number comes last."""
+"""Calls a chunk on its inputs for a micro-batch, whose number comes last."""
 
 
 class PipelineForward:
@@ -199,7 +199,7 @@ class PipelineForward:
         return self._owners[-1]
 
     def forward(self, tokens: Sequence[Tensor], call: ChunkCall) -> list[Tensor]:
-        """Return what the last chunk returns for each micro-batch, where it is; nothing elsewhere.
+        """Return the last chunk's output for each micro-batch, on its rank; nothing elsewhere.
 
         Args:
             tokens: int64 of shape (sequences, tokens) for each micro-batch, on every rank.

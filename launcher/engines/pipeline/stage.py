@@ -75,7 +75,7 @@ class ModelChunk(nn.Module):  # type: ignore[misc]
 
 
 def _cache_argument(model: PreTrainedModel) -> str:
-    """Return what this version of Transformers calls the cache."""
+    """Return the name of the cache argument in this version of Transformers."""
     names = inspect.signature(type(model.base_model).forward).parameters
     return "cache" if "cache" in names else "past_key_values"
 

@@ -162,7 +162,7 @@ def _as_prompt(record: Record) -> Record:
 
 
 def generate(job: Generate, context: Context) -> None:
-    """Generate on this rank what is not there yet; rank 0 then puts all answers in order.
+    """Generate this rank's missing answers; rank 0 then merges all answers in order.
 
     Raises:
         ConfigError: the input cannot be read, or the run directory holds answers to something else.
@@ -248,7 +248,7 @@ def generate(job: Generate, context: Context) -> None:
 
 
 def _line_of(output: Path, number: int | None) -> str:
-    """Return what the output says of a bad line."""
+    """Return the output line of a bad line."""
     if number is None:
         return ""
     with output.open("rb") as file:

@@ -172,7 +172,7 @@ _LINES_PER_HEARTBEAT = 4096
 
 
 def merge_parts(index: PartIndex, output: Path, *, heartbeat: Callable[[], None]) -> None:
-    """Write the output in one piece: until the rename that ends it there is none.
+    """Merge the parts into the output, which a rename creates at the end.
 
     Raises:
         JobError: the folder cannot be written, or is gone.

@@ -33,7 +33,7 @@ class GenerationRequest:
 def parse_request(
     record: Record, default_fields: Mapping[str, Any], tokenizer: TextTokenizer, *, seed: int
 ) -> GenerationRequest:
-    """Return what a record asks for.
+    """Return the request of a record.
 
     Args:
         record: the line.
@@ -174,7 +174,7 @@ class GenerationResult:
 
 
 def error_line(record: Record, why: str) -> bytes:
-    """Return what stands in the output for a line that cannot be answered."""
+    """Return the output line for a line that cannot be answered."""
     return _dump_line({**_head(record), "error": why})
 
 

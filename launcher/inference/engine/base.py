@@ -53,7 +53,7 @@ class GeneratedToken:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineOutput:
-    """What one step brought one request."""
+    """Output of one step for one request."""
 
     request_id: str
     tokens: tuple[GeneratedToken, ...] = ()
@@ -61,7 +61,7 @@ class EngineOutput:
     finish_reason: FinishReason | None = None
     """Set in the last output of a request; there is exactly one, whatever happens."""
     error: str = ""
-    """What went wrong, for a person, where ``finish_reason`` is ``error``."""
+    """Message of an error, if ``finish_reason`` is ``error``."""
     param: str = ""
     """The invalid field of ``SamplingParams``; empty if the engine failed."""
     num_cached_tokens: int = 0
@@ -128,7 +128,7 @@ class InferenceEngine(ABC):
         self.max_model_len = max_model_len
         self._limits, self._vocab_size, self._num_blocks = limits, vocab_size, num_blocks
         self._active: dict[str, Any] = {}
-        """What an engine keeps of each request that has not ended, by id."""
+        """State of each active request, by id."""
         self._cancelled: list[str] = []
 
     def add(self, request: EngineRequest) -> None:
@@ -162,7 +162,7 @@ class InferenceEngine(ABC):
 
     @abstractmethod
     def step(self) -> Sequence[EngineOutput]:
-        """Compute one step and return what it brought; return at once where there is no work."""
+        """Compute one step and return its outputs; return at once without work."""
 
     @abstractmethod
     def stats(self) -> EngineStats:

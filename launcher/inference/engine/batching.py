@@ -13,7 +13,7 @@ from launcher.inference.engine.sequence import SequenceGroup
 
 
 class Queueable(Protocol):
-    """What can wait in the queue."""
+    """An item that can wait in the queue."""
 
     @property
     def priority(self) -> int:
@@ -68,7 +68,7 @@ class WaitingQueue(Generic[Item]):
         return self._heap[0][2] if self._heap else None
 
     def remove(self, item: Item) -> None:
-        """Remove an item, wherever it stands."""
+        """Remove an item from anywhere in the queue."""
         self._removed.add(self._numbers.pop(id(item)))
         self.first()
         if len(self._removed) > len(self._heap) // 2:  # removed items from the middle must not hold memory for long

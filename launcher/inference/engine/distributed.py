@@ -25,7 +25,7 @@ _HEARTBEAT_S = 0.5
 
 
 class PlanRunner(Protocol):
-    """What computes the same plans on every rank."""
+    """Runs the same plans on every rank."""
 
     def run(self, plan: StepPlan) -> Tensor:
         """Compute one; the first rank gets the logits."""
@@ -146,7 +146,7 @@ class PipelinedRunner:
         return torch.cat(logits).to(model.device) if logits else torch.empty(0)
 
     def _logits(self, part: StepPlan) -> Tensor:
-        """Return what the last stage makes of a part."""
+        """Return the last stage's output for a part."""
         received = torch.empty((sum(segment.needs_logits for segment in part.segments), self._vocab_size))
         if len(received):
             dist.recv(received, self._stage.count - 1, group=self._group)

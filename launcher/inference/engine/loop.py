@@ -101,7 +101,7 @@ class ConnectionLost(Exception):
 
 
 class EngineConnection:
-    """Sends at once and receives what is there.
+    """Sends at once, and receives available messages.
 
     Args:
         connection: one half of a socket pair.

@@ -65,7 +65,7 @@ def load_stage(
 def load_model_part(
     run: Run, *, rank: int, world_size: int, device: torch.device, heartbeat: Callable[[], None]
 ) -> tuple[PreTrainedModel, ModelStage]:
-    """Return what a rank holds of a run's model: all of it, its slices, or its stage.
+    """Return this rank's part of a run's model: all of it, its slices, or its stage.
 
     Raises:
         ConfigErrors: the engine ``paged`` computes nothing the way that the run says.

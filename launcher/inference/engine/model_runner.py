@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelStage:
-    """Consecutive blocks, with what stands before the first and after the last one of the model."""
+    """Consecutive blocks, with the parts before the model's first or after its last block."""
 
     number: int = 0
     count: int = 1

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """What one step brought one request."""
+    """Output of one step for one request."""
 
     group: SequenceGroup
     tokens: tuple[GeneratedToken, ...] = ()
@@ -188,7 +188,7 @@ class _Draw:
     """A sequence of a step, with its random number: drawn once, even where it is sampled twice."""
 
     index: int
-    """Of its logits in the step."""
+    """Index of its logits in the step."""
     sequence: Sequence
     state: SamplerState
     number: float

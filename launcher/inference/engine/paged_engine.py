@@ -313,7 +313,7 @@ def _make_runner(
     kernels: bool,
     heartbeat: Callable[[], None],
 ) -> tuple[ModelRunner, int]:
-    """Return what computes plans on this rank, and how many KV blocks every rank has."""
+    """Return the runner of plans on this rank, and the number of KV blocks of every rank."""
     self_test = KVSelfTest(model, stage)
     self_test.install(model)
     num_blocks = num_kv_blocks(limits, self_test.shapes, model)

@@ -158,7 +158,7 @@ NO_TOKEN = -1
 
 
 def sample_tokens(logits: Tensor, states: Sequence[SamplerState], numbers: Sequence[float] | None = None) -> list[int]:
-    """Return the next token of each sequence, ``NO_TOKEN`` where there is none.
+    """Return the next token of each sequence, or ``NO_TOKEN``.
 
     A random choice takes one number of the sequence's own and looks it up in the cumulated probabilities: what is
     chosen depends on nothing but the logits of this sequence.

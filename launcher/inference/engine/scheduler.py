@@ -66,7 +66,7 @@ class Scheduler:
             self.waiting.remove(group)
 
     def schedule(self, now_s: float) -> ScheduledStep | None:
-        """Return what the next step computes; ``None`` where there is nothing to compute."""
+        """Return the plan of the next step; ``None`` without work."""
         self._admit(now_s)
         chosen: list[tuple[Sequence, int]] = []
         for group in list(self.running):

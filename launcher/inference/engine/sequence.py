@@ -20,7 +20,7 @@ class Sequence:
     block_table: list[int] = field(default_factory=list)
     """Blocks that hold them, in order."""
     prefix: PrefixHash = NO_PREFIX
-    """How far its blocks are registered for sharing."""
+    """Prefix of its blocks that is registered for sharing."""
 
     @property
     def num_uncomputed(self) -> int:
@@ -47,10 +47,10 @@ class SequenceGroup:
 
     @property
     def priority(self) -> int:
-        """Of the request."""
+        """Priority of the request."""
         return self.request.priority
 
     @property
     def max_num_seqs(self) -> int:
-        """Sequences that it may come to have."""
+        """Most sequences that it may have."""
         return self.request.sampling.num_beams

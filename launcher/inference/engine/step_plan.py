@@ -1,4 +1,4 @@
-"""What one step computes, as plain numbers that are the same on every rank."""
+"""Plan of one step, as plain numbers that are the same on every rank."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class StepPlan:
 
     @staticmethod
     def decode(numbers: Sequence[int]) -> StepPlan:
-        """Return what ``encode`` was given."""
+        """Return the value that was encoded."""
         rest = iter(numbers)
         stop, padding, num_copies, num_segments = _take(rest, 4)
         copies = tuple((target, source) for target, source in (_take(rest, 2) for _ in range(num_copies)))
@@ -91,7 +91,7 @@ def split_plan(plan: StepPlan, count: int) -> list[StepPlan]:
 
 
 def _segments_between(segments: tuple[Segment, ...], begin: int, end: int) -> Iterator[Segment]:
-    """Yield what of segments lies between two tokens, counted through all of them."""
+    """Yield the parts of segments between two tokens, counted through all of them."""
     at = 0
     for segment in segments:
         size = len(segment.tokens)

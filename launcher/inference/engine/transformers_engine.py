@@ -234,7 +234,7 @@ class TransformersEngine(InferenceEngine):
             raise JobError("Transformers' continuous batching has ended; see its error above")
 
     def _handle_result(self, result: GenerationOutput) -> EngineOutput | None:
-        """Return what a result means to its request; those that have ended meanwhile are over."""
+        """Return the outputs of a result; of a request that has ended, none."""
         request = self._ids.get(result.request_id)
         if request is None:
             return None

@@ -69,7 +69,7 @@ class VllmServer:
         self._started_s = 0.0
 
     def command(self, model: str) -> list[str]:
-        """Return what is started, for a folder of weights."""
+        """Return the command for a folder of weights."""
         job, run = self._job, self._run
         python = str(Path(job.vllm_python or "").expanduser())
         # the module: the command `vllm` looks for a package of that name, which builds for CPUs do not have
@@ -103,7 +103,7 @@ class VllmServer:
         return self._process is not None
 
     def exit_code(self) -> int | None:
-        """Return how it ended, ``None`` while it runs."""
+        """Return the exit code, ``None`` while it runs."""
         assert self._process is not None
         return self._process.poll()
 
@@ -143,7 +143,7 @@ class _ActiveRequest:
 
 @dataclass(frozen=True, slots=True)
 class _Completion:
-    """What came back."""
+    """Response to one request."""
 
     active: _ActiveRequest
     status: int = 0

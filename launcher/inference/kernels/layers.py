@@ -148,7 +148,7 @@ _PANEL = 32
 
 
 class ReplacedLayers:
-    """What has been put in place of what.
+    """Replaced layers and their originals.
 
     Attributes:
         what: in words.

@@ -104,7 +104,10 @@ def _load(file: Path) -> Any:
 
 
 def _cpu_features() -> str:
-    """Return what decides which instructions there are: a home folder may be shared by machines."""
+    """Return the CPU features that decide the compiled instructions.
+
+    Machines may share a home folder.
+    """
     info = Path("/proc/cpuinfo")
     flags = (
         next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.is_file() else ""

@@ -291,7 +291,7 @@ def serve(job: Serve, context: Context) -> None:
 
 
 def _engine_environ(job: Serve) -> dict[str, str]:
-    """Return what engines inherit: their share of the cores, and no keys."""
+    """Return the environment of engines: their share of the cores, and no API keys."""
     environ = {name: value for name, value in os.environ.items() if name != API_KEYS_VARIABLE}
     threads = int(environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0)))
     return {**environ, "OMP_NUM_THREADS": str(max(1, threads // job.replicas))}

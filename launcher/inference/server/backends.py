@@ -1,4 +1,4 @@
-"""What computes the answers: replicas of the launcher's engines, or vLLM's own server."""
+"""Backends that compute answers: replicas of the launcher's engines, or vLLM's server."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class GenerationResponse(ABC):
     part: str
     """Name of the object in streams."""
     prompt_field: str
-    """Where a prompt stands in the body."""
+    """Name of the prompt's field in the body."""
 
     def __init__(
         self,
@@ -79,10 +79,10 @@ class GenerationResponse(ABC):
 
     @abstractmethod
     def delta(self, index: int, delta: TextDelta) -> EventData:
-        """Return what a delta adds to its choice."""
+        """Return the fields of a delta in its choice."""
 
     def openings(self) -> list[EventData]:
-        """Return what a stream begins with."""
+        """Return the first events of a stream."""
         return []
 
     async def respond(self, request: Request) -> Response:
@@ -258,7 +258,7 @@ class ChatResponse(GenerationResponse):
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
     def openings(self) -> list[dict[str, Any]]:
-        """Return who speaks, for each choice."""
+        """Return the role of each choice."""
         delta = {"role": "assistant", "content": "", "refusal": None}
         return [
             {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -198,7 +198,7 @@ class ServerLimits:
     """Limits of a server."""
 
     name: str
-    """What clients call the model."""
+    """Model name in clients' requests."""
     capacity: int
     """Sequences that engines work on at a time."""
     max_queue: int

@@ -34,7 +34,7 @@ _HIDDEN = re.compile(rb"%(?:00|2e|2f|5c|0[ad]|25)|[\\#]", re.IGNORECASE)
 The encoded backslash, too."""
 _ENCODED_SLASH = re.compile(rb"%2f", re.IGNORECASE)
 _MODELS = b"/v1/models/"
-"""What follows is a name, in which OpenAI's client encodes slashes."""
+"""Path prefix of a model name, in which OpenAI's client encodes slashes."""
 _TAKES_BODY = frozenset({"POST", "PUT", "PATCH"})
 
 
@@ -212,7 +212,7 @@ class _Reader(h11.Connection):
     _chunks = _received = 0
 
     def next_event(self) -> Any:
-        """Return what comes next."""
+        """Return the next event."""
         event = super().next_event()
         if isinstance(event, h11.Request):
             self._chunks = self._received = 0

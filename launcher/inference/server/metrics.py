@@ -84,7 +84,7 @@ class ServerMetrics:
         return page
 
     def row(self) -> dict[str, float]:
-        """Return what a line of metrics.jsonl holds; times are means since the last line."""
+        """Return a line of metrics.jsonl; times are means since the last line."""
         values = {metric.name.removeprefix(_PREFIX): sum(s.value for s in metric.samples) for metric in self._state()}
         values["prompt_tokens"] = _value(self.prompt_tokens)
         names = {"ttft": "time_to_first_token_s", "itl": "inter_token_latency_s", "e2el": "e2e_request_latency_s"}

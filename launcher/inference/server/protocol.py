@@ -200,7 +200,7 @@ def _check_stop_ids(value: Any) -> list[int]:
 
 
 def _checked(check: Callable[..., Any], *shapes: dict[str, Any]) -> tuple[PlainValidator, WithJsonSchema]:
-    """Return what makes a field of a check, with how OpenAPI describes what it takes."""
+    """Return the validator and the OpenAPI schema of a field with its own check."""
     return PlainValidator(check), WithJsonSchema(shapes[0] if len(shapes) == 1 else {"anyOf": list(shapes)})
 
 
@@ -283,7 +283,7 @@ class StreamOptions(RequestBody):
 
 
 class GenerationBody(RequestBody):
-    """What completions and chats have in common."""
+    """Common fields of completions and chats."""
 
     openai_fields: ClassVar = frozenset(
         (

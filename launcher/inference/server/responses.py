@@ -104,7 +104,7 @@ _FORMS = {
     "list_type": "a list",
     "string_type": "a text",
 }
-"""What a field takes, by the kind of error of a value that is something else."""
+"""Description of a field's type, by the kind of error."""
 _UNSUPPORTED_VALUES = frozenset({"tool", "function", "json_object", "json_schema"})
 """OpenAI values of ``role`` and ``response_format.type`` that are not supported."""
 

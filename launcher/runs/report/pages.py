@@ -175,7 +175,7 @@ def _page(title: str, *content: Html) -> str:
 
 
 _TRIAL_METRICS = ("train/loss", "eval/loss", "perf/tokens_per_s", "memory/peak_bytes")
-"""Metrics shown for a trial beside the one that ranks the trials."""
+"""Metrics shown for a trial, besides the one that ranks the trials."""
 
 
 def trials_table(sweep: SweepResult, last: Sequence[dict[str, Any]]) -> Html:

@@ -31,11 +31,14 @@ WORDS = {
     "nobody": "no client, no user, no process",
     "odd one out": "straggler",
     "somebody": "name the client, user or process",
+    "stretch": "interval, span, range or segment",
+    "stretches": "intervals, spans, ranges or segments",
     "theirs": "name whose",
     "told": "sent, reported, distinguished",
     "warden": "agent supervisor",
     "whereabouts": "session file, position",
     "whoever": "name the client, user or process",
+    "wish": "option, request",
 }
 """Each word, and what to write instead."""
 MAX_SUMMARY = 90

@@ -234,7 +234,7 @@ def fold_ranks(answers: Sequence[CaseAnswer], *, tokens: int) -> dict[str, float
 class BusyMeter:
     """Counts the seconds in which pipeline chunks compute, without those in which they wait.
 
-    It changes torch's stages for good: a process that has one is of no other use.
+    It patches torch's stages permanently: use the process for nothing else.
     """
 
     def __init__(self, chunks: Iterable[nn.Module], *, device: torch.device) -> None:

@@ -77,7 +77,7 @@ def parse_overrides(
 
     Args:
         words: what the user typed.
-        groups: the options of every config group; none for the changes of a stored run.
+        groups: the options of every config group; none for the changes of a saved run.
         sweeping: whether several values for one option are wanted (``-m`` or a sweep).
         report: called once per mistake.
     """
@@ -342,7 +342,7 @@ def _classify(
 
 def _several_values(key: str, typed: str, types_of: Sequence[Any], groups: Mapping[str, Sequence[str]]) -> ConfigError:
     """Return the error of a sweep where a single value is needed, with every way to write it."""
-    ways = ["add -m to run them all"] if groups else []  # a stored run has none, and is no grid
+    ways = ["add -m to run them all"] if groups else []  # a saved run has none, and is no grid
     if any(typing.get_origin(hint) is tuple for hint in types_of):
         ways.append(f"write {shell_word(f'{key}=[{typed}]')} for a list")
     if takes_only_text(types_of):

@@ -1,6 +1,6 @@
 """Options that hold paths: ``~`` in them, and paths that this process cannot read.
 
-``Path.exists`` and its kin raise for some of these paths, answer no for others, and differ between versions of Python.
+``Path.exists`` and similar methods raise for some of these paths, return False for others, and differ between Python versions.
 So every path of an option is looked at here once, before any other code does.
 """
 

@@ -113,7 +113,7 @@ class SequenceParallel:
             answer: tuple[Tensor, Tensor | None] = self._inner(module, query, key, value, attention_mask, **options)
             return answer
         options.pop("position_ids", None)  # of this rank's tokens: the kernel sees all of them
-        if key.shape[1] % self._size:  # heads of keys that cannot be dealt out: each head of queries gets its own
+        if key.shape[1] % self._size:  # key heads that do not divide by the ranks: each query head gets its own copy
             shared_by = query.shape[1] // key.shape[1]
             key, value = (tensor.repeat_interleave(shared_by, dim=1) for tensor in (key, value))
         query, key, value = (_Swap.apply(tensor, self._group, 1, 2) for tensor in (query, key, value))

@@ -4,9 +4,9 @@
     faults.py --out faults.json --launchers ours --only "3 hosts, agent"
     faults.py --out faults.json --table                the results as Markdown
 
-A cell is a run on one to three hosts (namespaces of this machine), whose ranks sum over all of them without end, and a
-second run beside it. One process, or one host, is struck; then it is written down what is left after ten seconds, when
-everything was gone, the exit code, and whom the launcher named. Nothing is tried twice.
+A cell is a run on one to three hosts (namespaces of this machine), whose ranks all-reduce in a loop, and a second run
+next to it. The script injects a fault into one process or host, and records the processes left after ten seconds, the
+time until all had exited, the exit code, and the cause that the launcher named. No cell is retried.
 
 Needs root and the packages of scripts/lab; pdsh for deepspeed.
 """

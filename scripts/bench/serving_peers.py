@@ -4,10 +4,10 @@
     python scripts/bench/serving_peers.py --peers DIR --out cells.json  measure what is missing there, print the table
     python scripts/bench/serving_peers.py --peers DIR --out cells.json --table
 
-All servers are started at first and stay; all but the one that is measured stand still (SIGSTOP). Rounds go through all
-of them, A B A B, so that a slow minute of the machine hits all. Every server gets the same prompts; each round has its
-own, so that no cache of prompts helps. In a cell so many requests are under way until all of some number are answered,
-or until it is broken off: then what has come so far counts. Reading prompts counts everywhere.
+All servers start first and stay up; all but the measured one are suspended (SIGSTOP). Each round measures all of them
+(A B A B), so that a slow minute of the machine affects all. Every server gets the same prompts; each round has its own,
+so that no prompt cache helps. A cell keeps a number of requests in flight until a given number is answered, or until its
+time limit: then the answers so far count. Prefill counts in all cells.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, required=True, help="folder that serving_peers_make.py filled")
     parser.add_argument("--out", type=Path, required=True, help="file of cells; those in it are not measured again")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--most", type=float, default=75.0, help="seconds after which a cell is broken off")
+    parser.add_argument("--most", type=float, default=75.0, help="time limit of a cell in seconds")
     parser.add_argument("--only", nargs="*", help="names of servers, or parts of names")
     parser.add_argument("--contexts", nargs="*", default=list(CONTEXTS), choices=CONTEXTS)
     parser.add_argument("--concurrency", nargs="*", type=int, default=list(CONCURRENCY))
@@ -166,8 +166,8 @@ def _measure_all(
             try:
                 found = measure(cell, server, most_s=arguments.most)
             except OSError as error:
-                print(f"{cell.name}: {error}; it is measured no more", flush=True)
-                troubles[cell.peer] = f"broke off at {cell.name}: {error}"
+                print(f"{cell.name}: {error}; it is not measured any more", flush=True)
+                troubles[cell.peer] = f"failed at {cell.name}: {error}"
                 running.pop(cell.peer).close()
                 continue
             server.pause()

@@ -1,10 +1,10 @@
-"""Twenty minutes at twice what a server can do, with clients that vanish, nonsense, and engines that are killed.
+"""Load a server with twice its capacity for twenty minutes, with disconnects, invalid requests and killed engines.
 
     python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32
 
-What follows ``--`` are overrides of the ``job=serve`` that is started here. Every prompt's greedy answer is asked for
-beforehand, alone; any other text under load is a mix-up. The result cache is off: every answer is computed. At last
-SIGTERM comes in the middle of the same load: every accepted request completes or gets an error, and the exit code is 0.
+The words after ``--`` are overrides of the ``job=serve`` that is started here. Every prompt's greedy answer is computed
+beforehand, alone; any other text under load is an error. The result cache is off: every answer is computed. At the end
+SIGTERM is sent under load: every accepted request completes or gets an error, and the exit code is 0.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from launcher.config.benchmark.serving import (
 
 NUM_PROMPTS = 40
 CANCELLED, MALFORMED = 0.10, 0.05
-"""Shares of requests whose client vanishes, and of those that are nonsense."""
-NONSENSE = (
+"""Shares of requests whose client disconnects, and of invalid requests."""
+INVALID = (
     b"{",
     b"[]",
     b'{"prompt": "\xff", "max_tokens": 4}',
@@ -134,7 +134,7 @@ async def storm(
         fate = random_.random()
         which = random_.randrange(len(calls))
         if fate < MALFORMED and not tally.ends:
-            await _nonsense(target, random_.choice(NONSENSE), tally)
+            await _invalid(target, random_.choice(INVALID), tally)
             return
         outcome = RequestOutcome(number, due_s=time.perf_counter() - start)
         task = send_request(calls[which], outcome, pool, start=start)
@@ -155,7 +155,7 @@ async def storm(
     pool.close()
 
 
-async def _nonsense(target: LoadTarget, body: bytes, tally: Tally) -> None:
+async def _invalid(target: LoadTarget, body: bytes, tally: Tally) -> None:
     """Send what must be refused with a status of the client's fault, in OpenAI's shape."""
     connection = HttpConnection(target.address, headers={})
     try:
@@ -165,13 +165,13 @@ async def _nonsense(target: LoadTarget, body: bytes, tally: Tally) -> None:
         if answer.status == 503 and error["code"] == "too_many_connections":  # before it was read
             tally.note("refused")
         elif 400 <= answer.status < 500 and "message" in error:
-            tally.note("nonsense refused")
+            tally.note("invalid refused")
         else:
-            tally.note("NONSENSE ACCEPTED", f"{answer.status}: {text!r}")
+            tally.note("INVALID ACCEPTED", f"{answer.status}: {text!r}")
     except RequestError as trouble:
-        tally.note("NONSENSE LOST", f"{trouble} after {body[:60]!r}")
+        tally.note("INVALID LOST", f"{trouble} after {body[:60]!r}")
     except (ValueError, KeyError, TypeError) as error:
-        tally.note("NONSENSE ACCEPTED", f"no error in OpenAI's shape after {body[:60]!r}: {error}")
+        tally.note("INVALID ACCEPTED", f"no error in OpenAI's shape after {body[:60]!r}: {error}")
     finally:
         connection.close()
 

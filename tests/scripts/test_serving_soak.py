@@ -17,7 +17,7 @@ def test_a_short_soak_of_echoing_engines() -> None:
     ended = subprocess.run([sys.executable, SOAK, *words], capture_output=True, text=True, timeout=500, check=False)
     output = ended.stdout + ended.stderr
     assert ended.returncode == 0, output
-    for word in ("finished: ", "nonsense refused: ", "cancelled: ", "exit code 0", "everything as it should be"):
+    for word in ("finished: ", "invalid refused: ", "cancelled: ", "exit code 0", "everything as it should be"):
         assert word in output
     assert re.search(r"engines killed: [1-9]", output), output
 

@@ -16,7 +16,7 @@ _MANY_ROWS = 10**15
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """A stretch of the rows of one split."""
+    """A range of the rows of one split."""
 
     name: str
     first: int | None = None

@@ -62,7 +62,7 @@ def make_schedule(
 
     Gradients come out as sums, not divided by anything.
 
-    What a schedule sends has one shape for good. A batch of another shape would be computed wrongly, and silently, so
+    The messages of a schedule have a fixed shape. A batch of another shape would be computed wrongly, and silently, so
     it needs a schedule of its own.
 
     Args:

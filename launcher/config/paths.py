@@ -1,6 +1,6 @@
 """Options that hold paths: ``~`` in them, and paths that this process cannot read.
 
-``Path.exists`` and similar methods raise for some of these paths, return False for others, and differ between Python versions.
+``Path.exists`` and the like raise for some of these paths, return False for others; they differ by version of Python.
 So every path of an option is looked at here once, before any other code does.
 """
 

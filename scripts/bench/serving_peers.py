@@ -6,7 +6,7 @@
 
 All servers start first and stay up; all but the measured one are suspended (SIGSTOP). Each round measures all of them
 (A B A B), so that a slow minute of the machine affects all. Every server gets the same prompts; each round has its own,
-so that no prompt cache helps. A cell keeps a number of requests in flight until a given number is answered, or until its
+so that no prompt cache helps. A cell keeps a number of requests in flight until a number is answered, or until its
 time limit: then the answers so far count. Prefill counts in all cells.
 """
 

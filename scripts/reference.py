@@ -70,7 +70,7 @@ def _group(group: str) -> Iterator[str]:
         rows = []
         for name in options:
             sets = {key: value for key, value in _option(group, name).items() if key != "kind"}
-            words = " ".join(f"`{key}={value_text(value)}`" for key, value in sets.items())
+            words = " ".join(_setting(key, value) for key, value in sets.items())
             mark = " (default)" if name == chosen else ""
             rows.append((f"`{name}`{mark}", _text(first_comment(_file(group, name))), words))
         yield from _table(("option", "meaning", "sets"), rows)
@@ -90,6 +90,10 @@ def _group(group: str) -> Iterator[str]:
         if own:
             yield ""
             yield from _table(header, own)
+
+
+def _setting(key: str, value: object) -> str:
+    return f"`{key}` (needed)" if value == "???" else f"`{key}={value_text(value)}`"
 
 
 def _keys(group: str, kind: str, cls: type) -> list[tuple[str, str, str, str]]:

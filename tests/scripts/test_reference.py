@@ -53,6 +53,7 @@ def test_a_row_shows_type_limits_default_and_meaning(pages: dict[str, str]) -> N
 def test_an_option_shows_what_it_sets(pages: dict[str, str]) -> None:
     assert "| `hsdp` |" in pages["parallel.md"]
     assert "| `replicate=2` |" in pages["parallel.md"]
+    assert "`offload_parameters=nvme` `nvme_path` (needed) " in pages["parallel.md"]
     assert "| `cosine` (default) |" in pages["schedule.md"]
 
 

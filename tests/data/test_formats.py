@@ -697,6 +697,32 @@ def test_a_split_that_datasets_cannot_read_is_refused(split: str) -> None:
         HfData(path="org/name", split=split)
 
 
+def test_a_split_after_which_no_file_is_named_is_refused(tmp_path: Path) -> None:
+    for name in ("train-a.csv", "dev-b.csv"):
+        (tmp_path / name).write_bytes(table())
+    data = HfData(path=str(tmp_path))
+    for split in ("train", "validation[:50%]", "train+validation"):
+        assert problems(replace(data, split=split)) == []
+        assert texts(replace(data, split=split))
+    for split in ("test", "train+test[:5]", "train5", "dev"):
+        (message,) = problems(replace(data, split=split))
+        assert f"data.split={split}: the files are named after the splits train, validation; " in message
+        with pytest.raises(ConfigError, match="Unknown split"):
+            texts(replace(data, split=split))
+    (tmp_path / "train-a.csv").unlink()
+    (message,) = problems(data)
+    assert message.endswith("the files are named after the splits validation; choose from: validation")
+
+
+def test_blank_lines_of_text_are_rows_in_a_slice(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text("\n" * 30 + "some words\n" * 30)
+    data = HfData(path="text", files=(f"{tmp_path}/x.txt",), split="train[40:]")
+    assert problems(data) == []
+    assert len(texts(data)) == 20
+    assert data.small_pieces() is None
+    assert "holds none of the 60 rows" in problems(replace(data, split="train[60:]"))[0]
+
+
 def test_slices_of_small_files_are_counted_in_tokens(tmp_path: Path) -> None:
     (tmp_path / "x.csv").write_bytes(table())
     data = HfData(path="csv", files=(f"{tmp_path}/x.csv",), split="train[:2]+train[5:6]")

@@ -42,11 +42,16 @@ _COUNTED_BYTES = 16 << 20
 """Files of this size altogether have their rows counted before anything starts."""
 _SPLIT_REMEDY = "set data.split=train, or train[:50%]"
 _SKIP = "set data.skip_bad_rows=true to leave such rows out"
-_SPLIT_WORDS = ("train", "training", "validation", "valid", "dev", "val", "test", "testing", "eval", "evaluation")
-"""Words that mark a split in a file or folder name, as in ``datasets``.
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "dev", "val"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+"""Words that mark a split in the name of a file or folder, as in ``datasets``.
+
 They stand between separators or digits."""
 
-_SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(_SPLIT_WORDS)})(?:[-._ 0-9/]|$)")
+_SPLIT_NAME = re.compile(rf"(?:^|[-._ 0-9/])(?:{'|'.join(_SPLITS)})(?:[-._ 0-9/]|$)")
 
 _DESCRIPTIONS = ("dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json")
 """Files of JSON in the folder of a data set that hold no rows."""
@@ -167,6 +172,8 @@ class HfData(Corpus):
             return None
         if self.reads_files:
             return files.beginning(self.local_pieces(), most)
+        if self.path == "text":
+            return None  # datasets counts blank lines too
         rows = list(self._file_rows())
         chosen = (rows[number] for part in self._slices for number in part.rows(len(rows)))
         return files.beginning(self.texts_of(chosen), most)
@@ -375,12 +382,23 @@ class HfData(Corpus):
         elif not {part.name for part in self._slices} <= {"train", "all"} and _has_one_split(folder):
             why = "no file or folder in it is named after a split, so datasets has one, train"
             yield self.error("split", why, _SPLIT_REMEDY)
+        elif (missing := self._missing_split(folder, known)) is not None:
+            yield missing
         elif contents := list(self._validate_folder_contents(folder, known)):
             yield from contents
         elif len(known) == 1 and self.split == "train":
             yield from self._validate_folder_column(folder, known[0])
         elif len(known) == 1 and _has_one_split(folder):
             yield from self._validate_slices([file for file in data_files(folder) if full_ending(file) == known[0]])
+
+    def _missing_split(self, folder: Path, endings: Sequence[str]) -> ConfigError | None:
+        """Return the error of a split after which no file or folder in ``folder`` is named."""
+        named = _named_splits(folder, [*endings, ".txt"])
+        wanted = [part.name for part in self._slices if part.name not in (*named, "all")]
+        if not named or not wanted:
+            return None
+        fix = did_you_mean(wanted[0], named)
+        return self.error("split", f"the files are named after the splits {', '.join(sorted(named))}", fix)
 
     def _validate_folder_contents(self, folder: Path, known: Sequence[str]) -> Iterator[ConfigError]:
         """Yield the first file that ``datasets`` would misread.
@@ -490,6 +508,18 @@ def _has_one_split(folder: Path) -> bool:
     names = [str(file.relative_to(folder).with_suffix("")) for file in data_files(folder)]
     is_named = any(_SPLIT_NAME.search(name) or re.search(r"-\d{5}-of-", name) for name in names)
     return not is_named and "configs:" not in _text_of(folder / "README.md")
+
+
+def _named_splits(folder: Path, endings: Sequence[str]) -> set[str]:
+    """Return the splits that names of files in a folder mark.
+
+    None are returned where other splits are possible.
+    """
+    chosen = [file for file in data_files(folder) if full_ending(file) in endings]
+    names = [str(file.relative_to(folder).with_suffix("")) for file in chosen]
+    if any(re.search(r"-\d{5}-of-", name) for name in names) or "configs:" in _text_of(folder / "README.md"):
+        return set()
+    return {_SPLITS[word] for name in names for word in re.split(r"[-._ 0-9/]+", name) if word in _SPLITS}
 
 
 def _text_of(file: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import json
 from collections import Counter
@@ -142,7 +143,9 @@ def first_rows(file: Path, found: FileFormat, *, longest_line: int) -> FirstRows
 
 
 def count_rows(file: Path, found: FileFormat, *, longest_line: int) -> int:
-    """Return how many rows a file holds.
+    """Return how many rows a file holds, as ``datasets`` counts them.
+
+    Of text these are all lines, the blank ones too.
 
     Raises:
         BadFile: the file as a whole holds no rows, or is damaged.
@@ -153,6 +156,9 @@ def count_rows(file: Path, found: FileFormat, *, longest_line: int) -> int:
 
         with _damage_is_bad_file(file, found):
             return int(pyarrow.parquet.read_metadata(file).num_rows)
+    if found.kind == "text":
+        with io.TextIOWrapper(open_bytes(file, found.compression), encoding="utf-8", errors="replace") as lines:
+            return sum(1 for _ in lines)
     last = -1
 
     def count(number: int) -> bool:

@@ -149,3 +149,7 @@ def test_code_words_that_look_like_files_exist() -> None:
     for page in PAGES:
         for word in re.findall(r"`((?:launcher|conf|scripts|tests|docs)/[\w./-]*)`", page.read_text()):
             assert (REPOSITORY / word).exists(), f"{page.name} names {word}"
+
+
+def test_the_readme_fits_three_screens() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 120

@@ -19,6 +19,7 @@ from launcher.config.backend.deepspeed import DeepspeedBackend
 from launcher.errors.secrets import is_secret
 from launcher.execution.executor import Executor
 from launcher.planning.commands import EXTERNAL_RANK_MODULE
+from launcher.plugins.loading import import_folders
 from launcher.protocol.outcome import RunOutcome
 from launcher.protocol.plan import Command, Host, HostPlan, Plan
 from launcher.protocol.rundir import RunDir, encode_run_dir
@@ -34,7 +35,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
 
     def remote_command(self, host: Host, module: str) -> RemoteCommand:
         """Return the ssh command that runs ``module``: pdsh and mpirun reach hosts the same way."""
-        text = prologue(module, cwd=os.getcwd(), pythonpath=(str(code_root()),))  # noqa: PTH109
+        text = prologue(module, cwd=os.getcwd(), pythonpath=_pythonpath())  # noqa: PTH109
         return ssh_command(host, prologue=text, config=self.backend.ssh_config)
 
     def render(self, plan: Plan, *, snapshot: str) -> str:
@@ -114,7 +115,7 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         return ()
 
     def _env(self) -> dict[str, str]:
-        env = {"PYTHONPATH": str(code_root())}
+        env = {"PYTHONPATH": os.pathsep.join(_pythonpath())}
         if self.backend.runner == "pdsh":
             env |= {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": " ".join(self._ssh_options())}
         return env
@@ -123,6 +124,11 @@ class DeepspeedExecutor(Executor[DeepspeedBackend]):
         config = self.backend.ssh_config
         file = ["-F", str(Path(config).absolute())] if config else []
         return [*file, *("-o", "BatchMode=yes", "-o", "ControlPath=none", "-o", "ClearAllForwardings=yes")]
+
+
+def _pythonpath() -> tuple[str, ...]:
+    """Return the folders of the program and of plugins, which all hosts share."""
+    return (str(code_root()), *import_folders())
 
 
 def render_hostfile(plan: Plan) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-
 from launcher.config.backend.base import Backend
 from launcher.execution.executor import AnyExecutor
+from launcher.plugins.loading import executor
 
 EXECUTORS: dict[str, str] = {
     "deepspeed": "launcher.backends.deepspeed:DeepspeedExecutor",
@@ -20,6 +19,5 @@ A new backend needs its options, its executor, its YAML and a line here."""
 
 def executor_of(backend: Backend) -> AnyExecutor:
     """Return the executor of ``backend``, which is imported now, with its options."""
-    module, _, name = EXECUTORS[backend.kind].partition(":")
-    executor: AnyExecutor = getattr(importlib.import_module(module), name)(backend)
-    return executor
+    found: AnyExecutor = executor("backend", backend.kind, EXECUTORS)(backend)
+    return found

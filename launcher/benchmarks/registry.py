@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from launcher.config.run import Benchmark
+from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
     from launcher.benchmarks.results import BenchmarkResults
@@ -32,6 +32,5 @@ def execute_benchmark(context: Context) -> BenchmarkResults | None:
     """Execute the benchmark of ``context.run``; return its results, on rank 0 at least."""
     benchmark = context.run.benchmark
     assert isinstance(benchmark, Benchmark), "refused before anything starts"
-    module, _, name = EXECUTORS[benchmark.kind].partition(":")
-    function: Callable[[Any, Context], BenchmarkResults | None] = getattr(importlib.import_module(module), name)
+    function: Callable[[Any, Context], BenchmarkResults | None] = executor("benchmark", benchmark.kind, EXECUTORS)
     return function(benchmark, context)

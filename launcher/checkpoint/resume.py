@@ -12,7 +12,7 @@ from launcher.checkpoint.manifest import MANIFEST
 from launcher.checkpoint.store import SavedCheckpoint, Say, complete_checkpoints, open_checkpoint
 from launcher.config.model.base import Model
 from launcher.config.model.hf import last_part
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import Parallel
 from launcher.config.precision import Precision
 from launcher.config.schedule import Schedule
@@ -148,7 +148,7 @@ def validate_resume(
     yield from _other_strategy(saved, parallel, world_size)
 
 
-def lr_jump_warning(saved: SavedCheckpoint, optimizer: AdamW, schedule: Schedule, steps: int) -> str | None:
+def lr_jump_warning(saved: SavedCheckpoint, optimizer: Optimizer, schedule: Schedule, steps: int) -> str | None:
     """Return a warning if a new schedule makes the learning rate jump on resume, or ``None``."""
     before, done = saved.manifest.lr, saved.manifest.step
     if before is None or math.isclose(before, optimizer.lr * schedule.factor(done - 1, steps), rel_tol=1e-3):

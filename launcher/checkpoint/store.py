@@ -66,6 +66,10 @@ class CheckpointStore:
         """Return where every rank writes its part of the payload of ``step``."""
         return self._folder / f".{_name(step)}.tmp"
 
+    def folder_of(self, step: int) -> Path:
+        """Return the folder of a checkpoint once it is whole."""
+        return self._folder / _name(step)
+
     def begin(self, step: int) -> Path:
         """Make the empty pending folder of ``step``."""
         pending = self.pending(step)

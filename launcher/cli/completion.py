@@ -11,7 +11,7 @@ from typing import Any, Literal, Union
 
 from launcher.cli.arguments import Arguments, Completion, Option
 from launcher.cli.verbs import CONFIG_DIR, LAUNCH, ROOT, SHELLS, VERBS, Verb
-from launcher.config.compose import groups
+from launcher.config.folders import groups
 from launcher.config.paths import expand_home
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions

@@ -40,4 +40,5 @@ def run(arguments: Arguments) -> int:
 def request_of(wanted: Run) -> ProbeRequest:
     """Return the request to the probes of a run's hosts."""
     folder = Path(wanted.run.dir or wanted.run.root).absolute()
-    return ProbeRequest(run_dir=str(folder), port=None if wanted.backend.port == "auto" else wanted.backend.port)
+    port = None if wanted.backend.port == "auto" else wanted.backend.port
+    return ProbeRequest(run_dir=str(folder), port=port, plugins=wanted.plugins)

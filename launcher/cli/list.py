@@ -11,11 +11,13 @@ import yaml
 
 from launcher.cli.arguments import Arguments
 from launcher.config.component import Component, class_title, field_docs
-from launcher.config.compose import conf_folder, groups
+from launcher.config.folders import groups, option_folders, options_in
 from launcher.config.option_text import value_text
+from launcher.config.plugins import take_plugins
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions
 from launcher.errors import ConfigError
+from launcher.plugins.loading import LoadedPlugin, loaded_plugins, origin_of
 from launcher.utils.schema import defaults, describe_type, field_types
 from launcher.utils.text import did_you_mean, format_table, terminal_width
 
@@ -26,11 +28,12 @@ They hold its default, type and meaning."""
 
 def run(arguments: Arguments) -> int:
     """Print groups, options or keys."""
+    words = take_plugins(arguments.groups)
     known = groups(arguments.config_dir)
     width = terminal_width()
-    if not arguments.groups:
+    if not words:
         print("\n".join(_overview(known, width)))
-    for word in arguments.groups:
+    for word in words:
         group, _, option = word.partition("/")
         if group not in (*known, "run"):
             parent = group.partition(".")[0]
@@ -38,7 +41,7 @@ def run(arguments: Arguments) -> int:
             raise ConfigError(word, why="no such group", fix=fix)
         if option and option not in known.get(group, []):
             raise ConfigError(word, why="no such option", fix=did_you_mean(option, known.get(group, [])))
-        folders = [folder for folder in (arguments.config_dir, conf_folder()) if folder is not None]
+        folders = option_folders(arguments.config_dir)[::-1]
         lines = _one(group, option, folders, width) if option else _all(group, known, folders, width)
         print("\n".join(lines))
     return 0
@@ -46,12 +49,14 @@ def run(arguments: Arguments) -> int:
 
 def _overview(known: dict[str, list[str]], width: int) -> Iterator[str]:
     yield from format_table([(group, ", ".join(options)) for group, options in known.items()], width=width)
+    for plugin in loaded_plugins():
+        yield from textwrap.wrap(f"{plugin.origin} ({plugin.file}): {_added(plugin)}", width, break_long_words=False)
     yield ""
     yield "launch list GROUP explains one; launch list GROUP/OPTION shows its values"
 
 
 def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width: int) -> Iterator[str]:
-    rows = [(option, first_comment(_file(group, option, folders))) for option in known.get(group, [])]
+    rows = [(option, _summary(_file(group, option, folders))) for option in known.get(group, [])]
     yield from format_table(rows, width=width)
     kinds = KINDS.get(group, {})
     classes: list[type] = [RunOptions] if group == "run" else [component_class(group, kind) for kind in kinds]
@@ -59,7 +64,9 @@ def _all(group: str, known: dict[str, list[str]], folders: Sequence[Path], width
         if rows or number:
             yield ""
         kind = f"kind {cls.kind}: " if issubclass(cls, Component) and len(classes) > 1 else ""
-        yield from textwrap.wrap(kind + class_title(cls), width, break_long_words=False)
+        origin = origin_of(group, cls.kind) if issubclass(cls, Component) else ""
+        title = f"{kind}{class_title(cls)}{f' ({origin})' if origin else ''}"
+        yield from textwrap.wrap(title, width, break_long_words=False)
         yield from _keys(group, cls, {name: value_text(value) for name, value in defaults(cls).items()}, width)
 
 
@@ -92,6 +99,21 @@ def _keys(group: str, cls: type, values: dict[str, str], width: int) -> Iterator
 
 def _file(group: str, option: str, folders: Sequence[Path]) -> Path:
     return next(file for folder in folders if (file := folder / group / f"{option}.yaml").is_file())
+
+
+def _added(plugin: LoadedPlugin) -> str:
+    """Return what a plugin adds: groups with their kinds, then its options of YAML."""
+    kinds = {**plugin.plugin.executors, **plugin.plugin.options}
+    added = [f"{group} {' '.join(names)}" for group, names in kinds.items()]
+    if plugin.conf is not None:
+        added += [f"{group}={option}" for group, options in options_in(plugin.conf).items() for option in options]
+    return ", ".join(added)
+
+
+def _summary(file: Path) -> str:
+    """Return the first comment of an option's file, and which plugin it is from."""
+    plugin = next((each for each in loaded_plugins() if each.conf is not None and each.conf in file.parents), None)
+    return first_comment(file) if plugin is None else f"{first_comment(file)} ({plugin.origin})".lstrip()
 
 
 def first_comment(file: Path) -> str:

@@ -97,7 +97,7 @@ def _split_verb(words: Sequence[str]) -> tuple[str, list[str]]:
 
 def _suggest_word(word: str) -> str:
     """Return the correction of a first word that is neither a verb nor an override."""
-    from launcher.config.compose import groups
+    from launcher.config.folders import groups
     from launcher.config.overrides import suggest_overrides
 
     suggested = suggest_overrides(word, groups())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from launcher.backends.registry import executor_of
 from launcher.cli.arguments import Arguments
-from launcher.config.compose import Composition, groups
+from launcher.config.compose import Composition
+from launcher.config.folders import groups
 from launcher.config.overrides import suggest_overrides
 from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError

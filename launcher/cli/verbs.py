@@ -437,7 +437,7 @@ for signal n."""
 
 def launch_description() -> str:
     """Return the part of ``launch --help`` above its options."""
-    from launcher.config.compose import groups
+    from launcher.config.folders import groups
 
     options = groups()
     names = [group for group in options if group not in ("exp", "sweep")]

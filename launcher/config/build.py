@@ -67,7 +67,7 @@ def build_run(
     """
     parts: dict[str, Any] = {}
     for key in tree:
-        if key not in KINDS and key != "run":
+        if key not in (*KINDS, "run", "plugins"):
             report(ConfigError(key, why=NO_SUCH_OPTION, fix=suggest_option(key, tree, typed=typed)))
     backend = tree.get("backend")
     is_here = not (isinstance(backend, Mapping) and backend.get("kind") == "kubernetes")
@@ -98,7 +98,7 @@ def build_run(
     if expand_home(options.name) == expand_home(model.name):  # hub names stay as they are
         # the default; a path would put the run into the model's folder
         parts["run"] = replace(options, name=default_run_name(model.name))
-    return Run(**parts)
+    return Run(**parts, plugins=tuple(tree.get("plugins", ())))
 
 
 def suggest_option(key: str, tree: Mapping[str, Any], *, typed: Mapping[str, str] = MappingProxyType({})) -> str:

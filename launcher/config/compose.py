@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from launcher.config.build import build_run, with_defaults
+from launcher.config.folders import conf_folder, groups, option_folders
 from launcher.config.option_text import quoted_text, quoted_word
 from launcher.config.overrides import (
     COMMAND_LINE,
@@ -19,6 +20,7 @@ from launcher.config.overrides import (
     takes_texts,
     types_of_option,
 )
+from launcher.config.plugins import take_plugins, used_plugins
 from launcher.config.run import Run, run_to_tree
 from launcher.config.user_files import missing_packages, validate_user_files
 from launcher.errors import ConfigError, ConfigErrors
@@ -41,33 +43,18 @@ class Composition:
     """The words it was composed from."""
 
 
-def conf_folder() -> Path:
-    """Return the shipped ``conf/``: inside an installed package, or beside it in a checkout."""
-    package = Path(__file__).parent.parent
-    installed = package / "conf"
-    return installed if installed.is_dir() else package.parent / "conf"
-
-
-def groups(extra: Path | None = None) -> dict[str, list[str]]:
-    """Return the options of every config group, those of the user's own folder included."""
-    found: dict[str, set[str]] = {}
-    for folder in filter(None, (conf_folder(), extra)):
-        for file in folder.glob("*/*.yaml"):
-            found.setdefault(file.parent.name, set()).add(file.stem)
-    return {group: sorted(options) for group, options in sorted(found.items())}
-
-
 def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: bool = False) -> Composition:
     """Compose and check a run.
 
     Args:
-        words: Hydra overrides.
+        words: Hydra overrides, and ``plugins=[…]``, which loads modules.
         config_dir: a folder of the user's own options, searched beside the shipped ones.
         sweeping: whether several values for one option are welcome; they are left out of the composition.
 
     Raises:
         ConfigErrors: everything that is wrong, each with the file and line it came from.
     """
+    given, words = tuple(words), take_plugins(words)
     mistakes: list[ConfigError] = []
     known = groups(config_dir)
     overrides = parse_overrides(words, known, sweeping=sweeping, report=mistakes.append)
@@ -96,7 +83,8 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         sources = _source_files(fixed, config_dir) if tree is not None else []
         raise ConfigErrors([_with_origin(error, overrides, sources) for error in mistakes])
     assert run is not None, "no run and no reason"
-    return Composition(run=run, tree=run_to_tree(run), sweep=sweep, overrides=tuple(words))
+    run = replace(run, plugins=used_plugins(run))
+    return Composition(run=run, tree=run_to_tree(run), sweep=sweep, overrides=given)
 
 
 def _without_model_option(error: ConfigError, typed: Mapping[str, object]) -> ConfigError:
@@ -131,8 +119,9 @@ def unused_vocab_size(data: Corpus) -> ConfigError:
 
 def _hydra_words(overrides: Sequence[Override], config_dir: Path | None) -> list[str]:
     words = [override.word for override in overrides]
-    if config_dir is not None:
-        words.append(f"hydra.searchpath=[{quoted_text(f'file://{config_dir.resolve()}')}]")
+    folders = [quoted_text(f"file://{folder.resolve()}") for folder in option_folders(config_dir)[1:]]
+    if folders:
+        words.append(f"hydra.searchpath=[{','.join(folders)}]")
     return words
 
 
@@ -173,7 +162,7 @@ def _source_files(overrides: Sequence[Override], config_dir: Path | None) -> lis
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(conf_folder()), job_name="launcher"):
         words = _hydra_words(overrides, config_dir)
         listed = GlobalHydra.instance().config_loader().compute_defaults_list("config", words, RunMode.RUN).defaults
-    folders = [folder for folder in (conf_folder(), config_dir) if folder is not None]
+    folders = option_folders(config_dir)
     candidates = [(entry.package or "", folder / f"{entry.config_path}.yaml") for entry in listed for folder in folders]
     return [(package, file) for package, file in candidates if file.is_file()]
 

@@ -21,7 +21,7 @@ from launcher.config.compile import Compile
 from launcher.config.component import Component
 from launcher.config.data.base import Data
 from launcher.config.model.base import Model
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import Parallel
 from launcher.config.paths import PathText, named_paths
 from launcher.config.precision import Precision
@@ -65,7 +65,7 @@ class Run:
     model: Model
     data: Data
     parallel: Parallel
-    optimizer: AdamW
+    optimizer: Optimizer
     schedule: Schedule
     precision: Precision
     quantization: Quantization | NoQuantization
@@ -78,6 +78,8 @@ class Run:
     tracker: Tracker
     backend: Backend
     run: RunOptions
+    plugins: tuple[str, ...] = ()
+    """Modules of the plugins that this run uses; ranks import them before they read its options."""
 
     @property
     def batched_job(self) -> BatchedJob:
@@ -345,6 +347,8 @@ class NoBenchmark(Component):
 def run_to_tree(run: Run) -> dict[str, Any]:
     """Return the plain tree that ``build_run`` turns back into an equal run."""
     tree: dict[str, Any] = to_tree(run)
+    if not run.plugins:
+        del tree["plugins"]
     return tree
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from launcher.config.build import build_run
+from launcher.config.plugins import load_plugins_of_run
 from launcher.config.registry import GROUPS_ADDED_LATER
 from launcher.config.run import Run, run_to_tree
 from launcher.errors import ConfigError, ConfigErrors
@@ -47,10 +48,16 @@ def save_run(run: Run, path: Path) -> str:
     return sha256_of(text.encode())
 
 
-def load_run(path: Path, *, expected_hash: str | None = None) -> Run:
+def load_run(path: Path, *, expected_hash: str | None = None, is_own_run: bool = False) -> Run:
     """Return the run that ``path`` (a run.yaml) holds.
 
+    Args:
+        path: the file.
+        expected_hash: its SHA-256, from the plan; then this process belongs to the run.
+        is_own_run: whether this process was started for this run; otherwise nothing that the file names is imported.
+
     Raises:
+        EnvironmentProblem: this process belongs to the run, and lacks one of its plugins.
         ConfigError: the file is missing, its hash differs from ``expected_hash``, or it is not a run of this version.
     """
     payload = _read(path)
@@ -59,7 +66,9 @@ def load_run(path: Path, *, expected_hash: str | None = None) -> Run:
         why = f"its hash is {found[:12]}… and the plan says {expected_hash[:12]}…: it changed after the plan was made"
         raise ConfigError("run.yaml", path, why=why, fix="start the run again; never edit run.yaml of a running run")
     mistakes: list[ConfigError] = []
-    run = build_run({**GROUPS_ADDED_LATER, **_parse(payload, path)}, mistakes.append)
+    tree = _parse(payload, path)
+    plugins = load_plugins_of_run(tree.get("plugins", ()), is_own_run=is_own_run or expected_hash is not None)
+    run = build_run({**GROUPS_ADDED_LATER, **tree, "plugins": plugins}, mistakes.append)
     if run is None:
         raise ConfigErrors(mistakes)
     return run

@@ -14,6 +14,7 @@ from launcher.config.job.generating import GeneratingJob
 from launcher.config.job.quantize import Quantize
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.model.transformers_support import attention_support
+from launcher.config.optimizer import AdamW
 from launcher.config.option_text import flatten_options
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import FP8_MULTIPLE, Fp8Precision
@@ -292,9 +293,24 @@ def validate_numerics(run: Run, job: BatchedJob, hosts: Sequence[Host]) -> Itera
     yield from _validate_kernels(run, without_gpu, on_gpu=any(host.devices for host in hosts))
     if isinstance(run.compile, RegionalCompile):
         yield from _validate_compilation(run)
-    if run.optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
+    yield from _validate_optimizer(run, job)
+
+
+def _validate_optimizer(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
+    """Reject an optimizer that the strategy cannot build, shard or save."""
+    optimizer, parallel = run.optimizer, run.parallel
+    if not isinstance(optimizer, AdamW):
+        if not job.trains:
+            return
+        if parallel.kind not in (*_WHOLE_MODEL, "fsdp"):
+            why = f"parallel.kind={parallel.kind} has AdamW only"
+            yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp or parallel=fsdp")
+        elif parallel.kind == "fsdp" and not optimizer.state_names:
+            why = f"its class names no state (state_names), which {parallel.kind} must save in shards"
+            yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp")
+    elif optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
         why = "it is DeepSpeed's, and this strategy runs without DeepSpeed"
-        yield run.optimizer.error("implementation", why, "set optimizer.implementation=torch, which is fused too")
+        yield optimizer.error("implementation", why, "set optimizer.implementation=torch, which is fused too")
 
 
 def _validate_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:

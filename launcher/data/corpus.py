@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from launcher.config.data.formats import FORMAT_OF, BadFile, full_ending, inspec
 from launcher.config.data.hf import LONGEST_LINE_BYTES, HfData, data_files
 from launcher.config.data.rows import FirstRows, Record, read_rows
 from launcher.errors import ConfigError, EnvironmentProblem
+from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
     import datasets
@@ -31,8 +31,7 @@ def read_corpus(data: Corpus) -> Iterator[TextChunk]:
         ConfigError: a source turns out not to be text.
         EnvironmentProblem: a source cannot be reached.
     """
-    module, _, name = READERS[data.kind].partition(":")
-    chunks: Iterator[TextChunk] = getattr(importlib.import_module(module), name)(data)
+    chunks: Iterator[TextChunk] = executor("data", data.kind, READERS)(data)
     return chunks
 
 

@@ -213,6 +213,7 @@ def collect_facts(
         "ask": "facts",
         "run_dir": request.run_dir,
         "token": token,
+        **({"plugins": list(request.plugins)} if request.plugins else {}),
         "is_full": is_full,
         "life_s": life_s,
     }

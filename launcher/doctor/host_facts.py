@@ -18,7 +18,7 @@ import socket
 import struct
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -46,13 +46,16 @@ _BACKLOG = 4096
 """Number of hosts whose connections the kernel accepts without ``accept``."""
 
 
-def collect_host_facts(run_dir: Path, *, token: str | None, environ: Mapping[str, str]) -> HostFacts:
+def collect_host_facts(
+    run_dir: Path, *, token: str | None, environ: Mapping[str, str], plugins: Sequence[str] = ()
+) -> HostFacts:
     """Return the facts of this machine.
 
     Args:
         run_dir: of the run.
         token: path of a file that the launching machine wrote.
         environ: of this process, with the variables of ssh and CUDA.
+        plugins: modules that the run needs.
     """
     gpus = visible_gpus(list_gpus(), environ.get("CUDA_VISIBLE_DEVICES"))
     memory = memory_limit()
@@ -68,7 +71,7 @@ def collect_host_facts(run_dir: Path, *, token: str | None, environ: Mapping[str
         devices=tuple(gpu.name for _, gpu in gpus),
         device_ids=tuple(word for word, _ in gpus),
         device_bytes=min((gpu.memory_bytes for _, gpu in gpus), default=0),
-        software=collect_software(),
+        software=collect_software(plugins),
         storage=examine_storage(run_dir, token=token),
     )
 
@@ -77,8 +80,8 @@ def _boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str:
     return file.read_text(encoding="ascii").strip() if file.is_file() else ""
 
 
-def collect_software() -> Software:
-    """Return the software of this interpreter."""
+def collect_software(plugins: Sequence[str] = ()) -> Software:
+    """Return the software of this interpreter; ``plugins`` are modules to look for."""
     found = {name: _version(name) for name in PACKAGES}
     return Software(
         python=platform.python_version(),
@@ -88,7 +91,16 @@ def collect_software() -> Software:
         nccl=_nccl(),
         driver=_driver(),
         code_hash=code_hash(),
+        missing_plugins=tuple(module for module in plugins if not _is_importable(module)),
     )
+
+
+def _is_importable(module: str) -> bool:
+    """Return whether there is a module of this name; packages above it are imported."""
+    try:
+        return find_spec(module) is not None
+    except ImportError:
+        return False
 
 
 def code_hash() -> str:

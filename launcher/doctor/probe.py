@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,14 @@ class Probe:
             self._collective.kill()
             self._collective.wait()
 
-    def _send_facts(self, *, run_dir: str, token: str | None, is_full: bool, life_s: float) -> None:
+    def _send_facts(
+        self, *, run_dir: str, token: str | None, is_full: bool, life_s: float, plugins: Sequence[str] = ()
+    ) -> None:
         signal.setitimer(signal.ITIMER_REAL, life_s)
         if is_full:
             command = [sys.executable, "-m", "launcher.doctor.collective", str(os.getpid())]
             self._collective = subprocess.Popen(command, stdin=subprocess.PIPE, text=True)
-        facts = collect_host_facts(Path(run_dir), token=token, environ=os.environ)
+        facts = collect_host_facts(Path(run_dir), token=token, environ=os.environ, plugins=plugins)
         send_message("facts", clock=time.time(), facts=facts)
 
     def _listen(self, *, port: int | None) -> None:

@@ -34,6 +34,8 @@ class ProbeRequest:
     """Absolute path; it need not exist."""
     port: int | None = None
     """Port of the rendezvous on the first host; ``None`` takes any free one."""
+    plugins: tuple[str, ...] = ()
+    """Modules that every host must be able to import."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,8 @@ class Software:
     """Version of the NVIDIA driver."""
     code_hash: str
     """SHA-256 of the files of this package."""
+    missing_plugins: tuple[str, ...] = ()
+    """Modules of the run's plugins that cannot be found."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,7 @@ def host_rules(
     answered = [host for host in hosts if host.name in facts]
     yield from _differing_software(facts)
     yield from _differing_code(facts, code_hash)
+    yield from _missing_plugins(facts)
     yield from _duplicates(facts)
     for host in answered:
         found = facts[host.name]
@@ -118,6 +119,13 @@ def _differing_code(facts: _Facts, code_hash: str) -> Iterator[Finding]:
         if found.software.code_hash != code_hash:
             what = f"its launcher code is {found.software.code_hash[:12]} and this machine's is {code_hash[:12]}"
             yield error(host, what, "install the same version there, or set backend.code=sent")
+
+
+def _missing_plugins(facts: _Facts) -> Iterator[Finding]:
+    for host, found in facts.items():
+        for module in found.software.missing_plugins:
+            what = f"the plugin {module}, which the run uses, is not installed for {found.software.python_path}"
+            yield error(host, what, "install its package there, or set backend.code=sent")
 
 
 def _duplicates(facts: _Facts) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""Names of AdamW's state of each parameter."""
 
 
 def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -47,16 +48,25 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         raise JobError(f"{folder} does not hold this model and optimizer: {error}", exit_code=EXIT_BAD_INPUT) from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> dict[str, Tensor]:
-    """Return AdamW's state by name (``exp_avg.<parameter>``), created if no step was taken."""
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
+) -> dict[str, Tensor]:
+    """Return an optimizer's state by name (``exp_avg.<parameter>``), created if no step was taken.
+
+    Args:
+        optimizer: whose state it is.
+        names: of its parameters.
+        state_names: of its state of each parameter; ``step`` is a scalar, the others have the parameter's shape.
+    """
     tensors: dict[str, Tensor] = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = optimizer.state[parameter]
             if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-            tensors |= {f"{moment}.{names[parameter]}": state[moment] for moment in _MOMENTS}
+                for name in state_names:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device) if name == "step" else None
+                    state[name] = torch.zeros_like(parameter) if step is None else step
+            tensors |= {f"{name}.{names[parameter]}": state[name] for name in state_names}
     return tensors
 
 

@@ -7,35 +7,53 @@ idea of Liger Kernel's fused linear cross-entropy, arXiv:2410.10989).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from launcher.config.job.train import CROSS_ENTROPY
 from launcher.data.dataloader import IGNORE_INDEX
+from launcher.plugins.base import LOSS
+from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
+    from launcher.config.run import BatchedJob
     from launcher.data.dataloader import MicroBatch
 
 
-def token_loss_sum(module: nn.Module, micro_batch: MicroBatch, *, device: torch.device) -> Tensor:
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Takes logits (sequences, tokens, vocabulary) and labels (sequences, tokens), ``IGNORE_INDEX`` where a token does not
+count; returns the loss summed over the labelled tokens, an fp32 scalar."""
+
+
+def loss_function(job: BatchedJob) -> LossFunction | None:
+    """Return the loss of a plugin that a job trains on; ``None`` for cross-entropy."""
+    name = getattr(job, "loss", CROSS_ENTROPY)
+    return None if name == CROSS_ENTROPY else cast("LossFunction", executor(LOSS, name, {}))
+
+
+def token_loss_sum(
+    module: nn.Module, micro_batch: MicroBatch, *, device: torch.device, function: LossFunction | None = None
+) -> Tensor:
     """Return the loss summed over the labelled tokens, an fp32 scalar on ``device``.
 
     Args:
         module: a causal language model of Transformers, or what wraps it.
         micro_batch: on any device.
         device: of the module.
+        function: computes it from all logits; by default it is cross-entropy, of which no rank holds all.
     """
     input_ids = micro_batch.input_ids.to(device, non_blocking=True)
     labels = micro_batch.labels.to(device, non_blocking=True)
     where = micro_batch.position_ids
     positions = {} if where is None else {"position_ids": where.to(device, non_blocking=True)}
-    with labels_at_head(module, labels):
+    with labels_at_head(module, labels) if function is None else nullcontext():
         output = module(input_ids=input_ids, use_cache=False, **positions).logits
-    return loss_of(output, labels)
+    return loss_of(output, labels) if function is None else function(output, labels)
 
 
 PLAIN_HEADS = frozenset({"gpt2", "llama", "mistral", "qwen2", "qwen3"})

@@ -16,12 +16,23 @@ from launcher.config.precision import Fp16Precision, Precision
 from launcher.engines.base import StepResult
 from launcher.engines.distributed import ranks_with_nonfinite
 from launcher.engines.model_state import local_shard
+from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from launcher.config.optimizer import AdamW
     from launcher.config.run import Run
+
+
+OPTIMIZERS: dict[str, str] = {"adamw": "launcher.engines.optimizer:make_adamw"}
+"""Function of each kind of optimizer that makes torch's object from its options and groups of parameters."""
+
+
+def make_adamw(options: AdamW, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """Return torch's fused AdamW."""
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps, fused=True)
 
 
 class OptimizerStep:
@@ -53,9 +64,8 @@ class OptimizerStep:
         self._parameters: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         skipped = set(map(id, counted_elsewhere))
         self._counted = [parameter for parameter in self._parameters if id(parameter) not in skipped]
-        self.optimizer = torch.optim.AdamW(
-            groups, lr=run.optimizer.lr, betas=run.optimizer.betas, eps=run.optimizer.eps, fused=True
-        )
+        make = executor("optimizer", run.optimizer.kind, OPTIMIZERS)
+        self.optimizer: torch.optim.Optimizer = make(run.optimizer, groups)
 
     def apply(self, own_sum: Tensor, tokens: Tensor, *, lr: float, preempted: bool, counted: int = 1) -> StepResult:
         """Clip and apply the gradient unless it is not finite; fetch all numbers in one go.

@@ -24,7 +24,7 @@ from launcher.engines.checkpoint_io import (
 )
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
-from launcher.engines.loss import token_loss_sum
+from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model_state import torch_state_bytes
 from launcher.engines.optimizer import OptimizerStep
 from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedModel
@@ -54,6 +54,8 @@ class TorchEngine(Engine):
         self.module = self._layout.module
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
+        self._loss = loss_function(run.batched_job)
+        self._state_names = run.optimizer.state_names
 
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
@@ -66,7 +68,7 @@ class TorchEngine(Engine):
         for number, micro_batch in enumerate(own):
             with self._layout.without_reduction() if number < last else contextlib.nullcontext(), self._split():
                 with self._clock.phase("forward"), self._autocast():
-                    loss = token_loss_sum(self._layout.forward, micro_batch, device=self.device)
+                    loss = token_loss_sum(self._layout.forward, micro_batch, device=self.device, function=self._loss)
                 with self._clock.phase("backward"):
                     own_sum += loss.detach()
                     (loss * (self._layout.averaged_over * self._update.scale.value / count.total())).backward()
@@ -139,7 +141,7 @@ class TorchEngine(Engine):
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
         return {
             **{name: parameter.detach() for parameter, name in names.items()},
-            **optimizer_tensors(self._update.optimizer, names),
+            **optimizer_tensors(self._update.optimizer, names, state_names=self._state_names),
         }
 
     def _load_whole(self, folder: Path) -> None:

@@ -54,6 +54,6 @@ def probe_for_restart(prepared: PreparedRun, executor: AnyExecutor) -> tuple[tup
 def _ask(prepared: PreparedRun, executor: AnyExecutor) -> DoctorReport:
     backend = prepared.run.backend
     port = None if backend.port == "auto" else backend.port
-    request = ProbeRequest(run_dir=prepared.plan.run_dir, port=port)
+    request = ProbeRequest(run_dir=prepared.plan.run_dir, port=port, plugins=prepared.run.plugins)
     deadline_s = default_deadline_s(len(prepared.hosts), quick=True)
     return examine_hosts(prepared.hosts, executor.remote_command, request, quick=True, deadline_s=deadline_s)

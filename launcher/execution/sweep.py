@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from launcher.config.backend.base import Backend
-from launcher.config.compose import Composition, compose, groups
+from launcher.config.compose import Composition, compose
+from launcher.config.folders import groups
 from launcher.config.overrides import parse_overrides
 from launcher.errors import ConfigError, ConfigErrors, LauncherError
 from launcher.execution.executor import AnyExecutor

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any
-
 from launcher.engines.context import Context
+from launcher.plugins.loading import executor
 
 EXECUTORS: dict[str, str] = {
     "train": "launcher.training.trainer:train",
@@ -25,11 +22,4 @@ def execute_job(context: Context) -> None:
     job = context.run.job
     if job.handles_preemption:
         context.preemption.install()  # before the import below, because importing torch takes seconds
-    _load(EXECUTORS[job.kind])(job, context)
-
-
-def _load(target: str) -> Callable[[Any, Context], None]:
-    """Return the function that ``module:function`` names."""
-    module, _, name = target.partition(":")
-    function: Callable[[Any, Context], None] = getattr(importlib.import_module(module), name)
-    return function
+    executor("job", job.kind, EXECUTORS)(job, context)

@@ -7,7 +7,6 @@ Importing this module imports neither torch nor Transformers.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +17,7 @@ from launcher.config.model.llama import SMOLLM2_INSTALL, SMOLLM2_SIZES, smollm2_
 from launcher.errors import EnvironmentProblem
 from launcher.models.gguf import convert_llama
 from launcher.models.tokenizer import config_json_error
+from launcher.plugins.loading import executor
 from launcher.utils.build_cache import build_once
 from launcher.utils.hub import fetch_model
 
@@ -98,8 +98,7 @@ def tokenizer_folder_option(model: Model) -> str:
 
 
 def _source_of(model: Model) -> ModelSource:
-    module, _, name = SOURCES[model.kind].partition(":")
-    source: ModelSource = getattr(importlib.import_module(module), name)(model)
+    source: ModelSource = executor("model", model.kind, SOURCES)(model)
     return source
 
 

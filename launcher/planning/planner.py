@@ -12,11 +12,13 @@ from launcher.config.job.generating import GeneratingJob
 from launcher.config.model.shape import Shape
 from launcher.config.option_text import component_text
 from launcher.config.run import Run
+from launcher.config.tracker import LocalTracker
 from launcher.config.validate import validate_run
 from launcher.errors import ConfigError, ConfigErrors
 from launcher.planning.commands import RANK_LAUNCHERS, HostPosition, rank_environment
 from launcher.planning.topology import rank_places
 from launcher.planning.warnings import warnings_of_run
+from launcher.plugins.loading import loaded_plugins
 from launcher.protocol.plan import (
     Batch,
     Command,
@@ -89,6 +91,7 @@ def make_plan(run: Run, hosts: Sequence[Host], identity: RunIdentity, facts: Loc
         details={
             **dict(run.job.describe(run, world_size=world_size)),
             **dict(run.profile.describe(run.job.profile_unit)),
+            **_describe_plugins(run),
         },
         port=identity.port,
         ranks=tuple(rank_places(hosts)),
@@ -213,9 +216,15 @@ def _build_commands(host: Host, facts: LocalFacts, env: Mapping[str, str]) -> It
 
 
 def _sidecars(host: Host, identity: RunIdentity, tracker: TrackerPlan) -> Iterator[Command]:
-    """Yield the process that sends metrics.jsonl to W&B."""
-    if tracker.kind == "wandb" and tracker.mode != "disabled":
+    """Yield the process that sends metrics.jsonl to W&B or to the tracker of a plugin."""
+    if tracker.kind != LocalTracker.kind and tracker.mode != "disabled":
         yield Command(argv=(host.python, "-m", "launcher.trackers.sidecar", identity.run_dir))
+
+
+def _describe_plugins(run: Run) -> dict[str, str]:
+    """Return the line of the plugins that a run uses; none without them."""
+    used = [plugin for plugin in loaded_plugins() if plugin.module in run.plugins]
+    return {"plugins": ", ".join(f"{plugin.name} ({plugin.file})" for plugin in used)} if used else {}
 
 
 def _files(run: Run, hosts: Sequence[Host], tracker: TrackerPlan) -> Iterator[str]:

@@ -7,7 +7,7 @@ import io
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +31,12 @@ class Bundle:
     """A tar.gz."""
 
 
-def make_bundle(root: Path) -> Bundle:
-    """Return the working tree at ``root``.
+def make_bundle(root: Path, packages: Sequence[Path] = ()) -> Bundle:
+    """Return the working tree at ``root``, with packages of plugins.
+
+    Args:
+        root: of the working tree.
+        packages: folders, or files of modules, that stand at the top of the bundle.
 
     Raises:
         EnvironmentProblem: git is missing or fails, the tree is too big, a file cannot be read, or a link leads out.
@@ -40,7 +44,8 @@ def make_bundle(root: Path) -> Bundle:
     paths = sorted(set(_listed(root)))
     if not paths:
         raise EnvironmentProblem(f"git lists no file in {root}: install the same version on every host instead")
-    _check_size(root, paths)
+    added = [(package.parent, path) for package in packages if package.parent != root for path in _files_of(package)]
+    _check_size(root, [*paths, *(path for _, path in added)])
     packed = io.BytesIO()
     try:
         with (
@@ -49,10 +54,22 @@ def make_bundle(root: Path) -> Bundle:
         ):
             for path in paths:
                 _add(archive, root, path)
+            for parent, path in added:
+                _add(archive, parent, path)
     except OSError as error:
         raise EnvironmentProblem(f"{error.filename} cannot be sent to the hosts: {error.strerror}") from error
     payload = packed.getvalue()
     return Bundle(sha256=sha256_of(payload), payload=payload)
+
+
+def _files_of(package: Path) -> list[Path]:
+    """Return the files of a package, or the module itself, without bytecode and hidden files."""
+    found = sorted(package.rglob("*")) if package.is_dir() else [package]
+    return [path for path in found if path.is_file() and not _is_left_out(path.relative_to(package.parent))]
+
+
+def _is_left_out(path: Path) -> bool:
+    return any(part == "__pycache__" or part.startswith(".") for part in path.parts)
 
 
 def _listed(folder: Path) -> Iterator[Path]:
@@ -86,7 +103,7 @@ def _check_size(root: Path, paths: Iterable[Path]) -> None:
     sizes = sorted(((path.lstat().st_size, path) for path in paths), reverse=True)
     total = sum(size for size, _ in sizes)
     if total > LIMIT_BYTES:
-        biggest = ", ".join(f"{path.relative_to(root)} ({_mebibytes(size)})" for size, path in sizes[:3])
+        biggest = ", ".join(f"{os.path.relpath(path, root)} ({_mebibytes(size)})" for size, path in sizes[:3])
         raise EnvironmentProblem(
             f"the working tree {root} holds {_mebibytes(total)}, and at most {_mebibytes(LIMIT_BYTES)} are sent to "
             f"every host; the biggest files are {biggest}: name what is not code in .gitignore"

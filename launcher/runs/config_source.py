@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from launcher.config.build import build_run, suggest_option
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import Override, parse_overrides, suggest_overrides
 from launcher.config.paths import anchored
+from launcher.config.plugins import take_plugins
 from launcher.config.registry import KINDS
 from launcher.config.run import Run, run_to_tree
 from launcher.config.snapshot import load_run
@@ -55,6 +57,7 @@ def resolved_config(words: Sequence[str], *, config_dir: Path | None, root: Path
     Raises:
         ConfigError: there is no such run or experiment, or it does not compose.
     """
+    words = take_plugins(words)
     first, *rest = words or ("",)
     is_run = exists(RunDir(Path(first)).snapshot)
     if "=" in first and not is_run:
@@ -91,6 +94,7 @@ def load_saved_run(folder: Path, words: Sequence[str]) -> Run:
     Raises:
         ConfigErrors: every error in the changes, or in the run.yaml of another version.
     """
+    words = take_plugins(words)
     mistakes: list[ConfigError] = []
     tree = run_to_tree(_from_its_folder(load_run(RunDir(folder).snapshot), RunDir(folder)))
     for override in parse_overrides(words, {}, sweeping=False, report=mistakes.append):

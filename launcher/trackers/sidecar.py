@@ -14,20 +14,18 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from launcher.config.run import Run
 from launcher.config.snapshot import load_run
+from launcher.config.tracker import Wandb
+from launcher.plugins.loading import executor
 from launcher.protocol.plan import Plan, plan_from_json
 from launcher.protocol.results import parse_metrics_line
 from launcher.protocol.rundir import RunDir
 from launcher.utils.files import home_folder, read_json, write_json
-
-if TYPE_CHECKING:
-    from launcher.trackers.wandb_run import WandbRun
-
 
 _FAILED = 1
 
@@ -128,11 +126,14 @@ def main(folder: Path) -> None:
     orders = RunEndListener(finish_s=FINISH_S, orphan_s=ORPHAN_S)
     orders.start()
     run_dir = RunDir(folder)
-    run, plan = load_run(run_dir.snapshot), plan_from_json(read_json(run_dir.plan))
+    run, plan = load_run(run_dir.snapshot, is_own_run=True), plan_from_json(read_json(run_dir.plan))
     started = min(run_dir.plan.stat().st_mtime, time.time())  # the plan is rewritten at each start or resume
     wait_for_metrics(run_dir, orders, since=started)
     os.environ.update(WANDB_DIR=str(folder), WANDB_SILENT="true", WANDB_ERROR_REPORTING="false")
     use_scratch_folder(os.environ)
+    if run.tracker.kind != Wandb.kind:
+        follow(run_dir, run, plan, orders)
+        return
     import wandb
 
     try:
@@ -180,8 +181,20 @@ def follow(run_dir: RunDir, run: Run, plan: Plan, orders: RunEndListener) -> Non
     tracked.finish(orders.exit_code)
 
 
-def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[WandbRun, bool]:
-    """Return the W&B run, and whether it is online; offline if the server does not answer."""
+class TrackedRun(Protocol):
+    """A run at a tracker; that of a plugin is built from the run directory, the run and the plan."""
+
+    def log(self, line: Mapping[str, Any]) -> None:
+        """Send one line of metrics.jsonl."""
+
+    def finish(self, exit_code: int) -> None:
+        """Close with the run's exit code."""
+
+
+def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[TrackedRun, bool]:
+    """Return the tracked run, and whether it is online at W&B; offline if the server does not answer."""
+    if run.tracker.kind != Wandb.kind:
+        return executor("tracker", run.tracker.kind, {})(run_dir, run, plan), False
     run_dir.tracker.mkdir(exist_ok=True)
     import wandb
 

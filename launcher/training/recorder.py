@@ -103,6 +103,11 @@ class Recorder:
         self.write(done, {"eval/loss": loss, **{f"time/{name}_s": seconds for name, seconds in parts.items()}})
         self.print(f"step {done}/{self._job.steps}  held-out loss {loss:.4f}")
 
+    def callbacks(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Record what callbacks returned."""
+        if metrics:
+            self.write(done, metrics)
+
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Append a line to metrics.jsonl, on rank 0."""
         if self._writer is not None:

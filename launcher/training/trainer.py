@@ -13,6 +13,7 @@ from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED, JobError
 from launcher.profiling.performance import StepClock
+from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint, save_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.recorder import Recorder, draw_curve
@@ -54,6 +55,7 @@ class Trainer:
         self.preemption = preemption
         self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
+        self.callbacks = Callbacks(job.callbacks, context, engine)
         self.recorder: Recorder
 
     def run(self) -> None:
@@ -90,6 +92,7 @@ class Trainer:
         self.recorder.step(
             step + 1, result, lr=rate, elapsed_s=time.perf_counter() - started, parts=self.clock.pop_times()
         )
+        self.recorder.callbacks(step + 1, self.callbacks.on_step(step + 1, result))
         return result
 
     def evaluate(self, done: int) -> EvaluationResult:
@@ -98,6 +101,7 @@ class Trainer:
             asked = self.preemption.requested
             held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
         self.recorder.evaluation(done, held_out.loss, parts=self.clock.pop_times())
+        self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
     def save(self, done: int, held_out: EvaluationResult | None) -> None:
@@ -106,6 +110,7 @@ class Trainer:
             loss = held_out.loss if held_out else None
             tokenizer = self.splits.tokenizer
             save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
+        self.recorder.callbacks(done, self.callbacks.on_save(done, self.store.folder_of(done)))
 
     def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
         """Save, whatever the policy is, and exit with the resume code, on all ranks."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from harness import BIN, step_times
 from workload import Workload
 
-from launcher.config.compose import groups
+from launcher.config.folders import groups
 
 HERE = Path(__file__).resolve().parent
 SMALL = Workload(

@@ -14,7 +14,8 @@ from pathlib import Path
 from harness import step_times
 from workload import Workload
 
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.profiling.performance import peak_flops
 
 HERE = Path(__file__).resolve().parent

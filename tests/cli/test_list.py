@@ -1,7 +1,7 @@
 import pytest
 
 from launcher.config.component import class_title, field_docs
-from launcher.config.compose import groups
+from launcher.config.folders import groups
 from launcher.config.registry import KINDS, component_class
 from launcher.errors import ConfigError
 from tests.helpers import launch_verb

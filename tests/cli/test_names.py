@@ -14,7 +14,8 @@ import pytest
 import launcher
 from launcher.__main__ import main
 from launcher.config.build import _OPTION_OF_KIND
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.config.registry import KINDS
 from launcher.config.run import Run
 from launcher.config.snapshot import save_run

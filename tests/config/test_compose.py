@@ -3,7 +3,8 @@ import subprocess
 
 import pytest
 
-from launcher.config.compose import compose, conf_folder, groups
+from launcher.config.compose import compose
+from launcher.config.folders import conf_folder, groups
 from launcher.config.registry import KINDS
 from launcher.config.snapshot import dump_run, load_run
 from launcher.errors import ConfigErrors

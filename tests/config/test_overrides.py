@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from launcher.__main__ import main
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import suggest_overrides
 from launcher.config.snapshot import dump_run, load_run

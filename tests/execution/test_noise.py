@@ -14,7 +14,8 @@ import _distutils_hack
 import pytest
 
 from launcher.__main__ import main
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.errors import ConfigErrors
 from launcher.execution.summary import closing_text, opening_lines
 from launcher.planning.render import render_plan

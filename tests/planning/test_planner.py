@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from launcher.config.compose import compose, groups
+from launcher.config.compose import compose
+from launcher.config.folders import groups
 from launcher.config.run import NoBenchmark
 from launcher.errors import ConfigErrors
 from launcher.planning.planner import LocalFacts

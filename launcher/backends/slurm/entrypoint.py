@@ -69,7 +69,7 @@ def main() -> None:
     signal.signal(signal.SIGUSR1, _raise_preempted)
     try:
         with RunLock(run_dir.path).acquire():
-            run = with_auto_resume(load_run(run_dir.snapshot), run_dir)
+            run = with_auto_resume(load_run(run_dir.snapshot, is_own_run=True), run_dir)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
             code = run_on_nodes(run, run_dir)
     except _PreemptedBeforeStart:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from launcher.config.backend.slurm import SlurmBackend
+from launcher.plugins.loading import import_folders
 from launcher.protocol.plan import Plan
 from launcher.protocol.rundir import RunDir
 
@@ -21,7 +22,13 @@ def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
     """
     directives = [f"#SBATCH --{line}" for line in _directives(backend, plan)]
     command = shlex.join([plan.hosts[0].host.python, "-P", "-m", "launcher.backends.slurm.entrypoint", plan.run_dir])
-    return "\n".join(["#!/bin/sh", *directives, "", f"exec {command}", ""])
+    return "\n".join(["#!/bin/sh", *directives, "", *_pythonpath(), f"exec {command}", ""])
+
+
+def _pythonpath() -> Iterator[str]:
+    """Yield the line that lets every node import the plugins that are loaded, where they are not installed."""
+    if folders := import_folders():
+        yield f"export PYTHONPATH={shlex.quote(':'.join(folders))}${{PYTHONPATH:+:$PYTHONPATH}}"
 
 
 def _directives(backend: SlurmBackend, plan: Plan) -> Iterator[str]:

@@ -9,6 +9,11 @@ from typing import ClassVar
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
+from launcher.plugins.base import CALLBACK, LOSS
+from launcher.plugins.loading import validate_named
+
+CROSS_ENTROPY = "cross_entropy"
+"""The launcher's own loss."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +47,12 @@ class Train(LearningJob):
     sample_tokens: int = 48
     """Length of that sample in tokens; 0 takes none."""
 
+    loss: str = CROSS_ENTROPY
+    """Loss that is trained on: ``cross_entropy``, or one of a plugin. Evaluations measure cross-entropy with either."""
+
+    callbacks: tuple[str, ...] = ()
+    """Callbacks of plugins, called on every rank after each step, evaluation and checkpoint."""
+
     @property
     def profile_unit(self) -> ProfileUnit:
         """Its own steps."""
@@ -56,8 +67,17 @@ class Train(LearningJob):
         yield from super().validate()
         yield from self.validate_minimum(1, "log_every", "eval_sequences")
         yield from self.validate_minimum(0, "eval_every", "sample_tokens")
+        yield from validate_named("job.loss", LOSS, (self.loss,), own=(CROSS_ENTROPY,))
+        yield from validate_named("job.callbacks", CALLBACK, self.callbacks)
         if self.peak_tflops is not None and self.peak_tflops <= 0:
             yield self.error("peak_tflops", "must be above 0", "leave it out, or set it to the device's data sheet")
+
+    def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
+        """Reject a plugin's loss where the last stage of a pipeline computes it."""
+        yield from super().validate_run(run, world_size=world_size)
+        if self.loss != CROSS_ENTROPY and run.parallel.kind in ("pipeline", "deepspeed_pipeline"):
+            why = f"parallel={run.parallel.kind} trains on {CROSS_ENTROPY} only"
+            yield self.error("loss", why, f"set job.loss={CROSS_ENTROPY}, or parallel=ddp")
 
     def num_steps(self, run: Run, *, world_size: int) -> int:
         """Return the optimizer steps."""

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 from launcher.config.component import Component
 from launcher.config.model.shape import Shape
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, NativeOps, StateBytes
@@ -121,7 +121,7 @@ class Parallel(Component):
         """Return the formula of :meth:`state_bytes` as text, with its source."""
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Yield why this strategy cannot run with the rest of the run.
 
@@ -133,12 +133,12 @@ class Parallel(Component):
         """Yield why this strategy cannot take steps of this batch."""
         yield from ()
 
-    def native_ops(self, optimizer: AdamW) -> NativeOps:
+    def native_ops(self, optimizer: Optimizer) -> NativeOps:
         """Return the native operators to compile before ranks start."""
         return NativeOps()
 
     def engine_config(
-        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+        self, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision
     ) -> dict[str, Any] | None:
         """Return the configuration file the engine takes, or ``None`` when it takes none."""
         return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.config.model.shape import Shape
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
@@ -38,7 +38,7 @@ class Single(_ReplicatedModel):
     max_ranks: ClassVar[int | None] = 1
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject a world of several ranks."""
         if world_size != 1:
@@ -148,7 +148,7 @@ class Fsdp(Parallel):
         )
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject heads that do not divide and models that Transformers has no tensor plan for."""
         dims = self.dims(world_size)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 from launcher.config.model.shape import Shape
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.parallel.deepspeed_keys import DEEPSPEED_OPTION, OWNED_ZERO_KEYS, validate_raw_keys
 from launcher.config.parallel.zero import Zero
@@ -105,7 +105,7 @@ class DeepSpeedPipeline(Parallel):
                 yield problem
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject more stages than blocks, unknown models, and what ZeRO's engine does not support."""
         yield from self.zero.validate_run(world_size, precision, optimizer=optimizer, shape=shape)
@@ -131,12 +131,12 @@ class DeepSpeedPipeline(Parallel):
         inner = self.zero.state_formula(self.dims(world_size).data, precision)
         return f"N = parameters / {self.stages} stages, taken as equal: {inner}"
 
-    def native_ops(self, optimizer: AdamW) -> NativeOps:
+    def native_ops(self, optimizer: Optimizer) -> NativeOps:
         """Return the native operators to compile before ranks start."""
         return self.zero.native_ops(optimizer)
 
     def engine_config(
-        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+        self, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision
     ) -> dict[str, Any]:
         """Return DeepSpeed's whole configuration."""
         return self.ds_config(
@@ -148,7 +148,7 @@ class DeepSpeedPipeline(Parallel):
         )
 
     def ds_config(
-        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool
+        self, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision, native_adam: bool
     ) -> dict[str, Any]:
         """Return ZeRO's configuration; the engine clips where DeepSpeed's clipping is wrong.
 

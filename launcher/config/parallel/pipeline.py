@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from launcher.config.model.shape import Shape
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import Optimizer
 from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
@@ -176,7 +176,7 @@ class Pipeline(Parallel):
         return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject more stages than layers."""
         if shape is None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from launcher.config.model.shape import Shape
-from launcher.config.optimizer import AdamW
+from launcher.config.optimizer import AdamW, Optimizer
 from launcher.config.parallel.base import EngineKind, Parallel
 from launcher.config.parallel.deepspeed_keys import merge_raw_keys, validate_raw_keys
 from launcher.config.paths import PathText
@@ -131,7 +131,7 @@ class Zero(Parallel):
         yield from validate_raw_keys(self.deepspeed)
 
     def validate_run(
-        self, world_size: int, precision: Precision, *, optimizer: AdamW, shape: Shape | None
+        self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None
     ) -> Iterator[ConfigError]:
         """Reject what the other groups rule out."""
         if self.low_memory_bf16 and precision.compute != "bf16":
@@ -142,7 +142,7 @@ class Zero(Parallel):
             yield precision.error("min_scale", why, f"set precision.min_scale={int(precision.min_scale)}")
         reason = "NVMe offload" if self.offload_optimizer == "nvme" else "low_memory_bf16 with offload"
         native_only = self.offload_optimizer == "nvme" or (self.low_memory_bf16 and self.offload_optimizer == "cpu")
-        if native_only and optimizer.implementation == "torch":
+        if native_only and isinstance(optimizer, AdamW) and optimizer.implementation == "torch":
             why = f"{reason} needs DeepSpeed's own Adam"
             yield ConfigError("optimizer.implementation", "torch", why=why, fix="set optimizer.implementation=auto")
         if self.offload_parameters == "nvme" and shape and shape.largest_param > self.nvme_buffer_size:
@@ -182,16 +182,18 @@ class Zero(Parallel):
             offloads=self.offload_optimizer != "none",
         )
 
-    def wants_native_adam(self, optimizer: AdamW) -> bool:
+    def wants_native_adam(self, optimizer: Optimizer) -> bool:
         """Whether DeepSpeed's compiled Adam is asked for; ``auto`` asks for it under offload."""
+        if not isinstance(optimizer, AdamW):
+            return False
         offloads = self.offload_optimizer != "none"
         return optimizer.implementation == "native" or (optimizer.implementation == "auto" and offloads)
 
-    def native_ops(self, optimizer: AdamW) -> NativeOps:
+    def native_ops(self, optimizer: Optimizer) -> NativeOps:
         """Return the native operators to compile before ranks start."""
         needed: list[str] = []
         optional: list[str] = []
-        if self.wants_native_adam(optimizer):
+        if isinstance(optimizer, AdamW) and self.wants_native_adam(optimizer):
             replaceable = optimizer.implementation == "auto" and self.offload_optimizer == "cpu"
             replaceable = replaceable and not self.low_memory_bf16
             adam = "fused_adam" if self.offload_optimizer == "none" else "cpu_adam"
@@ -201,7 +203,7 @@ class Zero(Parallel):
         return NativeOps(needed=tuple(needed), optional=tuple(optional))
 
     def engine_config(
-        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision
+        self, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision
     ) -> dict[str, Any]:
         """Return the engine's configuration.
 
@@ -216,7 +218,7 @@ class Zero(Parallel):
         )
 
     def ds_config(
-        self, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool
+        self, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision, native_adam: bool
     ) -> dict[str, Any]:
         """Return DeepSpeed's whole configuration; see ``launcher.config.parallel.zero``."""
         return render_deepspeed_config(
@@ -225,7 +227,7 @@ class Zero(Parallel):
 
 
 def render_deepspeed_config(
-    zero: Zero, *, batch: Batch, clip_norm: float, optimizer: AdamW, precision: Precision, native_adam: bool
+    zero: Zero, *, batch: Batch, clip_norm: float, optimizer: Optimizer, precision: Precision, native_adam: bool
 ) -> dict[str, Any]:
     """Return DeepSpeed's configuration, ready for JSON.
 
@@ -233,7 +235,7 @@ def render_deepspeed_config(
         zero: the strategy.
         batch: the solved batch equation.
         clip_norm: largest global gradient norm; 0 turns clipping off.
-        optimizer: AdamW's numbers; the rate is the peak, which each step overwrites.
+        optimizer: Optimizer's numbers; the rate is the peak, which each step overwrites.
         precision: what forward and backward compute in.
         native_adam: DeepSpeed's compiled Adam instead of torch's.
     """
@@ -265,7 +267,9 @@ def render_deepspeed_config(
     return merge_raw_keys(ours, zero.deepspeed)
 
 
-def _optimizer(optimizer: AdamW, *, native_adam: bool) -> dict[str, Any]:
+def _optimizer(optimizer: Optimizer, *, native_adam: bool) -> dict[str, Any]:
+    if not isinstance(optimizer, AdamW):
+        return {"type": optimizer.kind, "params": {}}  # the plan refuses it
     params: dict[str, Any] = {
         "lr": optimizer.lr,
         "betas": list(optimizer.betas),

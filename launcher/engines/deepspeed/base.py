@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from launcher.config.optimizer import AdamW
 from launcher.engines.base import Engine, StepResult
 from launcher.engines.checkpoint_io import explain_read_errors, load_rng, save_rng
 from launcher.engines.distributed import (
@@ -181,6 +182,7 @@ def choose_native_adam(context: Context, zero: Zero, *, device: torch.device) ->
         EnvironmentProblem: the run needs an operator that is not built.
     """
     optimizer = context.run.optimizer
+    assert isinstance(optimizer, AdamW), "the plan refuses others"
     lacking = [name for name in zero.native_ops(optimizer).needed if not is_built(name)]
     if lacking:
         names = " ".join(lacking)

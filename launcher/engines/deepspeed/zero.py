@@ -21,7 +21,7 @@ from launcher.engines.deepspeed.base import DeepSpeedEngineBase, choose_native_a
 from launcher.engines.deepspeed.nvme import SwapFolder
 from launcher.engines.distributed import DTYPES, TokenCount, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
-from launcher.engines.loss import token_loss_sum
+from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model import build_run_model
 from launcher.errors import EnvironmentProblem
 from launcher.utils.files import sha256_of
@@ -42,6 +42,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._zero = zero
         self._swap = self._swap_folder()
         config = self._config()
+        self._loss = loss_function(context.run.batched_job)
         self._gain = context.world_size * context.batch.gradient_accumulation_steps
         dtype = DTYPES[context.run.precision.compute]
         self._partitioning = ZeroPartitioner(config, dtype=dtype) if zero.stage == 3 else None
@@ -97,7 +98,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         last = len(micro_batches) - 1
         for number, micro_batch in enumerate(micro_batches):
             with self._clock.phase("forward"):
-                loss = token_loss_sum(self._engine, micro_batch, device=self.device)
+                loss = token_loss_sum(self._engine, micro_batch, device=self.device, function=self._loss)
             with self._clock.phase("backward"):
                 own_sum += loss.detach()
                 # DeepSpeed divides by the number of ranks and of micro-batches

@@ -25,7 +25,7 @@ _RESERVED_FILES = 256
 
 def main(run_dir: RunDir, connection: socket.socket) -> int:
     """Serve until a signal; return the exit code."""
-    run = load_run(run_dir.snapshot)
+    run = load_run(run_dir.snapshot, is_own_run=True)
     job: Serve = run.job  # type: ignore[assignment]
     connection.setblocking(False)
 

@@ -35,7 +35,7 @@ def main(run_dir: RunDir, connection: EngineConnection) -> int:
 
     try:
         heartbeat()
-        run = load_run(run_dir.snapshot)
+        run = load_run(run_dir.snapshot, is_own_run=True)
         job: Serve = run.job  # type: ignore[assignment]
         from launcher.inference.engine.registry import make_engine
         from launcher.profiling.profiler import make_profiler

@@ -1,0 +1,240 @@
+"""Plugins in the schema: their dataclasses are checked and join the registry, their modules stand in run.yaml."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from launcher.config.component import field_docs
+from launcher.config.folders import conf_folder, options_in
+from launcher.config.registry import KINDS
+from launcher.config.run import Run
+from launcher.errors import ConfigError, ConfigErrors
+from launcher.plugins.loading import (
+    OPTION,
+    LoadedPlugin,
+    add_plugin,
+    import_plugin,
+    installed_modules,
+    loaded_plugins,
+    missing_on_host,
+)
+from launcher.utils.schema import field_types
+
+BASES: dict[str, str] = {
+    "job": "launcher.config.run:Job",
+    "model": "launcher.config.model.base:Model",
+    "data": "launcher.config.data.base:Corpus",
+    "optimizer": "launcher.config.optimizer:Optimizer",
+    "schedule": "launcher.config.schedule:Schedule",
+    "benchmark": "launcher.config.run:Benchmark",
+    "tracker": "launcher.config.tracker:Tracker",
+    "backend": "launcher.config.backend.base:Backend",
+}
+"""What the dataclasses of a plugin derive from, by group."""
+
+_WORD = re.compile(rf"\+{{0,2}}{OPTION}=(?P<value>.*)", re.DOTALL)
+
+
+def take_plugins(words: Sequence[str]) -> list[str]:
+    """Load the installed plugins and those that ``plugins=[…]`` in ``words`` names; return the other words.
+
+    Raises:
+        ConfigErrors: every plugin that is unusable, with its file.
+    """
+    named, others = [], []
+    for word in words:
+        found = _WORD.fullmatch(word)
+        if found is None:
+            others.append(word)
+        else:
+            named += [part.strip().strip("'\"") for part in found["value"].strip().strip("[]").split(",")]
+    load_plugins([module for module in named if module])
+    return others
+
+
+def load_plugins(modules: Iterable[str] = ()) -> None:
+    """Load the installed plugins and these modules, unless they are loaded.
+
+    Raises:
+        ConfigErrors: every plugin that is unusable, with its file.
+    """
+    installed = installed_modules()
+    errors: list[ConfigError] = []
+    for module in dict.fromkeys((*installed, *modules)):
+        if module in {loaded.module for loaded in loaded_plugins()}:
+            continue
+        try:
+            if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", module, re.ASCII):
+                raise ConfigError(OPTION, module, why="is not the name of a module", fix="write plugins=[my.module]")
+            _register(import_plugin(module, is_installed=module in installed))
+        except ConfigErrors as several:
+            errors += several.errors
+        except ConfigError as error:
+            errors.append(error)
+    if errors:
+        raise ConfigErrors(errors)
+
+
+def load_plugins_of_run(named: object, *, is_own_run: bool) -> tuple[str, ...]:
+    """Return the plugins that a run.yaml names, loaded.
+
+    A run.yaml may be another user's: importing what it names would run any module.
+
+    Args:
+        named: what stands under ``plugins`` there.
+        is_own_run: whether this process was started for this very run, and so may import what it names.
+
+    Raises:
+        ConfigError: it names a plugin that is neither installed nor named by the user.
+        EnvironmentProblem: this process belongs to the run, and its host lacks a plugin.
+    """
+    if not isinstance(named, list | tuple) or not all(isinstance(module, str) for module in named):
+        raise ConfigError(OPTION, named, why="is not a list of modules", fix="write plugins=[my.module]")
+    load_plugins()
+    for module in named:
+        if module in {loaded.module for loaded in loaded_plugins()}:
+            continue
+        if not is_own_run:
+            why = f"the run uses the plugin {module}, which is neither installed nor named here"
+            raise ConfigError(OPTION, why=why, fix=f"install its package, or add {OPTION}=[{module}] to the command")
+        try:
+            load_plugins([module])
+        except ConfigError as error:
+            if isinstance(error.__cause__, ModuleNotFoundError) or "there is no module" in str(error):
+                raise missing_on_host(module) from error
+            raise
+    return tuple(named)
+
+
+def used_plugins(run: Run) -> tuple[str, ...]:
+    """Return the modules of the plugins of which ``run`` uses something."""
+    kinds = [(component.group, component.kind) for component in run.components()]
+    kinds += [("callback", kind) for kind in getattr(run.job, "callbacks", ())]
+    kinds += [("loss", kind) for kind in filter(None, [getattr(run.job, "loss", None)])]
+    return tuple(loaded.module for loaded in loaded_plugins() if any(loaded.adds(*each) for each in kinds))
+
+
+def _register(loaded: LoadedPlugin) -> None:
+    """Check the dataclasses and YAML of a plugin, and add them to the registry.
+
+    Raises:
+        ConfigErrors: everything that is wrong, each with its file.
+    """
+    errors = [*_taken(loaded), *_validate_yaml(loaded)]
+    for group, kinds in loaded.plugin.options.items():
+        for kind, target in kinds.items():
+            errors += _validate_options(loaded, group, kind, target)
+    if errors:
+        raise ConfigErrors(errors)
+    for group, kinds in loaded.plugin.options.items():
+        KINDS[group].update(kinds)
+    add_plugin(loaded)
+
+
+def _error(loaded: LoadedPlugin, why: str, fix: str, *, file: Path | None = None) -> ConfigError:
+    return ConfigError(OPTION, loaded.module, why=f"{file or loaded.file}: {why}", fix=fix)
+
+
+def _taken(loaded: LoadedPlugin) -> Iterator[ConfigError]:
+    for group, kinds in loaded.plugin.options.items():
+        for kind in kinds:
+            if kind in KINDS[group]:
+                why = f"adds the {group} {kind}, which the launcher has already"
+                yield _error(loaded, why, "give it another name")
+
+
+def _validate_options(loaded: LoadedPlugin, group: str, kind: str, target: str) -> Iterator[ConfigError]:
+    """Yield what is wrong with one dataclass."""
+    module, _, name = target.partition(":")
+    try:
+        cls = _imported(loaded, target, f"{group} {kind}")
+    except ConfigError as error:
+        yield error
+        return
+    file = Path(importlib.import_module(module).__file__ or "")
+
+    def wrong(why: str, fix: str) -> ConfigError:
+        return _error(loaded, f"{name}{why}", fix, file=file)
+
+    base_module, _, base_name = BASES[group].partition(":")
+    base = getattr(importlib.import_module(base_module), base_name)
+    if not (isinstance(cls, type) and issubclass(cls, base) and dataclasses.is_dataclass(cls)):
+        derive = BASES[group].replace(":", ".")
+        yield wrong(f" is no dataclass that derives from {derive}", f"derive it from {derive}")
+        return
+    if "__dataclass_params__" not in vars(cls) or not vars(cls)["__dataclass_params__"].frozen:
+        yield wrong(" is no frozen dataclass", "decorate it: @dataclass(frozen=True, kw_only=True)")
+        return
+    if vars(cls).get("kind") != kind:
+        why = f" has the kind {getattr(cls, 'kind', None)!r}, and the plugin names it {kind!r}"
+        yield wrong(why, f'write kind: ClassVar[str] = "{kind}" in it')
+    if not (cls.__doc__ or "").strip() or (cls.__doc__ or "").startswith(f"{name}("):
+        yield wrong(" has no docstring", "write one line that says what it is")
+    try:
+        types = field_types(cast("Any", cls))
+    except (NameError, TypeError, SyntaxError) as error:
+        yield wrong(f" has types that cannot be read: {error}", "import what they name outside of TYPE_CHECKING")
+        return
+    for field, text in field_docs(cls).items():
+        if field in types and not text:
+            yield wrong(f".{field} has no docstring under it", "write one that says what it means")
+    for field in _untyped(file, name):
+        yield wrong(f".{field} has no type, so it would be no option", f"write {field}: TYPE = …, or ClassVar[TYPE]")
+
+
+def _imported(loaded: LoadedPlugin, target: str, what: str) -> Any:
+    """Import ``module:name``.
+
+    Raises:
+        ConfigError: that fails.
+    """
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # a user's module fails in any way
+        why = f"{what} names {target}, and importing that fails: {type(error).__name__}: {error}"
+        raise _error(loaded, why, f"correct {module}") from error
+
+
+def _untyped(file: Path, name: str) -> Iterator[str]:
+    """Yield the names that a class assigns without a type, which a dataclass passes over."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            for statement in node.body:
+                if isinstance(statement, ast.Assign):
+                    yield from (target.id for target in statement.targets if isinstance(target, ast.Name))
+
+
+def _validate_yaml(loaded: LoadedPlugin) -> Iterator[ConfigError]:
+    """Yield the files of options that are unreadable, of no group, or named as the launcher's."""
+    if loaded.conf is None:
+        return
+    shipped = options_in(conf_folder())
+    for file in sorted(loaded.conf.glob("*/*.yaml")):
+        group = file.parent.name
+        if file.stem in shipped.get(group, ()):
+            yield _error(loaded, f"the launcher has {group}/{file.stem} already", "rename the file", file=file)
+        for other in loaded_plugins():
+            if other.conf is not None and (other.conf / group / file.name).is_file():
+                yield _error(
+                    loaded, f"the plugin {other.name} has {group}/{file.stem} already", "rename one", file=file
+                )
+        try:
+            tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            yield _error(loaded, f"is not YAML: {str(error).splitlines()[0]}", "correct it", file=file)
+            continue
+        kind = tree.get("kind") if isinstance(tree, dict) else None
+        known = {*KINDS.get(group, ()), *loaded.plugin.options.get(group, ())}
+        if group in KINDS and kind not in known and not (isinstance(tree, dict) and "defaults" in tree):
+            fix = f"begin it with kind: {next(iter(loaded.plugin.options.get(group, {})), 'KIND')}"
+            yield _error(loaded, f"names no kind of the group {group}", fix, file=file)

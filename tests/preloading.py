@@ -341,7 +341,9 @@ def _become(
         setattr(sys, f"__{name}__", stream)
     is_module = command[0] == "-m"
     sys.argv = list(command[1:] if is_module else command)
-    sys.path[:] = [str(Path.cwd() if is_module else Path(sys.argv[0]).parent), *sys_path[1:]]
+    first = str(Path.cwd() if is_module else Path(sys.argv[0]).parent)
+    added = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:] = list(dict.fromkeys([first, *added, *sys_path[1:]]))
     if "OMP_NUM_THREADS" in env and "torch" in sys.modules:  # read when its library is loaded
         sys.modules["torch"].set_num_threads(int(env["OMP_NUM_THREADS"]))
     if is_module:

@@ -21,7 +21,7 @@ from launcher.cli.list import first_comment
 from launcher.cli.parser import synopsis
 from launcher.cli.verbs import LAUNCH, LAUNCH_EPILOG, VERBS, Verb
 from launcher.config.component import class_title, field_docs
-from launcher.config.compose import conf_folder, groups
+from launcher.config.folders import conf_folder, groups
 from launcher.config.option_text import INTERPOLATION, value_text
 from launcher.config.registry import KINDS, component_class
 from launcher.config.run import RunOptions

@@ -8,19 +8,19 @@ from launcher.plugins.loading import conf_folders
 
 
 def conf_folder() -> Path:
-    """Return the shipped ``conf/``: inside the package when installed from a wheel, beside it in a checkout."""
+    """Return the shipped ``conf/``: inside an installed package, or beside it in a checkout."""
     package = Path(__file__).parent.parent
     installed = package / "conf"
     return installed if installed.is_dir() else package.parent / "conf"
 
 
 def option_folders(extra: Path | None = None) -> tuple[Path, ...]:
-    """Return every folder of options: the shipped one, those of loaded plugins, and the user's own."""
+    """Return the folders of options: shipped, of loaded plugins, and the user's own."""
     return (conf_folder(), *conf_folders(), *([] if extra is None else [extra]))
 
 
 def groups(extra: Path | None = None) -> dict[str, list[str]]:
-    """Return the options of every config group, those of loaded plugins and of the user's own folder included."""
+    """Return the options of every config group, shipped, of loaded plugins, and the user's."""
     return options_in(*option_folders(extra))
 
 

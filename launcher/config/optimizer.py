@@ -17,8 +17,9 @@ class Optimizer(Component):
     group: ClassVar[str] = "optimizer"
 
     state_names: ClassVar[tuple[str, ...]] = ()
-    """Names of its state of each parameter in ``torch.optim.Optimizer.state``; ``step`` is a scalar, others have the
-    parameter's shape. Without them only replicas (single, DDP) can save it."""
+    """Names of the state of each parameter in ``torch.optim.Optimizer.state``.
+
+    ``step`` is a scalar, others have the parameter's shape. Without them only replicas (single, DDP) can save it."""
 
     lr: float = 1e-3
     """Peak learning rate; the schedule multiplies it."""

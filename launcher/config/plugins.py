@@ -1,4 +1,4 @@
-"""Plugins in the schema: their dataclasses are checked and join the registry, their modules stand in run.yaml."""
+"""Plugins in the schema: check their dataclasses, register them, and name them in run.yaml."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ _WORD = re.compile(rf"\+{{0,2}}{OPTION}=(?P<value>.*)", re.DOTALL)
 
 
 def take_plugins(words: Sequence[str]) -> list[str]:
-    """Load the installed plugins and those that ``plugins=[…]`` in ``words`` names; return the other words.
+    """Load installed plugins and those of ``plugins=[…]``; return the other words.
 
     Raises:
         ConfigErrors: every plugin that is unusable, with its file.

@@ -51,7 +51,7 @@ def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 def optimizer_tensors(
     optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
 ) -> dict[str, Tensor]:
-    """Return an optimizer's state by name (``exp_avg.<parameter>``), created if no step was taken.
+    """Return an optimizer's state by name (``exp_avg.<parameter>``), created if missing.
 
     Args:
         optimizer: whose state it is.

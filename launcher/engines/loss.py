@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 LossFunction = Callable[[Tensor, Tensor], Tensor]
-"""Takes logits (sequences, tokens, vocabulary) and labels (sequences, tokens), ``IGNORE_INDEX`` where a token does not
-count; returns the loss summed over the labelled tokens, an fp32 scalar."""
+"""From logits and labels to the loss summed over the labelled tokens, an fp32 scalar.
+
+Logits are (sequences, tokens, vocabulary), labels (sequences, tokens), ``IGNORE_INDEX`` where none counts."""
 
 
 def loss_function(job: BatchedJob) -> LossFunction | None:

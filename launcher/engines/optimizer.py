@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 OPTIMIZERS: dict[str, str] = {"adamw": "launcher.engines.optimizer:make_adamw"}
-"""Function of each kind of optimizer that makes torch's object from its options and groups of parameters."""
+"""Factory of each kind of optimizer: from its options and groups of parameters."""
 
 
 def make_adamw(options: AdamW, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""What a user's package says of itself: names of its options, of what executes them, and of its YAML."""
+"""The names in a user's package: its options, what executes them, and its YAML."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ PLAIN = ("schedule",)
 
 @dataclass(frozen=True, kw_only=True)
 class Plugin:
-    """What a module adds. It stands in the module as ``plugin``, and importing the module imports no torch."""
+    """What a module adds: the module's variable ``plugin``. Importing it imports no torch."""
 
     name: str
     """Shown as the origin of what it adds."""
 
     options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Config dataclasses, ``module:Class``, by group and kind: ``{"optimizer": {"lion": "mine.options:Lion"}}``."""
+    """Config dataclasses, ``module:Class``, by group and kind.
+
+    Example: ``{"optimizer": {"lion": "mine.options:Lion"}}``."""
 
     executors: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """What executes these on a rank, ``module:name``, by group and kind; also the groups ``callback`` and ``loss``,
-    which have no dataclass."""
+    """What executes these, ``module:name``, by group and kind.
+
+    The groups ``callback`` and ``loss`` stand here only: they have no dataclass."""
 
     conf: str | None = None
-    """Folder of YAML beside the module, with a folder for each group as in the launcher's ``conf/``."""
+    """Folder of YAML beside the module, laid out like the launcher's ``conf/``."""

@@ -76,7 +76,7 @@ def loaded_plugins() -> tuple[LoadedPlugin, ...]:
 
 
 def import_plugin(module: str, *, is_installed: bool = False) -> LoadedPlugin:
-    """Import a plugin's module and return what it says of itself; it is not among the loaded ones yet.
+    """Import a plugin's module and return its checked ``Plugin``; not loaded yet.
 
     A module that is not installed is looked for in the current folder, too.
 
@@ -154,7 +154,7 @@ def conf_folders() -> tuple[Path, ...]:
 
 
 def import_folders() -> tuple[str, ...]:
-    """Return the folders from which other processes must import the loaded plugins, besides their own."""
+    """Return the folders that other processes need to import the loaded plugins."""
     usual = {Path(path).resolve() for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))}
     folders = [loaded.package.parent for loaded in loaded_plugins()]
     return tuple(dict.fromkeys(str(folder) for folder in folders if folder not in usual))
@@ -248,7 +248,7 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
 
 
 def _unresolvable(target: str) -> str:
-    """Return why ``module:name`` names nothing, without importing the module, which may import torch."""
+    """Return why ``module:name`` names nothing; does not import it, since it may import torch."""
     module, _, name = target.partition(":")
     try:
         spec = importlib.util.find_spec(module)

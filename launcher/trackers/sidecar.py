@@ -182,7 +182,7 @@ def follow(run_dir: RunDir, run: Run, plan: Plan, orders: RunEndListener) -> Non
 
 
 class TrackedRun(Protocol):
-    """A run at a tracker; that of a plugin is built from the run directory, the run and the plan."""
+    """A run at a tracker; a plugin's is built from run directory, run and plan."""
 
     def log(self, line: Mapping[str, Any]) -> None:
         """Send one line of metrics.jsonl."""
@@ -192,7 +192,7 @@ class TrackedRun(Protocol):
 
 
 def open_run(run_dir: RunDir, run: Run, plan: Plan) -> tuple[TrackedRun, bool]:
-    """Return the tracked run, and whether it is online at W&B; offline if the server does not answer."""
+    """Return the tracked run, and whether it is online: a W&B server that answers."""
     if run.tracker.kind != Wandb.kind:
         return executor("tracker", run.tracker.kind, {})(run_dir, run, plan), False
     run_dir.tracker.mkdir(exist_ok=True)

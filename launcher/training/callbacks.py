@@ -1,4 +1,4 @@
-"""What a plugin does while a run trains: called on every rank after each step, evaluation and checkpoint."""
+"""Callbacks of plugins: called on every rank after a step, evaluation or checkpoint."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Callback:
 
     Args:
         context: of this rank: run, run directory, rank.
-        engine: the model and its optimiser.
+        engine: the model and its optimizer.
     """
 
     def __init__(self, context: Context, engine: Engine) -> None:
         self.context, self.engine = context, engine
 
     def on_step(self, step: int, result: StepResult) -> Mapping[str, float]:
-        """Return metrics after optimiser step ``step`` (1 is the first)."""
+        """Return metrics after optimizer step ``step`` (1 is the first)."""
         return NO_METRICS
 
     def on_evaluate(self, step: int, loss: float) -> Mapping[str, float]:

@@ -1,4 +1,4 @@
-"""What training uses: the optimiser Lion, a smoothed loss, and a callback."""
+"""What training uses: the optimizer Lion, a smoothed loss, and a callback."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class LionOptimizer(torch.optim.Optimizer):
 
 
 def make_lion(options: Lion, groups: list[dict[str, Any]]) -> LionOptimizer:
-    """Return the optimiser of these groups of parameters."""
+    """Return the optimizer of these groups of parameters."""
     return LionOptimizer(groups, lr=options.lr, betas=options.betas)
 
 

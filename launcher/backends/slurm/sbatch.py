@@ -26,7 +26,7 @@ def render_sbatch(backend: SlurmBackend, plan: Plan) -> str:
 
 
 def _pythonpath() -> Iterator[str]:
-    """Yield the line that lets every node import the plugins that are loaded, where they are not installed."""
+    """Yield the line that lets every node import plugins that are not installed."""
     if folders := import_folders():
         yield f"export PYTHONPATH={shlex.quote(':'.join(folders))}${{PYTHONPATH:+:$PYTHONPATH}}"
 

@@ -48,7 +48,9 @@ class Train(LearningJob):
     """Length of that sample in tokens; 0 takes none."""
 
     loss: str = CROSS_ENTROPY
-    """Loss that is trained on: ``cross_entropy``, or one of a plugin. Evaluations measure cross-entropy with either."""
+    """Loss to train on: ``cross_entropy``, or one of a plugin.
+
+    Evaluations always measure cross-entropy."""
 
     callbacks: tuple[str, ...] = ()
     """Callbacks of plugins, called on every rank after each step, evaluation and checkpoint."""

@@ -58,6 +58,10 @@ SLOW = {
     "python scripts/bench/serving_soak.py --minutes 20 -- model=smollm2_135m precision=fp32": (
         "scripts/test_serving_soak.py::test_a_short_soak_of_echoing_engines"
     ),
+    **dict.fromkeys(
+        ("pip install --no-deps ./examples/plugin", "launch +exp=example"),
+        "plugins/test_example.py::test_the_installed_example_trains_with_all_that_it_adds",
+    ),
     "scripts/test": "scripts/test_scripts.py::test_scripts_are_executable_and_parse",  # the rest is this very run
 }
 """Command to ``file::test`` that runs it, or does the same with other paths."""

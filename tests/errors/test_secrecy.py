@@ -266,6 +266,7 @@ def test_an_argument_without_a_secret_is_none(word: str) -> None:
     [
         ("me:hunter22@registry/x", False),
         ("me@registry/x", False),
+        ("me:hunter22@registry x", False),
         ("registry:5000/team/x:1.0", True),
         (f"registry/x:1@sha256:{'0a' * 32}", True),
     ],

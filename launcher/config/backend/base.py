@@ -139,6 +139,8 @@ DEFAULT_GLOBS = (
     *("SSL_CERT_FILE", "SSL_CERT_DIR", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"),
 )
 
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+"""Names that every shell and scheduler takes; not bash's exported functions (``BASH_FUNC_x%%``)."""
 _NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
 _BUT = ("LAUNCHER_API_KEYS",)
 """Exceptions to ``_NEVER``: the keys that clients of ``job=serve`` send."""
@@ -157,7 +159,7 @@ def forwarded_env(environ: Mapping[str, str], globs: Iterable[str]) -> dict[str,
     return {
         name: value
         for name, value in sorted(environ.items())
-        if name in _BUT or (_matches(name, patterns) and not _matches(name, _NEVER))
+        if _VARIABLE.fullmatch(name) and (name in _BUT or (_matches(name, patterns) and not _matches(name, _NEVER)))
     }
 
 
@@ -180,7 +182,6 @@ def plausible_memory(amount: str, unit: str) -> str:
     return f"{digits if digits.isdigit() and 0 < int(digits) <= 4096 else 16}{unit}"
 
 
-_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _RESERVED_ENV = frozenset({"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES"})
 
 

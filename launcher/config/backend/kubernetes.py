@@ -24,7 +24,7 @@ Workload = Literal["indexed_job", "jobset", "pytorchjob", "trainjob"]
 _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 _SUBDOMAIN = re.compile(rf"(?=.{{1,253}}\Z){_LABEL.pattern}(\.{_LABEL.pattern})*")
 _QUANTITY = re.compile(r"(?P<number>[1-9][0-9]*)(?P<unit>[kMGT]i?|Ki)?")
-_DIGEST = re.compile(r"^[^@]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}$")
+_DIGEST = re.compile(r"[^@\s]+@[A-Za-z][A-Za-z0-9]*([+._-][A-Za-z0-9]+)*:[0-9a-fA-F]{32,}")
 _UNITS = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
@@ -150,7 +150,8 @@ class KubernetesBackend(Backend):
             if size is None:
                 yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
             elif size < _LEAST_BYTES[name]:
-                why = f"is {bytes_text(size)} (a number without a unit counts bytes), too little for any run"
+                unit = " (a number without a unit counts bytes)" if getattr(self, name).isdigit() else ""
+                why = f"is {bytes_text(size)}{unit}, too little for any run"
                 usual = plausible_memory(self.memory, "Gi") if name == "memory" else "64Mi"
                 yield self.error(name, why, f"set backend.{name}={usual}")
         memory, shared = sizes["memory"], sizes["shared_memory"]
@@ -187,12 +188,12 @@ class KubernetesBackend(Backend):
                 if not is_subdomain(value):
                     why = "cannot be a name in Kubernetes"
                     yield ConfigError(f"backend.{name}", value, why=why, fix=f"names there are {rule}, and dots")
-        if not self.image.strip() or any(letter.isspace() for letter in self.image):
-            yield self.error("image", "cannot name an image", "write it like registry/team/launcher:tag")
-        elif "@" in self.image and not _DIGEST.search(self.image):
+        if "@" in self.image and not _DIGEST.fullmatch(self.image):
             why = "cannot name an image: only a digest (sha256:…) may follow the @"  # its value may hold a password
             fix = "write it like registry/team/launcher:tag; backend.image_pull_secrets names logins of a registry"
             yield ConfigError("backend.image", why=why, fix=fix)
+        elif not self.image.strip() or "://" in self.image or any(letter.isspace() for letter in self.image):
+            yield self.error("image", "cannot name an image", "write it like registry/team/launcher:tag")
 
     def hosts(self, *, max_ranks: int | None) -> tuple[Host, ...]:
         """Return placeholders for the pods; their hosts are known once the run is submitted."""

@@ -172,7 +172,8 @@ class SlurmBackend(Backend):
             return
         size = int(found["number"]) * _UNITS[found["unit"] or "M"]
         if 0 < size < LEAST_MEMORY_BYTES:  # 0 is all of a node's
-            why = f"is {bytes_text(size)} (a number without a unit counts megabytes), too little for any run"
+            unit = "" if found["unit"] else " (a number without a unit counts megabytes)"
+            why = f"is {bytes_text(size)}{unit}, too little for any run"
             yield self.error("mem", why, f"set backend.mem={plausible_memory(self.mem, 'G')}")
 
     def _validate_times(self) -> Iterator[ConfigError]:

@@ -29,6 +29,10 @@ def test_what_would_break_a_host_stays_even_when_everything_is_asked_for() -> No
     assert set(forwarded_names(environ, ["*"])) == set(environ) - never
 
 
+def test_a_name_that_no_shell_takes_is_not_sent() -> None:
+    assert forwarded_names({"BASH_FUNC_x%%": "() { :; }", "A-B": "x", "A.B": "x", "FINE": "x"}, ["*"]) == ("FINE",)
+
+
 def test_globs_of_the_user_add_to_the_others() -> None:
     environ = {"MY_FLAG": "a b", "NCCL_DEBUG": "INFO", "OTHER": "x"}
     assert forwarded_names(environ, [*DEFAULT_GLOBS, "MY_*"]) == ("MY_FLAG", "NCCL_DEBUG")

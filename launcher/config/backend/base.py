@@ -140,7 +140,7 @@ DEFAULT_GLOBS = (
 )
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-"""Names that every shell and scheduler takes; not bash's exported functions (``BASH_FUNC_x%%``)."""
+"""Names that every shell takes; not exported functions (``BASH_FUNC_x%%``)."""
 _NEVER = ("CUDA_VISIBLE_DEVICES", "PET_*", "WANDB_SERVICE", "DS_ENV_FILE", "LAUNCHER_*")
 _BUT = ("LAUNCHER_API_KEYS",)
 """Exceptions to ``_NEVER``: the keys that clients of ``job=serve`` send."""

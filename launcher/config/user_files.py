@@ -92,7 +92,7 @@ def validate_user_files(
                 yield from _unusable_options(tree or {}, "", file)
                 if group == "exp":
                     yield from _unusable_defaults(root, raw.decode(), file, groups)
-                    chosen += [("exp", name) for name in _included(tree or {})]
+                    chosen += _chosen_by(tree or {})
                 continue
         yield ConfigError(group, option, why=why, fix=fix)
 
@@ -155,11 +155,15 @@ def _unusable_options(tree: Mapping[Any, Any], path: str, file: Path) -> Iterato
             yield ConfigError(option, value, why=why, fix=fix, source=str(file))
 
 
-def _included(tree: Mapping[Any, Any]) -> Iterator[str]:
-    """Yield the experiments that an experiment builds on."""
+def _chosen_by(tree: Mapping[Any, Any]) -> Iterator[tuple[str, str]]:
+    """Yield group and option of each file that the defaults of an experiment name."""
     for entry in tree.get("defaults", []):
         if isinstance(entry, str):
-            yield entry
+            yield "exp", entry
+        for key, option in entry.items() if isinstance(entry, dict) else ():
+            found = _DEFAULT.fullmatch(str(key))
+            if found is not None and isinstance(option, str):
+                yield found["group"], option
 
 
 def _unusable_defaults(

@@ -230,8 +230,11 @@ def test_an_option_of_the_user_that_sets_a_key_twice_is_refused(tmp_path):
     (tmp_path / "model").mkdir()
     file = tmp_path / "model" / "mine.yaml"
     file.write_text("kind: gpt2\nname: a\nname: b\n")
-    (said,) = mistakes("model=mine", config_dir=tmp_path)
-    assert said.startswith(f"model.name ({file}:3): is there already, in line 2")
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "own.yaml").write_text("# @package _global_\ndefaults:\n  - override /model: mine\n")
+    for word in ("model=mine", "exp=own"):
+        (said,) = mistakes(word, config_dir=tmp_path)
+        assert said.startswith(f"model.name ({file}:3): is there already, in line 2")
 
 
 def test_the_advice_for_such_a_file_works(tmp_path):

@@ -721,6 +721,9 @@ def test_blank_lines_of_text_are_rows_in_a_slice(tmp_path: Path) -> None:
     assert len(texts(data)) == 20
     assert data.small_pieces() is None
     assert "holds none of the 60 rows" in problems(replace(data, split="train[60:]"))[0]
+    folder = replace(data, path=str(tmp_path), files=())
+    assert problems(folder) == []
+    assert "holds none of the 60 rows" in problems(replace(folder, split="train[60:]"))[0]
 
 
 def test_slices_of_small_files_are_counted_in_tokens(tmp_path: Path) -> None:

@@ -388,8 +388,8 @@ class HfData(Corpus):
             yield from contents
         elif len(known) == 1 and self.split == "train":
             yield from self._validate_folder_column(folder, known[0])
-        elif len(known) == 1 and _has_one_split(folder):
-            yield from self._validate_slices([file for file in data_files(folder) if full_ending(file) == known[0]])
+        elif len(read := known or [ending for ending in found if ending == ".txt"]) == 1 and _has_one_split(folder):
+            yield from self._validate_slices([file for file in data_files(folder) if full_ending(file) == read[0]])
 
     def _missing_split(self, folder: Path, endings: Sequence[str]) -> ConfigError | None:
         """Return the error of a split after which no file or folder in ``folder`` is named."""

@@ -28,7 +28,7 @@ _STACK = "from launcher.supervision.stack_dump import read_dump as work"
 def test_a_long_text_takes_no_square_of_its_length(work: str, pieces: list[str]) -> None:
     texts = [piece * (_SIZE // len(piece)) for piece in pieces]
     if work == _STACK:
-        texts = ["Thread 0x" + text for text in texts]
+        texts = ["Thread 0x" + 4 * text for text in texts]
     code = f"import json, sys\n{work}\nfor text in json.load(sys.stdin): work(text)\nprint('done')"
     found = subprocess.run(
         [sys.executable, "-c", code],

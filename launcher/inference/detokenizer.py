@@ -37,6 +37,7 @@ class Detokenizer:
         self.opening = self._text[: len(self._text) - _held(self._text)]
         self._emitted = len(self.opening)
         """Characters of the window's text that are out."""
+        self._move_window()
 
     def feed(self, token: int) -> str:
         """Take one token; return what text is certain now."""
@@ -49,11 +50,7 @@ class Detokenizer:
         certain = len(text) - held
         piece = text[self._emitted : certain]
         self._emitted = max(self._emitted, certain)
-        if len(self._ids) >= _WINDOW:
-            texts = (token for token in reversed(self._ids) if self._is_text(token))
-            self._ids = list(itertools.islice(texts, _CONTEXT))[::-1]
-            self._text = self._decode(self._ids)
-            self._emitted = len(self._text) - held
+        self._move_window()
         return piece
 
     def rest(self) -> str:
@@ -61,6 +58,15 @@ class Detokenizer:
         piece = self._text[self._emitted :]
         self._emitted += len(piece)
         return piece
+
+    def _move_window(self) -> None:
+        """Keep the newest tokens only, once there are many; what is held back of their text stays so."""
+        if len(self._ids) >= _WINDOW:
+            held = _held(self._text)
+            texts = (token for token in reversed(self._ids) if self._is_text(token))
+            self._ids = list(itertools.islice(texts, _CONTEXT))[::-1]
+            self._text = self._decode(self._ids)
+            self._emitted = len(self._text) - held
 
     def _is_text(self, token: int) -> bool:
         """Return whether a token has visible text.

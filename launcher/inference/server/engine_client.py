@@ -18,7 +18,7 @@ from launcher.inference.server.middleware import CallerShares
 from launcher.inference.server.protocol import BodyLimits
 from launcher.inference.server.replica_pool import ReplicaPool
 from launcher.inference.server.request_state import DeadlineExceeded, RequestState
-from launcher.inference.server.requests import choice_seed
+from launcher.inference.server.requests import choice_seed, run_in_pool
 from launcher.inference.server.responses import ApiError, failure_error, invalid
 from launcher.inference.server.result_cache import CacheStatus, ResultCache, result_key
 from launcher.inference.tokenizer import TextTokenizer
@@ -52,7 +52,9 @@ async def stream_text(
     Raises:
         Exception: the error that ended it.
     """
-    text = TextStream(tokenizer.decode, stop, before=state.request.prompt if echo else ())
+    prompt = state.request.prompt if echo else ()
+    # a prompt is decoded once for each of its choices, which all begin at the same time
+    text = await run_in_pool(len(prompt), lambda: TextStream(tokenizer.decode, stop, before=prompt))
     before, pending, number = text.opening, [], 0
     sampling = state.request.sampling
     quiet = sampling.min_tokens if stop else 0

@@ -208,7 +208,7 @@ async def encode_prompts(tokenizer: TextTokenizer, prompt: Prompts, *, max_model
         if (longest := max(map(len, texts))) > most:
             said = f"has {longest:,} characters, and no text of more than {most:,} fits into {max_model_len:,} tokens"
             raise invalid(said, "prompt", code="context_length_exceeded")
-        return await _run_in_pool(sum(map(len, texts)), lambda: tokenizer.encode_all(texts))
+        return await run_in_pool(sum(map(len, texts)), lambda: tokenizer.encode_all(texts))
     lists = [each for each in prompt if isinstance(each, list)] or [[each for each in prompt if isinstance(each, int)]]
     for ids in lists:
         check_vocabulary(ids, tokenizer.vocab_size, field="prompt")
@@ -231,12 +231,12 @@ def _no_token(shown: str, vocab_size: int) -> str:
 
 async def encode(tokenizer: TextTokenizer, text: str, *, special: bool = True) -> list[int]:
     """Return the tokens of a text."""
-    return (await _run_in_pool(len(text), lambda: tokenizer.encode_all([text], special=special)))[0]
+    return (await run_in_pool(len(text), lambda: tokenizer.encode_all([text], special=special)))[0]
 
 
 async def decode(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
     """Return the text of tokens."""
-    return await _run_in_pool(len(ids), lambda: tokenizer.decode(ids))
+    return await run_in_pool(len(ids), lambda: tokenizer.decode(ids))
 
 
 async def encode_chat(
@@ -256,7 +256,7 @@ async def encode_chat(
     try:
         plain = normalize_messages([message.model_dump() for message in messages], field=field)
         size = sum(len(message["content"]) for message in plain) + _CHARACTERS_PER_MESSAGE * len(plain)
-        return await _run_in_pool(
+        return await run_in_pool(
             size, lambda: tokenizer.encode_all([tokenizer.render(plain, template)], special=False)[0]
         )
     except InvalidMessages as bad:
@@ -269,7 +269,7 @@ async def encode_chat(
         raise invalid(f"the model's template refuses them: {refusal}", field) from None
 
 
-async def _run_in_pool(size: int, work: Callable[[], T]) -> T:
+async def run_in_pool(size: int, work: Callable[[], T]) -> T:
     """Return the result of ``work``, on a thread if it is slow; it should release the GIL."""
     if size <= _INLINE_CHARACTERS:
         return work()

@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -144,6 +145,26 @@ def test_other_threads_run_meanwhile(work: Callable[[TextTokenizer], Any]) -> No
             turns += 1
         running.result()
     assert turns > 10
+
+
+def test_long_prompts_are_decoded_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For an echo, and once for each choice: together they would hold the loop for the sum of their times."""
+    decoded: dict[str, int] = Counter()
+    decode = TextTokenizer.decode
+
+    def decode_where(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
+        if len(ids) > 3000:
+            decoded[threading.current_thread().name.partition("_")[0]] += 1
+        return decode(tokenizer, ids)
+
+    async def ask() -> None:
+        body = {"model": MODEL, "prompt": "a" * 4000, "n": 3, "max_tokens": 1, "echo": True}
+        async with client(max_model_len=4096) as to:
+            assert (await post(to, "/v1/completions", body)).status_code == 200
+
+    monkeypatch.setattr(TextTokenizer, "decode", decode_where)
+    asyncio.run(ask())
+    assert decoded == {"tokenize": 3}
 
 
 _DEEP = {"a": {"b": {"c": {"d": [{"e": [1] * 200}] * 70}}}}

@@ -60,7 +60,7 @@ class Detokenizer:
         return piece
 
     def _move_window(self) -> None:
-        """Keep the newest tokens only, once there are many; what is held back of their text stays so."""
+        """Keep the newest tokens once there are many; what is held back of their text stays so."""
         if len(self._ids) >= _WINDOW:
             held = _held(self._text)
             texts = (token for token in reversed(self._ids) if self._is_text(token))

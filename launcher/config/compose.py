@@ -41,6 +41,8 @@ class Composition:
     """Value of ``+sweep=…``, untyped; ``None`` for a single run."""
     overrides: tuple[str, ...]
     """The words it was composed from."""
+    is_resolved: bool = False
+    """Whether names of runs were resolved already, as ``launcher.compose`` does."""
 
 
 def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: bool = False) -> Composition:

@@ -57,13 +57,13 @@ def prepare(composed: Composition) -> PreparedRun:
     """
     if unreachable := list(_unreachable(composed.run)):
         raise ConfigErrors(unreachable)
-    run = resolve_run_references(composed)
+    run = composed.run if composed.is_resolved else resolve_run_references(composed)
     continued = _run_id_in(run.run.dir) if run.run.dir and run.checkpoint.resume == "auto" else None
     run_id = continued or new_run_id()
     folder = Path(run.run.dir) if run.run.dir else Path(run.run.root) / run.run.name / run_id
     hosts = run.backend.hosts(max_ranks=run.job.max_ranks(run))
     port = _first_port(run)
-    unused = list(validate_overrides_used(run, composed.overrides))
+    unused = [] if composed.is_resolved else list(validate_overrides_used(run, composed.overrides))
     try:
         prepared = replan(run, hosts, run_id=run_id, folder=folder.absolute(), port=port, is_fresh=True)
     except ConfigErrors as several:

@@ -13,10 +13,11 @@ from launcher.engines.base import Engine, StepResult, make_engine
 from launcher.engines.preemption import Preemption
 from launcher.errors import EXIT_PREEMPTED, JobError
 from launcher.profiling.performance import StepClock
+from launcher.protocol.loss_curve import draw_curve
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint, save_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
-from launcher.training.recorder import Recorder, draw_curve
+from launcher.training.recorder import Recorder
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from launcher.protocol.loss_curve import _running_mean, draw_curve
 from launcher.protocol.metrics import MetricsWriter
-from launcher.training.recorder import _running_mean, draw_curve
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

@@ -1,0 +1,1 @@
+"""The Python API: compose, plan and run from scripts and notebooks."""

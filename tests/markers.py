@@ -53,6 +53,8 @@ _BY_PLACE = (
     # Single tests that do.
     ("plugins/test_loading.py::test_its_package_is_in_the_bundle", "process"),
     ("plugins/test_example.py*", "process"),
+    ("api/test_functions.py::test_importing_it_loads_nothing", "process"),
+    ("api/test_notebook.py*", "process"),
     ("*::test_the_submission_is_readable_complete_and_without_secrets", "process"),
     ("cli/test_cancel.py::test_a_job_is_cancelled_by_its_scheduler*", "process"),
     ("cli/test_cancel.py::test_a_run_on_another_machine_is_left_alone", "process"),

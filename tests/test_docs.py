@@ -8,6 +8,7 @@ are run here; of the others, ``SLOW`` names the test that runs them.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+import launcher
 from tests.conftest import REPOSITORY
 
 PAGES = [*sorted(REPOSITORY.glob("*.md")), *sorted(REPOSITORY.glob("docs/**/*.md"))]
@@ -157,3 +159,20 @@ def test_code_words_that_look_like_files_exist() -> None:
 
 def test_the_readme_fits_three_screens() -> None:
     assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 120
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    blocks = [
+        (page.name, re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)) for page in PAGES
+    ]
+    return [(name, text) for name, texts in blocks for text in texts]
+
+
+@pytest.mark.parametrize(("page", "text"), python_blocks())
+def test_python_blocks_name_what_exists(page: str, text: str) -> None:
+    for node in ast.walk(ast.parse(text, page)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("launcher"):
+            module = importlib.import_module(node.module)
+            assert all(hasattr(module, name.name) for name in node.names)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "launcher":
+            assert hasattr(launcher, node.attr)

@@ -70,6 +70,9 @@ def compose(words: Sequence[str], *, config_dir: Path | None = None, sweeping: b
         sweep = tree.pop("sweep", None)
         if tree.pop("exp", None) is not None:
             mistakes += missing_packages(_source_files(fixed, config_dir))
+        if (given_plugins := tree.pop("plugins", None)) is not None:
+            why = "belongs on the command line: options in files import no code"
+            mistakes.append(ConfigError("plugins", given_plugins, why=why, fix="add plugins=[MODULE] to the command"))
         found: list[ConfigError] = []
         typed = {override.key: override.typed for override in fixed}
         resolved = _resolve(with_defaults(tree), found.append)

@@ -120,6 +120,17 @@ def test_a_missing_module_is_named() -> None:
     assert "is not the name of a module" in refused("plugins=[a-b]")
 
 
+def test_files_of_options_import_no_code(tmp_path: Path, write_plugin: WritePlugin) -> None:
+    write_plugin()
+    (tmp_path / "exp").mkdir()
+    (tmp_path / "exp" / "sly.yaml").write_text("# @package _global_\n# Sly.\nplugins: [mine]\n")
+    with pytest.raises(ConfigError, match=r"plugins=.*\(.*exp/sly.yaml:3\): belongs on the command line"):
+        compose(["+exp=sly"], config_dir=tmp_path)
+    assert "mine" not in sys.modules
+    with pytest.raises(ConfigError, match="belongs on the command line"):
+        compose(["plugins.x=1"])
+
+
 def test_two_plugins_with_one_name_for_a_kind_are_refused(write_plugin: WritePlugin) -> None:
     write_plugin()
     write_plugin(PLUGIN.replace('"mine"', '"other"').replace("mine.", "other."), name="other")

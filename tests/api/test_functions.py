@@ -113,4 +113,7 @@ def test_an_interrupted_or_killed_script_leaves_no_process(
 ) -> None:
     command = script(tmp_path, INTERRUPTED.format(number=int(number)))
     ended = launch(*endless(tmp_path), command=command).expect(code)  # it checks that nothing is left
-    assert ("interrupted, and ended" in ended.stdout) == (number == signal.SIGINT)
+    is_interrupt = number == signal.SIGINT
+    assert ("interrupted, and ended" in ended.stdout) == is_interrupt
+    (result,) = [json.loads(file.read_text()) for file in tmp_path.glob("runs/*/*/result.json")]
+    assert (result["status"], result["exit_code"]) == ("cancelled", 128 + number)

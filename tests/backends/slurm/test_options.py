@@ -133,7 +133,7 @@ def test_the_script(plan_of):
 def test_a_job_preempted_while_run_yaml_loads_is_queued_again(tmp_path, monkeypatch):
     queued = []
 
-    def load(_path):
+    def load(_path, *, is_own_run):
         signal.raise_signal(signal.SIGUSR1)
         return SimpleNamespace(backend=SimpleNamespace(requeue=True))
 

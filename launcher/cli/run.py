@@ -6,7 +6,6 @@ from launcher.backends.registry import executor_of
 from launcher.cli.arguments import Arguments
 from launcher.config.compose import compose
 from launcher.errors import ConfigError
-from launcher.execution.lifecycle import start_run
 from launcher.execution.prepare import prepare
 
 
@@ -24,4 +23,6 @@ def run(arguments: Arguments) -> int:
 
         return sweep(arguments)
     prepared = prepare(composed)
+    from launcher.execution.lifecycle import start_run  # supervision is no part of a plan
+
     return start_run(prepared, executor_of(prepared.run.backend))

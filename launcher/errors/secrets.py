@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -126,6 +127,7 @@ _ENTRY = re.compile(
 A name with dots is an option in an error, and prose follows it."""
 
 
+@functools.lru_cache(1024)  # each text of a run is compared with every variable
 def is_secret_name(name: str) -> bool:
     """Return whether a variable's name is that of a secret (``HF_TOKEN``, not ``MONKEY``)."""
     parts = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name)  # accountKey

@@ -11,11 +11,9 @@ import re
 import socket
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from launcher.errors import ConfigError
 from launcher.protocol.rundir import RunDir
-from launcher.protocol.wire import MalformedMessage
 from launcher.utils.files import read_object, write_json
 from launcher.utils.processes import Process, identify
 from launcher.utils.schema import build, to_tree
@@ -119,19 +117,6 @@ def locate_this_process() -> ProcessLocation:
     return ProcessLocation(
         machine=socket.gethostname(), boot=boot, pid_namespace=pid_namespace, pid=this.pid, started=this.started
     )
-
-
-def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
-    """Return the location that an agent sent.
-
-    Raises:
-        MalformedMessage: ``tree`` is not a location.
-    """
-    mistakes: list[ConfigError] = []
-    location = build(ProcessLocation, tree, path="location", report=mistakes.append)
-    if location is None:
-        raise MalformedMessage(f"a malformed location of a process: {mistakes[0]}")
-    return location
 
 
 def write_session_file(run_dir: RunDir, record: SessionRecord) -> None:

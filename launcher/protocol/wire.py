@@ -15,7 +15,10 @@ import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from launcher.errors import ConfigError
 from launcher.protocol.messages import FROM_AGENT, TO_AGENT, AgentMessage, RankRaised
+from launcher.protocol.session_file import ProcessLocation
+from launcher.utils.schema import build
 
 _KINDS: dict[str, type[AgentMessage]] = {cls.kind: cls for cls in TO_AGENT | FROM_AGENT}
 _MAX_INT = 2**63
@@ -164,3 +167,16 @@ class MessageReader:
 
 def _is_message(line: bytes) -> bool:
     return line.startswith(_MESSAGE_PREFIX) and line.endswith(b"}")
+
+
+def process_location_from_tree(tree: dict[str, Any]) -> ProcessLocation:
+    """Return the location that an agent sent.
+
+    Raises:
+        MalformedMessage: ``tree`` is not a location.
+    """
+    mistakes: list[ConfigError] = []
+    location = build(ProcessLocation, tree, path="location", report=mistakes.append)
+    if location is None:
+        raise MalformedMessage(f"a malformed location of a process: {mistakes[0]}")
+    return location

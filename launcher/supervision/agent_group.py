@@ -29,9 +29,8 @@ from launcher.protocol.session_file import (
     AgentLocation,
     ProcessLocation,
     locate_this_process,
-    process_location_from_tree,
 )
-from launcher.protocol.wire import MalformedMessage
+from launcher.protocol.wire import MalformedMessage, process_location_from_tree
 from launcher.supervision.connection import AgentConnection, Keepalive
 from launcher.supervision.socket_channel import is_scratch_folder, remove_scratch
 from launcher.utils.files import open_append

@@ -31,7 +31,8 @@ from launcher.protocol.messages import (
 from launcher.protocol.native_ops import ops_folder
 from launcher.protocol.plan import Command, HostPlan
 from launcher.protocol.rundir import RunDir, remove_unfinished_checkpoints
-from launcher.protocol.session_file import process_location_from_tree, read_session_file
+from launcher.protocol.session_file import read_session_file
+from launcher.protocol.wire import process_location_from_tree
 from launcher.supervision.child_process import ChildProcess, Sidecars
 from launcher.supervision.connection import SessionConnection
 from launcher.supervision.file_sync import FileSyncSender

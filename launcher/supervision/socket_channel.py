@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from launcher.protocol.session_file import ProcessLocation, locate_this_process, process_location_from_tree
-from launcher.protocol.wire import MalformedMessage, check_message_fields
+from launcher.protocol.session_file import ProcessLocation, locate_this_process
+from launcher.protocol.wire import MalformedMessage, check_message_fields, process_location_from_tree
 from launcher.utils.files import read_object, write_json
 from launcher.utils.schema import to_tree
 

@@ -117,13 +117,14 @@ def _names_plugins(folder: Path) -> bool:
     """Return whether the entry points of a package in a folder may name plugins."""
     group = ENTRY_POINTS.encode()
     try:
-        for entry in os.scandir(folder):
-            if entry.name.endswith((".dist-info", ".egg-info")):
-                with suppress(OSError):  # most have no entry points; an .egg-info may be a file
-                    if group in Path(entry.path, "entry_points.txt").read_bytes():
-                        return True
+        with os.scandir(folder) as entries:
+            packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
     except OSError:  # not a folder: a zip file, or a path that does not exist
         return folder.is_file()
+    for package in packages:
+        with suppress(OSError):  # most have no entry points; an .egg-info may be a file
+            if group in Path(package, "entry_points.txt").read_bytes():
+                return True
     return False
 
 

@@ -119,8 +119,10 @@ def _names_plugins(folder: Path) -> bool:
     try:
         with os.scandir(folder) as entries:
             packages = [entry.path for entry in entries if entry.name.endswith((".dist-info", ".egg-info"))]
-    except OSError:  # not a folder: a zip file, or a path that does not exist
-        return folder.is_file()
+    except NotADirectoryError:  # a zip file
+        return True
+    except OSError:  # it does not exist, or is closed to this user
+        return False
     for package in packages:
         with suppress(OSError):  # most have no entry points; an .egg-info may be a file
             if group in Path(package, "entry_points.txt").read_bytes():

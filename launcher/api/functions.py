@@ -40,11 +40,13 @@ def compose(overrides: Iterable[str] = (), *, config_dir: Path | str | None = No
         ConfigErrors: everything that is wrong with them.
     """
     if isinstance(overrides, str):
-        raise ConfigError("overrides", overrides, why="is one text", fix=f"give a list: [{overrides!r}]")
+        raise ConfigError("overrides", overrides, why="is a string, not a list", fix=f"give a list: [{overrides!r}]")
     words = tuple(overrides)
     composed = composition.compose(words, config_dir=None if config_dir is None else Path(config_dir))
     if composed.sweep is not None:
-        raise ConfigError("sweep", why="describes several runs", fix="call compose for each, or use launch sweep")
+        raise ConfigError(
+            "sweep", why="is a grid of several runs", fix="call compose for each run, or use launch sweep"
+        )
     run = resolve_run_references(composed)
     if unused := list(validate_overrides_used(run, composed.overrides)):
         raise ConfigErrors(unused)

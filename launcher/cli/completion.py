@@ -80,7 +80,7 @@ def run(arguments: Arguments) -> int:
     elif arguments.shell is not None:
         print(SCRIPTS[arguments.shell].strip())
     else:
-        raise ConfigError("completion", why="lacks the name of a shell", fix=f"choose from: {', '.join(SHELLS)}")
+        raise ConfigError("completion", why="needs the name of a shell", fix=f"choose from: {', '.join(SHELLS)}")
     return 0
 
 

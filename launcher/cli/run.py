@@ -16,7 +16,7 @@ def run(arguments: Arguments) -> int:
 
         return plan(arguments)
     if arguments.json:
-        raise ConfigError("--json", why="belongs to a plan", fix="use launch plan … --json")
+        raise ConfigError("--json", why="applies to plans only", fix="use launch plan … --json")
     composed = compose(arguments.overrides, config_dir=arguments.config_dir, sweeping=arguments.multirun)
     if arguments.multirun or composed.sweep is not None:
         from launcher.cli.sweep import run as sweep

@@ -55,7 +55,7 @@ def start_saved_run(run: Run, arguments: Arguments, *, folder: Path) -> int:
         flag = "-m" if arguments.multirun else "--config-dir"
         raise ConfigError(flag, why="does not apply to a saved run, which is composed already", fix="leave it out")
     if arguments.json and not arguments.dry_run:
-        raise ConfigError("--json", why="belongs to a plan", fix="add dry_run=true")
+        raise ConfigError("--json", why="applies to plans only", fix="add dry_run=true")
     for name in _missing_secrets(folder):
         why = f"the run had {name} from its shell, and this shell does not set it"
         print(f"warning: {why}: export it if ranks need it", file=sys.stderr)

@@ -131,18 +131,18 @@ def validate_engine(run: Run, *, world_size: int, engine: str = "paged") -> Iter
     if engine == "paged" and (why_not := _unsupported_reason(run)) is not None:
         yield unsupported_model(str(run.model.family()), why_not)
     if engine == "transformers" and run.attention.kind == "flex":
-        why = "Transformers' continuous batching knows eager, sdpa and flash"
+        why = "Transformers' continuous batching supports eager, sdpa and flash only"
         yield ConfigError("attention", run.attention.kind, why=why, fix="set attention=sdpa")
     if run.compile.kind != "false":
-        why = f"shapes change with every step of job.engine={engine}"
+        why = f"job.engine={engine} cannot be compiled: its shapes change with every step"
         yield ConfigError("compile", run.compile.kind, why=why, fix="set compile=false")
     if run.precision.kind == "fp8":
-        why = f"job.engine={engine} has no 8-bit products"
+        why = f"job.engine={engine} does not support fp8"
         yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
     dims = run.parallel.dims(world_size)
     spread = {"fsdp": dims.tensor, "pipeline": dims.pipeline}.get(run.parallel.kind)
     if world_size > 1 and spread != world_size:
-        why = f"job.engine=paged spreads a model over {world_size} ranks as slices of its matrices, or as stages"
+        why = f"job.engine=paged splits a model over {world_size} ranks by tensor or pipeline parallelism only"
         fix = f"set parallel=tensor parallel.tensor={world_size}, or parallel=pipeline parallel.stages={world_size}"
         yield ConfigError("parallel", run.parallel.kind, why=why, fix=fix)
     if isinstance(run.parallel, Pipeline):
@@ -190,5 +190,5 @@ def _unused_pipeline_options(parallel: Pipeline) -> Iterator[ConfigError]:
     for name in ("schedule", "micro_batches", "chunks_per_rank", "balance", "data"):
         value = getattr(parallel, name)
         if value != getattr(usual, name):
-            why = "an engine sends the parts of a step through its stages as they come; this is about training"
+            why = "applies to training only, not to an inference engine"
             yield parallel.error(name, why, f"leave parallel.{name} out")

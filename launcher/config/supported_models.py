@@ -41,7 +41,7 @@ def validate_family(
         return
     strange = sorted(plans.tensor_styles - TENSOR_STYLES)
     if dims.tensor > 1 and (strange or not plans.tensor_styles):
-        lacks = f"one with styles {', '.join(strange)} that are not carried out here" if strange else "none"
+        lacks = f"one with styles {', '.join(strange)} that the launcher does not support" if strange else "none"
         why = f"Transformers' tensor plan for {family} is {lacks}"
         yield ConfigError("parallel.tensor", dims.tensor, why=why, fix=_ALTERNATIVE)
     if dims.pipeline > 1 and parallel.kind == "pipeline" and not plans.has_stages:
@@ -62,14 +62,14 @@ def _validate_state(model: Model) -> Iterator[ConfigError]:
 
 def stateful_model_error(family: str, states: str) -> ConfigError:
     """Return the error for a model that a pipeline cannot continue texts with."""
-    why = f"{family} has {states}, which stages do not keep"
+    why = f"{family} has {states}, which pipeline stages do not support"
     return ConfigError("parallel", "pipeline", why=why, fix=_ALTERNATIVE)
 
 
 def _validate_sequences(model: Model, attention: Attention, *, degree: int, length: int) -> Iterator[ConfigError]:
     """Reject kernels that need whole-sequence masks, and models with other sequence layers."""
     if attention.kind not in ("sdpa", "flash"):
-        why = "only kernels that are causal without a mask compute attention over ranks"
+        why = "attention over several ranks needs a kernel that is causal without a mask"
         yield ConfigError("attention", attention.kind, why=why, fix="set attention=sdpa")
     config = model.stored_config()
     if config is None:

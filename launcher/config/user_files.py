@@ -124,9 +124,7 @@ def _unusable_keys(root: yaml.Node | None, package: str, file: Path) -> Iterator
                 yield ConfigError(option, why=why, fix=fix, source=source)
             elif key.value in lines:
                 why = f"is there already, in line {lines[key.value]}, and a mapping holds each name once"
-                yield ConfigError(
-                    option, why=why, fix="leave one out, or put what is below both under one", source=source
-                )
+                yield ConfigError(option, why=why, fix="remove one of them, or merge their contents", source=source)
             lines.setdefault(key.value, line)
             nodes.append((f"{option}.", value))
 

@@ -158,13 +158,13 @@ def _validate_quantization(run: Run) -> Iterator[ConfigError]:
     chosen, own = run.quantization.kind, run.model.quantization
     quantizes = isinstance(run.job, Quantize)
     if chosen != "none" and not quantizes:
-        why = f"job={run.job.kind} makes no quantized weights"
-        fix = f"set model.quantization={chosen} to use them, or job=quantize to keep them"
+        why = f"job={run.job.kind} does not quantize a model"
+        fix = f"set model.quantization={chosen} to quantize while loading, or job=quantize to save a quantized model"
         yield ConfigError("quantization", chosen, why=why, fix=fix)
     if own == "none":
         return
     if quantizes:
-        why = "job=quantize starts from the original, and does what the group quantization says"
+        why = "job=quantize starts from the original weights and uses the group quantization"
         fix = f"set model.quantization=none quantization={own}"
         yield ConfigError("model.quantization", own, why=why, fix=fix)
     else:
@@ -201,7 +201,7 @@ def _validate_parallel_dims(run: Run, world_size: int) -> Iterator[ConfigError]:
     fix = f"run on {' or '.join(map(str, nearest))} ranks (backend.ranks counts those of one host)"
     if run.parallel.degree_options:
         fix += f", or change {', '.join(f'parallel.{name}' for name in run.parallel.degree_options)}"
-    why = f"{fits} does not fill the world of {world_size}"
+    why = f"{fits} does not match the {world_size} ranks of the run"
     yield ConfigError("backend.ranks", run.backend.ranks, why=why, fix=fix)
 
 
@@ -303,10 +303,10 @@ def _validate_optimizer(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
         if not job.trains:
             return
         if parallel.kind not in (*_WHOLE_MODEL, "fsdp"):
-            why = f"parallel.kind={parallel.kind} has AdamW only"
+            why = f"parallel.kind={parallel.kind} supports AdamW only"
             yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp or parallel=fsdp")
         elif parallel.kind == "fsdp" and not optimizer.state_names:
-            why = f"its class names no state (state_names), which {parallel.kind} must save in shards"
+            why = f"its class lists no state_names, which {parallel.kind} needs to save the sharded state"
             yield ConfigError("optimizer", optimizer.kind, why=why, fix="set parallel=ddp")
     elif optimizer.implementation == "native" and run.parallel.engine != "deepspeed":
         why = "it is DeepSpeed's, and this strategy runs without DeepSpeed"
@@ -315,13 +315,13 @@ def _validate_optimizer(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
 
 def _validate_formats(run: Run, without_gpu: str | None) -> Iterator[ConfigError]:
     if run.precision.min_compute_capability is not None and without_gpu is not None:
-        why = f"only GPUs multiply in this format, and {without_gpu} has none"
+        why = f"only GPUs support this format, and {without_gpu} has none"
         yield ConfigError("precision", run.precision.kind, why=why, fix=f"set precision={run.precision.compute}")
 
 
 def _validate_fp8(run: Run, job: BatchedJob) -> Iterator[ConfigError]:
     if run.parallel.engine == "deepspeed":
-        why = "DeepSpeed casts the weights to 16 bits by itself, beneath torchao's layers"
+        why = "DeepSpeed itself casts the weights to 16 bits, which torchao's fp8 layers do not support"
         yield ConfigError("precision", Fp8Precision.kind, why=why, fix="set parallel=ddp or precision=bf16")
     if _is_gpt2(run):
         why = "GPT-2's layers are Conv1D, and torchao converts torch.nn.Linear only"
@@ -354,7 +354,7 @@ def _validate_kernels(run: Run, without_gpu: str | None, *, on_gpu: bool) -> Ite
 
 def _validate_compilation(run: Run) -> Iterator[ConfigError]:
     if isinstance(run.activation, OffloadCheckpointing):
-        why = "torch cannot compile the copies of activation=offload"
+        why = "torch.compile does not support the copies of activation=offload"
         yield ConfigError("compile", run.compile.kind, why=why, fix="set activation=full or compile=false")
     if isinstance(run.parallel, Zero) and run.parallel.stage == 3:
         why = "ZeRO-3 gathers weights inside of each block, which torch cannot compile"

@@ -38,7 +38,7 @@ class TensorPlan:
         self._styles = [(re.compile(_plan_regex(f"{prefix}{name}")), style) for name, style in own.items()]
         strange = sorted({style for style in own.values() if style not in _STYLES})
         if not own or strange:
-            why = f"with styles {', '.join(strange)} that are not carried out here" if strange else "at all"
+            why = f"with styles {', '.join(strange)} that the launcher does not support" if strange else "at all"
             why = f"Transformers has no tensor plan for {model.config.model_type} {why}"
             raise ConfigError("parallel.tensor", mesh.size(), why=why, fix="set parallel.tensor=1")
 

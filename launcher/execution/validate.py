@@ -183,7 +183,7 @@ def validate_memlock(run: Run, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         return
     buffers = f"parallel.nvme_buffer_count={zero.nvme_buffer_count} buffers of nvme_buffer_size={zero.nvme_buffer_size}"
     why = f"its {buffers} are page-locked: {bytes_text(needed)} a rank, and this user may lock {bytes_text(limit)}"
-    fix = "raise the limit (`ulimit -l unlimited`, memlock in /etc/security/limits.conf), or set another place"
+    fix = "raise the limit (`ulimit -l`, limits.conf), or set parallel.offload_parameters=cpu"
     yield ConfigError("parallel.offload_parameters", "nvme", why=why, fix=fix)
 
 
@@ -210,13 +210,13 @@ def validate_run_dir(run: Run, run_dir: RunDir, *, is_locked: bool = False) -> I
     """
     if foreign := run_dir.unexpected_files():
         shown = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
-        why = f"is not empty and holds no run.yaml of a run (it holds {shown}), so its files are not a run's"
+        why = f"is not empty, and is not the directory of a run: it holds {shown} and no valid run.yaml"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose a new folder, or the directory of a run")
     elif run_dir.is_run and (job := _saved_job(run_dir)) != (ours := _job_words(run.job.kind, run.benchmark.kind)):
         why = f"holds a run of {job}, this one is of {ours}, and two runs never share a directory"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="choose another folder")
     elif run_dir.is_run and (irregular := run_dir.irregular_files()):
-        why = f"holds {', '.join(irregular[:3])}, a link or no regular file, and nothing is written through one"
+        why = f"holds {', '.join(irregular[:3])}, which is a link or not a regular file"
         yield ConfigError("run.dir", run_dir.path, why=why, fix="remove it, or choose another folder")
     elif run.checkpoint.resume != "auto" and run_dir.path.is_dir():
         is_occupied = run_dir.is_run if is_locked else any(run_dir.path.iterdir())

@@ -70,7 +70,9 @@ def flash_forward(
             raise
         mask = "a mask (padding, or a window)" if attention_mask is not None else "no mask"
         dropout = f"dropout {rest.get('dropout', 0.0):g}"
-        why = f"torch's flash kernel takes no {query.dtype} heads of {query.shape[-1]} with {mask} and {dropout}"
+        why = (
+            f"torch's flash kernel does not support {query.dtype} heads of {query.shape[-1]} with {mask} and {dropout}"
+        )
         where = f"on {query.device.type}"
         raise ConfigError("attention", FlashAttention.kind, why=f"{why} {where}", fix="set attention=sdpa") from error
     return result

@@ -44,7 +44,7 @@ def apply_activation_checkpointing(module: nn.Module, activation: ActivationChec
         return
     blocks = [block for block in module.modules() if isinstance(block, GradientCheckpointingLayer)]
     if not blocks:
-        why = f"the blocks of {type(module).__name__} cannot recompute themselves in Transformers"
+        why = f"Transformers does not support activation checkpointing for {type(module).__name__}"
         raise ConfigError("activation", activation.kind, why=why, fix="set activation=none")
     run = _run_offloaded if isinstance(activation, OffloadCheckpointing) else checkpoint
     for number, block in enumerate(blocks):
@@ -83,7 +83,7 @@ def apply_compile(module: nn.Module, compile_: Compile, *, device: torch.device)
         raise compile_.no_compiler()
     blocks = repeated_blocks(module)
     if not blocks:
-        why = f"{type(module).__name__} has no blocks of the kind that Transformers repeats"
+        why = f"{type(module).__name__} has no blocks that repeat, and only such blocks are compiled"
         raise ConfigError("compile", "true", why=why, fix="set compile=false")
     quote_torch_library_path()
     for block in blocks:

@@ -43,7 +43,7 @@ def quantized_targets(model: nn.Module, skip: Sequence[str], *, option: str) -> 
     left = {name: layer for name, layer in found.items() if not any(fnmatchcase(name, each) for each in skip)}
     if not left:
         why = "the patterns match every layer"
-        raise ConfigError("quantization.skip", list(skip), why=why, fix="skip fewer, or set quantization=none")
+        raise ConfigError("quantization.skip", list(skip), why=why, fix="skip fewer layers, or set quantization=none")
     return left
 
 

@@ -51,7 +51,7 @@ def shell_command(python: str) -> str:
     """
     if _UNQUOTABLE.search(python) or python.startswith("-"):
         fix = "use a path without quotes, backslashes and exclamation marks, or a link with such a path"
-        raise ConfigError("backend.python", python, why="cannot be written so that every login shell takes it", fix=fix)
+        raise ConfigError("backend.python", python, why="cannot be quoted for every login shell", fix=fix)
     word = python if _PLAIN_PATH.fullmatch(python) else f"'{python}'"
     return f"exec {word} -I -c '{ONE_LINER}'"
 

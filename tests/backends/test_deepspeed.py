@@ -106,7 +106,7 @@ def test_paths_that_remote_shells_would_take_apart_are_refused(monkeypatch: pyte
     on_path("pdsh")
     monkeypatch.setattr("launcher.config.backend.deepspeed.code_root", lambda: Path("/my code"))
     (said,) = refusals(DeepspeedBackend())
-    assert "(/my code) through the shells of hosts unquoted" in said
+    assert "does not quote the path of the program (/my code)" in said
 
 
 def test_what_deepspeed_has_no_way_to_do_is_refused(tmp_path: Path) -> None:

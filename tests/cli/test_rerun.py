@@ -71,7 +71,7 @@ def test_a_directory_may_be_given(capsys, stored, tmp_path) -> None:
         ([RUN, "model=gpt2"], "would change the kind of run"),
         ([RUN, "job.stps=4"], "did you mean steps"),
         ([RUN, "-m"], "is composed already"),
-        ([RUN, "--json"], "belongs to a plan"),
+        ([RUN, "--json"], "applies to plans only"),
     ],
 )
 def test_mistakes(stored, words: list[str], said: str) -> None:

@@ -111,7 +111,8 @@ def test_auto_refuses_a_folder_that_no_run_has_filled(launch_in_process: Launch,
     before = tree_of(tmp_path)
     refused = launch_in_process(*BACKENDS[backend], "checkpoint.resume=auto", f"run.dir={mine}").expect(2)
     assert (
-        f"run.dir={mine}: is not empty and holds no run.yaml of a run (it holds .hidden, data, thesis" in refused.stderr
+        f"run.dir={mine}: is not empty, and is not the directory of a run: it holds .hidden, data, thesis"
+        in refused.stderr
     )
     assert tree_of(tmp_path) == before
 
@@ -123,7 +124,7 @@ def test_auto_knows_a_run_by_what_run_yaml_holds(launch_in_process: Launch, tmp_
     before = tree_of(tmp_path)
     refused = launch_in_process(*SMALL, "checkpoint.resume=auto", "run.dir=mine").expect(2)
     assert "run.dir=" in refused.stderr
-    assert "is not empty and holds no run.yaml of a run" in refused.stderr
+    assert "is not empty, and is not the directory of a run" in refused.stderr
     assert tree_of(tmp_path) == before
 
 
@@ -376,7 +377,7 @@ def test_a_run_directory_with_links_is_refused_before_a_start(name: str, kind: s
     else:
         (run_dir.path / name).symlink_to("/etc/hostname" if kind == "link" else "nowhere")
     (error,) = validate_run_dir(run, run_dir)
-    assert f"holds {name}, a link or no regular file" in str(error)
+    assert f"holds {name}, which is a link or not a regular file" in str(error)
 
 
 def test_parts_that_no_run_writes_are_not_read(tmp_path: Path) -> None:

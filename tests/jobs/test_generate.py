@@ -146,8 +146,8 @@ def test_missing_files_are_reported_before_anything_starts(launch, word, message
         (("job.engine=vllm",), "job.vllm_python is not set"),
         (("job.max_tokens=0",), r"job\.max_tokens=0.*: must be at least 1"),
         (("job.stop=['']",), r"job\.stop"),
-        (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only paged can be"),
-        (("job.engine=transformers", "job.batching=static"), "knows continuous alone"),
+        (("parallel=tensor", "model=llama_tiny", "job.engine=transformers"), "only job.engine=paged supports"),
+        (("job.engine=transformers", "job.batching=static"), "batches continuously only"),
         (("+job.temprature=1",), "did you mean temperature"),
     ],
 )

@@ -65,13 +65,13 @@ def test_what_is_kept_is_what_other_jobs_load_and_what_they_quantize_themselves(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("job=quantize",), "job=quantize does what the group quantization says; set quantization=int8_weight"),
-        (("quantization=nf4",), "set model.quantization=nf4 to use them, or job=quantize to keep them"),
+        (("job=quantize",), "job=quantize needs a quantization method; set quantization=int8_weight"),
+        (("quantization=nf4",), "set model.quantization=nf4 to quantize while loading, or job=quantize to save"),
         (("model.quantization=nf4",), "quantized layers cannot be trained"),
         (("job=quantize", "quantization=nf4", "backend.ranks=2"), "set backend.ranks=1 parallel=single"),
         (
             ("job=quantize", "quantization=nf4", "model=smollm2_135m", "data.tokenizer=bpe"),
-            "perplexity of smollm2_135m means something for its own tokens only; set data.tokenizer=model",
+            "the perplexity of smollm2_135m is meaningful for its own tokenizer only; set data.tokenizer=model",
         ),
         (
             ("job=quantize", "quantization=nf4", "model.quantization=fp8", "parallel=single"),

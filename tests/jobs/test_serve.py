@@ -90,7 +90,7 @@ def test_copies_are_replicas_and_no_ranks(plan_of) -> None:
     assert plan_of(*staged).world_size == 2
     with pytest.raises(ConfigErrors, match=r"set backend.ranks=2"):
         plan_of(*staged, hosts=[ONE])
-    with pytest.raises(ConfigErrors, match=r"parallel.schedule=gpipe: .*this is about training"):
+    with pytest.raises(ConfigErrors, match=r"parallel.schedule=gpipe: .*applies to training only"):
         plan_of(*staged, "parallel.schedule=gpipe")
     with pytest.raises(ConfigErrors, match=r"set parallel=tensor parallel.tensor=2, or parallel=pipeline"):
         plan_of("job=serve", "tracker=local", "model=gpt2_tiny", "parallel=deepspeed_pipeline")

@@ -495,7 +495,7 @@ def test_verify_takes_the_strategies_that_can_spread_the_model(tmp_path: Path) -
     model_folder(folder, {**LLAMA, "model_type": "opt", "dropout": 0.1, "classifier_dropout": 0.1, "layerdrop": 0.0})
     (line,) = refused(*words, length=None)
     assert line.endswith(
-        "sets dropout=0.1, and ranks draw dropout each for itself; set dropout to 0 in a copy of the folder"
+        "sets dropout=0.1, and each rank draws its own dropout; set dropout to 0 in a copy of the folder"
     )
 
 

@@ -57,7 +57,7 @@ def _code_of_pod(folder: Path) -> int:
     run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
     backend, key = run.backend, load_key(folder)
     if not isinstance(backend, KubernetesBackend):
-        raise ConfigError("backend", backend.kind, why="runs in no pod", fix="set backend=kubernetes")
+        raise ConfigError("backend", backend.kind, why="does not run in pods", fix="set backend=kubernetes")
     if index == 0:
         return run_leader(run, backend, config, key=key, say=say)
     return run_agent(backend, config, index=index, key=key)

@@ -149,7 +149,7 @@ def validate_partitions(backend: SlurmBackend, known: Sequence[SlurmPartition]) 
         if name not in [queue.name for queue in known]:
             yield backend.error("partition", f"there is no partition {name}", _known_partitions(known))
     if not named:
-        yield ConfigError("backend.partition", why="Slurm has no default here", fix=_known_partitions(known))
+        yield ConfigError("backend.partition", why="is not set, and Slurm has no default", fix=_known_partitions(known))
     if not chosen:
         return
     time_s, longest = backend.time_s(), max(chosen, key=lambda queue: queue.limit_s)
@@ -190,7 +190,7 @@ def sbatch_error(backend: SlurmBackend, words: str) -> ConfigError:
                 else "`scontrol show node` shows more"
             )
             return ConfigError(f"backend.{option}", getattr(backend, option), why=f"Slurm says: {words}", fix=fix)
-    return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it can give")
+    return ConfigError("backend", "slurm", why=f"Slurm says: {words}", fix="`sinfo` shows what it has")
 
 
 def _check_not_queued(run_dir: RunDir) -> None:

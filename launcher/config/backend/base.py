@@ -200,7 +200,7 @@ def validate_env(env: Mapping[str, str], *, forward: Sequence[str] | None = None
             fix = f"write backend.env.{re.sub(r'[^A-Za-z0-9_]', '_', re.sub(r'^(?=[0-9]|$)', '_', name))}=<value>"
             yield ConfigError("backend.env", why=why, fix=fix if name.strip() else "give it a name, or leave it out")
         elif "\0" in value:
-            yield ConfigError(f"backend.env.{name}", why="holds a NUL, which ends a variable", fix="leave it out")
+            yield ConfigError(f"backend.env.{name}", why="holds a NUL character", fix="remove the character")
         elif is_secret(name, value):
             fix = f"leave it out and export the variable {name} in your shell: ranks inherit it, and no file holds it"
             if forward is not None and not forwarded_names({name: value}, (*DEFAULT_GLOBS, *forward)):

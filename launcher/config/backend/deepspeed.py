@@ -42,14 +42,18 @@ class DeepspeedBackend(HostfileBackend):
         """Reject what deepspeed has no way to do."""
         yield from super().validate()
         if self.agent != "deepspeed":
-            yield self.error("agent", "deepspeed starts ranks by itself", "leave it out, or set backend=ssh")
+            yield self.error("agent", "deepspeed itself starts the ranks", "leave it out, or set backend=ssh")
         if self.python not in (None, sys.executable):
             fix = f"start the run with that interpreter, or set backend=ssh; this one is {sys.executable}"
-            yield self.error("python", "deepspeed uses on every host the interpreter that it runs with here", fix)
+            yield self.error("python", "deepspeed uses the interpreter of this machine on every host", fix)
         if self.min_hosts is not None:
-            yield self.error("min_hosts", "works with agents on the hosts", "leave it out, or set backend=ssh")
+            yield self.error(
+                "min_hosts",
+                "needs an agent on each host, which this backend does not start",
+                "leave it out, or set backend=ssh",
+            )
         if self.ssh_config is not None and not _SAFE.fullmatch(str(Path(self.ssh_config).absolute())):
-            yield self.error("ssh_config", "pdsh takes its path apart at spaces", "use a path of plain letters")
+            yield self.error("ssh_config", "pdsh does not quote its path", "use a path without special characters")
 
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Reject hosts, paths and a machine that the chosen runner cannot work with."""
@@ -63,11 +67,11 @@ class DeepspeedBackend(HostfileBackend):
             yield self.error("runner", f"{program} is not installed here", fix)
         for what, path in (("the program", str(code_root())), ("the interpreter", sys.executable)):
             if not _SAFE.fullmatch(path):
-                why = f"deepspeed passes the path of {what} ({path}) through the shells of hosts unquoted"
-                yield self.error("kind", why, "move it to a path of plain letters, or set backend=ssh")
+                why = f"deepspeed does not quote the path of {what} ({path}) in the shells of the hosts"
+                yield self.error("kind", why, "move it to a path without special characters, or set backend=ssh")
         yield from self._unreachable(hosts)
         if self.runner == "slurm" and len({host.slots for host in hosts}) > 1:
-            yield self.error("hostfile", "srun needs as many slots on every host", "write the same slots=N everywhere")
+            yield self.error("hostfile", "srun needs equal slots on all hosts", "write the same slots=N everywhere")
 
     @property
     def rank_launcher(self) -> str:
@@ -82,5 +86,5 @@ class DeepspeedBackend(HostfileBackend):
             if self.runner == "pdsh" and re.fullmatch(r"[^@:\[\]]+@[^@:\[\]]+", host.ssh_destination):
                 continue
             why = f"{self.runner} cannot reach {host.ssh_destination} under another user, port or IPv6 address"
-            fix = "name the host by an alias of your ssh configuration that says so, or set backend=ssh"
+            fix = "define an alias for it in your ssh configuration and write that, or set backend=ssh"
             yield ConfigError("backend.hostfile", self.hostfile, why=why, fix=fix)

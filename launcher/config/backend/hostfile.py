@@ -81,7 +81,7 @@ def read_hostfile(path: str | Path) -> tuple[HostfileEntry, ...]:
                 raise _EntryError(f"{words[0]} has no slots, and a line for each of {times}", fix)
             entry = _entry(words, number)
             if known := entries.get(entry.name.lower()):
-                fix = "give it one line with all of its slots; for two machines behind one name, ssh aliases"
+                fix = "write one line with all of its slots; if these are two machines, use an ssh alias for each"
                 raise _EntryError(f"{entry.name} stands on line {known.line} already", fix)
             entries[entry.name.lower()] = entry
         except _EntryError as wrong:

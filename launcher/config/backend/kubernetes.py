@@ -148,7 +148,7 @@ class KubernetesBackend(Backend):
         sizes = {name: parse_quantity(getattr(self, name)) for name in _LEAST_BYTES}
         for name, size in sizes.items():
             if size is None:
-                yield self.error(name, "is no amount of memory", f"write it like backend.{name}=64Gi")
+                yield self.error(name, "is not an amount of memory", f"write it like backend.{name}=64Gi")
             elif size < _LEAST_BYTES[name]:
                 unit = " (a number without a unit counts bytes)" if getattr(self, name).isdigit() else ""
                 why = f"is {bytes_text(size)}{unit}, too little for any run"
@@ -156,7 +156,7 @@ class KubernetesBackend(Backend):
                 yield self.error(name, why, f"set backend.{name}={usual}")
         memory, shared = sizes["memory"], sizes["shared_memory"]
         if memory is not None and shared is not None and shared > memory >= _LEAST_BYTES["memory"]:
-            why = f"is more than backend.memory={self.memory}, which it is a part of"
+            why = f"is more than backend.memory={self.memory}, which includes it"
             yield self.error("shared_memory", why, f"set backend.memory={self.shared_memory} or more")
         taken = dict.fromkeys(_OWN_MOUNTS, "the launcher itself")
         for name, path in {"mount": self.mount, **{f"volumes.{c}": p for c, p in self.volumes.items()}}.items():
@@ -233,10 +233,10 @@ class KubernetesBackend(Backend):
     def validate_hosts(self, hosts: Sequence[Host]) -> Iterator[ConfigError]:
         """Yield an error for each option that the chosen workload does not support."""
         if self.workload == "pytorchjob" and self.restarts:
-            why = "a PyTorchJob cannot tell a failure from preemption or a mistake of yours"
+            why = "a PyTorchJob cannot distinguish failures from preemptions and user errors"
             yield self.error("restarts", why, "set backend.workload=indexed_job, or backend.restarts=0")
         if self.workload == "trainjob" and self.ttl_s is not None:
-            yield self.error("ttl_s", "a TrainJob is never deleted by itself", "set backend.ttl_s=null")
+            yield self.error("ttl_s", "a TrainJob is never deleted automatically", "set backend.ttl_s=null")
         if self.restarts and self.claim is None:
-            why = "without backend.claim nothing of a run is left to continue from"
+            why = "without backend.claim the checkpoints are deleted with the pods"
             yield self.error("restarts", why, "set backend.claim=<PersistentVolumeClaim>, or backend.restarts=0")

@@ -168,7 +168,7 @@ class SlurmBackend(Backend):
             return
         found = _MEMORY.fullmatch(self.mem)
         if found is None:
-            yield self.error("mem", "is no amount of memory", "set backend.mem=64G (K, M, G or T)")
+            yield self.error("mem", "is not an amount of memory", "set backend.mem=64G (K, M, G or T)")
             return
         size = int(found["number"]) * _UNITS[found["unit"] or "M"]
         if 0 < size < LEAST_MEMORY_BYTES:  # 0 is all of a node's
@@ -187,7 +187,7 @@ class SlurmBackend(Backend):
         limit = self.time_s()
         if limit is not None and limit <= self.signal_lead_s:
             why = f"the ranks are signalled {self.signal_lead_s} s before the limit (backend.signal_lead_s)"
-            yield self.error("time", why, "ask for more time")
+            yield self.error("time", why, "set a longer backend.time")
 
     def _validate_word(self, word: str) -> Iterator[ConfigError]:
         found = _WORD.fullmatch(word)
@@ -198,7 +198,9 @@ class SlurmBackend(Backend):
             yield ConfigError(option, repr(word), why=why, fix=f"{fix} {quoted_word(option, joined)}")
             return
         if found is None or not word.isprintable():
-            yield ConfigError(option, repr(word), why="is not one word of the form --name=value", fix="write it so")
+            yield ConfigError(
+                option, repr(word), why="is not one word of the form --name=value", fix="write it in this form"
+            )
             return
         for name, ours in _OWNED.items():
             if name.startswith(found[1]):  # sbatch takes the beginning of a name for the name

@@ -245,8 +245,10 @@ class QuantizationBenchmark(Benchmark):
         if not self.cases or len(set(self.cases)) < len(self.cases):
             yield self.error("cases", "names nothing to compare, or something twice", "leave benchmark.cases out")
         if (self.ctranslate2 is None) != (self.ctranslate2_python is None):
-            why = "a converted model and an interpreter that has CTranslate2 go together"
-            yield self.error("ctranslate2", why, "give benchmark.ctranslate2 and benchmark.ctranslate2_python, or none")
+            why = "CTranslate2 needs both a converted model and an interpreter that has it"
+            yield self.error(
+                "ctranslate2", why, "set benchmark.ctranslate2 and benchmark.ctranslate2_python, or neither"
+            )
 
     def validate_machine(self) -> Iterator[ConfigError]:
         """Yield packages that are missing for one of the ways."""

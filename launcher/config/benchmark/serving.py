@@ -206,7 +206,11 @@ class ServingBenchmark(Benchmark):
         if not self.levels:
             yield self.error("max_concurrency", "names no level of load", "leave benchmark.max_concurrency out")
         if self.base_url is not None and self.serve:
-            yield self.error("serve", "belongs to a server that is started here", "leave it or benchmark.base_url out")
+            yield self.error(
+                "serve",
+                "applies to a server that the benchmark starts",
+                "leave benchmark.serve or benchmark.base_url out",
+            )
 
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject requests longer than the server started here takes, at a token a word."""

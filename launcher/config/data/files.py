@@ -51,7 +51,7 @@ def expand(patterns: Iterable[str], *, option: str) -> tuple[list[Path], list[Co
             errors.append(_folder_error(Path(full), pattern, option))
         else:
             why = f"there is no such file (seen from {Path.cwd()})"
-            errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give it whole"))
+            errors.append(ConfigError(option, pattern, why=why, fix="check the path, or give an absolute one"))
     return sorted(files), errors
 
 
@@ -59,7 +59,7 @@ def first_errors(errors: Iterator[ConfigError], *, option: str) -> Iterator[Conf
     """Yield the first few errors about files, and in one more how many there are besides."""
     yield from itertools.islice(errors, _ERRORS_SHOWN)
     if left := sum(1 for _ in errors):
-        yield ConfigError(option, why=f"{left:,} more files are rejected", fix="correct the ones above first")
+        yield ConfigError(option, why=f"{left:,} more files are rejected", fix="correct the files above first")
 
 
 def endings(folder: Path) -> Counter[str]:
@@ -78,7 +78,7 @@ def _folder_error(folder: Path, pattern: str, option: str) -> ConfigError:
     """Return the error for a folder in place of files, with a pattern for most of its files."""
     found = endings(folder)
     if not found:
-        return ConfigError(option, pattern, why="is a folder without files", fix="give a folder that holds some")
+        return ConfigError(option, pattern, why="is a folder without files", fix="give a folder with files")
     is_text = option == "data.path"
     ending = max(found, key=lambda it: (found[it], (kind_of_ending(it) == "text") == is_text, it == ".txt"))
     kind = kind_of_ending(ending)

@@ -291,7 +291,7 @@ class HfData(Corpus):
                 yield ConfigError("data.files", file, why=bad.why, fix=bad.fix)
                 continue
             if first.is_empty:
-                yield ConfigError("data.files", file, why="holds no rows", fix="give a file that does")
+                yield ConfigError("data.files", file, why="holds no rows", fix="give a file with rows")
             elif error := self.validate_first_rows(file, first):
                 yield error
 

@@ -62,7 +62,7 @@ class BenchmarkJob(Job):
         """Reject a run that names nothing to measure, or has ranks that would have nothing to do."""
         benchmark = run.benchmark
         if not isinstance(benchmark, Benchmark):
-            why = "job=benchmark measures what the group benchmark names"
+            why = "job=benchmark needs a benchmark to run"
             yield ConfigError("benchmark", "none", why=why, fix="set benchmark=activation")
             return
         yield from benchmark.validate_run(self.measured_run(run), world_size=world_size)

@@ -143,7 +143,7 @@ class Generate(GeneratingJob):
         """Reject several ranks with a vLLM each."""
         yield from super().validate_run(run, world_size=world_size)
         if self.engine == "vllm" and world_size > 1:
-            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            why = "the launcher starts one vLLM server, which itself uses several GPUs"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1")
 
     def max_ranks(self, run: Run) -> int | None:

@@ -172,7 +172,7 @@ class GeneratingJob(Job):
         yield from super().validate_run(run, world_size=world_size)
         most = run.parallel.dims(1).product
         if self.is_model_parallel(run) and self.engine != "paged":
-            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only paged can be"
+            why = f"parallel={run.parallel.kind} makes one engine of {most} ranks, which only job.engine=paged supports"
             yield self.error("engine", why, "set job.engine=paged or parallel=single")
         if self.is_model_parallel(run) and world_size != most:
             why = f"parallel={run.parallel.kind} makes an engine of {counted(most, 'rank')}"
@@ -226,11 +226,13 @@ class GeneratingJob(Job):
         )
         yield from self.validate_minimum(0, "seed", "max_wait_s", "echo_step_s")
         if self.engine in ("transformers", "vllm") and self.batching != "continuous":
-            yield self.error("batching", f"engine={self.engine} knows continuous alone", "set job.batching=continuous")
+            yield self.error(
+                "batching", f"engine={self.engine} batches continuously only", "set job.batching=continuous"
+            )
         if self.chat_template is not None and self.tokenizer in ("bytes", "data"):
             yield self.error("chat_template", f"job.tokenizer={self.tokenizer} has no chat templates", "leave it out")
         if self.chat_template is not None and self.engine == "vllm" and self.kind == "serve":
-            why = "vLLM's server takes its own, and this option would have no effect"
+            why = "vLLM's server uses its own template, so this option would have no effect"
             yield self.error("chat_template", why, "set job.engine=paged, or leave it out")
         if self.aging_s <= 0:
             yield self.error("aging_s", "must be above 0", "set job.aging_s=10")
@@ -242,7 +244,7 @@ def validate_vllm(job: GeneratingJob) -> Iterator[ConfigError]:
         return
     python = Path(job.vllm_python).expanduser()
     if not os.access(python, os.X_OK) or python.is_dir():
-        yield job.error("vllm_python", "is no program", VLLM_REMEDY)
+        yield job.error("vllm_python", "is not an executable file", VLLM_REMEDY)
         return
     question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
     try:

@@ -85,17 +85,17 @@ class Quantize(BatchedJob):
         """Reject a run that names no method, or has ranks that would have nothing to do."""
         yield from super().validate_run(run, world_size=world_size)
         if not isinstance(run.quantization, Quantization):
-            why = "job=quantize does what the group quantization says"
+            why = "job=quantize needs a quantization method"
             yield ConfigError("quantization", "none", why=why, fix="set quantization=int8_weight")
         if world_size > 1:
             why = "one rank holds the original and the quantized model"
             yield ConfigError("backend.ranks", world_size, why=why, fix="set backend.ranks=1 parallel=single")
         if run.model.weights == "pretrained" and isinstance(run.data, Corpus) and run.data.trains_tokenizer:
-            why = f"perplexity of {run.model.name} means something for its own tokens only"
+            why = f"the perplexity of {run.model.name} is meaningful for its own tokenizer only"
             own = "model" if run.model.has_own_tokenizer else FOLDER_WITH_TOKENIZER
             yield ConfigError("data.tokenizer", run.data.tokenizer, why=why, fix=f"set data.tokenizer={own}")
         if run.precision.kind in ("fp8", "fp16", "tf32"):
-            why = "what is not quantized stays in fp32 or bf16"
+            why = "layers that are not quantized must be in fp32 or bf16"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=bf16")
         if self.rate_batches:
             yield from run.model.validate_length(job__rate_prompt=self.rate_prompt, job__rate_tokens=self.rate_tokens)
@@ -116,7 +116,7 @@ class Quantize(BatchedJob):
             fix = "name a folder outside the run directory, or leave it out"
             yield self.error("output", f"belongs to the run itself, whose directory is {run_dir.path}", fix)
         elif folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            yield self.error("output", "is not an empty folder, and nothing is overwritten", "name another one")
+            yield self.error("output", "exists and is not empty, and nothing is overwritten", "name a new folder")
 
     def files(self) -> Iterator[str]:
         """Yield the weights and the report."""

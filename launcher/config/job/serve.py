@@ -119,7 +119,7 @@ class Serve(GeneratingJob):
             if getattr(self, name) <= 0:
                 yield self.error(name, "must be above 0", f"leave job.{name} out")
         if self.max_body_bytes > _MAX_BODY_BYTES:
-            why = f"is more than {_MAX_BODY_BYTES}: reading a body so large would hold up other requests"
+            why = f"is more than {_MAX_BODY_BYTES}: reading a larger body would delay other requests"
             yield self.error("max_body_bytes", why, f"set job.max_body_bytes={_MAX_BODY_BYTES} or less")
         for name in self.allowed_hosts:
             if not re.fullmatch(r"\*|[A-Za-z0-9._:-]+", name) or name.count(":") == 1:
@@ -173,14 +173,14 @@ class Serve(GeneratingJob):
         """Reject ranks that would hold copies of the model, and replicas of what takes all ranks."""
         yield from super().validate_run(run, world_size=world_size)
         if world_size > 1 and not self.is_model_parallel(run):
-            why = f"parallel={run.parallel.kind} makes an engine of 1 rank; copies are job.replicas"
+            why = f"parallel={run.parallel.kind} makes an engine of 1 rank; job.replicas sets the number of engines"
             fix = f"set backend.ranks=1 job.replicas={world_size}"
             yield ConfigError("backend.ranks", world_size, why=why, fix=fix)
         if self.is_model_parallel(run) and self.replicas > 1:
             why = f"the {self.max_ranks(run)} ranks together are one engine"
             yield self.error("replicas", why, "set job.replicas=1, and start a second server for a second engine")
         if self.engine == "vllm" and (self.replicas > 1 or self.is_model_parallel(run)):
-            why = "the launcher starts one vLLM, which spreads over GPUs by itself"
+            why = "the launcher starts one vLLM server, which itself uses several GPUs"
             yield self.error("engine", why, "set job.replicas=1 parallel=single")
         yield from validate_warm_up(run, "job.warm_up", self.warm_up)
         shape = run.model.shape()
@@ -238,7 +238,7 @@ def validate_address(job: Serve) -> Iterator[ConfigError]:
     if trouble is None:
         return
     if isinstance(trouble, socket.gaierror) or trouble.errno == 99:  # EADDRNOTAVAIL
-        yield job.error("host", f"is no address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
+        yield job.error("host", f"is not an address of this machine ({trouble.strerror})", "set job.host=127.0.0.1")
         return
     if isinstance(trouble, PermissionError):
         yield job.error("port", "only root may listen there", "set job.port=8000 or another above 1023")

@@ -256,13 +256,13 @@ class Verify(LearningJob):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject options that make equal strategies differ, and named strategies that cannot run."""
         if not isinstance(run.precision, Fp32Precision):
-            why = "only fp32 agrees to the tolerances of job=verify"
+            why = "only fp32 is exact enough for the tolerances of job=verify"
             yield ConfigError("precision", run.precision.kind, why=why, fix="set precision=fp32")
         if getattr(run.model, "dropout", 0.0):
-            why = "ranks draw dropout each for itself, so no two strategies agree"
+            why = "each rank draws its own dropout, so strategies would differ"
             yield ConfigError("model.dropout", run.model.dropout, why=why, fix="set model.dropout=0")  # type: ignore[attr-defined]
         for key, value in dropout_rates(run.model.stored_config() or {}).items():
-            why = f"its config.json sets {key}={value:g}, and ranks draw dropout each for itself"
+            why = f"its config.json sets {key}={value:g}, and each rank draws its own dropout"
             fix = f"set {key} to 0 in a copy of the folder"
             yield ConfigError("model.name", run.model.name, why=why, fix=fix)
         if run.profile.kind == "true":

@@ -229,7 +229,7 @@ def validate_model_folder(option: str, value: str, *, architecture: Mapping[str,
         yield ConfigError(option, value, why=why, fix=fix)
     elif (folder / "adapter_config.json").is_file():
         why = "holds a PEFT adapter beside the weights, which would not be applied"
-        yield ConfigError(option, value, why=why, fix="merge it into the weights, or take adapter_config.json away")
+        yield ConfigError(option, value, why=why, fix="merge it into the weights, or remove adapter_config.json")
     yield from validate_config_json(option, value, config, is_quantized_here=(folder / QUANTIZATION_FILE).is_file())
     sizes = sizes_from_config(config)
     found = sizes.architecture() if sizes else {"family": config.get("model_type")}

@@ -73,7 +73,9 @@ class Llama(Model):
             yield self.error("num_key_value_heads", why, f"set model.num_key_value_heads={self.num_attention_heads}")
         if self.hidden_size % (2 * self.num_attention_heads):
             better = max(1, self.hidden_size // (2 * self.num_attention_heads)) * 2 * self.num_attention_heads
-            why = f"each of {self.num_attention_heads} heads takes an even share: rotary positions turn pairs"
+            why = (
+                f"each of {self.num_attention_heads} heads needs an even size: rotary embeddings rotate pairs of values"
+            )
             yield self.error("hidden_size", why, f"set model.hidden_size={better}")
         if self.weights == "pretrained":
             yield self.error("weights", "this architecture has no pretrained weights", "set model=hf and its name")

@@ -153,7 +153,7 @@ class Fsdp(Parallel):
         """Reject heads that do not divide and models that Transformers has no tensor plan for."""
         dims = self.dims(world_size)
         if self.replicate > 1 and dims.shard * dims.sequence == 1:
-            why = f"{dims} leaves each replica one rank, and nothing to shard"
+            why = f"{dims} leaves one rank in each replica, so there is nothing to shard"
             yield self.error("replicate", why, "set parallel=ddp, or parallel.replicate=1")
         if shape is None:
             return

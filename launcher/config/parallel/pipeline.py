@@ -147,7 +147,9 @@ class Pipeline(Parallel):
             fix = "set parallel.chunks_per_rank=1 or parallel.schedule=interleaved_1f1b"
             yield self.error("chunks_per_rank", f"schedule {self.schedule} has one model chunk a rank", fix)
         if self.schedule == "zbv" and self.chunks_per_rank != 2:
-            yield self.error("chunks_per_rank", "a V has two model chunks a rank", "set parallel.chunks_per_rank=2")
+            yield self.error(
+                "chunks_per_rank", "schedule zbv has two model chunks a rank", "set parallel.chunks_per_rank=2"
+            )
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
         """Return the bytes of the rank with the largest chunks.

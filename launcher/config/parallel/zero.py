@@ -112,11 +112,11 @@ class Zero(Parallel):
             why = f"only ZeRO stage 3 partitions parameters and parallel.stage={self.stage}"
             yield self.error("offload_parameters", why, "set parallel.stage=3 or parallel.offload_parameters=none")
         if self.uses_nvme and not self.nvme_path:
-            why = "something is offloaded to NVMe, and there is no folder for it"
+            why = "parameters or optimizer state are offloaded to NVMe, and no folder is set"
             yield ConfigError("parallel.nvme_path", "null", why=why, fix="set parallel.nvme_path=<a folder on NVMe>")
         if self.low_memory_bf16 and self.stage == 0:
             fix = "set parallel.stage=1 or more"
-            yield self.error("low_memory_bf16", "DeepSpeed keeps bf16 masters only from ZeRO stage 1", fix)
+            yield self.error("low_memory_bf16", "DeepSpeed supports bf16 master weights from ZeRO stage 1 on", fix)
         yield from self.validate_minimum(
             1,
             "reduce_bucket_size",

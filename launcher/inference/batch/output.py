@@ -189,5 +189,5 @@ def merge_parts(index: PartIndex, output: Path, *, heartbeat: Callable[[], None]
         if is_disk_full_error(error):
             raise
         why = f"cannot be written ({error.strerror or error}). All answers are kept in {folder}"
-        fix = f"make it possible to write into {output.absolute().parent} and type launch resume {folder.parent}"
+        fix = f"make {output.absolute().parent} writable, then type launch resume {folder.parent}"
         raise JobError(f"job.output={output}: {why}: {fix}") from error

@@ -114,7 +114,9 @@ class ReplicaBackend(ModelBackend):
         shape = run.model.shape()
         if shape is not None and tokenizer.vocab_size > shape.vocab_size:
             why = f"it has {tokenizer.vocab_size} tokens, and {run.model.name} has {shape.vocab_size} rows of embedding"
-            raise ConfigError("job.tokenizer", job.tokenizer, why=why, fix="choose the model's own, or a smaller one")
+            raise ConfigError(
+                "job.tokenizer", job.tokenizer, why=why, fix="choose the model's tokenizer, or a smaller one"
+            )
         client.fingerprint_hash = await asyncio.to_thread(
             model_fingerprint, run, tokenizer=tokenizer.fingerprint, heartbeat=lambda: None
         )

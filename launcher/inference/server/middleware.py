@@ -222,7 +222,7 @@ class AdmissionMiddleware:
             owner = self._keys.owner(shown)
             if owner is None:
                 self._reject("key")
-                said = "the key is not valid" if shown else "show a key: Authorization: Bearer KEY"
+                said = "the key is not valid" if shown else "send an API key: Authorization: Bearer KEY"
                 raise ApiError(401, said, code="invalid_api_key", closes=closes)
             caller = owner
         if wait_s := self._rates.wait_s(caller):

@@ -110,7 +110,7 @@ def test_what_is_missing_is_refused_with_what_to_type(environment: Path, plan_of
     with pytest.raises(Exception, match=r"model\.weights=random"):
         plan_of(*base, f"job.vllm_python={environment}")
     assert said(f"job.vllm_python={environment}") == ""
-    assert "is no program" in said("job.vllm_python=/nowhere/python")
+    assert "is not an executable file" in said("job.vllm_python=/nowhere/python")
     assert "its environment has no vLLM" in said(f"job.vllm_python={sys.executable}")
     environment.write_text("#!/bin/sh\nexit 1\n")
     assert "its environment has no vLLM" in said(f"job.vllm_python={environment}")

@@ -12,11 +12,15 @@ from faults_cells import DISASTERS, LAUNCHERS, SIGNALS, TARGETS, VARIANTS, Cell,
 from faults_trial import GIVE_UP_S, SURVIVORS_AFTER_S
 
 LEGEND = (
-    f"In a cell: processes left after {SURVIVORS_AFTER_S:.0f} s, seconds until all were gone on every host; the worse "
-    f"of two runs, one with ranks that ignore SIGTERM and one with ranks that have a child. C: the exit code does not "
-    "tell how it ended, 0: it even is 0, H: the launcher never ended, N: the cause is not named, or a wrong one, "
-    "!: the run beside it was disturbed; ✓: none of these, and nothing was left. goes on: the ranks ignore "
-    "that signal."
+    f"A cell shows the number of processes left after {SURVIVORS_AFTER_S:.0f} s, and the seconds until all were gone "
+    "on every host. It is the worse of two runs: one with ranks that ignore SIGTERM, one with ranks that have a child. "
+    "The letters mean:\n\n"
+    "- C: the exit code does not show how the run ended; 0: it is 0 although the run failed;\n"
+    "- H: the launcher never ended;\n"
+    "- N: no cause is named, or a wrong one;\n"
+    "- !: the second run on the same hosts was disturbed;\n"
+    "- ✓: none of these, and no process was left;\n"
+    "- goes on: the ranks ignore this signal."
 )
 _RANK = re.compile(r"^\d+ \S*python\S* -u \S*faults_rank\.py")
 """What launchers start with the program in their arguments is no rank."""

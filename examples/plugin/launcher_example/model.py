@@ -1,4 +1,4 @@
-"""A causal language model of gated convolutions, as Transformers wants one."""
+"""A causal language model of gated convolutions, as a model of Transformers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class GatedConvBlock(GradientCheckpointingLayer):
         self.convolution = nn.Conv1d(config.hidden_size, 2 * config.hidden_size, config.kernel_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Return (sequences, tokens, width) from the same."""
+        """Return a tensor of the same shape: (sequences, tokens, width)."""
         padded = nn.functional.pad(self.norm(hidden).transpose(1, 2), (self.kernel_size - 1, 0))
         return hidden + nn.functional.glu(self.convolution(padded), dim=1).transpose(1, 2)
 
@@ -120,7 +120,7 @@ class GatedConvSource:
         )
 
     def folder(self, *, with_weights: bool, heartbeat: Callable[[], None]) -> Path:
-        """Fail: nobody has published weights of it.
+        """Fail: this model has no pretrained weights.
 
         Raises:
             ConfigError: always.

@@ -31,6 +31,11 @@ class Optimizer(Component):
         """Reject a negative rate or decay."""
         yield from self.validate_minimum(0, "lr", "weight_decay")
 
+    @property
+    def num_moments(self) -> int:
+        """Tensors of a parameter's shape in its state; where ``state_names`` is empty two, as Adam's."""
+        return len(set(self.state_names) - {"step"}) if self.state_names else 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):

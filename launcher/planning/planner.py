@@ -251,8 +251,9 @@ def estimate_memory(run: Run, hosts: Sequence[Host]) -> MemoryEstimate | None:
     world_size = sum(host.slots for host in hosts)
     if isinstance(run.job, GeneratingJob):
         return _weights_alone(run, run.job, shape, hosts)
-    state = run.parallel.state_bytes(shape, world_size, run.precision)
-    formula = run.parallel.state_formula(world_size, run.precision)
+    moments = run.optimizer.num_moments
+    state = run.parallel.state_bytes(shape, world_size, run.precision, moments=moments)
+    formula = run.parallel.state_formula(world_size, run.precision, moments=moments)
     if not run.batched_job.trains and run.parallel.engine == "torch":
         host = min(state.host, state.parameters)
         state = replace(state, gradients=0, optimizer=0, host=host)

@@ -139,17 +139,18 @@ class StateBytes:
     parameters: int
     gradients: int
     optimizer: int
-    """Master weights, where the compute format is not fp32, and both Adam moments."""
+    """Master weights, where the compute format is not fp32, and the optimizer's moments."""
     host: int = 0
     """The part of the above that is offloaded to host RAM."""
     nvme: int = 0
     """The part of the above that is offloaded to NVMe."""
 
     @classmethod
-    def fp32(cls, num_params: int, *, offloaded: bool = False) -> StateBytes:
-        """Return the bytes of so many parameters: weights, gradients and moments in fp32."""
-        host = 16 * num_params if offloaded else 0
-        return cls(parameters=4 * num_params, gradients=4 * num_params, optimizer=8 * num_params, host=host)
+    def fp32(cls, num_params: int, *, moments: int = 2, offloaded: bool = False) -> StateBytes:
+        """Return the bytes of so many parameters: weights, gradients and ``moments`` of the optimizer in fp32."""
+        size, optimizer = 4 * num_params, 4 * num_params * moments
+        host = 2 * size + optimizer if offloaded else 0
+        return cls(parameters=size, gradients=size, optimizer=optimizer, host=host)
 
     @property
     def total(self) -> int:

@@ -17,6 +17,11 @@ from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 
+def training_state(moments: int) -> str:
+    """Return the bytes of N parameters' fp32 training state as text, for so many moments of the optimizer."""
+    return f"4N weights + 4N gradients + {4 * moments}N {'Adam moments' if moments == 2 else 'optimizer state'}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParallelDims:
     """One number for each kind of parallelism; their product is the world size.
@@ -113,11 +118,18 @@ class Parallel(Component):
         return self.dims(world_size).data_parallel
 
     @abstractmethod
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return one rank's share of parameters, gradients and optimizer state."""
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+        """Return one rank's share of parameters, gradients and optimizer state.
+
+        Args:
+            shape: of the model.
+            world_size: number of ranks.
+            precision: of the run.
+            moments: tensors that the optimizer keeps for each parameter; strategies with AdamW alone have two.
+        """
 
     @abstractmethod
-    def state_formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
         """Return the formula of :meth:`state_bytes` as text, with its source."""
 
     def validate_run(

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import Optimizer
-from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, training_state
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
 from launcher.protocol.plan import StateBytes
@@ -18,16 +18,17 @@ from launcher.protocol.plan import StateBytes
 class _ReplicatedModel(Parallel):
     engine: ClassVar[EngineKind] = "torch"
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
-        """Return the bytes of fp32 weights, gradients and two fp32 moments.
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
+        """Return the bytes of fp32 weights, gradients and moments.
 
         Autocast's compute copies are short-lived.
         """
-        return StateBytes.fp32(shape.num_params)
+        return StateBytes.fp32(shape.num_params, moments=moments)
 
-    def state_formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
         """Return the sum; nothing depends on the world size."""
-        return "4N weights + 4N gradients + 8N Adam moments = 16N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
+        total = f"{8 + 4 * moments}N bytes, all in fp32 (ZeRO, arXiv:1910.02054, sec. 3.1)"
+        return f"{training_state(moments)} = {total}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,7 +128,7 @@ class Fsdp(Parallel):
         shard = max(1, world_size // fixed)
         return ParallelDims(data=self.replicate, shard=shard, sequence=self.sequence_parallel, tensor=self.tensor)
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
         """Return the bytes of a share of fp32 weights, gradients and moments.
 
         The layer that is gathered comes on top.
@@ -135,15 +136,15 @@ class Fsdp(Parallel):
         dims, blocks = self.dims(world_size), shape.num_hidden_layers * shape.block_params
         over = dims.shard * dims.sequence
         share = -(-blocks // (over * dims.tensor)) + -(-(shape.num_params - blocks) // over)
-        return StateBytes.fp32(share, offloaded=self.offload == "cpu")
+        return StateBytes.fp32(share, moments=moments, offloaded=self.offload == "cpu")
 
-    def state_formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
         """Return the formula as text."""
         dims = self.dims(world_size)
         over = dims.shard * dims.sequence * dims.tensor
         whole = "; embeddings and head are whole on tensor ranks" if dims.tensor > 1 else ""
         return (
-            f"(4N weights + 4N gradients + 8N Adam moments) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
+            f"({training_state(moments)}) / {over}, all in fp32 (FSDP, arXiv:2304.11277); "
             f"the layer at work is whole for that time{whole}"
         )
 

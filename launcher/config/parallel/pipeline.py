@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 
 from launcher.config.model.shape import Shape
 from launcher.config.optimizer import Optimizer
-from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims
+from launcher.config.parallel.base import EngineKind, Parallel, ParallelDims, training_state
 from launcher.config.precision import Precision
 from launcher.errors import ConfigError
 from launcher.protocol.plan import Batch, StateBytes
@@ -151,7 +151,7 @@ class Pipeline(Parallel):
                 "chunks_per_rank", "schedule zbv has two model chunks a rank", "set parallel.chunks_per_rank=2"
             )
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
         """Return the bytes of the rank with the largest chunks.
 
         The end chunks have the embeddings and the head besides blocks.
@@ -169,13 +169,13 @@ class Pipeline(Parallel):
         for number, blocks in enumerate(cut):
             ends = first * (number == 0) + embedding * (number == count - 1)
             held[rank_of_chunk(self.schedule, number, ranks=self.stages)] += len(blocks) * shape.block_params + ends
-        return StateBytes.fp32(-(-max(held) // self.dims(world_size).shard))
+        return StateBytes.fp32(-(-max(held) // self.dims(world_size).shard), moments=moments)
 
-    def state_formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
         """Return the formula as text."""
         dims = self.dims(world_size)
         over = f"{dims.pipeline} stages" + (f" × {dims.shard} shards" if dims.shard > 1 else "")
-        return f"(4N weights + 4N gradients + 8N Adam moments) / ({over}), all in fp32; shown is the largest stage"
+        return f"({training_state(moments)}) / ({over}), all in fp32; shown is the largest stage"
 
     def validate_run(
         self, world_size: int, precision: Precision, *, optimizer: Optimizer, shape: Shape | None

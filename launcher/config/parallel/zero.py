@@ -159,7 +159,7 @@ class Zero(Parallel):
         if (offloads_to_ram or self.uses_nvme) and self.pin_memory and not on_gpu:
             yield "parallel.pin_memory has no effect without a GPU"
 
-    def state_bytes(self, shape: Shape, world_size: int, precision: Precision) -> StateBytes:
+    def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
         """Return one rank's share, by the formulas in ``zero_memory``."""
         return zero_state_bytes(
             shape.num_params,
@@ -172,7 +172,7 @@ class Zero(Parallel):
             parameters_in_ram=self.max_parameters_in_ram,
         )
 
-    def state_formula(self, world_size: int, precision: Precision) -> str:
+    def state_formula(self, world_size: int, precision: Precision, *, moments: int = 2) -> str:
         """Return the formula of ``state_bytes`` as text."""
         return zero_memory_formula(
             world_size,

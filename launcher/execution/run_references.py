@@ -27,6 +27,7 @@ from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Synthetic
 from launcher.config.model.base import Model
 from launcher.config.model.folder import SINGLE_FILE
 from launcher.config.model.hf import Hf
+from launcher.config.plugins import used_plugins
 from launcher.config.run import Run, default_run_name
 from launcher.config.snapshot import load_run, read_snapshot
 from launcher.errors import ConfigError
@@ -53,7 +54,8 @@ def resolve_run_references(composed: Composition) -> Run:
     Raises:
         ConfigError: a reference leads to no checkpoint, an ambiguous one, one that is damaged, or one that is sharded.
     """
-    return _with_checkpoint_tokenizer(_with_folders(composed), composed)
+    run = _with_checkpoint_tokenizer(_with_folders(composed), composed)
+    return replace(run, plugins=used_plugins(run))  # the model may be a plugin's
 
 
 def _with_folders(composed: Composition) -> Run:

@@ -15,7 +15,7 @@ from launcher.config.folders import groups
 from launcher.config.option_text import quoted_word
 from launcher.config.overrides import Override, parse_overrides, suggest_overrides
 from launcher.config.paths import anchored
-from launcher.config.plugins import take_plugins
+from launcher.config.plugins import take_plugins, used_plugins
 from launcher.config.registry import KINDS
 from launcher.config.run import Run, run_to_tree
 from launcher.config.snapshot import load_run
@@ -102,7 +102,7 @@ def load_saved_run(folder: Path, words: Sequence[str]) -> Run:
     run = build_run(tree, mistakes.append)
     if run is None or mistakes:
         raise ConfigErrors(mistakes)
-    return run
+    return replace(run, plugins=used_plugins(run))  # the changes may use others
 
 
 def _from_its_folder(run: Run, run_dir: RunDir) -> Run:

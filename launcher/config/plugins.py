@@ -26,7 +26,8 @@ from launcher.plugins.loading import (
     loaded_plugins,
     missing_on_host,
 )
-from launcher.utils.schema import field_types
+from launcher.utils.schema import OPTION_TYPES, field_types, is_option_type
+from launcher.utils.text import did_you_mean
 
 BASES: dict[str, str] = {
     "job": "launcher.config.run:Job",
@@ -55,20 +56,26 @@ def take_plugins(words: Sequence[str]) -> list[str]:
         if found is None:
             others.append(word)
         else:
-            named += [part.strip().strip("'\"") for part in found["value"].strip().strip("[]").split(",")]
+            value = found["value"].strip()
+            parts = value[1:-1].split(",") if value.startswith("[") and value.endswith("]") else [value]  # a,b sweeps
+            named += [part.strip().strip("'\"") for part in parts]
     load_plugins([module for module in named if module])
     return others
 
 
-def load_plugins(modules: Iterable[str] = ()) -> None:
+def load_plugins(modules: Iterable[str] = (), *, with_installed: bool = True) -> None:
     """Load the installed plugins and these modules, unless they are loaded.
+
+    Args:
+        modules: of plugins, by name.
+        with_installed: whether to load those that an entry point names.
 
     Raises:
         ConfigErrors: every plugin that is unusable, with its file.
     """
     installed = installed_modules()
     errors: list[ConfigError] = []
-    for module in dict.fromkeys((*installed, *modules)):
+    for module in dict.fromkeys((*(installed if with_installed else ()), *modules)):
         if module in {loaded.module for loaded in loaded_plugins()}:
             continue
         try:
@@ -94,23 +101,21 @@ def load_plugins_of_run(named: object, *, is_own_run: bool) -> tuple[str, ...]:
 
     Raises:
         ConfigError: it names a plugin that is neither installed nor named by the user.
-        EnvironmentProblem: this process belongs to the run, and its host lacks a plugin.
+        EnvironmentProblem: this process belongs to the run, and its host cannot load a plugin.
     """
     if not isinstance(named, list | tuple) or not all(isinstance(module, str) for module in named):
         raise ConfigError(OPTION, named, why="is not a list of modules", fix="write plugins=[my.module]")
+    if is_own_run:
+        try:
+            load_plugins(named, with_installed=False)  # others of this host may be broken, and the run needs none
+        except ConfigError as error:  # where the run was planned they could be loaded
+            raise missing_on_host(str(error.value), error.why) from error
+        return tuple(named)
     load_plugins()
     for module in named:
-        if module in {loaded.module for loaded in loaded_plugins()}:
-            continue
-        if not is_own_run:
+        if module not in {loaded.module for loaded in loaded_plugins()}:
             why = f"the run uses the plugin {module}, which is neither installed nor named here"
             raise ConfigError(OPTION, why=why, fix=f"install its package, or add {OPTION}=[{module}] to the command")
-        try:
-            load_plugins([module])
-        except ConfigError as error:
-            if isinstance(error.__cause__, ModuleNotFoundError) or "there is no module" in str(error):
-                raise missing_on_host(module) from error
-            raise
     return tuple(named)
 
 
@@ -186,6 +191,9 @@ def _validate_options(loaded: LoadedPlugin, group: str, kind: str, target: str) 
     for field, text in field_docs(cls).items():
         if field in types and not text:
             yield wrong(f".{field} has no docstring under it", "write one that says what it means")
+        if field in types and not is_option_type(types[field]):
+            shown = types[field].__name__ if isinstance(types[field], type) else types[field]
+            yield wrong(f".{field} has the type {shown}, which no option can have", f"use {OPTION_TYPES}")
     for field in _untyped(file, name):
         yield wrong(f".{field} has no type, so it would be no option", f"write {field}: TYPE = …, or ClassVar[TYPE]")
 
@@ -215,12 +223,14 @@ def _untyped(file: Path, name: str) -> Iterator[str]:
 
 
 def _validate_yaml(loaded: LoadedPlugin) -> Iterator[ConfigError]:
-    """Yield the files of options that are unreadable, of no group, or named as the launcher's."""
+    """Yield what is wrong with files of options: their group, name, text or kind."""
     if loaded.conf is None:
         return
     shipped = options_in(conf_folder())
     for file in sorted(loaded.conf.glob("*/*.yaml")):
         group = file.parent.name
+        if group not in (*KINDS, *shipped):
+            yield _error(loaded, f"there is no group {group}", did_you_mean(group, (*KINDS, *shipped)), file=file)
         if file.stem in shipped.get(group, ()):
             yield _error(loaded, f"the launcher has {group}/{file.stem} already", "rename the file", file=file)
         for other in loaded_plugins():
@@ -230,8 +240,8 @@ def _validate_yaml(loaded: LoadedPlugin) -> Iterator[ConfigError]:
                 )
         try:
             tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            yield _error(loaded, f"is not YAML: {str(error).splitlines()[0]}", "correct it", file=file)
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            yield _error(loaded, f"cannot be read as YAML: {str(error).splitlines()[0]}", "correct it", file=file)
             continue
         kind = tree.get("kind") if isinstance(tree, dict) else None
         known = {*KINDS.get(group, ()), *loaded.plugin.options.get(group, ())}

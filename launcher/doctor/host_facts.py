@@ -99,7 +99,7 @@ def _is_importable(module: str) -> bool:
     """Return whether there is a module of this name; packages above it are imported."""
     try:
         return find_spec(module) is not None
-    except ImportError:
+    except Exception:  # noqa: BLE001 (a package above it fails in any way)
         return False
 
 

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from launcher.config.job.train import CROSS_ENTROPY
 from launcher.data.dataloader import IGNORE_INDEX
-from launcher.plugins.base import LOSS
+from launcher.plugins.base import CROSS_ENTROPY, LOSS
 from launcher.plugins.loading import executor
 
 if TYPE_CHECKING:

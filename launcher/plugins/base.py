@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 CALLBACK, LOSS = "callback", "loss"
 """Kinds that are no config group: ``job.callbacks`` and ``job.loss`` name them."""
 
+CROSS_ENTROPY = "cross_entropy"
+"""The launcher's own loss."""
+
 EXECUTED = ("job", "model", "data", "optimizer", "benchmark", "tracker", "backend")
 """Config groups whose kinds need an executor."""
 

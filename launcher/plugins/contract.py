@@ -14,6 +14,8 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 _HEAVY = ("torch", "transformers", "deepspeed", "datasets", "wandb")
@@ -48,7 +50,11 @@ class PluginContract:
         """Each composes, passes every check, and its saved configuration gives it back."""
         import launcher
 
+        snapshot = importlib.import_module("launcher.config.snapshot")
         for experiment in self.experiments:
             run = launcher.compose([f"plugins=[{self.module}]", f"+exp={experiment}"])
             assert self.module in run.plugins, f"+exp={experiment} uses nothing of {self.module}"
             assert launcher.render(launcher.plan(run)).startswith("Plan ")
+            with tempfile.TemporaryDirectory() as folder:
+                snapshot.save_run(run, Path(folder) / "run.yaml")
+                assert snapshot.load_run(Path(folder) / "run.yaml") == run

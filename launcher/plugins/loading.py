@@ -6,6 +6,7 @@ import ast
 import importlib
 import importlib.util
 import os
+import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ConfigError, EnvironmentProblem
-from launcher.plugins.base import CALLBACK, EXECUTED, LOSS, PLAIN, Plugin
+from launcher.errors import ConfigError, ConfigErrors, EnvironmentProblem
+from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, EXECUTED, LOSS, PLAIN, Plugin
 from launcher.utils.text import did_you_mean
 
 ENTRY_POINTS = "launcher.plugins"
@@ -44,7 +45,7 @@ class LoadedPlugin:
 
     @property
     def origin(self) -> str:
-        """How users came by it."""
+        """Its name, and how a command loads it if no entry point does."""
         return f"plugin {self.name}" if self.is_installed else f"plugin {self.name}, {OPTION}=[{self.module}]"
 
     @cached_property
@@ -83,24 +84,23 @@ def import_plugin(module: str, *, is_installed: bool = False) -> LoadedPlugin:
         ConfigError: there is no such module, importing it fails, or it holds no usable ``Plugin``.
     """
     if not is_installed:
-        _search_current_folder()
+        _search_current_folder(module)
     try:
         imported = importlib.import_module(module)
-    except Exception as error:  # a user's module fails in any way
+    except (Exception, SystemExit) as error:  # a user's module fails in any way; a script may exit
         raise _import_error(module, error, is_installed=is_installed) from error
-    plugin = getattr(imported, "plugin", None)
-    file = Path(imported.__file__ or "").resolve()
-    if not isinstance(plugin, Plugin):
-        why = f"{file} holds no launcher.plugins.Plugin under the name plugin"
+    plugin, source = getattr(imported, "plugin", None), getattr(imported, "__file__", None)
+    if source is None or not isinstance(plugin, Plugin):
+        why = f"{source or 'it'} holds no launcher.plugins.Plugin under the name plugin"
         raise ConfigError(OPTION, module, why=why, fix="add plugin = Plugin(name=…) to it (docs/extend.md)")
-    found = LoadedPlugin(plugin=plugin, module=module, file=file, is_installed=is_installed)
-    for problem in _validate(found):
-        raise problem
+    found = LoadedPlugin(plugin=plugin, module=module, file=Path(source).resolve(), is_installed=is_installed)
+    if errors := list(_validate(found)):
+        raise ConfigErrors(errors)
     return found
 
 
 def add_plugin(loaded: LoadedPlugin) -> None:
-    """Count a plugin among the loaded ones."""
+    """Register a checked plugin as loaded."""
     _loaded[loaded.module] = loaded
 
 
@@ -110,7 +110,8 @@ def installed_modules() -> tuple[str, ...]:
         return ()
     from importlib.metadata import entry_points  # 30 ms with a hundred packages: only where one names a plugin
 
-    return tuple(sorted(entry.value for entry in entry_points(group=ENTRY_POINTS)))
+    named = {entry.value.partition(":")[0].strip() for entry in entry_points(group=ENTRY_POINTS)}  # or module:plugin
+    return tuple(sorted(named))
 
 
 def _names_plugins(folder: Path) -> bool:
@@ -175,9 +176,16 @@ def conf_folders() -> tuple[Path, ...]:
 
 def import_folders() -> tuple[str, ...]:
     """Return the folders that other processes need to import the loaded plugins."""
-    usual = {Path(path).resolve() for path in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"))}
+    usual = {Path(path).resolve() for path in _site_folders()}
     folders = [loaded.package.parent for loaded in loaded_plugins()]
     return tuple(dict.fromkeys(str(folder) for folder in folders if folder not in usual))
+
+
+def _site_folders() -> Iterator[str]:
+    """Yield the folders of installed packages, from which every process of this interpreter imports."""
+    yield from (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages())
+    if site.ENABLE_USER_SITE:
+        yield site.getusersitepackages()
 
 
 def packages() -> tuple[Path, ...]:
@@ -196,18 +204,19 @@ def isolated_plugins() -> Iterator[None]:
         _loaded.update(before)
 
 
-def _search_current_folder() -> None:
-    """Let imports find modules of the current folder, after all others: installed packages win.
+def _search_current_folder(module: str) -> None:
+    """Let imports search the current folder if it holds a module, after all others: installed packages win.
 
     It stays in ``sys.path``: modules of a plugin are imported when they are used.
     """
-    here = os.getcwd()  # noqa: PTH109
-    if here not in sys.path:
-        sys.path.append(here)
     importlib.invalidate_caches()
+    here, top = Path.cwd(), module.partition(".")[0]
+    is_here = (here / top).is_dir() or (here / f"{top}.py").is_file()
+    if is_here and str(here) not in sys.path:
+        sys.path.append(str(here))
 
 
-def _import_error(module: str, error: Exception, *, is_installed: bool) -> ConfigError:
+def _import_error(module: str, error: BaseException, *, is_installed: bool) -> ConfigError:
     top = module.partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and error.name is not None and f"{module}.".startswith(f"{error.name}."):
         why = f"there is no module {error.name} in this environment or in the current folder"
@@ -218,7 +227,7 @@ def _import_error(module: str, error: Exception, *, is_installed: bool) -> Confi
     return ConfigError(OPTION, module, why=why, fix=fix)
 
 
-def _place_of(error: Exception, module: str) -> str:
+def _place_of(error: BaseException, module: str) -> str:
     """Return file and line of the plugin in which an import failed."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"{error.filename}:{error.lineno}"
@@ -232,13 +241,19 @@ def _place_of(error: Exception, module: str) -> str:
 
 
 def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
-    """Yield what its ``Plugin`` says wrongly, by itself and beside those that are loaded."""
+    """Yield what is wrong with its ``Plugin``, by itself and beside those that are loaded."""
     plugin = loaded.plugin
 
     def error(why: str, fix: str) -> ConfigError:
         return ConfigError(OPTION, loaded.module, why=f"{loaded.file}: {why}", fix=fix)
 
     known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, CALLBACK, LOSS)}
+    if malformed := [field for field in known if not _maps_names(getattr(plugin, field))]:
+        for field in malformed:
+            yield error(f"{field} holds something else than text", 'write it as {"GROUP": {"KIND": "module:name"}}')
+        return
+    if CROSS_ENTROPY in plugin.executors.get(LOSS, {}):
+        yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher has already", "give it another name")
     for field, groups in known.items():
         for group, kinds in getattr(plugin, field).items():
             if group not in groups:
@@ -259,12 +274,20 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
         needed = set(plugin.options.get(group, {}))
         for kind in sorted(needed ^ set(plugin.executors.get(group, {}))):
             lacking = "executors" if kind in needed else "options"
-            yield error(f"{group} {kind} stands in only one of options and executors", f"add it to {lacking}")
+            yield error(f"{group} {kind} is in only one of options and executors", f"add it to {lacking}")
     if loaded.conf is not None and not loaded.conf.is_dir():
-        yield error(f"conf={plugin.conf} is no folder beside it", "add the folder to the package's data")
+        yield error(f"conf={plugin.conf} is no folder beside the module", "add the folder to the package's data")
     for other in loaded_plugins():
         if other.name == loaded.name and other.file != loaded.file:
             yield error(f"has the name {loaded.name}, which {other.file} has already", "give it another name")
+
+
+def _maps_names(value: object) -> bool:
+    """Return whether ``value`` maps groups to kinds, and kinds to text."""
+    return isinstance(value, Mapping) and all(
+        isinstance(kinds, Mapping) and all(isinstance(text, str) for pair in kinds.items() for text in pair)
+        for kinds in value.values()
+    )
 
 
 def _unresolvable(target: str) -> str:
@@ -272,24 +295,33 @@ def _unresolvable(target: str) -> str:
     module, _, name = target.partition(":")
     try:
         spec = importlib.util.find_spec(module)
-    except ImportError:
-        spec = None
+    except Exception as error:  # noqa: BLE001 (this imports the package above it, which fails in any way)
+        return f"importing its package fails: {type(error).__name__}: {error}"
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
         return "" if spec is not None else "there is no such module"
     try:
-        body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+        defined = set(_defined_names(ast.parse(Path(spec.origin).read_bytes())))
     except SyntaxError as error:
         return f"{spec.origin}:{error.lineno} is not Python: {error.msg}"
-    defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    defined |= {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    targets = [one for node in body if isinstance(node, ast.Assign) for one in node.targets]
-    defined |= {one.id for one in targets if isinstance(one, ast.Name)}
-    return "" if name in defined else f"{spec.origin} has no {name}"
+    return "" if defined & {name, "*", "__getattr__"} else f"{spec.origin} has no {name}"
 
 
-def missing_on_host(module: str) -> EnvironmentProblem:
-    """Return the error of a rank whose host lacks a plugin of the run."""
+def _defined_names(tree: ast.AST) -> Iterator[str]:
+    """Yield the names that a module defines, in branches too; ``*`` where it imports all names of another."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.alias):
+            yield node.asname or node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        else:
+            yield from _defined_names(node)
+
+
+def missing_on_host(module: str, why: str) -> EnvironmentProblem:
+    """Return the error of a rank whose host cannot load a plugin of the run."""
     return EnvironmentProblem(
-        f"the plugin {module}, which this run uses, cannot be imported on this host: install its package here, or set "
-        "backend.code=sent"
+        f"the plugin {module}, which this run uses, cannot be loaded on this host: {why}; install its package here, as "
+        "on the machine that started the run (backend=ssh sends it with backend.code=sent)"
     )

@@ -45,6 +45,24 @@ def defaults(cls: type) -> dict[str, Any]:
     return tree
 
 
+OPTION_TYPES = "int, float, str, bool, Literal, tuple[T, ...], dict[str, T], a dataclass, or one of these or None"
+"""Types that an option can have, as text for authors of plugins."""
+
+
+def is_option_type(wanted: Any) -> bool:
+    """Return whether :func:`convert` makes values of a type."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if origin in (Union, types.UnionType):
+        return all(map(is_option_type, arguments))
+    if origin is tuple:
+        return all(is_option_type(each) for each in arguments if each is not Ellipsis)
+    if origin is dict:
+        return arguments[0] is str and is_option_type(arguments[1])
+    if dataclasses.is_dataclass(wanted):
+        return all(map(is_option_type, field_types(wanted).values()))
+    return origin is Literal or wanted is Any or wanted in _WORDS
+
+
 def build(cls: type[T], tree: Mapping[str, Any], *, path: str, report: ReportError) -> T | None:
     """Return ``cls`` built from ``tree``; every error is reported.
 

@@ -68,12 +68,10 @@ PLUGIN = 'Plugin(name="mine", options={"schedule": {"steps": "mine.options:Steps
 def write_plugin(tmp_path: Path) -> WritePlugin:
     """Write the package ``mine`` into the current folder, and return the word that loads it."""
 
-    def write(
-        plugin: str = PLUGIN, *, options: str = OPTIONS, name: str = "mine", before: str = "", **files: str
-    ) -> str:
+    def write(plugin: str = PLUGIN, *, options: str = OPTIONS, name: str = "mine", **files: str) -> str:
         package = tmp_path / name
         package.mkdir(exist_ok=True)
-        head = f"{before}\nfrom launcher.plugins import Plugin\nplugin = {plugin}\n"
+        head = f"\nfrom launcher.plugins import Plugin\nplugin = {plugin}\n"
         (package / "__init__.py").write_text(textwrap.dedent(head))
         (package / "options.py").write_text(options)
         for file, text in files.items():

@@ -11,15 +11,21 @@ from pathlib import Path
 
 import pytest
 
+import launcher
+from launcher.checkpoint.manifest import describe_checkpoint
+from launcher.checkpoint.store import CheckpointStore
+from launcher.config.checkpoint import Checkpoint
 from launcher.config.compose import compose
 from launcher.config.plugins import load_plugins
-from launcher.config.registry import KINDS
+from launcher.config.registry import KINDS, component_class
 from launcher.config.snapshot import load_run, save_run
 from launcher.doctor.host_facts import collect_software
 from launcher.errors import ConfigError, EnvironmentProblem, exit_code_of_rank
 from launcher.plugins import loading
 from launcher.plugins.loading import import_folders
 from launcher.remote.bundle import make_bundle
+from launcher.runs.config_source import load_saved_run
+from launcher.utils.schema import field_types, is_option_type
 from launcher.utils.system import child_environment
 from tests.helpers import launch_verb
 from tests.plugins.conftest import OPTIONS, PLUGIN, WritePlugin
@@ -48,20 +54,41 @@ def test_a_run_that_uses_nothing_of_it_does_not_need_it(write_plugin: WritePlugi
     assert "plugins" not in composed.tree
 
 
-def test_an_entry_point_loads_a_plugin(
-    write_plugin: WritePlugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_plugin(PLUGIN[:-1] + ', conf="conf")', schedule__steps=STEPS_YAML)
+def install(name: str, tmp_path: Path, *, entry: str = "") -> None:
+    """Move a package of the current folder to one of installed packages, with an entry point."""
     site = tmp_path / "site"
-    (tmp_path / "mine").rename(tmp_path / "moved")
-    site.mkdir()
-    (tmp_path / "moved").rename(site / "mine")
-    metadata = site / "mine-1.0.dist-info"
+    site.mkdir(exist_ok=True)
+    (tmp_path / name).rename(site / name)
+    metadata = site / f"{name}-1.0.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
-    (metadata / "entry_points.txt").write_text("[launcher.plugins]\nmine = mine\n")
-    monkeypatch.syspath_prepend(site)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(f"[launcher.plugins]\n{name} = {entry or name}\n")
+    sys.path.insert(0, str(site))  # a fixture restores it
+
+
+@pytest.mark.parametrize("entry", ["mine", "mine:plugin"])
+def test_an_entry_point_loads_a_plugin(entry: str, write_plugin: WritePlugin, tmp_path: Path) -> None:
+    write_plugin(PLUGIN[:-1] + ', conf="conf")', schedule__steps=STEPS_YAML)
+    install("mine", tmp_path, entry=entry)
     assert compose(["schedule=steps"]).run.plugins == ("mine",)
+
+
+def test_a_rank_loads_the_plugins_of_its_run_alone(write_plugin: WritePlugin, tmp_path: Path) -> None:
+    word = write_plugin(PLUGIN[:-1] + ', conf="conf")', schedule__steps=STEPS_YAML)
+    found = save_run(compose([word, "schedule=steps"]).run, tmp_path / "run.yaml")
+    forget()
+    write_plugin("1 / 0", name="other")
+    install("other", tmp_path)
+    assert load_run(tmp_path / "run.yaml", expected_hash=found).schedule.kind == "steps"
+    assert "ZeroDivisionError" in refused("job.steps=2")
+
+
+def test_the_current_folder_is_searched_for_modules_in_it(example: str, write_plugin: WritePlugin) -> None:
+    here = str(Path.cwd())
+    compose([example])
+    assert here not in sys.path
+    compose([write_plugin()])
+    assert sys.path[-1] == here
 
 
 @pytest.mark.parametrize(
@@ -80,6 +107,14 @@ def test_an_entry_point_loads_a_plugin(
             ["only one of options and"],
         ),
         ('Plugin(name="mine", conf="conf")', ["is no folder"]),
+        ('__import__("sys").exit(2)', ["SystemExit: 2", "mine/__init__.py:3"]),
+        ('Plugin(name="mine", executors={"loss": {"x": print}})', ["executors holds something else than text"]),
+        ('Plugin(name="mine", options={"schedule": "steps"})', ["options holds something else than text"]),
+        (
+            'Plugin(name="mine", executors={"loss": {"cross_entropy": "mine.options:Steps"}})',
+            ["the loss cross_entropy, which the launcher has already"],
+        ),
+        ('Plugin(name="mine", executors={"loss": {"x": "no.such:f"}})', ["importing its package fails", "named 'no'"]),
         ('Plugin(name="mine", executors={"loss": {"x": "mine.no:f"}})', ["loss x names mine.no:f", "there is no such"]),
         ('Plugin(name="mine", executors={"loss": {"x": "mine.options:f"}})', ["options.py has no f"]),
     ],
@@ -99,6 +134,7 @@ def test_what_a_plugin_says_wrongly_is_named_with_its_file(
         ('    """Of one step."""\n', "", "Steps.height has no docstring under it"),
         ('    """Falls in steps."""\n', "", "Steps has no docstring"),
         ("height: float = 0.5", "height = 0.5", "Steps.height has no type"),
+        ("height: float = 0.5", "height: list[float] = ()", "Steps.height has the type list[float], which no option"),
         ("height: float = 0.5", "height: 'Unknown' = 0.5", "Steps has types that cannot be read"),
         ("frozen=True, ", "", "cannot inherit non-frozen"),
         ('] = "steps"', '] = "stairs"', "has the kind 'stairs'"),
@@ -115,9 +151,26 @@ def test_a_dataclass_needs_docs_types_and_its_base(
     assert "steps" not in KINDS["schedule"]
 
 
+def test_every_option_of_the_launcher_has_a_type_that_plugins_may_use() -> None:
+    classes = [component_class(group, kind) for group, kinds in KINDS.items() for kind in kinds]
+    assert all(is_option_type(wanted) for cls in classes for wanted in field_types(cls).values())
+
+
+def test_names_in_branches_of_a_module_are_found(write_plugin: WritePlugin) -> None:
+    branch = "try:\n    from math import hypot as focal\nexcept ImportError:\n    focal = None\n"
+    word = write_plugin(
+        'Plugin(name="mine", executors={"loss": {"focal": "mine.options:focal"}})', options=OPTIONS + branch
+    )
+    assert compose([word, "job.loss=focal"]).run.plugins == ("mine",)
+
+
 def test_a_missing_module_is_named() -> None:
     assert "there is no module nowhere" in refused("plugins=[nowhere.at_all]")
-    assert "is not the name of a module" in refused("plugins=[a-b]")
+    for value in ("[a-b]", "a,b", "[a"):
+        assert "is not the name of a module" in refused(f"plugins={value}")
+    Path("folder").mkdir()
+    for value in ("folder", "sys"):
+        assert "it holds no launcher.plugins.Plugin" in refused(f"plugins={value}")
 
 
 def test_files_of_options_import_no_code(tmp_path: Path, write_plugin: WritePlugin) -> None:
@@ -140,9 +193,12 @@ def test_two_plugins_with_one_name_for_a_kind_are_refused(write_plugin: WritePlu
 
 def test_yaml_of_a_plugin_is_checked(write_plugin: WritePlugin) -> None:
     plugin = PLUGIN[:-1] + ', conf="conf")'
-    error = refused(write_plugin(plugin, schedule__cosine=STEPS_YAML, schedule__fall="height: 1\n"))
+    error = refused(
+        write_plugin(plugin, schedule__cosine=STEPS_YAML, schedule__fall="height: 1\n", schedul__x="height: 1\n")
+    )
     assert "the launcher has schedule/cosine already" in error
     assert "schedule/fall.yaml: names no kind of the group schedule; begin it with kind: steps" in error
+    assert "schedul/x.yaml: there is no group schedul; did you mean schedule?" in error
 
 
 def test_a_saved_run_imports_nothing_that_the_user_did_not_name(
@@ -167,9 +223,39 @@ def test_a_rank_without_the_plugin_exits_69(
     found = save_run(compose([word, "schedule=steps"]).run, tmp_path / "run.yaml")
     forget()
     (tmp_path / "mine").rename(tmp_path / "gone")
-    with pytest.raises(EnvironmentProblem, match="the plugin mine, which this run uses, cannot be imported") as caught:
+    with pytest.raises(EnvironmentProblem, match="the plugin mine, which this run uses, cannot be loaded") as caught:
         load_run(tmp_path / "run.yaml", expected_hash=found)
     assert exit_code_of_rank(caught.value) == 69
+
+
+def test_changes_of_a_saved_run_may_use_a_plugin(write_plugin: WritePlugin, tmp_path: Path) -> None:
+    word = write_plugin('Plugin(name="mine", executors={"callback": {"count": "mine.options:Steps"}})')
+    save_run(compose([]).run, tmp_path / "run.yaml")
+    assert load_saved_run(tmp_path, [word, "job.callbacks=[count]"]).plugins == ("mine",)
+
+
+def test_weights_of_a_plugins_model_need_the_plugin(example: str, tmp_path: Path) -> None:
+    run = compose([example, "model=gated_conv"]).run
+    folder = tmp_path / "runs" / "gated_conv" / "20260101-120000-abcd"
+    (folder / "checkpoints").mkdir(parents=True)
+    save_run(run, folder / "run.yaml")
+    store = CheckpointStore(folder / "checkpoints", Checkpoint(keep=0))
+    weights = store.begin(1) / "model"
+    weights.mkdir()
+    (weights / "model.safetensors").write_bytes(b"weights")
+    about = describe_checkpoint(
+        model=run.model,
+        parallel=run.parallel,
+        precision=run.precision,
+        world_size=1,
+        step=1,
+        eval_loss=None,
+        run_id=folder.name,
+        run_hash="0" * 64,
+    )
+    store.commit(about)
+    evaluated = launcher.compose([example, "job=evaluate", f"model.weights={folder}"])
+    assert (evaluated.model.kind, evaluated.plugins) == ("gated_conv", ("launcher_example",))
 
 
 def forget() -> None:
@@ -184,7 +270,10 @@ def test_other_processes_and_hosts_get_its_package(write_plugin: WritePlugin, tm
     compose([write_plugin()])
     assert import_folders() == (str(tmp_path),)
     assert child_environment(import_folders())["PYTHONPATH"].split(os.pathsep)[-1] == str(tmp_path)
-    assert collect_software(("mine", "mine.options", "nowhere.at_all")).missing_plugins == ("nowhere.at_all",)
+    (tmp_path / "mine" / "broken").mkdir()
+    (tmp_path / "mine" / "broken" / "__init__.py").write_text("1 / 0\n")
+    modules = ("mine", "mine.options", "mine.broken.part", "nowhere.at_all")
+    assert collect_software(modules).missing_plugins == modules[2:]
 
 
 def test_its_package_is_in_the_bundle(write_plugin: WritePlugin, tmp_path: Path) -> None:
@@ -232,6 +321,8 @@ def test_an_optimizer_of_a_plugin_needs_a_strategy_that_builds_it(
 ) -> None:
     plan = launch_verb("plan")
     assert plan([example, "+exp=example", "parallel=fsdp"]) == 0
-    assert "lion lr=0.0003" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "lion lr=0.0003" in shown
+    assert "(4N weights + 4N gradients + 4N optimizer state) / " in shown
     with pytest.raises(ConfigError, match="set parallel=ddp or parallel=fsdp"):
         plan([example, "+exp=example", "parallel=zero2"])

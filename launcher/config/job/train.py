@@ -9,11 +9,8 @@ from typing import ClassVar
 from launcher.config.profile import ProfileUnit
 from launcher.config.run import BatchedJob, LearningJob, Run
 from launcher.errors import ConfigError
-from launcher.plugins.base import CALLBACK, LOSS
+from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, LOSS
 from launcher.plugins.loading import validate_named
-
-CROSS_ENTROPY = "cross_entropy"
-"""The launcher's own loss."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ def run(run: Run) -> Result:
     answer: dict[str, Any] = {}
     is_interrupted = False
     try:
-        starter.stdin.write(json.dumps(run_to_tree(run)))
-        starter.stdin.close()
+        with suppress(BrokenPipeError):  # it has ended already, and printed why
+            starter.stdin.write(json.dumps(run_to_tree(run)))
+            starter.stdin.close()
         answer = _follow(starter)
     except KeyboardInterrupt:
         is_interrupted = True
@@ -136,12 +138,11 @@ def _follow(starter: subprocess.Popen[str]) -> dict[str, Any]:
 
 def _end(starter: subprocess.Popen[str]) -> None:
     """Make sure that the starter has ended: as Ctrl-C would, then as a second one."""
+    starter.stdin = None  # communicate would flush it, and it is closed
     while starter.poll() is None:
         starter.send_signal(signal.SIGINT)
-        try:
-            starter.wait(timeout=_INTERRUPT_S)
-        except subprocess.TimeoutExpired:
-            continue
+        with suppress(subprocess.TimeoutExpired):
+            starter.communicate(timeout=_INTERRUPT_S)  # reads its output: it cannot end while the pipe is full
     assert starter.stdout is not None
     starter.stdout.close()
 

@@ -59,7 +59,7 @@ class Result:
         """
         import pandas
 
-        return pandas.DataFrame(self.rows()).set_index("train/step")
+        return pandas.DataFrame(self.rows() or {"train/step": []}).set_index("train/step")
 
     def curve(self) -> bytes:
         """Return the losses over the steps as a PNG."""

@@ -20,7 +20,7 @@ from launcher.utils.processes import die_with_parent
 
 
 def main() -> int:
-    """Run what stdin describes; say on stdout where it is, or why it could not start."""
+    """Start the run that stdin describes; print its directory, or why it could not start, and return its exit code."""
     parent = os.getppid()
     die_with_parent(parent)
     tree = json.load(sys.stdin)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import launcher
+from launcher.api import functions
 from launcher.errors import ConfigError, ConfigErrors
 from tests.conftest import Launch
 from tests.torchless import ECHO, endless
@@ -66,7 +67,9 @@ def test_a_result_has_a_row_for_each_step_and_a_picture(tmp_path: Path) -> None:
     assert result.curve().startswith(b"\x89PNG")
     assert result._repr_png_() is not None
     assert (result.status, result.failure) == ("submitted", None)
-    assert launcher.Result(tmp_path / "none")._repr_png_() is None
+    nothing = launcher.Result(tmp_path / "none")
+    assert nothing._repr_png_() is None
+    assert (len(result.table()), len(nothing.table())) == (3, 0)
 
 
 SCRIPT = """
@@ -88,6 +91,33 @@ def test_a_run_of_a_script_returns_its_result(launch: Launch, tmp_path: Path) ->
     ended = launch(*words, command=script(tmp_path, SCRIPT)).expect(0)
     assert "status: completed 0" in ended.stdout
     assert "run directory: " in ended.stdout
+
+
+CHATTY = """
+import signal, sys
+
+
+def end(*_):
+    print("x" * 2**20)  # more than a pipe holds
+    sys.exit(5)
+
+
+signal.signal(signal.SIGINT, end)
+print("ready", flush=True)
+while True:
+    signal.pause()
+"""
+
+
+def test_a_starter_whose_output_nobody_reads_is_ended() -> None:
+    pipe = subprocess.PIPE
+    starter = subprocess.Popen([sys.executable, "-c", CHATTY], stdin=pipe, stdout=pipe, text=True)
+    assert starter.stdin is not None
+    assert starter.stdout is not None
+    starter.stdin.close()
+    assert starter.stdout.readline() == "ready\n"
+    functions._end(starter)
+    assert starter.returncode == 5
 
 
 INTERRUPTED = """

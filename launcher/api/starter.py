@@ -20,7 +20,7 @@ from launcher.utils.processes import die_with_parent
 
 
 def main() -> int:
-    """Start the run that stdin describes; print its directory, or why it could not start, and return its exit code."""
+    """Start the run that stdin describes; print its directory, or why it cannot start."""
     parent = os.getppid()
     die_with_parent(parent)
     tree = json.load(sys.stdin)

@@ -33,7 +33,7 @@ class Optimizer(Component):
 
     @property
     def num_moments(self) -> int:
-        """Tensors of a parameter's shape in its state; where ``state_names`` is empty two, as Adam's."""
+        """Tensors of a parameter's shape in its state; Adam's two if ``state_names`` is empty."""
         return len(set(self.state_names) - {"step"}) if self.state_names else 2
 
 

@@ -182,7 +182,7 @@ def import_folders() -> tuple[str, ...]:
 
 
 def _site_folders() -> Iterator[str]:
-    """Yield the folders of installed packages, from which every process of this interpreter imports."""
+    """Yield this interpreter's folders of installed packages."""
     yield from (sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages())
     if site.ENABLE_USER_SITE:
         yield site.getusersitepackages()
@@ -205,9 +205,10 @@ def isolated_plugins() -> Iterator[None]:
 
 
 def _search_current_folder(module: str) -> None:
-    """Let imports search the current folder if it holds a module, after all others: installed packages win.
+    """Let imports search the current folder, too, if it holds a module.
 
-    It stays in ``sys.path``: modules of a plugin are imported when they are used.
+    It comes after all others, so installed packages win. It stays in ``sys.path``: its modules are imported when
+    they are used.
     """
     importlib.invalidate_caches()
     here, top = Path.cwd(), module.partition(".")[0]
@@ -307,7 +308,7 @@ def _unresolvable(target: str) -> str:
 
 
 def _defined_names(tree: ast.AST) -> Iterator[str]:
-    """Yield the names that a module defines, in branches too; ``*`` where it imports all names of another."""
+    """Yield the names that a module defines, also in branches; ``*`` for a star import."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             yield node.name

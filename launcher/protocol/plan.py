@@ -147,7 +147,7 @@ class StateBytes:
 
     @classmethod
     def fp32(cls, num_params: int, *, moments: int = 2, offloaded: bool = False) -> StateBytes:
-        """Return the bytes of so many parameters: weights, gradients and ``moments`` of the optimizer in fp32."""
+        """Return the bytes of so many parameters with gradients and ``moments``, all in fp32."""
         size, optimizer = 4 * num_params, 4 * num_params * moments
         host = 2 * size + optimizer if offloaded else 0
         return cls(parameters=size, gradients=size, optimizer=optimizer, host=host)

@@ -109,7 +109,7 @@ while True:
 """
 
 
-def test_a_starter_whose_output_nobody_reads_is_ended() -> None:
+def test_a_starter_with_unread_output_is_ended() -> None:
     pipe = subprocess.PIPE
     starter = subprocess.Popen([sys.executable, "-c", CHATTY], stdin=pipe, stdout=pipe, text=True)
     assert starter.stdin is not None

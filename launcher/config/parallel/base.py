@@ -18,7 +18,7 @@ from launcher.protocol.plan import Batch, NativeOps, StateBytes
 
 
 def training_state(moments: int) -> str:
-    """Return the bytes of N parameters' fp32 training state as text, for so many moments of the optimizer."""
+    """Return the fp32 training state of N parameters in bytes, as text."""
     return f"4N weights + 4N gradients + {4 * moments}N {'Adam moments' if moments == 2 else 'optimizer state'}"
 
 

@@ -59,7 +59,7 @@ def is_option_type(wanted: Any) -> bool:
     if origin is dict:
         return arguments[0] is str and is_option_type(arguments[1])
     if dataclasses.is_dataclass(wanted):
-        return all(map(is_option_type, field_types(wanted).values()))
+        return all(map(is_option_type, field_types(wanted).values()))  # type: ignore[arg-type]
     return origin is Literal or wanted is Any or wanted in _WORDS
 
 

@@ -12,6 +12,7 @@ from faults_processes import MARK, Seen, kill_marked, marked
 from faults_start import STARTS, Job
 
 _START_S = 180.0
+_EXITS_S = 10.0
 _TAIL = 40
 
 
@@ -79,6 +80,10 @@ class Run:
         """Return the exit code as a shell would say it; ``None`` while the launcher runs."""
         code = self.process.poll()
         return code if code is None or code >= 0 else 128 - code
+
+    def wait(self) -> None:
+        """Wait until the launcher, which is ending, has its exit code."""
+        self.process.wait(_EXITS_S)
 
     def end(self) -> None:
         """Kill what is left of it."""

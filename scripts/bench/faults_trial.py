@@ -110,6 +110,8 @@ class Worker:
         if cell.goes_on:
             return self._see_it_go_on(cell, run, neighbour, known)
         gone_s, survivors = self._watch(run, struck)
+        if gone_s is not None:
+            run.wait()  # the kernel takes a process from /proc/PID/environ before it has an exit code
         code, said = run.exit_code(), run.said(after=printed, num_lines=None)
         match cell.launcher:
             case "ours":

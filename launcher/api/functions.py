@@ -112,7 +112,7 @@ def run(run: Run) -> Result:
         raise _error(answer)
     if "run_dir" not in answer:
         raise EnvironmentProblem(f"the process that starts the run ended with exit code {starter.returncode}")
-    return Result(Path(answer["run_dir"]), exit_code=starter.returncode)
+    return Result(Path(answer["run_dir"]), submit_code=starter.returncode)
 
 
 def _composition(run: Run) -> Composition:

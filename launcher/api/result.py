@@ -20,16 +20,25 @@ class Result:
     folder: Path
     """The run directory."""
 
-    exit_code: int = 0
-    """Of the run; 0 where it completed."""
+    submit_code: int = 0
+    """Exit code of the process that started the run; it counts where the run has written no result."""
+
+    @property
+    def exit_code(self) -> int:
+        """The exit code of the run: 0 where it completed."""
+        return int(self._ended().get("exit_code", self.submit_code))
 
     @property
     def status(self) -> str:
         """``completed``, ``failed``, ``preempted``, ``cancelled``, or ``submitted`` to a cluster."""
+        return str(self._ended().get("status", "failed" if self.submit_code else "submitted"))
+
+    def _ended(self) -> dict[str, Any]:
+        """Return the content of result.json; nothing where the run has written none."""
         try:
-            return str(read_object(RunDir(self.folder).result)["status"])
+            return read_object(RunDir(self.folder).result)
         except FileNotFoundError:
-            return "submitted" if self.exit_code == 0 else "failed"
+            return {}
 
     @property
     def failure(self) -> dict[str, Any] | None:

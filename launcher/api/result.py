@@ -21,7 +21,7 @@ class Result:
     """The run directory."""
 
     submit_code: int = 0
-    """Exit code of the process that started the run; it counts where the run has written no result."""
+    """Exit code of the process that started the run; used if the run has written no result."""
 
     @property
     def exit_code(self) -> int:

@@ -1,0 +1,274 @@
+"""Tensors of a checkpoint: each rank writes its parts to one safetensors file; any rank reads any part of them.
+
+One form for every strategy: a tensor has its name and shape in the whole model (moments: ``exp_avg.<parameter>``), and
+parts in any number of files. The header of a file says which part of which tensor each entry is, so ranks write
+independently of each other, and a reader needs no index. Imports torch: for ranks only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from launcher.checkpoint.regions import (
+    Box,
+    FlatRange,
+    Region,
+    Shape,
+    boxes_of,
+    fits,
+    flat_start,
+    intersect,
+    slices,
+    whole,
+)
+
+TENSOR_FOLDER = "state"
+"""Folder of these files in a checkpoint."""
+
+_METADATA = "launcher"
+_BLOCK_BYTES = 8 << 20
+_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """A part of a tensor that this rank writes."""
+
+    name: str
+    """Of the whole tensor."""
+    shape: Shape
+    """Of the whole tensor."""
+    region: Region
+    """Which part of it."""
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+    """Returns the values, shape of the box or one dimension, on any device; called once, when they are written."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the values."""
+        return self.region.numel * int(self.dtype.itemsize)
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a payload, as written."""
+
+    num_bytes: int
+    sha256: str
+
+
+def shard_file_name(rank: int) -> str:
+    """Return the path of a rank's file below its checkpoint."""
+    return f"{TENSOR_FOLDER}/rank_{rank:05d}.safetensors"
+
+
+def write_shards(file: Path, shards: Sequence[Shard], *, heartbeat: Callable[[], None] = lambda: None) -> WrittenFile:
+    """Write one rank's shards, one in memory at a time, and sync the file.
+
+    Args:
+        file: replaced if it is there.
+        shards: of distinct parts.
+        heartbeat: called between blocks.
+
+    Returns:
+        Its size and checksum.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    header = _header(shards)
+    digest = hashlib.sha256(header)
+    total = len(header)
+    with file.open("wb", buffering=0) as out:
+        _write_all(out.fileno(), memoryview(header))
+        for shard in shards:
+            values = shard.read().detach().to("cpu").contiguous()
+            assert (values.dtype, values.numel()) == (shard.dtype, shard.region.numel), shard.name
+            if not values.numel():
+                continue
+            data = memoryview(values.view(-1).view(torch.uint8).numpy())  # no copy
+            for start in range(0, len(data), _BLOCK_BYTES):
+                block = data[start : start + _BLOCK_BYTES]
+                digest.update(block)
+                _write_all(out.fileno(), block)
+                heartbeat()
+            total += len(data)
+        os.fsync(out.fileno())
+    return WrittenFile(num_bytes=total, sha256=digest.hexdigest())
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _header(shards: Sequence[Shard]) -> bytes:
+    """Return the header of a safetensors file, its length first, padded as the format asks."""
+    entries: dict[str, Any] = {}
+    parts: dict[str, Any] = {}
+    position = 0
+    for number, shard in enumerate(shards):
+        assert fits(shard.region, shard.shape), shard
+        key = f"{number}"
+        region = shard.region
+        parts[key] = {"name": shard.name, "shape": list(shard.shape)}
+        if isinstance(region, Box):
+            parts[key]["offsets"] = list(region.offsets)
+        else:
+            parts[key]["start"] = region.start
+        sizes = list(region.sizes) if isinstance(region, Box) else [region.numel]
+        stop = position + shard.num_bytes
+        entries[key] = {"dtype": _DTYPES[shard.dtype], "shape": sizes, "data_offsets": [position, stop]}
+        position = stop
+    entries["__metadata__"] = {_METADATA: json.dumps({"parts": parts})}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+@dataclass(frozen=True)
+class _Part:
+    """An entry of a file: which part of a tensor it stores."""
+
+    file: Path
+    key: str
+    region: Region
+
+
+@dataclass
+class _Entry:
+    shape: Shape
+    parts: list[_Part] = field(default_factory=list)
+
+
+class StoredState:
+    """The tensors of a checkpoint, whatever ranks and strategies wrote them; any part of them can be read.
+
+    Args:
+        files: that ranks wrote.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is damaged, or the parts of a tensor are not the whole; the message names it.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._open: dict[Path, Any] = {}
+        for file in files:
+            self._add(file)
+        for name, entry in self._entries.items():
+            _check_whole(name, entry)
+
+    def _add(self, file: Path) -> None:
+        try:
+            opened: Any = safe_open(str(file), framework="pt")
+            metadata = opened.metadata() or {}
+            parts = json.loads(metadata[_METADATA])["parts"]
+            for key in opened.keys():  # noqa: SIM118  (not a mapping)
+                part = parts[key]
+                name, shape = str(part["name"]), tuple(map(int, part["shape"]))
+                sizes = tuple(opened.get_slice(key).get_shape())
+                region: Region
+                if "start" in part:
+                    (num,) = sizes
+                    region = FlatRange(int(part["start"]), int(part["start"]) + num)
+                else:
+                    region = Box(tuple(map(int, part["offsets"])), sizes)
+                if not fits(region, shape):
+                    raise ValueError(f"{name} of shape {shape} has no part {region}")
+                entry = self._entries.setdefault(name, _Entry(shape))
+                if entry.shape != shape:
+                    raise ValueError(f"{name} has shape {shape} here and {entry.shape} in another file")
+                entry.parts.append(_Part(file, key, region))
+        except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{file} is not a file of a checkpoint: {error}") from error
+        self._open[file] = opened
+
+    @property
+    def shapes(self) -> Mapping[str, Shape]:
+        """Whole shape of each tensor by its name."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str, region: Region | None = None) -> Tensor:
+        """Return a part of a tensor, or all of it, on the CPU in the format in which it is stored.
+
+        Args:
+            name: of the tensor.
+            region: a box, returned in its shape; or a range, returned with one dimension.
+
+        Raises:
+            KeyError: there is no such tensor.
+            ValueError: the file cannot be read.
+        """
+        entry = self._entries[name]
+        region = region if region is not None else whole(entry.shape)
+        out = torch.empty(region.numel, dtype=self.dtype(name))
+        filled = 0
+        for wanted in boxes_of(region, entry.shape):
+            start = 0 if isinstance(region, Box) else flat_start(wanted, entry.shape) - region.start
+            target = out[start : start + wanted.numel].view(wanted.sizes)
+            for part in entry.parts:
+                for stored in boxes_of(part.region, entry.shape):
+                    if (box := intersect(stored, wanted)) is not None:
+                        target[slices(box, wanted.offsets)] = self._values(part, stored, box, entry.shape)
+                        filled += box.numel
+        if filled != region.numel:
+            raise ValueError(f"{name}: the files have {filled} of {region.numel} elements")
+        return out.view(region.sizes) if isinstance(region, Box) else out
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the format in which a tensor is stored."""
+        part = self._entries[name].parts[0]
+        text = self._open[part.file].get_slice(part.key).get_dtype()
+        return next(dtype for dtype, known in _DTYPES.items() if known == text)
+
+    def _values(self, part: _Part, stored: Box, box: Box, shape: Shape) -> Tensor:
+        """Return the values of ``box``, which lies in the box ``stored`` of a part, in its shape."""
+        try:
+            source = self._open[part.file].get_slice(part.key)
+            if isinstance(part.region, Box):
+                return source[slices(box, part.region.offsets) or ...]
+            if not shape:
+                return source[0:1].view(())
+            row = math.prod(stored.sizes[1:])
+            first = flat_start(stored, shape) - part.region.start + (box.offsets[0] - stored.offsets[0]) * row
+            rows: Tensor = source[first : first + box.sizes[0] * row]
+            inner = slices(Box(box.offsets[1:], box.sizes[1:]), stored.offsets[1:])
+            return rows.view(box.sizes[0], *stored.sizes[1:])[(slice(None), *inner)]
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{part.file} cannot be read: {error}") from error
+
+
+def _check_whole(name: str, entry: _Entry) -> None:
+    """Raise unless the parts of a tensor have as many elements as the whole.
+
+    Raises:
+        ValueError: a file is missing, or there is one too many.
+    """
+    found, needed = sum(part.region.numel for part in entry.parts), math.prod(entry.shape)
+    if found != needed:
+        raise ValueError(f"{name} of shape {entry.shape} has {found} of {needed} elements in these files")

@@ -1,0 +1,146 @@
+"""An engine's tensors as parts of whole ones: what a checkpoint takes from a rank and gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from launcher.checkpoint.regions import Box, Region, whole
+from launcher.checkpoint.tensors import Shard, StoredState
+from launcher.engines.model_state import local_shard
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+"""Names of AdamW's state of each parameter."""
+
+
+def region_of(tensor: Tensor) -> Region:
+    """Return which part of the whole tensor this rank has."""
+    if not isinstance(tensor, DTensor):
+        return whole(tuple(tensor.shape))
+    sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return Box(tuple(offsets), tuple(sizes))
+
+
+def copy_number(tensor: Tensor, *, replicas: tuple[int, int]) -> tuple[int, int]:
+    """Return which of how many equal copies of this part this rank has.
+
+    Args:
+        tensor: whole, or a DTensor.
+        replicas: the same of a tensor that is whole on several ranks.
+    """
+    if not isinstance(tensor, DTensor):
+        return replicas
+    number, count = 0, 1
+    coordinate = tensor.device_mesh.get_coordinate()
+    assert coordinate is not None, "a rank of the mesh"
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            size = tensor.device_mesh.size(dim)
+            number, count = number * size + coordinate[dim], count * size
+    return number, count
+
+
+def shards_of(tensors: Mapping[str, Tensor], *, replicas: tuple[int, int]) -> Iterator[Shard]:
+    """Yield the parts that this rank writes; of equal copies each rank writes its share.
+
+    Args:
+        tensors: by name; every rank that holds copies passes the same names in the same order.
+        replicas: which of how many copies this rank has of tensors that are no DTensors.
+    """
+    written: dict[int, list[int]] = {}
+    for name, tensor in tensors.items():
+        number, count = copy_number(tensor, replicas=replicas)
+        loads = written.setdefault(count, [0] * count)
+        least = loads.index(min(loads))
+        loads[least] += tensor.numel() * tensor.element_size()
+        region = region_of(tensor)
+        if least == number and region.numel:
+            yield shard_of(name, tensor, region)
+
+
+def shard_of(name: str, tensor: Tensor, region: Region) -> Shard:
+    """Return a part of a tensor, to be read when it is written."""
+
+    def read() -> Tensor:
+        return local_shard(tensor.detach())
+
+    return Shard(name=name, shape=tuple(tensor.shape), region=region, dtype=tensor.dtype, read=read)
+
+
+def fill_tensors(
+    tensors: Mapping[str, Tensor], source: StoredState, *, heartbeat: Callable[[], None] = lambda: None
+) -> None:
+    """Replace values in place by those of a checkpoint, one tensor in memory at a time.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    for name, tensor in tensors.items():
+        check_shape(source, name, tuple(tensor.shape))
+        region = region_of(tensor)
+        if region.numel:
+            local_shard(tensor.detach()).copy_(source.read(name, region))
+        heartbeat()
+
+
+def check_shape(source: StoredState, name: str, shape: tuple[int, ...]) -> None:
+    """Raise unless the checkpoint has a tensor of this name and shape.
+
+    Raises:
+        ValueError: it is missing or has another shape.
+    """
+    found = source.shapes.get(name)
+    if found != shape:
+        raise ValueError(f"it has no {name}" if found is None else f"{name} has shape {found}, this model's {shape}")
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
+) -> dict[str, Tensor]:
+    """Return an optimizer's state by name (``exp_avg.<parameter>``), created if missing.
+
+    Args:
+        optimizer: whose state it is.
+        names: of its parameters.
+        state_names: of its state of each parameter; ``step`` is a scalar, the others have the parameter's shape.
+    """
+    tensors: dict[str, Tensor] = {}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if not state:
+                for name in state_names:
+                    step = torch.zeros((), dtype=torch.float32, device=parameter.device) if name == "step" else None
+                    state[name] = torch.zeros_like(parameter) if step is None else step
+            tensors |= {f"{name}.{names[parameter]}": state[name] for name in state_names}
+    return tensors
+
+
+def rng_tensors(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of this rank's random generators, as bytes, by name."""
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    states = {f"rng.{rank:05d}.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"rng.{rank:05d}.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(source: StoredState, *, device: torch.device) -> None:
+    """Set this rank's random generators; a rank that did not exist then keeps its own."""
+    for name in rng_tensors(device):
+        if name in source.shapes:
+            state = source.read(name)
+            if name.endswith(".cuda"):
+                torch.cuda.set_rng_state(state, device)
+            else:
+                torch.set_rng_state(state)

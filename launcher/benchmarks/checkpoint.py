@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from launcher.benchmarks.harness import DistributedCase, run_interleaved
 from launcher.benchmarks.instruments import random_batches, tensors_digest
@@ -24,7 +24,6 @@ from launcher.checkpoint.store import CheckpointStore, silent
 from launcher.config.benchmark.io import NO_SAVING, CheckpointBenchmark
 from launcher.config.checkpoint import Checkpoint
 from launcher.engines.base import make_engine
-from launcher.engines.checkpoint_io import load_tensors
 from launcher.engines.distributed import barrier, group_timeout
 from launcher.engines.torch import TorchEngine
 from launcher.errors import JobError
@@ -134,7 +133,8 @@ class AsynchronousSaver:
 
     def restore(self, folder: Path) -> None:
         """Load weights and moments."""
-        load_tensors(folder / _SHARDS, self._engine.tensors())
+        reader = HuggingFaceStorageReader(str(folder / _SHARDS))
+        dcp.load(dict(self._engine.tensors()), storage_reader=reader, no_dist=self._group is None)
 
 
 SAVERS: dict[str, type[BlockingSaver | AsynchronousSaver]] = {

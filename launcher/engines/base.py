@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from launcher.errors import EXIT_BAD_INPUT, JobError
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
@@ -95,16 +98,49 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """Write all that ``load`` needs for an identical next step, into an existing folder."""
+    def shards(self) -> list[Shard]:
+        """Return this rank's parts of weights, optimizer state and generators, sharing storage.
+
+        Their names, shapes and formats are those of the whole model in fp32, whatever the strategy.
+        """
 
     @abstractmethod
+    def load_shards(self, source: StoredState) -> None:
+        """Take this rank's parts out of a checkpoint of any strategy and number of ranks.
+
+        Raises:
+            ValueError: it does not hold this model and optimizer.
+        """
+
+    @abstractmethod
+    def scalars(self) -> dict[str, float]:
+        """Return what else an identical next step needs, the same on every rank: the loss scale."""
+
+    @abstractmethod
+    def restore_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Continue from what :meth:`scalars` returned."""
+
+    def save(self, folder: Path) -> None:
+        """Write all that ``load`` needs for an identical next step, into an existing folder."""
+        from launcher.engines.checkpoint_io import write_state
+
+        write_state(folder, self.shards(), self.scalars())
+
     def load(self, folder: Path) -> None:
         """Continue from what ``save`` wrote.
 
         Raises:
             JobError: the folder does not hold this model and optimizer.
         """
+        from launcher.engines.checkpoint_io import read_state
+
+        try:
+            source, scalars = read_state(folder)
+            self.load_shards(source)
+            self.restore_scalars(scalars)
+        except (OSError, ValueError, KeyError) as error:
+            why = f"{folder} does not hold this model and optimizer: {error}"
+            raise JobError(why, exit_code=EXIT_BAD_INPUT) from error
 
     @abstractmethod
     def close(self) -> None:

@@ -1,8 +1,8 @@
-"""Files of a checkpoint on ranks: safe unpickling, sharded safetensors, generator states.
+"""Save and load an engine; unpickle safely what others wrote.
 
 ``torch.save`` writes a pickle, and a pickle can call any function when it is loaded. A checkpoint may come from another
-user, so every one is read with ``weights_only``: tensors, plain values, and the few classes named here. Sharded tensors
-are written by torch.distributed.checkpoint as safetensors, which hold no pickle.
+user, so every one is read with ``weights_only``: tensors, plain values, and the few classes named here. Our own hold
+safetensors, which have no pickle.
 """
 
 from __future__ import annotations
@@ -16,58 +16,42 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import distributed as dist
-from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from launcher.checkpoint.tensors import TENSOR_FOLDER, StoredState, shard_file_name, write_shards
+from launcher.engines.state import divide_copies
 from launcher.errors import EXIT_BAD_INPUT, JobError, LauncherError
+from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from launcher.checkpoint.tensors import Shard
 
 
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
-"""Names of AdamW's state of each parameter."""
+_SCALARS = f"{TENSOR_FOLDER}/scalars.json"
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write this rank's shards (DTensor), and whole tensors by one rank of each name."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    dcp.save(dict(tensors), storage_writer=writer, no_dist=not dist.is_initialized())
-
-
-def load_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Fill ``tensors`` in place from what any number of ranks wrote.
+def write_state(folder: Path, shards: Sequence[Shard], scalars: Mapping[str, float]) -> None:
+    """Write this rank's share of an engine's state; all ranks call it together.
 
     Raises:
-        JobError: the folder does not hold tensors of these names and shapes.
+        OSError: the disk is full or gone.
     """
-    try:
-        reader = HuggingFaceStorageReader(str(folder))
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
-    except (OSError, ValueError, KeyError, RuntimeError, dcp.CheckpointException) as error:
-        raise JobError(f"{folder} does not hold this model and optimizer: {error}", exit_code=EXIT_BAD_INPUT) from error
+    (folder / TENSOR_FOLDER).mkdir(exist_ok=True)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    group = dist.group.WORLD if dist.is_initialized() else None
+    write_shards(folder / shard_file_name(rank), divide_copies(shards, group))
+    if rank == 0:
+        write_json(folder / _SCALARS, dict(scalars))
 
 
-def optimizer_tensors(
-    optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str], *, state_names: Sequence[str] = ADAMW_STATE
-) -> dict[str, Tensor]:
-    """Return an optimizer's state by name (``exp_avg.<parameter>``), created if missing.
+def read_state(folder: Path) -> tuple[StoredState, dict[str, float]]:
+    """Return the tensors and scalars that ranks of any strategy wrote.
 
-    Args:
-        optimizer: whose state it is.
-        names: of its parameters.
-        state_names: of its state of each parameter; ``step`` is a scalar, the others have the parameter's shape.
+    Raises:
+        OSError: a file is missing.
+        ValueError: a file is damaged.
     """
-    tensors: dict[str, Tensor] = {}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if not state:
-                for name in state_names:
-                    step = torch.zeros((), dtype=torch.float32, device=parameter.device) if name == "step" else None
-                    state[name] = torch.zeros_like(parameter) if step is None else step
-            tensors |= {f"{name}.{names[parameter]}": state[name] for name in state_names}
-    return tensors
+    stored = StoredState(sorted((folder / TENSOR_FOLDER).glob("*.safetensors")))
+    return stored, read_json(folder / _SCALARS)
 
 
 def _file(folder: Path, rank: int) -> Path:

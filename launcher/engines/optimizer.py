@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -173,7 +173,7 @@ class LossScale:
         """Return the state that ``restore`` takes."""
         return {"value": self.value, "hysteresis": self._hysteresis, "good_steps": self._good_steps}
 
-    def restore(self, state: dict[str, float]) -> None:
+    def restore(self, state: Mapping[str, float]) -> None:
         """Continue from a saved state."""
         self.value = state["value"]
         self._hysteresis, self._good_steps = int(state["hysteresis"]), int(state["good_steps"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +18,7 @@ from launcher.engines.model_state import local_shard
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.distributed import ProcessGroup
 
 
 ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
@@ -31,41 +33,10 @@ def region_of(tensor: Tensor) -> Region:
     return Box(tuple(offsets), tuple(sizes))
 
 
-def copy_number(tensor: Tensor, *, replicas: tuple[int, int]) -> tuple[int, int]:
-    """Return which of how many equal copies of this part this rank has.
-
-    Args:
-        tensor: whole, or a DTensor.
-        replicas: the same of a tensor that is whole on several ranks.
-    """
-    if not isinstance(tensor, DTensor):
-        return replicas
-    number, count = 0, 1
-    coordinate = tensor.device_mesh.get_coordinate()
-    assert coordinate is not None, "a rank of the mesh"
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            size = tensor.device_mesh.size(dim)
-            number, count = number * size + coordinate[dim], count * size
-    return number, count
-
-
-def shards_of(tensors: Mapping[str, Tensor], *, replicas: tuple[int, int]) -> Iterator[Shard]:
-    """Yield the parts that this rank writes; of equal copies each rank writes its share.
-
-    Args:
-        tensors: by name; every rank that holds copies passes the same names in the same order.
-        replicas: which of how many copies this rank has of tensors that are no DTensors.
-    """
-    written: dict[int, list[int]] = {}
-    for name, tensor in tensors.items():
-        number, count = copy_number(tensor, replicas=replicas)
-        loads = written.setdefault(count, [0] * count)
-        least = loads.index(min(loads))
-        loads[least] += tensor.numel() * tensor.element_size()
-        region = region_of(tensor)
-        if least == number and region.numel:
-            yield shard_of(name, tensor, region)
+def shards_of(tensors: Mapping[str, Tensor]) -> list[Shard]:
+    """Return the parts of tensors that this rank has, by the tensors' names."""
+    found = ((name, tensor, region_of(tensor)) for name, tensor in tensors.items())
+    return [shard_of(name, tensor, region) for name, tensor, region in found if region.numel]
 
 
 def shard_of(name: str, tensor: Tensor, region: Region) -> Shard:
@@ -75,6 +46,40 @@ def shard_of(name: str, tensor: Tensor, region: Region) -> Shard:
         return local_shard(tensor.detach())
 
     return Shard(name=name, shape=tuple(tensor.shape), region=region, dtype=tensor.dtype, read=read)
+
+
+def divide_copies(shards: Sequence[Shard], group: ProcessGroup | None) -> list[Shard]:
+    """Return the shards that this rank writes: of equal parts that several ranks have, one rank writes each.
+
+    Args:
+        shards: that this rank has.
+        group: of all ranks, on the CPU; ``None`` in a run of one.
+
+    Returns:
+        Shares of about equal bytes.
+    """
+    if group is None:
+        return list(shards)
+    world = dist.get_world_size(group)
+    everyone: list[list[tuple[int, int]]] = [[] for _ in range(world)]
+    dist.all_gather_object(everyone, [(_part_id(shard), shard.num_bytes) for shard in shards], group=group)
+    holders: dict[int, list[int]] = {}
+    sizes: dict[int, int] = {}
+    for rank, parts in enumerate(everyone):
+        for part, num_bytes in parts:
+            holders.setdefault(part, []).append(rank)
+            sizes[part] = num_bytes
+    loads, owner = [0] * world, dict[int, int]()
+    for part, ranks in holders.items():
+        owner[part] = min(ranks, key=loads.__getitem__)
+        loads[owner[part]] += sizes[part]
+    here = dist.get_rank(group)
+    return [shard for shard in shards if owner[_part_id(shard)] == here]
+
+
+def _part_id(shard: Shard) -> int:
+    """Return the same number on every rank for the same part of the same tensor."""
+    return int.from_bytes(hashlib.blake2b(repr((shard.name, shard.region)).encode(), digest_size=8).digest())
 
 
 def fill_tensors(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,26 +13,17 @@ from torch import Tensor, nn
 
 from launcher.config.parallel.data_parallel import Fsdp
 from launcher.engines.base import Engine, StepResult, never_preempted
-from launcher.engines.checkpoint_io import (
-    explain_read_errors,
-    load_file,
-    load_rng,
-    load_tensors,
-    optimizer_tensors,
-    save_rng,
-    save_tensors,
-)
 from launcher.engines.distributed import DTYPES, TokenCount, choose_device, connect, disconnect, num_labels
 from launcher.engines.generate import generate_greedily
 from launcher.engines.loss import loss_function, token_loss_sum
 from launcher.engines.model_state import torch_state_bytes
 from launcher.engines.optimizer import OptimizerStep
 from launcher.engines.parallelize import ModelLayout, ReplicatedModel, ShardedModel
-from launcher.errors import EXIT_BAD_INPUT, JobError
+from launcher.engines.state import fill_tensors, optimizer_tensors, restore_rng, rng_tensors, shards_of
 from launcher.models.weights import save_model_folder
-from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
+    from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
@@ -108,33 +99,28 @@ class TorchEngine(Engine):
         """Count weights, gradients and moments, or this rank's shards of them."""
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
+    def shards(self) -> list[Shard]:
+        """Return this rank's parts of weights and moments, and its generators."""
+        return shards_of(self.tensors() | rng_tensors(self.device))
+
+    def load_shards(self, source: StoredState) -> None:
+        """Fill weights and moments in place."""
+        fill_tensors(self.tensors(), source)
+        restore_rng(source, device=self.device)
+
+    def scalars(self) -> dict[str, float]:
+        """Return the loss scale."""
+        return self._update.scale.state()
+
+    def restore_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Set the loss scale."""
+        self._update.scale.restore(scalars)
+
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer, once or every rank its shards, and generators rank by rank.
-
-        The weights of replicas (``model/``) are what ``model.weights`` takes too.
-        """
-        if self._layout.is_sharded:
-            save_tensors(folder / "shards", self.tensors())
-            if self._rank == 0:
-                write_json(folder / "loss_scale.json", self._update.scale.state())
-        elif self._rank == 0:
+        """Write everything; replicas also write ``model/``, which ``model.weights`` takes."""
+        super().save(folder)
+        if self._rank == 0 and not self._layout.is_sharded:
             save_model_folder(self.module, folder / "model")
-            torch.save(self._update.state(), folder / "optimizer.pt")
-        save_rng(folder, rank=self._rank, device=self.device)
-
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, on any number of ranks.
-
-        Raises:
-            JobError: the folder does not hold this model.
-        """
-        if self._layout.is_sharded:
-            load_tensors(folder / "shards", self.tensors())
-            with explain_read_errors(folder / "loss_scale.json"):
-                self._update.scale.restore(read_json(folder / "loss_scale.json"))
-        else:
-            self._load_whole(folder)
-        load_rng(folder, rank=self._rank, device=self.device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and moments by name, sharing storage; this rank's shards if sharded."""
@@ -143,18 +129,6 @@ class TorchEngine(Engine):
             **{name: parameter.detach() for parameter, name in names.items()},
             **optimizer_tensors(self._update.optimizer, names, state_names=self._state_names),
         }
-
-    def _load_whole(self, folder: Path) -> None:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_model
-
-        try:
-            load_model(self.module, folder / "model" / "model.safetensors", device=str(self.device))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise JobError(f"{folder} does not hold this model: {error}", exit_code=EXIT_BAD_INPUT) from error
-        state = load_file(folder / "optimizer.pt", device=self.device)
-        with explain_read_errors(folder / "optimizer.pt"):
-            self._update.restore(state)
 
     def close(self) -> None:
         """Leave the process group.

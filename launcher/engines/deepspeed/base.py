@@ -35,6 +35,7 @@ from launcher.protocol.native_ops import is_built, ops_folder, path_with_ninja, 
 from launcher.utils.build_cache import quote_torch_library_path
 
 if TYPE_CHECKING:
+    from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.config.parallel.zero import Zero
     from launcher.engines.context import Context
     from launcher.profiling.performance import StepClock
@@ -122,6 +123,18 @@ class DeepSpeedEngineBase(Engine):
         if loaded is None:
             raise JobError(f"{folder} does not hold a checkpoint that DeepSpeed reads", exit_code=EXIT_BAD_INPUT)
         load_rng(folder, rank=self._context.rank, device=self.device)
+
+    def shards(self) -> list[Shard]:
+        raise NotImplementedError
+
+    def load_shards(self, source: StoredState) -> None:
+        raise NotImplementedError
+
+    def scalars(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def restore_scalars(self, scalars: Mapping[str, float]) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         """Release DeepSpeed's buffers and hooks, and the process group."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +14,6 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from launcher.config.parallel.pipeline import Pipeline, rank_of_chunk
 from launcher.engines.base import Engine, StepResult, never_preempted
-from launcher.engines.checkpoint_io import explain_read_errors, load_rng, load_tensors, save_rng, save_tensors
 from launcher.engines.distributed import TokenCount, choose_device, connect, disconnect, mesh_of, num_labels, submesh
 from launcher.engines.generate import greedy_decode
 from launcher.engines.model_state import torch_state_bytes, whole_parameters
@@ -24,13 +22,14 @@ from launcher.engines.pipeline.partition import build_chunk, choose_partition
 from launcher.engines.pipeline.schedules import PipelineForward, PipelineSchedule, chunks_of_rank
 from launcher.engines.pipeline.stage import ChunkCache
 from launcher.engines.pipeline.tied_weights import TiedWeights, copy_to_twins, named_state
+from launcher.engines.state import fill_tensors, restore_rng, rng_tensors, shards_of
 from launcher.models.layers import blocks
-from launcher.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from launcher.checkpoint.tensors import Shard, StoredState
     from launcher.data.dataloader import MicroBatch
     from launcher.engines.context import Context
     from launcher.engines.pipeline.stage import ModelChunk
@@ -144,26 +143,25 @@ class PipelineEngine(Engine):
         """Count weights, gradients and moments of this rank's chunks."""
         return torch_state_bytes(self.module, self._update.optimizer, device=self.device)
 
-    def save(self, folder: Path) -> None:
-        """Write weights and moments by name, each rank its own, and generators rank by rank."""
+    def shards(self) -> list[Shard]:
+        """Return weights and moments of this rank's chunks, and its generators."""
         tensors, _ = self._tensors()
-        save_tensors(folder / "shards", tensors)
-        if self._rank == 0:
-            write_json(folder / "loss_scale.json", self._update.scale.state())
-        save_rng(folder, rank=self._rank, device=self.device)
+        return shards_of(tensors | rng_tensors(self.device))
 
-    def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, at whatever number of stages.
-
-        Raises:
-            JobError: the folder does not hold this model.
-        """
+    def load_shards(self, source: StoredState) -> None:
+        """Fill weights and moments of this rank's chunks in place."""
         tensors, twins = self._tensors()
-        load_tensors(folder / "shards", tensors)
+        fill_tensors(tensors, source)
         copy_to_twins(tensors, twins)
-        with explain_read_errors(folder / "loss_scale.json"):
-            self._update.scale.restore(read_json(folder / "loss_scale.json"))
-        load_rng(folder, rank=self._rank, device=self.device)
+        restore_rng(source, device=self.device)
+
+    def scalars(self) -> dict[str, float]:
+        """Return the loss scale."""
+        return self._update.scale.state()
+
+    def restore_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Set the loss scale."""
+        self._update.scale.restore(scalars)
 
     def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         return named_state(list(self._chunks.values()), self._update.optimizer, self._partition.tied)

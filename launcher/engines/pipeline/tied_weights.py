@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from launcher.engines.checkpoint_io import optimizer_tensors
 from launcher.engines.model_state import local_shard
+from launcher.engines.state import optimizer_tensors
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -130,15 +130,6 @@ class OptimizerStep:
         if factor != 1.0:
             torch._foreach_mul_([local_shard(p.grad) for p in self._parameters if p.grad is not None], factor)
 
-    def state(self) -> dict[str, Any]:
-        """Return the state that :meth:`restore` takes."""
-        return {"optimizer": self.optimizer.state_dict(), "loss_scale": self.scale.state()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scale.restore(state["loss_scale"])
-
 
 class LossScale:
     """Multiplies the loss so that small gradients survive fp16; other precisions keep 1.

@@ -125,15 +125,19 @@ class DeepSpeedEngineBase(Engine):
         load_rng(folder, rank=self._context.rank, device=self.device)
 
     def shards(self) -> list[Shard]:
+        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
         raise NotImplementedError
 
     def load_shards(self, source: StoredState) -> None:
+        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
         raise NotImplementedError
 
     def scalars(self) -> dict[str, float]:
+        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
         raise NotImplementedError
 
     def restore_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Raise: ``save`` and ``load`` use DeepSpeed's own files."""
         raise NotImplementedError
 
     def close(self) -> None:

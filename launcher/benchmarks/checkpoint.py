@@ -6,8 +6,9 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,21 +16,20 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import distributed as dist
 from torch.distributed import checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from launcher.benchmarks.harness import DistributedCase, run_interleaved
 from launcher.benchmarks.instruments import random_batches, tensors_digest
 from launcher.benchmarks.results import BenchmarkCase, BenchmarkResults
 from launcher.checkpoint.store import CheckpointStore, silent
 from launcher.config.benchmark.io import NO_SAVING, CheckpointBenchmark
-from launcher.config.checkpoint import Checkpoint
 from launcher.engines.base import make_engine
 from launcher.engines.distributed import barrier, group_timeout
 from launcher.engines.torch import TorchEngine
 from launcher.errors import JobError
 from launcher.profiling.performance import StepClock
 from launcher.protocol.quantities import spread
-from launcher.training.checkpointing import make_manifest, save_checkpoint
+from launcher.training.saving import CheckpointSaver
 from launcher.verification.forked_ranks import preload_modules
 
 if TYPE_CHECKING:
@@ -37,9 +37,6 @@ if TYPE_CHECKING:
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
     from launcher.verification.forked_ranks import CaseAnswer
-
-
-_SHARDS = "shards"
 
 
 def run_checkpoint_benchmark(benchmark: CheckpointBenchmark, context: Context) -> BenchmarkResults | None:
@@ -57,7 +54,7 @@ def run_checkpoint_benchmark(benchmark: CheckpointBenchmark, context: Context) -
 
 
 class Saver(Protocol):
-    """A mode to save. Every method is called by all ranks together."""
+    """A way to save. Every method is called by all ranks together."""
 
     durable_s: list[float]
     """For each save on rank 0: seconds from its beginning until it was complete and on the disk."""
@@ -68,61 +65,83 @@ class Saver(Protocol):
     def wait(self) -> None:
         """Return once everything that was begun is on the disk."""
 
-    def restore(self, folder: Path) -> None:
-        """Load what this mode has written."""
+    def restore(self) -> Path:
+        """Load what was saved last; return its folder, read from the disk again."""
 
 
-class BlockingSaver:
-    """Saves as job=train does."""
+class OurSaver:
+    """Saves as job=train does, by ``checkpoint.async_mode``.
 
-    def __init__(self, context: Context, engine: Engine, store: CheckpointStore) -> None:
-        self._context, self._engine, self._store = context, engine, store
-        self.durable_s: list[float] = []
+    Args:
+        context: of this rank.
+        engine: whose state is saved.
+        folder: of the checkpoints.
+        mode: of ``checkpoint.async_mode``.
+    """
+
+    def __init__(self, context: Context, engine: Engine, folder: Path, mode: str) -> None:
+        changed: dict[str, Any] = {"keep": 1, "keep_best": False, "async_mode": mode}
+        policy = replace(context.run.checkpoint, **changed)
+        context = replace(context, run=replace(context.run, checkpoint=policy))
+        self._engine, self._store = engine, CheckpointStore(folder, policy, say=silent)
+        self._saver = CheckpointSaver(self._store, context, engine)
+        self.durable_s = self._saver.durable_s
 
     def save(self, step: int) -> None:
-        """Write everything."""
-        started = time.perf_counter()
-        save_checkpoint(self._store, self._context, self._engine, step=step, held_out_loss=None)
-        self.durable_s.append(time.perf_counter() - started)
+        """Write everything, or copy it."""
+        self._saver.save(step, eval_loss=None)
 
     def wait(self) -> None:
-        """Nothing is left to be done."""
+        """Wait for the thread."""
+        self._saver.wait()
 
-    def restore(self, folder: Path) -> None:
+    def restore(self) -> Path:
         """Load it as a run that resumes does."""
-        self._engine.load(folder)
+        saved = self._store.latest()
+        assert saved is not None, "a save that ended without an error"
+        drop_page_cache(saved.folder)
+        barrier()
+        self._engine.load(saved.folder)
+        return saved.folder
 
 
-class AsynchronousSaver:
-    """Copies are written by a thread, one checkpoint at a time, in a process group of its own."""
+class DcpSaver:
+    """torch.distributed.checkpoint alone: its files, neither hashed nor renamed.
 
-    def __init__(self, context: Context, engine: Engine, store: CheckpointStore) -> None:
+    Args:
+        context: of this rank.
+        engine: whose tensors are saved.
+        folder: of what it writes.
+        mode: ``dcp_save`` or ``dcp_async_save``.
+    """
+
+    def __init__(self, context: Context, engine: Engine, folder: Path, mode: str) -> None:
         assert isinstance(engine, TorchEngine), "others are refused before anything starts"
-        self._context, self._engine, self._store = context, engine, store
+        self._tensors, self._folder, self._is_async = engine.tensors, folder, mode == "dcp_async_save"
         self._group = dist.new_group(backend="gloo", timeout=group_timeout(context)) if dist.is_initialized() else None
         self._threads = ThreadPoolExecutor(1)
         self._pending: Future[None] | None = None
         self.durable_s: list[float] = []
 
     def save(self, step: int) -> None:
-        """Copy everything, once the checkpoint before is written."""
+        """Write everything, or copy it once the last one is written."""
         started = time.perf_counter()
         self.wait()
-        if self._context.is_main:
-            self._store.begin(step)
-        barrier()
-        writer = HuggingFaceStorageWriter(str(self._store.pending(step) / _SHARDS), save_distributed=True)
-        written: Any = dcp.async_save(
-            self._engine.tensors(), storage_writer=writer, process_group=self._group, no_dist=self._group is None
-        )
-        self._pending = self._threads.submit(self._commit, written, step, started)
-
-    def _commit(self, written: Any, step: int, started: float) -> None:
-        """Wait until all ranks have written; then the checkpoint exists."""
-        written.result()
-        if self._context.is_main:
-            self._store.commit(make_manifest(self._context, step=step, held_out_loss=None))
+        options: dict[str, Any] = {
+            "storage_writer": FileSystemWriter(str(self._folder / "last"), overwrite=True),
+            "process_group": self._group,
+            "no_dist": self._group is None,
+        }
+        if self._is_async:
+            written: Any = dcp.async_save(self._tensors(), **options)
+            self._pending = self._threads.submit(self._finish, written, started)
+        else:
+            dcp.save(self._tensors(), **options)
             self.durable_s.append(time.perf_counter() - started)
+
+    def _finish(self, written: Any, started: float) -> None:
+        written.result()
+        self.durable_s.append(time.perf_counter() - started)
 
     def wait(self) -> None:
         """Wait for the thread."""
@@ -131,15 +150,59 @@ class AsynchronousSaver:
             self._pending = None
         barrier()
 
-    def restore(self, folder: Path) -> None:
+    def restore(self) -> Path:
         """Load weights and moments."""
-        reader = HuggingFaceStorageReader(str(folder / _SHARDS))
-        dcp.load(dict(self._engine.tensors()), storage_reader=reader, no_dist=self._group is None)
+        folder = self._folder / "last"
+        drop_page_cache(folder)
+        barrier()
+        dcp.load(dict(self._tensors()), storage_reader=FileSystemReader(str(folder)), no_dist=self._group is None)
+        return folder
 
 
-SAVERS: dict[str, type[BlockingSaver | AsynchronousSaver]] = {
-    "blocking": BlockingSaver,
-    "asynchronous": AsynchronousSaver,
+class DeepSpeedSaver:
+    """DeepSpeed's own ``save_checkpoint`` and ``load_checkpoint``.
+
+    Args:
+        context: of this rank.
+        engine: whose state is saved.
+        folder: of what it writes.
+        mode: not used; there is one.
+    """
+
+    def __init__(self, context: Context, engine: Engine, folder: Path, mode: str) -> None:
+        from launcher.engines.deepspeed.base import DeepSpeedEngineBase
+
+        assert isinstance(engine, DeepSpeedEngineBase), "others are refused before anything starts"
+        self._deepspeed, self._folder, self._context = engine.deepspeed, folder, context
+        self.durable_s: list[float] = []
+
+    def save(self, step: int) -> None:
+        """Write everything in the place of the last one."""
+        started = time.perf_counter()
+        if self._context.is_main:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir()
+        barrier()
+        self._deepspeed.save_checkpoint(str(self._folder), tag="last", save_latest=False)
+        self.durable_s.append(time.perf_counter() - started)
+
+    def wait(self) -> None:
+        """Nothing is left to be done."""
+
+    def restore(self) -> Path:
+        """Load what this benchmark wrote a moment ago."""
+        drop_page_cache(self._folder)
+        barrier()
+        self._deepspeed.load_checkpoint(str(self._folder), tag="last")
+        return self._folder
+
+
+SAVERS: dict[str, Callable[[Context, Engine, Path, str], Saver]] = {
+    "disabled": OurSaver,
+    "async": OurSaver,
+    "dcp_save": DcpSaver,
+    "dcp_async_save": DcpSaver,
+    "deepspeed": DeepSpeedSaver,
 }
 
 
@@ -154,9 +217,8 @@ def train_and_save(context: Context, *, mode: str, every: int, saves: int, warmu
         warmup: steps before it.
     """
     folder = context.run_dir.path / "saved"
-    store = CheckpointStore(folder, Checkpoint(keep=1, keep_best=False), say=silent)
     with make_engine(context, StepClock(context.heartbeat, cuda=torch.cuda.is_available())) as engine:
-        saver = SAVERS[mode](context, engine, store) if mode in SAVERS else None
+        saver = SAVERS[mode](context, engine, folder, mode) if mode in SAVERS else None
         batches = random_batches(context)
 
         def train() -> None:
@@ -184,29 +246,26 @@ def train_and_save(context: Context, *, mode: str, every: int, saves: int, warmu
             for _ in range(every):
                 train()
             saver.wait()
-            answer |= _restore(saver, store, engine, expected=saved_at)
+            answer |= _restore(saver, engine, expected=saved_at)
         barrier()
         if context.is_main:
             shutil.rmtree(folder, ignore_errors=True)
     return answer
 
 
-def _restore(saver: Saver, store: CheckpointStore, engine: Engine, *, expected: str) -> CaseAnswer:
+def _restore(saver: Saver, engine: Engine, *, expected: str) -> CaseAnswer:
     """Restore the newest checkpoint, from the disk and not from what the system remembers of it.
 
     Raises:
         JobError: the weights are not those that were there when it was saved.
     """
-    saved = store.latest()
-    assert saved is not None, "a save that ended without an error"
-    drop_page_cache(saved.folder)
-    barrier()
     started = time.perf_counter()
-    saver.restore(saved.folder)
+    folder = saver.restore()
     restore_s = time.perf_counter() - started
     if tensors_digest(tensor for _, tensor in engine.weights()) != expected:
-        raise JobError(f"{saved.folder} does not restore the weights that were there when it was saved")
-    return {"restore_s": restore_s, "checkpoint_bytes": sum(saved.manifest.files.values())}
+        raise JobError(f"{folder} does not restore the weights that were there when it was saved")
+    num_bytes = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"restore_s": restore_s, "checkpoint_bytes": num_bytes}
 
 
 def drop_page_cache(folder: Path) -> None:
@@ -283,5 +342,8 @@ def _findings(cases: Sequence[BenchmarkCase]) -> Iterator[str]:
             f"{case.median('durable_s'):.3f} s, {case.median('written_mb_per_s'):,.0f} MB/s; "
             f"restored in {case.median('restore_s'):.3f} s, weights equal bit for bit"
         )
-    if any(case.name == "asynchronous" for case in cases):
-        yield "asynchronous: by torch's async_save of the same tensors; job=train saves in the mode of blocking"
+    stalls = {case.name: case.median("stall_s") for case in cases if case.name != NO_SAVING}
+    if {"async", "disabled"} <= stalls.keys():
+        yield f"async stands still for {stalls['async'] / stalls['disabled']:.3f} of the time of disabled"
+    if peers := [name for name in stalls if name in ("dcp_save", "dcp_async_save", "deepspeed")]:
+        yield f"{', '.join(peers)}: without checksums, manifest and rename, which the others include"

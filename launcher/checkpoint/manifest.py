@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
 import stat
 import time
@@ -17,9 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from launcher.config.model.base import Model
-from launcher.config.parallel.base import Parallel
-from launcher.config.precision import Precision
+from launcher.config.run import Run
 from launcher.errors import ConfigError
 from launcher.utils.files import read_regular, write_json
 from launcher.utils.schema import build, to_tree
@@ -31,11 +28,40 @@ _THREADS = 4
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
+VERSION = 2
+"""Of the format that this program writes and reads."""
+
+
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file of a payload, as written."""
+
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataCursor:
+    """Where the run stands in its data.
+
+    The order of samples follows from the seed and the step alone.
+    """
+
+    seed: int
+    """``job.seed``."""
+    global_batch: int
+    """Sequences of a step."""
+    sequence_length: int
+    """Tokens of a sequence."""
+    sequences: int
+    """Drawn so far."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointManifest:
     """One checkpoint, described."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     """Of this format."""
     step: int
     """Optimizer steps done."""
@@ -44,6 +70,8 @@ class CheckpointManifest:
     run_id: str
     run_hash: str
     """SHA-256 of the run.yaml it was written under."""
+    wandb_id: str = ""
+    """Id of the tracker's run."""
     architecture: dict[str, Any]
     """Value of ``Model.architecture()``."""
     engine: str
@@ -51,41 +79,62 @@ class CheckpointManifest:
     """The strategy with its ``kind`` and every option."""
     precision: str
     world_size: int
+    data: DataCursor | None = None
+    """``null`` for what does not train."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """The schedule with its ``kind`` and every option, and ``steps``, over which it is laid."""
+    lr: float | None = None
+    """Learning rate of the last step; ``null`` without a step."""
     eval_loss: float | None = None
     """Held-out loss in nats a token at this step, where it was measured."""
     files: dict[str, int] = field(default_factory=dict)
     """Size in bytes of each file of the payload, by its path below the checkpoint."""
     sha256: dict[str, str] = field(default_factory=dict)
-    """Checksum of each of these files; empty in manifests that an earlier version wrote."""
-    lr: float | None = None
-    """Learning rate of the last step; ``null`` without a step, or in old manifests."""
+    """Checksum of each of these files."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the sequences trained on so far."""
+        return self.data.sequences * self.data.sequence_length if self.data else 0
 
 
 def describe_checkpoint(
-    *,
-    model: Model,
-    parallel: Parallel,
-    precision: Precision,
-    world_size: int,
-    step: int,
-    eval_loss: float | None,
-    run_id: str,
-    run_hash: str,
-    lr: float | None = None,
+    run: Run, *, step: int, eval_loss: float | None, world_size: int, plan: Mapping[str, Any]
 ) -> CheckpointManifest:
-    """Return the manifest of a run at ``step``; the store adds the files."""
+    """Return the manifest of a run at ``step``; the store adds the files.
+
+    Args:
+        run: that trains.
+        step: optimizer steps done.
+        eval_loss: held-out loss at this step, where it was measured.
+        world_size: ranks in all.
+        plan: content of its plan.json, for the ids.
+    """
+    steps = run.job.optimizer_steps
+    data = None
+    if steps is not None:
+        batch = run.batched_job.batch(run, world_size=world_size).global_batch
+        data = DataCursor(
+            seed=run.job.seed,
+            global_batch=batch,
+            sequence_length=run.batched_job.sequence_length,
+            sequences=step * batch,
+        )
     return CheckpointManifest(
         step=step,
         created=time.time(),
-        run_id=run_id,
-        run_hash=run_hash,
-        architecture=to_tree(model.architecture()),
-        engine=parallel.engine,
-        parallel=to_tree(parallel),
-        precision=precision.kind,
+        run_id=plan["run_id"],
+        run_hash=plan["run_hash"],
+        wandb_id=plan.get("tracker", {}).get("run_id", ""),
+        architecture=to_tree(run.model.architecture()),
+        engine=run.parallel.engine,
+        parallel=to_tree(run.parallel),
+        precision=run.precision.kind,
         world_size=world_size,
-        eval_loss=eval_loss if eval_loss is not None and math.isfinite(eval_loss) else None,
-        lr=lr,
+        data=data,
+        schedule=to_tree(run.schedule) | {"steps": steps},
+        lr=run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None,
+        eval_loss=eval_loss,
     )
 
 
@@ -106,13 +155,17 @@ def read_manifest(folder: Path) -> CheckpointManifest:
         raise ValueError(f"it has no {MANIFEST}, so it was not finished") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"its {MANIFEST} cannot be read ({error})") from error
+    found = tree.get("version") if isinstance(tree, dict) else None
+    if isinstance(found, int) and found != VERSION:
+        age = "a newer" if found > VERSION else "an older"
+        raise ValueError(f"{age} launcher wrote it (manifest version {found}, this launcher reads {VERSION})")
     mistakes: list[ConfigError] = []
     manifest = (
         build(CheckpointManifest, tree, path=MANIFEST, report=mistakes.append) if isinstance(tree, dict) else None
     )
     if manifest is None:
         why = mistakes[0] if mistakes else "not a mapping"
-        raise ValueError(f"its {MANIFEST} is damaged, or of another version ({why})")
+        raise ValueError(f"its {MANIFEST} is damaged ({why})")
     if problem := next(_validate(folder, manifest), None):
         raise ValueError(f"its {MANIFEST} is damaged ({problem})")
     return manifest
@@ -131,7 +184,7 @@ def _validate(folder: Path, manifest: CheckpointManifest) -> Iterator[str]:
             yield f"files: {name!r} is not a path below the checkpoint"
         if num_bytes < 0:
             yield f"files: {name} has {num_bytes} bytes"
-    if manifest.sha256 and manifest.sha256.keys() != manifest.files.keys():
+    if manifest.sha256.keys() != manifest.files.keys():
         name = min(manifest.sha256.keys() ^ manifest.files.keys())
         yield f"sha256 and files do not list the same files: {name!r}"
     for name, digest in manifest.sha256.items():
@@ -156,11 +209,8 @@ def missing_payload(folder: Path, manifest: CheckpointManifest) -> str | None:
 def damaged_files(
     folder: Path, manifest: CheckpointManifest, names: Iterable[str], *, heartbeat: Callable[[], None] = lambda: None
 ) -> list[str]:
-    """Return those of ``names`` whose content differs from its checksum.
-
-    None if the manifest has no checksums.
-    """
-    expected = {name: manifest.sha256[name] for name in names if name in manifest.sha256}
+    """Return those of ``names`` whose content differs from its checksum."""
+    expected = {name: manifest.sha256[name] for name in names}
     found = checksums(folder, expected, heartbeat=heartbeat)
     return sorted(name for name, digest in expected.items() if found.get(name) != digest)
 

@@ -69,7 +69,7 @@ def intersect(one: Box, other: Box) -> Box | None:
 
 
 def slices(box: Box, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-    """Return the indices of a box in a tensor whose first element stands at ``origin`` of the whole one."""
+    """Return the indices of a box in a tensor that begins at ``origin`` of the whole one."""
     origin = origin if origin is not None else (0,) * len(box.offsets)
     return tuple(
         slice(offset - first, offset - first + size)
@@ -78,7 +78,7 @@ def slices(box: Box, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
 
 
 def boxes_of(region: Region, shape: Shape) -> Iterator[Box]:
-    """Yield boxes that together are ``region``, in the order of the flattened tensor; one for a box.
+    """Yield boxes that together are ``region``, in the order of the flattened tensor.
 
     A range is part of a row, whole rows, part of a row, and so on in each dimension: at most two boxes for each
     dimension, and one more.

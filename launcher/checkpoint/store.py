@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import errno
 import itertools
+import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launcher.checkpoint.manifest import (
     CheckpointManifest,
+    WrittenFile,
     checksums,
-    files_of_part,
     missing_payload,
     read_manifest,
     write_manifest,
 )
 from launcher.config.checkpoint import Checkpoint
 from launcher.protocol.rundir import remove_unfinished_checkpoints
-from launcher.utils.files import fsync_folder, read_json, write_json
+from launcher.utils.files import fsync_folder
 
 Say = Callable[[str], None]
 
 _NAME = re.compile(r"step_(\d{8,})")
-_CHECKSUMS = ".sha256.{}.json"
-"""In a pending folder: the checksums that one rank computed."""
 
 
 def silent(line: str) -> None:
@@ -50,8 +49,6 @@ class CheckpointStore:
     """Writes and prunes checkpoints.
 
     Rank 0 calls ``begin`` and ``commit``, with a barrier after the one and before the other.
-
-    Between the barrier and ``commit``, the ranks may call ``checksum`` together; rank 0 alone hashes what is left.
 
     Args:
         folder: ``<run directory>/checkpoints``, on a file system that all ranks share.
@@ -85,39 +82,41 @@ class CheckpointStore:
         self._folder.mkdir(parents=True, exist_ok=True)
         return self.pending(step).is_dir()
 
-    def checksum(self, step: int, *, rank: int, world_size: int, heartbeat: Callable[[], None] = lambda: None) -> None:
-        """Hash this rank's share of the pending payload, which is complete; a barrier follows.
-
-        Args:
-            step: of the checkpoint.
-            rank: of this process.
-            world_size: ranks that call this.
-            heartbeat: called while files are read.
-        """
-        pending = self.pending(step)
-        sizes = {name: (pending / name).stat().st_size for name in _payload(pending)}
-        own = files_of_part(sizes, part=rank, parts=world_size)
-        write_json(pending / _CHECKSUMS.format(rank), checksums(pending, own, heartbeat=heartbeat))
-
-    def commit(self, manifest: CheckpointManifest, *, heartbeat: Callable[[], None] = lambda: None) -> SavedCheckpoint:
+    def commit(
+        self,
+        manifest: CheckpointManifest,
+        written: Mapping[str, WrittenFile] | None = None,
+        *,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> SavedCheckpoint:
         """Make the pending payload of ``manifest.step`` the checkpoint of that step, then prune.
 
+        Args:
+            manifest: without files.
+            written: files that ranks have written and synced, by path below the folder; others are hashed here.
+            heartbeat: called while they are read.
+
         Raises:
-            OSError: the disk is full or gone; older checkpoints are untouched.
+            OSError: the disk is full or gone, or a file is not as it was written; older checkpoints are untouched.
         """
         pending, final = self.pending(manifest.step), self._folder / _name(manifest.step)
-        sha256 = _taken_checksums(pending)
-        names = _payload(pending)
-        for name in names:
+        written, names = written or {}, _payload(pending)
+        others = [name for name in names if name not in written]
+        for name in others:
             _fsync_file(pending / name)
         for folder in (pending, *(entry for entry in pending.rglob("*") if entry.is_dir())):
             fsync_folder(folder)
-        sha256 |= checksums(pending, [name for name in names if name not in sha256], heartbeat=heartbeat)
-        if unread := [name for name in names if name not in sha256]:
-            raise OSError(errno.EIO, "cannot be read back", str(pending / unread[0]))
+        sha256 = checksums(pending, others, heartbeat=heartbeat)
+        sha256 |= {name: file.sha256 for name, file in written.items()}
+        sizes = {name: (pending / name).stat().st_size for name in names}
+        for name in sorted(sizes.keys() | written.keys()):
+            if name not in sha256 or name not in sizes or (name in written and sizes[name] != written[name].num_bytes):
+                raise OSError(errno.EIO, "cannot be read back", str(pending / name))
+        loss = manifest.eval_loss
         complete = replace(
             manifest,
-            files={name: (pending / name).stat().st_size for name in names},
+            eval_loss=loss if loss is not None and math.isfinite(loss) else None,
+            files=sizes,
             sha256={name: sha256[name] for name in names},
         )
         write_manifest(pending, complete)
@@ -202,22 +201,8 @@ def open_checkpoint(folder: Path) -> SavedCheckpoint:
 
 
 def _payload(pending: Path) -> list[str]:
-    """Return the files of a pending payload by their path below it.
-
-    Other ranks may be writing their checksums there, under temporary names that begin with one more dot.
-    """
-    names = (file.relative_to(pending).as_posix() for file in pending.rglob("*"))
-    payload = (name for name in names if not name.lstrip(".").startswith(_CHECKSUMS.partition("{")[0].lstrip(".")))
-    return sorted(name for name in payload if (pending / name).is_file())
-
-
-def _taken_checksums(pending: Path) -> dict[str, str]:
-    """Return the checksums that ranks have written, and remove their files."""
-    found: dict[str, str] = {}
-    for file in sorted(pending.glob(_CHECKSUMS.format("*"))):
-        found |= read_json(file)
-        file.unlink()
-    return found
+    """Return the files of a pending payload by their path below it."""
+    return sorted(file.relative_to(pending).as_posix() for file in pending.rglob("*") if file.is_file())
 
 
 def _name(step: int) -> str:

@@ -1,8 +1,8 @@
-"""Tensors of a checkpoint: each rank writes its parts to one safetensors file; any rank reads any part of them.
+"""Tensors of a checkpoint: each rank writes its parts, any rank reads any part.
 
 One form for every strategy: a tensor has its name and shape in the whole model (moments: ``exp_avg.<parameter>``), and
-parts in any number of files. The header of a file says which part of which tensor each entry is, so ranks write
-independently of each other, and a reader needs no index. Imports torch: for ranks only.
+parts in any number of safetensors files, one a rank. The header of a file says which part of which tensor each entry
+is, so ranks write independently of each other, and a reader needs no index. Imports torch: for ranks only.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from launcher.checkpoint.manifest import WrittenFile
 from launcher.checkpoint.regions import (
     Box,
     FlatRange,
@@ -64,20 +65,13 @@ class Shard:
     """Which part of it."""
     dtype: torch.dtype
     read: Callable[[], Tensor]
-    """Returns the values, shape of the box or one dimension, on any device; called once, when they are written."""
+    """Returns the values, in the shape of the box or in one dimension, on any device.
+    Called once, when they are written."""
 
     @property
     def num_bytes(self) -> int:
         """Size of the values."""
         return self.region.numel * int(self.dtype.itemsize)
-
-
-@dataclass(frozen=True)
-class WrittenFile:
-    """A file of a payload, as written."""
-
-    num_bytes: int
-    sha256: str
 
 
 def shard_file_name(rank: int) -> str:
@@ -165,7 +159,7 @@ class _Entry:
 
 
 class StoredState:
-    """The tensors of a checkpoint, whatever ranks and strategies wrote them; any part of them can be read.
+    """The tensors of a checkpoint, whatever ranks and strategies wrote them.
 
     Args:
         files: that ranks wrote.

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from launcher.config.component import Component
 from launcher.config.paths import PathText
 from launcher.errors import ConfigError
+
+ASYNC_MIN_BYTES = 32 << 20
+"""A rank that writes less is done sooner than a copy and a thread are worth."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,10 @@ class Checkpoint(Component):
     keep_best: bool = True
     """Also keep the one with the lowest held-out loss."""
 
+    async_mode: Literal["auto", "async", "disabled"] = "auto"
+    """``async`` copies the state to host memory and writes it beside the next steps.
+    ``disabled`` writes it first. ``auto`` is ``async`` where a rank writes 32 MiB or more and nothing lies on NVMe."""
+
     resume: PathText = "none"
     """``none``, ``auto`` (continue this run directory), a run id, or a run or checkpoint folder.
     A run takes ``@best`` or ``@step_00000010``, else its newest checkpoint. Jobs that train or evaluate take one."""
@@ -38,3 +45,9 @@ class Checkpoint(Component):
     def validate(self) -> Iterator[ConfigError]:
         """Reject negative counts."""
         yield from self.validate_minimum(0, "every", "keep")
+
+    def is_async(self, num_bytes: int, *, on_nvme: bool) -> bool:
+        """Whether a rank that writes ``num_bytes`` goes on while they are written."""
+        if self.async_mode == "auto":
+            return num_bytes >= ASYNC_MIN_BYTES and not on_nvme
+        return self.async_mode == "async"

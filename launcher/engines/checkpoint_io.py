@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from launcher.checkpoint.tensors import Shard
 
 
-_SCALARS = f"{TENSOR_FOLDER}/scalars.json"
+SCALARS = f"{TENSOR_FOLDER}/scalars.json"
 
 
 def write_state(folder: Path, shards: Sequence[Shard], scalars: Mapping[str, float]) -> None:
@@ -40,7 +40,7 @@ def write_state(folder: Path, shards: Sequence[Shard], scalars: Mapping[str, flo
     group = dist.group.WORLD if dist.is_initialized() else None
     write_shards(folder / shard_file_name(rank), divide_copies(shards, group))
     if rank == 0:
-        write_json(folder / _SCALARS, dict(scalars))
+        write_json(folder / SCALARS, dict(scalars))
 
 
 def read_state(folder: Path) -> tuple[StoredState, dict[str, float]]:
@@ -51,7 +51,7 @@ def read_state(folder: Path) -> tuple[StoredState, dict[str, float]]:
         ValueError: a file is damaged.
     """
     stored = StoredState(sorted((folder / TENSOR_FOLDER).glob("*.safetensors")))
-    return stored, read_json(folder / _SCALARS)
+    return stored, read_json(folder / SCALARS)
 
 
 def _file(folder: Path, rank: int) -> Path:

@@ -1,4 +1,4 @@
-"""An engine's tensors as parts of whole ones: what a checkpoint takes from a rank and gives back."""
+"""An engine's tensors as parts of whole ones, for checkpoints."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def shard_of(name: str, tensor: Tensor, region: Region) -> Shard:
 
 
 def divide_copies(shards: Sequence[Shard], group: ProcessGroup | None) -> list[Shard]:
-    """Return the shards that this rank writes: of equal parts that several ranks have, one rank writes each.
+    """Return the shards that this rank writes.
+
+    Of equal parts that several ranks have, one rank writes each.
 
     Args:
         shards: that this rank has.

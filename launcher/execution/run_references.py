@@ -270,8 +270,6 @@ def _weights_in(folder: Path, run: Run) -> Path:
         names = [name for name in saved.manifest.files if name.startswith(f"{PAYLOAD}/")]
         bad = damaged_files(saved.folder, saved.manifest, names)
         if not bad:
-            if not saved.manifest.sha256:
-                _warn(f"{WEIGHTS}={word}: {saved.folder} has no checksums (an earlier version wrote it): not verified")
             if damaged:
                 _warn(f"{WEIGHTS}={word}: {saved.folder} is loaded instead")
             return saved.folder / PAYLOAD

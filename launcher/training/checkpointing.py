@@ -1,4 +1,4 @@
-"""Save and restore a training run on all ranks together."""
+"""Restore a training run on all ranks together: find, verify and load its checkpoint."""
 
 from __future__ import annotations
 
@@ -6,19 +6,17 @@ import itertools
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
-from launcher.checkpoint.manifest import damaged_files, describe_checkpoint, files_of_part
+from launcher.checkpoint.manifest import damaged_files, files_of_part
 from launcher.checkpoint.resume import lr_jump_warning, no_intact_checkpoint, resume_candidates
 from launcher.checkpoint.store import complete_checkpoints, silent
 from launcher.config.data.base import CHECKPOINT_TOKENIZER, Corpus, Data
 from launcher.errors import ConfigError, JobError
-from launcher.utils.files import read_json
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
-    from launcher.checkpoint.manifest import CheckpointManifest
     from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
-    from launcher.config.run import Run
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
@@ -142,8 +140,6 @@ def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> Sa
         say(f"checkpoint {why}")
     if saved is None and damaged:
         raise no_intact_checkpoint(resume, "; ".join(damaged))
-    if saved is not None and not saved.manifest.sha256:
-        say(f"checkpoint {saved.folder} has no checksums (an earlier version wrote it): its content is not verified")
     barrier()  # no rank still reads what rank 0 renames
     if context.is_main and resume == "auto":
         for entry in damaged.values():
@@ -151,76 +147,9 @@ def _find_intact(store: CheckpointStore, context: Context, engine: Engine) -> Sa
     return saved
 
 
-def save_checkpoint(
-    store: CheckpointStore,
-    context: Context,
-    engine: Engine,
-    *,
-    step: int,
-    held_out_loss: float | None,
-    tokenizer: FastTokenizer | None = None,
-) -> None:
-    """Write the checkpoint of ``step``; all ranks return once it is complete.
-
-    Args:
-        store: of the run's checkpoints.
-        context: of this rank.
-        engine: whose state is saved.
-        step: optimizer steps done.
-        held_out_loss: at this step, where it was measured.
-        tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
-
-    Raises:
-        JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
-    """
-    from launcher.engines.distributed import barrier, ranks_where
-
-    if context.is_main:
-        store.begin(step)
-    barrier()
-    if blind := ranks_where(not store.is_visible(step), device=engine.device):
-        raise JobError(
-            f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
-            f"{store.pending(step)}: set run.root to a folder that all hosts share"
-        )
-    engine.save(store.pending(step))
-    if context.is_main and tokenizer is not None:
-        _save_tokenizer(context, tokenizer, store.pending(step) / "model")
-    barrier()
-
-    def heartbeat() -> None:
-        context.heartbeat.update("checkpoint")
-
-    if context.world_size > 1:
-        store.checksum(step, rank=context.rank, world_size=context.world_size, heartbeat=heartbeat)
-        barrier()
-    if context.is_main:
-        manifest = make_manifest(context, step=step, held_out_loss=held_out_loss)
-        print(f"checkpoint {store.commit(manifest, heartbeat=heartbeat).folder}", flush=True)
-    barrier()  # a rank that leaves now, with all others, leaves a whole checkpoint
-
-
-def make_manifest(context: Context, *, step: int, held_out_loss: float | None) -> CheckpointManifest:
-    """Return the manifest for the run's checkpoint of ``step``.
-
-    The store adds the files.
-    """
-    plan = read_json(context.run_dir.plan)
-    return describe_checkpoint(
-        model=context.run.model,
-        parallel=context.run.parallel,
-        precision=context.run.precision,
-        world_size=context.world_size,
-        step=step,
-        eval_loss=held_out_loss,
-        run_id=plan["run_id"],
-        run_hash=plan["run_hash"],
-        lr=_last_lr(context.run, step),
-    )
-
-
-def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) -> None:
-    from launcher.data.token_cache import save_tokenizer
+def save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path, *, heartbeat: Callable[[], None]) -> None:
+    """Write the tokenizer of a run's data beside its weights."""
+    from launcher.data.token_cache import save_tokenizer as save_to
 
     data = context.run.data
     assert isinstance(data, Corpus), "what has a tokenizer has text"
@@ -228,10 +157,4 @@ def _save_tokenizer(context: Context, tokenizer: FastTokenizer, folder: Path) ->
         data = resolve_tokenizer(context, data)
     except ConfigError:  # the checkpoint it came from is gone
         data = replace(data, tokenizer="bpe")
-    save_tokenizer(data, context.run.model, tokenizer, folder, heartbeat=lambda: context.heartbeat.update("checkpoint"))
-
-
-def _last_lr(run: Run, step: int) -> float | None:
-    """Return the learning rate of optimizer step ``step`` (1-based), which has been taken."""
-    steps = run.job.optimizer_steps
-    return run.optimizer.lr * run.schedule.factor(step - 1, steps) if steps and step else None
+    save_to(data, context.run.model, tokenizer, folder, heartbeat=heartbeat)

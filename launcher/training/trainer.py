@@ -15,9 +15,10 @@ from launcher.errors import EXIT_PREEMPTED, JobError
 from launcher.profiling.performance import StepClock
 from launcher.protocol.loss_curve import draw_curve
 from launcher.training.callbacks import Callbacks
-from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint, save_checkpoint
+from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
 from launcher.training.recorder import Recorder
+from launcher.training.saving import CheckpointSaver
 from launcher.utils.files import write_atomic
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Trainer:
         self.preemption = preemption
         self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
+        self.saver = CheckpointSaver(self.store, context, engine, tokenizer=splits.tokenizer)
         self.callbacks = Callbacks(job.callbacks, context, engine)
         self.recorder: Recorder
 
@@ -65,15 +67,18 @@ class Trainer:
         with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.defer()
-            for step in range(first, self.job.steps):
-                with self.context.profiler.step():
-                    self.advance(step)
+            with self.saver:
+                for step in range(first, self.job.steps):
+                    with self.context.profiler.step():
+                        self.advance(step)
+            self._report_saved()
             write_sample_and_curve(self)
         self.context.heartbeat.update("done", self.job.steps)
 
     def advance(self, step: int) -> None:
         """Take optimizer step ``step`` (0-based), then evaluate and save where it is time to."""
         done = step + 1
+        self.saver.check()
         if self.train_step(step).preempted and done < self.job.steps:
             self.exit_preempted(done)
         held_out = self.evaluate(done) if self._evaluates_after(done) else None
@@ -105,17 +110,20 @@ class Trainer:
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
-    def save(self, done: int, held_out: EvaluationResult | None) -> None:
-        """Write the checkpoint of ``done`` steps, every rank its part."""
+    def save(self, done: int, held_out: EvaluationResult | None, *, now: bool = False) -> None:
+        """Save the state after ``done`` steps, every rank its part."""
         with self.clock.phase("checkpoint"):
-            loss = held_out.loss if held_out else None
-            tokenizer = self.splits.tokenizer
-            save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
-        self.recorder.callbacks(done, self.callbacks.on_save(done, self.store.folder_of(done)))
+            self.saver.save(done, eval_loss=held_out.loss if held_out else None, now=now)
+        self._report_saved()
+
+    def _report_saved(self) -> None:
+        """Tell callbacks of checkpoints that have become complete."""
+        for step in self.saver.take_completed():
+            self.recorder.callbacks(step, self.callbacks.on_save(step, self.store.folder_of(step)))
 
     def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
         """Save, whatever the policy is, and exit with the resume code, on all ranks."""
-        self.save(done, held_out)
+        self.save(done, held_out, now=True)
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)
         raise SystemExit(EXIT_PREEMPTED)

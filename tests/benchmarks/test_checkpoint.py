@@ -30,12 +30,12 @@ def results(run_dir: Path) -> dict:
 
 
 def test_each_way_to_save_is_measured_and_restores_what_it_saved(launch) -> None:
-    ended = launch(*TINY, "parallel=ddp").expect(0)
+    ended = launch(*TINY, "parallel=ddp", "benchmark.modes=[none,disabled,async,dcp_save,dcp_async_save]").expect(0)
     found = results(ended.run_dir)
     cases = found["cases"]
-    assert list(cases) == ["none", "blocking", "asynchronous"]
+    assert list(cases) == ["none", "disabled", "async", "dcp_save", "dcp_async_save"]
     assert list(cases["none"]) == ["loop_s"]
-    for way in ("blocking", "asynchronous"):
+    for way in list(cases)[1:]:
         case = {key: values[0] for key, values in cases[way].items()}
         assert STATE_BYTES < case["checkpoint_bytes"] < 1.2 * STATE_BYTES
         assert case["written_mb_per_s"] == pytest.approx(case["checkpoint_bytes"] / case["durable_s"] / 1e6)
@@ -45,26 +45,34 @@ def test_each_way_to_save_is_measured_and_restores_what_it_saved(launch) -> None
         assert [len(rank["stalls_s"]) for rank in ranks] == [2, 2]
         assert len(ranks[0]["durable_s"]) == 2
     page = (ended.run_dir / "benchmark.md").read_text()
-    assert "blocking: training stands still for " in page
-    assert page.count("weights equal bit for bit") == 2
+    assert "disabled: training stands still for " in page
+    assert page.count("weights equal bit for bit") == 4
+    assert "async stands still for " in page
     metrics = json.loads((ended.run_dir / "result.json").read_text())["metrics"]
-    assert metrics["benchmark/blocking/stall_s"] == cases["blocking"]["stall_s"][0]
+    assert metrics["benchmark/async/stall_s"] == cases["async"]["stall_s"][0]
 
 
 def test_deepspeed_saves_as_it_does(launch) -> None:
-    ended = launch(*TINY, "parallel=zero1", "benchmark.modes=[blocking]").expect(0)
-    (case,) = results(ended.run_dir)["cases"].values()
-    assert "added_per_save_s" not in case, "nothing was measured that it could be added to"
-    assert case["checkpoint_bytes"][0] > STATE_BYTES
+    ended = launch(*TINY, "parallel=zero1", "benchmark.modes=[disabled,deepspeed]").expect(0)
+    for case in results(ended.run_dir)["cases"].values():
+        assert "added_per_save_s" not in case, "nothing was measured that it could be added to"
+        assert case["checkpoint_bytes"][0] > STATE_BYTES
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("parallel=zero1",), r"parallel=zero has no tensors by name.*; set benchmark\.modes=\[none,blocking\]"),
+        (
+            ("parallel=zero1", "benchmark.modes=[dcp_save]"),
+            r"parallel=zero has no tensors.*; leave dcp_save out",
+        ),
+        (
+            ("parallel=ddp", "benchmark.modes=[deepspeed]"),
+            r"does not train with DeepSpeed; leave deepspeed",
+        ),
         (("benchmark.modes=[]",), "names nothing to compare"),
         (("benchmark.modes=[none]",), "saves nothing"),
-        (("benchmark.modes=[blocking,blocking]",), "something twice"),
+        (("benchmark.modes=[async,async]",), "something twice"),
         (("benchmark.saves=0",), "must be at least 1"),
         (("benchmark.sequence_length=33",), "takes at most 32 tokens"),
     ],

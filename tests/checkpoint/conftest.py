@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import CheckpointManifest, describe_checkpoint
+from launcher.checkpoint.manifest import CheckpointManifest, DataCursor
 from launcher.checkpoint.store import CheckpointStore, SavedCheckpoint
 from launcher.config.checkpoint import Checkpoint
 from launcher.config.model.gpt2 import Gpt2
 from launcher.config.parallel.zero import Zero
 from launcher.config.precision import Bf16Precision
+from launcher.utils.schema import to_tree
 
 MODEL = Gpt2(name="tiny", num_hidden_layers=2, num_attention_heads=2, hidden_size=16)
 PARALLEL = Zero(stage=3)
@@ -22,15 +23,18 @@ Save = Callable[..., SavedCheckpoint]
 
 def manifest_of(step: int, *, eval_loss: float | None = None) -> CheckpointManifest:
     """Return the manifest that a run of these components writes on 2 ranks."""
-    return describe_checkpoint(
-        model=MODEL,
-        parallel=PARALLEL,
-        precision=PRECISION,
-        world_size=2,
+    return CheckpointManifest(
         step=step,
-        eval_loss=eval_loss,
+        created=0.0,
         run_id="a-run",
         run_hash="0" * 64,
+        architecture=to_tree(MODEL.architecture()),
+        engine=PARALLEL.engine,
+        parallel=to_tree(PARALLEL),
+        precision=PRECISION.kind,
+        world_size=2,
+        data=DataCursor(seed=0, global_batch=16, sequence_length=64, sequences=16 * step),
+        eval_loss=eval_loss,
     )
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from launcher.checkpoint.manifest import checksums, damaged_files, files_of_part, read_manifest
+from launcher.checkpoint.manifest import WrittenFile, damaged_files, files_of_part, read_manifest
 from launcher.checkpoint.store import CheckpointStore
 from launcher.config.checkpoint import Checkpoint
-from launcher.utils.files import atomic_file, read_json, sha256_of, write_json
+from launcher.utils.files import read_json, sha256_of, write_json
 
 from .conftest import Save, manifest_of
 
@@ -93,27 +93,25 @@ def test_the_newest_and_the_best_are_kept(
     assert names(tmp_path / "checkpoints") == [f"step_{step:08d}" for step in kept]
 
 
-def test_ranks_hash_their_shares_and_rank_0_what_is_left(tmp_path: Path) -> None:
+def test_files_that_ranks_have_hashed_are_not_read_again(tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path / "checkpoints", Checkpoint())
     pending = store.begin(3)
-    for number in range(5):
-        (pending / f"{number}.bin").write_bytes(b"x" * number * 1000)
-    for rank in range(2):  # the third rank is late: rank 0 hashes its share
-        store.checksum(3, rank=rank, world_size=3)
-    saved = store.commit(manifest_of(3))
-    assert names(saved.folder) == ["0.bin", "1.bin", "2.bin", "3.bin", "4.bin", "manifest.json"]
-    assert saved.manifest.sha256 == checksums(saved.folder, saved.manifest.files)
+    for number in range(3):
+        (pending / f"{number}.bin").write_bytes(b"x" * number)
+    written = {"1.bin": WrittenFile(num_bytes=1, sha256="1" * 64), "2.bin": WrittenFile(num_bytes=2, sha256="2" * 64)}
+    saved = store.commit(manifest_of(3), written)
+    assert saved.manifest.sha256 == {"0.bin": sha256_of(b""), "1.bin": "1" * 64, "2.bin": "2" * 64}
 
 
-def test_checksums_that_another_rank_is_writing_are_no_payload(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path, Checkpoint())
-    pending = store.begin(1)
-    (pending / "0.bin").write_bytes(b"0" * 10)
-    (pending / ".metadata").write_bytes(b"payload")  # torch's distributed checkpoints hold one
-    with atomic_file(pending / ".sha256.1.json"):
-        store.checksum(1, rank=0, world_size=1)
-    hashed = read_json(pending / ".sha256.0.json")
-    assert set(hashed) == {".metadata", "0.bin"}
+@pytest.mark.parametrize("found", [None, b"", b"xx"])
+def test_a_file_that_is_not_as_it_was_written_is_no_checkpoint(tmp_path: Path, found: bytes | None) -> None:
+    store = CheckpointStore(tmp_path / "checkpoints", Checkpoint())
+    pending = store.begin(3)
+    if found is not None:
+        (pending / "0.bin").write_bytes(found)
+    with pytest.raises(OSError, match="cannot be read back"):
+        store.commit(manifest_of(3), {"0.bin": WrittenFile(num_bytes=1, sha256="1" * 64)})
+    assert store.latest() is None
 
 
 def test_every_file_is_in_one_share_and_shares_are_alike() -> None:
@@ -131,11 +129,12 @@ def test_a_changed_bit_and_an_unreadable_file_are_named(save: Save) -> None:
     assert damaged_files(saved.folder, saved.manifest, saved.manifest.files) == ["model.bin", "ranks/0.bin"]
 
 
-def test_a_manifest_of_before_without_checksums_is_read(save: Save) -> None:
-    saved = save(10)
-    tree = read_json(saved.folder / "manifest.json")
-    write_json(saved.folder / "manifest.json", {key: tree[key] for key in tree.keys() - {"sha256", "lr"}})
-    assert read_manifest(saved.folder).sha256 == {}
+@pytest.mark.parametrize(("version", "age"), [(1, "an older"), (3, "a newer")])
+def test_a_manifest_of_another_version_says_so(save: Save, version: int, age: str) -> None:
+    folder = save(10).folder
+    write_json(folder / "manifest.json", {**read_json(folder / "manifest.json"), "version": version})
+    with pytest.raises(ValueError, match=rf"{age} launcher wrote it \(manifest version {version}, this"):
+        read_manifest(folder)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +213,7 @@ def test_an_incomplete_one_is_skipped_and_named(tmp_path: Path, save: Save, dama
     elif damage == "half a manifest":
         os.truncate(manifest, 40)
     else:
-        manifest.write_text(manifest.read_text().replace('"version": 1', '"version": 2'))
+        write_json(manifest, {**read_json(manifest), "version": 3})
     said: list[str] = []
     latest = CheckpointStore(tmp_path / "checkpoints", Checkpoint(), say=said.append).latest()
     assert latest is not None

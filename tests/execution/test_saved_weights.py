@@ -90,14 +90,11 @@ def write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
                 (pending / "model" / "tokenizer.json").write_text(tokenizer if isinstance(tokenizer, str) else "{}\n")
         (pending / "optimizer.pt").write_bytes(b"moments")
         about = describe_checkpoint(
-            model=run.model,
-            parallel=run.parallel,
-            precision=run.precision,
-            world_size=2,
+            run,
             step=step,
             eval_loss=loss,
-            run_id=run_id,
-            run_hash="0" * 64,
+            world_size=2,
+            plan={"run_id": run_id, "run_hash": "0" * 64},
         )
         return store.commit(about)
 
@@ -289,13 +286,6 @@ def test_one_that_is_damaged_is_refused_where_the_user_named_it(write: Write) ->
     damage(write(20).folder / "model" / "model.safetensors")
     for place in ("@step_00000020", "/checkpoints/step_00000020", "/checkpoints/step_00000020/model"):
         assert "no checkpoint is intact" in refused(f"model.weights=runs/gpt2_tiny/{ID}{place}")
-
-
-def test_one_without_checksums_is_loaded_and_that_is_said(write: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    manifest = write(10).folder / "manifest.json"
-    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key not in ("sha256", "lr")})
-    resolved(f"model.weights={ID}")
-    assert capsys.readouterr().err.count("has no checksums (an earlier version wrote it)") == 1
 
 
 def test_a_run_that_quantized_stands_for_its_weights(tmp_path: Path, write: Write) -> None:

@@ -244,14 +244,11 @@ def test_weights_of_a_plugins_model_need_the_plugin(example: str, tmp_path: Path
     weights.mkdir()
     (weights / "model.safetensors").write_bytes(b"weights")
     about = describe_checkpoint(
-        model=run.model,
-        parallel=run.parallel,
-        precision=run.precision,
-        world_size=1,
+        run,
         step=1,
         eval_loss=None,
-        run_id=folder.name,
-        run_hash="0" * 64,
+        world_size=1,
+        plan={"run_id": folder.name, "run_hash": "0" * 64},
     )
     store.commit(about)
     evaluated = launcher.compose([example, "job=evaluate", f"model.weights={folder}"])

@@ -24,7 +24,6 @@ from launcher.models.tokenizer import FastTokenizer
 from launcher.protocol.heartbeat import Heartbeat
 from launcher.protocol.rundir import RunDir
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint
-from launcher.utils.files import read_json, write_json
 
 ABOUT: dict[str, Any] = {"created": 0.0, "run_id": "a", "run_hash": "b", "engine": "torch", "precision": "fp32"}
 
@@ -152,13 +151,3 @@ def test_checkpoints_of_another_run_are_left_as_they_are(continued, tmp_path):
     with pytest.raises(ConfigError, match=r"step_00000030 is damaged.*model\.safetensors"):
         continued(str(folder_of(tmp_path, 30)), folder=tmp_path / "new")
     assert folder_of(tmp_path, 30).is_dir()
-
-
-def test_one_without_checksums_is_loaded_and_that_is_said_in_one_line(continued, tmp_path, capsys):
-    manifest = folder_of(tmp_path, 30) / "manifest.json"
-    write_json(manifest, {key: value for key, value in read_json(manifest).items() if key not in ("sha256", "lr")})
-    damage(folder_of(tmp_path, 30))
-    assert continued() == (30, [folder_of(tmp_path, 30)])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert "has no checksums" in lines[0]

@@ -77,18 +77,18 @@ def thread_words(count: int) -> str:
     return {0: "a thread a core", 1: "1 thread"}.get(count, f"{count} threads")
 
 
-SavingMode = Literal["none", "blocking", "asynchronous"]
+SavingMode = Literal["none", "disabled", "async", "dcp_save", "dcp_async_save", "deepspeed"]
 NO_SAVING: Final[SavingMode] = "none"
 _COPIED = ("single", "ddp", "fsdp")
-"""Strategies whose state can be copied by name and written during the steps."""
+"""Strategies of the torch engine, whose tensors torch.distributed.checkpoint takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointBenchmark(Benchmark):
     """The same training loop without saving, and with each way to save.
 
-    ``blocking`` is how job=train saves. ``asynchronous`` is torch.distributed.checkpoint's async_save of the same
-    tensors: training stands still while they are copied, and a thread writes the copies.
+    ``disabled`` and ``async`` are those of ``checkpoint.async_mode``. ``dcp_save`` and ``dcp_async_save`` are
+    torch.distributed.checkpoint with the same tensors, ``deepspeed`` is DeepSpeed's ``save_checkpoint``.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -99,7 +99,7 @@ class CheckpointBenchmark(Benchmark):
     isolation: ClassVar[str] = "on forks of the run's ranks"
     needs_model: ClassVar[bool] = True
 
-    modes: tuple[SavingMode, ...] = ("none", "blocking", "asynchronous")
+    modes: tuple[SavingMode, ...] = ("none", "disabled", "async")
     """Ways to save that are compared.
     The seconds that saves add to the loop are known only if ``none`` is measured too."""
 
@@ -137,9 +137,13 @@ class CheckpointBenchmark(Benchmark):
     def validate_run(self, run: Run, *, world_size: int) -> Iterator[ConfigError]:
         """Reject strategies that only DeepSpeed can save, and sequences too long for the model."""
         kind, shape = run.parallel.kind, run.model.shape()
-        if "asynchronous" in self.modes and kind not in _COPIED:
-            why = f"parallel={kind} has no tensors by name that could be copied while it trains"
-            yield self.error("modes", why, f"set benchmark.modes=[none,blocking], or parallel={' or '.join(_COPIED)}")
+        peers = {mode for mode in self.modes if mode.startswith("dcp")}
+        if peers and kind not in _COPIED:
+            why = f"parallel={kind} has no tensors by name that torch.distributed.checkpoint could save"
+            yield self.error("modes", why, f"leave {' and '.join(sorted(peers))} out, or set parallel=ddp")
+        if "deepspeed" in self.modes and run.parallel.engine != "deepspeed":
+            why = f"parallel={kind} does not train with DeepSpeed"
+            yield self.error("modes", why, "leave deepspeed out, or set parallel=zero1")
         if shape is None:
             why = "its sizes are known only once it is downloaded"
             yield ConfigError("model", run.model.kind, why=why, fix="choose another model")

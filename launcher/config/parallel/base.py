@@ -99,6 +99,11 @@ class Parallel(Component):
     supports_resharding: ClassVar[bool] = True
     """Whether a checkpoint of one world size loads at another."""
 
+    @property
+    def keeps_state_on_nvme(self) -> bool:
+        """Whether weights or moments lie on NVMe, so that host memory has no room for copies."""
+        return False
+
     def dims(self, world_size: int) -> ParallelDims:
         """Return how the world is divided, or the most ranks that can be used if it is uneven."""
         return ParallelDims(data=world_size)

@@ -97,7 +97,7 @@ class Zero(Parallel):
     They may not contradict a field of ours."""
 
     @property
-    def uses_nvme(self) -> bool:
+    def keeps_state_on_nvme(self) -> bool:
         """Whether anything lives on NVMe."""
         return "nvme" in (self.offload_optimizer, self.offload_parameters)
 
@@ -111,7 +111,7 @@ class Zero(Parallel):
         if self.stage != 3 and self.offload_parameters != "none":
             why = f"only ZeRO stage 3 partitions parameters and parallel.stage={self.stage}"
             yield self.error("offload_parameters", why, "set parallel.stage=3 or parallel.offload_parameters=none")
-        if self.uses_nvme and not self.nvme_path:
+        if self.keeps_state_on_nvme and not self.nvme_path:
             why = "parameters or optimizer state are offloaded to NVMe, and no folder is set"
             yield ConfigError("parallel.nvme_path", "null", why=why, fix="set parallel.nvme_path=<a folder on NVMe>")
         if self.low_memory_bf16 and self.stage == 0:
@@ -156,7 +156,7 @@ class Zero(Parallel):
         offloads_to_ram = "cpu" in (self.offload_optimizer, self.offload_parameters)
         if offloads_to_ram and not on_gpu:
             yield "ranks compute on the CPU, so offloading to host RAM moves nothing off a device and only adds copies"
-        if (offloads_to_ram or self.uses_nvme) and self.pin_memory and not on_gpu:
+        if (offloads_to_ram or self.keeps_state_on_nvme) and self.pin_memory and not on_gpu:
             yield "parallel.pin_memory has no effect without a GPU"
 
     def state_bytes(self, shape: Shape, world_size: int, precision: Precision, *, moments: int = 2) -> StateBytes:
@@ -198,7 +198,7 @@ class Zero(Parallel):
             replaceable = replaceable and not self.low_memory_bf16
             adam = "fused_adam" if self.offload_optimizer == "none" else "cpu_adam"
             (optional if replaceable else needed).append(adam)
-        if self.uses_nvme:
+        if self.keeps_state_on_nvme:
             needed += ["pin_memory", "async_io"]
         return NativeOps(needed=tuple(needed), optional=tuple(optional))
 
@@ -256,7 +256,7 @@ def render_deepspeed_config(
         "checkpoint": {"tag_validation": "Fail"},
         "wall_clock_breakdown": False,
     }
-    if zero.uses_nvme:
+    if zero.keeps_state_on_nvme:
         ours["aio"] = {
             "block_size": 1048576,
             "queue_depth": 8,

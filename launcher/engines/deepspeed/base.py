@@ -100,6 +100,11 @@ class DeepSpeedEngineBase(Engine):
             preempted=num_preempted > 0,
         )
 
+    @property
+    def deepspeed(self) -> Any:
+        """DeepSpeed's own engine."""
+        return self._engine
+
     def state_bytes(self) -> StateBytes:
         """Return the bytes in memory: partitions as such, without those on NVMe."""
         return deepspeed_state_bytes(self._engine, device=self.device)

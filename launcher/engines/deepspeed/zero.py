@@ -51,7 +51,7 @@ class DeepSpeedEngine(DeepSpeedEngineBase):
         self._check_swap()
 
     def _swap_folder(self) -> SwapFolder | None:
-        if not self._zero.uses_nvme:
+        if not self._zero.keeps_state_on_nvme:
             return None
         assert self._zero.nvme_path, "refused before anything starts"
         run_id = self._context.run_id or sha256_of(os.fsencode(self._context.run_dir.path.absolute()))

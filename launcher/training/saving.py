@@ -1,0 +1,271 @@
+"""Save a training run: every rank writes its share, also beside the next steps."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from launcher.checkpoint.manifest import CheckpointManifest, WrittenFile, describe_checkpoint
+from launcher.checkpoint.tensors import TENSOR_FOLDER, Shard, shard_file_name, write_shards
+from launcher.engines.checkpoint_io import SCALARS
+from launcher.engines.distributed import barrier, group_timeout, ranks_where
+from launcher.engines.state import divide_copies
+from launcher.errors import JobError
+from launcher.training.checkpointing import save_tokenizer
+from launcher.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from launcher.checkpoint.regions import Region
+    from launcher.checkpoint.store import CheckpointStore
+    from launcher.engines.base import Engine
+    from launcher.engines.context import Context
+    from launcher.models.tokenizer import FastTokenizer
+
+_NICENESS = 15
+"""Of the thread that writes, so that steps go first on a machine whose cores are all busy."""
+
+
+class CheckpointSaver:
+    """Writes checkpoints, one at a time; all ranks call every method together.
+
+    Asynchronously (``checkpoint.async_mode``), a rank copies its share to buffers in host memory and goes on. A thread
+    writes, hashes and syncs the copies, meets the other ranks' threads in a process group of their own, and commits on
+    rank 0. An error shows at the next call on every rank.
+
+    Args:
+        store: of the run's checkpoints.
+        context: of this rank.
+        engine: whose state is saved.
+        tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
+    """
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        context: Context,
+        engine: Engine,
+        *,
+        tokenizer: FastTokenizer | None = None,
+    ) -> None:
+        self._store, self._context, self._engine, self._tokenizer = store, context, engine, tokenizer
+        self._copies = HostCopies(pinned=engine.device.type == "cuda")
+        self._group = dist.new_group(backend="gloo", timeout=group_timeout(context)) if dist.is_initialized() else None
+        self._own: frozenset[tuple[str, Region]] | None = None
+        self._writing: BackgroundCall | None = None
+        self._step, self._completed = 0, list[int]()
+        self.durable_s: list[float] = []
+        """Seconds from the beginning of each save until it was complete and on the disk."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Let a save that is under way become complete, also when the run fails: its state was good."""
+        try:
+            self.wait()
+        except OSError as failed:
+            if error is None:
+                raise
+            print(f"no checkpoint of step {self._step} was written: {failed}", file=sys.stderr, flush=True)
+
+    def save(self, step: int, *, eval_loss: float | None, now: bool = False) -> None:
+        """Save the state after ``step``, once the checkpoint before is complete.
+
+        Args:
+            step: optimizer steps done.
+            eval_loss: at this step, where it was measured.
+            now: return only when it is complete, as do all saves that are not asynchronous.
+
+        Raises:
+            JobError: the ranks do not share the run directory; nothing was saved that would look like a checkpoint.
+            OSError: the disk is full or gone; older checkpoints are untouched.
+        """
+        started = time.perf_counter()
+        self.wait()
+        if self._context.is_main:
+            self._store.begin(step)
+            (self._store.pending(step) / TENSOR_FOLDER).mkdir()
+        barrier()
+        if blind := ranks_where(not self._store.is_visible(step), device=self._engine.device):
+            raise JobError(
+                f"no checkpoint of step {step} was written: rank {', '.join(map(str, blind))} does not see "
+                f"{self._store.pending(step)}: set run.root to a folder that all hosts share"
+            )
+        manifest = describe_checkpoint(
+            self._context.run,
+            step=step,
+            eval_loss=eval_loss,
+            world_size=self._context.world_size,
+            plan=read_json(self._context.run_dir.plan),
+        )
+        self._step = step
+        shards, scalars = self._own_shards(), self._engine.scalars()
+        if not now and self._is_async(shards):
+            copies = self._copies.copy(shards)
+            self._writing = BackgroundCall(lambda: self._write(manifest, copies, scalars, started=started))
+        else:
+            heartbeat = partial(self._context.heartbeat.update, "checkpoint")
+            self._write(manifest, shards, scalars, started=started, heartbeat=heartbeat)
+            self._completed.append(step)
+
+    def check(self) -> None:
+        """Raise the error of a save that failed meanwhile; return at once otherwise."""
+        if self._writing is not None and self._writing.is_done:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no save is under way.
+
+        Raises:
+            OSError: it failed.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+            self._completed.append(self._step)
+
+    def take_completed(self) -> list[int]:
+        """Return the steps whose checkpoints became complete since the last call.
+
+        The same on every rank after :meth:`save` and :meth:`wait`.
+        """
+        completed, self._completed = self._completed, []
+        return completed
+
+    def _is_async(self, shards: Sequence[Shard]) -> bool:
+        run = self._context.run
+        num_bytes = sum(shard.num_bytes for shard in shards)
+        return run.checkpoint.is_async(num_bytes, on_nvme=run.parallel.keeps_state_on_nvme)
+
+    def _own_shards(self) -> list[Shard]:
+        """Return what this rank writes; who writes what is decided once."""
+        shards = self._engine.shards()
+        if self._own is None:
+            self._own = frozenset((shard.name, shard.region) for shard in divide_copies(shards, self._group))
+        return [shard for shard in shards if (shard.name, shard.region) in self._own]
+
+    def _write(
+        self,
+        manifest: CheckpointManifest,
+        shards: Sequence[Shard],
+        scalars: Mapping[str, float],
+        *,
+        started: float,
+        heartbeat: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Write this rank's share; with those of all others, rank 0 makes it a checkpoint."""
+        pending = self._store.pending(manifest.step)
+        name = shard_file_name(self._context.rank)
+        written = self._together(lambda: {name: write_shards(pending / name, shards, heartbeat=heartbeat)})
+
+        def commit() -> dict[str, WrittenFile]:
+            if self._context.is_main:
+                write_json(pending / SCALARS, dict(scalars))
+                if self._tokenizer is not None:
+                    save_tokenizer(self._context, self._tokenizer, pending / "model", heartbeat=heartbeat)
+                saved = self._store.commit(manifest, written, heartbeat=heartbeat)
+                print(f"checkpoint {saved.folder}", flush=True)
+            return {}
+
+        self._together(commit)  # a rank that leaves now, with all others, leaves a whole checkpoint
+        self.durable_s.append(time.perf_counter() - started)
+
+    def _together(self, work: Callable[[], dict[str, WrittenFile]]) -> dict[str, WrittenFile]:
+        """Return what every rank's ``work`` returned.
+
+        Raises:
+            OSError: that of the first rank on which it failed, on every rank.
+        """
+        outcome: dict[str, WrittenFile] | tuple[Any, ...]
+        own: OSError | None = None
+        try:
+            outcome = work()
+        except OSError as error:
+            own, outcome = error, (error.errno, error.strerror or str(error), error.filename)
+        outcomes = [outcome]
+        if self._group is not None:
+            outcomes = [{}] * dist.get_world_size(self._group)
+            dist.all_gather_object(outcomes, outcome, group=self._group)
+        merged: dict[str, WrittenFile] = {}
+        for found in outcomes:
+            if isinstance(found, tuple):
+                raise OSError(*found) from own
+            merged |= found
+        return merged
+
+
+class HostCopies:
+    """Buffers in host memory for one rank's shards.
+
+    The first save makes them, and all others use them again.
+
+    Args:
+        pinned: page-locked, so that a GPU copies to them at full speed.
+    """
+
+    def __init__(self, *, pinned: bool) -> None:
+        self._pinned = pinned
+        self._buffers: dict[tuple[str, Region], Tensor] = {}
+
+    def copy(self, shards: Sequence[Shard]) -> list[Shard]:
+        """Return shards of the same parts whose values no longer change."""
+        copies = []
+        for shard in shards:
+            values = shard.read().detach()
+            buffer = self._buffers.get((shard.name, shard.region))
+            if buffer is None:
+                buffer = torch.empty(values.shape, dtype=values.dtype, pin_memory=self._pinned)
+                self._buffers[shard.name, shard.region] = buffer
+            buffer.copy_(values, non_blocking=True)
+            copies.append(replace(shard, read=partial(_itself, buffer)))
+        if self._pinned:
+            torch.cuda.synchronize()
+        return copies
+
+
+def _itself(buffer: Tensor) -> Tensor:
+    return buffer
+
+
+class BackgroundCall:
+    """A call on a thread of low priority that does not keep the process alive.
+
+    Args:
+        call: begins at once.
+    """
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)  # of this thread alone, on Linux
+        try:
+            self._call()
+        except BaseException as error:  # noqa: BLE001  (raised again by who waits)
+            self._error = error
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it has returned or failed."""
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        """Wait, and raise what it raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error

@@ -61,11 +61,7 @@ class Result:
         return [rows[step] for step in sorted(rows)]
 
     def table(self) -> Any:
-        """Return :meth:`rows` as a pandas ``DataFrame``, indexed by step.
-
-        Raises:
-            ImportError: pandas is not installed.
-        """
+        """Return :meth:`rows` as a pandas ``DataFrame``, indexed by step."""
         import pandas
 
         return pandas.DataFrame(self.rows() or {"train/step": []}).set_index("train/step")

@@ -90,6 +90,9 @@ def plan_sweep(words: Sequence[str], *, config_dir: Path | None) -> tuple[SweepC
             mistakes += [error for error in several.errors if str(error) not in map(str, mistakes)]
     if mistakes:
         raise ConfigErrors(mistakes)
+    if len(trials) < 2 and not sweep.parameters:
+        fix = "give an option several values (optimizer.lr=1e-4,3e-4) or a grid (+sweep=lr_batch)"
+        raise ConfigError("sweep", why="there is only one combination", fix=fix)
     return sweep, trials
 
 

@@ -1,4 +1,4 @@
-"""The process that starts runs for a script, so that a notebook keeps its own signals and children."""
+"""The process that starts runs for a script: a notebook keeps its own signals and children."""
 
 from __future__ import annotations
 

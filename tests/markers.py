@@ -51,7 +51,7 @@ _BY_PLACE = (
     ),
     *((f"supervision/test_{name}.py*", "process") for name in ("dumps", "file_channel", "working_directory")),
     # Single tests that do.
-    ("plugins/test_loading.py::test_its_package_is_in_the_bundle", "process"),
+    ("plugins/test_other_processes.py*", "process"),
     ("plugins/test_example.py*", "process"),
     ("api/test_functions.py::test_importing_it_loads_nothing", "process"),
     *(

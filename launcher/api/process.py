@@ -17,7 +17,7 @@ from typing import Any
 
 from launcher.api.messages import error_from_tree, parse_answer
 from launcher.errors import EnvironmentProblem, LauncherError
-from launcher.plugins.loading import import_folders
+from launcher.plugins.loading import loaded_plugins, path_environment
 from launcher.utils.system import child_environment
 
 _MODULE = "launcher.api.starter"
@@ -32,7 +32,8 @@ class StarterProcess:
 
     def __init__(self, request: dict[str, Any], *, command: tuple[str, ...] = ("-m", _MODULE)) -> None:
         self._command = command
-        self._request, self._environ = json.dumps(request), child_environment(import_folders())
+        found = path_environment(plugin.module for plugin in loaded_plugins())
+        self._request, self._environ = json.dumps(request), {**child_environment(), **found}
         self._lines: deque[str] = deque(maxlen=_MAX_LINES)
         self._answer: dict[str, Any] = {}
         self._changed = threading.Condition()

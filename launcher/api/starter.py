@@ -43,7 +43,7 @@ def _start_run(tree: dict[str, Any]) -> int:
         raise ConfigErrors(mistakes)
     prepared = prepare(Composition(run=run, tree=tree, sweep=None, overrides=(), is_resolved=True))
     print_answer({"folder": str(prepared.directory.path)})
-    return start_run(prepared, executor_of(prepared.run.backend))
+    return start_run(prepared, executor_of(prepared.run))
 
 
 def _start_sweep(words: list[str], config_dir: str | None) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from launcher.errors import EXIT_PREEMPTED, EXIT_USER_ERROR, ConfigError, EnvironmentProblem, LauncherError
+from launcher.errors import EXIT_PREEMPTED, ConfigError, EnvironmentProblem, LauncherError, Unfit
 
 if TYPE_CHECKING:
     from launcher.backends.kubernetes.pod_config import PodConfig
@@ -34,8 +34,9 @@ def main() -> None:
     try:
         sys.exit(_code_of_pod(Path(sys.argv[1])))
     except LauncherError as problem:
-        say(str(problem))
-        sys.exit(EXIT_USER_ERROR if isinstance(problem, ConfigError) else 1)
+        code = problem.exit_code if isinstance(problem, ConfigError | Unfit) else 1
+        say(f"exit code {code}: {problem}")  # the last line is shown where the run is followed
+        sys.exit(code)
 
 
 def _end_as_preempted(_number: int, _frame: FrameType | None) -> None:
@@ -47,6 +48,7 @@ def _code_of_pod(folder: Path) -> int:
     from launcher.backends.kubernetes.pod_config import SNAPSHOT_FILE, load_key, load_pod_config
     from launcher.config.backend.kubernetes import KubernetesBackend
     from launcher.config.snapshot import load_run
+    from launcher.plugins.loading import path_environment
     from launcher.utils.system import child_environment
 
     index = index_of(os.environ)
@@ -55,6 +57,7 @@ def _code_of_pod(folder: Path) -> int:
     os.environ.update(child_environment())
     config = load_pod_config(folder)
     run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
+    os.environ.update(path_environment(run.plugins))
     backend, key = run.backend, load_key(folder)
     if not isinstance(backend, KubernetesBackend):
         raise ConfigError("backend", backend.kind, why="does not run in pods", fix="set backend=kubernetes")

@@ -17,7 +17,7 @@ from launcher.backends.kubernetes.pod_config import (
     job_name,
 )
 from launcher.config.backend.kubernetes import KubernetesBackend, Workload
-from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_USER_ERROR
+from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, EXIT_USER_ERROR
 from launcher.protocol.plan import Plan, RunIdentity
 
 Manifest = dict[str, Any]
@@ -274,7 +274,10 @@ def _job_spec(submission: Submission, *, container: str, subdomain: str | None =
         "podReplacementPolicy": "Failed",  # never two pods of one index
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT]}},
+                {
+                    "action": "FailJob",
+                    "onExitCodes": {"operator": "In", "values": [EXIT_USER_ERROR, EXIT_BAD_INPUT, EXIT_UNFIT]},
+                },
                 {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [EXIT_PREEMPTED]}},
                 {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
@@ -346,6 +349,8 @@ def _remarks(submission: Submission) -> Iterator[str]:
     yield f"Run {submission.plan.name} · {submission.plan.run_id} is called {job} in the cluster."
     where = f"on the claim {backend.claim}" if backend.claim else "gone with the pods (backend.claim): only logs remain"
     yield f"Run directory in the pods: {submission.config.identity.run_dir}, {where}."
+    if "plugins" in submission.plan.details:
+        yield f"The image must hold the plugins of the run: {submission.plan.details['plugins']}."
     keys = ", ".join((KEY_FILE, *submission.plan.forwarded_env))
     yield f"Besides, the Secret {job} is created over stdin, with {keys}; it is deleted with the run."
 

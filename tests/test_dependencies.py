@@ -6,6 +6,7 @@ import ast
 import re
 import sys
 import tomllib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -59,10 +60,10 @@ def _collect(nodes: list[ast.stmt] | Iterator[ast.AST], found: Imports, *, is_la
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.update((node.module, *(f"{node.module}.{alias.name}" for alias in node.names)))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("importorskip"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "importorskip":
             names.update(str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
         is_function = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        is_for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        is_for_types = isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
         _collect(ast.iter_child_nodes(node), found, is_lazy=is_lazy or is_function or is_for_types)
 
 
@@ -115,9 +116,8 @@ def errors_of_launcher(files: dict[str, Imports]) -> Iterator[str]:
             elif not any(_owns(file, extra, is_lazy=name not in at_once) for extra in extras):
                 yield f"{file}: {name} belongs to the extra {' or '.join(extras)}: import it in its part, lazily"
     optional = set().union(*EXTRAS.values()) - CORE
-    for file in files:
-        folder_owns = any(_owns(file, extra, is_lazy=False) for extra in EXTRAS)
-        if not folder_owns and (chain := _way_to(file, optional, files)):
+    for file, chain in _files_that_load(optional, files).items():
+        if len(chain) > 1 and not any(_owns(file, extra, is_lazy=False) for extra in EXTRAS):
             yield f"{' -> '.join(chain)}: loading the first one needs an extra"
 
 
@@ -125,21 +125,23 @@ def _owns(file: str, extra: str, *, is_lazy: bool) -> bool:
     return any(file.startswith(place) if place.endswith("/") else is_lazy and file == place for place in OWNERS[extra])
 
 
-def _way_to(file: str, optional: set[str], files: dict[str, Imports]) -> list[str]:
-    """Return the chain of imports by which loading a file loads an optional package; empty if none does."""
-    chains, seen = [[file]], {file}
-    while chains:
-        chain = chains.pop()
-        names = files[chain[-1]].at_once
-        if len(chain) > 1 and third_party(names) & optional:
-            return chain
-        for name in names:
+def _files_that_load(distributions: set[str], files: dict[str, Imports]) -> dict[str, list[str]]:
+    """Return the files whose loading imports one of these, each with the chain of imports that leads there."""
+    importers: dict[str, list[str]] = defaultdict(list)
+    for file, found in files.items():
+        for name in found.at_once:
             stem = name.replace(".", "/")
-            for target in (f"{stem}.py", f"{stem}/__init__.py"):
-                if target in files and target not in seen:
-                    seen.add(target)
-                    chains.append([*chain, target])
-    return []
+            for target in {f"{stem}.py", f"{stem}/__init__.py"} & files.keys():
+                importers[target].append(file)
+    chains = {file: [file] for file, found in files.items() if third_party(found.at_once) & distributions}
+    waiting = list(chains)
+    while waiting:
+        target = waiting.pop()
+        for file in importers[target]:
+            if file not in chains:
+                chains[file] = [file, *chains[target]]
+                waiting.append(file)
+    return chains
 
 
 def errors_of_tools(files: dict[str, Imports]) -> Iterator[str]:

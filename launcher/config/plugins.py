@@ -18,6 +18,7 @@ from launcher.config.folders import conf_folder, options_in
 from launcher.config.registry import KINDS
 from launcher.config.run import Run
 from launcher.errors import ConfigError, ConfigErrors, Unfit
+from launcher.plugins.base import NAMED
 from launcher.plugins.loading import (
     OPTION,
     LoadedPlugin,
@@ -132,8 +133,9 @@ def _remedy_on_host(tree: Mapping[str, Any]) -> str:
 def used_plugins(run: Run) -> tuple[str, ...]:
     """Return the modules of the plugins of which ``run`` uses something."""
     kinds = [(component.group, component.kind) for component in run.components()]
-    kinds += [("callback", kind) for kind in getattr(run.job, "callbacks", ())]
-    kinds += [("loss", kind) for kind in filter(None, [getattr(run.job, "loss", None)])]
+    for group, field in NAMED.items():
+        named = getattr(run.job, field, ())
+        kinds += [(group, kind) for kind in (named if isinstance(named, tuple) else (named,))]
     return tuple(loaded.module for loaded in loaded_plugins() if any(loaded.adds(*each) for each in kinds))
 
 

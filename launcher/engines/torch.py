@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from launcher.config.parallel.data_parallel import Fsdp
-from launcher.engines.base import Engine, StepResult, never_preempted
+from launcher.engines.base import Engine, Observer, StepResult, never_preempted
 from launcher.engines.checkpoint_io import (
     explain_read_errors,
     load_file,
@@ -87,12 +87,12 @@ class TorchEngine(Engine):
         enabled = self._dtype != torch.float32 and not self._layout.casts_itself
         return torch.autocast(self.device.type, dtype=self._dtype, enabled=enabled)
 
-    def loss_of(self, micro_batches: Sequence[MicroBatch]) -> tuple[float, int]:
+    def loss_of(self, micro_batches: Sequence[MicroBatch], *, observe: Observer | None = None) -> tuple[float, int]:
         """Return the summed loss and the number of tokens, without dropout."""
         own = self._own(micro_batches)
         self.module.eval()
         with torch.no_grad(), self._autocast(), self._split():
-            losses = [token_loss_sum(self.module, micro_batch, device=self.device) for micro_batch in own]
+            losses = [token_loss_sum(self.module, batch, device=self.device, observe=observe) for batch in own]
         self.module.train()
         return torch.stack(losses).double().sum().item(), num_labels(own)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.errors import ConfigError, ConfigErrors
-from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, EXECUTED, LOSS, PLAIN, Plugin
+from launcher.plugins.base import CALLBACK, CROSS_ENTROPY, EXECUTED, LOSS, METRIC, NAMED, OWN_METRICS, PLAIN, Plugin
 from launcher.utils.text import did_you_mean
 
 ENTRY_POINTS = "launcher.plugins"
@@ -197,15 +197,17 @@ def plugin_kinds(group: str) -> tuple[str, ...]:
 
 
 def validate_named(option: str, group: str, kinds: Iterable[str], *, own: Sequence[str] = ()) -> Iterator[ConfigError]:
-    """Yield an error for each of ``kinds`` (callbacks, losses) that no loaded plugin has.
+    """Yield an error for each of ``kinds`` (callbacks, losses) that no loaded plugin has, or that is named twice.
 
     Args:
         option: that names them.
-        group: ``callback`` or ``loss``.
+        group: one of ``NAMED``.
         kinds: named by the user.
         own: those of the launcher.
     """
-    known = (*own, *plugin_kinds(group))
+    known, kinds = (*own, *plugin_kinds(group)), tuple(kinds)
+    for kind in dict.fromkeys(kind for kind in kinds if kinds.count(kind) > 1):
+        yield ConfigError(option, kind, why=f"the {group} is named {kinds.count(kind)} times", fix="name it once")
     for kind in kinds:
         if kind not in known:
             fix = f"{did_you_mean(kind, known)}, or " if known else ""
@@ -216,6 +218,29 @@ def validate_named(option: str, group: str, kinds: Iterable[str], *, own: Sequen
 def origin_of(group: str, kind: str) -> str:
     """Return which plugin adds a kind; empty for the launcher's own."""
     return next((loaded.origin for loaded in loaded_plugins() if loaded.adds(group, kind)), "")
+
+
+def declared_metrics(callback: str) -> tuple[str, ...]:
+    """Return the names of metrics that a plugin declares for a callback; empty if it declares none."""
+    found = (loaded.plugin.callback_metrics.get(callback) for loaded in loaded_plugins())
+    return tuple(next(filter(None, found), ()))
+
+
+def validate_callback_metrics(option: str, callbacks: Sequence[str]) -> Iterator[ConfigError]:
+    """Yield an error for each callback that declares a metric which an earlier one declares."""
+    first: dict[str, str] = {}
+    for callback in dict.fromkeys(callbacks):
+        for name in declared_metrics(callback):
+            other = first.setdefault(name, callback)
+            if other != callback:
+                yield metric_clash(option, name, other, callback)
+
+
+def metric_clash(option: str, metric: str, first: str, second: str) -> ConfigError:
+    """Return the error for two callbacks that record one metric."""
+    both = " and ".join(f"{callback} ({origin_of(CALLBACK, callback)})" for callback in (first, second))
+    why = f"{both} both record the metric {metric}"
+    return ConfigError(option, second, why=why, fix=f"leave one out of {option}, or rename the metric in one")
 
 
 def conf_folders() -> tuple[Path, ...]:
@@ -304,11 +329,19 @@ def _validate(loaded: LoadedPlugin) -> Iterator[ConfigError]:
     def error(why: str, fix: str) -> ConfigError:
         return ConfigError(OPTION, loaded.module, why=f"{loaded.file}: {why}", fix=fix)
 
-    known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, CALLBACK, LOSS)}
+    known = {"options": (*EXECUTED, *PLAIN), "executors": (*EXECUTED, *NAMED)}
     if malformed := [field for field in known if not _maps_names(getattr(plugin, field))]:
         for field in malformed:
             yield error(f"{field} holds something else than text", 'write it as {"GROUP": {"KIND": "module:name"}}')
         return
+    if not _maps_lists(plugin.callback_metrics):
+        yield error("callback_metrics holds something else than lists of text", 'write it as {"CALLBACK": ("NAME",)}')
+        return
+    for name in plugin.callback_metrics.keys() - plugin.executors.get(CALLBACK, {}).keys():
+        known_ones = did_you_mean(name, plugin.executors.get(CALLBACK, {})) or "add the callback to executors"
+        yield error(f"callback_metrics names {name}, which is no callback of this plugin", known_ones)
+    for name in plugin.executors.get(METRIC, {}).keys() & set(OWN_METRICS):
+        yield error(f"adds the metric {name}, which the launcher has already", "give it another name")
     if CROSS_ENTROPY in plugin.executors.get(LOSS, {}):
         yield error(f"adds the loss {CROSS_ENTROPY}, which the launcher has already", "give it another name")
     for field, groups in known.items():
@@ -344,6 +377,14 @@ def _maps_names(value: object) -> bool:
     return isinstance(value, Mapping) and all(
         isinstance(kinds, Mapping) and all(isinstance(text, str) for pair in kinds.items() for text in pair)
         for kinds in value.values()
+    )
+
+
+def _maps_lists(value: object) -> bool:
+    """Return whether ``value`` maps text to lists or tuples of text."""
+    return isinstance(value, Mapping) and all(
+        isinstance(name, str) and isinstance(names, list | tuple) and all(isinstance(each, str) for each in names)
+        for name, names in value.items()
     )
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from launcher.engines.base import Engine
     from launcher.engines.context import Context
     from launcher.models.tokenizer import FastTokenizer
+    from launcher.training.callbacks import Callbacks
 
 
 _TOKENIZER = "model/tokenizer.json"
@@ -29,7 +30,12 @@ DataT = TypeVar("DataT", bound=Data)
 
 
 def restore_checkpoint(
-    store: CheckpointStore, context: Context, engine: Engine, *, tokenizer: FastTokenizer | None = None
+    store: CheckpointStore,
+    context: Context,
+    engine: Engine,
+    callbacks: Callbacks | None = None,
+    *,
+    tokenizer: FastTokenizer | None = None,
 ) -> int:
     """Load what the run continues from, on every rank; return the steps already done.
 
@@ -37,6 +43,7 @@ def restore_checkpoint(
         store: of the run's checkpoints.
         context: of this rank.
         engine: takes the state.
+        callbacks: take theirs.
         tokenizer: of the data; must be the one that the weights were trained with.
 
     Raises:
@@ -55,6 +62,8 @@ def restore_checkpoint(
     if tokenizer is not None:
         _check_tokenizer(saved, tokenizer)
     engine.load(saved.folder)
+    if callbacks is not None:
+        callbacks.load(saved.folder)
     if context.is_main:
         print(f"continuing after step {saved.manifest.step} of {saved.folder}", flush=True)
         run = context.run
@@ -155,6 +164,7 @@ def save_checkpoint(
     store: CheckpointStore,
     context: Context,
     engine: Engine,
+    callbacks: Callbacks | None = None,
     *,
     step: int,
     held_out_loss: float | None,
@@ -166,6 +176,7 @@ def save_checkpoint(
         store: of the run's checkpoints.
         context: of this rank.
         engine: whose state is saved.
+        callbacks: whose states are saved.
         step: optimizer steps done.
         held_out_loss: at this step, where it was measured.
         tokenizer: of the data, saved beside the weights; ``None`` where tokens stand for no text.
@@ -184,6 +195,8 @@ def save_checkpoint(
             f"{store.pending(step)}: set run.root to a folder that all hosts share"
         )
     engine.save(store.pending(step))
+    if callbacks is not None:
+        callbacks.save(store.pending(step), is_main=context.is_main)
     if context.is_main and tokenizer is not None:
         _save_tokenizer(context, tokenizer, store.pending(step) / "model")
     barrier()

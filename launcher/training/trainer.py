@@ -17,6 +17,7 @@ from launcher.protocol.loss_curve import draw_curve
 from launcher.training.callbacks import Callbacks
 from launcher.training.checkpointing import resolve_tokenizer, restore_checkpoint, save_checkpoint
 from launcher.training.evaluation import EvaluationResult, evaluate
+from launcher.training.evaluation_metrics import load_metrics
 from launcher.training.recorder import Recorder
 from launcher.utils.files import write_atomic
 
@@ -57,18 +58,26 @@ class Trainer:
         self.loader = Loader(splits, context.batch, seed=job.seed, rank=context.data_rank)
         self.store = CheckpointStore(context.run_dir.checkpoints, context.run.checkpoint)
         self.callbacks = Callbacks(job.callbacks, context, engine)
+        self.metrics = load_metrics(job.metrics)
         self.recorder: Recorder
 
     def run(self) -> None:
         """Train, then leave a sample, a curve and the last evaluation."""
-        first = restore_checkpoint(self.store, self.context, self.engine, tokenizer=self.splits.tokenizer)
+        tokenizer = self.splits.tokenizer
+        first = restore_checkpoint(self.store, self.context, self.engine, self.callbacks, tokenizer=tokenizer)
         with Recorder(self.job, self.context, self.engine, start_step=first) as self.recorder:
             self.recorder.baselines(first, self.splits.baselines)
             self.preemption.defer()
-            for step in range(first, self.job.steps):
-                with self.context.profiler.step():
-                    self.advance(step)
-            write_sample_and_curve(self)
+            try:
+                self.callbacks.on_start(first)
+                for step in range(first, self.job.steps):
+                    with self.context.profiler.step():
+                        self.advance(step)
+                write_sample_and_curve(self)
+                self.end(self.job.steps)
+            except Exception as error:
+                self.callbacks.on_exception(error)
+                raise
         self.context.heartbeat.update("done", self.job.steps)
 
     def advance(self, step: int) -> None:
@@ -87,6 +96,7 @@ class Trainer:
         started, self.clock.step = time.perf_counter(), step
         with self.clock.phase("data"):
             micro_batches = self.loader.step(step)
+        self.callbacks.before_step(step + 1)
         rate = self.context.run.optimizer.lr * self.context.run.schedule.factor(step, self.job.steps)
         result = self.engine.step(micro_batches, lr=rate, preempted=self.preemption.requested)
         check_finite(result, step)
@@ -100,8 +110,10 @@ class Trainer:
         """Measure the held-out loss after ``done`` steps, and record it."""
         with self.clock.phase("evaluate"):
             asked = self.preemption.requested
-            held_out = evaluate(self.engine, self.loader, self.job.eval_sequences, preempted=asked)
-        self.recorder.evaluation(done, held_out.loss, parts=self.clock.pop_times())
+            held_out = evaluate(
+                self.engine, self.loader, self.job.eval_sequences, preempted=asked, metrics=self.metrics
+            )
+        self.recorder.evaluation(done, held_out.loss, metrics=held_out.metrics, parts=self.clock.pop_times())
         self.recorder.callbacks(done, self.callbacks.on_evaluate(done, held_out.loss))
         return held_out
 
@@ -110,7 +122,15 @@ class Trainer:
         with self.clock.phase("checkpoint"):
             loss = held_out.loss if held_out else None
             tokenizer = self.splits.tokenizer
-            save_checkpoint(self.store, self.context, self.engine, step=done, held_out_loss=loss, tokenizer=tokenizer)
+            save_checkpoint(
+                self.store,
+                self.context,
+                self.engine,
+                self.callbacks,
+                step=done,
+                held_out_loss=loss,
+                tokenizer=tokenizer,
+            )
         self.recorder.callbacks(done, self.callbacks.on_save(done, self.store.folder_of(done)))
 
     def exit_preempted(self, done: int, held_out: EvaluationResult | None = None) -> NoReturn:
@@ -118,7 +138,12 @@ class Trainer:
         self.save(done, held_out)
         if held_out is None and self._evaluates_after(done):  # once saved: the time left may be too short for it
             self.evaluate(done)
+        self.end(done)
         raise SystemExit(EXIT_PREEMPTED)
+
+    def end(self, done: int) -> None:
+        """Let the callbacks end, after ``done`` steps."""
+        self.recorder.callbacks(done, self.callbacks.on_end(done))
 
     def _evaluates_after(self, done: int) -> bool:
         every = self.job.eval_every

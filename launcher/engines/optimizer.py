@@ -163,14 +163,15 @@ def make_optimizer(
     if not groups:
         raise ConfigError("job.transforms", why="they leave no parameter to train", fix="leave one unfrozen")
     make = executor("optimizer", options.kind, OPTIMIZERS)
+    given = [parameter for group in groups for parameter in group["params"]]
     named = [{**group, "params": [(names[each], each) for each in group["params"]]} for group in groups]
     with named_in_errors("optimizer", options.kind) if options.kind not in OPTIMIZERS else nullcontext():
         made: torch.optim.Optimizer = make(options, named)
         taken = {id(parameter) for group in made.param_groups for parameter in group["params"]}
-        if lost := [name for group in named for name, parameter in group["params"] if id(parameter) not in taken]:
+        if lost := [names[parameter] for parameter in given if id(parameter) not in taken]:
             fix = "freeze them by a transform (parameter.requires_grad = False) instead"
             raise JobError(f"it leaves out {len(lost)} parameters, {lost[0]} first; {fix}")
-        if len(taken) > sum(len(group["params"]) for group in named):
+        if len(taken) > len(given):
             raise JobError("it updates parameters that it was not given")
     return made
 

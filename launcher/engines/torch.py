@@ -55,7 +55,7 @@ class TorchEngine(Engine):
         self._dtype = DTYPES[run.precision.compute]
         self._update = OptimizerStep([self.module], run, device=self.device)
         self._loss = loss_function(run.batched_job)
-        self._state_names = run.optimizer.state_names
+        self._state_names, self._trains = run.optimizer.state_names, run.batched_job.trains
 
     def step(
         self, micro_batches: Sequence[MicroBatch], *, lr: float, preempted: Callable[[], bool] = never_preempted
@@ -123,13 +123,13 @@ class TorchEngine(Engine):
         save_rng(folder, rank=self._rank, device=self.device)
 
     def load(self, folder: Path) -> None:
-        """Read what ``save`` wrote, on any number of ranks.
+        """Read what ``save`` wrote, on any number of ranks; jobs that train read the optimizer.
 
         Raises:
             JobError: the folder does not hold this model.
         """
         if self._layout.is_sharded:
-            load_tensors(folder / "shards", self.tensors())
+            load_tensors(folder / "shards", self.tensors() if self._trains else self._weights())
             with explain_read_errors(folder / "loss_scale.json"):
                 self._update.scale.restore(read_json(folder / "loss_scale.json"))
         else:
@@ -139,10 +139,11 @@ class TorchEngine(Engine):
     def tensors(self) -> dict[str, Tensor]:
         """Return weights and moments by name, sharing storage; this rank's shards if sharded."""
         names: dict[nn.Parameter, str] = {parameter: name for name, parameter in self.module.named_parameters()}
-        return {
-            **{name: parameter.detach() for parameter, name in names.items()},
-            **optimizer_tensors(self._update.optimizer, names, state_names=self._state_names),
-        }
+        moments = optimizer_tensors(self._update.optimizer, names, state_names=self._state_names)
+        return {**self._weights(), **moments}
+
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: parameter.detach() for name, parameter in self.module.named_parameters()}
 
     def _load_whole(self, folder: Path) -> None:
         from safetensors import SafetensorError
@@ -152,6 +153,8 @@ class TorchEngine(Engine):
             load_model(self.module, folder / "model" / "model.safetensors", device=str(self.device))
         except (OSError, RuntimeError, SafetensorError) as error:
             raise JobError(f"{folder} does not hold this model: {error}", exit_code=EXIT_BAD_INPUT) from error
+        if not self._trains:  # the job has no optimizer of the kind that was saved
+            return
         state = load_file(folder / "optimizer.pt", device=self.device)
         with explain_read_errors(folder / "optimizer.pt"):
             self._update.restore(state)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 CALLBACK, LOSS, METRIC, TRANSFORM = "callback", "loss", "metric", "transform"
 
 NAMED: dict[str, str] = {CALLBACK: "callbacks", LOSS: "loss", METRIC: "metrics", TRANSFORM: "transforms"}
-"""Groups of ``executors`` that are no config group, each with the field of a job that names their kinds."""
+"""Groups of ``executors`` that are no config group, each with the field of a job for it."""
 
 CROSS_ENTROPY = "cross_entropy"
 """The launcher's own loss."""

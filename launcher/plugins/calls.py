@@ -10,7 +10,7 @@ from launcher.plugins.loading import origin_of
 
 
 class PluginError(Exception):
-    """A plugin's code raised an exception, which is the cause of this one; shown with its traceback."""
+    """A plugin's code raised an exception, the cause of this one; shown with its traceback."""
 
 
 def plugin_name(group: str, kind: str) -> str:

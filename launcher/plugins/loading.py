@@ -197,7 +197,7 @@ def plugin_kinds(group: str) -> tuple[str, ...]:
 
 
 def validate_named(option: str, group: str, kinds: Iterable[str], *, own: Sequence[str] = ()) -> Iterator[ConfigError]:
-    """Yield an error for each of ``kinds`` (callbacks, losses) that no loaded plugin has, or that is named twice.
+    """Yield an error for each kind that no loaded plugin has, or that is named twice.
 
     Args:
         option: that names them.
@@ -221,7 +221,7 @@ def origin_of(group: str, kind: str) -> str:
 
 
 def declared_metrics(callback: str) -> tuple[str, ...]:
-    """Return the names of metrics that a plugin declares for a callback; empty if it declares none."""
+    """Return the metrics that a plugin declares for a callback; empty if it declares none."""
     found = (loaded.plugin.callback_metrics.get(callback) for loaded in loaded_plugins())
     return tuple(next(filter(None, found), ()))
 

@@ -45,21 +45,21 @@ class Callback:
         """Begin, once the checkpoint is loaded and before the first step; ``step`` steps are done."""
 
     def before_step(self, step: int) -> None:
-        """Prepare optimizer step ``step`` (1 is the first): the weights are those before it, there are no gradients."""
+        """Prepare optimizer step ``step`` (1 is the first); there are no gradients yet."""
 
     def on_step(self, step: int, result: StepResult) -> Mapping[str, float]:
-        """Return metrics after optimizer step ``step``: the weights are updated, the gradients freed.
+        """Return metrics after optimizer step ``step``; the gradients are freed.
 
         ``result`` is the same on every rank.
         """
         return NO_METRICS
 
     def on_evaluate(self, step: int, loss: float) -> Mapping[str, float]:
-        """Return metrics after an evaluation; ``loss`` is held-out, in nats a token, the same on every rank."""
+        """Return metrics after an evaluation; ``loss`` is held-out, in nats a token."""
         return NO_METRICS
 
     def on_save(self, step: int, folder: Path) -> Mapping[str, float]:
-        """Return metrics after a checkpoint was written to ``folder``, whole; changing its files damages it."""
+        """Return metrics after a checkpoint was written to ``folder``, whole; do not change it."""
         return NO_METRICS
 
     def on_end(self, step: int) -> Mapping[str, float]:
@@ -76,7 +76,7 @@ class Callback:
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps: tensors and plain values, the same on every rank; rank 0 saves its own."""
+        """Return what a checkpoint keeps, tensors and plain values; rank 0 saves its own."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -224,7 +224,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_state(name: str, state: Any, where: str = "state") -> None:
-    """Raise where a state has what a checkpoint, which is loaded without running code, cannot give back."""
+    """Raise if a state holds what a checkpoint, which runs no code, cannot give back."""
     import torch
 
     if type(state) is dict:
@@ -232,11 +232,11 @@ def _check_state(name: str, state: Any, where: str = "state") -> None:
             if not isinstance(key, str | int):
                 raise _error(name, f"{where} has the key {key!r}", "use text as keys")
             _check_state(name, value, f"{where}[{key!r}]")
+    elif where == "state":
+        raise _error(name, f"state_dict returned {type(state).__name__}", "return a dict")
     elif type(state) in (list, tuple):
         for number, value in enumerate(state):
             _check_state(name, value, f"{where}[{number}]")
-    elif where == "state":
-        raise _error(name, f"state_dict returned {type(state).__name__}", "return a dict")
     elif state is not None and type(state) not in (bool, int, float, str, torch.Tensor):
         why = f"{where} is a {type(state).__name__}, which a checkpoint cannot give back"
         raise _error(name, why, "keep tensors and plain values only")

@@ -43,7 +43,7 @@ def restore_checkpoint(
         store: of the run's checkpoints.
         context: of this rank.
         engine: takes the state.
-        callbacks: take theirs.
+        callbacks: take their states.
         tokenizer: of the data; must be the one that the weights were trained with.
 
     Raises:

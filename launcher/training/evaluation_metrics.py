@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EvaluationMetric = Callable[["Tensor", "Tensor"], Any]
-"""From logits (sequences, tokens, vocabulary) and labels (sequences, tokens) to a sum and what it is divided by.
+"""From logits and labels to a sum and what it is divided by.
 
-Labels are ``IGNORE_INDEX`` where none counts. A rank may have a part of each sequence only."""
+Logits are (sequences, tokens, vocabulary), labels (sequences, tokens), ``IGNORE_INDEX`` where none counts. A rank may
+have a part of each sequence only."""
 
 
 def load_metrics(names: Sequence[str]) -> dict[str, EvaluationMetric]:

@@ -21,11 +21,11 @@ class PluggableJob(BatchedJob):
     """A job whose model and evaluations plugins can extend."""
 
     transforms: tuple[str, ...] = ()
-    """Transforms of plugins, applied in this order to the model before it has weights and is spread over ranks.
+    """Transforms of plugins, applied in this order to the model before it has weights.
     Name the same ones wherever a checkpoint of the transformed model is loaded."""
 
     metrics: tuple[str, ...] = ()
-    """Metrics of plugins, measured over the held-out tokens beside the loss, and recorded as ``eval/<name>``."""
+    """Metrics of plugins over the held-out tokens, recorded as ``eval/<name>``."""
 
     def validate(self) -> Iterator[ConfigError]:
         """Reject names that no loaded plugin has."""
@@ -89,7 +89,7 @@ class Train(LearningJob, PluggableJob):
     Evaluations always measure cross-entropy."""
 
     callbacks: tuple[str, ...] = ()
-    """Callbacks of plugins, called on every rank before and after steps, and after evaluations and checkpoints."""
+    """Callbacks of plugins, called on every rank around steps, evaluations and checkpoints."""
 
     @property
     def profile_unit(self) -> ProfileUnit:

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from launcher.backends.kubernetes import entrypoint as pod
-from launcher.backends.kubernetes.pod_config import PodConfig
+from launcher.backends.kubernetes.pod_config import PodConfig, load_pod_config
 from launcher.backends.registry import executor_of
 from launcher.backends.slurm import entrypoint as batch_process
 from launcher.config.compose import compose
@@ -267,6 +267,25 @@ def test_a_pod_whose_image_lacks_a_plugin_ends_the_run(
     fix = "build the image team/launcher:3 (backend.image) with its package"
     what = f"{socket.gethostname()}: the plugin mine, which this run uses, {why}; {fix}"
     assert capsys.readouterr().err == f"exit code 69: {what}\n"
+
+
+def test_an_image_with_another_version_of_a_plugin_is_refused(
+    write_plugin: WritePlugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_plugin(STEPS, schedule__steps=STEPS_YAML)
+    install("mine", tmp_path)
+    prepared = prepare(compose([*WORDS, "backend=kubernetes", "backend.image=team/launcher:3"]))
+    sent = []
+    monkeypatch.setattr("launcher.backends.kubernetes.submit.render_manifests", lambda what, **_: sent.append(what))
+    executor_of(prepared.run).render(prepared.plan, snapshot="")
+    (tmp_path / "pod.json").write_text(sent[0].config.dump())
+    config = load_pod_config(tmp_path)
+    assert config.plugins == {"mine": "1.0"}
+    pod.check_plugin_versions(config.plugins, image="i")
+    with pytest.raises(Unfit) as caught:
+        pod.check_plugin_versions({"mine": "1.1"}, image="i")
+    what = f"its plugin mine is 1.0 ({tmp_path}/site/mine/__init__.py), and the machine that submitted the run has 1.1"
+    assert str(caught.value) == (f"{socket.gethostname()}: {what}; build the image i (backend.image) with that version")
 
 
 def test_the_manifests_say_that_the_image_needs_the_plugin(word: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,12 +59,33 @@ def _code_of_pod(folder: Path) -> int:
     config = load_pod_config(folder)
     run = load_run(folder / SNAPSHOT_FILE, expected_hash=config.identity.run_hash)
     os.environ.update(path_environment(run.plugins))
+    check_plugin_versions(config.plugins, image=getattr(run.backend, "image", ""))
     backend, key = run.backend, load_key(folder)
     if not isinstance(backend, KubernetesBackend):
         raise ConfigError("backend", backend.kind, why="does not run in pods", fix="set backend=kubernetes")
     if index == 0:
         return run_leader(run, backend, config, key=key, say=say)
     return run_agent(backend, config, index=index, key=key)
+
+
+def check_plugin_versions(expected: Mapping[str, str], *, image: str) -> None:
+    """Check that the image has the versions of plugins that the run was planned with.
+
+    Args:
+        expected: versions by module; plugins that the image has without a version are not compared.
+        image: for the message.
+
+    Raises:
+        Unfit: it has another one.
+    """
+    from launcher.plugins.loading import plugins_of
+
+    for plugin in plugins_of(expected):
+        if plugin.version and plugin.version != expected[plugin.module]:
+            what = f"its plugin {plugin.module} is {plugin.version} ({plugin.file})"
+            there = f"the machine that submitted the run has {expected[plugin.module]}"
+            fix = f"build the image {image} (backend.image) with that version"
+            raise Unfit(f"{socket.gethostname()}: {what}, and {there}; {fix}")
 
 
 def index_of(environ: Mapping[str, str]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from launcher.backends.kubernetes.pod_config import (
 )
 from launcher.config.backend.kubernetes import KubernetesBackend, Workload
 from launcher.errors import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_UNFIT, EXIT_USER_ERROR
+from launcher.plugins.loading import plugins_of
 from launcher.protocol.plan import Plan, RunIdentity
 
 Manifest = dict[str, Any]
@@ -313,15 +314,22 @@ def job_reference(backend: KubernetesBackend, job: str) -> dict[str, str]:
     return {"kind": WORKLOADS[backend.workload].resource, "name": job, "namespace": backend.namespace, **context}
 
 
-def submission_of(backend: KubernetesBackend, plan: Plan) -> Submission:
-    """Return the input of the manifests of ``plan``."""
+def submission_of(backend: KubernetesBackend, plan: Plan, *, plugins: Sequence[str] = ()) -> Submission:
+    """Return the input of the manifests of ``plan``.
+
+    Args:
+        backend: the options of the cluster.
+        plan: what to run.
+        plugins: modules of the plugins that the run uses.
+    """
     identity = RunIdentity(
         run_id=plan.run_id,
         run_dir=backend.run_dir_on_hosts(plan.run_dir),
         run_hash=plan.run_hash,
         port=plan.port,
     )
-    config = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity)
+    versions = {plugin.module: plugin.version for plugin in plugins_of(plugins) if plugin.version}
+    config = PodConfig(job=job_name(plan.name, plan.run_id), identity=identity, plugins=versions)
     return Submission(backend=backend, plan=plan, config=config)
 
 
